@@ -1,0 +1,33 @@
+"""LoRA for any JAX function: `lora`, `init_lora`, `merge_params`."""
+
+import importlib.metadata
+
+from ._errors import (
+    LoraxError as LoraxError,
+    MaterializeError as MaterializeError,
+    MaterializeWarning as MaterializeWarning,
+    PairError as PairError,
+    SpecError as SpecError,
+    UnusedAdapterError as UnusedAdapterError,
+    UnusedAdapterWarning as UnusedAdapterWarning,
+)
+from ._explain import Explanation as Explanation, explain as explain
+from ._infer import infer_spec as infer_spec
+from ._init import init_lora as init_lora
+from ._merge import (
+    count_params as count_params,
+    materialize as materialize,
+    merge_params as merge_params,
+    unmerge as unmerge,
+)
+from ._spec import (
+    LORA_FREEZE as LORA_FREEZE,
+    LORA_FULL as LORA_FULL,
+    LoraSpec as LoraSpec,
+    simple_spec as simple_spec,
+    spec_from_rules as spec_from_rules,
+)
+from ._transform import lora as lora
+from ._weight import LoraWeight as LoraWeight
+
+__version__ = importlib.metadata.version("lorax-core")

@@ -1,0 +1,98 @@
+"""Everything that differs between JAX versions, and the only file that reaches past public JAX.
+
+Each name below says which JAX needs it and why. Rules and interpreter ask for capabilities
+(`bind`, `scan_split`), never for a version.
+"""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+from jax._src import ad_checkpoint, core, pjit, shard_map, source_info_util
+from jax._src.lax import lax as lax_internal
+
+# `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, none of these. Some
+# exist in newer versions only (`stack`, `unstack`, `tile` since 0.10); the two of checkpointing
+# became public in 0.10.
+_UNEXPORTED_HOMES = (lax_internal, ad_checkpoint, pjit, shard_map, core)
+
+
+def find_primitive(name: str) -> jex.Primitive | None:
+    """The primitive called `name`, or None where this JAX has none of that name."""
+    for home in (jex.primitives, *_UNEXPORTED_HOMES):
+        primitive = getattr(home, f"{name}_p", None)
+        if isinstance(primitive, jex.Primitive):
+            return primitive
+    return None
+
+
+def bind(eqn: jex.JaxprEqn, *operands: Any) -> list[Any]:
+    """Evaluates one equation on `operands`, sub-jaxprs and effects included.
+
+    `jax.extend.core.jaxpr_as_fun` on a one-equation jaxpr does the same through public names at
+    about three times the trace time.
+    """
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    # JAX < 0.10 returns (subfuns, params); later versions keep the functions among the params.
+    subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
+    out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: jex.JaxprEqn) -> Generator[None]:
+    """What is bound inside keeps the user's source line, named scope and compute settings.
+
+    No public name sets an equation's traceback (`jax.named_scope` sets only the scope).
+    """
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    context = source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+    with context, eqn.ctx.manager:
+        yield
+
+
+def is_tracer(value: Any) -> bool:
+    """Whether a value is being traced; `jax.core` is the only home of its class."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def source_line(eqn: jex.JaxprEqn) -> str:
+    """`file:line (function)` of the user's code behind an equation; no public name gives it."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """The jaxpr and its constants, for an open or a closed one (one class since JAX 0.11)."""
+    if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, list(jaxpr.consts)
+    return jaxpr, []
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are carried.
+
+    JAX 0.12 replaced `num_consts` and `num_carry` by `ft_in`, a (consts, carry, xs) of trees.
+    """
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
+
+
+def rebind(function: Any, primitive: str, changes: dict[str, Any], *operands: Any) -> list[Any]:
+    """Calls `function`, which binds `primitive` once, with some of its parameters replaced.
+
+    For what a public function cannot express, as `differentiated=True` of a checkpoint inside a
+    gradient (all JAX versions).
+    """
+    closed = jax.make_jaxpr(function)(*operands)
+    (eqn,) = closed.jaxpr.eqns
+    assert eqn.primitive is find_primitive(primitive), eqn.primitive
+    values = dict(zip(closed.jaxpr.invars, operands, strict=True))
+    values |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    inputs = [v.val if isinstance(v, jex.Literal) else values[v] for v in eqn.invars]
+    values |= zip(eqn.outvars, bind(eqn.replace(params=eqn.params | changes), *inputs), strict=True)
+    return [v.val if isinstance(v, jex.Literal) else values[v] for v in closed.jaxpr.outvars]

@@ -1,0 +1,33 @@
+"""What Lorax raises and warns with.
+
+An error class exists where a caller may want to catch that case alone; each message says what
+happened (path, primitive, shapes), why, and what to do.
+"""
+
+
+class LoraxError(Exception):
+    """Base class of every error that Lorax raises on purpose."""
+
+
+class SpecError(LoraxError, ValueError):
+    """A spec that does not fit the parameters it was given for."""
+
+
+class PairError(LoraxError, TypeError):
+    """Something other than a matching pair `(frozen, tunable)` where one was expected."""
+
+
+class MaterializeError(LoraxError):
+    """An adapted weight would have to be built in full, and `on_materialize="error"` forbids it."""
+
+
+class UnusedAdapterError(LoraxError):
+    """An adapter that no equation reads, and `on_unused="error"` forbids it."""
+
+
+class MaterializeWarning(UserWarning):
+    """An adapted weight is built in full because no rule covers the way it is used."""
+
+
+class UnusedAdapterWarning(UserWarning):
+    """An adapter that no equation reads: its factors get zero gradients and train nothing."""

@@ -1,0 +1,182 @@
+"""`explain`: a table of what becomes of every adapter, without running anything."""
+
+import collections
+import dataclasses
+import html
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+from ._interpreter import Interpreter
+from ._merge import count_params
+from ._pair import Leaf, is_array
+from ._registry import RULES
+from ._terms import FactoredArray
+from ._transform import Traced, bind_call, run, trace, uses
+from ._uses import Use
+from ._weight import LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trained parameter.
+
+    `status` is "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter,
+    whose use is the model's own and not followed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    trainable: int
+    status: str
+    uses: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA counts for one call before it optimizes; None where it does not count."""
+
+    flops: float | None
+    bytes: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table, in a notebook as HTML.
+
+    Attributes:
+        rows: one for each trained parameter.
+        trainable: how many numbers are trained.
+        total: how many numbers the base model has.
+        base: the cost of a call of the base model.
+        adapted: the cost of the same call with adapters.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    total: int
+    base: Cost
+    adapted: Cost
+
+    def _table(self) -> list[tuple[str, ...]]:
+        head = ("parameter", "shape", "rank", "trainable", "status", "used by")
+        return [head] + [
+            (
+                row.path,
+                "×".join(map(str, row.shape)),
+                "full" if row.rank is None else str(row.rank),
+                f"{row.trainable:,}",
+                row.status,
+                ", ".join(row.uses),
+            )
+            for row in self.rows
+        ]
+
+    def _summary(self) -> list[str]:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        lines = [f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)."]
+        for name, unit in (("flops", "FLOPs"), ("bytes", "bytes moved")):
+            base, adapted = getattr(self.base, name), getattr(self.adapted, name)
+            if base and adapted:
+                lines.append(
+                    f"{unit} of one call: {adapted:,.0f}, {adapted / base:.3f} × the base model's "
+                    f"{base:,.0f}."
+                )
+        return lines
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        right = (False, True, True, True, False, False)
+        lines = [
+            "  ".join(
+                cell.rjust(width) if flush else cell.ljust(width)
+                for cell, width, flush in zip(row, widths, right, strict=True)
+            ).rstrip()
+            for row in table
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        head, *body = self._table()
+        rows = row(head, "th") + "".join(row(cells, "td") for cells in body)
+        return f"<table>{rows}</table><p>{'<br>'.join(map(html.escape, self._summary()))}</p>"
+
+
+def explain(
+    fn: Callable[..., Any], pair: tuple[Any, Any], *args: Any, **kwargs: Any
+) -> Explanation:
+    """What `lora(fn)(pair, *args, **kwargs)` does with every adapter, without running it.
+
+    Args:
+        fn: a function of the parameters first, as it is before `lora`.
+        pair: `(frozen, tunable)`; arrays may be `jax.ShapeDtypeStruct`.
+        *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
+        **kwargs: what `fn` is called with.
+
+    Returns:
+        An `Explanation`: for every trained parameter its rank, its number of trained values, and
+        whether its uses are covered by rules, need the weight in full, or do not exist; and what
+        a call costs beside the base model's, as XLA counts it before optimization.
+
+    Raises:
+        PairError: where `pair` is no pair.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import explain, init_lora
+        >>> params = {"w": jnp.ones((30, 20)), "typo": jnp.ones((30, 20))}
+        >>> pair = init_lora(params, {"w": 2, "typo": 2}, jax.random.key(0))
+        >>> report = explain(lambda params, x: x @ params["w"], pair, jnp.ones((5, 30)))
+        >>> {row.path: row.status for row in report.rows}
+        {'typo': 'never used', 'w': 'covered'}
+    """
+    call = bind_call(fn, (0,), (), (pair, *args), kwargs)
+    traced = trace(fn, call)
+    found: dict[str, list[Use]] = collections.defaultdict(list)
+    for use in uses(traced):
+        found[str(use.source)].append(use)
+    rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
+    bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
+    plain = [v.base if isinstance(v, FactoredArray) else v for v in traced.operands]
+    return Explanation(
+        tuple(rows),
+        count_params([leaf.tunable for leaf in call.leaves]),
+        count_params([base for base in bases if is_array(base)]),
+        _cost(jex.jaxpr_as_fun(traced.jaxpr), *plain),
+        _cost(_adapted(traced), traced.operands),
+    )
+
+
+def _adapted(traced: Traced) -> Callable[..., Any]:
+    return lambda operands: run(Interpreter(RULES), traced, operands)
+
+
+def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
+    adapter = leaf.tunable
+    base = leaf.frozen if isinstance(adapter, LoraWeight) else adapter
+    if not isinstance(adapter, LoraWeight):
+        return Row(leaf.path, base.shape, None, count_params(adapter), "full", ())
+    kinds = {use.kind for use in leaf_uses}
+    status = "covered"
+    if not kinds:
+        status = "never used"
+    elif kinds & {"materialized", "returned"}:
+        status = "materialized"
+    counts = collections.Counter(use.primitive for use in leaf_uses)
+    told = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
+    return Row(leaf.path, base.shape, adapter.rank, count_params(adapter), status, told)
+
+
+def _cost(function: Callable[..., Any], *operands: Any) -> Cost:
+    counted = jax.jit(function).lower(*operands).cost_analysis()
+    if not isinstance(counted, dict):
+        return Cost(None, None)
+    return Cost(counted.get("flops"), counted.get("bytes accessed"))

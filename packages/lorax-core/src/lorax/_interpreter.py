@@ -1,0 +1,165 @@
+"""Evaluates a jaxpr some of whose inputs are weights: read, apply a rule, write.
+
+It knows no primitive. What a rule needs of its equation stands in `Equation`; what became of
+each weight is kept in `Interpreter.uses`.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from . import _compat, _contract
+from ._terms import FactoredArray, Inexpressible, Term
+from ._uses import Use
+
+Value = jax.Array | FactoredArray
+
+
+class Interpreter:
+    """One evaluation: the rules it follows, and a record of what became of every weight."""
+
+    def __init__(self, rules: Mapping[jex.Primitive, Callable[..., Any]]):
+        self.rules = rules
+        self.uses: list[Use] = []
+        self.transformed: dict[Hashable, Any] = {}
+
+    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The outputs of an open or closed jaxpr."""
+        jaxpr, consts = _compat.open_jaxpr(jaxpr)
+        values: dict[jex.Var, Value] = {}
+        values |= zip(jaxpr.constvars, consts, strict=True)
+        values |= zip(jaxpr.invars, args, strict=True)
+        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if _is_var(v)}
+        kept = {v for v in jaxpr.outvars if _is_var(v)}
+
+        def read(atom: Any) -> Value:
+            return values[atom] if _is_var(atom) else atom.val
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            with _compat.equation_context(eqn):
+                outs = self._evaluate(eqn, [read(v) for v in eqn.invars])
+            values |= zip(eqn.outvars, outs, strict=True)
+            for v in {v for v in eqn.invars if _is_var(v)}:
+                # Outside jit these are real buffers: free each after its last use.
+                if last_use[v] == i and v not in kept:
+                    del values[v]
+        return [read(v) for v in jaxpr.outvars]
+
+    def returned(self, value: Value) -> jax.Array:
+        """A value as the function's caller gets it: a weight is built in full, and recorded."""
+        if not isinstance(value, FactoredArray):
+            return value
+        for term in value.terms:
+            self.uses += (
+                Use(s, "returned", "return", (), (), term.shape, "") for s in term.sources
+            )
+        return value.array()
+
+    def _evaluate(self, eqn: jex.JaxprEqn, operands: list[Value]) -> list[Value]:
+        if not any(isinstance(operand, FactoredArray) for operand in operands):
+            return _compat.bind(eqn, *operands)
+        equation = Equation(self, eqn)
+        rule = self.rules.get(eqn.primitive)
+        recorded = len(self.uses)
+        try:
+            out = NotImplemented if rule is None else rule(equation, *operands, **eqn.params)
+        except Inexpressible:
+            out = NotImplemented
+        if out is NotImplemented:
+            del self.uses[recorded:]
+            return _compat.bind(eqn, *map(equation.materialize, operands))
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, jex.Literal)
+
+
+class Equation:
+    """What a rule may ask of the equation that it handles."""
+
+    def __init__(self, interpreter: Interpreter, eqn: jex.JaxprEqn):
+        self.interpreter = interpreter
+        self.eqn = eqn
+
+    def __call__(self, *operands: jax.Array) -> Any:
+        """Evaluates the original equation on plain arrays."""
+        out = _compat.bind(self.eqn, *operands)
+        return out if self.eqn.primitive.multiple_results else out[0]
+
+    @functools.cached_property
+    def line(self) -> str:
+        """The user's source line."""
+        return _compat.source_line(self.eqn)
+
+    @property
+    def out_dtype(self) -> Any:
+        """The dtype of the first output."""
+        return self._out_aval.dtype
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of the first output."""
+        return self._out_aval.shape
+
+    @property
+    def _out_aval(self) -> Any:
+        return self.eqn.outvars[0].aval
+
+    def use(
+        self, term: Term, kind: str, inputs: Sequence[int] = (), outputs: Sequence[int] = ()
+    ) -> None:
+        """Records that this equation uses the weight behind `term`."""
+        for source in term.sources:
+            self.interpreter.uses.append(
+                Use(
+                    source,
+                    kind,
+                    self.eqn.primitive.name,
+                    tuple(sorted(set(inputs))),
+                    tuple(sorted(set(outputs))),
+                    term.shape,
+                    self.line,
+                )
+            )
+
+    def use_axes(self, term: Term, inputs: Iterable[int], outputs: Iterable[int]) -> None:
+        """Records a product over the axes `inputs` of a term that keeps its axes `outputs`."""
+
+        def parameter_axes(axes: Iterable[int]) -> list[int]:
+            labels = [label for d in axes for label in term.out[d]]
+            return [label.axis for label in labels if label.axis is not None]
+
+        self.use(term, "product", parameter_axes(inputs), parameter_axes(outputs))
+
+    def materialize(self, value: Value) -> jax.Array:
+        """The value as a plain array; a weight is built in full, and that is recorded."""
+        if not isinstance(value, FactoredArray):
+            return value
+        for term in value.terms:
+            self.use(term, "materialized")
+        return value.array()
+
+    def settle(
+        self, base: jax.Array, terms: Sequence[Term], *, looked_up: Sequence[Sequence[int]] = ()
+    ) -> Value:
+        """A weight, or an array where the terms no longer have anything to keep apart.
+
+        A row of an embedding table is such an array: adding its terms is what the model itself
+        does with the row. An 8-bit float is left alone until it is cast: adding to it would
+        round the terms away. `looked_up` names, for each term, the parameter's axes that an index
+        array has run over.
+        """
+        narrow = jnp.issubdtype(base.dtype, jnp.inexact) and base.dtype.itemsize < 2
+        if narrow or not all(term.is_flat for term in terms):
+            return FactoredArray(base, tuple(terms))
+        dtype = _contract.product_dtype(base.dtype, base.dtype)
+        for k, term in enumerate(terms):
+            outputs = [label.axis for label in term.shown if label.axis is not None]
+            self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
+            base = base + term.array(dtype, like=base).astype(base.dtype)
+        return base

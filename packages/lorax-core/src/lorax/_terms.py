@@ -1,0 +1,369 @@
+"""A weight as a base plus terms, and a term as an einsum of small factors with labelled axes.
+
+    W[d0, …, dn]  =  base[d0, …, dn]  +  Σ_k einsum(factor_1, factor_2, …  ->  d0 … dn)
+
+This file is the algebra alone: it knows labels and factors, no primitive. Every axis of a term
+carries zero or more labels, most significant first, so that a reshape only regroups labels:
+
+* one label: the ordinary axis, owned by every factor that carries the label;
+* several labels: axes that a reshape merged though different factors own them;
+* a label that no factor owns: the term is constant along that axis (it was broadcast).
+
+A label that some factor owns and no axis shows is summed over; the rank is such a label.
+
+What cannot be expressed raises `Inexpressible`, and the interpreter builds the weight instead.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _contract
+
+
+class Inexpressible(Exception):
+    """The result is no term: the factors would have to be multiplied first."""
+
+
+class Label(NamedTuple):
+    """An axis that factors share.
+
+    `axis` is the parameter's axis it runs over, where it is one; `is_index` says that it runs over
+    the entries of an index array, as the tokens of an embedding look-up.
+    """
+
+    id: int
+    size: int
+    axis: int | None = None
+    is_index: bool = False
+
+
+Labels = tuple[Label, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """`einsum(*factors)` with `labels[k]` on the axes of factor k and `out[d]` on weight axis d."""
+
+    factors: tuple[jax.Array, ...]
+    labels: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
+    out: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
+    sources: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True}, default=())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this is a term of."""
+        return tuple(math.prod(label.size for label in axis) for axis in self.out)
+
+    @property
+    def shown(self) -> Labels:
+        """The labels of all axes in order."""
+        return tuple(itertools.chain(*self.out))
+
+    def owners(self, label: Label) -> list[int]:
+        """The factors that vary along `label`."""
+        return [k for k, labels in enumerate(self.labels) if label in labels]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether one factor spans all that is left of the weight's own axes.
+
+        Then nothing is gained by keeping the factors apart.
+        """
+        owned = {label for label in self.shown if self.owners(label) and not label.is_index}
+        return any(owned <= set(labels) for labels in self.labels)
+
+    def fresh(self, size: int, axis: int | None = None, skip: int = 0) -> Label:
+        """A label that this term does not use yet."""
+        used = itertools.chain(self.shown, *self.labels)
+        return Label(max((label.id for label in used), default=-1) + 1 + skip, size, axis)
+
+    def array(
+        self, dtype, *, precision=None, preferred_element_type=None, meets=None, like=None
+    ) -> jax.Array:
+        """The term in full; the keywords are those of `contract`."""
+        owned = tuple(label for label in self.shown if self.owners(label))
+        full = _contract.contract(
+            tuple(zip(self.factors, self.labels, strict=True)),
+            owned,
+            dtype=dtype,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            meets=meets,
+            like=like if owned == self.shown and len(owned) == len(self.out) else None,
+        )
+        if owned != self.shown:
+            sizes = tuple(label.size for label in self.shown)
+            positions = tuple(i for i, label in enumerate(self.shown) if label in owned)
+            full = jax.lax.broadcast_in_dim(full, sizes, positions)
+        return full.reshape(self.shape) if full.shape != self.shape else full
+
+    # The axes of the weight: factors are not touched.
+
+    def permute(self, permutation: Sequence[int]) -> "Term":
+        """The term of the transposed weight."""
+        return dataclasses.replace(self, out=tuple(self.out[axis] for axis in permutation))
+
+    def drop(self, axes: Iterable[int]) -> "Term":
+        """The term of the weight summed over `axes`."""
+        dropped = set(axes)
+        kept = tuple(axis for d, axis in enumerate(self.out) if d not in dropped)
+        gone = itertools.chain(*(self.out[d] for d in dropped))
+        repeats = math.prod(label.size for label in gone if not self.owners(label))
+        term = dataclasses.replace(self, out=kept)
+        return term.scale(repeats) if repeats != 1 else term
+
+    def broadcast(self, shape: Sequence[int], positions: Sequence[int]) -> "Term":
+        """The term of the weight broadcast to `shape`, its axis d at `positions[d]`."""
+        sources = dict(zip(positions, range(len(self.out)), strict=True))
+        out, skip = [], 0
+        for d, size in enumerate(shape):
+            axis = self.out[sources[d]] if d in sources else ()
+            if math.prod(label.size for label in axis) != size:
+                axis, skip = (self.fresh(size, skip=skip),), skip + 1
+            out.append(axis)
+        return dataclasses.replace(self, out=tuple(out))
+
+    def reshape(self, shape: Sequence[int]) -> "Term":
+        """The term of the reshaped weight: labels are split and regrouped, none is moved."""
+        term, out = self, []
+        rest = [label for label in self.shown if label.size != 1]
+        for size in shape:
+            axis = []
+            while size != 1:
+                label = rest.pop(0)
+                if label.size > size and label.size % size == 0:
+                    term, (label, low) = term.split(label, size)
+                    rest.insert(0, low)
+                if size % label.size:
+                    raise Inexpressible
+                axis.append(label)
+                size //= label.size
+            out.append(tuple(axis))
+        return dataclasses.replace(term, out=tuple(out))
+
+    # The labels: every factor that owns one follows.
+
+    def rename(self, names: Mapping[Label, Sequence[Label]]) -> "Term":
+        """Replaces labels by as many labels as the factors now have axes for."""
+
+        def follow(labels: Labels) -> Labels:
+            return tuple(itertools.chain(*(names.get(label, (label,)) for label in labels)))
+
+        return dataclasses.replace(
+            self, labels=tuple(map(follow, self.labels)), out=tuple(map(follow, self.out))
+        )
+
+    def along(
+        self, label: Label, change: Callable[[jax.Array, int], jax.Array], size: int
+    ) -> "tuple[Term, Label]":
+        """Applies `change(factor, axis)` to every owner of `label`, which then has `size`."""
+        new = self.fresh(size, label.axis)
+        factors = tuple(
+            change(factor, labels.index(label)) if label in labels else factor
+            for factor, labels in zip(self.factors, self.labels, strict=True)
+        )
+        return dataclasses.replace(self, factors=factors).rename({label: (new,)}), new
+
+    def split(self, label: Label, size: int) -> "tuple[Term, tuple[Label, Label]]":
+        """Splits `label` into one of `size` and, within it, one of the rest."""
+        low_size = label.size // size
+        high, low = self.fresh(size, label.axis), self.fresh(low_size, label.axis, skip=1)
+
+        def change(factor: jax.Array, axis: int) -> jax.Array:
+            return factor.reshape(*factor.shape[:axis], size, low_size, *factor.shape[axis + 1 :])
+
+        term, new = self.along(label, change, label.size)
+        return term.rename({new: (high, low)}), (high, low)
+
+    def fuse(self, axis: int) -> "tuple[Term, Label]":
+        """Gives an axis exactly one label, where its labels have the same owners."""
+        labels = self.out[axis]
+        if len(labels) == 1:
+            return self, labels[0]
+        new = self.fresh(math.prod(label.size for label in labels))
+        owners = {tuple(self.owners(label)) for label in labels}
+        if len(owners) > 1:
+            raise Inexpressible
+        factors, factor_labels = list(self.factors), list(self.labels)
+        for k in set(itertools.chain(*owners)):
+            rest = tuple(label for label in self.labels[k] if label not in labels)
+            order = [self.labels[k].index(label) for label in (*labels, *rest)]
+            moved = jnp.transpose(self.factors[k], order)
+            factors[k] = moved.reshape(new.size, *moved.shape[len(labels) :])
+            factor_labels[k] = (new, *rest)
+        out = tuple((new,) if d == axis else labels for d, labels in enumerate(self.out))
+        return dataclasses.replace(
+            self, factors=tuple(factors), labels=tuple(factor_labels), out=out
+        ), new
+
+    def fuse_all(self, axes: Iterable[int]) -> "tuple[Term, list[Label]]":
+        """Gives each of `axes` exactly one label that some factor owns."""
+        term, axes = self, list(axes)
+        for axis in axes:
+            term, label = term.fuse(axis)
+            term = term.own(label)
+        return term, [term.out[axis][0] for axis in axes]
+
+    def leading(self, axis: int, numbers: Iterable[int]) -> "tuple[Term, Label, int]":
+        """The label that steps along `axis` in units, where `numbers` are all whole units.
+
+        An axis whose labels different factors own can still be cut or padded between two steps
+        of its first label.
+        """
+        try:
+            return *self.fuse(axis), 1
+        except Inexpressible:
+            label, *rest = self.out[axis]
+            unit = math.prod(label.size for label in rest)
+            if any(n % unit for n in numbers):
+                raise
+            return self, label, unit
+
+    # Factors.
+
+    def own(self, label: Label) -> "Term":
+        """Lets a factor of ones carry `label` where no factor does."""
+        if self.owners(label):
+            return self
+        return self.times(jnp.ones(label.size, self.factors[0].dtype), (label,))
+
+    def times(self, factor: jax.Array, labels: Labels) -> "Term":
+        """One more factor."""
+        return dataclasses.replace(
+            self, factors=(*self.factors, factor), labels=(*self.labels, labels)
+        )
+
+    def halves(
+        self, inputs: Sequence[Label], outputs: Sequence[Label]
+    ) -> "tuple[list[_contract.Operand], list[_contract.Operand], Labels]":
+        """The factors that own an input, the others, and the labels that join the two."""
+        first, second = [], []
+        for factor in zip(self.factors, self.labels, strict=True):
+            (second if set(inputs).isdisjoint(factor[1]) else first).append(factor)
+        first_labels = dict.fromkeys(itertools.chain(*(labels for _, labels in first)))
+        second_labels = set(itertools.chain(*(labels for _, labels in second)))
+        if not first_labels.keys().isdisjoint(outputs) or not second_labels.issuperset(outputs):
+            raise Inexpressible
+        bonds = tuple(label for label in first_labels if label in second_labels)
+        return first, second, bonds
+
+    def scale(self, scalar) -> "Term":
+        """The term times a number, carried by its smallest factor."""
+        k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
+        factor = self.factors[k]
+        if isinstance(scalar, jax.Array):
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.promote_types(factor.dtype, scalar.dtype)
+            factor, scalar = factor.astype(dtype), scalar.astype(dtype)
+        factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
+        return dataclasses.replace(self, factors=factors)
+
+
+def operand(array: jax.Array) -> Term:
+    """An ordinary array as a term of one factor."""
+    labels = tuple(Label(d, size) for d, size in enumerate(array.shape))
+    return Term((array,), (labels,), tuple((label,) for label in labels))
+
+
+def apart(left: Term, right: Term) -> Term:
+    """`right` with labels that `left` does not use."""
+    offset = left.fresh(0).id
+    used = {*right.shown, *itertools.chain(*right.labels)}
+    return right.rename({label: (label._replace(id=label.id + offset),) for label in used})
+
+
+def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Term, Term]:
+    """Makes pairs of axes (one of `left`, one of `right`) carry the same labels.
+
+    The labels of a pair are split until their sizes agree; then `right` takes those of `left`,
+    or `left` takes those of `right` where only they know their parameter's axis.
+    """
+    for l_axis, r_axis in axes:
+        i = 0
+        while i < len(left.out[l_axis]) or i < len(right.out[r_axis]):
+            if i >= len(left.out[l_axis]) or i >= len(right.out[r_axis]):
+                # Only axes of size one have no label: show one that nobody owns.
+                if i < len(left.out[l_axis]):
+                    right = _show(right, r_axis, left.out[l_axis][i].size, other=left)
+                else:
+                    left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
+                continue
+            mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
+            if mine.size > theirs.size and mine.size % theirs.size == 0:
+                left, right = _split_apart(left, mine, theirs.size, right)
+            elif theirs.size > mine.size and theirs.size % mine.size == 0:
+                right, left = _split_apart(right, theirs, mine.size, left)
+            elif mine.size != theirs.size:
+                raise Inexpressible
+            elif mine.axis is None:
+                left, i = left.rename({mine: (theirs,)}), i + 1
+            else:
+                right, i = right.rename({theirs: (mine,)}), i + 1
+    return left, right
+
+
+def _show(term: Term, axis: int, size: int, *, other: Term) -> Term:
+    assert size == 1, (term.out, other.out)
+    new = Label(max(term.fresh(0).id, other.fresh(0).id), size)
+    out = tuple((*labels, new) if d == axis else labels for d, labels in enumerate(term.out))
+    return dataclasses.replace(term, out=out)
+
+
+def _split_apart(term: Term, label: Label, size: int, other: Term) -> tuple[Term, Term]:
+    """Splits a label of `term` without touching the label names of `other`."""
+    term, (high, low) = term.split(label, size)
+    start = max(term.fresh(0).id, other.fresh(0).id)
+    names = {high: (high._replace(id=start),), low: (low._replace(id=start + 1),)}
+    return term.rename(names), other
+
+
+def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
+    """The einsum of two aligned terms, showing `out` and summing over every other label."""
+    term = Term(
+        (*left.factors, *right.factors),
+        (*left.labels, *right.labels),
+        out,
+        (*left.sources, *right.sources),
+    )
+    shown = set(term.shown)
+    lost = {label for label in (*left.shown, *right.shown) if label not in shown}
+    repeats = math.prod(label.size for label in lost if not term.owners(label))
+    return term.scale(repeats) if repeats != 1 else term
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredArray:
+    """`base + Σ terms`: what a weight is while the transformed function runs."""
+
+    base: jax.Array
+    terms: tuple[Term, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.base.shape
+
+    def replace_terms(self, terms: Iterable[Term]) -> "FactoredArray":
+        """The same base with other terms."""
+        return dataclasses.replace(self, terms=tuple(terms))
+
+    def replace_base(self, base: jax.Array) -> "FactoredArray":
+        """The same terms beside another base."""
+        return dataclasses.replace(self, base=base)
+
+    def array(self) -> jax.Array:
+        """The weight in full: summed in float32 or wider, then cast to the base's dtype."""
+        wide = _contract.wide_dtype(self.base.dtype)
+        total = self.base.astype(wide)
+        for term in self.terms:
+            # A merged weight is computed once and used often: spend the precision.
+            total = total + term.array(wide, precision=jax.lax.Precision.HIGHEST)
+        return total.astype(self.base.dtype)

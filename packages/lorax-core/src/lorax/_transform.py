@@ -1,0 +1,259 @@
+"""`lora(fn)`: trace the function, run its jaxpr on weights, give back what it returned."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from . import _uses, rules
+from ._errors import PairError
+from ._interpreter import Interpreter
+from ._pair import Leaf, combine, flatten_pair, is_array, split_pair
+from ._registry import RULES
+from ._terms import FactoredArray
+from ._weight import LoraWeight, factored
+
+Policy = Literal["warn", "error", "allow"]
+
+assert rules and RULES  # importing the families of rules fills the table
+
+
+def lora(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    argnames: str | Sequence[str] = (),
+    on_materialize: Policy = "warn",
+    on_unused: Policy = "warn",
+) -> Callable[..., Any]:
+    """Makes a function take `(frozen, tunable)` in place of its parameters.
+
+    Wherever `fn` computes with a weight `W` that has an adapter, the result is computed as
+
+        (W + scale · a @ b) x  =  W x  +  scale · a (b x)
+
+    without building `W + scale · a @ b`. `fn` knows nothing of it and is traced once per call, so
+    call the result under `jax.jit` as you would call `fn`; `jax.grad`, `jax.vmap` and the other
+    transformations work through it. Without an adapter, `fn` itself is called.
+
+    Args:
+        fn: any JAX function. Its other arguments may be anything; only JAX arrays among them are
+            traced.
+        argnums: the position of the parameters, or several positions, each of which takes a pair.
+        argnames: keyword-only parameters that take a pair.
+        on_materialize: what to do where no rule covers the use of a weight, so that it is built
+            in full: "warn", "error" (before anything runs) or "allow".
+        on_unused: what to do about an adapter that nothing reads: the same.
+
+    Returns:
+        A function with the signature of `fn`, except that pairs stand in place of parameters.
+
+    Raises:
+        PairError: when called with something else than a pair.
+        MaterializeError: when called, under `on_materialize="error"`.
+        UnusedAdapterError: when called, under `on_unused="error"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, lora
+        >>> model = lambda params, x: jnp.tanh(x @ params["w"])
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+        >>> frozen, tunable = init_lora(params, {"w": 1}, jax.random.key(0))
+        >>> lora(model)((frozen, tunable), x).shape
+        (4, 2)
+        >>> grads = jax.grad(lambda t: lora(model)((frozen, t), x).sum())(tunable)
+        >>> grads["w"].a.shape
+        (3, 1)
+    """
+    for name, policy in (("on_materialize", on_materialize), ("on_unused", on_unused)):
+        if policy not in ("warn", "error", "allow"):
+            raise ValueError(f"{name}={policy!r}: it is 'warn', 'error' or 'allow'.")
+    argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        call = bind_call(fn, argnums, argnames, args, kwargs)
+        if not any(isinstance(leaf.tunable, LoraWeight) for leaf in call.leaves):
+            args, kwargs = call.arguments(lambda leaf: leaf.tunable)
+            return fn(*args, **kwargs)
+        traced = trace(fn, call)
+        if "error" in (on_materialize, on_unused):
+            # A look ahead, without arithmetic: nothing may have run when it raises.
+            _uses.announce(call.paths, uses(traced), on_materialize, on_unused)
+        interpreter = Interpreter(RULES)
+        outs = run(interpreter, traced, traced.operands)
+        _uses.announce(call.paths, interpreter.uses, on_materialize, on_unused)
+        return traced.rebuild(outs)
+
+    return wrapped
+
+
+class Pair(NamedTuple):
+    """One pair among the arguments of a call."""
+
+    leaves: list[Leaf]
+    structure: Any
+
+
+class Call(NamedTuple):
+    """The arguments of one call, with the pairs among them taken apart."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    pairs: dict[int | str, Pair]
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The leaves of all pairs, in order."""
+        return [leaf for pair in self.pairs.values() for leaf in pair.leaves]
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all adapters."""
+        return [leaf.path for leaf in self.leaves if isinstance(leaf.tunable, LoraWeight)]
+
+    def arguments(self, adapted: Callable[[Leaf], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with parameters in place of pairs."""
+        trees = {
+            where: combine(pair.leaves, pair.structure, adapted)
+            for where, pair in self.pairs.items()
+        }
+        args = tuple(trees.get(k, arg) for k, arg in enumerate(self.args))
+        kwargs = {name: trees.get(name, arg) for name, arg in self.kwargs.items()}
+        return args, kwargs
+
+
+def bind_call(
+    fn: Callable[..., Any],
+    argnums: Sequence[int],
+    argnames: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call:
+    """Finds the pairs among the arguments of a call of `fn`."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    places: list[int | str] = []
+    for argnum in argnums:
+        place = argnum if argnum >= 0 else len(args) + argnum
+        places.append(place if 0 <= place < len(args) else _keyword(fn, name, argnum, kwargs))
+    places += argnames
+    pairs: dict[int | str, Pair] = {}
+    for place in places:
+        if isinstance(place, str) and place not in kwargs:
+            raise PairError(f"{name} was called without `{place}`, which takes a pair.")
+        what = f"argument {place!r} of {name}"
+        value = args[place] if isinstance(place, int) else kwargs[place]
+        leaves, structure = flatten_pair(*split_pair(value, what), what)
+        if len(places) > 1:
+            leaves = [leaf._replace(path=f"{place}/{leaf.path}") for leaf in leaves]
+        pairs[place] = Pair(leaves, structure)
+    return Call(args, kwargs, pairs)
+
+
+def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, Any]) -> str:
+    """The keyword under which a positional parameter was passed."""
+    try:
+        parameters = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    if 0 <= argnum < len(parameters) and parameters[argnum] in kwargs:
+        return parameters[argnum]
+    raise PairError(
+        f"{name} takes a pair (frozen, tunable) as argument {argnum}, and the call has no such "
+        "argument."
+    )
+
+
+class Traced(NamedTuple):
+    """A function as a jaxpr over its arrays, and the way back to what it returns."""
+
+    jaxpr: jex.ClosedJaxpr
+    operands: list[Any]
+    rebuild: Callable[[Sequence[jax.Array]], Any]
+
+
+def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | None = None) -> Traced:
+    """Traces `fn` at base weights; `operands` has a `FactoredArray` where there is an adapter.
+
+    Only arrays become inputs: all of them in pairs, JAX arrays elsewhere. Every other argument
+    reaches `fn` as the Python value it is.
+    """
+    if adapt is None:
+        adapt = lambda leaf: factored(leaf.frozen, leaf.tunable, leaf.path)  # noqa: E731
+    weights: list[Any] = []
+
+    def base(leaf: Leaf) -> Any:
+        # Whatever its kind, the function sees a weight as an array of its base's shape.
+        weights.append(adapt(leaf))
+        return _Adapted(len(weights) - 1)
+
+    arguments = call.arguments(base)
+    in_pairs = {id(leaf.frozen) for leaf in call.leaves} | {
+        id(leaf.tunable) for leaf in call.leaves
+    }
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, _Adapted))
+    dynamic = [
+        isinstance(leaf, _Adapted | jax.Array | jax.ShapeDtypeStruct)
+        or (id(leaf) in in_pairs and is_array(leaf))
+        for leaf in leaves
+    ]
+    operands = [
+        weights[leaf.index] if isinstance(leaf, _Adapted) else leaf
+        for leaf, moves in zip(leaves, dynamic, strict=True)
+        if moves
+    ]
+    returned: list[Any] = []
+
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        rest = iter(arrays)
+        filled = [
+            next(rest) if moves else leaf for leaf, moves in zip(leaves, dynamic, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        outs, out_structure = jax.tree.flatten(fn(*args, **kwargs))
+        kept = [None if isinstance(out, jax.Array) else out for out in outs]
+        returned[:] = [out_structure, kept, [isinstance(out, jax.Array) for out in outs]]
+        return [out for out in outs if isinstance(out, jax.Array)]
+
+    functools.update_wrapper(flat, fn, assigned=("__name__", "__qualname__"), updated=())
+    flat.__dict__.pop("__wrapped__", None)
+    jaxpr = jax.make_jaxpr(flat)(
+        *(value.base if isinstance(value, FactoredArray) else value for value in operands)
+    )
+
+    def rebuild(arrays: Sequence[jax.Array]) -> Any:
+        out_structure, kept, is_traced = returned
+        rest = iter(arrays)
+        outs = [next(rest) if dyn else out for out, dyn in zip(kept, is_traced, strict=True)]
+        return jax.tree.unflatten(out_structure, outs)
+
+    return Traced(jaxpr, operands, rebuild)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """Stands for a weight while the arguments are flattened."""
+
+    index: int
+
+
+def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> list[jax.Array]:
+    """Runs a traced function on weights; one that it returns is built in full."""
+    values = [v if isinstance(v, FactoredArray | jax.Array) else jnp.asarray(v) for v in operands]
+    values = [
+        v.replace_base(jnp.asarray(v.base)) if isinstance(v, FactoredArray) else v for v in values
+    ]
+    return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
+
+
+def uses(traced: Traced) -> list[_uses.Use]:
+    """What becomes of every weight, found without arithmetic."""
+    interpreter = Interpreter(RULES)
+    jax.eval_shape(lambda operands: run(interpreter, traced, operands), traced.operands)
+    return interpreter.uses

@@ -1,0 +1,75 @@
+"""What became of every weight, and how `lora` tells it.
+
+The interpreter records each use of each weight. From the same record come the warnings and errors
+of `lora`, the spec that `infer_spec` finds, and the table of `explain`.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Hashable, Sequence
+
+from ._errors import (
+    MaterializeError,
+    MaterializeWarning,
+    UnusedAdapterError,
+    UnusedAdapterWarning,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One equation's use of one weight.
+
+    `kind` is "product" (a dot or a convolution), "rows" (entries picked and added to the base's),
+    "materialized" or "returned"; `inputs` and `outputs` are the parameter's axes that the equation
+    sums over or looks up, and those it keeps.
+    """
+
+    source: Hashable
+    kind: str
+    primitive: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    line: str
+
+
+def announce(
+    paths: Sequence[str], uses: Sequence[Use], on_materialize: str, on_unused: str
+) -> None:
+    """Warns or raises about weights that were built in full and adapters that nothing read."""
+    built = [use for use in dict.fromkeys(uses) if use.kind in ("materialized", "returned")]
+    if built and on_materialize == "error":
+        raise MaterializeError("\n".join(map(_built, built)))
+    if on_materialize == "warn":
+        for use in built:
+            warnings.warn(_built(use), MaterializeWarning, stacklevel=3)
+    used = {use.source for use in uses}
+    unused = [path for path in paths if path not in used]
+    if unused and on_unused == "error":
+        raise UnusedAdapterError("\n".join(map(_unused, unused)))
+    if on_unused == "warn":
+        for path in unused:
+            warnings.warn(_unused(path), UnusedAdapterWarning, stacklevel=3)
+
+
+def _built(use: Use) -> str:
+    if use.kind == "returned":
+        return (
+            f"`{use.source}` is returned by the function, so the adapted weight of shape "
+            f"{use.shape} is built in full. Return what depends on it instead, or pass "
+            "on_materialize='allow'."
+        )
+    return (
+        f"`{use.source}` is used by `{use.primitive}` as an array of shape {use.shape} at "
+        f"{use.line or 'an unknown line'}, which has no rule for low-rank factors, so the adapted "
+        "weight is built in full there. Give it LORA_FREEZE or LORA_FULL, merge it with "
+        "merge_params, or accept the cost with on_materialize='allow'."
+    )
+
+
+def _unused(path: str) -> str:
+    return (
+        f"The adapter of `{path}` is read by no equation of the function, so it trains nothing. "
+        "Give the parameter LORA_FREEZE, or pass on_unused='allow'."
+    )

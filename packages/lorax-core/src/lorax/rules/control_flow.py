@@ -1,0 +1,432 @@
+"""Primitives with a body: the body is run again on weights, inside the same primitive.
+
+A weight is a pytree of arrays, so it passes through `jit`, `scan` and the others as operands like
+any other. The parameters of these primitives are never edited: the transformed body goes back
+through the public function, with every option the equation had.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any, cast
+
+import jax
+import jax.extend.core as jex
+
+from .. import _compat
+from .._registry import defrule
+from .._sharding import factor_spec
+from .._terms import FactoredArray, Inexpressible, Label
+from .._uses import Use
+
+
+def _body(eqn, jaxpr):
+    """The body of an equation as a function of arrays and weights."""
+    return lambda *args: eqn.interpreter.run(jaxpr, args)
+
+
+def _plain(eqn, values):
+    """Builds weights in full where the primitive must return arrays."""
+    return [eqn.materialize(value) for value in values]
+
+
+@defrule("closed_call")
+def _closed_call(eqn, *args, call_jaxpr):
+    return eqn.interpreter.run(call_jaxpr, args)
+
+
+# jit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A transformed jit body, and what one run of it does to the weights it is given."""
+
+    function: Any
+    uses: list[Use]
+
+
+@defrule("jit")
+def _jit(
+    eqn,
+    *args,
+    jaxpr,
+    in_shardings,
+    out_shardings,
+    in_layouts,
+    out_layouts,
+    donated_invars,
+    ctx_mesh,
+    name,
+    keep_unused,
+    inline,
+    compiler_options_kvs,
+):
+    """Transformed once for all calls with the same body and the same kinds of weights.
+
+    Inside the body a weight is known by the position of its term among the operands, so that
+    twelve layers that call one function share one transformed function.
+    """
+    if any(layout is not None for layout in (*in_layouts, *out_layouts)):
+        return NotImplemented
+    sources = [term.sources for arg in args if _is_weight(arg) for term in arg.terms]
+    args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
+    leaves, structure = jax.tree.flatten(args)
+    pinned = [s if isinstance(s, jax.sharding.Sharding) else None for s in out_shardings]
+    key: Hashable = (
+        id(jaxpr), structure, tuple(in_shardings), tuple(out_shardings), donated_invars, name
+    )  # fmt: skip
+    call = eqn.interpreter.transformed.get(key)
+    if call is None:
+        call = _transform_call(eqn, jaxpr, structure, pinned, name)
+        options: dict[str, Any] = {"keep_unused": keep_unused, "inline": inline}
+        if compiler_options_kvs:
+            options["compiler_options"] = dict(compiler_options_kvs)
+        owner = [k for k, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+        first = {k: i for i, k in reversed(list(enumerate(owner)))}
+        if any(donated_invars):
+            options["donate_argnums"] = [first[k] for k, gone in enumerate(donated_invars) if gone]
+        if any(isinstance(s, jax.sharding.Sharding) for s in in_shardings):
+            options["in_shardings"] = tuple(
+                in_shardings[k]
+                if first[k] == i and isinstance(in_shardings[k], jax.sharding.Sharding)
+                else None
+                for i, k in enumerate(owner)
+            )
+        if any(s is not None for s in pinned):
+            options["out_shardings"] = pinned
+        call = dataclasses.replace(call, function=jax.jit(call.function, **options))
+        eqn.interpreter.transformed[key] = call
+    outs = call.function(*leaves)
+    for use in call.uses:
+        for source in sources[cast(int, use.source)]:
+            eqn.interpreter.uses.append(dataclasses.replace(use, source=source))
+    terms = [term.sources for out in outs if _is_weight(out) for term in out.terms]
+    return _with_sources(
+        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
+    )
+
+
+def _transform_call(eqn, jaxpr, structure, pinned, name) -> _Call:
+    uses: list[Use] = []
+
+    def function(*leaves):
+        outer, eqn.interpreter.uses = eqn.interpreter.uses, []
+        try:
+            outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
+            # A sharding asked for by name is one of an array.
+            outs = [
+                out if sharding is None else eqn.materialize(out)
+                for out, sharding in zip(outs, pinned, strict=True)
+            ]
+            uses[:] = eqn.interpreter.uses
+            return outs
+        finally:
+            eqn.interpreter.uses = outer
+
+    function.__name__ = function.__qualname__ = name
+    return _Call(function, uses)
+
+
+def _is_weight(value) -> bool:
+    return isinstance(value, FactoredArray)
+
+
+def _with_sources(values, sources) -> list[Any]:
+    """The same weights, their terms renamed in order."""
+    return [
+        FactoredArray(
+            value.base,
+            tuple(dataclasses.replace(term, sources=next(sources)) for term in value.terms),
+        )
+        if _is_weight(value)
+        else value
+        for value in values
+    ]
+
+
+# remat
+
+
+@defrule("remat")
+def _remat(eqn, *args, jaxpr, prevent_cse, differentiated, policy):
+    structure = jax.tree.structure(args)
+    result = []
+
+    def body(*leaves):
+        outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
+        flat, out_structure = jax.tree.flatten(outs)
+        result[:] = [out_structure]
+        return flat
+
+    function = jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
+    leaves = jax.tree.leaves(args)
+    if differentiated:
+        # The recomputation inside a gradient that the model itself takes.
+        outs = _compat.rebind(function, "remat", {"differentiated": True}, *leaves)
+    else:
+        outs = function(*leaves)
+    return jax.tree.unflatten(result[0], outs)
+
+
+# Loops
+
+
+def _untouched(jaxpr, first: int) -> list[bool]:
+    """Which carried values a loop's body returns as it got them; `first` is the first's input."""
+    sources = _forwarded(jaxpr)
+    jaxpr, _ = _compat.open_jaxpr(jaxpr)
+    count = min(len(jaxpr.invars) - first, len(jaxpr.outvars))
+    return [sources[k] == first + k for k in range(count)]
+
+
+def _forwarded(jaxpr) -> list[int | None]:
+    """For each output, the position of the input that it is, looking through nested bodies."""
+    jaxpr, _ = _compat.open_jaxpr(jaxpr)
+    origin: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("jit", "remat2", "closed_call"):
+            inner = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+        elif name in ("scan", "while"):
+            first, body = _loop_body(eqn)
+            kept = _untouched(body, first)
+            start = len(eqn.invars) - len(kept) if name == "while" else first
+            inner = [start + k if same else None for k, same in enumerate(kept)]
+            inner += [None] * (len(eqn.outvars) - len(inner))
+        else:
+            continue
+        for v, k in zip(eqn.outvars, inner, strict=True):
+            source = None if k is None else eqn.invars[k]
+            if not isinstance(source, jex.Literal) and source in origin:
+                origin[v] = origin[source]
+    return [None if isinstance(v, jex.Literal) else origin.get(v) for v in jaxpr.outvars]
+
+
+def _loop_body(eqn) -> tuple[int, Any]:
+    """Where the carried values begin among the inputs of a loop's body, and the body."""
+    if eqn.primitive.name == "scan":
+        return _compat.scan_split(eqn.params)[0], eqn.params["jaxpr"]
+    return eqn.params["body_nconsts"], eqn.params["body_jaxpr"]
+
+
+def _carry(eqn, init, untouched):
+    """Carried weights that the loop returns untouched are constants of it; others are built."""
+    fixed = {
+        k: value
+        for k, (value, same) in enumerate(zip(init, untouched, strict=True))
+        if _is_weight(value) and same
+    }
+    moving = [eqn.materialize(value) for k, value in enumerate(init) if k not in fixed]
+
+    def whole(values):
+        values = iter(values)
+        return [fixed[k] if k in fixed else next(values) for k in range(len(init))]
+
+    def moved(values):
+        return _plain(eqn, [value for k, value in enumerate(values) if k not in fixed])
+
+    return moving, whole, moved
+
+
+@defrule("while")
+def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
+    cond_consts, args = args[:cond_nconsts], args[cond_nconsts:]
+    body_consts, init = args[:body_nconsts], args[body_nconsts:]
+    moving, whole, moved = _carry(eqn, init, _untouched(body_jaxpr, body_nconsts))
+    cond, body = _body(eqn, cond_jaxpr), _body(eqn, body_jaxpr)
+    final = jax.lax.while_loop(
+        lambda carry: cond(*cond_consts, *whole(carry))[0],
+        lambda carry: moved(body(*body_consts, *whole(carry))),
+        moving,
+    )
+    return whole(final)
+
+
+@defrule("scan")
+def _scan(eqn, *args, jaxpr, reverse, length, unroll, _split_transpose=False, **counts):
+    unknown = counts.keys() - {"num_consts", "num_carry", "linear", "ft_in", "ft_out"}
+    if unknown:
+        raise TypeError(
+            f"lorax does not know parameter {sorted(unknown)} of scan in JAX {jax.__version__}: "
+            "please report this."
+        )
+    n_consts, n_carry = _compat.scan_split(counts)
+    consts, init, xs = (
+        args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+    )  # fmt: skip
+    moving, whole, moved = _carry(eqn, init, _untouched(jaxpr, n_consts)[:n_carry])
+    split = [_unstack(eqn, x) for x in xs]
+    run = _body(eqn, jaxpr)
+
+    def body(carry, slices):
+        whole_slices = [rebuild(leaves) for (_, rebuild), leaves in zip(split, slices, strict=True)]
+        outs = run(*consts, *whole(carry), *whole_slices)
+        return moved(outs[:n_carry]), outs[n_carry:]
+
+    final, stacked = jax.lax.scan(
+        body,
+        moving,
+        [leaves for leaves, _ in split],
+        length=length,
+        reverse=reverse,
+        unroll=unroll,
+        _split_transpose=_split_transpose,
+    )
+    return [*whole(final), *map(_restack, stacked)]
+
+
+def _unstack(eqn, weight):
+    """The arrays of a weight that a scan slices, and how a slice is put together again.
+
+    Factors that do not own the stacked axis are not sliced: they serve every step.
+    """
+    try:
+        owned = [term.fuse(0) for term in weight.terms] if _is_weight(weight) else None
+    except Inexpressible:
+        owned = None
+    if owned is None:
+        return [eqn.materialize(weight)], lambda leaves: leaves[0]
+    leaves = [weight.base]
+    for term, label in owned:
+        for k in term.owners(label):
+            leaves.append(jax.numpy.moveaxis(term.factors[k], term.labels[k].index(label), 0))
+
+    def rebuild(slices):
+        base, *rest = slices
+        rest = iter(rest)
+        terms = []
+        for term, label in owned:
+            factors = tuple(
+                next(rest) if label in labels else factor
+                for factor, labels in zip(term.factors, term.labels, strict=True)
+            )
+            labels = tuple(tuple(name for name in names if name != label) for names in term.labels)
+            terms.append(
+                dataclasses.replace(term, factors=factors, labels=labels, out=term.out[1:])
+            )
+        return FactoredArray(base, tuple(terms))
+
+    return leaves, rebuild
+
+
+def _restack(value):
+    """A weight that a scan stacked: every array of it has a new leading axis."""
+    if not _is_weight(value):
+        return value
+    terms = []
+    for term in value.terms:
+        new: Label = term.fresh(value.base.shape[0])
+        labels = tuple((new, *labels) for labels in term.labels)
+        terms.append(dataclasses.replace(term, labels=labels, out=((new,), *term.out)))
+    return FactoredArray(value.base, tuple(terms))
+
+
+# cond
+
+
+@defrule("cond")
+def _cond(eqn, index, *args, branches, branches_platforms=None):
+    if _is_weight(index):
+        return NotImplemented
+    traced = [_traced(eqn, branch, args) for branch in branches]
+    outs = list(zip(*(kinds for _, kinds in traced), strict=True))
+    # A weight comes out as one where every branch returns the same kind of it.
+    alike = [len(set(kinds)) == 1 for kinds in outs]
+    if not all(alike):
+        traced = [_traced(eqn, branch, args, alike) for branch in branches]
+    leaves = jax.tree.leaves(args)
+    functions = [function for function, _ in traced]
+    if branches_platforms is None:
+        flat = jax.lax.switch(index, functions, *leaves)
+    else:
+        keywords: dict[str, Any] = {}
+        for platforms, function in zip(branches_platforms, functions, strict=True):
+            for platform in platforms or ("default",):
+                keywords[platform] = function
+        flat = jax.lax.platform_dependent(*leaves, **keywords)
+    flat = iter(flat)
+    return [
+        jax.tree.unflatten(kind[0], [next(flat) for _ in range(kind[0].num_leaves)])
+        for kind in traced[0][1]
+    ]
+
+
+def _traced(eqn, branch, args, alike=None):
+    """A branch as a function of flat arrays, and the kind of each of its outputs."""
+    structure = jax.tree.structure(args)
+    kinds = []
+
+    def body(*leaves):
+        outs = eqn.interpreter.run(branch, jax.tree.unflatten(structure, leaves))
+        if alike is not None:
+            outs = [
+                out if same else eqn.materialize(out) for out, same in zip(outs, alike, strict=True)
+            ]
+        kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
+        return jax.tree.leaves(outs)
+
+    closed = jax.make_jaxpr(body)(*jax.tree.leaves(args))
+    return jex.jaxpr_as_fun(closed), kinds
+
+
+def _shapes(out) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out))
+
+
+# shard_map
+
+
+@defrule("shard_map")
+def _shard_map(
+    eqn, *args, mesh, in_specs, out_specs, jaxpr, check_vma, manual_axes=(), newly_manual_axes=()
+):
+    """Each factor is split over the devices as the weight's axes that it owns are."""
+    leaves, specs = [], []
+    for arg, spec in zip(args, in_specs, strict=True):
+        if not _is_weight(arg):
+            leaves.append(arg)
+            specs.append(spec)
+            continue
+        split = [d for d, entry in enumerate(spec) if entry is not None]
+        terms = [term.fuse_all(split) for term in arg.terms]
+        leaves.append(FactoredArray(arg.base, tuple(term for term, _ in terms)))
+        specs.append(
+            FactoredArray(
+                spec,
+                tuple(
+                    dataclasses.replace(
+                        term,
+                        factors=tuple(factor_spec(spec, term.out, names) for names in term.labels),
+                    )
+                    for term, _ in terms
+                ),
+            )
+        )
+
+    def body(*shards):
+        local = [_local(shard) if _is_weight(shard) else shard for shard in shards]
+        return tuple(_plain(eqn, eqn.interpreter.run(jaxpr, local)))
+
+    function = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=tuple(out_specs),
+        axis_names={*manual_axes, *newly_manual_axes},  # renamed in JAX 0.10
+        check_vma=check_vma,
+    )
+    return function(*leaves)
+
+
+def _local(weight: FactoredArray) -> FactoredArray:
+    """A shard of a weight, whose labels have the sizes of the shard."""
+    terms = []
+    for term in weight.terms:
+        sizes = {
+            label: size
+            for factor, labels in zip(term.factors, term.labels, strict=True)
+            for label, size in zip(labels, factor.shape, strict=True)
+        }
+        names = {label: (label._replace(size=size),) for label, size in sizes.items()}
+        terms.append(term.rename(names))
+    return FactoredArray(weight.base, tuple(terms))

@@ -1,0 +1,138 @@
+"""Picking entries of a weight: `gather` (embedding look-ups, row selects) and `dynamic_slice`.
+
+Every factor that owns an indexed axis is indexed by that axis's part of the indices; the others
+finish the product. Out-of-range indices keep their meaning because it is a matter of each axis
+alone: clipping an axis clips its owners alike, and where the model fills, each owner fills with
+zero, so the term vanishes and the base's fill value stands.
+"""
+
+import dataclasses
+
+import jax
+
+from .._registry import defrule
+from .._terms import FactoredArray, Label, Term
+from .structural import cut
+
+
+@defrule("dynamic_slice")
+def _dynamic_slice(eqn, weight, *starts, slice_sizes):
+    if not isinstance(weight, FactoredArray) or any(
+        isinstance(start, FactoredArray) for start in starts
+    ):
+        return NotImplemented
+    terms = []
+    for term in weight.terms:
+        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+            if size == term.shape[axis]:
+                continue
+            term, label = term.fuse(axis)
+
+            def change(factor, k, start=start, size=size):
+                return jax.lax.dynamic_slice_in_dim(factor, start, size, k)
+
+            term, _ = term.along(label, change, size)
+        terms.append(term)
+    return eqn.settle(eqn(weight.base, *starts), terms)
+
+
+@defrule("gather")
+def _gather(
+    eqn,
+    weight,
+    indices,
+    *,
+    dimension_numbers,
+    slice_sizes,
+    unique_indices,
+    indices_are_sorted,
+    mode,
+    fill_value,
+):
+    if not isinstance(weight, FactoredArray) or isinstance(indices, FactoredArray):
+        return NotImplemented
+    terms = [
+        _gather_term(term, indices, dimension_numbers, slice_sizes, mode) for term in weight.terms
+    ]
+    # One index alone picks a layer or an expert; an array of them looks rows up.
+    looked_up = () if indices.ndim == 1 else dimension_numbers.start_index_map
+    axes = [_parameter_axes(term, looked_up) for term in weight.terms]
+    return eqn.settle(eqn(weight.base, indices), terms, looked_up=axes)
+
+
+def _parameter_axes(term: Term, axes) -> list[int]:
+    return [label.axis for d in axes for label in term.out[d] if label.axis is not None]
+
+
+def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
+    paired = dict(
+        zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    )
+    indexed = dict(zip(numbers.start_index_map, range(indices.shape[-1]), strict=True))
+    for axis, size in enumerate(slice_sizes):
+        if axis not in paired and axis not in indexed:
+            term = cut(term, axis, 0, size)
+    term, _ = term.fuse_all((*paired, *indexed))
+    label_of = {axis: term.out[axis][0] for axis in (*paired, *indexed)}
+    batch: list[Label] = []
+    for d, size in enumerate(indices.shape[:-1]):
+        axis = next((axis for axis, position in paired.items() if position == d), None)
+        new = term.fresh(size, skip=d)._replace(is_index=True)
+        batch.append(new if axis is None else label_of[axis])
+    windows = {
+        axis: term.fresh(slice_sizes[axis], label_of[axis].axis, skip=len(batch) + k)
+        for k, axis in enumerate(indexed)
+    }
+    picked = [
+        _gather_factor(
+            factor, labels, indices, batch, paired, indexed, label_of, windows, slice_sizes,
+            numbers.collapsed_slice_dims, mode,
+        )
+        for factor, labels in zip(term.factors, term.labels, strict=True)
+    ]  # fmt: skip
+    shown = [
+        (windows[axis],) if axis in indexed else labels
+        for axis, labels in enumerate(term.out)
+        if axis not in numbers.collapsed_slice_dims and axis not in paired
+    ]
+    out, rest = [], [(label,) for label in batch]
+    for d in range(len(shown) + len(rest)):
+        out.append(shown.pop(0) if d in numbers.offset_dims else rest.pop(0))
+    return dataclasses.replace(
+        term,
+        factors=tuple(factor for factor, _ in picked),
+        labels=tuple(labels for _, labels in picked),
+        out=tuple(out),
+    )
+
+
+def _gather_factor(
+    factor, labels, indices, batch, paired, indexed, label_of, windows, slice_sizes, collapsed, mode
+):
+    """One factor by the part of the indices that runs over the axes it owns."""
+    mine = {axis: labels.index(label_of[axis]) for axis in indexed if label_of[axis] in labels}
+    if not mine:
+        return factor, labels
+    batching = {axis: labels.index(label_of[axis]) for axis in paired if label_of[axis] in labels}
+    sizes = list(factor.shape)
+    for axis, k in mine.items():
+        sizes[k] = slice_sizes[axis]
+    for k in batching.values():
+        sizes[k] = 1
+    gone = tuple(k for axis, k in mine.items() if axis in collapsed)
+    kept = [k for k in range(factor.ndim) if k not in gone and k not in batching.values()]
+    names = {k: windows[axis] for axis, k in mine.items()}
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(batch), len(batch) + len(kept))),
+        collapsed_slice_dims=tuple(sorted(gone)),
+        start_index_map=tuple(mine.values()),
+        operand_batching_dims=tuple(sorted(batching.values())),
+        start_indices_batching_dims=tuple(
+            paired[axis] for axis, _ in sorted(batching.items(), key=lambda item: item[1])
+        ),
+    )
+    columns = [indexed[axis] for axis in mine]
+    part = indices if columns == list(range(indices.shape[-1])) else indices[..., columns]
+    with jax.named_scope("lora"):
+        rows = jax.lax.gather(factor, part, numbers, sizes, mode=mode, fill_value=0)
+    return rows, (*batch, *(names.get(k, labels[k]) for k in kept))

@@ -1,0 +1,240 @@
+"""Primitives that move, merge, repeat or cut the axes of a weight, or change how it is stored.
+
+The factors of a term are not touched, or only cut along the axis they own.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from .._registry import defdirect, defrule, defstructural
+from .._sharding import factor_sharding
+from .._terms import FactoredArray, Label, Term
+
+# How a weight is stored.
+
+for _name in ("copy", "reduce_precision", "name", "layout_constraint"):
+    defdirect(_name)
+
+
+@defrule("convert_element_type")
+def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
+    """Casts between floating types are followed; one that is not linear builds the weight."""
+    old = weight.base.dtype
+    loses_imaginary = jnp.issubdtype(old, jnp.complexfloating) and not jnp.issubdtype(
+        new_dtype, jnp.complexfloating
+    )
+    if not jnp.issubdtype(new_dtype, jnp.inexact) or loses_imaginary:
+        return NotImplemented
+    return eqn.settle(eqn(weight.base), weight.terms)
+
+
+@defrule("stop_gradient")
+def _stop_gradient(eqn, weight):
+    terms = tuple(
+        dataclasses.replace(term, factors=tuple(map(jax.lax.stop_gradient, term.factors)))
+        for term in weight.terms
+    )
+    return FactoredArray(eqn(weight.base), terms)
+
+
+@defrule("optimization_barrier")
+def _optimization_barrier(eqn, *operands):
+    """One barrier around the bases and the factors together."""
+    return jax.lax.optimization_barrier(list(operands))
+
+
+def _placed(eqn, weight, sharding, place):
+    """The factors go where the base goes, axis by axis."""
+    terms = []
+    for term in weight.terms:
+        factors = tuple(
+            place(factor, factor_sharding(sharding, term.out, labels))
+            for factor, labels in zip(term.factors, term.labels, strict=True)
+        )
+        terms.append(dataclasses.replace(term, factors=factors))
+    return FactoredArray(eqn(weight.base), tuple(terms))
+
+
+@defrule("sharding_constraint")
+def _sharding_constraint(eqn, weight, *, sharding, layout, context_mesh, unconstrained_dims):
+    return _placed(eqn, weight, sharding, jax.lax.with_sharding_constraint)
+
+
+@defrule("reshard")
+def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
+    return _placed(eqn, weight, dst_sharding, jax.sharding.reshard)
+
+
+@defrule("device_put")
+def _device_put(eqn, *weights, devices, srcs, copy_semantics):
+    placed = []
+    outs = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in weights))
+    for weight, base, device in zip(weights, outs, devices, strict=True):
+        if not isinstance(weight, FactoredArray):
+            placed.append(base)
+            continue
+        move = lambda factor, sharding: jax.device_put(factor, sharding)  # noqa: E731
+        placed.append(_placed(lambda _, base=base: base, weight, device, move))
+    return placed
+
+
+# Axes that move.
+
+defstructural("transpose", lambda term, *, permutation: term.permute(permutation))
+defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
+
+
+@defrule("reshape")
+def _reshape(eqn, weight, *, new_sizes, dimensions, sharding):
+    if dimensions is not None:
+        return NotImplemented
+    terms = [term.reshape(new_sizes) for term in weight.terms]
+    return eqn.settle(eqn(weight.base), terms)
+
+
+@defrule("broadcast_in_dim")
+def _broadcast_in_dim(eqn, weight, *shape_parts, shape, broadcast_dimensions, sharding):
+    if shape_parts:
+        return NotImplemented
+    terms = [term.broadcast(shape, broadcast_dimensions) for term in weight.terms]
+    return eqn.settle(eqn(weight.base), terms)
+
+
+def _flip(term: Term, *, dimensions) -> Term:
+    for axis in dimensions:
+        for label in term.out[axis]:
+            flipped, new = term.along(label, lambda f, k: jnp.flip(f, k), label.size)
+            term = flipped.rename({new: (label,)})
+    return term
+
+
+defstructural("rev", _flip)
+
+
+@defrule("tile")
+def _tile(eqn, weight, *, reps):
+    """Repeating an axis puts a label that nobody owns in front of it."""
+    terms = []
+    for term in weight.terms:
+        repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
+        out = tuple(
+            (repeat, *axis) if repeat.size != 1 else axis
+            for repeat, axis in zip(repeats, term.out, strict=True)
+        )
+        terms.append(dataclasses.replace(term, out=out))
+    return eqn.settle(eqn(weight.base), terms)
+
+
+# Axes that are cut or padded.
+
+
+def cut(term: Term, axis: int, start: int, limit: int, stride: int = 1) -> Term:
+    """The term of `weight[start:limit:stride]` along one axis."""
+    size = term.shape[axis]
+    if (start, limit, stride) == (0, size, 1):
+        return term
+    if stride == 1:
+        term, label, unit = term.leading(axis, (start, limit))
+    else:
+        (term, label), unit = term.fuse(axis), 1
+    start, limit = start // unit, limit // unit
+    return term.along(
+        label,
+        lambda factor, k: jax.lax.slice_in_dim(factor, start, limit, stride, k),
+        -(-(limit - start) // stride),
+    )[0]
+
+
+def _slice(term: Term, *, start_indices, limit_indices, strides) -> Term:
+    strides = strides or (1,) * len(start_indices)
+    for axis, window in enumerate(zip(start_indices, limit_indices, strides, strict=True)):
+        term = cut(term, axis, *window)
+    return term
+
+
+defstructural("slice", _slice)
+
+
+@defrule("split")
+def _split(eqn, weight, *, sizes, axis):
+    bounds = list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
+    pieces = [[cut(term, axis, *bound) for term in weight.terms] for bound in bounds]
+    bases = eqn(weight.base)
+    return [eqn.settle(base, terms) for base, terms in zip(bases, pieces, strict=True)]
+
+
+@defrule("unstack")
+def _unstack(eqn, weight, *, axis):
+    size = weight.shape[axis]
+    pieces = [[cut(term, axis, i, i + 1) for term in weight.terms] for i in range(size)]
+    bases = eqn(weight.base)
+    return [
+        eqn.settle(base, [term.drop((axis,)) for term in terms])
+        for base, terms in zip(bases, pieces, strict=True)
+    ]
+
+
+def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> Term:
+    """The term of the weight padded along one axis, with zeros in the term."""
+    if (low, high, interior) == (0, 0, 0):
+        return term
+    if interior == 0:
+        term, label, unit = term.leading(axis, (low, high))
+    else:
+        (term, label), unit = term.fuse(axis), 1
+    term = term.own(label)
+    low, high = low // unit, high // unit
+
+    def change(factor: jax.Array, k: int) -> jax.Array:
+        config = [(low, high, interior) if d == k else (0, 0, 0) for d in range(factor.ndim)]
+        return jax.lax.pad(factor, jnp.zeros((), factor.dtype), config)
+
+    size = label.size + low + high + interior * max(label.size - 1, 0)
+    return term.along(label, change, size)[0]
+
+
+@defrule("pad")
+def _pad(eqn, weight, value, *, padding_config):
+    if not isinstance(weight, FactoredArray) or isinstance(value, FactoredArray):
+        return NotImplemented
+    terms = []
+    for term in weight.terms:
+        for axis, config in enumerate(padding_config):
+            term = pad_axis(term, axis, *config)
+        terms.append(term)
+    return eqn.settle(eqn(weight.base, value), terms)
+
+
+@defrule("concatenate")
+def _concatenate(eqn, *operands, dimension):
+    """Each term is padded to the whole length, in the factor that owns the axis."""
+    sizes = [operand.shape[dimension] for operand in operands]
+    bases, terms = [], []
+    for k, operand in enumerate(operands):
+        if not isinstance(operand, FactoredArray):
+            bases.append(operand)
+            continue
+        bases.append(operand.base)
+        low, high = sum(sizes[:k]), sum(sizes[k + 1 :])
+        terms += [pad_axis(term, dimension, low, high) for term in operand.terms]
+    return eqn.settle(eqn(*bases), terms)
+
+
+@defrule("stack")
+def _stack(eqn, *operands, axis):
+    """Each term gets the new axis as a label of size one, padded to the number of operands."""
+    bases, terms = [], []
+    for k, operand in enumerate(operands):
+        if not isinstance(operand, FactoredArray):
+            bases.append(operand)
+            continue
+        bases.append(operand.base)
+        for term in operand.terms:
+            new: tuple[Label, ...] = (term.fresh(1),)
+            out = (*term.out[:axis], new, *term.out[axis:])
+            stacked = dataclasses.replace(term, out=out)
+            terms.append(pad_axis(stacked, axis, k, len(operands) - 1 - k))
+    return eqn.settle(eqn(*bases), terms)

@@ -1,0 +1,308 @@
+"""The oracle: proof that an adapter does what the merged model does, without building it.
+
+    from lorax import testing
+    testing.check(model, params, spec, x)
+
+It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from ._init import init_lora
+from ._merge import merge_params
+from ._pair import is_array
+from ._transform import lora
+from ._weight import LoraWeight
+
+__all__ = ["check", "random_factors", "weight_sized"]
+
+
+def check(
+    fn: Callable[..., Any],
+    params: Any,
+    spec: Any,
+    *args: Any,
+    tolerance: float | None = None,
+    transforms: bool = True,
+    materializes: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
+) -> None:
+    """Proves `lora(fn)` on random, non-zero factors.
+
+    1. Its value, and the gradient of every trained parameter, equal those of `fn` on merged
+       parameters, each within `tolerance` of its largest entry.
+    2. So they do under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
+    3. No equation makes an array as big as an adapted weight that `fn` does not make itself.
+
+    Args:
+        fn: a function of the parameters first.
+        params: the parameters.
+        spec: as for `init_lora`.
+        *args: what `fn` is called with.
+        tolerance: relative to the largest entry; by default 100 units of rounding of the lowest
+            precision among the results.
+        transforms: whether to try point 2.
+        materializes: whether the weight is expected to be built: then point 3 is left out, and
+            instead `lora` must say so.
+        seed: for the random factors.
+        **kwargs: what `fn` is called with.
+
+    Raises:
+        AssertionError: which point failed, with the numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import testing
+        >>> testing.check(lambda params, x: x @ params["w"], {"w": jnp.ones((7, 5))}, {"w": 2},
+        ...               jnp.ones((3, 7)))
+    """
+    frozen, tunable = init_lora(params, spec, jax.random.key(seed))
+    tunable = random_factors(tunable, jax.random.key(seed + 1))
+    mode = "allow" if materializes else "error"
+    adapted = lora(fn, on_materialize=mode)
+
+    def ours(tunable: Any, *args: Any) -> Any:
+        return adapted((frozen, tunable), *args, **kwargs)
+
+    def merged(tunable: Any, *args: Any) -> Any:
+        return fn(merge_params(frozen, tunable), *args, **kwargs)
+
+    if materializes:
+        _expect_message(fn, frozen, tunable, args, kwargs)
+    else:
+        excess = weight_sized(fn, frozen, tunable, *args, **kwargs)
+        assert not excess, f"arrays as big as an adapted weight are built: {excess}"
+    programs = {"value and gradient": _value_and_gradient}
+    if transforms:
+        programs |= {
+            "vmap over data": _over_data,
+            "vmap over adapters": _over_adapters,
+            "checkpoint": _checkpointed,
+            "scan": _scanned,
+        }
+
+    def results(function: Any) -> dict[str, Any]:
+        run = lambda t: {name: make(function, args)(t) for name, make in programs.items()}  # noqa: E731
+        return jax.jit(run)(tunable)
+
+    got, expected = results(ours), results(merged)
+    for name in programs:
+        _compare(name, got[name], expected[name], tolerance)
+
+
+def random_factors(tunable: Any, key: jax.Array) -> Any:
+    """The same tree with standard normal numbers in every factor, so that no delta is zero."""
+    leaves, structure = jax.tree.flatten(tunable)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = [
+        jax.random.normal(k, leaf.shape, _drawn_dtype(leaf.dtype)).astype(leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def _drawn_dtype(dtype: Any) -> Any:
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def weight_sized(
+    fn: Callable[..., Any], frozen: Any, tunable: Any, *args: Any, **kwargs: Any
+) -> dict[tuple[int, ...], int]:
+    """Shapes of arrays that `lora(fn)` builds more often than `fn`, as big as an adapted weight.
+
+    An array counts where it has as many entries as an adapted weight, or all of a weight's axes
+    and more, and its shape is made more often than by `fn` on plain parameters, nested equations
+    included. Sizes are all it goes by, so give batches other sizes than weights.
+
+    Args:
+        fn: a function of the parameters first.
+        frozen: the frozen tree of the pair.
+        tunable: the tunable tree of the pair.
+        *args: what `fn` is called with.
+        **kwargs: what `fn` is called with.
+
+    Returns:
+        How often each such shape is made too often; empty where no weight is built.
+    """
+    is_leaf = lambda node: node is None or isinstance(node, LoraWeight)  # noqa: E731
+    bases = jax.tree.leaves(frozen, is_leaf=lambda node: node is None)
+    weights = jax.tree.leaves(tunable, is_leaf=is_leaf)
+    shapes = {
+        base.shape for base, w in zip(bases, weights, strict=True) if isinstance(w, LoraWeight)
+    }
+    adapted = lora(fn, on_materialize="allow", on_unused="allow")
+    dynamic = [arg if is_array(arg) else None for arg in args]
+
+    def call(function: Callable[..., Any], first: Any, arrays: list[Any]) -> list[jax.Array]:
+        filled = [arg if a is None else a for a, arg in zip(arrays, args, strict=True)]
+        return _arrays(function(first, *filled, **kwargs))
+
+    counts = []
+    for function, make in ((adapted, lambda t: (frozen, t)), (fn, lambda t: _bases(frozen, t))):
+        closed = jax.make_jaxpr(lambda t, a, f=function, m=make: call(f, m(t), a))(tunable, dynamic)
+        counts.append(collections.Counter(_shapes(closed)))
+    ours, plain = counts
+    return {
+        shape: n - plain[shape]
+        for shape, n in ours.items()
+        if n > plain[shape] and any(_holds(shape, weight) for weight in shapes)
+    }
+
+
+def _holds(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    axes = collections.Counter(size for size in weight if size != 1)
+    return math.prod(shape) == math.prod(weight) or axes <= collections.Counter(shape)
+
+
+def _bases(frozen: Any, tunable: Any) -> Any:
+    """Plain parameters whose values do not matter."""
+    is_leaf = lambda node: node is None or isinstance(node, LoraWeight)  # noqa: E731
+    leaves, structure = jax.tree.flatten(frozen, is_leaf=lambda node: node is None)
+    news = jax.tree.leaves(tunable, is_leaf=is_leaf)
+    full = [new if leaf is None else leaf for leaf, new in zip(leaves, news, strict=True)]
+    return jax.tree.unflatten(structure, full)
+
+
+def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """The shape of everything that an equation makes, in nested jaxprs too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        inner = [p for value in eqn.params.values() for p in _jaxprs(value)]
+        if inner:
+            for body in inner:
+                yield from _shapes(body)
+        else:
+            yield from (getattr(v.aval, "shape", ()) for v in eqn.outvars)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [body for item in value for body in _jaxprs(item)]
+    return []
+
+
+def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) -> None:
+    from ._errors import MaterializeError
+
+    try:
+        lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
+    except MaterializeError:
+        return
+    raise AssertionError("a weight is built in full, or should be, and nothing was said")
+
+
+def _arrays(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+
+
+def _numbers(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in _arrays(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _loss(function: Any, args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
+    """A scalar that weighs every output entry differently, so that no gradient is uniform."""
+
+    def loss(tunable: Any) -> jax.Array:
+        total = jnp.zeros((), jnp.float32)
+        for k, out in enumerate(_numbers(function(tunable, *args))):
+            weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32) + k).reshape(out.shape)
+            # Fill values are NaN in the model itself.
+            entries = jnp.nan_to_num(jnp.real(out)).astype(jnp.float32)
+            total = total + jnp.sum(weights * entries)
+        return total
+
+    return loss
+
+
+def _value_and_gradient(function: Any, args: Any) -> Callable[[Any], Any]:
+    return lambda t: (
+        _arrays(function(t, *args)),
+        jax.grad(_loss(function, args))(t),
+    )
+
+
+def _over_data(function: Any, args: Any) -> Callable[[Any], Any]:
+    arrays = [k for k, arg in enumerate(args) if is_array(arg)]
+
+    def mapped(tunable: Any) -> Any:
+        if not arrays:
+            return []
+
+        def one(*data: Any) -> list[jax.Array]:
+            filled = list(args)
+            for k, array in zip(arrays, data, strict=True):
+                filled[k] = array
+            return _arrays(function(tunable, *filled))
+
+        return jax.vmap(one)(
+            *(jnp.stack([args[k], args[k][::-1] if args[k].ndim else args[k]]) for k in arrays)
+        )
+
+    return mapped
+
+
+def _over_adapters(function: Any, args: Any) -> Callable[[Any], Any]:
+    def mapped(tunable: Any) -> Any:
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf + leaf]), tunable)
+        return jax.vmap(lambda t: _arrays(function(t, *args)))(several)
+
+    return mapped
+
+
+def _checkpointed(function: Any, args: Any) -> Callable[[Any], Any]:
+    return jax.grad(jax.checkpoint(_loss(function, args)))
+
+
+def _scanned(function: Any, args: Any) -> Callable[[Any], Any]:
+    def scanned(tunable: Any) -> Any:
+        def step(carry: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+            loss = _loss(function, args)(tunable)
+            return carry + loss, loss
+
+        return jax.lax.scan(step, jnp.zeros((), jnp.float32), None, length=2)
+
+    return scanned
+
+
+def _compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None:
+    got, expected = _arrays(got), _arrays(expected)
+    assert len(got) == len(expected), f"{name}: {len(got)} results instead of {len(expected)}"
+    for k, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
+            f"{name}, result {k}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}"
+        )
+        if not jnp.issubdtype(theirs.dtype, jnp.inexact):
+            assert jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key) or bool(
+                (ours == theirs).all()
+            ), f"{name}, result {k} differs"
+            continue
+        wide = jnp.complex64 if jnp.issubdtype(theirs.dtype, jnp.complexfloating) else jnp.float32
+        if jnp.dtype(theirs.dtype).itemsize < 4:
+            ours, theirs = ours.astype(wide), theirs.astype(wide)
+        assert bool((jnp.isnan(ours) == jnp.isnan(theirs)).all()), (
+            f"{name}, result {k}: NaNs differ"
+        )
+        ours, theirs = jnp.nan_to_num(ours), jnp.nan_to_num(theirs)
+        largest = float(jnp.max(jnp.abs(theirs), initial=0.0))
+        error = float(jnp.max(jnp.abs(ours - theirs), initial=0.0))
+        bound = _bound(expected) if tolerance is None else tolerance
+        assert error <= bound * max(largest, 1e-30), (
+            f"{name}, result {k}: differs by {error:.3g} where the largest entry is {largest:.3g} "
+            f"(relative {error / max(largest, 1e-30):.2g}, allowed {bound:.2g})"
+        )
+
+
+def _bound(results: Any) -> float:
+    return 100 * max(
+        (float(jnp.finfo(r.dtype).eps) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)),
+        default=0.0,
+    )

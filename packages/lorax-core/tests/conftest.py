@@ -1,0 +1,57 @@
+"""What all tests of the core share: strict JAX, several CPU devices, and the runner of table rows."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import testing
+
+# A silent upcast or a silent broadcast in a rule is a bug: JAX raises instead.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# For shard_map and explicit meshes; it must be said before the first array exists.
+jax.config.update("jax_num_cpu_devices", 4)
+# Almost all the time of these tests is XLA compiling tiny programs.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def draw(key, leaf):
+    """A random array for a shape or a `jax.ShapeDtypeStruct`; anything else is taken as it is."""
+    if isinstance(leaf, np.ndarray):
+        return jnp.asarray(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape, dtype = leaf.shape, leaf.dtype
+    elif is_shape(leaf):
+        shape, dtype = leaf, jnp.float32
+    else:
+        return leaf
+    exact = dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
+    return jax.random.normal(key, shape, exact).astype(dtype)
+
+
+def is_shape(leaf):
+    return isinstance(leaf, tuple) and all(type(size) is int for size in leaf)
+
+
+def draw_tree(seed, tree):
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_shape)
+    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
+    return jax.tree.unflatten(structure, list(map(draw, keys, leaves)))
+
+
+@pytest.fixture
+def prove():
+    """Runs a table row: (id, function, shapes of the parameters, spec, arguments, expectation).
+
+    The expectation, which most rows leave out, holds keywords of `lorax.testing.check`.
+    """
+
+    def run(name, fn, shapes, spec, args, expectation=None):
+        seed = zlib.crc32(name.encode())
+        params, *args = draw_tree(seed, [shapes, *args])
+        testing.check(fn, params, spec, *args, seed=seed % 1000, **(expectation or {}))
+
+    return run

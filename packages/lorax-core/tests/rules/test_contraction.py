@@ -1,0 +1,203 @@
+"""Products of a weight with what meets it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import LoraSpec
+
+BF16, F16, C64 = jnp.bfloat16, jnp.float16, jnp.complex64
+struct = jax.ShapeDtypeStruct
+W = {"w": (11, 7)}
+
+
+def einsum(equation, **keywords):
+    return lambda p, x: jnp.einsum(equation, x, p["w"], **keywords)
+
+
+def dot(contract, batch=((), ()), *, left=False, **keywords):
+    def fn(p, x):
+        operands = (p["w"], x) if left else (x, p["w"])
+        return lax.dot_general(*operands, (contract, batch), **keywords)
+
+    return fn
+
+
+def ragged(numbers=None, **keywords):
+    def fn(p, x, sizes):
+        if numbers is None:
+            return lax.ragged_dot(x, p["w"], sizes, **keywords)
+        return lax.ragged_dot_general(x, p["w"], sizes, numbers, **keywords)
+
+    return fn
+
+
+def rows_by_group(summed, ragged_axis, group):
+    return lax.RaggedDotDimensionNumbers((summed, ((), ())), [ragged_axis], [group])
+
+
+SIZES = np.array([2, 0, 4], np.int32)  # of 6 rows
+SHORT = np.array([1, 3, 1], np.int32)  # the last of 6 rows belongs to no group
+# JAX has no batching rule for every way of mapping `ragged_dot`.
+UNMAPPED = {"transforms": False}
+# The default of `check` is wider for 16-bit results than these need.
+NARROW = {"tolerance": 0.05}
+
+ROWS = [
+    # One contraction, either side.
+    ("right", lambda p, x: x @ p["w"], W, {"w": 2}, [(3, 11)]),
+    ("left", lambda p, x: p["w"] @ x, W, {"w": LoraSpec(2, in_axes=[1])}, [(7, 3)]),
+    ("right-vector", lambda p, x: x @ p["w"], W, {"w": 2}, [(11,)]),
+    ("left-vector", lambda p, x: p["w"] @ x, W, {"w": 2}, [(7,)]),
+    ("right-many-axes", lambda p, x: x @ p["w"], W, {"w": 2}, [(2, 5, 3, 11)]),
+    ("left-many-axes", lambda p, x: p["w"] @ x, W, {"w": 2}, [(2, 5, 7, 3)]),
+    ("no-batch-axis-of-its-own", dot(((1,), (0,)), left=True), W, {"w": 2}, [(7, 3, 5)]),
+    ("contracts-the-output-axis", einsum("bo,io->bi"), W, {"w": 2}, [(3, 7)]),
+    ("tied-head", einsum("bd,vd->bv"), {"w": (19, 5)}, {"w": LoraSpec(2, in_axes=[1])}, [(3, 5)]),
+    ("rank-one", lambda p, x: x @ p["w"], W, {"w": 1}, [(3, 11)]),
+    ("rank-as-large-as-the-weight", lambda p, x: x @ p["w"], W, {"w": 7}, [(3, 11)]),
+    ("alpha", lambda p, x: x @ p["w"], W, {"w": LoraSpec(3, alpha=16.0)}, [(3, 11)]),
+    (
+        "rslora",
+        lambda p, x: x @ p["w"],
+        W,
+        {"w": LoraSpec(3, alpha=16.0, scaling="rslora")},
+        [(5, 11)],
+    ),
+    # Several contractions.
+    ("two-inputs", einsum("bhk,hkd->bd"), {"w": (5, 7, 11)}, {"w": 2}, [(3, 5, 7)]),
+    (
+        "two-inputs-in-another-order",
+        dot(((2, 1), (0, 1))),
+        {"w": (5, 7, 11)},
+        {"w": 2},
+        [(3, 7, 5)],
+    ),
+    (
+        "two-outputs",
+        einsum("bd,dhk->bhk"),
+        {"w": (11, 5, 7)},
+        {"w": LoraSpec(2, in_axes=[0])},
+        [(3, 11)],
+    ),
+    (
+        "three-inputs-apart",
+        einsum("bacd,atcod->bto"),
+        {"w": (2, 5, 3, 7, 4)},
+        {"w": LoraSpec(3, out_axes=[1, 3])},
+        [(9, 2, 3, 4)],
+    ),
+    ("one-of-two-inputs", einsum("bi,ijo->bjo"), {"w": (5, 3, 11)}, {"w": 2}, [(2, 5)]),
+    (
+        "an-input-and-an-output",
+        einsum("bik,iok->bo"),
+        {"w": (5, 7, 3)},
+        {"w": LoraSpec(2, in_axes=[0])},
+        [(2, 5, 3)],
+    ),
+    ("every-axis", einsum("bio,io->b"), W, {"w": 2}, [(3, 11, 7)]),
+    ("to-a-scalar", einsum("io,io->"), W, {"w": 2}, [(11, 7)]),
+    ("bilinear", lambda p, x, y: jnp.einsum("bi,io,bo->b", x, p["w"], y), W, {"w": 2},
+     [(3, 11), (3, 7)]),
+    ("tensordot", lambda p, x: jnp.tensordot(x, p["w"], [[1, 2], [1, 0]]), {"w": (5, 3, 11)},
+     {"w": 2}, [(2, 3, 5)]),
+    ("vdot", lambda p, x: jnp.vdot(x, p["w"]), W, {"w": 2}, [(11, 7)]),
+    # Batch axes.
+    ("batch-shared", einsum("eni,eio->eno"), {"w": (3, 11, 7)},
+     {"w": LoraSpec(2, shared_axes=[0])}, [(3, 2, 11)]),
+    ("batch-owned-by-a", einsum("eni,eio->eno"), {"w": (3, 11, 7)}, {"w": 2}, [(3, 2, 11)]),
+    ("batch-owned-by-b", einsum("eni,eio->eno"), {"w": (3, 11, 7)},
+     {"w": LoraSpec(2, in_axes=[1])}, [(3, 2, 11)]),
+    ("batch-left", dot(((2,), (2,)), ((0,), (1,)), left=True), {"w": (3, 11, 7)},
+     {"w": LoraSpec(2, in_axes=[2], shared_axes=[0])}, [(5, 3, 7)]),
+    ("two-batch-axes", einsum("aebi,eiao->eabo"), {"w": (3, 7, 2, 11)},
+     {"w": LoraSpec(2, in_axes=[1], shared_axes=[0, 2])}, [(2, 3, 5, 7)]),
+    ("batch-only", einsum("beo,eo->be"), W, {"w": 2}, [(3, 11, 7)]),
+    ("vmap-over-stacked-weights", lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]),
+     {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(3, 5, 11)]),
+    ("vmap-over-a-middle-axis",
+     lambda p, x: jax.vmap(jnp.matmul, in_axes=(None, 1), out_axes=1)(x, p["w"]),
+     {"w": (11, 3, 7)}, {"w": LoraSpec(2, shared_axes=[1])}, [(5, 11)]),
+    ("vmap-beside-the-weight", lambda p, x: jax.vmap(lambda row: p["w"] @ row)(x), W, {"w": 2},
+     [(3, 7)]),
+    # Weights times weights.
+    ("weight-by-weight", lambda p, x: x @ (p["w"] @ p["v"]), {"w": (11, 7), "v": (7, 13)},
+     {"w": 2, "v": 3}, [(3, 11)]),
+    ("weight-by-weight-transposed", lambda p, x: x @ jnp.einsum("io,vo->iv", p["w"], p["v"]),
+     {"w": (11, 7), "v": (13, 7)}, {"w": 2, "v": 3}, [(3, 11)]),
+    ("weight-by-itself", lambda p, x: x @ (p["w"].T @ p["w"]), W, {"w": 2}, [(3, 7)]),
+    ("weight-by-frozen", lambda p, x: x @ (p["w"] @ p["v"]), {"w": (11, 7), "v": (7, 5)},
+     {"w": 2, "v": 0}, [(3, 11)]),
+    ("three-weights", lambda p, x: x @ (p["w"] @ p["v"] @ p["u"]),
+     {"w": (11, 7), "v": (7, 13), "u": (13, 5)}, {"w": 2, "v": 1, "u": 2}, [(3, 11)]),
+    ("stacked-weight-by-stacked-weight",
+     lambda p, x: jnp.einsum("eni,eio->eno", x, jnp.einsum("eio,eok->eik", p["w"], p["v"])),
+     {"w": (3, 11, 7), "v": (3, 7, 13)},
+     {"w": LoraSpec(2, shared_axes=[0]), "v": LoraSpec(2, shared_axes=[0])}, [(3, 2, 11)]),
+    ("two-layers", lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], {"w": (11, 7), "v": (7, 13)},
+     {"w": 2, "v": 3}, [(3, 11)]),
+    ("there-and-back", lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, W, {"w": 2}, [(3, 11)]),
+    ("attention-scores",
+     lambda p, x: jnp.einsum("bqk,bsk->bqs", x @ p["q"], x @ p["k"]),
+     {"q": (11, 7), "k": (11, 7)}, {"q": 2, "k": 2}, [(2, 3, 11)]),
+    ("beside-full-and-frozen", lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"],
+     {"w": (11, 7), "b": (7,), "v": (7, 5)}, {"w": 2, "b": -1, "v": 0}, [(3, 11)]),
+    # Parameters of the equation.
+    ("precision", einsum("bi,io->bo", precision="highest"), W, {"w": 2}, [(3, 11)]),
+    ("precision-pair", dot(((1,), (0,)), precision=(lax.Precision.HIGHEST, lax.Precision.HIGH)),
+     W, {"w": 2}, [(3, 11)]),
+    ("precision-pair-left",
+     dot(((1,), (0,)), left=True, precision=(lax.Precision.HIGHEST, lax.Precision.DEFAULT)),
+     W, {"w": 2}, [(7, 3)]),
+    ("precision-algorithm", dot(((1,), (0,)), precision=lax.DotAlgorithmPreset.F32_F32_F32),
+     W, {"w": 2}, [(3, 11)]),
+    ("default-precision-context", jax.default_matmul_precision("highest")(einsum("bi,io->bo")),
+     W, {"w": 2}, [(3, 11)]),
+    ("preferred-wide", dot(((1,), (0,)), preferred_element_type=jnp.float32),
+     {"w": struct((11, 7), BF16)}, {"w": 2}, [struct((3, 11), BF16)], NARROW),
+    ("preferred-wide-left", dot(((1,), (0,)), left=True, preferred_element_type=jnp.float32),
+     {"w": struct((11, 7), F16)}, {"w": 2}, [struct((7, 3), F16)], {"tolerance": 0.01}),
+    ("bfloat16", lambda p, x: x @ p["w"], {"w": struct((11, 7), BF16)}, {"w": 2},
+     [struct((3, 11), BF16)], NARROW),
+    ("float16", lambda p, x: x @ p["w"], {"w": struct((11, 7), F16)}, {"w": 2},
+     [struct((3, 11), F16)], {"tolerance": 0.01}),
+    ("complex", lambda p, x: x @ p["w"], {"w": struct((11, 7), C64)}, {"w": 2},
+     [struct((3, 11), C64)]),
+    ("integer-operand", dot(((1,), (0,)), preferred_element_type=jnp.float32), W, {"w": 2},
+     [np.arange(-16, 17, dtype=np.int8).reshape(3, 11)]),
+    # Ragged products.
+    ("ragged-shared", ragged(), {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])},
+     [(6, 11), SIZES], UNMAPPED),
+    ("ragged-owned-by-a", ragged(), {"w": (3, 11, 7)}, {"w": 2}, [(6, 11), SIZES], UNMAPPED),
+    ("ragged-owned-by-b", ragged(), {"w": (3, 11, 7)}, {"w": LoraSpec(2, in_axes=[1])},
+     [(6, 11), SIZES], UNMAPPED),
+    ("ragged-rows-beyond-the-groups", ragged(), {"w": (3, 11, 7)},
+     {"w": LoraSpec(2, shared_axes=[0])}, [(6, 11), SHORT], UNMAPPED),
+    ("ragged-rows-beyond-owned-by-a", ragged(), {"w": (3, 11, 7)}, {"w": 2},
+     [(6, 11), SHORT], UNMAPPED),
+    ("ragged-rows-beyond-owned-by-b", ragged(), {"w": (3, 11, 7)},
+     {"w": LoraSpec(2, in_axes=[1])}, [(6, 11), SHORT], UNMAPPED),
+    ("ragged-precision", ragged(precision="highest", preferred_element_type=jnp.float32),
+     {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(6, 11), SIZES], UNMAPPED),
+    ("ragged-bfloat16", ragged(preferred_element_type=jnp.float32),
+     {"w": struct((3, 11, 7), BF16)}, {"w": LoraSpec(2, shared_axes=[0])},
+     [struct((6, 11), BF16), SIZES], UNMAPPED | NARROW),
+    ("ragged-general-layout", ragged(rows_by_group(((0,), (2,)), 1, 1)), {"w": (7, 3, 11)},
+     {"w": LoraSpec(2, in_axes=[2], shared_axes=[1])}, [(11, 6), SIZES], UNMAPPED),
+    ("ragged-general-output-contracted", ragged(rows_by_group(((1,), (2,)), 0, 0)),
+     {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(6, 7), SIZES], UNMAPPED),
+    ("ragged-two-experts-layers",
+     lambda p, x, s: lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["w"], s)), p["v"], s),
+     {"w": (3, 11, 7), "v": (3, 7, 13)},
+     {"w": LoraSpec(2, shared_axes=[0]), "v": LoraSpec(2, shared_axes=[0])},
+     [(6, 11), SIZES], UNMAPPED),
+    ("ragged-along-the-contraction", ragged(lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])), W, {"w": 2},
+     [(3, 11), np.array([5, 6], np.int32)], UNMAPPED | {"materializes": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_contraction(prove, row):
+    prove(*row)
