@@ -31,3 +31,34 @@ from ._transform import lora as lora
 from ._weight import LoraWeight as LoraWeight
 
 __version__ = importlib.metadata.version("lorax-core")
+
+__all__ = [
+    "Explanation",
+    "LORA_FREEZE",
+    "LORA_FULL",
+    "LoraSpec",
+    "LoraWeight",
+    "LoraxError",
+    "MaterializeError",
+    "MaterializeWarning",
+    "PairError",
+    "SpecError",
+    "UnusedAdapterError",
+    "UnusedAdapterWarning",
+    "count_params",
+    "explain",
+    "infer_spec",
+    "init_lora",
+    "lora",
+    "materialize",
+    "merge_params",
+    "simple_spec",
+    "spec_from_rules",
+    "unmerge",
+]
+
+# Tracebacks and reprs show the names that users import.
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__"):
+        globals()[_name].__module__ = __name__
+del _name

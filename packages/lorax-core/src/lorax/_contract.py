@@ -33,9 +33,14 @@ def product_dtype(operand_dtype, out_dtype):
 
 def wide_dtype(dtype):
     """The dtype in which a weight and its terms are summed: float32, or the weight's if wider."""
-    if jnp.dtype(dtype).itemsize < 2:  # 8-bit floats take part in no implicit promotion
-        return jnp.dtype(jnp.float32)
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def joint_dtype(first, second):
+    """The dtype that holds both, however strict the user's promotion is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 def contract(

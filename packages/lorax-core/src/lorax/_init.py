@@ -23,6 +23,10 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        real, imaginary = jax.random.split(key)
+        part = jnp.finfo(dtype).dtype
+        return jax.lax.complex(_uniform(real, shape, part), _uniform(imaginary, shape, part))
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -168,15 +172,19 @@ def _place_like(weight: LoraWeight, base: Any) -> LoraWeight:
     """Moves the factors to where their base lives, each axis sharded as the base's axis."""
     if not isinstance(base, jax.Array):
         return weight
-    term = weight.term(base.shape)
-    traced = is_tracer(base)
-    sharding: Any = jax.typeof(base).sharding if traced else base.sharding
-    if traced and AxisType.Explicit not in sharding.mesh.axis_types:
-        return weight  # The compiler places what is not explicit.
-    shardings = [factor_sharding(sharding, term.out, labels) for labels in term.labels]
-    place = jax.sharding.reshard if traced else jax.device_put
-    if not isinstance(sharding, NamedSharding) and weight.a.sharding == sharding:
+    if is_tracer(base):
+        sharding: Any = jax.typeof(base).sharding
+        place = jax.sharding.reshard
+        settled = AxisType.Explicit not in sharding.mesh.axis_types  # the compiler places the rest
+    else:
+        sharding, place = base.sharding, jax.device_put
+        named = isinstance(sharding, NamedSharding)
+        settled = not named and (is_tracer(weight.a) or weight.a.sharding == sharding)
+    if settled:
         return weight
-    return dataclasses.replace(
-        weight, a=place(weight.a, shardings[0]), b=place(weight.b, shardings[1])
+    term = weight.term(base.shape)
+    a, b = (
+        place(factor, factor_sharding(sharding, term.out, labels))
+        for factor, labels in zip((weight.a, weight.b), term.labels, strict=True)
     )
+    return dataclasses.replace(weight, a=a, b=b)

@@ -131,7 +131,7 @@ class Term:
         return dataclasses.replace(self, out=tuple(out))
 
     def reshape(self, shape: Sequence[int]) -> "Term":
-        """The term of the reshaped weight: labels are split and regrouped, none is moved."""
+        """The term of the reshaped weight: labels are split, joined or regrouped; none moves."""
         term, out = self, []
         rest = [label for label in self.shown if label.size != 1]
         for size in shape:
@@ -142,7 +142,9 @@ class Term:
                     term, (label, low) = term.split(label, size)
                     rest.insert(0, low)
                 if size % label.size:
-                    raise Inexpressible
+                    term, label = term.join((label, rest.pop(0)))
+                    rest.insert(0, label)
+                    continue
                 axis.append(label)
                 size //= label.size
             out.append(tuple(axis))
@@ -187,10 +189,20 @@ class Term:
         labels = self.out[axis]
         if len(labels) == 1:
             return self, labels[0]
-        new = self.fresh(math.prod(label.size for label in labels))
+        if not labels:
+            new = self.fresh(1)
+            out = tuple((new,) if d == axis else labels for d, labels in enumerate(self.out))
+            return dataclasses.replace(self, out=out), new
+        return self.join(labels)
+
+    def join(self, labels: Labels) -> "tuple[Term, Label]":
+        """Makes one label of neighbours, most significant first, that have the same owners."""
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
+        axes = {label.axis for label in labels}
+        axis = axes.pop() if len(axes) == 1 else None
+        new = self.fresh(math.prod(label.size for label in labels), axis)
         factors, factor_labels = list(self.factors), list(self.labels)
         for k in set(itertools.chain(*owners)):
             rest = tuple(label for label in self.labels[k] if label not in labels)
@@ -198,7 +210,11 @@ class Term:
             moved = jnp.transpose(self.factors[k], order)
             factors[k] = moved.reshape(new.size, *moved.shape[len(labels) :])
             factor_labels[k] = (new, *rest)
-        out = tuple((new,) if d == axis else labels for d, labels in enumerate(self.out))
+        names: dict[Label, Labels] = dict.fromkeys(labels, ()) | {labels[0]: (new,)}
+        out = tuple(
+            tuple(itertools.chain(*(names.get(label, (label,)) for label in axis)))
+            for axis in self.out
+        )
         return dataclasses.replace(
             self, factors=tuple(factors), labels=tuple(factor_labels), out=out
         ), new
@@ -260,7 +276,7 @@ class Term:
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
             with jax.numpy_dtype_promotion("standard"):
-                dtype = jnp.promote_types(factor.dtype, scalar.dtype)
+                dtype = _contract.joint_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)

@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+
+from lorax import LORA_FULL, explain, init_lora
+
+PARAMS = {
+    "used": jnp.ones((50, 70)),
+    "built": jnp.ones((50, 70)),
+    "typo": jnp.ones((50, 70)),
+    "bias": jnp.ones(70),
+}
+
+
+def model(params, x):
+    return (
+        x @ params["used"]
+        + x @ jnp.sin(params["built"])
+        + x @ params["used"]
+        + params["bias"][None]
+    )
+
+
+def explained():
+    spec = {"used": 2, "built": 3, "typo": 4, "bias": LORA_FULL}
+    pair = init_lora(PARAMS, spec, jax.random.key(0))
+    return explain(model, pair, jnp.ones((5, 50)))
+
+
+def test_rows():
+    rows = {row.path: row for row in explained().rows}
+    assert {path: row.status for path, row in rows.items()} == {
+        "used": "covered",
+        "built": "materialized",
+        "typo": "never used",
+        "bias": "full",
+    }
+    assert rows["used"].uses == ("dot_general ×2",) and rows["built"].uses == ("sin",)
+    assert rows["built"].rank == 3 and rows["bias"].rank is None
+    assert rows["used"].trainable == 2 * (50 + 70) and rows["bias"].trainable == 70
+
+
+def test_totals_and_costs():
+    report = explained()
+    assert report.trainable == 120 * 9 + 70
+    assert report.total == 3 * 50 * 70 + 70
+    products = 2 * 5 * 50 * 70
+    assert 3 * products <= report.base.flops < 3.2 * products
+    # Two products with factors of rank 2 beside `used`; `built` is made from its factors.
+    added = 2 * (2 * 5 * 2 * 120) + 2 * 50 * 3 * 70
+    assert added <= report.adapted.flops - report.base.flops < 1.6 * added
+
+
+def test_prints_a_table():
+    text = str(explained())
+    assert "parameter" in text.splitlines()[0]
+    line = next(line for line in text.splitlines() if line.startswith("used"))
+    assert line.split() == ["used", "50×70", "2", "240", "covered", "dot_general", "×2"]
+    assert "1,150 of 10,570 parameters are trained (10.88 %)." in text
+    assert " × the base model's" in text
+
+
+def test_shows_html_in_a_notebook():
+    page = explained()._repr_html_()
+    assert page.count("<tr>") == 5 and "<td>never used</td>" in page
+
+
+def test_runs_nothing():
+    ran = []
+
+    def noisy(params, x):
+        jax.debug.callback(lambda: ran.append(1))
+        return x @ params
+
+    explain(noisy, init_lora(jnp.ones((5, 7)), 2, jax.random.key(0)), jnp.ones((3, 5)))
+    jax.effects_barrier()
+    assert not ran
+
+
+def test_shapes_are_enough():
+    shapes = jax.eval_shape(
+        lambda: init_lora(PARAMS, {"used": 2, "built": 0, "typo": 0, "bias": 0}, jax.random.key(0))
+    )
+    report = explain(model, shapes, jax.ShapeDtypeStruct((5, 50), jnp.float32))
+    assert [row.path for row in report.rows] == ["used"]

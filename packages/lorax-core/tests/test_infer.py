@@ -1,0 +1,158 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from lorax import LORA_FREEZE, LoraSpec, SpecError, infer_spec, init_lora, testing
+
+
+def conv(**keywords):
+    return lambda p, x: lax.conv_general_dilated(
+        x, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **keywords
+    )
+
+
+def scanned(p, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)[0]
+
+
+def looped(p, x):
+    return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p[i]), x)
+
+
+ROWS = [
+    ("dense", lambda p, x: x @ p, (5, 7), [(3, 5)], (0,), (1,), ()),
+    ("transposed", lambda p, x: x @ p.T, (7, 5), [(3, 5)], (1,), (0,), ()),
+    ("query", lambda p, x: jnp.einsum("bd,dhk->bhk", x, p), (5, 2, 7), [(3, 5)], (0,), (1, 2), ()),
+    (
+        "output",
+        lambda p, x: jnp.einsum("bhk,hkd->bd", x, p),
+        (2, 7, 5),
+        [(3, 2, 7)],
+        (0, 1),
+        (2,),
+        (),
+    ),
+    ("flattened", lambda p, x: x @ p.reshape(5, 14), (5, 2, 7), [(3, 5)], (0,), (1, 2), ()),
+    ("merged-inputs", lambda p, x: x @ p.reshape(14, 5), (2, 7, 5), [(3, 14)], (0, 1), (2,), ()),
+    ("scanned", scanned, (3, 5, 5), [(2, 5)], (1,), (2,), (0,)),
+    ("looped", looped, (3, 5, 5), [(2, 5)], (1,), (2,), (0,)),
+    (
+        "batched",
+        lambda p, x: jnp.einsum("eti,eio->eto", x, p),
+        (3, 5, 7),
+        [(3, 2, 5)],
+        (1,),
+        (2,),
+        (0,),
+    ),
+    ("mapped", lambda p, x: jax.vmap(lambda w: x @ w)(p), (3, 5, 7), [(2, 5)], (1,), (0, 2), ()),
+    (
+        "experts",
+        lambda p, x: jnp.einsum("ti,tio->to", x, p[jnp.array([0, 2])]),
+        (3, 5, 7),
+        [(2, 5)],
+        (1,),
+        (2,),
+        (0,),
+    ),
+    (
+        "ragged",
+        lambda p, x: lax.ragged_dot(x, p, jnp.array([2, 0, 1])),
+        (3, 5, 7),
+        [(3, 5)],
+        (1,),
+        (2,),
+        (0,),
+    ),
+    ("embedding", lambda p, x: p[jnp.array([1, 3])] * x, (11, 5), [(2, 5)], (0,), (1,), ()),
+    ("tied", lambda p, x: p[jnp.array([1, 3])] @ p.T + x, (11, 5), [(2, 11)], (0,), (1,), ()),
+    ("convolution", conv(), (3, 3, 4, 5), [(2, 7, 7, 4)], (0, 1, 2), (3,), ()),
+    ("depthwise", conv(feature_group_count=4), (3, 3, 1, 4), [(2, 7, 7, 4)], (0, 1, 2), (3,), ()),
+    ("in-jit", lambda p, x: jax.jit(lambda w: x @ w.T)(p), (7, 5), [(3, 5)], (1,), (0,), ()),
+    (
+        "checkpointed",
+        lambda p, x: jax.checkpoint(lambda w: x @ w.T)(p),
+        (7, 5),
+        [(3, 5)],
+        (1,),
+        (0,),
+        (),
+    ),
+    ("product", lambda p, x: x @ (p @ jnp.ones((7, 3))), (5, 7), [(2, 5)], (1,), (0,), ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "args", "inputs", "outputs", "shared"),
+    [row[1:] for row in ROWS],
+    ids=[row[0] for row in ROWS],
+)
+def test_roles(fn, shape, args, inputs, outputs, shared):
+    params = jax.random.normal(jax.random.key(0), shape)
+    args = [jax.random.normal(jax.random.key(k), arg) for k, arg in enumerate(args)]
+    spec = infer_spec(fn, params, *args, rank=2)
+    assert (spec.in_axes, spec.out_axes, spec.shared_axes) == (inputs, outputs, shared)
+    testing.check(fn, params, spec, *args, transforms=False)
+
+
+def model(params, x):
+    hidden = jax.nn.relu(x @ params["in"]["w"] + params["in"]["b"][None]) * params["scale"]
+    return hidden @ params["out"] + params["table"]
+
+
+PARAMS = {
+    "in": {"w": jnp.ones((5, 7)), "b": jnp.ones(7)},
+    "scale": jnp.ones((1, 7)),
+    "out": jnp.ones((7, 3)),
+    "table": jnp.ones((2, 3)),
+    "unused": jnp.ones((5, 7)),
+    "count": jnp.ones((5, 7), jnp.int32),
+    "none": None,
+}
+
+
+def test_only_weights_that_are_used_as_such():
+    spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, alpha=4, scaling="rslora")
+    adapted = LoraSpec(2, 4, "rslora", (0,), (1,), ())
+    assert spec == {
+        "in": {"w": adapted, "b": LORA_FREEZE},
+        "scale": LORA_FREEZE,
+        "out": adapted,
+        "table": LORA_FREEZE,
+        "unused": LORA_FREEZE,
+        "count": LORA_FREEZE,
+        "none": None,
+    }
+    init_lora(PARAMS, spec, jax.random.key(0))
+
+
+def test_traces_shapes_without_arrays():
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    spec = infer_spec(model, shapes, jax.ShapeDtypeStruct((2, 5), jnp.float32), rank=2)
+    assert spec["out"].rank == 2
+
+
+@pytest.mark.parametrize("where", ["in/*", re.compile("^in/"), lambda path: path.startswith("in")])
+def test_where_narrows(where):
+    spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where=where)
+    assert spec["in"]["w"].rank == 2 and spec["out"] == LORA_FREEZE
+
+
+def test_where_that_accepts_no_weight_is_an_error():
+    with pytest.raises(SpecError, match="no weight whose path 'inn/.*`in/w`"):
+        infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where="inn/*")
+
+
+def test_rank_is_capped_by_the_weight():
+    spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=4)
+    assert spec["in"]["w"].rank == 4 and spec["out"].rank == 3
+
+
+def test_keywords_and_static_arguments_reach_the_function():
+    def fn(params, x, *, train):
+        return x @ params if train is True else x.sum()
+
+    assert infer_spec(fn, jnp.ones((5, 7)), jnp.ones((2, 5)), rank=2, train=True).rank == 2

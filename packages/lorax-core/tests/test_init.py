@@ -1,0 +1,169 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from lorax import LORA_FREEZE, LORA_FULL, LoraSpec, SpecError, init_lora, merge_params
+
+
+def key():
+    return jax.random.key(0)
+
+
+def test_a_is_random_within_its_bound_and_b_is_zero():
+    _, tunable = init_lora({"w": jnp.ones((100, 20))}, {"w": 8}, key())
+    a, b = tunable["w"].a, tunable["w"].b
+    assert 0.09 < float(jnp.abs(a).max()) <= 0.1  # 1/√100
+    assert float(jnp.abs(a.mean())) < 0.01
+    assert not b.any()
+
+
+def test_the_fan_in_is_that_of_all_input_axes():
+    spec = LoraSpec(4, in_axes=[1, 2], shared_axes=[0])
+    _, tunable = init_lora({"w": jnp.ones((3, 4, 25, 7))}, {"w": spec}, key())
+    assert 0.09 < float(jnp.abs(tunable["w"].a).max()) <= 0.1
+
+
+def test_entries_of_a_shared_axis_differ():
+    spec = LoraSpec(2, shared_axes=[0])
+    _, tunable = init_lora({"w": jnp.ones((3, 5, 7))}, {"w": spec}, key())
+    a = tunable["w"].a
+    assert not jnp.allclose(a[0], a[1]) and not jnp.allclose(a[1], a[2])
+
+
+def test_a_leaf_keeps_its_factors_when_others_come_and_go():
+    few, _ = {"b": jnp.ones((5, 7))}, None
+    many = {"a": jnp.ones((5, 7)), **few, "c": jnp.ones((5, 7))}
+    _, alone = init_lora(few, {"b": 2}, key())
+    _, among = init_lora(many, {"a": 2, "b": 2, "c": 2}, key())
+    assert (alone["b"].a == among["b"].a).all()
+    assert not jnp.allclose(among["a"].a, among["b"].a)
+
+
+def test_old_style_keys_work():
+    _, tunable = init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, jax.random.PRNGKey(0))
+    assert tunable["w"].a.shape == (5, 2)
+
+
+@pytest.mark.parametrize("name", ["uniform", "gaussian", "orthogonal", "zeros"])
+def test_initialisers_by_name(name):
+    _, tunable = init_lora({"w": jnp.ones((400, 300))}, {"w": 4}, key(), a_init=name, b_init=name)
+    a, b = tunable["w"].a, tunable["w"].b
+    expected = {"uniform": 0.05 / 3**0.5, "gaussian": 0.25, "orthogonal": 0.05, "zeros": 0.0}[name]
+    assert float(a.std()) == pytest.approx(expected, rel=0.1)
+    assert b.any() == (name != "zeros")
+
+
+def test_initialisers_by_function_see_the_matrix_of_one_entry():
+    seen = []
+
+    def init(key, shape, dtype):
+        seen.append((shape, dtype))
+        return jnp.full(shape, 3, dtype)
+
+    spec = LoraSpec(2, in_axes=[1, 2], shared_axes=[0])
+    _, tunable = init_lora({"w": jnp.ones((3, 4, 5, 7))}, {"w": spec}, key(), a_init=init)
+    assert seen == [((20, 2), jnp.float32)]
+    assert tunable["w"].a.shape == (3, 4, 5, 2) and (tunable["w"].a == 3).all()
+    init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init=jax.nn.initializers.he_normal())
+
+
+def test_an_unknown_initialiser_is_an_error():
+    with pytest.raises(SpecError, match="a_init='unifrom' is not known; it is one of 'uniform'"):
+        init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init="unifrom")
+
+
+@pytest.mark.parametrize(
+    ("base", "factors"),
+    [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (jnp.complex64, jnp.complex64),
+    ],
+)
+def test_factors_are_at_least_float32(base, factors):
+    _, tunable = init_lora({"w": jnp.ones((5, 7), base)}, {"w": 2}, key())
+    assert tunable["w"].a.dtype == tunable["w"].b.dtype == factors
+
+
+def test_factors_are_float64_beside_float64():
+    with jax.enable_x64(True):
+        _, tunable = init_lora({"w": jnp.ones((5, 7), jnp.float64)}, {"w": 2}, key())
+        assert tunable["w"].a.dtype == jnp.float64
+
+
+def test_dtype_is_the_users_to_choose():
+    _, tunable = init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), dtype=jnp.bfloat16)
+    assert tunable["w"].a.dtype == jnp.bfloat16
+
+
+def test_frozen_and_full_leaves_are_the_same_objects():
+    params = {"w": jnp.ones((5, 7)), "v": jnp.ones(7), "n": np.ones(3), "f": jax.nn.relu, "0": None}
+    spec = {"w": 2, "v": LORA_FULL, "n": LORA_FREEZE, "f": LORA_FREEZE, "0": None}
+    frozen, tunable = init_lora(params, spec, key())
+    assert frozen["w"] is params["w"] and tunable["v"] is params["v"]
+    assert frozen["n"] is params["n"] and frozen["f"] is params["f"]
+    assert frozen["v"] is tunable["n"] is tunable["f"] is frozen["0"] is tunable["0"] is None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    w: jax.Array
+    extra: tuple
+
+
+def test_any_pytree_goes_in():
+    params = [Layer(jnp.ones((5, 7)), ({"k": jnp.ones((2, 3))}, ()))]
+    spec = [Layer(2, ({"k": LORA_FREEZE}, ()))]
+    frozen, tunable = init_lora(params, spec, key())
+    assert tunable[0].w.a.shape == (5, 2) and tunable[0].extra == ({"k": None}, ())
+    assert jax.tree.structure(merge_params(frozen, tunable)) == jax.tree.structure(params)
+
+
+def test_under_jit_and_eval_shape():
+    params = {"w": jnp.ones((5, 7))}
+
+    def init(p):
+        return init_lora(p, {"w": 2}, key())
+
+    eager, jitted = init(params)[1]["w"], jax.jit(init)(params)[1]["w"]
+    assert jnp.allclose(eager.a, jitted.a) and jitted.rank == 2
+    shapes = jax.eval_shape(init, params)[1]["w"]
+    assert (shapes.a.shape, shapes.b.shape) == ((5, 2), (2, 7))
+    described = init_lora({"w": jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)}, {"w": 2}, key())
+    assert described[1]["w"].a.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_factors_live_where_their_base_lives(kind):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    base = jax.device_put(jnp.ones((4, 6, 8)), NamedSharding(mesh, P("x", None, "y")))
+    with jax.set_mesh(mesh):
+        _, tunable = init_lora({"w": base}, {"w": 2}, key())
+        stacked = LoraSpec(2, shared_axes=[0])
+        _, per_layer = init_lora({"w": base}, {"w": stacked}, key())
+    assert tunable["w"].a.sharding.spec == P("x", None, None)
+    assert tunable["w"].b.sharding.spec == P(None, "y")
+    assert per_layer["w"].a.sharding.spec == P("x", None, None)
+    assert per_layer["w"].b.sharding.spec == P("x", None, "y")
+
+
+def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        base = jax.device_put(jnp.ones((4, 8)), P("x", "y"))
+        _, tunable = jax.jit(lambda p: init_lora(p, {"w": 2}, key()))({"w": base})
+    assert tunable["w"].a.sharding.spec == P("x", None)
+    assert tunable["w"].b.sharding.spec == P(None, "y")
+
+
+def test_factors_follow_their_base_to_another_device():
+    base = jax.device_put(jnp.ones((5, 7)), jax.devices()[1])
+    _, tunable = init_lora({"w": base}, {"w": 2}, key())
+    assert tunable["w"].a.devices() == tunable["w"].b.devices() == base.devices()

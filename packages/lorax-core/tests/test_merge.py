@@ -1,0 +1,151 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from lorax import (
+    LORA_FULL,
+    LoraSpec,
+    LoraWeight,
+    PairError,
+    count_params,
+    init_lora,
+    materialize,
+    merge_params,
+    unmerge,
+)
+from lorax.testing import random_factors
+
+
+def pair(shape=(5, 7), spec=2, dtype=jnp.float32):
+    params = {"w": jax.random.normal(jax.random.key(1), shape).astype(dtype), "v": jnp.ones(3)}
+    frozen, tunable = init_lora(params, {"w": spec, "v": LORA_FULL}, jax.random.key(0))
+    return frozen, random_factors(tunable, jax.random.key(2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "delta"),
+    [
+        ((5, 7), LoraSpec(2), "ir,ro->io"),
+        ((5, 7), LoraSpec(2, in_axes=[1]), "or,ri->io"),
+        ((5, 3, 7), LoraSpec(2), "hkr,rd->hkd"),
+        ((5, 3, 7), LoraSpec(2, in_axes=[0]), "dr,rhk->dhk"),
+        ((3, 5, 7), LoraSpec(2, shared_axes=[0]), "lir,lro->lio"),
+        ((5, 3, 7), LoraSpec(2, shared_axes=[1]), "lir,lro->ilo"),
+        ((3, 2, 5, 7), LoraSpec(2), "hwir,ro->hwio"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("alpha", "scaling", "scale"),
+    [(None, "standard", 1), (6, "standard", 3), (6, "rslora", 6 / 2**0.5)],
+)
+def test_the_formula_of_the_documentation(shape, spec, delta, alpha, scaling, scale):
+    spec = LoraSpec(spec.rank, alpha, scaling, spec.in_axes, spec.out_axes, spec.shared_axes)
+    frozen, tunable = pair(shape, spec)
+    weight = tunable["w"]
+    expected = frozen["w"] + scale * jnp.einsum(delta, weight.a, weight.b)
+    assert weight.scale == pytest.approx(scale)
+    assert jnp.allclose(merge_params(frozen, tunable)["w"], expected, atol=1e-5)
+
+
+def test_sums_in_float32_and_casts_to_the_base():
+    frozen, tunable = pair(dtype=jnp.bfloat16)
+    merged = merge_params(frozen, tunable)["w"]
+    weight = tunable["w"]
+    exact = frozen["w"].astype(jnp.float32) + weight.a @ weight.b
+    assert merged.dtype == jnp.bfloat16
+    assert (merged == exact.astype(jnp.bfloat16)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float16, jnp.complex64])
+def test_every_floating_dtype_merges(dtype):
+    frozen, tunable = pair(dtype=dtype)
+    assert merge_params(frozen, tunable)["w"].dtype == dtype
+
+
+def test_nothing_else_is_copied():
+    frozen, tunable = pair()
+    frozen |= {"other": jnp.ones(3)}
+    tunable |= {"other": None}
+    merged = merge_params(frozen, tunable)
+    assert merged["other"] is frozen["other"] and merged["v"] is tunable["v"]
+    assert not frozen["w"].is_deleted()
+
+
+def test_donation_frees_the_base_and_nothing_else():
+    frozen, tunable = pair()
+    expected = merge_params(frozen, tunable)["w"]
+    merged = merge_params(frozen, tunable, donate=True)
+    assert (merged["w"] == expected).all()
+    assert frozen["w"].is_deleted()
+    assert not tunable["w"].a.is_deleted() and not tunable["v"].is_deleted()
+
+
+def test_unmerge_gives_the_base_back():
+    frozen, tunable = pair()
+    back = unmerge(merge_params(frozen, tunable), tunable)
+    assert jnp.allclose(back["w"], frozen["w"], atol=1e-6) and back["v"] is None
+    assert not jnp.allclose(merge_params(frozen, tunable)["w"], frozen["w"], atol=0.1)
+
+
+def test_unmerge_refuses_another_structure():
+    with pytest.raises(PairError, match="unmerge: params and tunable"):
+        unmerge({"w": jnp.ones(3)}, {"v": None})
+
+
+def test_under_jit():
+    frozen, tunable = pair()
+    assert jnp.allclose(
+        jax.jit(merge_params)(frozen, tunable)["w"], merge_params(frozen, tunable)["w"]
+    )
+
+
+def test_of_one_weight():
+    weight = LoraWeight(jnp.ones((5, 1)), jnp.ones((1, 7)), rank=1, alpha=3.0)
+    assert (materialize(jnp.ones((5, 7)), weight) == 4).all()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_weights_stay_sharded(kind):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    sharding = NamedSharding(mesh, P("x", "y"))
+    base = jax.device_put(jnp.ones((4, 6)), sharding)
+    with jax.set_mesh(mesh):
+        frozen, tunable = init_lora({"w": base}, {"w": 2}, jax.random.key(0), b_init="gaussian")
+        merged = merge_params(frozen, tunable)
+    assert merged["w"].sharding == sharding
+    a, b = jax.device_get((tunable["w"].a, tunable["w"].b))
+    assert jnp.allclose(jax.device_get(merged["w"]), 1 + a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "tunable", "message"),
+    [
+        ({"w": 1}, {"v": 1}, "must both have the structure"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, "`w` stands in frozen and in tunable"),
+        (
+            {"w": None},
+            {"w": LoraWeight(jnp.ones((2, 1)), jnp.ones((1, 2)), 1)},
+            "instead of its base",
+        ),
+        (
+            {"w": jnp.ones((3, 2))},
+            {"w": LoraWeight(jnp.ones((2, 1)), jnp.ones((1, 2)), 1)},
+            r"`w` has a \(2, 1\) and b \(1, 2\), which do not fit a base of shape \(3, 2\)",
+        ),
+        (
+            {"w": jnp.ones((2, 2, 2))},
+            {"w": LoraWeight(jnp.ones((2, 1)), jnp.ones((1, 2)), 1)},
+            "do not fit a base",
+        ),
+    ],
+)
+def test_what_is_no_pair_is_an_error(frozen, tunable, message):
+    with pytest.raises(PairError, match=message):
+        merge_params(frozen, tunable)
+
+
+def test_count_params_counts_arrays():
+    frozen, tunable = pair()
+    assert count_params(tunable) == 5 * 2 + 2 * 7 + 3
+    assert count_params([jax.nn.relu, None, "x", jax.ShapeDtypeStruct((2, 3), jnp.int8)]) == 6

@@ -1,0 +1,81 @@
+"""The oracle must be able to fail: each point of it is given something that is wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lorax import _transform, init_lora, testing
+from lorax._registry import RULES
+from lorax._terms import FactoredArray
+
+PARAMS, X = {"w": jnp.ones((7, 5)) / 3}, jnp.ones((3, 7)) / 7
+
+
+def model(params, x):
+    return x @ params["w"]
+
+
+def rule(result):
+    """A rule that claims to cover the product, and returns `result(eqn, x, w)`."""
+
+    def run(eqn, x, w, **_):
+        eqn.use(w.terms[0], "product")
+        return result(eqn, x, w)
+
+    return run
+
+
+@pytest.fixture
+def broken_dot(monkeypatch):
+    """Replaces the rule for dot_general in the table that `lora` reads."""
+
+    def replace(rule):
+        (primitive,) = [p for p in RULES if p.name == "dot_general"]
+        monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: rule})
+
+    return replace
+
+
+def test_passes_what_is_right():
+    testing.check(model, PARAMS, {"w": 2}, X)
+
+
+def test_catches_a_dropped_term(broken_dot):
+    broken_dot(rule(lambda eqn, x, w: eqn(x, w.base)))
+    with pytest.raises(AssertionError, match="value and gradient, result 0: differs by"):
+        testing.check(model, PARAMS, {"w": 2}, X)
+
+
+def test_catches_a_wrong_gradient(broken_dot):
+    (primitive,) = [p for p in RULES if p.name == "dot_general"]
+
+    def halt_a(eqn, x, w, **params):
+        (term,) = w.terms
+        a, b = term.factors
+        term = dataclasses.replace(term, factors=(jax.lax.stop_gradient(a), b))
+        return RULES[primitive](eqn, x, FactoredArray(w.base, (term,)), **params)
+
+    broken_dot(halt_a)
+    with pytest.raises(AssertionError, match="value and gradient, result 1: differs by"):
+        testing.check(model, PARAMS, {"w": 2}, X)
+
+
+def test_catches_a_weight_that_is_built_without_a_word(broken_dot):
+    broken_dot(rule(lambda eqn, x, w: eqn(x, w.array())))
+    with pytest.raises(AssertionError, match=r"as big as an adapted weight are built: .*\(7, 5\)"):
+        testing.check(model, PARAMS, {"w": 2}, X)
+
+
+def test_catches_silence(broken_dot):
+    broken_dot(rule(lambda eqn, x, w: eqn(x, w.array())))
+    with pytest.raises(AssertionError, match="nothing was said"):
+        testing.check(model, PARAMS, {"w": 2}, X, materializes=True)
+
+
+def test_random_factors_leave_no_zero():
+    _, tunable = init_lora(PARAMS, {"w": 2}, jax.random.key(0))
+    assert not tunable["w"].b.any()
+    drawn = testing.random_factors(tunable, jax.random.key(1))["w"]
+    assert drawn.a.all() and drawn.b.all() and not jnp.allclose(drawn.a, tunable["w"].a)

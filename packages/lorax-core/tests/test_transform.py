@@ -1,0 +1,484 @@
+import functools
+import inspect
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import (
+    LORA_FREEZE,
+    LORA_FULL,
+    LoraSpec,
+    MaterializeError,
+    MaterializeWarning,
+    PairError,
+    UnusedAdapterError,
+    UnusedAdapterWarning,
+    init_lora,
+    lora,
+    merge_params,
+)
+from lorax.testing import random_factors
+
+
+def pair(shape=(5, 7), rank=2, seed=0, dtype=jnp.float32, **others):
+    params = {"w": jax.random.normal(jax.random.key(seed), shape).astype(dtype)} | others
+    spec = {"w": rank} | dict.fromkeys(others, LORA_FREEZE)
+    frozen, tunable = init_lora(params, spec, jax.random.key(seed))
+    return frozen, random_factors(tunable, jax.random.key(seed + 1))
+
+
+def ones(*shape):
+    return jnp.ones(shape)
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def equal(got, expected):
+    return bool(jnp.allclose(got, expected, atol=1e-5, rtol=1e-5))
+
+
+X = jax.random.normal(jax.random.key(9), (3, 5))
+
+
+# Signatures
+
+
+def test_keeps_name_and_documentation():
+    def documented(params, x):
+        """What it does."""
+
+    wrapped = lora(documented)
+    assert wrapped.__name__ == "documented" and wrapped.__doc__ == "What it does."
+    assert list(inspect.signature(wrapped).parameters) == ["params", "x"]
+
+
+def test_several_positions_and_keywords():
+    def fn(first, x, second, *, third):
+        return x @ first["w"] @ second["w"] @ third["w"]
+
+    pairs = [pair((5, 7)), pair((7, 3), seed=1), pair((3, 2), seed=2)]
+    expected = fn(
+        *(merge_params(*pairs[0]), X, merge_params(*pairs[1])), third=merge_params(*pairs[2])
+    )
+    for argnums in ((0, 2), (0, -1), [2, 0]):
+        wrapped = lora(fn, argnums=argnums, argnames="third")
+        assert equal(wrapped(pairs[0], X, pairs[1], third=pairs[2]), expected)
+
+
+def test_positional_parameters_passed_by_name():
+    adapters = pair()
+    expected = lora(model)(adapters, X)
+    assert equal(lora(model)(params=adapters, x=X), expected)
+    assert equal(lora(lambda x, params: model(params, x), argnums=1)(X, params=adapters), expected)
+
+
+def test_python_values_reach_the_function_as_they_are():
+    seen = {}
+
+    def fn(params, x, train, *, mode=None, act=None, size=3, shape=None):
+        seen.update(train=train, mode=mode, act=act, size=size, shape=shape)
+        return act(x @ params["w"])
+
+    lora(fn)(pair(), X, True, mode="fast", act=jnp.tanh, shape=np.array([1, 2]))
+    assert seen["train"] is True and seen["mode"] == "fast" and seen["act"] is jnp.tanh
+    assert seen["size"] == 3 and isinstance(seen["shape"], np.ndarray)
+
+
+def test_outputs_keep_what_is_no_array():
+    def fn(params, x):
+        return {
+            "y": x @ params["w"],
+            "none": None,
+            "name": "n",
+            "f": jnp.tanh,
+            "n": 3,
+            "np": np.ones(2),
+        }
+
+    out = lora(fn)(pair(), X)
+    assert out["none"] is None and out["name"] == "n" and out["f"] is jnp.tanh
+    assert out["n"] == 3 and isinstance(out["np"], np.ndarray) and out["y"].shape == (3, 7)
+
+
+def test_leaves_of_the_parameters_that_are_no_arrays():
+    def fn(params, x):
+        return params["act"](x @ params["w"]) * params["scale"]
+
+    adapters = pair(act=jnp.tanh, scale=2.0)
+    assert equal(lora(fn)(adapters, X), fn(merge_params(*adapters), X))
+
+
+def test_numpy_parameters():
+    frozen, tunable = pair(table=np.ones((4, 7), np.float32))
+    frozen["w"] = np.asarray(frozen["w"])
+
+    def fn(params, x, i):
+        return x @ params["w"] + params["table"][i]
+
+    i = jnp.array([0, 1, 2])
+    assert equal(
+        lora(fn)((frozen, tunable), X, i),
+        fn(jax.tree.map(jnp.asarray, merge_params(frozen, tunable)), X, i),
+    )
+
+
+def test_typed_keys_pass_through():
+    def fn(params, x, key):
+        return x @ params["w"] + jax.random.normal(key, (1, 7)), key
+
+    out, key = lora(fn)(pair(), X, jax.random.key(3))
+    assert jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and out.shape == (3, 7)
+
+
+def test_effects_happen_once():
+    seen = []
+
+    def fn(params, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x.sum())
+        return x @ params["w"]
+
+    for run in (lora(fn), jax.jit(lora(fn))):
+        seen.clear()
+        run(pair(), X)
+        jax.effects_barrier()
+        assert len(seen) == 1
+
+
+def test_closed_over_tracers():
+    frozen, tunable = pair()
+
+    def loss(function, params):
+        return lambda s: jnp.sum(function(lambda p, x: s * model(p, x))(params, X))
+
+    got = jax.grad(loss(lora, (frozen, tunable)))(2.0)
+    assert equal(got, jax.grad(loss(lambda f: f, merge_params(frozen, tunable)))(2.0))
+
+
+def test_full_parameters_are_used_and_differentiated():
+    params = {"w": ones(5, 7), "b": ones(7)}
+    frozen, tunable = init_lora(params, {"w": LORA_FREEZE, "b": LORA_FULL}, jax.random.key(0))
+    grad = jax.grad(lambda t: lora(lambda p, x: x @ p["w"] + p["b"][None])((frozen, t), X).sum())(
+        tunable
+    )
+    assert grad["w"] is None and equal(grad["b"], jnp.full(7, 3.0))
+
+
+def test_without_adapters_the_program_is_the_original_one():
+    frozen, _ = pair()
+    plain = jax.make_jaxpr(model)(frozen, X)
+    adapted = jax.make_jaxpr(lambda f, x: lora(model)((f, {"w": None}), x))(frozen, X)
+    assert str(plain) == str(adapted)
+
+
+def test_zero_b_gives_the_bits_of_the_base_model():
+    params = {"w": jax.random.normal(jax.random.key(0), (5, 7))}
+    adapters = init_lora(params, {"w": 2}, jax.random.key(1))
+    assert (jax.jit(lora(model))(adapters, X) == jax.jit(model)(params, X)).all()
+
+
+# How it is traced
+
+
+def test_the_function_is_traced_once_per_call():
+    calls = []
+
+    def counted(params, x):
+        calls.append(1)
+        return model(params, x)
+
+    for mode in ("warn", "allow", "error"):
+        calls.clear()
+        lora(counted, on_materialize=mode)(pair(), X)
+        assert len(calls) == 1
+
+
+def test_a_jitted_function_is_transformed_once_however_often_it_is_called():
+    @jax.jit
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def stack(params, x):
+        return functools.reduce(lambda x, w: layer(w, x), params, x)
+
+    weights = [jax.random.normal(jax.random.key(k), (5, 5)) for k in range(6)]
+    adapters = init_lora(weights, [2] * 6, jax.random.key(0), b_init="gaussian")
+    text = jax.jit(lora(stack)).lower(adapters, X).as_text()
+    assert text.count("func.func private @layer") == 1 and text.count("call @layer") == 6
+    assert equal(lora(stack)(adapters, X), stack(merge_params(*adapters), X))
+
+
+def test_what_a_shared_function_does_is_reported_for_every_caller():
+    @jax.jit
+    def layer(w, x):
+        return x @ jnp.sin(w)
+
+    def stack(params, x):
+        return functools.reduce(lambda x, w: layer(w, x), params, x)
+
+    adapters = init_lora([ones(5, 5)] * 3, [2, 2, 2], jax.random.key(0))
+    with pytest.raises(MaterializeError) as error:
+        lora(stack, on_materialize="error")(adapters, X)
+    assert [f"`{k}` is used by `sin`" in str(error.value) for k in range(3)] == [True] * 3
+
+
+def test_scopes_and_lines_survive():
+    def fn(params, x):
+        with jax.named_scope("layer7"):
+            return x @ params["w"]
+
+    text = jax.jit(lora(fn)).lower(pair(), X).as_text(debug_info=True)
+    assert "layer7/dot_general" in text and "layer7/lora/dot_general" in text
+    line = inspect.getsourcelines(fn)[1] + 2
+    assert f'{__file__}":{line}' in text
+
+
+def test_jit_keeps_its_name_and_donation():
+    @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+    def named(w, x, unused):
+        return x @ w
+
+    def fn(params, x, unused):
+        return named(params["w"], x, unused)
+
+    plain = jax.make_jaxpr(fn)({"w": ones(5, 5)}, ones(3, 5), ones(2)).eqns[0]
+    ours = jax.make_jaxpr(lora(fn))(pair((5, 5)), ones(3, 5), ones(2)).eqns[0]
+    assert ours.params["name"] == plain.params["name"] == "named"
+    assert ours.params["keep_unused"] is True
+    assert sum(ours.params["donated_invars"]) == 1
+    donated = [
+        v.aval.shape
+        for v, gone in zip(ours.invars, ours.params["donated_invars"], strict=True)
+        if gone
+    ]
+    assert donated == [(3, 5)]
+
+
+# Under transformations
+
+
+def losses():
+    frozen, tunable = pair()
+    return (
+        tunable,
+        lambda t: lora(model)((frozen, t), X).sum(),
+        lambda t: model(merge_params(frozen, t), X).sum(),
+    )
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jax.grad,
+        jax.jacrev,
+        jax.jacfwd,
+        lambda f: lambda t: jax.jvp(f, (t,), (jax.tree.map(jnp.ones_like, t),)),
+        lambda f: lambda t: jax.linearize(f, t)[1](jax.tree.map(jnp.ones_like, t)),
+        lambda f: lambda t: jax.jvp(jax.grad(f), (t,), (jax.tree.map(jnp.ones_like, t),)),
+        jax.hessian,
+        lambda f: jax.grad(jax.checkpoint(f)),
+        lambda f: jax.jit(jax.value_and_grad(f)),
+        lambda f: lambda t: jax.vmap(jax.grad(f))(jax.tree.map(lambda x: jnp.stack([x, -x]), t)),
+    ],
+    ids=["grad", "jacrev", "jacfwd", "jvp", "linearize", "hvp", "hessian", "remat", "jit", "vmap"],
+)
+def test_transformations_agree_with_the_merged_model(transform):
+    tunable, ours, merged = losses()
+    got, expected = transform(ours)(tunable), transform(merged)(tunable)
+    assert all(map(equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
+
+
+def test_vmap_over_adapters_keeps_one_base_product():
+    frozen, tunable = pair()
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), tunable)
+    run = jax.vmap(lora(model), in_axes=((None, 0), None))
+    jaxpr = jax.make_jaxpr(run)((frozen, several), X)
+    shapes = [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert shapes.count((3, 7)) == 1
+    assert run((frozen, several), X).shape == (4, 3, 7)
+
+
+def test_vmap_over_adapters_and_data():
+    frozen, tunable = pair()
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), tunable)
+    out = jax.vmap(lora(model), in_axes=((None, 0), 0))((frozen, several), jnp.stack([X, X + 1]))
+    second = model(merge_params(frozen, jax.tree.map(lambda leaf: 2 * leaf, tunable)), X + 1)
+    assert equal(out[1], second)
+
+
+def test_eval_shape_and_export():
+    frozen, tunable = pair(rank=LoraSpec(2, alpha=3))
+    assert jax.eval_shape(lora(model), (frozen, tunable), X).shape == (3, 7)
+    exported = jax.export.export(jax.jit(lora(model)), platforms=["cpu", "cuda", "rocm", "tpu"])(
+        (frozen, tunable), X
+    )
+    reloaded = jax.export.deserialize(exported.serialize())
+    assert equal(reloaded.call((frozen, tunable), X), lora(model)((frozen, tunable), X))
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_products_with_factors_run_in_the_dtype_of_the_model(dtype):
+    frozen, tunable = pair(dtype=dtype)
+    x = X.astype(dtype)
+    assert tunable["w"].a.dtype == jnp.float32
+    assert lora(model)((frozen, tunable), x).dtype == dtype
+    jaxpr = jax.make_jaxpr(lora(model))((frozen, tunable), x)
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype(dtype)}
+    grads = jax.grad(lambda t: lora(model)((frozen, t), x).astype(jnp.float32).sum())(tunable)
+    assert grads["w"].a.dtype == grads["w"].b.dtype == jnp.float32
+
+
+def test_an_integer_base_needs_no_special_case():
+    def fn(params, x):
+        return x @ (params["q"].astype(jnp.float32) * params["s"]) + x @ params["w"]
+
+    frozen, tunable = pair(q=jnp.ones((5, 7), jnp.int8), s=ones(1, 7))
+    grads = jax.grad(lambda t: lora(fn)((frozen, t), X).sum())(tunable)
+    assert grads["q"] is None and grads["w"].a.any()
+
+
+def test_an_8_bit_base_does_not_round_the_factors():
+    frozen, tunable = pair((11, 7), dtype=jnp.float8_e4m3fn)
+    exact = frozen["w"].astype(jnp.float32) + tunable["w"].a @ tunable["w"].b
+    rows = lora(lambda p, i: p["w"][i].astype(jnp.bfloat16))((frozen, tunable), jnp.array([3, 1]))
+    # One unit of rounding of bfloat16, where float8 itself would be off by 1/16.
+    assert (
+        jnp.abs(rows.astype(jnp.float32) - exact[jnp.array([3, 1])]).max()
+        < 2**-7 * jnp.abs(exact).max()
+    )
+
+
+# Sharding
+
+
+def test_explicit_meshes_get_the_sharding_of_the_base():
+    from jax.sharding import AxisType, PartitionSpec as P
+
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (4, 6)), P("x", "y"))}
+        adapters = init_lora(params, {"w": 2}, jax.random.key(0), b_init="gaussian")
+        x = jax.device_put(ones(8, 4), P(None, "x"))
+
+        def fn(params, x):
+            return jnp.einsum("bi,io->bo", x, params["w"], out_sharding=P(None, "y"))
+
+        got = jax.jit(lora(fn))(adapters, x)
+        assert jax.typeof(got).sharding.spec == P(None, "y")
+        assert equal(jax.device_get(got), jax.device_get(fn(merge_params(*adapters), x)))
+        jax.jit(jax.grad(lambda t: lora(fn)((adapters[0], t), x).sum()))(adapters[1])
+
+
+# What is said
+
+
+def test_a_weight_that_is_built_is_named_with_its_line():
+    def fn(params, x):
+        return x @ jnp.sin(params["w"])
+
+    adapters = pair()
+    line = inspect.getsourcelines(fn)[1] + 1
+    with pytest.warns(MaterializeWarning) as caught:
+        got = lora(fn)(adapters, X)
+    (warning,) = caught
+    for part in ("`w`", "`sin`", "(5, 7)", f"{__file__}:{line}", "merge_params", "LORA_FREEZE"):
+        assert part in str(warning.message)
+    assert warning.filename == __file__
+    assert equal(got, fn(merge_params(*adapters), X))
+
+
+def test_error_mode_raises_before_anything_runs():
+    ran = []
+
+    def fn(params, x):
+        jax.debug.callback(lambda: ran.append(1))
+        return x @ jnp.sin(params["w"])
+
+    with pytest.raises(MaterializeError, match="`w` is used by `sin`"):
+        lora(fn, on_materialize="error")(pair(), X)
+    jax.effects_barrier()
+    assert not ran
+
+
+def test_allow_mode_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora(lambda p, x: x @ jnp.sin(p["w"]), on_materialize="allow")(pair(), X)
+
+
+def test_a_weight_that_is_returned_is_built_and_named():
+    adapters = pair()
+    with pytest.warns(MaterializeWarning, match="`w` is returned by the function"):
+        out = lora(lambda p, x: (x @ p["w"], p))(adapters, X)
+    assert equal(out[1]["w"], merge_params(*adapters)["w"])
+
+
+def test_an_adapter_that_nothing_reads_is_named():
+    with pytest.warns(UnusedAdapterWarning, match="`w` is read by no equation"):
+        lora(lambda p, x: x * 2)(pair(), X)
+    with pytest.raises(UnusedAdapterError, match="`w`"):
+        lora(lambda p, x: x * 2, on_unused="error")(pair(), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora(lambda p, x: x * 2, on_unused="allow")(pair(), X)
+
+
+@pytest.mark.parametrize("bad", ["loud", None, True])
+def test_an_unknown_mode_is_an_error(bad):
+    with pytest.raises(ValueError, match="it is 'warn', 'error' or 'allow'"):
+        lora(model, on_materialize=bad)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (({"w": ones(5, 7)}, X), r"argument 0 of model must be the pair \(frozen, tunable\)"),
+        (((pair()[0], {"v": None}), X), "must both have the structure"),
+        ((tuple(reversed(pair())), X), "must both have the structure"),
+        (((pair()[0], {"w": ones(5, 7)}), X), "`w` stands in frozen and in tunable"),
+        ((), "the call has no such argument"),
+    ],
+)
+def test_what_is_no_pair_is_an_error(args, message):
+    with pytest.raises(PairError, match=message):
+        lora(model)(*args)
+
+
+# Training
+
+
+def test_optax_trains_the_tunable_tree_alone():
+    import optax
+
+    frozen, tunable = init_lora(
+        {"w": ones(5, 7), "v": ones(7)}, {"w": 2, "v": 0}, jax.random.key(0)
+    )
+    optimizer = optax.adam(0.05)
+    state = optimizer.init(tunable)
+    target = jax.random.normal(jax.random.key(3), (3, 7))
+
+    @jax.jit
+    def step(tunable, state):
+        loss = lambda t: jnp.mean((lora(model)((frozen, t), X) - target) ** 2)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(tunable)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(tunable, updates), state, value
+
+    values = []
+    # optax itself mixes dtypes, which the tests' strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(60):
+            tunable, state, value = step(tunable, state)
+            values.append(float(value))
+    assert values[-1] < 0.6 * values[0]
+    # Two moments the size of the adapter, and a counter.
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * (5 * 2 + 2 * 7) + 1
