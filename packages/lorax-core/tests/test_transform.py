@@ -20,6 +20,7 @@ from lorax import (
     lora,
     merge_params,
 )
+from lorax._interpreter import Interpreter
 from lorax.testing import random_factors
 
 
@@ -210,6 +211,20 @@ def test_a_jitted_function_is_transformed_once_however_often_it_is_called():
     text = jax.jit(lora(stack)).lower(adapters, X).as_text()
     assert text.count("func.func private @layer") == 1 and text.count("call @layer") == 6
     assert equal(lora(stack)(adapters, X), stack(merge_params(*adapters), X))
+
+
+def test_outside_jit_a_jitted_function_is_transformed_by_the_first_call_only(monkeypatch):
+    runs = []
+    run = Interpreter.run
+    monkeypatch.setattr(Interpreter, "run", lambda *args: runs.append(1) or run(*args))
+    layer = jax.jit(lambda w, x: x @ w)
+    adapted = lora(lambda params, x: layer(params["w"], x))
+    counts = []
+    for seed in (0, 1):
+        runs.clear()
+        assert equal(adapted(pair(seed=seed), X), X @ merge_params(*pair(seed=seed))["w"])
+        counts.append(len(runs))
+    assert counts == [2, 1]  # the function and its jitted part, then the function alone
 
 
 def test_what_a_shared_function_does_is_reported_for_every_caller():

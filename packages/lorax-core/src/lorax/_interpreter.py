@@ -20,12 +20,20 @@ Value = jax.Array | FactoredArray
 
 
 class Interpreter:
-    """One evaluation: the rules it follows, and a record of what became of every weight."""
+    """One evaluation: the rules it follows, and a record of what became of every weight.
 
-    def __init__(self, rules: Mapping[jex.Primitive, Callable[..., Any]]):
+    `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
+    it with the next one.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[jex.Primitive, Callable[..., Any]],
+        transformed: dict[Hashable, Any] | None = None,
+    ):
         self.rules = rules
         self.uses: list[Use] = []
-        self.transformed: dict[Hashable, Any] = {}
+        self.transformed = {} if transformed is None else transformed
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The outputs of an open or closed jaxpr."""

@@ -275,8 +275,7 @@ class Term:
         k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
-            with jax.numpy_dtype_promotion("standard"):
-                dtype = _contract.joint_dtype(factor.dtype, scalar.dtype)
+            dtype = _contract.joint_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,6 +21,9 @@ from ._weight import LoraWeight, factored
 Policy = Literal["warn", "error", "allow"]
 
 assert rules and RULES  # importing the families of rules fills the table
+
+# Bodies of jitted functions that one `lora(fn)` remembers; far more than a model has.
+MOST_TRANSFORMED = 1024
 
 
 def lora(
@@ -76,6 +79,9 @@ def lora(
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
 
+    # Outside `jax.jit`, functions that `fn` jits itself are compiled in the first call only.
+    transformed: dict[Hashable, Any] = {}
+
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
@@ -86,7 +92,9 @@ def lora(
         if "error" in (on_materialize, on_unused):
             # A look ahead, without arithmetic: nothing may have run when it raises.
             _uses.announce(call.paths, uses(traced), on_materialize, on_unused)
-        interpreter = Interpreter(RULES)
+        if len(transformed) > MOST_TRANSFORMED:
+            transformed.clear()
+        interpreter = Interpreter(RULES, transformed)
         outs = run(interpreter, traced, traced.operands)
         _uses.announce(call.paths, interpreter.uses, on_materialize, on_unused)
         return traced.rebuild(outs)
