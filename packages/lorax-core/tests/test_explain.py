@@ -44,6 +44,7 @@ def test_totals_and_costs():
     assert report.trainable == 120 * 9 + 70
     assert report.total == 3 * 50 * 70 + 70
     products = 2 * 5 * 50 * 70
+    assert report.base.flops is not None and report.adapted.flops is not None
     assert 3 * products <= report.base.flops < 3.2 * products
     # Two products with factors of rank 2 beside `used`; `built` is made from its factors.
     added = 2 * (2 * 5 * 2 * 120) + 2 * 50 * 3 * 70

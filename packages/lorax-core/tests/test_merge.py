@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,7 +19,7 @@ from lorax import (
 from lorax.testing import random_factors
 
 
-def pair(shape=(5, 7), spec=2, dtype=jnp.float32):
+def pair(shape=(5, 7), spec: Any = 2, dtype=jnp.float32):
     params = {"w": jax.random.normal(jax.random.key(1), shape).astype(dtype), "v": jnp.ones(3)}
     frozen, tunable = init_lora(params, {"w": spec, "v": LORA_FULL}, jax.random.key(0))
     return frozen, random_factors(tunable, jax.random.key(2))
@@ -146,6 +148,6 @@ def test_what_is_no_pair_is_an_error(frozen, tunable, message):
 
 
 def test_count_params_counts_arrays():
-    frozen, tunable = pair()
+    _, tunable = pair()
     assert count_params(tunable) == 5 * 2 + 2 * 7 + 3
     assert count_params([jax.nn.relu, None, "x", jax.ShapeDtypeStruct((2, 3), jnp.int8)]) == 6

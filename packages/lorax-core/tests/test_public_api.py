@@ -1,4 +1,4 @@
-import importlib
+import importlib.metadata
 import inspect
 
 import lorax
@@ -29,7 +29,7 @@ def test_functions_have_runnable_examples():
     functions += [testing.check]
     for function in functions:
         if inspect.isfunction(function):
-            assert ">>>" in function.__doc__, function.__name__
+            assert ">>>" in (function.__doc__ or ""), function.__name__
 
 
 def test_tracebacks_and_reprs_show_the_public_module():

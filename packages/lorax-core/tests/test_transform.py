@@ -1,6 +1,7 @@
 import functools
 import inspect
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from lorax._interpreter import Interpreter
 from lorax.testing import random_factors
 
 
-def pair(shape=(5, 7), rank=2, seed=0, dtype=jnp.float32, **others):
+def pair(shape=(5, 7), rank: Any = 2, seed=0, dtype=jnp.float32, **others):
     params = {"w": jax.random.normal(jax.random.key(seed), shape).astype(dtype)} | others
     spec = {"w": rank} | dict.fromkeys(others, LORA_FREEZE)
     frozen, tunable = init_lora(params, spec, jax.random.key(seed))
@@ -81,7 +82,7 @@ def test_positional_parameters_passed_by_name():
 def test_python_values_reach_the_function_as_they_are():
     seen = {}
 
-    def fn(params, x, train, *, mode=None, act=None, size=3, shape=None):
+    def fn(params, x, train, *, mode=None, act: Any = None, size=3, shape=None):
         seen.update(train=train, mode=mode, act=act, size=size, shape=shape)
         return act(x @ params["w"])
 
