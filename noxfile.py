@@ -25,6 +25,9 @@ PACKAGES = ["lorax-core", "lorax-hf", "lorax-io"]
 OLDEST_PYTHON = "3.11"
 FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 
+# A worker for each processor: these tests spend their time in XLA compiling small programs.
+PYTEST = ["pytest", "--numprocesses=auto"]
+
 for_each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
 
@@ -75,7 +78,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """One package's tests, with what it declares and nothing else. `-P 3.13`: another Python."""
     install_locked(session, *editable(package), *test_group(package))
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    session.run(*PYTEST, f"packages/{package}/tests", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON)
@@ -84,14 +87,14 @@ def minimums(session: nox.Session, package: str) -> None:
     """One package's tests, with the oldest versions that it says it works with."""
     oldest = "--resolution=lowest-direct"
     session.install(oldest, *editable(package), *test_group(package))
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    session.run(*PYTEST, f"packages/{package}/tests", *session.posargs)
 
 
 @nox.session
 def integration(session: nox.Session) -> None:
     """What crosses packages and frameworks, and the parts of the examples."""
     install_locked(session, *editable(*PACKAGES), "--group", "integration", *FINETUNE)
-    session.run("pytest", "integration-tests", *session.posargs)
+    session.run(*PYTEST, "integration-tests", *session.posargs)
 
 
 @nox.session

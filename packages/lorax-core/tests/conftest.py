@@ -1,4 +1,4 @@
-"""What all tests of the core share: strict JAX, several CPU devices, and the runner of table rows."""
+"""What all tests of the core share: strict JAX, several CPU devices, the runner of table rows."""
 
 import zlib
 
@@ -36,6 +36,10 @@ def is_shape(leaf):
     return isinstance(leaf, tuple) and all(type(size) is int for size in leaf)
 
 
+def is_float(leaf):
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def draw_tree(seed, tree):
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_shape)
     keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
@@ -52,6 +56,8 @@ def prove():
     def run(name, fn, shapes, spec, args, expectation=None):
         seed = zlib.crc32(name.encode())
         params, *args = draw_tree(seed, [shapes, *args])
+        # Small arguments keep a model's sines and its tanh where float32 can tell them apart.
+        args = [arg / 4 if is_float(arg) else arg for arg in args]
         testing.check(fn, params, spec, *args, seed=seed % 1000, **(expectation or {}))
 
     return run

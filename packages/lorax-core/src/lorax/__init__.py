@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 # Tracebacks and reprs show the names that users import.
-for _name in __all__:
-    if hasattr(globals()[_name], "__module__"):
-        globals()[_name].__module__ = __name__
-del _name
+for _value in [globals()[_name] for _name in __all__]:
+    if hasattr(_value, "__module__"):
+        _value.__module__ = __name__

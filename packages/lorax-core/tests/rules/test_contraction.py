@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import LoraSpec
+from lorax import LoraSpec, MaterializeError, init_lora, lora, merge_params, testing
 
 BF16, F16, C64 = jnp.bfloat16, jnp.float16, jnp.complex64
 struct = jax.ShapeDtypeStruct
@@ -38,6 +39,8 @@ def rows_by_group(summed, ragged_axis, group):
     return lax.RaggedDotDimensionNumbers((summed, ((), ())), [ragged_axis], [group])
 
 
+# Each group takes a piece of the contracted axis.
+ALONG = lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])
 SIZES = np.array([2, 0, 4], np.int32)  # of 6 rows
 SHORT = np.array([1, 3, 1], np.int32)  # the last of 6 rows belongs to no group
 # JAX has no batching rule for every way of mapping `ragged_dot`.
@@ -53,6 +56,7 @@ ROWS = [
     ("left-vector", lambda p, x: p["w"] @ x, W, {"w": 2}, [(7,)]),
     ("right-many-axes", lambda p, x: x @ p["w"], W, {"w": 2}, [(2, 5, 3, 11)]),
     ("left-many-axes", lambda p, x: p["w"] @ x, W, {"w": 2}, [(2, 5, 7, 3)]),
+    ("no-rows", lambda p, x: x @ p["w"], W, {"w": 2}, [(0, 11)]),
     ("no-batch-axis-of-its-own", dot(((1,), (0,)), left=True), W, {"w": 2}, [(7, 3, 5)]),
     ("contracts-the-output-axis", einsum("bo,io->bi"), W, {"w": 2}, [(3, 7)]),
     ("tied-head", einsum("bd,vd->bv"), {"w": (19, 5)}, {"w": LoraSpec(2, in_axes=[1])}, [(3, 5)]),
@@ -103,7 +107,6 @@ ROWS = [
      [(3, 11), (3, 7)]),
     ("tensordot", lambda p, x: jnp.tensordot(x, p["w"], [[1, 2], [1, 0]]), {"w": (5, 3, 11)},
      {"w": 2}, [(2, 3, 5)]),
-    ("vdot", lambda p, x: jnp.vdot(x, p["w"]), W, {"w": 2}, [(11, 7)]),
     # Batch axes.
     ("batch-shared", einsum("eni,eio->eno"), {"w": (3, 11, 7)},
      {"w": LoraSpec(2, shared_axes=[0])}, [(3, 2, 11)]),
@@ -193,11 +196,54 @@ ROWS = [
      {"w": (3, 11, 7), "v": (3, 7, 13)},
      {"w": LoraSpec(2, shared_axes=[0]), "v": LoraSpec(2, shared_axes=[0])},
      [(6, 11), SIZES], UNMAPPED),
-    ("ragged-along-the-contraction", ragged(lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])), W, {"w": 2},
-     [(3, 11), np.array([5, 6], np.int32)], UNMAPPED | {"materializes": True}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_contraction(prove, row):
     prove(*row)
+
+
+@pytest.mark.parametrize(
+    "w_spec, x_spec, out_spec",
+    [
+        (P(None, "m"), P("d", None), P("d", "m")),
+        (P("m", None), P("d", "m"), P("d", None)),
+        (P("d", "m"), P(), P(None, "m")),
+    ],
+    ids=["outputs", "inputs", "both"],
+)
+def test_out_sharding_on_an_explicit_mesh(w_spec, x_spec, out_spec):
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+
+    def fn(p, x):
+        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=out_spec)
+
+    with jax.set_mesh(mesh):
+        place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))  # noqa: E731
+        params = {"w": place(jnp.sin(jnp.arange(88.0)).reshape(8, 11)[:, :10], w_spec)}
+        x = place(jnp.cos(jnp.arange(32.0)).reshape(4, 8), x_spec)
+        frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
+        tunable = jax.tree.map(lambda leaf: leaf + 0.5, tunable)
+        model = jax.jit(lora(fn, on_materialize="error"))
+        out = model((frozen, tunable), x)
+        expected = fn(merge_params(frozen, tunable), x)
+        assert jax.typeof(out).sharding.spec == jax.typeof(expected).sharding.spec
+        assert np.allclose(out, expected, rtol=1e-5, atol=1e-5)
+        ours = jax.grad(lambda t: (model((frozen, t), x) ** 2).sum())(tunable)
+        theirs = jax.grad(lambda t: (fn(merge_params(frozen, t), x) ** 2).sum())(tunable)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert np.allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_ragged_along_the_contraction_builds_the_weight():
+    # JAX has no gradient of this form in the weight, so the table cannot hold it.
+    params = {"w": jnp.arange(77, dtype=jnp.float32).reshape(11, 7) / 77}
+    x, sizes = jnp.ones((3, 11)), jnp.array([5, 6], jnp.int32)
+    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    fn = ragged(ALONG)
+    with pytest.raises(MaterializeError, match="`w`.*ragged_dot_general"):
+        lora(fn, on_materialize="error")((frozen, tunable), x, sizes)
+    got = lora(fn, on_materialize="allow")((frozen, tunable), x, sizes)
+    assert jnp.allclose(got, fn(merge_params(frozen, tunable), x, sizes), rtol=1e-5)

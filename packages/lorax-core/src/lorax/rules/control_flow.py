@@ -6,6 +6,7 @@ through the public function, with every option the equation had.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Hashable
 from typing import Any, cast
 
@@ -329,13 +330,13 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     if _is_weight(index):
         return NotImplemented
     traced = [_traced(eqn, branch, args) for branch in branches]
-    outs = list(zip(*(kinds for _, kinds in traced), strict=True))
+    outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
     # A weight comes out as one where every branch returns the same kind of it.
     alike = [len(set(kinds)) == 1 for kinds in outs]
     if not all(alike):
         traced = [_traced(eqn, branch, args, alike) for branch in branches]
     leaves = jax.tree.leaves(args)
-    functions = [function for function, _ in traced]
+    functions = [function for function, _, _ in traced]
     if branches_platforms is None:
         flat = jax.lax.switch(index, functions, *leaves)
     else:
@@ -345,16 +346,19 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
                 keywords[platform] = function
         flat = jax.lax.platform_dependent(*leaves, **keywords)
     flat = iter(flat)
-    return [
+    outs = [
         jax.tree.unflatten(kind[0], [next(flat) for _ in range(kind[0].num_leaves)])
         for kind in traced[0][1]
     ]
+    # Whichever branch is taken, the weight may be the one that any of them returns.
+    names = zip(*(names for _, _, names in traced), strict=True)
+    return _with_sources(outs, (tuple(dict.fromkeys(itertools.chain(*each))) for each in names))
 
 
 def _traced(eqn, branch, args, alike=None):
-    """A branch as a function of flat arrays, and the kind of each of its outputs."""
+    """A branch as a function of flat arrays, the kinds of its outputs, and their weights."""
     structure = jax.tree.structure(args)
-    kinds = []
+    kinds, names = [], []
 
     def body(*leaves):
         outs = eqn.interpreter.run(branch, jax.tree.unflatten(structure, leaves))
@@ -362,11 +366,13 @@ def _traced(eqn, branch, args, alike=None):
             outs = [
                 out if same else eqn.materialize(out) for out, same in zip(outs, alike, strict=True)
             ]
+        names[:] = [term.sources for out in outs if _is_weight(out) for term in out.terms]
+        outs = _with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)
 
     closed = jax.make_jaxpr(body)(*jax.tree.leaves(args))
-    return jex.jaxpr_as_fun(closed), kinds
+    return jex.jaxpr_as_fun(closed), kinds, names
 
 
 def _shapes(out) -> tuple[Any, ...]:

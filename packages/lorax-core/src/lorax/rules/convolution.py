@@ -105,15 +105,14 @@ def _convolve(
     def conv(x, kernel, lhs_spec, owned, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
         mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
-        strides, padding, lhs_dilation, rhs_dilation = zip(*mine, strict=True)
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
         return jax.lax.conv_general_dilated(
             x,
             jnp.transpose(kernel, layout),
-            strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
+            [w.stride for w in mine],
+            [w.padding for w in mine],
+            [w.lhs_dilation for w in mine],
+            [w.rhs_dilation for w in mine],
             spec,
             feature_group_count=groups,
             batch_group_count=batch_groups,

@@ -19,6 +19,18 @@ for _name in ("copy", "reduce_precision", "name", "layout_constraint"):
     defdirect(_name)
 
 
+@defrule("pvary")
+def _pvary(eqn, *weights, axes, axis_index_groups=None):
+    """Factors vary over an axis of `shard_map`'s mesh as soon as they meet what does."""
+    bases = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in weights))
+    if not isinstance(bases, list):  # JAX < 0.10 varies several arrays at once.
+        return weights[0].replace_base(bases)
+    return [
+        weight.replace_base(base) if isinstance(weight, FactoredArray) else base
+        for weight, base in zip(weights, bases, strict=True)
+    ]
+
+
 @defrule("convert_element_type")
 def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
     """Casts between floating types are followed; one that is not linear builds the weight."""

@@ -1,0 +1,85 @@
+"""The rows of the report, as text and as JSON."""
+
+from typing import Any, NamedTuple
+
+from counts import Counts
+
+MARK = "▲"  # stands behind a ratio above its goal
+
+HEADER = f"""\
+Ours / written by hand; {MARK} is above the goal of 1.00 (trace: 1.50).
+
+                                   FLOPs              temp bytes         HLO instructions   trace
+model                              by hand    ratio   by hand    ratio   by hand    ratio   ratio
+--------------------------------   ----------------   ----------------   ----------------   -----"""
+
+
+class Row(NamedTuple):
+    """One program, twice."""
+
+    model: str
+    program: str
+    ours: Counts
+    by_hand: Counts
+    trace: float
+
+    @property
+    def ratios(self) -> Counts:
+        """Ours over by hand, for each count."""
+        return Counts(*(x / max(y, 1) for x, y in zip(self.ours, self.by_hand, strict=True)))
+
+    @property
+    def above(self) -> dict[str, bool]:
+        """Which goals the row misses. The number of instructions has none."""
+        return {
+            "FLOPs": self.ours.flops > self.by_hand.flops,
+            "temp bytes": self.ours.temp_bytes > self.by_hand.temp_bytes,
+            "trace time": self.trace > 1.5,
+        }
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    marks = [MARK if above else " " for above in row.above.values()]
+    marks.insert(2, " ")
+    cells = [
+        f"{amount:>7} {ratio:7.3f}{mark}"
+        for amount, ratio, mark in zip(map(_short, row.by_hand), row.ratios, marks, strict=False)
+    ]
+    name = f"{row.model}, {row.program}"
+    return f"{name:34} {'   '.join(cells)}   {row.trace:4.2f}{marks[3]}"
+
+
+def _short(number: float) -> str:
+    """Four digits and a unit."""
+    for unit in ("", " k", " M"):
+        if number < 10_000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.4g} G"
+
+
+def summary(rows: list[Row]) -> str:
+    """How many programs meet each goal."""
+    parts = []
+    for goal in rows[0].above:
+        missed = [f"{row.model} {row.program}" for row in rows if row.above[goal]]
+        parts.append(f"{goal} {len(rows) - len(missed)}/{len(rows)}")
+    return f"\nGoals met: {', '.join(parts)}."
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    """A row for JSON."""
+    counts = {
+        name: {"ours": ours, "by_hand": by_hand, "ratio": ratio}
+        for name, ours, by_hand, ratio in zip(
+            Counts._fields, row.ours, row.by_hand, row.ratios, strict=True
+        )
+    }
+    return {
+        "model": row.model,
+        "program": row.program,
+        **counts,
+        "trace_ratio": row.trace,
+        "above_goal": [goal for goal, above in row.above.items() if above],
+    }

@@ -1,0 +1,74 @@
+"""Movie-review sentences with a human rating, as prompts of a few fixed lengths."""
+
+import itertools
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+PROMPT = "Review: {}\nSentiment:"  # the model is to go on with one of the next two
+POSITIVE, NEGATIVE = " positive", " negative"
+
+LENGTHS = (24, 32, 40, 52, 76)  # in tokens; each is compiled once
+
+
+class Review(NamedTuple):
+    """A sentence, and whether its readers found it favourable."""
+
+    text: str
+    positive: bool
+
+
+def read_reviews(path, least=0.5):
+    """The sentences whose mean rating, from -4 to 4, is at least `least` away from zero."""
+    reviews = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            _, rating, text = line.rstrip("\n").split("\t")
+            if abs(float(rating)) >= least:
+                reviews.append(Review(text, float(rating) > 0))
+    return reviews
+
+
+def split(reviews, *sizes, seed):
+    """Disjoint random samples of the given sizes, and the rest."""
+    shuffled = list(reviews)
+    random.Random(seed).shuffle(shuffled)
+    edges = [0, *itertools.accumulate(sizes), len(shuffled)]
+    return [shuffled[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def labels(reviews):
+    """Whether each is positive, as an array."""
+    return np.array([review.positive for review in reviews])
+
+
+def encode(reviews, tokenizer):
+    """Token ids of the prompt of every review."""
+    return [tokenizer.encode(PROMPT.format(review.text)).ids for review in reviews]
+
+
+def token_of(word, tokenizer):
+    """The id of a word that is a single token."""
+    (token,) = tokenizer.encode(word).ids
+    return token
+
+
+def batches(prompts, size):
+    """Prompts of like length together: a list of (rows, tokens [size, time], last [size]).
+
+    `rows` says which prompts they are, `last` where each ends. Padding is on the right; what `rows`
+    does not fill of the last batch is padding, too, so that its shape is not a new one.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [_pad(prompts, by_length[i : i + size], size) for i in range(0, len(prompts), size)]
+
+
+def _pad(prompts, rows, size):
+    longest = max(len(prompts[row]) for row in rows)
+    time = next((length for length in LENGTHS if length >= longest), longest)
+    tokens, last = np.zeros((size, time), np.int32), np.zeros(size, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(prompts[row])] = prompts[row]
+        last[i] = len(prompts[row]) - 1
+    return np.array(rows), tokens, last

@@ -1,0 +1,79 @@
+"""What the run shows: progress bars, tables, and the plot of the loss."""
+
+import contextlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+@contextlib.contextmanager
+def bytes_bar(label):
+    """A bar that lasts as long as a download; yields its `report(done, total)`."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    quiet = not console.is_terminal  # where a bar that goes away would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def steps_bar(label, total):
+    """A bar that stays; yields its `advance(note)`, for one step done and what to say of it."""
+    columns = (
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, note="")
+        yield lambda note="": progress.update(task, advance=1, note=note)
+
+
+def show_scores(title, columns):
+    """A table with a column of scores for each classifier in `columns`, a dict."""
+    table = Table("", *columns, title=title, title_justify="left")
+    for row, field in [
+        ("accuracy", "accuracy"),
+        ("accuracy, threshold fitted", "calibrated"),
+        ("AUC", "auc"),
+    ]:
+        table.add_row(row, *(f"{getattr(scores, field):.3f}" for scores in columns.values()))
+    console.print(table)
+
+
+def show_seconds(seconds):
+    """How long each part took."""
+    table = Table("", "seconds", title="Wall time", title_justify="left")
+    table.columns[1].justify = "right"
+    for part, duration in seconds.items():
+        table.add_row(part, f"{duration:.1f}")
+    table.add_row("all", f"{sum(seconds.values()):.1f}", style="bold")
+    console.print(table)
+
+
+def plot_losses(losses, path, window=10):
+    """Each step's loss, and the mean of the last `window` steps."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.75", label="one step")
+    if len(losses) >= window:
+        mean = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss (nats)", title="Training loss", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,153 @@
+"""Convolutions with an adapted kernel."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import LoraSpec, init_lora, lora, merge_params, testing
+
+struct = jax.ShapeDtypeStruct
+HWIO = {"w": (3, 2, 5, 7)}  # (height, width, in, out)
+OIHW = {"w": (7, 5, 3, 2)}
+NHWC = (2, 8, 9, 5)
+NCHW = (2, 5, 8, 9)
+FROM_OUT = LoraSpec(2, out_axes=[0])
+# The window with the outputs: the first kernel is one pixel wide, the second has the window.
+WINDOW_LAST = LoraSpec(2, in_axes=[2])
+# One axis of the window on each side: a separable kernel.
+SEPARABLE = LoraSpec(2, in_axes=[0, 2])
+
+
+def conv(layout=("NHWC", "HWIO", "NHWC"), strides=(1, 1), padding: Any = "SAME", **keywords):
+    def fn(p, x):
+        return lax.conv_general_dilated(
+            x, p["w"], strides, padding, dimension_numbers=layout, **keywords
+        )
+
+    return fn
+
+
+def one_d(*args, **keywords):
+    return conv(("NWC", "WIO", "NWC"), *args, **keywords)
+
+
+NARROW = {"tolerance": 0.05}
+
+ROWS = [
+    ("nhwc-hwio", conv(), HWIO, {"w": 2}, [NHWC]),
+    ("nchw-oihw", conv(("NCHW", "OIHW", "NCHW")), OIHW, {"w": FROM_OUT}, [NCHW]),
+    ("nhwc-to-nchw", conv(("NHWC", "HWIO", "NCHW")), HWIO, {"w": 2}, [NHWC]),
+    ("nhwc-oihw", conv(("NHWC", "OIHW", "NHWC")), OIHW, {"w": FROM_OUT}, [NHWC]),
+    ("odd-layouts", conv(("CWNH", "IWOH", "WHCN")), {"w": (5, 2, 7, 3)},
+     {"w": LoraSpec(2, out_axes=[2])}, [(5, 9, 2, 8)]),
+    ("batch-last-of-the-output", conv(("HWNC", "OHIW", "CHWN")), {"w": (7, 3, 5, 2)},
+     {"w": FROM_OUT}, [(8, 9, 2, 5)]),
+    ("one-d", one_d((1,)), {"w": (3, 5, 7)}, {"w": 2}, [(2, 11, 5)]),
+    ("three-d", conv(("NDHWC", "DHWIO", "NDHWC"), (1, 1, 1)), {"w": (2, 3, 2, 5, 7)}, {"w": 2},
+     [(1, 3, 4, 4, 5)]),
+    ("no-window", conv(("NC", "IO", "NC"), (), ()), {"w": (5, 7)}, {"w": 2}, [(3, 5)]),
+    ("one-by-one", conv(), {"w": (1, 1, 5, 7)}, {"w": 2}, [NHWC]),
+    ("rank-one", conv(), HWIO, {"w": 1}, [NHWC]),
+    ("rslora", conv(), HWIO, {"w": LoraSpec(3, alpha=5.0, scaling="rslora")}, [NHWC]),
+    # The spatial axes of the kernel.
+    ("window-last", conv(), HWIO, {"w": WINDOW_LAST}, [NHWC]),
+    ("window-last-oihw", conv(("NCHW", "OIHW", "NCHW")), OIHW, {"w": LoraSpec(2, in_axes=[1])},
+     [NCHW]),
+    ("separable", conv(), HWIO, {"w": SEPARABLE}, [NHWC]),
+    ("window-last-everything",
+     conv(strides=(2, 3), padding=((2, 1), (0, 3)), rhs_dilation=(2, 1)), HWIO,
+     {"w": WINDOW_LAST}, [NHWC]),
+    ("separable-everything",
+     conv(strides=(2, 3), padding=((2, 1), (0, 3)), lhs_dilation=(1, 2), rhs_dilation=(2, 1)),
+     HWIO, {"w": SEPARABLE}, [NHWC]),
+    ("factors-for-each-pixel", conv(), HWIO, {"w": LoraSpec(2, shared_axes=[0, 1])}, [NHWC],
+     {"materializes": True}),
+    # Strides, padding, dilations.
+    ("valid", conv(padding="VALID"), HWIO, {"w": 2}, [NHWC]),
+    ("strides", conv(strides=(2, 3)), HWIO, {"w": 2}, [NHWC]),
+    ("padding", conv(padding=((2, 0), (1, 3))), HWIO, {"w": 2}, [NHWC]),
+    ("negative-padding", conv(padding=((-1, 2), (0, -2))), HWIO, {"w": 2}, [NHWC]),
+    ("kernel-dilation", conv(rhs_dilation=(2, 3)), HWIO, {"w": 2}, [NHWC]),
+    ("input-dilation", conv(padding=((1, 2), (2, 0)), lhs_dilation=(2, 3)), HWIO, {"w": 2},
+     [NHWC]),
+    ("everything",
+     conv(strides=(3, 2), padding=((2, 1), (0, 3)), lhs_dilation=(2, 1), rhs_dilation=(1, 2)),
+     HWIO, {"w": 2}, [NHWC]),
+    ("causal", one_d((1,), ((4, 0),), rhs_dilation=(2,)), {"w": (3, 5, 7)}, {"w": 2},
+     [(2, 11, 5)]),
+    ("patches", conv(strides=(3, 2), padding="VALID"), HWIO, {"w": 2}, [(2, 9, 8, 5)]),
+    # Transposed.
+    ("transposed", lambda p, x: lax.conv_transpose(x, p["w"], (2, 3), "SAME"), HWIO, {"w": 2},
+     [(2, 4, 4, 5)]),
+    ("transposed-kernel",
+     lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "VALID", transpose_kernel=True),
+     {"w": (3, 2, 7, 5)}, {"w": LoraSpec(2, in_axes=[0, 1, 3])}, [(2, 4, 4, 5)]),
+    ("transposed-one-d",
+     lambda p, x: lax.conv_transpose(x, p["w"], (3,), ((2, 1),), rhs_dilation=(2,)),
+     {"w": (3, 5, 7)}, {"w": 2}, [(2, 4, 5)]),
+    ("flipped-kernel", lambda p, x: conv()({"w": jnp.flip(p["w"], (0, 1))}, x), HWIO, {"w": 2},
+     [NHWC]),
+    # Groups.
+    ("groups", conv(feature_group_count=2), {"w": (3, 2, 5, 6)}, {"w": 2}, [(2, 8, 9, 10)]),
+    ("groups-oihw", conv(("NCHW", "OIHW", "NCHW"), (2, 1), feature_group_count=3),
+     {"w": (9, 2, 3, 5)}, {"w": FROM_OUT}, [(2, 6, 8, 7)]),
+    ("groups-window-last", conv(feature_group_count=2), {"w": (3, 2, 5, 6)}, {"w": WINDOW_LAST},
+     [(2, 8, 9, 10)]),
+    ("groups-separable", conv(strides=(2, 1), feature_group_count=3), {"w": (3, 2, 5, 6)},
+     {"w": SEPARABLE}, [(2, 8, 9, 15)]),
+    ("depthwise", conv(feature_group_count=5), {"w": (3, 2, 1, 5)}, {"w": 2}, [NHWC]),
+    ("depthwise-multiplied", conv(strides=(2, 2), feature_group_count=5), {"w": (3, 2, 1, 10)},
+     {"w": 3}, [NHWC]),
+    ("depthwise-outputs-with-the-inputs", conv(feature_group_count=5), {"w": (3, 2, 1, 5)},
+     {"w": LoraSpec(2, in_axes=[2, 3])}, [NHWC], {"materializes": True}),
+    ("depthwise-one-d-causal", one_d((1,), ((2, 0),), feature_group_count=5), {"w": (3, 1, 5)},
+     {"w": 2}, [(2, 11, 5)]),
+    ("batch-groups", conv(batch_group_count=2), {"w": (3, 2, 5, 6)}, {"w": 2}, [(4, 8, 9, 5)]),
+    ("batch-groups-nchw", conv(("NCHW", "OIHW", "CNHW"), batch_group_count=3),
+     {"w": (6, 5, 3, 2)}, {"w": FROM_OUT}, [(6, 5, 8, 9)]),
+    ("batch-groups-window-last", conv(strides=(2, 1), batch_group_count=2),
+     {"w": (3, 2, 5, 6)}, {"w": WINDOW_LAST}, [(4, 8, 9, 5)]),
+    # Parameters of the equation, dtypes, and what comes before.
+    ("precision", conv(precision="highest"), HWIO, {"w": 2}, [NHWC]),
+    ("precision-pair", conv(precision=("highest", "default")), HWIO, {"w": 2}, [NHWC]),
+    ("preferred", conv(preferred_element_type=jnp.float32), HWIO, {"w": 2}, [NHWC]),
+    ("bfloat16", conv(), {"w": struct((3, 2, 5, 7), jnp.bfloat16)}, {"w": 2},
+     [struct(NHWC, jnp.bfloat16)], NARROW),
+    ("bfloat16-groups", conv(feature_group_count=2), {"w": struct((3, 2, 5, 6), jnp.bfloat16)},
+     {"w": 2}, [struct((2, 8, 9, 10), jnp.bfloat16)], NARROW),
+    ("transposed-layout-in-the-model", lambda p, x: conv()({"w": p["w"].transpose(2, 3, 1, 0)}, x),
+     OIHW, {"w": FROM_OUT}, [NHWC]),
+    ("merged-in-the-model", lambda p, x: conv()({"w": p["w"].reshape(3, 2, 5, 7)}, x),
+     {"w": (6, 5, 7)}, {"w": 2}, [NHWC]),
+    ("two-layers", lambda p, x: conv()({"w": p["v"]}, jnp.tanh(conv()(p, x))),
+     {"w": (3, 2, 5, 7), "v": (2, 3, 7, 4)}, {"w": 2, "v": 3}, [NHWC]),
+    ("vmap-over-stacked-kernels",
+     lambda p, x: jax.vmap(lambda w, x: conv()({"w": w}, x))(p["w"], x),
+     {"w": (2, 3, 2, 5, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(2, 1, 4, 5, 5)],
+     {"materializes": True}),
+    ("kernel-made-of-the-input", lambda p, x: lax.conv_general_dilated(
+        p["w"][None], x, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+     {"w": (8, 9, 5)}, {"w": 2}, [(3, 2, 5, 7)], {"materializes": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_convolution(prove, row):
+    prove(*row)
+
+
+def test_preferred_type():
+    # Values alone: JAX 0.8 has no gradient where the preferred type is another one.
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 2, 5, 7)).astype(jnp.bfloat16)}
+    x = jax.random.normal(jax.random.key(1), NHWC).astype(jnp.bfloat16)
+    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(2))
+    tunable = testing.random_factors(tunable, jax.random.key(3))
+    fn = conv(preferred_element_type=jnp.float32)
+    got = lora(fn, on_materialize="error")((frozen, tunable), x)
+    expected = fn(merge_params(frozen, tunable), x)
+    assert got.dtype == expected.dtype == jnp.float32
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()

@@ -1,0 +1,239 @@
+"""The algebra of terms: every method against the same change of the full array."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax._terms import (
+    FactoredArray,
+    Inexpressible,
+    Label,
+    Term,
+    align,
+    apart,
+    operand,
+    product,
+)
+
+
+def term(*sizes, rank=2, inputs=(0,), shared=(), seed=0):
+    """A LoRA term of a weight with axes of `sizes`."""
+    axes = [Label(d, size, d) for d, size in enumerate(sizes)]
+    r = Label(len(sizes), rank)
+    both = [axes[d] for d in shared]
+    ins = [axes[d] for d in inputs]
+    outs = [label for d, label in enumerate(axes) if d not in (*inputs, *shared)]
+    labels = ((*both, *ins, r), (*both, r, *outs))
+    keys = jax.random.split(jax.random.key(seed))
+    factors = tuple(
+        jax.random.normal(key, [label.size for label in names])
+        for key, names in zip(keys, labels, strict=True)
+    )
+    return Term(factors, labels, tuple((label,) for label in axes), ("w",))
+
+
+def full(value):
+    return np.asarray(value.array(jnp.float32, precision="highest"))
+
+
+def same(value, expected):
+    assert value.shape == expected.shape
+    assert np.allclose(full(value), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_array():
+    t = term(5, 3)
+    same(t, np.asarray(t.factors[0]) @ np.asarray(t.factors[1]))
+
+
+def test_permute():
+    t = term(5, 3, 7)
+    same(t.permute((2, 0, 1)), full(t).transpose(2, 0, 1))
+
+
+def test_drop_sums():
+    t = term(5, 3, 7)
+    same(t.drop([1]), full(t).sum(1))
+    same(t.drop([0, 2]), full(t).sum((0, 2)))
+
+
+def test_drop_of_an_axis_that_nobody_owns():
+    t = term(5, 3).broadcast((7, 5, 3), (1, 2))
+    same(t.drop([0]), full(t).sum(0))
+
+
+def test_broadcast():
+    t = term(5, 1)
+    same(t.broadcast((7, 5, 3), (1, 2)), np.broadcast_to(full(t), (7, 5, 3)))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(6, 10), (2, 3, 10), (6, 2, 5), (2, 3, 5, 2), (60,), (12, 5), (1, 6, 1, 10, 1), (4, 3, 5)],
+    ids=str,
+)
+def test_reshape(shape):
+    t = term(6, 10)
+    if shape == (4, 3, 5):  # 4 takes a 2 from an axis of `a` and a 2 from one of `b`.
+        with pytest.raises(Inexpressible):
+            t.reshape(shape)
+        return
+    same(t.reshape(shape), full(t).reshape(shape))
+
+
+def test_reshape_joins_what_it_had_split():
+    t = term(7, 12)
+    same(t.reshape((7, 4, 3)).reshape((7, 6, 2)), full(t).reshape(7, 6, 2))
+    same(t.reshape((7, 4, 3)).reshape((7, 2, 3, 2)), full(t).reshape(7, 2, 3, 2))
+
+
+def test_reshape_moves_no_data_of_the_weight():
+    t = term(6, 10).reshape((60,)).reshape((6, 10))
+    assert [factor.shape for factor in t.factors] == [(6, 2), (2, 10)]
+
+
+def test_fuse_follows_the_order_of_the_axis():
+    # `a` holds its axes as (0, 1); the merged axis wants them as (1, 0).
+    t = term(2, 3, 7, inputs=(0, 1)).permute((1, 0, 2)).reshape((6, 7))
+    fused, label = t.fuse(0)
+    assert label.size == 6 and fused.out[0] == (label,)
+    same(fused, full(t))
+
+
+def test_fuse_of_other_owners():
+    t = term(5, 3).reshape((15,))
+    with pytest.raises(Inexpressible):
+        t.fuse(0)
+
+
+def test_fuse_keeps_the_parameters_axis():
+    t = term(12, 7).reshape((3, 4, 7)).reshape((12, 7))
+    assert t.fuse(0)[1].axis == 0
+
+
+def test_fuse_of_a_unit_axis():
+    t = term(5, 3).reshape((5, 1, 3))
+    fused, label = t.fuse(1)
+    assert label.size == 1
+    same(fused, full(t))
+
+
+def test_leading():
+    t = term(5, 3).reshape((15,))
+    _, label, unit = t.leading(0, (6, 12))
+    assert (label.size, unit) == (5, 3)
+    with pytest.raises(Inexpressible):
+        t.leading(0, (7, 12))
+
+
+def test_along_changes_every_owner():
+    t = term(5, 3, 7, inputs=(1,), shared=(0,))
+    cut, _ = t.along(t.out[0][0], lambda factor, k: jax.lax.slice_in_dim(factor, 1, 4, axis=k), 3)
+    same(cut, full(t)[1:4])
+
+
+def test_split():
+    t = term(6, 5)
+    split, (high, low) = t.split(t.out[0][0], 2)
+    assert (high.size, low.size, high.axis, low.axis) == (2, 3, 0, 0)
+    same(split, full(t))
+
+
+def test_own():
+    t = term(5, 3).broadcast((7, 5, 3), (1, 2))
+    label = t.out[0][0]
+    owned = t.own(label)
+    assert owned.owners(label) and not t.owners(label)
+    same(owned, full(t))
+    assert owned.own(label) is owned
+
+
+@pytest.mark.parametrize("scalar", [3, -0.5, jnp.float32(3), jnp.bfloat16(2)], ids=str)
+def test_scale(scalar):
+    t = term(5, 3)
+    same(t.scale(scalar), full(t) * float(scalar))
+    # One factor carries it, the smallest.
+    changed = [a is not b for a, b in zip(t.scale(scalar).factors, t.factors, strict=True)]
+    assert changed == [False, True]
+
+
+def test_scale_by_a_wider_number_widens_the_factor():
+    t = term(5, 3)
+    narrow = dataclasses.replace(t, factors=tuple(f.astype(jnp.bfloat16) for f in t.factors))
+    assert narrow.scale(jnp.float32(3)).factors[1].dtype == jnp.float32
+
+
+def test_halves():
+    t = term(5, 3)
+    (i,), (o,) = t.out
+    first, second, bonds = t.halves([i], [o])
+    assert len(first) == len(second) == 1 and [label.size for label in bonds] == [2]
+    with pytest.raises(Inexpressible):
+        t.halves([i, o], [o])
+
+
+@pytest.mark.parametrize(
+    "shape, flat",
+    [((5, 3), False), ((1, 3), True), ((5, 1), True)],
+    ids=str,
+)
+def test_is_flat_where_one_factor_spans_what_is_left(shape, flat):
+    t = term(5, 3)
+    for axis, size in enumerate(shape):
+        if size == 1:
+            t = t.drop([axis])
+    assert t.is_flat == flat
+
+
+@pytest.mark.parametrize("sizes", [((6,), (6,)), ((2, 3), (6,)), ((6,), (2, 3)), ((2, 3), (2, 3))])
+def test_align_and_product(sizes):
+    """Contracts axes of 6 that each side may have merged from others."""
+    mine, theirs = sizes
+    left = term(*mine, 5, inputs=range(len(mine))).reshape((6, 5))
+    right = term(7, *theirs, seed=1).reshape((7, 6))
+    expected = np.einsum("io,vi->ov", full(left), full(right))
+    l, r = align(left, apart(left, right), [(0, 1)])  # noqa: E741
+    same(product(l, r, (l.out[1], r.out[0])), expected)
+
+
+def test_align_of_sizes_that_do_not_divide():
+    left = term(4, 3, 5, inputs=(0, 1)).reshape((12, 5))
+    right = term(7, 6, 2, inputs=(0,)).reshape((7, 12))
+    with pytest.raises(Inexpressible):
+        align(left, apart(left, right), [(0, 1)])
+
+
+def test_product_with_an_axis_that_nobody_owns():
+    left = term(5, 3).broadcast((7, 5, 3), (1, 2))
+    right = operand(jnp.ones((2, 4)))
+    out = product(left, apart(left, right), (left.out[1],))
+    # Summed over the axis of 7 and over o; `right` keeps 2 and 4, which are summed as well.
+    same(out, full(left).sum((0, 2)) * 8)
+
+
+def test_labels_stay_apart():
+    left, right = term(5, 3), term(5, 3, seed=1)
+    used = {label for names in left.labels for label in names}
+    moved = {label for names in apart(left, right).labels for label in names}
+    assert used.isdisjoint(moved)
+    same(apart(left, right), full(right))
+
+
+def test_factored_array_sums_in_float32():
+    base = jnp.full((5, 3), 256.0, jnp.bfloat16)
+    t = term(5, 3)
+    halves = dataclasses.replace(t, factors=tuple(jnp.full_like(f, 0.5) for f in t.factors))
+    # Each term is 0.5, which bfloat16 cannot add to 256; four of them make a step of 2.
+    value = FactoredArray(base, (halves,) * 4)
+    assert value.array().dtype == jnp.bfloat16 and (value.array() == 258).all()
+
+
+def test_terms_are_pytrees_whose_labels_are_static():
+    t = term(5, 3)
+    leaves, structure = jax.tree.flatten(t)
+    assert len(leaves) == 2
+    assert jax.tree.unflatten(structure, leaves).labels == t.labels
+    assert jax.tree.structure(term(5, 3, seed=1)) == structure
