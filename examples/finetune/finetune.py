@@ -122,10 +122,10 @@ def load(path):
 
 
 def choose(reviews, tokenizer, args):
-    """Sentences to train on, to fit a threshold to, and to evaluate on; the last are always alike."""
+    """Sentences to train on, to fit a threshold to, and to evaluate on, whatever the seed."""
     held_out, pool = split(reviews, HELD_OUT, seed=0)
-    # A step keeps what every token leaves behind in every layer, padding too. The few sentences that
-    # are longest would set the memory of the whole run, so they are evaluated on only.
+    # A step keeps what every token leaves behind in every layer, padding too. The few sentences
+    # that are longest would set the memory of the whole run, so they are evaluated on only.
     prompts = encode(pool, tokenizer)
     pool = [review for review, ids in zip(pool, prompts, strict=True) if len(ids) <= LENGTHS[-2]]
     training, calibration, _ = split(pool, args.steps * TRAIN_BATCH, CALIBRATION, seed=args.seed)
