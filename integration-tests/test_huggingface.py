@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
+import transformers
 
 import lorax
-
-transformers = pytest.importorskip("transformers", minversion="4.57")
 
 
 @pytest.fixture(scope="module")

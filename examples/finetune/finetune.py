@@ -122,7 +122,7 @@ def load(path):
 
 
 def choose(reviews, tokenizer, args):
-    """Sentences to train on, to fit a threshold to, and to evaluate on, whatever the seed."""
+    """Sentences to train on, to fit a threshold to, and, alike for every seed, to evaluate on."""
     held_out, pool = split(reviews, HELD_OUT, seed=0)
     # A step keeps what every token leaves behind in every layer, padding too. The few sentences
     # that are longest would set the memory of the whole run, so they are evaluated on only.

@@ -204,6 +204,40 @@ def test_contraction(prove, row):
     prove(*row)
 
 
+def products(fn, shapes, spec, x):
+    """The equations of the transformed function that multiply."""
+    frozen, tunable = jax.eval_shape(lambda p, k: init_lora(p, spec, k), shapes, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lora(fn, on_materialize="error"))((frozen, tunable), x)
+    return [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_parameters_of_the_equation_reach_the_products(left):
+    # Too close to tell by values: rounding of one product among several.
+    fn = dot(((1,), (0,)), left=left, precision="highest", preferred_element_type=jnp.float32)
+    x = struct((7, 3) if left else (3, 11), BF16)
+    eqns = products(fn, {"w": struct((11, 7), BF16)}, {"w": 2}, x)
+    highest = (lax.Precision.HIGHEST,) * 2
+    assert [eqn.params["precision"] for eqn in eqns] == [highest] * 3
+    # The base's, and of the two others the last.
+    types = [eqn.outvars[0].aval.dtype for eqn in eqns]
+    assert types == [jnp.float32, jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_a_pair_of_precisions_follows_its_operands(left):
+    pair = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
+    fn = dot(((1,), (0,)), left=left, precision=pair)
+    x = struct((7, 3) if left else (3, 11), jnp.float32)
+    eqns = products(fn, {"w": struct((11, 7), jnp.float32)}, {"w": 2}, x)
+    assert len(eqns) == 3
+    for eqn in eqns:
+        # The activation has 3 rows; in every product it keeps the precision it had.
+        rows = [3 in v.aval.shape for v in eqn.invars]
+        by_operand = dict(zip(rows, eqn.params["precision"], strict=True))
+        assert by_operand == {not left: pair[0], left: pair[1]}
+
+
 @pytest.mark.parametrize(
     "w_spec, x_spec, out_spec",
     [

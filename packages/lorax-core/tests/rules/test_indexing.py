@@ -172,7 +172,7 @@ ROWS = [
 # XLA of JAX 0.8 folds two fill-mode gathers at the same constant indices into wrong numbers, in
 # plain JAX too.
 if jax.__version_info__ >= (0, 10):
-    ROWS += [
+    ROWS.append(
         (
             "take-columns",
             lambda p, ids: jnp.take(p["w"], ids, axis=1, mode="fill", fill_value=-1.0),
@@ -180,7 +180,7 @@ if jax.__version_info__ >= (0, 10):
             {"w": 2},
             [WILD],
         )
-    ]
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
