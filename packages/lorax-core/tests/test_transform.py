@@ -448,6 +448,14 @@ def test_an_adapter_that_nothing_reads_is_named():
         lora(lambda p, x: x * 2, on_unused="allow")(pair(), X)
 
 
+def test_many_adapters_that_nothing_reads_are_one_warning():
+    adapters = init_lora([ones(5, 7)] * 11, [2] * 11, jax.random.key(0))
+    with pytest.warns(UnusedAdapterWarning) as caught:
+        lora(lambda p, x: x @ p[0])(adapters, X)
+    (warning,) = caught
+    assert "`1`, `2`" in str(warning.message) and "and 2 more" in str(warning.message)
+
+
 @pytest.mark.parametrize("bad", ["loud", None, True])
 def test_an_unknown_mode_is_an_error(bad):
     with pytest.raises(ValueError, match="it is 'warn', 'error' or 'allow'"):

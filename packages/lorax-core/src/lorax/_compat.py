@@ -82,17 +82,18 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def rebind(function: Any, primitive: str, changes: dict[str, Any], *operands: Any) -> list[Any]:
+def rebind(function: Any, primitive: str, changes: dict[str, Any], *operands: Any) -> Any:
     """Calls `function`, which binds `primitive` once, with some of its parameters replaced.
 
     For what a public function cannot express, as `differentiated=True` of a checkpoint inside a
     gradient (all JAX versions).
     """
-    closed = jax.make_jaxpr(function)(*operands)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
     (eqn,) = closed.jaxpr.eqns
     assert eqn.primitive is find_primitive(primitive), eqn.primitive
     values = dict(zip(closed.jaxpr.invars, operands, strict=True))
     values |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     inputs = [v.val if isinstance(v, jex.Literal) else values[v] for v in eqn.invars]
     values |= zip(eqn.outvars, bind(eqn.replace(params=eqn.params | changes), *inputs), strict=True)
-    return [v.val if isinstance(v, jex.Literal) else values[v] for v in closed.jaxpr.outvars]
+    outs = [v.val if isinstance(v, jex.Literal) else values[v] for v in closed.jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), outs)

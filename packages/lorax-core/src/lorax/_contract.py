@@ -10,7 +10,7 @@ Labels are any hashable with a `size`; each names one axis of an operand.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def contract(
         arrays = [array.astype(dtype) for array, _ in operands]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
+        met = [k == meets for k in range(len(arrays))]
         for left, right in _path(tuple(labels), out, meets):
             last = len(arrays) == 2
             rest = [found for k, found in enumerate(labels) if k not in (left, right)]
@@ -82,14 +83,16 @@ def contract(
                 (arrays[right], labels[right]),
                 elsewhere,
                 mesh,
-                precision,
+                _precisions(precision, meets, met[left], met[right]),
                 preferred_element_type if last else None,
                 out if last else None,
             )
+            meeting = met[left] or met[right]
             for k in sorted((left, right), reverse=True):
-                del arrays[k], labels[k]
+                del arrays[k], labels[k], met[k]
             arrays.append(array)
             labels.append(found)
+            met.append(meeting)
         array, found = _sum_out(arrays[0], labels[0], set(out))
         if found != out:
             array = jnp.transpose(array, [found.index(label) for label in out])
@@ -126,6 +129,14 @@ def _pair(left, right, elsewhere, mesh, precision, preferred, out) -> Operand:
     return result, found
 
 
+def _precisions(precision, meets, left_met: bool, right_met: bool):
+    """A pair of precisions is one for each side of the equation: what meets, and the weight."""
+    if not isinstance(precision, tuple) or meets is None:
+        return precision
+    of_met, of_factor = precision if meets == 0 else precision[::-1]
+    return tuple(of_met if met else of_factor for met in (left_met, right_met))
+
+
 def _sum_out(array, labels, kept) -> Operand:
     axes = [axis for axis, label in enumerate(labels) if label not in kept]
     if axes:
@@ -139,16 +150,32 @@ def _path(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int 
 
     Each step names two positions; its result goes to the end of the list. Where an operand meets
     the weight (`meets`), factors are not multiplied with each other into something that spans the
-    weight's inputs and its outputs: that would be the delta itself.
+    weight's inputs and its outputs, or all of its axes: that would be the delta itself.
     """
     operands = tuple((labels, k == meets) for k, labels in enumerate(labels))
     if meets is None:
-        return _search(operands, out, frozenset(), frozenset())[1]
+        return _search(operands, out, _Weight())[1]
     seen = frozenset(labels[meets])
-    return _search(operands, out, seen - set(out), frozenset(out) - seen)[1]
+    owned = frozenset().union(*(found for found, is_met in operands if not is_met))
+    weight = _Weight(seen - set(out), frozenset(out) - seen, owned & (seen | set(out)))
+    return _search(operands, out, weight)[1]
 
 
-def _search(operands, out, inputs, outputs) -> tuple[float, list[tuple[int, int]]]:
+class _Weight(NamedTuple):
+    """The labels of the weight whose factors are multiplied, where something meets it."""
+
+    inputs: frozenset[Any] = frozenset()
+    outputs: frozenset[Any] = frozenset()
+    shown: frozenset[Any] = frozenset()
+
+    def is_built_by(self, left: tuple[Any, ...], right: tuple[Any, ...], found: tuple[Any, ...]):
+        """Whether the product of two factors would be the weight's delta, or a part as large."""
+        if self.inputs.intersection(found) and self.outputs.intersection(found):
+            return True
+        return self.shown.issubset(found) and not any(map(self.shown.issubset, (left, right)))
+
+
+def _search(operands, out, weight: _Weight) -> tuple[float, list[tuple[int, int]]]:
     if len(operands) < 2:
         return 0.0, []
     best = (math.inf, math.inf, [])
@@ -159,10 +186,10 @@ def _search(operands, out, inputs, outputs) -> tuple[float, list[tuple[int, int]
             met = dict.fromkeys((*operands[left][0], *operands[right][0]))
             found = tuple(label for label in met if label in elsewhere)
             meets = operands[left][1] or operands[right][1]
-            if not meets and inputs.intersection(found) and outputs.intersection(found):
+            if not meets and weight.is_built_by(operands[left][0], operands[right][0], found):
                 continue
             cost = math.prod(label.size for label in met)
-            after, steps = _search((*rest, (found, meets)), out, inputs, outputs)
+            after, steps = _search((*rest, (found, meets)), out, weight)
             made = math.prod(label.size for label in found)
             # Equal counts: keep the smaller intermediate.
             best = min(best, (cost + after, made, [(left, right), *steps]), key=lambda b: b[:2])

@@ -44,7 +44,7 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 
 def _apply(function: Any, base: Any, weight: LoraWeight, donate: bool = False) -> jax.Array:
-    if is_tracer(base) or not isinstance(base, jax.Array):
+    if not isinstance(base, jax.Array) or any(map(is_tracer, (base, weight.a, weight.b))):
         return function(base, weight)
     # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
     return _compiled(function, base.sharding, donate)(base, weight)

@@ -47,10 +47,9 @@ def announce(
     used = {use.source for use in uses}
     unused = [path for path in paths if path not in used]
     if unused and on_unused == "error":
-        raise UnusedAdapterError("\n".join(map(_unused, unused)))
-    if on_unused == "warn":
-        for path in unused:
-            warnings.warn(_unused(path), UnusedAdapterWarning, stacklevel=3)
+        raise UnusedAdapterError(_unused(unused))
+    if unused and on_unused == "warn":
+        warnings.warn(_unused(unused), UnusedAdapterWarning, stacklevel=3)
 
 
 def _built(use: Use) -> str:
@@ -68,8 +67,15 @@ def _built(use: Use) -> str:
     )
 
 
-def _unused(path: str) -> str:
-    return (
-        f"The adapter of `{path}` is read by no equation of the function, so it trains nothing. "
-        "Give the parameter LORA_FREEZE, or pass on_unused='allow'."
-    )
+def _unused(paths: Sequence[str]) -> str:
+    if len(paths) == 1:
+        subject = (
+            f"The adapter of `{paths[0]}` is read by no equation of the function, so it trains"
+        )
+    else:
+        names = ", ".join(f"`{path}`" for path in paths[:8])
+        more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+        subject = (
+            f"The adapters of {names}{more} are read by no equation of the function: they train"
+        )
+    return f"{subject} nothing. Give such parameters LORA_FREEZE, or pass on_unused='allow'."

@@ -35,15 +35,74 @@ def _closed_call(eqn, *args, call_jaxpr):
     return eqn.interpreter.run(call_jaxpr, args)
 
 
-# jit
+# Bodies that are met again and again: jit and remat
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A transformed jit body, and what one run of it does to the weights it is given."""
+    """A transformed body, and what one run of it does to the weights it is given."""
 
     function: Any
     uses: list[Use]
+
+
+def _call(eqn, key, args, jaxpr, finish, wrap):
+    """Calls a transformed body, made once for the same body and the same kinds of weights.
+
+    Inside the body a weight is known by the position of its term among the operands, so that
+    twelve layers that call one function share one transformed function.
+
+    Args:
+        eqn: the equation.
+        key: what tells one way of wrapping the body from another.
+        args: arrays and weights.
+        jaxpr: the body.
+        finish: maps the body's outputs.
+        wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
+    """
+    sources = [term.sources for arg in args if _is_weight(arg) for term in arg.terms]
+    args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
+    leaves, structure = jax.tree.flatten(args)
+    whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
+    call = eqn.interpreter.transformed.get(whole_key)
+    if call is None:
+        uses: list[Use] = []
+
+        def function(*leaves):
+            outer, eqn.interpreter.uses = eqn.interpreter.uses, []
+            try:
+                outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
+                outs = finish(outs)
+                uses[:] = eqn.interpreter.uses
+                return outs
+            finally:
+                eqn.interpreter.uses = outer
+
+        call = eqn.interpreter.transformed[whole_key] = _Call(wrap(function), uses)
+    outs = call.function(*leaves)
+    for use in call.uses:
+        for source in sources[cast(int, use.source)]:
+            eqn.interpreter.uses.append(dataclasses.replace(use, source=source))
+    terms = [term.sources for out in outs if _is_weight(out) for term in out.terms]
+    return _with_sources(
+        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
+    )
+
+
+def _is_weight(value) -> bool:
+    return isinstance(value, FactoredArray)
+
+
+def _with_sources(values, sources) -> list[Any]:
+    """The same weights, their terms renamed in order."""
+    return [
+        value.replace_terms(
+            dataclasses.replace(term, sources=next(sources)) for term in value.terms
+        )
+        if _is_weight(value)
+        else value
+        for value in values
+    ]
 
 
 @defrule("jit")
@@ -62,23 +121,20 @@ def _jit(
     inline,
     compiler_options_kvs,
 ):
-    """Transformed once for all calls with the same body and the same kinds of weights.
-
-    Inside the body a weight is known by the position of its term among the operands, so that
-    twelve layers that call one function share one transformed function.
-    """
+    """Options that go by argument are those of the base; factors have none."""
     if any(layout is not None for layout in (*in_layouts, *out_layouts)):
         return NotImplemented
-    sources = [term.sources for arg in args if _is_weight(arg) for term in arg.terms]
-    args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
-    leaves, structure = jax.tree.flatten(args)
     pinned = [s if isinstance(s, jax.sharding.Sharding) else None for s in out_shardings]
-    key: Hashable = (
-        id(jaxpr), structure, tuple(in_shardings), tuple(out_shardings), donated_invars, name
-    )  # fmt: skip
-    call = eqn.interpreter.transformed.get(key)
-    if call is None:
-        call = _transform_call(eqn, jaxpr, structure, pinned, name)
+
+    def finish(outs):
+        # A sharding asked for by name is one of an array.
+        return [
+            out if sharding is None else eqn.materialize(out)
+            for out, sharding in zip(outs, pinned, strict=True)
+        ]
+
+    def wrap(function):
+        function.__name__ = function.__qualname__ = name
         options: dict[str, Any] = {"keep_unused": keep_unused, "inline": inline}
         if compiler_options_kvs:
             options["compiler_options"] = dict(compiler_options_kvs)
@@ -95,78 +151,25 @@ def _jit(
             )
         if any(s is not None for s in pinned):
             options["out_shardings"] = pinned
-        call = dataclasses.replace(call, function=jax.jit(call.function, **options))
-        eqn.interpreter.transformed[key] = call
-    outs = call.function(*leaves)
-    for use in call.uses:
-        for source in sources[cast(int, use.source)]:
-            eqn.interpreter.uses.append(dataclasses.replace(use, source=source))
-    terms = [term.sources for out in outs if _is_weight(out) for term in out.terms]
-    return _with_sources(
-        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
-    )
+        return jax.jit(function, **options)
 
-
-def _transform_call(eqn, jaxpr, structure, pinned, name) -> _Call:
-    uses: list[Use] = []
-
-    def function(*leaves):
-        outer, eqn.interpreter.uses = eqn.interpreter.uses, []
-        try:
-            outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
-            # A sharding asked for by name is one of an array.
-            outs = [
-                out if sharding is None else eqn.materialize(out)
-                for out, sharding in zip(outs, pinned, strict=True)
-            ]
-            uses[:] = eqn.interpreter.uses
-            return outs
-        finally:
-            eqn.interpreter.uses = outer
-
-    function.__name__ = function.__qualname__ = name
-    return _Call(function, uses)
-
-
-def _is_weight(value) -> bool:
-    return isinstance(value, FactoredArray)
-
-
-def _with_sources(values, sources) -> list[Any]:
-    """The same weights, their terms renamed in order."""
-    return [
-        FactoredArray(
-            value.base,
-            tuple(dataclasses.replace(term, sources=next(sources)) for term in value.terms),
-        )
-        if _is_weight(value)
-        else value
-        for value in values
-    ]
-
-
-# remat
+    key = (tuple(in_shardings), tuple(out_shardings), donated_invars, name)
+    return _call(eqn, key, args, jaxpr, finish, wrap)
 
 
 @defrule("remat")
 def _remat(eqn, *args, jaxpr, prevent_cse, differentiated, policy):
-    structure = jax.tree.structure(args)
-    result = []
-
-    def body(*leaves):
-        outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
-        flat, out_structure = jax.tree.flatten(outs)
-        result[:] = [out_structure]
-        return flat
-
-    function = jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
-    leaves = jax.tree.leaves(args)
-    if differentiated:
+    def wrap(function):
+        checkpointed = jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)
+        if not differentiated:
+            return checkpointed
         # The recomputation inside a gradient that the model itself takes.
-        outs = _compat.rebind(function, "remat", {"differentiated": True}, *leaves)
-    else:
-        outs = function(*leaves)
-    return jax.tree.unflatten(result[0], outs)
+        return lambda *leaves: _compat.rebind(
+            checkpointed, "remat", {"differentiated": True}, *leaves
+        )
+
+    key = (prevent_cse, differentiated, policy)
+    return _call(eqn, key, args, jaxpr, lambda outs: outs, wrap)
 
 
 # Loops

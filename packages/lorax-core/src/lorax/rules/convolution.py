@@ -10,7 +10,8 @@ product over the rank alone.
 Sharp edges:
 
 * Feature groups: `W`'s input axis is one group's share and its output axis runs over the groups.
-  The first kernel serves every group, so it is repeated for each; the second is cut by group.
+  The first kernel serves every group, so it is repeated for each; the second is cut by group. In
+  a depthwise convolution that is rank times the base's arithmetic: keep the rank small there.
 * Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
   sees the batch whole, and the second meets each part of it with its own outputs.
 """
@@ -121,7 +122,7 @@ def _convolve(
         )
 
     with jax.named_scope("lora"):
-        repeated = jnp.tile(first, (groups, *(1,) * (first.ndim - 1)))
+        repeated = jnp.tile(first.reshape(1, -1), (groups, 1)).reshape(-1, *first.shape[1:])
         middle = conv(x, repeated, numbers.lhs_spec, in_first, 1, None)
         if not all(in_first):
             in_second = [not own for own in in_first]
