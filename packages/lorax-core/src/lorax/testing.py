@@ -119,7 +119,7 @@ def _split_data(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 
 def random_factors(tunable: Any, key: jax.Array) -> Any:
-    """The same tree with standard normal numbers in every factor, so that no delta is zero."""
+    """The same tree with normal numbers in every factor, so that no delta is zero."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     # NumPy draws at once what JAX would compile a program for, shape by shape.
@@ -129,7 +129,8 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
         numbers = generator.standard_normal(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             numbers = numbers + 1j * generator.standard_normal(leaf.shape)
-        drawn = jnp.asarray(numbers.astype(leaf.dtype))
+        # Halved, so that the delta is about as large as an ordinary base and rounding stays small.
+        drawn = jnp.asarray((numbers / 2).astype(leaf.dtype))
         named = isinstance(leaf.sharding, NamedSharding)
         return jax.device_put(drawn, leaf.sharding) if named else drawn
 
@@ -278,11 +279,10 @@ def _checkpointed(function: Any, args: Any) -> Callable[[Any], Any]:
 
 def _scanned(function: Any, args: Any) -> Callable[[Any], Any]:
     def scanned(tunable: Any) -> Any:
-        def step(carry: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-            loss = _loss(function, args)(tunable)
-            return carry + loss, loss
+        def step(count: jax.Array, _: Any) -> tuple[jax.Array, list[jax.Array]]:
+            return count + 1, _arrays(function(tunable, *args))
 
-        return jax.lax.scan(step, jnp.zeros((), jnp.float32), None, length=2)
+        return jax.lax.scan(step, jnp.zeros((), jnp.int32), None, length=2)
 
     return scanned
 
