@@ -7,7 +7,7 @@ import jax
 
 from ._compat import is_tracer
 from ._errors import PairError
-from ._pair import combine, flatten_pair, flatten_params
+from ._pair import combine, flatten_pair, flatten_params, is_tunable_leaf
 from ._weight import LoraWeight, factored
 
 
@@ -106,9 +106,7 @@ def unmerge(params: Any, tunable: Any) -> Any:
         True
     """
     leaves, structure = flatten_params(params)
-    news, other = jax.tree.flatten(
-        tunable, is_leaf=lambda node: node is None or isinstance(node, LoraWeight)
-    )
+    news, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
     if structure != other:
         raise PairError("unmerge: params and tunable must have the same structure.")
     return jax.tree.unflatten(

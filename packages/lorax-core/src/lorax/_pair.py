@@ -38,7 +38,8 @@ def _is_frozen_leaf(node: Any) -> bool:
     return node is None
 
 
-def _is_tunable_leaf(node: Any) -> bool:
+def is_tunable_leaf(node: Any) -> bool:
+    """Whether a node of the tunable tree stands for one parameter."""
     return node is None or isinstance(node, LoraWeight)
 
 
@@ -51,7 +52,7 @@ def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
 def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]:
     """The leaves of both trees side by side, and the structure of the parameters."""
     left, structure = flatten_params(frozen)
-    right, other = jax.tree.flatten(tunable, is_leaf=_is_tunable_leaf)
+    right, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
     if structure != other:
         raise PairError(
             f"{what}: frozen and tunable must both have the structure of the parameters, as "

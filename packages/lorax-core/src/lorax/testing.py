@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ._errors import MaterializeError
 from ._init import init_lora
 from ._merge import merge_params
-from ._pair import is_array
+from ._pair import combine, flatten_pair, is_array
 from ._transform import lora
 from ._weight import LoraWeight
 
@@ -156,12 +157,8 @@ def weight_sized(
     Returns:
         How often each such shape is made too often; empty where no weight is built.
     """
-    is_leaf = lambda node: node is None or isinstance(node, LoraWeight)  # noqa: E731
-    bases = jax.tree.leaves(frozen, is_leaf=lambda node: node is None)
-    weights = jax.tree.leaves(tunable, is_leaf=is_leaf)
-    shapes = {
-        base.shape for base, w in zip(bases, weights, strict=True) if isinstance(w, LoraWeight)
-    }
+    leaves, _ = flatten_pair(frozen, tunable, "weight_sized")
+    shapes = {leaf.frozen.shape for leaf in leaves if isinstance(leaf.tunable, LoraWeight)}
     adapted = lora(fn, on_materialize="allow", on_unused="allow")
     data, fill = _split_data(args)
 
@@ -187,11 +184,8 @@ def _holds(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 
 def _bases(frozen: Any, tunable: Any) -> Any:
     """Plain parameters whose values do not matter."""
-    is_leaf = lambda node: node is None or isinstance(node, LoraWeight)  # noqa: E731
-    leaves, structure = jax.tree.flatten(frozen, is_leaf=lambda node: node is None)
-    news = jax.tree.leaves(tunable, is_leaf=is_leaf)
-    full = [new if leaf is None else leaf for leaf, new in zip(leaves, news, strict=True)]
-    return jax.tree.unflatten(structure, full)
+    leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
+    return combine(leaves, structure, lambda leaf: leaf.frozen)
 
 
 def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
@@ -214,8 +208,6 @@ def _jaxprs(value: Any) -> list[Any]:
 
 
 def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) -> None:
-    from ._errors import MaterializeError
-
     try:
         lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
     except MaterializeError:
