@@ -78,12 +78,16 @@ class Block:
 WIDTH, HEADS, SIZE, LAYERS = 10, 2, 5, 3
 
 
+def norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
 def block(p, x):
-    q, k, v = jnp.einsum("btd,dchk->cbthk", x, p.qkv)
+    q, k, v = jnp.einsum("btd,dchk->cbthk", norm(x), p.qkv)
     scores = jnp.einsum("bqhk,bthk->bhqt", q, k) / SIZE**0.5
     mixed = jnp.einsum("bhqt,bthk->bqhk", jax.nn.softmax(scores), v)
     x = x + jnp.einsum("bqhk,hkd->bqd", mixed, p.out)
-    return x + jax.nn.gelu(x @ p.mlp[0]) @ p.mlp[1]
+    return x + jax.nn.gelu(norm(x) @ p.mlp[0]) @ p.mlp[1]
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -92,7 +96,7 @@ def test_language_model_with_stacked_layers(prove, remat):
         run = jax.checkpoint(block) if remat else block
         x = params["embedding"][tokens]
         x, _ = jax.lax.scan(lambda x, p: (run(p, x), None), x, params["blocks"])
-        return x @ params["embedding"].T
+        return norm(x) @ params["embedding"].T
 
     params = {
         "embedding": normal(0, 17, WIDTH),
@@ -108,4 +112,4 @@ def test_language_model_with_stacked_layers(prove, remat):
         2, in_axes=(1,), out_axes=(2, 3, 4), shared_axes=(0,)
     )
     assert spec["blocks"].out == lorax.LoraSpec(2, in_axes=(1, 2), out_axes=(3,), shared_axes=(0,))
-    prove(model, params, spec, tokens, tolerance=1e-4, transforms=remat)
+    prove(model, params, spec, tokens, transforms=remat)

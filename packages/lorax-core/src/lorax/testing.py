@@ -259,7 +259,7 @@ def _over_data(function: Any, args: Any) -> Callable[[Any], Any]:
 
 def _over_adapters(function: Any, args: Any) -> Callable[[Any], Any]:
     def mapped(tunable: Any) -> Any:
-        several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf + leaf]), tunable)
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf / 2]), tunable)
         return jax.vmap(lambda t: _arrays(function(t, *args)))(several)
 
     return mapped
