@@ -1,4 +1,4 @@
-import os
+"""The native file: what comes back, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,32 @@ import pytest
 import safetensors.numpy
 
 import lorax
-from lorax_io import AdapterFileError, load_adapter, read_metadata, save_adapter
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterWarning,
+    load_adapter,
+    read_metadata,
+    save_adapter,
+)
+
+
+def make_params():
+    return {
+        "dense": {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)},
+        "out": [jnp.ones((3, 7), jnp.bfloat16), jnp.float32(2.0)],
+        "stack": jnp.ones((2, 3, 5, 7)),
+    }
 
 
 def make_tunable(alpha=None, seed=0):
-    params = {
-        "dense": {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)},
-        "out": [jnp.ones((3, 7), jnp.bfloat16), jnp.float32(2.0)],
-    }
     spec = {
         "dense": {"kernel": lorax.LoraSpec(2, alpha=alpha), "bias": lorax.LORA_FREEZE},
         "out": [lorax.LORA_FULL, lorax.LORA_FULL],
+        "stack": lorax.LoraSpec(2, 3.5, "rslora", in_axes=(1, 3), shared_axes=(0,)),
     }
-    _, tunable = lorax.init_lora(params, spec, jax.random.PRNGKey(seed))
-    return tunable
+    return lorax.init_lora(make_params(), spec, jax.random.key(seed))[1]
 
 
 def assert_same(left, right):
@@ -30,26 +42,60 @@ def assert_same(left, right):
         np.testing.assert_array_equal(x, y)
 
 
-def test_round_trip_keeps_values_dtypes_and_structure(tmp_path):
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.mark.parametrize("fit", ["params", "shapes", "like", "like shapes"])
+def test_what_is_loaded_is_what_was_saved(file, fit):
     tunable = make_tunable(alpha=8)
-    save_adapter(tmp_path / "a.safetensors", tunable)
-    assert_same(load_adapter(tmp_path / "a.safetensors", make_tunable(alpha=8, seed=1)), tunable)
+    save_adapter(file, tunable, base=make_params())
+    like = make_tunable(alpha=8, seed=1)
+    asked = {
+        "params": {"params": make_params()},
+        "shapes": {"params": jax.eval_shape(make_params)},
+        "like": {"like": like},
+        "like shapes": {"like": jax.eval_shape(lambda: like)},
+    }[fit]
+    assert_same(load_adapter(file, **asked), tunable)
 
 
-def test_like_may_be_shapes_alone(tmp_path):
-    tunable = make_tunable()
-    save_adapter(tmp_path / "a", tunable)
-    assert_same(load_adapter(tmp_path / "a", jax.eval_shape(make_tunable)), tunable)
+def test_one_of_params_and_like_is_needed(file):
+    save_adapter(file, make_tunable())
+    for asked in ({}, {"params": make_params(), "like": make_tunable()}):
+        with pytest.raises(TypeError, match="`params` or `like`"):
+            load_adapter(file, **asked)
 
 
-def test_entries_are_named_by_path(tmp_path):
-    save_adapter(tmp_path / "a", make_tunable())
-    assert set(safetensors.numpy.load_file(tmp_path / "a")) == {
-        "dense/kernel/a",
-        "dense/kernel/b",
-        "out/0",
-        "out/1",
-    }
+DTYPES = (
+    "bool int8 uint8 int16 uint16 int32 uint32 float16 bfloat16 float32 complex64"
+    " float8_e4m3fn float8_e5m2 float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz"
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.split())
+@pytest.mark.parametrize("shape", [(), (0, 3), (5, 3)], ids=str)
+def test_every_dtype_comes_back(file, dtype, shape):
+    numbers = np.random.default_rng(0).integers(1, 3, shape)  # one of the types has no zero
+    tree = {"w": jnp.asarray(numbers == 1 if dtype == "bool" else numbers).astype(dtype)}
+    save_adapter(file, tree)
+    assert_same(load_adapter(file, like=tree), tree)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float4_e2m1fn", "float8_e3m4"])
+def test_dtypes_that_the_format_has_not_are_refused(file, dtype):
+    with pytest.raises(AdapterError, match=f"`w` is {dtype}, which a safetensors file cannot"):
+        save_adapter(file, {"w": jnp.zeros(3, dtype)})
+    assert not file.exists()
+
+
+def test_double_precision_is_not_shortened(file):
+    save_adapter(file, {"w": np.arange(3.0)})
+    with pytest.raises(AdapterMismatchError, match="`w` in float64.*jax_enable_x64"):
+        load_adapter(file, params={"w": np.zeros(3)})
+    with jax.enable_x64(True):
+        assert load_adapter(file, params={"w": np.zeros(3)})["w"].dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -57,82 +103,120 @@ def test_entries_are_named_by_path(tmp_path):
     [np.arange(6.0, dtype=np.float32).reshape(2, 3).T, np.arange(8.0, dtype=np.float32)[::2]],
     ids=["transposed", "strided"],
 )
-def test_values_survive_any_memory_order(tmp_path, array):
-    save_adapter(tmp_path / "a", {"w": array})
-    np.testing.assert_array_equal(load_adapter(tmp_path / "a", {"w": array})["w"], array)
+def test_values_survive_any_memory_order(file, array):
+    save_adapter(file, {"w": array})
+    np.testing.assert_array_equal(load_adapter(file, like={"w": array})["w"], array)
 
 
-def test_metadata_comes_back(tmp_path):
-    save_adapter(tmp_path / "a", make_tunable(), metadata={"base": "tiny"})
-    assert read_metadata(tmp_path / "a") == {"base": "tiny"}
+def test_an_empty_adapter_comes_back(file):
+    save_adapter(file, {"w": None})
+    assert load_adapter(file, params={"w": jnp.ones(3)}) == {"w": None}
 
 
-def test_reserved_metadata_is_refused(tmp_path):
-    with pytest.raises(AdapterFileError, match="lorax.format"):
-        save_adapter(tmp_path / "a", make_tunable(), metadata={"lorax.format": "9"})
+def test_tensors_are_named_by_path(file):
+    save_adapter(file, make_tunable())
+    names = {"dense/kernel/a", "dense/kernel/b", "out/0", "out/1", "stack/a", "stack/b"}
+    assert set(safetensors.numpy.load_file(file)) == names
 
 
-def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    save_adapter(tmp_path / "a", {"w": jnp.ones(3)})
-
-    def full_disk(fd):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_adapter(tmp_path / "a", {"w": jnp.zeros(3)})
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    np.testing.assert_array_equal(load_adapter(tmp_path / "a", {"w": jnp.zeros(3)})["w"], 1)
-
-
-@pytest.mark.parametrize(
-    ("like", "message"),
-    [
-        ({"w": jnp.ones(3), "v": jnp.ones(3)}, r"no entry 'v'"),
-        ({"v": jnp.ones(3)}, r"no entry 'v'"),
-        ({"w": jnp.ones(4)}, r"'w' is \(\(3,\), 'float32'\).*\(4,\)"),
-        ({"w": jnp.ones(3, jnp.float16)}, r"'w' is .*float32.*float16"),
-    ],
-    ids=["missing", "renamed", "shape", "dtype"],
-)
-def test_difference_names_the_entry(tmp_path, like, message):
-    save_adapter(tmp_path / "a", {"w": jnp.ones(3)})
-    with pytest.raises(AdapterFileError, match=message):
-        load_adapter(tmp_path / "a", like)
-
-
-def test_entry_without_a_place_is_refused(tmp_path):
-    save_adapter(tmp_path / "a", {"w": jnp.ones(3), "x": jnp.ones(3)})
-    with pytest.raises(AdapterFileError, match="no place for the entry 'x'"):
-        load_adapter(tmp_path / "a", {"w": jnp.ones(3)})
-
-
-def test_other_alpha_is_refused(tmp_path):
-    save_adapter(tmp_path / "a", make_tunable(alpha=8))
-    with pytest.raises(AdapterFileError, match="dense/kernel"):
-        load_adapter(tmp_path / "a", make_tunable(alpha=4))
+def test_metadata_comes_back(file):
+    save_adapter(file, make_tunable(), metadata={"base": "tiny"})
+    assert read_metadata(file) == {"base": "tiny"}
+    with pytest.raises(AdapterError, match=r"lorax\.format"):
+        save_adapter(file, make_tunable(), metadata={"lorax.format": "9"})
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"w": None}, "no array"),
-        ({"w": {"v": jnp.ones(1)}, "w/v": jnp.ones(1)}, "'w/v'"),
-        ({"w": jnp.ones(1, jnp.float8_e4m3fn)}, "'w' is float8_e4m3fn"),
-        ({"w": "text"}, "'w' is str"),
+        ({"w": {"v": jnp.ones(1)}, "w/v": jnp.ones(1)}, "`w/v`"),
+        ({"w": jnp.array([1.0, np.nan])}, "`w` holds NaN"),
+        ({"w": jnp.array([1.0, -np.inf], jnp.bfloat16)}, "`w` holds NaN or infinity"),
+        ({"w": "text"}, "`w` is str"),
+        ({"w": jax.random.key(0)}, "`w` holds PRNG keys"),
+        ({"__metadata__": jnp.ones(1)}, "__metadata__"),
+        (
+            {"w": lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))[1], "w/a": jnp.ones(1)},
+            "two arrays are both called `w/a`",
+        ),
     ],
-    ids=["empty", "same-name", "dtype", "no-array"],
+    ids=["same path", "nan", "infinity", "no array", "keys", "reserved", "same tensor"],
 )
-def test_what_cannot_be_saved_is_said(tmp_path, tree, message):
-    with pytest.raises(AdapterFileError, match=message):
-        save_adapter(tmp_path / "a", tree)
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_saved_is_said(file, tree, message):
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(file, tree)
+    assert not list(file.parent.iterdir())
 
 
-def test_other_files_are_refused(tmp_path):
-    (tmp_path / "text").write_text("not a safetensors file, whatever its name")
-    with pytest.raises(AdapterFileError, match="not a safetensors file"):
-        load_adapter(tmp_path / "text", {"w": jnp.ones(1)})
-    safetensors.numpy.save_file({"w": np.ones(1)}, tmp_path / "plain")
-    with pytest.raises(AdapterFileError, match="not a native Lorax adapter"):
-        read_metadata(tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"w": jnp.ones(3), "v": jnp.ones(3)}, "lacks `v`, which `like` has"),
+        ({"v": jnp.ones(3)}, "has `w`, which `like` has not"),
+        ({"w": jnp.ones(4)}, r"`w` of shape \(3,\), but \(4,\) would fit"),
+        ({"w": jnp.ones(3, jnp.float16)}, "`w` in float32, but `like` has float16"),
+        ({"w": lorax.LoraWeight(jnp.ones((5, 2)), jnp.ones((2, 3)), rank=2)}, "'kind': 'full'"),
+    ],
+    ids=["missing", "renamed", "shape", "dtype", "kind"],
+)
+def test_another_tree_is_refused(file, like, message):
+    save_adapter(file, {"w": jnp.ones(3)})
+    with pytest.raises(AdapterMismatchError, match=message):
+        load_adapter(file, like=like)
+
+
+def test_another_alpha_is_refused(file):
+    save_adapter(file, make_tunable(alpha=8))
+    with pytest.raises(AdapterMismatchError, match="`dense/kernel`.*'alpha': 8.*'alpha': 4"):
+        load_adapter(file, like=make_tunable(alpha=4))
+
+
+def changed(params, **dense):
+    return {**params, "dense": {**params["dense"], **dense}}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (changed(make_params(), kernel=jnp.ones((5, 4))), r"`dense/kernel/b`.*\(2, 4\) would fit"),
+        (changed(make_params(), kernel=None), "adapts `dense/kernel`, which is NoneType"),
+        ({"dense": make_params()["dense"]}, "`stack`, which the parameters have not"),
+        (changed(make_params(), bias=jnp.zeros(5)), "another base.*other shapes"),
+        (changed(make_params(), kernel=jnp.zeros((5, 3))), "another base.*other content"),
+    ],
+    ids=["shape", "none", "path", "elsewhere", "numbers"],
+)
+def test_another_base_is_refused(file, params, message):
+    save_adapter(file, make_tunable(), base=make_params(), hash_base=True)
+    with pytest.raises(AdapterMismatchError, match=message):
+        load_adapter(file, params=params)
+
+
+def test_the_same_base_in_another_dtype_is_said(file):
+    save_adapter(file, make_tunable(), base=make_params())
+    params = changed(make_params(), kernel=jnp.ones((5, 3), jnp.bfloat16))
+    with pytest.warns(AdapterWarning, match="other dtypes"):
+        assert_same(load_adapter(file, params=params), make_tunable())
+
+
+def test_the_frozen_tree_is_a_base_too(file):
+    params = make_params()
+    spec = jax.tree.map(lambda leaf: lorax.LORA_FULL, params)
+    spec["stack"] = 2
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+    save_adapter(file, tunable, base=frozen, hash_base=True)
+    assert_same(load_adapter(file, params=params), tunable)
+
+
+def test_a_base_of_another_structure_is_refused_on_saving(file):
+    with pytest.raises(AdapterMismatchError, match="`dense/kernel`, which the parameters have not"):
+        save_adapter(file, make_tunable(), base={"stack": jnp.ones((2, 3, 5, 7))})
+
+
+def test_other_files_are_refused(file):
+    file.write_text("not a safetensors file, whatever its name")
+    with pytest.raises(AdapterFileError, match="no safetensors file"):
+        load_adapter(file, params={"w": jnp.ones(1)})
+    safetensors.numpy.save_file({"w": np.ones(1)}, file)
+    with pytest.raises(AdapterFileError, match="no native adapter"):
+        read_metadata(file)

@@ -1,0 +1,317 @@
+"""PEFT's `adapter_config.json`: what it says of each module, and what in it is refused."""
+
+import dataclasses
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regex
+
+from ._errors import AdapterFileError, AdapterWarning, UnsupportedAdapterError
+from ._tensors import parse_json
+
+CONFIG_NAME = "adapter_config.json"
+_LARGEST = 16 * 2**20  # bytes; a rank for each of 10⁵ experts is a tenth of it
+_LONGEST_PATTERN = 4096
+_SECONDS = 1.0  # for one match of an untrusted regular expression; they take microseconds
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The keys that matter to the numbers, with PEFT's defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    target_modules: Sequence[str] | str | None = None
+    target_parameters: Sequence[str] | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def replace(self, **values: Any) -> "PeftConfig":
+        """The same with other values."""
+        return dataclasses.replace(self, **values)
+
+    def rank(self, name: str) -> int:
+        """The rank of a module."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """The alpha of a module."""
+        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def targets(self, name: str) -> bool | None:
+        """Whether PEFT adapts a module; None where that depends on more than its name."""
+        if self.target_modules is None or _is_all_linear(self.target_modules):
+            return None
+        if _listed(self.exclude_modules, name) or not _listed(self.target_modules, name):
+            return False
+        return self.layers_to_transform is None or self._is_in_layers(name)
+
+    def saves(self, name: str) -> bool:
+        """Whether a module is trained in full. PEFT compares the ends of names, dots or no dots."""
+        return any(name.endswith(ending) for ending in self.modules_to_save or ())
+
+    def _is_in_layers(self, name: str) -> bool:
+        pattern, layers = self.layers_pattern, self.layers_to_transform
+        patterns = [pattern] if isinstance(pattern, str) else pattern or []
+        if patterns:
+            found = [_match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns]
+        else:
+            found = [_match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)]
+        match = next((match for match in found if match), None)
+        wanted = [layers] if isinstance(layers, int) else layers or []
+        return match is not None and int(match["index"]) in wanted
+
+    def scaling_text(self) -> str:
+        """What rank and scale of every module follow from, in one form."""
+        keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that every release of PEFT since 0.7 reads, and newer ones where they differ.
+
+        PEFT before 0.14 refuses a file with a key that it does not know.
+        """
+        newer = {"use_rslora": False, "exclude_modules": None, "target_parameters": None}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kept = {k: v for k, v in values.items() if k not in newer or v != newer[k]}
+        return {
+            **kept,
+            "peft_type": "LORA",
+            "auto_mapping": None,
+            "inference_mode": True,
+            "init_lora_weights": True,
+        }
+
+
+def _is_all_linear(target: Sequence[str] | str) -> bool:
+    return isinstance(target, str) and target.lower() == "all-linear"
+
+
+def suffixes(name: str) -> list[str]:
+    """The name, and what is left of it after each dot."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(len(parts))]
+
+
+def _listed(target: Sequence[str] | str | None, name: str) -> bool:
+    if target is None:
+        return False
+    if isinstance(target, str):
+        return _match(rf"(?:{target})\Z", name) is not None
+    return not set(target).isdisjoint(suffixes(name))
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a name, as PEFT looks it up."""
+    ends = set(suffixes(name))
+    for key, value in patterns.items():
+        if key in ends or (not _is_plain(key) and _match(rf"(.*\.)?({key})$", name)):
+            return value
+    return default
+
+
+@functools.lru_cache(maxsize=100_000)
+def _is_plain(key: str) -> bool:
+    return all(part.replace("_", "a").replace("-", "a").isalnum() for part in key.split("."))
+
+
+def _match(pattern: str, name: str) -> Any:
+    return regex.match(pattern, name, timeout=_SECONDS)
+
+
+class _Key(NamedTuple):
+    """What a key of the file may hold."""
+
+    accepts: Callable[[Any], bool]
+    what: str
+
+
+def _or_none(key: _Key) -> _Key:
+    return _Key(lambda x: x is None or key.accepts(x), f"{key.what}, or null")
+
+
+def _is_strings(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(item, str) for item in x)
+
+
+def _is_integer(x: Any) -> bool:
+    return type(x) is int
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _is_rank(x: Any) -> bool:
+    return _is_integer(x) and 1 <= x <= 2**20
+
+
+_RANK = _Key(_is_rank, "a positive integer")
+_NUMBER = _Key(_is_number, "a finite number")
+_FLAG = _Key(lambda x: isinstance(x, bool), "true or false")
+_STRING = _Key(lambda x: isinstance(x, str), "a string")
+_STRINGS = _Key(_is_strings, "a list of strings")
+_NAMES = _Key(lambda x: isinstance(x, str) or _is_strings(x), "a list of names, or a pattern")
+_LAYERS = _Key(
+    lambda x: _is_integer(x) or (isinstance(x, list) and all(map(_is_integer, x))),
+    "an integer or a list of integers",
+)
+
+
+def _patterns(value: _Key) -> _Key:
+    return _Key(
+        lambda x: isinstance(x, dict) and all(map(value.accepts, x.values())),
+        f"an object of names, each with {value.what}",
+    )
+
+
+_KEYS: dict[str, _Key] = {
+    "r": _RANK,
+    "lora_alpha": _NUMBER,
+    "use_rslora": _FLAG,
+    "rank_pattern": _or_none(_patterns(_RANK)),
+    "alpha_pattern": _or_none(_patterns(_NUMBER)),
+    "target_modules": _or_none(_NAMES),
+    "target_parameters": _or_none(_STRINGS),
+    "exclude_modules": _or_none(_NAMES),
+    "layers_to_transform": _or_none(_LAYERS),
+    "layers_pattern": _or_none(_NAMES),
+    "modules_to_save": _or_none(_STRINGS),
+    "bias": _Key(lambda x: x in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "fan_in_fan_out": _FLAG,
+    "lora_dropout": _NUMBER,
+    "task_type": _or_none(_Key(lambda x: x in TASK_TYPES, " or ".join(TASK_TYPES))),
+    "base_model_name_or_path": _or_none(_STRING),
+    "revision": _or_none(_STRING),
+}
+
+# Keys that change nothing in the numbers that the tensors give.
+_HARMLESS = frozenset(
+    "peft_type auto_mapping inference_mode peft_version init_lora_weights eva_config corda_config"
+    " lora_ga_config loftq_config qalora_group_size megatron_core".split()
+)
+
+# Keys that make an adapter more than plain LoRA, unless they are null, false or empty.
+_BEYOND = {
+    "use_dora": "is DoRA, with a magnitude for each output",
+    "lora_bias": "has a bias in its factors",
+    "layer_replication": "repeats layers of its base",
+    "alora_invocation_tokens": "is an activated LoRA, which adapts some tokens only",
+    "use_qalora": "is QA-LoRA",
+    "use_bdlora": "is BD-LoRA, with factors of blocks",
+    "kasa_config": "is KaSA",
+    "monteclora_config": "is MonteCLoRA",
+    "velora_config": "is VeLoRA",
+    "arrow_config": "routes between adapters",
+    "megatron_config": "is for Megatron's layers",
+    "trainable_token_indices": "replaces rows of the embedding",
+    "ensure_weight_tying": "ties the factors of embedding and head",
+}
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+def read_config(path: Path) -> PeftConfig:
+    """A config that was checked key by key.
+
+    Raises:
+        AdapterFileError: where it is no JSON object, or a value is not what PEFT writes.
+        UnsupportedAdapterError: where the adapter is more than plain LoRA.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise AdapterFileError(path, f"is larger than {_LARGEST} bytes, which no config is.")
+    try:
+        values = parse_json(path, path.read_text(encoding="utf-8"))
+    except UnicodeError as error:
+        raise AdapterFileError(path, f"is not UTF-8 text ({error}).") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(path, "is no JSON object.")
+    _check_kind(path, values)
+    for name, key in _KEYS.items():
+        if name in values and not key.accepts(values[name]):
+            raise AdapterFileError(
+                path, f"has {name} = {_brief(values[name])}; it must be {key.what}."
+            )
+    if unknown := sorted(values.keys() - _KEYS.keys() - _HARMLESS - _BEYOND.keys()):
+        warnings.warn(
+            f"{path}: keys that this version does not know are ignored: {', '.join(unknown)}.",
+            AdapterWarning,
+            stacklevel=4,
+        )
+    kept = {name: values[name] for name in _KEYS if name in values}
+    for name in ("rank_pattern", "alpha_pattern"):
+        # PEFT itself fails on `null` here; its writers mean that there is none.
+        if kept.get(name, 0) is None:
+            del kept[name]
+    config = PeftConfig(**kept)
+    _check_patterns(path, config)
+    return config
+
+
+def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise (AdapterFileError if kind is None else UnsupportedAdapterError)(
+            path, f"has peft_type = {_brief(kind)}; only adapters of type LORA are read."
+        )
+    for name, what in _BEYOND.items():
+        if values.get(name):
+            raise UnsupportedAdapterError(
+                path, f"the adapter {what} ({name}); read as plain LoRA it would be wrong."
+            )
+    init = values.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise UnsupportedAdapterError(
+            path,
+            f"has init_lora_weights = {_brief(init)}, which changes the base weights beside the "
+            "adapter. Save it in PEFT with `path_initial_model_for_weight_conversion`, which makes "
+            "plain LoRA of it.",
+        )
+
+
+def _check_patterns(path: Path, config: PeftConfig) -> None:
+    texts = [config.target_modules, config.exclude_modules]
+    patterns = [text for text in texts if isinstance(text, str)]
+    patterns += [*config.rank_pattern, *config.alpha_pattern]
+    layers = config.layers_pattern
+    patterns += [layers] if isinstance(layers, str) else layers or []
+    for pattern in patterns:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise AdapterFileError(path, f"has a pattern of {len(pattern)} characters.")
+        if _is_plain(pattern):
+            continue
+        try:
+            regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterFileError(
+                path, f"has {_brief(pattern)}, which is no regular expression ({error})."
+            ) from error
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,340 @@
+"""A tunable tree as PEFT's tensors and config, whatever file they go to."""
+
+import collections
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax import LoraWeight
+
+from ._config import PeftConfig, suffixes
+from ._errors import AdapterMismatchError, AdapterWarning, UnsupportedAdapterError
+from ._host import to_host
+from ._layouts import RANK, Array, Embedding, Experts, Layout, Names, Roles, pack
+from ._progress import track
+from ._tree import is_array, near, param_leaves, tunable_rows
+
+# What PEFT reads.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Export(NamedTuple):
+    """What is written."""
+
+    tensors: dict[str, Array]  # by module and key: `model.layers.0.q_proj.lora_A.weight`
+    config: PeftConfig
+    unsaid: dict[str, dict[str, Any]]  # alpha and scaling, where the config has another form of it
+
+
+class _Module(NamedTuple):
+    """One adapted module, by the name that PEFT matches patterns with."""
+
+    name: str
+    layout: Layout
+    weight: LoraWeight
+
+
+def export(
+    file: object,
+    tunable: Any,
+    names: Names,
+    *,
+    params: Any = None,
+    fold_scale: bool = False,
+    target_modules: Sequence[str] | None = None,
+) -> Export:
+    """The tensors and the config of a tunable tree.
+
+    Args:
+        file: where they will go, for messages.
+        tunable: the tree.
+        names: the layout of each parameter.
+        params: the base's parameters, for frozen ones in a module that is saved whole.
+        fold_scale: whether the fan-out factors are multiplied by the scale.
+        target_modules: ends of module names, to be written instead of full names.
+    """
+    rows = tunable_rows(file, tunable)
+    layouts = {row.path: layout_of(file, names, row.path) for row in rows}
+    adapted = {row.path: row.leaf for row in rows if isinstance(row.leaf, LoraWeight)}
+    full = {row.path: row.leaf for row in rows if not isinstance(row.leaf, LoraWeight)}
+    if not adapted:
+        raise UnsupportedAdapterError(
+            file, "no parameter has factors; PEFT needs one. Use `save_adapter` or `save_merged`."
+        )
+    modules = [
+        _Module(pattern_name(layouts[path], module), layouts[path], weight)
+        for path, weight in adapted.items()
+        for module in _stack(file, path, layouts[path], weight).values()
+    ]
+    config, unsaid = _scaling(modules, fold_scale)
+    tensors: dict[str, Array] = {}
+    depths = wrapper_depths([module.layout for module in modules])
+    for path, weight in track(adapted.items(), "Gathering the adapter"):
+        gain = weight.scale * weight.rank / config.lora_alpha if fold_scale else 1.0
+        for name, tensor in _factors(file, path, layouts[path], weight, depths, gain):
+            _add(file, tensors, name, tensor)
+    targets = _targets(file, modules, names, target_modules)
+    saved, bias = _add_full(file, tensors, full, layouts, names, params, modules)
+    return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
+
+
+def layout_of(file: object, names: Names, path: str) -> Layout:
+    """The layout of a parameter."""
+    if path not in names:
+        raise AdapterMismatchError(
+            file, f"`names` has no module for `{path}`.{near(path, names)} Add its layout."
+        )
+    return names[path]
+
+
+def pattern_name(layout: Layout, module: str) -> str:
+    """The name by which PEFT targets a module, or one parameter of a module of experts."""
+    return f"{module}.{layout.parameter}" if isinstance(layout, Experts) else module
+
+
+def wrapper_depths(layouts: Sequence[Layout]) -> dict[tuple[str, str], int]:
+    """How many of PEFT's wrappers stand around each parameter of experts.
+
+    PEFT wraps a module once for each parameter, the first of them innermost.
+    """
+    of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for layout in layouts:
+        if isinstance(layout, Experts):
+            of_module[layout.module][layout.order] = layout.parameter
+    return {
+        (module, parameters[order]): depth
+        for module, parameters in of_module.items()
+        for depth, order in enumerate(sorted(parameters, reverse=True))
+    }
+
+
+def factor_prefix(layout: Layout, module: str, depths: Mapping[tuple[str, str], int]) -> str:
+    """What a module's keys begin with."""
+    return module + ".base_layer" * depths.get((layout.module, layout.parameter), 0)
+
+
+def _stack(
+    file: object, path: str, layout: Layout, weight: LoraWeight
+) -> dict[tuple[int, ...], str]:
+    roles = _roles(file, path, layout, weight)
+    sizes = dict(zip(roles.shared, weight.a.shape, strict=False))
+    return layout.modules(roles, sizes)
+
+
+def _roles(file: object, path: str, layout: Layout, weight: LoraWeight) -> Roles:
+    roles = Roles(weight.shared_axes, weight.in_axes, weight.out_axes)
+    wanted = layout.roles(sum(map(len, roles)))
+    if roles != wanted:
+        raise AdapterMismatchError(
+            file,
+            f"the adapter of `{path}` has in_axes={roles.inputs}, out_axes={roles.outputs}, "
+            f"shared_axes={roles.shared}, but its layout in `names` has in_axes={wanted.inputs}, "
+            f"out_axes={wanted.outputs}, shared_axes={wanted.shared}.",
+        )
+    if not layout.factors(roles):
+        raise AdapterMismatchError(
+            file, f"`{path}` is adapted, but `names` has {type(layout).__name__} for it."
+        )
+    return roles
+
+
+def _factors(
+    file: object,
+    path: str,
+    layout: Layout,
+    weight: LoraWeight,
+    depths: Mapping[tuple[str, str], int],
+    gain: float,
+) -> list[tuple[str, Array]]:
+    if isinstance(layout, Embedding) and layout.tied:
+        warnings.warn(
+            f"{file}: the head shares the embedding `{path}`. PEFT adapts the look-up alone until "
+            "the adapter is merged, so that its outputs differ from these.",
+            AdapterWarning,
+            stacklevel=4,
+        )
+    roles = _roles(file, path, layout, weight)
+    axes = {
+        "a": (*roles.shared, *roles.inputs, RANK),
+        "b": (*roles.shared, RANK, *roles.outputs),
+    }
+    arrays = {"a": to_host(weight.a), "b": _times(to_host(weight.b), gain)}
+    stacked = len(layout.stack(roles))
+    return [
+        (
+            f"{factor_prefix(layout, module, depths)}.{factor.key}",
+            pack(arrays[factor.name][index], axes[factor.name][stacked:], factor.groups),
+        )
+        for index, module in _stack(file, path, layout, weight).items()
+        for factor in layout.factors(roles)
+    ]
+
+
+def _times(array: Array, gain: float) -> Array:
+    return array if gain == 1 else (array.astype(np.float64) * gain).astype(array.dtype)
+
+
+def _add(file: object, tensors: dict[str, Array], name: str, tensor: Array) -> None:
+    if name in tensors:
+        raise AdapterMismatchError(file, f"`names` gives two parameters the tensor `{name}`.")
+    if tensor.dtype.name not in DTYPES:
+        raise UnsupportedAdapterError(
+            file, f"`{name}` is {tensor.dtype}; PEFT reads {', '.join(DTYPES)}. Cast the tree."
+        )
+    # A copy of its own, so that what it was gathered from can go.
+    tensors[name] = np.asarray(tensor, order="C")
+
+
+def _scaling(
+    modules: Sequence[_Module], fold_scale: bool
+) -> tuple[PeftConfig, dict[str, dict[str, Any]]]:
+    """Rank and scale of every module: the most frequent ones, and patterns for the others."""
+    ranks = {module.name: module.weight.rank for module in modules}
+    r = _most_frequent(ranks)
+    unsaid: dict[str, dict[str, Any]] = {}
+    if fold_scale:
+        alphas, rslora = dict.fromkeys(ranks, r), False
+    else:
+        rslora = {m.weight.scaling for m in modules if m.weight.alpha is not None} == {"rslora"}
+        alphas = {module.name: _alpha(module.weight, rslora) for module in modules}
+        said = "rslora" if rslora else "standard"
+        for name, _, weight in modules:
+            if (weight.alpha, weight.scaling) != (alphas[name], said):
+                unsaid[name] = {"alpha": weight.alpha, "scaling": weight.scaling}
+    alpha = _most_frequent(alphas)
+    config = PeftConfig(
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        rank_pattern=_pattern(ranks, r),
+        alpha_pattern=_pattern(alphas, alpha),
+        fan_in_fan_out=any(module.layout.fan_in_fan_out for module in modules),
+    )
+    return config, unsaid
+
+
+def _most_frequent(values: Mapping[str, Any]) -> Any:
+    return collections.Counter(values.values()).most_common(1)[0][0]
+
+
+def _alpha(weight: LoraWeight, rslora: bool) -> float:
+    """The alpha that gives the weight's scale; an integer where it is one, as PEFT writes it."""
+    if weight.alpha is not None and (weight.scaling == "rslora") == rslora:
+        alpha = weight.alpha
+    else:
+        alpha = weight.scale * (math.sqrt(weight.rank) if rslora else weight.rank)
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """An entry for each module that has another value, by its full name.
+
+    PEFT matches a key with the ends of names, so one that ends another name is tied to its begin.
+    """
+    longer = {end for name in values for end in suffixes(name)[1:]}
+    return {
+        f"^{re.escape(name)}" if name in longer else name: value
+        for name, value in values.items()
+        if value != default
+    }
+
+
+def _targets(
+    file: object, modules: Sequence[_Module], names: Names, ends: Sequence[str] | None
+) -> dict[str, Any]:
+    parameters = sorted(m.name for m in modules if isinstance(m.layout, Experts))
+    adapted = {module.name for module in modules} - set(parameters)
+    targets = sorted(adapted)
+    if ends is not None:
+        targets = sorted(ends)
+        matches = lambda name: not set(targets).isdisjoint(suffixes(name))  # noqa: E731
+        if missed := sorted(name for name in adapted if not matches(name)):
+            raise AdapterMismatchError(file, f"target_modules={targets} misses `{missed[0]}`.")
+        plain = [layout.module for layout in names.values() if "{" not in layout.module]
+        if more := sorted(name for name in {*plain} - adapted if matches(name)):
+            raise AdapterMismatchError(
+                file, f"target_modules={targets} matches `{more[0]}`, which has no adapter."
+            )
+    return {"target_modules": targets, "target_parameters": parameters or None}
+
+
+def _add_full(
+    file: object,
+    tensors: dict[str, Array],
+    full: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    names: Names,
+    params: Any,
+    modules: Sequence[_Module],
+) -> tuple[list[str] | None, str]:
+    """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
+
+    PEFT saves such a module whole. The bias of an adapted module is the exception: it stands beside
+    the factors.
+    """
+    adapted = {module.name for module in modules}
+    saved: set[str] = set()
+    bias = "none"
+    for path, leaf in full.items():
+        for name, parameter, tensor in whole_tensors(path, layouts[path], leaf):
+            if name in adapted and parameter == "bias":
+                bias = "lora_only"
+                _add(file, tensors, f"{name}.base_layer.bias", tensor)
+            elif name in adapted:
+                raise UnsupportedAdapterError(
+                    file,
+                    f"`{path}` is trained in full in the module `{name}`, which has factors too; "
+                    "PEFT has no place for that. Use `save_adapter` or `save_merged`.",
+                )
+            else:
+                saved.add(name)
+                _add(file, tensors, f"{name}.{parameter}", tensor)
+    _add_rest(file, tensors, saved, names, full, params)
+    every = {layout.module for layout in names.values()}
+    for name in sorted(saved):
+        if caught := sorted(m for m in every - saved if m.endswith(name)):
+            raise UnsupportedAdapterError(
+                file,
+                f"PEFT would save `{caught[0]}` with `{name}`, since it compares the ends of names "
+                "only. Use `save_adapter` or `save_merged`.",
+            )
+    return sorted(saved) or None, bias
+
+
+def _add_rest(
+    file: object,
+    tensors: dict[str, Array],
+    saved: set[str],
+    names: Names,
+    full: Mapping[str, Any],
+    params: Any,
+) -> None:
+    """Adds the frozen parameters of modules that are saved whole."""
+    leaves = {} if params is None else param_leaves(params)[0]
+    for path, layout in names.items():
+        if path in full or layout.module not in saved:
+            continue
+        if not is_array(leaves.get(path)):
+            raise AdapterMismatchError(
+                file,
+                f"PEFT saves the module `{layout.module}` whole, and `{path}` in it is frozen. "
+                "Give `params=`, the base's parameters, or train it in full, too.",
+            )
+        for name, parameter, tensor in whole_tensors(path, layout, leaves[path]):
+            _add(file, tensors, f"{name}.{parameter}", tensor)
+
+
+def whole_tensors(path: str, layout: Layout, leaf: Any) -> list[tuple[str, str, Array]]:
+    """A parameter as PyTorch has it: module, name in the module, and tensor, for each entry."""
+    roles = layout.roles(len(leaf.shape))
+    stack = layout.stack(roles)
+    rest = [d for d in range(len(leaf.shape)) if d not in stack]
+    array = to_host(leaf).transpose([*stack, *rest])
+    return [
+        (module, layout.parameter, pack(array[index], rest, layout.whole(roles)))
+        for index, module in layout.modules(roles, dict(enumerate(leaf.shape))).items()
+    ]

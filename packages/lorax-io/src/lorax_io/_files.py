@@ -1,0 +1,74 @@
+"""Files that are whole or absent, and files that are not trusted."""
+
+import contextlib
+import os
+import stat
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+
+from ._errors import AdapterFileError, AdapterNotFoundError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
+    """A new file to write, which takes the place of `path` when the block ends without an error.
+
+    At every moment `path` is the old file or the new one, whole. A process that is killed inside
+    the block leaves a hidden `.name.….tmp` beside it, which may be deleted.
+    """
+    path = Path(path).resolve()  # through a link, as `open` writes
+    if path.is_dir():
+        raise AdapterFileError(path, "is a folder; a file is to be written there.")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
+            _flush(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        if unfinished.read_text(encoding="utf-8") != text:
+            raise OSError(f"{path}: what was written does not read back the same")
+
+
+def regular_file(path: str | os.PathLike[str]) -> Path:
+    """The path, of which it is sure that it is a regular file."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterNotFoundError(path, "there is no such file.") from error
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(path, f"cannot be opened: {error}") from error
+    if stat.S_ISDIR(mode):
+        raise AdapterFileError(path, "is a folder; a file was expected.")
+    if not stat.S_ISREG(mode):
+        raise AdapterFileError(path, "is neither a file nor a folder.")
+    return path
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """A regular file of a folder that is not trusted: no link in it leads out of it."""
+    path = regular_file(folder / name)
+    target, home = path.resolve(), folder.resolve()
+    # The Hub's cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>`.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise AdapterFileError(path, f"is a link to {target}, outside its folder.")
+    return path

@@ -1,0 +1,130 @@
+"""Arrays between devices and this process's memory, and processes that agree."""
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from lorax import LoraWeight
+
+from ._errors import AdapterError
+from ._tree import all_arrays, rows_of, with_leaves
+
+
+def to_host(array: Any) -> np.ndarray[Any, Any]:
+    """The whole array in this process's memory, each of its shards copied once.
+
+    Where other processes hold a part of it, all of them must call this for the same arrays in the
+    same order.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        assert isinstance(array.sharding, NamedSharding), array.sharding
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if array.is_fully_replicated or len(shards) == 1:
+        # `shard.data` is an array of its own: its copy is not kept beside the array, as that of
+        # `np.asarray(array)` would be.
+        return np.asarray(array.addressable_shards[0].data)
+    whole = np.empty(array.shape, array.dtype)
+    for shard in shards:
+        whole[shard.index] = shard.data
+    return whole
+
+
+@contextmanager
+def one_writer() -> Generator[bool]:
+    """True in the process that writes; the others wait for it at the end of the block.
+
+    An error of the writer is an error in every process: none goes on as if there were a file.
+    """
+    writer = jax.process_index() == 0
+    if jax.process_count() == 1:
+        yield True
+        return
+    error: BaseException | None = None
+    try:
+        yield writer
+    except Exception as raised:
+        error = raised
+    failed = not _all_agree(error is None)
+    if error is not None:
+        raise error
+    if failed:
+        raise AdapterError("process 0", "could not write the adapter; its own message says why.")
+
+
+def _all_agree(here: bool) -> bool:
+    """Whether all processes say so; each waits for the others."""
+    devices = np.array(jax.devices())
+    mesh = jax.sharding.Mesh(devices, ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec("device"))
+    votes = jax.make_array_from_callback(
+        devices.shape, sharding, lambda index: np.full(devices[index].shape, here)
+    )
+    result = jax.jit(jnp.all, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
+    return bool(result.addressable_shards[0].data)
+
+
+def place(
+    shape: tuple[int, ...],
+    dtype: Any,
+    read: Callable[[Any], np.ndarray[Any, Any]],
+    sharding: Sharding | None,
+) -> jax.Array:
+    """An array on the devices of a sharding; `read(index)` is asked for the parts they hold."""
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+
+
+def sharding_of(array: Any) -> Sharding | None:
+    """Where an array was put; None where nobody has said."""
+    return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
+
+
+def placed_like(base: Any, row: Any) -> Any:
+    """A row of shapes, with the shardings that it has beside its base: axis by axis as it."""
+    sharding = sharding_of(base)
+
+    def shape(array: Any, axes: Sequence[int | None]) -> jax.ShapeDtypeStruct:
+        where = sharding
+        if isinstance(sharding, NamedSharding):
+            spec = [*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec))]
+            parts = (None if d is None else spec[d] for d in axes)
+            where = NamedSharding(
+                sharding.mesh, PartitionSpec(*parts), memory_kind=sharding.memory_kind
+            )
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    if not isinstance(row, LoraWeight):
+        return shape(row, range(len(row.shape)))
+    return dataclasses.replace(
+        row,
+        a=shape(row.a, (*row.shared_axes, *row.in_axes, None)),
+        b=shape(row.b, (*row.shared_axes, None, *row.out_axes)),
+    )
+
+
+def placements(
+    rows: Mapping[str, Any], structure: Any, paths: Any, sharding: Any
+) -> dict[str, Sharding | None]:
+    """Where to put the arrays of the rows, by name.
+
+    Args:
+        rows: of shapes, which have shardings of their own.
+        structure: of the tree.
+        paths: of its leaves.
+        sharding: what the user says instead: a sharding, or a tree of them, or None.
+    """
+    if sharding is None:
+        return {name: array.sharding for name, array in all_arrays(rows).items()}
+    spread = jax.tree.broadcast(sharding, with_leaves(structure, paths, rows))
+    return all_arrays(dict(rows_of(spread)))

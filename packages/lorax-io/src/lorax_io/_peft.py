@@ -1,0 +1,179 @@
+"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._config import CONFIG_NAME, TASK_TYPES, PeftConfig, read_config
+from ._errors import AdapterError, AdapterFileError, AdapterNotFoundError
+from ._export import Export, export
+from ._files import file_in, write_text
+from ._host import one_writer
+from ._layouts import Names
+from ._restore import Source, plain_keys, restore
+from ._tensors import TensorFile, parse_json, write_tensors
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# PEFT itself reads no metadata: a word of ours in it is safe.
+_OURS = "lorax"
+
+
+def save_peft(
+    folder: str | os.PathLike[str],
+    tunable: Any,
+    names: Names,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    revision: str | None = None,
+    params: Any = None,
+    target_modules: Sequence[str] | None = None,
+    fold_scale: bool = False,
+) -> None:
+    """Writes a tunable tree as a folder that PEFT, transformers and vLLM load.
+
+    Factors become `lora_A` and `lora_B` of their modules, parameters that are trained in full
+    become `modules_to_save`. The two files are replaced one after the other, each whole; should the
+    process end between the two, `load_peft` refuses the folder.
+
+    Args:
+        folder: it is made if need be, and other files in it stay as they are.
+        tunable: the second tree of `lorax.init_lora`.
+        names: the layout of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
+        base_model: the base's name on the Hub, or its folder.
+        task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's; it chooses the wrapper's class.
+        revision: the base's revision.
+        params: the base's parameters; needed where a module is trained in full in part.
+        target_modules: the ends of module names, such as `["q_proj", "v_proj"]`, which some
+            readers want instead of full names.
+        fold_scale: whether `b` is multiplied by the scale, for readers that know one alpha only.
+
+    Raises:
+        AdapterMismatchError: where `names` does not fit the tree.
+        UnsupportedAdapterError: where PEFT has no form for it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, load_peft, save_peft
+        >>> params = {"q": jnp.ones((5, 3))}
+        >>> names = {"q": Linear("model.layers.0.self_attn.q_proj")}
+        >>> frozen, tunable = lorax.init_lora(params, {"q": 2}, jax.random.key(0))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "adapter")
+        >>> save_peft(folder, tunable, names, base_model="me/my-model", task_type="CAUSAL_LM")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+        >>> frozen, tunable = load_peft(folder, params, names)
+    """
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise AdapterError(folder, f"task_type={task_type!r} is none of {', '.join(TASK_TYPES)}.")
+    folder = Path(folder)
+    found = export(
+        folder,
+        tunable,
+        names,
+        params=params,
+        target_modules=target_modules,
+        fold_scale=fold_scale,
+    )
+    config = found.config.replace(
+        base_model_name_or_path=base_model, task_type=task_type, revision=revision
+    )
+    with one_writer() as writer:
+        if writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {PREFIX + name: tensor for name, tensor in found.tensors.items()}
+            write_tensors(folder / WEIGHTS_NAME, tensors, _header(found._replace(config=config)))
+            write_text(
+                folder / CONFIG_NAME, json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
+            )
+
+
+def load_peft(
+    folder: str | os.PathLike[str], params: Any, names: Names, *, sharding: Any = None
+) -> tuple[Any, Any]:
+    """Reads a folder of PEFT: the pair `(frozen, tunable)` for `lora(model)`.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`; of the Hub's, see
+            `pull_from_hub`.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        names: the layout of each parameter that the adapter may have, by its path.
+        sharding: where to put the arrays: one sharding, or a tree of them with the structure of
+            `tunable` or a prefix of it. By default, where their base is.
+
+    Returns:
+        `(frozen, tunable)`, with the arrays of `params` in `frozen`, not copies of them.
+
+    Raises:
+        AdapterFileError: where a file is damaged, or says other than PEFT would write.
+        AdapterMismatchError: where the adapter does not fit `params` and `names`.
+        UnsupportedAdapterError: where the adapter is more than plain LoRA: DoRA, PiSSA, ….
+
+    Example:
+        See `save_peft`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""
+        raise AdapterNotFoundError(folder, f"is no folder.{hub}")
+    config = read_config(file_in(folder, CONFIG_NAME))
+    with TensorFile(_weights(folder)) as file:
+        ours = _ours(file, config)
+        source = Source(file, plain_keys(file, PREFIX), config, ours or {}, ours is not None)
+        return restore(source, params, names, sharding)
+
+
+def _weights(folder: Path) -> Path:
+    try:
+        return file_in(folder, WEIGHTS_NAME)
+    except AdapterNotFoundError as error:
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterFileError(
+                folder,
+                "its weights are a pickle, which may run code and is never read. Load them with "
+                "PEFT where they are trusted, and save them again.",
+            ) from error
+        raise
+
+
+def _header(found: Export) -> dict[str, str]:
+    ours = {"scales": _scales(found.config), "unsaid": found.unsaid}
+    return {"format": "pt", _OURS: json.dumps(ours, sort_keys=True)}
+
+
+def _scales(config: PeftConfig) -> str:
+    return hashlib.sha256(config.scaling_text().encode()).hexdigest()
+
+
+def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
+    """What `save_peft` left in the header; None where another program wrote the file."""
+    if _OURS not in file.metadata:
+        return None
+    found = parse_json(file.path, file.metadata[_OURS])
+    unsaid = found.get("unsaid") if isinstance(found, dict) else None
+    if not isinstance(unsaid, dict) or not all(map(_is_unsaid, unsaid.values())):
+        raise AdapterFileError(file.path, f"its header has no settings under {_OURS!r}.")
+    if found.get("scales") != _scales(config):
+        raise AdapterFileError(
+            file.path.parent / CONFIG_NAME,
+            "is not the one that was written with these weights: another rank or alpha stands in "
+            "it. A save was cut short, or it was edited by hand; save the adapter again.",
+        )
+    return unsaid
+
+
+def _is_unsaid(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"alpha", "scaling"}
+        and value["scaling"] in ("standard", "rslora")
+        and (
+            value["alpha"] is None
+            or (type(value["alpha"]) in (int, float) and math.isfinite(value["alpha"]))
+        )
+    )

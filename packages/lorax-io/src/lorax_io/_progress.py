@@ -1,0 +1,37 @@
+"""A progress bar for work that takes long, and silence for work that does not."""
+
+import sys
+import time
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+_PATIENCE = 1.0  # seconds before a bar appears
+
+
+def track(items: Collection[Item], label: str) -> Iterator[Item]:
+    """The items; on a terminal with a bar, once they have taken a second."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    begin, bar, task = time.monotonic(), None, None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and time.monotonic() - begin > _PATIENCE:
+                bar, task = _start(label, len(items))
+            if bar is not None:
+                bar.update(task, completed=done)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _start(label: str, total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=total)
+    bar.start()
+    return bar, task

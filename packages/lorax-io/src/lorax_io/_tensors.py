@@ -1,0 +1,176 @@
+"""safetensors files: written whole, checked before they are believed, read by the slice."""
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ._errors import AdapterError, AdapterFileError, AdapterMismatchError
+from ._files import regular_file, replacing
+
+# JAX's types by the format's name, which has no place for 2- and 4-bit integers and complex128.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(bool),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
+    "F8_E8M0": jnp.dtype(jnp.float8_e8m0fnu),
+    "F8_E4M3FNUZ": jnp.dtype(jnp.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": jnp.dtype(jnp.float8_e5m2fnuz),
+}
+_LONGEST_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+    """One tensor of a file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """An open safetensors file of which the header has been checked.
+
+    `safetensors` decides what is well-formed; beyond that, a name may stand in the header once,
+    and types must be JAX's. Tensors are views of the file, so that taking a slice reads its bytes
+    and no others, in every type (the library's own NumPy reader knows no 8-bit floats).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = regular_file(path)
+        try:
+            with safetensors.safe_open(self.path, framework="numpy"):
+                pass
+        except (safetensors.SafetensorError, OSError, UnicodeError) as error:
+            raise AdapterFileError(self.path, f"is no safetensors file ({error}).") from error
+        with open(self.path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = _parse_header(self.path, file.read(min(size, _LONGEST_HEADER)))
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._begin = 8 + size
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.entries = {name: _entry(self.path, name, value) for name, value in header.items()}
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The mapping goes with its last view: closing it under one is an error.
+        del self._bytes
+
+    def view(self, name: str) -> np.ndarray[Any, Any]:
+        """A tensor, as it lies in the file: no bytes are read before it is used."""
+        dtype, shape, begin, end = self.entries[name]
+        data = np.frombuffer(self._bytes, np.uint8, end - begin, self._begin + begin)
+        return data.view(dtype).reshape(shape)
+
+
+def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
+    if not data.startswith(b"{"):
+        raise AdapterFileError(path, "its header does not begin with '{'.")
+    return parse_json(path, data.decode())
+
+
+def parse_json(path: Path, text: str) -> Any:
+    """JSON in which no key stands twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise AdapterFileError(path, f"has the key {twice!r} twice.")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterFileError(path, f"is no JSON that can be read ({error}).") from error
+
+
+def _entry(path: Path, name: str, value: Any) -> Entry:
+    if value["dtype"] not in DTYPES:
+        raise AdapterFileError(path, f"{name!r} is of type {value['dtype']}, which JAX has not.")
+    return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
+
+
+def check_dtype(path: object, name: str, dtype: Any) -> None:
+    """Refuses what the format cannot hold."""
+    if dtype not in DTYPES.values():
+        raise AdapterError(path, f"`{name}` is {dtype}, which a safetensors file cannot hold.")
+
+
+def check_width(path: object, name: str, dtype: Any) -> None:
+    """Refuses to read what would be shortened."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise AdapterMismatchError(
+            path, f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
+        )
+
+
+def check_finite(path: object, name: str, array: np.ndarray[Any, Any]) -> None:
+    """Refuses NaN and infinity."""
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+        raise AdapterError(path, f"`{name}` holds NaN or infinity: the training has diverged.")
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Replaces a file by these tensors, after it has been read back and found the same."""
+    for name, tensor in tensors.items():
+        if name == "__metadata__":
+            raise AdapterError(path, "a parameter cannot be called `__metadata__` in this format.")
+        check_dtype(path, name, tensor.dtype)
+        check_finite(path, name, tensor)
+    # C order matters: safetensors 0.8.0 writes memory as it lies, so that a transposed view would
+    # come back with its values in the wrong places. (`ascontiguousarray` makes scalars vectors.)
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with replacing(path) as unfinished:
+        try:
+            safetensors.numpy.save_file(dict(tensors), unfinished, metadata=dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise AdapterError(path, f"cannot be written: {error}") from error
+        _compare(unfinished, tensors, metadata)
+
+
+def _compare(
+    path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]
+) -> None:
+    with TensorFile(path) as file:
+        same = file.metadata == dict(metadata) and file.entries.keys() == tensors.keys()
+        if not same or not all(_is_same(file.view(name), x) for name, x in tensors.items()):
+            raise OSError(f"{path}: what was written does not read back the same")
+
+
+def _is_same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
+    """The same type, shape and bits."""
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and np.array_equal(
+        left.reshape(-1).view(np.uint8), right.reshape(-1).view(np.uint8)
+    )

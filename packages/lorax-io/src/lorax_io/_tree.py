@@ -1,0 +1,148 @@
+"""Tunable trees as rows: one for each parameter that is trained, named by its path."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import LoraSpec, LoraWeight, init_lora
+
+from ._errors import AdapterError, AdapterMismatchError
+
+
+class Row(NamedTuple):
+    """One parameter that is trained: a `LoraWeight`, or the array itself."""
+
+    path: str
+    leaf: Any
+
+
+def path_string(key_path: Any) -> str:
+    """`h/0/attn/c_attn/kernel`, as in all of Lorax."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/") or "."
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has numbers, or the shape of some."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def rows_of(tunable: Any) -> list[Row]:
+    """The rows of a tree with the structure of a tunable one, whatever its leaves are."""
+    leaves = jax.tree_util.tree_leaves_with_path(tunable, is_leaf=_is_weight)
+    return [Row(path_string(path), leaf) for path, leaf in leaves]
+
+
+def tunable_rows(file: object, tunable: Any) -> list[Row]:
+    """The rows of a tunable tree, of arrays or shapes."""
+    rows = rows_of(tunable)
+    seen: set[str] = set()
+    for path, leaf in rows:
+        if path in seen:
+            raise AdapterError(file, f"two parameters are both called `{path}`; rename one.")
+        seen.add(path)
+        for name, array in arrays_of(path, leaf).items():
+            if not is_array(array):
+                raise AdapterError(file, f"`{name}` is {type(array).__name__}, not an array.")
+            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+                raise AdapterError(
+                    file, f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
+                )
+    return rows
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, LoraWeight)
+
+
+def arrays_of(path: str, leaf: Any) -> dict[str, Any]:
+    """The arrays of a row by name: `path/a` and `path/b`, or `path` alone."""
+    if isinstance(leaf, LoraWeight):
+        return {f"{path}/a": leaf.a, f"{path}/b": leaf.b}
+    return {path: leaf}
+
+
+def all_arrays(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of all rows by name."""
+    return {
+        name: array for path, leaf in rows.items() for name, array in arrays_of(path, leaf).items()
+    }
+
+
+def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves of a parameter tree by path, None among them, and its structure."""
+    is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    return {path_string(path): leaf for path, leaf in leaves}, structure
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def blank_weights(
+    file: object, leaves: Mapping[str, Any], specs: Mapping[str, LoraSpec]
+) -> dict[str, LoraWeight]:
+    """Adapters of shapes alone, as `init_lora` would make them for these parameters.
+
+    It is `init_lora` that knows which specs fit a parameter, and which shapes the factors have.
+    """
+    for path in specs:
+        if not is_array(leaves.get(path)):
+            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
+    shapes = {path: shape_of(leaves[path]) for path in specs}
+    try:
+        return jax.eval_shape(lambda: init_lora(shapes, dict(specs), jax.random.key(0))[1])
+    except ValueError as error:
+        raise AdapterMismatchError(file, str(error)) from error
+
+
+def absent(path: str, leaves: Mapping[str, Any]) -> str:
+    if path in leaves:
+        return f"which is {type(leaves[path]).__name__} in the parameters, not an array."
+    return f"which the parameters have not.{near(path, leaves)}"
+
+
+def near(name: str, names: Any) -> str:
+    """A sentence with the name that may have been meant, or the empty string."""
+    import difflib  # only ever wanted on the way to an error
+
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def with_leaves(structure: Any, paths: Any, rows: Mapping[str, Any]) -> Any:
+    """The tree with a row where there is one, and None elsewhere."""
+    return jax.tree.unflatten(structure, [rows.get(path) for path in paths])
+
+
+def filled(path: str, row: Any, arrays: Mapping[str, Any]) -> Any:
+    """A row with the arrays of its names."""
+    if isinstance(row, LoraWeight):
+        return dataclasses.replace(row, a=arrays[f"{path}/a"], b=arrays[f"{path}/b"])
+    return arrays[path]
+
+
+def frozen_of(leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any]) -> Any:
+    """The frozen tree beside these rows: None where a parameter is trained in full."""
+    full = {path for path, leaf in rows.items() if not isinstance(leaf, LoraWeight)}
+    return jax.tree.unflatten(
+        structure, [None if path in full else leaf for path, leaf in leaves.items()]
+    )
+
+
+def settings_of(leaf: Any) -> dict[str, Any]:
+    """What shapes a delta without being an array, as JSON.
+
+    Args:
+        leaf: a `LoraWeight` or a `LoraSpec`; anything else is trained in full.
+    """
+    if not isinstance(leaf, LoraWeight | LoraSpec):
+        return {"kind": "full"}
+    fields = ("rank", "alpha", "scaling", "in_axes", "out_axes", "shared_axes")
+    values = {name: getattr(leaf, name) for name in fields}
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {"kind": "lora", **lists}
