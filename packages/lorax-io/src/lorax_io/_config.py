@@ -1,23 +1,28 @@
 """PEFT's `adapter_config.json`: what it says of each module, and what in it is refused."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
-import math
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import regex
 
 from ._errors import AdapterFileError, AdapterWarning, UnsupportedAdapterError
-from ._tensors import parse_json
+from ._tensors import is_number, parse_json
 
 CONFIG_NAME = "adapter_config.json"
 _LARGEST = 16 * 2**20  # bytes; a rank for each of 10⁵ experts is a tenth of it
 _LONGEST_PATTERN = 4096
-_SECONDS = 1.0  # for one match of an untrusted regular expression; they take microseconds
+_MOST_PATTERNS = 10_000
+# For untrusted regular expressions, which take microseconds: one match, and all for one adapter.
+_SECONDS_EACH = 1.0
+_SECONDS = 5.0
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -57,34 +62,72 @@ class PeftConfig:
 
     def rank(self, name: str) -> int:
         """The rank of a module."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return self._ranks.find(name, self.r)
 
     def alpha(self, name: str) -> float:
         """The alpha of a module."""
-        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return self._alphas.find(name, self.lora_alpha)
 
     def targets(self, name: str) -> bool | None:
         """Whether PEFT adapts a module; None where that depends on more than its name."""
         if self.target_modules is None or _is_all_linear(self.target_modules):
             return None
-        if _listed(self.exclude_modules, name) or not _listed(self.target_modules, name):
+        if self._excludes(name) or not self._includes(name):
             return False
         return self.layers_to_transform is None or self._is_in_layers(name)
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts a parameter of a module of experts."""
+        return not self._parameters.isdisjoint(suffixes(name))
+
     def saves(self, name: str) -> bool:
         """Whether a module is trained in full. PEFT compares the ends of names, dots or no dots."""
-        return any(name.endswith(ending) for ending in self.modules_to_save or ())
+        return any(name[k:] in self._saved for k in range(len(name) + 1))
 
     def _is_in_layers(self, name: str) -> bool:
-        pattern, layers = self.layers_pattern, self.layers_to_transform
-        patterns = [pattern] if isinstance(pattern, str) else pattern or []
-        if patterns:
-            found = [_match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns]
-        else:
-            found = [_match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)]
+        found = (_match(pattern, name) for pattern in self._layers_patterns)
         match = next((match for match in found if match), None)
-        wanted = [layers] if isinstance(layers, int) else layers or []
-        return match is not None and int(match["index"]) in wanted
+        # A pattern may hold a group of that name itself, of no number.
+        index = match["index"] if match else None
+        return index is not None and index.isdecimal() and int(index) in self._layers
+
+    # Each list and pattern in the form to look names up in: a file may have very many of them.
+
+    @functools.cached_property
+    def _ranks(self) -> "_Patterns":
+        return _Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> "_Patterns":
+        return _Patterns(self.alpha_pattern)
+
+    @functools.cached_property
+    def _includes(self) -> Callable[[str], bool]:
+        return _listed(self.target_modules)
+
+    @functools.cached_property
+    def _excludes(self) -> Callable[[str], bool]:
+        return _listed(self.exclude_modules)
+
+    @functools.cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(self.target_parameters or ())
+
+    @functools.cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save or ())
+
+    @functools.cached_property
+    def _layers(self) -> frozenset[int]:
+        layers = self.layers_to_transform
+        return frozenset([layers] if isinstance(layers, int) else layers or ())
+
+    @functools.cached_property
+    def _layers_patterns(self) -> list[Any]:
+        pattern = self.layers_pattern
+        patterns = [pattern] if isinstance(pattern, str) else pattern or []
+        texts = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns]
+        return list(map(regex.compile, texts or [r".*?\.[^.]*\.(?P<index>\d+)\."]))
 
     def scaling_text(self) -> str:
         """What rank and scale of every module follow from, in one form."""
@@ -118,30 +161,71 @@ def suffixes(name: str) -> list[str]:
     return [".".join(parts[k:]) for k in range(len(parts))]
 
 
-def _listed(target: Sequence[str] | str | None, name: str) -> bool:
-    if target is None:
-        return False
+def _listed(target: Sequence[str] | str | None) -> Callable[[str], bool]:
     if isinstance(target, str):
-        return _match(rf"(?:{target})\Z", name) is not None
-    return not set(target).isdisjoint(suffixes(name))
+        pattern = regex.compile(rf"(?:{target})\Z")
+        return lambda name: _match(pattern, name) is not None
+    ends = frozenset(target or ())
+    return lambda name: not ends.isdisjoint(suffixes(name))
 
 
-def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of a name, as PEFT looks it up."""
-    ends = set(suffixes(name))
-    for key, value in patterns.items():
-        if key in ends or (not _is_plain(key) and _match(rf"(.*\.)?({key})$", name)):
-            return value
-    return default
+class _Patterns:
+    """Values by the first key, in their order, that matches the end of a name, as PEFT does."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = list(values.values())
+        self._order = {key: k for k, key in enumerate(values)}
+        self._patterns = [
+            (k, regex.compile(rf"(.*\.)?({key})$"))
+            for key, k in self._order.items()
+            if not _is_plain(key)
+        ]
+
+    def find(self, name: str, default: Any) -> Any:
+        literal = [self._order[end] for end in suffixes(name) if end in self._order]
+        first = min(literal, default=len(self._values))
+        for k, pattern in self._patterns:
+            if k >= first:
+                break
+            if _match(pattern, name):
+                return self._values[k]
+        return self._values[first] if literal else default
 
 
-@functools.lru_cache(maxsize=100_000)
 def _is_plain(key: str) -> bool:
     return all(part.replace("_", "a").replace("-", "a").isalnum() for part in key.split("."))
 
 
-def _match(pattern: str, name: str) -> Any:
-    return regex.match(pattern, name, timeout=_SECONDS)
+_seconds_left = contextvars.ContextVar("seconds left for patterns", default=_SECONDS)
+
+
+@contextlib.contextmanager
+def distrusted(path: object) -> Generator[None]:
+    """A block that uses patterns of a config: they have little time, and their errors are its."""
+    token = _seconds_left.set(_SECONDS)
+    try:
+        yield
+    except TimeoutError as error:
+        raise AdapterFileError(
+            path, "patterns of its config take too long to match; it is not to be trusted."
+        ) from error
+    except (regex.error, RecursionError) as error:
+        raise AdapterFileError(
+            path, f"a pattern of its config is no regular expression in its place ({error})."
+        ) from error
+    finally:
+        _seconds_left.reset(token)
+
+
+def _match(pattern: Any, name: str) -> Any:
+    left = _seconds_left.get()
+    if left <= 0:
+        raise TimeoutError
+    begin = time.perf_counter()
+    try:
+        return pattern.match(name, timeout=min(left, _SECONDS_EACH))
+    finally:
+        _seconds_left.set(left - (time.perf_counter() - begin))
 
 
 class _Key(NamedTuple):
@@ -163,16 +247,12 @@ def _is_integer(x: Any) -> bool:
     return type(x) is int
 
 
-def _is_number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
-
-
 def _is_rank(x: Any) -> bool:
     return _is_integer(x) and 1 <= x <= 2**20
 
 
 _RANK = _Key(_is_rank, "a positive integer")
-_NUMBER = _Key(_is_number, "a finite number")
+_NUMBER = _Key(is_number, "a finite number")
 _FLAG = _Key(lambda x: isinstance(x, bool), "true or false")
 _STRING = _Key(lambda x: isinstance(x, str), "a string")
 _STRINGS = _Key(_is_strings, "a list of strings")
@@ -248,6 +328,11 @@ def read_config(path: Path) -> PeftConfig:
         values = parse_json(path, path.read_text(encoding="utf-8"))
     except UnicodeError as error:
         raise AdapterFileError(path, f"is not UTF-8 text ({error}).") from error
+    return config_of(path, values)
+
+
+def config_of(path: Path, values: Any) -> PeftConfig:
+    """A config from its JSON, checked key by key."""
     if not isinstance(values, dict):
         raise AdapterFileError(path, "is no JSON object.")
     _check_kind(path, values)
@@ -260,7 +345,7 @@ def read_config(path: Path) -> PeftConfig:
         warnings.warn(
             f"{path}: keys that this version does not know are ignored: {', '.join(unknown)}.",
             AdapterWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     kept = {name: values[name] for name in _KEYS if name in values}
     for name in ("rank_pattern", "alpha_pattern"):
@@ -294,22 +379,28 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_patterns(path: Path, config: PeftConfig) -> None:
-    texts = [config.target_modules, config.exclude_modules]
-    patterns = [text for text in texts if isinstance(text, str)]
-    patterns += [*config.rank_pattern, *config.alpha_pattern]
-    layers = config.layers_pattern
-    patterns += [layers] if isinstance(layers, str) else layers or []
+    patterns = list(_patterns_of(config))
+    if (longest := max(map(len, patterns), default=0)) > _LONGEST_PATTERN:
+        raise AdapterFileError(path, f"has a pattern of {longest} characters.")
+    patterns = [pattern for pattern in patterns if not _is_plain(pattern)]
+    if len(patterns) > _MOST_PATTERNS:
+        raise AdapterFileError(path, f"has {len(patterns)} patterns, which no config has.")
     for pattern in patterns:
-        if len(pattern) > _LONGEST_PATTERN:
-            raise AdapterFileError(path, f"has a pattern of {len(pattern)} characters.")
-        if _is_plain(pattern):
-            continue
         try:
             regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as error:
             raise AdapterFileError(
                 path, f"has {_brief(pattern)}, which is no regular expression ({error})."
             ) from error
+
+
+def _patterns_of(config: PeftConfig) -> Iterator[str]:
+    for target in (config.target_modules, config.exclude_modules):
+        if isinstance(target, str):
+            yield target
+    yield from (*config.rank_pattern, *config.alpha_pattern)
+    layers = config.layers_pattern
+    yield from [layers] if isinstance(layers, str) else layers or []
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,6 @@ scaling, axes) is JSON in the file's header, beside what is known of the base.
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,11 +21,20 @@ from lorax import LoraSpec, LoraWeight
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterWarning
 from ._host import one_writer, place, placed_like, placements, sharding_of, to_host
 from ._progress import track
-from ._tensors import TensorFile, check_dtype, check_finite, check_width, parse_json, write_tensors
+from ._tensors import (
+    TensorFile,
+    check_dtype,
+    check_finite,
+    check_width,
+    is_number,
+    parse_json,
+    write_tensors,
+)
 from ._tree import (
     absent,
     all_arrays,
     arrays_of,
+    base_shape,
     blank_weights,
     filled,
     is_array,
@@ -38,7 +46,7 @@ from ._tree import (
 )
 
 _PREFIX = "lorax."
-_FORMAT, _VERSION, _ADAPTER, _BASE = (
+FORMAT_KEY, _VERSION, _ADAPTER, _BASE = (
     _PREFIX + key for key in ("format", "version", "adapter", "base")
 )
 
@@ -92,7 +100,7 @@ def save_adapter(
         raise AdapterError(path, f"metadata keys may not begin with {_PREFIX!r}: {taken}.")
     header = {
         **(metadata or {}),
-        _FORMAT: "1",
+        FORMAT_KEY: "1",
         _VERSION: importlib.metadata.version("lorax-io"),
         _ADAPTER: json.dumps({row.path: settings_of(row.leaf) for row in rows}),
     }
@@ -137,20 +145,15 @@ def load_adapter(
     if (params is None) == (like is None):
         raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
     with TensorFile(path) as file:
-        specs = _read_specs(file)
+        specs = read_specs(file)
         if like is None:
             rows, structure, paths = _fit_params(file, specs, params)
+            _check_base(file, params, rows)
         else:
             rows, structure, paths = _fit_like(file, specs, like)
-        _check_entries(file, rows)
-        if params is not None:
-            _check_base(file, params, rows)
         places = placements(rows, structure, paths, sharding)
-        loaded = {
-            name: _load(file, name, places[name])
-            for name in track(file.entries, "Loading the adapter")
-        }
-    return with_leaves(structure, paths, {p: filled(p, row, loaded) for p, row in rows.items()})
+        rows = _load(file, rows, places)
+    return with_leaves(structure, paths, rows)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -168,22 +171,50 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     with TensorFile(path) as file:
         _check_format(file)
-        return {k: v for k, v in file.metadata.items() if not k.startswith(_PREFIX)}
+        return user_metadata(file.metadata)
 
 
-def _load(file: TensorFile, name: str, sharding: Any) -> jax.Array:
-    view = file.view(name)
+def user_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a header is the user's."""
+    return {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
 
-    def read(index: Any) -> np.ndarray[Any, Any]:
-        part = np.array(view[index])  # a copy: the file may be replaced while the array lives
-        check_finite(file.path, name, part)
-        return part
 
-    return place(view.shape, view.dtype, read, sharding)
+def load_alone(file: TensorFile) -> dict[str, Any]:
+    """The rows of a native file, without a base to fit them to."""
+    specs = read_specs(file)
+    base: dict[str, Any] = {}
+    for path, spec in specs.items():
+        if spec is None:
+            shape = file.entries[path].shape
+        else:
+            a, b = (file.entries[f"{path}/{name}"].shape for name in "ab")
+            shape = base_shape(a, b, spec)
+        if shape is None:
+            raise AdapterFileError(file.path, f"has factors of `{path}` that do not fit its axes.")
+        base[path] = jax.ShapeDtypeStruct(shape, np.float32)
+    rows, _, _ = _fit_params(file, specs, base)
+    return _load(file, rows, dict.fromkeys(file.entries))
+
+
+def _load(file: TensorFile, rows: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows with their arrays."""
+
+    def load(name: str) -> jax.Array:
+        view = file.view(name)
+
+        def read(index: Any) -> np.ndarray[Any, Any]:
+            part = np.array(view[index])  # a copy: the file may be replaced while the array lives
+            check_finite(file.path, name, part)
+            return part
+
+        return place(view.shape, view.dtype, read, places[name])
+
+    arrays = {name: load(name) for name in track(file.entries, "Loading the adapter")}
+    return {path: filled(path, row, arrays) for path, row in rows.items()}
 
 
 def _check_format(file: TensorFile) -> None:
-    found = file.metadata.get(_FORMAT)
+    found = file.metadata.get(FORMAT_KEY)
     if found == "1":
         return
     raise AdapterFileError(
@@ -194,7 +225,7 @@ def _check_format(file: TensorFile) -> None:
     )
 
 
-def _read_specs(file: TensorFile) -> dict[str, LoraSpec | None]:
+def read_specs(file: TensorFile) -> dict[str, LoraSpec | None]:
     """What the header says of each parameter: a spec, or None where it is trained in full."""
     _check_format(file)
     found = parse_json(file.path, file.metadata.get(_ADAPTER, ""))
@@ -230,7 +261,7 @@ def _read_spec(file: TensorFile, path: str, settings: Any) -> LoraSpec | None:
     check(kind == "lora" and fields.keys() == {"rank", "alpha", "scaling", *axes})
     check(type(fields["rank"]) is int and fields["rank"] >= 1)
     alpha = fields["alpha"]
-    check(alpha is None or (type(alpha) in (int, float) and math.isfinite(alpha)))
+    check(alpha is None or is_number(alpha))
     check(fields["scaling"] in ("standard", "rslora"))
     for name in axes:
         check(isinstance(fields[name], list) and all(type(axis) is int for axis in fields[name]))
@@ -254,6 +285,7 @@ def _fit_params(
             raise AdapterMismatchError(
                 file.path, f"trains `{path}` in full, {absent(path, leaves)}"
             )
+    _check_entries(file, rows)
     return rows, structure, leaves
 
 
@@ -283,11 +315,9 @@ def _fit_like(
                 f"has `{name}` in {file.entries[name].dtype}, but `like` has {array.dtype}.",
             )
     leaves, structure = param_leaves(like)
-    return (
-        {p: jax.tree.map(_shape_and_place, leaf) for p, leaf in wanted.items()},
-        structure,
-        leaves,
-    )
+    rows = {path: jax.tree.map(_shape_and_place, leaf) for path, leaf in wanted.items()}
+    _check_entries(file, rows)
+    return rows, structure, leaves
 
 
 def _shape_and_place(array: Any) -> jax.ShapeDtypeStruct:

@@ -1,10 +1,10 @@
 """PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import contextlib
 import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ._files import file_in, write_text
 from ._host import one_writer
 from ._layouts import Names
 from ._restore import Source, plain_keys, restore
-from ._tensors import TensorFile, parse_json, write_tensors
+from ._tensors import TensorFile, is_number, parse_json, write_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -117,6 +117,13 @@ def load_peft(
     Example:
         See `save_peft`.
     """
+    with open_peft(folder) as source:
+        return restore(source, params, names, sharding)
+
+
+@contextlib.contextmanager
+def open_peft(folder: str | os.PathLike[str]) -> Generator[Source]:
+    """A folder of PEFT of which each file has been checked by itself."""
     folder = Path(folder)
     if not folder.is_dir():
         hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""
@@ -124,8 +131,7 @@ def load_peft(
     config = read_config(file_in(folder, CONFIG_NAME))
     with TensorFile(_weights(folder)) as file:
         ours = _ours(file, config)
-        source = Source(file, plain_keys(file, PREFIX), config, ours or {}, ours is not None)
-        return restore(source, params, names, sharding)
+        yield Source(file, plain_keys(file, PREFIX), config, ours or {}, ours is not None)
 
 
 def _weights(folder: Path) -> Path:
@@ -172,8 +178,5 @@ def _is_unsaid(value: Any) -> bool:
         isinstance(value, dict)
         and value.keys() == {"alpha", "scaling"}
         and value["scaling"] in ("standard", "rslora")
-        and (
-            value["alpha"] is None
-            or (type(value["alpha"]) in (int, float) and math.isfinite(value["alpha"]))
-        )
+        and (value["alpha"] is None or is_number(value["alpha"]))
     )

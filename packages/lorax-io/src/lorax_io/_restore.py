@@ -15,7 +15,7 @@ import numpy as np
 
 from lorax import LoraSpec
 
-from ._config import PeftConfig, suffixes
+from ._config import PeftConfig, distrusted
 from ._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
 from ._export import DTYPES, factor_prefix, pattern_name, wrapper_depths
 from ._host import place, placed_like, placements
@@ -34,7 +34,7 @@ from ._tree import (
 )
 
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?!weight$)[^.]+")
-_FACTOR = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
+FACTOR = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
 _WHOLE = "whole"
 _NOT_PLAIN = {
     "lora_magnitude_vector": "DoRA, with a magnitude for each output",
@@ -98,14 +98,10 @@ def restore(source: Source, params: Any, names: Names, sharding: Any = None) -> 
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(file, f"`names` has `{path}`, {absent(path, leaves)}")
     shapes = {path: tuple(leaves[path].shape) for path in names}
-    try:
+    with distrusted(file):
         found = _find(source, names, shapes)
         _check_targets(source, found, names, shapes)
         specs = _specs(source, found, names, shapes)
-    except TimeoutError as error:
-        raise AdapterFileError(
-            file, "a pattern of its config takes too long to match; it is not to be trusted."
-        ) from error
     weights = blank_weights(file, leaves, specs)
     readers: dict[str, _Reader] = {}
     for path, slots in found.items():
@@ -151,13 +147,15 @@ def _slots(source: Source, names: Names, shapes: _Shapes) -> dict[str, _Slot]:
         and any(_is_targeted(source.config, layout, module) for module in modules[path].values())
     ]
     depths = wrapper_depths(experts)
+    wrapped = {module for module, _ in depths}
     slots: dict[str, _Slot] = {}
     for path, layout in names.items():
+        factors = layout.factors(layout.roles(len(shapes[path])))
+        if layout.module in wrapped and (layout.module, layout.parameter) not in depths:
+            factors = ()  # the factors of these experts are of another of their parameters
         for index, module in modules[path].items():
-            keys = {
-                f"{factor_prefix(layout, module, depths)}.{factor.key}": factor.key
-                for factor in layout.factors(layout.roles(len(shapes[path])))
-            }
+            prefix = factor_prefix(layout, module, depths)
+            keys = {f"{prefix}.{factor.key}": factor.key for factor in factors}
             keys[f"{module}.{layout.parameter}"] = _WHOLE
             if layout.parameter == "bias":
                 keys[f"{module}.base_layer.bias"] = _WHOLE
@@ -178,8 +176,7 @@ def _modules(layout: Layout, shape: tuple[int, ...]) -> dict[tuple[int, ...], st
 def _is_targeted(config: PeftConfig, layout: Layout, module: str) -> bool | None:
     """Whether the config says that a module is adapted; None where it does not say."""
     if isinstance(layout, Experts):
-        ends = suffixes(pattern_name(layout, module))
-        return not set(config.target_parameters or ()).isdisjoint(ends)
+        return config.targets_parameter(pattern_name(layout, module))
     return config.targets(module)
 
 
@@ -202,7 +199,7 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, _Slot]) -> Non
     for mark, what in _NOT_PLAIN.items():
         if mark in key:
             raise UnsupportedAdapterError(path, f"`{name}` is of an adapter that is {what}.")
-    if match := _FACTOR.search(key):
+    if match := FACTOR.search(key):
         module = key[: match.start()]
         known = [slot_key.removesuffix(match[0]) for slot_key in slots if match[0] in slot_key]
         raise AdapterMismatchError(

@@ -3,6 +3,8 @@
 import json
 import mmap
 import os
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -99,8 +101,7 @@ def parse_json(path: Path, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise AdapterFileError(path, f"has the key {twice!r} twice.")
         return found
 
@@ -110,6 +111,11 @@ def parse_json(path: Path, text: str) -> Any:
         if isinstance(error, AdapterError):
             raise
         raise AdapterFileError(path, f"is no JSON that can be read ({error}).") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, of a size that a float can have."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

@@ -94,10 +94,39 @@ def blank_weights(
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
     shapes = {path: shape_of(leaves[path]) for path in specs}
+    # Of rank one: `init_lora` refuses more than a matrix can have, and PEFT gives the rank of all
+    # modules to a router of few experts, too.
+    ones = {path: dataclasses.replace(spec, rank=1) for path, spec in specs.items()}
     try:
-        return jax.eval_shape(lambda: init_lora(shapes, dict(specs), jax.random.key(0))[1])
+        weights = jax.eval_shape(lambda: init_lora(shapes, ones, jax.random.key(0))[1])
     except ValueError as error:
         raise AdapterMismatchError(file, str(error)) from error
+    return {path: _with_rank(weight, specs[path].rank) for path, weight in weights.items()}
+
+
+def _with_rank(weight: LoraWeight, rank: int) -> LoraWeight:
+    """The same with factors of another rank."""
+
+    def factor(shape: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+        sizes = (*shape.shape[:axis], rank, *shape.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(sizes, shape.dtype)
+
+    a = factor(weight.a, weight.a.ndim - 1)
+    b = factor(weight.b, len(weight.shared_axes))
+    return dataclasses.replace(weight, a=a, b=b, rank=rank)
+
+
+def base_shape(
+    a: tuple[int, ...], b: tuple[int, ...], axes: LoraWeight | LoraSpec
+) -> tuple[int, ...] | None:
+    """The shape of the base that factors of these shapes fit; None where they fit none."""
+    shared, inputs, outputs = (
+        tuple(group or ()) for group in (axes.shared_axes, axes.in_axes, axes.out_axes)
+    )
+    sizes = dict(zip((*shared, *inputs, *outputs), (*a[:-1], *b[len(shared) + 1 :]), strict=False))
+    if sorted(sizes) != list(range(len(a) + len(b) - len(shared) - 2)):
+        return None
+    return tuple(sizes[d] for d in sorted(sizes))
 
 
 def absent(path: str, leaves: Mapping[str, Any]) -> str:

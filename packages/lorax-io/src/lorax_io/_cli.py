@@ -1,0 +1,218 @@
+"""The command `lorax`: look at adapters, compare them, and carry them from form to form."""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+
+from lorax import LoraWeight
+
+from ._alone import Adapter, open_adapter
+from ._checkpoint import fit_adapter, merge_files, open_checkpoint
+from ._config import TASK_TYPES
+from ._diffusers import save_diffusers
+from ._errors import AdapterError
+from ._names import flax_names, read_names
+from ._native import save_adapter, user_metadata
+from ._peft import save_peft
+from ._summary import Line, compare, summarize
+from ._tree import base_shape
+
+_SAME, _DIFFERENT, _FAILED = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 0, 1 where a comparison fails, 2 for an error."""
+    args = _parser().parse_args(arguments)
+    # Numbers are looked at, not trained: no accelerator is taken, and no type is shortened.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            code = args.run(args)
+        except (AdapterError, OSError) as error:
+            errors.print(f"lorax: {error}", markup=False)
+            code = _FAILED
+    for message in caught:
+        errors.print(f"lorax: warning: {message.message}", markup=False)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(run: Any, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.strip("_"), help=help, description=run.__doc__)
+        added.set_defaults(run=run)
+        return added
+
+    adapter = "a native file, a folder of PEFT, or a file for diffusers"
+
+    inspect = command(_inspect, "what is in an adapter")
+    inspect.add_argument("adapter", type=Path, help=adapter)
+    inspect.add_argument("--json", action="store_true", help="for programs")
+
+    verify = command(_verify, "whether an adapter is whole, and fits a base")
+    verify.add_argument("adapter", type=Path, help=adapter)
+    verify.add_argument("--base", type=Path, help="safetensors file, or folder of transformers")
+
+    diff = command(_diff, "how two adapters differ")
+    diff.add_argument("first", type=Path, help=adapter)
+    diff.add_argument("second", type=Path, help=adapter)
+    diff.add_argument("--json", action="store_true", help="for programs")
+
+    convert = command(_convert, "an adapter in another form")
+    convert.add_argument("adapter", type=Path, help=adapter)
+    convert.add_argument("out", type=Path, help="file, or folder for PEFT and diffusers")
+    convert.add_argument("--to", choices=("native", "peft", "diffusers"), required=True)
+    convert.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
+    convert.add_argument("--fold-scale", action="store_true", help="multiply b by the scale")
+    convert.add_argument("--base-model", metavar="NAME", help="for PEFT: the base's name")
+    convert.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
+    convert.add_argument(
+        "--prefix", default="transformer", help="for diffusers: part of a pipeline"
+    )
+
+    merge = command(_merge, "a base with an adapter merged into it")
+    merge.add_argument("adapter", type=Path, help=adapter)
+    merge.add_argument("--base", type=Path, required=True, help="as for verify")
+    merge.add_argument("--out", type=Path, required=True, help="a new folder")
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    """Prints a line for each parameter of an adapter: rank, alpha, shapes, and norms."""
+    adapter = open_adapter(args.adapter)
+    lines = summarize(adapter.rows)
+    about = _about(adapter, lines)
+    if args.json:
+        print(json.dumps({**about, "parameters": [line._asdict() for line in lines]}, indent=1))
+        return _SAME
+    console = Console()
+    for key, value in about.items():
+        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(
+        "path", "kind", *_right("rank", "alpha", "scale"), "shapes", "dtype", *_right("norm")
+    )
+    for line in lines:
+        table.add_row(
+            line.path,
+            line.kind,
+            *(_text(value) for value in (line.rank, line.alpha, line.scale)),
+            " · ".join("×".join(map(str, shape)) or "()" for shape in line.shapes),
+            line.dtype,
+            f"{line.norm:.4g}",
+        )
+    console.print(table)
+    return _SAME
+
+
+def _right(*names: str) -> list[Any]:
+    return [Column(name, justify="right") for name in names]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def _about(adapter: Adapter, lines: list[Line]) -> dict[str, Any]:
+    count = sum(math.prod(shape) for line in lines for shape in line.shapes)
+    about: dict[str, Any] = {"form": adapter.kind, "parameters trained": count}
+    if adapter.config is not None:
+        about |= {
+            "base": adapter.config.base_model_name_or_path,
+            "task": adapter.config.task_type,
+        }
+    if adapter.kind == "native":
+        about |= user_metadata(adapter.metadata)
+    return {key: value for key, value in about.items() if value is not None}
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Checks an adapter as loading it does: its file, its config, every number; and the base."""
+    adapter = open_adapter(args.adapter)
+    fits = ""
+    if args.base is not None:
+        checkpoint = open_checkpoint(args.base)
+        fits = f", and fits {args.base}" if fit_adapter(adapter, checkpoint) else ""
+    print(f"{args.adapter}: {len(adapter.rows)} parameters, all as they should be{fits}")
+    return _SAME
+
+
+def _diff(args: argparse.Namespace) -> int:
+    """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
+    first, second = (open_adapter(path).rows for path in (args.first, args.second))
+    found = compare(first, second)
+    if args.json:
+        print(json.dumps([difference._asdict() for difference in found], indent=1))
+    elif found:
+        table = Table("path", "what differs", *_right("delta, relative"))
+        for path, what, relative in found:
+            table.add_row(path, what, "–" if relative is None else f"{relative:.2g}")
+        Console().print(table)
+    else:
+        print(f"the same {len(first)} parameters, to the bit")
+    return _DIFFERENT if found else _SAME
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Writes an adapter in another form."""
+    names = None if args.names is None else read_names(args.names)
+    adapter = open_adapter(args.adapter, names)
+    if args.to == "native":
+        metadata = user_metadata(adapter.metadata) if adapter.kind == "native" else None
+        save_adapter(args.out, adapter.rows, metadata=metadata)
+    else:
+        layouts = names or adapter.names or flax_names(_shapes(adapter.rows))
+        if args.to == "peft":
+            config = adapter.config
+            save_peft(
+                args.out,
+                adapter.rows,
+                layouts,
+                base_model=args.base_model or (config and config.base_model_name_or_path),
+                task_type=args.task_type or (config and config.task_type),
+                fold_scale=args.fold_scale,
+            )
+        else:
+            save_diffusers(
+                args.out, adapter.rows, layouts, prefix=args.prefix, fold_scale=args.fold_scale
+            )
+    print(f"{args.out}: {len(adapter.rows)} parameters")
+    return _SAME
+
+
+def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
+    """The bases that the rows fit."""
+    shapes = {
+        path: base_shape(row.a.shape, row.b.shape, row)
+        if isinstance(row, LoraWeight)
+        else row.shape
+        for path, row in rows.items()
+    }
+    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """Writes a base's files with an adapter merged into them, and config and tokenizer beside."""
+    checkpoint = open_checkpoint(args.base)
+    rows = fit_adapter(open_adapter(args.adapter), checkpoint)
+    merge_files(checkpoint, rows, args.out)
+    print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(rows)} of them adapted")
+    return _SAME
+
+
+if __name__ == "__main__":
+    sys.exit(main())

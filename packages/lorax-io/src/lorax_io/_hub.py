@@ -1,0 +1,161 @@
+"""Adapters on the Hugging Face Hub."""
+
+import contextlib
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from ._config import CONFIG_NAME, PeftConfig, read_config
+from ._errors import AdapterError, AdapterNotFoundError
+from ._files import file_in
+from ._peft import PREFIX, WEIGHTS_NAME
+from ._restore import plain_keys
+from ._tensors import TensorFile
+
+_CARD_NAME = "README.md"
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload a LoRA adapter",
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Uploads a folder of `save_peft` in one commit; the repository is made if need be.
+
+    Config, weights, and a model card: the folder's `README.md`, or a short one where neither the
+    folder nor the repository has any. Needs `pip install "lorax-io[hub]"`.
+
+    Args:
+        folder: its config and its weights' header are checked before anything is sent.
+        repo_id: `"user/name"`.
+        private: whether a new repository is private.
+        revision: the branch; the main one by default.
+        message: of the commit.
+        token: of the user; by default the one of `hf auth login`.
+        endpoint: another Hub than huggingface.co.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        AdapterError: where the folder is no adapter, or the Hub refuses it.
+
+    Example:
+        >>> from lorax_io import push_to_hub
+        >>> push_to_hub("my-adapter", "me/my-adapter")  # doctest: +SKIP
+        'https://huggingface.co/me/my-adapter/commit/…'
+    """
+    hub = _import_hub()
+    folder = Path(folder)
+    config = read_config(file_in(folder, CONFIG_NAME))
+    with TensorFile(file_in(folder, WEIGHTS_NAME)) as file:
+        plain_keys(file, PREFIX)
+    files: dict[str, Any] = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+    api = hub.HfApi(token=token, endpoint=endpoint)
+    with _explained(hub, repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if (folder / _CARD_NAME).is_file():
+            files[_CARD_NAME] = folder / _CARD_NAME
+        elif not api.file_exists(repo_id, _CARD_NAME, revision=revision):
+            files[_CARD_NAME] = _card(config).encode()
+        commit = api.create_commit(
+            repo_id,
+            [hub.CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=message,
+            revision=revision,
+        )
+    return commit.commit_url
+
+
+def pull_from_hub(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Fetches an adapter's config and weights into the Hub's cache; what is there stays.
+
+    No file of another kind is fetched, so that no pickle is. Needs `pip install "lorax-io[hub]"`.
+
+    Args:
+        repo_id: `"user/name"`.
+        revision: a branch, tag or commit; the main branch by default.
+        token: of the user; by default the one of `hf auth login`.
+        cache: another folder than the Hub's own.
+        endpoint: another Hub than huggingface.co.
+
+    Returns:
+        The folder for `load_peft`.
+
+    Raises:
+        AdapterNotFoundError: where the Hub has no such repository, or it has no adapter.
+
+    Example:
+        >>> from lorax_io import load_peft, pull_from_hub
+        >>> folder = pull_from_hub("me/my-adapter")  # doctest: +SKIP
+        >>> frozen, tunable = load_peft(folder, params, names)  # doctest: +SKIP
+    """
+    hub = _import_hub()
+    with _explained(hub, repo_id):
+        folder = hub.HfApi(token=token, endpoint=endpoint).snapshot_download(
+            repo_id,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not Path(folder, name).exists():
+            raise AdapterNotFoundError(repo_id, f"the repository has no `{name}`.")
+    return Path(folder)
+
+
+def _import_hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError('the Hub needs huggingface_hub: pip install "lorax-io[hub]"') from error
+    return huggingface_hub
+
+
+@contextlib.contextmanager
+def _explained(hub: Any, repo_id: str) -> Generator[None]:
+    try:
+        yield
+    except (
+        hub.errors.RepositoryNotFoundError,
+        hub.errors.RevisionNotFoundError,
+        hub.errors.LocalEntryNotFoundError,
+    ) as error:
+        raise AdapterNotFoundError(repo_id, f"the Hub has it not: {_first_line(error)}") from error
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+        raise AdapterError(repo_id, f"the Hub refuses: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _card(config: PeftConfig) -> str:
+    base = config.base_model_name_or_path
+    header = ["library_name: peft", "tags:", "- lora"]
+    if base is not None and "/" in base and not base.startswith(("/", ".")):
+        header.insert(0, f"base_model: {base}")
+    of = f" of `{base}`" if base else ""
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            "",
+            f"A LoRA adapter{of}, rank {config.r}, alpha {config.lora_alpha}.",
+            "",
+        ]
+    )

@@ -1,0 +1,159 @@
+"""The merged model as a folder that transformers loads: safetensors shards and their index."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax import merge_params
+
+from ._errors import AdapterError, AdapterMismatchError
+from ._export import layout_of, whole_tensors
+from ._files import write_text
+from ._host import one_writer
+from ._layouts import Array, Names
+from ._progress import track
+from ._tensors import write_tensors
+from ._tree import absent, is_array, param_leaves, tunable_rows
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+
+def save_merged(
+    folder: str | os.PathLike[str],
+    frozen: Any,
+    tunable: Any,
+    names: Names,
+    *,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the merged model, `base + scale · a @ b` for every adapter, for transformers.
+
+    Weights are merged one after the other, as `lorax.merge_params` does it; those of one file are
+    in memory at a time.
+
+    Args:
+        folder: a new or an empty one; it appears when all of it is written.
+        frozen: the first tree of the pair.
+        tunable: the second tree of the pair.
+        names: the layout of every parameter, by its path.
+        config: the model's `config.json`: the file, or what is to stand in it. Without one,
+            transformers does not know what model the weights are of.
+        shard_bytes: the largest size of one file, unless one parameter is larger.
+
+    Raises:
+        AdapterMismatchError: where a parameter has no layout.
+        AdapterError: where there are files in the folder.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, save_merged
+        >>> params = {"head": jnp.ones((5, 3))}
+        >>> frozen, tunable = lorax.init_lora(params, {"head": 2}, jax.random.key(0))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "merged")
+        >>> save_merged(folder, frozen, tunable, {"head": Linear("lm_head")})
+        >>> [file.name for file in folder.iterdir()]
+        ['model.safetensors']
+    """
+    leaves, _ = param_leaves(frozen)
+    rows = dict(tunable_rows(folder, tunable))
+    # A base, adapted or not, stands in `leaves`; what is trained in full stands in `rows`.
+    wholes = [rows.get(path) if leaf is None else leaf for path, leaf in leaves.items()]
+    sizes = {
+        path: math.prod(whole.shape) * whole.dtype.itemsize
+        for path, whole in zip(leaves, wholes, strict=True)
+        if whole is not None and is_array(whole)
+    }
+    if unknown := sorted(rows.keys() - sizes.keys()):
+        raise AdapterMismatchError(folder, f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
+    layouts = {path: layout_of(folder, names, path) for path in sizes}
+    shards = _shards(sizes, shard_bytes)
+
+    def tensors_of(path: str) -> list[tuple[str, str, Array]]:
+        merged = merge_params({path: leaves[path]}, {path: rows.get(path)})[path]
+        return whole_tensors(path, layouts[path], merged)
+
+    files: dict[str, str] = {}
+    with new_folder(folder) as unfinished:
+        for k, paths in enumerate(track(shards, "Writing the merged model")):
+            file = WEIGHTS_NAME if len(shards) == 1 else _shard_name(k, len(shards))
+            tensors: dict[str, Array] = {}
+            for module, parameter, tensor in (t for path in paths for t in tensors_of(path)):
+                name = f"{module}.{parameter}"
+                if name in files:
+                    raise AdapterMismatchError(
+                        folder, f"`names` gives two parameters the tensor `{name}`."
+                    )
+                files[name], tensors[name] = file, tensor
+            with one_writer() as writer:
+                if writer:
+                    write_tensors(unfinished / file, tensors, {"format": "pt"})
+        with one_writer() as writer:
+            if writer and len(shards) > 1:
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+                write_json(unfinished / INDEX_NAME, index)
+            if writer and config is not None:
+                _write_config(unfinished / CONFIG_NAME, config)
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """The parameters of each file, in their order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for path, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(path)
+        filled += size
+    return shards
+
+
+def _shard_name(k: int, count: int) -> str:
+    return f"model-{k + 1:05}-of-{count:05}.safetensors"
+
+
+def _write_config(path: Path, config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    if isinstance(config, Mapping):
+        write_json(path, config)
+    else:
+        write_text(path, Path(config).read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file of JSON."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
+    """A folder to fill, which becomes `folder` when the block ends without an error."""
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdapterError(
+            folder,
+            "is there already, and not an empty folder. Nothing is mixed with what is there.",
+        )
+    # Every process must find the same name.
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with one_writer() as writer:
+        if writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    with one_writer() as writer:
+        if writer:
+            if folder.exists():
+                folder.rmdir()
+            os.rename(unfinished, folder)

@@ -1,0 +1,127 @@
+"""Names for parameter trees that follow a convention, and names in a file."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ._errors import AdapterFileError, AdapterMismatchError
+from ._files import regular_file, write_text
+from ._layouts import Conv, Conv1D, Embedding, Experts, Layout, Linear, Names, Tensor
+from ._tensors import parse_json
+from ._tree import is_array, param_leaves
+
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.__name__: layout for layout in (Linear, Conv1D, Embedding, Conv, Experts, Tensor)
+}
+
+
+def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
+    """Names for parameters with the modules of PyTorch and the names of Flax.
+
+    `model/layers/0/q_proj/kernel` is the weight of `model.layers.0.q_proj`. A `kernel` of two axes
+    is a `Linear`, an `embedding` an `Embedding`, a `scale` or `weight` of one axis and a `bias` are
+    tensors of their module. Whatever else there is, you say.
+
+    Args:
+        params: the parameters, of arrays or shapes.
+        layouts: the layouts of parameters that have another one, by path.
+
+    Raises:
+        AdapterMismatchError: where neither the convention nor `layouts` has a layout for a
+            parameter.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax_io import flax_names
+        >>> params = {"layers": [{"q_proj": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}}]}
+        >>> for path, layout in flax_names(params).items():
+        ...     print(path, type(layout).__name__, layout.module, layout.parameter)
+        layers/0/q_proj/bias Tensor layers.0.q_proj bias
+        layers/0/q_proj/kernel Linear layers.0.q_proj weight
+    """
+    leaves, _ = param_leaves(params)
+    layouts = layouts or {}
+    if unknown := sorted(layouts.keys() - leaves.keys()):
+        raise AdapterMismatchError(unknown[0], "is in `layouts` and not in the parameters.")
+    return {
+        path: layouts[path] if path in layouts else _by_convention(path, leaf)
+        for path, leaf in leaves.items()
+        if is_array(leaf)
+    }
+
+
+def _by_convention(path: str, leaf: Any) -> Layout:
+    *parts, name = path.split("/")
+    module = ".".join(parts)
+    match name, len(leaf.shape):
+        case "kernel", 2:
+            return Linear(module)
+        case "embedding", 2:
+            return Embedding(module)
+        case (("scale" | "weight"), 1):
+            return Tensor(module, parameter="weight")
+        case "bias", 1:
+            return Tensor(module)
+        case _, axes:
+            raise AdapterMismatchError(
+                path,
+                f"has {axes} axes and the name `{name}`: the convention does not say which are "
+                "inputs and outputs. Give its layout in `layouts`.",
+            )
+
+
+def write_names(path: str | os.PathLike[str], names: Names) -> None:
+    """Writes names as JSON, for the command line: `{path: {"layout": "Linear", "module": …}}`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from lorax_io import Linear, read_names, write_names
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "names.json")
+        >>> write_names(file, {"q/kernel": Linear("layers.0.q_proj")})
+        >>> read_names(file)["q/kernel"].module
+        'layers.0.q_proj'
+    """
+    rows = {
+        name: {"layout": type(layout).__name__, **_said(layout)} for name, layout in names.items()
+    }
+    write_text(Path(path), json.dumps(rows, indent=1) + "\n")
+
+
+def _said(layout: Layout) -> dict[str, Any]:
+    """The fields that are not at their default."""
+    return {
+        field.name: getattr(layout, field.name)
+        for field in dataclasses.fields(layout)
+        if getattr(layout, field.name) != field.default
+    }
+
+
+def read_names(path: str | os.PathLike[str]) -> dict[str, Layout]:
+    """Names from a file of `write_names`.
+
+    Raises:
+        AdapterFileError: where it holds something else.
+
+    Example:
+        See `write_names`.
+    """
+    path = regular_file(path)
+    rows = parse_json(path, path.read_text(encoding="utf-8"))
+    if not isinstance(rows, dict):
+        raise AdapterFileError(path, "is no JSON object of layouts by path.")
+    return {name: _read_layout(path, name, row) for name, row in rows.items()}
+
+
+def _read_layout(path: Any, name: str, row: Any) -> Layout:
+    fields = dict(row) if isinstance(row, Mapping) else {}
+    kind = LAYOUTS.get(str(fields.pop("layout", None)))
+    if kind is None:
+        raise AdapterFileError(path, f"`{name}` has no `layout`: {', '.join(LAYOUTS)}.")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise AdapterFileError(path, f"`{name}`: {error}.") from error
