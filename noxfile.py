@@ -94,7 +94,19 @@ def minimums(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """What crosses packages and frameworks, and the parts of the examples."""
     install_locked(session, *editable(*PACKAGES), "--group", "integration", *FINETUNE)
-    session.run(*PYTEST, "integration-tests", *session.posargs)
+    tests = ["integration-tests", "--ignore=integration-tests/peft"]
+    session.run(*PYTEST, *tests, *session.posargs)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def peft(session: nox.Session) -> None:
+    """PEFT, transformers and diffusers read what we write, and we read what they write.
+
+    By pip, for the sake of torch: uv would take the build with CUDA from PyPI.
+    """
+    session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
+    session.install("--no-deps", *editable("lorax-core", "lorax-io"))
+    session.run("pytest", "integration-tests/peft", *session.posargs)
 
 
 @nox.session
@@ -135,7 +147,7 @@ def build(session: nox.Session) -> None:
 @nox.session(default=False)
 def finetune(session: nox.Session) -> None:
     """The fine-tuning example. Arguments after `--` go to the program."""
-    install_locked(session, *editable("lorax-core"), *FINETUNE)
+    install_locked(session, *editable("lorax-core", "lorax-io"), *FINETUNE)
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
 
 

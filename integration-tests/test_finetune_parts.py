@@ -32,7 +32,7 @@ def load(name: str) -> Any:
     return module
 
 
-adapter, bayes, data, download = load("adapter"), load("bayes"), load("data"), load("download")
+bayes, data, download = load("bayes"), load("data"), load("download")
 metrics, model, tokenizer = load("metrics"), load("model"), load("tokenizer")
 
 
@@ -330,26 +330,3 @@ def test_naive_bayes_by_hand():
     # Three words are known; there are three positive and two negative ones.
     assert log_odds("Good unknown") == pytest.approx(np.log((3 / 6) / (1 / 5)))
     assert log_odds("film") == pytest.approx(np.log((2 / 6) / (2 / 5)))
-
-
-# adapter.py
-
-
-def test_an_adapter_comes_back_whole(tmp_path):
-    params = {"q": {"kernel": jnp.ones((6, 4))}, "v": {"kernel": jnp.ones((5, 7))}}
-    spec = lorax.spec_from_rules(params, [("v/*", lorax.LoraSpec(rank=2, alpha=6))])
-    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0), b_init="gaussian")
-    path = tmp_path / "adapter.safetensors"
-    adapter.save_adapter(path, tunable, rank=2, alpha=6)
-    merged = lorax.merge_params(*adapter.load_adapter(path, params))
-    expected = lorax.merge_params(frozen, tunable)
-    assert not np.allclose(expected["v"]["kernel"], 1)
-    jax.tree.map(np.testing.assert_array_equal, merged, expected)
-
-
-def test_an_adapter_of_another_model_is_refused(tmp_path):
-    params = {"q": jnp.ones((6, 4)), "v": jnp.ones((5, 7))}
-    _, tunable = lorax.init_lora(params, {"q": 2, "v": 2}, jax.random.key(0))
-    adapter.save_adapter(tmp_path / "a", tunable, rank=2, alpha=2)
-    with pytest.raises(ValueError, match="q/a"):
-        adapter.load_adapter(tmp_path / "a", {"v": params["v"]})

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapter import load_adapter, save_adapter
 from bayes import fit_bayes
 from data import LENGTHS, NEGATIVE, POSITIVE, batches, encode, labels, read_reviews, split, token_of
 from display import bytes_bar, console, plot_losses, show_scores, show_seconds
 from download import REVIEWS, WEIGHTS, DownloadError, fetch
 from lorax import LoraSpec, count_params, init_lora, lora, merge_params, spec_from_rules
+from lorax_io import flax_names, load_peft, save_peft
 from metrics import score
 from model import load_llama, next_token_logits
 from tokenizer import load_tokenizer
@@ -31,6 +31,7 @@ from training import TRAIN_BATCH, predict, train
 
 HELD_OUT = 1000
 CALIBRATION = 160  # sentences, neither trained on nor held out, that set a threshold
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose modules the adapter fits
 TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest logit
 
 
@@ -49,7 +50,8 @@ def main():
 
     with timed(seconds, "load"), console.status("Reading the weights"):
         tokenizer, params, model = load(weights)
-    training, calibration, held_out = choose(read_reviews(sentences), tokenizer, args)
+    reviews = read_reviews(sentences)
+    training, calibration, held_out = choose(reviews, tokenizer, args)
     evaluation = held_out + calibration
 
     spec = spec_from_rules(
@@ -57,6 +59,7 @@ def main():
     )
     frozen, tunable = init_lora(params, spec, jax.random.key(args.seed))
     adapted = lora(model)
+    console.print(f"Sentences with a clear rating: {len(reviews):,}")
     console.print(f"Base: {count_params(params):,} parameters, 4-bit, de-quantised to float32")
     console.print(f"Adapter on every q_proj and v_proj: {count_params(tunable):,} parameters")
 
@@ -83,11 +86,13 @@ def main():
 
     with timed(seconds, "save and check"), console.status("Saving and checking the adapter"):
         plot_losses(losses, args.out / "loss.png")
-        path = args.out / "adapter.safetensors"
-        save_adapter(path, tunable, args.rank, args.alpha)
+        folder, names = args.out / "adapter", flax_names(params)
+        save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
         _, *batch = batches(encode(evaluation[:TRAIN_BATCH], tokenizer), TRAIN_BATCH)[0]
         split_logits = jax.jit(adapted)((frozen, tunable), *batch)
-        reloaded = difference(jax.jit(adapted)(load_adapter(path, params), *batch), split_logits)
+        reloaded = difference(
+            jax.jit(adapted)(load_peft(folder, params, names), *batch), split_logits
+        )
         merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), split_logits)
         base = difference(jax.jit(model)(params, *batch), split_logits)
 
@@ -102,7 +107,8 @@ def main():
         },
     )
     show_seconds(seconds)
-    console.print(f"Adapter: {path} ({path.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
     console.print(
         "Largest difference from the trained model's logits, relative to the largest logit: "
         f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
