@@ -13,11 +13,8 @@ from typing import Any
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import lorax
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "finetune"
 

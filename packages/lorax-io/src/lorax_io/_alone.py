@@ -1,5 +1,7 @@
 """Adapters without their base: opened as what they are, with names and shapes from themselves."""
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._config import CONFIG_NAME, PeftConfig, config_of, distrusted
+from ._config import CONFIG_NAME, PeftConfig, config_of, distrusted, suffixes
 from ._diffusers import METADATA_KEY, WEIGHTS_NAME as DIFFUSERS_NAME
-from ._errors import AdapterFileError, AdapterNotFoundError, UnsupportedAdapterError
+from ._errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    UnsupportedAdapterError,
+)
 from ._export import pattern_name
-from ._layouts import Conv, Embedding, Experts, Layout, Linear, Names, Tensor
+from ._layouts import RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
 from ._native import FORMAT_KEY, load_alone
 from ._peft import WEIGHTS_NAME, open_peft
 from ._restore import FACTOR, Source, plain_keys, restore
@@ -24,13 +31,13 @@ class Adapter(NamedTuple):
     kind: str  # native, peft or diffusers
     path: Path
     rows: dict[str, Any]  # by path: a LoraWeight, or an array
-    names: Names  # empty for a native file
+    names: Layouts  # empty for a native file
     metadata: dict[str, str]
     config: PeftConfig | None = None
 
 
 def open_adapter(
-    path: Path, names: Names | None = None, base: Mapping[str, Any] | None = None
+    path: Path, names: Layouts | None = None, base: Mapping[str, Any] | None = None
 ) -> Adapter:
     """An adapter in whichever form it is.
 
@@ -69,7 +76,7 @@ def _diffusers_source(file: TensorFile) -> Source:
 
 
 def _restored(
-    kind: str, path: Path, source: Source, names: Names | None, base: Mapping[str, Any] | None
+    kind: str, path: Path, source: Source, names: Layouts | None, base: Mapping[str, Any] | None
 ) -> Adapter:
     names = _own_names(source) if names is None else names
     if base is None:
@@ -86,28 +93,29 @@ def _own_names(source: Source) -> dict[str, Layout]:
     names: dict[str, Layout] = {}
     experts = _experts(source)
     for key, name in source.tensors.items():
-        axes = len(source.file.entries[name].shape)
         match = FACTOR.search(key)
         module = key[: match.start()] if match else key.rpartition(".")[0]
+        module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")
+        adapted = next((experts[end] for end in suffixes(module) if end in experts), None)
         if match is None:
             parameter = key.rpartition(".")[2]
-            module = module.removesuffix(".base_layer")
-            if not key.endswith(".base_layer.weight"):
+            if not key.endswith(".base_layer.weight"):  # of an embedding, and as it is in the base
                 names[f"{path}/{parameter}"] = Tensor(module, parameter=parameter)
-        elif module in experts:
-            names[f"{path}/{experts[module]}"] = Experts(
-                module, parameter=experts[module], shared_axes=(0,), swapped=False
+        elif adapted is not None:
+            names[f"{path}/{adapted}"] = Experts(
+                module, parameter=adapted, shared_axes=(0,), swapped=False
             )
         elif match[1].startswith("lora_embedding"):
             names[f"{path}/embedding"] = Embedding(module)
         else:
-            names[f"{path}/kernel"] = Linear(module) if axes == 2 else Conv(module)
+            is_matrix = len(source.file.entries[name].shape) == 2
+            names[f"{path}/kernel"] = Linear(module) if is_matrix else Conv(module)
     return names
 
 
 def _experts(source: Source) -> dict[str, str]:
-    """The adapted parameter of each module of experts."""
+    """The adapted parameter of each module of experts, by the end of the module's name."""
     found: dict[str, str] = {}
     for target in source.config.target_parameters or ():
         module, _, parameter = target.rpartition(".")
@@ -121,30 +129,63 @@ def _experts(source: Source) -> dict[str, str]:
 
 
 def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
-    """The shape of the base that a module's tensors fit; None where it has no tensors."""
+    """The shape of the parameter that a layout's tensors are of; None where it has none."""
+    path = source.file.path
+    stack = _stack_sizes(source, layout)
+    if stack is None:
+        return None
+    module = layout.module.format(*(0 for _ in stack))
 
     def shape(key: str) -> tuple[int, ...] | None:
-        # A parameter of experts may be wrapped more than once.
-        for wrapped in range(1 + len(source.config.target_parameters or ())):
-            name = source.tensors.get(f"{layout.module}{'.base_layer' * wrapped}.{key}")
+        # A bias stands in a wrapper, and parameters of experts may stand in several.
+        for wrapped in range(2 + len(source.config.target_parameters or ())):
+            name = source.tensors.get(f"{module}{'.base_layer' * wrapped}.{key}")
             if name is not None:
                 return source.file.entries[name].shape
         return None
 
-    roles = layout.roles(3 if isinstance(layout, Experts) else 2)
-    keys = [factor.key for factor in layout.factors(roles)]
-    found = [shape(key) for key in keys] or [shape(layout.parameter)]
-    if None in found:
+    first = (
+        None if isinstance(layout, Tensor) else shape("lora_A.weight") or shape("lora_embedding_A")
+    )
+    whole = shape(layout.parameter)
+    if first is not None:
+        roles = layout.roles(len(layout.shared_axes) + len(first))
+        tensors = [(shape(factor.key), factor.groups) for factor in layout.factors(roles)]
+    elif whole is not None:
+        roles = layout.roles(len(stack) + len(whole))
+        tensors = [(whole, layout.whole(roles))]
+    else:
         return None
-    if isinstance(layout, Tensor):
-        return found[0]
-    a, b = (s for s in found if s is not None)
-    if len(a) < 2 or len(b) < 2:
-        raise AdapterFileError(
-            source.file.path, f"has factors of `{layout.module}` with the shapes {a} and {b}."
+    with distrusted(path):
+        rank = source.config.rank(pattern_name(layout, module))
+    sizes = dict(zip(layout.stack(roles), stack, strict=True))
+    for found, groups in tensors:
+        if found is None or len(found) != len(groups):
+            raise AdapterFileError(
+                path, f"has no two factors of `{module}` that fit each other and {layout}."
+            )
+        for size, group in zip(found, groups, strict=True):
+            axes = [axis for axis in group if axis != RANK]
+            if len(axes) == 1:
+                sizes[axes[0]] = size // rank if RANK in group else size
+    if sorted(sizes) != list(range(sum(map(len, roles)))):
+        raise AdapterMismatchError(
+            path,
+            f"does not say how large each of the axes is that are one in `{module}`. Load it in "
+            "Python (`lorax_io.load_peft`), with the parameters.",
         )
-    if isinstance(layout, Experts):
-        with distrusted(source.file.path):
-            rank = source.config.rank(pattern_name(layout, layout.module))
-        return a[0] // rank, a[1], b[0]
-    return (*a[2:], a[1], b[0])
+    return tuple(sizes[axis] for axis in sorted(sizes))
+
+
+def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
+    """How many modules a layout stacks along each of its axes; None where there are none."""
+    parts = map(re.escape, layout.module.split("{}"))
+    pattern = re.compile(r"(\d{1,9})".join(parts) + r"\.")
+    matches = [match for key in source.tensors if (match := pattern.match(key))]
+    if not matches:
+        return None
+    indices = zip(*(map(int, match.groups()) for match in matches), strict=True)
+    sizes = tuple(1 + max(group) for group in indices)
+    if math.prod(sizes) > len(matches):
+        raise AdapterFileError(source.file.path, f"lacks some of the modules `{layout.module}`.")
+    return sizes

@@ -16,10 +16,12 @@ from lorax import LoraWeight, merge_params
 from ._alone import Adapter, open_adapter
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterNotFoundError
 from ._files import file_in, regular_file
-from ._layouts import Conv, Conv1D, Embedding, Experts, Layout, Linear, Tensor
+from ._layouts import Conv, Conv1D, Embedding, Experts, Layout, Linear, Tensor, tensor_name
 from ._merged import INDEX_NAME, WEIGHTS_NAME, new_folder
+from ._names import read_json
+from ._native import load_adapter
 from ._progress import track
-from ._tensors import TensorFile, parse_json, write_tensors
+from ._tensors import TensorFile, write_tensors
 from ._tree import near
 
 # What stands beside the weights and stays true of the merged model.
@@ -51,7 +53,7 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [regular_file(path)]
     if (path / INDEX_NAME).exists():
-        index = parse_json(path / INDEX_NAME, file_in(path, INDEX_NAME).read_text())
+        index = read_json(file_in(path, INDEX_NAME))
         try:
             return [file_in(path, name) for name in sorted({*index["weight_map"].values()})]
         except (KeyError, TypeError, AttributeError) as error:
@@ -71,7 +73,8 @@ def fit_adapter(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
                 f"{near(unknown[0], checkpoint.shapes)} For a base of PyTorch, convert it first: "
                 "`lorax convert --to peft`.",
             )
-        return adapter.rows
+        rows = load_adapter(adapter.path, params=checkpoint.shapes)
+        return {path: row for path, row in rows.items() if row is not None}
     names = {_tensor_of(adapter, layout, checkpoint): layout for layout in adapter.names.values()}
     names = {
         name: _in_pytorch(adapter, layout, checkpoint.shapes[name].shape)
@@ -82,7 +85,7 @@ def fit_adapter(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tensor_of(adapter: Adapter, layout: Layout, checkpoint: Checkpoint) -> str:
     """The base's tensor for a module, which may be called with or without the model's prefix."""
-    name = f"{layout.module}.{layout.parameter}"
+    name = tensor_name(layout.module, layout.parameter)
     if name in checkpoint.shapes:
         return name
     found = [
@@ -101,9 +104,6 @@ def _tensor_of(adapter: Adapter, layout: Layout, checkpoint: Checkpoint) -> str:
 
 def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Layout:
     """The layout of a tensor as PyTorch has it, told by the shapes of the factors."""
-    row = next(
-        row for path, row in adapter.rows.items() if adapter.names[path].module == layout.module
-    )
     if isinstance(layout, Tensor):
         return layout
     if isinstance(layout, Embedding):
@@ -111,7 +111,7 @@ def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Lay
     if isinstance(layout, Conv):
         rest = tuple(range(1, len(shape)))
         return dataclasses.replace(layout, in_axes=rest, out_axes=(0,), channel_axis=1)
-    assert isinstance(row, LoraWeight)
+    [row] = [row for path, row in adapter.rows.items() if adapter.names[path] == layout]
     sides = row.a.shape[-2], row.b.shape[-1]
     first = len(shape) - 2
     if isinstance(layout, Experts):
@@ -122,9 +122,7 @@ def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Lay
                 f"its axes are which. Merge it in Python, with `Experts` in the names.",
             )
         inputs, outputs = (first, first + 1) if shape[1:] == sides else (first + 1, first)
-        return dataclasses.replace(
-            layout, in_axes=(inputs,), out_axes=(outputs,), out_first=outputs < inputs
-        )
+        return dataclasses.replace(layout, in_axes=(inputs,), out_axes=(outputs,))
     assert adapter.config is not None
     is_conv1d = shape == sides and (shape != sides[::-1] or adapter.config.fan_in_fan_out)
     if is_conv1d:

@@ -14,13 +14,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from lorax import LoraWeight
+from lorax import LoraWeight, LoraxError
 
 from ._alone import Adapter, open_adapter
 from ._checkpoint import fit_adapter, merge_files, open_checkpoint
-from ._config import TASK_TYPES
+from ._config import TASK_TYPES, PeftConfig
 from ._diffusers import save_diffusers
-from ._errors import AdapterError
 from ._names import flax_names, read_names
 from ._native import save_adapter, user_metadata
 from ._peft import save_peft
@@ -36,17 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Numbers are looked at, not trained: no accelerator is taken, and no type is shortened.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = _console(stderr=True, soft_wrap=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             code = args.run(args)
-        except (AdapterError, OSError) as error:
-            errors.print(f"lorax: {error}", markup=False)
+        except (LoraxError, OSError) as error:
+            errors.print(f"lorax: {error}")
             code = _FAILED
-    for message in caught:
-        errors.print(f"lorax: warning: {message.message}", markup=False)
+    # An adapter may be opened twice.
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        errors.print(f"lorax: warning: {message}")
     return code
+
+
+def _console(**options: Any) -> Console:
+    """A console that prints text as it is, and tables in full where no terminal bounds them."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, help="file, or folder for PEFT and diffusers")
     convert.add_argument("--to", choices=("native", "peft", "diffusers"), required=True)
     convert.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
-    convert.add_argument("--fold-scale", action="store_true", help="multiply b by the scale")
+    convert.add_argument(
+        "--fold-scale", action="store_true", help="multiply b by the scale: PEFT, diffusers"
+    )
     convert.add_argument("--base-model", metavar="NAME", help="for PEFT: the base's name")
     convert.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
     convert.add_argument(
@@ -100,11 +108,16 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**about, "parameters": [line._asdict() for line in lines]}, indent=1))
         return _SAME
-    console = Console()
+    console = _console()
     for key, value in about.items():
-        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{key}: {value}", soft_wrap=True)
     table = Table(
-        "path", "kind", *_right("rank", "alpha", "scale"), "shapes", "dtype", *_right("norm")
+        Column("path", overflow="fold"),
+        "kind",
+        *_right("rank", "alpha", "scale"),
+        "shapes",
+        "dtype",
+        *_right("norm"),
     )
     for line in lines:
         table.add_row(
@@ -158,10 +171,10 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([difference._asdict() for difference in found], indent=1))
     elif found:
-        table = Table("path", "what differs", *_right("delta, relative"))
+        table = Table(Column("path", overflow="fold"), "what differs", *_right("delta, relative"))
         for path, what, relative in found:
             table.add_row(path, what, "–" if relative is None else f"{relative:.2g}")
-        Console().print(table)
+        _console().print(table)
     else:
         print(f"the same {len(first)} parameters, to the bit")
     return _DIFFERENT if found else _SAME
@@ -177,13 +190,14 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         layouts = names or adapter.names or flax_names(_shapes(adapter.rows))
         if args.to == "peft":
-            config = adapter.config
+            config = adapter.config or PeftConfig()
             save_peft(
                 args.out,
                 adapter.rows,
                 layouts,
-                base_model=args.base_model or (config and config.base_model_name_or_path),
-                task_type=args.task_type or (config and config.task_type),
+                base_model=args.base_model or config.base_model_name_or_path,
+                revision=None if args.base_model else config.revision,
+                task_type=args.task_type or config.task_type,
                 fold_scale=args.fold_scale,
             )
         else:

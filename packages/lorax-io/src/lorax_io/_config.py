@@ -33,6 +33,13 @@ TASK_TYPES = (
     "FEATURE_EXTRACTION",
 )
 
+# The heads that PEFT trains in full for some of them, whatever a config says.
+HEADS: Mapping[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
@@ -81,15 +88,19 @@ class PeftConfig:
         return not self._parameters.isdisjoint(suffixes(name))
 
     def saves(self, name: str) -> bool:
-        """Whether a module is trained in full. PEFT compares the ends of names, dots or no dots."""
-        return any(name[k:] in self._saved for k in range(len(name) + 1))
+        """Whether a module is trained in full, by itself or in another that is.
+
+        PEFT compares the ends of names, dots or no dots.
+        """
+        outer = prefixes(name) if self._saved else []
+        return any(module[k:] in self._saved for module in outer for k in range(len(module) + 1))
 
     def _is_in_layers(self, name: str) -> bool:
         found = (_match(pattern, name) for pattern in self._layers_patterns)
         match = next((match for match in found if match), None)
-        # A pattern may hold a group of that name itself, of no number.
-        index = match["index"] if match else None
-        return index is not None and index.isdecimal() and int(index) in self._layers
+        # A pattern may hide this group, or hold one of its name that matched no number.
+        index = (match.groupdict().get("index") if match else None) or ""
+        return index.isdecimal() and int(index) in self._layers
 
     # Each list and pattern in the form to look names up in: a file may have very many of them.
 
@@ -159,6 +170,12 @@ def suffixes(name: str) -> list[str]:
     """The name, and what is left of it after each dot."""
     parts = name.split(".")
     return [".".join(parts[k:]) for k in range(len(parts))]
+
+
+def prefixes(name: str) -> list[str]:
+    """The name, and what is left of it before each dot: a module and those that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def _listed(target: Sequence[str] | str | None) -> Callable[[str], bool]:
@@ -328,6 +345,8 @@ def read_config(path: Path) -> PeftConfig:
         values = parse_json(path, path.read_text(encoding="utf-8"))
     except UnicodeError as error:
         raise AdapterFileError(path, f"is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise AdapterFileError(path, f"cannot be read: {error}") from error
     return config_of(path, values)
 
 

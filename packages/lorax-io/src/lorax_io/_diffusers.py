@@ -7,8 +7,9 @@ from typing import Any
 
 from ._errors import UnsupportedAdapterError
 from ._export import export
+from ._files import make_folder
 from ._host import one_writer
-from ._layouts import Names
+from ._layouts import Names, as_layouts
 from ._tensors import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -52,7 +53,7 @@ def save_diffusers(
         'pytorch_lora_weights.safetensors'
     """
     folder = Path(folder)
-    found = export(folder, tunable, names, fold_scale=fold_scale)
+    found = export(folder, tunable, as_layouts(names), fold_scale=fold_scale)
     for name in found.tensors:
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UnsupportedAdapterError(
@@ -62,7 +63,7 @@ def save_diffusers(
     header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
     with one_writer() as writer:
         if writer:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             tensors = {f"{prefix}.{name}": tensor for name, tensor in found.tensors.items()}
             write_tensors(folder / WEIGHTS_NAME, tensors, header)
     return folder / WEIGHTS_NAME

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from lorax import LoraxError
 
+_LONGEST = 1000  # characters of a message: names in a file may be of megabytes
+
 
 class AdapterError(LoraxError, ValueError):
     """An adapter that cannot be read or written; nothing was applied and nothing replaced.
@@ -14,6 +16,8 @@ class AdapterError(LoraxError, ValueError):
     """
 
     def __init__(self, path: object, reason: str) -> None:
+        if len(reason) > _LONGEST:
+            reason = f"{reason[: _LONGEST // 2]} … {reason[-_LONGEST // 2 :]}"
         super().__init__(path, reason)
         self.path = Path(str(path))
         self.reason = reason

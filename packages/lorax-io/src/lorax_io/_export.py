@@ -4,17 +4,17 @@ import collections
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lorax import LoraWeight
 
-from ._config import PeftConfig, suffixes
+from ._config import HEADS, PeftConfig, prefixes, suffixes
 from ._errors import AdapterMismatchError, AdapterWarning, UnsupportedAdapterError
 from ._host import to_host
-from ._layouts import RANK, Array, Embedding, Experts, Layout, Names, Roles, pack
+from ._layouts import RANK, Array, Embedding, Experts, Layout, Layouts, Roles, pack
 from ._progress import track
 from ._tree import is_array, near, param_leaves, tunable_rows
 
@@ -41,9 +41,10 @@ class _Module(NamedTuple):
 def export(
     file: object,
     tunable: Any,
-    names: Names,
+    names: Layouts,
     *,
     params: Any = None,
+    task_type: str | None = None,
     fold_scale: bool = False,
     target_modules: Sequence[str] | None = None,
 ) -> Export:
@@ -54,35 +55,37 @@ def export(
         tunable: the tree.
         names: the layout of each parameter.
         params: the base's parameters, for frozen ones in a module that is saved whole.
+        task_type: PEFT's; some have a head that is saved whole.
         fold_scale: whether the fan-out factors are multiplied by the scale.
         target_modules: ends of module names, to be written instead of full names.
     """
     rows = tunable_rows(file, tunable)
     layouts = {row.path: layout_of(file, names, row.path) for row in rows}
     adapted = {row.path: row.leaf for row in rows if isinstance(row.leaf, LoraWeight)}
-    full = {row.path: row.leaf for row in rows if not isinstance(row.leaf, LoraWeight)}
     if not adapted:
         raise UnsupportedAdapterError(
             file, "no parameter has factors; PEFT needs one. Use `save_adapter` or `save_merged`."
         )
-    modules = [
-        _Module(pattern_name(layouts[path], module), layouts[path], weight)
+    stacks = [
+        (module, layouts[path], weight)
         for path, weight in adapted.items()
         for module in _stack(file, path, layouts[path], weight).values()
     ]
+    modules = [_Module(pattern_name(layout, name), layout, w) for name, layout, w in stacks]
     config, unsaid = _scaling(modules, fold_scale)
     tensors: dict[str, Array] = {}
-    depths = wrapper_depths([module.layout for module in modules])
+    depths = wrapper_depths((module, layout) for module, layout, _ in stacks)
     for path, weight in track(adapted.items(), "Gathering the adapter"):
         gain = weight.scale * weight.rank / config.lora_alpha if fold_scale else 1.0
         for name, tensor in _factors(file, path, layouts[path], weight, depths, gain):
             _add(file, tensors, name, tensor)
     targets = _targets(file, modules, names, target_modules)
-    saved, bias = _add_full(file, tensors, full, layouts, names, params, modules)
+    leaves = {row.path: row.leaf for row in rows}
+    saved, bias = _add_full(file, tensors, leaves, names, params, task_type, modules)
     return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
 
 
-def layout_of(file: object, names: Names, path: str) -> Layout:
+def layout_of(file: object, names: Layouts, path: str) -> Layout:
     """The layout of a parameter."""
     if path not in names:
         raise AdapterMismatchError(
@@ -96,25 +99,28 @@ def pattern_name(layout: Layout, module: str) -> str:
     return f"{module}.{layout.parameter}" if isinstance(layout, Experts) else module
 
 
-def wrapper_depths(layouts: Sequence[Layout]) -> dict[tuple[str, str], int]:
-    """How many of PEFT's wrappers stand around each parameter of experts.
+def wrapper_depths(layouts: Iterable[tuple[str, Layout]]) -> dict[str, int]:
+    """How many of PEFT's wrappers stand around each parameter of experts, by its pattern name.
 
     PEFT wraps a module once for each parameter, the first of them innermost.
+
+    Args:
+        layouts: of the parameters that have factors, each with its module.
     """
     of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
-    for layout in layouts:
+    for module, layout in layouts:
         if isinstance(layout, Experts):
-            of_module[layout.module][layout.order] = layout.parameter
+            of_module[module][layout.order] = pattern_name(layout, module)
     return {
-        (module, parameters[order]): depth
-        for module, parameters in of_module.items()
+        parameters[order]: depth
+        for parameters in of_module.values()
         for depth, order in enumerate(sorted(parameters, reverse=True))
     }
 
 
-def factor_prefix(layout: Layout, module: str, depths: Mapping[tuple[str, str], int]) -> str:
+def factor_prefix(layout: Layout, module: str, depths: Mapping[str, int]) -> str:
     """What a module's keys begin with."""
-    return module + ".base_layer" * depths.get((layout.module, layout.parameter), 0)
+    return module + ".base_layer" * depths.get(pattern_name(layout, module), 0)
 
 
 def _stack(
@@ -147,7 +153,7 @@ def _factors(
     path: str,
     layout: Layout,
     weight: LoraWeight,
-    depths: Mapping[tuple[str, str], int],
+    depths: Mapping[str, int],
     gain: float,
 ) -> list[tuple[str, Array]]:
     if isinstance(layout, Embedding) and layout.tied:
@@ -244,43 +250,57 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _targets(
-    file: object, modules: Sequence[_Module], names: Names, ends: Sequence[str] | None
+    file: object, modules: Sequence[_Module], names: Layouts, ends: Sequence[str] | None
 ) -> dict[str, Any]:
     parameters = sorted(m.name for m in modules if isinstance(m.layout, Experts))
     adapted = {module.name for module in modules} - set(parameters)
-    targets = sorted(adapted)
-    if ends is not None:
-        targets = sorted(ends)
-        matches = lambda name: not set(targets).isdisjoint(suffixes(name))  # noqa: E731
-        if missed := sorted(name for name in adapted if not matches(name)):
-            raise AdapterMismatchError(file, f"target_modules={targets} misses `{missed[0]}`.")
-        plain = [layout.module for layout in names.values() if "{" not in layout.module]
-        if more := sorted(name for name in {*plain} - adapted if matches(name)):
-            raise AdapterMismatchError(
-                file, f"target_modules={targets} matches `{more[0]}`, which has no adapter."
-            )
-    return {"target_modules": targets, "target_parameters": parameters or None}
+    targets = sorted(adapted if ends is None else ends)
+    config = PeftConfig(target_modules=targets)
+    plain = {layout.module for layout in names.values() if "{" not in layout.module}
+    # Names that end in a target's: `aux.head`, where `head` is adapted.
+    more = sorted(filter(config.targets, plain - adapted))
+    if more and ends is None:
+        config = config.replace(exclude_modules=more)
+    if missed := sorted(name for name in adapted if not config.targets(name)):
+        raise AdapterMismatchError(file, f"target_modules={targets} misses `{missed[0]}`.")
+    if more and ends is not None:
+        raise AdapterMismatchError(
+            file, f"target_modules={targets} matches `{more[0]}`, which has no adapter."
+        )
+    return {
+        "target_modules": targets,
+        "target_parameters": parameters or None,
+        "exclude_modules": config.exclude_modules,
+    }
 
 
 def _add_full(
     file: object,
     tensors: dict[str, Array],
-    full: Mapping[str, Any],
-    layouts: Mapping[str, Layout],
-    names: Names,
+    rows: Mapping[str, Any],
+    names: Layouts,
     params: Any,
+    task_type: str | None,
     modules: Sequence[_Module],
 ) -> tuple[list[str] | None, str]:
     """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
 
-    PEFT saves such a module whole. The bias of an adapted module is the exception: it stands beside
-    the factors.
+    PEFT saves such a module whole, with all that is in it. The bias of an adapted module is the
+    exception: it stands beside the factors.
     """
     adapted = {module.name for module in modules}
-    saved: set[str] = set()
+    saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
     bias = "none"
-    for path, leaf in full.items():
-        for name, parameter, tensor in whole_tensors(path, layouts[path], leaf):
+    for path, leaf in rows.items():
+        if isinstance(leaf, LoraWeight):
+            continue
+        for name, parameter, tensor in whole_tensors(path, names[path], leaf):
+            if not name:
+                raise UnsupportedAdapterError(
+                    file,
+                    f"`{path}` is trained in full and is in no module, and PEFT saves modules. Use "
+                    "`save_adapter` or `save_merged`.",
+                )
             if name in adapted and parameter == "bias":
                 bias = "lora_only"
                 _add(file, tensors, f"{name}.base_layer.bias", tensor)
@@ -291,38 +311,57 @@ def _add_full(
                     "PEFT has no place for that. Use `save_adapter` or `save_merged`.",
                 )
             else:
-                saved.add(name)
+                saved[names[path].module].add(name)
                 _add(file, tensors, f"{name}.{parameter}", tensor)
-    _add_rest(file, tensors, saved, names, full, params)
-    every = {layout.module for layout in names.values()}
-    for name in sorted(saved):
-        if caught := sorted(m for m in every - saved if m.endswith(name)):
-            raise UnsupportedAdapterError(
-                file,
-                f"PEFT would save `{caught[0]}` with `{name}`, since it compares the ends of names "
-                "only. Use `save_adapter` or `save_merged`.",
-            )
-    return sorted(saved) or None, bias
+    heads = HEADS.get(task_type, ())
+    _add_rest(file, tensors, rows, names, params, saved, heads)
+    # Of modules within each other, PEFT wants the outermost alone.
+    in_head = PeftConfig(modules_to_save=heads).saves
+    outer = {
+        name
+        for module, entries in saved.items()
+        if not in_head(module) and saved.keys().isdisjoint(prefixes(module)[:-1])
+        for name in entries
+    }
+    found = [layout.module for layout in names.values() if in_head(layout.module)]
+    outer |= {h for h in heads if any(map(PeftConfig(modules_to_save=[h]).saves, found))}
+    return sorted(outer) or None, bias
 
 
 def _add_rest(
     file: object,
     tensors: dict[str, Array],
-    saved: set[str],
-    names: Names,
-    full: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    names: Layouts,
     params: Any,
+    saved: Collection[str],
+    heads: Sequence[str],
 ) -> None:
     """Adds the frozen parameters of modules that are saved whole."""
     leaves = {} if params is None else param_leaves(params)[0]
+    config, in_head = (PeftConfig(modules_to_save=m) for m in ([*saved, *heads], heads))
     for path, layout in names.items():
-        if path in full or layout.module not in saved:
+        module, row = layout.module, rows.get(path)
+        if not config.saves(module) or (row is not None and not isinstance(row, LoraWeight)):
             continue
+        if not in_head.saves(module) and not any(outer in saved for outer in prefixes(module)):
+            caught = next(m for m in saved if PeftConfig(modules_to_save=[m]).saves(module))
+            raise UnsupportedAdapterError(
+                file,
+                f"PEFT would save `{module}` with `{caught}`, since it compares the ends of names "
+                "only. Use `save_adapter` or `save_merged`.",
+            )
+        if row is not None:
+            raise UnsupportedAdapterError(
+                file,
+                f"`{path}` has factors, and PEFT saves `{module}` whole: for another parameter in "
+                "it, or for `task_type`. Use `save_adapter` or `save_merged`.",
+            )
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(
                 file,
-                f"PEFT saves the module `{layout.module}` whole, and `{path}` in it is frozen. "
-                "Give `params=`, the base's parameters, or train it in full, too.",
+                f"PEFT saves the module `{module}` whole, and `{path}` in it is frozen. Give "
+                "`params=`, the base's parameters, or train it in full, too.",
             )
         for name, parameter, tensor in whole_tensors(path, layout, leaves[path]):
             _add(file, tensors, f"{name}.{parameter}", tensor)

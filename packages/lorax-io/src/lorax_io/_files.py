@@ -15,11 +15,14 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """A new file to write, which takes the place of `path` when the block ends without an error.
 
     At every moment `path` is the old file or the new one, whole. A process that is killed inside
-    the block leaves a hidden `.name.….tmp` beside it, which may be deleted.
+    the block leaves a hidden file beside it, `.name.….tmp` or safetensors' own `.tmp…`, which may
+    be deleted.
     """
     path = Path(path).resolve()  # through a link, as `open` writes
     if path.is_dir():
         raise AdapterFileError(path, "is a folder; a file is to be written there.")
+    if not path.parent.is_dir():
+        raise AdapterNotFoundError(path, f"there is no folder {path.parent}; make it first.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
@@ -29,6 +32,14 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
             _flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, where there may be one already."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise AdapterFileError(path, f"cannot be made a folder: {error}") from error
 
 
 def _flush(path: Path) -> None:

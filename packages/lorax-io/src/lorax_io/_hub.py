@@ -97,6 +97,7 @@ def pull_from_hub(
 
     Raises:
         AdapterNotFoundError: where the Hub has no such repository, or it has no adapter.
+        AdapterError: where the Hub refuses it or cannot be reached, and the cache has it not.
 
     Example:
         >>> from lorax_io import load_peft, pull_from_hub
@@ -129,13 +130,15 @@ def _import_hub() -> Any:
 def _explained(hub: Any, repo_id: str) -> Generator[None]:
     try:
         yield
-    except (
-        hub.errors.RepositoryNotFoundError,
-        hub.errors.RevisionNotFoundError,
-        hub.errors.LocalEntryNotFoundError,
-    ) as error:
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         raise AdapterNotFoundError(repo_id, f"the Hub has it not: {_first_line(error)}") from error
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+    except hub.errors.LocalEntryNotFoundError as error:
+        # The Hub gave no answer that is one, for this cause, and the cache has nothing either.
+        reason = _first_line(error.__cause__ or error)
+        raise AdapterError(repo_id, f"the Hub refuses: {reason}") from error
+    # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
+    # connection are no `OSError`.
+    except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
         raise AdapterError(repo_id, f"the Hub refuses: {_first_line(error)}") from error
 
 

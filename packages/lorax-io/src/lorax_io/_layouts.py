@@ -7,11 +7,14 @@ all there is to a layout: the same two functions, `pack` and `unpack`, carry eve
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from ._errors import AdapterMismatchError
 
 Array = np.ndarray[Any, Any]
 Groups = tuple[tuple[int, ...], ...]
@@ -151,14 +154,16 @@ class Embedding(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layout):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` of one group: a weight (out, in, *window).
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: a weight (out, in, *window).
 
     Args:
         channel_axis: which of the input axes is the channel; the others are the window. By default
             the last of them, as in `(height, width, in, out)`.
+        grouped: whether it has several groups; PEFT has no form for an adapter of one.
     """
 
     channel_axis: int | None = None
+    grouped: bool = False
 
     def _inputs(self, roles: Roles) -> Groups:
         channel = roles.inputs[-1] if self.channel_axis is None else self.channel_axis
@@ -168,6 +173,8 @@ class Conv(Layout):
         return roles.outputs, *self._inputs(roles)
 
     def factors(self, roles: Roles) -> tuple[Factor, ...]:
+        if self.grouped:
+            return ()
         channel, *window = self._inputs(roles)
         return (
             Factor("lora_A.weight", "a", ((RANK,), channel, *window)),
@@ -232,7 +239,76 @@ class Tensor(Layout):
         return ()
 
 
-Names = Mapping[str, Layout]
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.__name__: layout for layout in (Linear, Conv1D, Embedding, Conv, Experts, Tensor)
+}
+
+Layouts = Mapping[str, Layout]
+# A layout, or the same as plain data: `{"layout": "Linear", "module": …}`.
+Names = Mapping[str, Layout | Mapping[str, Any]]
+
+
+def as_layouts(names: Names) -> Layouts:
+    """The layouts, of plain data too, each checked.
+
+    Raises:
+        AdapterMismatchError: where one is none; its `path` is the parameter's.
+    """
+    layouts = {path: _as_layout(path, row) for path, row in names.items()}
+    for path, layout in layouts.items():
+        _check_fields(path, layout)
+    return layouts
+
+
+def _as_layout(path: str, row: Layout | Mapping[str, Any]) -> Layout:
+    if isinstance(row, Layout):
+        return row
+    fields = dict(row)
+    kind = LAYOUTS.get(str(fields.pop("layout", None)))
+    if kind is None:
+        raise AdapterMismatchError(
+            path, f"its `layout` is none of {', '.join(LAYOUTS)}: {dict(row)}."
+        )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise AdapterMismatchError(path, f"is no layout: {error}.") from error
+
+
+def _check_fields(path: str, layout: Layout) -> None:
+    for field in dataclasses.fields(layout):
+        value = getattr(layout, field.name)
+        if not _may_hold(field.name, value):
+            raise AdapterMismatchError(
+                path, f"has {field.name} = {json.dumps(value, default=repr)}."
+            )
+    *texts, last = layout.module.split("{}")
+    stacked = max(len(layout.shared_axes) - layout.stacked_in_tensor, 0)
+    if len(texts) != stacked or not {"{", "}"}.isdisjoint("".join([*texts, last])):
+        raise AdapterMismatchError(
+            path, "needs one `{}` in its module for each axis that stacks modules, and no other."
+        )
+
+
+def _may_hold(field: str, value: Any) -> bool:
+    match field:
+        case "module" | "parameter":
+            return isinstance(value, str)
+        case "in_axes" | "out_axes" | "shared_axes":
+            is_axes = isinstance(value, tuple | list) and all(type(axis) is int for axis in value)
+            return is_axes or (value is None and field != "shared_axes")
+        case "channel_axis":
+            return value is None or type(value) is int
+        case "order":
+            return type(value) is int
+        case _:
+            return isinstance(value, bool) or (value is None and field == "swapped")
+
+
+def tensor_name(module: str, parameter: str) -> str:
+    """The name of a tensor in PyTorch; a parameter of the model itself is in no module."""
+    return f"{module}.{parameter}" if module else parameter
 
 
 def pack(array: Array, axes: Sequence[int], groups: Groups) -> Array:

@@ -13,9 +13,9 @@ from lorax import merge_params
 
 from ._errors import AdapterError, AdapterMismatchError
 from ._export import layout_of, whole_tensors
-from ._files import write_text
+from ._files import regular_file, write_text
 from ._host import one_writer
-from ._layouts import Array, Names
+from ._layouts import Array, Names, as_layouts, tensor_name
 from ._progress import track
 from ._tensors import write_tensors
 from ._tree import absent, is_array, param_leaves, tunable_rows
@@ -73,7 +73,8 @@ def save_merged(
     }
     if unknown := sorted(rows.keys() - sizes.keys()):
         raise AdapterMismatchError(folder, f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
-    layouts = {path: layout_of(folder, names, path) for path in sizes}
+    layouts = {path: layout_of(folder, as_layouts(names), path) for path in sizes}
+    config_text = _config_text(config)
     shards = _shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, str, Array]]:
@@ -86,7 +87,7 @@ def save_merged(
             file = WEIGHTS_NAME if len(shards) == 1 else _shard_name(k, len(shards))
             tensors: dict[str, Array] = {}
             for module, parameter, tensor in (t for path in paths for t in tensors_of(path)):
-                name = f"{module}.{parameter}"
+                name = tensor_name(module, parameter)
                 if name in files:
                     raise AdapterMismatchError(
                         folder, f"`names` gives two parameters the tensor `{name}`."
@@ -98,9 +99,9 @@ def save_merged(
         with one_writer() as writer:
             if writer and len(shards) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-                write_json(unfinished / INDEX_NAME, index)
-            if writer and config is not None:
-                _write_config(unfinished / CONFIG_NAME, config)
+                write_text(unfinished / INDEX_NAME, _json(index))
+            if writer and config_text is not None:
+                write_text(unfinished / CONFIG_NAME, config_text)
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -120,16 +121,16 @@ def _shard_name(k: int, count: int) -> str:
     return f"model-{k + 1:05}-of-{count:05}.safetensors"
 
 
-def _write_config(path: Path, config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+def _config_text(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> str | None:
+    if config is None:
+        return None
     if isinstance(config, Mapping):
-        write_json(path, config)
-    else:
-        write_text(path, Path(config).read_text(encoding="utf-8"))
+        return _json(config)
+    return regular_file(config).read_text(encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file of JSON."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 @contextlib.contextmanager

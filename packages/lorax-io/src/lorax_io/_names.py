@@ -3,19 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._errors import AdapterFileError, AdapterMismatchError
+from ._errors import AdapterError, AdapterFileError, AdapterMismatchError
 from ._files import regular_file, write_text
-from ._layouts import Conv, Conv1D, Embedding, Experts, Layout, Linear, Names, Tensor
+from ._layouts import Embedding, Layout, Layouts, Linear, Names, Tensor, as_layouts
 from ._tensors import parse_json
 from ._tree import is_array, param_leaves
-
-LAYOUTS: dict[str, type[Layout]] = {
-    layout.__name__: layout for layout in (Linear, Conv1D, Embedding, Conv, Experts, Tensor)
-}
 
 
 def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
@@ -43,7 +38,7 @@ def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
         layers/0/q_proj/kernel Linear layers.0.q_proj weight
     """
     leaves, _ = param_leaves(params)
-    layouts = layouts or {}
+    layouts = as_layouts(layouts or {})
     if unknown := sorted(layouts.keys() - leaves.keys()):
         raise AdapterMismatchError(unknown[0], "is in `layouts` and not in the parameters.")
     return {
@@ -85,7 +80,8 @@ def write_names(path: str | os.PathLike[str], names: Names) -> None:
         'layers.0.q_proj'
     """
     rows = {
-        name: {"layout": type(layout).__name__, **_said(layout)} for name, layout in names.items()
+        name: {"layout": type(layout).__name__, **_said(layout)}
+        for name, layout in as_layouts(names).items()
     }
     write_text(Path(path), json.dumps(rows, indent=1) + "\n")
 
@@ -99,7 +95,7 @@ def _said(layout: Layout) -> dict[str, Any]:
     }
 
 
-def read_names(path: str | os.PathLike[str]) -> dict[str, Layout]:
+def read_names(path: str | os.PathLike[str]) -> Layouts:
     """Names from a file of `write_names`.
 
     Raises:
@@ -109,19 +105,18 @@ def read_names(path: str | os.PathLike[str]) -> dict[str, Layout]:
         See `write_names`.
     """
     path = regular_file(path)
-    rows = parse_json(path, path.read_text(encoding="utf-8"))
-    if not isinstance(rows, dict):
+    rows = read_json(path)
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise AdapterFileError(path, "is no JSON object of layouts by path.")
-    return {name: _read_layout(path, name, row) for name, row in rows.items()}
-
-
-def _read_layout(path: Any, name: str, row: Any) -> Layout:
-    fields = dict(row) if isinstance(row, Mapping) else {}
-    kind = LAYOUTS.get(str(fields.pop("layout", None)))
-    if kind is None:
-        raise AdapterFileError(path, f"`{name}` has no `layout`: {', '.join(LAYOUTS)}.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
-        return kind(**values)
-    except TypeError as error:
-        raise AdapterFileError(path, f"`{name}`: {error}.") from error
+        return as_layouts(rows)
+    except AdapterError as error:
+        raise AdapterFileError(path, f"`{error.path}` {error.reason}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds."""
+    try:
+        return parse_json(path, path.read_text(encoding="utf-8"))
+    except UnicodeError as error:
+        raise AdapterFileError(path, f"is not UTF-8 text ({error}).") from error

@@ -232,11 +232,12 @@ def read_specs(file: TensorFile) -> dict[str, LoraSpec | None]:
     if not isinstance(found, dict):
         raise AdapterFileError(file.path, f"its header has no object under {_ADAPTER!r}.")
     specs = {path: _read_spec(file, path, settings) for path, settings in found.items()}
-    wanted = {
-        name
-        for path, spec in specs.items()
-        for name in ([path] if spec is None else [f"{path}/a", f"{path}/b"])
-    }
+    wanted: set[str] = set()
+    for path, spec in specs.items():
+        for name in [path] if spec is None else [f"{path}/a", f"{path}/b"]:
+            if name in wanted:
+                raise AdapterFileError(file.path, f"its header has two uses for `{name}`.")
+            wanted.add(name)
     if missing := sorted(wanted - file.entries.keys()):
         raise AdapterFileError(file.path, f"lacks the tensor `{missing[0]}` of its header.")
     if extra := sorted(file.entries.keys() - wanted):

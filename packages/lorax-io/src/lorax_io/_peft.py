@@ -11,9 +11,9 @@ from typing import Any
 from ._config import CONFIG_NAME, TASK_TYPES, PeftConfig, read_config
 from ._errors import AdapterError, AdapterFileError, AdapterNotFoundError
 from ._export import Export, export
-from ._files import file_in, write_text
+from ._files import file_in, make_folder, write_text
 from ._host import one_writer
-from ._layouts import Names
+from ._layouts import Names, as_layouts
 from ._restore import Source, plain_keys, restore
 from ._tensors import TensorFile, is_number, parse_json, write_tensors
 
@@ -48,7 +48,8 @@ def save_peft(
         base_model: the base's name on the Hub, or its folder.
         task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's; it chooses the wrapper's class.
         revision: the base's revision.
-        params: the base's parameters; needed where a module is trained in full in part.
+        params: the base's parameters; needed where a module that PEFT saves whole is frozen in
+            part, as may be the head that some task types have.
         target_modules: the ends of module names, such as `["q_proj", "v_proj"]`, which some
             readers want instead of full names.
         fold_scale: whether `b` is multiplied by the scale, for readers that know one alpha only.
@@ -75,8 +76,9 @@ def save_peft(
     found = export(
         folder,
         tunable,
-        names,
+        as_layouts(names),
         params=params,
+        task_type=task_type,
         target_modules=target_modules,
         fold_scale=fold_scale,
     )
@@ -85,7 +87,7 @@ def save_peft(
     )
     with one_writer() as writer:
         if writer:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             tensors = {PREFIX + name: tensor for name, tensor in found.tensors.items()}
             write_tensors(folder / WEIGHTS_NAME, tensors, _header(found._replace(config=config)))
             write_text(
@@ -118,7 +120,7 @@ def load_peft(
         See `save_peft`.
     """
     with open_peft(folder) as source:
-        return restore(source, params, names, sharding)
+        return restore(source, params, as_layouts(names), sharding)
 
 
 @contextlib.contextmanager

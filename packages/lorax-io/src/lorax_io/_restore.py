@@ -19,7 +19,18 @@ from ._config import PeftConfig, distrusted
 from ._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
 from ._export import DTYPES, factor_prefix, pattern_name, wrapper_depths
 from ._host import place, placed_like, placements
-from ._layouts import RANK, Array, Experts, Groups, Layout, Names, packed_shape, unpack
+from ._layouts import (
+    RANK,
+    Array,
+    Embedding,
+    Experts,
+    Groups,
+    Layout,
+    Layouts,
+    packed_shape,
+    tensor_name,
+    unpack,
+)
 from ._progress import track
 from ._tensors import TensorFile, check_finite, check_width
 from ._tree import (
@@ -33,8 +44,10 @@ from ._tree import (
     with_leaves,
 )
 
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?!weight$)[^.]+")
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
 FACTOR = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
+_COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
+_SAVED_AGAIN = ("embed_tokens", "lm_head")
 _WHOLE = "whole"
 _NOT_PLAIN = {
     "lora_magnitude_vector": "DoRA, with a magnitude for each output",
@@ -76,21 +89,26 @@ _Shapes = Mapping[str, tuple[int, ...]]
 def plain_keys(file: TensorFile, prefix: str) -> dict[str, str]:
     """The tensors of a file by module and key, without prefix and without the adapter's name."""
     found: dict[str, str] = {}
+    adapters: set[str] = set()
     for name in file.entries:
         if not name.startswith(prefix):
             raise AdapterFileError(
                 file.path, f"has `{name}`; every tensor of an adapter begins with `{prefix}`."
             )
-        key = _ADAPTER_NAME.sub(r".\1", name.removeprefix(prefix))
-        if key in found:
+        key = name.removeprefix(prefix)
+        if match := _ADAPTER_NAME.search(key):
+            adapters.add(match[2])
+            key = key.replace(match[0], f".{match[1]}", 1)
+        if key in found or len(adapters) > 1:
+            other = found.get(key, next(iter(found.values())))
             raise AdapterFileError(
-                file.path, f"has `{name}` and `{found[key]}`: two adapters in one file."
+                file.path, f"has `{name}` and `{other}`: two adapters in one file."
             )
         found[key] = name
     return found
 
 
-def restore(source: Source, params: Any, names: Names, sharding: Any = None) -> tuple[Any, Any]:
+def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> tuple[Any, Any]:
     """The pair `(frozen, tunable)`: each leaf where `sharding` says, or where its base is."""
     file = source.file.path
     leaves, structure = param_leaves(params)
@@ -116,13 +134,13 @@ def restore(source: Source, params: Any, names: Names, sharding: Any = None) -> 
     return frozen_of(leaves, structure, rows), with_leaves(structure, leaves, rows)
 
 
-def _find(source: Source, names: Names, shapes: _Shapes) -> _Found:
+def _find(source: Source, names: Layouts, shapes: _Shapes) -> _Found:
     """The tensors that the names have a place for; all others are errors."""
     slots = _slots(source, names, shapes)
     found: _Found = {}
     for key, name in source.tensors.items():
         if key not in slots:
-            _check_needless(source, key, slots)
+            _check_needless(source, key, slots, names, shapes)
             continue
         slot = slots[key]
         if slot.key == _WHOLE and not _may_be_whole(source.config, key):
@@ -137,26 +155,26 @@ def _find(source: Source, names: Names, shapes: _Shapes) -> _Found:
     return found
 
 
-def _slots(source: Source, names: Names, shapes: _Shapes) -> dict[str, _Slot]:
+def _slots(source: Source, names: Layouts, shapes: _Shapes) -> dict[str, _Slot]:
     """Every tensor that there may be, by module and key."""
     modules = {path: _modules(layout, shapes[path]) for path, layout in names.items()}
     experts = [
-        layout
+        (module, layout)
         for path, layout in names.items()
-        if isinstance(layout, Experts)
-        and any(_is_targeted(source.config, layout, module) for module in modules[path].values())
+        for module in modules[path].values()
+        if isinstance(layout, Experts) and _is_targeted(source.config, layout, module)
     ]
     depths = wrapper_depths(experts)
-    wrapped = {module for module, _ in depths}
+    wrapped = {module for module, _ in experts}
     slots: dict[str, _Slot] = {}
     for path, layout in names.items():
         factors = layout.factors(layout.roles(len(shapes[path])))
-        if layout.module in wrapped and (layout.module, layout.parameter) not in depths:
-            factors = ()  # the factors of these experts are of another of their parameters
         for index, module in modules[path].items():
             prefix = factor_prefix(layout, module, depths)
             keys = {f"{prefix}.{factor.key}": factor.key for factor in factors}
-            keys[f"{module}.{layout.parameter}"] = _WHOLE
+            if module in wrapped and pattern_name(layout, module) not in depths:
+                keys = {}  # the factors of these experts are of another of their parameters
+            keys[tensor_name(module, layout.parameter)] = _WHOLE
             if layout.parameter == "bias":
                 keys[f"{module}.base_layer.bias"] = _WHOLE
             for key, kind in keys.items():
@@ -188,13 +206,18 @@ def _may_be_whole(config: PeftConfig, key: str) -> bool:
     return parameter == "bias" and (config.bias == "all" or (adapted and config.bias != "none"))
 
 
-def _check_needless(source: Source, key: str, slots: Mapping[str, _Slot]) -> None:
+def _check_needless(
+    source: Source, key: str, slots: Mapping[str, _Slot], names: Layouts, shapes: _Shapes
+) -> None:
     """Lets pass what PEFT writes without need; anything else is an error."""
     name, path = source.tensors[key], source.file.path
     module = key.removesuffix(".base_layer.weight")
-    if module != key and not _factors_of(source, module).isdisjoint(slots):
-        return  # an adapted embedding or head, which PEFT saves once more as it is in the base
-    if source.config.bias == "all" and re.search(r"\.(modules_to_save|original_module)\.", key):
+    factors = _factors_of(source, module) & slots.keys()
+    if module != key and factors:
+        parameter = slots[min(factors)].path
+        _check_copy(source, name, module, names[parameter], shapes[parameter])
+        return
+    if source.config.bias == "all" and _COPY_OF_BIAS.search(key):
         return  # copies of a bias that is saved under its own name, too
     for mark, what in _NOT_PLAIN.items():
         if mark in key:
@@ -208,6 +231,23 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, _Slot]) -> Non
     raise AdapterMismatchError(
         path, f"has `{name}`, which is no factor and fits no parameter in `names`."
     )
+
+
+def _check_copy(
+    source: Source, name: str, module: str, layout: Layout, shape: tuple[int, ...]
+) -> None:
+    """Lets pass an adapted embedding or head, which PEFT saves once more as it is in the base."""
+    path = source.file.path
+    if not isinstance(layout, Embedding) and module.rpartition(".")[2] not in _SAVED_AGAIN:
+        raise AdapterFileError(path, f"`{name}` would replace a base weight.")
+    found = source.file.entries[name].shape
+    wanted = packed_shape(layout.whole(layout.roles(len(shape))), dict(enumerate(shape)))
+    if found != wanted:
+        raise AdapterMismatchError(
+            path,
+            f"has `{name}` of shape {found}, where the base has {wanted}: it belongs to a base of "
+            "another vocabulary.",
+        )
 
 
 def _factors_of(source: Source, module: str) -> set[str]:
@@ -238,7 +278,7 @@ def _check_complete(
                 )
 
 
-def _check_targets(source: Source, found: _Found, names: Names, shapes: _Shapes) -> None:
+def _check_targets(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> None:
     """What the config says is adapted, and what has tensors, are the same modules."""
     config, path = source.config, source.file.path
     for parameter, layout in names.items():
@@ -266,7 +306,7 @@ def _check_targets(source: Source, found: _Found, names: Names, shapes: _Shapes)
                 )
 
 
-def _specs(source: Source, found: _Found, names: Names, shapes: _Shapes) -> dict[str, LoraSpec]:
+def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> dict[str, LoraSpec]:
     """The spec of each parameter that has factors."""
     specs: dict[str, LoraSpec] = {}
     for path, slots in found.items():

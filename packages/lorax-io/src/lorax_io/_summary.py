@@ -31,7 +31,7 @@ def summarize(rows: dict[str, Any]) -> list[Line]:
 
 def _line(path: str, row: Any) -> Line:
     if not isinstance(row, LoraWeight):
-        norm = float(np.linalg.norm(np.asarray(row, np.float64)))
+        norm = float(np.linalg.norm(_wide(row)))
         return Line(path, "full", None, None, None, (row.shape,), str(row.dtype), norm)
     shapes = (row.a.shape, row.b.shape)
     norm = delta_norm(row)
@@ -55,7 +55,12 @@ def _matrices(factor: Any, weight: LoraWeight, rank_axis: int) -> Array:
     """A factor as (entries, fan in, rank) or (entries, rank, fan out)."""
     shared = factor.shape[: len(weight.shared_axes)]
     shape = (-1, weight.rank) if rank_axis == -1 else (weight.rank, -1)
-    return np.asarray(factor, np.float64).reshape(math.prod(shared), *shape)
+    return _wide(factor).reshape(math.prod(shared), *shape)
+
+
+def _wide(array: Any) -> Array:
+    """The array in double precision."""
+    return np.asarray(array, np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 class Difference(NamedTuple):
@@ -63,7 +68,7 @@ class Difference(NamedTuple):
 
     path: str
     what: str
-    relative: float | None  # of the deltas, to the first
+    relative: float | None  # of the deltas, to the first; None of unlike shapes, or to zero
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
@@ -94,7 +99,7 @@ def _compare_rows(path: str, first: Any, second: Any) -> list[Difference]:
 def _is_same(first: Any, second: Any) -> bool:
     pairs = zip(_arrays(first), _arrays(second), strict=True)
     return len(_arrays(first)) == len(_arrays(second)) and all(
-        x.dtype == y.dtype and x.shape == y.shape and (x == y).all() for x, y in pairs
+        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs
     )
 
 
@@ -103,7 +108,7 @@ def _arrays(row: Any) -> list[Array]:
 
 
 def _distance(first: Any, second: Any) -> float | None:
-    """The norm of the difference of two deltas, relative to the first; None of unlike shapes."""
+    """The norm of the difference of two deltas, relative to the first."""
     if isinstance(first, LoraWeight) and isinstance(second, LoraWeight):
         unlike = first.axes != second.axes or _base_sizes(first) != _base_sizes(second)
         if unlike:
@@ -114,9 +119,11 @@ def _distance(first: Any, second: Any) -> float | None:
     elif first.shape != second.shape:
         return None
     else:
-        x, y = (np.asarray(row, np.float64) for row in (first, second))
+        x, y = _wide(first), _wide(second)
         size, apart = float(np.linalg.norm(x)), float(np.linalg.norm(x - y))
-    return apart / size if size else (0.0 if apart == 0 else math.inf)
+    if apart == 0:
+        return 0.0
+    return apart / size if size else None
 
 
 def _base_sizes(weight: LoraWeight) -> tuple[Any, Any]:

@@ -139,8 +139,12 @@ def check_width(path: object, name: str, dtype: Any) -> None:
 
 
 def check_finite(path: object, name: str, array: np.ndarray[Any, Any]) -> None:
-    """Refuses NaN and infinity."""
-    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+    """Refuses NaN and infinity, and what is no bool where there should be some."""
+    if array.dtype == bool and (array.view(np.uint8) > 1).any():
+        raise AdapterFileError(path, f"`{name}` holds what is neither true nor false.")
+    with np.errstate(invalid="ignore"):  # of signalling NaNs
+        finite = not jnp.issubdtype(array.dtype, jnp.inexact) or np.isfinite(array).all()
+    if not finite:
         raise AdapterError(path, f"`{name}` holds NaN or infinity: the training has diverged.")
 
 
@@ -161,9 +165,26 @@ def write_tensors(
     with replacing(path) as unfinished:
         try:
             safetensors.numpy.save_file(dict(tensors), unfinished, metadata=dict(metadata))
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, UnicodeError) as error:
             raise AdapterError(path, f"cannot be written: {error}") from error
+        _sort_metadata(unfinished)
         _compare(unfinished, tensors, metadata)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata in order, in place: the library writes them in another one each time.
+
+    So the same adapter is always the same file.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _compare(

@@ -1,6 +1,7 @@
 """Tunable trees as rows: one for each parameter that is trained, named by its path."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -75,12 +76,11 @@ def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a parameter tree by path, None among them, and its structure."""
     is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    return {path_string(path): leaf for path, leaf in leaves}, structure
-
-
-def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and type of an array."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    found = {path_string(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        [(path, _)] = Counter(path_string(path) for path, _ in leaves).most_common(1)
+        raise AdapterError("the tree", f"two parameters are both called `{path}`; rename one.")
+    return found, structure
 
 
 def blank_weights(
@@ -93,7 +93,11 @@ def blank_weights(
     for path in specs:
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
-    shapes = {path: shape_of(leaves[path]) for path in specs}
+    # In double precision only where JAX has it, which else warns. The file says the factors' types.
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        for path, leaf in ((path, leaves[path]) for path in specs)
+    }
     # Of rank one: `init_lora` refuses more than a matrix can have, and PEFT gives the rank of all
     # modules to a router of few experts, too.
     ones = {path: dataclasses.replace(spec, rank=1) for path, spec in specs.items()}

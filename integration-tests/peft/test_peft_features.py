@@ -1,0 +1,321 @@
+"""What adapters may hold beside plain factors, and how they may lie in a tree: as PEFT has it."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoHaConfig, LoraConfig, get_peft_model
+
+import lorax
+from lorax import LORA_FULL, LoraSpec
+from lorax_io import (
+    AdapterWarning,
+    Experts,
+    Linear,
+    Tensor,
+    UnsupportedAdapterError,
+    load_peft,
+    save_peft,
+)
+
+# Parameters that several modules are made of: the model, its layout, its shape before its axes are
+# put in order, and that order.
+ATTENTION = "model.layers.{}.self_attn"
+MOE = "model.layers.{}.block_sparse_moe.experts.{}.w1"
+FUSED = {"parameter": "down_proj", "order": 1, "swapped": True}
+STACKS = {
+    "layers": ("llama", Linear(f"{ATTENTION}.q_proj", shared_axes=(0,)), (2, 16, 16), None),
+    "layers last": (
+        "llama",
+        Linear(f"{ATTENTION}.v_proj", shared_axes=(-1,)),
+        (2, 16, 8),
+        (1, 2, 0),
+    ),
+    "layers second": (
+        "llama",
+        Linear("model.layers.{}.mlp.down_proj", in_axes=(0,), shared_axes=(1,)),
+        (2, 24, 16),
+        (1, 0, 2),
+    ),
+    "as in torch": (
+        "llama",
+        Linear(f"{ATTENTION}.k_proj", in_axes=(2,), out_axes=(1,), shared_axes=(0,)),
+        (2, 16, 8),
+        (0, 2, 1),
+    ),
+    "heads out": (
+        "llama",
+        Linear(f"{ATTENTION}.v_proj", in_axes=(1,), out_axes=(2, 3), shared_axes=(0,)),
+        (2, 16, 2, 4),
+        None,
+    ),
+    "heads in": (
+        "llama",
+        Linear(f"{ATTENTION}.o_proj", in_axes=(1, 2), shared_axes=(0,)),
+        (2, 4, 4, 16),
+        None,
+    ),
+    "one layer's heads": (
+        "llama",
+        Linear("model.layers.1.self_attn.q_proj", in_axes=(0,)),
+        (16, 4, 4),
+        None,
+    ),
+    "layers and experts": ("mixtral", Linear(MOE, shared_axes=(0, 1)), (2, 3, 16, 24), None),
+    "layers of fused experts": (
+        "gptoss",
+        Experts("model.layers.{}.mlp.experts", shared_axes=(0, 1), **FUSED),
+        (2, 3, 24, 16),
+        None,
+    ),
+}
+
+
+def stacked(twin, case):
+    name, *rest = STACKS[case]
+    return twin(name).stacked(*rest)
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_peft_reads_our_stacks(twin, to_peft, case):
+    model = stacked(twin, case)
+    layout, shape = model.names["stack"], model.params["stack"].shape
+    roles = layout.roles(len(shape))
+    to_peft(model, {"stack": LoraSpec(3, 5, "standard", roles.inputs, roles.outputs, roles.shared)})
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_we_read_pefts_stacks(twin, from_peft, case):
+    model = stacked(twin, case)
+    layout = model.names["stack"]
+    end = layout.module.rpartition(".")[2]
+    targets = {"target_modules": rf".*\.{end}"}
+    if "{" not in layout.module:
+        targets = {"target_modules": [layout.module]}
+    if isinstance(layout, Experts):
+        targets = {"target_modules": [], "target_parameters": [f"{end}.{layout.parameter}"]}
+    from_peft(model, LoraConfig(r=3, lora_alpha=5, **targets))
+
+
+def at_random(tunable):
+    """Parameters that are trained in full have changed, too."""
+    key = jax.random.key(7)
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(key, x.shape), tunable)
+
+
+# Factors for a model of `BERT`, beside what is trained in full.
+FACTORS = {f"bert.encoder.layer.{i}.attention.self.value.weight": 3 for i in (0, 1)}
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_peft_reads_our_heads(twin, to_peft, task_type):
+    head = {"classifier.weight": LORA_FULL, "classifier.bias": LORA_FULL}
+    to_peft(twin("bert"), FACTORS | head, change=at_random, task_type=task_type)
+
+
+def test_peft_reads_our_heads_of_which_a_part_is_frozen(twin, to_peft):
+    model = twin("bert")
+    head = {"classifier.weight": LORA_FULL}
+    to_peft(model, FACTORS | head, change=at_random, params=model.params)
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_peft_reads_our_heads_of_several_modules(twin, to_peft, task_type):
+    spec = {"roberta.encoder.layer.0.attention.self.query.weight": 3}
+    for module in ("dense", "out_proj"):
+        spec |= {f"classifier.{module}.{name}": LORA_FULL for name in ("weight", "bias")}
+    to_peft(twin("roberta"), spec, change=at_random, task_type=task_type)
+
+
+def test_peft_reads_our_factors_beside_a_frozen_head(twin, to_peft):
+    model = twin("bert")
+    to_peft(model, FACTORS, task_type="SEQ_CLS", params=model.params)
+
+
+def test_peft_reads_our_modules_that_hold_others(twin, to_peft, tmp_path):
+    model = twin("vit")
+    spec = {"vit.embeddings.cls_token": LORA_FULL, "vit.layernorm.weight": LORA_FULL}
+    spec |= {f"vit.encoder.layer.{i}.attention.attention.value.weight": 3 for i in (0, 1)}
+    to_peft(model, spec, change=at_random, params=model.params)
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["vit.embeddings", "vit.layernorm"]
+
+
+def test_peft_reads_our_stacks_of_norms(twin, to_peft):
+    norms = Tensor("model.layers.{}.input_layernorm", parameter="weight", shared_axes=(0,))
+    model = twin("llama").stacked(norms, (2, 16))
+    spec = {"stack": LORA_FULL, "model.norm.weight": LORA_FULL, "lm_head.weight": 3}
+    to_peft(model, spec, change=at_random)
+
+
+def test_peft_reads_our_biases(twin, to_peft):
+    biases = {path.replace("weight", "bias"): LORA_FULL for path in FACTORS}
+    to_peft(twin("bert"), FACTORS | biases, change=at_random)
+
+
+def train_in_full(*ends):
+    """Changes the copies of these parameters that PEFT trains."""
+
+    def change(model):
+        found = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "lora_" not in name and name.endswith(ends)
+        ]
+        assert found
+        for parameter in found:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    return change
+
+
+SEQ_CLS = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
+FULL = {
+    "head": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "head of the task": ("bert", SEQ_CLS),
+    "head of several modules": ("roberta", SEQ_CLS),
+    "biases of the adapted": ("bert", {"target_modules": ["key"], "bias": "lora_only"}),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_we_read_pefts_full_parameters(twin, from_peft, case):
+    name, values = FULL[case]
+    config = LoraConfig(r=3, lora_alpha=4, **values)
+    _, tunable = from_peft(twin(name), config, change=train_in_full("weight", "bias"))
+    assert any(isinstance(leaf, jax.Array) for leaf in tunable.values())
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["classifier"]])
+def test_we_read_all_of_pefts_biases(twin, from_peft, modules_to_save):
+    config = LoraConfig(r=3, target_modules=["key"], bias="all", modules_to_save=modules_to_save)
+    from_peft(twin("bert"), config, change=train_in_full("bias"), again=False)
+
+
+# Ways to say which modules are adapted, and other settings that change no number.
+SELECTIONS = {
+    "pattern": {"target_modules": r".*layers\.1\..*\.[qv]_proj"},
+    "all": {"target_modules": "all-linear"},
+    "all but": {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*|.*mlp.*"},
+    "some layers": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]},
+    "one layer": {
+        "target_modules": ["v_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "by the model": {"task_type": "CAUSAL_LM"},
+    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal", "r": 4},
+    "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.5},
+    "high rank": {"target_modules": ["q_proj"], "r": 19},
+}
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_we_read_pefts_selections(twin, from_peft, case):
+    from_peft(twin("llama"), LoraConfig(**{"r": 3, "lora_alpha": 4, **SELECTIONS[case]}))
+
+
+@pytest.mark.parametrize("adapted", [["head"], ["aux.head"], ["head", "aux.head"]])
+def test_peft_reads_ours_of_names_that_end_others(twin, to_peft, adapted):
+    settings = {"head": LoraSpec(2, 3), "aux.head": LoraSpec(3, 4)}
+    to_peft(twin("net"), {f"{name}.weight": settings[name] for name in adapted})
+
+
+def test_we_read_adapters_of_another_name(twin, from_peft):
+    from_peft(twin("llama"), LoraConfig(r=3, target_modules=["q_proj"]), name="other")
+
+
+# What may be said of the scale: rank, alpha and kind of two layers.
+SCALES = {
+    "of one": [(3, None, "standard"), (2, None, "standard")],
+    "of one and another": [(3, None, "standard"), (2, 5, "rslora")],
+    "of both kinds": [(3, 4, "standard"), (2, 5, "rslora")],
+}
+
+
+@pytest.mark.parametrize("fold_scale", [False, True])
+@pytest.mark.parametrize("case", SCALES)
+def test_peft_reads_our_scales(twin, to_peft, case, fold_scale):
+    paths = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    spec = {path: LoraSpec(*scale) for path, scale in zip(paths, SCALES[case], strict=True)}
+    to_peft(twin("llama"), spec, fold_scale=fold_scale, target_modules=["q_proj"])
+
+
+# PEFT adapts the look-up alone until the factors are merged into the table, and warns of it.
+TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+
+
+@TIED
+def test_peft_reads_our_tied_embeddings_where_it_merges(twin, to_peft):
+    with pytest.warns(AdapterWarning, match="the head shares the embedding"):
+        to_peft(twin("gpt2"), {"transformer.wte.weight": 3}, merged=True)
+
+
+@TIED
+def test_we_read_pefts_tied_embeddings_where_it_merges(twin, from_peft):
+    config = LoraConfig(r=3, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
+    with pytest.warns(AdapterWarning, match="the head shares the embedding"):
+        from_peft(twin("gpt2"), config, merged=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_come_back_to_the_bit(twin, from_peft, tmp_path, dtype):
+    model = twin("llama")
+    half = dataclasses.replace(model, model=copy.deepcopy(model.model).to(dtype))
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    _, tunable = from_peft(half, config, tolerance=0.05, autocast_adapter_dtype=False)
+    adapters = jax.tree.leaves(tunable)
+    assert {str(x.dtype) for x in adapters} == {str(dtype).removeprefix("torch.")}
+
+
+def test_experts_sides_are_told_by_their_shapes(twin, from_peft, tmp_path):
+    model = twin("gptoss")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=3, target_modules=[], target_parameters=parameters)
+    _, tunable = from_peft(model, config)
+    unsaid = {
+        path: dataclasses.replace(layout, swapped=None) if isinstance(layout, Experts) else layout
+        for path, layout in model.names.items()
+    }
+    _, found = load_peft(tmp_path / "theirs", model.params, unsaid)
+    jax.tree.map(np.testing.assert_array_equal, found, tunable)
+
+
+def test_auto_classes_find_the_base(twin, tmp_path):
+    model = twin("llama")
+    model.model.save_pretrained(tmp_path / "base")
+    spec = {path: 3 if path.endswith("q_proj.weight") else 0 for path in model.names}
+    frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0), b_init="gaussian")
+    named = {"base_model": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
+    save_peft(tmp_path / "ours", tunable, model.names, **named)
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.proves(lorax.merge_params(frozen, tunable), found)
+    plain = copy.deepcopy(model.model)
+    plain.load_adapter(str(tmp_path / "ours"))
+    model.proves(lorax.merge_params(frozen, tunable), plain)
+
+
+REFUSED = {
+    "PiSSA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "OLoRA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
+    "DoRA": LoraConfig(r=3, target_modules=["q_proj"], use_dora=True),
+    "bias of a factor": LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True),
+    "rows": LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[2, 3]),
+    "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+    "LoHa": LoHaConfig(r=3, target_modules=["q_proj"]),
+}
+
+
+# PEFT says that a bias was not gathered from several devices, in error.
+@pytest.mark.filterwarnings(r"ignore:Adapter 'default'.*lora_B\.bias")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_plain_lora_is_refused(twin, tmp_path, case):
+    model = twin("llama", attention_bias=True)
+    get_peft_model(copy.deepcopy(model.model), REFUSED[case]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedAdapterError):
+        load_peft(tmp_path, model.params, model.names)

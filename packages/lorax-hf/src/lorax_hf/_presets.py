@@ -1,0 +1,147 @@
+"""What the modules of each architecture are called: one row for each model type.
+
+Names are those of PyTorch, less the index of a layer; a name with a dot is the end of one. A module
+that `attention` has is not one of the `mlp`, so that `output.dense` means what it says.
+"""
+
+import dataclasses
+
+Ends = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The modules of an architecture.
+
+    Attributes:
+        attention: the products of its attention.
+        mlp: the products of its feed-forward network.
+        default: what PEFT adapts where nothing is said; where PEFT has no default, what it has for
+            the model's relatives: queries and values.
+        kernel: how a `kernel` of two axes is used: "linear" for (in, out), "conv1d" for the
+            (out, in) of `FlaxConv1D`.
+        grouped: convolutions of several groups, for which PEFT has no form.
+        bare: parameters that are tables though they are not called `embedding`.
+    """
+
+    attention: Ends
+    mlp: Ends
+    default: Ends
+    kernel: str = "linear"
+    grouped: Ends = ()
+    bare: Ends = ()
+
+
+_QUERY_VALUE = ("query", "value")
+_Q_V_PROJ = ("q_proj", "v_proj")
+
+_BERT = Preset(
+    attention=("query", "key", "value", "attention.output.dense"),
+    mlp=("intermediate.dense", "output.dense"),
+    default=_QUERY_VALUE,
+)
+_BART = Preset(
+    attention=("q_proj", "k_proj", "v_proj", "out_proj"),
+    mlp=("fc1", "fc2"),
+    default=_Q_V_PROJ,
+)
+_LLAMA = Preset(
+    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+    mlp=("gate_proj", "up_proj", "down_proj"),
+    default=_Q_V_PROJ,
+)
+_T5 = Preset(
+    attention=("q", "k", "v", "o"),
+    mlp=("wi", "wi_0", "wi_1", "wo"),
+    default=("q", "v"),
+)
+_GPT2 = Preset(
+    attention=("c_attn", "q_attn", "attn.c_proj", "crossattention.c_proj"),
+    mlp=("c_fc", "mlp.c_proj"),
+    default=("c_attn",),
+    kernel="conv1d",
+)
+_RESNET = Preset(attention=(), mlp=(), default=("convolution",))
+
+PRESETS: dict[str, Preset] = {
+    "albert": Preset(
+        attention=("query", "key", "value", "attention.dense"),
+        mlp=("ffn", "ffn_output"),
+        default=_QUERY_VALUE,
+    ),
+    "bart": _BART,
+    "beit": dataclasses.replace(_BERT, bare=("relative_position_bias_table",)),
+    "bert": _BERT,
+    "big_bird": _BERT,
+    "blenderbot": _BART,
+    "blenderbot-small": _BART,
+    "bloom": Preset(
+        attention=("query_key_value", "self_attention.dense"),
+        mlp=("dense_h_to_4h", "dense_4h_to_h"),
+        default=("query_key_value",),
+    ),
+    "clip": _BART,
+    "dinov2": dataclasses.replace(_BERT, mlp=("fc1", "fc2", "weights_in", "weights_out")),
+    "distilbert": Preset(
+        attention=("q_lin", "k_lin", "v_lin", "out_lin"),
+        mlp=("lin1", "lin2"),
+        default=("q_lin", "v_lin"),
+    ),
+    "electra": _BERT,
+    "gemma": _LLAMA,
+    "gpt-sw3": _GPT2,
+    "gpt2": _GPT2,
+    "gpt_neo": dataclasses.replace(_BART, mlp=("c_fc", "c_proj")),
+    "gptj": dataclasses.replace(_BART, mlp=("fc_in", "fc_out")),
+    "llama": _LLAMA,
+    "longt5": _T5,
+    "marian": _BART,
+    "mbart": _BART,
+    "mistral": _LLAMA,
+    "mt5": _T5,
+    "opt": _BART,
+    "pegasus": _BART,
+    # The convolutions of one group: PEFT has no form for the others.
+    "regnet": dataclasses.replace(
+        _RESNET,
+        default=("layer.0.convolution", "layer.2.convolution", "layer.3.convolution"),
+        grouped=("layer.1.convolution",),
+    ),
+    "resnet": _RESNET,
+    "roberta": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "roformer": _BERT,
+    "t5": _T5,
+    "vit": _BERT,
+    "wav2vec2": dataclasses.replace(
+        _BART, mlp=("intermediate_dense", "output_dense"), grouped=("pos_conv_embed.conv",)
+    ),
+    "whisper": _BART,
+    "xglm": _BART,
+    "xlm-roberta": _BERT,
+}
+
+# Models of two models: where each stands in the tree, and the config it has.
+COMPOSITES: dict[str, dict[str, str]] = {
+    "encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
+    "speech-encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
+    "vision-encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
+    "vision-text-dual-encoder": {"vision_model": "vision_config", "text_model": "text_config"},
+}
+
+# Tables of tokens, of which every model has one.
+TOKEN_TABLES: Ends = ("word_embeddings", "embed_tokens", "shared", "wte", "token_embedding")
+
+# What makes the outputs of a task, which "all-linear" leaves out, as PEFT does.
+HEADS: Ends = (
+    "lm_head",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "generator_lm_head",
+    "vocab_projector",
+    "classifier",
+    "classifier.out_proj",
+    "classification_head.out_proj",
+    "score",
+    "qa_outputs",
+)

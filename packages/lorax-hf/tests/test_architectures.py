@@ -1,0 +1,91 @@
+"""Every Flax class of transformers: its spec is what tracing finds, and its adapter is right."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lorax
+import lorax_hf
+from lorax import testing
+
+jax.config.update("jax_disable_most_optimizations", True)
+
+CLASSES = tiny.classes()
+
+
+def outputs(model):
+    """The model as a function of its parameters, without what it returns beside its outputs."""
+
+    def run(params, inputs):
+        with lorax_hf.clip_mended():
+            found = model(**inputs, params=params, return_dict=True)
+        return {k: v for k, v in found.items() if k != "past_key_values" and hasattr(v, "shape")}
+
+    return run
+
+
+def make(name, **options):
+    with lorax_hf.clip_mended(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", lorax_hf.DefectWarning)
+        return tiny.make(name, **options)
+
+
+def spec_of(model, *args, **kwargs):
+    with warnings.catch_warnings(), lorax_hf.clip_mended():
+        warnings.simplefilter("ignore", lorax_hf.DefectWarning)
+        return lorax_hf.spec(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_axes_are_those_that_tracing_finds(name):
+    whole = CLASSES[name] in lorax_hf.COMPOSITES  # refuses `_do_init=False`
+    model = make(name, _do_init=whole)
+    params = model.params if whole else model.params_shape_tree
+    traced = lorax.infer_spec(outputs(model), params, tiny.inputs_of(model), rank=2)
+    ours = spec_of(model, params, rank=2, targets=lambda module: True)
+    found = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
+    said = jax.tree.leaves(ours, is_leaf=is_spec)
+    assert sum(map(is_spec, said)) >= 6
+    for (path, traced_leaf), leaf in zip(found, said, strict=True):
+        if is_spec(traced_leaf):
+            assert is_spec(leaf), path
+            assert (leaf.in_axes, leaf.out_axes) == (traced_leaf.in_axes, traced_leaf.out_axes), (
+                path
+            )
+            assert traced_leaf.shared_axes == (), path
+
+
+def is_spec(leaf):
+    return isinstance(leaf, lorax.LoraSpec)
+
+
+def test_every_model_type_has_a_preset():
+    kinds = {
+        kind.removesuffix("_text_model").removesuffix("_vision_model") for kind in CLASSES.values()
+    }
+    assert kinds - lorax_hf.PRESETS.keys() == lorax_hf.COMPOSITES.keys()
+    from transformers.models.auto.modeling_flax_auto import FLAX_MODEL_MAPPING_NAMES
+
+    named = set(FLAX_MODEL_MAPPING_NAMES)
+    assert named <= lorax_hf.PRESETS.keys() | lorax_hf.COMPOSITES.keys()
+
+
+# One class of each architecture; the others have the same and a dense layer or two.
+ONE = {kind: name for name, kind in CLASSES.items()}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_adapters_are_right(kind):
+    model = make(ONE[kind])
+    targets = "default" if kind in ("resnet", "regnet") else "all-linear"
+    spec = spec_of(model, rank=2, alpha=3, targets=targets)
+    run, inputs = outputs(model), tiny.inputs_of(model)
+    testing.check(run, model.params, spec, inputs, tolerance=1e-4, transforms=False)
+    frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0))
+    adapted = jax.jit(lorax.lora(run, on_materialize="error", on_unused="error"))
+    ours, plain = adapted((frozen, tunable), inputs), jax.jit(run)(model.params, inputs)
+    for name in plain:
+        np.testing.assert_array_equal(ours[name], plain[name])

@@ -1,0 +1,93 @@
+"""The known defects: each is there as long as it is said to be, and the mend mends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import transformers
+
+import lorax_hf
+
+
+def found(kind, **changes):
+    config = tiny.config_of(kind)
+    config.update(changes)
+    return [finding.what for finding in lorax_hf.doctor(config)]
+
+
+def test_a_model_without_defects():
+    assert found("bert") == []
+
+
+def test_t5_needs_the_mend():
+    kind = "t5"
+    with pytest.raises(TypeError, match="a_max"):
+        tiny.make("FlaxT5Model")
+    assert "jnp.clip" in found(kind)[0]
+    clip = jnp.clip
+    with lorax_hf.clip_mended():
+        assert found(kind) == []
+        tiny.make("FlaxT5Model")
+        np.testing.assert_array_equal(jnp.clip(jnp.arange(5), a_min=1, a_max=3), [1, 1, 2, 3, 3])
+        np.testing.assert_array_equal(jnp.clip(jnp.arange(5), 1, max=3), [1, 1, 2, 3, 3])
+    assert jnp.clip is clip
+
+
+def test_the_mend_ends_with_an_error():
+    clip = jnp.clip
+    with pytest.raises(ValueError, match="mine"), lorax_hf.clip_mended():
+        raise ValueError("mine")
+    assert jnp.clip is clip
+
+
+def test_llama_ignores_the_rotary_base():
+    assert any("rotary base" in what for what in found("llama", rope_theta=5e4))
+    assert found("llama") == []
+    ids = jnp.arange(6)[None]
+    outputs = []
+    for theta in (1e4, 1e2):
+        config = tiny.config_of("llama")
+        config.rope_theta = theta
+        outputs.append(transformers.FlaxLlamaModel(config)(ids)[0])
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_llama_has_a_head_of_its_own_where_it_is_tied():
+    assert any("head random" in what for what in found("llama", tie_word_embeddings=True))
+    config = tiny.config_of("llama")
+    config.tie_word_embeddings = True
+    assert "lm_head" in transformers.FlaxLlamaForCausalLM(config).params
+
+
+def test_basic_resnets_have_names_of_their_own():
+    assert any("basic" in what for what in found("resnet", layer_type="basic"))
+    config = tiny.config_of("resnet")
+    config.layer_type = "basic"
+    params = transformers.FlaxResNetModel(config).params
+    layers = params["params"]["encoder"]["stages"]["0"]["layers"]["0"]["layer"]
+    assert "layer_0" in layers
+    names = lorax_hf.peft_names(transformers.FlaxResNetModel(config))
+    path = "params/encoder/stages/0/layers/0/layer/layer_0/convolution/kernel"
+    assert names[path]["module"] == "encoder.stages.0.layers.0.layer.0.convolution"
+
+
+def test_electra_takes_ones():
+    assert any("token_type_ids" in what for what in found("electra"))
+    model = transformers.FlaxElectraModel(tiny.config_of("electra"))
+    ids = jnp.arange(6)[None]
+    ones, zeros = (model(ids, token_type_ids=jnp.full_like(ids, k))[0] for k in (1, 0))
+    np.testing.assert_array_equal(model(ids)[0], ones)
+    assert not np.allclose(ones, zeros)
+
+
+def test_everything_known_is_returned_without_a_model():
+    models = {kind for finding in lorax_hf.doctor() for kind in finding.models}
+    assert models == {"t5", "mt5", "longt5", "llama", "resnet", "electra"}
+    assert all(finding.remedy for finding in lorax_hf.doctor())
+
+
+def test_a_spec_warns_of_what_concerns_its_model():
+    with pytest.warns(lorax_hf.DefectWarning, match="token_type_ids.*transformers 4.*pass"):
+        lorax_hf.spec(tiny.config_of("electra"))
+    assert jax.tree.leaves(lorax_hf.spec(tiny.config_of("bert")))

@@ -1,0 +1,466 @@
+"""Adapters on several devices, and in several processes."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import tracemalloc
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
+
+import lorax
+from lorax import LoraSpec, LoraWeight
+from lorax_io import (
+    AdapterError,
+    Embedding,
+    Linear,
+    Tensor,
+    load_adapter,
+    load_peft,
+    save_adapter,
+    save_peft,
+)
+from lorax_io._tensors import TensorFile
+
+# How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
+# a process of its own, all of them in one, and each test says how its own went.
+
+RUN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("devices", sys.argv[1])
+devices = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(devices)
+getattr(devices, sys.argv[2])(*sys.argv[3:])
+"""
+
+
+FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def start(function, *args, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", RUN, __file__, function.__name__, *map(str, args)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **FAST},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """What a process printed last, as JSON."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return json.loads(out.splitlines()[-1])
+
+
+SPECS = {
+    "dense": P("x", "y"),
+    "heads": P("x", "y", None),
+    "stack": P("y", None, "x"),
+    "table": P(None, ("x", "y")),
+    "whole": P(),
+    "bias": P("y"),
+}
+SHAPES = {
+    "dense": (8, 16),
+    "heads": (8, 4, 6),
+    "stack": (4, 6, 8),
+    "table": (7, 16),
+    "whole": (5, 3),
+    "bias": (16,),
+}
+TUNED = {
+    "dense": LoraSpec(2, 4),
+    "heads": LoraSpec(3, in_axes=[0]),
+    "stack": LoraSpec(2, 8, "rslora", shared_axes=[0]),
+    "table": LoraSpec(2),
+    "whole": LoraSpec(2),
+    "bias": lorax.LORA_FULL,
+}
+NAMES = {
+    "dense": Linear("layer.dense"),
+    "heads": Linear("layer.heads", in_axes=[0]),
+    "stack": Linear("layers.{}.stack", shared_axes=[0]),
+    "table": Embedding("layer.table"),
+    "whole": Linear("layer.whole"),
+    "bias": Tensor("layer.dense"),
+}
+
+
+def make_mesh():
+    return jax.make_mesh((2, 4), ("x", "y"))
+
+
+def make_params():
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=s).astype(np.float32) for name, s in SHAPES.items()}
+
+
+def make_sharded():
+    mesh = make_mesh()
+    return {
+        name: jax.device_put(array, NamedSharding(mesh, SPECS[name]))
+        for name, array in make_params().items()
+    }
+
+
+def make_tunable():
+    """Factors of NumPy's: what JAX compiles for random ones takes longer than all else here."""
+    shapes = jax.eval_shape(lambda: lorax.init_lora(make_params(), TUNED, jax.random.key(0))[1])
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+def placed_by_init(params, tunable):
+    """The tree on the devices, each array where `init_lora` puts it."""
+    init = functools.partial(lorax.init_lora, a_init="zeros", rng=jax.random.key(0))
+    blank = init(params, TUNED)[1]
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tunable, blank)
+
+
+def assert_same(left, right, placed=False):
+    """The same numbers and, where it is asked, in the same places."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        if placed:
+            assert x.sharding == y.sharding
+            assert x.committed == y.committed
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Spy(np.ndarray):
+    """An array that notes the shapes of the parts that are taken of it."""
+
+    view_of_file = TensorFile.view
+    taken: ClassVar[list[tuple[int, ...]]] = []
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        Spy.taken.append(np.shape(part))
+        return part
+
+    @classmethod
+    def watch(cls):
+        """From now on, tensors of files are of this type; returns the list of the shapes."""
+        TensorFile.view = lambda self, name: Spy.view_of_file(self, name).view(cls)
+        cls.taken = []
+        return cls.taken
+
+
+def shard_shapes(tree):
+    return {
+        shard.data.shape for array in jax.tree.leaves(tree) for shard in array.addressable_shards
+    }
+
+
+# On eight devices.
+
+
+def check_a_sharded_adapter_is_the_same_file(home):
+    params, tunable, *_ = saved()
+    assert not tunable["dense"].a.is_fully_replicated
+    save_adapter(home / "sharded", tunable, base=params, hash_base=True)
+    save_adapter(home / "host", make_tunable(), base=make_params(), hash_base=True)
+    assert (home / "sharded").read_bytes() == (home / "host").read_bytes()
+
+
+def check_a_sharded_adapter_is_the_same_folder(home):
+    _, tunable, *_ = saved()
+    save_peft(home / "sharded", tunable, NAMES)
+    save_peft(home / "host", make_tunable(), NAMES)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (home / "sharded" / name).read_bytes() == (home / "host" / name).read_bytes()
+
+
+@functools.cache
+def saved():
+    """Sharded parameters, their adapter, and the two loaders of its file and its folder."""
+    home = pathlib.Path(tempfile.mkdtemp())
+    params = make_sharded()
+    tunable = placed_by_init(params, make_tunable())
+    save_adapter(home / "file", tunable, base=params)
+    save_peft(home / "folder", tunable, NAMES)
+    native = functools.partial(load_adapter, home / "file")
+    peft = lambda params, **more: load_peft(home / "folder", params, NAMES, **more)[1]  # noqa: E731
+    return params, tunable, (lambda params, **more: native(params=params, **more), peft), native
+
+
+def check_factors_are_placed_as_init_lora_places_them(home):
+    params, tunable, loaders, _ = saved()
+    for load in loaders:
+        assert_same(load(params), tunable, placed=True)
+
+
+def check_factors_are_placed_as_shapes_say(home):
+    params, tunable, loaders, _ = saved()
+    for load in loaders:
+        assert_same(load(shapes_of(params)), tunable, placed=True)
+
+
+def check_factors_without_a_place_are_where_jax_puts_them(home):
+    _, tunable, loaders, _ = saved()
+    for load in loaders:
+        found = load(make_params())
+        assert_same(found, tunable)
+        assert {x.sharding for x in jax.tree.leaves(found)} == {jnp.zeros(1).sharding}
+
+
+def check_factors_of_a_base_on_one_device_are_there(home):
+    _, tunable, loaders, _ = saved()
+    there = SingleDeviceSharding(jax.devices()[5])
+    for load in loaders:
+        found = load(jax.device_put(make_params(), there))
+        assert_same(found, tunable)
+        assert {x.sharding for x in jax.tree.leaves(found)} == {there}
+
+
+def check_one_sharding_is_for_all(home):
+    params, tunable, loaders, _ = saved()
+    mesh = make_mesh()
+    for load in loaders:
+        for where in (NamedSharding(mesh, P()), SingleDeviceSharding(jax.devices()[3])):
+            found = load(params, sharding=where)
+            assert_same(found, tunable)
+            assert {x.sharding for x in jax.tree.leaves(found)} == {where}
+
+
+def check_a_tree_of_shardings_may_be_a_prefix(home):
+    params, tunable, loaders, _ = saved()
+    mesh = make_mesh()
+    everywhere = NamedSharding(mesh, P())
+    halves, there = NamedSharding(mesh, P("x")), SingleDeviceSharding(jax.devices()[3])
+    where: dict[str, Any] = {name: everywhere for name in SHAPES}
+    where |= {"bias": halves, "whole": there}
+    where["dense"] = LoraWeight(
+        halves, there, rank=2, alpha=4, in_axes=(0,), out_axes=(1,), shared_axes=()
+    )
+    for load in loaders:
+        found = load(params, sharding=where)
+        assert_same(found, tunable)
+        assert found["dense"].a.sharding == found["bias"].sharding == halves
+        assert found["dense"].b.sharding == found["whole"].a.sharding == there
+        assert found["heads"].a.sharding == found["stack"].b.sharding == everywhere
+
+
+def check_a_tree_like_it_says_where(home):
+    _, tunable, _, native = saved()
+    assert_same(native(like=tunable), tunable, placed=True)
+    assert_same(native(like=shapes_of(tunable)), tunable, placed=True)
+    there = SingleDeviceSharding(jax.devices()[6])
+    found = native(like=tunable, sharding=there)
+    assert {x.sharding for x in jax.tree.leaves(found)} == {there}
+
+
+def check_each_part_is_read_by_itself(home):
+    params, tunable, loaders, _ = saved()
+    for load in loaders:
+        taken = Spy.watch()
+        assert_same(load(params), tunable, placed=True)
+        # Of a stack, one entry at a time is read from the tensors of PEFT.
+        rows = {shape[1:] for shape in shard_shapes([tunable["stack"]])}
+        assert set(taken) <= shard_shapes(tunable) | rows
+        # All of it, and each device's part once at most.
+        arrays = jax.tree.leaves(tunable)
+        assert sum(map(math.prod, taken)) >= sum(array.size for array in arrays)
+        assert len(taken) <= sum(len(array.addressable_shards) for array in arrays)
+
+
+CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
+
+
+def run_checks():
+    found: dict[str, Any] = {"memory": measure(pathlib.Path(tempfile.mkdtemp()))}
+    for name in CHECKS:
+        try:
+            globals()[name](pathlib.Path(tempfile.mkdtemp()))
+            found[name] = "passed"
+        except BaseException:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def checked():
+    return finish(start(run_checks, devices=8))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_eight_devices(checked, check):
+    if checked[check] != "passed":
+        pytest.fail(checked[check])
+
+
+# In two processes of two devices each.
+
+
+def make_global(mesh, tree, specs):
+    """The tree over all processes, of which each puts its own part."""
+
+    def make(array, spec):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(
+            array.shape, NamedSharding(mesh, spec), lambda index: array[index]
+        )
+
+    return jax.tree.map(make, tree, specs)
+
+
+def placed(mesh, tree, specs):
+    """The shapes of the parameters with their places."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, x in tree.items()
+    }
+
+
+def join(process, port, home):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` lie in both.
+    specs = SPECS | {"stack": P("x", None, "y"), "bias": P("x")}
+    home = pathlib.Path(home)
+    local = make_tunable()
+    found: dict[str, Any] = {"same": True, "errors": []}
+
+    shapes = placed(mesh, make_params(), specs)
+    taken = Spy.watch()
+    tunable = load_adapter(home / "one file", params=shapes)
+    found["read"] = 4 * sum(map(math.prod, taken))
+    found["needed"] = sum(
+        shard.data.nbytes for x in jax.tree.leaves(tunable) for shard in x.addressable_shards
+    )
+    taken = Spy.watch()
+    again = load_peft(home / "one folder", shapes, NAMES)[1]
+    found["read by peft"] = 4 * sum(map(math.prod, taken))
+    for tree in (tunable, again):
+        assert jax.tree.structure(tree) == jax.tree.structure(local)
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(local), strict=True):
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(shard.data, y[shard.index])
+    assert not tunable["dense"].a.is_fully_addressable
+
+    if int(process) == 1:  # only the first process writes
+
+        def not_here(*args, **kwargs):
+            raise AssertionError("the second process writes")
+
+        safetensors.numpy.save_file = os.replace = pathlib.Path.write_text = not_here
+    base = make_global(mesh, make_params(), specs)
+    save_adapter(home / "two file", tunable, base=base, hash_base=True)
+    save_peft(home / "two folder", tunable, NAMES)
+    found["exists"] = (home / "two file").exists() and (home / "two folder").exists()
+
+    if int(process) == 0:
+
+        def full(*args, **kwargs):
+            raise safetensors.SafetensorError("No space left on device")
+
+        safetensors.numpy.save_file = full
+    for save in (
+        lambda: save_adapter(home / "two file", tunable),
+        lambda: save_peft(home / "two folder", tunable, NAMES),
+    ):
+        try:
+            save()
+            found["same"] = False
+        except AdapterError as error:
+            found["errors"].append(str(error))
+    print(json.dumps(found), flush=True)
+    jax.distributed.shutdown()
+
+
+def free_port():
+    with socket.socket() as end:
+        end.bind(("localhost", 0))
+        return end.getsockname()[1]
+
+
+def test_two_processes(tmp_path):
+    tunable = make_tunable()
+    save_adapter(tmp_path / "one file", tunable, base=make_params(), hash_base=True)
+    save_peft(tmp_path / "one folder", tunable, NAMES)
+    port = free_port()
+    processes = [start(join, k, port, tmp_path, devices=2) for k in range(2)]
+    first, second = map(finish, processes)
+    for found in (first, second):
+        assert found["same"] and found["exists"]
+        # Each device's part, of which parts that both devices of a process hold count twice.
+        assert 0 < found["read"] <= found["needed"]
+        assert 0 < found["read by peft"] <= found["needed"]
+    for name in ("file", "folder/adapter_config.json", "folder/adapter_model.safetensors"):
+        assert (tmp_path / f"two {name}").read_bytes() == (tmp_path / f"one {name}").read_bytes()
+    assert ["No space left" in error for error in first["errors"]] == [True, True]
+    assert ["could not write" in error for error in second["errors"]] == [True, True]
+
+
+# Memory.
+
+COUNT, SIDE, RANK = 8, 2**14, 64  # sixteen tensors of 4 MiB each
+MARGIN = 2**20  # headers, Python, and what NumPy itself allocates
+
+
+def make_large(mesh):
+    sharding = NamedSharding(mesh, P(("x", "y"), None))
+    other = NamedSharding(mesh, P(None, ("x", "y")))
+    make = lambda k: LoraWeight(  # noqa: E731
+        jax.device_put(np.full((SIDE, RANK), k, np.float32), sharding),
+        jax.device_put(np.full((RANK, SIDE), k, np.float32), other),
+        rank=RANK,
+    )
+    return {f"w{k}": make(k) for k in range(COUNT)}
+
+
+def peak_of(function):
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def measure(home):
+    tunable = make_large(make_mesh())
+    names = {path: Linear(f"layers.{path}") for path in tunable}
+    params = {path: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for path in tunable}
+    sizes = [x.nbytes for x in jax.tree.leaves(tunable)]
+    save_adapter(home / "small", {"w": np.ones(3)})  # imports are done
+    found = {
+        "native": peak_of(lambda: save_adapter(home / "file", tunable)),
+        "peft": peak_of(lambda: save_peft(home / "folder", tunable, names)),
+    }
+    found["load"] = peak_of(lambda: load_adapter(home / "file", params=params))
+    return {**found, "adapter": sum(sizes), "tensor": max(sizes)}
+
+
+def test_memory(checked, capsys):
+    found = checked["memory"]
+    with capsys.disabled():
+        print("\nNumPy's peak in MiB:", {k: round(v / 2**20, 1) for k, v in found.items()})
+    assert found["adapter"] == 2 * COUNT * SIDE * RANK * 4
+    most = found["adapter"] + found["tensor"] + MARGIN
+    assert found["native"] <= most
+    # The factors of one weight are gathered beside what is written.
+    assert found["peft"] <= most + 2 * found["tensor"]
+    assert found["load"] <= most

@@ -1,0 +1,192 @@
+"""Names by the convention of Flax, and names in a file."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, strategies as st
+
+from lorax_io import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    Conv,
+    Conv1D,
+    Embedding,
+    Experts,
+    Linear,
+    Tensor,
+    flax_names,
+    read_names,
+    write_names,
+)
+
+
+def make_params():
+    return {
+        "embed": {"embedding": jnp.ones((7, 5))},
+        "layers": [{"q": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}}] * 2,
+        "norm": {"scale": jnp.ones(5), "bias": jnp.ones(5)},
+        "ln": {"weight": jnp.ones(5)},
+        "kernel": jnp.ones((5, 3)),
+        "steps": None,
+    }
+
+
+EXPECTED = {
+    "embed/embedding": Embedding("embed"),
+    "layers/0/q/kernel": Linear("layers.0.q"),
+    "layers/0/q/bias": Tensor("layers.0.q"),
+    "layers/1/q/kernel": Linear("layers.1.q"),
+    "layers/1/q/bias": Tensor("layers.1.q"),
+    "norm/scale": Tensor("norm", parameter="weight"),
+    "norm/bias": Tensor("norm"),
+    "ln/weight": Tensor("ln", parameter="weight"),
+    "kernel": Linear(""),
+}
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+def test_the_convention_of_flax(shapes):
+    params = jax.eval_shape(make_params) if shapes else make_params()
+    assert flax_names(params) == EXPECTED
+
+
+def test_layouts_that_are_given_come_first():
+    layout = Linear("lm_head", in_axes=(0,))
+    assert flax_names(make_params(), {"kernel": layout}) == EXPECTED | {"kernel": layout}
+    conv = {"conv": {"kernel": jnp.ones((2, 2, 5, 3))}}
+    assert flax_names(conv, {"conv/kernel": Conv("c")}) == {"conv/kernel": Conv("c")}
+
+
+@pytest.mark.parametrize(
+    ("params", "layouts", "message"),
+    [
+        ({"c": {"kernel": jnp.ones((2, 5, 3))}}, {}, "^c/kernel: has 3 axes and the name `kernel`"),
+        ({"c": {"weight": jnp.ones((5, 3))}}, {}, "has 2 axes and the name `weight`"),
+        ({"c": {"bias": jnp.ones((5, 3))}}, {}, "has 2 axes and the name `bias`"),
+        ({"c": {"scale": jnp.ones(())}}, {}, "has 0 axes"),
+        ({"c": {"gamma": jnp.ones(3)}}, {}, "the name `gamma`"),
+        ({"kernel": jnp.ones((5, 3))}, {"kernal": Linear("x")}, "^kernal: is in `layouts` and not"),
+    ],
+    ids=["conv", "matrix", "biases", "scalar", "name", "unknown"],
+)
+def test_what_no_convention_tells_is_asked_for(params, layouts, message):
+    with pytest.raises(AdapterMismatchError, match=message):
+        flax_names(params, layouts)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "names.json"
+
+
+AXES: dict[str, Any] = {"in_axes": (1, 2), "out_axes": (3, -1), "shared_axes": (0,)}
+LAYOUTS = {
+    "linear": Linear("h.{}.q", **AXES, parameter="w"),
+    "conv1d": Conv1D("h.{}.q", **AXES, parameter="w"),
+    "embedding": Embedding("h.{}.e", **AXES, parameter="w", tied=True),
+    "conv": Conv("h.{}.c", **AXES, parameter="w", channel_axis=2, grouped=True),
+    "experts": Experts("mlp", **AXES, parameter="w", order=3, out_first=True, swapped=True),
+    "stacked experts": Experts("h.{}.mlp", shared_axes=(0, 1), parameter="up", swapped=False),
+    "tensor": Tensor("h.{}.n", **AXES, parameter="w", flat=True),
+    "plain/é": Linear("é"),
+    "default": Tensor("n"),
+}
+
+
+def test_names_come_back(file):
+    write_names(file, LAYOUTS)
+    found = read_names(str(file))
+    assert found == LAYOUTS
+    assert list(found) == list(LAYOUTS)  # in their order
+    assert [type(layout) for layout in found.values()] == list(map(type, LAYOUTS.values()))
+    write_names(file, {})  # it is replaced
+    assert read_names(file) == {}
+
+
+def test_only_what_is_not_the_default_is_written(file):
+    write_names(file, {"w": Linear("q"), "b": Tensor("q"), "s": Tensor("n", parameter="weight")})
+    assert json.loads(file.read_text()) == {
+        "w": {"layout": "Linear", "module": "q"},
+        "b": {"layout": "Tensor", "module": "q"},
+        "s": {"layout": "Tensor", "module": "n", "parameter": "weight"},
+    }
+
+
+def test_every_field_of_every_layout_is_tried():
+    """Else a new field would not be known to come back."""
+    for kind in {type(layout) for layout in LAYOUTS.values()}:
+        layouts = [layout for layout in LAYOUTS.values() if type(layout) is kind]
+        for field in dataclasses.fields(kind):
+            assert any(getattr(layout, field.name) != field.default for layout in layouts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no JSON"),
+        (b"{", "is no JSON"),
+        (b"\xff\xfe{\0}\0", "is not UTF-8 text"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"[]", "is no JSON object of layouts"),
+        (b'{"w": null}', "is no JSON object of layouts"),
+        (b'{"w": {}, "w": {}}', "the key 'w' twice"),
+        (b'{"w": {"module": "q"}}', "`w` .*`layout` is none of Linear, Conv1D"),
+        (b'{"w": {"layout": "Layout", "module": "q"}}', "`w` .*is none of Linear"),
+        (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is none of Linear"),
+    ],
+)
+def test_other_files_are_refused(file, content, message):
+    file.write_bytes(content)
+    with pytest.raises(AdapterFileError, match=message):
+        read_names(file)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ("Linear", {"module": None}, "module = null"),
+        ("Linear", {"tied": True}, "unexpected keyword argument 'tied'"),
+        ("Linear", {"parameter": 3}, "parameter = 3"),
+        ("Linear", {"in_axes": 0}, "in_axes = 0"),
+        ("Linear", {"in_axes": ["0"]}, "in_axes = "),
+        ("Linear", {"out_axes": [True]}, "out_axes = "),
+        ("Linear", {"shared_axes": None}, "shared_axes = null"),
+        ("Linear", {"shared_axes": [0]}, "one `{}` in its module"),
+        ("Linear", {"module": "h.{}.q"}, "one `{}` in its module"),
+        ("Linear", {"module": "h.{q}"}, "one `{}` in its module"),
+        ("Experts", {"module": "h.{}.q", "shared_axes": [0]}, "one `{}` in its module"),
+        ("Experts", {"swapped": 1, "shared_axes": [0]}, "swapped = 1"),
+        ("Experts", {"order": "0", "shared_axes": [0]}, 'order = "0"'),
+        ("Conv", {"channel_axis": 1.0}, r"channel_axis = 1\.0"),
+        ("Embedding", {"tied": None}, "tied = null"),
+    ],
+    ids=str,
+)
+def test_fields_that_a_layout_cannot_have_are_refused(file, layout, fields, message):
+    file.write_text(json.dumps({"w": {"layout": layout, "module": "q"} | fields}))
+    with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
+        read_names(file)
+
+
+def test_a_module_is_needed(file):
+    file.write_text('{"w": {"layout": "Linear"}}')
+    with pytest.raises(AdapterFileError, match="`w` .*'module'"):
+        read_names(file)
+
+
+def test_a_missing_file_is_said(file):
+    with pytest.raises(AdapterNotFoundError, match="no such file"):
+        read_names(file)
+
+
+@given(st.dictionaries(st.text(), st.text().filter(lambda name: not {*"{}"} & {*name})))
+def test_any_text_comes_back(tmp_path_factory, modules):
+    file = tmp_path_factory.getbasetemp() / "any names.json"
+    names = {path: Linear(module) for path, module in modules.items()}
+    write_names(file, names)
+    assert read_names(file) == names
