@@ -105,8 +105,19 @@ def peft(session: nox.Session) -> None:
     By pip, for the sake of torch: uv would take the build with CUDA from PyPI.
     """
     session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
-    session.install("--no-deps", *editable("lorax-core", "lorax-io"))
+    session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", "integration-tests/peft", *session.posargs)
+
+
+@nox.session(default=False)
+def vllm(session: nox.Session) -> None:
+    """vLLM's reader accepts the folders that we write. Downloads its wheel of 340 MB."""
+    install_locked(session, *editable("lorax-core", "lorax-io"), "pip")
+    folder = session.create_tmp()
+    wheel = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--dest", folder]
+    session.run("python", "-m", "pip", "download", "vllm==0.33.0", *wheel)
+    session.run("python", "-m", "zipfile", "-e", str(next(Path(folder).glob("vllm*.whl"))), folder)
+    session.run("python", "integration-tests/vllm/check.py", folder)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -50,7 +51,8 @@ def test_axes_are_those_that_tracing_finds(name):
     said = jax.tree.leaves(ours, is_leaf=is_spec)
     assert sum(map(is_spec, said)) >= 6
     for (path, traced_leaf), leaf in zip(found, said, strict=True):
-        if is_spec(traced_leaf):
+        # A table with one row, such as a class token, is a product of nothing.
+        if is_spec(traced_leaf) and traced_leaf.rank == 2:
             assert is_spec(leaf), path
             assert (leaf.in_axes, leaf.out_axes) == (traced_leaf.in_axes, traced_leaf.out_axes), (
                 path
@@ -79,13 +81,17 @@ ONE = {kind: name for name, kind in CLASSES.items()}
 
 @pytest.mark.parametrize("kind", ONE)
 def test_adapters_are_right(kind):
-    model = make(ONE[kind])
-    targets = "default" if kind in ("resnet", "regnet") else "all-linear"
-    spec = spec_of(model, rank=2, alpha=3, targets=targets)
-    run, inputs = outputs(model), tiny.inputs_of(model)
-    testing.check(run, model.params, spec, inputs, tolerance=1e-4, transforms=False)
-    frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0))
-    adapted = jax.jit(lorax.lora(run, on_materialize="error", on_unused="error"))
-    ours, plain = adapted((frozen, tunable), inputs), jax.jit(run)(model.params, inputs)
-    for name in plain:
-        np.testing.assert_array_equal(ours[name], plain[name])
+    with jax.enable_x64(True):
+        # In float64, where no rounding needs a tolerance that hides something. Some models compute
+        # parts of themselves in float32 all the same.
+        model = make(ONE[kind], dtype=jnp.float64)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
+        targets = "default" if kind in ("resnet", "regnet") else "all-linear"
+        spec = spec_of(model, params, rank=2, alpha=3, targets=targets)
+        run, inputs = outputs(model), tiny.inputs_of(model)
+        testing.check(run, params, spec, inputs, tolerance=1e-7, transforms=False)
+        frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+        adapted = jax.jit(lorax.lora(run, on_materialize="error", on_unused="error"))
+        ours, plain = adapted((frozen, tunable), inputs), jax.jit(run)(params, inputs)
+        for name in plain:
+            np.testing.assert_array_equal(ours[name], plain[name])

@@ -144,9 +144,9 @@ def inputs_of(model: Any) -> dict[str, Any]:
     ids = np.array([[3, 5, 7, 11, 13, 17, 2]])
     if "MultipleChoice" in type(model).__name__:
         ids = ids[None]
-    side = (
-        getattr(model.config, "image_size", 13) if "vision_config" not in dir(model.config) else 8
-    )
+    parts = [getattr(model.config, part, None) for part in ("vision_config", "encoder")]
+    sides = [getattr(config, "image_size", None) for config in (model.config, *parts)]
+    side = next((side for side in sides if side is not None), 13)
     values = {
         "input_ids": ids,
         "decoder_input_ids": np.array([[1, 3, 5]]),
@@ -158,6 +158,8 @@ def inputs_of(model: Any) -> dict[str, Any]:
     chosen = {name: jnp.asarray(x) for name, x in values.items() if name in arguments}
     if type(model).__name__ == "FlaxBeitForMaskedImageModeling":
         chosen["bool_masked_pos"] = jnp.array([[True, False, True, False]])
+    if model.config.model_type == "electra":
+        chosen["token_type_ids"] = jnp.zeros_like(chosen["input_ids"])  # by default it takes ones
     if "SequenceClassification" in type(model).__name__:
         chosen.pop("decoder_input_ids", None)  # made of the inputs, whose last token is looked for
     return chosen
