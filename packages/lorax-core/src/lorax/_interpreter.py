@@ -169,5 +169,5 @@ class Equation:
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
-            base = base + term.array(dtype, like=base).astype(base.dtype)
+            base = term.added_to(base, dtype)
         return base

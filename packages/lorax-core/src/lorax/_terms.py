@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _contract
+from . import _compat, _contract
 
 
 class Inexpressible(Exception):
@@ -103,6 +103,14 @@ class Term:
             positions = tuple(i for i, label in enumerate(self.shown) if label in owned)
             full = jax.lax.broadcast_in_dim(full, sizes, positions)
         return full.reshape(self.shape) if full.shape != self.shape else full
+
+    def added_to(
+        self, base: jax.Array, dtype, *, precision=None, preferred_element_type=None, meets=None
+    ) -> jax.Array:
+        """`base` and the term, in the dtype and sharding of `base`; keywords as in `contract`."""
+        # Where the term comes from would tell layers apart that compute alike.
+        term = dataclasses.replace(self, sources=())
+        return _base_plus(term, base, dtype, precision, preferred_element_type, meets)
 
     # The axes of the weight: factors are not touched.
 
@@ -279,6 +287,23 @@ class Term:
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)
+
+
+def _base_plus(
+    term: Term, base: jax.Array, dtype, precision, preferred_element_type, meets
+) -> jax.Array:
+    delta = term.array(
+        dtype,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        meets=meets,
+        like=base,
+    )
+    return base + delta.astype(base.dtype)
+
+
+# Equal layers share one trace of it, and one derivative.
+_base_plus = _compat.jit_inlined(_base_plus, static_argnums=(2, 3, 4, 5))
 
 
 def operand(array: jax.Array) -> Term:
