@@ -142,8 +142,10 @@ class Term:
         """The term of the reshaped weight: labels are split, joined or regrouped; none moves."""
         term, out = self, []
         rest = [label for label in self.shown if label.size != 1]
+        # Any of them fits any axis of size one: in order, a kernel's one input stays its input.
+        ones = [label for label in self.shown if label.size == 1]
         for size in shape:
-            axis = []
+            axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
                 label = rest.pop(0)
                 if label.size > size and label.size % size == 0:
