@@ -490,13 +490,38 @@ def test_a_weight_that_is_returned_is_built_and_named():
 
 
 def test_an_adapter_that_nothing_reads_is_named():
-    with pytest.warns(UnusedAdapterWarning, match="`w` is read by no equation"):
+    with pytest.warns(UnusedAdapterWarning, match="depends on the adapter of `w`"):
         lora(lambda p, x: x * 2)(pair(), X)
     with pytest.raises(UnusedAdapterError, match="`w`"):
         lora(lambda p, x: x * 2, on_unused="error")(pair(), X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora(lambda p, x: x * 2, on_unused="allow")(pair(), X)
+
+
+@pytest.mark.parametrize("body", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_an_adapter_that_only_dead_code_reads_is_named(body):
+    def fn(params, x):
+        body(lambda w, x: jnp.sin(x @ w))(jnp.cos(params["dead"]), x)
+        return body(lambda p, x: (x @ jnp.cos(p["dead"]), x @ p["w"])[1])(params, x)
+
+    params = {"w": ones(5, 7), "dead": ones(5, 7)}
+    adapters = init_lora(params, {"w": 2, "dead": 2}, jax.random.key(0))
+    # The cosine would build the weight, if anything needed it.
+    with pytest.raises(UnusedAdapterError, match="depends on the adapter of `dead`"):
+        lora(fn, on_materialize="error", on_unused="error")(adapters, X)
+
+
+def test_an_adapter_that_only_an_effect_reads_is_used():
+    seen = []
+
+    def fn(params, x):
+        jax.debug.callback(lambda y: seen.append(y.shape), x @ params["w"])
+        return x
+
+    lora(fn, on_unused="error")(pair(), X)
+    jax.effects_barrier()
+    assert seen == [(3, 7)]
 
 
 def test_many_adapters_that_nothing_reads_are_one_warning():
