@@ -604,18 +604,17 @@ def test_remat_keeps_its_parameters(prevent_cse):
 
 
 def test_one_body_keeps_the_parameters_of_each_of_its_calls():
-    keywords = [
-        {"policy": SAVE_DOTS, "prevent_cse": False},
-        {"policy": SAVE_DOTS, "prevent_cse": True},
-        {"policy": None, "prevent_cse": True},
-    ]
+    options = [(SAVE_DOTS, False), (SAVE_DOTS, True), (None, True)]
 
     def checkpointed(p, x):
-        return [jax.checkpoint(sine, **options)(p["w"], x) for options in keywords]
+        return [
+            jax.checkpoint(sine, policy=policy, prevent_cse=prevent_cse)(p["w"], x)
+            for policy, prevent_cse in options
+        ]
 
     _, transformed = both_jaxprs(checkpointed, W, {"w": 2}, X)
     calls = [eqn.params for eqn in transformed.eqns if "policy" in eqn.params]
-    assert [{name: call[name] for name in keywords[0]} for call in calls] == keywords
+    assert [(call["policy"], call["prevent_cse"]) for call in calls] == options
 
     def jitted(p, x):
         return [jax.jit(sine, keep_unused=keep)(p["w"], x) for keep in (True, False)] + [
