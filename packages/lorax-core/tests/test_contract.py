@@ -88,6 +88,15 @@ def test_the_order_does_not_depend_on_the_batch(rows):
     assert (rows, rank.size) in made or (rank.size, rows) in made
 
 
+@pytest.mark.parametrize("rows", [1, 10_000], ids=str)
+def test_no_part_of_the_delta_is_built_beside_a_factor_of_another_input(rows):
+    # W[e, i, o] = scale[e] · a[i, r] · b[r, o]: one slice of it is as bad as all of it.
+    many, rank = B._replace(size=rows), R._replace(size=6)
+    names = [(many, E, I), (E,), (I, rank), (rank, O)]
+    made = [aval.shape for _, aval in shapes_made(arrays(*names), (many, O), meets=0)]
+    assert (I.size, O.size) not in made and (O.size, I.size) not in made
+
+
 def test_the_cheapest_order_is_taken():
     # With one row, or a rank of 2: x·a first, whatever the order of the factors.
     for order in itertools.permutations([(B, I), (I, R), (R, O)]):

@@ -90,6 +90,15 @@ def test_reshape_joins_what_it_had_split():
     same(t.reshape((7, 4, 3)).reshape((7, 2, 3, 2)), full(t).reshape(7, 2, 3, 2))
 
 
+def test_reshape_keeps_a_unit_axis_with_its_factor():
+    t = term(1, 6)
+    label = t.out[0][0]
+    for shape in ((2, 1, 3), (6, 1), (1, 2, 1, 3)):
+        new = t.reshape(shape)
+        assert new.out[shape.index(1)] == (label,)
+        same(new, full(t).reshape(shape))
+
+
 def test_reshape_moves_no_data_of_the_weight():
     t = term(6, 10).reshape((60,)).reshape((6, 10))
     assert [factor.shape for factor in t.factors] == [(6, 2), (2, 10)]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import ad
 
 from lorax import (
     LORA_FREEZE,
@@ -17,6 +19,7 @@ from lorax import (
     PairError,
     UnusedAdapterError,
     UnusedAdapterWarning,
+    _contract,
     init_lora,
     lora,
     merge_params,
@@ -253,6 +256,54 @@ def test_scopes_and_lines_survive():
     assert f'{__file__}":{line}' in text
 
 
+def test_scopes_and_lines_survive_in_gradients():
+    def fn(params, x):
+        with jax.named_scope("layer7"):
+            return jnp.sin(x @ params["w"])
+
+    frozen, tunable = pair()
+    loss = lambda t: lora(fn)((frozen, t), X).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(tunable).as_text(debug_info=True)
+    for name in ("jvp(layer7)/cos", "jvp(layer7)/lora/dot_general"):
+        assert name in text
+    assert "transpose(jvp(layer7))/lora/dot_general" in text
+    line = inspect.getsourcelines(fn)[1] + 2
+    assert f'{__file__}":{line}' in text
+
+
+def test_equal_layers_share_the_trace_of_their_products(monkeypatch):
+    products = []
+    emit = _contract.contract
+    monkeypatch.setattr(_contract, "contract", lambda *a, **k: products.append(1) or emit(*a, **k))
+
+    def stack(params, x):
+        return functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
+
+    weights = [ones(31, 31)] * 6  # a shape of this test alone
+    adapters = init_lora(weights, [2] * 6, jax.random.key(0))
+    jax.make_jaxpr(lora(stack))(adapters, ones(3, 31))
+    assert len(products) == 1
+
+
+def test_reverse_mode_differentiates_equal_equations_once():
+    derivatives = []
+    scale = Primitive("scale")
+    scale.def_abstract_eval(lambda x, *, by: x)
+
+    @functools.partial(ad.primitive_jvps.__setitem__, scale)
+    def _(primals, tangents, *, by):
+        derivatives.append(1)
+        return scale.bind(*primals, by=by), tangents[0] * by
+
+    def stack(params, x):
+        return functools.reduce(lambda x, w: scale.bind(x @ w, by=3.0), params, x).sum()
+
+    frozen, tunable = init_lora([ones(5, 5)] * 4, [2] * 4, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda t: lora(stack)((frozen, t), X)))(tunable)
+    assert [e.primitive for e in jaxpr.jaxpr.eqns].count(scale) >= 3
+    assert len(derivatives) == 1
+
+
 def test_jit_keeps_its_name_and_donation():
     @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
     def named(w, x, unused):
@@ -439,13 +490,38 @@ def test_a_weight_that_is_returned_is_built_and_named():
 
 
 def test_an_adapter_that_nothing_reads_is_named():
-    with pytest.warns(UnusedAdapterWarning, match="`w` is read by no equation"):
+    with pytest.warns(UnusedAdapterWarning, match="depends on the adapter of `w`"):
         lora(lambda p, x: x * 2)(pair(), X)
     with pytest.raises(UnusedAdapterError, match="`w`"):
         lora(lambda p, x: x * 2, on_unused="error")(pair(), X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora(lambda p, x: x * 2, on_unused="allow")(pair(), X)
+
+
+@pytest.mark.parametrize("body", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_an_adapter_that_only_dead_code_reads_is_named(body):
+    def fn(params, x):
+        body(lambda w, x: jnp.sin(x @ w))(jnp.cos(params["dead"]), x)
+        return body(lambda p, x: (x @ jnp.cos(p["dead"]), x @ p["w"])[1])(params, x)
+
+    params = {"w": ones(5, 7), "dead": ones(5, 7)}
+    adapters = init_lora(params, {"w": 2, "dead": 2}, jax.random.key(0))
+    # The cosine would build the weight, if anything needed it.
+    with pytest.raises(UnusedAdapterError, match="depends on the adapter of `dead`"):
+        lora(fn, on_materialize="error", on_unused="error")(adapters, X)
+
+
+def test_an_adapter_that_only_an_effect_reads_is_used():
+    seen = []
+
+    def fn(params, x):
+        jax.debug.callback(lambda y: seen.append(y.shape), x @ params["w"])
+        return x
+
+    lora(fn, on_unused="error")(pair(), X)
+    jax.effects_barrier()
+    assert seen == [(3, 7)]
 
 
 def test_many_adapters_that_nothing_reads_are_one_warning():

@@ -5,13 +5,15 @@ Each name below says which JAX needs it and why. Rules and interpreter ask for c
 """
 
 import contextlib
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator, Hashable
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
 from jax._src import ad_checkpoint, core, pjit, shard_map, source_info_util
+from jax._src.interpreters import ad
 from jax._src.lax import lax as lax_internal
 
 # `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, none of these. Some
@@ -35,11 +37,43 @@ def bind(eqn: jex.JaxprEqn, *operands: Any) -> list[Any]:
     `jax.extend.core.jaxpr_as_fun` on a one-equation jaxpr does the same through public names at
     about three times the trace time.
     """
+    # Only equations with several results have bodies, which JAX remembers by itself.
+    plain = not (eqn.effects or eqn.primitive.multiple_results)
+    if plain and any(isinstance(operand, ad.LinearizeTracer) for operand in operands):
+        return [_linearized_once(eqn.primitive, tuple(eqn.params.items()))(*operands)]
     bound = eqn.primitive.get_bind_params(eqn.params)
     # JAX < 0.10 returns (subfuns, params); later versions keep the functions among the params.
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@functools.lru_cache(maxsize=4096)
+def _linearized_once(
+    primitive: jex.Primitive, params: tuple[tuple[str, Hashable], ...]
+) -> Callable[..., Any]:
+    """A primitive as a function whose derivative JAX works out once for all equations like it.
+
+    Reverse mode differentiates every bare equation anew, at several times the cost of tracing it
+    (JAX 0.8 to 0.12), and remembers the derivatives of jitted functions alone. The functions of
+    `jax.numpy` are jitted for the same reason.
+    """
+
+    def function(*operands: Any) -> Any:
+        return primitive.bind(*operands, **dict(params))
+
+    function.__name__ = function.__qualname__ = primitive.name
+    return jit_inlined(function)
+
+
+def jit_inlined(function: Any, static_argnums: tuple[int, ...] = ()) -> Any:
+    """`jax.jit` for a function whose equations become its caller's: traced once, then copied.
+
+    JAX 0.12 has a mode for that; there, and not before, `inline=True` inlines at lowering only.
+    """
+    modes = getattr(jax, "Inline", None)
+    inline = True if modes is None else modes.JAX_EARLY
+    return jax.jit(function, static_argnums=static_argnums, inline=inline)
 
 
 @contextlib.contextmanager

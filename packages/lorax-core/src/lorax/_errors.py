@@ -22,7 +22,7 @@ class MaterializeError(LoraxError):
 
 
 class UnusedAdapterError(LoraxError):
-    """An adapter that no equation reads, and `on_unused="error"` forbids it."""
+    """An adapter that no result depends on, and `on_unused="error"` forbids it."""
 
 
 class MaterializeWarning(UserWarning):
@@ -30,4 +30,4 @@ class MaterializeWarning(UserWarning):
 
 
 class UnusedAdapterWarning(UserWarning):
-    """An adapter that no equation reads: its factors get zero gradients and train nothing."""
+    """An adapter that no result depends on: its factors get zero gradients and train nothing."""

@@ -41,20 +41,17 @@ class Interpreter:
         values: dict[jex.Var, Value] = {}
         values |= zip(jaxpr.constvars, consts, strict=True)
         values |= zip(jaxpr.invars, args, strict=True)
-        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if _is_var(v)}
-        kept = {v for v in jaxpr.outvars if _is_var(v)}
 
         def read(atom: Any) -> Value:
             return values[atom] if _is_var(atom) else atom.val
 
-        for i, eqn in enumerate(jaxpr.eqns):
+        for eqn, finished in _steps(jaxpr):
             with _compat.equation_context(eqn):
                 outs = self._evaluate(eqn, [read(v) for v in eqn.invars])
             values |= zip(eqn.outvars, outs, strict=True)
-            for v in {v for v in eqn.invars if _is_var(v)}:
-                # Outside jit these are real buffers: free each after its last use.
-                if last_use[v] == i and v not in kept:
-                    del values[v]
+            # Outside jit these are real buffers: free each after its last use.
+            for v in finished:
+                del values[v]
         return [read(v) for v in jaxpr.outvars]
 
     def returned(self, value: Value) -> jax.Array:
@@ -81,6 +78,20 @@ class Interpreter:
             del self.uses[recorded:]
             return _compat.bind(eqn, *map(equation.materialize, operands))
         return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _steps(jaxpr: Any) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
+    """The equations that an output or an effect depends on, each with what nothing needs after it.
+
+    JAX drops the others when it compiles; here they would say that a weight is used.
+    """
+    steps, needed = [], {v for v in jaxpr.outvars if _is_var(v)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            finished = {v for v in eqn.invars if _is_var(v)} - needed
+            needed |= finished
+            steps.append((eqn, finished))
+    return steps[::-1]
 
 
 def _is_var(atom: Any) -> bool:
@@ -169,5 +180,5 @@ class Equation:
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
-            base = base + term.array(dtype, like=base).astype(base.dtype)
+            base = term.added_to(base, dtype)
         return base

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _contract
+from . import _compat, _contract
 
 
 class Inexpressible(Exception):
@@ -104,6 +104,14 @@ class Term:
             full = jax.lax.broadcast_in_dim(full, sizes, positions)
         return full.reshape(self.shape) if full.shape != self.shape else full
 
+    def added_to(
+        self, base: jax.Array, dtype, *, precision=None, preferred_element_type=None, meets=None
+    ) -> jax.Array:
+        """`base` and the term, in the dtype and sharding of `base`; keywords as in `contract`."""
+        # Where the term comes from would tell layers apart that compute alike.
+        term = dataclasses.replace(self, sources=())
+        return _base_plus(term, base, dtype, precision, preferred_element_type, meets)
+
     # The axes of the weight: factors are not touched.
 
     def permute(self, permutation: Sequence[int]) -> "Term":
@@ -134,8 +142,10 @@ class Term:
         """The term of the reshaped weight: labels are split, joined or regrouped; none moves."""
         term, out = self, []
         rest = [label for label in self.shown if label.size != 1]
+        # Any of them fits any axis of size one: in order, a kernel's one input stays its input.
+        ones = [label for label in self.shown if label.size == 1]
         for size in shape:
-            axis = []
+            axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
                 label = rest.pop(0)
                 if label.size > size and label.size % size == 0:
@@ -279,6 +289,23 @@ class Term:
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)
+
+
+def _base_plus(
+    term: Term, base: jax.Array, dtype, precision, preferred_element_type, meets
+) -> jax.Array:
+    delta = term.array(
+        dtype,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        meets=meets,
+        like=base,
+    )
+    return base + delta.astype(base.dtype)
+
+
+# Equal layers share one trace of it, and one derivative.
+_base_plus = _compat.jit_inlined(_base_plus, static_argnums=(2, 3, 4, 5))
 
 
 def operand(array: jax.Array) -> Term:

@@ -51,7 +51,7 @@ def lora(
         argnames: keyword-only parameters that take a pair.
         on_materialize: what to do where no rule covers the use of a weight, so that it is built
             in full: "warn", "error" (before anything runs) or "allow".
-        on_unused: what to do about an adapter that nothing reads: the same.
+        on_unused: what to do about an adapter that no result depends on: the same.
 
     Returns:
         A function with the signature of `fn`, except that pairs stand in place of parameters.

@@ -69,13 +69,12 @@ def _built(use: Use) -> str:
 
 def _unused(paths: Sequence[str]) -> str:
     if len(paths) == 1:
-        subject = (
-            f"The adapter of `{paths[0]}` is read by no equation of the function, so it trains"
-        )
+        subject = f"the adapter of `{paths[0]}`, so it trains nothing. Give such a parameter"
     else:
         names = ", ".join(f"`{path}`" for path in paths[:8])
         more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
-        subject = (
-            f"The adapters of {names}{more} are read by no equation of the function: they train"
-        )
-    return f"{subject} nothing. Give such parameters LORA_FREEZE, or pass on_unused='allow'."
+        subject = f"the adapters of {names}{more}: they train nothing. Give such parameters"
+    return (
+        f"Nothing that the function returns depends on {subject} LORA_FREEZE, or pass "
+        "on_unused='allow'."
+    )

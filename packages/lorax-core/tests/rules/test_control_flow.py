@@ -32,6 +32,15 @@ def tower(w, x, depth):
     return layer(w, x) if depth == 0 else tower(w, layer(w, x), depth - 1)
 
 
+def two_layers(w, v, x):
+    return jnp.tanh(x @ w) @ v
+
+
+def both_ways(block):
+    """One body, called with an adapted and a plain weight and then the other way round."""
+    return lambda p, x: block(p["v"], p["w"], block(p["w"], p["v"], x))
+
+
 def swapped(w, v):
     return v, w
 
@@ -216,6 +225,8 @@ ROWS = [
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 3}, [(3, 11)]),
     ("jit-called-with-and-without", lambda p, x: layer(p["v"], layer(p["w"], x)),
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
+    ("jit-called-with-either-weight-adapted", both_ways(jax.jit(two_layers)),
+     {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
     ("jit-returns-weights", lambda p, x: [x @ w for w in jax.jit(swapped)(p["w"], p["v"])],
      {"w": (11, 7), "v": (11, 5)}, {"w": 2, "v": 3}, [(3, 11)]),
     ("jit-transposes", lambda p, x: x @ jax.jit(jnp.transpose)(p["w"]), W, {"w": 2}, [(3, 7)]),
@@ -299,6 +310,8 @@ ROWS = [
      {"w": 2}, [(3, 11)]),
     # remat.
     ("remat", lambda p, x: jax.checkpoint(layer)(p["w"], x), W, {"w": 2}, [(3, 11)]),
+    ("remat-called-with-either-weight-adapted", both_ways(jax.checkpoint(two_layers)),
+     {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
     ("remat-policy", lambda p, x: jax.checkpoint(sine, policy=SAVE_DOTS)(p["w"], x), W, {"w": 2},
      [(3, 11)]),
     ("remat-names", lambda p, x: jax.checkpoint(
@@ -588,6 +601,30 @@ def test_remat_keeps_its_parameters(prevent_cse):
         j, "remat")] for j in (plain, transformed))  # fmt: skip
     for name in ("policy", "prevent_cse", "differentiated"):
         assert after.params[name] == before.params[name]
+
+
+def test_one_body_keeps_the_parameters_of_each_of_its_calls():
+    options = [(SAVE_DOTS, False), (SAVE_DOTS, True), (None, True)]
+
+    def checkpointed(p, x):
+        return [
+            jax.checkpoint(sine, policy=policy, prevent_cse=prevent_cse)(p["w"], x)
+            for policy, prevent_cse in options
+        ]
+
+    _, transformed = both_jaxprs(checkpointed, W, {"w": 2}, X)
+    calls = [eqn.params for eqn in transformed.eqns if "policy" in eqn.params]
+    assert [(call["policy"], call["prevent_cse"]) for call in calls] == options
+
+    def jitted(p, x):
+        return [jax.jit(sine, keep_unused=keep)(p["w"], x) for keep in (True, False)] + [
+            jax.jit(sine, donate_argnums=1)(p["w"], x * 1.0)
+        ]
+
+    _, transformed = both_jaxprs(jitted, W, {"w": 2}, X)
+    calls = [eqn.params for eqn in transformed.eqns if eqn.primitive.name == "jit"]
+    assert [call["keep_unused"] for call in calls] == [True, False, False]
+    assert [any(call["donated_invars"]) for call in calls] == [False, False, True]
 
 
 def test_scan_keeps_its_parameters():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, init_lora, lora, merge_params, testing
+from lorax import LoraSpec, infer_spec, init_lora, lora, merge_params, testing
 
 struct = jax.ShapeDtypeStruct
 HWIO = {"w": (3, 2, 5, 7)}  # (height, width, in, out)
@@ -34,6 +34,14 @@ def conv(layout=("NHWC", "HWIO", "NHWC"), strides=(1, 1), padding: Any = "SAME",
 def one_d(*args, **keywords):
     return conv(("NWC", "WIO", "NWC"), *args, **keywords)
 
+
+def stacked(one, data_axis: int | None = 0):
+    """`vmap` over stacked kernels, and over data unless its axis is None."""
+    return lambda p, x: jax.vmap(lambda w, x: one({"w": w}, x), (0, data_axis))(p["w"], x)
+
+
+STACK = {"w": (2, 3, 2, 5, 7)}
+OF_STACK = LoraSpec(2, shared_axes=[0])
 
 NARROW = {"tolerance": 0.05}
 
@@ -125,10 +133,36 @@ ROWS = [
      {"w": (6, 5, 7)}, {"w": 2}, [NHWC]),
     ("two-layers", lambda p, x: conv()({"w": p["v"]}, jnp.tanh(conv()(p, x))),
      {"w": (3, 2, 5, 7), "v": (2, 3, 7, 4)}, {"w": 2, "v": 3}, [NHWC]),
-    ("vmap-over-stacked-kernels",
-     lambda p, x: jax.vmap(lambda w, x: conv()({"w": w}, x))(p["w"], x),
-     {"w": (2, 3, 2, 5, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(2, 1, 4, 5, 5)],
-     {"materializes": True}),
+    # Stacked kernels: vmap merges the stack into the outputs, and with data into the groups.
+    ("stacked", stacked(conv()), STACK, {"w": OF_STACK}, [(2, 1, 4, 5, 5)]),
+    ("stacked-nchw", stacked(conv(("NCHW", "OIHW", "NCHW"))), {"w": (2, 7, 5, 3, 2)},
+     {"w": LoraSpec(2, out_axes=[1], shared_axes=[0])}, [(2, 1, 5, 4, 5)]),
+    ("stacked-strides", stacked(conv(strides=(2, 3), padding="VALID")), STACK, {"w": OF_STACK},
+     [(2, 1, 7, 8, 5)]),
+    ("stacked-groups", stacked(conv(feature_group_count=3)), {"w": (2, 3, 2, 5, 9)},
+     {"w": OF_STACK}, [(2, 1, 4, 5, 15)]),
+    ("stacked-depthwise", stacked(conv(feature_group_count=5)), {"w": (2, 3, 2, 1, 5)},
+     {"w": OF_STACK}, [(2, 1, 4, 5, 5)]),
+    ("stacked-separable", stacked(conv(strides=(2, 1))), STACK,
+     {"w": LoraSpec(2, in_axes=[1, 3], shared_axes=[0])}, [(2, 1, 4, 5, 5)]),
+    ("stacked-twice", stacked(stacked(conv())), {"w": (2, 3, 3, 2, 5, 7)},
+     {"w": LoraSpec(2, shared_axes=[0, 1])}, [(2, 3, 1, 4, 5, 5)]),
+    ("stacked-not-shared", stacked(conv()), STACK, {"w": LoraSpec(2, in_axes=[1, 2, 3])},
+     [(2, 1, 4, 5, 5)]),
+    ("stacked-last", lambda p, x: jax.vmap(
+        lambda w, x: conv()({"w": w}, x), (-1, 0))(p["w"], x), {"w": (3, 2, 5, 7, 2)},
+     {"w": LoraSpec(2, in_axes=[0, 1, 2], shared_axes=[4])}, [(2, 1, 4, 5, 5)]),
+    ("stacked-kernels-alone", stacked(conv(), None), STACK, {"w": OF_STACK}, [(1, 4, 5, 5)]),
+    ("stacked-kernels-alone-nchw", stacked(conv(("NCHW", "OIHW", "NCHW"), (2, 1)), None),
+     {"w": (2, 7, 5, 3, 2)}, {"w": LoraSpec(2, out_axes=[1], shared_axes=[0])}, [(1, 5, 4, 5)]),
+    ("stacked-kernels-alone-groups", stacked(conv(feature_group_count=3), None),
+     {"w": (2, 3, 2, 5, 9)}, {"w": OF_STACK}, [(1, 4, 5, 15)]),
+    ("stacked-kernels-alone-window-last", stacked(conv(strides=(2, 1)), None), STACK,
+     {"w": LoraSpec(2, in_axes=[3], shared_axes=[0])}, [(1, 4, 5, 5)]),
+    ("stacked-batch-groups", stacked(conv(batch_group_count=2)), {"w": (2, 3, 2, 5, 6)},
+     {"w": OF_STACK}, [(2, 4, 4, 5, 5)], {"materializes": True}),
+    ("stacked-one-input-factor", stacked(conv()), STACK,
+     {"w": LoraSpec(2, in_axes=[0, 1, 2, 3])}, [(2, 1, 4, 5, 5)], {"materializes": True}),
     ("kernel-made-of-the-input", lambda p, x: lax.conv_general_dilated(
         p["w"][None], x, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
      {"w": (8, 9, 5)}, {"w": 2}, [(3, 2, 5, 7)], {"materializes": True}),
@@ -138,6 +172,14 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_convolution(prove, row):
     prove(*row)
+
+
+@pytest.mark.parametrize("groups, outputs", [(1, 7), (3, 6), (5, 5)], ids=str)
+def test_the_stack_of_kernels_is_found_to_be_shared(groups, outputs):
+    params = {"w": struct((2, 3, 2, 15 // groups, outputs), jnp.float32)}
+    fn = stacked(conv(feature_group_count=groups))
+    spec = infer_spec(fn, params, struct((2, 1, 4, 5, 15), jnp.float32), rank=2)
+    assert spec["w"] == LoraSpec(2, in_axes=(1, 2, 3), out_axes=(4,), shared_axes=(0,))
 
 
 def test_preferred_type():

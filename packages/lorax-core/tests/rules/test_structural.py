@@ -100,6 +100,8 @@ ROWS = [
     ("composite-axis-against-a-split-operand",
      lambda p, x: jnp.einsum("bhi,hio->bo", x, p["w"].reshape(33, 5).reshape(11, 3, 5)), HEADS,
      {"w": FROM_MODEL}, [(2, 11, 3)]),
+    ("reshape-in-another-order", then_dot(lambda w: lax.reshape(w, (11, 15), (0, 2, 1))), HEADS,
+     {"w": FROM_MODEL}, [(2, 11)]),
     ("unit-axes", lambda p, x: jnp.einsum("bi,aico->bo", x, p["w"].reshape(1, 11, 1, 7)), W,
      {"w": 2}, [(3, 11)]),
     ("merge-a-stack-with-inputs", then_dot(lambda w: w.reshape(33, 7)), {"w": (3, 11, 7)},

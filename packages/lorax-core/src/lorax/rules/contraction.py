@@ -55,14 +55,13 @@ def _dot_general(
         return eqn.settle(base, [forget_axes(term) for term in terms])
     dtype = product_dtype((r_base if l_terms else l_base).dtype, base.dtype)
     for term in terms:
-        delta = term.array(
+        base = term.added_to(
+            base,
             dtype,
             precision=precision,
             preferred_element_type=preferred_element_type,
             meets=len(term.factors) - 1 if l_terms else 0,
-            like=base,
         )
-        base = base + delta.astype(base.dtype)
     return base
 
 

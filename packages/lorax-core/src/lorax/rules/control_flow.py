@@ -153,7 +153,10 @@ def _jit(
             options["out_shardings"] = pinned
         return jax.jit(function, **options)
 
-    key = (tuple(in_shardings), tuple(out_shardings), donated_invars, name)
+    key = (
+        tuple(in_shardings), tuple(out_shardings), donated_invars, name, keep_unused, inline,
+        compiler_options_kvs,
+    )  # fmt: skip
     return _call(eqn, key, args, jaxpr, finish, wrap)
 
 

@@ -12,16 +12,21 @@ Sharp edges:
 * Feature groups: `W`'s input axis is one group's share and its output axis runs over the groups.
   The first kernel serves every group, so it is repeated for each; the second is cut by group. In
   a depthwise convolution that is rank times the base's arithmetic: keep the rank small there.
+* Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
+  then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
+  product over the rank.
 * Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
   sees the batch whole, and the second meets each part of it with its own outputs.
 """
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._contract import contract, product_dtype
+from .._contract import product_dtype
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Label, Term
 
@@ -59,51 +64,90 @@ def _conv_general_dilated(
         for axis in zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
     ]
     dtype = product_dtype(x.dtype, eqn.out_dtype)
-    stages = [_stages(term, dimension_numbers.rhs_spec, dtype) for term in kernel.terms]
+    rhs_spec = dimension_numbers.rhs_spec
+    for term in kernel.terms:
+        _use(eqn, term, rhs_spec, feature_group_count)
+    stages = [
+        _stages(term, rhs_spec, feature_group_count, batch_group_count, dtype)
+        for term in kernel.terms
+    ]
     base, x = eqn(x, kernel.base), x.astype(dtype)
-    out_axis, *in_axes = dimension_numbers.rhs_spec
-    for term, (first, second, owns_window) in zip(kernel.terms, stages, strict=True):
-        eqn.use_axes(term, in_axes, [out_axis])
+    for stage in stages:
         delta = _convolve(
-            x, first, second, owns_window, windows, dimension_numbers,
-            feature_group_count, batch_group_count, precision, preferred_element_type,
+            x, stage, windows, dimension_numbers, feature_group_count, batch_group_count,
+            precision, preferred_element_type,
         )  # fmt: skip
         base = base + delta.astype(base.dtype)
     return base
 
 
-def _stages(term: Term, rhs_spec, dtype):
-    """The two kernels as [out, in, *window], and whether the first owns each window axis."""
-    term, (out, inner, *window) = term.fuse_all(rhs_spec)
-    first, second, bonds = term.halves([inner], [out])
-    if not set(bonds).isdisjoint(window):
+def _use(eqn, term: Term, rhs_spec, groups: int) -> None:
+    """Records the use; a parameter's axis that runs over the groups is shared by both sides."""
+    out_axis, *in_axes = rhs_spec
+    outputs = term.out[out_axis]
+    while len(outputs) > 1 and groups % outputs[0].size == 0:
+        groups //= outputs[0].size
+        outputs = outputs[1:]
+    axes = list(term.out)
+    axes[out_axis] = outputs
+    eqn.use_axes(dataclasses.replace(term, out=tuple(axes)), in_axes, [out_axis])
+
+
+class _Stages(NamedTuple):
+    """The two kernels as [out, in, *window], and in how many groups the second meets its input.
+
+    `in_first` says of each axis of the window whether the first kernel owns it.
+    """
+
+    first: jax.Array
+    second: jax.Array
+    in_first: list[bool]
+    groups: int
+
+
+def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Stages:
+    """Cuts a term into the two kernels."""
+    out_axis, *in_axes = rhs_spec
+    term, (inner, *window) = term.fuse_all(in_axes)
+    outputs = term.out[out_axis]
+    if not outputs:
+        term, label = term.fuse(out_axis)
+        outputs = (label,)
+    for label in outputs:
+        term = term.own(label)
+    beside_inputs = {label for labels in term.labels if inner in labels for label in labels}
+    stack = [label for label in outputs if label in beside_inputs]
+    first, second, bonds = term.halves([inner], [label for label in outputs if label not in stack])
+    if not set(bonds).isdisjoint(window) or not set(bonds).issuperset(stack):
         raise Inexpressible
+    rank = tuple(label for label in bonds if label not in stack)
     in_first = [any(label in labels for _, labels in first) for label in window]
-    rank = Label(-1, 1)
-    for label in bonds:
-        rank = rank._replace(size=rank.size * label.size)
+
+    # The outputs fall into blocks, each with a first kernel of its own; a group is part of a block
+    # or a block part of a group.
+    blocks = outputs[: max((outputs.index(label) + 1 for label in stack), default=0)]
+    count = math.prod(label.size for label in blocks)
+    if max(groups, count) % min(groups, count) or (stack and batch_groups > 1):
+        raise Inexpressible
 
     def kernel(half, outputs, inputs, owned):
-        mine = [label for label, own in zip(window, owned, strict=True) if own]
-        array = contract(half, (*outputs, *inputs, *mine), dtype=dtype)
-        sizes = [label.size if own else 1 for label, own in zip(window, owned, strict=True)]
-        out_size = rank.size if outputs == bonds else out.size
-        return array.reshape(out_size, -1, *sizes)
+        factors, labels = zip(*half, strict=True)
+        spatial = ((label,) if own else () for label, own in zip(window, owned, strict=True))
+        return Term(factors, labels, (outputs, inputs, *spatial)).array(dtype)
 
-    in_second = [not own for own in in_first]
-    return (
-        kernel(first, bonds, (inner,), in_first),
-        kernel(second, (out,), bonds, in_second),
-        in_first,
-    )
+    repeats = max(groups // count, 1)
+    once = kernel(first, (*blocks, *rank), (inner,), in_first)
+    with jax.named_scope("lora"):
+        repeated = jnp.tile(once.reshape(count, -1), (1, repeats)).reshape(-1, *once.shape[1:])
+    last = kernel(second, outputs, rank, [not own for own in in_first])
+    return _Stages(repeated, last, in_first, count * repeats)
 
 
-def _convolve(
-    x, first, second, in_first, windows, numbers, groups, batch_groups, precision, preferred
-):
+def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, preferred):
+    first, second, in_first, all_groups = stages
     out_spec, rhs_spec = numbers.out_spec, numbers.rhs_spec
 
-    def conv(x, kernel, lhs_spec, owned, batch_groups, preferred):
+    def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
         mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
@@ -122,12 +166,11 @@ def _convolve(
         )
 
     with jax.named_scope("lora"):
-        repeated = jnp.tile(first.reshape(1, -1), (groups, 1)).reshape(-1, *first.shape[1:])
-        middle = conv(x, repeated, numbers.lhs_spec, in_first, 1, None)
+        middle = conv(x, first, numbers.lhs_spec, in_first, groups, 1, None)
         if not all(in_first):
             in_second = [not own for own in in_first]
-            return conv(middle, second, out_spec, in_second, batch_groups, preferred)
-    return _mix_features(middle, second, out_spec, groups, batch_groups, precision, preferred)
+            return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
+    return _mix_features(middle, second, out_spec, all_groups, batch_groups, precision, preferred)
 
 
 def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferred):

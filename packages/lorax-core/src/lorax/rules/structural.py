@@ -101,9 +101,8 @@ defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
 
 @defrule("reshape")
 def _reshape(eqn, weight, *, new_sizes, dimensions, sharding):
-    if dimensions is not None:
-        return NotImplemented
-    terms = [term.reshape(new_sizes) for term in weight.terms]
+    order = range(len(weight.shape)) if dimensions is None else dimensions
+    terms = [term.permute(order).reshape(new_sizes) for term in weight.terms]
     return eqn.settle(eqn(weight.base), terms)
 
 
