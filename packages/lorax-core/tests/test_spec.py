@@ -92,6 +92,8 @@ def test_a_rule_that_decides_nothing_is_an_error(rules, message):
         (LoraSpec(0), "`w` has a LoraSpec of rank 0"),
         (LoraSpec(-1), "`w` has a LoraSpec of rank -1"),
         (LoraSpec(True), "`w` has rank True"),
+        (LoraSpec(2, alpha=float("inf")), "alpha inf; it is a finite number"),
+        (LoraSpec(2, alpha="8"), "alpha '8'"),  # pyright: ignore[reportArgumentType]
         (LoraSpec(2, scaling="rs"), "scaling 'rs'"),  # pyright: ignore[reportArgumentType]
         (LoraSpec(2, in_axes=(2,)), r"in_axes=\(2,\) names one that is not among them"),
         (LoraSpec(2, in_axes=(0, 0)), "names an axis twice"),

@@ -717,3 +717,10 @@ def test_the_command_runs_as_a_program():
 def test_the_command_is_installed():
     [script] = importlib.metadata.entry_points(group="console_scripts", name="lorax")
     assert script.load() is main
+
+
+def test_a_terminal_obeys_no_path(tmp_path, capsys):
+    save_adapter(tmp_path / "a.safetensors", {"\x1b[2J": jnp.ones(3)})
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b[2J" not in out and r"\x1b[2J" in out

@@ -149,8 +149,8 @@ class Interrupt(BaseException):
 def test_an_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, error):
     calls = []
 
-    def interrupted(*arguments: Any):
-        write_tensors(*arguments)
+    def interrupted(*arguments: Any, **options: Any):
+        write_tensors(*arguments, **options)
         calls.append(arguments)
         if len(calls) == 2:
             raise error
@@ -215,3 +215,12 @@ def test_numbers_that_are_none_are_refused(folder, tmp_path):
     with pytest.raises(AdapterError, match=r"`norm.weight` holds NaN"):
         save_merged(folder, frozen, tunable, NAMES)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_of_the_base_may_hold_infinity(folder):
+    frozen, tunable = make_pair()
+    frozen["mask"] = jnp.array([0.0, -np.inf])
+    tunable["mask"] = None
+    save_merged(folder, frozen, tunable, NAMES | {"mask": Tensor("attn", parameter="mask")})
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(tensors["attn.mask"], [0.0, -np.inf])

@@ -6,6 +6,8 @@ a rank, or a `LoraSpec`.
 
 import dataclasses
 import fnmatch
+import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -171,6 +173,10 @@ def _some(paths: Sequence[str], count: int = 8) -> str:
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 
 
+def _is_finite(alpha: Any) -> bool:
+    return isinstance(alpha, numbers.Real) and math.isfinite(alpha)
+
+
 def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[LoraSpec, Axes] | int:
     """A spec leaf that fits its parameter: LORA_FREEZE, LORA_FULL, or the spec and its axes."""
     if not is_array(leaf):
@@ -210,6 +216,8 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[LoraSpec, Axes] | int:
     spec = spec if isinstance(spec, LoraSpec) else LoraSpec(rank)
     if spec.scaling not in ("standard", "rslora"):
         raise SpecError(f"`{path}` has scaling {spec.scaling!r}; it is 'standard' or 'rslora'.")
+    if spec.alpha is not None and not _is_finite(spec.alpha):
+        raise SpecError(f"`{path}` has alpha {spec.alpha!r}; it is a finite number or None.")
     axes = resolve_axes(path, leaf.ndim, spec.in_axes, spec.out_axes, spec.shared_axes)
     fan_in, fan_out = axes.sizes(leaf.shape)
     if rank > min(fan_in, fan_out):

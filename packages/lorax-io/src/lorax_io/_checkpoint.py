@@ -142,7 +142,8 @@ def merge_files(
                 for name in tensors.keys() & rows.keys():
                     tensors[name] = _merged(file, name, rows[name])
                     left.remove(name)
-                write_tensors(folder / path.name, tensors, file.metadata)
+                of_base = tensors.keys() - rows.keys()
+                write_tensors(folder / path.name, tensors, file.metadata, of_base=of_base)
         if checkpoint.path.is_dir():
             for path in sorted(checkpoint.path.iterdir()):
                 if path.is_file() and path.suffix in _COMPANIONS:

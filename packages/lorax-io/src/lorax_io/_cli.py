@@ -110,7 +110,7 @@ def _inspect(args: argparse.Namespace) -> int:
         return _SAME
     console = _console()
     for key, value in about.items():
-        console.print(f"{key}: {value}", soft_wrap=True)
+        console.print(_printable(f"{key}: {value}"), soft_wrap=True)
     table = Table(
         Column("path", overflow="fold"),
         "kind",
@@ -121,7 +121,7 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     for line in lines:
         table.add_row(
-            line.path,
+            _printable(line.path),
             line.kind,
             *(_text(value) for value in (line.rank, line.alpha, line.scale)),
             " · ".join("×".join(map(str, shape)) or "()" for shape in line.shapes),
@@ -130,6 +130,11 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     console.print(table)
     return _SAME
+
+
+def _printable(text: str) -> str:
+    """The text of a stranger's file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _right(*names: str) -> list[Any]:
@@ -173,7 +178,7 @@ def _diff(args: argparse.Namespace) -> int:
     elif found:
         table = Table(Column("path", overflow="fold"), "what differs", *_right("delta, relative"))
         for path, what, relative in found:
-            table.add_row(path, what, "–" if relative is None else f"{relative:.2g}")
+            table.add_row(_printable(path), what, "–" if relative is None else f"{relative:.2g}")
         _console().print(table)
     else:
         print(f"the same {len(first)} parameters, to the bit")

@@ -77,25 +77,31 @@ def save_merged(
     config_text = _config_text(config)
     shards = _shards(sizes, shard_bytes)
 
-    def tensors_of(path: str) -> list[tuple[str, str, Array]]:
+    def tensors_of(path: str) -> dict[str, Array]:
         merged = merge_params({path: leaves[path]}, {path: rows.get(path)})[path]
-        return whole_tensors(path, layouts[path], merged)
+        tensors = whole_tensors(path, layouts[path], merged)
+        return {tensor_name(module, parameter): tensor for module, parameter, tensor in tensors}
 
     files: dict[str, str] = {}
     with new_folder(folder) as unfinished:
         for k, paths in enumerate(track(shards, "Writing the merged model")):
             file = WEIGHTS_NAME if len(shards) == 1 else _shard_name(k, len(shards))
             tensors: dict[str, Array] = {}
-            for module, parameter, tensor in (t for path in paths for t in tensors_of(path)):
-                name = tensor_name(module, parameter)
-                if name in files:
-                    raise AdapterMismatchError(
-                        folder, f"`names` gives two parameters the tensor `{name}`."
-                    )
-                files[name], tensors[name] = file, tensor
+            of_base: set[str] = set()
+            for path in paths:
+                found = tensors_of(path)
+                for name in found:
+                    if name in files:
+                        raise AdapterMismatchError(
+                            folder, f"`names` gives two parameters the tensor `{name}`."
+                        )
+                tensors |= found
+                files |= dict.fromkeys(found, file)
+                if path not in rows:
+                    of_base |= found.keys()
             with one_writer() as writer:
                 if writer:
-                    write_tensors(unfinished / file, tensors, {"format": "pt"})
+                    write_tensors(unfinished / file, tensors, {"format": "pt"}, of_base=of_base)
         with one_writer() as writer:
             if writer and len(shards) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -5,7 +5,7 @@ import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -152,13 +152,19 @@ def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray[Any, Any]],
     metadata: Mapping[str, str],
+    *,
+    of_base: Container[str] = (),
 ) -> None:
-    """Replaces a file by these tensors, after it has been read back and found the same."""
+    """Replaces a file by these tensors, after it has been read back and found the same.
+
+    Those that are the base's alone may hold infinity, as a mask does; a trained one may not.
+    """
     for name, tensor in tensors.items():
         if name == "__metadata__":
             raise AdapterError(path, "a parameter cannot be called `__metadata__` in this format.")
         check_dtype(path, name, tensor.dtype)
-        check_finite(path, name, tensor)
+        if name not in of_base:
+            check_finite(path, name, tensor)
     # C order matters: safetensors 0.8.0 writes memory as it lies, so that a transposed view would
     # come back with its values in the wrong places. (`ascontiguousarray` makes scalars vectors.)
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
