@@ -119,7 +119,7 @@ def test_ranks_alphas_and_scaling(llama):
         ({"layers": 7}, r"the layers are \[0, 1\]"),
         ({"rank_pattern": {"w_proj": 2}}, "rank_pattern: no module ends in 'w_proj'"),
     ],
-    ids=str,
+    ids=["end", "name", "two", "function", "exclude", "full", "layers", "pattern"],
 )
 def test_what_matches_nothing_is_said(llama, kwargs, message):
     with pytest.raises(lorax.SpecError, match=message):
