@@ -1,5 +1,7 @@
 """The known defects: each is there as long as it is said to be, and the mend mends."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,14 @@ def test_a_model_without_defects():
 
 def test_t5_needs_the_mend():
     kind = "t5"
-    with pytest.raises(TypeError, match="a_max"):
-        tiny.make("FlaxT5Model")
-    assert "jnp.clip" in found(kind)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 takes it, and complains
+        try:
+            tiny.make("FlaxT5Model")
+        except TypeError as error:
+            assert "a_max" in str(error) and "jnp.clip" in found(kind)[0]
+        else:
+            assert found(kind) == []
     clip = jnp.clip
     with lorax_hf.clip_mended():
         assert found(kind) == []
@@ -83,7 +90,7 @@ def test_electra_takes_ones():
 
 def test_everything_known_is_returned_without_a_model():
     models = {kind for finding in lorax_hf.doctor() for kind in finding.models}
-    assert models == {"t5", "mt5", "longt5", "llama", "resnet", "electra"}
+    assert models - {"t5", "mt5", "longt5"} == {"llama", "resnet", "electra"}
     assert all(finding.remedy for finding in lorax_hf.doctor())
 
 
