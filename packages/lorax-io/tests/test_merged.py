@@ -224,3 +224,11 @@ def test_a_mask_of_the_base_may_hold_infinity(folder):
     save_merged(folder, frozen, tunable, NAMES | {"mask": Tensor("attn", parameter="mask")})
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     np.testing.assert_array_equal(tensors["attn.mask"], [0.0, -np.inf])
+
+
+def test_two_entries_of_a_stack_are_not_one_tensor(folder, tmp_path):
+    frozen = {"w": jnp.ones((12, 12, 3, 5))}
+    names = {"w": Linear("h.{}{}", shared_axes=(0, 1))}  # the same for (1, 10) and (11, 0)
+    with pytest.raises(AdapterMismatchError, match="two parameters the tensor `h.110.weight`"):
+        save_merged(folder, frozen, {"w": None}, names)
+    assert not list(tmp_path.iterdir())

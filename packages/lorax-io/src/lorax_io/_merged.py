@@ -73,14 +73,15 @@ def save_merged(
     }
     if unknown := sorted(rows.keys() - sizes.keys()):
         raise AdapterMismatchError(folder, f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
-    layouts = {path: layout_of(folder, as_layouts(names), path) for path in sizes}
+    every_layout = as_layouts(names)
+    layouts = {path: layout_of(folder, every_layout, path) for path in sizes}
     config_text = _config_text(config)
     shards = _shards(sizes, shard_bytes)
 
-    def tensors_of(path: str) -> dict[str, Array]:
+    def tensors_of(path: str) -> list[tuple[str, Array]]:
         merged = merge_params({path: leaves[path]}, {path: rows.get(path)})[path]
         tensors = whole_tensors(path, layouts[path], merged)
-        return {tensor_name(module, parameter): tensor for module, parameter, tensor in tensors}
+        return [(tensor_name(module, parameter), tensor) for module, parameter, tensor in tensors]
 
     files: dict[str, str] = {}
     with new_folder(folder) as unfinished:
@@ -89,16 +90,14 @@ def save_merged(
             tensors: dict[str, Array] = {}
             of_base: set[str] = set()
             for path in paths:
-                found = tensors_of(path)
-                for name in found:
+                for name, tensor in tensors_of(path):
                     if name in files:
                         raise AdapterMismatchError(
                             folder, f"`names` gives two parameters the tensor `{name}`."
                         )
-                tensors |= found
-                files |= dict.fromkeys(found, file)
-                if path not in rows:
-                    of_base |= found.keys()
+                    files[name], tensors[name] = file, tensor
+                    if path not in rows:
+                        of_base.add(name)
             with one_writer() as writer:
                 if writer:
                     write_tensors(unfinished / file, tensors, {"format": "pt"}, of_base=of_base)
