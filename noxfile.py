@@ -5,14 +5,25 @@
 # ///
 """Every check of this repository, each in an environment of its own.
 
-`pip install nox && nox` runs all of them but `finetune` and `bench`. nox sees from the header above
-that it needs uv as well, and fetches it from PyPI into `.nox` where it is not installed.
+`pip install nox && nox` runs those that any machine can run in reasonable time. nox sees from the
+header above that it needs uv as well, and fetches it from PyPI where it is not installed.
+
+The tests are a matrix of package × Python × JAX × backend. `nox -t matrix` runs all of it, the tags
+`cpu`, `cuda12`, `cuda13`, `tpu` and `floor` a part, and `nox -s "tests(lorax-core, 3.13)"` a cell.
 """
 
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import nox
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from matrix.cells import ARGUMENTS, CELLS, CPU, OLDEST_PYTHON, PACKAGES  # noqa: E402
+from matrix.devices import missing_device  # noqa: E402
+from matrix.records import counts, recorded  # noqa: E402
 
 nox.needs_version = ">=2026.2.9"
 nox.options.default_venv_backend = "uv"
@@ -21,14 +32,14 @@ nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 
-PACKAGES = ["lorax-core", "lorax-hf", "lorax-io"]
-OLDEST_PYTHON = "3.11"
+# What `nox` runs.
+DEFAULT = ["default"]
+nox.options.tags = DEFAULT
+
 FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 
 # A worker for each processor: these tests spend their time in XLA compiling small programs.
 PYTEST = ["pytest", "--numprocesses=auto"]
-
-for_each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
 
 def editable(*packages: str) -> list[str]:
@@ -55,7 +66,7 @@ def install_locked(session: nox.Session, *args: str) -> None:
     session.install("--constraint", constraints, *args)
 
 
-@nox.session
+@nox.session(tags=DEFAULT)
 def lint(session: nox.Session) -> None:
     """Ruff: rules and format. `nox -s lint -- --fix` mends what it can."""
     install_locked(session, "--group", "lint")
@@ -64,7 +75,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", *([] if fix else ["--check"]))
 
 
-@nox.session
+@nox.session(tags=DEFAULT)
 def types(session: nox.Session) -> None:
     """Pyright over the packages and the integration tests."""
     groups = [arg for package in PACKAGES for arg in test_group(package)]
@@ -73,24 +84,97 @@ def types(session: nox.Session) -> None:
     session.run("pyright", *session.posargs)
 
 
+# The matrix
+
+
+def install_cell(session: nox.Session, package: str, jax: str, *args: str) -> str:
+    """Installs a package alone, with the newest or the oldest of all; returns JAX's version."""
+    wanted = [*editable(package), *test_group(package), *args]
+    if jax == "floor":
+        session.install("--resolution=lowest-direct", *wanted)
+    else:
+        install_locked(session, *wanted)
+    ask = "import importlib.metadata as metadata; print(metadata.version('jax'))"
+    return str(session.run("python", "-c", ask, silent=True)).strip()
+
+
+def run_cell(session: nox.Session, record: dict[str, Any], *command: str, **options: Any) -> None:
+    """Runs pytest, and puts into the record how many tests passed."""
+    junit = Path(session.create_tmp(), "junit.xml")
+    junit.unlink(missing_ok=True)
+    try:
+        session.run(*command, f"--junitxml={junit}", *session.posargs, **options)
+    finally:
+        record["counts"] = counts(junit)
+
+
 @nox.session
-@for_each_package
-def tests(session: nox.Session, package: str) -> None:
-    """One package's tests, with what it declares and nothing else. `-P 3.13`: another Python."""
-    install_locked(session, *editable(package), *test_group(package))
-    session.run(*PYTEST, f"packages/{package}/tests", *session.posargs)
+@nox.parametrize(ARGUMENTS, [cell.param() for cell in CELLS if cell.backend == CPU])
+def tests(session: nox.Session, package: str, backend: str, jax: str) -> None:
+    """One package's tests, with what it declares and nothing else."""
+    with recorded(session.name) as record:
+        record["jax"] = install_cell(session, package, jax)
+        record["did"] = "tests"
+        run_cell(session, record, *PYTEST, f"packages/{package}/tests")
 
 
-@nox.session(python=OLDEST_PYTHON)
-@for_each_package
-def minimums(session: nox.Session, package: str) -> None:
-    """One package's tests, with the oldest versions that it says it works with."""
-    oldest = "--resolution=lowest-direct"
-    session.install(oldest, *editable(package), *test_group(package))
-    session.run(*PYTEST, f"packages/{package}/tests", *session.posargs)
+# Older ones say `topology not implemented for cuda`. (0.9.1 was not tried.)
+COMPILES_FOR_CUDA = (0, 9, 2)
+
+
+def install_compiler(session: nox.Session, backend: str, version: str) -> None:
+    """Installs what it takes to compile for a backend, beside JAX of that version."""
+    if backend == "tpu":
+        session.install(f"jax[tpu]=={version}")
+    else:
+        # Without CUDA itself, which takes gigabytes: compiling does without.
+        parts = [f"jax-{backend}-{part}=={version}" for part in ("plugin", "pjrt")]
+        session.install("--no-deps", *parts)
+
+
+def compile_only(backend: str) -> dict[str, str]:
+    """The environment for compiling where there is no such device."""
+    env = {"JAX_PLATFORMS": "cpu"}
+    if backend == "tpu":
+        # It asks a cloud's metadata server what TPU it is on, unless it is told.
+        env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        env |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    return env
 
 
 @nox.session
+@nox.parametrize(ARGUMENTS, [cell.param() for cell in CELLS if cell.backend != CPU])
+def accelerator(session: nox.Session, package: str, backend: str, jax: str) -> None:
+    """One package on a GPU or TPU: its tests, or without a device its programs compiled for one."""
+    platform = backend.rstrip("0123456789")
+    with recorded(session.name) as record:
+        reason = missing_device(backend)
+        version = install_cell(session, package, jax, "--group", "accelerators")
+        record["jax"] = version
+        if reason is None:
+            session.install(f"jax[{backend}]=={version}")
+            record["did"] = "tests on the device"
+            # What the suite compares with is exact, and the matrix units are not by default.
+            exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+            here = {"JAX_PLATFORMS": f"{platform},cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            run_cell(session, record, "pytest", f"packages/{package}/tests", env=here | exact)
+            return
+        if platform == "cuda" and tuple(map(int, version.split("."))) < COMPILES_FOR_CUDA:
+            why = f"{reason}, and JAX {version} cannot compile for one that is not there"
+            record |= {"outcome": "skipped", "reason": why}
+            session.skip(why)
+        session.log(f"{reason}: programs are compiled for one")
+        install_compiler(session, backend, version)
+        record["did"] = "compiled"
+        file = f"accelerators/test_{package.removeprefix('lorax-')}.py"
+        env = compile_only(backend)
+        run_cell(session, record, "pytest", file, f"--platform={platform}", env=env)
+
+
+# The rest
+
+
+@nox.session(tags=DEFAULT)
 def integration(session: nox.Session) -> None:
     """What crosses packages and frameworks, and the parts of the examples."""
     install_locked(session, *editable(*PACKAGES), "--group", "integration", *FINETUNE)
@@ -98,7 +182,7 @@ def integration(session: nox.Session) -> None:
     session.run(*PYTEST, *tests, *session.posargs)
 
 
-@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv", tags=DEFAULT)
 def peft(session: nox.Session) -> None:
     """PEFT, transformers and diffusers read what we write, and we read what they write.
 
@@ -109,7 +193,7 @@ def peft(session: nox.Session) -> None:
     session.run("pytest", "integration-tests/peft", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session
 def vllm(session: nox.Session) -> None:
     """vLLM's reader accepts the folders that we write. Downloads its wheel of 340 MB."""
     install_locked(session, *editable("lorax-core", "lorax-io"), "pip")
@@ -120,7 +204,7 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "integration-tests/vllm/check.py", folder)
 
 
-@nox.session
+@nox.session(tags=DEFAULT)
 def docs(session: nox.Session) -> None:
     """Runs the examples in README files, docs/ and docstrings."""
     install_locked(session, *editable(*PACKAGES), "--group", "docs")
@@ -146,7 +230,7 @@ for name in sys.argv[1:]:
 """
 
 
-@nox.session
+@nox.session(tags=DEFAULT)
 def build(session: nox.Session) -> None:
     """Builds sdists and wheels into dist/, installs the wheels and imports them."""
     shutil.rmtree("dist", ignore_errors=True)
@@ -155,14 +239,32 @@ def build(session: nox.Session) -> None:
     session.run("python", "-I", "-c", CHECK_INSTALLED, *PACKAGES)
 
 
-@nox.session(default=False)
+@nox.session(name="matrix-report", tags=DEFAULT)
+def matrix_report(session: nox.Session) -> None:
+    """Prints which cells of the matrix ran, which did not, and why."""
+    session.install("nox", "rich>=13.7")
+    session.run("python", "-m", "matrix.report")
+
+
+@nox.session
 def finetune(session: nox.Session) -> None:
     """The fine-tuning example. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core", "lorax-io"), *FINETUNE)
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session
+@nox.parametrize("backend", ["tpu", "cuda13"], ids=["tpu", "cuda13"])
+def large(session: nox.Session, backend: str) -> None:
+    """Compiles a training step of 7 billion parameters for 16 TPU v5e or 8 H100, and by hand."""
+    platform = backend.rstrip("0123456789")
+    version = install_cell(session, "lorax-core", "newest", "--group", "accelerators")
+    install_compiler(session, backend, version)
+    env = compile_only(backend) | {"PYTHONPATH": "benchmarks"}
+    session.run("python", "accelerators/seven_billion.py", platform, env=env)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Prints every number that README and docs show. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))

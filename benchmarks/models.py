@@ -57,7 +57,7 @@ def init_block(key):
     return params | {"norm1": jnp.ones(WIDTH), "norm2": jnp.ones(WIDTH)}
 
 
-def unrolled(remat: bool) -> Model:
+def unrolled(remat: bool, layers: int = LAYERS) -> Model:
     run = jax.checkpoint(block) if remat else block
 
     def apply(params, x):
@@ -65,7 +65,7 @@ def unrolled(remat: bool) -> Model:
             x = run(p, x)
         return x
 
-    params = [init_block(key) for key in jax.random.split(jax.random.key(0), LAYERS)]
+    params = [init_block(key) for key in jax.random.split(jax.random.key(0), layers)]
     return Model(apply, params, jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH)))
 
 

@@ -1,5 +1,6 @@
 """What all tests of the core share: strict JAX, several CPU devices, the runner of table rows."""
 
+import os
 import zlib
 
 import jax
@@ -13,7 +14,8 @@ from lorax import testing
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # For shard_map and explicit meshes; it must be said before the first array exists.
-jax.config.update("jax_num_cpu_devices", 4)
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 4)
 # Almost all the time of these tests is XLA compiling tiny programs.
 jax.config.update("jax_disable_most_optimizations", True)
 

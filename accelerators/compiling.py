@@ -1,0 +1,99 @@
+"""Programs compiled for a mesh, and what the executable says of itself."""
+
+import collections
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# What has a name of its own in the compiled text and yet no memory of its own, or only a place
+# nearer to the processor for what lies in memory already.
+NO_ARRAY = {"parameter", "get-tuple-element", "bitcast", "tuple", "copy-start", "copy-done"}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:\w+\[([\d,]*)\]\S*|\(.*?\)) ([\w-]+)\(")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+
+
+class Facts(NamedTuple):
+    """One executable: bytes of one device, and instructions by kind."""
+
+    peak: int
+    arguments: int
+    temp: int
+    flops: float | None  # not known of a GPU
+    collectives: collections.Counter[str]
+    arrays: collections.Counter[int]  # how many are made of each number of entries
+
+    def largest(self, least: int) -> collections.Counter[int]:
+        """Of `arrays`, those of at least so many entries."""
+        return collections.Counter({n: k for n, k in self.arrays.items() if n >= least})
+
+
+def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
+    """Compiles `fn` for the devices that the shardings of `shapes` name."""
+    executable = jax.jit(fn).lower(*shapes).compile()
+    memory, cost = executable.memory_analysis(), executable.cost_analysis()
+    kinds, arrays = _instructions(executable.as_text())
+    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Older than JAX 0.8.1, it has no peak; this is what it can be at most.
+    most = arguments + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Facts(
+        getattr(memory, "peak_memory_in_bytes", 0) or most,
+        arguments,
+        temp,
+        (cost or {}).get("flops"),
+        collections.Counter({kind: kinds[kind] for kind in COLLECTIVES if kinds[kind]}),
+        arrays,
+    )
+
+
+def _instructions(text: str) -> tuple[collections.Counter[str], collections.Counter[int]]:
+    """How often each kind of instruction stands in a program, and each size of its results.
+
+    What happens within a fusion never leaves the processor, and is left out.
+    """
+    kinds: collections.Counter[str] = collections.Counter()
+    arrays: collections.Counter[int] = collections.Counter()
+    fused = False
+    for line in text.splitlines():
+        if start := COMPUTATION.match(line):
+            fused = "fused" in start[1]
+        elif not fused and (found := INSTRUCTION.match(line)):
+            dims, kind = found.groups()
+            # A collective that overlaps with other work is two instructions.
+            kinds[kind.removesuffix("-start")] += 1
+            if kind not in NO_ARRAY:
+                arrays[math.prod(int(size) for size in (dims or "0").split(","))] += 1
+    return kinds, arrays
+
+
+def on_mesh(mesh: Mesh, tree: Any, partition: Callable[[Any], PartitionSpec]) -> Any:
+    """Shapes of the leaves of `tree`, with a sharding each."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition(leaf))
+        ),
+        tree,
+    )
+
+
+def shapes_of(mesh: Mesh, fn: Callable[..., Any], *shapes: Any) -> Any:
+    """The shapes of what `fn` returns, sharded as its arguments say; nothing is computed.
+
+    Only a mesh with explicit axes carries shardings through a trace, so `fn` is traced on one.
+    """
+    explicit = jax.sharding.Mesh(
+        mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * mesh.devices.ndim
+    )
+    with jax.set_mesh(explicit):
+        moved = on_mesh(explicit, shapes, lambda leaf: leaf.sharding.spec)
+        traced = jax.eval_shape(fn, *moved)
+
+    def partition(leaf: Any) -> PartitionSpec:
+        return PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+
+    return on_mesh(mesh, traced, partition)

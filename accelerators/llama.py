@@ -1,0 +1,139 @@
+"""A Llama in plain JAX, its layers scanned and rematerialised, and its twin with LoRA by hand."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from programs import Model
+
+
+class Size(NamedTuple):
+    """The sizes of a model."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    vocabulary: int
+
+
+SEVEN_BILLION = Size(layers=32, width=4096, hidden=11008, heads=32, vocabulary=32000)
+# 5 and 7 are factors of the weights' sizes, and not both of an activation's, however it is divided.
+SMALL = Size(layers=4, width=5 * 64, hidden=7 * 128, heads=4, vocabulary=1024)
+
+
+def shapes(size: Size, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """The shapes of the parameters."""
+    square, wide = (size.width, size.width), (size.width, size.hidden)
+    kernels = {"q": square, "k": square, "v": square, "o": square}
+    kernels |= {"gate": wide, "up": wide, "down": wide[::-1]}
+    norms = {"norm1": (size.width,), "norm2": (size.width,)}
+    tree = {
+        "embedding": (size.vocabulary, size.width),
+        "layers": {k: (size.layers, *shape) for k, shape in (kernels | norms).items()},
+        "norm": (size.width,),
+        "head": (size.width, size.vocabulary),
+    }
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), tree, is_leaf=is_shape)
+
+
+def norm(scale, x):
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return normed.astype(x.dtype) * scale
+
+
+def rotate(x):
+    """Rotary positions over [batch, time, head, channel]."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
+    sin, cos = jnp.sin(angles).astype(x.dtype), jnp.cos(angles).astype(x.dtype)
+    left, right = jnp.split(x, 2, -1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def block(dense: Callable[..., Any], heads: int, layer: Any, x):
+    """One layer; `dense(layer, name, x)` is a product with the layer's weight of that name."""
+    scales = layer[0] if isinstance(layer, tuple) else layer
+    h = norm(scales["norm1"], x)
+    q, k, v = (dense(layer, name, h).reshape(*h.shape[:2], heads, -1) for name in "qkv")
+    mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    x = x + dense(layer, "o", mixed.reshape(h.shape))
+    h = norm(scales["norm2"], x)
+    h = jax.nn.silu(dense(layer, "gate", h)) * dense(layer, "up", h)
+    return x + dense(layer, "down", h)
+
+
+def run(dense: Callable[..., Any], heads: int, params: Any, layers: Any, tokens):
+    step = jax.checkpoint(functools.partial(block, dense, heads))
+    x = params["embedding"][tokens]
+    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x), None), x, layers)
+    return norm(params["norm"], x) @ params["head"]
+
+
+def model(size: Size) -> Callable[[Any, Any], Any]:
+    """`forward(params, tokens) -> logits`."""
+    dense = lambda layer, name, x: x @ layer[name]  # noqa: E731
+    return lambda params, tokens: run(dense, size.heads, params, params["layers"], tokens)
+
+
+def by_hand(size: Size) -> Callable[[Any, Any, Any], Any]:
+    """`forward(factors, params, tokens) -> logits`, for adapters on every kernel of the layers."""
+
+    def dense(layer, name, x):
+        params, factors = layer
+        a, b = factors[name]["a"], factors[name]["b"]
+        return x @ params[name] + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+
+    return lambda factors, params, tokens: run(
+        dense, size.heads, params, (params["layers"], factors["layers"]), tokens
+    )
+
+
+def loss(logits, tokens):
+    """The mean loss of each token, given those before it."""
+    chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    scores = logits[:, :-1].astype(jnp.float32)
+    return jnp.mean(jax.nn.logsumexp(scores, -1) - chosen.astype(jnp.float32))
+
+
+# How the weights lie on a mesh of `data` by `model`, by the name of the weight.
+
+ALL = ("data", "model")
+COLUMN, ROW = P(None, None, "model"), P(None, "model")
+LAYOUTS: dict[str, dict[str, P]] = {
+    # Every device has all weights, and a part of the batch.
+    "data": {},
+    # Every device has a part of every weight, and fetches the rest when it is needed.
+    "fully sharded": {
+        **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), P(None, ALL)),
+        "embedding": P(None, ALL),
+        "head": P(ALL),
+    },
+    # Every device has some heads and some hidden channels; two all-reduces a layer.
+    "tensor": {
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), COLUMN),
+        **dict.fromkeys(("o", "down", "embedding", "head"), ROW),
+    },
+}
+BATCH = {"data": P(ALL), "fully sharded": P(ALL), "tensor": P("data")}
+
+
+def on(mesh: Any, size: Size, layout: str, batch: tuple[int, int], rank: int) -> Model:
+    """The model and its twin, with their shapes on a mesh."""
+    placed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=NamedSharding(mesh, LAYOUTS[layout].get(path[-1].key, P())),
+        ),
+        shapes(size),
+    )
+    tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(mesh, BATCH[layout]))
+    return Model(model(size), by_hand(size), loss, placed, tokens, rank, where="layers/*")

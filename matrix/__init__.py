@@ -1,0 +1,1 @@
+"""Package × Python × JAX × backend: the cells, what this machine has for them, what came out."""

@@ -1,0 +1,47 @@
+"""What each cell did when it last ran, kept in files for the report."""
+
+import contextlib
+import datetime
+import json
+import pathlib
+import re
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator
+from typing import Any
+
+FOLDER = pathlib.Path(".nox/matrix")
+
+
+@contextlib.contextmanager
+def recorded(session: str) -> Iterator[dict[str, Any]]:
+    """Keeps the record that the block fills, whether the block ends well or not."""
+    now = datetime.datetime.now(datetime.UTC)
+    record: dict[str, Any] = {"session": session, "when": f"{now:%Y-%m-%d %H:%M}"}
+    record |= {"outcome": "failed", "did": "installed", "jax": None, "counts": {}}
+    try:
+        yield record
+        record["outcome"] = "passed"
+    finally:
+        _file(session).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read(session: str) -> dict[str, Any] | None:
+    """The record of a session, if it ever ran."""
+    file = _file(session)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def counts(junit: pathlib.Path) -> dict[str, int]:
+    """How many tests passed, failed and were skipped, from pytest's own report."""
+    if not junit.exists():
+        return {}
+    suite = next(xml.parse(junit).getroot().iter("testsuite"))
+    found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = found["failures"] + found["errors"]
+    passed = found["tests"] - failed - found["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": found["skipped"]}
+
+
+def _file(session: str) -> pathlib.Path:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FOLDER / (re.sub(r"[^\w.]+", "-", session).strip("-") + ".json")

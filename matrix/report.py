@@ -1,0 +1,67 @@
+"""Prints the matrix: what ran, what did not, and why.
+
+python -m matrix.report
+"""
+
+import collections
+
+from rich.console import Console
+from rich.table import Table
+
+from . import records
+from .cells import ACCELERATORS, CELLS, CPU, HERE, Cell
+from .devices import missing_device, missing_python
+
+MARK = {"passed": "[green]✓[/]", "failed": "[red]✗[/]"}
+
+
+def entry(cell: Cell) -> str:
+    """What a cell says in the table."""
+    record = records.read(cell.session)
+    if record is None:
+        return "[dim]no Python[/]" if missing_python(cell.python) else "[dim]not run[/]"
+    if record["outcome"] == "skipped":
+        return "[dim]skipped[/]"
+    found = ", ".join(f"{n} {what}" for what, n in record["counts"].items() if n)
+    return f"{MARK[record['outcome']]} {record['did']}: {found or record['outcome']}"
+
+
+def reasons() -> dict[str, int]:
+    """Why cells did not run, and how many."""
+    found: dict[str, int] = collections.Counter()
+    for cell in CELLS:
+        record, reason = records.read(cell.session), missing_python(cell.python)
+        if record is None:
+            asked = "not asked for (`nox -t matrix` asks for all)"
+            found[f"skipped: {reason}" if reason else f"not run: {asked}"] += 1
+        elif record["outcome"] == "skipped":
+            found[f"skipped: {record['reason']}"] += 1
+    return found
+
+
+def main() -> None:
+    """Print the table and the reasons."""
+    console = Console(width=None if Console().is_terminal else 150)
+    table = Table(title="The matrix, by the last run of each cell")
+    for heading in ("package", "Python", "JAX", CPU, *ACCELERATORS):
+        table.add_column(heading)
+    rows: dict[tuple[str, str, str], dict[str, Cell]] = collections.defaultdict(dict)
+    for cell in CELLS:
+        rows[cell.package, cell.python, cell.jax][cell.backend] = cell
+    for (package, python, jax), row in rows.items():
+        known = [record for cell in row.values() if (record := records.read(cell.session))]
+        versions = sorted({record["jax"] for record in known if record["jax"]})
+        label = f"{jax} ({', '.join(versions)})" if versions else jax
+        table.add_row(package, python, label, *(entry(row[b]) for b in (CPU, *ACCELERATORS)))
+    console.print(table)
+    for backend in ACCELERATORS:
+        reason = missing_device(backend)
+        means = f"{reason}: programs are compiled for one" if reason else "tests run on the device"
+        console.print(f"{backend}: {means}")
+    for reason, count in reasons().items():
+        console.print(f"{count} cells {reason}")
+    console.print(f"The names of cells leave out Python {HERE}, the newest JAX, and the CPU.")
+
+
+if __name__ == "__main__":
+    main()
