@@ -5,8 +5,9 @@
 # ///
 """Every check of this repository, each in an environment of its own.
 
-`pip install nox && nox` runs all of them but `finetune` and `bench`. nox sees from the header above
-that it needs uv as well, and fetches it from PyPI into `.nox` where it is not installed.
+`pip install nox && nox` runs all of them but `finetune`, `minilm` and `bench`. nox sees from the
+header above that it needs uv as well, and fetches it from PyPI into `.nox` where it is not
+installed.
 """
 
 import shutil
@@ -160,6 +161,13 @@ def finetune(session: nox.Session) -> None:
     """The fine-tuning example. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core", "lorax-io"), *FINETUNE)
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
+
+
+@nox.session(default=False)
+def minilm(session: nox.Session) -> None:
+    """The same sentences, with a model of transformers. Arguments after `--` go to the program."""
+    install_locked(session, *editable(*PACKAGES), *FINETUNE)
+    session.run("python", "examples/finetune/minilm.py", *session.posargs)
 
 
 @nox.session(default=False)
