@@ -39,7 +39,7 @@ class LoadError(Exception):
 
 def main(arguments=None):
     """Run the job; the exit code is 1 where a download, the load or the closing check fails."""
-    args = parse_args(__doc__, arguments, out="minilm-output", steps=125)
+    args = parse_args(__doc__, arguments, out="minilm-output", steps=160)
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
 
