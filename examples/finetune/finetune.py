@@ -5,45 +5,48 @@ LoRA on its query and value projections. Weights and sentences are fetched from 
 cache folder. The weights are the model's 4-bit quantisation, de-quantised to float32.
 """
 
-import argparse
-import contextlib
 import functools
-import os
-import pathlib
 import sys
-import time
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from arguments import parse_args
 from bayes import fit_bayes
-from data import LENGTHS, NEGATIVE, POSITIVE, batches, encode, labels, read_reviews, split, token_of
-from display import bytes_bar, console, plot_losses, show_scores, show_seconds
-from download import REVIEWS, WEIGHTS, DownloadError, fetch
+from data import (
+    CALIBRATION,
+    NEGATIVE,
+    POSITIVE,
+    batches,
+    choose,
+    encode,
+    labels,
+    read_reviews,
+    token_of,
+)
+from display import console, download, plot_losses, show_scores, show_seconds, timed
+from download import REVIEWS, WEIGHTS, DownloadError
 from lorax import LoraSpec, count_params, init_lora, lora, merge_params, spec_from_rules
 from lorax_io import flax_names, load_peft, save_peft
-from metrics import score
+from metrics import difference, score
 from model import load_llama, next_token_logits
 from tokenizer import load_tokenizer
 from training import TRAIN_BATCH, predict, train
 
-HELD_OUT = 1000
-CALIBRATION = 160  # sentences, neither trained on nor held out, that set a threshold
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose modules the adapter fits
 TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest logit
 
 
 def main():
     """Run the job; the exit code is 1 where a download or the closing check fails."""
-    args = parse_args()
+    args = parse_args(__doc__, out="finetune-output", steps=60)
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
 
     with timed(seconds, "download"):
         try:
-            weights, sentences = (download(asset, args.cache) for asset in (WEIGHTS, REVIEWS))
+            [weights], [sentences] = (download([file], args.cache) for file in (WEIGHTS, REVIEWS))
         except DownloadError as error:
             console.print(f"Error: {error}", markup=False, soft_wrap=True)
             return 1
@@ -51,8 +54,10 @@ def main():
     with timed(seconds, "load"), console.status("Reading the weights"):
         tokenizer, params, model = load(weights)
     reviews = read_reviews(sentences)
-    training, calibration, held_out = choose(reviews, tokenizer, args)
-    evaluation = held_out + calibration
+    prompts_of = functools.partial(encode, tokenizer=tokenizer)
+    size = args.steps * TRAIN_BATCH
+    training, calibration, held_out = choose(reviews, prompts_of, size, args.seed)
+    evaluation = held_out[: args.limit_eval] + calibration
 
     spec = spec_from_rules(
         params, [("*/self_attn/[qv]_proj/kernel", LoraSpec(rank=args.rank, alpha=args.alpha))]
@@ -72,13 +77,13 @@ def main():
 
     def evaluate(tunable, label):
         with timed(seconds, label.lower()):
-            margins = predict(margin, tunable, frozen, encode(evaluation, tokenizer), label)
+            margins = predict(margin, tunable, frozen, prompts_of(evaluation), label)
         return score(margins, labels(evaluation), CALIBRATION)
 
     # b is zero at first, so the adapted model is the base model, to the bit.
     before = evaluate(tunable, "Evaluate before")
     with timed(seconds, "train"):
-        prompts, positives = encode(training, tokenizer), labels(training)
+        prompts, positives = prompts_of(training), labels(training)
         tunable, losses = train(
             margin, tunable, frozen, prompts, positives, args.learning_rate, args.seed
         )
@@ -88,7 +93,7 @@ def main():
         plot_losses(losses, args.out / "loss.png")
         folder, names = args.out / "adapter", flax_names(params)
         save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
-        _, *batch = batches(encode(evaluation[:TRAIN_BATCH], tokenizer), TRAIN_BATCH)[0]
+        _, *batch = batches(prompts_of(evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
         split_logits = jax.jit(adapted)((frozen, tunable), *batch)
         reloaded = difference(
             jax.jit(adapted)(load_peft(folder, params, names), *batch), split_logits
@@ -125,63 +130,6 @@ def load(path):
     reader = gguf.GGUFReader(path)
     params, config = load_llama(reader)
     return load_tokenizer(reader), params, functools.partial(next_token_logits, config=config)
-
-
-def choose(reviews, tokenizer, args):
-    """Sentences to train on, to fit a threshold to, and, alike for every seed, to evaluate on."""
-    held_out, pool = split(reviews, HELD_OUT, seed=0)
-    # A step keeps what every token leaves behind in every layer, padding too. The few sentences
-    # that are longest would set the memory of the whole run, so they are evaluated on only.
-    prompts = encode(pool, tokenizer)
-    pool = [review for review, ids in zip(pool, prompts, strict=True) if len(ids) <= LENGTHS[-2]]
-    training, calibration, _ = split(pool, args.steps * TRAIN_BATCH, CALIBRATION, seed=args.seed)
-    return training, calibration, held_out[: args.limit_eval]
-
-
-def difference(logits, reference):
-    """The largest difference, relative to the largest logit."""
-    return float(jnp.max(jnp.abs(logits - reference)) / jnp.max(jnp.abs(reference)))
-
-
-def download(asset, cache):
-    """`fetch` with a progress bar; returns the path of the file."""
-    with bytes_bar(f"Downloading {asset.requirement}") as report:
-        path = fetch(asset, cache, report)
-    console.print(f"Have {path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
-    return path
-
-
-@contextlib.contextmanager
-def timed(seconds, part):
-    """Put the wall time of a block into `seconds`."""
-    start = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - start
-
-
-def parse_args():
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    path = {"type": pathlib.Path, "metavar": "DIR"}
-    add("--cache", **path, default=home / "lorax", help="where downloads are kept")
-    add("--out", **path, default="finetune-output", help="where the adapter and the plot go")
-    count = {"type": int, "metavar": "N"}
-    add("--steps", **count, default=60, help=f"training steps of {TRAIN_BATCH} sentences")
-    add("--rank", **count, default=8, help="rank of the adapter")
-    add("--alpha", type=float, default=16, metavar="X", help="scale of the adapter is alpha / rank")
-    add("--learning-rate", type=float, default=2e-3, metavar="X", help="at first; decays to zero")
-    add("--seed", **count, default=0, help="draws the adapter, and the sentences that train it")
-    add("--limit-eval", **count, default=HELD_OUT, help="held-out sentences to evaluate on")
-    args = parser.parse_args()
-    allowed = {"steps": (1, 500), "rank": (1, 192), "seed": (0, 2**31 - 1)}
-    for name, (least, most) in (allowed | {"limit_eval": (1, HELD_OUT)}).items():
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}")
-    return args
 
 
 if __name__ == "__main__":

@@ -44,3 +44,8 @@ def auc(margins, positive):
     """The chance that a positive sentence has a larger margin than a negative one."""
     differences = margins[positive][:, None] - margins[~positive][None, :]
     return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+
+
+def difference(outputs, reference):
+    """The largest difference, relative to the largest reference."""
+    return float(np.max(np.abs(outputs - reference)) / np.max(np.abs(reference)))

@@ -42,12 +42,13 @@ def train(margin, tunable, frozen, prompts, positive, learning_rate, seed):
     return tunable, losses
 
 
-def predict(margin, tunable, frozen, prompts, label):
-    """The margin of every prompt."""
-    margins = np.empty(len(prompts), np.float32)
+def predict(function, tunable, frozen, prompts, label):
+    """What `function`, called as a margin is, gives for every prompt."""
     steps = batches(prompts, EVAL_BATCH)
+    outputs = []
     with steps_bar(label, len(steps)) as advance:
         for rows, tokens, last in steps:
-            margins[rows] = margin(tunable, frozen, tokens, last)[: len(rows)]
+            outputs.append(np.asarray(function(tunable, frozen, tokens, last))[: len(rows)])
             advance()
-    return margins
+    order = np.concatenate([rows for rows, _, _ in steps])
+    return np.concatenate(outputs)[np.argsort(order)]

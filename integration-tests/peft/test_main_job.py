@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 import pathlib
 import sys
 
@@ -31,8 +30,7 @@ def base():
         download, model = (importlib.import_module(name) for name in ("download", "model"))
     finally:
         sys.path.remove(str(FOLDER))
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    weights = download.fetch(download.WEIGHTS, home / "lorax")
+    weights = download.fetch(download.WEIGHTS, download.cache_folder())
     params, config = model.load_llama(gguf.GGUFReader(weights))
     return params, config, functools.partial(model.next_token_logits, config=config)
 

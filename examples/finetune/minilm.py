@@ -1,0 +1,212 @@
+"""Teach a sentence encoder to judge movie reviews: LoRA beside a probe of the frozen encoder.
+
+all-MiniLM-L6-v2 goes from PyTorch's file into a FlaxBertModel, without PyTorch. The probe is a
+logistic regression on the mean of its outputs. LoRA starts from that: it trains the same head,
+on the same sentences, together with an adapter in the encoder.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.flax import save_file
+from safetensors.numpy import load_file
+
+import lorax_hf
+from arguments import parse_args
+from data import CALIBRATION, batches, choose, encode, labels, read_reviews
+from display import console, download, plot_losses, show_scores, show_seconds, timed
+from download import MINILM, REVIEWS, DownloadError
+from lorax import count_params, init_lora, merge_params
+from lorax_io import load_peft, save_peft
+from metrics import difference, score
+from training import EVAL_BATCH, TRAIN_BATCH, predict, train
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"  # whose modules the adapter fits
+UNUSED = ["pooler.dense"]  # makes an output of the model that the mean does without
+TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest embedding
+
+
+class LoadError(Exception):
+    """The weights of a file are not those of the model."""
+
+
+def main(arguments=None):
+    """Run the job; the exit code is 1 where a download, the load or the closing check fails."""
+    args = parse_args(__doc__, arguments, out="minilm-output", steps=160)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+
+    try:
+        with timed(seconds, "download"):
+            config, *_ = download(MINILM, args.cache / "all-MiniLM-L6-v2")
+            [sentences] = download([REVIEWS], args.cache)
+        with timed(seconds, "load"), console.status("Reading the weights"):
+            model, tokenizer = load(config.parent)
+    except (DownloadError, LoadError) as error:
+        console.print(f"Error: {error}", markup=False, soft_wrap=True)
+        return 1
+
+    prompts_of = functools.partial(encode, tokenizer=tokenizer, prompt="{}")
+    training, calibration, held_out = choose(
+        read_reviews(sentences), prompts_of, args.steps * TRAIN_BATCH, args.seed
+    )
+    evaluation = held_out[: args.limit_eval] + calibration
+
+    spec = lorax_hf.spec(
+        model, rank=args.rank, alpha=args.alpha, targets="all-linear", exclude=UNUSED
+    )
+    frozen, adapter = init_lora(model.params, spec, jax.random.key(args.seed))
+    adapted = mean_embedding(lorax_hf.lora(model))
+    console.print(f"Base: {count_params(model.params):,} parameters")
+    console.print(f"Adapter in every layer: {count_params(adapter):,} parameters")
+    console.print(f"Probe and LoRA learn from the same {len(training):,} sentences")
+
+    @jax.jit
+    def embed(adapter, frozen, tokens, last):
+        return adapted((frozen, adapter), tokens, last)
+
+    def margin(tunable, frozen, tokens, last):
+        return linear(tunable["head"], embed(tunable["adapter"], frozen, tokens, last))
+
+    prompts, positive = prompts_of(training), labels(training)
+    with timed(seconds, "probe"):
+        # b is zero at first, so these are the embeddings of the frozen model, to the bit.
+        embeddings = predict(embed, adapter, frozen, prompts + prompts_of(evaluation), "Embed")
+        head = fit_probe(embeddings[: len(prompts)], positive)
+    probe = linear(head, embeddings[len(prompts) :])
+
+    with timed(seconds, "train"):
+        tunable = {"adapter": adapter, "head": head}
+        tunable, losses = train(
+            margin, tunable, frozen, prompts, positive, args.learning_rate, args.seed
+        )
+    adapter, head = tunable["adapter"], tunable["head"]
+    with timed(seconds, "evaluate"):
+        embeddings = predict(embed, adapter, frozen, prompts_of(evaluation), "Evaluate")
+    trained = linear(head, embeddings)
+
+    with timed(seconds, "save and check"), console.status("Saving and checking the adapter"):
+        plot_losses(losses, args.out / "loss.png")
+        folder, names = args.out / "adapter", lorax_hf.peft_names(model)
+        save_peft(folder, adapter, names, base_model=BASE, task_type="FEATURE_EXTRACTION")
+        save_file(dict(head), args.out / "head.safetensors")
+        _, *batch = batches(prompts_of(evaluation), EVAL_BATCH)[0]
+        split_embeddings = embed(adapter, frozen, *batch)
+        frozen_again, adapter_again = load_peft(folder, model.params, names)
+        reloaded = difference(embed(adapter_again, frozen_again, *batch), split_embeddings)
+        plain = jax.jit(mean_embedding(model))
+        merged = difference(plain(merge_params(frozen, adapter), *batch), split_embeddings)
+        base = difference(plain(model.params, *batch), split_embeddings)
+
+    show_scores(
+        f"On {len(evaluation) - CALIBRATION} held-out sentences",
+        {
+            "frozen probe": score(probe, labels(evaluation), CALIBRATION),
+            "LoRA": score(trained, labels(evaluation), CALIBRATION),
+        },
+    )
+    show_seconds(seconds)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
+    console.print(
+        "Largest difference from the trained embeddings, relative to the largest: "
+        f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
+        soft_wrap=True,
+    )
+    if not (reloaded <= TOLERANCE and merged <= TOLERANCE):  # a NaN fails, too
+        console.print(f"Error: these must agree to {TOLERANCE:g}.")
+        return 1
+    return 0
+
+
+def load(folder):
+    """Model and tokenizer out of a folder as the Hub has it."""
+    transformers.logging.set_verbosity_error()  # what it warns of, `check_weights` refuses
+    model = transformers.FlaxBertModel.from_pretrained(folder)
+    check_weights(model, folder / "model.safetensors")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # As it comes, it pads and cuts every sentence to 128 tokens.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return model, tokenizer
+
+
+def check_weights(model, path):
+    """Raise unless the parameters of the model are the tensors of PyTorch's file, all of them.
+
+    transformers leaves a parameter random where the file has no tensor for it.
+    """
+    tensors = load_file(path)
+    tensors.pop("embeddings.position_ids", None)  # 0, 1, 2, …, which Flax makes as it goes
+    params = flatten_dict(model.params, sep="/")
+    found = {}
+    for name, row in lorax_hf.peft_names(model).items():
+        transposed = row["layout"] == "Linear"  # (out, in) in PyTorch
+        tensor = params[name].T if transposed else params[name]
+        found[f"{row['module']}.{row.get('parameter', 'weight')}"] = np.asarray(tensor)
+    wrong = {
+        "has no": found.keys() - tensors.keys(),
+        "has an unknown": tensors.keys() - found.keys(),
+        "differs from the model in": {
+            name
+            for name in found.keys() & tensors.keys()
+            if not np.array_equal(found[name], tensors[name])
+        },
+    }
+    for what, names in wrong.items():
+        if names:
+            raise LoadError(
+                f"{path} {what} {', '.join(sorted(names))}. "
+                f"It must hold the weights of {type(model).__name__}, all of them and no others."
+            )
+
+
+def mean_embedding(model):
+    """A function `embed(params, tokens, last)`: the mean of the model's outputs up to `last`."""
+
+    def embed(params, tokens, last):
+        mask = jnp.arange(tokens.shape[1]) <= last[:, None]
+        outputs = model(tokens, mask.astype(jnp.int32), params=params).last_hidden_state
+        return jnp.mean(outputs, axis=1, where=mask[:, :, None])
+
+    return embed
+
+
+def linear(head, embeddings):
+    """The margin: how much more positive than negative."""
+    return embeddings @ head["weight"] + head["bias"]
+
+
+def fit_probe(embeddings, positive, decay=3e-3, steps=60):
+    """A logistic regression by L-BFGS, of which `decay` times the squared weights is a part."""
+    sign = jnp.where(positive, 1.0, -1.0)
+
+    def loss(head):
+        losses = jax.nn.softplus(-sign * linear(head, embeddings))
+        return jnp.mean(losses) + decay * jnp.sum(head["weight"] ** 2)
+
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    @jax.jit
+    def step(head, state):
+        value, grad = value_and_grad(head, state=state)
+        updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(head, updates), state
+
+    head = {"weight": jnp.zeros(embeddings.shape[1]), "bias": jnp.zeros(())}
+    state = optimizer.init(head)
+    for _ in range(steps):
+        head, state = step(head, state)
+    return head
+
+
+if __name__ == "__main__":
+    sys.exit(main())
