@@ -20,6 +20,17 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "devices(count): needs so many of the same kind")
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("devices")
+    if marker and jax.device_count() < marker.args[0]:
+        kind = jax.devices()[0].device_kind
+        pytest.skip(f"needs {marker.args[0]} devices; there are {jax.device_count()} of {kind}")
+
+
 def draw(key, leaf):
     """A random array for a shape or a `jax.ShapeDtypeStruct`; anything else is taken as it is."""
     if isinstance(leaf, np.ndarray):

@@ -141,6 +141,7 @@ def test_under_jit_and_eval_shape():
     assert described[1]["w"].a.dtype == jnp.float32
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_factors_live_where_their_base_lives(kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
@@ -155,6 +156,7 @@ def test_factors_live_where_their_base_lives(kind):
     assert per_layer["w"].b.sharding.spec == P("x", None, "y")
 
 
+@pytest.mark.devices(4)
 def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
@@ -164,6 +166,7 @@ def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
     assert tunable["w"].b.sharding.spec == P(None, "y")
 
 
+@pytest.mark.devices(2)
 def test_factors_follow_their_base_to_another_device():
     base = jax.device_put(jnp.ones((5, 7)), jax.devices()[1])
     _, tunable = init_lora({"w": base}, {"w": 2}, key())

@@ -107,6 +107,7 @@ def test_of_one_weight():
     assert (materialize(jnp.ones((5, 7)), weight) == 4).all()
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_weights_stay_sharded(kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))

@@ -79,3 +79,26 @@ def test_random_factors_leave_no_zero():
     assert not tunable["w"].b.any()
     drawn = testing.random_factors(tunable, jax.random.key(1))["w"]
     assert drawn.a.all() and drawn.b.all() and not jnp.allclose(drawn.a, tunable["w"].a)
+
+
+@pytest.mark.parametrize(
+    "platform, precision, passes",
+    [
+        ("cpu", None, False),
+        ("gpu", None, True),
+        ("tpu", None, True),
+        ("tpu", "bfloat16", True),
+        ("gpu", "highest", False),
+        ("tpu", "float32", False),
+    ],
+)
+def test_matrix_units_may_round(broken_dot, monkeypatch, platform, precision, passes):
+    (primitive,) = [p for p in RULES if p.name == "dot_general"]
+    broken_dot(lambda eqn, x, w, **params: RULES[primitive](eqn, x, w, **params) * (1 + 2.0**-9))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    with jax.default_matmul_precision(precision or "default"):
+        if passes:
+            testing.check(model, PARAMS, {"w": 2}, X, transforms=False)
+        else:
+            with pytest.raises(AssertionError, match="differs by"):
+                testing.check(model, PARAMS, {"w": 2}, X, transforms=False)

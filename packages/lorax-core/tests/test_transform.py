@@ -427,6 +427,7 @@ def test_an_8_bit_base_does_not_round_the_factors():
 # Sharding
 
 
+@pytest.mark.devices(4)
 def test_explicit_meshes_get_the_sharding_of_the_base():
     from jax.sharding import AxisType, PartitionSpec as P
 

@@ -51,7 +51,9 @@ def check(
         spec: as for `init_lora`.
         *args: what `fn` is called with.
         tolerance: relative to the largest entry; by default 100 units of rounding of the lowest
-            precision among the results, and 8 of a 16-bit one.
+            precision among the results, and 8 of a 16-bit one or of a chip's matrix units, where
+            those round float32 (TF32 on a GPU, bfloat16 on a TPU) and
+            `jax.default_matmul_precision` does not ask for more.
         transforms: whether to try point 2.
         materializes: whether the weight is expected to be built: then point 3 is left out, and
             instead `lora` must say so.
@@ -307,7 +309,14 @@ def _compare(name: str, got: Any, expected: Any, tolerance: float | None) -> Non
         )
 
 
+# A unit of rounding of what matrix units make of float32 by default: TF32, bfloat16.
+_MATRIX_UNITS = {"gpu": 2.0**-10, "tpu": 2.0**-7}
+
+
 def _bound(results: Any) -> float:
     """What rounding may do: 100 units of it, and 8 where a unit is already coarse."""
     widths = [jnp.finfo(r.dtype) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)]
-    return max((float(w.eps) * (100 if w.bits >= 32 else 8) for w in widths), default=0.0)
+    exact = jax.config.jax_default_matmul_precision in ("float32", "highest")
+    rounds = not exact and any(w.bits == 32 for w in widths)
+    units = _MATRIX_UNITS.get(jax.default_backend(), 0.0) if rounds else 0.0
+    return max([8 * units, *(float(w.eps) * (100 if w.bits >= 32 else 8) for w in widths)])

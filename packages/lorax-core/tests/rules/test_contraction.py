@@ -238,6 +238,7 @@ def test_a_pair_of_precisions_follows_its_operands(left):
         assert by_operand == {not left: pair[0], left: pair[1]}
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize(
     "w_spec, x_spec, out_spec",
     [

@@ -436,7 +436,7 @@ SHARDED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.devices(4))])
 @pytest.mark.parametrize("row", SHARDED, ids=lambda row: row[0])
 def test_shard_map(row, devices):
     _, in_specs, out_specs, body = row
@@ -444,6 +444,7 @@ def test_shard_map(row, devices):
     testing.check(sharded(mesh, in_specs, out_specs, body), params, {"w": 3}, x, transforms=False)
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("row", SHARDED[:3], ids=lambda row: row[0])
 def test_shard_map_on_an_explicit_mesh(row):
     _, in_specs, out_specs, body = row
@@ -456,6 +457,7 @@ def test_shard_map_on_an_explicit_mesh(row):
         assert np.allclose(got, fn(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.devices(2)
 @pytest.mark.parametrize(
     "spec", [STACKED, LoraSpec(2, in_axes=[0, 1]), LoraSpec(2, in_axes=[1])], ids=["ab", "a", "b"]
 )

@@ -281,6 +281,7 @@ def test_sixteen_bit_bases_keep_the_delta_in_float32():
     assert np.allclose(model((frozen, tunable), x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("spec", [P("d", "m"), P("m", None), P(None, "d")], ids=str)
 def test_constraints_place_the_factors_as_the_weight(spec):
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
