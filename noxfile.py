@@ -21,7 +21,7 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix.cells import ARGUMENTS, CELLS, CPU, OLDEST_PYTHON, PACKAGES  # noqa: E402
+from matrix.cells import ARGUMENTS, CELLS, CPU, HERE, OLDEST_PYTHON, PACKAGES  # noqa: E402
 from matrix.devices import missing_device  # noqa: E402
 from matrix.records import counts, recorded  # noqa: E402
 
@@ -217,7 +217,7 @@ def docs(session: nox.Session) -> None:
     )
 
 
-# Run in the new environment: each package as a user gets it, not as it lies in this folder.
+# Run in a new environment: each package as a user gets it, not as it lies in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
 for name in sys.argv[1:]:
@@ -225,18 +225,35 @@ for name in sys.argv[1:]:
     files = [str(file) for file in metadata.files(name)]
     for wanted in ("__init__.py", "py.typed", "LICENSE"):
         assert any(file.endswith(wanted) for file in files), f"{name}: no {wanted} in {files}"
+    assert not any(file.startswith("tests/") for file in files), f"{name}: tests are installed"
     assert module.__version__ == metadata.version("lorax-core"), f"{name}: another version"
     print(name, module.__version__, module.__file__)
+installed = {dist.name for dist in metadata.distributions() if dist.name.startswith("lorax-")}
+assert installed == {"lorax-core", *sys.argv[1:]}, f"{sys.argv[1:]} installed {installed}"
 """
 
 
 @nox.session(tags=DEFAULT)
 def build(session: nox.Session) -> None:
-    """Builds sdists and wheels into dist/, installs the wheels and imports them."""
+    """Builds wheels and sdists, checks them, and installs them, each package alone and together."""
     shutil.rmtree("dist", ignore_errors=True)
     session.run("uv", "build", "--all-packages", "--out-dir", "dist")
-    install_locked(session, *(str(wheel) for wheel in sorted(Path("dist").glob("*.whl"))))
-    session.run("python", "-I", "-c", CHECK_INSTALLED, *PACKAGES)
+    install_locked(session, "twine>=6")
+    session.run("twine", "check", "--strict", *map(str, sorted(Path("dist").glob("*lorax*"))))
+    for suffix in (".whl", ".tar.gz"):
+        files = {
+            p: str(next(Path("dist").glob(f"{p.replace('-', '_')}-*{suffix}"))) for p in PACKAGES
+        }
+        for together in (*([package] for package in PACKAGES), PACKAGES):
+            # The core is a dependency of both others, and no index has it.
+            wanted = [files[package] for package in dict.fromkeys(["lorax-core", *together])]
+            folder = Path(session.create_tmp(), "alone")
+            session.run(
+                "uv", "venv", "--quiet", "--clear", "--python", session.python or HERE, folder
+            )
+            python = str(folder / "bin" / "python")
+            session.run("uv", "pip", "install", "--quiet", "--python", python, *wanted)
+            session.run(python, "-I", "-c", CHECK_INSTALLED, *together, external=True)
 
 
 @nox.session(name="matrix-report", tags=DEFAULT)

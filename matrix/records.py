@@ -6,14 +6,14 @@ import json
 import pathlib
 import re
 import xml.etree.ElementTree as xml
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 FOLDER = pathlib.Path(".nox/matrix")
 
 
 @contextlib.contextmanager
-def recorded(session: str) -> Iterator[dict[str, Any]]:
+def recorded(session: str) -> Generator[dict[str, Any]]:
     """Keeps the record that the block fills, whether the block ends well or not."""
     now = datetime.datetime.now(datetime.UTC)
     record: dict[str, Any] = {"session": session, "when": f"{now:%Y-%m-%d %H:%M}"}

@@ -316,7 +316,8 @@ _MATRIX_UNITS = {"gpu": 2.0**-10, "tpu": 2.0**-7}
 def _bound(results: Any) -> float:
     """What rounding may do: 100 units of it, and 8 where a unit is already coarse."""
     widths = [jnp.finfo(r.dtype) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)]
-    exact = jax.config.jax_default_matmul_precision in ("float32", "highest")
+    precision: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    exact = precision in ("float32", "highest")
     rounds = not exact and any(w.bits == 32 for w in widths)
     units = _MATRIX_UNITS.get(jax.default_backend(), 0.0) if rounds else 0.0
     return max([8 * units, *(float(w.eps) * (100 if w.bits >= 32 else 8) for w in widths)])
