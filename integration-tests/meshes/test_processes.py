@@ -1,6 +1,7 @@
 """Two and four processes, which talk over this machine's loopback, agree with one."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -54,22 +55,13 @@ def run_processes(program, count, home, *, seconds=SECONDS):
 def _run_once(program, count, port, home, seconds):
     files = [home / f"output of process {k}.txt" for k in range(count)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    start = functools.partial(subprocess.Popen, env=environment, stderr=subprocess.STDOUT)
     running = []
     try:
         for k, file in enumerate(files):
-            command = [
-                sys.executable,
-                "-W",
-                "error",
-                str(program),
-                *map(str, (k, count, port, home)),
-            ]
+            arguments = map(str, (program, k, count, port, home))
             with file.open("w") as output:
-                running.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=output, stderr=subprocess.STDOUT
-                    )
-                )
+                running.append(start([sys.executable, "-W", "error", *arguments], stdout=output))
         failed, deadline = False, time.monotonic() + seconds
         while None in (codes := [process.poll() for process in running]):
             if any(codes) and not failed:
