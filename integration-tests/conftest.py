@@ -9,6 +9,8 @@ import pytest
 import lorax
 from lorax import testing
 
+# For meshes/; it must be said before the first array exists.
+jax.config.update("jax_num_cpu_devices", 8)
 # These models are small and run a few times: their compilation is what takes the time.
 jax.config.update("jax_disable_most_optimizations", True)
 

@@ -387,6 +387,25 @@ def join(process, port, home):
             found["same"] = False
         except AdapterError as error:
             found["errors"].append(str(error))
+
+    # Of a file that one process cannot read, no other returns its part.
+    if int(process) == 1:
+
+        def broken(self, name):
+            raise AdapterError(self.path, "cannot be read here")
+
+        TensorFile.view = broken
+    missing = f"{'one' if int(process) == 0 else 'no'} file"
+    for load in (
+        lambda: load_adapter(home / "one file", params=shapes),
+        lambda: load_peft(home / "one folder", shapes, NAMES),
+        lambda: load_adapter(home / missing, like=tunable),
+    ):
+        try:
+            load()
+            found["same"] = False
+        except AdapterError as error:
+            found["errors"].append(str(error))
     print(json.dumps(found), flush=True)
     jax.distributed.shutdown()
 
@@ -411,8 +430,12 @@ def test_two_processes(tmp_path):
         assert 0 < found["read by peft"] <= found["needed"]
     for name in ("file", "folder/adapter_config.json", "folder/adapter_model.safetensors"):
         assert (tmp_path / f"two {name}").read_bytes() == (tmp_path / f"one {name}").read_bytes()
-    assert ["No space left" in error for error in first["errors"]] == [True, True]
-    assert ["could not write" in error for error in second["errors"]] == [True, True]
+    assert ["No space left" in error for error in first["errors"][:2]] == [True, True]
+    assert ["could not write" in error for error in second["errors"][:2]] == [True, True]
+    why = "process 1: could not read its part of the adapter; its own message says why."
+    assert first["errors"][2:] == [why] * 3
+    assert ["cannot be read here" in error for error in second["errors"][2:4]] == [True, True]
+    assert "no file" in second["errors"][4]
 
 
 # Memory.

@@ -45,32 +45,55 @@ def one_writer() -> Generator[bool]:
 
     An error of the writer is an error in every process: none goes on as if there were a file.
     """
-    writer = jax.process_index() == 0
-    if jax.process_count() == 1:
-        yield True
+    with _together("could not write the adapter"):
+        yield jax.process_index() == 0
+
+
+@contextmanager
+def all_read(*places: Any) -> Generator[None]:
+    """What one process cannot read, none of them returns.
+
+    Args:
+        places: trees of arrays, shapes or shardings. Processes wait for each other only where one
+            of them says that an array lies in several.
+    """
+    leaves = [getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves(places)]
+    if all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, Sharding)):
+        yield
         return
-    error: BaseException | None = None
+    with _together("could not read its part of the adapter"):
+        yield
+
+
+@contextmanager
+def _together(failure: str) -> Generator[None]:
+    """Every process ends the block, or none: the error of one is an error in all of them."""
+    if jax.process_count() == 1:
+        yield
+        return
+    error: Exception | None = None
     try:
-        yield writer
+        yield
     except Exception as raised:
         error = raised
-    failed = not _all_agree(error is None)
+    failed = _where(error is not None)
     if error is not None:
         raise error
     if failed:
-        raise AdapterError("process 0", "could not write the adapter; its own message says why.")
+        raise AdapterError(f"process {failed[0]}", f"{failure}; its own message says why.")
 
 
-def _all_agree(here: bool) -> bool:
-    """Whether all processes say so; each waits for the others."""
+def _where(here: bool) -> list[int]:
+    """The processes that say so; each waits for the others."""
     devices = np.array(jax.devices())
     mesh = jax.sharding.Mesh(devices, ("device",))
-    sharding = NamedSharding(mesh, PartitionSpec("device"))
     votes = jax.make_array_from_callback(
-        devices.shape, sharding, lambda index: np.full(devices[index].shape, here)
+        devices.shape,
+        NamedSharding(mesh, PartitionSpec("device")),
+        lambda index: np.full(devices[index].shape, here),
     )
-    result = jax.jit(jnp.all, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
-    return bool(result.addressable_shards[0].data)
+    # Copied, not summed: an operation would have to be of the mesh that the user has set.
+    return sorted({device.process_index for device in devices[to_host(votes)]})
 
 
 def place(

@@ -5,6 +5,7 @@ A tensor is named by its path in the tree; a LoRA weight at `attn/kernel` is the
 scaling, axes) is JSON in the file's header, beside what is known of the base.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ import numpy as np
 from lorax import LoraSpec, LoraWeight
 
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterWarning
-from ._host import one_writer, place, placed_like, placements, sharding_of, to_host
+from ._host import all_read, one_writer, place, placed_like, placements, sharding_of, to_host
 from ._progress import track
 from ._tensors import (
     TensorFile,
@@ -131,7 +132,8 @@ def load_adapter(
 
     Raises:
         AdapterError: where the file is damaged or not native, holds NaN or infinity, or does not
-            fit; nothing is returned in part.
+            fit; nothing is returned in part. Where arrays lie in several processes, an error of
+            one is an error in all of them.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -144,15 +146,19 @@ def load_adapter(
     """
     if (params is None) == (like is None):
         raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
-    with TensorFile(path) as file:
-        specs = read_specs(file)
-        if like is None:
-            rows, structure, paths = _fit_params(file, specs, params)
-            _check_base(file, params, rows)
-        else:
-            rows, structure, paths = _fit_like(file, specs, like)
-        places = placements(rows, structure, paths, sharding)
-        rows = _load(file, rows, places)
+    with contextlib.ExitStack() as stack:
+        with all_read(params, like, sharding):
+            file = stack.enter_context(TensorFile(path))
+            specs = read_specs(file)
+            if like is None:
+                rows, structure, paths = _fit_params(file, specs, params)
+            else:
+                rows, structure, paths = _fit_like(file, specs, like)
+            places = placements(rows, structure, paths, sharding)
+        with all_read(params, like, sharding):
+            if like is None:
+                _check_base(file, params, rows)  # this may gather the base from all processes
+            rows = _load(file, rows, places)
     return with_leaves(structure, paths, rows)
 
 

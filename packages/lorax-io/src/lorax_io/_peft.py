@@ -12,7 +12,7 @@ from ._config import CONFIG_NAME, TASK_TYPES, PeftConfig, read_config
 from ._errors import AdapterError, AdapterFileError, AdapterNotFoundError
 from ._export import Export, export
 from ._files import file_in, make_folder, write_text
-from ._host import one_writer
+from ._host import all_read, one_writer
 from ._layouts import Names, as_layouts
 from ._restore import Source, plain_keys, restore
 from ._tensors import TensorFile, is_number, parse_json, write_tensors
@@ -119,7 +119,7 @@ def load_peft(
     Example:
         See `save_peft`.
     """
-    with open_peft(folder) as source:
+    with all_read(params, sharding), open_peft(folder) as source:
         return restore(source, params, as_layouts(names), sharding)
 
 

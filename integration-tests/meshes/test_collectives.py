@@ -1,0 +1,179 @@
+"""What moves between devices: no more than with LoRA written in by hand, and no base weight more
+than in the plain model.
+
+The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,
+leaves out work of LLVM's; the passes that place, join and remove collectives run all the same.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from sharded import (
+    EQUATIONS,
+    LABELS,
+    LAYOUTS,
+    RANK,
+    SETTINGS,
+    SIZES,
+    adapt,
+    by_hand,
+    loss_of,
+    plain,
+    setting,
+)
+
+import lorax
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# `-done` of the two halves of an asynchronous one: what `-start` makes holds its operands, too.
+COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-done)?\(")
+ARRAY = re.compile(r"\b[a-z]+(\d+)\[([\d,]*)\]")
+
+
+class Moved(NamedTuple):
+    """One array that a collective makes."""
+
+    kind: str
+    entries: int
+    bytes: int
+
+
+def collectives(compiled):
+    """Each collective of a compiled program: all that it makes. Of a loop, the body counts once."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := COLLECTIVE.search(line):
+            result, kind = match.groups()
+            arrays = [
+                (int(bits), math.prod(map(int, filter(None, sizes.split(",")))))
+                for bits, sizes in ARRAY.findall(result)
+            ]
+            assert arrays, line
+            found.append([Moved(kind, entries, entries * bits // 8) for bits, entries in arrays])
+    return found
+
+
+def compiled(function, *args):
+    return collectives(jax.jit(function).lower(*args).compile())
+
+
+def counts(found):
+    """How many collectives of each kind there are, and how many bytes they make."""
+    total = collections.Counter()
+    for arrays in found:
+        total[arrays[0].kind] += 1
+        total[f"{arrays[0].kind} bytes"] += sum(moved.bytes for moved in arrays)
+    return total
+
+
+def weight_sizes(where):
+    """The entries of the weights, of stacks of them, and of the parts that devices hold."""
+    weights = [math.prod(SIZES[label] for label in LABELS[name]) for name in EQUATIONS]
+    return {
+        weight * stack // cut
+        for weight in weights
+        for stack in (1, SIZES["l"])
+        for cut in cuts(where)
+    }
+
+
+def cuts(where):
+    return {1, *where.layout.mesh.values(), where.mesh.size}
+
+
+def weights_among(found, where):
+    moved = [moved for arrays in found for moved in arrays]
+    sizes = weight_sizes(where)
+    return collections.Counter(moved[:2] for moved in moved if moved.entries in sizes)
+
+
+def test_the_counter_sees_what_there_is():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.shard_map(mesh=mesh, in_specs=P("d"), out_specs=(P(), P("d"), P("d"), P("d"), P("d")))
+    def move(x):  # [5, 8] on each device
+        return (
+            jax.lax.psum(x, "d"),
+            jax.lax.all_gather(x[:3], "d"),
+            jax.lax.psum_scatter(x, "d", scatter_dimension=1, tiled=True),
+            jax.lax.all_to_all(x[:4], "d", 1, 0, tiled=True),
+            jax.lax.ppermute(x[:2], "d", [(k, (k + 1) % 8) for k in range(8)]),
+        )
+
+    found = counts(compiled(move, np.ones((40, 8), np.float32)))
+    assert found == {
+        **dict.fromkeys(KINDS, 1),
+        "all-reduce bytes": 4 * 5 * 8,
+        "all-gather bytes": 4 * 8 * 3 * 8,
+        "reduce-scatter bytes": 4 * 5,
+        "all-to-all bytes": 4 * 4 * 8,
+        "collective-permute bytes": 4 * 2 * 8,
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_tell_weights_from_all_else(layout):
+    where = setting(layout, explicit=False, stacked=False)
+    adapters = [LABELS[name] for name in EQUATIONS]
+    sides = {
+        math.prod(SIZES[label] for label in axes) for w in adapters for axes in ("d", w.strip("d"))
+    }
+    factors = {RANK * side * stack for side in sides for stack in (1, SIZES["l"])}
+    rows = SIZES["b"] * SIZES["t"]
+    activations = {rows * size for size in (SIZES["d"], RANK, *sides)}
+    others = {size // cut for size in factors | activations for cut in cuts(where)}
+    assert others.isdisjoint(weight_sizes(where))
+
+
+# A list and a stack move the same things: of lists, the layout that moves the most will do.
+CHOSEN = {
+    name: kind
+    for name, kind in SETTINGS.items()
+    if kind["stacked"] or kind["layout"] == "fully sharded and tensor"
+}
+
+
+@pytest.mark.parametrize("kind", CHOSEN.values(), ids=CHOSEN)
+def test_nothing_moves_that_would_not_by_hand(kind):
+    where = setting(**kind)
+    with where.context():
+        found = adapt(where)
+        pair, (x, y) = (found.frozen, found.tunable), found.batch
+        model, hand = plain(where), by_hand(where)
+        ours = lorax.lora(model, on_materialize="error")
+
+        forward = compiled(ours, pair, x)
+        assert counts(forward) <= counts(compiled(hand, pair, x))
+        assert weights_among(forward, where) <= weights_among(
+            compiled(model, found.params, x), where
+        )
+
+        gradient = compiled(jax.value_and_grad(loss_of(ours)), *pair[::-1], x, y)
+        by_hands = compiled(jax.value_and_grad(loss_of(hand)), *pair[::-1], x, y)
+        assert counts(gradient) <= counts(by_hands)
+        # The plain model's gradient, to the input: through every layer, and of no weight.
+        through = compiled(jax.value_and_grad(plain_loss(model)), x, found.params, y)
+        assert weights_among(gradient, where) <= weights_among(through, where)
+
+
+def plain_loss(model):
+    return lambda x, params, y: jnp.mean((model(params, x) - y) ** 2)
+
+
+def test_weights_that_are_merged_in_the_step_are_seen_to_move():
+    where = setting("fully sharded and tensor", explicit=True, stacked=False)
+    with where.context():
+        found = adapt(where)
+        x, y = found.batch
+        merged = lambda pair, x: plain(where)(lorax.merge_params(*pair), x)  # noqa: E731
+        step = jax.value_and_grad(loss_of(merged))
+        gradient = compiled(step, found.tunable, found.frozen, x, y)
+        through = compiled(jax.value_and_grad(plain_loss(plain(where))), x, found.params, y)
+        assert not weights_among(gradient, where) <= weights_among(through, where)

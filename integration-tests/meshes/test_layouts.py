@@ -1,0 +1,122 @@
+"""Adapters on eight devices: whole on each, fully sharded, and tensor parallel."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from sharded import SETTINGS, adapt, made, names_for_peft, setting, train
+
+import lorax
+from lorax import LoraWeight
+from lorax_io import load_adapter, load_peft, save_adapter, save_peft
+
+# Float32 sums in another order: relative to the largest entry of each array.
+TOLERANCE = 1e-4
+
+each_setting = pytest.mark.parametrize("kind", SETTINGS.values(), ids=SETTINGS)
+
+
+def pairs(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    return zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+
+
+def assert_close(found, wanted):
+    for x, y in pairs(found, wanted):
+        np.testing.assert_allclose(x, y, rtol=0, atol=TOLERANCE * np.abs(y).max())
+
+
+def assert_equal(found, wanted):
+    for x, y in pairs(found, wanted):
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_places(found, wanted):
+    for x, y in pairs(found, wanted):
+        assert x.committed and x.sharding.is_equivalent_to(y.sharding, y.ndim)
+
+
+def partition_of(array):
+    """The entry of the partition for each axis of an array, or of a type."""
+    spec = array.sharding.spec
+    return [*spec, *[None] * (array.ndim - len(spec))]
+
+
+def assert_beside_base(params, tunable):
+    """Each axis of a factor lies as the base's axis that it runs over, and the rank is whole."""
+    is_leaf = lambda leaf: leaf is None or isinstance(leaf, LoraWeight)  # noqa: E731
+    leaves = jax.tree.leaves(tunable, is_leaf=is_leaf)
+    for base, leaf in zip(jax.tree.leaves(params), leaves, strict=True):
+        entries = partition_of(base)
+        if isinstance(leaf, LoraWeight):
+            shared, inputs, outputs = (
+                [entries[d] for d in axes]
+                for axes in (leaf.shared_axes, leaf.in_axes, leaf.out_axes)
+            )
+            assert partition_of(leaf.a) == [*shared, *inputs, None]
+            assert partition_of(leaf.b) == [*shared, None, *outputs]
+        elif leaf is not None:
+            assert partition_of(leaf) == entries
+
+
+@functools.cache
+def on_one_device(stacked):
+    """The adapter that it starts with, the losses, the trained adapter and the merged model."""
+    where = setting("one device", explicit=False, stacked=stacked)
+    found = adapt(where)
+    tunable, losses = train(where, found)
+    merged = lorax.merge_params(found.frozen, tunable)
+    return jax.device_get((found.tunable, losses, tunable, merged))
+
+
+@each_setting
+def test_an_adapter_is_made_trained_merged_saved_and_loaded(kind, tmp_path):
+    started, losses, trained, merged = on_one_device(kind["stacked"])
+    where = setting(**kind)
+    with where.context():
+        found = adapt(where)
+        assert_equal(found.tunable, started)
+        assert_beside_base(found.params, found.tunable)
+
+        tunable, found_losses = train(where, found)
+        np.testing.assert_allclose(found_losses, losses, rtol=TOLERANCE)
+        assert losses[-1] < 0.9 * losses[0]
+        assert_close(tunable, trained)
+        assert_places(tunable, found.tunable)
+
+        found_merged = lorax.merge_params(found.frozen, tunable)
+        assert_close(found_merged, merged)
+        assert_places(found_merged, found.params)
+
+        save_adapter(tmp_path / "adapter", tunable, base=found.params, hash_base=True)
+        loaded = load_adapter(tmp_path / "adapter", params=found.params)
+        assert_equal(loaded, tunable)
+        assert_places(loaded, found.tunable)
+
+
+EXPLICIT = {name: kind for name, kind in SETTINGS.items() if kind["explicit"]}
+
+
+@pytest.mark.parametrize("kind", EXPLICIT.values(), ids=EXPLICIT)
+def test_inside_jit_explicit_axes_are_in_the_types_of_factors(kind):
+    where = setting(**kind)
+    with where.context():
+        params, spec, _ = made(where)
+        init = jax.jit(lambda params: lorax.init_lora(params, spec, jax.random.key(0))[1])
+        assert_beside_base(params, jax.eval_shape(init, params))
+
+
+FULLY = {name: kind for name, kind in SETTINGS.items() if name.startswith("fully sharded and")}
+
+
+@pytest.mark.parametrize("kind", FULLY.values(), ids=FULLY)
+def test_a_folder_of_peft_is_loaded_where_its_base_lies(kind, tmp_path):
+    where = setting(**kind)
+    names = names_for_peft(where.stacked)
+    with where.context():
+        found = adapt(where)
+        save_peft(tmp_path / "folder", found.tunable, names)
+        _, loaded = load_peft(tmp_path / "folder", found.params, names)
+        assert_equal(loaded, found.tunable)
+        assert_places(loaded, found.tunable)

@@ -1,0 +1,73 @@
+"""One of several processes with one adapter: `worker.py PROCESS COUNT PORT HOME`."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sharded import Setting, adapt, names_for_peft, plain, setting, train
+
+import lorax
+from lorax_io import load_adapter, load_peft, save_adapter, save_peft
+
+DEVICES = 8  # of all processes together
+
+
+def setting_for(count: int) -> Setting:
+    """With four processes, each axis of the mesh reaches over several of them."""
+    if count == 2:
+        return setting("fully sharded", explicit=False, stacked=False)
+    return setting("fully sharded and tensor", explicit=True, stacked=False)
+
+
+def run(where: Setting, home: pathlib.Path) -> list[float]:
+    """Trains an adapter, saves it in both forms, loads it from both, and merges it.
+
+    Returns:
+        The losses on the way, the last of which is the merged model's.
+    """
+    names = names_for_peft(where.stacked)
+    with where.context():
+        found = adapt(where)
+        tunable, losses = train(where, found)
+        save_adapter(home / "adapter", tunable, base=found.params, hash_base=True)
+        save_peft(home / "folder", tunable, names)
+        loaded = load_adapter(home / "adapter", params=found.params)
+        assert_same(loaded, tunable)
+        _, again = load_peft(home / "folder", found.params, names)
+        assert_same(again, tunable)
+        merged = lorax.merge_params(found.frozen, loaded)
+        x, y = found.batch
+        model = plain(where)
+        loss = jax.jit(lambda params, x, y: jnp.mean((model(params, x) - y) ** 2))
+        return [*losses, float(loss(merged, x, y))]
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """The same numbers on the same devices, of those that this process has."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        parts = {shard.device: shard for shard in y.addressable_shards}
+        assert parts.keys() == {shard.device for shard in x.addressable_shards}
+        for shard in x.addressable_shards:
+            assert shard.index == parts[shard.device].index
+            np.testing.assert_array_equal(shard.data, parts[shard.device].data)
+
+
+def main(process: int, count: int, port: int, home: pathlib.Path) -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES // count)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
+    assert (jax.process_count(), jax.device_count()) == (count, DEVICES)
+    losses = run(setting_for(count), home)
+    (home / f"losses of process {process}.json").write_text(json.dumps(losses))
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    number, count, port, home = sys.argv[1:]
+    main(int(number), int(count), int(port), pathlib.Path(home))
