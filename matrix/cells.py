@@ -43,11 +43,13 @@ class Cell(NamedTuple):
     @property
     def is_default(self) -> bool:
         """Whether plain `nox` runs it."""
-        if self.backend == CPU:
-            wanted = {HERE: JAX, NEWEST_PYTHON: JAX[:1]}
-            return self.jax in wanted.get(self.python, [])
-        usual = self.backend in ("cuda13", "tpu") and self.package == "lorax-core"
-        return usual and (self.python, self.jax) == (HERE, JAX[0])
+        newest, floor = JAX
+        here = (self.python, self.jax) == (HERE, newest)
+        if self.backend != CPU:
+            return here and self.package == "lorax-core" and self.backend in ("cuda13", "tpu")
+        # All models of transformers take long, and `peft` runs them here as well.
+        here = here and self.package != "lorax-hf"
+        return here or (self.python, self.jax) in {(HERE, floor), (NEWEST_PYTHON, newest)}
 
     def param(self) -> Any:
         """Itself, as nox takes it."""
