@@ -28,9 +28,9 @@ def norm(scale, x):
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
 
 
-def attend(q, k, v):
+def attend(q, k, v, heads=HEADS):
     """Causal attention over [batch, time, width]."""
-    q, k, v = (x.reshape(*x.shape[:2], HEADS, -1) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)

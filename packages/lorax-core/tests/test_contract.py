@@ -7,11 +7,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import _contract
+from lorax import LoraSpec, _contract, init_lora, lora
 from lorax._terms import Label
 
-B, I, O, R, S, E = (Label(k, size) for k, size in enumerate((19, 11, 7, 2, 3, 5)))  # noqa: E741
+B, I, O, R, S, E, T, K = (  # noqa: E741
+    Label(k, size) for k, size in enumerate((19, 11, 7, 2, 3, 5, 13, 4))
+)
 
 
 def arrays(*labels, dtype=jnp.float32):
@@ -23,7 +26,7 @@ def arrays(*labels, dtype=jnp.float32):
 
 
 def einsum(operands, out):
-    letters = {label: chr(97 + label.id) for label in (B, I, O, R, S, E)}
+    letters = {label: chr(97 + label.id) for label in (B, I, O, R, S, E, T, K)}
     spell = lambda labels: "".join(letters[label] for label in labels)  # noqa: E731
     equation = ",".join(spell(names) for _, names in operands) + "->" + spell(out)
     return np.einsum(equation, *(np.asarray(array, np.float64) for array, _ in operands))
@@ -56,6 +59,13 @@ CASES = [
     ([(I, R), (R, O), (I, S), (S, O)], (I, O), None),
     ([(I, R)], (I,), None),
     ([(B, I, O), (I, R), (R, O)], (B,), 0),
+    ([(B, T, I), (I, R), (R, O)], (B, T, O), 0),
+    ([(B, T, I), (I, R), (R, O)], (T, B, O), 0),
+    ([(B, I, T), (I, R), (R, O, K)], (B, T, O, K), 0),
+    ([(B, T, I, K), (I, K, R), (R, O)], (B, T, O), 0),
+    ([(B, E, T, I), (E, I, R), (E, R, O)], (E, B, T, O), 0),
+    ([(B, T, I), (I, R), (R,), (R, S), (S, O)], (B, T, O), 0),
+    ([(B, T, R), (R, O)], (B, T, O), None),
 ]
 
 
@@ -171,3 +181,152 @@ def test_product_dtype(operand, out, expected):
 )
 def test_wide_dtype(dtype, expected):
     assert _contract.wide_dtype(dtype) == expected
+
+
+# The form: neighbouring axes are one axis, where that is fast
+
+
+def products(fn, *args):
+    """The shapes that the products of a function make, nested bodies included."""
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.outvars[0].aval.shape
+            for value in eqn.params.values():
+                if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
+                    yield from walk(getattr(value, "jaxpr", value))
+
+    return list(walk(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+def contraction(names, out, meets=0):
+    """A contraction as a function of its operands, and the operands."""
+    operands = arrays(*names)
+    fn = lambda *given: _contract.contract(  # noqa: E731
+        list(zip(given, names, strict=True)), out, dtype=jnp.float32, meets=meets
+    )
+    return fn, [array for array, _ in operands]
+
+
+def sizes(*labels):
+    """The shape of an array with an axis for each group of labels."""
+    return tuple(
+        int(np.prod([label.size for label in group])) if isinstance(group, list) else group.size
+        for group in labels
+    )
+
+
+JOINED = [
+    # x keeps its axes: JAX would keep it in both forms for the backward pass.
+    ([(B, T, I), (I, R), (R, O)], (B, T, O), 0, [sizes(B, T, R), sizes([B, T], O)]),
+    ([(B, T, I, K), (I, K, R), (R, O)], (B, T, O), 0, [sizes(B, T, R), sizes([B, T], O)]),
+    ([(B, T, I), (I, R), (R, O, K)], (B, T, O, K), 0, [sizes(B, T, R), sizes([B, T], [O, K])]),
+    # Experts.
+    (
+        [(B, E, T, I), (E, I, R), (E, R, O)],
+        (E, B, T, O),
+        0,
+        [sizes(E, B, T, R), sizes(E, [B, T], O)],
+    ),
+    # An embedding's rows, or what a convolution made of its windows: nobody else has them.
+    ([(B, T, R), (R, O)], (B, T, O), None, [sizes([B, T], O)]),
+    # Nothing to join.
+    ([(B, I), (I, R), (R, O)], (B, O), 0, [sizes(B, R), sizes(B, O)]),
+]
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_axes_are_joined_on_cpu(case):
+    names, out, meets, expected = case
+    fn, operands = contraction(names, out, meets)
+    assert products(fn, *operands) == expected
+    assert fn(*operands).shape == sizes(*out)
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_nothing_is_moved_to_join_axes(case):
+    names, out, meets, _ = case
+    made = shapes_made(arrays(*names), out, meets=meets)
+    assert {name for name, _ in made} <= {"dot_general", "reshape"}
+
+
+def test_no_axes_are_joined_on_other_platforms(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fn, operands = contraction([(B, T, I), (I, R), (R, O)], (B, T, O))
+    assert products(fn, *operands) == [sizes(B, T, R), sizes(B, T, O)]
+
+
+def adapted(kind):
+    """A model and its adapters; an argument off a mesh, and the same argument on one."""
+    params = {"w": jnp.ones((6, 10))}
+    adapters = init_lora(params, {"w": LoraSpec(2)}, jax.random.key(0))
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind, kind))
+    x = jnp.ones((4, 8, 6))
+    fn = lora(lambda p, x: jnp.sin(jnp.cos(x) @ p["w"]))
+    return fn, adapters, x, mesh, NamedSharding(mesh, P("d", "m"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("around", [lambda fn: fn, jax.jit, jax.checkpoint], ids=str)
+def test_no_axes_are_joined_on_a_mesh(kind, around):
+    fn, adapters, x, mesh, sharding = adapted(kind)
+    alone = [(4, 8, 10), (4, 8, 2), (32, 10)]
+    spread = [(4, 8, 10), (4, 8, 2), (4, 8, 10)]
+    # Off the mesh again at last: nothing remembers the other form.
+    assert products(around(fn), adapters, x) == alone
+    on_mesh = jax.device_put(x, sharding)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(adapters, NamedSharding(mesh, P()))
+        assert products(around(fn), placed, on_mesh) == spread
+        if kind == AxisType.Auto:
+            # Whatever `in_shardings` will say.
+            assert products(around(fn), adapters, x) == spread
+    if kind == AxisType.Auto:
+        assert products(around(fn), adapters, on_mesh) == spread
+    assert products(around(fn), adapters, x) == alone
+
+
+def test_no_axes_are_joined_for_shapes_that_lie_on_a_mesh():
+    # As when compiling ahead of time for a topology that this host does not have.
+    fn, adapters, x, _, sharding = adapted(AxisType.Auto)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    text = jax.jit(fn).lower(adapters, shape).as_text()
+    assert "tensor<32x10xf32>" not in text
+    assert "tensor<32x10xf32>" in jax.jit(fn).lower(adapters, x).as_text()
+
+
+def test_a_mesh_of_one_device_is_a_mesh():
+    fn, adapters, x, _, _ = adapted(AxisType.Auto)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    assert (32, 10) not in products(fn, adapters, jax.device_put(x, NamedSharding(mesh, P("d"))))
+
+
+def test_the_gradient_of_b_contracts_one_axis():
+    fn, (frozen, tunable), x, _, _ = adapted(AxisType.Auto)
+    loss = lambda tunable: fn((frozen, tunable), x).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(tunable).as_text()
+    wide = [line for line in text.splitlines() if "dot_general" in line and "4x8x10xf32" in line]
+    assert not any("contracting_dims = [0, 1] x [0, 1]" in line for line in wide), wide
+
+
+def test_many_directions_and_many_adapters():
+    # Each direction and each adapter is an axis that the joined ones do not know of.
+    fn, (frozen, tunable), x, _, _ = adapted(AxisType.Auto)
+    tunable = jax.tree.map(lambda leaf: leaf + 0.1, tunable)
+    merged = lambda t, x: jnp.sin(jnp.cos(x) @ (frozen["w"] + t["w"].a @ t["w"].b))  # noqa: E731
+    ours = lambda t, x: fn((frozen, t), x)  # noqa: E731
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), tunable)
+
+    def hessian_products(f):
+        gradient = jax.grad(lambda t: (f(t, x) ** 2).sum())
+        return lambda ts: jax.vmap(lambda t: jax.jvp(gradient, (tunable,), (t,)))(ts)
+
+    def per_example(f):
+        gradient = jax.grad(lambda t, x: (f(t, x[None]) ** 2).sum())
+        return lambda ts: jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(ts, x)
+
+    for transform in (hessian_products, per_example):
+        got, expected = transform(ours)(several), transform(merged)(several)
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+        assert all(np.allclose(one, two, rtol=1e-3, atol=1e-3) for one, two in pairs)

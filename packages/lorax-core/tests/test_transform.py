@@ -180,10 +180,11 @@ def test_without_adapters_the_program_is_the_original_one():
     assert str(plain) == str(adapted)
 
 
-def test_zero_b_gives_the_bits_of_the_base_model():
+@pytest.mark.parametrize("x", [X, jnp.stack([X, X + 1])], ids=["rows", "rows-of-rows"])
+def test_zero_b_gives_the_bits_of_the_base_model(x):
     params = {"w": jax.random.normal(jax.random.key(0), (5, 7))}
     adapters = init_lora(params, {"w": 2}, jax.random.key(1))
-    assert (jax.jit(lora(model))(adapters, X) == jax.jit(model)(params, X)).all()
+    assert (jax.jit(lora(model))(adapters, x) == jax.jit(model)(params, x)).all()
 
 
 # How it is traced
@@ -328,15 +329,16 @@ def test_jit_keeps_its_name_and_donation():
 # Under transformations
 
 
-def losses():
+def losses(x=X):
     frozen, tunable = pair()
     return (
         tunable,
-        lambda t: lora(model)((frozen, t), X).sum(),
-        lambda t: model(merge_params(frozen, t), X).sum(),
+        lambda t: lora(model)((frozen, t), x).sum(),
+        lambda t: model(merge_params(frozen, t), x).sum(),
     )
 
 
+@pytest.mark.parametrize("x", [X, jnp.stack([X, X + 1])], ids=["rows", "rows-of-rows"])
 @pytest.mark.parametrize(
     "transform",
     [
@@ -353,8 +355,8 @@ def losses():
     ],
     ids=["grad", "jacrev", "jacfwd", "jvp", "linearize", "hvp", "hessian", "remat", "jit", "vmap"],
 )
-def test_transformations_agree_with_the_merged_model(transform):
-    tunable, ours, merged = losses()
+def test_transformations_agree_with_the_merged_model(transform, x):
+    tunable, ours, merged = losses(x)
     got, expected = transform(ours)(tunable), transform(merged)(tunable)
     assert all(map(equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
 

@@ -2,14 +2,16 @@
 
 Rules say *which* labels meet. `contract` decides how: pairwise, in the order of least
 multiplications, each pair as one `dot_general` whose operands are already in the operand's
-dtype, under the named scope `lora`.
+dtype, under the named scope `lora`. On one CPU, neighbouring axes are one axis in it.
 
 Labels are any hashable with a `size`; each names one axis of an operand.
 """
 
+import collections
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +75,8 @@ def contract(
         arrays = [array.astype(dtype) for array, _ in operands]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
+        joins = _is_for_one_cpu(arrays)
+        operand = None if meets is None else arrays[meets]
         met = [k == meets for k in range(len(arrays))]
         for left, right in _path(tuple(labels), out, meets):
             last = len(arrays) == 2
@@ -86,6 +90,8 @@ def contract(
                 _precisions(precision, meets, met[left], met[right]),
                 preferred_element_type if last else None,
                 out if last else None,
+                # Of an operand that others share, JAX would keep both forms for the backward pass.
+                joins and operand is not arrays[left] and operand is not arrays[right],
             )
             meeting = met[left] or met[right]
             for k in sorted((left, right), reverse=True):
@@ -99,7 +105,7 @@ def contract(
         return array
 
 
-def _pair(left, right, elsewhere, mesh, precision, preferred, out) -> Operand:
+def _pair(left, right, elsewhere, mesh, precision, preferred, out, joins) -> Operand:
     """One `dot_general`; `out`, where given, decides which operand comes first."""
     (x, xs), (y, ys) = left, right
     x, xs = _sum_out(x, xs, elsewhere.union(ys))
@@ -114,6 +120,10 @@ def _pair(left, right, elsewhere, mesh, precision, preferred, out) -> Operand:
         if isinstance(precision, tuple):
             precision = precision[::-1]
     found = (*batch, *x_free, *y_free)
+    if joins:
+        followers = _followers((xs, ys, found))
+        xs, ys, summed, batch = (_join(labels, followers) for labels in (xs, ys, summed, batch))
+        x, y = _reshape(x, xs), _reshape(y, ys)
     dimension_numbers = (
         ([xs.index(label) for label in summed], [ys.index(label) for label in summed]),
         ([xs.index(label) for label in batch], [ys.index(label) for label in batch]),
@@ -126,7 +136,59 @@ def _pair(left, right, elsewhere, mesh, precision, preferred, out) -> Operand:
         preferred_element_type=preferred,
         **mesh.out_sharding(found),
     )
-    return result, found
+    return _reshape(result, found), found
+
+
+def _is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
+    """Whether a program is traced for a CPU, off a mesh: there axes are joined.
+
+    The gradient of `b` in `(x @ a) @ b` contracts all that x keeps, as batch and sequence. XLA on
+    CPU copies the whole cotangent for that, unless it is one axis. (For `a` it copies the
+    cotangent of `x @ a`, a rank wide, which costs little.) Elsewhere nothing is gained, and the
+    joined axes cost memory on TPU, and collectives wherever several of them are sharded.
+
+    The mesh is in the type of the array, or in the context; it may be of another platform than
+    this host's. No trace shows what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)` compile
+    for, nor the one device of a `SingleDeviceSharding`: a host without an accelerator that
+    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`.
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    off_mesh = all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh()))
+    return off_mesh and jax.default_backend() == "cpu"
+
+
+class _Joined(NamedTuple):
+    """Labels that are one axis."""
+
+    size: int
+    labels: tuple[Any, ...]
+
+
+def _followers(sequences: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
+    """The label right behind each label, where it is so in every sequence that has one of the two.
+
+    A reshape can make the two one axis of every array, and nothing moves.
+    """
+    uses = collections.Counter(itertools.chain(*sequences))
+    pairs = collections.Counter(itertools.chain(*map(itertools.pairwise, sequences)))
+    return {one: two for (one, two), count in pairs.items() if count == uses[one] == uses[two]}
+
+
+def _join(labels: tuple[Any, ...], followers: Mapping[Any, Any]) -> tuple[Any, ...]:
+    runs: list[tuple[Any, ...]] = []
+    for label in labels:
+        if runs and followers.get(runs[-1][-1]) == label:
+            runs[-1] += (label,)
+        else:
+            runs.append((label,))
+    return tuple(
+        run[0] if len(run) == 1 else _Joined(math.prod(label.size for label in run), run)
+        for run in runs
+    )
+
+
+def _reshape(array: jax.Array, labels: Sequence[Any]) -> jax.Array:
+    return array if array.ndim == len(labels) else array.reshape([found.size for found in labels])
 
 
 def _precisions(precision, meets, left_met: bool, right_met: bool):

@@ -201,4 +201,4 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
         (tuple(flat), kernel_axes),
         tuple(found),
     )
-    return term.array(x.dtype, precision=precision, preferred_element_type=preferred, meets=0)
+    return term.array(x.dtype, precision=precision, preferred_element_type=preferred)

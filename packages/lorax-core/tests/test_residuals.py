@@ -1,0 +1,141 @@
+"""What is kept for the backward pass: nothing that hand-written LoRA does not keep."""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lorax import LoraSpec, LoraWeight, init_lora, lora
+from lorax.testing import random_factors
+
+LAYERS, BATCH, TIME, WIDTH, HIDDEN, TOKENS = 3, 2, 5, 6, 10, 11
+
+
+def residuals(fn, x):
+    """Number and bytes of the arrays that the derivative of `fn` at `x` holds on to, and each."""
+    _, tangent = jax.linearize(fn, x)
+    kept = [array.nbytes for array in jax.make_jaxpr(tangent)(x).consts]
+    return len(kept), sum(kept), sorted(Counter(kept).items())
+
+
+# A model says what its weights do through one function: without LoRA, or with it.
+
+
+def plain(p, _):
+    return lambda name, w_of_x, delta_of_x, x: w_of_x(p[name], x)
+
+
+def by_hand(p, f):
+    return lambda name, w_of_x, delta_of_x, x: (
+        w_of_x(p[name], x) + delta_of_x(f[name]["a"], f[name]["b"], x)
+    )
+
+
+def dense(use, name, x):
+    return use(name, lambda w, x: x @ w, lambda a, b, x: (x @ a) @ b, x)
+
+
+def block(use, x):
+    """Three adapters share an input, and one meets what its own activation keeps as well."""
+    h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    q, k, v = (dense(use, name, h) for name in "qkv")
+    scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
+    x = x + dense(use, "o", jnp.einsum("bts,bsd->btd", scores, v))
+    return x + dense(use, "down", jnp.tanh(dense(use, "up", x)))
+
+
+BLOCK = {name: (WIDTH, WIDTH) for name in "qkvo"} | {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+
+
+def unrolled(remat, meaning, params, factors, x):
+    run = jax.checkpoint(lambda p, f, x: block(meaning(p, f), x)) if remat else None
+    for k in range(LAYERS):
+        p, f = jax.tree.map(lambda leaf, k=k: leaf[k], (params, factors))
+        x = run(p, f, x) if run else block(meaning(p, f), x)
+    return x
+
+
+def scanned(remat, meaning, params, factors, x):
+    def body(x, layer):
+        return block(meaning(*layer), x), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (params, factors))[0]
+
+
+def tied(meaning, params, factors, tokens):
+    use = meaning(params, factors)
+    x = use("table", lambda w, t: w[t], lambda a, b, t: a[t] @ b, tokens)
+    return use("table", lambda w, x: x @ w.T, lambda a, b, x: (x @ b.T) @ a.T, jnp.sin(x))
+
+
+def convolved(meaning, params, factors, x):
+    conv = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    use = meaning(params, factors)
+    return jnp.sin(use("w", lambda w, x: conv(x, w), lambda a, b, x: conv(x, a) @ b, jnp.sin(x)))
+
+
+def mixed(meaning, params, factors, x):
+    """Experts, each with rows of every example."""
+    multiply = functools.partial(jnp.einsum, "beti,eio->beto")
+    use = meaning(params, factors)
+    return use("w", lambda w, x: multiply(x, w), lambda a, b, x: multiply(multiply(x, a), b), x)
+
+
+def stacked(shapes):
+    return {name: (LAYERS, *shape) for name, shape in shapes.items()}
+
+
+PER_LAYER = LoraSpec(2, shared_axes=[0])
+ROWS = {
+    f"{run.__name__}{', remat' * remat}": (
+        functools.partial(run, remat), stacked(BLOCK), PER_LAYER, (BATCH, TIME, WIDTH)
+    )
+    for run in (unrolled, scanned)
+    for remat in (False, True)
+} | {
+    "tied": (tied, {"table": (TOKENS, WIDTH)}, LoraSpec(2), (BATCH, TIME)),
+    "convolution": (
+        convolved,
+        {"w": (3, 3, WIDTH, HIDDEN)},
+        LoraSpec(2, in_axes=[0, 1, 2]),
+        (BATCH, 4, 4, WIDTH),
+    ),
+    "experts": (
+        mixed, {"w": (LAYERS, WIDTH, HIDDEN)}, PER_LAYER, (BATCH, LAYERS, TIME, WIDTH)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("row", ROWS)
+def test_nothing_is_kept_that_hand_written_lora_does_not_keep(row, jit):
+    model, shapes, spec, x_shape = ROWS[row]
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    frozen, tunable = init_lora(params, dict.fromkeys(shapes, spec), jax.random.key(0))
+    # Small, as layer after layer adds a delta.
+    tunable = jax.tree.map(lambda leaf: leaf / 4, random_factors(tunable, jax.random.key(1)))
+    factors = jax.tree.map(
+        lambda weight: {"a": weight.a, "b": weight.b},
+        tunable,
+        is_leaf=lambda node: isinstance(node, LoraWeight),
+    )
+    x = jnp.ones(x_shape) if row != "tied" else jnp.zeros(x_shape, jnp.int32)
+    no_factors = dict.fromkeys(params)
+
+    def ours(tunable):
+        return lora(lambda params, x: model(plain, params, no_factors, x))((frozen, tunable), x)
+
+    def theirs(factors):
+        return model(by_hand, params, factors, x)
+
+    around = jax.jit if jit else lambda fn: fn
+    assert jnp.allclose(ours(tunable), theirs(factors), rtol=1e-4, atol=1e-4)
+    mine, their = residuals(around(ours), tunable), residuals(around(theirs), factors)
+    assert mine[0] <= their[0] and mine[1] <= their[1], (mine, their)
