@@ -268,7 +268,9 @@ def adapted(kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("around", [lambda fn: fn, jax.jit, jax.checkpoint], ids=str)
+@pytest.mark.parametrize(
+    "around", [lambda fn: fn, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"]
+)
 def test_no_axes_are_joined_on_a_mesh(kind, around):
     fn, adapters, x, mesh, sharding = adapted(kind)
     alone = [(4, 8, 10), (4, 8, 2), (32, 10)]
