@@ -295,5 +295,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def peers(session: nox.Session) -> None:
+    """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""
+    session.install("--requirement", "benchmarks/requirements-peers.txt")
+    session.install("--no-deps", *editable("lorax-core"))
+    session.run("python", "benchmarks/step_time.py", "--peers", *session.posargs)
+
+
 if __name__ == "__main__":
     nox.main()

@@ -109,7 +109,7 @@ WORKS: dict[str, Callable[[], Work]] = {
 
 
 def steps(work: Work) -> dict[str, tuple[Step, Any]]:
-    """Each variant of a work's training step with its arguments; the first two compute the same.
+    """Each variant of a work's training step, with its arguments.
 
     The floor trains nothing: the frozen model's loss, and its gradient down to the batch.
     """
@@ -138,8 +138,10 @@ def steps(work: Work) -> dict[str, tuple[Step, Any]]:
     return {
         "ours": (train(ours), (start(tunable), frozen, batch)),
         "by hand": (train(written(by_hand)), (start(factors), params, batch)),
+        "by hand again": (train(written(by_hand)), (start(factors), params, batch)),
         "by hand, flat": (train(written(by_hand_flat)), (start(factors), params, batch)),
         "floor": (floor, (params, batch)),
+        "full fine-tuning": (train(lambda p, _, x: model(p, x)), (start(params), None, batch)),
     }
 
 
