@@ -97,3 +97,21 @@ def plot_losses(losses, path, window=10):
     axes.set(xlabel="step", ylabel="loss (nats)", title="Training loss", ylim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def show_adapter(folder, results, reloaded, merged, base, tolerance):
+    """Print what was saved, and how far its forms are from the trained model; whether they agree.
+
+    `results` names what was compared. The base model's distance shows what there is to be lost.
+    """
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
+    console.print(
+        f"Largest difference from the trained model's {results}, relative to the largest: "
+        f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
+        soft_wrap=True,
+    )
+    agree = reloaded <= tolerance and merged <= tolerance  # not where one is NaN
+    if not agree:
+        console.print(f"Error: these must agree to {tolerance:g}.")
+    return agree

@@ -25,7 +25,7 @@ from data import (
     read_reviews,
     token_of,
 )
-from display import console, download, plot_losses, show_scores, show_seconds, timed
+from display import console, download, plot_losses, show_adapter, show_scores, show_seconds, timed
 from download import REVIEWS, WEIGHTS, DownloadError
 from lorax import LoraSpec, count_params, init_lora, lora, merge_params, spec_from_rules
 from lorax_io import flax_names, load_peft, save_peft
@@ -112,17 +112,8 @@ def main():
         },
     )
     show_seconds(seconds)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
-    console.print(
-        "Largest difference from the trained model's logits, relative to the largest logit: "
-        f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
-        soft_wrap=True,
-    )
-    if not (reloaded <= TOLERANCE and merged <= TOLERANCE):  # a NaN fails, too
-        console.print(f"Error: these must agree to {TOLERANCE:g}.")
-        return 1
-    return 0
+    agree = show_adapter(folder, "logits", reloaded, merged, base, TOLERANCE)
+    return 0 if agree else 1
 
 
 def load(path):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import lorax_hf
 from arguments import parse_args
 from data import CALIBRATION, batches, choose, encode, labels, read_reviews
-from display import console, download, plot_losses, show_scores, show_seconds, timed
+from display import console, download, plot_losses, show_adapter, show_scores, show_seconds, timed
 from download import MINILM, REVIEWS, DownloadError
 from lorax import count_params, init_lora, merge_params
 from lorax_io import load_peft, save_peft
@@ -113,17 +113,8 @@ def main(arguments=None):
         },
     )
     show_seconds(seconds)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
-    console.print(
-        "Largest difference from the trained embeddings, relative to the largest: "
-        f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
-        soft_wrap=True,
-    )
-    if not (reloaded <= TOLERANCE and merged <= TOLERANCE):  # a NaN fails, too
-        console.print(f"Error: these must agree to {TOLERANCE:g}.")
-        return 1
-    return 0
+    agree = show_adapter(folder, "embeddings", reloaded, merged, base, TOLERANCE)
+    return 0 if agree else 1
 
 
 def load(folder):
