@@ -18,9 +18,10 @@ BERT = transformers.BertConfig(
 )  # fmt: skip
 VIT = transformers.ViTConfig(
     hidden_size=320, num_hidden_layers=2, num_attention_heads=4, intermediate_size=896,
-    image_size=32, patch_size=8,
+    image_size=8, patch_size=8,
 )  # fmt: skip
-TOKENS, IMAGES = ((2, 32), jnp.int32), ((2, 3, 32, 32), jnp.float32)
+# As in test_core.py, a device's tokens are a power of two: an image of one patch has two.
+TOKENS, IMAGES = ((2, 32), jnp.int32), ((8, 3, 8, 8), jnp.float32)
 MODELS = {
     "GPT-2": (transformers.FlaxGPT2LMHeadModel, GPT2, "input_ids", TOKENS),
     "BERT": (transformers.FlaxBertForMaskedLM, BERT, "input_ids", TOKENS),
