@@ -28,23 +28,16 @@ class Facts(NamedTuple):
     collectives: collections.Counter[str]
     arrays: collections.Counter[int]  # how many are made of each number of entries
 
-    def largest(self, least: int) -> collections.Counter[int]:
-        """Of `arrays`, those of at least so many entries."""
-        return collections.Counter({n: k for n, k in self.arrays.items() if n >= least})
-
 
 def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
     """Compiles `fn` for the devices that the shardings of `shapes` name."""
     executable = jax.jit(fn).lower(*shapes).compile()
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
     kinds, arrays = _instructions(executable.as_text())
-    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # Older than JAX 0.8.1, it has no peak; this is what it can be at most.
-    most = arguments + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Facts(
-        getattr(memory, "peak_memory_in_bytes", 0) or most,
-        arguments,
-        temp,
+        memory.peak_memory_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
         (cost or {}).get("flops"),
         collections.Counter({kind: kinds[kind] for kind in COLLECTIVES if kinds[kind]}),
         arrays,
