@@ -289,18 +289,18 @@ def minilm(session: nox.Session) -> None:
 
 
 @nox.session
-def bench(session: nox.Session) -> None:
-    """Prints every number that README and docs show. Arguments after `--` go to the program."""
+def costs(session: nox.Session) -> None:
+    """Counts FLOPs and bytes, ours and by hand. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))
-    session.run("python", "benchmarks/run.py", *session.posargs)
+    session.run("python", "benchmarks/costs.py", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
-def peers(session: nox.Session) -> None:
+def bench(session: nox.Session) -> None:
     """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""
-    session.install("--requirement", "benchmarks/requirements-peers.txt")
+    session.install("--requirement", "benchmarks/requirements.txt")
     session.install("--no-deps", *editable("lorax-core"))
-    session.run("python", "benchmarks/step_time.py", "--peers", *session.posargs)
+    session.run("python", "benchmarks/bench.py", *session.posargs)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """Programs of the transform, compiled for chips that are not here, beside LoRA written by hand."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import by_hand
 import llama
 import models
 from compiling import compiled, on_mesh
 from programs import Model, programs
+from ways import ByHand
 
 
 class Case(NamedTuple):
-    """A model of the benchmarks, its hand-written twin, and the batch of one device."""
+    """A model of the benchmarks, and the batch of one device."""
 
     make: Callable[[], models.Model]
-    by_hand: Callable[..., Any]
     batch: tuple[int, ...]
     peak: float = 1.0  # see `prove`
 
@@ -27,13 +26,13 @@ class Case(NamedTuple):
 # No activation has as many entries as a weight. The number of tokens is a power of two: of others,
 # XLA cannot always compile the gradient of a narrow product for a GPU (JAX 0.10.2).
 CASES = {
-    "blocks": Case(lambda: models.unrolled(False, 3), by_hand.unrolled(False), (2, 32, 128)),
-    "blocks, scanned": Case(lambda: models.scanned(True), by_hand.scanned(True), (2, 32, 128)),
-    "MLP": Case(models.mlp, by_hand.mlp, (64, 128)),
+    "blocks": Case(lambda: models.blocks(3), (2, 32, 128)),
+    "blocks, scanned": Case(lambda: models.blocks(scan=True, remat=True), (2, 32, 128)),
+    "MLP": Case(models.mlp, (64, 128)),
     # Its grouped convolutions have another form than those by hand: on a TPU v5e they take 1.026 of
     # the bytes.
-    "convnet": Case(models.convnet, by_hand.convnet, (1, 14, 14, 16), peak=1.03),
-    "tied embedding": Case(models.tied, by_hand.tied, (2, 32)),
+    "convnet": Case(models.convnet, (1, 14, 14, 16), peak=1.03),
+    "tied embedding": Case(models.tied, (2, 32)),
 }
 EVERYWHERE = P(("data", "model"))
 
@@ -42,14 +41,14 @@ EVERYWHERE = P(("data", "model"))
 def test_models(mesh, report, name):
     """Each device has all weights and a part of the batch."""
     case = CASES[name]
-    apply, params, example = case.make()
+    made = case.make()
     first, *rest = case.batch
-    batch = jax.ShapeDtypeStruct((mesh.size * first, *rest), example.dtype)
+    batch = jax.ShapeDtypeStruct((mesh.size * first, *rest), made.batch.dtype)
     model = Model(
-        plain=apply,
-        by_hand=case.by_hand,
+        plain=made.apply,
+        by_hand=made.written(ByHand()),
         loss=lambda out, _: jnp.mean(out**2),
-        params=on_mesh(mesh, params, lambda _: P()),
+        params=on_mesh(mesh, made.params, lambda _: P()),
         batch=on_mesh(mesh, batch, lambda _: EVERYWHERE),
         rank=8,
     )

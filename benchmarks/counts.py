@@ -1,8 +1,7 @@
-"""What XLA says of a compiled program, and how long JAX takes to trace one."""
+"""What XLA says of a compiled program, what JAX keeps for its gradient, and how long both take."""
 
 import gc
 import re
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,38 +14,46 @@ class Counts(NamedTuple):
 
     flops: float
     temp_bytes: int
+    argument_bytes: int
     instructions: int
 
 
-def count(fn: Callable[..., Any], *args: Any) -> Counts:
-    """Compiles `fn` and reads XLA's analysis of it, in which a loop's body counts once."""
-    compiled = jax.jit(fn).lower(*args).compile()
-    cost = compiled.cost_analysis()
+def count(compiled: Any) -> Counts:
+    """XLA's analysis of an executable, in which a loop's body counts once."""
     memory = compiled.memory_analysis()
     instructions = re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
-    return Counts(cost["flops"], memory.temp_size_in_bytes, len(instructions))
+    return Counts(
+        compiled.cost_analysis()["flops"],
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        len(instructions),
+    )
 
 
-def trace_ratio(
-    ours: Callable[..., Any],
-    our_args: Any,
-    theirs: Callable[..., Any],
-    their_args: Any,
-    pairs: int,
-) -> float:
-    """How much longer `ours` traces: the median over pairs of runs, each from empty caches."""
-    ratios = []
-    for k in range(pairs):
-        # Whoever goes second may find the processor in another state: take turns.
-        sides = [(ours, our_args), (theirs, their_args)]
-        seconds = [_trace_seconds(*side) for side in (sides if k % 2 == 0 else sides[::-1])]
-        mine, other = seconds if k % 2 == 0 else seconds[::-1]
-        ratios.append(mine / other)
-    return statistics.median(ratios)
+def compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.jit(fn).lower(*args).compile()
 
 
-def _trace_seconds(fn: Callable[..., Any], args: Any) -> float:
-    """Of this thread alone, so that other work on the machine counts less."""
+def residual_bytes(loss: Callable[..., Any], x: Any, *args: Any) -> int:
+    """What the derivative of `loss` by x holds on to, without what it was called with anyway."""
+
+    def kept(x, *args):
+        return jax.tree.leaves(jax.vjp(lambda x: loss(x, *args), x)[1])
+
+    traced = jax.jit(kept).trace(x, *args)
+    given = set(map(id, traced.jaxpr.jaxpr.invars))
+    out = {id(var): var for var in traced.jaxpr.jaxpr.outvars}
+    return sum(var.aval.size * var.aval.dtype.itemsize for k, var in out.items() if k not in given)
+
+
+class Seconds(NamedTuple):
+    """Of a first call, from empty caches."""
+
+    trace: float  # of this thread alone, so that other work on the machine counts less
+    call: float  # tracing, lowering, compiling and running
+
+
+def trace_seconds(fn: Callable[..., Any], *args: Any) -> float:
     jax.clear_caches()
     gc.collect()
     gc.disable()
@@ -56,3 +63,11 @@ def _trace_seconds(fn: Callable[..., Any], args: Any) -> float:
         return time.thread_time() - start
     finally:
         gc.enable()
+
+
+def first_call(fn: Callable[..., Any], *args: Any) -> Seconds:
+    trace = trace_seconds(fn, *args)
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.block_until_ready(jax.jit(lambda *args: fn(*args))(*args))
+    return Seconds(trace, time.perf_counter() - start)

@@ -1,150 +1,233 @@
-"""The benchmarked models, written plainly: nothing in here knows about LoRA."""
+"""The benchmarked models, each written once.
+
+`ways` says what stands at each adapted weight: nothing in here knows about LoRA.
+"""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY = 12, 128, 4, 512, 1000
-BATCH, TIME, PIXELS, CHANNELS = 4, 64, 16, 32
+from ways import PLAIN, Plain
+
+
+class Leaf(NamedTuple):
+    """One parameter of nested dicts."""
+
+    path: tuple[str, ...]
+
+    def get(self, params: Any) -> jax.Array:
+        """The parameter."""
+        return functools.reduce(lambda tree, name: tree[name], self.path, params)
+
+    def replace(self, params: Any, leaf: jax.Array) -> Any:
+        """The parameters, with another one in its place."""
+        first, *rest = self.path
+        below = Leaf(tuple(rest)).replace(params[first], leaf) if rest else leaf
+        return {**params, first: below}
+
+
+class Library(NamedTuple):
+    """The model in a library's own modules."""
+
+    apply: Callable[[Any, Any], Any]  # (params, batch) -> output
+    module: Any  # of Linen
+    call: Callable[[Any, Any, Any], Any]  # (its `init` or `apply`, the first argument, batch)
+    output: Callable[[Any], Any] = lambda found: found  # out of what `apply` returns
 
 
 class Model(NamedTuple):
-    """A function of parameters and a batch, with both."""
+    """A function of a way, the factors, the parameters and a batch, with both of the latter."""
 
-    apply: Callable[[Any, jax.Array], jax.Array]
+    forward: Callable[[Plain, Any, Any, Any], Any]
     params: Any
-    batch: jax.Array
+    batch: Any
+    library: Library | None = None
+    where: Any = "*"  # which weights are adapted, as `lorax.infer_spec` takes it
+    bottom: Leaf | None = None  # near the input, where the batch has no gradient
+
+    def apply(self, params: Any, batch: Any) -> Any:
+        """The output without LoRA."""
+        if self.library is not None:
+            return self.library.apply(params, batch)
+        return self.forward(PLAIN, jax.tree.map(lambda _: None, params), params, batch)
+
+    def written(self, way: Plain) -> Callable[[Any, Any, Any], Any]:
+        """The model with LoRA written into it: a function of factors, parameters and a batch."""
+        return lambda factors, params, batch: self.forward(way, factors, params, batch)
 
 
 def kernel(key, *shape):
-    fan_in = functools.reduce(lambda a, b: a * b, shape[:-1])
-    return jax.random.normal(key, shape) / fan_in**0.5
+    """Of a stack, every entry has the fan-in of all but its last axis."""
+    return jax.random.normal(key, shape) / math.prod(shape[:-1]) ** 0.5
+
+
+def kernels(key, shapes):
+    keys = jax.random.split(key, len(shapes))
+    return {name: kernel(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
 
 def norm(scale, x):
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
 
 
-def attend(q, k, v, heads=HEADS):
-    """Causal attention over [batch, time, width]."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+def split_heads(x, heads):
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def attend(q, k, v):
+    """Attention over [batch, time, head, width]; a query sees no later key."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    past = k.shape[1] - q.shape[1]
+    scores = jnp.where(jnp.tri(*scores.shape[-2:], past, dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
 
 
 # Transformer blocks
 
 
-def block(p, x):
+def block(way, heads, f, p, x, cache=None):
+    """Returns its output, and its keys and values behind those of the cache."""
     h = norm(p["norm1"], x)
-    x = x + attend(h @ p["q"], h @ p["k"], h @ p["v"]) @ p["o"]
-    h = norm(p["norm2"], x)
-    return x + jax.nn.gelu(h @ p["up"]) @ p["down"]
+    q, k, v = (split_heads(way.dense(f[name], p[name], h), heads) for name in "qkv")
+    if cache is not None:
+        k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
+    mixed = attend(q, k, v)
+    x = x + way.dense(f["o"], p["o"], mixed.reshape(*mixed.shape[:2], -1))
+    h = jax.nn.gelu(way.dense(f["up"], p["up"], norm(p["norm2"], x)))
+    return x + way.dense(f["down"], p["down"], h), (k, v)
 
 
-def init_block(key):
-    shapes = {name: (WIDTH, WIDTH) for name in "qkvo"}
-    shapes |= {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    keys = jax.random.split(key, len(shapes))
-    params = {
-        name: kernel(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    return params | {"norm1": jnp.ones(WIDTH), "norm2": jnp.ones(WIDTH)}
+def init_block(key, width, hidden):
+    shapes = {name: (width, width) for name in "qkvo"}
+    shapes |= {"up": (width, hidden), "down": (hidden, width)}
+    return kernels(key, shapes) | {"norm1": jnp.ones(width), "norm2": jnp.ones(width)}
 
 
-def unrolled(remat: bool, layers: int = LAYERS) -> Model:
-    run = jax.checkpoint(block) if remat else block
+def init_blocks(layers, width, hidden):
+    return [init_block(key, width, hidden) for key in jax.random.split(jax.random.key(0), layers)]
 
-    def apply(params, x):
-        for p in params:
-            x = run(p, x)
+
+def blocks(
+    layers=12, width=128, hidden=512, heads=4, batch=4, time=64, *, scan=False, remat=False
+) -> Model:
+    """The blocks of a GPT."""
+
+    def forward(way, factors, params, x):
+        def run(x, layer):
+            return block(way, heads, *layer, x)[0], None
+
+        run = jax.checkpoint(run) if remat else run
+        if scan:
+            return jax.lax.scan(run, x, (factors, params))[0]
+        for layer in zip(factors, params, strict=True):
+            x, _ = run(x, layer)
         return x
 
-    params = [init_block(key) for key in jax.random.split(jax.random.key(0), layers)]
-    return Model(apply, params, jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH)))
+    params = init_blocks(layers, width, hidden)
+    if scan:
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    return Model(forward, params, jax.random.normal(jax.random.key(1), (batch, time, width)))
 
 
-def scanned(remat: bool) -> Model:
-    run = jax.checkpoint(block) if remat else block
+def decoding(layers=6, width=512, hidden=2048, heads=8, past=127) -> Model:
+    """One token after others, whose keys and values are at hand."""
 
-    def apply(params, x):
-        return jax.lax.scan(lambda x, p: (run(p, x), None), x, params)[0]
+    def forward(way, factors, params, batch):
+        x, made = batch["x"], []
+        for f, p, cache in zip(factors, params, batch["cache"], strict=True):
+            x, (k, v) = block(way, heads, f, p, x, cache)
+            made.append((k[:, -1], v[:, -1]))
+        return x, made
 
-    params = jax.vmap(init_block)(jax.random.split(jax.random.key(0), LAYERS))
-    return Model(apply, params, jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH)))
+    first, *keys = jax.random.split(jax.random.key(1), 1 + 2 * layers)
+    cached = [jax.random.normal(key, (1, past, heads, width // heads)) for key in keys]
+    batch = {
+        "x": jax.random.normal(first, (1, 1, width)),
+        "cache": list(zip(cached[::2], cached[1::2], strict=True)),
+    }
+    return Model(forward, init_blocks(layers, width, hidden), batch)
 
 
 # Others
 
 
-def mlp() -> Model:
-    def apply(params, x):
-        for p in params[:-1]:
-            x = jax.nn.relu(x @ p["kernel"] + p["bias"])
-        return x @ params[-1]["kernel"] + params[-1]["bias"]
+def mlp(sizes=(128, 512, 512, 10), batch=256) -> Model:
+    """Linear layers with a bias, and ReLU between them."""
 
-    sizes = (WIDTH, HIDDEN, HIDDEN, 10)
-    keys = jax.random.split(jax.random.key(0), len(sizes))
+    def forward(way, factors, params, x):
+        layers = list(zip(factors, params, strict=True))
+        for f, p in layers[:-1]:
+            x = jax.nn.relu(way.dense(f["kernel"], p["kernel"], x) + p["bias"])
+        f, p = layers[-1]
+        return way.dense(f["kernel"], p["kernel"], x) + p["bias"]
+
+    *keys, last = jax.random.split(jax.random.key(0), len(sizes))
+    # ReLU halves the square of what it sees: without the factor, nothing is left of many layers.
     params = [
-        {"kernel": kernel(key, n, m), "bias": jnp.zeros(m)}
+        {"kernel": 2**0.5 * kernel(key, n, m), "bias": jnp.zeros(m)}
         for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
     ]
-    return Model(apply, params, jax.random.normal(keys[-1], (BATCH * TIME, WIDTH)))
+    return Model(forward, params, jax.random.normal(last, (batch, sizes[0])))
 
 
-def conv(x, w, stride=1, groups=1):
-    return jax.lax.conv_general_dilated(
-        x,
-        w,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def convnet() -> Model:
+def convnet(images=4, pixels=16, channels=32, colours=16) -> Model:
     """A plain, a depthwise, a pointwise and a grouped convolution."""
 
-    def apply(params, x):
-        x = jax.nn.relu(conv(x, params["stem"], stride=2))
-        x = jax.nn.relu(conv(x, params["depthwise"], groups=CHANNELS))
-        x = jax.nn.relu(conv(x, params["pointwise"]))
-        x = jax.nn.relu(conv(x, params["grouped"], groups=2))
-        return x.mean((1, 2)) @ params["head"]
+    def forward(way, f, p, x):
+        x = jax.nn.relu(way.conv(f["stem"], p["stem"], x, stride=2))
+        x = jax.nn.relu(way.conv(f["depthwise"], p["depthwise"], x, groups=channels))
+        x = jax.nn.relu(way.conv(f["pointwise"], p["pointwise"], x))
+        x = jax.nn.relu(way.conv(f["grouped"], p["grouped"], x, groups=2))
+        return way.dense(f["head"], p["head"], x.mean((1, 2)))
 
     shapes = {
-        "stem": (5, 5, 16, CHANNELS),
-        "depthwise": (3, 3, 1, CHANNELS),
-        "pointwise": (1, 1, CHANNELS, 2 * CHANNELS),
-        "grouped": (3, 3, CHANNELS, 2 * CHANNELS),
-        "head": (2 * CHANNELS, 10),
+        "stem": (5, 5, colours, channels),
+        "depthwise": (3, 3, 1, channels),
+        "pointwise": (1, 1, channels, 2 * channels),
+        "grouped": (3, 3, channels, 2 * channels),
+        "head": (2 * channels, 10),
     }
-    *keys, last = jax.random.split(jax.random.key(0), len(shapes) + 1)
-    params = {
-        name: kernel(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    return Model(apply, params, jax.random.normal(last, (BATCH, PIXELS, PIXELS, 16)))
+    batch = jax.random.normal(jax.random.key(1), (images, pixels, pixels, colours))
+    return Model(forward, kernels(jax.random.key(0), shapes), batch)
 
 
-def tied() -> Model:
+def tied(vocabulary=1000, width=128, hidden=512, batch=4, time=64) -> Model:
     """An embedding whose table is the output layer too."""
 
-    def apply(params, tokens):
-        x = params["embedding"][tokens]
-        x = x + jax.nn.gelu(norm(params["norm"], x) @ params["up"]) @ params["down"]
-        return x @ params["embedding"].T
+    def forward(way, f, p, tokens):
+        x = way.embed(f["embedding"], p["embedding"], tokens)
+        h = jax.nn.gelu(way.dense(f["up"], p["up"], norm(p["norm"], x)))
+        x = x + way.dense(f["down"], p["down"], h)
+        return way.logits(f["embedding"], p["embedding"], x)
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "embedding": kernel(keys[0], VOCABULARY, WIDTH),
-        "norm": jnp.ones(WIDTH),
-        "up": kernel(keys[1], WIDTH, HIDDEN),
-        "down": kernel(keys[2], HIDDEN, WIDTH),
+    shapes = {"embedding": (vocabulary, width), "up": (width, hidden), "down": (hidden, width)}
+    params = kernels(jax.random.key(0), shapes) | {"norm": jnp.ones(width)}
+    tokens = jax.random.randint(jax.random.key(1), (batch, time), 0, vocabulary)
+    return Model(forward, params, tokens, bottom=Leaf(("norm",)))
+
+
+def experts(count=8, tokens=512, capacity=96, width=256, hidden=1024) -> Model:
+    """A layer of experts: each token goes to the one that its router picks, while there is room."""
+
+    def forward(way, f, p, x):
+        gates = jax.nn.softmax(way.dense(f["router"], p["router"], norm(p["norm"], x)))
+        chosen = jax.nn.one_hot(jnp.argmax(gates, -1), count)
+        # A token's place among those of its expert; where there is none left, its row is zero.
+        place = jnp.where(chosen > 0, jnp.cumsum(chosen, 0) - 1, capacity).astype(int)
+        sent = chosen[..., None] * jax.nn.one_hot(place, capacity)
+        h = jnp.einsum("nec,nd->ecd", sent, x)
+        h = jax.nn.gelu(way.experts(f["up"], p["up"], h))
+        h = way.experts(f["down"], p["down"], h)
+        return x + jnp.einsum("nec,ne,ecd->nd", sent, gates, h)
+
+    shapes = {
+        "router": (width, count),
+        "up": (count, width, hidden),
+        "down": (count, hidden, width),
     }
-    return Model(apply, params, jax.random.randint(keys[3], (BATCH, TIME), 0, VOCABULARY))
+    params = kernels(jax.random.key(0), shapes) | {"norm": jnp.ones(width)}
+    return Model(forward, params, jax.random.normal(jax.random.key(1), (tokens, width)))

@@ -40,17 +40,16 @@ class Row(NamedTuple):
 
 def line(row: Row) -> str:
     """A row as text."""
-    marks = [MARK if above else " " for above in row.above.values()]
-    marks.insert(2, " ")
+    flops, temp, trace = (MARK if above else " " for above in row.above.values())
     cells = [
-        f"{amount:>7} {ratio:7.3f}{mark}"
-        for amount, ratio, mark in zip(map(_short, row.by_hand), row.ratios, marks, strict=False)
+        f"{short(getattr(row.by_hand, count)):>7} {getattr(row.ratios, count):7.3f}{mark}"
+        for count, mark in (("flops", flops), ("temp_bytes", temp), ("instructions", " "))
     ]
     name = f"{row.model}, {row.program}"
-    return f"{name:34} {'   '.join(cells)}   {row.trace:4.2f}{marks[3]}"
+    return f"{name:34} {'   '.join(cells)}   {row.trace:4.2f}{trace}"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Four digits and a unit."""
     for unit in ("", " k", " M"):
         if number < 10_000:

@@ -75,7 +75,7 @@ def contract(
         arrays = [array.astype(dtype) for array, _ in operands]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
-        joins = _is_for_one_cpu(arrays)
+        joins = is_for_one_cpu(arrays)
         operand = None if meets is None else arrays[meets]
         met = [k == meets for k in range(len(arrays))]
         for left, right in _path(tuple(labels), out, meets):
@@ -139,7 +139,7 @@ def _pair(left, right, elsewhere, mesh, precision, preferred, out, joins) -> Ope
     return _reshape(result, found), found
 
 
-def _is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
+def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
     """Whether a program is traced for a CPU, off a mesh: there axes are joined.
 
     The gradient of `b` in `(x @ a) @ b` contracts all that x keeps, as batch and sequence. XLA on

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from lorax import LoraSpec, infer_spec, init_lora, lora, merge_params, testing
+from lorax.rules import convolution
 
 struct = jax.ShapeDtypeStruct
 HWIO = {"w": (3, 2, 5, 7)}  # (height, width, in, out)
@@ -107,6 +108,10 @@ ROWS = [
      [(2, 8, 9, 10)]),
     ("groups-separable", conv(strides=(2, 1), feature_group_count=3), {"w": (3, 2, 5, 6)},
      {"w": SEPARABLE}, [(2, 8, 9, 15)]),
+    ("groups-features-first", conv(("CNHW", "HWIO", "NHWC"), feature_group_count=2),
+     {"w": (3, 2, 5, 6)}, {"w": LoraSpec(2, in_axes=[0, 1, 2])}, [(10, 2, 8, 9)]),
+    ("groups-of-no-examples", conv(feature_group_count=2), {"w": (3, 2, 5, 6)}, {"w": 2},
+     [(0, 8, 9, 10)]),
     ("depthwise", conv(feature_group_count=5), {"w": (3, 2, 1, 5)}, {"w": 2}, [NHWC]),
     ("depthwise-multiplied", conv(strides=(2, 2), feature_group_count=5), {"w": (3, 2, 1, 10)},
      {"w": 3}, [NHWC]),
@@ -172,6 +177,35 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_convolution(prove, row):
     prove(*row)
+
+
+# Where the groups are examples of their own: the kernel of one is no part of a stack.
+GROUPED = [row for row in ROWS if row[0].startswith(("groups", "depthwise", "bfloat16-groups"))]
+
+
+@pytest.mark.parametrize("row", GROUPED, ids=lambda row: row[0])
+def test_groups_on_other_platforms(prove, row, monkeypatch):
+    monkeypatch.setattr(convolution, "is_for_one_cpu", lambda _: False)
+    prove(*row)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "HWCN", "CNHW"])
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "elsewhere"])
+def test_groups_are_examples_on_one_cpu(layout, on_cpu, monkeypatch):
+    monkeypatch.setattr(convolution, "is_for_one_cpu", lambda _: on_cpu)
+    sizes = {"N": 2, "H": 8, "W": 9, "C": 10}
+    shape = [sizes[axis] for axis in layout]
+    fn = conv((layout, "HWIO", "NHWC"), feature_group_count=5)
+    spec = {"w": LoraSpec(3, in_axes=[0, 1, 2])}
+    frozen, tunable = init_lora({"w": jnp.ones((3, 2, 2, 15))}, spec, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lora(fn))((frozen, tunable), jnp.ones(shape))
+    found = [
+        (eqn.params["feature_group_count"], eqn.outvars[0].aval.shape)
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "conv_general_dilated"
+    ]
+    delta = (1, (10, 8, 9, 3)) if on_cpu else (5, (2, 8, 9, 15))
+    assert sorted(found) == sorted([(5, (2, 8, 9, 15)), delta])
 
 
 @pytest.mark.parametrize("groups, outputs", [(1, 7), (3, 6), (5, 5)], ids=str)

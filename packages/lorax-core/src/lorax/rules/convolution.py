@@ -12,6 +12,8 @@ Sharp edges:
 * Feature groups: `W`'s input axis is one group's share and its output axis runs over the groups.
   The first kernel serves every group, so it is repeated for each; the second is cut by group. In
   a depthwise convolution that is rank times the base's arithmetic: keep the rank small there.
+  On one CPU the groups are examples instead, which the first kernel sees as it is: XLA takes
+  tens of times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
   then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
   product over the rank.
@@ -26,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._contract import product_dtype
+from .._contract import is_for_one_cpu, product_dtype
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Label, Term
 
@@ -94,15 +96,17 @@ def _use(eqn, term: Term, rhs_spec, groups: int) -> None:
 
 
 class _Stages(NamedTuple):
-    """The two kernels as [out, in, *window], and in how many groups the second meets its input.
+    """The two kernels as [out, in, *window].
 
-    `in_first` says of each axis of the window whether the first kernel owns it.
+    The first consists of `blocks`, each of which serves `repeats` groups. `in_first` says of each
+    axis of the window whether the first kernel owns it.
     """
 
     first: jax.Array
     second: jax.Array
     in_first: list[bool]
-    groups: int
+    blocks: int
+    repeats: int
 
 
 def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Stages:
@@ -136,16 +140,18 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         return Term(factors, labels, (outputs, inputs, *spatial)).array(dtype)
 
     repeats = max(groups // count, 1)
-    once = kernel(first, (*blocks, *rank), (inner,), in_first)
-    with jax.named_scope("lora"):
-        repeated = jnp.tile(once.reshape(count, -1), (1, repeats)).reshape(-1, *once.shape[1:])
-    last = kernel(second, outputs, rank, [not own for own in in_first])
-    return _Stages(repeated, last, in_first, count * repeats)
+    return _Stages(
+        kernel(first, (*blocks, *rank), (inner,), in_first),
+        kernel(second, outputs, rank, [not own for own in in_first]),
+        in_first,
+        count,
+        repeats,
+    )
 
 
 def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, preferred):
-    first, second, in_first, all_groups = stages
-    out_spec, rhs_spec = numbers.out_spec, numbers.rhs_spec
+    first, second, in_first, blocks, repeats = stages
+    lhs_spec, out_spec, rhs_spec = numbers.lhs_spec, numbers.out_spec, numbers.rhs_spec
 
     def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
@@ -166,11 +172,25 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
         )
 
     with jax.named_scope("lora"):
-        middle = conv(x, first, numbers.lhs_spec, in_first, groups, 1, None)
+        if blocks == 1 < repeats and all(in_first) and is_for_one_cpu([x]):
+            x, groups, batch_groups, repeats = _as_examples(x, lhs_spec, groups), 1, groups, 1
+        repeated = jnp.tile(first.reshape(blocks, -1), (1, repeats)).reshape(-1, *first.shape[1:])
+        all_groups = blocks * repeats
+        middle = conv(x, repeated, lhs_spec, in_first, groups, 1, None)
         if not all(in_first):
             in_second = [not own for own in in_first]
             return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
     return _mix_features(middle, second, out_spec, all_groups, batch_groups, precision, preferred)
+
+
+def _as_examples(x, lhs_spec, groups: int):
+    """Every group of features as an example of its own: all those of the first group come first."""
+    batch_axis, feature_axis, *_ = lhs_spec
+    shape = list(x.shape)
+    shape[feature_axis] //= groups
+    apart = x.reshape(*shape[:feature_axis], groups, *shape[feature_axis:])
+    shape[batch_axis] *= groups
+    return jnp.moveaxis(apart, feature_axis, batch_axis).reshape(shape)
 
 
 def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferred):

@@ -1,0 +1,42 @@
+"""A model with adapters: ours, and the same factors for LoRA written by hand."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+import lorax
+from lorax.testing import random_factors
+from models import Model
+
+
+class Adapted(NamedTuple):
+    """What `lora` and hand-written LoRA take."""
+
+    ours: Callable[[Any, Any, Any], Any]  # (tunable, frozen, batch) -> output
+    tunable: Any
+    frozen: Any
+    factors: Any  # {"a": …, "b": …} in the place of every adapted weight
+
+
+def adapt(model: Model, rank: int, seed: int = 3) -> Adapted:
+    """Random factors: those of `init_lora` have `b = 0`."""
+    apply, params, batch = model.apply, model.params, model.batch
+    spec = lorax.infer_spec(apply, params, batch, rank=rank, where=model.where)
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
+    # Small, so that many layers stay tame.
+    tunable = jax.tree.map(lambda leaf: leaf / 8, random_factors(tunable, jax.random.key(seed)))
+    adapted = lorax.lora(apply, on_materialize="error", on_unused="error")
+
+    def ours(tunable, frozen, batch):
+        return adapted((frozen, tunable), batch)
+
+    return Adapted(ours, tunable, frozen, as_factors(tunable))
+
+
+def as_factors(tunable: Any) -> Any:
+    return jax.tree.map(
+        lambda weight: {"a": weight.a, "b": weight.b},
+        tunable,
+        is_leaf=lambda node: isinstance(node, lorax.LoraWeight),
+    )

@@ -1,0 +1,120 @@
+"""What stands at a weight: the weight alone, or LoRA beside it, written as a careful user would.
+
+A model calls one of these methods wherever it uses a weight, with the weight's factors
+`{"a": …, "b": …}`, the weight, and what meets it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+class Plain:
+    """No LoRA: the factors are not looked at."""
+
+    def dense(self, _, w, x):
+        return x @ w
+
+    def transposed(self, _, w, x):
+        """A kernel with its outputs first."""
+        return x @ w.T
+
+    def to_heads(self, _, w, x):
+        return jnp.einsum("...d,dhk->...hk", x, w)
+
+    def from_heads(self, _, w, x):
+        return jnp.einsum("...hk,hkd->...d", x, w)
+
+    def conv(self, _, w, x, stride=1, groups=1):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    def embed(self, _, w, tokens):
+        return w[tokens]
+
+    def logits(self, _, w, x):
+        """An embedding's table as the output layer."""
+        return x @ w.T
+
+    def experts(self, _, w, x):
+        """Every expert has rows of its own."""
+        return jnp.einsum("end,edf->enf", x, w)
+
+
+PLAIN = Plain()
+
+
+class ByHand(Plain):
+    """Two products beside the weight."""
+
+    def product(self, x, w):
+        """Over the last axis of x: what the variant below writes in another form."""
+        with jax.named_scope("lora"):  # for the profile
+            return x @ w
+
+    def dense(self, f, w, x):
+        return PLAIN.dense(f, w, x) + self.product(self.product(x, f["a"]), f["b"])
+
+    def transposed(self, f, w, x):
+        return PLAIN.transposed(f, w, x) + self.product(self.product(x, f["a"]), f["b"])
+
+    def to_heads(self, f, w, x):
+        middle = self.product(x, f["a"])
+        delta = self.product(middle, f["b"].reshape(middle.shape[-1], -1))
+        y = PLAIN.to_heads(f, w, x)
+        return y + delta.reshape(y.shape)
+
+    def from_heads(self, f, w, x):
+        rows = x.reshape(*x.shape[:-2], -1)
+        middle = self.product(rows, f["a"].reshape(rows.shape[-1], -1))
+        return PLAIN.from_heads(f, w, x) + self.product(middle, f["b"])
+
+    def conv(self, f, w, x, stride=1, groups=1):
+        """The window with the first factor; over the rank, a product.
+
+        Every group sees the same first factor, and its own part of the second.
+        """
+        y = PLAIN.conv(f, w, x, stride, groups)
+        if groups == 1:
+            return y + self.product(PLAIN.conv(f, f["a"], x, stride), f["b"])
+        rank, out = f["b"].shape
+        middle = PLAIN.conv(f, jnp.tile(f["a"], groups), x, stride, groups)
+        middle = middle.reshape(*middle.shape[:3], groups, rank)
+        b = f["b"].reshape(rank, groups, out // groups)
+        return y + jnp.einsum("nhwgr,rgo->nhwgo", middle, b).reshape(y.shape)
+
+    def embed(self, f, w, tokens):
+        return PLAIN.embed(f, w, tokens) + self.product(f["a"][tokens], f["b"])
+
+    def logits(self, f, w, x):
+        return PLAIN.logits(f, w, x) + self.product(self.product(x, f["b"].T), f["a"].T)
+
+    def experts(self, f, w, x):
+        return PLAIN.experts(f, w, x) + (x @ f["a"]) @ f["b"]
+
+
+class Flat(ByHand):
+    """The same in the forms for which XLA on CPU has a fast path.
+
+    Every product is over [rows, width], and the groups of a convolution are examples.
+    """
+
+    def product(self, x, w):
+        with jax.named_scope("lora"):
+            return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+    def conv(self, f, w, x, stride=1, groups=1):
+        if groups == 1:
+            return super().conv(f, w, x, stride)
+        y = PLAIN.conv(f, w, x, stride, groups)
+        images, height, width, _ = x.shape
+        x = jnp.moveaxis(x.reshape(images, height, width, groups, -1), 3, 0)
+        middle = PLAIN.conv(f, f["a"], x.reshape(-1, *x.shape[2:]), stride)
+        middle = middle.reshape(groups, images, *middle.shape[1:])
+        b = f["b"].reshape(f["b"].shape[0], groups, -1)
+        return y + jnp.einsum("gnhwr,rgo->nhwgo", middle, b).reshape(y.shape)

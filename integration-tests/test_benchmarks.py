@@ -1,0 +1,85 @@
+"""What the benchmarks compare: every way of each model has the same loss and gradient."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import library_models  # noqa: E402
+import models  # noqa: E402
+from adapted import adapt  # noqa: E402
+from steps import objective  # noqa: E402
+from ways import PLAIN, ByHand, Flat  # noqa: E402
+from works import ADAPTERS, inference, many_adapters  # noqa: E402
+
+SMALL = functools.partial(models.blocks, 2, 8, 12, heads=2, batch=3, time=5)
+MODELS = {
+    "blocks": SMALL,
+    "scanned": lambda: SMALL(scan=True, remat=True),
+    "MLP": lambda: models.mlp((5, 7, 11, 3), batch=2),
+    "convnet": lambda: models.convnet(2, 6, 4, 3),
+    "tied": lambda: models.tied(13, 8, 12, 2, 5),
+    "experts": lambda: models.experts(3, 11, 4, 6, 10),
+    "Linen": lambda: library_models.linen_attention(2, 8, 2, 3, 5),
+    "FlaxGPT2": lambda: library_models.flax_gpt2(
+        2, 5, n_layer=2, n_embd=8, n_head=2, vocab_size=13, n_positions=7
+    ),
+}
+
+
+def equal(found, wanted):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4 * float(abs(np.asarray(y)).max()))
+
+
+@pytest.mark.filterwarnings("ignore:TensorFlow and JAX classes are deprecated")
+@pytest.mark.parametrize("way", [ByHand, Flat])
+@pytest.mark.parametrize("name", MODELS)
+def test_ours_is_what_is_written_by_hand(name, way):
+    model = MODELS[name]()
+    adapted = adapt(model, rank=2)
+    gradient = lambda fn: jax.jit(jax.value_and_grad(lambda *args: objective(fn(*args))))  # noqa: E731
+    ours = gradient(adapted.ours)(adapted.tunable, adapted.frozen, model.batch)
+    theirs = gradient(model.written(way()))(adapted.factors, model.params, model.batch)
+    equal(ours, theirs)
+
+
+def test_one_token():
+    model = models.decoding(2, 8, 12, heads=2, past=4)
+    programs = inference(model, adapt(model, rank=2))
+    found = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
+    for name in ("ours", "by hand again", "by hand, flat", "merged"):
+        equal(found[name], found["by hand"])
+    assert abs(found["base"][0] - found["by hand"][0]).max() > 1e-3
+
+
+def test_the_last_token_sees_what_is_cached():
+    model = SMALL(batch=1)
+    x = model.batch
+    whole = model.apply(model.params, x)
+    cache = []
+    h = x
+    for p in model.params:
+        nothing = dict.fromkeys(p)
+        before = h[:, :-1]
+        _, (k, v) = models.block(PLAIN, 2, nothing, p, before)
+        cache.append((k, v))
+        h, _ = models.block(PLAIN, 2, nothing, p, h)
+    decoding = models.decoding(2, 8, 12, heads=2, past=4)
+    last, _ = decoding.apply(model.params, {"x": x[:, -1:], "cache": cache})
+    equal(last, whole[:, -1:])
+
+
+def test_adapters_at_once_and_in_turn():
+    model = SMALL(batch=1)
+    programs = many_adapters(model, adapt(model, rank=2))
+    at_once, _ = programs["ours"].fn(*programs["ours"].calls[0])
+    in_turn = [programs["ours, in turn"].fn(*call)[0] for call in programs["ours, in turn"].calls]
+    assert at_once.shape == (ADAPTERS,)
+    assert len(set(map(float, in_turn))) == ADAPTERS
+    equal(at_once, np.array(in_turn))
