@@ -298,9 +298,20 @@ def costs(session: nox.Session) -> None:
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
     """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""
+    install_peers(session)
+    session.run("python", "benchmarks/bench.py", *session.posargs)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def profile(session: nox.Session) -> None:
+    """Sorts the operations of a training step by what they are, in JAX and in PEFT on torch."""
+    install_peers(session)
+    session.run("python", "benchmarks/profile_step.py", *session.posargs)
+
+
+def install_peers(session: nox.Session) -> None:
     session.install("--requirement", "benchmarks/requirements.txt")
     session.install("--no-deps", *editable("lorax-core"))
-    session.run("python", "benchmarks/bench.py", *session.posargs)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import lorax
 import report
 from adapted import adapt
 from counts import Seconds, compiled, count, first_call, residual_bytes
+from steps import NotCompared
 from works import WORKS, Program, Work
 
 
@@ -71,9 +72,12 @@ def variants(work: Work, peers: bool) -> tuple[dict[str, Variant], dict[str, str
             found[name] = variant(made) if isinstance(made, Program) else Variant(made, {}, None)
             out = found[name].run()
             same(np.array([out]) if made is found[name].run else numbers(out), wanted)
+        except NotCompared as reason:
+            found.pop(name, None)
+            errors[name] = str(reason)
         except Exception as error:  # whatever a peer says is what the table shows
             found.pop(name, None)
-            errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            errors[name] = f"`{type(error).__name__}: {str(error).strip().splitlines()[0]}`"
     return found, errors
 
 
@@ -81,7 +85,7 @@ def same(found: np.ndarray, wanted: np.ndarray) -> None:
     """Times mean nothing unless all compute the same. PyTorch says only its loss."""
     wanted = wanted[: len(found)]
     if not np.all(np.abs(found - wanted) < 1e-4 * np.abs(wanted)):
-        raise ValueError(f"it computes {found} instead of {wanted}")
+        raise NotCompared(f"it computes {found} instead of {wanted}")
 
 
 def peer_steps() -> dict[str, Callable[..., Any]]:

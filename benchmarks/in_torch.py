@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model
 
+from steps import NotCompared
+
 HEADS = 8
 
 
@@ -140,6 +142,6 @@ def model(model):
     elif "embedding" in params:
         return Tied(params), ["down", "embedding", "up"]
     else:
-        raise TypeError("not compared: not written in PyTorch here")
+        raise NotCompared("the model is not written in PyTorch here")
     modules = net.named_modules()
     return net, [name for name, module in modules if isinstance(module, nn.Linear)]

@@ -23,7 +23,7 @@ from flax import nnx
 import in_torch
 from adapted import Adapted
 from models import Model
-from steps import start, train
+from steps import NotCompared, start, train
 from ways import Plain
 from works import Program
 
@@ -65,7 +65,7 @@ class Nnx(Plain):
         return self.call(nnx.Embed, w.shape, {}, "embedding", f, w, tokens)
 
     def experts(self, f, w, x):
-        raise TypeError("nnx.LoRA wraps a module, and no module of flax.nnx has stacked experts")
+        raise NotCompared("it wraps a module, and no module of flax.nnx has stacked experts")
 
     def call(self, kind, sizes, options, name, f, w, x):
         rank = f["a"].shape[-1]
@@ -98,7 +98,7 @@ def _abstract(kind: Any, sizes: Any, options: Any, rank: int) -> Any:
 def flax_nnx(model: Model, adapted: Adapted, rank: int) -> Program:
     """`flax.nnx.LoRA` around every module."""
     if model.library is not None:
-        raise TypeError("nnx.LoRA wraps modules of flax.nnx, and these are Linen's")
+        raise NotCompared("it wraps modules of flax.nnx, and these are Linen's")
     return program(model.written(Nnx()), adapted.factors, model.params, model.batch)
 
 
@@ -146,7 +146,7 @@ def qwix_provider(model: Model, adapted: Adapted, rank: int) -> Program:
     if model.library is not None:
         return qwix_linen(model, adapted, provider)
     if "norm1" in model.params:
-        raise TypeError("not compared: a scan would have to be flax.linen.scan over its modules")
+        raise NotCompared("a scan would have to be flax.linen.scan over its modules")
     frozen = jax.tree.map(
         lambda f, w: w if f is None else None, adapted.factors, model.params, is_leaf=is_pair
     )
@@ -170,7 +170,7 @@ def qwix_provider(model: Model, adapted: Adapted, rank: int) -> Program:
             fill(getattr(module, f"{name}_lora_{factor}"), f[factor])
         found += 1
     if found < len(pairs):
-        raise ValueError(f"it adapts {found} of {len(pairs)} weights, and says nothing")
+        raise NotCompared(f"it adapts {found} of {len(pairs)} weights, and says nothing")
     graph, lora, rest = nnx.split(net, nnx.LoRAParam, ...)
     apply = lambda lora, rest, x: nnx.merge(graph, lora, rest)(x)  # noqa: E731
     return program(apply, lora, rest, model.batch)
@@ -178,7 +178,7 @@ def qwix_provider(model: Model, adapted: Adapted, rank: int) -> Program:
 
 def fill(variable: Any, value: jax.Array) -> None:
     if variable[...].size != value.size:
-        raise ValueError(f"its factor is {variable[...].shape}, and not {value.shape}")
+        raise NotCompared(f"its factor is {variable[...].shape}, and not {value.shape}")
     variable[...] = value.reshape(variable[...].shape)
 
 
@@ -235,7 +235,7 @@ def qwix_linen(model: Model, adapted: Adapted, provider: Any) -> Program:
             factors[name] = value.reshape(leaf.shape)
     count = sum(f is not None for f in wanted.values())
     if len(factors) < 2 * count:
-        raise ValueError(f"it adapts {len(factors) // 2} of {count} weights, and says nothing")
+        raise NotCompared(f"it adapts {len(factors) // 2} of {count} weights, and says nothing")
 
     def apply(factors, params, x):
         for name, value in factors.items():

@@ -177,7 +177,10 @@ def markdown(found: Any) -> Iterator[str]:
     yield ""
     for name, work in works.items():
         for variant, error in work["errors"].items():
-            yield f"- {name}, {variant}: `{error[:120]}`"
+            # A library's message may have code of its own in it.
+            code = error.startswith("`")
+            shown = f"`` {error[1:-1]} ``" if code and "`" in error[1:-1] else error
+            yield f"- {name}, {variant}: {shown}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from models import Model
 
 
+class NotCompared(Exception):
+    """Why a library is not in the table, in our words; what it says itself is any other error."""
+
+
 class State(NamedTuple):
     """Factors, and their first and second moments."""
 
