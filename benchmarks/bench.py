@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -114,6 +115,13 @@ def step_milliseconds(variant: Variant) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def page_faults(variant: Variant) -> int:
+    """Of a step that is not the first: memory that the system hands out anew, page by page."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(variant.run())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def first_calls(variants: dict[str, Variant], rounds: int) -> dict[str, list[Seconds]]:
     ours = {name: found for name, found in variants.items() if found.program is not None}
 
@@ -135,6 +143,7 @@ def about() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
@@ -157,6 +166,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "variants": {
             key: {
                 **variant.counts,
+                "page_faults": page_faults(variant),
                 "step_ms": steps[key][1:],  # the first round warms up
                 "trace_ms": [1e3 * seconds.trace for seconds in firsts.get(key, [])],
                 "first_call_ms": [1e3 * seconds.call for seconds in firsts.get(key, [])],

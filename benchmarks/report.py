@@ -16,7 +16,7 @@ from rich.table import Table
 
 from table import short
 
-CONSOLE = Console(width=132)
+CONSOLE = Console(width=140)
 PEERS = ("flax.nnx.LoRA", "qwix", "quax", "PEFT on torch")
 NOISE = "by hand again"
 
@@ -40,20 +40,24 @@ def show_about(about: Any) -> None:
         f"Python {about['python']}, {versions}; float32",
         soft_wrap=True,
     )
+    if about["GLIBC_TUNABLES"]:
+        CONSOLE.print(f"GLIBC_TUNABLES={about['GLIBC_TUNABLES']}", highlight=False)
 
 
 def show_work(name: str, work: Any) -> None:
     """One row for each variant."""
     table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("variant")
-    for column in ("FLOPs", "temp bytes", "residual bytes", "trace", "first call", "step, ms"):
+    for column in ("FLOPs", "temp bytes", "residual bytes", "page faults"):
+        table.add_column(column, justify="right")
+    for column in ("trace", "first call", "step, ms"):
         table.add_column(column, justify="right")
     for column in ("step / by hand", "min", "max"):
         table.add_column(column, justify="right")
     for variant, found in work["variants"].items():
         counts = [
             short(found[count]) if count in found else "–"
-            for count in ("flops", "temp_bytes", "residual_bytes")
+            for count in ("flops", "temp_bytes", "residual_bytes", "page_faults")
         ]
         first = [
             f"{statistics.median(rounds):.2f} ×" if rounds else "–"
