@@ -8,6 +8,7 @@ import jax
 import optax
 
 import lorax
+from adapted import as_factors
 from compiling import shapes_of
 
 OPTIMIZER = optax.adam(1e-3)
@@ -42,7 +43,7 @@ def programs(mesh: Any, model: Model) -> Iterator[Program]:
     frozen, tunable = shapes_of(
         mesh, lambda params: lorax.init_lora(params, spec, jax.random.key(0)), params
     )
-    factors = jax.tree.map(lambda weight: {"a": weight.a, "b": weight.b}, tunable, is_leaf=is_lora)
+    factors = as_factors(tunable)
     adapted = lorax.lora(model.plain, on_materialize="error", on_unused="error")
 
     def ours(tunable, frozen, batch):

@@ -19,13 +19,13 @@ class Adapted(NamedTuple):
     factors: Any  # {"a": …, "b": …} in the place of every adapted weight
 
 
-def adapt(model: Model, rank: int, seed: int = 3) -> Adapted:
+def adapt(model: Model, rank: int) -> Adapted:
     """Random factors: those of `init_lora` have `b = 0`."""
     apply, params, batch = model.apply, model.params, model.batch
     spec = lorax.infer_spec(apply, params, batch, rank=rank, where=model.where)
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
     # Small, so that many layers stay tame.
-    tunable = jax.tree.map(lambda leaf: leaf / 8, random_factors(tunable, jax.random.key(seed)))
+    tunable = jax.tree.map(lambda leaf: leaf / 8, random_factors(tunable, jax.random.key(3)))
     adapted = lorax.lora(apply, on_materialize="error", on_unused="error")
 
     def ours(tunable, frozen, batch):

@@ -17,6 +17,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 import lorax
 import report
 from adapted import adapt
-from counts import Seconds, compiled, count, first_call, residual_bytes
+from counts import compiled, count, first_call, paired, residual_bytes
 from steps import NotCompared
 from works import WORKS, Program, Work
 
@@ -96,19 +97,6 @@ def peer_steps() -> dict[str, Callable[..., Any]]:
     return PEERS
 
 
-def paired(
-    variants: dict[str, Variant], rounds: int, measure: Callable[[Variant], Any]
-) -> dict[str, list[Any]]:
-    """What is measured of each variant in each round."""
-    taken: dict[str, list[Any]] = {name: [] for name in variants}
-    names = list(variants)
-    for k in range(rounds):
-        # Whoever goes second may find the processor in another state: take turns.
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            taken[name].append(measure(variants[name]))
-    return taken
-
-
 def step_milliseconds(variant: Variant) -> float:
     start = time.perf_counter()
     jax.block_until_ready(variant.run())
@@ -120,16 +108,6 @@ def page_faults(variant: Variant) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(variant.run())
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def first_calls(variants: dict[str, Variant], rounds: int) -> dict[str, list[Seconds]]:
-    ours = {name: found for name, found in variants.items() if found.program is not None}
-
-    def measure(found: Variant) -> Seconds:
-        assert found.program is not None
-        return first_call(found.program.fn, *found.program.calls[0])
-
-    return paired(ours, rounds, measure)
 
 
 def about() -> dict[str, Any]:
@@ -160,8 +138,11 @@ def processor() -> str:
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A work, for the report."""
     found, errors = variants(WORKS[name], options.peers)
-    steps = paired(found, options.rounds + 1, step_milliseconds)
-    firsts = first_calls(found, options.first_calls)
+    every_step = {key: partial(step_milliseconds, variant) for key, variant in found.items()}
+    steps = paired(every_step, options.rounds + 1)
+    traced = {key: variant.program for key, variant in found.items() if variant.program is not None}
+    calls = {key: partial(first_call, made.fn, *made.calls[0]) for key, made in traced.items()}
+    firsts = paired(calls, options.first_calls)
     return {
         "variants": {
             key: {

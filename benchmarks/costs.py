@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import lorax
 import models
 import table
 from adapted import adapt
-from counts import compiled, count, trace_seconds
+from counts import compiled, count, paired, trace_seconds
 from ways import ByHand
 
 RANK = 8
@@ -73,19 +74,21 @@ def measure(pairs: int) -> Iterator[table.Row]:
         for program, ours, by_hand in programs(model):
             assert_equal(jax.jit(ours[0])(*ours[1:]), jax.jit(by_hand[0])(*by_hand[1:]))
             counts = (count(compiled(*side)) for side in (ours, by_hand))
-            yield table.Row(name, program, *counts, trace_ratio(ours, by_hand, pairs))
+            yield table.Row(name, program, *counts, traces(ours, by_hand, pairs).ratio)
 
 
-def trace_ratio(ours: tuple[Any, ...], by_hand: tuple[Any, ...], pairs: int) -> float:
-    """How much longer `ours` traces: the median over pairs of runs."""
-    ratios = []
-    for k in range(pairs):
-        # Whoever goes second may find the processor in another state: take turns.
-        sides = (ours, by_hand) if k % 2 == 0 else (by_hand, ours)
-        seconds = [trace_seconds(*side) for side in sides]
-        mine, other = seconds if k % 2 == 0 else seconds[::-1]
-        ratios.append(mine / other)
-    return statistics.median(ratios)
+class Traces(NamedTuple):
+    """How long tracing takes: medians over pairs of runs."""
+
+    seconds: float  # of ours
+    ratio: float  # to by hand
+
+
+def traces(ours: tuple[Any, ...], by_hand: tuple[Any, ...], pairs: int) -> Traces:
+    sides = {"ours": partial(trace_seconds, *ours), "by hand": partial(trace_seconds, *by_hand)}
+    found = paired(sides, pairs)
+    ratios = [x / y for x, y in zip(found["ours"], found["by hand"], strict=True)]
+    return Traces(statistics.median(found["ours"]), statistics.median(ratios))
 
 
 class Depth(NamedTuple):
@@ -99,9 +102,8 @@ class Depth(NamedTuple):
 def depths(pairs: int) -> Iterator[Depth]:
     for layers in DEPTHS:
         _, (_, ours, by_hand) = programs(models.blocks(layers))
-        milliseconds = [1e3 * trace_seconds(*ours) for _ in range(pairs + 1)][1:]
-        ratio = trace_ratio(ours, by_hand, pairs)
-        yield Depth(layers, statistics.median(milliseconds) / layers, ratio)
+        found = traces(ours, by_hand, pairs)
+        yield Depth(layers, 1e3 * found.seconds / layers, found.ratio)
 
 
 def main() -> None:

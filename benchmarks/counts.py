@@ -3,8 +3,8 @@
 import gc
 import re
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -44,6 +44,20 @@ def residual_bytes(loss: Callable[..., Any], x: Any, *args: Any) -> int:
     given = set(map(id, traced.jaxpr.jaxpr.invars))
     out = {id(var): var for var in traced.jaxpr.jaxpr.outvars}
     return sum(var.aval.size * var.aval.dtype.itemsize for k, var in out.items() if k not in given)
+
+
+T = TypeVar("T")
+
+
+def paired(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each measures in each round; a ratio within a round is of neighbours in time."""
+    taken: dict[str, list[T]] = {name: [] for name in measures}
+    names = list(measures)
+    for k in range(rounds):
+        # Whoever goes second may find the processor in another state: take turns.
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            taken[name].append(measures[name]())
+    return taken
 
 
 class Seconds(NamedTuple):

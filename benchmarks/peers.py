@@ -22,7 +22,7 @@ from flax import nnx
 
 import in_torch
 from adapted import Adapted
-from models import Model
+from models import Leaf, Model
 from steps import NotCompared, start, train
 from ways import Plain
 from works import Program
@@ -239,15 +239,10 @@ def qwix_linen(model: Model, adapted: Adapted, provider: Any) -> Program:
 
     def apply(factors, params, x):
         for name, value in factors.items():
-            params = placed(params, name.split("/"), value)
+            params = Leaf(tuple(name.split("/"))).replace(params, value)
         return model.library.output(call(net.apply, {"params": params}, x))
 
     return program(apply, factors, model.params, model.batch)
-
-
-def placed(tree: Any, path: list[str], value: Any) -> Any:
-    first, *rest = path
-    return {**tree, first: placed(tree.get(first, {}), rest, value) if rest else value}
 
 
 # quax
@@ -283,10 +278,9 @@ def peft_torch(model: Model, adapted: Adapted, rank: int) -> Callable[[], float]
     """PEFT on the same model in PyTorch, with as many threads; a call is a step."""
     torch.set_num_threads(os.cpu_count() or 1)
     net, names = in_torch.model(model)
-    stacked = isinstance(model.params, dict) and "norm1" in model.params
-    factors = (
-        in_torch.layers(adapted.factors, len(model.params["norm1"])) if stacked else adapted.factors
-    )
+    factors = adapted.factors
+    if "norm1" in model.params:
+        factors = in_torch.layers(factors, len(model.params["norm1"]))
     pairs = [f for f in jax.tree.leaves(factors, is_leaf=is_pair) if f is not None]
     transposed = "wte" in model.params
     config = peft.LoraConfig(

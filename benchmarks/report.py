@@ -1,6 +1,7 @@
 """The benchmark as tables and as a plot.
 
-python benchmarks/report.py FILE.json        the tables of docs/performance.md
+`python benchmarks/report.py FILE.json` prints the tables of docs/performance.md, from what
+`bench.py --json FILE.json` wrote.
 """
 
 import json
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from table import short
 
-CONSOLE = Console(width=140)
+CONSOLE = Console(width=160)
 PEERS = ("flax.nnx.LoRA", "qwix", "quax", "PEFT on torch")
 NOISE = "by hand again"
 
@@ -48,16 +49,14 @@ def show_work(name: str, work: Any) -> None:
     """One row for each variant."""
     table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("variant")
-    for column in ("FLOPs", "temp bytes", "residual bytes", "page faults"):
-        table.add_column(column, justify="right")
-    for column in ("trace", "first call", "step, ms"):
-        table.add_column(column, justify="right")
-    for column in ("step / by hand", "min", "max"):
+    of_counts = ("FLOPs", "argument bytes", "temp bytes", "residual bytes", "page faults")
+    of_times = ("trace", "first call", "step, ms", "step / by hand", "min", "max")
+    for column in (*of_counts, *of_times):
         table.add_column(column, justify="right")
     for variant, found in work["variants"].items():
         counts = [
             short(found[count]) if count in found else "–"
-            for count in ("flops", "temp_bytes", "residual_bytes", "page_faults")
+            for count in ("flops", "argument_bytes", "temp_bytes", "residual_bytes", "page_faults")
         ]
         first = [
             f"{statistics.median(rounds):.2f} ×" if rounds else "–"

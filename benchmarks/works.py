@@ -45,7 +45,7 @@ def training(model: Model, adapted: Adapted) -> dict[str, Program]:
     return {
         "ours": step(adapted.ours, adapted.tunable, adapted.frozen),
         "by hand": by_hand,
-        "by hand again": by_hand._replace(fn=train(model.written(ByHand())).step),
+        "by hand again": by_hand,
         "by hand, flat": step(model.written(Flat()), adapted.factors, model.params),
         "floor": Program(*floor(model)),
         "full fine-tuning": step(plain, model.params, None),
@@ -61,7 +61,7 @@ def inference(model: Model, adapted: Adapted) -> dict[str, Program]:
     return {
         "ours": Program(adapted.ours, [(adapted.tunable, adapted.frozen, batch)]),
         "by hand": by_hand,
-        "by hand again": by_hand._replace(fn=model.written(ByHand())),
+        "by hand again": by_hand,
         "by hand, flat": Program(flat, [(adapted.factors, params, batch)]),
         "merged": Program(model.apply, [(merged, batch)]),
         "base": Program(model.apply, [(params, batch)]),
@@ -90,12 +90,11 @@ def many_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
 
     ours, ours_in_turn = both(adapted.ours, adapted.tunable, adapted.frozen)
     by_hand, by_hand_in_turn = both(model.written(ByHand()), adapted.factors, model.params)
-    again, _ = both(model.written(ByHand()), adapted.factors, model.params)
     flat, _ = both(model.written(Flat()), adapted.factors, model.params)
     return {
         "ours": ours,
         "by hand": by_hand,
-        "by hand again": again,
+        "by hand again": by_hand,
         "by hand, flat": flat,
         "ours, in turn": ours_in_turn,
         "by hand, in turn": by_hand_in_turn,

@@ -140,12 +140,13 @@ def _pair(left, right, elsewhere, mesh, precision, preferred, out, joins) -> Ope
 
 
 def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
-    """Whether a program is traced for a CPU, off a mesh: there axes are joined.
+    """Whether a program is traced for a CPU, off a mesh: there some forms are faster than others.
 
     The gradient of `b` in `(x @ a) @ b` contracts all that x keeps, as batch and sequence. XLA on
-    CPU copies the whole cotangent for that, unless it is one axis. (For `a` it copies the
-    cotangent of `x @ a`, a rank wide, which costs little.) Elsewhere nothing is gained, and the
-    joined axes cost memory on TPU, and collectives wherever several of them are sharded.
+    CPU copies the whole cotangent for that, unless it is one axis: there axes are joined. (For `a`
+    it copies the cotangent of `x @ a`, a rank wide, which costs little.) Elsewhere nothing is
+    gained, and the joined axes cost memory on TPU, and collectives wherever several of them are
+    sharded. The rule of convolutions asks too: it joins the groups of features with the batch.
 
     The mesh is in the type of the array, or in the context; it may be of another platform than
     this host's. No trace shows what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)` compile

@@ -179,8 +179,13 @@ def test_convolution(prove, row):
     prove(*row)
 
 
-# Where the groups are examples of their own: the kernel of one is no part of a stack.
-GROUPED = [row for row in ROWS if row[0].startswith(("groups", "depthwise", "bfloat16-groups"))]
+# Where the groups are examples of their own: one first kernel serves them all, with the window.
+GROUPED = [
+    row
+    for row in ROWS
+    if row[0].startswith(("groups", "depthwise", "bfloat16-groups"))
+    and row[0] not in ("groups-window-last", "groups-separable")
+]
 
 
 @pytest.mark.parametrize("row", GROUPED, ids=lambda row: row[0])
@@ -206,6 +211,19 @@ def test_groups_are_examples_on_one_cpu(layout, on_cpu, monkeypatch):
     ]
     delta = (1, (10, 8, 9, 3)) if on_cpu else (5, (2, 8, 9, 15))
     assert sorted(found) == sorted([(5, (2, 8, 9, 15)), delta])
+
+
+@pytest.mark.parametrize("spec", [WINDOW_LAST, SEPARABLE], ids=["last", "separable"])
+def test_groups_stay_groups_where_the_second_kernel_has_a_window(spec):
+    fn = conv(feature_group_count=2)
+    frozen, tunable = init_lora({"w": jnp.ones((3, 2, 5, 6))}, {"w": spec}, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lora(fn))((frozen, tunable), jnp.ones((2, 8, 9, 10)))
+    groups = [
+        (eqn.params["feature_group_count"], eqn.params["batch_group_count"])
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "conv_general_dilated"
+    ]
+    assert groups == [(2, 1)] * 3
 
 
 @pytest.mark.parametrize("groups, outputs", [(1, 7), (3, 6), (5, 5)], ids=str)

@@ -13,7 +13,7 @@ Sharp edges:
   The first kernel serves every group, so it is repeated for each; the second is cut by group. In
   a depthwise convolution that is rank times the base's arithmetic: keep the rank small there.
   On one CPU the groups are examples instead, which the first kernel sees as it is: XLA takes
-  tens of times as long for the gradient of a grouped kernel.
+  many times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
   then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
   product over the rank.
