@@ -40,3 +40,8 @@ def as_factors(tunable: Any) -> Any:
         tunable,
         is_leaf=lambda node: isinstance(node, lorax.LoraWeight),
     )
+
+
+def is_pair(node: Any) -> bool:
+    """Whether it stands where an adapted weight, or one that is not adapted, stands."""
+    return node is None or (isinstance(node, dict) and set(node) == {"a", "b"})

@@ -15,20 +15,22 @@ import pathlib
 import platform
 import resource
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lorax
 import report
 from adapted import adapt
 from counts import compiled, count, first_call, paired, residual_bytes
-from steps import NotCompared
-from works import WORKS, Program, Work
+from steps import NotCompared, State
+from works import WORKS, Lora, Program, Work
 
 
 class Variant(NamedTuple):
@@ -42,20 +44,45 @@ class Variant(NamedTuple):
 def variant(program: Program) -> Variant:
     """Compiled, and counted over all of its calls."""
     first = program.calls[0]
-    executable = compiled(program.fn, *first)
+    trains = isinstance(first[0], State)
+    executable = compiled(program.fn, *first, donate_argnums=(0,) if trains else ())
     counts: dict[str, float] = count(executable)._asdict()
     counts["flops"] *= len(program.calls)
     if program.loss is not None:
-        factors = getattr(first[0], "factors", first[0])
+        factors = first[0].factors if trains else first[0]
         counts["residual_bytes"] = residual_bytes(program.loss, factors, *first[1:])
-    return Variant(lambda: [executable(*args) for args in program.calls], counts, program)
+    if not trains:
+        return Variant(lambda: [executable(*args) for args in program.calls], counts, program)
+    # As in a training loop, a step gives its state to the next one and is given that memory back.
+    states = [jax.tree.map(jnp.copy, state) for state, *_ in program.calls]
+
+    def run():
+        made = []
+        for k, (_, *rest) in enumerate(program.calls):
+            value, states[k] = executable(states[k], *rest)
+            made.append((value, states[k]))
+        return made
+
+    return Variant(run, counts, program)
 
 
-def numbers(out: Any) -> np.ndarray:
-    """The losses, and the size of their gradients, of a training step; or the outputs."""
-    calls = [(value, getattr(rest, "mean", rest)) for value, rest in out]
-    square = sum(float((leaf**2).sum()) for leaf in jax.tree.leaves([rest for _, rest in calls]))
-    return np.array([*np.ravel([value for value, _ in calls]), square**0.5])
+def numbers(out: Any) -> list[np.ndarray]:
+    """Of the first run: the losses, or outputs, and the size of the gradients, or other outputs.
+
+    PyTorch gives only the former.
+    """
+    values = np.concatenate([np.ravel(value) for value, *_ in out])
+    rest = [getattr(part, "mean", part) for _, *parts in out for part in parts]
+    square = sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(rest))
+    return [values, np.array(square**0.5)] if rest else [values]
+
+
+def same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    """Times mean nothing unless all compute the same."""
+    for x, y in zip(found, wanted, strict=False):
+        # Not `error > …`: whatever is not a number is not the same.
+        if x.shape != y.shape or not abs(x - y).max() < 1e-4 * abs(y).max():
+            raise NotCompared(f"it computes {x} instead of {y}")
 
 
 def variants(work: Work, peers: bool) -> tuple[dict[str, Variant], dict[str, str]]:
@@ -68,33 +95,35 @@ def variants(work: Work, peers: bool) -> tuple[dict[str, Variant], dict[str, str
         if name in found:
             same(numbers(found[name].run()), wanted)
     errors: dict[str, str] = {}
-    for name, make in peer_steps().items() if peers and work.peers else ():
+    for name, peer in known_peers().items() if peers else ():
         try:
-            made = make(model, adapted, work.rank)
-            found[name] = variant(made) if isinstance(made, Program) else Variant(made, {}, None)
-            out = found[name].run()
-            same(np.array([out]) if made is found[name].run else numbers(out), wanted)
+            made = peer.make(work, model, adapted)
+            if isinstance(made, Lora):
+                of_peer = variant(work.program(made, model.batch))
+            else:
+                of_peer = Variant(made, {}, None)
+            same(numbers(of_peer.run()), wanted)
+            found[name] = of_peer
         except NotCompared as reason:
-            found.pop(name, None)
             errors[name] = str(reason)
         except Exception as error:  # whatever a peer says is what the table shows
-            found.pop(name, None)
+            if not passed_through(error, peer.package):
+                raise
             errors[name] = f"`{type(error).__name__}: {str(error).strip().splitlines()[0]}`"
     return found, errors
 
 
-def same(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Times mean nothing unless all compute the same. PyTorch says only its loss."""
-    wanted = wanted[: len(found)]
-    if not np.all(np.abs(found - wanted) < 1e-4 * np.abs(wanted)):
-        raise NotCompared(f"it computes {found} instead of {wanted}")
-
-
-def peer_steps() -> dict[str, Callable[..., Any]]:
+def known_peers() -> dict[str, Any]:
     """Imported only where they are asked for: they need PyTorch and more."""
     from peers import PEERS
 
     return PEERS
+
+
+def passed_through(error: Exception, package: str) -> bool:
+    """Whether a library was at work when the error came: a mistake in here is no word of its."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(f"/site-packages/{package}/" in frame.filename for frame in frames)
 
 
 def step_milliseconds(variant: Variant) -> float:
@@ -168,6 +197,7 @@ def main() -> None:
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the steps")
     options = parser.parse_args()
 
+    jax.config.update("jax_traceback_filtering", "off")  # who was at work is in the traceback
     warnings.simplefilter("error", lorax.MaterializeWarning)
     warnings.simplefilter("error", lorax.UnusedAdapterWarning)
     found: dict[str, Any] = {"about": about(), "works": {}}

@@ -30,8 +30,9 @@ def count(compiled: Any) -> Counts:
     )
 
 
-def compiled(fn: Callable[..., Any], *args: Any) -> Any:
-    return jax.jit(fn).lower(*args).compile()
+def compiled(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The executable, with these options of `jax.jit`."""
+    return jax.jit(fn, **options).lower(*args).compile()
 
 
 def residual_bytes(loss: Callable[..., Any], x: Any, *args: Any) -> int:

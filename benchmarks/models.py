@@ -48,6 +48,7 @@ class Model(NamedTuple):
     library: Library | None = None
     where: Any = "*"  # which weights are adapted, as `lorax.infer_spec` takes it
     bottom: Leaf | None = None  # near the input, where the batch has no gradient
+    stack: int = 0  # layers that a scan goes over, where the parameters are stacked
 
     def apply(self, params: Any, batch: Any) -> Any:
         """The output without LoRA."""
@@ -130,7 +131,8 @@ def blocks(
     params = init_blocks(layers, width, hidden)
     if scan:
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    return Model(forward, params, jax.random.normal(jax.random.key(1), (batch, time, width)))
+    x = jax.random.normal(jax.random.key(1), (batch, time, width))
+    return Model(forward, params, x, stack=layers if scan else 0)
 
 
 def decoding(layers=6, width=512, hidden=2048, heads=8, past=127) -> Model:

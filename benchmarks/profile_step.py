@@ -99,12 +99,13 @@ def main() -> None:
     columns = {
         name: in_jax(programs[name], options.steps)
         for name in ("ours", "by hand", "by hand, flat", "floor")
+        if name in programs
     }
     if options.peers:
-        from peers import peft_torch
+        from peers import PEERS
 
-        step = peft_torch(model, adapted, work.rank)
-        columns["PEFT on torch"] = in_torch(step, options.steps)
+        run = PEERS["PEFT on torch"].make(work, model, adapted)
+        columns["PEFT on torch"] = in_torch(run, options.steps)
     table = Table(title=f"{options.work}: ms of a step, by operation", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in columns:

@@ -13,7 +13,17 @@ from models import Model
 from steps import floor, start, train
 from ways import ByHand, Flat
 
-ADAPTERS = 8  # of one batch
+ADAPTERS = 8  # of one base
+HEADS = 8
+CAPACITY = 96  # rows of an expert
+
+
+class Lora(NamedTuple):
+    """A model with LoRA, in any way of having it."""
+
+    apply: Callable[[Any, Any, Any], Any]  # (factors, frozen, batch) -> output
+    factors: Any
+    frozen: Any
 
 
 class Program(NamedTuple):
@@ -25,90 +35,104 @@ class Program(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A model, the rank of its adapters, and which programs are made of it."""
+    """A model, the rank of its adapters, and what is run of it."""
 
     model: Callable[[], Model]
     rank: int
-    programs: Callable[[Model, Adapted], dict[str, Program]]
-    peers: bool = True
+    program: Callable[[Lora, Any], Program]  # the same of every way, on a batch
+    beside: Callable[[Model, Adapted], dict[str, Program]]  # what they are compared with
+
+    def programs(self, model: Model, adapted: Adapted) -> dict[str, Program]:
+        """Every program that needs no other library."""
+        found = {name: self.program(way, model.batch) for name, way in ways(model, adapted).items()}
+        return found | {"by hand again": found["by hand"]} | self.beside(model, adapted)
 
 
-def training(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """Steps. The floor trains nothing: the plain model's loss, its gradient, down to the input."""
-
-    def step(apply, factors, params):
-        trained = train(apply)
-        return Program(trained.step, [(start(factors), params, model.batch)], trained.loss)
-
-    plain = lambda params, _, x: model.apply(params, x)  # noqa: E731
-    by_hand = step(model.written(ByHand()), adapted.factors, model.params)
+def ways(model: Model, adapted: Adapted) -> dict[str, Lora]:
+    """LoRA by `lora`, and written by hand in two forms."""
     return {
-        "ours": step(adapted.ours, adapted.tunable, adapted.frozen),
-        "by hand": by_hand,
-        "by hand again": by_hand,
-        "by hand, flat": step(model.written(Flat()), adapted.factors, model.params),
-        "floor": Program(*floor(model)),
-        "full fine-tuning": step(plain, model.params, None),
+        "ours": Lora(adapted.ours, adapted.tunable, adapted.frozen),
+        "by hand": Lora(model.written(ByHand()), adapted.factors, model.params),
+        "by hand, flat": Lora(model.written(Flat()), adapted.factors, model.params),
     }
 
 
-def inference(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """Forward passes: with adapters, merged into the weights, and without."""
-    batch, params = model.batch, model.params
+# What is run
+
+
+def step(lora: Lora, batch: Any) -> Program:
+    """A training step."""
+    trained = train(lora.apply)
+    return Program(trained.step, [(start(lora.factors), lora.frozen, batch)], trained.loss)
+
+
+def forward(lora: Lora, batch: Any) -> Program:
+    """The output."""
+    return Program(lora.apply, [(lora.factors, lora.frozen, batch)])
+
+
+def scaled(tree: Any, k: int) -> Any:
+    """What the k-th of several adapters has, factors or examples."""
+    return jax.tree.map(lambda leaf: (1 + k / ADAPTERS) * leaf, tree)
+
+
+def in_turn(lora: Lora, batch: Any) -> Program:
+    """A training step of each of several adapters, on examples of its own."""
+    trained = train(lora.apply)
+    calls = [
+        (start(scaled(lora.factors, k)), lora.frozen, scaled(batch, k)) for k in range(ADAPTERS)
+    ]
+    return Program(trained.step, calls, trained.loss)
+
+
+def at_once(lora: Lora, batch: Any) -> Program:
+    """The same in one call."""
+    trained = train(lora.apply)
+    states, _, batches = zip(*in_turn(lora, batch).calls, strict=True)
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    over = {"in_axes": (0, None, 0)}
+    return Program(
+        jax.vmap(trained.step, **over),
+        [(stack(states), lora.frozen, stack(batches))],
+        lambda *args: jax.vmap(trained.loss, **over)(*args).sum(),
+    )
+
+
+# What it is compared with
+
+
+def bounds(model: Model, adapted: Adapted) -> dict[str, Program]:
+    """The floor trains nothing: the plain model's loss, its gradient, down to the input."""
+    plain = Lora(lambda params, _, batch: model.apply(params, batch), model.params, None)
+    return {"floor": Program(*floor(model)), "full fine-tuning": step(plain, model.batch)}
+
+
+def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
+    """Merged into the weights, and not there."""
     merged = lorax.merge_params(adapted.frozen, adapted.tunable)
-    by_hand = Program(model.written(ByHand()), [(adapted.factors, params, batch)])
-    flat = model.written(Flat())
     return {
-        "ours": Program(adapted.ours, [(adapted.tunable, adapted.frozen, batch)]),
-        "by hand": by_hand,
-        "by hand again": by_hand,
-        "by hand, flat": Program(flat, [(adapted.factors, params, batch)]),
-        "merged": Program(model.apply, [(merged, batch)]),
-        "base": Program(model.apply, [(params, batch)]),
+        "merged": Program(model.apply, [(merged, model.batch)]),
+        "base": Program(model.apply, [(model.params, model.batch)]),
     }
 
 
-def many_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """A step of several adapters of one base, each on examples of its own: at once, or in turn."""
+def one_after_another(model: Model, adapted: Adapted) -> dict[str, Program]:
+    """Several adapters, in a call of each."""
+    made = ways(model, adapted)
+    return {f"{name}, in turn": in_turn(made[name], model.batch) for name in ("ours", "by hand")}
 
-    def scaled(factors, k):
-        return jax.tree.map(lambda leaf: (1 + k / ADAPTERS) * leaf, factors)
 
-    def both(apply, factors, params):
-        trained = train(apply)
-        states = [start(scaled(factors, k)) for k in range(ADAPTERS)]
-        batches = [(1 + k / ADAPTERS) * model.batch for k in range(ADAPTERS)]
-        stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-        over = {"in_axes": (0, None, 0)}
-        at_once = Program(
-            jax.vmap(trained.step, **over),
-            [(stack(states), params, stack(batches))],
-            lambda *args: jax.vmap(trained.loss, **over)(*args).sum(),
-        )
-        in_turn = [(state, params, batch) for state, batch in zip(states, batches, strict=True)]
-        return at_once, Program(trained.step, in_turn, trained.loss)
-
-    ours, ours_in_turn = both(adapted.ours, adapted.tunable, adapted.frozen)
-    by_hand, by_hand_in_turn = both(model.written(ByHand()), adapted.factors, model.params)
-    flat, _ = both(model.written(Flat()), adapted.factors, model.params)
-    return {
-        "ours": ours,
-        "by hand": by_hand,
-        "by hand again": by_hand,
-        "by hand, flat": flat,
-        "ours, in turn": ours_in_turn,
-        "by hand, in turn": by_hand_in_turn,
-    }
+# The works
 
 
 def gpt(**options: Any) -> Model:
-    return models.blocks(6, 512, 2048, heads=8, **{"batch": 4, "time": 128} | options)
+    return models.blocks(6, 512, 2048, heads=HEADS, **{"batch": 4, "time": 128} | options)
 
 
 def linen_attention() -> Model:
     import library_models  # needs flax
 
-    return library_models.linen_attention()
+    return library_models.linen_attention(heads=HEADS)
 
 
 def flax_gpt2() -> Model:
@@ -117,15 +141,19 @@ def flax_gpt2() -> Model:
     return library_models.flax_gpt2()
 
 
+def training(model: Callable[[], Model], rank: int) -> Work:
+    return Work(model, rank, step, bounds)
+
+
 WORKS = {
-    "GPT": Work(gpt, 16, training),
-    "GPT, scan + remat": Work(lambda: gpt(scan=True, remat=True), 16, training),
-    "MLP": Work(lambda: models.mlp((1000,) * 31, batch=256), 64, training),
-    "FlaxGPT2": Work(flax_gpt2, 16, training),
-    "Linen attention": Work(linen_attention, 16, training),
-    "convnet": Work(lambda: models.convnet(32, 32, 64), 8, training),
-    "tied embedding": Work(lambda: models.tied(8000, 256, 1024, 4, 128), 16, training),
-    "experts": Work(models.experts, 16, training),
-    "one token": Work(models.decoding, 16, inference, peers=False),
-    "8 adapters": Work(lambda: gpt(batch=1, time=16), 16, many_adapters, peers=False),
+    "GPT": training(gpt, 16),
+    "GPT, scan + remat": training(lambda: gpt(scan=True, remat=True), 16),
+    "MLP": training(lambda: models.mlp((1000,) * 31, batch=256), 64),
+    "FlaxGPT2": training(flax_gpt2, 16),
+    "Linen attention": training(linen_attention, 16),
+    "convnet": training(lambda: models.convnet(32, 32, 64), 8),
+    "tied embedding": training(lambda: models.tied(8000, 256, 1024, 4, 128), 16),
+    "experts": training(lambda: models.experts(capacity=CAPACITY), 16),
+    "one token": Work(lambda: models.decoding(heads=HEADS), 16, forward, without_adapters),
+    "8 adapters": Work(lambda: gpt(batch=1, time=16), 16, at_once, one_after_another),
 }

@@ -15,7 +15,7 @@ import models  # noqa: E402
 from adapted import adapt  # noqa: E402
 from steps import objective  # noqa: E402
 from ways import PLAIN, ByHand, Flat  # noqa: E402
-from works import ADAPTERS, inference, many_adapters  # noqa: E402
+from works import ADAPTERS, WORKS  # noqa: E402
 
 SMALL = functools.partial(models.blocks, 2, 8, 12, heads=2, batch=3, time=5)
 MODELS = {
@@ -51,7 +51,7 @@ def test_ours_is_what_is_written_by_hand(name, way):
 
 def test_one_token():
     model = models.decoding(2, 8, 12, heads=2, past=4)
-    programs = inference(model, adapt(model, rank=2))
+    programs = WORKS["one token"].programs(model, adapt(model, rank=2))
     found = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
     for name in ("ours", "by hand, flat", "merged"):
         equal(found[name], found["by hand"])
@@ -75,7 +75,7 @@ def test_the_last_token_sees_what_is_cached():
 
 def test_adapters_at_once_and_in_turn():
     model = SMALL(batch=1)
-    programs = many_adapters(model, adapt(model, rank=2))
+    programs = WORKS["8 adapters"].programs(model, adapt(model, rank=2))
     at_once, _ = programs["ours"].fn(*programs["ours"].calls[0])
     in_turn = [programs["ours, in turn"].fn(*call)[0] for call in programs["ours, in turn"].calls]
     assert at_once.shape == (ADAPTERS,)

@@ -1,0 +1,219 @@
+"""`qwix.apply_lora_to_model`, on modules of flax.nnx or of Linen."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+
+from adapted import Adapted, is_pair
+from models import Leaf, Library, Model, attend, norm, split_heads
+from steps import NotCompared
+from ways import Plain
+from works import HEADS, Lora, Work
+
+
+def with_qwix(work: Work, model: Model, adapted: Adapted) -> Lora:
+    """On the model's own modules, or on modules made of its weights."""
+    provider = qwix.LoraProvider(module_path=".*", rank=work.rank, alpha=work.rank)
+    if model.library is not None:
+        return on_linen(model.library, provider, adapted.factors, model.params, model.batch)
+    if model.stack:
+        names = [name for name, f in adapted.factors.items() if f is not None]
+        factors, params = (in_linen(tree, names) for tree in (adapted.factors, model.params))
+        return on_linen(scanned(model), provider, factors, params, model.batch)
+    return on_nnx(model, provider, adapted.factors)
+
+
+def said_nothing(found: int, wanted: int) -> None:
+    if found < wanted:
+        raise NotCompared(f"it adapts {found} of {wanted} weights, and says nothing")
+
+
+# flax.nnx
+
+
+class Net(nnx.Module):
+    """A model whose adapted weights are modules, in which qwix looks for them."""
+
+    def __init__(self, model: Model, modules: Any, params: Any):
+        self.forward, self.modules, self.params = model.forward, modules, nnx.data(params)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The output of the model."""
+        return self.forward(AsModules(), self.modules, self.params, x)
+
+
+class AsModules(Plain):
+    """Every weight is a module that has it."""
+
+    def dense(self, module, _, x):
+        return module(x)
+
+    def conv(self, module, _, x, stride=1, groups=1):
+        return module(x)
+
+    def embed(self, module, _, tokens):
+        return module(tokens)
+
+    def logits(self, module, _, x):
+        return module.attend(x)
+
+    def experts(self, module, _, x):
+        return jnp.einsum("end,edf->enf", x, module.kernel[...])
+
+
+class Experts(nnx.Module):
+    def __init__(self, w):
+        self.kernel = nnx.Param(w)
+
+
+def on_nnx(model: Model, provider: Any, factors: Any) -> Lora:
+    frozen = jax.tree.map(
+        lambda f, w: w if f is None else None, factors, model.params, is_leaf=is_pair
+    )
+    net = Net(model, modules(factors, model.params), frozen)
+    net = qwix.apply_lora_to_model(net, provider, model.batch, rngs=nnx.Rngs(0))
+    leaves = zip(
+        jax.tree.leaves(factors, is_leaf=is_pair), jax.tree.leaves(model.params), strict=True
+    )
+    pairs = [(f, w) for f, w in leaves if f is not None]
+    found = 0
+    # It does not keep the modules that it is given: a weight tells which is which.
+    for _, module in nnx.iter_modules(net):
+        name = "embedding" if hasattr(module, "embedding") else "kernel"
+        if not hasattr(module, f"{name}_lora_a"):
+            continue
+        value = getattr(module, name)[...]
+        (f,) = [f for f, w in pairs if np.array_equal(w, value)]
+        for factor in "ab":
+            fill(getattr(module, f"{name}_lora_{factor}"), f[factor])
+        found += 1
+    said_nothing(found, len(pairs))
+    graph, lora, rest = nnx.split(net, nnx.LoRAParam, ...)
+    return Lora(lambda lora, rest, x: nnx.merge(graph, lora, rest)(x), lora, rest)
+
+
+def fill(variable: Any, value: jax.Array) -> None:
+    if variable[...].size != value.size:
+        raise NotCompared(f"its factor is {variable[...].shape}, and not {value.shape}")
+    variable[...] = value.reshape(variable[...].shape)
+
+
+def modules(factors: Any, params: Any, name: str = "") -> Any:
+    """A module for every adapted weight, in NNX's lists and dicts."""
+    if is_pair(factors):
+        return None if factors is None else module_of(name, params)
+    if isinstance(factors, dict):
+        found = {k: modules(f, params[k], k) for k, f in factors.items()}
+        return nnx.Dict({k: module for k, module in found.items() if module is not None})
+    return nnx.List([modules(f, p) for f, p in zip(factors, params, strict=True)])
+
+
+def module_of(name: str, w: jax.Array) -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    if name == "embedding":
+        module = nnx.Embed(*w.shape, rngs=rngs)
+        module.embedding[...] = w
+        return module
+    if w.ndim == 3:
+        return Experts(w)
+    if w.ndim == 4:
+        *window, _, out = w.shape
+        groups = {"depthwise": out, "grouped": 2}.get(name, 1)
+        module = nnx.Conv(
+            groups * w.shape[2],
+            out,
+            tuple(window),
+            strides=2 if name == "stem" else 1,
+            feature_group_count=groups,
+            use_bias=False,
+            rngs=rngs,
+        )
+    else:
+        module = nnx.Linear(*w.shape, use_bias=False, rngs=rngs)
+    module.kernel[...] = w
+    return module
+
+
+# Linen
+
+
+class Block(nn.Module):
+    """A block of a GPT, as `jax.lax.scan` takes it."""
+
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = lambda name, out: nn.Dense(out, use_bias=False, name=name)  # noqa: E731
+        scale = lambda name: self.param(name, nn.initializers.ones, (self.width,))  # noqa: E731
+        h = norm(scale("norm1"), x)
+        mixed = attend(*(split_heads(dense(name, self.width)(h), HEADS) for name in "qkv"))
+        x = x + dense("o", self.width)(mixed.reshape(x.shape))
+        h = jax.nn.gelu(dense("up", self.hidden)(norm(scale("norm2"), x)))
+        return x + dense("down", self.width)(h), None
+
+
+class Blocks(nn.Module):
+    """Blocks in one scan, each rematerialized."""
+
+    layers: int
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        lifted = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        return lifted(self.width, self.hidden, name="blocks")(x, None)[0]
+
+
+def scanned(model: Model) -> Library:
+    """The same model, of modules: qwix adapts those, and no function."""
+    net = Blocks(model.stack, *model.params["up"].shape[1:])
+    call = lambda method, first, x: method(first, x)  # noqa: E731
+    return Library(lambda params, x: call(net.apply, {"params": params}, x), net, call)
+
+
+def in_linen(tree: Any, kernels: list[str]) -> Any:
+    """The parameters of the scan, where Linen has them."""
+    found = {name: {"kernel": leaf} if name in kernels else leaf for name, leaf in tree.items()}
+    return {"blocks": found}
+
+
+def on_linen(library: Library, provider: Any, factors: Any, params: Any, batch: Any) -> Lora:
+    """Its new parameters lie beside the kernels."""
+    call = library.call
+    net = qwix.apply_lora_to_model(library.module, provider)
+    shapes = jax.eval_shape(lambda: call(net.init, jax.random.key(0), batch))["params"]
+    given = {at(path): f for path, f in leaves_with_path(factors) if f is not None}
+    filled: dict[str, jax.Array] = {}
+    for path, leaf in leaves_with_path(shapes):
+        weight, *factor = at(path).rsplit("_lora_", 1)
+        if factor:
+            filled[at(path)] = given[weight][factor[0]].reshape(leaf.shape)
+    said_nothing(len(filled) // 2, len(given))
+
+    def apply(filled, params, x):
+        for name, value in filled.items():
+            params = Leaf(tuple(name.split("/"))).replace(params, value)
+        return library.output(call(net.apply, {"params": params}, x))
+
+    return Lora(apply, filled, params)
+
+
+def leaves_with_path(tree: Any) -> Any:
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_pair)
+
+
+def at(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
