@@ -3,13 +3,14 @@
     python benchmarks/bench.py [--works NAME …] [--rounds N] [--no-peers]
                                [--json FILE] [--plot FILE]
 
-Every round runs each variant once, one right after the other, and a ratio is of two times of the
-same round: what else the machine does then weighs on both.
+Every round runs each variant, in a random order, and a ratio is of two times of the same round:
+what else the machine does then weighs on both.
 """
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -31,6 +32,9 @@ from adapted import adapt
 from counts import compiled, count, first_call, paired, residual_bytes
 from steps import NotCompared, State
 from works import WORKS, Lora, Program, Work
+
+OTHERS = ("floor", "full fine-tuning", "base")  # they compute something else
+OF_MEMORY = ("GLIBC_TUNABLES", "LD_PRELOAD")  # who hands it out, and how
 
 
 class Variant(NamedTuple):
@@ -91,9 +95,9 @@ def variants(work: Work, peers: bool) -> tuple[dict[str, Variant], dict[str, str
     adapted = adapt(model, work.rank)
     found = {name: variant(program) for name, program in work.programs(model, adapted).items()}
     wanted = numbers(found["by hand"].run())
-    for name in ("ours", "by hand, flat", "ours, in turn", "by hand, in turn"):
-        if name in found:
-            same(numbers(found[name].run()), wanted)
+    for name, made in found.items():
+        if name not in ("by hand", *OTHERS):
+            same(numbers(made.run()), wanted)
     errors: dict[str, str] = {}
     for name, peer in known_peers().items() if peers else ():
         try:
@@ -126,10 +130,16 @@ def passed_through(error: Exception, package: str) -> bool:
     return any(f"/site-packages/{package}/" in frame.filename for frame in frames)
 
 
-def step_milliseconds(variant: Variant) -> float:
-    start = time.perf_counter()
+AT_LEAST = 200  # milliseconds of a measurement: a shorter one is mostly what else the machine does
+
+
+def step_milliseconds(variant: Variant, times: int = 1) -> float:
+    """The mean of so many, one right after the other, and after one that does not count."""
     jax.block_until_ready(variant.run())
-    return 1e3 * (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(times):
+        jax.block_until_ready(variant.run())
+    return 1e3 * (time.perf_counter() - start) / times
 
 
 def page_faults(variant: Variant) -> int:
@@ -150,7 +160,7 @@ def about() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "environment": {key: os.environ[key] for key in OF_MEMORY if key in os.environ},
     }
 
 
@@ -167,8 +177,9 @@ def processor() -> str:
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A work, for the report."""
     found, errors = variants(WORKS[name], options.peers)
-    every_step = {key: partial(step_milliseconds, variant) for key, variant in found.items()}
-    steps = paired(every_step, options.rounds + 1)
+    times = math.ceil(AT_LEAST / step_milliseconds(found["by hand"]))
+    every_step = {key: partial(step_milliseconds, made, times) for key, made in found.items()}
+    steps = paired(every_step, options.rounds)
     traced = {key: variant.program for key, variant in found.items() if variant.program is not None}
     calls = {key: partial(first_call, made.fn, *made.calls[0]) for key, made in traced.items()}
     firsts = paired(calls, options.first_calls)
@@ -177,7 +188,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
             key: {
                 **variant.counts,
                 "page_faults": page_faults(variant),
-                "step_ms": steps[key][1:],  # the first round warms up
+                "step_ms": steps[key],
                 "trace_ms": [1e3 * seconds.trace for seconds in firsts.get(key, [])],
                 "first_call_ms": [1e3 * seconds.call for seconds in firsts.get(key, [])],
             }

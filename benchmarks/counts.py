@@ -1,6 +1,7 @@
 """What XLA says of a compiled program, what JAX keeps for its gradient, and how long both take."""
 
 import gc
+import random
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -53,10 +54,11 @@ T = TypeVar("T")
 def paired(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """What each measures in each round; a ratio within a round is of neighbours in time."""
     taken: dict[str, list[T]] = {name: [] for name in measures}
-    names = list(measures)
-    for k in range(rounds):
-        # Whoever goes second may find the processor in another state: take turns.
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        # Who went before leaves caches, memory and threads in a state of its own. In turns, that
+        # would always be the same one.
+        for name in order.sample(list(measures), len(measures)):
             taken[name].append(measures[name]())
     return taken
 

@@ -93,7 +93,7 @@ def attend(q, k, v):
 def block(way, heads, f, p, x, cache=None):
     """Returns its output, and its keys and values behind those of the cache."""
     h = norm(p["norm1"], x)
-    q, k, v = (split_heads(way.dense(f[name], p[name], h), heads) for name in "qkv")
+    q, k, v = (split_heads(part, heads) for part in way.several(f, p, "qkv", h))
     if cache is not None:
         k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
     mixed = attend(q, k, v)

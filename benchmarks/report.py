@@ -41,8 +41,8 @@ def show_about(about: Any) -> None:
         f"Python {about['python']}, {versions}; float32",
         soft_wrap=True,
     )
-    if about["GLIBC_TUNABLES"]:
-        CONSOLE.print(f"GLIBC_TUNABLES={about['GLIBC_TUNABLES']}", highlight=False)
+    for name, value in about["environment"].items():
+        CONSOLE.print(f"{name}={value}", highlight=False)
 
 
 def show_work(name: str, work: Any) -> None:

@@ -14,6 +14,10 @@ class Plain:
     def dense(self, _, w, x):
         return x @ w
 
+    def several(self, f, p, names, x):
+        """Weights that meet the same input."""
+        return [self.dense(f[name], p[name], x) for name in names]
+
     def transposed(self, _, w, x):
         """A kernel with its outputs first."""
         return x @ w.T
@@ -118,3 +122,15 @@ class Flat(ByHand):
         middle = middle.reshape(groups, images, *middle.shape[1:])
         b = f["b"].reshape(f["b"].shape[0], groups, -1)
         return y + jnp.einsum("gnhwr,rgo->nhwgo", middle, b).reshape(y.shape)
+
+
+class SideBySide(Flat):
+    """Of weights that meet the same input, the first factors are one."""
+
+    def several(self, f, p, names, x):
+        middles = self.product(x, jnp.concatenate([f[name]["a"] for name in names], 1))
+        middles = jnp.split(middles, len(names), -1)
+        return [
+            PLAIN.dense(None, p[name], x) + self.product(middle, f[name]["b"])
+            for name, middle in zip(names, middles, strict=True)
+        ]

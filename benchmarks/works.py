@@ -11,7 +11,7 @@ import models
 from adapted import Adapted
 from models import Model
 from steps import floor, start, train
-from ways import ByHand, Flat
+from ways import ByHand, Flat, SideBySide
 
 ADAPTERS = 8  # of one base
 HEADS = 8
@@ -107,6 +107,12 @@ def bounds(model: Model, adapted: Adapted) -> dict[str, Program]:
     return {"floor": Program(*floor(model)), "full fine-tuning": step(plain, model.batch)}
 
 
+def bounds_of_blocks(model: Model, adapted: Adapted) -> dict[str, Program]:
+    """What else could be done for weights that meet the same input."""
+    side_by_side = Lora(model.written(SideBySide()), adapted.factors, model.params)
+    return bounds(model, adapted) | {"by hand, q|k|v": step(side_by_side, model.batch)}
+
+
 def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
     """Merged into the weights, and not there."""
     merged = lorax.merge_params(adapted.frozen, adapted.tunable)
@@ -141,13 +147,13 @@ def flax_gpt2() -> Model:
     return library_models.flax_gpt2()
 
 
-def training(model: Callable[[], Model], rank: int) -> Work:
-    return Work(model, rank, step, bounds)
+def training(model: Callable[[], Model], rank: int, beside: Any = bounds) -> Work:
+    return Work(model, rank, step, beside)
 
 
 WORKS = {
-    "GPT": training(gpt, 16),
-    "GPT, scan + remat": training(lambda: gpt(scan=True, remat=True), 16),
+    "GPT": training(gpt, 16, bounds_of_blocks),
+    "GPT, scan + remat": training(lambda: gpt(scan=True, remat=True), 16, bounds_of_blocks),
     "MLP": training(lambda: models.mlp((1000,) * 31, batch=256), 64),
     "FlaxGPT2": training(flax_gpt2, 16),
     "Linen attention": training(linen_attention, 16),

@@ -14,7 +14,7 @@ import library_models  # noqa: E402
 import models  # noqa: E402
 from adapted import adapt  # noqa: E402
 from steps import objective  # noqa: E402
-from ways import PLAIN, ByHand, Flat  # noqa: E402
+from ways import PLAIN, ByHand, Flat, SideBySide  # noqa: E402
 from works import ADAPTERS, WORKS  # noqa: E402
 
 SMALL = functools.partial(models.blocks, 2, 8, 12, heads=2, batch=3, time=5)
@@ -38,7 +38,7 @@ def equal(found, wanted):
 
 
 @pytest.mark.filterwarnings("ignore:TensorFlow and JAX classes are deprecated")
-@pytest.mark.parametrize("way", [ByHand, Flat])
+@pytest.mark.parametrize("way", [ByHand, Flat, SideBySide])
 @pytest.mark.parametrize("name", MODELS)
 def test_ours_is_what_is_written_by_hand(name, way):
     model = MODELS[name]()
