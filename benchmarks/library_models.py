@@ -46,11 +46,7 @@ def linen_attention(layers=4, width=512, heads=8, batch=4, time=128) -> Model:
         return x
 
     params = module.init(jax.random.key(0), x)["params"]
-    library = Library(
-        lambda params, x: module.apply({"params": params}, x),
-        module,
-        lambda method, first, x: method(first, x),
-    )
+    library = Library(lambda params, x: module.apply({"params": params}, x), module)
     return Model(forward, params, x, library)
 
 

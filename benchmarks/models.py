@@ -35,7 +35,8 @@ class Library(NamedTuple):
 
     apply: Callable[[Any, Any], Any]  # (params, batch) -> output
     module: Any  # of Linen
-    call: Callable[[Any, Any, Any], Any]  # (its `init` or `apply`, the first argument, batch)
+    # (its `init` or `apply`, the first argument, batch)
+    call: Callable[[Any, Any, Any], Any] = lambda method, first, batch: method(first, batch)
     output: Callable[[Any], Any] = lambda found: found  # out of what `apply` returns
 
 

@@ -180,8 +180,7 @@ class Blocks(nn.Module):
 def scanned(model: Model) -> Library:
     """The same model, of modules: qwix adapts those, and no function."""
     net = Blocks(model.stack, *model.params["up"].shape[1:])
-    call = lambda method, first, x: method(first, x)  # noqa: E731
-    return Library(lambda params, x: call(net.apply, {"params": params}, x), net, call)
+    return Library(lambda params, x: net.apply({"params": params}, x), net)
 
 
 def in_linen(tree: Any, kernels: list[str]) -> Any:
