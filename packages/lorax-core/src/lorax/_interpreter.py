@@ -70,13 +70,15 @@ class Interpreter:
         equation = Equation(self, eqn)
         rule = self.rules.get(eqn.primitive)
         recorded = len(self.uses)
+        reason = ""
         try:
             out = NotImplemented if rule is None else rule(equation, *operands, **eqn.params)
-        except Inexpressible:
-            out = NotImplemented
+        except Inexpressible as inexpressible:
+            out, reason = NotImplemented, str(inexpressible)
         if out is NotImplemented:
             del self.uses[recorded:]
-            return _compat.bind(eqn, *map(equation.materialize, operands))
+            arrays = [equation.materialize(operand, reason) for operand in operands]
+            return _compat.bind(eqn, *arrays)
         return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -130,7 +132,12 @@ class Equation:
         return self.eqn.outvars[0].aval
 
     def use(
-        self, term: Term, kind: str, inputs: Sequence[int] = (), outputs: Sequence[int] = ()
+        self,
+        term: Term,
+        kind: str,
+        inputs: Sequence[int] = (),
+        outputs: Sequence[int] = (),
+        reason: str = "",
     ) -> None:
         """Records that this equation uses the weight behind `term`."""
         for source in term.sources:
@@ -143,6 +150,7 @@ class Equation:
                     tuple(sorted(set(outputs))),
                     term.shape,
                     self.line,
+                    reason,
                 )
             )
 
@@ -155,12 +163,12 @@ class Equation:
 
         self.use(term, "product", parameter_axes(inputs), parameter_axes(outputs))
 
-    def materialize(self, value: Value) -> jax.Array:
-        """The value as a plain array; a weight is built in full, and that is recorded."""
+    def materialize(self, value: Value, reason: str = "") -> jax.Array:
+        """The value as a plain array; a weight is materialized, and that is recorded."""
         if not isinstance(value, FactoredArray):
             return value
         for term in value.terms:
-            self.use(term, "materialized")
+            self.use(term, "materialized", reason=reason)
         return value.array()
 
     def settle(

@@ -27,7 +27,10 @@ from . import _compat, _contract
 
 
 class Inexpressible(Exception):
-    """The result is no term: the factors would have to be multiplied first."""
+    """The result is not a term: the factors would have to be multiplied first.
+
+    Its text, where it has one, completes the sentence "`primitive` …" in the user's warning.
+    """
 
 
 class Label(NamedTuple):

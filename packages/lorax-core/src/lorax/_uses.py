@@ -22,7 +22,8 @@ class Use:
 
     `kind` is "product" (a dot or a convolution), "rows" (entries picked and added to the base's),
     "materialized" or "returned"; `inputs` and `outputs` are the parameter's axes that the equation
-    sums over or looks up, and those it keeps.
+    sums over or looks up, and those it keeps. `reason` says why a weight was materialized, as a
+    clause whose subject is the primitive.
     """
 
     source: Hashable
@@ -32,6 +33,10 @@ class Use:
     outputs: tuple[int, ...]
     shape: tuple[int, ...]
     line: str
+    reason: str = ""
+
+
+NO_RULE = "has no rule for low-rank factors"
 
 
 def announce(
@@ -61,7 +66,7 @@ def _built(use: Use) -> str:
         )
     return (
         f"`{use.source}` is used by `{use.primitive}` as an array of shape {use.shape} at "
-        f"{use.line or 'an unknown line'}, which has no rule for low-rank factors, so the adapted "
+        f"{use.line or 'an unknown line'}, which {use.reason or NO_RULE}, so the adapted "
         "weight is built in full there. Give it LORA_FREEZE or LORA_FULL, merge it with "
         "merge_params, or accept the cost with on_materialize='allow'."
     )
