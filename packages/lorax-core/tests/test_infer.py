@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lorax import LORA_FREEZE, LoraSpec, SpecError, infer_spec, init_lora, testing
+from lorax import (
+    LORA_FREEZE,
+    LoraSpec,
+    SpecError,
+    UnadaptedWarning,
+    infer_spec,
+    init_lora,
+    testing,
+)
 
 
 def conv(**keywords):
@@ -81,7 +89,7 @@ ROWS = [
         (0,),
         (),
     ),
-    ("product", lambda p, x: x @ (p @ jnp.ones((7, 3))), (5, 7), [(2, 5)], (1,), (0,), ()),
+    ("product", lambda p, x: x @ (p @ jnp.ones((7, 3))), (5, 7), [(2, 5)], (0,), (1,), ()),
 ]
 
 
@@ -112,6 +120,13 @@ PARAMS = {
     "count": jnp.ones((5, 7), jnp.int32),
     "none": None,
 }
+
+
+def WIDE(p, x):
+    return jnp.tanh(x @ p["in"]) @ p["out"]
+
+
+WIDE_PARAMS = {"in": jnp.ones((25, 7)), "out": jnp.ones((7, 3))}
 
 
 def test_only_weights_that_are_used_as_such():
@@ -146,9 +161,75 @@ def test_where_that_accepts_no_weight_is_an_error():
         infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where="inn/*")
 
 
-def test_rank_is_capped_by_the_weight():
-    spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=4)
-    assert spec["in"]["w"].rank == 4 and spec["out"].rank == 3
+def test_weight_no_larger_than_its_adapter_is_left_frozen_and_named():
+    told = r"`out`: an adapter of rank 3 has 30 numbers for 7 inputs × 3 outputs.*skip_small=False"
+    with pytest.warns(UnadaptedWarning, match=told):
+        spec = infer_spec(WIDE, WIDE_PARAMS, jnp.ones((2, 25)), rank=4)
+    assert spec["in"].rank == 4 and spec["out"] == LORA_FREEZE
+
+
+def test_small_weight_gets_the_rank_it_can_have():
+    with pytest.warns(UnadaptedWarning, match="`out`: gets rank 3, the highest"):
+        spec = infer_spec(WIDE, WIDE_PARAMS, jnp.ones((2, 25)), rank=4, skip_small=False)
+    assert spec["out"].rank == 3
+
+
+def test_head_of_one_output():
+    params = {"hidden": jnp.ones((16, 24)), "value": jnp.ones((24, 1))}
+    with pytest.warns(UnadaptedWarning, match="`value`: an adapter of rank 1 has 25 numbers"):
+        spec = infer_spec(
+            lambda p, x: jnp.tanh(x @ p["hidden"]) @ p["value"], params, jnp.ones((3, 16)), rank=2
+        )
+    assert spec["value"] == LORA_FREEZE
+    testing.check(
+        lambda p, x: jnp.tanh(x @ p["hidden"]) @ p["value"], params, spec, jnp.ones((3, 16))
+    )
+
+
+def test_integer_weight_is_named_with_its_dtype():
+    def quantized(p, x):
+        return x @ (p["codes"].astype(jnp.float32) * p["scale"]) + x @ p["w"]
+
+    params = {"codes": jnp.ones((15, 13), jnp.int8), "scale": jnp.ones((1, 13))}
+    with pytest.warns(UnadaptedWarning, match="`codes`: it holds int8, which has no gradient"):
+        spec = infer_spec(quantized, params | {"w": jnp.ones((15, 13))}, jnp.ones((2, 15)), rank=2)
+    assert spec["codes"] == LORA_FREEZE
+    with pytest.raises(
+        SpecError, match=r"(?s)Of them, `codes` \(int8\) have no gradient.*`codes`: it"
+    ):
+        infer_spec(
+            lambda p, x: x @ p["codes"].astype(jnp.float32), params, jnp.ones((2, 15)), rank=2
+        )
+
+
+def test_failed_inference_names_matrices_behind_many_vectors():
+    params = {f"bias{k}": jnp.ones(3) for k in range(20)} | {"w": jnp.ones((5, 7))}
+    with pytest.raises(SpecError, match="two or more axes: `w`"):
+        infer_spec(lambda p, x: x + p["bias0"], params, jnp.ones(3), rank=2)
+
+
+ENSEMBLE = jax.vmap(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], in_axes=(0, None))
+MEMBERS = {"in": jnp.ones((3, 11, 13)), "out": jnp.ones((3, 13, 17))}
+
+
+@pytest.mark.parametrize("shared", [(0,), {"*in": (-3,)}, {re.compile("n$"): [0], "*": [0]}])
+def test_members_of_an_ensemble_have_factors_of_their_own(shared):
+    x = jnp.ones((2, 11))
+    assert infer_spec(ENSEMBLE, MEMBERS, x, rank=2)["in"].out_axes == (0, 2)
+    spec = infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes=shared)
+    assert [leaf.shared_axes for leaf in spec.values()] == [(0,), (0,)]
+    assert [leaf.in_axes for leaf in spec.values()] == [(1,), (1,)]
+    testing.check(ENSEMBLE, MEMBERS, spec, x, transforms=False)
+
+
+def test_shared_axes_that_fit_nothing_raise():
+    x = jnp.ones((2, 11))
+    with pytest.raises(SpecError, match=r"shared_axes: 'inn' matches no parameter.*`in`, `out`"):
+        infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes={"inn": [0]})
+    with pytest.raises(SpecError, match=r"`in` has 3 axes; shared_axes=\(3,\)"):
+        infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes=[3])
+    with pytest.raises(SpecError, match="at least one input and one output"):
+        infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes=[1])
 
 
 def test_keywords_and_static_arguments_reach_the_function():

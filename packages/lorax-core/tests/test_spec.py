@@ -8,6 +8,7 @@ from lorax import (
     LORA_FREEZE,
     LORA_FULL,
     LoraSpec,
+    RankWarning,
     SpecError,
     init_lora,
     simple_spec,
@@ -88,7 +89,6 @@ def test_a_rule_that_decides_nothing_is_an_error(rules, message):
         (2.0, "`w` has the spec 2.0"),
         (None, "`w` has the spec None"),
         (-2, "`w` has rank -2"),
-        (6, "rank is at most 5, not 6"),
         (LoraSpec(0), "`w` has a LoraSpec of rank 0"),
         (LoraSpec(-1), "`w` has a LoraSpec of rank -1"),
         (LoraSpec(True), "`w` has rank True"),
@@ -129,6 +129,13 @@ def test_a_parameter_that_takes_no_rank_is_an_error_that_names_it(param, message
 def test_integers_cannot_be_trained_in_full():
     with pytest.raises(SpecError, match="`w` holds int32"):
         init({"w": LORA_FULL}, {"w": jnp.ones(5, jnp.int32)})
+
+
+@pytest.mark.parametrize("leaf", [6, LoraSpec(6)])
+def test_rank_above_that_of_the_matrix_is_legal_and_warned_of(leaf):
+    with pytest.warns(RankWarning, match=r"`w` has shape \(5, 7\): .* rank is at most 5"):
+        _, tunable = init({"w": leaf})
+    assert (tunable["w"].a.shape, tunable["w"].b.shape) == ((5, 6), (6, 7))
 
 
 @pytest.mark.parametrize("spec", [{}, {"w": 2, "v": 0}, [2], 2, {"w": {"kernel": 2}}])

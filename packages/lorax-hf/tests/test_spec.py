@@ -82,6 +82,16 @@ def test_all_linear_leaves_the_outputs_of_the_task_out():
     assert "bert/embeddings/word_embeddings" not in chosen
 
 
+def test_classifier_with_fewer_classes_than_the_rank_is_left_frozen_and_named():
+    config = transformers.BertConfig(num_hidden_layers=1, architectures=["BertForPreTraining"])
+    told = r"`cls.seq_relationship` \(768 inputs × 2 outputs\)"
+    with pytest.warns(lorax.UnadaptedWarning, match=told):
+        spec = lorax_hf.spec(config, rank=8, targets="all-linear")
+    assert spec["cls"]["seq_relationship"]["kernel"] == lorax.LORA_FREEZE
+    named = lorax_hf.spec(config, rank=8, targets=["query", "seq_relationship"])
+    assert named["cls"]["seq_relationship"]["kernel"].rank == 8
+
+
 def test_exclude_layers_and_full(llama):
     llama.architectures = ["LlamaForCausalLM"]
     chosen = adapted(llama, targets="attention", exclude=["k_proj"], layers=[1], full=["lm_head"])

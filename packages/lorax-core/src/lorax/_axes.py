@@ -32,19 +32,19 @@ def resolve_axes(
     as in a `(in, out)`, `(heads, head_dim, out)` or `(height, width, in, out)` kernel; where one
     of them is given, the other is the rest.
     """
-    shared = _normalize(path, ndim, "shared_axes", shared_axes)
+    shared = normalize(path, ndim, "shared_axes", shared_axes)
     rest = [d for d in range(ndim) if d not in shared]
     if in_axes is None and out_axes is None:
         inputs, outputs = tuple(rest[:-1]), tuple(rest[-1:])
     elif in_axes is None:
-        outputs = _normalize(path, ndim, "out_axes", out_axes or ())
+        outputs = normalize(path, ndim, "out_axes", out_axes or ())
         inputs = tuple(d for d in rest if d not in outputs)
     else:
-        inputs = _normalize(path, ndim, "in_axes", in_axes)
+        inputs = normalize(path, ndim, "in_axes", in_axes)
         outputs = (
             tuple(d for d in rest if d not in inputs)
             if out_axes is None
-            else _normalize(path, ndim, "out_axes", out_axes)
+            else normalize(path, ndim, "out_axes", out_axes)
         )
     axes = Axes(shared, inputs, outputs)
     if sorted((*shared, *inputs, *outputs)) != list(range(ndim)):
@@ -61,7 +61,8 @@ def resolve_axes(
     return axes
 
 
-def _normalize(path: str, ndim: int, name: str, axes: Sequence[int]) -> tuple[int, ...]:
+def normalize(path: str, ndim: int, name: str, axes: Sequence[int]) -> tuple[int, ...]:
+    """Axes of a weight with `ndim` axes, none of them negative, in order."""
     out = []
     for axis in axes:
         if type(axis) is not int or not -ndim <= axis < ndim:

@@ -31,3 +31,11 @@ class MaterializeWarning(UserWarning):
 
 class UnusedAdapterWarning(UserWarning):
     """An adapter that no result depends on: its factors get zero gradients and train nothing."""
+
+
+class UnadaptedWarning(UserWarning):
+    """Weights that `infer_spec` leaves without an adapter, each with the reason and the remedy."""
+
+
+class RankWarning(UserWarning):
+    """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""

@@ -1,23 +1,22 @@
-"""`infer_spec`: the roles of every weight's axes, found by tracing instead of guessing.
+"""`infer_spec`: a spec for every weight that a function uses as one, found by tracing it."""
 
-Each candidate is traced as an outer product of one vector for each axis, so that every axis stays
-apart through reshapes and transposes, and the first product or look-up that a weight meets shows
-which axes meet the input (they are summed over, or indexed), which make the output, and which are
-shared (all others).
-"""
-
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._axes import Axes
-from ._errors import SpecError
+from ._axes import Axes, normalize, resolve_axes
+from ._errors import SpecError, UnadaptedWarning
 from ._pair import Leaf, flatten_params, is_array
-from ._spec import LORA_FREEZE, LoraSpec, Pattern, matches
-from ._terms import FactoredArray, Label, Term
-from ._transform import Call, Pair, trace, uses
+from ._spec import LORA_FREEZE, LoraSpec, Pattern, matches, shown, some
+from ._terms import FactoredArray, Term
+from ._transform import Call, Pair, trace
 from ._weight import LoraWeight, Scaling
+from .roles import DATA, find_roles
+
+SharedAxes = Sequence[int] | Mapping[Pattern, Sequence[int]]
 
 
 def infer_spec(
@@ -28,23 +27,37 @@ def infer_spec(
     alpha: float | None = None,
     scaling: Scaling = "standard",
     where: Pattern | None = None,
+    shared_axes: SharedAxes = (),
+    skip_small: bool = True,
     **kwargs: Any,
 ) -> Any:
     """A spec for every parameter that `fn` multiplies with something or looks rows up in.
 
-    Traces `fn(params, *args, **kwargs)` without any arithmetic. Convolutions, transposed, stacked
-    and expert weights get the right axes; parameters that are only added or multiplied entry by
-    entry, such as biases and norm scales, are left frozen.
+    Traces `fn(params, *args, **kwargs)` without any arithmetic. The axes of a weight that a product
+    with data sums over, or that a look-up indexes, are its inputs; those that are kept are its
+    outputs; all others are shared. Of several uses the first product with data decides. Dense,
+    convolution, transposed, stacked and expert weights get the right axes, and so do weights that
+    `lora` materializes, such as those behind a mask.
+
+    Biases, gains and positions, which are only added or multiplied entry by entry, are left frozen.
+    Every other parameter of two or more axes that is left frozen is named in one warning.
 
     Args:
         fn: a function of the parameters first.
         params: the parameters, or a tree of `jax.ShapeDtypeStruct`.
         *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
-        rank: of every adapter; a weight with fewer inputs or outputs than that gets as many.
+        rank: of every adapter.
         alpha: as in `LoraSpec`.
         scaling: as in `LoraSpec`.
         where: only parameters whose path it accepts: a glob, a compiled regular expression or a
             callable.
+        shared_axes: axes that have factors of their own for each entry although the trace does not
+            show it: of every weight, or a dict from patterns of paths to axes. In the first layer
+            of an ensemble made by `jax.vmap` on one input, the members share `a` unless their axis
+            is given here.
+        skip_small: whether a weight stays frozen where its adapter would have at least as many
+            numbers as the weight, `rank · (inputs + outputs) ≥ inputs · outputs`. With False it
+            gets an adapter, whose rank is at most that of the weight.
         **kwargs: what `fn` is called with.
 
     Returns:
@@ -53,6 +66,10 @@ def infer_spec(
 
     Raises:
         SpecError: where no weight is found, or none that `where` accepts.
+
+    Warns:
+        UnadaptedWarning: where weights are left frozen, or get a lower rank; names each with the
+            reason and what to do.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,54 +82,130 @@ def infer_spec(
         ((0, 1), (2,), 0)
     """
     leaves, structure = flatten_params(params)
-    marker = LoraWeight(None, None, rank=rank)
-    pair = Pair(
-        [
-            Leaf(path, leaf, marker if _is_candidate(leaf) and _accepts(where, path) else None)
-            for path, leaf in leaves
-        ],
-        structure,
-    )
-    traced = trace(fn, Call((params, *args), kwargs, {0: pair}), _probe)
-    roles: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for use in uses(traced):
-        if use.kind in ("product", "rows") and use.inputs and use.outputs:
-            roles.setdefault(str(use.source), (use.inputs, use.outputs))
-    if not roles:
-        chosen = "" if where is None else f" whose path {where!r} accepts"
-        paths = ", ".join(f"`{path}`" for path, leaf in leaves[:8] if _is_candidate(leaf))
-        raise SpecError(
-            f"The function uses no weight{chosen} in a product or a look-up. Parameters of two or "
-            f"more axes: {paths or 'none'}."
-        )
+    roles = find_roles(*_traced(fn, leaves, structure, args, kwargs))
+    accepted = [path for path, leaf in leaves if _is_matrix(leaf) and _accepts(where, path)]
+    shared = _shared_axes(shared_axes, accepted)
+    told: list[str] = []
 
     def decide(path: str, leaf: Any) -> Any:
-        if leaf is None or path not in roles:
-            return None if leaf is None else LORA_FREEZE
-        inputs, outputs = roles[path]
-        shared = tuple(d for d in range(leaf.ndim) if d not in (*inputs, *outputs))
-        largest = min(Axes(shared, inputs, outputs).sizes(leaf.shape))
-        return LoraSpec(min(rank, largest), alpha, scaling, inputs, outputs, shared)
+        if leaf is None:
+            return None
+        if path not in accepted or path not in roles.axes:
+            if path in accepted and path in roles.reasons and not _is_vector(leaf):
+                told.append(
+                    f"`{path}`: {roles.reasons[path]}. Give it a LoraSpec that names its axes, or "
+                    "LORA_FULL."
+                )
+            return LORA_FREEZE
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            told.append(f"`{path}`: {_no_gradient(leaf)}. Dequantize it before it is adapted.")
+            return LORA_FREEZE
+        axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
+        fan_in, fan_out = axes.sizes(leaf.shape)
+        own_rank = min(rank, fan_in, fan_out)
+        if skip_small and own_rank * (fan_in + fan_out) >= fan_in * fan_out:
+            told.append(
+                f"`{path}`: an adapter of rank {own_rank} has {own_rank * (fan_in + fan_out)} "
+                f"numbers for {fan_in} inputs × {fan_out} outputs. Give it LORA_FULL, or pass "
+                "skip_small=False."
+            )
+            return LORA_FREEZE
+        if own_rank < rank:
+            told.append(f"`{path}`: gets rank {own_rank}, the highest that it can have.")
+        return LoraSpec(own_rank, alpha, scaling, axes.inputs, axes.outputs, axes.shared)
 
-    return jax.tree.unflatten(structure, [decide(path, leaf) for path, leaf in leaves])
+    decided = [decide(path, leaf) for path, leaf in leaves]
+    if not any(isinstance(leaf, LoraSpec) for leaf in decided):
+        raise SpecError(_nothing_found(leaves, where, told))
+    if told:
+        lines = "\n".join(f"  {line}" for line in told)
+        warnings.warn(
+            f"infer_spec leaves weights without the adapter that was asked for:\n{lines}\nLeave "
+            "such weights out with `where` to silence this.",
+            UnadaptedWarning,
+            stacklevel=2,
+        )
+    return jax.tree.unflatten(structure, decided)
+
+
+def _traced(
+    fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
+) -> tuple[Any, list[Any]]:
+    """The function as a jaxpr, and what each of its inputs is: a weight's path, None, or `DATA`."""
+    marker = LoraWeight(None, None, rank=0)
+    marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
+    matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
+
+    def known_by_its_path(leaf: Leaf) -> FactoredArray:
+        return FactoredArray(leaf.frozen, (Term((), (), (), (leaf.path,)),))
+
+    call = Call((None, *args), kwargs, {0: Pair(marked, structure)})
+    traced = trace(fn, call, known_by_its_path)
+    kinds: list[Any] = []
+    for value in traced.operands:
+        path = value.terms[0].sources[0] if isinstance(value, FactoredArray) else None
+        kinds.append(DATA if path is None else path if path in matrices else None)
+    return traced.jaxpr, kinds
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return is_array(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.number)
+
+
+def _is_vector(leaf: Any) -> bool:
+    """Whether at most one axis is longer than one, as of a gain of shape (1, out)."""
+    return sum(size != 1 for size in leaf.shape) < 2
 
 
 def _accepts(where: Pattern | None, path: str) -> bool:
     return where is None or matches(where, path)
 
 
-def _is_candidate(leaf: Any) -> bool:
-    return is_array(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+def _no_gradient(leaf: Any) -> str:
+    return f"it holds {leaf.dtype}, which has no gradient"
 
 
-def _probe(leaf: Leaf) -> FactoredArray:
-    shape = leaf.frozen.shape
-    labels = tuple(Label(d, size, d) for d, size in enumerate(shape))
-    vectors = tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in shape)
-    term = Term(
-        vectors,  # pyright: ignore[reportArgumentType]
-        tuple((label,) for label in labels),
-        tuple((label,) for label in labels),
-        (leaf.path,),
+def _shared_axes(shared_axes: SharedAxes, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The axes that the user wants shared, for each path; the first pattern that matches counts."""
+    if not isinstance(shared_axes, Mapping):
+        return dict.fromkeys(paths, tuple(shared_axes))
+    found: dict[str, tuple[int, ...]] = {}
+    for pattern, axes in shared_axes.items():
+        matched = [path for path in paths if matches(pattern, path)]
+        if not matched:
+            raise SpecError(
+                f"shared_axes: {shown(pattern)} matches no parameter of two or more axes; there "
+                f"are {some(paths)}."
+            )
+        found = dict.fromkeys(matched, tuple(axes)) | found
+    return found
+
+
+def _axes(
+    path: str, ndim: int, inputs: Sequence[int], outputs: Sequence[int], shared: Sequence[int]
+) -> Axes:
+    """The roles of all axes: those found, less those that the user wants shared."""
+    wanted = normalize(path, ndim, "shared_axes", shared)
+    inputs, outputs = ([d for d in axes if d not in wanted] for axes in (inputs, outputs))
+    rest = [d for d in range(ndim) if d not in (*inputs, *outputs)]
+    return resolve_axes(path, ndim, inputs, outputs, rest)
+
+
+def _nothing_found(
+    leaves: Sequence[tuple[str, Any]], where: Pattern | None, told: Sequence[str]
+) -> str:
+    """The message of an inference that adapts nothing."""
+    chosen = "" if where is None else f" whose path {shown(where)} accepts"
+    matrices = [path for path, leaf in leaves if _is_matrix(leaf)]
+    message = (
+        f"The function uses no weight{chosen} in a product, a convolution or a look-up in a way "
+        f"that takes an adapter. Parameters of two or more axes: {some(matrices) or 'none'}."
     )
-    return FactoredArray(leaf.frozen, (term,))
+    integers = [
+        f"`{path}` ({leaf.dtype})"
+        for path, leaf in leaves
+        if _is_matrix(leaf) and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if integers:
+        message += f" Of them, {', '.join(integers[:8])} have no gradient."
+    return "\n  ".join([message, *told])

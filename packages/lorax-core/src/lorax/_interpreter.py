@@ -45,7 +45,7 @@ class Interpreter:
         def read(atom: Any) -> Value:
             return values[atom] if _is_var(atom) else atom.val
 
-        for eqn, finished in _steps(jaxpr):
+        for eqn, finished in live_equations(jaxpr):
             with _compat.equation_context(eqn):
                 outs = self._evaluate(eqn, [read(v) for v in eqn.invars])
             values |= zip(eqn.outvars, outs, strict=True)
@@ -82,7 +82,7 @@ class Interpreter:
         return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _steps(jaxpr: Any) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
+def live_equations(jaxpr: Any) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
     """The equations that an output or an effect depends on, each with what nothing needs after it.
 
     JAX drops the others when it compiles; here they would say that a weight is used.

@@ -9,6 +9,7 @@ import fnmatch
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Axes, resolve_axes
-from ._errors import SpecError
+from ._errors import RankWarning, SpecError
 from ._pair import flatten_params, is_array, path_string
 from ._weight import Scaling
 
@@ -158,17 +159,22 @@ def spec_from_rules(
     for k, (pattern, _) in enumerate(rules):
         if used[k]:
             continue
-        name = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         reason = (
             f"earlier rules decide all that it matches (such as `{shadowed[k][0]}`)"
             if shadowed[k]
-            else f"the paths are {_some([path for path, leaf in leaves if is_array(leaf)])}"
+            else f"the paths are {some([path for path, leaf in leaves if is_array(leaf)])}"
         )
-        raise SpecError(f"Rule {name!r} decides no parameter: {reason}.")
+        raise SpecError(f"Rule {shown(pattern)} decides no parameter: {reason}.")
     return spec
 
 
-def _some(paths: Sequence[str], count: int = 8) -> str:
+def shown(pattern: Pattern) -> str:
+    """A pattern as the user wrote it, for a message."""
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+
+
+def some(paths: Sequence[str], count: int = 8) -> str:
+    """The first of some paths, for a message."""
     shown = ", ".join(f"`{path}`" for path in paths[:count])
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 
@@ -221,9 +227,11 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[LoraSpec, Axes] | int:
     axes = resolve_axes(path, leaf.ndim, spec.in_axes, spec.out_axes, spec.shared_axes)
     fan_in, fan_out = axes.sizes(leaf.shape)
     if rank > min(fan_in, fan_out):
-        raise SpecError(
+        warnings.warn(
             f"`{path}` has shape {tuple(leaf.shape)}: a matrix of {fan_in} inputs × {fan_out} "
-            f"outputs, whose rank is at most {min(fan_in, fan_out)}, not {rank}. Lower the rank, "
-            "or give it LORA_FULL."
+            f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank {rank} has "
+            "more numbers than it and can do no more. Lower the rank, or give it LORA_FULL.",
+            RankWarning,
+            stacklevel=3,
         )
     return spec, axes

@@ -1,13 +1,15 @@
 """`spec`: which modules to adapt, in the words of PEFT."""
 
 import difflib
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from lorax import LORA_FREEZE, LORA_FULL, LoraSpec, SpecError
+from lorax import LORA_FREEZE, LORA_FULL, LoraSpec, SpecError, UnadaptedWarning
 
 from ._doctor import warn_of_defects
 from ._modules import Parameter, ends_in, parameters_of
@@ -54,6 +56,11 @@ def spec(
     Raises:
         SpecError: where a target matches nothing; the message has near misses.
 
+    Warns:
+        UnadaptedWarning: where a kind of modules, such as "all-linear", has one with fewer inputs
+            or outputs than the rank, such as a classifier of two classes, which stays frozen. A
+            module that is asked for by its name gets the rank anyway.
+
     Example:
         >>> import jax, lorax, lorax_hf, transformers
         >>> config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=31)
@@ -71,6 +78,9 @@ def spec(
     for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         _check_patterns(rows, name, patterns or {})
 
+    by_kind = isinstance(targets, str) and targets in _NAMED
+    small: list[str] = []
+
     def decide(key_path: Any, _: Any) -> int | LoraSpec:
         row = by_path[jax.tree_util.keystr(key_path, simple=True, separator="/")]
         if row.path in in_full:
@@ -80,14 +90,26 @@ def spec(
         if not adapted or (wanted is not None and _layer(row.module) not in wanted):
             return LORA_FREEZE
         assert axes is not None
+        own_rank = _by_pattern(rank_pattern or {}, row.module, rank)
+        fan_in, fan_out = (math.prod(row.leaf.shape[d] for d in group) for group in axes)
+        if by_kind and own_rank > min(fan_in, fan_out):
+            small.append(f"`{row.module}` ({fan_in} inputs × {fan_out} outputs)")
+            return LORA_FREEZE
         return LoraSpec(
-            _by_pattern(rank_pattern or {}, row.module, rank),
+            own_rank,
             _by_pattern(alpha_pattern or {}, row.module, alpha),
             "rslora" if rslora else "standard",
             *axes,
         )
 
     tree = jax.tree_util.tree_map_with_path(decide, params)
+    if small:
+        warnings.warn(
+            f"spec leaves modules frozen whose weights have no rank of {rank}: {', '.join(small)}. "
+            "Name such a module in `full` to train it, or in `exclude` to silence this.",
+            UnadaptedWarning,
+            stacklevel=2,
+        )
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, LoraSpec))
     if not any(isinstance(leaf, LoraSpec) or leaf == LORA_FULL for leaf in leaves):
         raise SpecError(

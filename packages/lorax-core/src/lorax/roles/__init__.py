@@ -1,0 +1,48 @@
+"""How a function uses each of its weights: the roles of a weight's axes, read off the jaxpr.
+
+Nothing is computed. A value is known by the weights that it shows: for each of its axes, which axes
+of the weight run along it. Transposes, reshapes and slices move these marks. Element-wise functions
+keep them, linear or not: what `lora` cannot follow it materializes, and the adapter still works.
+Where a marked value meets another one in a product, a convolution or a look-up, the axes that are
+summed over or indexed are the weight's inputs, and those that are kept are its outputs.
+
+Data is marked too, so a product with data can be told from one with a constant or with another
+weight, and a bias, which is added to something larger, from a weight that is a sum of others.
+
+Of several uses of a weight the strongest counts (`Strength`), and of equals the first. A use whose
+result goes into the weight itself, such as a norm that divides it, counts if there is no other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import _compat
+from . import (
+    control_flow as control_flow,
+    lookups as lookups,
+    products as products,
+    structural as structural,
+)
+from .values import CONSTANT, DATA as DATA, whole
+from .walk import Roles as Roles, Walk, shape_of
+
+
+def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
+    """The roles of the weights of a function.
+
+    Args:
+        jaxpr: the function as a closed jaxpr.
+        kinds: what each of its inputs is: a weight by its name, `DATA`, or None for neither.
+    """
+    body, consts = _compat.open_jaxpr(jaxpr)
+    inputs = [
+        CONSTANT if kind is None else whole(kind, shape_of(v))
+        for kind, v in zip(kinds, body.invars, strict=True)
+    ]
+    # A function of parameters alone has its data among the arrays that it closes over.
+    closed_over = CONSTANT if any(value.data for value in inputs) else None
+    arrays = [closed_over or whole(DATA, shape_of(v)) for v in body.constvars]
+    assert len(arrays) == len(consts)
+    walk = Walk()
+    walk.run(body, [*arrays, *inputs])
+    return walk.found()

@@ -1,0 +1,206 @@
+"""What is known of a value: the weights that it shows, axis by axis. It knows no primitive."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Span(NamedTuple):
+    """A stretch of a value's axis, and the axes of a weight that run along it."""
+
+    size: Any
+    axes: frozenset[int]
+
+
+Axis = tuple[Span, ...]  # most significant first; the sizes multiply to the axis's size
+
+
+class Link(NamedTuple):
+    """A product of two weights, which summed `axes` of one with `other_axes` of `other`."""
+
+    axes: frozenset[int]
+    other: Any
+    other_axes: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a value shows of one weight: the spans of each of the value's axes.
+
+    Attributes:
+        axes: the spans.
+        links: the products with other weights that the value has come through.
+        joined: whether data of the same axes was added to it or multiplied with it.
+        transformed: the weight's axes that a Fourier transform has run over.
+    """
+
+    axes: tuple[Axis, ...]
+    links: frozenset[Link] = frozenset()
+    joined: bool = False
+    transformed: frozenset[int] = frozenset()
+
+    def along(self, axes: Iterable[int]) -> frozenset[int]:
+        """The weight's axes that run along `axes` of the value."""
+        return frozenset().union(*(span.axes for d in axes for span in self.axes[d]))
+
+    @property
+    def shown(self) -> frozenset[int]:
+        """The axes of the value, other than those of size one, along which the weight runs."""
+        return frozenset(
+            d
+            for d, axis in enumerate(self.axes)
+            if any(span.axes and span.size != 1 for span in axis)
+        )
+
+    def move(self, move: Callable[[tuple[Axis, ...]], Iterable[Axis]]) -> "Part":
+        """The same part of a value whose axes are `move(axes)`."""
+        return dataclasses.replace(self, axes=tuple(move(self.axes)))
+
+
+# The key of what a value shows of data; weights have their names.
+DATA = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What is known of a value.
+
+    Attributes:
+        parts: what it shows of each weight, and of data.
+        uses: the uses that it was computed from, as bits of a number.
+    """
+
+    parts: Mapping[Any, Part] = dataclasses.field(default_factory=dict[Any, Part])
+    uses: int = 0
+
+    @property
+    def weights(self) -> dict[str, Part]:
+        """The parts that are weights."""
+        return {key: part for key, part in self.parts.items() if key is not DATA}
+
+    @property
+    def data(self) -> Part | None:
+        """The part that is data."""
+        return self.parts.get(DATA)
+
+    def move(self, move: Callable[[tuple[Axis, ...]], Iterable[Axis]]) -> "Value":
+        """The value with every part moved."""
+        return Value({key: part.move(move) for key, part in self.parts.items()}, self.uses)
+
+
+CONSTANT = Value()
+
+
+def whole(key: Any, shape: Sequence[Any]) -> Value:
+    """A weight, or data, as it enters the function."""
+    axes = tuple((Span(size, frozenset((d,))),) for d, size in enumerate(shape))
+    return Value({key: Part(axes)})
+
+
+def blank(size: Any) -> Axis:
+    """An axis along which nothing varies."""
+    return (Span(size, frozenset()),)
+
+
+def merge(values: Iterable[Value]) -> Value:
+    """A value that shows what any of `values` shows; of two that show one weight, the first."""
+    parts: dict[Any, Part] = {}
+    uses = 0
+    for value in values:
+        uses |= value.uses
+        for key, part in value.parts.items():
+            parts[key] = _merge_parts(parts[key], part) if key in parts else part
+    return Value(parts, uses)
+
+
+def in_all_steps(before: Value, after: Value) -> Value:
+    """What a carried value is both before and after a step; data, if it is that in either.
+
+    A carried weight that a step replaces, such as a learned initial state, is not followed.
+    """
+    merged = merge([before, after])
+    lost = (before.parts.keys() ^ after.parts.keys()) - {DATA}
+    return Value({k: part for k, part in merged.parts.items() if k not in lost}, merged.uses)
+
+
+def _merge_parts(one: Part, two: Part) -> Part:
+    if one is two:
+        return one
+    axes = tuple(
+        x if any(span.axes for span in x) else y for x, y in zip(one.axes, two.axes, strict=True)
+    )
+    joined, transformed = one.joined or two.joined, one.transformed | two.transformed
+    return Part(axes, one.links | two.links, joined, transformed)
+
+
+def broadcasts(sizes: Sequence[Any], shape: Sequence[Any]) -> bool:
+    """Whether axes of `sizes` are those of `shape`, or of size one."""
+    return all(same(size, 1) or same(size, out) for size, out in zip(sizes, shape, strict=True))
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two sizes, which may be symbols, are known to be equal."""
+    try:
+        return bool(one == two)
+    except Exception as error:
+        if type(error).__name__ != "InconclusiveDimensionOperation":
+            raise
+        return False
+
+
+def divides(one: Any, two: Any) -> bool:
+    """Whether one size is known to divide another."""
+    return same(two % one, 0)
+
+
+def resized(value: Value, shape: Sequence[Any]) -> Value:
+    """The value with axes of other sizes, as a slice, a shard or a broadcast has them."""
+    return value.move(lambda axes: fitted(axes, shape)) if value.parts else value
+
+
+def fitted(axes: Sequence[Axis], shape: Sequence[Any]) -> tuple[Axis, ...]:
+    """The same axes with other sizes."""
+    return tuple(_fit(axis, size) for axis, size in zip(axes, shape, strict=True))
+
+
+def _fit(axis: Axis, size: Any) -> Axis:
+    if same(math.prod(span.size for span in axis), size):
+        return axis
+    if len(axis) == 1 and same(axis[0].size, 1):
+        return blank(size)
+    return (Span(size, frozenset[int]().union(*(span.axes for span in axis))),)
+
+
+def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
+    """The axes of a reshaped value: spans are cut or joined until they fit; none moves."""
+    if any(same(size, 0) for size in shape):
+        return list(map(blank, shape))
+    spans = [span for axis in axes for span in axis]
+    ones = [span for span in spans if same(span.size, 1)]
+    rest = [span for span in spans if not same(span.size, 1)]
+    found: list[Axis] = []
+    for size in shape:
+        axis = [ones.pop(0)] if same(size, 1) and ones else []
+        left = size
+        while not same(left, 1) and rest:
+            span = rest.pop(0)
+            if same(left, span.size) or divides(span.size, left):
+                axis.append(span)
+                left = 1 if same(left, span.size) else left // span.size
+            elif divides(left, span.size):
+                axis.append(span._replace(size=left))
+                rest.insert(0, span._replace(size=span.size // left))
+                left = 1
+            elif rest:
+                rest[0] = Span(span.size * rest[0].size, span.axes | rest[0].axes)
+            else:
+                axis.append(span)
+        found.append(tuple(axis) or blank(size))
+    return found
+
+
+def without(axes: Sequence[Axis], dropped: Iterable[int]) -> list[Axis]:
+    """The axes that are not dropped."""
+    gone = set(dropped)
+    return [axis for d, axis in enumerate(axes) if d not in gone]

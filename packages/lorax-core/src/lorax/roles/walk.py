@@ -1,0 +1,243 @@
+"""The walk along a jaxpr: read, apply a rule, write; and the record of uses."""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core as jex
+
+from .. import _compat
+from .._interpreter import live_equations
+from .values import CONSTANT, DATA, Value, blank, broadcasts, in_all_steps, merge, resized, whole
+
+
+class Strength(enum.IntEnum):
+    """What a use says about the roles of a weight's axes, weakest first."""
+
+    CONSTANT = 1
+    """The other operand is a constant, such as the matrix that resizes an image."""
+    JOINED = 2
+    """The weight has been added to data, or multiplied by it, entry by entry."""
+    WEIGHTS = 3
+    """The other operand depends on weights alone, as learned queries do."""
+    CHAIN = 4
+    """Another weight comes between the weight and the data, as in `x @ (v @ w)`."""
+    DATA = 5
+    """The other operand depends on data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight, and the roles that it gives the weight's axes."""
+
+    weight: str
+    strength: Strength
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+
+
+class Roles(NamedTuple):
+    """What a function does with its weights.
+
+    Attributes:
+        axes: the axes of inputs and of outputs, for each weight that has both.
+        reasons: for other weights that reach a product, a look-up or a primitive that is not
+            followed: what keeps their axes from having roles.
+    """
+
+    axes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    reasons: dict[str, str]
+
+
+class Walk:
+    """One walk along a jaxpr and the bodies in it."""
+
+    def __init__(self):
+        self.uses: list[Use] = []
+        self.reasons: dict[str, str] = {}
+        # For each weight, the uses of it whose results have gone into the weight itself.
+        self.own: dict[str, int] = {}
+        self.records = True
+        self.line = ""
+
+    def found(self) -> Roles:
+        """The strongest use of each weight."""
+        best: dict[str, tuple[bool, Strength, Use]] = {}
+        for k, use in enumerate(self.uses):
+            counts = not self.own.get(use.weight, 0) >> k & 1
+            if use.weight not in best or (counts, use.strength) > best[use.weight][:2]:
+                best[use.weight] = (counts, use.strength, use)
+        axes = {
+            name: (tuple(sorted(use.inputs)), tuple(sorted(use.outputs)))
+            for name, (_, _, use) in best.items()
+        }
+        return Roles(axes, {name: why for name, why in self.reasons.items() if name not in axes})
+
+    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The values that an open jaxpr returns for its constants and inputs."""
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return CONSTANT if isinstance(atom, jex.Literal) else values[atom]
+
+        for eqn, finished in live_equations(jaxpr):
+            outs = self.evaluate(eqn, [read(v) for v in eqn.invars])
+            values |= zip(eqn.outvars, outs, strict=True)
+            for v in finished:
+                del values[v]
+        return [read(v) for v in jaxpr.outvars]
+
+    def run_body(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The same for the body of an equation."""
+        body, _ = _compat.open_jaxpr(jaxpr)
+        args = [resized(arg, shape_of(v)) for arg, v in zip(args, body.invars, strict=True)]
+        return self.run(body, [*[CONSTANT] * len(body.constvars), *args])
+
+    def evaluate(self, eqn: jex.JaxprEqn, operands: list[Value]) -> list[Value]:
+        """The values that an equation makes."""
+        if not any(operand.parts or operand.uses for operand in operands):
+            return [CONSTANT] * len(eqn.outvars)
+        outer, self.line = self.line, _compat.source_line(eqn) or self.line
+        rule, body = RULES.get(eqn.primitive.name), only_body(eqn)
+        if rule is not None:
+            outs = rule(self, eqn, *operands)
+            outs = outs if isinstance(outs, list) else [outs]
+        elif body is not None:
+            outs = self.run_body(body, operands)
+        else:
+            outs = [self.entrywise(eqn, operands, shape_of(v)) for v in eqn.outvars]
+        self.line = outer
+        return [resized(out, shape_of(v)) for out, v in zip(outs, eqn.outvars, strict=True)]
+
+    def record(
+        self, weight: str, strength: Strength, inputs: frozenset[int], outputs: frozenset[int],
+        eqn: jex.JaxprEqn,
+    ) -> int:  # fmt: skip
+        """Records a use and returns its bit; 0 where it gives no roles."""
+        if not self.records:
+            return 0
+        if inputs == outputs and len(inputs) > 1:
+            # A reshape has mixed all axes: as in a kernel, the last one makes the output.
+            outputs = frozenset((max(inputs),))
+        # A reshape may have cut an axis in two, one part of which is kept.
+        inputs, outputs = (
+            (inputs, outputs - inputs) if outputs - inputs else (inputs - outputs, outputs)
+        )
+        if not inputs or not outputs:
+            missing = "outputs" if inputs else "inputs"
+            self.note(
+                weight, f"`{eqn.primitive.name}`{self.place} leaves no axis for its {missing}"
+            )
+            return 0
+        self.uses.append(Use(weight, strength, inputs, outputs))
+        return 1 << (len(self.uses) - 1)
+
+    def note(self, weight: str, reason: str) -> None:
+        """Keeps the first reason why the axes of a weight may have no roles."""
+        if self.records:
+            self.reasons.setdefault(weight, reason)
+
+    @property
+    def place(self) -> str:
+        """Where the equation is, for messages."""
+        return f" at {self.line}" if self.line else ""
+
+    # Element-wise functions.
+
+    def entrywise(self, eqn: jex.JaxprEqn, operands: list[Value], shape: Sequence[Any]) -> Value:
+        """An output whose axes are those of the operands, each in its place."""
+        alone = sum(bool(shape_of(v)) for v in eqn.invars) == 1
+        spread: list[Value] = []
+        for operand, v in zip(operands, eqn.invars, strict=True):
+            sizes = shape_of(v)
+            if not operand.parts:
+                spread.append(operand)
+            elif not sizes:
+                spread.append(operand.move(lambda _: map(blank, shape)))
+            elif len(sizes) == len(shape) and (alone or broadcasts(sizes, shape)):
+                spread.append(resized(operand, shape))
+            else:
+                spread.append(self.lost(eqn, operand, shape))
+        return self.join(spread, eqn)
+
+    def lost(self, eqn: jex.JaxprEqn, operand: Value, shape: Sequence[Any]) -> Value:
+        """An output of a primitive that is not followed: data, where it depends on data."""
+        for name, part in operand.weights.items():
+            if len(part.shown) > 1:
+                self.note(
+                    name, f"it enters `{eqn.primitive.name}`{self.place}, which is not followed"
+                )
+        parts = whole(DATA, shape).parts if operand.data else {}
+        return Value(parts, operand.uses)
+
+    def join(self, operands: Sequence[Value], eqn: jex.JaxprEqn) -> Value:
+        """One value of operands that have met entry by entry."""
+        merged = merge(operands)
+        parts, uses = dict(merged.parts), merged.uses
+        for name, part in merged.weights.items():
+            others = [operand for operand in operands if name not in operand.parts]
+            for other in others:
+                self.own[name] = self.own.get(name, 0) | other.uses
+            data = [other.data.shown for other in others if other.data and other.data.shown]
+            covering = [shown for shown in data if shown >= part.shown]
+            if not covering or not part.shown:
+                continue
+            if part.transformed:
+                # A product of transforms is a convolution.
+                rest = part.along(range(len(part.axes))) - part.transformed
+                uses |= self.record(name, Strength.DATA, part.transformed, rest, eqn)
+                del parts[name]
+            elif any(shown > part.shown for shown in covering):
+                # A bias or a gain: what follows is the data's.
+                del parts[name]
+            else:
+                parts[name] = dataclasses.replace(part, joined=True)
+        return Value(parts, uses)
+
+    # Loops.
+
+    def loop(
+        self, step: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]
+    ) -> list[Value]:
+        """The outputs of a loop's last step, with what the carried values are in all steps."""
+        records, self.records = self.records, False
+        while True:
+            outs = step(carry)
+            settled = [in_all_steps(*pair) for pair in zip(carry, outs, strict=False)]
+            if settled == list(carry):
+                break
+            carry = settled
+        self.records = records
+        return step(carry)
+
+
+# For primitives whose axes are not those of their operands, each in its place.
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+def rule(*names: str) -> Callable[[Any], Any]:
+    """Registers a function `(walk, eqn, *operands)` that makes the values of the results."""
+
+    def register(rule: Any) -> Any:
+        for name in names:
+            RULES[name] = rule
+        return rule
+
+    return register
+
+
+def shape_of(v: Any) -> Sequence[Any]:
+    """The shape of a variable or literal of a jaxpr."""
+    return getattr(v.aval, "shape", ())
+
+
+def only_body(eqn: jex.JaxprEqn) -> Any:
+    """The one body of an equation that takes its operands and makes its outputs."""
+    for param in eqn.params.values():
+        if isinstance(param, jex.Jaxpr | jex.ClosedJaxpr):
+            body, _ = _compat.open_jaxpr(param)
+            inner, outer = ([*x.invars, *x.outvars] for x in (body, eqn))
+            if [len(shape_of(v)) for v in inner] == [len(shape_of(v)) for v in outer]:
+                return param
+    return None

@@ -1,0 +1,406 @@
+"""The roles of axes, for each way in which a weight can be used."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lorax import LORA_FREEZE, UnadaptedWarning, infer_spec
+
+F32 = jnp.float32
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """Models as people write them, which promote ranks and dtypes."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def struct(*shape, dtype=F32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def conv(x, kernel, **options):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **options)
+
+
+@jax.custom_vjp
+def custom_dense(x, w):
+    return x @ w
+
+
+custom_dense.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@jax.custom_jvp
+def custom_square(w):
+    return w * w
+
+
+custom_square.defjvp(lambda p, t: (p[0] ** 2, 2 * p[0] * t[0]))
+
+
+def normalized(p, u, x):
+    """Spectral normalization: one step of the power iteration comes before the product."""
+    w = p["w"].reshape(-1, 13)
+    v = u @ w.T
+    sigma = (v @ w) @ u.T
+    return conv(x, p["w"] / sigma.reshape(()))
+
+
+def modulated(p, style, x):
+    def one(s, x):
+        w = p["w"] * s[:, None]
+        return conv(x[None], w / jnp.sqrt((w**2).sum((0, 1, 2))))[0]
+
+    return jax.vmap(one)(style, x)
+
+
+def pooled_by_query(p, x):
+    query = jnp.einsum("bqd,dhk->bqhk", jnp.tile(p["probe"], (x.shape[0], 1, 1)), p["w"])
+    keys = jnp.einsum("btd,dhk->bthk", x, p["keys"]) + p["bias"]
+    attention = jax.nn.softmax(jnp.einsum("bqhk,bthk->bhqt", query, keys))
+    return jnp.einsum("bhqt,btd->bqd", attention, x)
+
+
+def gathered_in_shards(p, x):
+    spec = PartitionSpec("x")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    product = lambda w, x: x @ lax.all_gather(w, "x", tiled=True)  # noqa: E731
+    return jax.shard_map(product, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(p["w"], x)
+
+
+def per_token(p, ids):
+    step = lambda carry, i: (carry, lax.dynamic_index_in_dim(p["w"], i, 0, False))  # noqa: E731
+    return lax.scan(step, 0.0, ids)[1]
+
+
+def picked_by_data(p, x, i):
+    return x @ p["w"][i]
+
+
+def masked(p, x):
+    return x @ jnp.tril(p["w"])
+
+
+def in_a_while(p, x):
+    body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ p["w"]))  # noqa: E731
+    return lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]
+
+
+def with_weight_carried(p, x):
+    body = lambda i, carry: (carry[0], jnp.tanh(carry[1] @ carry[0]))  # noqa: E731
+    return lax.fori_loop(0, 3, body, (p["w"], x))[1]
+
+
+def in_branches(p, x):
+    return lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: x @ (2 * p["w"]))
+
+
+def complex_state(p, u):
+    return u @ (p["w"][..., 0] + 1j * p["w"][..., 1])
+
+
+X, IDS = struct(3, 11), struct(3, dtype=jnp.int32)
+IMAGES = struct(2, 9, 8, 5)
+
+# (id, function of {"w": …} and more, shapes of the parameters, arguments, inputs, outputs)
+ROWS = [
+    ("masked", masked, {"w": (11, 11)}, [X], (0,), (1,)),
+    (
+        "mask-of-data",
+        lambda p, m, x: x @ (p["w"] * m),
+        {"w": (11, 13)},
+        [struct(11, 13), X],
+        (0,),
+        (1,),
+    ),
+    ("softplus", lambda p, x: x @ jax.nn.softplus(p["w"]), {"w": (11, 13)}, [X], (0,), (1,)),
+    ("rounded", lambda p, x: x @ jnp.round(p["w"] * 9) / 9, {"w": (11, 13)}, [X], (0,), (1,)),
+    ("custom-vjp", lambda p, x: custom_dense(x, p["w"]), {"w": (11, 13)}, [X], (0,), (1,)),
+    ("custom-jvp", lambda p, x: x @ custom_square(p["w"]), {"w": (11, 13)}, [X], (0,), (1,)),
+    ("padding-row", lambda p, ids: p["w"].at[0].set(0.0)[ids], {"w": (17, 13)}, [IDS], (0,), (1,)),
+    (
+        "complex",
+        lambda p, x: x.astype(complex) @ lax.complex(p["w"], 0 * p["w"]),
+        {"w": (11, 13)},
+        [X],
+        (0,),
+        (1,),
+    ),
+    ("complex-pair", complex_state, {"w": (11, 13, 2)}, [X], (0,), (1,)),
+    (
+        "fft",
+        lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"]), n=11),
+        {"w": (3, 11)},
+        [X],
+        (1,),
+        (0,),
+    ),
+    (
+        "normalized",
+        lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)),
+        {"w": (11, 13)},
+        [X],
+        (0,),
+        (1,),
+    ),
+    ("spectral", normalized, {"w": (3, 3, 5, 13)}, [struct(1, 13), IMAGES], (0, 1, 2), (3,)),
+    (
+        "resized",
+        lambda p, x: conv(x, jax.image.resize(p["w"], (4, 4, 5, 13), "bilinear")),
+        {"w": (8, 8, 5, 13)},
+        [IMAGES],
+        (0, 1, 2),
+        (3,),
+    ),
+    ("modulated", modulated, {"w": (3, 3, 5, 13)}, [struct(2, 5), IMAGES], (0, 1, 2), (3,)),
+    (
+        "modulated-dense",
+        lambda p, s, x: jax.vmap(lambda s, x: x @ (p["w"] * s[:, None]))(s, x),
+        {"w": (11, 13)},
+        [X, X],
+        (0,),
+        (1,),
+    ),
+    (
+        "product-first",
+        lambda p, x: jnp.einsum("bi,io,op->bp", x, p["w"], p["v"]),
+        {"w": (11, 5), "v": (5, 7)},
+        [struct(99, 11)],
+        (0,),
+        (1,),
+    ),
+    (
+        "second-of-a-product",
+        lambda p, x: x @ (p["v"] @ p["w"]),
+        {"v": (11, 5), "w": (5, 7)},
+        [X],
+        (0,),
+        (1,),
+    ),
+    (
+        "middle-of-a-product",
+        lambda p, x: x @ (p["u"] @ p["w"] @ p["v"]),
+        {"u": (11, 5), "w": (5, 7), "v": (7, 13)},
+        [X],
+        (0,),
+        (1,),
+    ),
+    (
+        "power",
+        lambda p, x: x @ jnp.linalg.matrix_power(p["w"], 4),
+        {"w": (11, 11)},
+        [X],
+        (0,),
+        (1,),
+    ),
+    ("gram", lambda p, x: x @ (p["w"].T @ p["w"]), {"w": (13, 11)}, [X], (1,), (0,)),
+    (
+        "learned-query",
+        pooled_by_query,
+        {"probe": (1, 5, 8), "w": (8, 2, 16), "keys": (8, 2, 16), "bias": (2, 16)},
+        [struct(3, 7, 8)],
+        (0,),
+        (1, 2),
+    ),
+    (
+        "sum-of-entries",
+        lambda p, x: (p["w"] * x).sum((1, 2)),
+        {"w": (13, 11, 5)},
+        [struct(11, 5)],
+        (1, 2),
+        (0,),
+    ),
+    (
+        "distances",
+        lambda p, x: ((x[:, None] - p["w"]) ** 2).sum(-1),
+        {"w": (13, 11)},
+        [X],
+        (1,),
+        (0,),
+    ),
+    (
+        "vmapped-look-up",
+        lambda p, ids: jax.vmap(lambda i: p["w"][i])(ids),
+        {"w": (17, 13)},
+        [IDS],
+        (0,),
+        (1,),
+    ),
+    ("look-up-in-a-scan", per_token, {"w": (17, 13)}, [IDS], (0,), (1,)),
+    ("look-up-of-columns", lambda p, ids: p["w"][:, ids], {"w": (13, 17)}, [IDS], (1,), (0,)),
+    (
+        "look-up-of-one",
+        lambda p, i: p["w"][i],
+        {"w": (17, 13)},
+        [struct(dtype=jnp.int32)],
+        (0,),
+        (1,),
+    ),
+    (
+        "dynamic-slice",
+        lambda p, i: lax.dynamic_slice(p["w"], (i, 0), (1, 13)),
+        {"w": (17, 13)},
+        [struct(dtype=jnp.int32)],
+        (0,),
+        (1,),
+    ),
+    (
+        "one-hot",
+        lambda p, ids: jax.nn.one_hot(ids, 17) @ p["w"],
+        {"w": (17, 13)},
+        [IDS],
+        (0,),
+        (1,),
+    ),
+    (
+        "expert-of-data",
+        picked_by_data,
+        {"w": (3, 11, 13)},
+        [X, struct(dtype=jnp.int32)],
+        (1,),
+        (2,),
+    ),
+    (
+        "experts-of-tokens",
+        lambda p, x, i: jnp.einsum("ti,tio->to", x, p["w"][i]),
+        {"w": (5, 11, 13)},
+        [X, IDS],
+        (1,),
+        (2,),
+    ),
+    ("sharded", gathered_in_shards, {"w": (12, 13)}, [struct(4, 12)], (0,), (1,)),
+    ("while", in_a_while, {"w": (11, 11)}, [X], (0,), (1,)),
+    ("carried", with_weight_carried, {"w": (11, 11)}, [X], (0,), (1,)),
+    ("cond", in_branches, {"w": (11, 13)}, [X], (0,), (1,)),
+    (
+        "reshaped-across",
+        lambda p, x: x @ p["w"].reshape(6, 4),
+        {"w": (4, 6)},
+        [struct(3, 6)],
+        (0,),
+        (1,),
+    ),
+    (
+        "kernel-and-gain",
+        lambda p, x: conv(x, p["w"] * p["gain"]),
+        {"w": (3, 3, 5, 13), "gain": (1, 13)},
+        [IMAGES],
+        (0, 1, 2),
+        (3,),
+    ),
+    (
+        "learned-constant",
+        lambda p, z: conv(p["const"] * z[:, None, None], p["w"]),
+        {"const": (4, 4, 5), "w": (3, 3, 5, 13)},
+        [struct(2, 5)],
+        (0, 1, 2),
+        (3,),
+    ),
+    ("table-of-heads", lambda p, ids: p["w"][ids], {"w": (17, 3, 13)}, [IDS], (0,), (1, 2)),
+    (
+        "fast-weights",
+        lambda p, k, v, q: q @ (p["w"] + k.T @ (v - k @ p["w"])),
+        {"w": (11, 13)},
+        [X, struct(3, 13), X],
+        (0,),
+        (1,),
+    ),
+    (
+        "attention-bias-after",
+        lambda p, x: jnp.einsum(
+            "qhk,thk->hqt", q := jnp.einsum("td,dhk->thk", x, p["w"]) + p["bias"], q
+        ),
+        {"w": (11, 2, 13), "bias": (2, 13)},
+        [X],
+        (0,),
+        (1, 2),
+    ),
+]
+
+
+def roles_of(fn, shapes, args, **options):
+    params = {name: struct(*shape) for name, shape in shapes.items()}
+    return infer_spec(fn, params, *args, rank=1, skip_small=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "args", "inputs", "outputs"),
+    [row[1:] for row in ROWS],
+    ids=[row[0] for row in ROWS],
+)
+@pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
+def test_roles(fn, shapes, args, inputs, outputs):
+    found = roles_of(fn, shapes, args)["w"]
+    assert (found.in_axes, found.out_axes) == (inputs, outputs)
+
+
+# What LoRA leaves alone by custom: no adapter, and nothing to say.
+SILENT = [
+    ("bias", lambda p, x: (x @ p["w"])[:, None] + p["left"], (4, 13)),
+    ("gain", lambda p, x: (x[:, None] * p["left"]).sum(1) @ p["w"], (1, 11)),
+    ("positions", lambda p, x: jnp.tanh(x + p["left"]) @ p["w"], (3, 11)),
+    ("sliced-positions", lambda p, x: (x + p["left"][:3]) @ p["w"], (5, 11)),
+    (
+        "initial-state",
+        lambda p, x: lax.fori_loop(0, 3, lambda _, h: h @ p["w"][:, :11] + x, p["left"]),
+        (3, 11),
+    ),
+    ("unused", lambda p, x: x @ p["w"], (4, 13)),
+    ("penalty", lambda p, x: (x @ p["w"]).sum() + (p["left"] ** 2).sum(), (4, 13)),
+]
+
+
+@pytest.mark.parametrize(("fn", "shape"), [r[1:] for r in SILENT], ids=[r[0] for r in SILENT])
+def test_left_frozen_by_custom_without_a_warning(fn, shape):
+    spec = roles_of(fn, {"w": (11, 13), "left": shape}, [X])
+    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+
+
+TOLD = [
+    (
+        "weights",
+        lambda p, x: (p["left"] @ p["v"]).sum() + x @ p["w"],
+        (4, 5),
+        "meets only other weights, in `dot_general` at .*test_roles",
+    ),
+    (
+        "inverted",
+        lambda p, x: jnp.linalg.inv(p["left"]).sum() + x @ p["w"],
+        (7, 7),
+        "enters `.*`.*which is not followed",
+    ),
+    (
+        "no-output",
+        lambda p, x: jnp.tensordot(x, p["left"]) + (x @ p["w"]).sum(),
+        (3, 11),
+        "leaves no axis for its outputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "reason"), [row[1:] for row in TOLD], ids=[row[0] for row in TOLD]
+)
+def test_left_out_with_reason(fn, shape, reason):
+    with pytest.warns(UnadaptedWarning, match=rf"`left`: .*{reason}(.|\n)*Give it a LoraSpec"):
+        spec = roles_of(fn, {"w": (11, 13), "v": (5, 7), "left": shape}, [X])
+    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+
+
+def test_data_that_the_function_closes_over():
+    x = jnp.ones((3, 11))
+    spec = roles_of(lambda p: jnp.tanh(x @ p["w"]) @ p["v"].T, {"w": (11, 13), "v": (7, 13)}, [])
+    assert (spec["w"].in_axes, spec["v"].in_axes) == ((0,), (1,))
+
+
+def test_line_is_that_of_the_caller_of_a_library_function():
+    def model(p, x):
+        return jnp.linalg.inv(p["left"]) @ p["v"] + (x @ p["w"]).sum()
+
+    with pytest.warns(UnadaptedWarning, match=r"test_roles\.py:\d+"):
+        roles_of(model, {"w": (11, 13), "v": (7, 5), "left": (7, 7)}, [X])
