@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._axes import Axes, normalize, resolve_axes
 from ._errors import SpecError, UnadaptedWarning
@@ -131,7 +132,7 @@ def infer_spec(
 def _traced(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> tuple[Any, list[Any]]:
-    """The function as a jaxpr, and what each of its inputs is: a weight's path, None, or `DATA`."""
+    """The function as a jaxpr, and what its constants and inputs are, as `find_roles` wants it."""
     marker = LoraWeight(None, None, rank=0)
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
@@ -145,7 +146,14 @@ def _traced(
     for value in traced.operands:
         path = value.terms[0].sources[0] if isinstance(value, FactoredArray) else None
         kinds.append(DATA if path is None else path if path in matrices else None)
-    return traced.jaxpr, kinds
+    # NumPy arguments reach the function as they are, and its jaxpr as constants. Where there is no
+    # other data either, the function closes over it.
+    given = [leaf.shape for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, np.ndarray)]
+    closed_over = not given and DATA not in kinds
+    constants = [
+        DATA if closed_over or const.shape in given else None for const in traced.jaxpr.consts
+    ]
+    return traced.jaxpr, [*constants, *kinds]
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -32,17 +32,16 @@ def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
 
     Args:
         jaxpr: the function as a closed jaxpr.
-        kinds: what each of its inputs is: a weight by its name, `DATA`, or None for neither.
+        kinds: what each of its constants and then of its inputs is: a weight by its name, `DATA`,
+            or None for neither.
     """
-    body, consts = _compat.open_jaxpr(jaxpr)
-    inputs = [
-        CONSTANT if kind is None else whole(kind, shape_of(v))
-        for kind, v in zip(kinds, body.invars, strict=True)
-    ]
-    # A function of parameters alone has its data among the arrays that it closes over.
-    closed_over = CONSTANT if any(value.data for value in inputs) else None
-    arrays = [closed_over or whole(DATA, shape_of(v)) for v in body.constvars]
-    assert len(arrays) == len(consts)
+    body, _ = _compat.open_jaxpr(jaxpr)
     walk = Walk()
-    walk.run(body, [*arrays, *inputs])
+    walk.run(
+        body,
+        [
+            CONSTANT if kind is None else whole(kind, shape_of(v))
+            for kind, v in zip(kinds, (*body.constvars, *body.invars), strict=True)
+        ],
+    )
     return walk.found()

@@ -30,6 +30,18 @@ class Side(NamedTuple):
         shown = frozenset[int]().union(*(part.shown for part in self.value.weights.values()))
         return any(self.sizes[d] != 1 and d not in shown for d in (*self.kept, *self.batch))
 
+    @property
+    def varying(self) -> Part:
+        """The axes along which a result that depends on data varies: all but repeated ones."""
+        parts = self.value.parts.values()
+        repeated = {d for d in range(len(self.sizes)) if not any(d in part.shown for part in parts)}
+        return Part(
+            tuple(
+                blank(size) if d in repeated and parts else (Span(size, frozenset((d,))),)
+                for d, size in enumerate(self.sizes)
+            )
+        )
+
     def place(self, part: Part, shape: Sequence[Any], carried: "Side | None" = None) -> Part:
         """What the result shows of a part.
 
@@ -55,8 +67,8 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
         (left, right, left_is_mapped), (right, left, not left_is_mapped)
     ):  # fmt: skip
         parts: dict[Any, Part] = {}
-        if side.value.data:
-            parts[DATA] = side.place(side.value.data, shape)
+        if left.value.data or right.value.data:
+            parts[DATA] = side.place(side.varying, shape)
         for name, part in side.value.weights.items():
             inputs, outputs = part.along(side.summed), part.along(side.kept)
             if other.value.data and name not in other.value.parts:

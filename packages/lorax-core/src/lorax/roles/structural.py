@@ -50,10 +50,9 @@ def _reduce_sum(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
     summed = eqn.params["axes"]
     parts, uses = dict(value.parts), value.uses
     for name, part in value.weights.items():
-        varying = value.data.shown.intersection(summed) if value.data else frozenset()
-        inputs = part.along(varying)
-        outputs = part.along(part.shown.difference(summed))
-        if inputs and outputs and not part.joined and not part.links:
+        meets_data = value.data is not None and not value.data.shown.isdisjoint(summed)
+        inputs, outputs = part.along(summed), part.along(part.shown.difference(summed))
+        if meets_data and inputs and outputs and not part.joined and not part.links:
             uses |= walk.record(name, Strength.DATA, inputs, outputs, eqn)
             del parts[name]
     return Value(parts, uses).move(lambda axes: without(axes, summed))
