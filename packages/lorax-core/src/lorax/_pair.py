@@ -29,6 +29,17 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
+def own(leaf: Any) -> Any:
+    """A copy of an array, placed as it is; anything else as it is.
+
+    A training step that donates its state deletes these buffers, which must not be somebody
+    else's. Tracers are copied too: `jax.vmap` returns an input that passes through it as it came.
+    """
+    if isinstance(leaf, np.ndarray):
+        return np.array(leaf)
+    return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
+
+
 def path_string(key_path: Any) -> str:
     """`h/0/attn/kernel` for the path of a leaf; `.` where the tree is the leaf."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/") or "."
