@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 from ._axes import Axes
+from ._boxes import box_factors
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import SpecError
@@ -77,7 +78,8 @@ def init_lora(
     Returns:
         `(frozen, tunable)`, both with the structure of `param_tree`. Frozen leaves are the same
         buffers, not copies; all of `tunable` is its own, so a training step may donate it. Factors
-        are sharded as their base is, axis by axis, and uncommitted where it is.
+        are sharded as their base is, axis by axis, and uncommitted where it is. Where Flax has
+        boxed a base with its partition (`nn.Partitioned`), the factors have boxes with theirs.
 
     Raises:
         SpecError: where the spec does not fit; the message names the path.
@@ -109,7 +111,9 @@ def init_lora(
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
             frozen.append(leaf)
             tunable.append(_init_weight(key, leaf, *checked, initializers, dtype))
-    return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)
+    return jax.tree.unflatten(structure, frozen), box_factors(
+        jax.tree.unflatten(structure, tunable)
+    )
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:

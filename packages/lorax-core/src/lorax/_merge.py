@@ -10,7 +10,7 @@ import jax
 
 from ._compat import is_tracer
 from ._errors import PairError
-from ._pair import Leaf, combine, flatten_pair, flatten_params, is_tunable_leaf, own
+from ._pair import Leaf, combine, flatten_pair, flatten_params, flatten_tunable, own
 from ._sharding import devices_of, in_device_memory, placement
 from ._weight import LoraWeight, factored
 
@@ -149,7 +149,7 @@ def unmerge(params: Any, tunable: Any) -> Any:
         True
     """
     leaves, structure = flatten_params(params)
-    news, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
+    news, other = flatten_tunable(tunable, params, structure)
     if structure != other:
         raise PairError("unmerge: params and tunable must have the same structure.")
     return jax.tree.unflatten(
