@@ -103,13 +103,73 @@ def test_dtype_is_the_users_to_choose():
     assert tunable["w"].a.dtype == jnp.bfloat16
 
 
-def test_frozen_and_full_leaves_are_the_same_objects():
+def test_frozen_leaves_are_the_same_objects_and_full_ones_copies():
     params = {"w": jnp.ones((5, 7)), "v": jnp.ones(7), "n": np.ones(3), "f": jax.nn.relu, "0": None}
     spec = {"w": 2, "v": LORA_FULL, "n": LORA_FREEZE, "f": LORA_FREEZE, "0": None}
     frozen, tunable = init_lora(params, spec, key())
-    assert frozen["w"] is params["w"] and tunable["v"] is params["v"]
-    assert frozen["n"] is params["n"] and frozen["f"] is params["f"]
+    assert frozen["w"] is params["w"] and frozen["n"] is params["n"]
+    assert tunable["v"] is not params["v"] and (tunable["v"] == params["v"]).all()
+    assert frozen["f"] is params["f"]
     assert frozen["v"] is tunable["n"] is tunable["f"] is frozen["0"] is tunable["0"] is None
+
+
+def buffers(array):
+    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+
+
+SHARED = jnp.ones((3, 2))
+
+
+def test_no_two_leaves_of_tunable_share_a_buffer():
+    v = jnp.ones(7)
+    params = {"w": jnp.ones((3, 3)), "v": v, "tied": v, "x": jnp.ones((3, 3))}
+    spec = {"w": 2, "v": LORA_FULL, "tied": LORA_FULL, "x": 2}
+    given = lambda *_: SHARED  # noqa: E731
+    _, tunable = init_lora(params, spec, key(), a_init=given)
+    leaves = jax.tree.leaves((tunable, v, SHARED))
+    assert len(set.union(*map(buffers, leaves))) == len(leaves)
+    double = jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)
+    for _ in range(2):  # JAX refuses to donate one buffer twice
+        tunable = double(tunable)
+    assert (v == 1).all() and (SHARED == 1).all() and (tunable["tied"] == 4).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.complex64])
+def test_full_leaves_keep_their_dtype_and_stay_uncommitted(dtype):
+    v = jnp.ones(7, dtype)
+    _, tunable = init_lora({"v": v, "w": jnp.ones((5, 7), dtype)}, {"v": LORA_FULL, "w": 2}, key())
+    assert tunable["v"].dtype == dtype and not buffers(tunable["v"]) & buffers(v)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(tunable))
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("memory", [None, "pinned_host"])
+def test_full_leaves_stay_where_they_are(kind, memory):
+    if memory and memory not in {m.kind for m in jax.devices()[0].addressable_memories()}:
+        pytest.skip("this backend has no pinned host memory")
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+    on_mesh = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("x"), memory_kind=memory))
+    on_device = jax.device_put(jnp.ones(8), jax.devices()[1])
+    for v in (on_mesh, on_device):
+        _, tunable = init_lora(v, LORA_FULL, key())
+        assert tunable.sharding == v.sharding and tunable.committed
+        assert not buffers(tunable) & buffers(v)
+
+
+def test_full_leaves_that_are_not_jax_arrays_stay_what_they_are():
+    array, shape = np.ones(3, np.float32), jax.ShapeDtypeStruct((3,), jnp.float32)
+    spec = [LORA_FULL, LORA_FULL]
+    _, tunable = init_lora([array, shape], spec, key())
+    array[:] = 0
+    assert type(tunable[0]) is np.ndarray and tunable[0].all() and tunable[1] is shape
+
+
+def test_full_leaves_are_copies_under_transformations():
+    v = jnp.ones((4, 3))
+    init = lambda v: init_lora(v, LORA_FULL, key())[1]  # noqa: E731
+    for own in (jax.vmap(init)(v), jax.jit(init)(v), jax.jvp(init, [v], [v])[0]):
+        assert (own == v).all() and not buffers(own) & buffers(v)
 
 
 @jax.tree_util.register_dataclass
@@ -168,6 +228,8 @@ def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
 
 @pytest.mark.devices(2)
 def test_factors_follow_their_base_to_another_device():
-    base = jax.device_put(jnp.ones((5, 7)), jax.devices()[1])
-    _, tunable = init_lora({"w": base}, {"w": 2}, key())
-    assert tunable["w"].a.devices() == tunable["w"].b.devices() == base.devices()
+    for device in jax.devices()[:2]:
+        base = jax.device_put(jnp.ones((5, 7)), device)
+        _, tunable = init_lora({"w": base}, {"w": 2}, key())
+        for factor in (tunable["w"].a, tunable["w"].b):
+            assert factor.devices() == base.devices() and factor.committed

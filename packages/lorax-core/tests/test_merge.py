@@ -1,7 +1,9 @@
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -17,6 +19,17 @@ from lorax import (
     unmerge,
 )
 from lorax.testing import random_factors
+
+KEY = jax.random.key(0)
+
+
+def buffers(array):
+    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+
+
+def donating_step(tunable):
+    """A training step as people write it: it deletes what it is given."""
+    return jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)(tunable)
 
 
 def pair(shape=(5, 7), spec: Any = 2, dtype=jnp.float32):
@@ -65,13 +78,23 @@ def test_every_floating_dtype_merges(dtype):
     assert merge_params(frozen, tunable)["w"].dtype == dtype
 
 
-def test_nothing_else_is_copied():
+def test_frozen_leaves_are_shared_and_tunable_ones_copied():
     frozen, tunable = pair()
     frozen |= {"other": jnp.ones(3)}
     tunable |= {"other": None}
     merged = merge_params(frozen, tunable)
-    assert merged["other"] is frozen["other"] and merged["v"] is tunable["v"]
-    assert not frozen["w"].is_deleted()
+    assert merged["other"] is frozen["other"]
+    assert not buffers(merged["v"]) & buffers(tunable["v"])
+    assert (merged["v"] == tunable["v"]).all() and not frozen["w"].is_deleted()
+
+
+def test_merged_parameters_outlive_a_donated_step():
+    frozen, tunable = pair()
+    merged = merge_params(frozen, tunable)
+    before = jax.device_get(merged)
+    jax.block_until_ready(donating_step(tunable))
+    assert tunable["v"].is_deleted() and tunable["w"].a.is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, merged, before)
 
 
 def test_donation_frees_the_base_and_nothing_else():
@@ -81,6 +104,13 @@ def test_donation_frees_the_base_and_nothing_else():
     assert (merged["w"] == expected).all()
     assert frozen["w"].is_deleted()
     assert not tunable["w"].a.is_deleted() and not tunable["v"].is_deleted()
+
+
+def test_donation_keeps_a_weight_that_is_at_two_paths():
+    w = jnp.ones((5, 7))
+    frozen, tunable = init_lora({"w": w, "tied": w, "kept": w}, {"w": 2, "tied": 2, "kept": 0}, KEY)
+    merged = merge_params(frozen, tunable, donate=True)
+    assert merged["kept"] is w and (merged["w"] == 1).all() and (merged["tied"] == 1).all()
 
 
 def test_unmerge_gives_the_base_back():
@@ -119,6 +149,115 @@ def test_sharded_weights_stay_sharded(kind):
     assert merged["w"].sharding == sharding
     a, b = jax.device_get((tunable["w"].a, tunable["w"].b))
     assert jnp.allclose(jax.device_get(merged["w"]), 1 + a @ b, atol=1e-5)
+
+
+def factors(dtype=jnp.float32):
+    a, b = (jax.random.normal(jax.random.key(k), shape) for k, shape in ((1, (4, 2)), (2, (2, 8))))
+    return LoraWeight(a.astype(dtype), b.astype(dtype), 2, 3.0)
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4,), ("x",), axis_types=(kind,))
+
+
+def spread(weight, mesh, a=None, b=None):
+    put = lambda factor, spec: jax.device_put(factor, NamedSharding(mesh, spec or P()))  # noqa: E731
+    return dataclasses.replace(weight, a=put(weight.a, a), b=put(weight.b, b))
+
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+@pytest.mark.devices(4)
+@KINDS
+@pytest.mark.parametrize("specs", [(P(), P()), (P("x"), P()), (P(), P(None, "x"))])
+@pytest.mark.parametrize(
+    "base",
+    [np.ones((4, 8), np.float32), *(jnp.ones((4, 8), d) for d in ("f4", "bfloat16", "complex64"))],
+    ids=["numpy", "float32", "bfloat16", "complex64"],
+)
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_uncommitted_base_goes_where_its_factors_are(kind, specs, base, donate):
+    """As after data-parallel training of parameters that were never placed."""
+    base = base.copy()
+    weight = factors()
+    there = spread(weight, mesh_of(kind), *specs)
+    expected = merge_params({"w": base}, {"w": weight})["w"]
+    by_hand = (jnp.ones((4, 8)) + there.a @ there.b).sharding
+    merged = merge_params({"w": base}, {"w": there}, donate=donate)["w"]
+    np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
+    assert merged.dtype == base.dtype and merged.sharding == by_hand
+    back = unmerge({"w": merged}, {"w": there})["w"]
+    np.testing.assert_allclose(jax.device_get(abs(back).astype(jnp.float32)), 1, atol=0.05)
+    if isinstance(base, jax.Array):
+        assert base.is_deleted() == donate
+    if not donate:
+        unmerge({"w": base}, {"w": there})
+        materialize(base, there)
+
+
+@pytest.mark.devices(4)
+@KINDS
+def test_an_uncommitted_base_merges_under_the_mesh(kind):
+    base, weight, mesh = jnp.ones((4, 8)), factors(), mesh_of(kind)
+    expected = materialize(base, weight)
+    there = spread(weight, mesh, P("x"))
+    with jax.set_mesh(mesh):
+        eager = merge_params({"w": base}, {"w": there})["w"]
+        jitted = jax.jit(merge_params)({"w": base}, {"w": there})["w"]
+    for merged in (eager, jitted):
+        np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_was_never_placed_stays_uncommitted(donate):
+    frozen, tunable = pair()
+    merged = merge_params(frozen, tunable, donate=donate)
+    assert not merged["w"].committed and not merged["v"].committed
+    assert not unmerge(merged, tunable)["w"].committed
+
+
+@pytest.mark.devices(4)
+def test_a_placed_base_stays_where_it_is_whatever_its_factors_do():
+    mesh, weight = mesh_of(AxisType.Auto), factors()
+    placed = NamedSharding(mesh, P(None, "x"))
+    for sharding in (placed, jax.sharding.SingleDeviceSharding(jax.devices()[2])):
+        merged = merge_params({"w": jax.device_put(jnp.ones((4, 8)), sharding)}, {"w": weight})["w"]
+        assert merged.committed and merged.sharding == sharding
+    base = jax.device_put(jnp.ones((4, 8)), placed)
+    merged = merge_params({"w": base}, {"w": spread(weight, mesh, P("x"))})["w"]
+    assert merged.sharding == placed
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize(
+    ("function", "name"), [(merge_params, "merge_params"), (unmerge, "unmerge")]
+)
+def test_other_devices_than_the_base_are_an_error(function, name):
+    base = {"layer": {"w": jax.device_put(jnp.ones((4, 8)), jax.devices()[0])}}
+    tunable = {"layer": {"w": spread(factors(), mesh_of(AxisType.Auto))}}
+    message = (
+        rf"{name}: the base at `layer/w` is committed to \S+, and its factors are .* 4 devices"
+    )
+    with pytest.raises(PairError, match=message):
+        function(base, tunable)
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_base_in_host_memory_stays_there(donate):
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("x"), memory_kind="pinned_host")
+    if "pinned_host" not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
+        pytest.skip("this backend has no pinned host memory")
+    base, weight = jax.device_put(jnp.ones((4, 8)), sharding), factors()
+    expected = materialize(jnp.ones((4, 8)), weight)
+    _, tunable = init_lora({"w": base}, {"w": 2}, KEY)
+    assert tunable["w"].a.sharding.memory_kind == "pinned_host"
+    there = dataclasses.replace(tunable["w"], alpha=3.0, a=weight.a, b=weight.b)
+    merged = merge_params({"w": base}, {"w": there}, donate=donate)["w"]
+    assert merged.sharding == sharding and base.is_deleted() == donate
+    np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
+    assert merge_params({"w": merged}, tunable)["w"].sharding == sharding
 
 
 @pytest.mark.parametrize(

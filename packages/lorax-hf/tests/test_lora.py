@@ -1,5 +1,8 @@
 """`lora(model)`: a model that is called as before, with the pair for its parameters."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +73,20 @@ def test_all_else_is_the_models(gpt2):
 def test_parameters_are_needed(gpt2):
     with pytest.raises(TypeError, match="params"):
         gpt2[1](IDS)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_it_is_copied_and_pickled(gpt2, again):
+    model, adapted, pair, _ = gpt2
+    found = again(adapted)
+    assert (found.model is model) == (again is copy.copy)
+    assert found.config.to_dict() == model.config.to_dict()
+    np.testing.assert_array_equal(found(IDS, params=pair).logits, adapted(IDS, params=pair).logits)
+    assert found._options == adapted._options != {}
+
+
+def test_an_unknown_attribute_is_named(gpt2):
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        gpt2[1].no_such_thing  # noqa: B018

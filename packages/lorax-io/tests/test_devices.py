@@ -31,6 +31,7 @@ from lorax_io import (
     load_adapter,
     load_peft,
     save_adapter,
+    save_merged,
     save_peft,
 )
 from lorax_io._tensors import TensorFile
@@ -283,6 +284,25 @@ def check_each_part_is_read_by_itself(home):
         arrays = jax.tree.leaves(tunable)
         assert sum(map(math.prod, taken)) >= sum(array.size for array in arrays)
         assert len(taken) <= sum(len(array.addressable_shards) for array in arrays)
+
+
+def check_a_base_that_was_never_placed_merges_with_factors_on_a_mesh(home):
+    some = ("dense", "table", "bias")
+    params = {name: jnp.asarray(make_params()[name]) for name in some}
+    tunable = {name: make_tunable()[name] for name in some}
+    frozen = params | {"bias": None}
+    names = {name: NAMES[name] for name in some}
+    on_mesh = placed_by_init(make_sharded(), make_tunable())
+    everywhere = jax.device_put(tunable, NamedSharding(make_mesh(), P()))
+    for k, trained in enumerate((tunable, everywhere, {name: on_mesh[name] for name in some})):
+        save_merged(home / str(k), frozen, trained, names)
+    expected, *found = (
+        safetensors.numpy.load_file(home / str(k) / "model.safetensors") for k in range(3)
+    )
+    assert len(expected) == 3
+    for tensors in found:
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(tensors[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 from ._axes import Axes
+from ._boxes import box_factors
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import SpecError
-from ._pair import flatten_params
+from ._pair import flatten_params, own
 from ._sharding import factor_sharding
 from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, check_leaf
 from ._weight import LoraWeight
@@ -76,7 +77,9 @@ def init_lora(
 
     Returns:
         `(frozen, tunable)`, both with the structure of `param_tree`. Frozen leaves are the same
-        buffers, not copies. Factors are sharded as their base is, axis by axis.
+        buffers, not copies; all of `tunable` is its own, so a training step may donate it. Factors
+        are sharded as their base is, axis by axis, and uncommitted where it is. Where Flax has
+        boxed a base with its partition (`nn.Partitioned`), the factors have boxes with theirs.
 
     Raises:
         SpecError: where the spec does not fit; the message names the path.
@@ -102,13 +105,15 @@ def init_lora(
             tunable.append(None)
         elif checked == LORA_FULL:
             frozen.append(None)
-            tunable.append(leaf)
+            tunable.append(own(leaf))
         else:
             assert isinstance(checked, tuple)
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
             frozen.append(leaf)
             tunable.append(_init_weight(key, leaf, *checked, initializers, dtype))
-    return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)
+    return jax.tree.unflatten(structure, frozen), box_factors(
+        jax.tree.unflatten(structure, tunable)
+    )
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:
@@ -149,7 +154,8 @@ def _init_weight(
 
     def factor(key: jax.Array, init: Initializer, matrix: tuple[int, int]) -> jax.Array:
         if not shared:
-            return init(key, matrix, dtype)
+            # An initializer may return an array that is kept elsewhere.
+            return own(init(key, matrix, dtype))
         return jax.vmap(lambda key: init(key, matrix, dtype))(jax.random.split(key, count))
 
     a_key, b_key = jax.random.split(key)
@@ -179,7 +185,7 @@ def _place_like(weight: LoraWeight, base: Any) -> LoraWeight:
     else:
         sharding, place = base.sharding, jax.device_put
         named = isinstance(sharding, NamedSharding)
-        settled = not named and (is_tracer(weight.a) or weight.a.sharding == sharding)
+        settled = not base.committed or (not named and is_tracer(weight.a))
     if settled:
         return weight
     term = weight.term(base.shape)

@@ -1,13 +1,17 @@
 """From a pair back to plain parameters, and the other way."""
 
+import dataclasses
 import functools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from ._compat import is_tracer
 from ._errors import PairError
-from ._pair import combine, flatten_pair, flatten_params, is_tunable_leaf
+from ._pair import Leaf, combine, flatten_pair, flatten_params, flatten_tunable, own
+from ._sharding import devices_of, in_device_memory, placement
 from ._weight import LoraWeight, factored
 
 
@@ -43,31 +47,62 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
     return jax.jit(function, out_shardings=sharding, donate_argnums=(0,) if donate else ())
 
 
-def _apply(function: Any, base: Any, weight: LoraWeight, donate: bool = False) -> jax.Array:
-    if not isinstance(base, jax.Array) or any(map(is_tracer, (base, weight.a, weight.b))):
-        return function(base, weight)
+def _apply(function: Any, what: str, leaf: Leaf, donate: bool = False) -> jax.Array:
+    frozen, tunable = leaf.frozen, leaf.tunable
+    arrays = frozen, tunable.a, tunable.b
+    if any(map(is_tracer, arrays)):
+        return function(frozen, tunable)
+    _check_devices(what, leaf.path, arrays)
+    base, a, b = map(in_device_memory, arrays)
+    sharding = placement(base)
+    # A base that nobody placed goes where its factors are, as in `base + a @ b`.
+    stays = sharding is not None or devices_of(base) == devices_of(a) == devices_of(b)
+    donate = donate and isinstance(frozen, jax.Array)
     # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
-    return _compiled(function, base.sharding, donate)(base, weight)
+    compiled = _compiled(function, sharding, donate and stays)
+    value = compiled(base, dataclasses.replace(tunable, a=a, b=b))
+    if donate and not frozen.is_deleted():
+        frozen.delete()
+    return value if base is frozen else jax.device_put(value, frozen.sharding)
+
+
+def _check_devices(what: str, path: str, arrays: Sequence[Any]) -> None:
+    """Names the weight whose factors are committed to other devices than its base."""
+    base, *factors = (devices_of(array) if placement(array) else set() for array in arrays)
+    for factor in factors:
+        if base and factor and base != factor:
+            raise PairError(
+                f"{what}: the base at `{path}` is committed to {_brief(base)}, and its factors are "
+                f"committed to {_brief(factor)}. Move one of them with `jax.device_put`."
+            )
+
+
+def _brief(devices: set[Any]) -> str:
+    names = sorted(map(str, devices))
+    return names[0] if len(names) == 1 else f"{len(names)} devices ({names[0]}, …, {names[-1]})"
 
 
 def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
     Summed in float32, or in the base's dtype where that is wider, and then cast to the base's.
-    Parameters without an adapter are returned as they are, not copied. Sharded weights stay
-    sharded as they were; the function also runs under `jax.jit`.
+    Frozen parameters without an adapter are returned as they are; those of `tunable` are copied,
+    so a training step may donate `tunable` and leave the result intact. Weights that were placed
+    stay where they are, sharded as they were; others go where their factors are, and stay
+    uncommitted where these are too. The function also runs under `jax.jit`.
 
     Args:
         frozen: the frozen tree of the pair.
         tunable: the tunable tree of the pair.
-        donate: whether the memory of adapted base weights may be reused. They are unusable
-            afterwards, and the peak is one weight lower.
+        donate: whether the memory of adapted base weights may be reused. They are deleted
+            afterwards, and the peak is one weight lower. A weight that is at two paths is kept.
 
     Returns:
         A tree with the structure of the parameters.
 
     Raises:
-        PairError: where the two trees are no pair.
+        PairError: where the two trees are not a pair, or a weight and its factors are committed
+            to different devices.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -79,9 +114,17 @@ def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
         True
     """
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
-    return combine(
-        leaves, structure, lambda leaf: _apply(materialize, leaf.frozen, leaf.tunable, donate)
-    )
+    uses = Counter(id(leaf.frozen) for leaf in leaves)
+
+    def merged(leaf: Leaf) -> jax.Array:
+        once = uses[id(leaf.frozen)] == 1
+        return _apply(materialize, "merge_params", leaf, donate and once)
+
+    leaves = [
+        leaf if isinstance(leaf.tunable, LoraWeight) else leaf._replace(tunable=own(leaf.tunable))
+        for leaf in leaves
+    ]
+    return combine(leaves, structure, merged)
 
 
 def unmerge(params: Any, tunable: Any) -> Any:
@@ -106,16 +149,16 @@ def unmerge(params: Any, tunable: Any) -> Any:
         True
     """
     leaves, structure = flatten_params(params)
-    news, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
+    news, other = flatten_tunable(tunable, params, structure)
     if structure != other:
         raise PairError("unmerge: params and tunable must have the same structure.")
     return jax.tree.unflatten(
         structure,
         [
-            _apply(_subtract, leaf, new)
+            _apply(_subtract, "unmerge", Leaf(path, leaf, new))
             if isinstance(new, LoraWeight)
             else (leaf if new is None else None)
-            for (_, leaf), new in zip(leaves, news, strict=True)
+            for (path, leaf), new in zip(leaves, news, strict=True)
         ],
     )
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ._boxes import bare, opened
 from ._errors import PairError
 from ._weight import LoraWeight
 
@@ -27,6 +28,17 @@ def is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def own(leaf: Any) -> Any:
+    """A copy of an array, placed as it is; anything else as it is.
+
+    A training step that donates its state deletes these buffers, which must not be somebody
+    else's. Tracers are copied too: `jax.vmap` returns an input that passes through it as it came.
+    """
+    if isinstance(leaf, np.ndarray):
+        return np.array(leaf)
+    return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
 
 
 def path_string(key_path: Any) -> str:
@@ -49,10 +61,21 @@ def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(path_string(path), leaf) for path, leaf in leaves], structure
 
 
+def flatten_tunable(tunable: Any, params: Any, structure: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tunable tree, and `structure`, that of `params`, if it is the tree's too."""
+    leaves, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
+    if other != structure:
+        # Boxes are around the factors in one tree, and around the base in the other.
+        without = jax.tree.structure(opened(tunable), is_leaf=is_tunable_leaf)
+        if without == jax.tree.structure(opened(params), is_leaf=_is_frozen_leaf):
+            other = structure
+    return [bare(leaf) for leaf in leaves], other
+
+
 def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]:
     """The leaves of both trees side by side, and the structure of the parameters."""
     left, structure = flatten_params(frozen)
-    right, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
+    right, other = flatten_tunable(tunable, frozen, structure)
     if structure != other:
         raise PairError(
             f"{what}: frozen and tunable must both have the structure of the parameters, as "

@@ -1,7 +1,9 @@
 """Where factors live: each axis of a factor is sharded as the weight's axis it runs over."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
@@ -31,3 +33,27 @@ def factor_sharding(
         factor_spec(sharding.spec, out, labels),
         memory_kind=sharding.memory_kind,
     )
+
+
+def placement(array: Any) -> Sharding | None:
+    """Where the user put an array; None for one that JAX may move: uncommitted, or NumPy's."""
+    return array.sharding if getattr(array, "committed", False) else None
+
+
+def devices_of(array: Any) -> set[Any]:
+    """The devices that hold an array; none for NumPy's."""
+    return array.sharding.device_set if isinstance(array, jax.Array) else set()
+
+
+def in_device_memory(array: Any) -> Any:
+    """The array itself, or its copy on the device where it is offloaded to the host.
+
+    XLA adds no arrays of different memories.
+    """
+    sharding = placement(array)
+    if sharding is None:
+        return array
+    kind = next(iter(sharding.device_set)).default_memory().kind
+    if sharding.memory_kind in (None, kind):
+        return array
+    return jax.device_put(array, sharding.with_memory_kind(kind))

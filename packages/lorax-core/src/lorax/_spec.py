@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ._axes import Axes, resolve_axes
 from ._errors import RankWarning, SpecError
 from ._pair import flatten_params, is_array, path_string
+from ._statics import make_plain, plain_number
 from ._weight import Scaling
 
 LORA_FREEZE = 0
@@ -56,6 +57,13 @@ class LoraSpec:
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("in_axes", "out_axes", "shared_axes"):
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | None) or (name == "shared_axes" and axes is None):
+                raise SpecError(f"LoraSpec has {name}={axes!r}; axes are a sequence of ints.")
 
 
 SpecLeaf = int | LoraSpec
@@ -185,6 +193,7 @@ def _is_finite(alpha: Any) -> bool:
 
 def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[LoraSpec, Axes] | int:
     """A spec leaf that fits its parameter: LORA_FREEZE, LORA_FULL, or the spec and its axes."""
+    spec = plain_number(spec)
     if not is_array(leaf):
         if spec is None or (type(spec) is int and spec == LORA_FREEZE):
             return LORA_FREEZE

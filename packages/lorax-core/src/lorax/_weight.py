@@ -1,16 +1,16 @@
 """An adapter of one weight: its factors, and the term that they are."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Hashable
 from typing import Any, Literal
 
 import jax
-import jax.export
 import jax.numpy as jnp
 
 from ._axes import Axes
+from ._formats import register_with_export, register_with_flax
+from ._statics import make_plain
 from ._terms import FactoredArray, Label, Term
 
 Scaling = Literal["standard", "rslora"]
@@ -67,6 +67,11 @@ class LoraWeight:
     out_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True}, default=(1,))
     shared_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True}, default=())
 
+    # JAX rebuilds adapters with anything at all for `a` and `b`, so nothing is asked of these.
+    def __post_init__(self) -> None:
+        make_plain(self)
+        register_with_flax(LoraWeight)
+
     @property
     def scale(self) -> float:
         """The number that multiplies `a @ b`."""
@@ -96,19 +101,4 @@ def factored(base: jax.Array, weight: LoraWeight, source: Hashable = None) -> Fa
     return FactoredArray(base, (weight.term(jnp.shape(base), source),))
 
 
-def _static_to_bytes(static: Any) -> bytes:
-    return json.dumps(static).encode()
-
-
-def _static_from_bytes(data: bytes) -> Any:
-    rank, alpha, scaling, *axes = json.loads(data)
-    return (rank, alpha, scaling, *map(tuple, axes))
-
-
-# `jax.export` writes the structure of arguments into the file, so it must know this one.
-jax.export.register_pytree_node_serialization(
-    LoraWeight,
-    serialized_name="lorax.LoraWeight",
-    serialize_auxdata=_static_to_bytes,
-    deserialize_auxdata=_static_from_bytes,
-)
+register_with_export(LoraWeight)

@@ -13,6 +13,7 @@ class AdaptedModel:
 
     def __init__(self, model: Any, **options: Any) -> None:
         self.model = model
+        self._options = options
         self._call = lorax.lora(model.__call__, (), argnames="params", **options)
         self._generate = lorax.lora(model.generate, (), argnames="params", **options)
 
@@ -24,7 +25,17 @@ class AdaptedModel:
         """The model's `generate`, with the pair in place of its parameters."""
         return self._generate(*args, params=params, **kwargs)
 
+    # A copy is adapted anew: it must call its own copy of the model.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        AdaptedModel.__init__(self, state["model"], **state["options"])
+
     def __getattr__(self, name: str) -> Any:
+        # Before `__init__` or `__setstate__` there is no model to ask.
+        if name == "model":
+            raise AttributeError(name)
         return getattr(self.model, name)
 
 

@@ -159,7 +159,12 @@ def load_adapter(
             if like is None:
                 _check_base(file, params, rows)  # this may gather the base from all processes
             rows = _load(file, rows, places)
-    return with_leaves(structure, paths, rows)
+    tree = with_leaves(structure, paths, rows)
+    return (
+        tree
+        if like is None
+        else jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+    )
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

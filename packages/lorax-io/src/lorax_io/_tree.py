@@ -33,7 +33,18 @@ def is_array(leaf: Any) -> bool:
 def rows_of(tunable: Any) -> list[Row]:
     """The rows of a tree with the structure of a tunable one, whatever its leaves are."""
     leaves = jax.tree_util.tree_leaves_with_path(tunable, is_leaf=_is_weight)
-    return [Row(path_string(path), leaf) for path, leaf in leaves]
+    return [_row(path, leaf) for path, leaf in leaves]
+
+
+def _row(path: tuple[Any, ...], leaf: Any) -> Row:
+    """One row, by the path of its base.
+
+    Where Flax has boxed the base, `init_lora` boxes each factor instead of the adapter.
+    """
+    if not isinstance(leaf, LoraWeight) or jax.tree_util.all_leaves([leaf.a, leaf.b]):
+        return Row(path_string(path), leaf)
+    [(inside, a)], [(_, b)] = map(jax.tree_util.tree_leaves_with_path, (leaf.a, leaf.b))
+    return Row(path_string((*path, *inside)), dataclasses.replace(leaf, a=a, b=b))
 
 
 def tunable_rows(file: object, tunable: Any) -> list[Row]:
@@ -76,9 +87,10 @@ def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a parameter tree by path, None among them, and its structure."""
     is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    found = {path_string(path): leaf for path, leaf in leaves}
+    rows = [_row(path, leaf) for path, leaf in leaves]
+    found = {row.path: row.leaf for row in rows}
     if len(found) < len(leaves):
-        [(path, _)] = Counter(path_string(path) for path, _ in leaves).most_common(1)
+        [(path, _)] = Counter(row.path for row in rows).most_common(1)
         raise AdapterError("the tree", f"two parameters are both called `{path}`; rename one.")
     return found, structure
 

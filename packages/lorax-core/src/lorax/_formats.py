@@ -1,0 +1,56 @@
+"""What other libraries must know of an adapter to write it: `jax.export` and `flax.serialization`.
+
+All else that writes pytrees (Orbax, Equinox, pickle) sees two arrays and needs nothing.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax.export
+
+
+def register_with_export(cls: type) -> None:
+    """`jax.export` writes the structure of arguments into the file, statics included."""
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name="lorax.LoraWeight",
+        serialize_auxdata=_static_to_bytes,
+        deserialize_auxdata=_static_from_bytes,
+    )
+
+
+def _static_to_bytes(static: Any) -> bytes:
+    return json.dumps(static).encode()
+
+
+def _static_from_bytes(data: bytes) -> Any:
+    rank, alpha, scaling, *axes = json.loads(data)
+    return (rank, alpha, scaling, *map(tuple, axes))
+
+
+def register_with_flax(cls: type) -> None:
+    """Teaches `flax.serialization` the class, where Flax has been imported.
+
+    Flax looks classes up in a table of its own, and the core does not import Flax. So every new
+    adapter asks, and each `jax.tree.map` makes new ones: they are known before a state is saved.
+    """
+    flax: Any = sys.modules.get("flax.serialization")
+    # An import that is still running has not defined the functions yet.
+    if hasattr(flax, "register_serialization_state") and not flax.is_serializable(cls):
+        flax.register_serialization_state(cls, _to_state, _from_state)
+
+
+def _to_state(weight: Any) -> dict[str, Any]:
+    """The factors; what is static comes from the target at restore, as in `flax.struct`."""
+    to_state = sys.modules["flax.serialization"].to_state_dict
+    return {"a": to_state(weight.a), "b": to_state(weight.b)}
+
+
+def _from_state(weight: Any, state: dict[str, Any]) -> Any:
+    if state.keys() != {"a", "b"}:
+        raise ValueError(f"An adapter has the factors a and b, but the state has {sorted(state)}.")
+    from_state = sys.modules["flax.serialization"].from_state_dict
+    factors = {name: from_state(getattr(weight, name), state[name], name) for name in state}
+    return dataclasses.replace(weight, **factors)
