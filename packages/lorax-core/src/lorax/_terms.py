@@ -77,10 +77,38 @@ class Term:
     def is_flat(self) -> bool:
         """Whether one factor spans all that is left of the weight's own axes.
 
-        Then nothing is gained by keeping the factors apart.
+        Then nothing is gained by keeping the factors apart, unless the term is dense.
         """
-        owned = {label for label in self.shown if self.owners(label) and not label.is_index}
-        return any(owned <= set(labels) for labels in self.labels)
+        owned = self._owned
+        return any(owned <= set(labels) for labels in self.labels) and not self.is_dense
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
+
+        Such a term waits for a sum over its axes, as in a norm; a product with it would cost as
+        much as the weight in full.
+        """
+        return self.dense_factor is not None
+
+    @property
+    def dense_factor(self) -> int | None:
+        """The position of the factor that makes a term dense."""
+        owned = self._owned
+        spans = [owned <= set(labels) for labels in self.labels]
+        rest = [
+            owned.intersection(labels)
+            for labels, all_of_it in zip(self.labels, spans, strict=True)
+            if not all_of_it
+        ]
+        is_apart = frozenset[Label]().union(*rest) not in (frozenset[Label](), *rest)
+        return spans.index(True) if is_apart and True in spans else None
+
+    @property
+    def _owned(self) -> frozenset[Label]:
+        """The weight's own axes that some factor varies along."""
+        shown = (label for label in self.shown if self.owners(label) and not label.is_index)
+        return frozenset(shown)
 
     def fresh(self, size: int, axis: int | None = None, skip: int = 0) -> Label:
         """A label that this term does not use yet."""
@@ -381,6 +409,13 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
     lost = {label for label in (*left.shown, *right.shown) if label not in shown}
     repeats = math.prod(label.size for label in lost if not term.owners(label))
     return term.scale(repeats) if repeats != 1 else term
+
+
+def entrywise(left: Term, right: Term) -> Term:
+    """The term of the product of two weights of one shape, entry by entry."""
+    axes = [(d, d) for d in range(len(left.out))]
+    left, right = align(left, apart(left, right), axes)
+    return product(left, right, left.out)
 
 
 @jax.tree_util.register_dataclass

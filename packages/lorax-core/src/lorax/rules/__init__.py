@@ -6,5 +6,6 @@ from . import (
     control_flow as control_flow,
     convolution as convolution,
     indexing as indexing,
+    norms as norms,
     structural as structural,
 )

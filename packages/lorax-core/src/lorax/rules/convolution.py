@@ -122,7 +122,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
     beside_inputs = {label for labels in term.labels if inner in labels for label in labels}
     stack = [label for label in outputs if label in beside_inputs]
     first, second, bonds = term.halves([inner], [label for label in outputs if label not in stack])
-    if not set(bonds).isdisjoint(window) or not set(bonds).issuperset(stack):
+    if not set(bonds).isdisjoint(window):
         raise Inexpressible
     rank = tuple(label for label in bonds if label not in stack)
     in_first = [any(label in labels for _, labels in first) for label in window]
@@ -133,6 +133,10 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
     count = math.prod(label.size for label in blocks)
     if max(groups, count) % min(groups, count) or (stack and batch_groups > 1):
         raise Inexpressible
+    mine = [label for label, owned in zip(window, in_first, strict=True) if owned]
+    made = math.prod(label.size for label in (*blocks, *rank, inner, *mine))
+    if stack and made >= math.prod(term.shape):
+        raise Inexpressible("needs first kernels that are together as large as the weight")
 
     def kernel(half, outputs, inputs, owned):
         factors, labels = zip(*half, strict=True)
