@@ -14,12 +14,12 @@ import jax.core
 import jax.extend.core as jex
 from jax._src import ad_checkpoint, core, pjit, shard_map, source_info_util
 from jax._src.interpreters import ad
-from jax._src.lax import lax as lax_internal
+from jax._src.lax import lax as lax_internal, parallel, slicing
 
-# `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, none of these. Some
-# exist in newer versions only (`stack`, `unstack`, `tile` since 0.10); the two of checkpointing
-# became public in 0.10.
-_UNEXPORTED_HOMES = (lax_internal, ad_checkpoint, pjit, shard_map, core)
+# `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, not those of these
+# modules that a rule names. Some exist in newer versions only (`stack`, `unstack`, `tile` since
+# 0.10); the two of checkpointing became public in 0.10.
+_UNEXPORTED_HOMES = (lax_internal, slicing, parallel, ad_checkpoint, pjit, shard_map, core)
 
 
 def find_primitive(name: str) -> jex.Primitive | None:

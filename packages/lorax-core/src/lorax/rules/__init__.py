@@ -7,5 +7,6 @@ from . import (
     convolution as convolution,
     indexing as indexing,
     norms as norms,
+    selection as selection,
     structural as structural,
 )
