@@ -311,6 +311,21 @@ class Term:
         bonds = tuple(label for label in first_labels if label in second_labels)
         return first, second, bonds
 
+    def complex_in(self, k: int) -> "Term":
+        """The same term, complex in no factor but k.
+
+        Another one is a sum of its parts, f = Σ_c i^c f[c], and factor k takes the i^c.
+        """
+        factors, labels = list(self.factors), list(self.labels)
+        others = [j for j, f in enumerate(factors) if j != k and jnp.iscomplexobj(f)]
+        for skip, j in enumerate(others):
+            part = self.fresh(2, skip=skip)
+            factors[j] = jnp.stack([factors[j].real, factors[j].imag])
+            dtype = _contract.joint_dtype(factors[k].dtype, jnp.complex64)
+            factors[k] = jnp.stack([factors[k].astype(dtype), factors[k].astype(dtype) * 1j])
+            labels[j], labels[k] = (part, *labels[j]), (part, *labels[k])
+        return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
+
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
         k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
