@@ -15,6 +15,7 @@ What cannot be expressed raises `Inexpressible`, and the interpreter builds the 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -310,6 +311,24 @@ class Term:
             raise Inexpressible
         bonds = tuple(label for label in first_labels if label in second_labels)
         return first, second, bonds
+
+    def one_owner(self, label: Label) -> "Term":
+        """Multiplies the owners of `label` into one, where that is no larger than one of them."""
+        owners = self.owners(label)
+        together = set(itertools.chain(*(self.labels[k] for k in owners)))
+        widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
+        if widest is None:
+            raise Inexpressible
+        dtype = functools.reduce(_contract.joint_dtype, (self.factors[k].dtype for k in owners))
+        operands = [(self.factors[k], self.labels[k]) for k in owners]
+        rest = [k for k in range(len(self.factors)) if k not in owners]
+        return dataclasses.replace(
+            self,
+            factors=(
+                *(self.factors[k] for k in rest), _contract.contract(operands, widest, dtype=dtype)
+            ),
+            labels=(*(self.labels[k] for k in rest), widest),
+        )  # fmt: skip
 
     def complex_in(self, k: int) -> "Term":
         """The same term, complex in no factor but k.

@@ -1,6 +1,7 @@
 """Functions with a derivative of their own, on weights."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def in_a_scan(p, x):
     return jax.lax.scan(step, x, None, length=3)[0]
 
 
-MODELS = {
+MODELS: dict[str, tuple[Any, Any, Any]] = {
     "custom-vjp": (lambda p, x: layer(p["w"], x), W, (3, 11)),
     "custom-jvp": (lambda p, x: jvp_layer(p["w"], x), W, (3, 11)),
     "nondiff-arguments": (lambda p, x: applied(jnp.sin, p["w"], x)[0], W, (3, 11)),

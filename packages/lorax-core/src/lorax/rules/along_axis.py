@@ -17,14 +17,13 @@ from .._terms import Inexpressible, Label, Term
 
 def _sole_owner(term: Term, axis: int) -> tuple[Term, Label, int]:
     """The label of an axis, and the one factor that owns it."""
-    reason = "runs along an axis that several factors share"
     try:
         term, label = term.fuse(axis)
+        term = term.own(label)
+        if len(term.owners(label)) > 1:
+            term = term.one_owner(label)
     except Inexpressible:
-        raise Inexpressible(reason) from None
-    term = term.own(label)
-    if len(term.owners(label)) > 1:
-        raise Inexpressible(reason)
+        raise Inexpressible("runs along an axis that several factors share") from None
     return term, label, term.owners(label)[0]
 
 
