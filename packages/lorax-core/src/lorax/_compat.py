@@ -14,12 +14,12 @@ import jax.core
 import jax.extend.core as jex
 from jax._src import ad_checkpoint, core, pjit, shard_map, source_info_util
 from jax._src.interpreters import ad
-from jax._src.lax import lax as lax_internal
+from jax._src.lax import lax as lax_internal, parallel, slicing
 
-# `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, none of these. Some
-# exist in newer versions only (`stack`, `unstack`, `tile` since 0.10); the two of checkpointing
-# became public in 0.10.
-_UNEXPORTED_HOMES = (lax_internal, ad_checkpoint, pjit, shard_map, core)
+# `jax.extend.core.primitives` exports most primitives but, up to JAX 0.12, not those of these
+# modules that a rule names. Some exist in newer versions only (`stack`, `unstack`, `tile` since
+# 0.10); the two of checkpointing became public in 0.10.
+_UNEXPORTED_HOMES = (lax_internal, slicing, parallel, ad_checkpoint, pjit, shard_map, core)
 
 
 def find_primitive(name: str) -> jex.Primitive | None:
@@ -91,6 +91,15 @@ def equation_context(eqn: jex.JaxprEqn) -> Generator[None]:
 def is_tracer(value: Any) -> bool:
     """Whether a value is being traced; `jax.core` is the only home of its class."""
     return isinstance(value, jax.core.Tracer)
+
+
+def varying_axes(array: Any) -> frozenset[Any]:
+    """The manual mesh axes that a value varies over; none are told under `check_vma=False`.
+
+    JAX 0.10 put them under `manual_axis_type`; before, they were `vma` of the type itself.
+    """
+    typed = jax.typeof(array)
+    return typed.vma if hasattr(typed, "vma") else typed.manual_axis_type.varying
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:

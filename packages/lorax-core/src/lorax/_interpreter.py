@@ -6,6 +6,7 @@ each weight is kept in `Interpreter.uses`.
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,22 +19,29 @@ from ._uses import Use
 
 Value = jax.Array | FactoredArray
 
+# What an operand was broadcast from, and which of its axes the other's are; None where it was not.
+_BeforeBroadcast = Callable[[Any], tuple[Value, tuple[int, ...]] | None]
+
 
 class Interpreter:
     """One evaluation: the rules it follows, and a record of what became of every weight.
 
     `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
-    it with the next one.
+    it with the next one. `through_custom_derivatives` says whether a weight goes into functions
+    with a derivative of their own, which is then left out.
     """
 
     def __init__(
         self,
         rules: Mapping[jex.Primitive, Callable[..., Any]],
         transformed: dict[Hashable, Any] | None = None,
+        *,
+        through_custom_derivatives: bool = False,
     ):
         self.rules = rules
         self.uses: list[Use] = []
         self.transformed = {} if transformed is None else transformed
+        self.through_custom_derivatives = through_custom_derivatives
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The outputs of an open or closed jaxpr."""
@@ -45,9 +53,15 @@ class Interpreter:
         def read(atom: Any) -> Value:
             return values[atom] if _is_var(atom) else atom.val
 
-        for eqn, finished in live_equations(jaxpr):
+        broadcasts = _broadcasts(jaxpr)
+
+        def before_broadcast(atom: Any) -> tuple[Value, tuple[int, ...]] | None:
+            eqn = broadcasts.get(atom) if _is_var(atom) else None
+            return eqn and (read(eqn.invars[0]), eqn.params["broadcast_dimensions"])
+
+        for eqn, finished in live_equations(jaxpr, broadcasts):
             with _compat.equation_context(eqn):
-                outs = self._evaluate(eqn, [read(v) for v in eqn.invars])
+                outs = self._evaluate(eqn, [read(v) for v in eqn.invars], before_broadcast)
             values |= zip(eqn.outvars, outs, strict=True)
             # Outside jit these are real buffers: free each after its last use.
             for v in finished:
@@ -64,10 +78,12 @@ class Interpreter:
             )
         return value.array()
 
-    def _evaluate(self, eqn: jex.JaxprEqn, operands: list[Value]) -> list[Value]:
+    def _evaluate(
+        self, eqn: jex.JaxprEqn, operands: list[Value], before_broadcast: _BeforeBroadcast
+    ) -> list[Value]:
         if not any(isinstance(operand, FactoredArray) for operand in operands):
             return _compat.bind(eqn, *operands)
-        equation = Equation(self, eqn)
+        equation = Equation(self, eqn, operands, before_broadcast)
         rule = self.rules.get(eqn.primitive)
         recorded = len(self.uses)
         reason = ""
@@ -82,15 +98,29 @@ class Interpreter:
         return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def live_equations(jaxpr: Any) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
+def _broadcasts(jaxpr: Any) -> dict[jex.Var, jex.JaxprEqn]:
+    """The equations that broadcast an array, by what they make."""
+    return {
+        eqn.outvars[0]: eqn
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1
+    }
+
+
+def live_equations(
+    jaxpr: Any, broadcasts: Mapping[jex.Var, jex.JaxprEqn] = MappingProxyType({})
+) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
     """The equations that an output or an effect depends on, each with what nothing needs after it.
 
-    JAX drops the others when it compiles; here they would say that a weight is used.
+    JAX drops the others when it compiles; here they would say that a weight is used. What a
+    broadcast is made of is kept as long as the broadcast: a rule may ask for it.
     """
     steps, needed = [], {v for v in jaxpr.outvars if _is_var(v)}
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            finished = {v for v in eqn.invars if _is_var(v)} - needed
+            reads = [v for v in eqn.invars if _is_var(v)]
+            reads += [broadcasts[v].invars[0] for v in reads if v in broadcasts]
+            finished = {v for v in reads if _is_var(v)} - needed
             needed |= finished
             steps.append((eqn, finished))
     return steps[::-1]
@@ -103,14 +133,38 @@ def _is_var(atom: Any) -> bool:
 class Equation:
     """What a rule may ask of the equation that it handles."""
 
-    def __init__(self, interpreter: Interpreter, eqn: jex.JaxprEqn):
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        eqn: jex.JaxprEqn,
+        operands: Sequence[Value],
+        before_broadcast: _BeforeBroadcast,
+    ):
         self.interpreter = interpreter
         self.eqn = eqn
+        self._operands = operands
+        self._before_broadcast = before_broadcast
 
     def __call__(self, *operands: jax.Array) -> Any:
         """Evaluates the original equation on plain arrays."""
         out = _compat.bind(self.eqn, *operands)
         return out if self.eqn.primitive.multiple_results else out[0]
+
+    def with_params(self, **changes: Any) -> "Equation":
+        """The same equation with other parameters."""
+        eqn = self.eqn.replace(params=self.eqn.params | changes)
+        return Equation(self.interpreter, eqn, self._operands, self._before_broadcast)
+
+    def narrow(self, position: int) -> jax.Array:
+        """An operand that is no weight, with a size of one along the axes it was broadcast to."""
+        operand = jnp.asarray(self._operands[position])
+        source = self._before_broadcast(self.eqn.invars[position])
+        if source is None or isinstance(source[0], FactoredArray):
+            return operand
+        shape = [1] * operand.ndim
+        for size, axis in zip(jnp.shape(source[0]), source[1], strict=True):
+            shape[axis] = size
+        return jnp.reshape(source[0], shape)
 
     @functools.cached_property
     def line(self) -> str:
@@ -172,21 +226,32 @@ class Equation:
         return value.array()
 
     def settle(
-        self, base: jax.Array, terms: Sequence[Term], *, looked_up: Sequence[Sequence[int]] = ()
+        self,
+        base: jax.Array,
+        terms: Sequence[Term],
+        *,
+        looked_up: Sequence[Sequence[int]] = (),
+        meets: Sequence[int | None] = (),
+        finished: bool = False,
     ) -> Value:
         """A weight, or an array where the terms no longer have anything to keep apart.
 
         A row of an embedding table is such an array: adding its terms is what the model itself
         does with the row. An 8-bit float is left alone until it is cast: adding to it would
         round the terms away. `looked_up` names, for each term, the parameter's axes that an index
-        array has run over.
+        array has run over; `meets`, for each term, the factor that is a whole weight, if any.
+        `finished` says that the terms are added in any case.
         """
         narrow = jnp.issubdtype(base.dtype, jnp.inexact) and base.dtype.itemsize < 2
-        if narrow or not all(term.is_flat for term in terms):
+        if narrow or not (finished or all(term.is_flat for term in terms)):
             return FactoredArray(base, tuple(terms))
-        dtype = _contract.product_dtype(base.dtype, base.dtype)
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
-            base = term.added_to(base, dtype)
+            met = meets[k] if meets else None
+            dtype = _contract.product_dtype(base.dtype, base.dtype)
+            if met is not None and term.factors[met].dtype.itemsize == 2:
+                # As large as a weight: it is not widened for a sum that is made in float32.
+                dtype = term.factors[met].dtype
+            base = term.added_to(base, dtype, meets=met)
         return base

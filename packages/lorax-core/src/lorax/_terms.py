@@ -15,6 +15,7 @@ What cannot be expressed raises `Inexpressible`, and the interpreter builds the 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -77,10 +78,38 @@ class Term:
     def is_flat(self) -> bool:
         """Whether one factor spans all that is left of the weight's own axes.
 
-        Then nothing is gained by keeping the factors apart.
+        Then nothing is gained by keeping the factors apart, unless the term is dense.
         """
-        owned = {label for label in self.shown if self.owners(label) and not label.is_index}
-        return any(owned <= set(labels) for labels in self.labels)
+        owned = self._owned
+        return any(owned <= set(labels) for labels in self.labels) and not self.is_dense
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
+
+        Such a term waits for a sum over its axes, as in a norm; a product with it would cost as
+        much as the weight in full.
+        """
+        return self.dense_factor is not None
+
+    @property
+    def dense_factor(self) -> int | None:
+        """The position of the factor that makes a term dense."""
+        owned = self._owned
+        spans = [owned <= set(labels) for labels in self.labels]
+        rest = [
+            owned.intersection(labels)
+            for labels, all_of_it in zip(self.labels, spans, strict=True)
+            if not all_of_it
+        ]
+        is_apart = frozenset[Label]().union(*rest) not in (frozenset[Label](), *rest)
+        return spans.index(True) if is_apart and True in spans else None
+
+    @property
+    def _owned(self) -> frozenset[Label]:
+        """The weight's own axes that some factor varies along."""
+        shown = (label for label in self.shown if self.owners(label) and not label.is_index)
+        return frozenset(shown)
 
     def fresh(self, size: int, axis: int | None = None, skip: int = 0) -> Label:
         """A label that this term does not use yet."""
@@ -283,6 +312,42 @@ class Term:
         bonds = tuple(label for label in first_labels if label in second_labels)
         return first, second, bonds
 
+    def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
+        """Makes one factor of several, the last of the term, with `labels` on its axes."""
+        several = [(self.factors[k], self.labels[k]) for k in positions]
+        dtype = functools.reduce(_contract.joint_dtype, (factor.dtype for factor, _ in several))
+        rest = [k for k in range(len(self.factors)) if k not in positions]
+        term = dataclasses.replace(
+            self,
+            factors=tuple(self.factors[k] for k in rest),
+            labels=tuple(self.labels[k] for k in rest),
+        )
+        return term.times(_contract.contract(several, labels, dtype=dtype), labels)
+
+    def one_owner(self, label: Label) -> "Term":
+        """Multiplies the owners of `label` into one, where that is no larger than one of them."""
+        owners = self.owners(label)
+        together = set(itertools.chain(*(self.labels[k] for k in owners)))
+        widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
+        if widest is None:
+            raise Inexpressible
+        return self.multiplied(owners, widest)
+
+    def complex_in(self, k: int) -> "Term":
+        """The same term, complex in no factor but k.
+
+        Another one is a sum of its parts, f = Σ_c i^c f[c], and factor k takes the i^c.
+        """
+        factors, labels = list(self.factors), list(self.labels)
+        others = [j for j, f in enumerate(factors) if j != k and jnp.iscomplexobj(f)]
+        for skip, j in enumerate(others):
+            part = self.fresh(2, skip=skip)
+            factors[j] = jnp.stack([factors[j].real, factors[j].imag])
+            dtype = _contract.joint_dtype(factors[k].dtype, jnp.complex64)
+            factors[k] = jnp.stack([factors[k].astype(dtype), factors[k].astype(dtype) * 1j])
+            labels[j], labels[k] = (part, *labels[j]), (part, *labels[k])
+        return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
+
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
         k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
@@ -381,6 +446,13 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
     lost = {label for label in (*left.shown, *right.shown) if label not in shown}
     repeats = math.prod(label.size for label in lost if not term.owners(label))
     return term.scale(repeats) if repeats != 1 else term
+
+
+def entrywise(left: Term, right: Term) -> Term:
+    """The term of the product of two weights of one shape, entry by entry."""
+    axes = [(d, d) for d in range(len(left.out))]
+    left, right = align(left, apart(left, right), axes)
+    return product(left, right, left.out)
 
 
 @jax.tree_util.register_dataclass

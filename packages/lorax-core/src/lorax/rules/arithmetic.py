@@ -4,10 +4,23 @@ import jax
 import jax.numpy as jnp
 
 from .._contract import wide_dtype
-from .._registry import defrule, defstructural
+from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Term, align, apart, operand, product
+from . import norms
 
-defstructural("reduce_sum", lambda term, *, axes, out_sharding=None: term.drop(axes))
+
+@defrule("reduce_sum")
+def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
+    """A sum over a product of weights is what the product was made for."""
+    base = eqn(weight.base)
+    of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
+    terms = [norms.gathered(term, axes) if of_product else term for term in weight.terms]
+    return eqn.settle(
+        base,
+        [term.drop(axes) for term in terms],
+        meets=[term.dense_factor for term in terms],
+        finished=of_product,
+    )
 
 
 @defrule("neg")
@@ -47,36 +60,72 @@ def _sub(eqn, left, right):
     return _sum(eqn, left, right, -1)
 
 
-def _times(term: Term, array: jax.Array, shape) -> Term:
-    """The term times an array that varies along some of the weight's axes only."""
+def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
+    """The term times an array that varies along some of the weight's axes only.
+
+    An array that varies along all of them leaves no rank; `reason` says so.
+    """
     if array.size == 1:
         return _expand(term, shape).scale(array.reshape(()))
     varying = [axis for axis, size in enumerate(array.shape) if size != 1]
     term = _expand(term, shape)
     if len(varying) > 1 and len(varying) == sum(size != 1 for size in shape):
-        raise Inexpressible  # As many numbers as the weight has: no rank would be left.
+        raise Inexpressible(reason)
     factor = apart(term, operand(array.reshape([array.shape[axis] for axis in varying])))
     term, factor = align(term, factor, [(axis, k) for k, axis in enumerate(varying)])
     return product(term, factor, term.out)
 
 
-def _scaled(eqn, weight, array, base):
+def _scaled(eqn, weight, array, base, reason: str):
     array = jnp.asarray(array).astype(wide_dtype(weight.base.dtype))
-    terms = [_times(term, array, eqn.out_shape) for term in weight.terms]
+    terms = [times(term, array, eqn.out_shape, reason) for term in weight.terms]
     return eqn.settle(base(), terms)
 
 
 @defrule("mul")
 def _mul(eqn, left, right, *, out_dtype=None):
+    """Of two weights of unequal size, the smaller one is built."""
     if _is_weight(left) and _is_weight(right):
-        return NotImplemented
-    weight, array = (left, right) if _is_weight(left) else (right, left)
-    return _scaled(eqn, weight, array, lambda: eqn(_base(left), _base(right)))
+        if left is right:
+            return norms.square(eqn(left.base, left.base), left)
+        if left.shape == right.shape:
+            return norms.multiply(eqn, left, right)
+        smaller, reason = _smaller(left, right), "multiplies a larger weight by it"
+        array = eqn.materialize(smaller, reason)
+        left, right = (array, right) if smaller is left else (left, array)
+    else:
+        array = eqn.narrow(0 if _is_weight(right) else 1)
+    weight = left if _is_weight(left) else right
+    return _scaled(
+        eqn, weight, array, lambda: eqn(_base(left), _base(right)),
+        "multiplies it by an array of the weight's shape",
+    )  # fmt: skip
+
+
+def _smaller(left, right):
+    return left if left.base.size < right.base.size else right
 
 
 @defrule("div")
-def _div(eqn, weight, array):
-    if not _is_weight(weight) or _is_weight(array):
-        return NotImplemented
-    inverse = 1 / jnp.asarray(array).astype(wide_dtype(weight.base.dtype))
-    return _scaled(eqn, weight, inverse, lambda: eqn(weight.base, array))
+def _div(eqn, weight, divisor):
+    if not _is_weight(weight):
+        raise Inexpressible("divides by it")
+    if _is_weight(divisor):
+        array = divisor = eqn.materialize(divisor, "divides by it")
+    else:
+        array = eqn.narrow(1)
+    inverse = 1 / array.astype(wide_dtype(weight.base.dtype))
+    return _scaled(
+        eqn, weight, inverse, lambda: eqn(weight.base, divisor),
+        "divides it by an array of the weight's shape",
+    )  # fmt: skip
+
+
+@defrule(
+    "abs", "sign", "floor", "ceil", "round", "max", "min", "clamp", "rem", "pow", "sqrt", "rsqrt",
+    "cbrt", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "tan", "erf",
+    "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "sort", "top_k", "cumprod",
+    "cummax", "cummin", "cumlogsumexp", "scatter_max", "scatter_min", "pmax", "pmin",
+)  # fmt: skip
+def _not_linear(eqn, *operands, **params):
+    raise Inexpressible("is not linear in the weight")

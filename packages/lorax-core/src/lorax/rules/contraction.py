@@ -20,7 +20,7 @@ import jax
 
 from .._contract import contract, product_dtype
 from .._registry import defrule
-from .._terms import FactoredArray, Term, align, apart, operand, product
+from .._terms import FactoredArray, Inexpressible, Term, align, apart, operand, product
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
@@ -43,6 +43,8 @@ def _dot_general(
 ):
     l_base, l_terms = _parts(left)
     r_base, r_terms = _parts(right)
+    if any(term.is_dense for term in (*l_terms, *r_terms)):
+        raise Inexpressible("multiplies by a product of weights that is made entry by entry")
     for terms, summed, batch in zip((l_terms, r_terms), *dimension_numbers, strict=True):
         for term in terms:
             kept = [d for d in range(len(term.out)) if d not in (*summed, *batch)]
@@ -52,7 +54,9 @@ def _dot_general(
     terms += [_dot(one, other, dimension_numbers) for one in l_terms for other in r_terms]
     base = eqn(l_base, r_base)
     if l_terms and r_terms:
-        return eqn.settle(base, [forget_axes(term) for term in terms])
+        meets = [len(term.factors) for term in l_terms] + [0] * len(r_terms)
+        meets += [None] * (len(l_terms) * len(r_terms))
+        return eqn.settle(base, [forget_axes(term) for term in terms], meets=meets)
     dtype = product_dtype((r_base if l_terms else l_base).dtype, base.dtype)
     for term in terms:
         base = term.added_to(

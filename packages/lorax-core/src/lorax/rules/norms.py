@@ -1,0 +1,65 @@
+"""Weights multiplied entry by entry, as for a norm.
+
+    Σ (W + Δ)²  =  Σ W²  +  2 Σ W ⊙ Δ  +  Σ Δ ⊙ Δ
+
+A term of the product holds the base, or the other weight's factors, as further factors, and the
+sum that follows contracts them factor by factor. Whatever else reads the product gets it in full.
+"""
+
+from .._registry import defrule
+from .._terms import FactoredArray, Inexpressible, Term, entrywise, operand
+from .contraction import forget_axes
+
+
+def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
+    """The product of two weights of one shape."""
+    _refuse_products(left, right)
+    terms = [entrywise(term, operand(right.base)) for term in left.terms]
+    terms += [entrywise(term, operand(left.base)) for term in right.terms]
+    terms += [entrywise(one, other) for one in left.terms for other in right.terms]
+    return FactoredArray(eqn(left.base, right.base), _anonymous(terms))
+
+
+def square(base, weight: FactoredArray) -> FactoredArray:
+    """The square of a weight, beside the square `base` of its base."""
+    _refuse_products(weight)
+    terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
+    for k, term in enumerate(weight.terms):
+        terms.append(entrywise(term, term))
+        terms += [entrywise(term, other).scale(2) for other in weight.terms[k + 1 :]]
+    return FactoredArray(base, _anonymous(terms))
+
+
+def gathered(term: Term, axes) -> Term:
+    """A term before it is summed over `axes`: beside the base, one factor owns what is summed.
+
+    Else it could be less work to multiply the factors of one weight into its delta.
+    """
+    for label in [label for d in axes for label in term.out[d]]:
+        dense = term.dense_factor
+        owners = [k for k in term.owners(label) if k != dense]
+        if dense is not None and len(owners) > 1:
+            labels = dict.fromkeys(name for k in owners for name in term.labels[k])
+            term = term.multiplied(owners, tuple(labels))
+    return term
+
+
+def _refuse_products(*weights: FactoredArray) -> None:
+    if any(term.is_dense for weight in weights for term in weight.terms):
+        raise Inexpressible("multiplies a product of weights by a weight, entry by entry")
+
+
+def _anonymous(terms: list[Term]) -> tuple[Term, ...]:
+    return tuple(map(forget_axes, terms))
+
+
+@defrule("square")
+def _square(eqn, weight):
+    return square(eqn(weight.base), weight)
+
+
+@defrule("integer_pow")
+def _integer_pow(eqn, weight, *, y):
+    if y != 2:
+        raise Inexpressible("is not linear in the weight")
+    return square(eqn(weight.base), weight)

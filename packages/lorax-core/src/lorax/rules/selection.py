@@ -1,0 +1,155 @@
+"""Weights that are masked or written into: `select_n`, `scatter` and `dynamic_update_slice`.
+
+    where(mask, W, V)  =  mask ⊙ W  +  (1 − mask) ⊙ V
+
+The base goes through the original equation; what that leaves of a term is a mask. A mask that
+varies along some of the weight's axes only, as one of whole rows, is one more factor. The mask of
+an update is what the same update makes of ones, with all axes that it covers shrunk to one entry.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from .._contract import wide_dtype
+from .._registry import defrule
+from .._terms import FactoredArray, Inexpressible, Label, Term
+from .arithmetic import times
+from .structural import pad_axis
+
+_FULL = "gets an array mask of the weight's shape"
+_PART = "overwrites a part that is not made of whole rows or columns"
+
+
+def _base(value):
+    return value.base if isinstance(value, FactoredArray) else value
+
+
+def _terms(value) -> tuple[Term, ...]:
+    return value.terms if isinstance(value, FactoredArray) else ()
+
+
+@defrule("select_n")
+def _select_n(eqn, which, *cases):
+    if isinstance(which, FactoredArray):
+        return NotImplemented
+    base = eqn(which, *map(_base, cases))
+    which = eqn.narrow(0)
+    dtype = wide_dtype(base.dtype)
+    terms = []
+    for k, case in enumerate(cases):
+        mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
+        terms += [times(term, mask, eqn.out_shape, _FULL) for term in _terms(case)]
+    return eqn.settle(base, terms)
+
+
+# Updates in place.
+
+
+@defrule("dynamic_update_slice")
+def _dynamic_update_slice(eqn, weight, update, *starts):
+    if any(isinstance(start, FactoredArray) for start in starts):
+        return NotImplemented
+    base = eqn(_base(weight), _base(update), *starts)
+    shape, window = weight.shape, update.shape
+    # An axis that the update covers is written whole, wherever it is said to start.
+    kept = [d for d, size in enumerate(shape) if size != window[d]]
+    terms = []
+    if _terms(weight):
+        ones = jnp.ones([size if d in kept else 1 for d, size in enumerate(shape)], base.dtype)
+        zeros = jnp.zeros([size if d in kept else 1 for d, size in enumerate(window)], base.dtype)
+        terms += _masked(weight, jax.lax.dynamic_update_slice(ones, zeros, starts))
+    for term in _terms(update):
+        for d in kept:
+
+            def write(room, factor, k, start=starts[d]):
+                return jax.lax.dynamic_update_slice_in_dim(room, factor, start, k)
+
+            term = _written(term, d, shape[d], write)
+        terms.append(term)
+    return eqn.settle(base, terms)
+
+
+@defrule("scatter_add", "scatter_sub")
+def _scatter_add(eqn, weight, indices, updates, **params):
+    """What is added to a weight leaves its terms alone."""
+    sign = -1 if eqn.eqn.primitive.name == "scatter-sub" else 1
+    terms = [*_terms(weight)]
+    terms += [_scattered(t.scale(sign), weight.shape, indices, params) for t in _terms(updates)]
+    return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
+
+
+@defrule("scatter")
+def _scatter(eqn, weight, indices, updates, **params):
+    terms = []
+    if _terms(weight):
+        zero = jnp.zeros((1,) * len(updates.shape), _base(updates).dtype)
+        terms += _masked(weight, _mask(eqn, weight, indices, updates.shape, zero))
+    terms += [_scattered(term, weight.shape, indices, params) for term in _terms(updates)]
+    return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
+
+
+@defrule("scatter_mul")
+def _scatter_mul(eqn, weight, indices, updates, **params):
+    if isinstance(updates, FactoredArray):
+        raise Inexpressible("multiplies by it")
+    mask = _mask(eqn, weight, indices, updates.shape, eqn.narrow(2))
+    return eqn.settle(eqn(weight.base, indices, updates), _masked(weight, mask))
+
+
+def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:
+    mask = mask.astype(wide_dtype(mask.dtype))
+    return [times(term, mask, weight.shape, _PART) for term in weight.terms]
+
+
+def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
+    """What the equation makes of ones; `narrow` has a size of one where the updates are constant.
+
+    An axis that every window covers and that no index moves along is shrunk to one entry.
+    """
+    numbers = eqn.eqn.params["dimension_numbers"]
+    outside = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = [d for d in range(len(weight.shape)) if d not in outside]
+    room, update = list(weight.shape), list(shape)
+    for d, k in zip(windows, numbers.update_window_dims, strict=True):
+        covered = room[d] == update[k] and d not in numbers.scatter_dims_to_operand_dims
+        if covered and narrow.shape[k] == 1:
+            room[d] = update[k] = 1
+    ones = jnp.ones(room, weight.base.dtype)
+    return eqn(ones, indices, jnp.broadcast_to(narrow, update))
+
+
+def _scattered(term: Term, shape, indices, params) -> Term:
+    """The term of one window written into zeros of `shape`, axis by axis."""
+    numbers = params["dimension_numbers"]
+    if indices.ndim != 1 or numbers.operand_batching_dims:
+        raise Inexpressible("writes parts of it to several places")
+    # Axes of which the window has one entry and no axis.
+    for d in sorted(numbers.inserted_window_dims):
+        new: tuple[Label, ...] = (term.fresh(1),)
+        term = dataclasses.replace(term, out=(*term.out[:d], new, *term.out[d:]))
+    indexed = dict(zip(numbers.scatter_dims_to_operand_dims, range(len(indices)), strict=True))
+    for d, size in enumerate(shape):
+        if d not in indexed:
+            term = pad_axis(term, d, 0, size - term.shape[d])
+            continue
+
+        def write(room, factor, k, column=indexed[d]):
+            window = jax.lax.ScatterDimensionNumbers(tuple(range(factor.ndim)), (), (k,))
+            at = indices[column : column + 1]
+            return jax.lax.scatter(room, at, factor, window, mode=params["mode"])
+
+        term = _written(term, d, size, write)
+    return term
+
+
+def _written(term: Term, axis: int, size: int, write) -> Term:
+    """The term with an axis of `size`, zero but for what `write(room, factor, axis)` writes."""
+    term, label = term.fuse(axis)
+
+    def change(factor: jax.Array, k: int) -> jax.Array:
+        room = jnp.zeros((*factor.shape[:k], size, *factor.shape[k + 1 :]), factor.dtype)
+        return write(room, factor, k)
+
+    return term.own(label).along(label, change, size)[0]
