@@ -122,6 +122,13 @@ class Equation:
         """The dtype of the first output."""
         return self._out_aval.dtype
 
+    def product_dtype(self, *operands: jax.Array) -> Any:
+        """The dtype in which this product of `operands` is computed, and so factors meet in it."""
+        if not jnp.issubdtype(self.out_dtype, jnp.inexact):
+            raise Inexpressible(f"computes in {self.out_dtype}, which cannot hold low-rank factors")
+        dtypes = (operand.dtype for operand in operands)
+        return _contract.product_dtype(*dtypes, out=self.out_dtype)
+
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the first output."""
@@ -177,16 +184,15 @@ class Equation:
         """A weight, or an array where the terms no longer have anything to keep apart.
 
         A row of an embedding table is such an array: adding its terms is what the model itself
-        does with the row. An 8-bit float is left alone until it is cast: adding to it would
-        round the terms away. `looked_up` names, for each term, the parameter's axes that an index
-        array has run over.
+        does with the row. An integer or an 8-bit float is left alone until it is cast: adding to
+        it would round the terms away. `looked_up` names, for each term, the parameter's axes that
+        an index array has run over.
         """
-        narrow = jnp.issubdtype(base.dtype, jnp.inexact) and base.dtype.itemsize < 2
+        narrow = not _contract.holds_factors(base.dtype)
         if narrow or not all(term.is_flat for term in terms):
             return FactoredArray(base, tuple(terms))
-        dtype = _contract.product_dtype(base.dtype, base.dtype)
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
-            base = term.added_to(base, dtype)
+            base = term.added_to(base, base.dtype)
         return base

@@ -200,13 +200,13 @@ class Term:
     def fuse(self, axis: int) -> "tuple[Term, Label]":
         """Gives an axis exactly one label, where its labels have the same owners."""
         labels = self.out[axis]
-        if len(labels) == 1:
-            return self, labels[0]
-        if not labels:
-            new = self.fresh(1)
-            out = tuple((new,) if d == axis else labels for d, labels in enumerate(self.out))
-            return dataclasses.replace(self, out=out), new
-        return self.join(labels)
+        if len(labels) > 1:  # One entry is summed over as well as shown.
+            labels = tuple(label for label in labels if label.size != 1) or labels[:1]
+        elif not labels:
+            labels = (self.fresh(1),)
+        out = tuple(labels if d == axis else others for d, others in enumerate(self.out))
+        term = dataclasses.replace(self, out=out)
+        return (term, labels[0]) if len(labels) == 1 else term.join(labels)
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
         """Makes one label of neighbours, most significant first, that have the same owners."""
@@ -288,10 +288,24 @@ class Term:
         k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
-            dtype = _contract.joint_dtype(factor.dtype, scalar.dtype)
+            dtype = _contract.product_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)
+
+
+# What a weight that is made of others may grow to: each term costs products wherever the weight is
+# used, a sum or a product of weights has the terms of both, and a chain of them doubles each time.
+MOST_TERMS = 16
+MOST_FACTORS = 16
+
+
+def check_size(terms: int, factors: int = 0) -> None:
+    """Raises where a weight of so many terms, of up to so many factors, should be built instead."""
+    if terms > MOST_TERMS:
+        raise Inexpressible(f"would have {terms} low-rank terms, more than {MOST_TERMS}")
+    if factors > MOST_FACTORS:
+        raise Inexpressible(f"would have a term of {factors} factors, more than {MOST_FACTORS}")
 
 
 def _base_plus(

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._contract import is_for_one_cpu, product_dtype
+from .._contract import is_for_one_cpu
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Label, Term
 
@@ -65,7 +65,7 @@ def _conv_general_dilated(
         _Window(*axis)
         for axis in zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
     ]
-    dtype = product_dtype(x.dtype, eqn.out_dtype)
+    dtype = eqn.product_dtype(x, kernel.base)
     rhs_spec = dimension_numbers.rhs_spec
     for term in kernel.terms:
         _use(eqn, term, rhs_spec, feature_group_count)
