@@ -62,7 +62,8 @@ def contract(
     Args:
         operands: (array, one label for each of its axes).
         out: the labels of the result, in order; each is carried by some operand.
-        dtype: the dtype in which the operands meet.
+        dtype: the dtype in which the operands meet. Factors are cast to it; what meets the weight
+            is not copied for that, as little as the equation itself copies it.
         precision: as in `jax.lax.dot_general`.
         preferred_element_type: of the last product, as in `jax.lax.dot_general`.
         meets: the position of the operand that meets the weight, where there is one; without it
@@ -74,7 +75,7 @@ def contract(
         The array of `out`'s axes.
     """
     with jax.named_scope("lora"):
-        arrays = [array.astype(dtype) for array, _ in operands]
+        arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
         joins = is_for_one_cpu(arrays)
@@ -89,6 +90,7 @@ def contract(
                 (arrays[right], labels[right]),
                 elsewhere,
                 mesh,
+                dtype,
                 _precisions(precision, meets, met[left], met[right]),
                 preferred_element_type if last else None,
                 out if last else None,
@@ -101,17 +103,20 @@ def contract(
             arrays.append(array)
             labels.append(found)
             met.append(meeting)
-        array, found = _sum_out(arrays[0], labels[0], set(out))
+        array, found = _sum_out(arrays[0], labels[0], set(out), dtype)
+        array = array.astype(dtype) if len(operands) == 1 else array
         if found != out:
             array = jnp.transpose(array, [found.index(label) for label in out])
         return array
 
 
-def _pair(left, right, elsewhere, mesh, precision, preferred, out, joins) -> Operand:
+def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins) -> Operand:
     """One `dot_general`; `out`, where given, decides which operand comes first."""
     (x, xs), (y, ys) = left, right
-    x, xs = _sum_out(x, xs, elsewhere.union(ys))
-    y, ys = _sum_out(y, ys, elsewhere.union(xs))
+    x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
+    y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
+    if preferred is None and x.dtype != y.dtype:
+        preferred = dtype
     both = [label for label in xs if label in ys]
     batch = tuple(label for label in both if label in elsewhere)
     summed = tuple(label for label in both if label not in elsewhere)
@@ -153,8 +158,11 @@ def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
     The mesh is in the type of the array, or in the context; it may be of another platform than
     this host's. No trace shows what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)` compile
     for, nor the one device of a `SingleDeviceSharding`: a host without an accelerator that
-    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`.
+    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`. What has a symbolic
+    size is exported, for any platform; JAX cannot always tell that a product of such sizes is one.
     """
+    if any(map(jax.export.is_symbolic_dim, itertools.chain(*(array.shape for array in arrays)))):
+        return False
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     off_mesh = all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh()))
     return off_mesh and jax.default_backend() == "cpu"
@@ -202,10 +210,10 @@ def _precisions(precision, meets, left_met: bool, right_met: bool):
     return tuple(of_met if met else of_factor for met in (left_met, right_met))
 
 
-def _sum_out(array, labels, kept) -> Operand:
+def _sum_out(array, labels, kept, dtype) -> Operand:
     axes = [axis for axis, label in enumerate(labels) if label not in kept]
     if axes:
-        array = jnp.sum(array, axes)
+        array = jnp.sum(array, axes, dtype=dtype)
     return array, tuple(label for label in labels if label in kept)
 
 

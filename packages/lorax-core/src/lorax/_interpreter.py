@@ -184,9 +184,9 @@ class Equation:
         """A weight, or an array where the terms no longer have anything to keep apart.
 
         A row of an embedding table is such an array: adding its terms is what the model itself
-        does with the row. An integer or an 8-bit float is left alone until it is cast: adding to
-        it would round the terms away. `looked_up` names, for each term, the parameter's axes that
-        an index array has run over.
+        does with the row. An 8-bit float is left alone until it is cast: adding to it would
+        round the terms away. `looked_up` names, for each term, the parameter's axes that an index
+        array has run over.
         """
         narrow = not _contract.holds_factors(base.dtype)
         if narrow or not all(term.is_flat for term in terms):

@@ -151,13 +151,14 @@ class Term:
             axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
                 label = rest.pop(0)
-                if label.size > size and label.size % size == 0:
+                # Remainders say what is a multiple of what for symbolic sizes as well, and `<` not.
+                if size % label.size != 0:
+                    if label.size % size != 0:
+                        term, label = term.join((label, rest.pop(0)))
+                        rest.insert(0, label)
+                        continue
                     term, (label, low) = term.split(label, size)
                     rest.insert(0, low)
-                if size % label.size:
-                    term, label = term.join((label, rest.pop(0)))
-                    rest.insert(0, label)
-                    continue
                 axis.append(label)
                 size //= label.size
             out.append(tuple(axis))
@@ -251,7 +252,7 @@ class Term:
         except Inexpressible:
             label, *rest = self.out[axis]
             unit = math.prod(label.size for label in rest)
-            if any(n % unit for n in numbers):
+            if any(n % unit != 0 for n in numbers):
                 raise
             return self, label, unit
 
@@ -285,7 +286,8 @@ class Term:
 
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
-        k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
+        sizes = [math.prod(map(_contract.nominal, factor.shape)) for factor in self.factors]
+        k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
             dtype = _contract.product_dtype(factor.dtype, scalar.dtype)
@@ -355,12 +357,13 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
                     left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
                 continue
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
-            if mine.size > theirs.size and mine.size % theirs.size == 0:
-                left, right = _split_apart(left, mine, theirs.size, right)
-            elif theirs.size > mine.size and theirs.size % mine.size == 0:
-                right, left = _split_apart(right, theirs, mine.size, left)
-            elif mine.size != theirs.size:
-                raise Inexpressible
+            if mine.size != theirs.size:
+                if mine.size % theirs.size == 0:
+                    left, right = _split_apart(left, mine, theirs.size, right)
+                elif theirs.size % mine.size == 0:
+                    right, left = _split_apart(right, theirs, mine.size, left)
+                else:
+                    raise Inexpressible
             elif mine.axis is None:
                 left, i = left.rename({mine: (theirs,)}), i + 1
             else:

@@ -26,6 +26,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from .._contract import is_for_one_cpu
@@ -157,6 +158,8 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
         mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
+        if any(jax.export.is_symbolic_dim(size) for w in mine for size in w.padding):
+            x, mine = _pad_first(x, lhs_spec, mine)
         return jax.lax.conv_general_dilated(
             x,
             jnp.transpose(kernel, layout),
@@ -181,6 +184,19 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
             in_second = [not own for own in in_first]
             return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
     return _mix_features(middle, second, out_spec, all_groups, batch_groups, precision, preferred)
+
+
+def _pad_first(x, lhs_spec, windows):
+    """The input padded and dilated, and windows without either.
+
+    `jax.lax.conv_general_dilated` takes no padding that depends on a symbolic size of `jax.export`,
+    as "SAME" does with strides; the primitive does.
+    """
+    config = [(0, 0, 0)] * x.ndim
+    for axis, window in zip(lhs_spec[2:], windows, strict=True):
+        config[axis] = (*window.padding, window.lhs_dilation - 1)
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+    return x, [w._replace(padding=(0, 0), lhs_dilation=1) for w in windows]
 
 
 def _as_examples(x, lhs_spec, groups: int):
