@@ -165,7 +165,7 @@ def test_products_stand_under_a_scope_of_their_own():
     ids=str,
 )
 def test_product_dtype(operand, out, expected):
-    assert _contract.product_dtype(operand, out) == expected
+    assert _contract.product_dtype(operand, out=out) == expected
 
 
 @pytest.mark.parametrize(

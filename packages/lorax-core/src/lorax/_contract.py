@@ -11,38 +11,40 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Operand = tuple[jax.Array, tuple[Any, ...]]
 
 
-def product_dtype(operand_dtype, out_dtype):
-    """The dtype in which factors meet an operand: the operand's, at 16 bits or more.
+def holds_factors(dtype) -> bool:
+    """Whether a dtype can hold factors: integers cannot, and 8-bit floats would lose them."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 2
 
-    Factors in float32 beside a bfloat16 model would make every product a float32 one; 8-bit
-    floats would lose the factors, and integers cannot hold them.
+
+def product_dtype(*dtypes, out=jnp.float32):
+    """The dtype in which an equation computes with operands of `dtypes`, and so with factors.
+
+    It is the joint dtype of those operands that can hold factors, however strict the user's
+    promotion is; where none can, it is that of the result, `out`, or float32. The factors' own
+    dtype has no say: in float32 beside a bfloat16 model they would make every product float32.
     """
-    for dtype in (operand_dtype, out_dtype):
-        if jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 2:
-            return jnp.dtype(dtype)
-    return jnp.dtype(jnp.float32)
+    wide = [dtype for dtype in dtypes if holds_factors(dtype)]
+    if wide:
+        with jax.numpy_dtype_promotion("standard"):
+            return functools.reduce(jnp.promote_types, wide, jnp.dtype(wide[0]))
+    return jnp.dtype(out if holds_factors(out) else jnp.float32)
 
 
 def wide_dtype(dtype):
     """The dtype in which a weight and its terms are summed: float32, or the weight's if wider."""
-    dtype = jnp.dtype(dtype)
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
-def joint_dtype(first, second):
-    """The dtype that holds both, however strict the user's promotion is."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(first, second)
+    return product_dtype(dtype, jnp.float32)
 
 
 def contract(
@@ -60,7 +62,8 @@ def contract(
     Args:
         operands: (array, one label for each of its axes).
         out: the labels of the result, in order; each is carried by some operand.
-        dtype: the dtype in which the operands meet.
+        dtype: the dtype in which the operands meet. Factors are cast to it; what meets the weight
+            is not copied for that, as little as the equation itself copies it.
         precision: as in `jax.lax.dot_general`.
         preferred_element_type: of the last product, as in `jax.lax.dot_general`.
         meets: the position of the operand that meets the weight, where there is one; without it
@@ -72,7 +75,7 @@ def contract(
         The array of `out`'s axes.
     """
     with jax.named_scope("lora"):
-        arrays = [array.astype(dtype) for array, _ in operands]
+        arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
         joins = is_for_one_cpu(arrays)
@@ -87,6 +90,7 @@ def contract(
                 (arrays[right], labels[right]),
                 elsewhere,
                 mesh,
+                dtype,
                 _precisions(precision, meets, met[left], met[right]),
                 preferred_element_type if last else None,
                 out if last else None,
@@ -99,17 +103,20 @@ def contract(
             arrays.append(array)
             labels.append(found)
             met.append(meeting)
-        array, found = _sum_out(arrays[0], labels[0], set(out))
+        array, found = _sum_out(arrays[0], labels[0], set(out), dtype)
+        array = array.astype(dtype) if len(operands) == 1 else array
         if found != out:
             array = jnp.transpose(array, [found.index(label) for label in out])
         return array
 
 
-def _pair(left, right, elsewhere, mesh, precision, preferred, out, joins) -> Operand:
+def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins) -> Operand:
     """One `dot_general`; `out`, where given, decides which operand comes first."""
     (x, xs), (y, ys) = left, right
-    x, xs = _sum_out(x, xs, elsewhere.union(ys))
-    y, ys = _sum_out(y, ys, elsewhere.union(xs))
+    x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
+    y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
+    if preferred is None and x.dtype != y.dtype:
+        preferred = dtype
     both = [label for label in xs if label in ys]
     batch = tuple(label for label in both if label in elsewhere)
     summed = tuple(label for label in both if label not in elsewhere)
@@ -151,8 +158,11 @@ def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
     The mesh is in the type of the array, or in the context; it may be of another platform than
     this host's. No trace shows what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)` compile
     for, nor the one device of a `SingleDeviceSharding`: a host without an accelerator that
-    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`.
+    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`. What has a symbolic
+    size is exported, for any platform; JAX cannot always tell that a product of such sizes is one.
     """
+    if any(map(jax.export.is_symbolic_dim, itertools.chain(*(array.shape for array in arrays)))):
+        return False
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     off_mesh = all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh()))
     return off_mesh and jax.default_backend() == "cpu"
@@ -200,14 +210,25 @@ def _precisions(precision, meets, left_met: bool, right_met: bool):
     return tuple(of_met if met else of_factor for met in (left_met, right_met))
 
 
-def _sum_out(array, labels, kept) -> Operand:
+def _sum_out(array, labels, kept, dtype) -> Operand:
     axes = [axis for axis, label in enumerate(labels) if label not in kept]
     if axes:
-        array = jnp.sum(array, axes)
+        array = jnp.sum(array, axes, dtype=dtype)
     return array, tuple(label for label in labels if label in kept)
 
 
-@functools.lru_cache(maxsize=4096)
+# Up to so many operands every order is looked at: about 3ⁿ / 2 splits, a hundredth of a second.
+MOST_ORDERED = 8
+
+# What a symbolic size of `jax.export` counts as where costs are compared.
+NOMINAL_SIZE = 1024
+
+
+def nominal(size) -> int:
+    """A size as a number, for comparing costs."""
+    return NOMINAL_SIZE if jax.export.is_symbolic_dim(size) else size
+
+
 def _path(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int | None):
     """The order of pairwise products with the fewest multiplications.
 
@@ -215,48 +236,125 @@ def _path(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int 
     the weight (`meets`), factors are not multiplied with each other into something that spans the
     weight's inputs and its outputs, or all of its axes: that would be the delta itself.
     """
-    operands = tuple((labels, k == meets) for k, labels in enumerate(labels))
-    if meets is None:
-        return _search(operands, out, _Weight())[1]
-    seen = frozenset(labels[meets])
-    owned = frozenset().union(*(found for found, is_met in operands if not is_met))
-    weight = _Weight(seen - set(out), frozenset(out) - seen, owned & (seen | set(out)))
-    return _search(operands, out, weight)[1]
+    numbers = {label: k for k, label in enumerate(dict.fromkeys(itertools.chain(*labels)))}
+    sets = tuple(sum(1 << numbers[label] for label in set(found)) for found in labels)
+    shown = sum(1 << numbers[label] for label in set(out))
+    return _ordered(sets, tuple(nominal(label.size) for label in numbers), shown, meets)
 
 
-class _Weight(NamedTuple):
-    """The labels of the weight whose factors are multiplied, where something meets it."""
+@functools.lru_cache(maxsize=4096)
+def _ordered(
+    labels: tuple[int, ...], sizes: tuple[int, ...], out: int, meets: int | None
+) -> list[tuple[int, int]]:
+    """`_path` where sets of labels are bit masks: terms that look alike share one search."""
+    search = _Search(labels, sizes, out, meets)
+    groups = [1 << k for k in range(len(labels))]
+    steps: list[tuple[int, int]] = []
 
-    inputs: frozenset[Any] = frozenset()
-    outputs: frozenset[Any] = frozenset()
-    shown: frozenset[Any] = frozenset()
+    def take(left: int, right: int) -> None:
+        """Multiplies two of the groups of operands that are left."""
+        positions = sorted((groups.index(left), groups.index(right)))
+        steps.append((positions[0], positions[1]))
+        for k in reversed(positions):
+            del groups[k]
+        groups.append(left | right)
 
-    def is_built_by(self, left: tuple[Any, ...], right: tuple[Any, ...], found: tuple[Any, ...]):
+    while len(groups) > MOST_ORDERED:
+        take(*search.cheapest_pair(groups))
+    for left, right in search.best_tree(tuple(groups)):
+        take(left, right)
+    return steps
+
+
+class _Search:
+    """The costs of products of operands. A group of operands is a bit mask, as a set of labels is.
+
+    Of two orders with as many multiplications, the one with smaller intermediate results wins.
+    """
+
+    def __init__(self, labels: tuple[int, ...], sizes: tuple[int, ...], out: int, meets):
+        self.labels, self.sizes, self.out = labels, sizes, out
+        self.met = 0 if meets is None else 1 << meets
+        # Of the weight whose factors are multiplied, where something meets it.
+        self.inputs = self.outputs = self.shown = 0
+        if meets is not None:
+            seen = labels[meets]
+            owned = functools.reduce(
+                operator.or_, (found for k, found in enumerate(labels) if k != meets), 0
+            )
+            self.inputs, self.outputs, self.shown = seen & ~out, out & ~seen, owned & (seen | out)
+        self.size = functools.cache(self._size)
+        self.found = functools.cache(self._found)
+
+    def _size(self, labels: int) -> int:
+        return math.prod(size for k, size in enumerate(self.sizes) if labels >> k & 1)
+
+    def _found(self, group: int) -> int:
+        """The labels of a group: its operand's, or those of its product that are needed later."""
+        inside, elsewhere = 0, self.out
+        for k, labels in enumerate(self.labels):
+            if group == 1 << k:
+                return labels
+            if group >> k & 1:
+                inside |= labels
+            else:
+                elsewhere |= labels
+        return inside & elsewhere
+
+    def cost(self, left: int, right: int) -> tuple[int, int] | None:
+        """Multiplications and entries of one product, or None where it would be the delta."""
+        found = self.found(left | right)
+        if not (left | right) & self.met and self._is_built(left, right, found):
+            return None
+        return self.size(self.found(left) | self.found(right)), self.size(found)
+
+    def _is_built(self, left: int, right: int, found: int) -> bool:
         """Whether the product of two factors would be the weight's delta, or a part as large."""
-        if self.inputs.intersection(found) and self.outputs.intersection(found):
+        if self.inputs & found and self.outputs & found:
             return True
-        return self.shown.issubset(found) and not any(map(self.shown.issubset, (left, right)))
+        missing = (self.shown & ~labels for labels in (found, self.found(left), self.found(right)))
+        return [bool(labels) for labels in missing] == [False, True, True]
+
+    def cheapest_pair(self, groups: Sequence[int]) -> tuple[int, int]:
+        """The two of many groups whose product costs least; what meets the weight meets any."""
+        costs = {pair: self.cost(*pair) for pair in itertools.combinations(groups, 2)}
+        return min((cost, pair) for pair, cost in costs.items() if cost is not None)[1]
+
+    def best_tree(self, groups: tuple[int, ...]) -> list[tuple[int, int]]:
+        """The products of the cheapest order, inner ones first, by a search over subsets."""
+        best: dict[int, tuple[int, int, tuple[int, int] | None]] = {
+            group: (0, 0, None) for group in groups
+        }
+        for count in range(2, len(groups) + 1):
+            for chosen in itertools.combinations(groups, count):
+                whole = sum(chosen)
+                found = None
+                for left in _halves(chosen):
+                    right = whole ^ left
+                    if left not in best or right not in best:
+                        continue
+                    cost = self.cost(left, right)
+                    if cost is None:
+                        continue
+                    total = tuple(map(sum, zip(cost, best[left][:2], best[right][:2], strict=True)))
+                    if found is None or total < found[:2]:
+                        found = (*total, (left, right))
+                if found is not None:
+                    best[whole] = found
+
+        def steps(group: int) -> list[tuple[int, int]]:
+            split = best[group][2]
+            return [] if split is None else [*steps(split[0]), *steps(split[1]), split]
+
+        return steps(sum(groups))
 
 
-def _search(operands, out, weight: _Weight) -> tuple[float, list[tuple[int, int]]]:
-    if len(operands) < 2:
-        return 0.0, []
-    best = (math.inf, math.inf, [])
-    for left in range(len(operands)):
-        for right in range(left + 1, len(operands)):
-            rest = tuple(o for k, o in enumerate(operands) if k not in (left, right))
-            elsewhere = set(out).union(*(labels for labels, _ in rest))
-            met = dict.fromkeys((*operands[left][0], *operands[right][0]))
-            found = tuple(label for label in met if label in elsewhere)
-            meets = operands[left][1] or operands[right][1]
-            if not meets and weight.is_built_by(operands[left][0], operands[right][0], found):
-                continue
-            cost = math.prod(label.size for label in met)
-            after, steps = _search((*rest, (found, meets)), out, weight)
-            made = math.prod(label.size for label in found)
-            # Equal counts: keep the smaller intermediate.
-            best = min(best, (cost + after, made, [(left, right), *steps]), key=lambda b: b[:2])
-    return best[0], best[2]
+def _halves(groups: tuple[int, ...]) -> Iterator[int]:
+    """One part of each way to divide groups in two, the larger parts first."""
+    first, *rest = groups
+    for count in reversed(range(len(rest))):
+        for others in itertools.combinations(rest, count):
+            yield first + sum(others)
 
 
 class _Mesh:

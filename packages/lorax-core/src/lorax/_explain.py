@@ -3,10 +3,12 @@
 import collections
 import dataclasses
 import html
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.extend.core as jex
 
 from ._interpreter import Interpreter
@@ -37,7 +39,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What XLA counts for one call before it optimizes; None where it does not count."""
+    """What XLA counts for one call before it optimizes; None where it does not count.
+
+    It does not where a size is symbolic.
+    """
 
     flops: float | None
     bytes: float | None
@@ -182,6 +187,9 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
 
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:
+    sizes = itertools.chain(*(leaf.shape for leaf in jax.tree.leaves(operands)))
+    if any(map(jax.export.is_symbolic_dim, sizes)):
+        return Cost(None, None)  # A program for any size has no count.
     counted = jax.jit(function).lower(*operands).cost_analysis()
     if not isinstance(counted, dict):
         return Cost(None, None)

@@ -176,6 +176,13 @@ class Equation:
         """The dtype of the first output."""
         return self._out_aval.dtype
 
+    def product_dtype(self, *operands: jax.Array) -> Any:
+        """The dtype in which this product of `operands` is computed, and so factors meet in it."""
+        if not jnp.issubdtype(self.out_dtype, jnp.inexact):
+            raise Inexpressible(f"computes in {self.out_dtype}, which cannot hold low-rank factors")
+        dtypes = (operand.dtype for operand in operands)
+        return _contract.product_dtype(*dtypes, out=self.out_dtype)
+
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the first output."""
@@ -242,14 +249,14 @@ class Equation:
         array has run over; `meets`, for each term, the factor that is a whole weight, if any.
         `finished` says that the terms are added in any case.
         """
-        narrow = jnp.issubdtype(base.dtype, jnp.inexact) and base.dtype.itemsize < 2
+        narrow = not _contract.holds_factors(base.dtype)
         if narrow or not (finished or all(term.is_flat for term in terms)):
             return FactoredArray(base, tuple(terms))
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
             met = meets[k] if meets else None
-            dtype = _contract.product_dtype(base.dtype, base.dtype)
+            dtype = base.dtype
             if met is not None and term.factors[met].dtype.itemsize == 2:
                 # As large as a weight: it is not widened for a sum that is made in float32.
                 dtype = term.factors[met].dtype

@@ -180,13 +180,14 @@ class Term:
             axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
                 label = rest.pop(0)
-                if label.size > size and label.size % size == 0:
+                # Remainders say what is a multiple of what for symbolic sizes as well, and `<` not.
+                if size % label.size != 0:
+                    if label.size % size != 0:
+                        term, label = term.join((label, rest.pop(0)))
+                        rest.insert(0, label)
+                        continue
                     term, (label, low) = term.split(label, size)
                     rest.insert(0, low)
-                if size % label.size:
-                    term, label = term.join((label, rest.pop(0)))
-                    rest.insert(0, label)
-                    continue
                 axis.append(label)
                 size //= label.size
             out.append(tuple(axis))
@@ -229,13 +230,13 @@ class Term:
     def fuse(self, axis: int) -> "tuple[Term, Label]":
         """Gives an axis exactly one label, where its labels have the same owners."""
         labels = self.out[axis]
-        if len(labels) == 1:
-            return self, labels[0]
-        if not labels:
-            new = self.fresh(1)
-            out = tuple((new,) if d == axis else labels for d, labels in enumerate(self.out))
-            return dataclasses.replace(self, out=out), new
-        return self.join(labels)
+        if len(labels) > 1:  # One entry is summed over as well as shown.
+            labels = tuple(label for label in labels if label.size != 1) or labels[:1]
+        elif not labels:
+            labels = (self.fresh(1),)
+        out = tuple(labels if d == axis else others for d, others in enumerate(self.out))
+        term = dataclasses.replace(self, out=out)
+        return (term, labels[0]) if len(labels) == 1 else term.join(labels)
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
         """Makes one label of neighbours, most significant first, that have the same owners."""
@@ -280,7 +281,7 @@ class Term:
         except Inexpressible:
             label, *rest = self.out[axis]
             unit = math.prod(label.size for label in rest)
-            if any(n % unit for n in numbers):
+            if any(n % unit != 0 for n in numbers):
                 raise
             return self, label, unit
 
@@ -315,7 +316,7 @@ class Term:
     def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
         """Makes one factor of several, the last of the term, with `labels` on its axes."""
         several = [(self.factors[k], self.labels[k]) for k in positions]
-        dtype = functools.reduce(_contract.joint_dtype, (factor.dtype for factor, _ in several))
+        dtype = functools.reduce(_contract.product_dtype, (factor.dtype for factor, _ in several))
         rest = [k for k in range(len(self.factors)) if k not in positions]
         term = dataclasses.replace(
             self,
@@ -343,20 +344,35 @@ class Term:
         for skip, j in enumerate(others):
             part = self.fresh(2, skip=skip)
             factors[j] = jnp.stack([factors[j].real, factors[j].imag])
-            dtype = _contract.joint_dtype(factors[k].dtype, jnp.complex64)
+            dtype = _contract.product_dtype(factors[k].dtype, jnp.complex64)
             factors[k] = jnp.stack([factors[k].astype(dtype), factors[k].astype(dtype) * 1j])
             labels[j], labels[k] = (part, *labels[j]), (part, *labels[k])
         return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
 
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
-        k = min(range(len(self.factors)), key=lambda k: self.factors[k].size)
+        sizes = [math.prod(map(_contract.nominal, factor.shape)) for factor in self.factors]
+        k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
-            dtype = _contract.joint_dtype(factor.dtype, scalar.dtype)
+            dtype = _contract.product_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)
+
+
+# What a weight that is made of others may grow to: each term costs products wherever the weight is
+# used, a sum or a product of weights has the terms of both, and a chain of them doubles each time.
+MOST_TERMS = 16
+MOST_FACTORS = 16
+
+
+def check_size(terms: int, factors: int = 0) -> None:
+    """Raises where a weight of so many terms, of up to so many factors, should be built instead."""
+    if terms > MOST_TERMS:
+        raise Inexpressible(f"would have {terms} low-rank terms, more than {MOST_TERMS}")
+    if factors > MOST_FACTORS:
+        raise Inexpressible(f"would have a term of {factors} factors, more than {MOST_FACTORS}")
 
 
 def _base_plus(
@@ -406,12 +422,13 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
                     left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
                 continue
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
-            if mine.size > theirs.size and mine.size % theirs.size == 0:
-                left, right = _split_apart(left, mine, theirs.size, right)
-            elif theirs.size > mine.size and theirs.size % mine.size == 0:
-                right, left = _split_apart(right, theirs, mine.size, left)
-            elif mine.size != theirs.size:
-                raise Inexpressible
+            if mine.size != theirs.size:
+                if mine.size % theirs.size == 0:
+                    left, right = _split_apart(left, mine, theirs.size, right)
+                elif theirs.size % mine.size == 0:
+                    right, left = _split_apart(right, theirs, mine.size, left)
+                else:
+                    raise Inexpressible
             elif mine.axis is None:
                 left, i = left.rename({mine: (theirs,)}), i + 1
             else:

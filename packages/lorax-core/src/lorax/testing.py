@@ -65,6 +65,7 @@ def check(
 
     Raises:
         AssertionError: which point failed, with the numbers.
+        TypeError: where an argument is a shape, symbolic or not, instead of an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,6 +73,12 @@ def check(
         >>> testing.check(lambda params, x: x @ params["w"], {"w": jnp.ones((7, 5))}, {"w": 2},
         ...               jnp.ones((3, 7)))
     """
+    for leaf in jax.tree.leaves((params, args, kwargs)):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
+                "symbolic sizes, call check at several concrete ones."
+            )
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
     mode = "allow" if materializes else "error"
@@ -249,9 +256,11 @@ def _loss(function: Any, args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
         total = jnp.zeros((), jnp.float32)
         for k, out in enumerate(_numbers(function(tunable, *args))):
             weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32) + k).reshape(out.shape)
-            # Fill values are NaN in the model itself.
-            entries = jnp.nan_to_num(jnp.real(out)).astype(jnp.float32)
-            total = total + jnp.sum(weights * entries)
+            is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
+            for part in (jnp.real(out), jnp.imag(out)) if is_complex else (out,):
+                # Fill values are NaN in the model itself.
+                total = total + jnp.sum(weights * jnp.nan_to_num(part).astype(jnp.float32))
+                weights = jnp.sin(weights)
         return total
 
     return loss

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .._contract import joint_dtype
+from .._contract import product_dtype
 from .._registry import defrule, defstructural
 from .._terms import Inexpressible, Label, Term
 
@@ -59,7 +59,7 @@ def _fft(eqn, weight, *, fft_type, fft_lengths):
 
 def _as_complex(dtype) -> Callable[[jax.Array], jax.Array]:
     """Casts a factor to the complex numbers of a weight's dtype."""
-    wide = joint_dtype(dtype, jnp.complex64)
+    wide = product_dtype(dtype, jnp.complex64)
     return lambda factor: factor.astype(wide)
 
 

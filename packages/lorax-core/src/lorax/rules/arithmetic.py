@@ -1,11 +1,13 @@
 """Arithmetic on weights that leaves them linear: sums, and products with what is not a weight."""
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 
-from .._contract import wide_dtype
+from .._contract import product_dtype, wide_dtype
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, align, apart, operand, product
+from .._terms import FactoredArray, Inexpressible, Term, align, apart, check_size, operand, product
 from . import norms
 
 
@@ -39,7 +41,13 @@ def _sum(eqn, left, right, sign: int):
     if _is_weight(right):
         moved = [_expand(term, shape) for term in right.terms]
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
+        if _is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
+            check_size(len(terms))
     return eqn.settle(eqn(_base(left), _base(right)), terms)
+
+
+def _sources(weight: FactoredArray) -> set[Hashable]:
+    return {source for term in weight.terms for source in term.sources}
 
 
 def _is_weight(value) -> bool:
@@ -76,9 +84,15 @@ def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
     return product(term, factor, term.out)
 
 
+def _wide(weight, array) -> jax.Array:
+    """The array as factors take it: exact beside a narrow weight, complex where it is."""
+    array = jnp.asarray(array)
+    return array.astype(wide_dtype(product_dtype(weight.base.dtype, array.dtype)))
+
+
 def _scaled(eqn, weight, array, base, reason: str):
-    array = jnp.asarray(array).astype(wide_dtype(weight.base.dtype))
     terms = [times(term, array, eqn.out_shape, reason) for term in weight.terms]
+    check_size(0, max(len(term.factors) for term in terms))
     return eqn.settle(base(), terms)
 
 
@@ -97,7 +111,7 @@ def _mul(eqn, left, right, *, out_dtype=None):
         array = eqn.narrow(0 if _is_weight(right) else 1)
     weight = left if _is_weight(left) else right
     return _scaled(
-        eqn, weight, array, lambda: eqn(_base(left), _base(right)),
+        eqn, weight, _wide(weight, array), lambda: eqn(_base(left), _base(right)),
         "multiplies it by an array of the weight's shape",
     )  # fmt: skip
 
@@ -114,9 +128,8 @@ def _div(eqn, weight, divisor):
         array = divisor = eqn.materialize(divisor, "divides by it")
     else:
         array = eqn.narrow(1)
-    inverse = 1 / array.astype(wide_dtype(weight.base.dtype))
     return _scaled(
-        eqn, weight, inverse, lambda: eqn(weight.base, divisor),
+        eqn, weight, 1 / _wide(weight, array), lambda: eqn(weight.base, divisor),
         "divides it by an array of the weight's shape",
     )  # fmt: skip
 

@@ -6,7 +6,12 @@
 get common labels on both sides, and one einsum over x and the factors follows; `_contract`
 chooses its order, and never multiplies the factors of one weight into the weight's shape.
 
-A weight times a weight is a weight again: `W₁` beside the factors of `W₂` is one more factor.
+A weight times a weight is a weight again, of as many terms as the two have:
+
+    (W + a b) · (V + c d)  =  W · V  +  a · (b · (V + c d))  +  (W · c) · d
+
+The factors of a term that own the contracted axes absorb the other weight, and are one narrow
+factor again, so no chain of weights has terms of more factors than its first.
 
 Sharp edges:
 
@@ -16,11 +21,13 @@ Sharp edges:
   beyond the last group come out as in the plain model.
 """
 
+import dataclasses
+
 import jax
 
-from .._contract import contract, product_dtype
+from .._contract import contract
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, align, apart, operand, product
+from .._terms import FactoredArray, Inexpressible, Term, align, apart, check_size, operand, product
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
@@ -49,28 +56,90 @@ def _dot_general(
         for term in terms:
             kept = [d for d in range(len(term.out)) if d not in (*summed, *batch)]
             eqn.use_axes(term, summed, kept)
-    terms = [_dot(term, operand(r_base), dimension_numbers) for term in l_terms]
-    terms += [_dot(operand(l_base), term, dimension_numbers) for term in r_terms]
-    terms += [_dot(one, other, dimension_numbers) for one in l_terms for other in r_terms]
+    dtype = eqn.product_dtype(l_base, r_base)
     base = eqn(l_base, r_base)
+    keywords = {"precision": precision, "preferred_element_type": preferred_element_type}
     if l_terms and r_terms:
-        meets = [len(term.factors) for term in l_terms] + [0] * len(r_terms)
-        meets += [None] * (len(l_terms) * len(r_terms))
-        return eqn.settle(base, [forget_axes(term) for term in terms], meets=meets)
-    dtype = product_dtype((r_base if l_terms else l_base).dtype, base.dtype)
-    for term in terms:
-        base = term.added_to(
-            base,
-            dtype,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            meets=len(term.factors) - 1 if l_terms else 0,
-        )
+        return _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords)
+    for term in l_terms:
+        term = _dot(term, operand(r_base), dimension_numbers)
+        base = term.added_to(base, dtype, meets=len(term.factors) - 1, **keywords)
+    for term in r_terms:
+        term = _dot(operand(l_base), term, dimension_numbers)
+        base = term.added_to(base, dtype, meets=0, **keywords)
     return base
 
 
 def _parts(value) -> tuple[jax.Array, tuple[Term, ...]]:
     return (value.base, value.terms) if isinstance(value, FactoredArray) else (value, ())
+
+
+def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords):
+    """The weight that two weights make."""
+    summed, batch = dimension_numbers
+    if not summed[0]:  # Nothing to absorb: every pair of terms is a term.
+        check_size((len(left.terms) + 1) * (len(right.terms) + 1) - 1)
+        terms = [_dot(term, operand(right.base), dimension_numbers) for term in left.terms]
+        terms += [_dot(operand(left.base), term, dimension_numbers) for term in right.terms]
+        terms += [_dot(x, y, dimension_numbers) for x in left.terms for y in right.terms]
+        check_size(0, max(len(term.factors) for term in terms))
+        meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
+        meets += [None] * (len(left.terms) * len(right.terms))
+        return eqn.settle(base, [forget_axes(term) for term in terms], meets=meets)
+    check_size(len(left.terms) + len(right.terms))
+    terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
+    # The other way about, the two are exchanged, and what each keeps is exchanged back.
+    exchanged = tuple(axes[::-1] for axes in dimension_numbers)
+    if isinstance(keywords["precision"], tuple):
+        keywords = keywords | {"precision": keywords["precision"][::-1]}
+    shared, kept = len(batch[0]), len(right.shape) - len(summed[1])
+    order = [*range(shared), *range(kept, base.ndim), *range(shared, kept)]
+    alone = FactoredArray(left.base, ())
+    for term in right.terms:
+        absorbed = _absorb(term, alone, exchanged, dtype, **keywords)
+        terms.append(absorbed.permute(order))
+    return eqn.settle(base, [forget_axes(term) for term in terms])
+
+
+def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywords) -> Term:
+    """The term of `dot_general(term, weight)`: what owns the contracted axes meets the weight.
+
+    (Σ_r a[i, r] b[r, o]) · W[o, p]  =  Σ_r a[i, r] (b · W)[r, p]
+    """
+    (summed, w_summed), (batch, w_batch) = dimension_numbers
+    try:
+        term, shared = term.fuse_all(batch)
+    except Inexpressible:
+        raise Inexpressible(
+            "multiplies two adapted weights entry by entry along an axis that several factors own"
+        ) from None
+    gone = [label for d in summed for label in term.out[d]]
+    for label in gone:
+        term = term.own(label)
+    factors = list(zip(term.factors, term.labels, strict=True))
+    near = [factor for factor in factors if not set(gone).isdisjoint(factor[1])]
+    far = [factor for factor in factors if set(gone).isdisjoint(factor[1])]
+    kept = [axis for d, axis in enumerate(term.out) if d not in (*summed, *batch)]
+    needed = {label for labels in (*kept, *(labels for _, labels in far)) for label in labels}
+    met = dict.fromkeys(label for _, labels in near for label in labels)
+    bonds = tuple(label for label in met if label in needed and label not in shared)
+
+    # What is near, as [*bonds, *shared, *gone], meets the weight: [*shared, *bonds, *new].
+    first, second = len(bonds), len(bonds) + len(shared)
+    axes = (*((label,) for label in (*bonds, *shared)), *(term.out[d] for d in summed))
+    part = Term(*map(tuple, zip(*near, strict=True)), axes)
+    numbers = (
+        (range(second, len(axes)), w_summed),
+        (range(first, second), w_batch),
+    )
+    absorbed = _dot(part, operand(weight.base), numbers).array(dtype, meets=len(near), **keywords)
+    for other in weight.terms:
+        meets = 0 if len(near) == 1 else None
+        absorbed = _dot(part, other, numbers).added_to(absorbed, dtype, meets=meets, **keywords)
+    new = tuple(term.fresh(size, skip=k) for k, size in enumerate(absorbed.shape[second:]))
+    factors, labels = zip(*far, (absorbed, (*shared, *bonds, *new)), strict=True)
+    out = (*((label,) for label in shared), *kept, *((label,) for label in new))
+    return dataclasses.replace(term, factors=factors, labels=labels, out=out)
 
 
 def forget_axes(term: Term) -> Term:
@@ -110,8 +179,8 @@ def _ragged_dot_general(
         bonds = [label for label in bonds if label != group]
         deltas.append((first, second, inputs, bonds, outputs, group))
     free = [d for d in range(left.ndim) if d not in l_sum]
+    dtype = eqn.product_dtype(left, right.base)
     base = eqn(left, right.base, group_sizes)
-    dtype = product_dtype(left.dtype, base.dtype)
     for first, second, inputs, bonds, outputs, group in deltas:
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):

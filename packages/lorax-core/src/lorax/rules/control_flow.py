@@ -270,11 +270,12 @@ def _scan(eqn, *args, jaxpr, reverse, length, unroll, _split_transpose=False, **
         outs = run(*consts, *whole(carry), *whole_slices)
         return moved(outs[:n_carry]), outs[n_carry:]
 
+    slices = [leaves for leaves, _ in split]
     final, stacked = jax.lax.scan(
         body,
         moving,
-        [leaves for leaves, _ in split],
-        length=length,
+        slices,
+        length=None if jax.tree.leaves(slices) else length,  # It may be symbolic: see `jax.export`.
         reverse=reverse,
         unroll=unroll,
         _split_transpose=_split_transpose,

@@ -27,9 +27,10 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
-from .._contract import is_for_one_cpu, product_dtype
+from .._contract import is_for_one_cpu
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Label, Term
 
@@ -69,7 +70,7 @@ def _conv_general_dilated(
         _Window(*axis)
         for axis in zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
     ]
-    dtype = product_dtype(x.dtype, eqn.out_dtype)
+    dtype = eqn.product_dtype(x, kernel.base)
     rhs_spec = dimension_numbers.rhs_spec
     for term in kernel.terms:
         _use(eqn, term, rhs_spec, feature_group_count)
@@ -169,6 +170,8 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
         mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
+        if any(jax.export.is_symbolic_dim(size) for w in mine for size in w.padding):
+            x, mine = _pad_first(x, lhs_spec, mine)
         return jax.lax.conv_general_dilated(
             x,
             jnp.transpose(kernel, layout),
@@ -193,6 +196,19 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
             in_second = [not own for own in in_first]
             return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
     return _mix_features(middle, second, out_spec, all_groups, batch_groups, precision, preferred)
+
+
+def _pad_first(x, lhs_spec, windows):
+    """The input padded and dilated, and windows without either.
+
+    `jax.lax.conv_general_dilated` takes no padding that depends on a symbolic size of `jax.export`,
+    as "SAME" does with strides; the primitive does.
+    """
+    config = [(0, 0, 0)] * x.ndim
+    for axis, window in zip(lhs_spec[2:], windows, strict=True):
+        config[axis] = (*window.padding, window.lhs_dilation - 1)
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+    return x, [w._replace(padding=(0, 0), lhs_dilation=1) for w in windows]
 
 
 def _as_examples(x, lhs_spec, groups: int):

@@ -7,13 +7,14 @@ sum that follows contracts them factor by factor. Whatever else reads the produc
 """
 
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, entrywise, operand
+from .._terms import FactoredArray, Inexpressible, Term, check_size, entrywise, operand
 from .contraction import forget_axes
 
 
 def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
     """The product of two weights of one shape."""
     _refuse_products(left, right)
+    check_size((len(left.terms) + 1) * (len(right.terms) + 1) - 1)
     terms = [entrywise(term, operand(right.base)) for term in left.terms]
     terms += [entrywise(term, operand(left.base)) for term in right.terms]
     terms += [entrywise(one, other) for one in left.terms for other in right.terms]
@@ -23,6 +24,7 @@ def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
 def square(base, weight: FactoredArray) -> FactoredArray:
     """The square of a weight, beside the square `base` of its base."""
     _refuse_products(weight)
+    check_size(len(weight.terms) * (len(weight.terms) + 3) // 2)
     terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
     for k, term in enumerate(weight.terms):
         terms.append(entrywise(term, term))

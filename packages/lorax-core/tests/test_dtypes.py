@@ -1,0 +1,201 @@
+"""Factors meet in the dtype in which the equation computes, for every pair of operand dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import LoraSpec, init_lora, lora, merge_params, testing
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128]
+F8 = jnp.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    """With 64 bits, so that float32 is not the widest dtype there is."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def joint(*dtypes):
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def both(*arrays):
+    """The arrays in their joint dtype, for equations that take no others."""
+    dtype = joint(*(array.dtype for array in arrays))
+    return [array.astype(dtype) for array in arrays]
+
+
+def dot(x, w, *, left=False):
+    operands = (w.T, x.T) if left else (x, w)
+    kind = joint(x.dtype, w.dtype)
+    return lax.dot_general(*operands, (((1,), (0,)), ((), ())), preferred_element_type=kind)
+
+
+def ragged(x, w):
+    kind = joint(x.dtype, w.dtype)
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        x, w = both(x, w)  # JAX has no derivative of a product of a real and a complex one.
+    stack = jnp.stack([w, w[::-1]])
+    sizes = jnp.array([1, 2], jnp.int32)
+    return lax.ragged_dot(x, stack, sizes, preferred_element_type=kind)
+
+
+def convolution(x, w):
+    x, w = both(x[None], w.reshape(11, 1, 7).transpose(1, 0, 2))
+    return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def rows(x, w):
+    x, picked = both(x[:, :7], w[jnp.array([4, 0, 10])])
+    return x * picked
+
+
+def scaled(x, w):
+    gain, w = both(x[0, :7], w)
+    return jnp.ones((2, 11), w.dtype) @ (w * gain[None])
+
+
+def divided(x, w):
+    gain, w = both(x[0, :7], w)
+    return jnp.ones((2, 11), w.dtype) @ (w / (gain + 2)[None])
+
+
+def scaled_by_a_number(x, w):
+    number, w = both(x[0, 0], w)
+    return jnp.ones((2, 11), w.dtype) @ (w * number)
+
+
+ROWS = {
+    "dot": dot,
+    "dot-left": lambda x, w: dot(x, w, left=True),
+    "ragged-dot": ragged,
+    "convolution": convolution,
+    "rows": rows,
+    "scaled": scaled,
+    "divided": divided,
+    "scaled-by-a-number": scaled_by_a_number,
+}
+
+
+def draw(seed, shape, dtype):
+    """Numbers that are not real where the dtype has such, and that float8 and int8 can hold."""
+    numbers = np.random.default_rng(seed).integers(-4, 5, (2, *shape))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.asarray((numbers[0] + 1j * numbers[1]) / 4, dtype)
+    return jnp.asarray(numbers[0] / (1 if jnp.issubdtype(dtype, jnp.integer) else 4)).astype(dtype)
+
+
+def rounding(dtype):
+    """What a merged weight of this dtype is rounded by, as in `testing.check`."""
+    info = jnp.finfo(dtype)
+    return float(info.eps) * (100 if info.bits >= 32 else 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("row", ROWS)
+def test_every_operand(row, dtype):
+    params = {"w": draw(0, (11, 7), dtype)}
+    operands = [draw(k, (3, 11), other) for k, other in enumerate([*DTYPES, jnp.int8], 1)]
+    testing.check(
+        lambda p, xs: [ROWS[row](x, p["w"]) for x in xs],
+        params,
+        {"w": 2},
+        operands,
+        transforms=False,
+        tolerance=rounding(dtype),
+    )
+
+
+@pytest.mark.parametrize("first", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("second", [jnp.bfloat16, jnp.float32, jnp.complex64],
+                         ids=lambda dtype: dtype.__name__)  # fmt: skip
+def test_a_weight_of_weights(first, second):
+    coarser = max(rounding(first), rounding(second))
+
+    def model(p, x):
+        return dot(x, dot(p["w"], p["v"]))
+
+    params = {"w": draw(0, (11, 7), first), "v": draw(1, (7, 13), second)}
+    x = draw(2, (3, 11), jnp.float32)
+    testing.check(model, params, {"w": 2, "v": 3}, x, transforms=False, tolerance=coarser)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64],
+                         ids=lambda dtype: dtype.__name__)  # fmt: skip
+def test_an_8_bit_operand(dtype):
+    # JAX has no joint dtype of an 8-bit float and another: the equation names its own.
+    def model(p, x):
+        return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    params, x = {"w": draw(0, (11, 7), dtype)}, draw(1, (3, 11), F8)
+    testing.check(model, params, {"w": 2}, x, transforms=False, tolerance=rounding(dtype))
+
+
+@pytest.mark.parametrize("looked_up", [False, True], ids=["product", "look-up"])
+def test_an_8_bit_base_is_cast_before_factors_join_it(looked_up):
+    base, x = draw(0, (11, 7), F8), draw(1, (3, 11), jnp.float32)
+    ids = jnp.array([4, 0, 10])
+
+    def model(w, x):
+        w = w[ids] if looked_up else w
+        w = w.astype(jnp.float32) * jnp.float32(0.5)
+        return w if looked_up else x @ w
+
+    frozen, tunable = init_lora({"w": base}, {"w": 2}, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    adapted = lora(lambda p, x: model(p["w"], x), on_materialize="error")
+    whole = base.astype(jnp.float32) + tunable["w"].a @ tunable["w"].b
+    assert np.allclose(adapted((frozen, tunable), x), model(whole, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_in_integers_builds_the_weight():
+    # Its factors would be rounded one by one, and the merged weight's product is rounded once.
+    params, x = {"w": draw(0, (11, 7), jnp.float32)}, draw(1, (3, 11), jnp.float32)
+    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+
+    def model(p, x):
+        numbers = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, p["w"], numbers, preferred_element_type=jnp.int32)
+
+    with pytest.warns(UserWarning, match="`dot_general`.*computes in int32, which cannot hold"):
+        got = lora(model)((frozen, tunable), x)
+    assert (got == model(merge_params(frozen, tunable), x)).all()
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_what_meets_the_weight_is_not_copied_in_another_dtype(left):
+    # It would be kept for the backward pass in both.
+    params, x = {"w": draw(0, (11, 7), jnp.float32)}, draw(1, (3, 11), jnp.bfloat16)
+    pair = init_lora(params, {"w": 2}, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lora(lambda p, x: dot(x, p["w"], left=left)))(pair, x)
+    copies = [e for e in jaxpr.eqns if e.primitive.name == "convert_element_type"]
+    assert not [eqn for eqn in copies if eqn.outvars[0].aval.size == x.size]
+
+
+def test_the_loss_of_check_sees_the_imaginary_part():
+    grad = jax.grad(testing._loss(lambda x: lax.complex(jnp.zeros_like(x), x), ()))
+    assert (jnp.abs(grad(jnp.ones(5))) > 0.1).all()
+
+
+def test_the_stacked_halves_of_a_complex_weight():
+    def model(p, u):
+        re, im = (p["B"][..., k].astype(jnp.complex128) for k in (0, 1))
+        state = dot(u, re + np.complex128(1j) * im)
+        return jnp.tanh(state.real) + state.imag
+
+    params = {"B": draw(0, (11, 7, 2), jnp.float64)}
+    spec = {"B": LoraSpec(2, in_axes=[0], out_axes=[1], shared_axes=[2])}
+    u = draw(1, (3, 11), jnp.float64)
+    testing.check(model, params, spec, u, transforms=False)
+    frozen, tunable = init_lora(params, spec, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    gradient = jax.grad(lambda t: (lora(model)((frozen, t), u) ** 2).sum())(tunable)
+    assert (jnp.abs(gradient["B"].b).max((1, 2)) > 1e-3).all()
