@@ -111,7 +111,11 @@ class Explanation:
 
 
 def explain(
-    fn: Callable[..., Any], pair: tuple[Any, Any], *args: Any, **kwargs: Any
+    fn: Callable[..., Any],
+    pair: tuple[Any, Any],
+    *args: Any,
+    through_custom_derivatives: bool = False,
+    **kwargs: Any,
 ) -> Explanation:
     """What `lora(fn)(pair, *args, **kwargs)` does with every adapter, without running it.
 
@@ -119,6 +123,7 @@ def explain(
         fn: a function of the parameters first, as it is before `lora`.
         pair: `(frozen, tunable)`; arrays may be `jax.ShapeDtypeStruct`.
         *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
+        through_custom_derivatives: as in `lora`.
         **kwargs: what `fn` is called with.
 
     Returns:
@@ -141,7 +146,7 @@ def explain(
     call = bind_call(fn, (0,), (), (pair, *args), kwargs)
     traced = trace(fn, call)
     found: dict[str, list[Use]] = collections.defaultdict(list)
-    for use in uses(traced):
+    for use in uses(traced, through_custom_derivatives):
         found[str(use.source)].append(use)
     rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
@@ -151,12 +156,13 @@ def explain(
         count_params([leaf.tunable for leaf in call.leaves]),
         count_params([base for base in bases if is_array(base)]),
         _cost(jex.jaxpr_as_fun(traced.jaxpr), *plain),
-        _cost(_adapted(traced), traced.operands),
+        _cost(_adapted(traced, through_custom_derivatives), traced.operands),
     )
 
 
-def _adapted(traced: Traced) -> Callable[..., Any]:
-    return lambda operands: run(Interpreter(RULES), traced, operands)
+def _adapted(traced: Traced, through: bool) -> Callable[..., Any]:
+    interpreter = Interpreter(RULES, through_custom_derivatives=through)
+    return lambda operands: run(interpreter, traced, operands)
 
 
 def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:

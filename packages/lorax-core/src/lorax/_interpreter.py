@@ -26,17 +26,21 @@ class Interpreter:
     """One evaluation: the rules it follows, and a record of what became of every weight.
 
     `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
-    it with the next one.
+    it with the next one. `through_custom_derivatives` says whether a weight goes into functions
+    with a derivative of their own, which is then left out.
     """
 
     def __init__(
         self,
         rules: Mapping[jex.Primitive, Callable[..., Any]],
         transformed: dict[Hashable, Any] | None = None,
+        *,
+        through_custom_derivatives: bool = False,
     ):
         self.rules = rules
         self.uses: list[Use] = []
         self.transformed = {} if transformed is None else transformed
+        self.through_custom_derivatives = through_custom_derivatives
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The outputs of an open or closed jaxpr."""

@@ -15,6 +15,7 @@ What cannot be expressed raises `Inexpressible`, and the interpreter builds the 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -310,6 +311,39 @@ class Term:
             raise Inexpressible
         bonds = tuple(label for label in first_labels if label in second_labels)
         return first, second, bonds
+
+    def one_owner(self, label: Label) -> "Term":
+        """Multiplies the owners of `label` into one, where that is no larger than one of them."""
+        owners = self.owners(label)
+        together = set(itertools.chain(*(self.labels[k] for k in owners)))
+        widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
+        if widest is None:
+            raise Inexpressible
+        dtype = functools.reduce(_contract.joint_dtype, (self.factors[k].dtype for k in owners))
+        operands = [(self.factors[k], self.labels[k]) for k in owners]
+        rest = [k for k in range(len(self.factors)) if k not in owners]
+        return dataclasses.replace(
+            self,
+            factors=(
+                *(self.factors[k] for k in rest), _contract.contract(operands, widest, dtype=dtype)
+            ),
+            labels=(*(self.labels[k] for k in rest), widest),
+        )  # fmt: skip
+
+    def complex_in(self, k: int) -> "Term":
+        """The same term, complex in no factor but k.
+
+        Another one is a sum of its parts, f = Σ_c i^c f[c], and factor k takes the i^c.
+        """
+        factors, labels = list(self.factors), list(self.labels)
+        others = [j for j, f in enumerate(factors) if j != k and jnp.iscomplexobj(f)]
+        for skip, j in enumerate(others):
+            part = self.fresh(2, skip=skip)
+            factors[j] = jnp.stack([factors[j].real, factors[j].imag])
+            dtype = _contract.joint_dtype(factors[k].dtype, jnp.complex64)
+            factors[k] = jnp.stack([factors[k].astype(dtype), factors[k].astype(dtype) * 1j])
+            labels[j], labels[k] = (part, *labels[j]), (part, *labels[k])
+        return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
 
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""

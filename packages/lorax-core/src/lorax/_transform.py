@@ -33,6 +33,7 @@ def lora(
     argnames: str | Sequence[str] = (),
     on_materialize: Policy = "warn",
     on_unused: Policy = "warn",
+    through_custom_derivatives: bool = False,
 ) -> Callable[..., Any]:
     """Makes a function take `(frozen, tunable)` in place of its parameters.
 
@@ -52,6 +53,13 @@ def lora(
         on_materialize: what to do where no rule covers the use of a weight, so that it is built
             in full: "warn", "error" (before anything runs) or "allow".
         on_unused: what to do about an adapter that no result depends on: the same.
+        through_custom_derivatives: a weight that enters a function with a `jax.custom_jvp` or
+            `jax.custom_vjp` rule is built in full. Under True the function is run on the factors
+            instead, and the call loses that rule: its value is the same, and its derivative is
+            the one that JAX finds by differentiating the function itself. That differs where the
+            rule is no true derivative (straight-through rounding, clipped or scaled gradients),
+            where it saves memory or avoids NaNs, and fails where only the rule can be
+            differentiated backwards, as of a `while_loop`. Calls without a weight keep their rule.
 
     Returns:
         A function with the signature of `fn`, except that pairs stand in place of parameters.
@@ -91,10 +99,13 @@ def lora(
         traced = trace(fn, call)
         if "error" in (on_materialize, on_unused):
             # A look ahead, without arithmetic: nothing may have run when it raises.
-            _uses.announce(call.paths, uses(traced), on_materialize, on_unused)
+            ahead = uses(traced, through_custom_derivatives)
+            _uses.announce(call.paths, ahead, on_materialize, on_unused)
         if len(transformed) > MOST_TRANSFORMED:
             transformed.clear()
-        interpreter = Interpreter(RULES, transformed)
+        interpreter = Interpreter(
+            RULES, transformed, through_custom_derivatives=through_custom_derivatives
+        )
         outs = run(interpreter, traced, traced.operands)
         _uses.announce(call.paths, interpreter.uses, on_materialize, on_unused)
         return traced.rebuild(outs)
@@ -260,8 +271,8 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
     return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
 
 
-def uses(traced: Traced) -> list[_uses.Use]:
+def uses(traced: Traced, through_custom_derivatives: bool = False) -> list[_uses.Use]:
     """What becomes of every weight, found without arithmetic."""
-    interpreter = Interpreter(RULES)
+    interpreter = Interpreter(RULES, through_custom_derivatives=through_custom_derivatives)
     jax.eval_shape(lambda operands: run(interpreter, traced, operands), traced.operands)
     return interpreter.uses

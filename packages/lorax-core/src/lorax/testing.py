@@ -36,6 +36,7 @@ def check(
     transforms: bool = True,
     materializes: bool = False,
     seed: int = 0,
+    through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> None:
     """Proves `lora(fn)` on random, non-zero factors.
@@ -58,6 +59,8 @@ def check(
         materializes: whether the weight is expected to be built: then point 3 is left out, and
             instead `lora` must say so.
         seed: for the random factors.
+        through_custom_derivatives: as in `lora`; the merged model keeps the derivative rules, so
+            that point 1 fails where one of them is not the derivative of its function.
         **kwargs: what `fn` is called with.
 
     Raises:
@@ -72,7 +75,8 @@ def check(
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
     mode = "allow" if materializes else "error"
-    adapted = lora(fn, on_materialize=mode)
+    through = through_custom_derivatives
+    adapted = lora(fn, on_materialize=mode, through_custom_derivatives=through)
 
     def ours(tunable: Any, *args: Any) -> Any:
         return adapted((frozen, tunable), *args, **kwargs)
@@ -83,7 +87,9 @@ def check(
     if materializes:
         _expect_message(fn, frozen, tunable, args, kwargs)
     else:
-        excess = weight_sized(fn, frozen, tunable, *args, **kwargs)
+        excess = weight_sized(
+            fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
+        )
         assert not excess, f"arrays as big as an adapted weight are built: {excess}"
     programs = {"value and gradient": _value_and_gradient}
     if transforms:
@@ -141,7 +147,12 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
 
 
 def weight_sized(
-    fn: Callable[..., Any], frozen: Any, tunable: Any, *args: Any, **kwargs: Any
+    fn: Callable[..., Any],
+    frozen: Any,
+    tunable: Any,
+    *args: Any,
+    through_custom_derivatives: bool = False,
+    **kwargs: Any,
 ) -> dict[tuple[int, ...], int]:
     """Shapes of arrays that `lora(fn)` builds more often than `fn`, as big as an adapted weight.
 
@@ -154,6 +165,7 @@ def weight_sized(
         frozen: the frozen tree of the pair.
         tunable: the tunable tree of the pair.
         *args: what `fn` is called with.
+        through_custom_derivatives: as in `lora`.
         **kwargs: what `fn` is called with.
 
     Returns:
@@ -161,7 +173,12 @@ def weight_sized(
     """
     leaves, _ = flatten_pair(frozen, tunable, "weight_sized")
     shapes = {leaf.frozen.shape for leaf in leaves if isinstance(leaf.tunable, LoraWeight)}
-    adapted = lora(fn, on_materialize="allow", on_unused="allow")
+    adapted = lora(
+        fn,
+        on_materialize="allow",
+        on_unused="allow",
+        through_custom_derivatives=through_custom_derivatives,
+    )
     data, fill = _split_data(args)
 
     def call(function: Callable[..., Any], first: Any, data: list[Any]) -> list[jax.Array]:

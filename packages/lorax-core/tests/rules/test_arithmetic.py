@@ -97,7 +97,6 @@ ROWS = [
     ("centered", lambda p, x: x @ (p["w"] - p["w"].mean(0, keepdims=True)), W, {"w": 2},
      [(3, 11)]),
     ("max", lambda p, x: x * p["w"].max(0)[None], W, {"w": 2}, [(3, 7)], BUILT),
-    ("cumsum", lambda p, x: x @ jnp.cumsum(p["w"], 0), W, {"w": 2}, [(3, 11)], BUILT),
     ("where", lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0.0), W, {"w": 2}, [(3, 11)], BUILT),
     ("mask", lambda p, x, m: x @ (p["w"] * m[:, None]), W, {"w": 2}, [(3, 11), (11,)]),
 ]  # fmt: skip

@@ -1,0 +1,79 @@
+"""Linear maps along an axis, cumulative sums and Fourier transforms: one factor takes them.
+
+    C (a @ b)  =  (C a) @ b
+
+Where several factors own the axis, they would have to be multiplied first.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from .._contract import joint_dtype
+from .._registry import defrule, defstructural
+from .._terms import Inexpressible, Label, Term
+
+
+def _sole_owner(term: Term, axis: int) -> tuple[Term, Label, int]:
+    """The label of an axis, and the one factor that owns it."""
+    try:
+        term, label = term.fuse(axis)
+        term = term.own(label)
+        if len(term.owners(label)) > 1:
+            term = term.one_owner(label)
+    except Inexpressible:
+        raise Inexpressible("runs along an axis that several factors share") from None
+    return term, label, term.owners(label)[0]
+
+
+def _cumsum(term: Term, *, axis, reverse) -> Term:
+    term, label, _ = _sole_owner(term, axis)
+    change = lambda factor, k: jax.lax.cumsum(factor, k, reverse)  # noqa: E731
+    return term.along(label, change, label.size)[0]
+
+
+defstructural("cumsum", _cumsum)
+
+
+@defrule("fft")
+def _fft(eqn, weight, *, fft_type, fft_lengths):
+    """One axis after the other; the last one is that of real numbers, where there are such."""
+    types = jax.lax.FftType
+    first = len(weight.shape) - len(fft_lengths)
+    *others, last = enumerate(fft_lengths, first)
+    dtype = weight.base.dtype
+    along = {types.RFFT: types.FFT, types.IRFFT: types.IFFT}.get(fft_type, fft_type)
+    terms = []
+    for term in weight.terms:
+        # The real transform comes first, and its inverse last.
+        if fft_type == types.RFFT:
+            term = _transformed(term, *last, fft_type, lambda f: f.astype(dtype))
+        for axis, length in others if along != fft_type else [*others, last]:
+            term = _transformed(term, axis, length, along, _as_complex(dtype))
+        if fft_type == types.IRFFT:
+            term = _transformed(term, *last, fft_type, _as_complex(dtype))
+        terms.append(term)
+    return eqn.settle(eqn(weight.base), terms)
+
+
+def _as_complex(dtype) -> Callable[[jax.Array], jax.Array]:
+    """Casts a factor to the complex numbers of a weight's dtype."""
+    wide = joint_dtype(dtype, jnp.complex64)
+    return lambda factor: factor.astype(wide)
+
+
+def _transformed(term: Term, axis: int, length: int, fft_type, cast) -> Term:
+    term, label, owner = _sole_owner(term, axis)
+    size = length
+    if fft_type == jax.lax.FftType.RFFT:
+        size = length // 2 + 1
+    if fft_type == jax.lax.FftType.IRFFT:
+        # It is linear for real numbers only: this factor alone may be complex.
+        term = term.complex_in(owner)
+
+    def change(factor: jax.Array, k: int) -> jax.Array:
+        moved = jnp.moveaxis(cast(factor), k, -1)
+        return jnp.moveaxis(jax.lax.fft(moved, fft_type, (length,)), -1, k)
+
+    return term.along(label, change, size)[0]

@@ -1,0 +1,60 @@
+"""Complex weights: what makes them of real ones, and their parts.
+
+    Re (a @ b)  =  Re a @ Re b  −  Im a @ Im b
+
+A part is linear for real numbers only, so all factors but one become real first: their own parts
+run along one more label.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from .._registry import defrule
+from .._terms import FactoredArray, Inexpressible, Term
+
+
+@defrule("complex")
+def _complex(eqn, real, imag):
+    parts = [part.base if isinstance(part, FactoredArray) else part for part in (real, imag)]
+    base = eqn(*parts)
+    terms = [*real.terms] if isinstance(real, FactoredArray) else []
+    if isinstance(imag, FactoredArray):
+        terms += [term.scale(jnp.asarray(1j, base.dtype)) for term in imag.terms]
+    return FactoredArray(base, tuple(terms))
+
+
+@defrule("conj")
+def _conj(eqn, weight, *, input_dtype):
+    terms = [
+        dataclasses.replace(term, factors=tuple(map(jnp.conj, term.factors)))
+        for term in weight.terms
+    ]
+    return FactoredArray(eqn(weight.base), tuple(terms))
+
+
+def _is_complex(term: Term) -> bool:
+    return any(map(jnp.iscomplexobj, term.factors))
+
+
+def _part(term: Term, part) -> Term:
+    """The real or the imaginary part of a term, taken in its smallest complex factor."""
+    if term.is_dense:
+        raise Inexpressible("takes one part of a product of weights that is made entry by entry")
+    wide = [k for k, factor in enumerate(term.factors) if jnp.iscomplexobj(factor)]
+    k = min(wide, key=lambda k: term.factors[k].size)
+    term = term.complex_in(k)
+    factors = (*term.factors[:k], part(term.factors[k]), *term.factors[k + 1 :])
+    return dataclasses.replace(term, factors=factors)
+
+
+@defrule("real")
+def _real(eqn, weight):
+    terms = [_part(term, jnp.real) if _is_complex(term) else term for term in weight.terms]
+    return eqn.settle(eqn(weight.base), terms)
+
+
+@defrule("imag")
+def _imag(eqn, weight):
+    terms = [_part(term, jnp.imag) for term in weight.terms if _is_complex(term)]
+    return eqn.settle(eqn(weight.base), terms)

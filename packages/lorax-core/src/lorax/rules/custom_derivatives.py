@@ -1,0 +1,29 @@
+"""Functions with a derivative of their own: `custom_jvp` and `custom_vjp`.
+
+Such a function is an array in, an array out: a weight that enters it is built, unless the user asks
+to run through it. Then the function itself is run on weights, and its own derivative is left out.
+"""
+
+from .._registry import defrule
+from .._terms import Inexpressible
+
+
+def _run_through(eqn, body, args):
+    if not eqn.interpreter.through_custom_derivatives:
+        raise Inexpressible(
+            "has a derivative rule of its own (lora runs through the function instead where it is "
+            "given through_custom_derivatives=True)"
+        )
+    return eqn.interpreter.run(body, args)
+
+
+@defrule("custom_jvp_call")
+def _custom_jvp_call(eqn, *args, call_jaxpr, jvp_jaxpr_fun, num_consts, symbolic_zeros):
+    return _run_through(eqn, call_jaxpr, args)
+
+
+@defrule("custom_vjp_call")
+def _custom_vjp_call(
+    eqn, *args, call_jaxpr, fwd_jaxpr_thunk, num_consts, bwd, out_trees, symbolic_zeros
+):
+    return _run_through(eqn, call_jaxpr, args)
