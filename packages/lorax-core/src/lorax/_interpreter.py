@@ -226,6 +226,7 @@ class Equation:
         *,
         looked_up: Sequence[Sequence[int]] = (),
         meets: Sequence[int | None] = (),
+        finished: bool = False,
     ) -> Value:
         """A weight, or an array where the terms no longer have anything to keep apart.
 
@@ -233,15 +234,18 @@ class Equation:
         does with the row. An 8-bit float is left alone until it is cast: adding to it would
         round the terms away. `looked_up` names, for each term, the parameter's axes that an index
         array has run over; `meets`, for each term, the factor that is a whole weight, if any.
+        `finished` says that the terms are added in any case.
         """
         narrow = jnp.issubdtype(base.dtype, jnp.inexact) and base.dtype.itemsize < 2
-        if narrow or not all(term.is_flat for term in terms):
+        if narrow or not (finished or all(term.is_flat for term in terms)):
             return FactoredArray(base, tuple(terms))
         for k, term in enumerate(terms):
             outputs = [label.axis for label in term.shown if label.axis is not None]
             self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
             met = meets[k] if meets else None
-            meeting = base if met is None else term.factors[met]
-            dtype = _contract.product_dtype(meeting.dtype, base.dtype)
+            dtype = _contract.product_dtype(base.dtype, base.dtype)
+            if met is not None and term.factors[met].dtype.itemsize == 2:
+                # As large as a weight: it is not widened for a sum that is made in float32.
+                dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
         return base

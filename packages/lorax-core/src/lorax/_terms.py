@@ -312,6 +312,18 @@ class Term:
         bonds = tuple(label for label in first_labels if label in second_labels)
         return first, second, bonds
 
+    def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
+        """Makes one factor of several, the last of the term, with `labels` on its axes."""
+        several = [(self.factors[k], self.labels[k]) for k in positions]
+        dtype = functools.reduce(_contract.joint_dtype, (factor.dtype for factor, _ in several))
+        rest = [k for k in range(len(self.factors)) if k not in positions]
+        term = dataclasses.replace(
+            self,
+            factors=tuple(self.factors[k] for k in rest),
+            labels=tuple(self.labels[k] for k in rest),
+        )
+        return term.times(_contract.contract(several, labels, dtype=dtype), labels)
+
     def one_owner(self, label: Label) -> "Term":
         """Multiplies the owners of `label` into one, where that is no larger than one of them."""
         owners = self.owners(label)
@@ -319,16 +331,7 @@ class Term:
         widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
         if widest is None:
             raise Inexpressible
-        dtype = functools.reduce(_contract.joint_dtype, (self.factors[k].dtype for k in owners))
-        operands = [(self.factors[k], self.labels[k]) for k in owners]
-        rest = [k for k in range(len(self.factors)) if k not in owners]
-        return dataclasses.replace(
-            self,
-            factors=(
-                *(self.factors[k] for k in rest), _contract.contract(operands, widest, dtype=dtype)
-            ),
-            labels=(*(self.labels[k] for k in rest), widest),
-        )  # fmt: skip
+        return self.multiplied(owners, widest)
 
     def complex_in(self, k: int) -> "Term":
         """The same term, complex in no factor but k.

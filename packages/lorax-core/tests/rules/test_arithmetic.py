@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorax import LoraSpec
+from lorax import LoraSpec, explain, init_lora, testing
 
 struct = jax.ShapeDtypeStruct
 W = {"w": (11, 7)}
@@ -60,6 +60,8 @@ ROWS = [
      BUILT),
     ("mul-by-a-weight", lambda p, x: x @ (p["w"] * p["v"]), TWO, {"w": 2, "v": 3}, [(3, 11)],
      BUILT),
+    ("divide-two-weights", lambda p, x: x @ (p["w"] / (2 + p["v"] ** 2)), TWO, {"w": 2, "v": 3},
+     [(3, 11)], BUILT),
     ("divide-by-a-weight", lambda p, x: x @ (1 / (2 + p["w"] ** 2)), W, {"w": 2}, [(3, 11)], BUILT),
     ("tanh-of-a-weight", lambda p, x: x @ jnp.tanh(p["w"]), W, {"w": 2}, [(3, 11)], BUILT),
     # Sums.
@@ -105,3 +107,28 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_arithmetic(prove, row):
     prove(*row)
+
+
+TWO_WEIGHTS = [
+    ("gain-of-outputs", lambda p, x: x @ (p["w"] * p["v"]), (11, 7), (1, 7)),
+    ("gain-first", lambda p, x: x @ (p["v"] * p["w"]), (11, 7), (1, 7)),
+    ("divided", lambda p, x: x @ (p["w"] / p["v"]), (11, 7), (11, 1)),
+    ("coefficients-and-scales",
+     lambda p, x: jnp.einsum("big,iog->bo", jnp.stack([x, x**2, jnp.sin(x)], -1),
+                             p["w"] * p["v"][..., None]), (11, 7, 3), (11, 7)),
+    ("grouped-scales",
+     lambda p, x: x @ (p["w"].reshape(3, 4, 7) * p["v"][:, None]).reshape(12, 7), (12, 7), (3, 7)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TWO_WEIGHTS, ids=lambda row: row[0])
+def test_of_two_weights_the_smaller_is_built(row):
+    _, fn, w, v = row
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], w), "v": 2 + jax.random.uniform(keys[1], v)}
+    spec = {"w": LoraSpec(2, out_axes=[1]), "v": LoraSpec(1, alpha=0.1)}
+    x = jax.random.normal(keys[2], (3, w[0]))
+    testing.check(fn, params, spec, x, materializes=True)
+    pair = init_lora(params, spec, keys[0])
+    status = {row.path: row.status for row in explain(fn, pair, x).rows}
+    assert status == {"w": "covered", "v": "materialized"}

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, infer_spec, init_lora, lora, merge_params, testing
+from lorax import (
+    LoraSpec,
+    MaterializeWarning,
+    explain,
+    infer_spec,
+    init_lora,
+    lora,
+    merge_params,
+    testing,
+)
 from lorax.rules import convolution
 
 struct = jax.ShapeDtypeStruct
@@ -39,6 +48,19 @@ def one_d(*args, **keywords):
 def stacked(one, data_axis: int | None = 0):
     """`vmap` over stacked kernels, and over data unless its axis is None."""
     return lambda p, x: jax.vmap(lambda w, x: one({"w": w}, x), (0, data_axis))(p["w"], x)
+
+
+def modulated(layout=("NHWC", "HWIO", "NHWC"), demodulate=False, **keywords):
+    """StyleGAN2's: a gain over the inputs for each example, and each output's norm divided out."""
+    others = [d for d, axis in enumerate(layout[1]) if axis != "O"]
+
+    def one(w, x, s):
+        w = w * s.reshape([s.size if axis == "I" else 1 for axis in layout[1]])
+        if demodulate:
+            w = w * lax.rsqrt(0.1 + (w**2).sum(others, keepdims=True))
+        return conv(layout, **keywords)({"w": w}, x[None])[0]
+
+    return lambda p, x, s: jax.vmap(one, (None, 0, 0))(p["w"], x, s)
 
 
 STACK = {"w": (2, 3, 2, 5, 7)}
@@ -167,7 +189,25 @@ ROWS = [
     ("stacked-batch-groups", stacked(conv(batch_group_count=2)), {"w": (2, 3, 2, 5, 6)},
      {"w": OF_STACK}, [(2, 4, 4, 5, 5)], {"materializes": True}),
     ("stacked-one-input-factor", stacked(conv()), STACK,
-     {"w": LoraSpec(2, in_axes=[0, 1, 2, 3])}, [(2, 1, 4, 5, 5)], {"materializes": True}),
+     {"w": LoraSpec(2, in_axes=[0, 1, 2, 3])}, [(2, 1, 4, 5, 5)]),
+    # A gain for each example.
+    ("modulated", modulated(), HWIO, {"w": 2}, [(4, 8, 9, 5), (4, 5)]),
+    ("modulated-nchw", modulated(("NCHW", "OIHW", "NCHW")), OIHW, {"w": FROM_OUT},
+     [(4, 5, 8, 9), (4, 5)]),
+    ("modulated-strides", modulated(strides=(2, 3), padding="VALID"), HWIO, {"w": 2},
+     [(4, 8, 9, 5), (4, 5)]),
+    ("modulated-groups", modulated(feature_group_count=2), {"w": (3, 2, 5, 6)}, {"w": 2},
+     [(4, 8, 9, 10), (4, 5)]),
+    ("modulated-window-last", modulated(), HWIO, {"w": WINDOW_LAST}, [(4, 8, 9, 5), (4, 5)]),
+    ("demodulated", modulated(demodulate=True), HWIO, {"w": 2}, [(4, 8, 9, 5), (4, 5)]),
+    ("gain-of-outputs-for-each-example",
+     lambda p, x, s: jax.vmap(lambda x, s: conv()({"w": p["w"] * s[None, None, None]}, x[None])[0])(
+         x, s), HWIO, {"w": 2}, [(4, 8, 9, 5), (4, 7)]),
+    ("gain-for-each-channel", lambda p, x, s: conv()({"w": p["w"] * s[None, None, :, None]}, x), HWIO,
+     {"w": 2}, [NHWC, (5,)]),
+    ("gain-for-each-example-as-large-as-the-kernel",
+     lambda p, x, s: jax.vmap(lambda x, s: conv()({"w": p["w"] * s}, x[None])[0])(x, s), HWIO,
+     {"w": 2}, [(4, 8, 9, 5), (4, 3, 2, 5, 7)], {"materializes": True}),
     ("kernel-made-of-the-input", lambda p, x: lax.conv_general_dilated(
         p["w"][None], x, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
      {"w": (8, 9, 5)}, {"w": 2}, [(3, 2, 5, 7)], {"materializes": True}),
@@ -245,3 +285,24 @@ def test_preferred_type():
     expected = fn(merge_params(frozen, tunable), x)
     assert got.dtype == expected.dtype == jnp.float32
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_of_two_weights_the_kernel_stays_factored():
+    """A learned array as the input, as a generator's first one, is built alone."""
+
+    def fn(p, x):
+        grid = conv()({"w": p["kernel"]}, p["grid"][None])
+        return (grid * x).sum((1, 2))
+
+    key = iter(jax.random.split(jax.random.key(0), 3))
+    params = {"grid": jax.random.normal(next(key), (4, 6, 5))}
+    params["kernel"] = jax.random.normal(next(key), (3, 2, 5, 7))
+    spec = {"grid": 2, "kernel": 2}
+    x = jax.random.normal(next(key), (2, 1, 1, 7))
+    testing.check(fn, params, spec, x, materializes=True)
+    pair = init_lora(params, spec, jax.random.key(1))
+    status = {row.path: row.status for row in explain(fn, pair, x).rows}
+    assert status == {"grid": "materialized", "kernel": "covered"}
+    with pytest.warns(MaterializeWarning, match="takes it as the input") as warnings:
+        lora(fn)(pair, x)
+    assert len(warnings) == 1

@@ -96,6 +96,9 @@ ROWS = [
     ("of-a-stack", of_a_stack, {"w": (3, 7, 7)}, {"w": STACKED}, [(2, 7)]),
     ("under-vmap", lambda p, x: x * jax.vmap(lambda w: (w**2).sum(0))(p["w"]), {"w": (3, 11, 7)},
      {"w": STACKED}, [(3, 7)]),
+    ("for-each-of-a-batch-of-gains",
+     lambda p, x, s: x * ((p["w"][None] * s[:, :, None]) ** 2).sum((1, 2))[:, None], W, {"w": 2},
+     [(3, 5), (3, 11)]),
     # What models make of it.
     ("weight-norm", weight_norm, {"w": (11, 7), "g": (7,)}, {"w": 2, "g": -1}, [(3, 11)]),
     ("weight-norm-of-rows",

@@ -11,10 +11,15 @@ from . import norms
 
 @defrule("reduce_sum")
 def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
+    """A sum over a product of weights is what the product was made for."""
+    base = eqn(weight.base)
+    of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
+    terms = [norms.gathered(term, axes) if of_product else term for term in weight.terms]
     return eqn.settle(
-        eqn(weight.base),
-        [term.drop(axes) for term in weight.terms],
-        meets=[term.dense_factor for term in weight.terms],
+        base,
+        [term.drop(axes) for term in terms],
+        meets=[term.dense_factor for term in terms],
+        finished=of_product,
     )
 
 

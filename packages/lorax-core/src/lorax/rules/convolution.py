@@ -16,7 +16,8 @@ Sharp edges:
   many times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
   then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
-  product over the rank.
+  product over the rank. Kernels that differ by a gain over the inputs alone, as of a modulated
+  convolution, are such a stack, whose entries share the second kernel.
 * Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
   sees the batch whole, and the second meets each part of it with its own outputs.
 """
@@ -60,7 +61,10 @@ def _conv_general_dilated(
     out_sharding=None,
 ):
     if isinstance(x, FactoredArray):
-        return NotImplemented
+        # A learned array, as a generator's first; the kernel's factors go on without it.
+        x = eqn.materialize(x, "takes it as the input and not as the kernel")
+    if not isinstance(kernel, FactoredArray):
+        return eqn(x, kernel)
     windows = [
         _Window(*axis)
         for axis in zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
@@ -134,9 +138,13 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
     if max(groups, count) % min(groups, count) or (stack and batch_groups > 1):
         raise Inexpressible
     mine = [label for label, owned in zip(window, in_first, strict=True) if owned]
-    made = math.prod(label.size for label in (*blocks, *rank, inner, *mine))
-    if stack and made >= math.prod(term.shape):
-        raise Inexpressible("needs first kernels that are together as large as the weight")
+    others = [label for label in window if label not in mine]
+    sizes = [
+        math.prod(label.size for label in labels)
+        for labels in ((*blocks, *rank, inner, *mine), (*outputs, *rank, *others))
+    ]
+    if stack and max(sizes) >= math.prod(term.shape):
+        raise Inexpressible("needs a kernel for each group that are together as large as it")
 
     def kernel(half, outputs, inputs, owned):
         factors, labels = zip(*half, strict=True)

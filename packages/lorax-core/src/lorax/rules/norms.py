@@ -30,6 +30,20 @@ def square(base, weight: FactoredArray) -> FactoredArray:
     return FactoredArray(base, _anonymous(terms))
 
 
+def gathered(term: Term, axes) -> Term:
+    """A term before it is summed over `axes`: beside the base, one factor owns what is summed.
+
+    Else it could be less work to multiply the factors of one weight into its delta.
+    """
+    for label in [label for d in axes for label in term.out[d]]:
+        dense = term.dense_factor
+        owners = [k for k in term.owners(label) if k != dense]
+        if dense is not None and len(owners) > 1:
+            labels = dict.fromkeys(name for k in owners for name in term.labels[k])
+            term = term.multiplied(owners, tuple(labels))
+    return term
+
+
 def _refuse_products(*weights: FactoredArray) -> None:
     if any(term.is_dense for weight in weights for term in weight.terms):
         raise Inexpressible("multiplies a product of weights by a weight, entry by entry")
