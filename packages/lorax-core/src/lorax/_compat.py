@@ -93,6 +93,15 @@ def is_tracer(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def varying_axes(array: Any) -> frozenset[Any]:
+    """The manual mesh axes that a value varies over; none are told under `check_vma=False`.
+
+    JAX 0.10 put them under `manual_axis_type`; before, they were `vma` of the type itself.
+    """
+    typed = jax.typeof(array)
+    return typed.vma if hasattr(typed, "vma") else typed.manual_axis_type.varying
+
+
 def source_line(eqn: jex.JaxprEqn) -> str:
     """`file:line (function)` of the user's code behind an equation; no public name gives it."""
     return source_info_util.summarize(eqn.source_info)

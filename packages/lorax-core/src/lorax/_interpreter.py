@@ -149,6 +149,11 @@ class Equation:
         out = _compat.bind(self.eqn, *operands)
         return out if self.eqn.primitive.multiple_results else out[0]
 
+    def with_params(self, **changes: Any) -> "Equation":
+        """The same equation with other parameters."""
+        eqn = self.eqn.replace(params=self.eqn.params | changes)
+        return Equation(self.interpreter, eqn, self._operands, self._before_broadcast)
+
     def narrow(self, position: int) -> jax.Array:
         """An operand that is no weight, with a size of one along the axes it was broadcast to."""
         operand = jnp.asarray(self._operands[position])

@@ -3,6 +3,7 @@
 from . import (
     along_axis as along_axis,
     arithmetic as arithmetic,
+    collectives as collectives,
     complex_parts as complex_parts,
     contraction as contraction,
     control_flow as control_flow,

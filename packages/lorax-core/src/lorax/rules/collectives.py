@@ -1,0 +1,179 @@
+"""Collectives on weights that are split by hand, inside `shard_map`.
+
+On device j a term is a_j @ b_j. Gathering the factors that differ between devices gives them one
+more label, the device, which each collective then shows, sums over or steps along:
+
+    all_gather      shows it                        [j, in, out]
+    psum            sums over it                    Σ_j a_j @ b_j
+    reduce_scatter  sums over it, and keeps this device's part of an axis
+    all_to_all      shows it, and keeps this device's part of an axis
+
+Factors that are the same on all devices stay as they are. JAX knows which are, except under
+`check_vma=False` and under a named `vmap`; there all are gathered.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import _compat
+from .._registry import defrule
+from .._terms import FactoredArray, Label, Term
+
+
+def _names(axis_name) -> tuple:
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _size(names, groups) -> int:
+    return len(groups[0]) if groups is not None else math.prod(map(jax.lax.axis_size, names))
+
+
+def _position(names, groups) -> jax.Array:
+    """Where this device comes among those that it exchanges with."""
+    index = jax.lax.axis_index(names)
+    if groups is None:
+        return index
+    places = {device: place for group in groups for place, device in enumerate(group)}
+    return jnp.asarray([places[device] for device in sorted(places)], index.dtype)[index]
+
+
+def _varying(weight: FactoredArray, term: Term, names) -> list[int]:
+    """The factors that may differ between the devices along `names`."""
+    if not _compat.varying_axes(weight.base).issuperset(names):
+        return list(range(len(term.factors)))  # Nothing is known.
+    return [
+        k
+        for k, factor in enumerate(term.factors)
+        if not _compat.varying_axes(factor).isdisjoint(names)
+    ]
+
+
+def _with_devices(term: Term, varying, size: int, gather) -> tuple[Term, Label]:
+    """The term whose factors that vary have all devices' entries along one more label."""
+    device = term.fresh(size)
+    factors, labels = list(term.factors), list(term.labels)
+    for k in varying:
+        factors[k], labels[k] = gather(factors[k]), (device, *labels[k])
+    return dataclasses.replace(term, factors=tuple(factors), labels=tuple(labels)), device
+
+
+def _gathered(weight, term, names, groups) -> tuple[Term, Label]:
+    gather = lambda factor: jax.lax.all_gather(factor, names, axis_index_groups=groups)  # noqa: E731
+    return _with_devices(term, _varying(weight, term, names), _size(names, groups), gather)
+
+
+def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
+    """The devices as an axis of their own, or in front of an axis."""
+    out = list(term.out)
+    if tiled:
+        out[axis] = (device, *out[axis])
+    else:
+        out.insert(axis, (device,))
+    return dataclasses.replace(term, out=tuple(out))
+
+
+def _own_part(term: Term, axis: int, names, groups, tiled: bool) -> Term:
+    """This device's part of an axis, which is its one entry where it is not tiled."""
+    term, (label,) = term.fuse_all([axis])
+    part = label.size // _size(names, groups)
+    start = _position(names, groups) * part
+
+    def change(factor: jax.Array, k: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(factor, start, part, k)
+
+    term, _ = term.along(label, change, part)
+    return term if tiled else term.drop([axis])
+
+
+@defrule("all_gather", "all_gather_invariant")
+def _all_gather(
+    eqn, weight, *, all_gather_dimension, axis_name, axis_index_groups=None, axis_size, tiled
+):
+    def gather(factor):
+        return eqn.with_params(all_gather_dimension=0, tiled=False)(factor)
+
+    names = _names(axis_name)
+    terms = []
+    for term in weight.terms:
+        varying = _varying(weight, term, names)
+        term, device = _with_devices(term, varying, axis_size, gather)
+        terms.append(_show(term, device, all_gather_dimension, tiled))
+    return eqn.settle(eqn(weight.base), terms)
+
+
+@defrule("psum", "psum_invariant")
+def _psum(eqn, *operands, axes, axis_index_groups=None):
+    """One factor that varies is summed; of several, the sum over devices is a longer rank."""
+    if any(isinstance(axis, int) for axis in axes):
+        return NotImplemented
+    size = _size(axes, axis_index_groups)
+    bases = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in operands))
+    several = eqn.eqn.primitive.multiple_results  # JAX < 0.10
+    alone = lambda factor: eqn(factor)[0] if several else eqn(factor)  # noqa: E731
+
+    def gather(factor):
+        """The entries of all devices, the same on each, as a sum over devices must be."""
+        mine = jnp.arange(size) == _position(axes, axis_index_groups)
+        return alone(jnp.where(mine.reshape(size, *(1,) * factor.ndim), factor[None], 0))
+
+    def summed(weight, term):
+        varying = _varying(weight, term, axes)
+        if not varying:
+            return term.scale(size)
+        if len(varying) == 1:
+            (k,) = varying
+            factors = (*term.factors[:k], alone(term.factors[k]), *term.factors[k + 1 :])
+            return dataclasses.replace(term, factors=factors)
+        return _with_devices(term, varying, size, gather)[0]
+
+    outs = [
+        eqn.settle(base, [summed(weight, term) for term in weight.terms])
+        if isinstance(weight, FactoredArray)
+        else base
+        for weight, base in zip(operands, bases if several else [bases], strict=True)
+    ]
+    return outs if several else outs[0]
+
+
+@defrule("reduce_scatter")
+def _reduce_scatter(
+    eqn, weight, *, scatter_dimension, axis_name, axis_index_groups, axis_size, tiled
+):
+    names = _names(axis_name)
+    terms = []
+    for term in weight.terms:
+        summed, device = _gathered(weight, term, names, axis_index_groups)
+        if not summed.owners(device):
+            summed = summed.scale(axis_size)
+        terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))
+    return eqn.settle(eqn(weight.base), terms)
+
+
+@defrule("all_to_all")
+def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_groups, tiled):
+    """The equation of an exchange that is not tiled has axes of one entry where it needs them."""
+    names = _names(axis_name)
+    terms = []
+    for term in weight.terms:
+        term, device = _gathered(weight, term, names, axis_index_groups)
+        term = _own_part(term, split_axis, names, axis_index_groups, True)
+        terms.append(_show(term, device, concat_axis, True))
+    return eqn.settle(eqn(weight.base), terms)
+
+
+@defrule("ppermute")
+def _ppermute(eqn, weight, *, axis_name, perm):
+    """A device that nothing is sent to gets zeros, so one factor at least is sent."""
+    terms = []
+    for term in weight.terms:
+        smallest = min(range(len(term.factors)), key=lambda k: term.factors[k].size)
+        sent = _varying(weight, term, _names(axis_name)) or [smallest]
+        factors = tuple(
+            jax.lax.ppermute(factor, axis_name, perm) if k in sent else factor
+            for k, factor in enumerate(term.factors)
+        )
+        terms.append(dataclasses.replace(term, factors=factors))
+    return eqn.settle(eqn(weight.base), terms)
