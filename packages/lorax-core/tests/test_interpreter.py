@@ -101,6 +101,24 @@ def test_several_results():
     assert outs == ["first", "second"]
 
 
+def test_a_rule_may_ask_what_an_operand_was_broadcast_from():
+    """Under `jit` bodies and outside: what it was made of is kept as long as the broadcast."""
+    shapes = []
+
+    def rule(eqn, value, array, **params):
+        shapes.append((array.shape, eqn.narrow(1).shape))
+        assert np.allclose(jnp.broadcast_to(eqn.narrow(1), array.shape), array)
+        return value
+
+    def fn(w, x, y):
+        rows = jnp.broadcast_to(jnp.sin(x)[:, None], (5, 3))
+        w = w * rows
+        return w * jnp.broadcast_to(y, (5, 3)) * jnp.cos(rows), rows.sum()
+
+    run(fn, weight(), jnp.arange(5.0), jnp.ones(()), rules={primitives.mul_p: rule})
+    assert shapes == [((5, 3), (5, 1)), ((5, 3), (1, 1)), ((5, 3), (5, 3))]
+
+
 def test_what_is_returned_is_an_array():
     interpreter, (out,) = run(lambda w: w.T, weight())
     assert np.allclose(interpreter.returned(out), 4.0)

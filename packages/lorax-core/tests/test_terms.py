@@ -14,6 +14,7 @@ from lorax._terms import (
     Term,
     align,
     apart,
+    entrywise,
     operand,
     product,
 )
@@ -195,6 +196,43 @@ def test_is_flat_where_one_factor_spans_what_is_left(shape, flat):
         if size == 1:
             t = t.drop([axis])
     assert t.is_flat == flat
+
+
+def test_a_dense_term_is_not_flat_until_it_is_summed():
+    t, base = term(5, 3), operand(jax.random.normal(jax.random.key(7), (5, 3)))
+    product = entrywise(t, base)
+    assert product.dense_factor == 2 and product.is_dense and not product.is_flat
+    assert t.dense_factor is None
+    summed = product.drop([0])
+    assert summed.is_flat and not summed.is_dense
+    same(summed, (full(t) * full(base)).sum(0))
+
+
+def test_rows_are_flat_and_not_dense():
+    """The label of an index array is no axis of the weight, so one factor spans the rest."""
+    t = term(5, 3)
+    label = t.out[0][0]
+    rows = t.rename({label: (label._replace(is_index=True),)})
+    assert rows.is_flat and not rows.is_dense
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (2, 3, 10), (60,)], ids=str)
+def test_entrywise(shape):
+    t, other = term(6, 10).reshape(shape), term(6, 10, seed=1, inputs=(1,)).reshape(shape)
+    same(entrywise(t, other), full(t) * full(other))
+    same(entrywise(t, t), full(t) ** 2)
+
+
+def test_one_owner():
+    t = term(5, 3)
+    label = t.out[1][0]
+    scaled = t.times(jnp.arange(3.0), (label,))
+    alone = scaled.one_owner(label)
+    assert len(scaled.owners(label)) == 2 and len(alone.owners(label)) == 1
+    same(alone, full(scaled))
+    shared = term(5, 3, 7, inputs=(1,), shared=(0,))
+    with pytest.raises(Inexpressible):
+        shared.one_owner(shared.out[0][0])
 
 
 @pytest.mark.parametrize("sizes", [((6,), (6,)), ((2, 3), (6,)), ((6,), (2, 3)), ((2, 3), (2, 3))])

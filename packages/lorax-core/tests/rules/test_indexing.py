@@ -160,8 +160,6 @@ ROWS = [
     # What no rule covers.
     ("boolean-mask-of-a-weight", lambda p, x: x @ p["w"][np.arange(11) % 2 == 0], {"w": (11, 7)},
      {"w": 2}, [(3, 6)]),
-    ("scatter-into-a-weight", lambda p, x: x @ p["w"].at[2].set(0.0), {"w": (11, 7)}, {"w": 2},
-     [(3, 11)], {"materializes": True}),
     ("dynamic-update-slice",
      lambda p, x: x @ lax.dynamic_update_slice(p["w"], x[:2, :3], (1, 1)), {"w": (11, 7)},
      {"w": 2}, [(3, 11)], {"materializes": True}),

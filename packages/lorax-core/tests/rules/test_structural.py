@@ -197,8 +197,6 @@ ROWS = [
      {"w": 2}, [(3, 11)], BUILT),
     ("cast-to-boolean", lambda p, x: x @ p["w"].astype(bool).astype(jnp.float32), W, {"w": 2},
      [(3, 11)], BUILT),
-    ("real-part", lambda p, x: x @ jnp.real(p["w"].astype(C64) * (1 + 2j)), W, {"w": 2},
-     [(3, 11)], BUILT),
     ("reduce-precision", then_dot(lambda w: lax.reduce_precision(w, 8, 10)), W, {"w": 2},
      [(3, 11)], {"tolerance": 0.003}),
     ("copy", then_dot(lambda w: jnp.array(w, copy=True)), W, {"w": 2}, [(3, 11)]),

@@ -135,10 +135,10 @@ def _div(eqn, weight, divisor):
 
 
 @defrule(
-    "abs", "sign", "floor", "ceil", "round", "max", "min", "clamp", "rem", "pow", "sqrt", "rsqrt",
+    "abs", "sign", "floor", "ceil", "round", "max", "min", "clamp", "rem", "sqrt", "rsqrt",
     "cbrt", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "tan", "erf",
     "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "sort", "top_k", "cumprod",
     "cummax", "cummin", "cumlogsumexp", "scatter_max", "scatter_min", "pmax", "pmin",
 )  # fmt: skip
 def _not_linear(eqn, *operands, **params):
-    raise Inexpressible("is not linear in the weight")
+    raise Inexpressible(norms.NOT_LINEAR)

@@ -14,6 +14,7 @@ Factors that are the same on all devices stay as they are. JAX knows which are, 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from .._registry import defrule
 from .._terms import FactoredArray, Label, Term
 
 
-def _names(axis_name) -> tuple:
+def _names(axis_name) -> tuple[Any, ...]:
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 

@@ -6,9 +6,13 @@ A term of the product holds the base, or the other weight's factors, as further 
 sum that follows contracts them factor by factor. Whatever else reads the product gets it in full.
 """
 
+import jax.extend.core as jex
+
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Term, check_size, entrywise, operand
 from .contraction import forget_axes
+
+NOT_LINEAR = "is not linear in the weight"
 
 
 def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
@@ -63,5 +67,13 @@ def _square(eqn, weight):
 @defrule("integer_pow")
 def _integer_pow(eqn, weight, *, y):
     if y != 2:
-        raise Inexpressible("is not linear in the weight")
+        raise Inexpressible(NOT_LINEAR)
     return square(eqn(weight.base), weight)
+
+
+@defrule("pow")
+def _pow(eqn, weight, exponent):
+    """`w ** 2.0`, whose exponent is a number in the program."""
+    if not isinstance(eqn.eqn.invars[1], jex.Literal) or exponent != 2:
+        raise Inexpressible(NOT_LINEAR)
+    return square(eqn(weight.base, exponent), weight)
