@@ -245,3 +245,19 @@ def test_preferred_type():
     expected = fn(merge_params(frozen, tunable), x)
     assert got.dtype == expected.dtype == jnp.float32
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_padding_first_is_padding():
+    # As is done where "SAME" depends on a symbolic size.
+    x, kernel = jnp.arange(44.0).reshape(2, 11, 2), jnp.arange(30.0).reshape(3, 2, 5)
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NWC", "WIO", "NWC"))
+    window = convolution._Window(stride=2, padding=(4, -1), lhs_dilation=3, rhs_dilation=2)
+
+    def convolve(x, window):
+        stride, padding, lhs_dilation, rhs_dilation = ([value] for value in window)
+        return lax.conv_general_dilated(
+            x, kernel, stride, padding, lhs_dilation, rhs_dilation, numbers
+        )
+
+    padded, (rest,) = convolution._pad_first(x, numbers.lhs_spec, [window])
+    assert np.allclose(convolve(padded, rest), convolve(x, window))
