@@ -1,5 +1,6 @@
 """The one place that emits products with factors: their order, form and dtype."""
 
+import functools
 import itertools
 
 import jax
@@ -115,6 +116,82 @@ def test_the_cheapest_order_is_taken():
         assert sorted(made[0]) == [R.size, B.size]
 
 
+def all_orders(operands, out):
+    """Every order of pairwise products: its steps, and (met, left, right, found) of each."""
+    if len(operands) < 2:
+        yield [], []
+        return
+    for left, right in itertools.combinations(range(len(operands)), 2):
+        rest = [labels for k, labels in enumerate(operands) if k not in (left, right)]
+        elsewhere = set(out).union(*rest)
+        met = {*operands[left], *operands[right]}
+        found = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
+                      if label in elsewhere)  # fmt: skip
+        for steps, made in all_orders([*rest, found], out):
+            yield [(left, right), *steps], [(met, found), *made]
+
+
+def multiplications(made):
+    return sum(int(np.prod([label.size for label in met])) for met, _ in made)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_no_order_is_cheaper(count):
+    generator = np.random.default_rng(count)
+    pool = [Label(k, int(size)) for k, size in enumerate(generator.choice(range(1, 17), 6))]
+    for _ in range(40 if count < 5 else 10):
+        order = [generator.permutation(6)[: generator.integers(0, 4)] for _ in range(count)]
+        operands = [tuple(pool[k] for k in chosen) for chosen in order]
+        out = tuple({label for labels in operands for label in labels if label.id % 2})
+        orders = list(all_orders(operands, out))
+        taken = _contract._path(tuple(operands), out, None)
+        (cost,) = [multiplications(made) for steps, made in orders if steps == taken]
+        assert cost == min(multiplications(made) for _, made in orders)
+
+
+def test_a_scale_of_one_side_joins_its_factor():
+    # As in a product of weights of which one is scaled: V[o, p] meets b[r, o] and gain[o].
+    names = [(R, I), (I,), (I, O)]
+    made = [aval.shape for name, aval in shapes_made(arrays(*names), (R, O), meets=2)]
+    assert (I.size, O.size) not in made
+
+
+def chain(length, sizes=(19, 11, 2, 7, 3, 13)):
+    """The labels of x and of so many factors, each of which hangs on the one before."""
+    labels = [Label(k, sizes[k % len(sizes)]) for k in range(length + 2)]
+    return list(itertools.pairwise(labels)), (labels[0], labels[-1])
+
+
+@pytest.mark.parametrize("length", [_contract.MOST_ORDERED + 1, 20, 40])
+def test_many_factors_are_put_in_an_order_without_trying_all(length):
+    names, out = chain(length)
+    steps = _contract._path(tuple(names), out, 0)
+    assert len(steps) == length
+    operands = [(array / 8, labels) for array, labels in arrays(*names)]
+    got = _contract.contract(operands, out, dtype=jnp.float32, precision="highest", meets=0)
+    expected = functools.reduce(np.matmul, [np.asarray(a, np.float64) for a, _ in operands])
+    assert np.allclose(got, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+
+
+def test_many_factors_are_not_multiplied_into_the_weight():
+    # One row: the delta would be cheap. Scales of both sides, and matrices in between.
+    one = B._replace(size=1)
+    inner = [Label(10 + k, 2) for k in range(8)]
+    names = [(one, I), (I,), (I,), (I, inner[0]), *itertools.pairwise(inner), (inner[-1], O), (O,)]
+    made = [aval.shape for _, aval in shapes_made(arrays(*names), (one, O), meets=0)]
+    assert len(names) > _contract.MOST_ORDERED
+    assert (I.size, O.size) not in made and (O.size, I.size) not in made
+
+
+def test_terms_that_look_alike_share_one_search():
+    names, out = chain(5)
+    _contract._path(tuple(names), out, 0)
+    searches = _contract._ordered.cache_info().misses
+    moved = [tuple(label._replace(id=label.id + 7, axis=1) for label in pair) for pair in names]
+    _contract._path(tuple(moved), (moved[0][0], moved[-1][-1]), 0)
+    assert _contract._ordered.cache_info().misses == searches
+
+
 def test_the_result_is_not_transposed_where_the_product_can_be_turned():
     for out in ((B, O), (O, B)):
         names = [name for name, _ in shapes_made(arrays((B, I), (I, R), (R, O)), out, meets=0)]
@@ -151,21 +228,26 @@ def test_products_stand_under_a_scope_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "operand, out, expected",
+    "operands, out, expected",
     [
-        (jnp.float32, jnp.float32, jnp.float32),
-        (jnp.bfloat16, jnp.float32, jnp.bfloat16),
-        (jnp.float16, jnp.float16, jnp.float16),
-        (jnp.int8, jnp.float32, jnp.float32),
-        (jnp.int8, jnp.int32, jnp.float32),
-        (jnp.float8_e4m3fn, jnp.bfloat16, jnp.bfloat16),
-        (jnp.float8_e4m3fn, jnp.float8_e4m3fn, jnp.float32),
-        (jnp.complex64, jnp.complex64, jnp.complex64),
+        ((jnp.float32, jnp.float32), jnp.float32, jnp.float32),
+        ((jnp.bfloat16, jnp.bfloat16), jnp.float32, jnp.bfloat16),
+        ((jnp.bfloat16, jnp.float32), jnp.float32, jnp.float32),
+        ((jnp.float32, jnp.bfloat16), jnp.bfloat16, jnp.float32),
+        ((jnp.float16, jnp.bfloat16), jnp.bfloat16, jnp.float32),
+        ((jnp.int8, jnp.float32), jnp.float32, jnp.float32),
+        ((jnp.int32, jnp.bfloat16), jnp.bfloat16, jnp.bfloat16),
+        ((jnp.int8, jnp.int8), jnp.int32, jnp.float32),
+        ((jnp.float8_e4m3fn, jnp.bfloat16), jnp.bfloat16, jnp.bfloat16),
+        ((jnp.float8_e4m3fn, jnp.float8_e5m2), jnp.bfloat16, jnp.bfloat16),
+        ((jnp.float8_e4m3fn, jnp.float8_e4m3fn), jnp.float8_e4m3fn, jnp.float32),
+        ((jnp.float32, jnp.complex64), jnp.complex64, jnp.complex64),
+        ((jnp.complex64, jnp.bfloat16), jnp.complex64, jnp.complex64),
     ],
     ids=str,
 )
-def test_product_dtype(operand, out, expected):
-    assert _contract.product_dtype(operand, out=out) == expected
+def test_product_dtype(operands, out, expected):
+    assert _contract.product_dtype(*operands, out=out) == expected
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,16 @@ def test_fuse_of_a_unit_axis():
     same(fused, full(t))
 
 
+def test_fuse_of_a_copied_axis_of_one():
+    # As `jnp.tile` makes of learned queries: copies that nobody owns, and one entry that `a` owns.
+    t = term(1, 6)
+    copies = t.fresh(4)
+    tiled = dataclasses.replace(t, out=((copies, *t.out[0]), t.out[1]))
+    fused, label = tiled.fuse(0)
+    assert fused.out[0] == (label,) == (copies,)
+    same(fused, np.repeat(full(t), 4, 0))
+
+
 def test_leading():
     t = term(5, 3).reshape((15,))
     _, label, unit = t.leading(0, (6, 12))

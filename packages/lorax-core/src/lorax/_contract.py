@@ -311,7 +311,8 @@ class _Search:
     def _is_built(self, left: int, right: int, found: int) -> bool:
         """Whether the product of two factors would be the weight's delta, or a part as large."""
         if self.inputs & found and self.outputs & found:
-            return True
+            # A scale of one of them leaves the other as large as it is.
+            return all(found & ~self.found(factor) for factor in (left, right))
         missing = (self.shown & ~labels for labels in (found, self.found(left), self.found(right)))
         return [bool(labels) for labels in missing] == [False, True, True]
 

@@ -1,5 +1,8 @@
 """Products of a weight with what meets it."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,15 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import LoraSpec, MaterializeError, init_lora, lora, merge_params, testing
+from lorax import (
+    LoraSpec,
+    MaterializeError,
+    MaterializeWarning,
+    init_lora,
+    lora,
+    merge_params,
+    testing,
+)
 
 BF16, F16, C64 = jnp.bfloat16, jnp.float16, jnp.complex64
 struct = jax.ShapeDtypeStruct
@@ -139,6 +150,47 @@ ROWS = [
      lambda p, x: jnp.einsum("eni,eio->eno", x, jnp.einsum("eio,eok->eik", p["w"], p["v"])),
      {"w": (3, 11, 7), "v": (3, 7, 13)},
      {"w": LoraSpec(2, shared_axes=[0]), "v": LoraSpec(2, shared_axes=[0])}, [(3, 2, 11)]),
+    ("weight-power", lambda p, x: x @ jnp.linalg.matrix_power(p["w"], 5) / 16, {"w": (7, 7)},
+     {"w": 2}, [(3, 7)]),
+    ("weight-power-in-a-scan",
+     lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ (w @ w)), None), x, p["w"])[0],
+     {"w": (3, 7, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(5, 7)]),
+    ("weight-by-weight-left", lambda p, x: (p["w"] @ p["v"]) @ x, {"w": (11, 7), "v": (7, 13)},
+     {"w": 2, "v": 3}, [(13, 3)]),
+    ("weight-by-weight-precisions",
+     lambda p, x: x @ lax.dot_general(p["w"], p["v"], (((1,), (0,)), ((), ())),
+                                      precision=(lax.Precision.HIGHEST, lax.Precision.HIGH)),
+     {"w": (11, 7), "v": (7, 13)}, {"w": 2, "v": 3}, [(3, 11)]),
+    ("weight-by-weight-several-axes",
+     lambda p, x: jnp.einsum("bihk,ihkd->bd", x, jnp.einsum("ihjk,jkdh->ihkd", p["w"], p["v"])),
+     {"w": (5, 3, 7, 2), "v": (7, 2, 13, 3)},
+     {"w": LoraSpec(2, in_axes=[0, 1]), "v": LoraSpec(2, in_axes=[0, 3])}, [(4, 5, 3, 2)]),
+    ("weight-by-weight-over-both-axes",
+     lambda p, x: x * jnp.einsum("io,iop->p", p["w"], p["v"])[None],
+     {"w": (11, 7), "v": (11, 7, 13)}, {"w": 2, "v": LoraSpec(3, in_axes=[0])}, [(4, 13)]),
+    ("weight-by-scaled-weight",
+     lambda p, x: x @ ((p["w"] * jnp.cos(x[0, :7])[None]) @ p["v"]), {"w": (11, 7), "v": (7, 13)},
+     {"w": 2, "v": 3}, [(3, 11)]),
+    ("weight-by-weight-that-is-constant",
+     lambda p, x: x @ (jnp.broadcast_to(p["w"][:, None], (11, 5, 7)).reshape(11, 35)
+                       @ jnp.broadcast_to(p["v"][None], (35, 2, 13)).sum(1)),
+     {"w": (11, 7), "v": (2, 13)}, {"w": 3, "v": 1}, [(4, 11)]),
+    ("outer-product-of-weights",
+     lambda p, x: jnp.einsum("bij,iojp->bop", x, jnp.einsum("io,jp->iojp", p["w"], p["v"])),
+     {"w": (5, 7), "v": (3, 13)}, {"w": 2, "v": 2}, [(2, 5, 3)]),
+    ("tensor-train",
+     lambda p, x: x @ jnp.einsum("air,rbjs,sck->abcijk", *p.values()).reshape(30, 616),
+     {"g0": (2, 7, 9), "g1": (9, 3, 8, 10), "g2": (10, 5, 11)}, {"g0": 2, "g1": 2, "g2": 2},
+     [(4, 30)]),
+    ("cayley", lambda p, x: x @ jnp.linalg.solve(jnp.eye(7) + (p["w"] - p["w"].T) / 9,
+                                                 jnp.eye(7) - (p["w"] - p["w"].T) / 9),
+     {"w": (7, 7)}, {"w": 2}, [(3, 7)], {"materializes": True}),
+    ("learned-queries",
+     lambda p, x: jnp.einsum("bqhk,bthk->bhqt", jnp.einsum("bqd,dhk->bqhk",
+         jnp.tile(p["probe"], (x.shape[0], 1, 1)), p["q"]), jnp.einsum("btd,dhk->bthk", x, p["k"])),
+     {"probe": (1, 5, 11), "q": (11, 2, 7), "k": (11, 2, 7)},
+     {name: LoraSpec(2, in_axes=[axis]) for name, axis in (("probe", 1), ("q", 0), ("k", 0))},
+     [(3, 4, 11)], {"transforms": False}),
     ("two-layers", lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], {"w": (11, 7), "v": (7, 13)},
      {"w": 2, "v": 3}, [(3, 11)]),
     ("there-and-back", lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, W, {"w": 2}, [(3, 11)]),
@@ -236,6 +288,58 @@ def test_a_pair_of_precisions_follows_its_operands(left):
         rows = [3 in v.aval.shape for v in eqn.invars]
         by_operand = dict(zip(rows, eqn.params["precision"], strict=True))
         assert by_operand == {not left: pair[0], left: pair[1]}
+
+
+# Each takes the sum or the product of what it makes, again and again.
+CHAINS = {
+    "powers": lambda p, x: x @ jnp.linalg.matrix_power(p["w"], 64),
+    "exponential": lambda p, x: x @ jax.scipy.linalg.expm(p["w"]),
+    "doubled": lambda p, x: x @ functools.reduce(lambda w, _: w + w, range(8), p["w"]),
+    "Neumann series": lambda p, x: (
+        x @ functools.reduce(lambda s, _: jnp.eye(7) + s @ p["w"] @ s, range(6), p["w"])
+    ),
+    "deep linear": lambda p, x: x @ functools.reduce(jnp.matmul, [p["w"]] * 20),
+    "scaled": lambda p, x: (
+        x @ functools.reduce(lambda w, k: w * jnp.cos(x[0] + k)[None], range(20), p["w"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_weights_ends_and_is_reported(name):
+    params, x = {"w": jnp.eye(7) / 3 + jnp.arange(49.0).reshape(7, 7) / 500}, jnp.ones((7, 7)) / 3
+    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
+    tunable = jax.tree.map(
+        lambda leaf: leaf / 9, testing.random_factors(tunable, jax.random.key(1))
+    )
+    with pytest.warns(MaterializeWarning) as caught:
+        jaxpr = jax.make_jaxpr(lora(CHAINS[name]))((frozen, tunable), x)
+    # Every one of them is a few hundred products; without a bound, millions.
+    assert len(str(jaxpr).splitlines()) < 5000
+    reasons = " ".join(str(warning.message) for warning in caught)
+    if name != "exponential":  # Its powers are few; what ends it is the solver.
+        assert re.search(
+            r"would have (a term of )?\d+ (low-rank terms|factors), more than 16", reasons
+        )
+    got = lora(CHAINS[name], on_materialize="allow")((frozen, tunable), x)
+    expected = CHAINS[name](merge_params(frozen, tunable), x)
+    assert np.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+def test_a_sum_of_many_weights_is_not_a_chain():
+    # As many products as the model has weights.
+    shapes = {f"w{k}": struct((11, 7), jnp.float32) for k in range(30)}
+    fn = lambda p, x: x @ functools.reduce(jnp.add, p.values())  # noqa: E731
+    assert len(products(fn, shapes, dict.fromkeys(shapes, 2), struct((3, 11), jnp.float32))) == 61
+
+
+def test_a_chain_of_weights_has_as_many_terms_as_weights():
+    shapes = {f"w{k}": struct((11 + k, 12 + k), jnp.float32) for k in range(6)}
+    fn = lambda p, x: x @ functools.reduce(jnp.matmul, p.values())  # noqa: E731
+    eqns = products(fn, shapes, dict.fromkeys(shapes, 2), struct((3, 11), jnp.float32))
+    # At last x meets six terms of two narrow factors each.
+    last = [eqn for eqn in eqns if 3 in eqn.outvars[0].aval.shape]
+    assert len(last) == 1 + 2 * 6
 
 
 @pytest.mark.devices(4)

@@ -306,3 +306,19 @@ def test_of_two_weights_the_kernel_stays_factored():
     with pytest.warns(MaterializeWarning, match="takes it as the input") as warnings:
         lora(fn)(pair, x)
     assert len(warnings) == 1
+
+
+def test_padding_first_is_padding():
+    # As is done where "SAME" depends on a symbolic size.
+    x, kernel = jnp.arange(44.0).reshape(2, 11, 2), jnp.arange(30.0).reshape(3, 2, 5)
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NWC", "WIO", "NWC"))
+    window = convolution._Window(stride=2, padding=(4, -1), lhs_dilation=3, rhs_dilation=2)
+
+    def convolve(x, window):
+        stride, padding, lhs_dilation, rhs_dilation = ([value] for value in window)
+        return lax.conv_general_dilated(
+            x, kernel, stride, padding, lhs_dilation, rhs_dilation, numbers
+        )
+
+    padded, (rest,) = convolution._pad_first(x, numbers.lhs_spec, [window])
+    assert np.allclose(convolve(padded, rest), convolve(x, window))
