@@ -13,6 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from . import _compat, _contract
+from ._registry import unfit
 from ._terms import FactoredArray, Inexpressible, Term
 from ._uses import Use
 
@@ -70,11 +71,13 @@ class Interpreter:
         equation = Equation(self, eqn)
         rule = self.rules.get(eqn.primitive)
         recorded = len(self.uses)
-        reason = ""
-        try:
-            out = NotImplemented if rule is None else rule(equation, *operands, **eqn.params)
-        except Inexpressible as inexpressible:
-            out, reason = NotImplemented, str(inexpressible)
+        reason = "" if rule is None else unfit(rule, len(operands), eqn.params)
+        out = NotImplemented
+        if rule is not None and not reason:
+            try:
+                out = rule(equation, *operands, **eqn.params)
+            except Inexpressible as inexpressible:
+                reason = str(inexpressible)
         if out is NotImplemented:
             del self.uses[recorded:]
             arrays = [equation.materialize(operand, reason) for operand in operands]

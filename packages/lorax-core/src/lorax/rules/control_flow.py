@@ -14,7 +14,7 @@ import jax
 import jax.extend.core as jex
 
 from .. import _compat
-from .._registry import defrule
+from .._registry import RULES, defrule, unfit
 from .._sharding import factor_spec
 from .._terms import FactoredArray, Inexpressible, Label
 from .._uses import Use
@@ -192,6 +192,9 @@ def _forwarded(jaxpr) -> list[int | None]:
     origin: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
+        rule = RULES.get(eqn.primitive)
+        if rule is None or unfit(rule, len(eqn.invars), eqn.params):
+            continue
         if name in ("jit", "remat2", "closed_call"):
             inner = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
         elif name in ("scan", "while"):
@@ -250,14 +253,21 @@ def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
 
 
 @defrule("scan")
-def _scan(eqn, *args, jaxpr, reverse, length, unroll, _split_transpose=False, **counts):
-    unknown = counts.keys() - {"num_consts", "num_carry", "linear", "ft_in", "ft_out"}
-    if unknown:
-        raise TypeError(
-            f"lorax does not know parameter {sorted(unknown)} of scan in JAX {jax.__version__}: "
-            "please report this."
-        )
-    n_consts, n_carry = _compat.scan_split(counts)
+def _scan(
+    eqn,
+    *args,
+    jaxpr,
+    reverse,
+    length,
+    unroll,
+    _split_transpose=False,
+    linear=None,
+    num_consts=None,  # these three in JAX < 0.12, and the next two since then
+    num_carry=None,
+    ft_in=None,
+    ft_out=None,
+):
+    n_consts, n_carry = _compat.scan_split(eqn.eqn.params)
     consts, init, xs = (
         args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     )  # fmt: skip
