@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 
 from ._interpreter import Interpreter
+from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
 from ._pair import Leaf, is_array
 from ._registry import RULES
@@ -110,8 +111,9 @@ class Explanation:
         return f"<table>{rows}</table><p>{'<br>'.join(map(html.escape, self._summary()))}</p>"
 
 
+@refuses_ambiguous_keywords
 def explain(
-    fn: Callable[..., Any], pair: tuple[Any, Any], *args: Any, **kwargs: Any
+    fn: Callable[..., Any], pair: tuple[Any, Any], /, *args: Any, **kwargs: Any
 ) -> Explanation:
     """What `lora(fn)(pair, *args, **kwargs)` does with every adapter, without running it.
 

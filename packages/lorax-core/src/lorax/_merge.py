@@ -7,7 +7,7 @@ import jax
 
 from ._compat import is_tracer
 from ._errors import PairError
-from ._pair import combine, flatten_pair, flatten_params, is_tunable_leaf
+from ._pair import combine, flatten_pair, flatten_params, has_adapters, is_tunable_leaf
 from ._weight import LoraWeight, factored
 
 
@@ -50,7 +50,11 @@ def _apply(function: Any, base: Any, weight: LoraWeight, donate: bool = False) -
     return _compiled(function, base.sharding, donate)(base, weight)
 
 
-def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
+# What a call without the second tree has in its place; None is a tree, too.
+_ABSENT: Any = object()
+
+
+def merge_params(frozen: Any, tunable: Any = _ABSENT, *, donate: bool = False) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
     Summed in float32, or in the base's dtype where that is wider, and then cast to the base's.
@@ -78,6 +82,10 @@ def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
         >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
         True
     """
+    if tunable is _ABSENT:
+        raise PairError(
+            "merge_params takes the two trees of a pair, not the pair: merge_params(*pair)."
+        )
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     return combine(
         leaves, structure, lambda leaf: _apply(materialize, leaf.frozen, leaf.tunable, donate)
@@ -105,6 +113,10 @@ def unmerge(params: Any, tunable: Any) -> Any:
         >>> bool(jnp.allclose(unmerge(merged, tunable)["w"], frozen["w"]))
         True
     """
+    if has_adapters(params):
+        raise PairError(
+            "unmerge: the first tree has adapters; it takes merged parameters, and then tunable."
+        )
     leaves, structure = flatten_params(params)
     news, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
     if structure != other:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from ._built import Made, Side, built
 from ._errors import MaterializeError
 from ._init import init_lora
+from ._keywords import refuses_ambiguous_keywords
 from ._merge import merge_params
 from ._pair import Leaf, combine, flatten_pair, is_array
 from ._transform import lora
@@ -25,10 +26,12 @@ from ._weight import LoraWeight
 __all__ = ["check", "random_factors", "weight_sized"]
 
 
+@refuses_ambiguous_keywords
 def check(
     fn: Callable[..., Any],
     params: Any,
     spec: Any,
+    /,
     *args: Any,
     tolerance: float | None = None,
     transforms: bool = True,
@@ -57,10 +60,12 @@ def check(
         materializes: whether the weight is expected to be built: then point 3 is left out, and
             instead `lora` must say so.
         seed: for the random factors.
-        **kwargs: what `fn` is called with.
+        **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
+            `functools.partial` before.
 
     Raises:
         AssertionError: which point failed, with the numbers.
+        TypeError: where an option is given that `fn` has a keyword like.
 
     Example:
         >>> import jax.numpy as jnp
@@ -139,8 +144,9 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
     return jax.tree.map(draw, tunable)
 
 
+@refuses_ambiguous_keywords
 def weight_sized(
-    fn: Callable[..., Any], frozen: Any, tunable: Any, *args: Any, **kwargs: Any
+    fn: Callable[..., Any], frozen: Any, tunable: Any, /, *args: Any, **kwargs: Any
 ) -> dict[tuple[int, ...], int]:
     """Shapes of arrays that hold an adapted weight in full, made by `lora(fn)` and not by `fn`.
 
