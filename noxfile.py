@@ -211,9 +211,11 @@ def docs(session: nox.Session) -> None:
     pages = ["README.md", "docs", *(f"packages/{package}/README.md" for package in PACKAGES)]
     sources = [f"packages/{package}/src" for package in PACKAGES]
     plugin = ["-p", "markdown_examples"]
+    # JAX warns, and pytest fails, where an example makes weights constants of a jitted program.
+    environment = {"PYTHONPATH": "docs", "JAX_CAPTURED_CONSTANTS_WARN_BYTES": "4096"}
     session.run(
         *["pytest", *plugin, "--doctest-modules", *pages, *sources, *session.posargs],
-        env={"PYTHONPATH": "docs"},
+        env=environment,
     )
 
 

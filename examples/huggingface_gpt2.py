@@ -68,7 +68,7 @@ def main(arguments=None):
     optimizer = optax.adam(1e-2)
 
     @jax.jit
-    def step(tunable, state):
+    def step(tunable, state, frozen, ids):
         def loss(tunable):
             return loss_of(adapted(ids, params=(frozen, tunable)).logits, ids)
 
@@ -78,7 +78,7 @@ def main(arguments=None):
 
     state, losses = optimizer.init(tunable), []
     for _ in range(args.steps):
-        tunable, state, value = step(tunable, state)
+        tunable, state, value = step(tunable, state, frozen, ids)
         losses.append(float(value))
     print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}")
 

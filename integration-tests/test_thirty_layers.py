@@ -1,5 +1,6 @@
 """examples/thirty_layers.py, with small layers."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -10,7 +11,9 @@ PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "thirty_layers.py"
 
 def test_it_trains_and_merges():
     command = [sys.executable, "-W", "error", str(PROGRAM), "--dim", "40", "--steps", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A warning, and so an error, if the weights were constants of a program.
+    environment = {**os.environ, "JAX_CAPTURED_CONSTANTS_WARN_BYTES": "20000"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     losses = [float(found) for found in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 4 and losses[-1] < losses[0]

@@ -83,3 +83,18 @@ def test_shapes_are_enough():
     )
     report = explain(model, shapes, jax.ShapeDtypeStruct((5, 50), jnp.float32))
     assert [row.path for row in report.rows] == ["used"]
+
+
+def test_a_product_in_a_branch_counts_once():
+    # The branches return unlike kinds of weights, so each is looked at twice.
+    def fn(params, x):
+        product, w = jax.lax.cond(
+            x.sum() > 0,
+            lambda: (x @ params["used"], params["used"]),
+            lambda: (x @ params["used"], params["built"]),
+        )
+        return product + x @ w
+
+    pair = init_lora(PARAMS, {"used": 2, "built": 3, "typo": 0, "bias": 0}, jax.random.key(0))
+    rows = {row.path: row.uses for row in explain(fn, pair, jnp.ones((5, 50))).rows}
+    assert rows == {"used": ("dot_general ×2", "cond"), "built": ("cond",)}

@@ -264,6 +264,11 @@ def test_a_base_in_host_memory_stays_there(donate):
     ("frozen", "tunable", "message"),
     [
         ({"w": 1}, {"v": 1}, "must both have the structure"),
+        (
+            {"w": LoraWeight(jnp.ones((2, 1)), jnp.ones((1, 2)), 1)},
+            {"w": jnp.ones((2, 2))},
+            "merge_params: frozen and tunable are swapped: the first tree has the adapters",
+        ),
         ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, "`w` stands in frozen and in tunable"),
         (
             {"w": None},
@@ -291,3 +296,11 @@ def test_count_params_counts_arrays():
     _, tunable = pair()
     assert count_params(tunable) == 5 * 2 + 2 * 7 + 3
     assert count_params([jax.nn.relu, None, "x", jax.ShapeDtypeStruct((2, 3), jnp.int8)]) == 6
+
+
+def test_a_pair_in_place_of_its_two_trees_is_an_error():
+    pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+    with pytest.raises(PairError, match=r"two trees of a pair, not the pair: merge_params\(\*pair"):
+        merge_params(pair)
+    with pytest.raises(PairError, match="unmerge: the first tree has adapters"):
+        unmerge(*reversed(pair))

@@ -1,14 +1,30 @@
 """The rule table."""
 
 import ast
+import functools
+import inspect
 import pathlib
+import re
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
-from lorax import _compat, _registry, rules
-from lorax._registry import RULES, defrule
+import lorax
+from lorax import (
+    MaterializeError,
+    MaterializeWarning,
+    _compat,
+    _registry,
+    _transform,
+    init_lora,
+    merge_params,
+    rules,
+    testing,
+)
+from lorax._registry import RULES, defrule, unfit
 
 # What the oldest JAX lacks; the newest has them all.
 SINCE_0_10 = {"stack", "tile", "unstack"}
@@ -54,3 +70,88 @@ def test_every_registered_name_is_a_primitive_with_a_rule(name):
 def test_the_table_covers_the_families():
     names = {primitive.name for primitive in RULES}
     assert {"dot_general", "conv_general_dilated", "gather", "reshape", "scan", "jit"} <= names
+
+
+# Parameters that a rule does not know
+
+
+@pytest.mark.parametrize("primitive", RULES, ids=lambda primitive: primitive.name)
+def test_every_rule_names_its_parameters(primitive):
+    kinds = {p.kind for p in inspect.signature(RULES[primitive]).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def toy(eqn, weight, *, axis, mode=None): ...
+
+
+def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
+    assert unfit(toy, 1, {"axis": 0}) == unfit(toy, 1, {"axis": 0, "mode": 1}) == ""
+
+
+@pytest.mark.parametrize(
+    "operands, parameters, found",
+    [
+        (1, ["axis", "twist"], "the parameter `twist`"),
+        (1, ["mode"], "no parameter `axis`"),
+        (1, ["axes"], "the parameter `axes` and no parameter `axis`"),
+        (2, ["axis"], "2 operands"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_both_versions(operands, parameters, found):
+    assert unfit(toy, operands, parameters) == (
+        f"has {found} in JAX {jax.__version__}, unlike what lorax-core {lorax.__version__} was "
+        "written for"
+    )
+
+
+def shard_mapped(w, x):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(w, x)
+
+
+# For each kind of rule a parameter, and a program with that primitive.
+PROGRAMS = {
+    "transpose": ("permutation", lambda w, x: x @ w.T.T),
+    "reduce_precision": ("mantissa_bits", lambda w, x: x @ lax.reduce_precision(w, 8, 23)),
+    "broadcast_in_dim": ("sharding", lambda w, x: (x[None] @ w[None])[0]),
+    "dot_general": ("precision", lambda w, x: x @ w),
+    "conv_general_dilated": ("padding", lambda w, x: lax.conv(x[..., None], w.T[..., None], (1,),
+                                                              "SAME")[..., 0]),
+    "gather": ("mode", lambda w, x: x.T @ w[jnp.arange(3)]),
+    "jit": ("inline", lambda w, x: jax.jit(lambda w, x: x @ w)(w, x)),
+    "remat": ("policy", lambda w, x: jax.checkpoint(lambda w, x: x @ w)(w, x)),
+    "scan": ("unroll", lambda w, x: lax.scan(lambda c, x: (c, x @ w), 0, x)[1]),
+    "while": ("body_nconsts", lambda w, x: lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, x @ w), (0, x @ w))[1]),
+    "cond": ("branches", lambda w, x: lax.cond(
+        x.sum() > 0, lambda: x @ w, lambda: jnp.sin(x @ w))),
+    "shard_map": ("check_vma", shard_mapped),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_equation_with_a_new_parameter_gets_the_weight_and_that_is_told(monkeypatch, name):
+    parameter, fn = PROGRAMS[name]
+    primitive = _compat.find_primitive(name)
+    assert primitive is not None
+
+    @functools.wraps(RULES[primitive])
+    def older(*operands, **params):
+        return RULES[primitive](*operands, **params)
+
+    signature = inspect.signature(RULES[primitive])
+    kept = [p for p in signature.parameters.values() if p.name != parameter]
+    assert len(kept) == len(signature.parameters) - 1
+    older.__signature__ = signature.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: older})
+
+    model, x = (lambda p, x: fn(p["w"], x)), jnp.ones((3, 5)) / 3
+    frozen, tunable = init_lora({"w": jnp.ones((5, 7)) / 5}, {"w": 2}, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    told = re.escape(f"which has the parameter `{parameter}` in JAX {jax.__version__}, unlike what")
+    with pytest.warns(MaterializeWarning, match=rf"`w` is used by `{primitive.name}` .*{told}"):
+        got = jax.jit(lorax.lora(model))((frozen, tunable), x)
+    assert jnp.allclose(got, model(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(MaterializeError, match=told):
+        lorax.lora(model, on_materialize="error")((frozen, tunable), x)

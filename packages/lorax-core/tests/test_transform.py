@@ -132,6 +132,18 @@ def test_numpy_parameters():
     )
 
 
+def test_an_argument_that_is_also_a_parameter_reaches_the_function_as_it_is():
+    table = np.ones((4, 7), np.float32)
+
+    def fn(params, x, table):
+        assert isinstance(table, np.ndarray) and isinstance(params["table"], jax.core.Tracer)
+        return x @ params["w"] + table[0][None] + params["table"][:1]
+
+    adapters = pair(table=table)
+    expected = X @ merge_params(*adapters)["w"] + 2
+    assert equal(lora(fn)(adapters, X, table), expected)
+
+
 def test_typed_keys_pass_through():
     def fn(params, x, key):
         return x @ params["w"] + jax.random.normal(key, (1, 7)), key
@@ -546,7 +558,8 @@ def test_an_unknown_mode_is_an_error(bad):
     [
         (({"w": ones(5, 7)}, X), r"argument 0 of model must be the pair \(frozen, tunable\)"),
         (((pair()[0], {"v": None}), X), "must both have the structure"),
-        ((tuple(reversed(pair())), X), "must both have the structure"),
+        ((tuple(reversed(pair())), X), "argument 0 of model: frozen and tunable are swapped"),
+        (((pair()[1], pair()[1]), X), "both trees have adapters"),
         (((pair()[0], {"w": ones(5, 7)}), X), "`w` stands in frozen and in tunable"),
         ((), "the call has no such argument"),
     ],

@@ -103,8 +103,18 @@ def varying_axes(array: Any) -> frozenset[Any]:
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:
-    """`file:line (function)` of the user's code behind an equation; no public name gives it."""
-    return source_info_util.summarize(eqn.source_info)
+    """`file:line (function)` of the user's code behind an equation; no public name gives it.
+
+    Empty where a library made the equation. JAX 0.8 remembers the body of a jitted function with
+    the frames of whoever called it first, so the search ends where the tracing of a body begins.
+    """
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if source_info_util.is_user_filename(frame.file_name):
+            return source_info_util.summarize(eqn.source_info)
+        if frame.function_name.startswith("trace_to_jaxpr"):
+            break
+    return ""
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

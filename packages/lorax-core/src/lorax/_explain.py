@@ -12,6 +12,7 @@ import jax.export
 import jax.extend.core as jex
 
 from ._interpreter import Interpreter
+from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
 from ._pair import Leaf, is_array
 from ._registry import RULES
@@ -115,9 +116,11 @@ class Explanation:
         return f"<table>{rows}</table><p>{'<br>'.join(map(html.escape, self._summary()))}</p>"
 
 
+@refuses_ambiguous_keywords
 def explain(
     fn: Callable[..., Any],
     pair: tuple[Any, Any],
+    /,
     *args: Any,
     through_custom_derivatives: bool = False,
     **kwargs: Any,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ._axes import Axes, normalize, resolve_axes
 from ._errors import SpecError, UnadaptedWarning
+from ._keywords import refuses_ambiguous_keywords
 from ._pair import Leaf, flatten_params, is_array
 from ._spec import LORA_FREEZE, LoraSpec, Pattern, matches, shown, some
 from ._terms import FactoredArray, Term
@@ -20,9 +21,11 @@ from .roles import DATA, find_roles
 SharedAxes = Sequence[int] | Mapping[Pattern, Sequence[int]]
 
 
+@refuses_ambiguous_keywords
 def infer_spec(
     fn: Any,
     params: Any,
+    /,
     *args: Any,
     rank: int,
     alpha: float | None = None,
@@ -59,7 +62,8 @@ def infer_spec(
         skip_small: whether a weight stays frozen where its adapter would have at least as many
             numbers as the weight, `rank · (inputs + outputs) ≥ inputs · outputs`. With False it
             gets an adapter, whose rank is at most that of the weight.
-        **kwargs: what `fn` is called with.
+        **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
+            `functools.partial` before.
 
     Returns:
         A tree with the structure of `params` of `LoraSpec`s and `LORA_FREEZE`, for `init_lora`;
@@ -67,6 +71,7 @@ def infer_spec(
 
     Raises:
         SpecError: where no weight is found, or none that `where` accepts.
+        TypeError: where an option is given that `fn` has a keyword like.
 
     Warns:
         UnadaptedWarning: where weights are left frozen, or get a lower rank; names each with the
@@ -124,7 +129,7 @@ def infer_spec(
             f"infer_spec leaves weights without the adapter that was asked for:\n{lines}\nLeave "
             "such weights out with `where` to silence this.",
             UnadaptedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return jax.tree.unflatten(structure, decided)
 

@@ -4,6 +4,8 @@ It knows no primitive. What a rule needs of its equation stands in `Equation`; w
 each weight is kept in `Interpreter.uses`.
 """
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -14,6 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from . import _compat, _contract
+from ._registry import unfit
 from ._terms import FactoredArray, Inexpressible, Term
 from ._uses import Use
 
@@ -42,6 +45,12 @@ class Interpreter:
         self.uses: list[Use] = []
         self.transformed = {} if transformed is None else transformed
         self.through_custom_derivatives = through_custom_derivatives
+
+    def fork(self) -> "Interpreter":
+        """One that works alike and has a record of its own."""
+        other = copy.copy(self)
+        other.uses = []
+        return other
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The outputs of an open or closed jaxpr."""
@@ -86,15 +95,19 @@ class Interpreter:
         equation = Equation(self, eqn, operands, before_broadcast)
         rule = self.rules.get(eqn.primitive)
         recorded = len(self.uses)
-        reason = ""
-        try:
-            out = NotImplemented if rule is None else rule(equation, *operands, **eqn.params)
-        except Inexpressible as inexpressible:
-            out, reason = NotImplemented, str(inexpressible)
+        reason = "" if rule is None else unfit(rule, len(operands), eqn.params)
+        out = NotImplemented
+        if rule is not None and not reason:
+            try:
+                out = rule(equation, *operands, **eqn.params)
+            except Inexpressible as inexpressible:
+                reason = str(inexpressible)
         if out is NotImplemented:
             del self.uses[recorded:]
             arrays = [equation.materialize(operand, reason) for operand in operands]
             return _compat.bind(eqn, *arrays)
+        for body in equation.bodies:
+            equation.adopt(body.uses)
         return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -137,13 +150,14 @@ class Equation:
         self,
         interpreter: Interpreter,
         eqn: jex.JaxprEqn,
-        operands: Sequence[Value],
-        before_broadcast: _BeforeBroadcast,
+        operands: Sequence[Value] = (),
+        before_broadcast: _BeforeBroadcast = lambda _: None,
     ):
         self.interpreter = interpreter
         self.eqn = eqn
         self._operands = operands
         self._before_broadcast = before_broadcast
+        self.bodies: list[Body] = []
 
     def __call__(self, *operands: jax.Array) -> Any:
         """Evaluates the original equation on plain arrays."""
@@ -166,9 +180,28 @@ class Equation:
             shape[axis] = size
         return jnp.reshape(source[0], shape)
 
+    def body(self, jaxpr: Any, finish: "Finish | None" = None) -> "Body":
+        """A body of this equation as a function of arrays and weights.
+
+        What it does to weights is recorded once, however often JAX traces it. `finish(inside,
+        outs)` maps its outputs, where `inside` is this equation as the body sees it: what that
+        materializes belongs to the body.
+        """
+        self.bodies.append(Body(self, jaxpr, finish))
+        return self.bodies[-1]
+
+    def adopt(self, uses: Iterable[Use]) -> None:
+        """Records what a body did to weights.
+
+        The equations of a library have no line of the user's: they get the line of their caller.
+        """
+        self.interpreter.uses += (
+            use if use.line else dataclasses.replace(use, line=self.line) for use in uses
+        )
+
     @functools.cached_property
     def line(self) -> str:
-        """The user's source line."""
+        """The user's source line; empty where only a library's code made this equation."""
         return _compat.source_line(self.eqn)
 
     @property
@@ -207,8 +240,8 @@ class Equation:
                     source,
                     kind,
                     self.eqn.primitive.name,
-                    tuple(sorted(set(inputs))),
-                    tuple(sorted(set(outputs))),
+                    tuple(sorted({int(d) for d in inputs})),
+                    tuple(sorted({int(d) for d in outputs})),
                     term.shape,
                     self.line,
                     reason,
@@ -262,3 +295,28 @@ class Equation:
                 dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
         return base
+
+
+# What becomes of the outputs of a body, given the equation as the body sees it.
+Finish = Callable[[Equation, list[Value]], Any]
+
+
+class Body:
+    """A body of an equation as a function; `uses` is what its last run did to weights.
+
+    It keeps the jaxpr, and neither the operands nor the record of the call that made it, so it may
+    outlive that call.
+    """
+
+    def __init__(self, equation: Equation, jaxpr: Any, finish: Finish | None = None):
+        self.uses: list[Use] = []
+        self._interpreter, self._eqn = equation.interpreter.fork(), equation.eqn
+        self._jaxpr, self._finish = jaxpr, finish
+
+    def __call__(self, *args: Value) -> Any:
+        interpreter = self._interpreter.fork()
+        outs: Any = interpreter.run(self._jaxpr, args)
+        if self._finish is not None:
+            outs = self._finish(Equation(interpreter, self._eqn), outs)
+        self.uses = interpreter.uses
+        return outs

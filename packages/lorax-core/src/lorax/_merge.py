@@ -10,7 +10,15 @@ import jax
 
 from ._compat import is_tracer
 from ._errors import PairError
-from ._pair import Leaf, combine, flatten_pair, flatten_params, flatten_tunable, own
+from ._pair import (
+    Leaf,
+    combine,
+    flatten_pair,
+    flatten_params,
+    flatten_tunable,
+    has_adapters,
+    own,
+)
 from ._sharding import devices_of, in_device_memory, placement
 from ._weight import LoraWeight, factored
 
@@ -82,7 +90,11 @@ def _brief(devices: set[Any]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} devices ({names[0]}, …, {names[-1]})"
 
 
-def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
+# What a call without the second tree has in its place; None is a tree, too.
+_ABSENT: Any = object()
+
+
+def merge_params(frozen: Any, tunable: Any = _ABSENT, *, donate: bool = False) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
     Summed in float32, or in the base's dtype where that is wider, and then cast to the base's.
@@ -113,6 +125,10 @@ def merge_params(frozen: Any, tunable: Any, *, donate: bool = False) -> Any:
         >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
         True
     """
+    if tunable is _ABSENT:
+        raise PairError(
+            "merge_params takes the two trees of a pair, not the pair: merge_params(*pair)."
+        )
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     uses = Counter(id(leaf.frozen) for leaf in leaves)
 
@@ -148,6 +164,10 @@ def unmerge(params: Any, tunable: Any) -> Any:
         >>> bool(jnp.allclose(unmerge(merged, tunable)["w"], frozen["w"]))
         True
     """
+    if has_adapters(params):
+        raise PairError(
+            "unmerge: the first tree has adapters; it takes merged parameters, and then tunable."
+        )
     leaves, structure = flatten_params(params)
     news, other = flatten_tunable(tunable, params, structure)
     if structure != other:

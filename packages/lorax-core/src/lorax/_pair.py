@@ -77,6 +77,7 @@ def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]
     left, structure = flatten_params(frozen)
     right, other = flatten_tunable(tunable, frozen, structure)
     if structure != other:
+        _check_order(frozen, tunable, what)
         raise PairError(
             f"{what}: frozen and tunable must both have the structure of the parameters, as "
             f"`init_lora` returns them, but frozen is {_brief(structure)} and tunable is "
@@ -86,6 +87,26 @@ def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]
     for path, base, new in leaves:
         _check_leaf(what, path, base, new)
     return leaves, structure
+
+
+def _check_order(frozen: Any, tunable: Any, what: str) -> None:
+    if not has_adapters(frozen):
+        return
+    if has_adapters(tunable):
+        raise PairError(
+            f"{what}: both trees have adapters. A pair is (frozen, tunable), as `init_lora` "
+            "returns it, and frozen has arrays alone."
+        )
+    raise PairError(
+        f"{what}: frozen and tunable are swapped: the first tree has the adapters. A pair is "
+        "(frozen, tunable), as `init_lora` returns it."
+    )
+
+
+def has_adapters(tree: Any) -> bool:
+    """Whether a tree has an adapter anywhere, as the tunable one of a pair."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_tunable_leaf)
+    return any(isinstance(leaf, LoraWeight) for leaf in leaves)
 
 
 def _brief(structure: Any) -> str:

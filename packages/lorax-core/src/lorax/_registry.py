@@ -12,13 +12,18 @@ A rule returns the output (a list of them where the primitive has several), or `
 where this call is not covered, or the algebra of terms raises `Inexpressible`: then the
 interpreter builds the weight in full and says so.
 
-Parameters are named one by one, on purpose: a parameter that a new JAX adds is an error that
-asks for a look, never a silent guess.
+Parameters are named one by one, on purpose: where a JAX has a parameter that the rule does not
+name, or lacks one that it needs, the weight is materialized and the user is told which, never a
+silent guess.
 """
 
-from collections.abc import Callable
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 from jax.extend.core import Primitive
 
 from . import _compat
@@ -45,26 +50,65 @@ def defrule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def unfit(rule: Rule, operands: int, parameters: Iterable[str]) -> str:
+    """Why a rule cannot be called for such an equation, as in `Use.reason`; empty where it can."""
+    return _unfit(rule, operands, tuple(parameters))
+
+
+@functools.lru_cache(maxsize=4096)
+def _unfit(rule: Rule, operands: int, parameters: tuple[str, ...]) -> str:
+    signature = inspect.signature(rule)
+    try:
+        signature.bind(None, *[None] * operands, **dict.fromkeys(parameters))
+        return ""
+    except TypeError:
+        pass
+    named = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    names = {p.name for p in named}
+    unknown = [f"the parameter `{name}`" for name in parameters if name not in names]
+    missing = [
+        f"no parameter `{p.name}`"
+        for p in named
+        if p.default is p.empty and p.name not in parameters
+    ]
+    found = " and ".join(unknown + missing) or f"{operands} operands"
+    version = importlib.metadata.version("lorax-core")
+    return f"has {found} in JAX {jax.__version__}, unlike what lorax-core {version} was written for"
+
+
+def _with_parameters(rule: Rule, parameters: Iterable[inspect.Parameter]) -> Rule:
+    """Gives a rule that takes `**params` the signature of one that names them."""
+    signature = inspect.signature(rule)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    rule.__signature__ = signature.replace(parameters=[*kept, *parameters])  # pyright: ignore[reportFunctionMemberAccess]
+    return rule
+
+
 def defstructural(name: str, change: Callable[..., Term]) -> None:
     """A rule for a primitive that moves or cuts the axes of its one operand.
 
     `change(term, **params)` is the term of the result.
     """
 
-    @defrule(name)
     def rule(eqn, weight, *others, **params):
         if any(isinstance(other, FactoredArray) for other in others):
             return NotImplemented
         terms = [change(term, *others, **params) for term in weight.terms]
         return eqn.settle(eqn(weight.base, *others), terms)
 
+    named = inspect.signature(change).parameters.values()
+    defrule(name)(_with_parameters(rule, (p for p in named if p.kind is p.KEYWORD_ONLY)))
 
-def defdirect(name: str) -> None:
+
+def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:
     """A rule for a primitive that changes how a weight is stored and not what it is.
 
     The factors stay as they are: they meet their operand in the operand's dtype anyway.
+    `parameters` are the names of those that it has.
     """
 
-    @defrule(name)
     def rule(eqn, weight, **params):
         return eqn.settle(eqn(weight.base), weight.terms)
+
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    defrule(name)(_with_parameters(rule, (inspect.Parameter(p, keyword_only) for p in parameters)))

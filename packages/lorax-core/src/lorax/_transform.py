@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from . import _uses, rules
 from ._errors import PairError
 from ._interpreter import Interpreter
-from ._pair import Leaf, combine, flatten_pair, is_array, split_pair
+from ._pair import Leaf, flatten_pair, is_array, split_pair
 from ._registry import RULES
 from ._terms import FactoredArray
 from ._weight import LoraWeight, factored
@@ -94,7 +94,7 @@ def lora(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
         if not any(isinstance(leaf.tunable, LoraWeight) for leaf in call.leaves):
-            args, kwargs = call.arguments(lambda leaf: leaf.tunable)
+            args, kwargs = call.arguments(_plain)
             return fn(*args, **kwargs)
         traced = trace(fn, call)
         if "error" in (on_materialize, on_unused):
@@ -137,10 +137,10 @@ class Call(NamedTuple):
         """The paths of all adapters."""
         return [leaf.path for leaf in self.leaves if isinstance(leaf.tunable, LoraWeight)]
 
-    def arguments(self, adapted: Callable[[Leaf], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with parameters in place of pairs."""
+    def arguments(self, of: Callable[[Leaf], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with trees of `of(leaf)` in place of pairs."""
         trees = {
-            where: combine(pair.leaves, pair.structure, adapted)
+            where: jax.tree.unflatten(pair.structure, map(of, pair.leaves))
             for where, pair in self.pairs.items()
         }
         args = tuple(trees.get(k, arg) for k, arg in enumerate(self.args))
@@ -205,28 +205,17 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
     """
     if adapt is None:
         adapt = lambda leaf: factored(leaf.frozen, leaf.tunable, leaf.path)  # noqa: E731
-    weights: list[Any] = []
 
-    def base(leaf: Leaf) -> Any:
+    def tagged(leaf: Leaf) -> "_OfPair":
         # Whatever its kind, the function sees a weight as an array of its base's shape.
-        weights.append(adapt(leaf))
-        return _Adapted(len(weights) - 1)
+        return _OfPair(adapt(leaf) if isinstance(leaf.tunable, LoraWeight) else _plain(leaf))
 
-    arguments = call.arguments(base)
-    in_pairs = {id(leaf.frozen) for leaf in call.leaves} | {
-        id(leaf.tunable) for leaf in call.leaves
-    }
-    leaves, structure = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, _Adapted))
-    dynamic = [
-        isinstance(leaf, _Adapted | jax.Array | jax.ShapeDtypeStruct)
-        or (id(leaf) in in_pairs and is_array(leaf))
-        for leaf in leaves
-    ]
-    operands = [
-        weights[leaf.index] if isinstance(leaf, _Adapted) else leaf
-        for leaf, moves in zip(leaves, dynamic, strict=True)
-        if moves
-    ]
+    leaves, structure = jax.tree.flatten(
+        call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
+    )
+    dynamic = [_is_dynamic(leaf) for leaf in leaves]
+    leaves = [leaf.value if isinstance(leaf, _OfPair) else leaf for leaf in leaves]
+    operands = [leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
     returned: list[Any] = []
 
     def flat(*arrays: jax.Array) -> list[jax.Array]:
@@ -256,10 +245,21 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
 
 @dataclasses.dataclass(frozen=True)
-class _Adapted:
-    """Stands for a weight while the arguments are flattened."""
+class _OfPair:
+    """A leaf of a pair while the arguments are flattened; a weight is a `FactoredArray`."""
 
-    index: int
+    value: Any
+
+
+def _is_dynamic(leaf: Any) -> bool:
+    if isinstance(leaf, _OfPair):
+        return isinstance(leaf.value, FactoredArray) or is_array(leaf.value)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _plain(leaf: Leaf) -> Any:
+    """A parameter without an adapter, from the tree that has it."""
+    return leaf.frozen if leaf.tunable is None else leaf.tunable
 
 
 def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> list[jax.Array]:

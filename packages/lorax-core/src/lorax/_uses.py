@@ -61,15 +61,20 @@ def _built(use: Use) -> str:
     if use.kind == "returned":
         return (
             f"`{use.source}` is returned by the function, so the adapted weight of shape "
-            f"{use.shape} is built in full. Return what depends on it instead, or pass "
+            f"{_shape(use.shape)} is built in full. Return what depends on it instead, or pass "
             "on_materialize='allow'."
         )
     return (
-        f"`{use.source}` is used by `{use.primitive}` as an array of shape {use.shape} at "
+        f"`{use.source}` is used by `{use.primitive}` as an array of shape {_shape(use.shape)} at "
         f"{use.line or 'an unknown line'}, which {use.reason or NO_RULE}, so the adapted "
         "weight is built in full there. Give it LORA_FREEZE or LORA_FULL, merge it with "
         "merge_params, or accept the cost with on_materialize='allow'."
     )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    """A shape as Python prints it; its sizes may be NumPy's, or symbols."""
+    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
 
 
 def _unused(paths: Sequence[str]) -> str:

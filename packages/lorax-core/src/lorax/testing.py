@@ -6,31 +6,32 @@
 It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
 """
 
-import collections
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ._built import Made, Side, built
 from ._errors import MaterializeError
 from ._init import init_lora
+from ._keywords import refuses_ambiguous_keywords
 from ._merge import merge_params
-from ._pair import combine, flatten_pair, is_array
+from ._pair import Leaf, combine, flatten_pair, is_array
 from ._transform import lora
 from ._weight import LoraWeight
 
 __all__ = ["check", "random_factors", "weight_sized"]
 
 
+@refuses_ambiguous_keywords
 def check(
     fn: Callable[..., Any],
     params: Any,
     spec: Any,
+    /,
     *args: Any,
     tolerance: float | None = None,
     transforms: bool = True,
@@ -44,7 +45,8 @@ def check(
     1. Its value, and the gradient of every trained parameter, equal those of `fn` on merged
        parameters, each within `tolerance` of its largest entry.
     2. So they do under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
-    3. No equation makes an array as big as an adapted weight that `fn` does not make itself.
+    3. No equation makes an array that holds an adapted weight in full where `fn` makes none: see
+       `weight_sized`.
 
     Args:
         fn: a function of the parameters first.
@@ -61,11 +63,13 @@ def check(
         seed: for the random factors.
         through_custom_derivatives: as in `lora`; the merged model keeps the derivative rules, so
             that point 1 fails where one of them is not the derivative of its function.
-        **kwargs: what `fn` is called with.
+        **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
+            `functools.partial` before.
 
     Raises:
         AssertionError: which point failed, with the numbers.
-        TypeError: where an argument is a shape, symbolic or not, instead of an array.
+        TypeError: where an argument is a shape, symbolic or not, instead of an array, or where an
+            option is given that `fn` has a keyword like.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,7 +101,7 @@ def check(
         excess = weight_sized(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
-        assert not excess, f"arrays as big as an adapted weight are built: {excess}"
+        assert not excess, f"arrays that hold an adapted weight in full are built: {excess}"
     programs = {"value and gradient": _value_and_gradient}
     if transforms:
         programs |= {
@@ -153,19 +157,23 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
     return jax.tree.map(draw, tunable)
 
 
+@refuses_ambiguous_keywords
 def weight_sized(
     fn: Callable[..., Any],
     frozen: Any,
     tunable: Any,
+    /,
     *args: Any,
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> dict[tuple[int, ...], int]:
-    """Shapes of arrays that `lora(fn)` builds more often than `fn`, as big as an adapted weight.
+    """Shapes of arrays that hold an adapted weight in full, made by `lora(fn)` and not by `fn`.
 
-    An array counts where it has as many entries as an adapted weight, or all of a weight's axes
-    and more, and its shape is made more often than by `fn` on plain parameters, nested equations
-    included. Sizes are all it goes by, so give batches other sizes than weights.
+    The axes of every adapted weight are followed through the equations, nested ones included. An
+    array counts where both sides of a weight went into it (its base, or `a` and `b`) and it still
+    shows an axis of the inputs and one of the outputs: a merged weight, its delta or a piece of
+    it, transposed, reshaped or scaled. What came of a product with data does not count, so sizes
+    may coincide.
 
     Args:
         fn: a function of the parameters first.
@@ -176,10 +184,12 @@ def weight_sized(
         **kwargs: what `fn` is called with.
 
     Returns:
-        How often each such shape is made too often; empty where no weight is built.
+        How often an array of each shape is made more often than by `fn` on plain parameters;
+        empty where no weight is built.
     """
-    leaves, _ = flatten_pair(frozen, tunable, "weight_sized")
-    shapes = {leaf.frozen.shape for leaf in leaves if isinstance(leaf.tunable, LoraWeight)}
+    leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
+    adapters = [leaf.tunable for leaf in leaves if isinstance(leaf.tunable, LoraWeight)]
+    bases = [leaf.frozen for leaf in leaves if isinstance(leaf.tunable, LoraWeight)]
     adapted = lora(
         fn,
         on_materialize="allow",
@@ -188,49 +198,63 @@ def weight_sized(
     )
     data, fill = _split_data(args)
 
-    def call(function: Callable[..., Any], first: Any, data: list[Any]) -> list[jax.Array]:
-        return _arrays(function(first, *fill(data), **kwargs))
+    def ours(bases: list[Any], factors: list[Any], data: list[Any]) -> list[jax.Array]:
+        frozen, tunable = _with_adapters(leaves, structure, bases, factors)
+        return _arrays(adapted((frozen, tunable), *fill(data), **kwargs))
 
-    counts = []
-    for function, make in ((adapted, lambda t: (frozen, t)), (fn, lambda t: _bases(frozen, t))):
-        closed = jax.make_jaxpr(lambda t, a, f=function, m=make: call(f, m(t), a))(tunable, data)
-        counts.append(collections.Counter(_shapes(closed)))
-    ours, plain = counts
-    return {
-        shape: n - plain[shape]
-        for shape, n in ours.items()
-        if n > plain[shape] and any(_holds(shape, weight) for weight in shapes)
-    }
+    def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
+        rest = iter(bases)
+        params = combine(leaves, structure, lambda _: next(rest))
+        return _arrays(fn(params, *fill(data), **kwargs))
 
-
-def _holds(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    axes = collections.Counter(size for size in weight if size != 1)
-    return math.prod(shape) == math.prod(weight) or axes <= collections.Counter(shape)
-
-
-def _bases(frozen: Any, tunable: Any) -> Any:
-    """Plain parameters whose values do not matter."""
-    leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
-    return combine(leaves, structure, lambda leaf: leaf.frozen)
+    of_bases = [_of_base(k, weight) for k, weight in enumerate(adapters)]
+    of_factors = [made for k, weight in enumerate(adapters) for made in _of_factors(k, weight)]
+    thin = frozenset(
+        (k, side)
+        for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
+        for side, axes in _sides(weight).items()
+        if all(base.shape[d] == 1 for d in axes)
+    )
+    nothing = [None] * len(data)
+    got = built(jax.make_jaxpr(ours)(bases, adapters, data), of_bases + of_factors + nothing, thin)
+    expected = built(jax.make_jaxpr(plain)(bases, data), of_bases + nothing, thin)
+    return dict(got - expected)
 
 
-def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    """The shape of everything that an equation makes, in nested jaxprs too."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        inner = [p for value in eqn.params.values() for p in _jaxprs(value)]
-        if inner:
-            for body in inner:
-                yield from _shapes(body)
-        else:
-            yield from (getattr(v.aval, "shape", ()) for v in eqn.outvars)
+def _with_adapters(
+    leaves: Sequence[Leaf], structure: Any, bases: Sequence[Any], adapters: Sequence[Any]
+) -> tuple[Any, Any]:
+    """The pair with other bases and adapters."""
+    rest = iter(zip(bases, adapters, strict=True))
+    pairs = [
+        next(rest) if isinstance(leaf.tunable, LoraWeight) else (leaf.frozen, leaf.tunable)
+        for leaf in leaves
+    ]
+    frozen, tunable = zip(*pairs, strict=True)
+    return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)
 
 
-def _jaxprs(value: Any) -> list[Any]:
-    if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [body for item in value for body in _jaxprs(item)]
-    return []
+def _sides(weight: LoraWeight) -> dict[str, tuple[int, ...]]:
+    return {"in": weight.in_axes, "out": weight.out_axes, "shared": weight.shared_axes}
+
+
+def _of_base(k: int, weight: LoraWeight) -> Made:
+    """Base number k shows all of its sides."""
+    axes = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
+    return Made(tuple(axes[d] for d in sorted(axes)), frozenset({(k, "in"), (k, "out")}))
+
+
+def _of_factors(k: int, weight: LoraWeight) -> tuple[Made, Made]:
+    """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs."""
+    shared, inputs, outputs = (
+        (frozenset({(k, side)}),) * len(axes)
+        for side, axes in zip(("shared", "in", "out"), weight.axes, strict=True)
+    )
+    rank = (frozenset[Side](),)
+    return (
+        Made((*shared, *inputs, *rank), frozenset({(k, "in")})),
+        Made((*shared, *rank, *outputs), frozenset({(k, "out")})),
+    )
 
 
 def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) -> None:

@@ -225,14 +225,9 @@ def adapted(params, spec):
     return frozen, testing.random_factors(tunable, jax.random.key(1))
 
 
-def test_a_flattened_weight_shapes_its_operand():
-    # The table's count of arrays cannot hold this: the operand takes the weight's axes instead.
-    fn = lambda p, x: x @ p["w"].ravel()  # noqa: E731
-    frozen, tunable = adapted({"w": jnp.ones((11, 7))}, {"w": 2})
-    x = jax.random.normal(jax.random.key(3), (3, 77))
-    assert testing.weight_sized(fn, frozen, tunable, x) == {(3, 11, 7): 1}
-    got = lora(fn, on_materialize="error")((frozen, tunable), x)
-    assert np.allclose(got, fn(merge_params(frozen, tunable), x), rtol=1e-4)
+def test_a_flattened_weight_shapes_its_operand(prove):
+    # The operand takes the weight's axes, and the weight is not built.
+    prove("flattened", lambda p, x: x @ p["w"].ravel(), W, {"w": 2}, [(3, 77)])
 
 
 def test_stop_gradient():

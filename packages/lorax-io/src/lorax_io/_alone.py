@@ -18,7 +18,7 @@ from ._errors import (
     UnsupportedAdapterError,
 )
 from ._export import pattern_name
-from ._layouts import RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from ._layouts import RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Roles, Tensor
 from ._native import FORMAT_KEY, load_alone
 from ._peft import WEIGHTS_NAME, open_peft
 from ._restore import FACTOR, Source, plain_keys, restore
@@ -148,11 +148,23 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
         None if isinstance(layout, Tensor) else shape("lora_A.weight") or shape("lora_embedding_A")
     )
     whole = shape(layout.parameter)
+    unsure = AdapterMismatchError(
+        path,
+        f"does not say how large each of the axes is that are one in `{module}`. Load it in "
+        "Python (`lorax_io.load_peft`), with the parameters.",
+    )
+
+    def roles_of(ndim: int) -> Roles:
+        try:
+            return layout.roles(ndim)
+        except AdapterMismatchError as error:  # The parameter has more axes than its tensors.
+            raise unsure from error
+
     if first is not None:
-        roles = layout.roles(len(layout.shared_axes) + len(first))
+        roles = roles_of(len(layout.shared_axes) + len(first))
         tensors = [(shape(factor.key), factor.groups) for factor in layout.factors(roles)]
     elif whole is not None:
-        roles = layout.roles(len(stack) + len(whole))
+        roles = roles_of(len(stack) + len(whole))
         tensors = [(whole, layout.whole(roles))]
     else:
         return None
@@ -169,11 +181,7 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
             if len(axes) == 1:
                 sizes[axes[0]] = size // rank if RANK in group else size
     if sorted(sizes) != list(range(sum(map(len, roles)))):
-        raise AdapterMismatchError(
-            path,
-            f"does not say how large each of the axes is that are one in `{module}`. Load it in "
-            "Python (`lorax_io.load_peft`), with the parameters.",
-        )
+        raise unsure
     return tuple(sizes[axis] for axis in sorted(sizes))
 
 

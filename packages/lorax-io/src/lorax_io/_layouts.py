@@ -71,15 +71,34 @@ class Layout:
 
     def roles(self, ndim: int) -> Roles:
         """The roles of the axes of a parameter, by the rule of `lorax.LoraSpec`."""
-        axes = lambda given: tuple(sorted(d % ndim for d in given))  # noqa: E731
-        shared = axes(self.shared_axes)
+        shared = self._axes("shared_axes", ndim)
         rest = [d for d in range(ndim) if d not in shared]
         if self.in_axes is not None:
-            inputs = axes(self.in_axes)
+            inputs = self._axes("in_axes", ndim)
             others = tuple(d for d in rest if d not in inputs)
-            return Roles(shared, inputs, others if self.out_axes is None else axes(self.out_axes))
-        outputs = tuple(rest[-1:]) if self.out_axes is None else axes(self.out_axes)
-        return Roles(shared, tuple(d for d in rest if d not in outputs), outputs)
+            outputs = others if self.out_axes is None else self._axes("out_axes", ndim)
+        else:
+            outputs = tuple(rest[-1:]) if self.out_axes is None else self._axes("out_axes", ndim)
+            inputs = tuple(d for d in rest if d not in outputs)
+        if sorted((*shared, *inputs, *outputs)) != list(range(ndim)):
+            raise AdapterMismatchError(
+                self.module,
+                f"its layout uses the {ndim} axes of the parameter as in_axes={inputs}, "
+                f"out_axes={outputs}, shared_axes={shared}; each axis must have exactly one role.",
+            )
+        return Roles(shared, inputs, outputs)
+
+    def _axes(self, name: str, ndim: int) -> tuple[int, ...]:
+        """Some axes of a parameter, each counted from the front."""
+        return tuple(sorted(self._axis(name, d, ndim) for d in getattr(self, name)))
+
+    def _axis(self, name: str, axis: int, ndim: int) -> int:
+        if not -ndim <= axis < ndim:
+            raise AdapterMismatchError(
+                self.module,
+                f"its layout has {name}={getattr(self, name)}, and the parameter has ndim={ndim}.",
+            )
+        return axis % ndim
 
     def stack(self, roles: Roles) -> tuple[int, ...]:
         """The shared axes that have a module for each entry."""
@@ -166,7 +185,13 @@ class Conv(Layout):
     grouped: bool = False
 
     def _inputs(self, roles: Roles) -> Groups:
-        channel = roles.inputs[-1] if self.channel_axis is None else self.channel_axis
+        channel = roles.inputs[-1]
+        if self.channel_axis is not None:
+            channel = self._axis("channel_axis", self.channel_axis, sum(map(len, roles)))
+        if channel not in roles.inputs:
+            raise AdapterMismatchError(
+                self.module, f"its channel_axis={channel} is not among its in_axes={roles.inputs}."
+            )
         return ((channel,), *((d,) for d in roles.inputs if d != channel))
 
     def whole(self, roles: Roles) -> Groups:

@@ -39,6 +39,7 @@ from ._tree import (
     blank_weights,
     filled,
     is_array,
+    leaves_of,
     near,
     param_leaves,
     settings_of,
@@ -326,7 +327,7 @@ def _fit_like(
                 file.path,
                 f"has `{name}` in {file.entries[name].dtype}, but `like` has {array.dtype}.",
             )
-    leaves, structure = param_leaves(like)
+    leaves, structure = leaves_of(like)
     rows = {path: jax.tree.map(_shape_and_place, leaf) for path, leaf in wanted.items()}
     _check_entries(file, rows)
     return rows, structure, leaves

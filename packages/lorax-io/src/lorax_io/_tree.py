@@ -49,6 +49,12 @@ def _row(path: tuple[Any, ...], leaf: Any) -> Row:
 
 def tunable_rows(file: object, tunable: Any) -> list[Row]:
     """The rows of a tunable tree, of arrays or shapes."""
+    if _is_pair(tunable):
+        raise AdapterError(
+            file,
+            "was given the pair (frozen, tunable); give it the tunable tree alone. (If it is a "
+            "tree of two parts, one trained in full and one adapted, give it as a list.)",
+        )
     rows = rows_of(tunable)
     seen: set[str] = set()
     for path, leaf in rows:
@@ -63,6 +69,19 @@ def tunable_rows(file: object, tunable: Any) -> list[Row]:
                     file, f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
                 )
     return rows
+
+
+def _is_pair(tree: Any) -> bool:
+    """Whether a tree is a pair in either order: every adapter has its base beside it."""
+    if type(tree) is not tuple or len(tree) != 2:
+        return False
+    is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
+    (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=is_leaf) for half in tree)
+    if one != other:
+        return False
+    sides = (zip(left, right, strict=True), zip(right, left, strict=True))
+    beside = [leaf for side in sides for leaf, row in side if _is_weight(row)]
+    return bool(beside) and all(map(is_array, beside))
 
 
 def _is_weight(node: Any) -> bool:
@@ -85,6 +104,19 @@ def all_arrays(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a parameter tree by path, None among them, and its structure."""
+    leaves, structure = leaves_of(params)
+    for path, leaf in leaves.items():
+        if _is_weight(leaf):
+            raise AdapterError(
+                "the parameters",
+                f"have an adapter at `{path}`: this is a tunable tree, or a pair. Give the "
+                "parameters of the base, or the frozen tree.",
+            )
+    return leaves, structure
+
+
+def leaves_of(params: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves of a tree of parameters or adapters by path, and its structure."""
     is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     rows = [_row(path, leaf) for path, leaf in leaves]

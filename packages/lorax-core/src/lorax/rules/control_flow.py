@@ -14,15 +14,10 @@ import jax
 import jax.extend.core as jex
 
 from .. import _compat
-from .._registry import defrule
+from .._interpreter import Body
+from .._registry import RULES, defrule, unfit
 from .._sharding import factor_spec
 from .._terms import FactoredArray, Inexpressible, Label
-from .._uses import Use
-
-
-def _body(eqn, jaxpr):
-    """The body of an equation as a function of arrays and weights."""
-    return lambda *args: eqn.interpreter.run(jaxpr, args)
 
 
 def _plain(eqn, values):
@@ -32,7 +27,7 @@ def _plain(eqn, values):
 
 @defrule("closed_call")
 def _closed_call(eqn, *args, call_jaxpr):
-    return eqn.interpreter.run(call_jaxpr, args)
+    return eqn.body(call_jaxpr)(*args)
 
 
 # Bodies that are met again and again: jit and remat
@@ -40,10 +35,10 @@ def _closed_call(eqn, *args, call_jaxpr):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A transformed body, and what one run of it does to the weights it is given."""
+    """A transformed body as its primitive takes it, and as the interpreter runs it."""
 
     function: Any
-    uses: list[Use]
+    body: Body
 
 
 def _call(eqn, key, args, jaxpr, finish, wrap):
@@ -57,7 +52,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         key: what tells one way of wrapping the body from another.
         args: arrays and weights.
         jaxpr: the body.
-        finish: maps the body's outputs.
+        finish: maps the body's outputs, as in `Equation.body`.
         wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
     """
     sources = [term.sources for arg in args if _is_weight(arg) for term in arg.terms]
@@ -66,23 +61,18 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
     call = eqn.interpreter.transformed.get(whole_key)
     if call is None:
-        uses: list[Use] = []
+        body = Body(eqn, jaxpr, finish)
 
         def function(*leaves):
-            outer, eqn.interpreter.uses = eqn.interpreter.uses, []
-            try:
-                outs = eqn.interpreter.run(jaxpr, jax.tree.unflatten(structure, leaves))
-                outs = finish(outs)
-                uses[:] = eqn.interpreter.uses
-                return outs
-            finally:
-                eqn.interpreter.uses = outer
+            return body(*jax.tree.unflatten(structure, leaves))
 
-        call = eqn.interpreter.transformed[whole_key] = _Call(wrap(function), uses)
+        call = eqn.interpreter.transformed[whole_key] = _Call(wrap(function), body)
     outs = call.function(*leaves)
-    for use in call.uses:
-        for source in sources[cast(int, use.source)]:
-            eqn.interpreter.uses.append(dataclasses.replace(use, source=source))
+    eqn.adopt(
+        dataclasses.replace(use, source=source)
+        for use in call.body.uses
+        for source in sources[cast(int, use.source)]
+    )
     terms = [term.sources for out in outs if _is_weight(out) for term in out.terms]
     return _with_sources(
         outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
@@ -126,10 +116,10 @@ def _jit(
         return NotImplemented
     pinned = [s if isinstance(s, jax.sharding.Sharding) else None for s in out_shardings]
 
-    def finish(outs):
+    def finish(inside, outs):
         # A sharding asked for by name is one of an array.
         return [
-            out if sharding is None else eqn.materialize(out)
+            out if sharding is None else inside.materialize(out)
             for out, sharding in zip(outs, pinned, strict=True)
         ]
 
@@ -172,7 +162,7 @@ def _remat(eqn, *args, jaxpr, prevent_cse, differentiated, policy):
         )
 
     key = (prevent_cse, differentiated, policy)
-    return _call(eqn, key, args, jaxpr, lambda outs: outs, wrap)
+    return _call(eqn, key, args, jaxpr, None, wrap)
 
 
 # Loops
@@ -192,6 +182,9 @@ def _forwarded(jaxpr) -> list[int | None]:
     origin: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
+        rule = RULES.get(eqn.primitive)
+        if rule is None or unfit(rule, len(eqn.invars), eqn.params):
+            continue
         if name in ("jit", "remat2", "closed_call"):
             inner = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
         elif name in ("scan", "while"):
@@ -229,8 +222,8 @@ def _carry(eqn, init, untouched):
         values = iter(values)
         return [fixed[k] if k in fixed else next(values) for k in range(len(init))]
 
-    def moved(values):
-        return _plain(eqn, [value for k, value in enumerate(values) if k not in fixed])
+    def moved(inside, values):
+        return _plain(inside, [value for k, value in enumerate(values) if k not in fixed])
 
     return moving, whole, moved
 
@@ -240,35 +233,41 @@ def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     cond_consts, args = args[:cond_nconsts], args[cond_nconsts:]
     body_consts, init = args[:body_nconsts], args[body_nconsts:]
     moving, whole, moved = _carry(eqn, init, _untouched(body_jaxpr, body_nconsts))
-    cond, body = _body(eqn, cond_jaxpr), _body(eqn, body_jaxpr)
+    cond, body = eqn.body(cond_jaxpr), eqn.body(body_jaxpr, moved)
     final = jax.lax.while_loop(
         lambda carry: cond(*cond_consts, *whole(carry))[0],
-        lambda carry: moved(body(*body_consts, *whole(carry))),
+        lambda carry: body(*body_consts, *whole(carry)),
         moving,
     )
     return whole(final)
 
 
 @defrule("scan")
-def _scan(eqn, *args, jaxpr, reverse, length, unroll, _split_transpose=False, **counts):
-    unknown = counts.keys() - {"num_consts", "num_carry", "linear", "ft_in", "ft_out"}
-    if unknown:
-        raise TypeError(
-            f"lorax does not know parameter {sorted(unknown)} of scan in JAX {jax.__version__}: "
-            "please report this."
-        )
-    n_consts, n_carry = _compat.scan_split(counts)
+def _scan(
+    eqn,
+    *args,
+    jaxpr,
+    reverse,
+    length,
+    unroll,
+    _split_transpose=False,
+    linear=None,
+    num_consts=None,  # these three in JAX < 0.12, and the next two since then
+    num_carry=None,
+    ft_in=None,
+    ft_out=None,
+):
+    n_consts, n_carry = _compat.scan_split(eqn.eqn.params)
     consts, init, xs = (
         args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     )  # fmt: skip
     moving, whole, moved = _carry(eqn, init, _untouched(jaxpr, n_consts)[:n_carry])
     split = [_unstack(eqn, x) for x in xs]
-    run = _body(eqn, jaxpr)
+    run = eqn.body(jaxpr, lambda inside, outs: (moved(inside, outs[:n_carry]), outs[n_carry:]))
 
     def body(carry, slices):
         whole_slices = [rebuild(leaves) for (_, rebuild), leaves in zip(split, slices, strict=True)]
-        outs = run(*consts, *whole(carry), *whole_slices)
-        return moved(outs[:n_carry]), outs[n_carry:]
+        return run(*consts, *whole(carry), *whole_slices)
 
     slices = [leaves for leaves, _ in split]
     final, stacked = jax.lax.scan(
@@ -336,12 +335,25 @@ def _restack(value):
 def _cond(eqn, index, *args, branches, branches_platforms=None):
     if _is_weight(index):
         return NotImplemented
-    traced = [_traced(eqn, branch, args) for branch in branches]
+    alike = None
+
+    def finish(inside, outs):
+        # A weight comes out as one where every branch returns the same kind of it.
+        return (
+            outs
+            if alike is None
+            else [
+                out if same else inside.materialize(out)
+                for out, same in zip(outs, alike, strict=True)
+            ]
+        )
+
+    bodies = [eqn.body(branch, finish) for branch in branches]
+    traced = [_traced(body, args) for body in bodies]
     outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
-    # A weight comes out as one where every branch returns the same kind of it.
     alike = [len(set(kinds)) == 1 for kinds in outs]
     if not all(alike):
-        traced = [_traced(eqn, branch, args, alike) for branch in branches]
+        traced = [_traced(body, args) for body in bodies]
     leaves = jax.tree.leaves(args)
     functions = [function for function, _, _ in traced]
     if branches_platforms is None:
@@ -362,23 +374,19 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     return _with_sources(outs, (tuple(dict.fromkeys(itertools.chain(*each))) for each in names))
 
 
-def _traced(eqn, branch, args, alike=None):
+def _traced(body, args):
     """A branch as a function of flat arrays, the kinds of its outputs, and their weights."""
     structure = jax.tree.structure(args)
     kinds, names = [], []
 
-    def body(*leaves):
-        outs = eqn.interpreter.run(branch, jax.tree.unflatten(structure, leaves))
-        if alike is not None:
-            outs = [
-                out if same else eqn.materialize(out) for out, same in zip(outs, alike, strict=True)
-            ]
+    def flat(*leaves):
+        outs = body(*jax.tree.unflatten(structure, leaves))
         names[:] = [term.sources for out in outs if _is_weight(out) for term in out.terms]
         outs = _with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)
 
-    closed = jax.make_jaxpr(body)(*jax.tree.leaves(args))
+    closed = jax.make_jaxpr(flat)(*jax.tree.leaves(args))
     return jex.jaxpr_as_fun(closed), kinds, names
 
 
@@ -416,12 +424,9 @@ def _shard_map(
             )
         )
 
-    def body(*shards):
-        local = [_local(shard) if _is_weight(shard) else shard for shard in shards]
-        return tuple(_plain(eqn, eqn.interpreter.run(jaxpr, local)))
-
+    body = eqn.body(jaxpr, lambda inside, outs: tuple(_plain(inside, outs)))
     function = jax.shard_map(
-        body,
+        lambda *shards: body(*(_local(s) if _is_weight(s) else s for s in shards)),
         mesh=mesh,
         in_specs=tuple(specs),
         out_specs=tuple(out_specs),

@@ -14,7 +14,7 @@ def _run_through(eqn, body, args):
             "has a derivative rule of its own (lora runs through the function instead where it is "
             "given through_custom_derivatives=True)"
         )
-    return eqn.interpreter.run(body, args)
+    return eqn.body(body)(*args)
 
 
 @defrule("custom_jvp_call")

@@ -15,8 +15,10 @@ from .._terms import FactoredArray, Label, Term
 
 # How a weight is stored.
 
-for _name in ("copy", "reduce_precision", "name", "layout_constraint"):
-    defdirect(_name)
+defdirect("copy")
+defdirect("reduce_precision", parameters=("exponent_bits", "mantissa_bits"))
+defdirect("name", parameters=("name",))
+defdirect("layout_constraint", parameters=("layout",))
 
 
 @defrule("pvary")

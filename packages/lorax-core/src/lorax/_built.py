@@ -1,0 +1,309 @@
+"""Which arrays of a program hold an adapted weight in full: the work oracle of `lorax.testing`.
+
+The axes of a weight are followed through the equations of a jaxpr, from its base `[in, out]` and
+its factors `a [in, rank]` and `b [rank, out]`. An array holds the weight in full where
+
+* the values of both sides went into it: the base, or a product of `a` and `b`, and
+* it still shows an axis of the inputs and one of the outputs.
+
+Sizes play no part, so a batch as long as the weight, a rank as large and a head of one output are
+not mistaken for a weight. What a weight makes together with data is data:
+
+* a product or a convolution with data, over any axis (`x @ a`, and therefore `(x @ a) @ b`), and a
+  sum over stacked layers or experts, which is how data mixes them;
+* a sum with data (positions that are added to activations);
+* rows that an array of indices looks up.
+
+A gain is not: a weight times anything, data or not, entry by entry, is still a weight.
+
+The rules of Lorax are not used here: an oracle that shared their algebra would share its mistakes.
+"""
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core as jex
+
+from . import _compat
+
+# One side of one weight: its number, and "in", "out" or "shared".
+Side = tuple[int, str]
+Sides = frozenset[Side]
+
+
+class Made(NamedTuple):
+    """What an array is made of.
+
+    `axes` holds the sides that each axis shows, `sides` all that went in, and `picked` those of
+    which one entry was picked: stacked again, the entries show the side.
+
+    Data is None instead: arguments, constants, parameters without an adapter, and activations.
+    """
+
+    axes: tuple[Sides, ...]
+    sides: Sides
+    picked: Sides = frozenset()
+
+
+Found = collections.Counter[tuple[int, ...]]
+
+
+def built(jaxpr: Any, inputs: Sequence[Made | None], thin: Sides) -> Found:
+    """The shapes of the arrays that hold a weight in full, and how often each is made.
+
+    Args:
+        jaxpr: the program; nested bodies are followed, and what no result depends on is left out.
+        inputs: what each input is made of.
+        thin: the sides of size one, which no axis need show.
+    """
+    return _follow(jaxpr, inputs, thin)[1]
+
+
+def _follow(
+    jaxpr: Any, inputs: Sequence[Made | None], thin: Sides
+) -> tuple[list[Made | None], Found]:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+    found: Found = collections.Counter()
+
+    def read(atom: Any) -> Made | None:
+        return None if isinstance(atom, jex.Literal) else made.get(atom)
+
+    for eqn in _live(jaxpr):
+        operands = [read(atom) for atom in eqn.invars]
+        if all(operand is None for operand in operands):
+            continue
+        inside = _bodies(eqn, operands, thin)
+        if inside is None:
+            outs = _results(eqn, operands)
+            found += _whole(eqn.outvars, outs, thin)
+        else:
+            outs, more = inside
+            found += more
+        made |= zip(eqn.outvars, outs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars], found
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that an output or an effect depends on."""
+    live, needed = [], set()
+    needed.update(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+            live.append(eqn)
+    return live[::-1]
+
+
+def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], thin: Sides) -> Found:
+    """The shapes of those results that hold a weight in full."""
+    made = zip(outvars, outs, strict=True)
+    return collections.Counter(
+        v.aval.shape for v, out in made if out is not None and _is_whole(out, v.aval.shape, thin)
+    )
+
+
+def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
+    shown = (thin & made.sides).union(
+        *(sides for sides, size in zip(made.axes, shape, strict=True) if size != 1)
+    )
+    both = any((k, "in") in made.sides and (k, "out") in made.sides for k, _ in made.sides)
+    return both and {side for _, side in shown} >= {"in", "out"}
+
+
+# Equations with bodies
+
+
+def _bodies(
+    eqn: Any, operands: list[Made | None], thin: Sides
+) -> tuple[list[Made | None], Found] | None:
+    """What comes out of the bodies of an equation; None where there is none to follow."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        consts, carried = _compat.scan_split(params)
+        steps = [_pick(made, 0) for made in operands[consts + carried :]]
+        outs, found = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, thin)
+        outs = outs[:carried] + [_stack(made, 0) for made in outs[carried:]]
+        # The scan itself makes what it stacks.
+        return outs, found + _whole(eqn.outvars[carried:], outs[carried:], thin)
+    if name == "while":
+        tested, consts = params["cond_nconsts"], params["body_nconsts"]
+        outs, found = _loop(params["body_jaxpr"], operands[tested:], consts, [], thin)
+        _, asked = _follow(params["cond_jaxpr"], [*operands[:tested], *outs], thin)
+        return outs, found + asked
+    if name == "cond":
+        several = [_follow(branch, operands[1:], thin) for branch in params["branches"]]
+        outs = [_union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
+        return outs, sum((found for _, found in several), collections.Counter())
+    bodies = [value for value in params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
+    if len(bodies) == 1:
+        body = getattr(bodies[0], "jaxpr", bodies[0])
+        # A reduction has a body, too, but one of scalars.
+        if _ndims(body.invars) == _ndims(eqn.invars):
+            return _follow(body, operands, thin)
+    return None
+
+
+def _ndims(atoms: Sequence[Any]) -> list[int]:
+    return [len(getattr(atom.aval, "shape", ())) for atom in atoms]
+
+
+def _loop(
+    body: Any,
+    operands: list[Made | None],
+    consts: int,
+    steps: list[Made | None],
+    thin: Sides,
+) -> tuple[list[Made | None], Found]:
+    """The outputs of a loop's body, once what it carries no longer changes."""
+    constants, carry = operands[:consts], operands[consts:]
+    while True:
+        outs, found = _follow(body, [*constants, *carry, *steps], thin)
+        after = [_union(each) for each in zip(carry, outs[: len(carry)], strict=True)]
+        if after == carry:
+            return [*after, *outs[len(carry) :]], found
+        carry = after
+
+
+# Equations without
+
+
+# With data, these make data.
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+_SUMS = ("add", "sub", "add_any")
+_EACH_BY_ITSELF = ("optimization_barrier", "pvary", "pcast", "device_put", "copy")
+_OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
+
+
+def _results(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
+    name, params = eqn.primitive.name, eqn.params
+    ndims = _ndims(eqn.invars)
+    first = operands[0]
+    data = [atom for atom, made in zip(eqn.invars, operands, strict=True) if made is None]
+    if name in _EACH_BY_ITSELF:
+        return operands
+    if name == "dot_general":
+        return [_dot(params["dimension_numbers"], operands, ndims)]
+    if data and name in (*_PRODUCTS, *_OPAQUE):
+        return [None] * len(eqn.outvars)
+    if name in _SUMS and any(math.prod(atom.aval.shape) != 1 for atom in data):
+        return [None]
+    if first is not None:
+        if name == "gather":
+            return [_gather(params["dimension_numbers"], first, eqn.invars[1].aval.ndim)]
+        if name == "transpose":
+            return [first._replace(axes=tuple(first.axes[d] for d in params["permutation"]))]
+        if name == "broadcast_in_dim":
+            axes = [first.picked if size == 1 else frozenset() for size in params["shape"]]
+            for sides, d in zip(first.axes, params["broadcast_dimensions"], strict=True):
+                axes[d] = sides
+            return [first._replace(axes=tuple(axes))]
+        if name == "reshape":
+            shapes = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            order = params["dimensions"] or range(ndims[0])
+            return [first._replace(axes=_regrouped([first.axes[d] for d in order], *shapes))]
+        if name == "squeeze":
+            return [_pick(first, *params["dimensions"])]
+        if name == "unstack":
+            return [_pick(first, params["axis"])] * len(eqn.outvars)
+        if name.startswith(("reduce_", "arg")):
+            return [first._replace(axes=_others(first.axes, params.get("axes", ())))]
+    if name == "stack":
+        return [_stack(_union(operands), params["axis"])]
+    return [_by_position(operands, v.aval.ndim) for v in eqn.outvars]
+
+
+def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[int]) -> Made | None:
+    (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
+    if l_sum and None in operands:
+        return None
+    nothing = [Made((frozenset(),) * ndim, frozenset()) for ndim in ndims]
+    left, right = (made or empty for made, empty in zip(operands, nothing, strict=True))
+    for i, j in zip(l_sum, r_sum, strict=True):
+        summed = left.axes[i] | right.axes[j]
+        # An axis that is the weight's on one side only: data came along on the other.
+        if bool(left.axes[i]) != bool(right.axes[j]) or any(side == "shared" for _, side in summed):
+            return None
+    batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
+    kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
+    kept += [sides for d, sides in enumerate(right.axes) if d not in (*r_sum, *r_batch)]
+    return Made((*batch, *kept), left.sides | right.sides, left.picked | right.picked)
+
+
+def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
+    """A single index picks a layer or an expert; an array of them looks entries up."""
+    if indices_ndim > 1 and any(made.axes[d] for d in numbers.start_index_map):
+        return None
+    paired = numbers.operand_batching_dims
+    windows = iter(
+        made.axes[d]
+        for d in range(len(made.axes))
+        if d not in (*numbers.collapsed_slice_dims, *paired)
+    )
+    batch = [frozenset[Side]()] * (indices_ndim - 1)
+    for d, position in zip(paired, numbers.start_indices_batching_dims, strict=True):
+        batch[position] = made.axes[d]
+    rest = iter(batch)
+    ndim = len(numbers.offset_dims) + len(batch)
+    axes = tuple(next(windows if d in numbers.offset_dims else rest) for d in range(ndim))
+    picked = made.picked.union(*(made.axes[d] for d in numbers.collapsed_slice_dims))
+    return Made(axes, made.sides, picked)
+
+
+def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
+    """The axes of a reshaped array: each shows what the old axes show that it is made from."""
+    out: list[Sides] = []
+    rest = list(zip(axes, old, strict=True))
+    shown: Sides = frozenset()
+    taken = given = 1
+    waiting = 0
+    for size in new:
+        given, waiting = given * size, waiting + 1
+        while taken < given:
+            sides, length = rest.pop(0)
+            shown, taken = shown | sides, taken * length
+        if taken == given:
+            out += [shown] * waiting
+            shown, waiting = frozenset(), 0
+    return (*out, *[shown] * waiting)
+
+
+def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
+    """The result of a primitive that keeps axes apart; of any other, every axis shows all."""
+    axes = (frozenset[Side](),) * ndim
+    sides = picked = frozenset[Side]()
+    for made in operands:
+        if made is None:
+            continue
+        shown = made.axes
+        if len(shown) != ndim:
+            shown = (frozenset[Side]().union(*shown, made.picked),) * ndim
+        axes = tuple(one | other for one, other in zip(axes, shown, strict=True))
+        sides, picked = sides | made.sides, picked | made.picked
+    return Made(axes, sides, picked)
+
+
+def _union(several: Iterable[Made | None]) -> Made | None:
+    known = [made for made in several if made is not None]
+    return _by_position(known, len(known[0].axes)) if known else None
+
+
+def _others(axes: tuple[Sides, ...], dropped: Iterable[int]) -> tuple[Sides, ...]:
+    return tuple(sides for d, sides in enumerate(axes) if d not in {*dropped})
+
+
+def _pick(made: Made | None, *dropped: int) -> Made | None:
+    """One entry along each of the dropped axes."""
+    if made is None:
+        return None
+    picked = made.picked.union(*(made.axes[d] for d in dropped))
+    return Made(_others(made.axes, dropped), made.sides, picked)
+
+
+def _stack(made: Made | None, axis: int) -> Made | None:
+    """Several such arrays along a new axis."""
+    if made is None:
+        return None
+    return made._replace(axes=(*made.axes[:axis], made.picked, *made.axes[axis:]))

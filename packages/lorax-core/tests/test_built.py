@@ -1,0 +1,205 @@
+"""The work oracle: every way of building a weight is caught, and no coincidence of sizes is."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from lorax import LoraSpec, _transform, infer_spec, init_lora, testing
+from lorax._registry import RULES
+
+N = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # noqa: E731
+
+
+def model(params, x):
+    return x @ params["w"]
+
+
+# Rules for `x @ w` that build the weight: functions of x, the base and the two factors.
+
+
+@jax.custom_jvp
+def custom(a, b):
+    return a @ b
+
+
+custom.defjvp(lambda primals, tangents: (custom(*primals), custom(tangents[0], primals[1])))
+
+
+def while_loop(x, w, a, b):
+    step = lambda carry: (carry[0] + 1, x @ (w + a @ b))  # noqa: E731
+    return lax.while_loop(lambda carry: carry[0] < 1, step, (0, x @ w))[1]
+
+
+def row_by_row(x, w, a, b):
+    return x @ lax.map(lambda rows: rows[0] + rows[1] @ b, (w, a))
+
+
+def column_by_column(x, w, a, b):
+    return x @ w + x @ jnp.stack([a @ b[:, j] for j in range(b.shape[1])], axis=1)
+
+
+def written_into_zeros(x, w, a, b):
+    delta = jnp.zeros(w.shape)
+    for j in range(w.shape[1]):
+        delta = delta.at[:, j].set(a @ b[:, j])
+    return x @ w + x @ delta
+
+
+BUILDING = {
+    "merge": lambda x, w, a, b: x @ (w + a @ b),
+    "delta-alone": lambda x, w, a, b: x @ w + x @ (a @ b),
+    "einsum": lambda x, w, a, b: x @ w + x @ jnp.einsum("ir,ro->io", a, b),
+    "transposed": lambda x, w, a, b: ((w.T + b.T @ a.T) @ x.T).T,
+    "flat": lambda x, w, a, b: x @ (w.reshape(-1) + (a @ b).reshape(-1)).reshape(w.shape),
+    "outer-products": lambda x, w, a, b: x @ (w + (a[:, :, None] * b[None]).sum(1)),
+    "for-each-example": lambda x, w, a, b: x @ w + jnp.einsum(
+        "nir,ro->nio", x[:, :, None] * a[None], b).sum(1),
+    "for-each-example-built": lambda x, w, a, b: (x[:, :, None] * (w + a @ b)[None]).sum(1),
+    "half-of-the-outputs": lambda x, w, a, b: jnp.concatenate(
+        [x @ (w[:, :2] + a @ b[:, :2]), x @ w[:, 2:] + (x @ a) @ b[:, 2:]], 1),
+    "in-jit": lambda x, w, a, b: jax.jit(lambda w, a, b: x @ (w + a @ b))(w, a, b),
+    "in-scan": lambda x, w, a, b: lax.scan(lambda c, _: (c, x @ (w + a @ b)), 0, None, 1)[1][0],
+    "in-the-carry-of-a-scan": lambda x, w, a, b: x @ lax.scan(
+        lambda w, ab: (w + jnp.outer(*ab), None), w, (a.T, b))[0],
+    "in-cond": lambda x, w, a, b: lax.cond(
+        x.sum() > 0, lambda: x @ (w + a @ b), lambda: x @ w + (x @ a) @ b),
+    "in-while": while_loop,
+    "in-checkpoint": lambda x, w, a, b: jax.checkpoint(lambda a, b: x @ (w + a @ b))(a, b),
+    "in-custom-jvp": lambda x, w, a, b: x @ (w + custom(a, b)),
+    "in-vmap": lambda x, w, a, b: jax.vmap(lambda x: x @ (w + a @ b))(x),
+    "scaled-by-data": lambda x, w, a, b: x @ w + x @ ((x.sum() * a) @ b) / x.sum(),
+    "scaled-by-a-vector-of-data": lambda x, w, a, b: (
+        x @ w + x @ (a @ (jnp.exp(x[:1, :1]) * b)) / jnp.exp(x[:1, :1])),
+    "scaled-by-its-own-outputs": lambda x, w, a, b: (
+        x @ w + x @ (a @ (b * jnp.exp((x @ w)[:1]))) / jnp.exp((x @ w)[:1])),
+    "row-by-row": row_by_row,
+    "column-by-column": column_by_column,
+    "written-into-zeros": written_into_zeros,
+    "base-copied": lambda x, w, a, b: x @ (w * 2) / 2 + (x @ a) @ b,
+}  # fmt: skip
+
+FACTORED = {
+    "factored": lambda x, w, a, b: x @ w + (x @ a) @ b,
+    "in-jit": lambda x, w, a, b: jax.jit(lambda x, a, b: x @ w + (x @ a) @ b)(x, a, b),
+    "transposed": lambda x, w, a, b: x @ w + (b.T @ (a.T @ x.T)).T,
+    "scaled-by-data": lambda x, w, a, b: x @ w + (x @ (x.sum() * a)) @ b / x.sum(),
+    "in-scan": lambda x, w, a, b: lax.map(lambda x: x @ w + (x @ a) @ b, x),
+}
+
+
+@pytest.fixture
+def rule_for_products(monkeypatch):
+    """Lets `lora` compute `x @ w` with a function of x, the base and the two factors."""
+
+    def replace(function):
+        def rule(eqn, x, w, **_):
+            (term,) = w.terms
+            eqn.use(term, "product")
+            return function(x, w.base, *term.factors)
+
+        (primitive,) = [p for p in RULES if p.name == "dot_general"]
+        monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: rule})
+
+    return replace
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 5, 2), (7, 7, 7, 2), (7, 7, 7, 7)], ids=str)
+@pytest.mark.parametrize("how", BUILDING)
+def test_a_built_weight_is_caught(rule_for_products, how, sizes):
+    batch, inputs, outputs, rank = sizes
+    rule_for_products(BUILDING[how])
+    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    with pytest.raises(AssertionError, match="hold an adapted weight in full"):
+        testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 5, 2), (7, 7, 7, 7), (3, 7, 1, 1), (3, 1, 5, 1)], ids=str)
+@pytest.mark.parametrize("how", FACTORED)
+def test_a_factored_product_passes(rule_for_products, how, sizes):
+    batch, inputs, outputs, rank = sizes
+    rule_for_products(FACTORED[how])
+    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
+
+
+@pytest.mark.parametrize("how", ["merge", "delta-alone", "in-jit", "flat", "scaled-by-data"])
+@pytest.mark.parametrize("sizes", [(3, 7, 1, 1), (3, 1, 5, 1)], ids=["one-output", "one-input"])
+def test_a_built_vector_is_caught(rule_for_products, how, sizes):
+    batch, inputs, outputs, rank = sizes
+    rule_for_products(BUILDING[how])
+    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    with pytest.raises(AssertionError, match="hold an adapted weight in full"):
+        testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
+
+
+def test_one_layer_of_a_stack_is_caught(rule_for_products):
+    def layers(params, x):
+        return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+
+    params, spec, x = {"w": N(4, 7, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, N(3, 7)
+    testing.check(layers, params, spec, x, transforms=False)
+    rule_for_products(BUILDING["merge"])
+    with pytest.raises(AssertionError, match=r"in full are built: {\(7, 7\): 2}"):
+        testing.check(layers, params, spec, x, transforms=False)
+
+
+def test_a_piece_for_each_head_is_caught(rule_for_products):
+    def heads(params, x):
+        return jnp.stack([x @ params["w"][:, 4 * h : 4 * h + 4] for h in range(3)])
+
+    rule_for_products(BUILDING["merge"])
+    with pytest.raises(AssertionError, match="hold an adapted weight in full"):
+        testing.check(heads, {"w": N(7, 12)}, {"w": LoraSpec(2)}, N(3, 7), transforms=False)
+
+
+# Sizes that coincide.
+
+
+def value_head(params, x):
+    return jnp.tanh(x @ params["hidden"]) @ params["value"]
+
+
+def tied(params, ids):
+    return params["table"][ids] @ params["table"].T
+
+
+def conv(params, x):
+    return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME",
+                                    dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+
+
+COINCIDENCES = {
+    "batch-of-inputs": (model, {"w": N(16, 24)}, N(16, 16)),
+    "batch-as-wide-as-the-outputs": (model, {"w": N(16, 24)}, N(24, 16)),
+    "square": (model, {"w": N(16, 16)}, N(16, 16)),
+    "head-of-one-output": (value_head, {"hidden": N(16, 24), "value": N(24, 1)}, N(3, 16)),
+    "head-of-one-output-and-batch": (value_head, {"hidden": N(16, 24), "value": N(24, 1)},
+                                     N(24, 16)),
+    "one-input": (model, {"w": N(1, 24)}, N(24, 1)),
+    "as-many-tokens-as-entries": (tied, {"table": N(19, 8)}, jnp.arange(19) % 7),
+    "all-positions": (lambda p, x: x + p["w"][jnp.arange(6)][None] @ p["v"],
+                      {"w": N(6, 8), "v": N(8, 8)}, N(3, 6, 8)),
+    "image-of-the-kernel's-size": (conv, {"w": N(3, 3, 3, 3)}, N(3, 3, 3, 3)),
+    "scanned-square": (lambda p, x: lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), h), x[0],
+                                             x)[1], {"w": N(5, 5)}, N(5, 5, 5)),
+    "weight-and-its-transpose": (lambda p, x: x + jnp.tanh(x @ p["w"]) @ p["w"].T,
+                                 {"w": N(6, 6)}, N(6, 6)),
+    "twice-in-a-row": (lambda p, x: x @ (p["w"] @ p["w"]), {"w": N(6, 6)}, N(6, 6)),
+    "rank-of-the-width": (model, {"w": N(4, 3)}, N(3, 4)),
+    "scores-of-itself": (lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, {"w": N(6, 6)}, N(6, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("name", COINCIDENCES)
+def test_sizes_may_coincide(name, rank):
+    fn, params, *args = COINCIDENCES[name]
+    spec = infer_spec(fn, params, *args, rank=rank)
+    testing.check(fn, params, spec, *args, transforms=False)
+
+
+def test_counts_how_often_a_weight_is_built(rule_for_products):
+    rule_for_products(BUILDING["merge"])
+    frozen, tunable = init_lora({"w": N(7, 5)}, {"w": 2}, jax.random.key(0))
+    assert testing.weight_sized(model, frozen, tunable, N(3, 7)) == {(7, 5): 2}

@@ -1,0 +1,111 @@
+"""A warning names a line of the user's code, even where a library made the equation."""
+
+import inspect
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import MaterializeWarning, _uses, init_lora, lora
+
+PARAMS, X = {"w": jnp.ones((5, 7)), "v": jnp.ones((5, 7))}, jnp.ones((3, 5))
+
+
+def told(fn):
+    """(parameter, line within `fn`) of every warning, in order."""
+    pair = init_lora(PARAMS, {"w": 2, "v": 2}, jax.random.key(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MaterializeWarning)
+        jax.jit(lora(fn, on_unused="allow"))(pair, X)
+    first = inspect.getsourcelines(fn)[1]
+    found = [re.match(rf"`(\w)` .* at {__file__}:(\d+)", str(w.message)) for w in caught]
+    assert found and all(found), [str(w.message) for w in caught]
+    return [(match[1], int(match[2]) - first) for match in found if match]
+
+
+# All of these jit their insides, or consist of several equations.
+FUNCTIONS = {
+    "where": lambda w: jnp.where(w != 0, w, 1.0),
+    "clip": lambda w: jnp.clip(w, -1, 1),
+    "norm": lambda w: w / jnp.linalg.norm(w, ord=1),
+    "softmax": jax.nn.softmax,
+    "gelu": jax.nn.gelu,
+    "sort": jnp.sort,
+    "median": lambda w: w - jnp.median(w),
+    "quantile": lambda w: w - jnp.quantile(w, 0.3),
+    "nan_to_num": jnp.nan_to_num,
+    "round": jnp.round,
+    "logsumexp": lambda w: w - jax.nn.logsumexp(w),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_a_library_get_their_callers_line(name):
+    change = FUNCTIONS[name]
+    jax.jit(change)(X)  # JAX has met the function elsewhere
+
+    def fn(params, x):
+        first = change(params["w"])
+        second = change(params["v"])
+        return x @ first + x @ second
+
+    expected = {("w", 1), ("v", 2)}
+    if change.__module__ == __name__:  # The innermost line of the user's is that of the lambda.
+        line = inspect.getsourcelines(change)[1] - inspect.getsourcelines(fn)[1]
+        expected = {("w", line), ("v", line)}
+    assert set(told(fn)) == expected
+
+
+def test_two_callers_of_one_body_get_a_line_each():
+    def fn(params, x):
+        first = jnp.clip(params["w"], -1, 1)
+        return x @ first + x @ jnp.clip(params["v"], -1, 1)
+
+    assert told(fn) == [("w", 1), ("v", 2)]
+
+
+def test_a_line_within_the_users_own_function_is_the_one():
+    @jax.jit
+    def own(w):
+        return jnp.clip(w, -1, 1)
+
+    def fn(params, x):
+        return x @ own(params["w"]) + x @ own(params["v"])
+
+    line = inspect.getsourcelines(own)[1] + 2 - inspect.getsourcelines(fn)[1]
+    assert told(fn) == [("w", line), ("v", line)]
+
+
+BODIES = {
+    "scan": lambda body, w, x: lax.scan(lambda c, x: (c, body(w, x)), 0, x[None])[1],
+    "while": lambda body, w, x: lax.while_loop(
+        lambda c: c[0] < 1, lambda c: (c[0] + 1, body(w, x)), (0, jnp.zeros((3, 7)))),
+    "cond": lambda body, w, x: lax.cond(x.sum() > 0, lambda: body(w, x), lambda: -x @ w),
+    "remat": lambda body, w, x: jax.checkpoint(body)(w, x),
+    "jit-in-scan": lambda body, w, x: lax.scan(
+        lambda c, x: (c, jax.jit(body)(w, x)), 0, x[None])[1],
+    "vmap": lambda body, w, x: jax.vmap(body, (None, 0))(w, x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies(name):
+    def body(w, x):
+        return x @ jnp.clip(w, -1, 1)
+
+    def fn(params, x):
+        return BODIES[name](body, params["w"], x)
+
+    line = inspect.getsourcelines(body)[1] + 1 - inspect.getsourcelines(fn)[1]
+    assert told(fn) == [("w", line)]
+
+
+@pytest.mark.parametrize("shape, shown", [((np.int64(3), 5), "(3, 5)"), ((np.int64(3),), "(3,)")])
+def test_shapes_print_as_numbers(shape, shown):
+    use = _uses.Use("w", "materialized", "sin", (), (), shape, "model.py:1 (fn)")
+    with pytest.warns(MaterializeWarning, match=re.escape(f"an array of shape {shown} at")):
+        _uses.announce(["w"], [use], "warn", "warn")

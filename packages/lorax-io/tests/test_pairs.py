@@ -1,0 +1,124 @@
+"""A pair where one tree is asked for, and axes that a parameter does not have."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lorax
+from lorax_io import (
+    AdapterError,
+    AdapterMismatchError,
+    Conv,
+    Linear,
+    Tensor,
+    load_adapter,
+    load_peft,
+    save_adapter,
+    save_diffusers,
+    save_merged,
+    save_peft,
+)
+
+PARAMS = {"q": jnp.ones((5, 3)), "bias": jnp.ones(3)}
+NAMES = {"q": Linear("m.q")}
+
+
+@pytest.fixture
+def pair():
+    spec = {"q": 2, "bias": lorax.LORA_FREEZE}
+    return lorax.init_lora(PARAMS, spec, jax.random.key(0))
+
+
+SAVES = {
+    "save_adapter": save_adapter,
+    "save_peft": lambda place, tree: save_peft(place, tree, NAMES),
+    "save_diffusers": lambda place, tree: save_diffusers(place, tree, NAMES),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["pair", "swapped"])
+@pytest.mark.parametrize("save", SAVES)
+def test_a_pair_is_refused_where_the_tunable_tree_is_asked_for(tmp_path, pair, save, order):
+    with pytest.raises(AdapterError, match=r"was given the pair \(frozen, tunable\); give it the"):
+        SAVES[save](tmp_path / "adapter", pair[::order])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_of_one_parameter_is_refused(tmp_path):
+    pair = lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))
+    with pytest.raises(AdapterError, match="was given the pair"):
+        save_adapter(tmp_path / "adapter", pair)
+
+
+def test_a_tree_of_two_parts_is_no_pair(tmp_path, pair):
+    frozen, tunable = pair
+    other = lorax.init_lora(PARAMS, {"q": 0, "bias": lorax.LORA_FULL}, jax.random.key(0))[1]
+    for tree in [(other, tunable), (tunable, tunable), [frozen, tunable], (tunable, None)]:
+        save_adapter(tmp_path / "adapter", tree)
+        loaded = load_adapter(tmp_path / "adapter", like=tree)
+        assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+
+
+def test_a_tunable_tree_is_refused_where_the_base_is_asked_for(tmp_path, pair):
+    frozen, tunable = pair
+    save_adapter(tmp_path / "adapter", tunable)
+    save_peft(tmp_path / "peft", tunable, NAMES)
+    for call in (
+        lambda: save_merged(tmp_path / "merged", tunable, frozen, NAMES),
+        lambda: save_merged(tmp_path / "merged", pair, tunable, NAMES),
+        lambda: save_adapter(tmp_path / "again", tunable, base=tunable),
+        lambda: load_adapter(tmp_path / "adapter", params=tunable),
+        lambda: load_peft(tmp_path / "peft", tunable, NAMES),
+    ):
+        with pytest.raises(AdapterError, match="have an adapter at `(1/)?q`: this is a tunable"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (
+            Linear("m.q", in_axes=[4]),
+            r"m.q: its layout has in_axes=\[4\], and .* ndim=2",
+        ),
+        (Linear("m.q", out_axes=[-3]), r"its layout has out_axes=\[-3\]"),
+        (Linear("{}.q", shared_axes=[2]), r"its layout has shared_axes=\[2\]"),
+        (Linear("m.q", in_axes=[0], out_axes=[0]), "each axis must have exactly one role"),
+        (Linear("m.q", in_axes=[0, -2]), "each axis must have exactly one role"),
+    ],
+)
+def test_axes_that_the_parameter_does_not_have_are_refused(tmp_path, pair, layout, message):
+    frozen, tunable = pair
+    names = {"q": layout, "bias": Tensor("m.q")}
+    save_peft(tmp_path / "peft", tunable, NAMES)
+    for call in (
+        lambda: save_peft(tmp_path / "other", tunable, {"q": layout}),
+        lambda: load_peft(tmp_path / "peft", PARAMS, {"q": layout}),
+        lambda: save_merged(tmp_path / "merged", frozen, tunable, names),
+    ):
+        with pytest.raises(AdapterMismatchError, match=message):
+            call()
+
+
+def conv_pair():
+    spec = lorax.LoraSpec(2, in_axes=(0, 1, 2))
+    return lorax.init_lora({"k": jnp.ones((2, 3, 5, 7))}, {"k": spec}, jax.random.key(0))
+
+
+@pytest.mark.parametrize("channel_axis", [2, -2])
+def test_a_channel_axis_may_be_counted_from_the_end(tmp_path, channel_axis):
+    _, tunable = conv_pair()
+    names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}
+    save_peft(tmp_path / "peft", tunable, names)
+    _, loaded = load_peft(tmp_path / "peft", {"k": jnp.ones((2, 3, 5, 7))}, names)
+    assert jnp.array_equal(loaded["k"].a, tunable["k"].a)
+
+
+@pytest.mark.parametrize(
+    "channel_axis, message",
+    [(3, r"channel_axis=3 is not among its in_axes=\(0, 1, 2\)"), (4, "has channel_axis=4")],
+)
+def test_a_channel_axis_that_is_not_an_input_is_refused(tmp_path, channel_axis, message):
+    names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}
+    with pytest.raises(AdapterMismatchError, match=message):
+        save_peft(tmp_path / "peft", conv_pair()[1], names)
