@@ -14,7 +14,7 @@ from lorax._terms import FactoredArray, Inexpressible, Label, Term
 
 
 def weight(source="w", rank=2, shape=(5, 3)):
-    i, o, r = Label(0, shape[0], 0), Label(1, shape[1], 1), Label(2, rank)
+    i, o, r = Label(0, shape[0]), Label(1, shape[1]), Label(2, rank)
     a, b = jnp.ones((shape[0], rank)), jnp.full((rank, shape[1]), 2.0)
     return FactoredArray(
         jnp.zeros(shape), (Term((a, b), ((i, r), (r, o)), ((i,), (o,)), (source,)),)

@@ -106,6 +106,6 @@ def test_bodies(name):
 
 @pytest.mark.parametrize("shape, shown", [((np.int64(3), 5), "(3, 5)"), ((np.int64(3),), "(3,)")])
 def test_shapes_print_as_numbers(shape, shown):
-    use = _uses.Use("w", "materialized", "sin", (), (), shape, "model.py:1 (fn)")
+    use = _uses.Use("w", "materialized", "sin", shape, "model.py:1 (fn)")
     with pytest.warns(MaterializeWarning, match=re.escape(f"an array of shape {shown} at")):
         _uses.announce(["w"], [use], "warn", "warn")

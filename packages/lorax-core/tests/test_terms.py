@@ -22,7 +22,7 @@ from lorax._terms import (
 
 def term(*sizes, rank=2, inputs=(0,), shared=(), seed=0):
     """A LoRA term of a weight with axes of `sizes`."""
-    axes = [Label(d, size, d) for d, size in enumerate(sizes)]
+    axes = [Label(d, size) for d, size in enumerate(sizes)]
     r = Label(len(sizes), rank)
     both = [axes[d] for d in shared]
     ins = [axes[d] for d in inputs]

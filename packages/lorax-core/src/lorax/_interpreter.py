@@ -82,9 +82,7 @@ class Interpreter:
         if not isinstance(value, FactoredArray):
             return value
         for term in value.terms:
-            self.uses += (
-                Use(s, "returned", "return", (), (), term.shape, "") for s in term.sources
-            )
+            self.uses += (Use(s, "returned", "return", term.shape, "") for s in term.sources)
         return value.array()
 
     def _evaluate(
@@ -225,44 +223,19 @@ class Equation:
     def _out_aval(self) -> Any:
         return self.eqn.outvars[0].aval
 
-    def use(
-        self,
-        term: Term,
-        kind: str,
-        inputs: Sequence[int] = (),
-        outputs: Sequence[int] = (),
-        reason: str = "",
-    ) -> None:
+    def use(self, term: Term, kind: str, reason: str = "") -> None:
         """Records that this equation uses the weight behind `term`."""
-        for source in term.sources:
-            self.interpreter.uses.append(
-                Use(
-                    source,
-                    kind,
-                    self.eqn.primitive.name,
-                    tuple(sorted({int(d) for d in inputs})),
-                    tuple(sorted({int(d) for d in outputs})),
-                    term.shape,
-                    self.line,
-                    reason,
-                )
-            )
-
-    def use_axes(self, term: Term, inputs: Iterable[int], outputs: Iterable[int]) -> None:
-        """Records a product over the axes `inputs` of a term that keeps its axes `outputs`."""
-
-        def parameter_axes(axes: Iterable[int]) -> list[int]:
-            labels = [label for d in axes for label in term.out[d]]
-            return [label.axis for label in labels if label.axis is not None]
-
-        self.use(term, "product", parameter_axes(inputs), parameter_axes(outputs))
+        name, line = self.eqn.primitive.name, self.line
+        self.interpreter.uses += (
+            Use(source, kind, name, term.shape, line, reason) for source in term.sources
+        )
 
     def materialize(self, value: Value, reason: str = "") -> jax.Array:
         """The value as a plain array; a weight is materialized, and that is recorded."""
         if not isinstance(value, FactoredArray):
             return value
         for term in value.terms:
-            self.use(term, "materialized", reason=reason)
+            self.use(term, "materialized", reason)
         return value.array()
 
     def settle(
@@ -270,7 +243,6 @@ class Equation:
         base: jax.Array,
         terms: Sequence[Term],
         *,
-        looked_up: Sequence[Sequence[int]] = (),
         meets: Sequence[int | None] = (),
         finished: bool = False,
     ) -> Value:
@@ -278,16 +250,14 @@ class Equation:
 
         A row of an embedding table is such an array: adding its terms is what the model itself
         does with the row. An 8-bit float is left alone until it is cast: adding to it would
-        round the terms away. `looked_up` names, for each term, the parameter's axes that an index
-        array has run over; `meets`, for each term, the factor that is a whole weight, if any.
-        `finished` says that the terms are added in any case.
+        round the terms away. `meets` names, for each term, the factor that is a whole weight, if
+        any. `finished` says that the terms are added in any case.
         """
         narrow = not _contract.holds_factors(base.dtype)
         if narrow or not (finished or all(term.is_flat for term in terms)):
             return FactoredArray(base, tuple(terms))
         for k, term in enumerate(terms):
-            outputs = [label.axis for label in term.shown if label.axis is not None]
-            self.use(term, "rows", looked_up[k] if looked_up else (), outputs)
+            self.use(term, "rows")
             met = meets[k] if meets else None
             dtype = base.dtype
             if met is not None and term.factors[met].dtype.itemsize == 2:

@@ -37,13 +37,12 @@ class Inexpressible(Exception):
 class Label(NamedTuple):
     """An axis that factors share.
 
-    `axis` is the parameter's axis it runs over, where it is one; `is_index` says that it runs over
-    the entries of an index array, as the tokens of an embedding look-up.
+    `is_index` says that it runs over the entries of an index array, as the tokens of an embedding
+    look-up, and not along the weight.
     """
 
     id: int
     size: int
-    axis: int | None = None
     is_index: bool = False
 
 
@@ -111,10 +110,10 @@ class Term:
         shown = (label for label in self.shown if self.owners(label) and not label.is_index)
         return frozenset(shown)
 
-    def fresh(self, size: int, axis: int | None = None, skip: int = 0) -> Label:
+    def fresh(self, size: int, skip: int = 0) -> Label:
         """A label that this term does not use yet."""
         used = itertools.chain(self.shown, *self.labels)
-        return Label(max((label.id for label in used), default=-1) + 1 + skip, size, axis)
+        return Label(max((label.id for label in used), default=-1) + 1 + skip, size)
 
     def array(
         self, dtype, *, precision=None, preferred_element_type=None, meets=None, like=None
@@ -209,7 +208,7 @@ class Term:
         self, label: Label, change: Callable[[jax.Array, int], jax.Array], size: int
     ) -> "tuple[Term, Label]":
         """Applies `change(factor, axis)` to every owner of `label`, which then has `size`."""
-        new = self.fresh(size, label.axis)
+        new = self.fresh(size)
         factors = tuple(
             change(factor, labels.index(label)) if label in labels else factor
             for factor, labels in zip(self.factors, self.labels, strict=True)
@@ -219,7 +218,7 @@ class Term:
     def split(self, label: Label, size: int) -> "tuple[Term, tuple[Label, Label]]":
         """Splits `label` into one of `size` and, within it, one of the rest."""
         low_size = label.size // size
-        high, low = self.fresh(size, label.axis), self.fresh(low_size, label.axis, skip=1)
+        high, low = self.fresh(size), self.fresh(low_size, skip=1)
 
         def change(factor: jax.Array, axis: int) -> jax.Array:
             return factor.reshape(*factor.shape[:axis], size, low_size, *factor.shape[axis + 1 :])
@@ -243,9 +242,7 @@ class Term:
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
-        axes = {label.axis for label in labels}
-        axis = axes.pop() if len(axes) == 1 else None
-        new = self.fresh(math.prod(label.size for label in labels), axis)
+        new = self.fresh(math.prod(label.size for label in labels))
         factors, factor_labels = list(self.factors), list(self.labels)
         for k in set(itertools.chain(*owners)):
             rest = tuple(label for label in self.labels[k] if label not in labels)
@@ -408,8 +405,8 @@ def apart(left: Term, right: Term) -> Term:
 def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Term, Term]:
     """Makes pairs of axes (one of `left`, one of `right`) carry the same labels.
 
-    The labels of a pair are split until their sizes agree; then `right` takes those of `left`,
-    or `left` takes those of `right` where only they know their parameter's axis.
+    The labels of a pair are split until their sizes agree; then `right` takes those of `left`, or
+    `left` those of `right` where they run over the entries of an index array.
     """
     for l_axis, r_axis in axes:
         i = 0
@@ -429,7 +426,7 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
                     right, left = _split_apart(right, theirs, mine.size, left)
                 else:
                     raise Inexpressible
-            elif mine.axis is None:
+            elif theirs.is_index:
                 left, i = left.rename({mine: (theirs,)}), i + 1
             else:
                 right, i = right.rename({theirs: (mine,)}), i + 1

@@ -37,13 +37,13 @@ def lora(
 ) -> Callable[..., Any]:
     """Makes a function take `(frozen, tunable)` in place of its parameters.
 
-    Wherever `fn` computes with a weight `W` that has an adapter, the result is computed as
+    Wherever `fn` multiplies by a weight `W` that has an adapter, the product is computed as
 
-        (W + scale · a @ b) x  =  W x  +  scale · a (b x)
+        x @ (W + scale · a @ b)  =  x @ W  +  scale · (x @ a) @ b
 
-    without building `W + scale · a @ b`. `fn` knows nothing of it and is traced once per call, so
-    call the result under `jax.jit` as you would call `fn`; `jax.grad`, `jax.vmap` and the other
-    transformations work through it. Without an adapter, `fn` itself is called.
+    and the sum in brackets is never formed. `fn` is written without LoRA in mind and is traced once
+    per call, so call the result under `jax.jit` as you would call `fn`; `jax.grad`, `jax.vmap` and
+    the other transformations work through it. Without an adapter, `fn` itself is called.
 
     Args:
         fn: any JAX function. Its other arguments may be anything; only JAX arrays among them are

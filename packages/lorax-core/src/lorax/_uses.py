@@ -1,7 +1,7 @@
 """What became of every weight, and how `lora` tells it.
 
 The interpreter records each use of each weight. From the same record come the warnings and errors
-of `lora`, the spec that `infer_spec` finds, and the table of `explain`.
+of `lora` and the table of `explain`.
 """
 
 import dataclasses
@@ -21,16 +21,13 @@ class Use:
     """One equation's use of one weight.
 
     `kind` is "product" (a dot or a convolution), "rows" (entries picked and added to the base's),
-    "materialized" or "returned"; `inputs` and `outputs` are the parameter's axes that the equation
-    sums over or looks up, and those it keeps. `reason` says why a weight was materialized, as a
-    clause whose subject is the primitive.
+    "materialized" or "returned". `reason` says why a weight was materialized, as a clause whose
+    subject is the primitive.
     """
 
     source: Hashable
     kind: str
     primitive: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
     shape: tuple[int, ...]
     line: str
     reason: str = ""

@@ -84,7 +84,7 @@ class LoraWeight:
 
     def term(self, shape: tuple[int, ...], source: Hashable = None) -> Term:
         """The adapter as a term of a weight of `shape`."""
-        axis = [Label(d, size, d) for d, size in enumerate(shape)]
+        axis = [Label(d, size) for d, size in enumerate(shape)]
         rank = Label(len(shape), self.rank)
         shared, inputs, outputs = ([axis[d] for d in group] for group in self.axes)
         term = Term(

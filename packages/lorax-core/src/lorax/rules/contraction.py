@@ -52,10 +52,8 @@ def _dot_general(
     r_base, r_terms = _parts(right)
     if any(term.is_dense for term in (*l_terms, *r_terms)):
         raise Inexpressible("multiplies by a product of weights that is made entry by entry")
-    for terms, summed, batch in zip((l_terms, r_terms), *dimension_numbers, strict=True):
-        for term in terms:
-            kept = [d for d in range(len(term.out)) if d not in (*summed, *batch)]
-            eqn.use_axes(term, summed, kept)
+    for term in (*l_terms, *r_terms):
+        eqn.use(term, "product")
     dtype = eqn.product_dtype(l_base, r_base)
     base = eqn(l_base, r_base)
     keywords = {"precision": precision, "preferred_element_type": preferred_element_type}
@@ -85,7 +83,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
         check_size(0, max(len(term.factors) for term in terms))
         meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
         meets += [None] * (len(left.terms) * len(right.terms))
-        return eqn.settle(base, [forget_axes(term) for term in terms], meets=meets)
+        return eqn.settle(base, terms, meets=meets)
     check_size(len(left.terms) + len(right.terms))
     terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
     # The other way about, the two are exchanged, and what each keeps is exchanged back.
@@ -98,7 +96,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
     for term in right.terms:
         absorbed = _absorb(term, alone, exchanged, dtype, **keywords)
         terms.append(absorbed.permute(order))
-    return eqn.settle(base, [forget_axes(term) for term in terms])
+    return eqn.settle(base, terms)
 
 
 def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywords) -> Term:
@@ -142,12 +140,6 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     return dataclasses.replace(term, factors=factors, labels=labels, out=out)
 
 
-def forget_axes(term: Term) -> Term:
-    """The term of a product of weights, whose axes are no single parameter's axes."""
-    labels = {label for labels in (*term.labels, *term.out) for label in labels}
-    return term.rename({label: (label._replace(axis=None),) for label in labels})
-
-
 @defrule("ragged_dot_general")
 def _ragged_dot_general(
     eqn,
@@ -175,7 +167,7 @@ def _ragged_dot_general(
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
         first, second, bonds = fused.halves(inputs, outputs)
-        eqn.use_axes(term, r_sum, kept)
+        eqn.use(term, "product")
         bonds = [label for label in bonds if label != group]
         deltas.append((first, second, inputs, bonds, outputs, group))
     free = [d for d in range(left.ndim) if d not in l_sum]

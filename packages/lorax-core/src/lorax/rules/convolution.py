@@ -22,7 +22,6 @@ Sharp edges:
   sees the batch whole, and the second meets each part of it with its own outputs.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -73,7 +72,7 @@ def _conv_general_dilated(
     dtype = eqn.product_dtype(x, kernel.base)
     rhs_spec = dimension_numbers.rhs_spec
     for term in kernel.terms:
-        _use(eqn, term, rhs_spec, feature_group_count)
+        eqn.use(term, "product")
     stages = [
         _stages(term, rhs_spec, feature_group_count, batch_group_count, dtype)
         for term in kernel.terms
@@ -86,18 +85,6 @@ def _conv_general_dilated(
         )  # fmt: skip
         base = base + delta.astype(base.dtype)
     return base
-
-
-def _use(eqn, term: Term, rhs_spec, groups: int) -> None:
-    """Records the use; a parameter's axis that runs over the groups is shared by both sides."""
-    out_axis, *in_axes = rhs_spec
-    outputs = term.out[out_axis]
-    while len(outputs) > 1 and groups % outputs[0].size == 0:
-        groups //= outputs[0].size
-        outputs = outputs[1:]
-    axes = list(term.out)
-    axes[out_axis] = outputs
-    eqn.use_axes(dataclasses.replace(term, out=tuple(axes)), in_axes, [out_axis])
 
 
 class _Stages(NamedTuple):

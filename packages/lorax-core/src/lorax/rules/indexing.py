@@ -55,13 +55,7 @@ def _gather(
         _gather_term(term, indices, dimension_numbers, slice_sizes, mode) for term in weight.terms
     ]
     # One index alone picks a layer or an expert; an array of them looks rows up.
-    looked_up = () if indices.ndim == 1 else dimension_numbers.start_index_map
-    axes = [_parameter_axes(term, looked_up) for term in weight.terms]
-    return eqn.settle(eqn(weight.base, indices), terms, looked_up=axes)
-
-
-def _parameter_axes(term: Term, axes) -> list[int]:
-    return [label.axis for d in axes for label in term.out[d] if label.axis is not None]
+    return eqn.settle(eqn(weight.base, indices), terms)
 
 
 def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
@@ -80,8 +74,7 @@ def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
         new = term.fresh(size, skip=d)._replace(is_index=True)
         batch.append(new if axis is None else label_of[axis])
     windows = {
-        axis: term.fresh(slice_sizes[axis], label_of[axis].axis, skip=len(batch) + k)
-        for k, axis in enumerate(indexed)
+        axis: term.fresh(slice_sizes[axis], skip=len(batch) + k) for k, axis in enumerate(indexed)
     }
     picked = [
         _gather_factor(

@@ -10,7 +10,6 @@ import jax.extend.core as jex
 
 from .._registry import defrule
 from .._terms import FactoredArray, Inexpressible, Term, check_size, entrywise, operand
-from .contraction import forget_axes
 
 NOT_LINEAR = "is not linear in the weight"
 
@@ -22,7 +21,7 @@ def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
     terms = [entrywise(term, operand(right.base)) for term in left.terms]
     terms += [entrywise(term, operand(left.base)) for term in right.terms]
     terms += [entrywise(one, other) for one in left.terms for other in right.terms]
-    return FactoredArray(eqn(left.base, right.base), _anonymous(terms))
+    return FactoredArray(eqn(left.base, right.base), tuple(terms))
 
 
 def square(base, weight: FactoredArray) -> FactoredArray:
@@ -33,7 +32,7 @@ def square(base, weight: FactoredArray) -> FactoredArray:
     for k, term in enumerate(weight.terms):
         terms.append(entrywise(term, term))
         terms += [entrywise(term, other).scale(2) for other in weight.terms[k + 1 :]]
-    return FactoredArray(base, _anonymous(terms))
+    return FactoredArray(base, tuple(terms))
 
 
 def gathered(term: Term, axes) -> Term:
@@ -53,10 +52,6 @@ def gathered(term: Term, axes) -> Term:
 def _refuse_products(*weights: FactoredArray) -> None:
     if any(term.is_dense for weight in weights for term in weight.terms):
         raise Inexpressible("multiplies a product of weights by a weight, entry by entry")
-
-
-def _anonymous(terms: list[Term]) -> tuple[Term, ...]:
-    return tuple(map(forget_axes, terms))
 
 
 @defrule("square")
