@@ -20,6 +20,14 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-transforms",
+        action="store_true",
+        help="prove the rows of the tables without vmap, checkpoint and scan",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "devices(count): needs so many of the same kind")
 
@@ -60,17 +68,19 @@ def draw_tree(seed, tree):
 
 
 @pytest.fixture
-def prove():
+def prove(request):
     """Runs a table row: (id, function, shapes of the parameters, spec, arguments, expectation).
 
     The expectation, which most rows leave out, holds keywords of `lorax.testing.check`.
     """
+
+    options = {"transforms": False} if request.config.getoption("--without-transforms") else {}
 
     def run(name, fn, shapes, spec, args, expectation=None):
         seed = zlib.crc32(name.encode())
         params, *args = draw_tree(seed, [shapes, *args])
         # Small arguments keep a model's sines and its tanh where float32 can tell them apart.
         args = [arg / 4 if is_float(arg) else arg for arg in args]
-        testing.check(fn, params, spec, *args, seed=seed % 1000, **(expectation or {}))
+        testing.check(fn, params, spec, *args, seed=seed % 1000, **(expectation or {}) | options)
 
     return run
