@@ -120,7 +120,7 @@ def tests(session: nox.Session, package: str, backend: str, jax: str) -> None:
 
 
 def rows_of(session: nox.Session, package: str, jax: str) -> list[str]:
-    """Rows of the core's tables are transformed in one cell; elsewhere value and work are enough."""
+    """Rows of the core's tables are transformed in one cell; elsewhere value and work suffice."""
     everywhere = package != "lorax-core" or (session.python, jax) == (HERE, "newest")
     return [] if everywhere else ["--without-transforms"]
 
