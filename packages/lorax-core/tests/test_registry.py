@@ -155,3 +155,15 @@ def test_an_equation_with_a_new_parameter_gets_the_weight_and_that_is_told(monke
     assert jnp.allclose(got, model(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-6)
     with pytest.raises(MaterializeError, match=told):
         lorax.lora(model, on_materialize="error")((frozen, tunable), x)
+
+
+def test_a_scan_that_does_not_count_what_it_carries_gets_the_weight(monkeypatch):
+    def split(params):
+        raise KeyError("num_consts")
+
+    monkeypatch.setattr(_compat, "scan_split", split)
+    fn = PROGRAMS["scan"][1]
+    pair = init_lora({"w": jnp.ones((5, 7)) / 5}, {"w": 2}, jax.random.key(0))
+    with pytest.warns(MaterializeWarning, match="`scan` .* has no parameter 'num_consts' in JAX"):
+        got = lorax.lora(lambda p, x: fn(p["w"], x))(pair, jnp.ones((3, 5)))
+    assert jnp.allclose(got, 1.0)

@@ -205,8 +205,17 @@ def _forwarded(jaxpr) -> list[int | None]:
 def _loop_body(eqn) -> tuple[int, Any]:
     """Where the carried values begin among the inputs of a loop's body, and the body."""
     if eqn.primitive.name == "scan":
-        return _compat.scan_split(eqn.params)[0], eqn.params["jaxpr"]
+        return _scan_split(eqn.params)[0], eqn.params["jaxpr"]
     return eqn.params["body_nconsts"], eqn.params["body_jaxpr"]
+
+
+def _scan_split(params) -> tuple[int, int]:
+    try:
+        return _compat.scan_split(params)
+    except KeyError as missing:
+        raise Inexpressible(
+            f"has no parameter {missing} in JAX {jax.__version__}, which counts what it carries"
+        ) from missing
 
 
 def _carry(eqn, init, untouched):
@@ -257,7 +266,7 @@ def _scan(
     ft_in=None,
     ft_out=None,
 ):
-    n_consts, n_carry = _compat.scan_split(eqn.eqn.params)
+    n_consts, n_carry = _scan_split(eqn.eqn.params)
     consts, init, xs = (
         args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     )  # fmt: skip
