@@ -152,7 +152,7 @@ def test_no_order_is_cheaper(count):
 def test_a_scale_of_one_side_joins_its_factor():
     # As in a product of weights of which one is scaled: V[o, p] meets b[r, o] and gain[o].
     names = [(R, I), (I,), (I, O)]
-    made = [aval.shape for name, aval in shapes_made(arrays(*names), (R, O), meets=2)]
+    made = [aval.shape for _, aval in shapes_made(arrays(*names), (R, O), meets=2)]
     assert (I.size, O.size) not in made
 
 

@@ -15,10 +15,8 @@ F8 = jnp.float8_e4m3fn
 @pytest.fixture(autouse=True)
 def x64():
     """With 64 bits, so that float32 is not the widest dtype there is."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with jax.enable_x64(True):
+        yield
 
 
 def joint(*dtypes):

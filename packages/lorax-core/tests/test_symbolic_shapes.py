@@ -220,7 +220,7 @@ def test_roles_are_inferred_as_for_known_sizes(row):
 
 
 def test_explain_has_everything_but_costs():
-    fn, shapes, *_ = ROWS["mlp"]
+    fn, *_ = ROWS["mlp"]
     _, frozen, tunable = adapted("mlp")
     known = explain(fn, (frozen, tunable), argument("mlp", SIZES[0]))
     report = explain(fn, (frozen, tunable), symbolic("mlp"))

@@ -323,29 +323,26 @@ class _Search:
 
     def best_tree(self, groups: tuple[int, ...]) -> list[tuple[int, int]]:
         """The products of the cheapest order, inner ones first, by a search over subsets."""
-        best: dict[int, tuple[int, int, tuple[int, int] | None]] = {
-            group: (0, 0, None) for group in groups
-        }
+        costs: dict[int, tuple[int, int]] = {group: (0, 0) for group in groups}
+        splits: dict[int, tuple[int, int]] = {}
         for count in range(2, len(groups) + 1):
             for chosen in itertools.combinations(groups, count):
                 whole = sum(chosen)
-                found = None
                 for left in _halves(chosen):
                     right = whole ^ left
-                    if left not in best or right not in best:
-                        continue
-                    cost = self.cost(left, right)
+                    cost = self.cost(left, right) if left in costs and right in costs else None
                     if cost is None:
                         continue
-                    total = tuple(map(sum, zip(cost, best[left][:2], best[right][:2], strict=True)))
-                    if found is None or total < found[:2]:
-                        found = (*total, (left, right))
-                if found is not None:
-                    best[whole] = found
+                    three = (cost, costs[left], costs[right])
+                    total = (sum(c for c, _ in three), sum(made for _, made in three))
+                    if whole not in costs or total < costs[whole]:
+                        costs[whole], splits[whole] = total, (left, right)
 
         def steps(group: int) -> list[tuple[int, int]]:
-            split = best[group][2]
-            return [] if split is None else [*steps(split[0]), *steps(split[1]), split]
+            if group not in splits:
+                return []
+            left, right = splits[group]
+            return [*steps(left), *steps(right), (left, right)]
 
         return steps(sum(groups))
 

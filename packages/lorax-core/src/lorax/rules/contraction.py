@@ -125,7 +125,8 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     # What is near, as [*bonds, *shared, *gone], meets the weight: [*shared, *bonds, *new].
     first, second = len(bonds), len(bonds) + len(shared)
     axes = (*((label,) for label in (*bonds, *shared)), *(term.out[d] for d in summed))
-    part = Term(*map(tuple, zip(*near, strict=True)), axes)
+    arrays, owned = zip(*near, strict=True)
+    part = Term(arrays, owned, axes)
     numbers = (
         (range(second, len(axes)), w_summed),
         (range(first, second), w_batch),
