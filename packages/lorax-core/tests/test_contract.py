@@ -187,7 +187,7 @@ def test_terms_that_look_alike_share_one_search():
     names, out = chain(5)
     _contract._path(tuple(names), out, 0)
     searches = _contract._ordered.cache_info().misses
-    moved = [tuple(label._replace(id=label.id + 7, axis=1) for label in pair) for pair in names]
+    moved = [tuple(label._replace(id=label.id + 7) for label in pair) for pair in names]
     _contract._path(tuple(moved), (moved[0][0], moved[-1][-1]), 0)
     assert _contract._ordered.cache_info().misses == searches
 

@@ -109,8 +109,8 @@ def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
     shown = (thin & made.sides).union(
         *(sides for sides, size in zip(made.axes, shape, strict=True) if size != 1)
     )
-    both = any((k, "in") in made.sides and (k, "out") in made.sides for k, _ in made.sides)
-    return both and {side for _, side in shown} >= {"in", "out"}
+    weights = {k for k, _ in shown}
+    return any({(k, "in"), (k, "out")} <= made.sides & shown for k in weights)
 
 
 # Equations with bodies

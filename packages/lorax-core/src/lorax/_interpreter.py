@@ -16,7 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from . import _compat, _contract
-from ._registry import unfit
+from ._registry import REASONS, unfit
 from ._terms import FactoredArray, Inexpressible, Term
 from ._uses import Use
 
@@ -93,7 +93,9 @@ class Interpreter:
         equation = Equation(self, eqn, operands, before_broadcast)
         rule = self.rules.get(eqn.primitive)
         recorded = len(self.uses)
-        reason = "" if rule is None else unfit(rule, len(operands), eqn.params)
+        reason = REASONS.get(eqn.primitive, "")
+        if rule is not None:
+            reason = unfit(rule, len(operands), eqn.params)
         out = NotImplemented
         if rule is not None and not reason:
             try:

@@ -33,6 +33,15 @@ Rule = Callable[..., Any]
 
 RULES: dict[Primitive, Rule] = {}
 
+# Why some primitives have no rule, as in `Use.reason`.
+REASONS: dict[Primitive, str] = {}
+
+
+def defreason(reason: str, *names: str) -> None:
+    """Says why the primitives called `names`, those that this JAX has, materialize a weight."""
+    found = map(_compat.find_primitive, names)
+    REASONS.update(dict.fromkeys((primitive for primitive in found if primitive), reason))
+
 
 def defrule(*names: str) -> Callable[[Rule], Rule]:
     """Registers one rule for the primitives called `names` that this JAX has."""

@@ -159,4 +159,4 @@ def test_the_record_of_uses_runs_through():
     fn = MODELS["custom-vjp"][0]
     traced = trace(fn, bind_call(fn, (0,), (), (make_pair(), jnp.ones((3, 11))), {}))
     (use,) = uses(traced, through_custom_derivatives=True)
-    assert (use.kind, use.inputs, use.outputs) == ("product", (0,), (1,))
+    assert (use.kind, use.primitive) == ("product", "dot_general")

@@ -17,7 +17,11 @@ def _transpose(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
 
 @rule("reshape")
 def _reshape(walk: Walk, eqn: jex.JaxprEqn, value: Value, *_: Value) -> Value:
-    return value.move(lambda axes: regroup(axes, shape_of(eqn.outvars[0])))
+    def move(axes: Sequence[Axis]) -> list[Axis]:
+        order = eqn.params["dimensions"] or range(len(axes))
+        return regroup([axes[d] for d in order], shape_of(eqn.outvars[0]))
+
+    return value.move(move)
 
 
 @rule("squeeze")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._contract import product_dtype, wide_dtype
-from .._registry import defrule
+from .._registry import defreason, defrule
 from .._terms import FactoredArray, Inexpressible, Term, align, apart, check_size, operand, product
 from . import norms
 
@@ -134,11 +134,10 @@ def _div(eqn, weight, divisor):
     )  # fmt: skip
 
 
-@defrule(
+defreason(
+    norms.NOT_LINEAR,
     "abs", "sign", "floor", "ceil", "round", "max", "min", "clamp", "rem", "sqrt", "rsqrt",
     "cbrt", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "tan", "erf",
     "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "sort", "top_k", "cumprod",
     "cummax", "cummin", "cumlogsumexp", "scatter_max", "scatter_min", "pmax", "pmin",
 )  # fmt: skip
-def _not_linear(eqn, *operands, **params):
-    raise Inexpressible(norms.NOT_LINEAR)

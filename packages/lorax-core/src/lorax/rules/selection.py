@@ -72,26 +72,67 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
 
 
 @defrule("scatter_add", "scatter_sub")
-def _scatter_add(eqn, weight, indices, updates, **params):
+def _scatter_add(
+    eqn,
+    weight,
+    indices,
+    updates,
+    *,
+    dimension_numbers,
+    mode,
+    indices_are_sorted,
+    unique_indices,
+    update_jaxpr,
+    update_consts,
+):
     """What is added to a weight leaves its terms alone."""
     sign = -1 if eqn.eqn.primitive.name == "scatter-sub" else 1
     terms = [*_terms(weight)]
-    terms += [_scattered(t.scale(sign), weight.shape, indices, params) for t in _terms(updates)]
+    terms += [
+        _scattered(term.scale(sign), weight.shape, indices, dimension_numbers, mode)
+        for term in _terms(updates)
+    ]
     return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
 
 
 @defrule("scatter")
-def _scatter(eqn, weight, indices, updates, **params):
+def _scatter(
+    eqn,
+    weight,
+    indices,
+    updates,
+    *,
+    dimension_numbers,
+    mode,
+    indices_are_sorted,
+    unique_indices,
+    update_jaxpr,
+    update_consts,
+):
     terms = []
     if _terms(weight):
         zero = jnp.zeros((1,) * len(updates.shape), _base(updates).dtype)
         terms += _masked(weight, _mask(eqn, weight, indices, updates.shape, zero))
-    terms += [_scattered(term, weight.shape, indices, params) for term in _terms(updates)]
+    terms += [
+        _scattered(term, weight.shape, indices, dimension_numbers, mode) for term in _terms(updates)
+    ]
     return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
 
 
 @defrule("scatter_mul")
-def _scatter_mul(eqn, weight, indices, updates, **params):
+def _scatter_mul(
+    eqn,
+    weight,
+    indices,
+    updates,
+    *,
+    dimension_numbers,
+    mode,
+    indices_are_sorted,
+    unique_indices,
+    update_jaxpr,
+    update_consts,
+):
     if isinstance(updates, FactoredArray):
         raise Inexpressible("multiplies by it")
     mask = _mask(eqn, weight, indices, updates.shape, eqn.narrow(2))
@@ -120,9 +161,8 @@ def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
     return eqn(ones, indices, jnp.broadcast_to(narrow, update))
 
 
-def _scattered(term: Term, shape, indices, params) -> Term:
+def _scattered(term: Term, shape, indices, numbers, mode) -> Term:
     """The term of one window written into zeros of `shape`, axis by axis."""
-    numbers = params["dimension_numbers"]
     if indices.ndim != 1 or numbers.operand_batching_dims:
         raise Inexpressible("writes parts of it to several places")
     # Axes of which the window has one entry and no axis.
@@ -138,7 +178,7 @@ def _scattered(term: Term, shape, indices, params) -> Term:
         def write(room, factor, k, column=indexed[d]):
             window = jax.lax.ScatterDimensionNumbers(tuple(range(factor.ndim)), (), (k,))
             at = indices[column : column + 1]
-            return jax.lax.scatter(room, at, factor, window, mode=params["mode"])
+            return jax.lax.scatter(room, at, factor, window, mode=mode)
 
         term = _written(term, d, size, write)
     return term
