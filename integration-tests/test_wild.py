@@ -1,6 +1,5 @@
 """What judges other people's models in `nox -s wild`, on small functions."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -70,9 +69,10 @@ FOUND = Finding("p: m", weights=3, factored=1, materialized={"w": "`mul` has no 
 )
 def test_difference_is_reported(found, fault, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(verdict, "FILE", tmp_path / "expected.json")
-    verdict.record([FOUND])
-    assert list(json.loads(verdict.FILE.read_text())) == ["p: m"]
     model = Model("p", "m", lambda: pytest.fail("not built"), False, False, fault)
+    monkeypatch.setitem(verdict.CATALOG, model.title, model)
+    assert verdict.record([model], [FOUND]) == [FOUND]
+    assert verdict.recorded() == {"p: m": FOUND}
     differences = [str(difference) for difference in verdict.differences([model], [found])]
     for what in expected:
         assert any(what in difference for difference in differences), differences

@@ -40,9 +40,8 @@ def main() -> int:
     findings = run(models, console)
     console.print(table(findings))
     if options.record:
-        record(findings)
-        if len(models) == len(every):
-            PAGE.write_text(page(findings, {model.title for model in models if model.single}))
+        single = {model.title for model in every if model.single}
+        PAGE.write_text(page(record(models, findings), single))
     wrong = list(differences(models, findings))
     for difference in wrong:
         console.print(f"✗ {difference}", markup=False, highlight=False, soft_wrap=True)

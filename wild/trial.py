@@ -35,7 +35,7 @@ RATE = 1e-3
 # Some of these models make ten thousand times more of a rounding error than a layer does. What is
 # not rounding is far larger still.
 TOLERANCE = {False: 1e-10, True: 1e-4}  # in float64, and of the models in float32
-SECONDS = 90  # of this process, past which a model does not end
+SECONDS = 60  # of this process, past which a model does not end
 ROUNDS = 3  # of the trace times, of which the median is reported
 
 

@@ -38,14 +38,14 @@ def spectral_norm_updated() -> Subject:
 class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.RNN(nn.LSTMCell(8))(x)
+        x = nn.RNN(nn.LSTMCell(9))(x)
         x = nn.Bidirectional(nn.RNN(nn.GRUCell(6)), nn.RNN(nn.OptimizedLSTMCell(6)))(x)
-        return nn.Dense(3)(x)
+        return nn.Dense(7)(x)
 
 
 @model("Linen: LSTM and GRU", single=True)
 def recurrent() -> Subject:
-    return linen(Recurrent(), normal(2, 9, 5))
+    return linen(Recurrent(), normal(3, 11, 5))
 
 
 class Decoder(nn.Module):
@@ -109,7 +109,7 @@ class Cells(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(5, 8, rngs=rngs))
         self.gru = nnx.RNN(nnx.GRUCell(8, 6, rngs=rngs))
-        self.conv = nnx.Conv(6, 4, (3,), rngs=rngs)
+        self.conv = nnx.Conv(6, 7, (3,), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(self.gru(self.lstm(x)))
@@ -117,4 +117,4 @@ class Cells(nnx.Module):
 
 @model("NNX: LSTM and GRU", single=True, transforms=True)
 def cells() -> Subject:
-    return frameworks.nnx(Cells(nnx.Rngs(0)), lambda module, x: module(x), normal(2, 9, 5))
+    return frameworks.nnx(Cells(nnx.Rngs(0)), lambda module, x: module(x), normal(4, 11, 5))

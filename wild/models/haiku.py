@@ -30,10 +30,10 @@ def resnet() -> Subject:
 @model("MobileNet")
 def mobilenet() -> Subject:
     def forward(x: jax.Array, is_training: bool = False) -> jax.Array:
-        network = hk.nets.MobileNetV1((1, 2, 2), (8, 10, 12), num_classes=5)
+        network = hk.nets.MobileNetV1((1, 2, 2), (8, 10, 12), num_classes=7)
         return network(x, is_training)
 
-    return frameworks.haiku(forward, normal(2, 16, 16, 3), is_training=True)
+    return frameworks.haiku(forward, normal(5, 16, 16, 3), is_training=True)
 
 
 @model("VQ-VAE")

@@ -15,5 +15,5 @@ def fno() -> Subject:
 
 @model("U-Net")
 def unet() -> Subject:
-    module = ClassicUNet(2, 4, 7, hidden_channels=6, num_levels=1, key=KEY)
-    return equinox(module, lambda module, x: jax.vmap(module)(x), normal(3, 4, 8, 8))
+    module = ClassicUNet(2, 5, 7, hidden_channels=7, num_levels=1, key=KEY)
+    return equinox(module, lambda module, x: jax.vmap(module)(x), normal(3, 5, 8, 8))
