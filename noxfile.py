@@ -211,6 +211,17 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "integration-tests/vllm/check.py", folder)
 
 
+@nox.session(python="3.12")
+def wild(session: nox.Session) -> None:
+    """Models of other people's packages. `-- --record` writes docs/wild.md again.
+
+    On the one Python for which all of those packages are published.
+    """
+    session.install("--requirement", "wild/requirements.txt")
+    session.install("--no-deps", *editable("lorax-core"))
+    session.run("python", "-m", "wild", *session.posargs, env={"JAX_PLATFORMS": "cpu"})
+
+
 @nox.session(tags=DEFAULT)
 def docs(session: nox.Session) -> None:
     """Runs the examples in README files, docs/ and docstrings."""

@@ -1,0 +1,90 @@
+"""Runs every model, prints the table, and compares it with `wild/expected.json`.
+
+Each model runs in a process of its own, so that one that crashes or hangs is a row of the table.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from . import catalog
+from .catalog import Model
+from .finding import Finding
+from .page import page, table
+from .trial import SECONDS
+from .verdict import differences, record
+
+PAGE = Path("docs", "wild.md")
+
+
+def main() -> int:
+    """The exit status: 0 where all is as expected."""
+    parser = argparse.ArgumentParser(prog="nox -s wild --", description=__doc__)
+    parser.add_argument("--only", default="", help="the models whose title contains this")
+    parser.add_argument("--record", action="store_true", help=f"expect what is found; write {PAGE}")
+    options = parser.parse_args()
+    console = Console(width=None if Console().is_terminal else 150)
+
+    every = [model for name in catalog.modules() for model in catalog.load(name)]
+    models = [model for model in every if options.only.lower() in model.title.lower()]
+    findings = run(models, console)
+    console.print(table(findings))
+    if options.record:
+        single = {model.title for model in every if model.single}
+        PAGE.write_text(page(record(models, findings), single))
+    wrong = list(differences(models, findings))
+    for difference in wrong:
+        console.print(f"✗ {difference}", markup=False, highlight=False, soft_wrap=True)
+    as_expected = len(models) - len({difference.title for difference in wrong})
+    faults = sum(model.fault is not None for model in models)
+    console.print(f"{as_expected} of {len(models)} models as expected, {faults} with a known fault")
+    return 1 if wrong else 0
+
+
+def run(models: Sequence[Model], console: Console) -> list[Finding]:
+    """All trials, as many at a time as there are processors."""
+    with (
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        task = progress.add_task("models", total=len(models))
+
+        def one(model: Model) -> Finding:
+            finding = trial(model)
+            mark = f"✗ {finding.fault}" if finding.fault else "✓"
+            progress.console.print(
+                f"{mark[0]} {model.title}{mark[1:]}", markup=False, soft_wrap=True
+            )
+            progress.advance(task)
+            return finding
+
+        return list(pool.map(one, models))
+
+
+def trial(model: Model) -> Finding:
+    """One model in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "finding.json")
+        command = [sys.executable, "-m", "wild.trial", model.title, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not file.exists():
+            stage = " ".join(done.stdout.split()[-1:]) or "import"
+            reason = " ".join(done.stderr.strip().splitlines()[-1:])
+            if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
+                reason = f"does not end in {SECONDS} s"
+            return Finding(model.title, model.version, fault=f"{stage}: {reason}")
+        return Finding(**json.loads(file.read_text()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

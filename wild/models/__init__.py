@@ -1,0 +1,1 @@
+"""One file for each package, named as the package is imported."""

@@ -1,0 +1,127 @@
+"""The table, on a terminal and as docs/wild.md."""
+
+import collections
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .finding import Finding
+
+COLUMNS = ("model", "factored", "materialized", "left out", "error", "trace")
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """The table for a terminal."""
+    shown = Table(title="Other people's models", box=box.SIMPLE_HEAD)
+    for column in COLUMNS:
+        shown.add_column(column, overflow="fold")
+    for package, rows in _packages(findings).items():
+        shown.add_row(f"[bold]{escape(package)}[/]")
+        for finding in rows:
+            cells = [escape(cell) for cell in _cells(finding)]
+            if finding.fault:
+                cells[0] = f"[red]✗[/] {cells[0]}"
+            shown.add_row(*cells)
+    return shown
+
+
+PAGE = """\
+# Other people's models
+
+Models that were not written for Lorax, imported from PyPI and never copied, at tiny sizes.
+`nox -s wild` printed this page (JAX {jax}). It takes each model through `infer_spec`, `init_lora`,
+`lora`, `explain`, `testing.check`, a step of gradient descent and `merge_params`, and fails where
+something is not as [`wild/expected.json`](../wild/expected.json) has it; `nox -s wild -- --record`
+writes that file and this page again.
+
+- **factored**: weights that are adapted and never built, of all weights. A weight is a parameter of
+  two or more axes that reaches a product, a convolution or a look-up, which is found without Lorax.
+  Biases, gains and positions that are only added are not weights.
+- **materialized**: weights that are adapted and built in full.
+- **left out**: weights without an adapter. "Not named" are those that `infer_spec` says nothing
+  about.
+- **error**: the largest relative error of values and gradients beside the merged model, in float64
+  unless the model runs in float32 only, which is marked (32).
+- **trace**: processor time to trace the adapted model, with empty caches, over the plain one's.
+  It depends on the machine, and nothing is asserted about it.
+
+{models} models of {packages} packages; {built} weights of {weights} are built in full.
+
+{table}
+
+## What is built or left out, and why
+
+{reasons}
+"""
+
+
+def page(findings: Sequence[Finding], single: set[str]) -> str:
+    """docs/wild.md; `single` are the titles of the models that run in float32."""
+    packages = _packages(findings)
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
+    for package, rows in packages.items():
+        for finding in rows:
+            name, *cells = _cells(finding)
+            cells[3] += " (32)" if finding.title in single else ""
+            lines.append(f"| {package}: {name} | {' | '.join(cells)} |")
+    return PAGE.format(
+        jax=version("jax"),
+        models=len(findings),
+        packages=len(packages),
+        built=sum(len(finding.materialized) for finding in findings),
+        weights=sum(finding.weights for finding in findings),
+        table="\n".join(lines),
+        reasons="\n".join(_reasons(findings)),
+    )
+
+
+def _packages(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = collections.defaultdict(list)
+    for finding in findings:
+        found[finding.version].append(finding)
+    return dict(sorted(found.items()))
+
+
+def _cells(finding: Finding) -> list[str]:
+    left_out = [f"{len(finding.left_out)}"] if finding.left_out else []
+    left_out += [f"{len(finding.unsaid)} not named"] if finding.unsaid else []
+    return [
+        finding.title.partition(": ")[2],
+        f"{finding.factored} of {finding.weights}",
+        f"{len(finding.materialized)}" if finding.materialized else "",
+        ", ".join(left_out),
+        "–" if finding.error is None else f"{finding.error:.0e}",
+        "–" if finding.trace is None else f"{finding.trace:.1f} ×",
+    ]
+
+
+def _reasons(findings: Sequence[Finding]) -> Iterator[str]:
+    for package, rows in _packages(findings).items():
+        for finding in rows:
+            lines = [*_grouped("built", finding.materialized), *_grouped("", finding.left_out)]
+            lines += _grouped("not named", dict.fromkeys(finding.unsaid, ""))
+            lines += _grouped("no gradient at the start", dict.fromkeys(finding.still, ""))
+            lines += [f"**fault**: {_code_safe(finding.fault)}"] if finding.fault else []
+            if lines:
+                yield f"- {package}, {finding.title.partition(': ')[2]}:"
+                yield from (f"  - {line}" for line in lines)
+
+
+def _grouped(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """Paths with the same reason on one line, and layers that differ in their number as one."""
+    paths: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for path, reason in reasons.items():
+        paths[re.sub(r"\d+", "…", path), reason].append(path)
+    several: dict[str, list[str]] = collections.defaultdict(list)
+    for (pattern, reason), members in paths.items():
+        several[reason].append(f"`{members[0] if len(members) == 1 else pattern}`")
+    for reason, names in several.items():
+        yield ": ".join(part for part in (", ".join(names), what, reason) if part)
+
+
+def _code_safe(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

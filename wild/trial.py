@@ -1,0 +1,267 @@
+"""One model through Lorax, in a process of its own.
+
+    python -m wild.trial "discretax: S5" FILE
+
+The stages that it enters go to standard output, and what it found to FILE as JSON: a model that
+crashes or hangs leaves the name of the stage behind.
+"""
+
+import dataclasses
+import gc
+import json
+import re
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lorax
+from lorax import testing
+
+from .catalog import CATALOG, Model, Subject, load
+from .finding import Finding
+from .reach import reached
+
+RANK = 2
+RATE = 1e-3
+# Some of these models make ten thousand times more of a rounding error than a layer does. What is
+# not rounding is far larger still.
+TOLERANCE = {False: 1e-10, True: 1e-4}  # in float64, and of the models in float32
+SECONDS = 60  # of this process, past which a model does not end
+ROUNDS = 3  # of the trace times, of which the median is reported
+
+
+def main() -> None:
+    """Runs the model that the command line names."""
+    title, file = sys.argv[1:]
+    # Before a model is built, for what it makes is of this precision.
+    model = _find(title)
+    if not model.single:
+        jax.config.update("jax_enable_x64", True)
+    # These models are small and run a few times: their compilation is what takes the time.
+    jax.config.update("jax_disable_most_optimizations", True)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    finding = Finding(title, model.version)
+    try:
+        try_model(model, finding)
+    except Exception as error:
+        first = " ".join(str(error).split())
+        finding.fault = f"{STAGE[-1]}: {type(error).__name__}: {first}"[:600]
+    Path(file).write_text(json.dumps(dataclasses.asdict(finding)))
+
+
+STAGE = ["import"]
+
+
+def _enter(stage: str) -> None:
+    STAGE.append(stage)
+    print(stage, flush=True)
+
+
+def _find(title: str) -> Model:
+    load(title.partition(":")[0])
+    return CATALOG[title]
+
+
+def try_model(model: Model, finding: Finding) -> None:
+    """All stages, in order; what is found goes into `finding` at once."""
+    _enter("build")
+    fn, params, args = _at_precision(model)
+    paths, leaves = _named(params)
+    matrices = {path for path, leaf in zip(paths, leaves, strict=True) if _is_matrix(leaf)}
+    _enter("infer_spec")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        spec = lorax.infer_spec(fn, params, *args, rank=RANK)
+    adapted = {path for path, leaf in zip(*_named(spec), strict=True) if leaf != lorax.LORA_FREEZE}
+    finding.left_out = _reasons([str(warning.message) for warning in told], matrices - adapted)
+
+    _enter("reach")
+    multiplied = matrices & reached(fn, params, *args)
+    finding.unsaid = sorted(multiplied - adapted - set(finding.left_out))
+    finding.weights = len(adapted | multiplied | set(finding.left_out))
+
+    _enter("explain")
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+    rows = lorax.explain(fn, (frozen, tunable), *args).rows
+    finding.factored = sum(row.status == "covered" for row in rows)
+
+    _enter("lora")
+    loud = lorax.lora(fn, on_materialize="warn", on_unused="error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        jax.eval_shape(lambda tunable: loud((frozen, tunable), *args), tunable)
+    built = [str(w.message) for w in told if issubclass(w.category, lorax.MaterializeWarning)]
+    finding.materialized = _reasons(built, {r.path for r in rows if r.status == "materialized"})
+    assert len(finding.materialized) == sum(row.status == "materialized" for row in rows), (
+        "explain and the warnings of lora differ about what is materialized"
+    )
+
+    _enter("compare")
+    quiet = lorax.lora(fn, on_materialize="allow")
+    loaded = testing.random_factors(tunable, jax.random.key(1))
+    ours = _value_and_gradient(lambda tunable: quiet((frozen, tunable), *args))(loaded)
+    merged = lorax.merge_params(frozen, loaded)
+    theirs = _value_and_gradient(lambda t: fn(lorax.merge_params(frozen, t), *args))(loaded)
+    finding.error = _error(ours, theirs)
+
+    _enter("trace")
+    finding.trace = _trace_ratio(quiet, fn, (frozen, tunable), params, args)
+
+    _enter("step")
+    finding.still = _step(quiet, frozen, tunable, args)
+
+    _enter("merge")
+    _check_merge(params, merged, loaded)
+
+    _enter("check")
+    testing.check(
+        fn,
+        params,
+        spec,
+        *args,
+        tolerance=TOLERANCE[model.single],
+        transforms=model.transforms,
+        materializes=bool(finding.materialized),
+    )
+
+
+def _at_precision(model: Model) -> Subject:
+    fn, params, args = model.make()
+    wide = {jnp.dtype("float32"): jnp.float64, jnp.dtype("complex64"): jnp.complex128}
+
+    def widened(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array) and leaf.dtype in wide
+        return leaf.astype(wide[leaf.dtype]) if is_array else leaf
+
+    if model.single:
+        return Subject(fn, params, args)
+    return Subject(fn, *jax.tree.map(widened, (params, args)))
+
+
+def _named(tree: Any) -> tuple[list[str], list[Any]]:
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "." for path, _ in found]
+    return names, [leaf for _, leaf in found]
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, jax.Array) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
+
+
+def _reasons(messages: list[str], paths: set[str]) -> dict[str, str]:
+    """For each path that a message names, what the message says of it."""
+    found: dict[str, str] = {}
+    for message in messages:
+        for line in message.splitlines():
+            for path in sorted(paths & set(re.findall(r"`([^`]+)`", line))):
+                found.setdefault(path, _clause(line, path))
+    return found
+
+
+def _clause(message: str, path: str) -> str:
+    """The reason in a warning, without what depends on where a package is installed."""
+    match = re.search(
+        r"used by (`\w+`) as an array of shape .*? at .*?, which (.*?), so the adapted", message
+    )
+    if match:
+        return f"{match[1]} {match[2]}"
+    return re.sub(r" at \S+:\d+\S*( \([^)]*\))?", "", message.replace(f"`{path}`", "it", 1))[:200]
+
+
+def _value_and_gradient(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def loss(tunable: Any) -> Any:
+        outs = [leaf for leaf in jax.tree.leaves(function(tunable)) if _is_inexact(leaf)]
+        # Each entry counts differently, so that no gradient is uniform.
+        weigh = [jnp.cos(jnp.arange(out.size) + k).reshape(out.shape) for k, out in enumerate(outs)]
+        total = sum(jnp.sum(w * jnp.real(out)) for w, out in zip(weigh, outs, strict=True))
+        return total, outs
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _error(ours: Any, theirs: Any) -> float:
+    """Of each array, the largest error relative to its largest entry; of those, the largest."""
+    worst = 0.0
+    (_, outs), gradients = ours
+    (_, expected_outs), expected_gradients = theirs
+    pairs = zip(
+        jax.tree.leaves((outs, gradients)),
+        jax.tree.leaves((expected_outs, expected_gradients)),
+        strict=True,
+    )
+    for got, expected in pairs:
+        got, expected = np.asarray(got), np.asarray(expected)
+        assert np.isfinite(expected).all(), "the merged model is not finite"
+        largest = np.max(np.abs(expected), initial=0.0)
+        worst = max(worst, float(np.max(np.abs(got - expected), initial=0.0) / (largest or 1.0)))
+    return worst
+
+
+def _trace_ratio(quiet: Any, fn: Any, pair: Any, params: Any, args: Any) -> float:
+    """Of the times of this process, so that other work on the machine counts less."""
+
+    def seconds(function: Any, first: Any) -> float:
+        jax.clear_caches()
+        gc.collect()
+        start = time.process_time()
+        jax.make_jaxpr(lambda first: function(first, *args))(first)
+        return time.process_time() - start
+
+    ratios = [seconds(quiet, pair) / seconds(fn, params) for _ in range(ROUNDS)]
+    return statistics.median(ratios)
+
+
+def _step(quiet: Any, frozen: Any, tunable: Any, args: Any) -> list[str]:
+    """A step of gradient descent from fresh factors; the adapters that it leaves as they were."""
+
+    def loss(tunable: Any) -> Any:
+        outs = jax.tree.leaves(quiet((frozen, tunable), *args))
+        return sum(jnp.sum(jnp.abs(out - 0.5) ** 2) for out in outs if _is_inexact(out))
+
+    @jax.jit
+    def step(tunable: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(tunable)
+        return value, jax.tree.map(lambda old, g: old - RATE * jnp.conj(g), tunable, gradients)
+
+    value, trained = step(tunable)
+    assert np.isfinite(value), f"the loss is {value}"
+    moved: dict[str, bool] = {}
+    for path, old, new in zip(*_named(tunable), jax.tree.leaves(trained), strict=True):
+        assert np.isfinite(new).all(), f"`{path}` is not finite after a step"
+        weight = path.rpartition("/")[0]
+        moved[weight] = moved.get(weight, False) or not np.array_equal(old, new)
+    return sorted(path for path, has_moved in moved.items() if not has_moved)
+
+
+def _check_merge(params: Any, merged: Any, tunable: Any) -> None:
+    """Merged parameters are like those of the model, and `unmerge` gives those back."""
+    assert jax.tree.structure(merged) == jax.tree.structure(params), "another structure"
+    back = lorax.unmerge(merged, tunable)
+    rows = zip(*_named(params), jax.tree.leaves(merged), jax.tree.leaves(back), strict=True)
+    for path, before, after, restored in rows:
+        if not _is_inexact(before):
+            continue
+        assert (after.shape, after.dtype) == (before.shape, before.dtype), f"`{path}` differs"
+        scale = float(np.max(np.abs(after), initial=1.0))
+        error = float(np.max(np.abs(np.asarray(restored) - np.asarray(before)), initial=0.0))
+        allowed = 8 * float(jnp.finfo(after.dtype).eps) * scale
+        assert error <= allowed, f"`{path}` is {error:.2g} from the base after `unmerge`"
+
+
+if __name__ == "__main__":
+    main()

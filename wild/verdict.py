@@ -1,0 +1,92 @@
+"""What is expected of each model, and what differs from it.
+
+`expected.json` is what the last run with `--record` found. A run fails where it finds other numbers
+of weights, others that are built or left out, or other reasons; errors and times are only reported.
+A fault is expected only where the model names it in `wild/models`, and a model without the fault
+that it names fails too.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .catalog import CATALOG, Model
+from .finding import Finding
+
+FILE = Path(__file__).parent / "expected.json"
+COMPARED = ("weights", "factored", "materialized", "left_out", "unsaid", "still")
+
+
+class Difference(NamedTuple):
+    """One thing that is not as expected."""
+
+    title: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.what}"
+
+
+def differences(models: Sequence[Model], findings: Sequence[Finding]) -> Iterator[Difference]:
+    """All that is not as expected; `findings` are those of `models`, in the same order."""
+    expected = recorded()
+    for model, finding in zip(models, findings, strict=True):
+        yield from _faults(model, finding)
+        known = expected.get(model.title)
+        if known is None:
+            yield Difference(model.title, "has no expectation: run with --record")
+        elif finding.fault is None or model.fault is not None:
+            yield from _changes(model.title, known, finding)
+
+
+def _faults(model: Model, finding: Finding) -> Iterator[Difference]:
+    if model.fault is None:
+        if finding.fault is not None:
+            yield Difference(model.title, finding.fault)
+    elif finding.fault is None:
+        yield Difference(model.title, f"no longer fails; take its fault away: {model.fault}")
+    elif model.fault not in finding.fault:
+        yield Difference(model.title, f"fails in another way: {finding.fault}")
+
+
+def _changes(title: str, known: Finding, found: Finding) -> Iterator[Difference]:
+    for key in COMPARED:
+        before, after = getattr(known, key), getattr(found, key)
+        if before == after:
+            continue
+        if isinstance(before, int):
+            yield Difference(title, f"{key}: {after} instead of {before}")
+            continue
+        for path in sorted({*before, *after}):
+            old, new = _at(before, path), _at(after, path)
+            if old != new:
+                yield Difference(title, f"{key}: `{path}`: {new} instead of {old}")
+
+
+def _at(recorded: dict[str, str] | list[str], path: str) -> str:
+    if path not in recorded:
+        return "no"
+    return recorded[path] if isinstance(recorded, dict) else "yes"
+
+
+def recorded() -> dict[str, Finding]:
+    """What the last run with `--record` found, by title."""
+    if not FILE.exists():
+        return {}
+    return {title: Finding(title, **rest) for title, rest in json.loads(FILE.read_text()).items()}
+
+
+def record(models: Sequence[Model], findings: Sequence[Finding]) -> list[Finding]:
+    """Makes what was found the expectation of `models`; returns all expectations.
+
+    Those of models that are not in the catalog any more are dropped.
+    """
+    every = recorded() | {model.title: f for model, f in zip(models, findings, strict=True)}
+    kept = {title: every[title] for title in sorted(every) if title in CATALOG}
+    rows = {title: dataclasses.asdict(finding) for title, finding in kept.items()}
+    for row in rows.values():
+        del row["title"]
+    FILE.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return list(kept.values())
