@@ -20,6 +20,7 @@ The rules of Lorax are not used here: an oracle that shared their algebra would 
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -28,9 +29,11 @@ import jax.extend.core as jex
 
 from . import _compat
 
-# One side of one weight: its number, and "in", "out" or "shared".
+# One side of one weight: its number, and "in", "out" or "shared"; on an axis that a reshape made
+# of inputs and outputs, also `_JOINED`.
 Side = tuple[int, str]
 Sides = frozenset[Side]
+_JOINED = "joined"
 
 
 class Made(NamedTuple):
@@ -106,11 +109,14 @@ def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], thin: Sides) -> 
 
 
 def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
-    shown = (thin & made.sides).union(
-        *(sides for sides, size in zip(made.axes, shape, strict=True) if size != 1)
+    shown = [sides for sides, size in zip(made.axes, shape, strict=True) if size != 1]
+    # A side of size one is on no axis, and an axis that a reshape has joined shows both sides.
+    shown += [frozenset({side}) for side in thin & made.sides]
+    both = itertools.permutations(shown, 2)
+    weights = {k for k, _ in made.sides if {(k, "in"), (k, "out")} <= made.sides}
+    return any((k, _JOINED) in frozenset().union(*shown) for k in weights) or any(
+        (k, "in") in one and (k, "out") in other for one, other in both for k in weights
     )
-    weights = {k for k, _ in shown}
-    return any({(k, "in"), (k, "out")} <= made.sides & shown for k in weights)
 
 
 # Equations with bodies
@@ -226,10 +232,28 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
         # An axis that is the weight's on one side only: data came along on the other.
         if bool(left.axes[i]) != bool(right.axes[j]) or any(side == "shared" for _, side in summed):
             return None
+        left, right = _led_on(left, i, right.axes[j]), _led_on(right, j, left.axes[i])
     batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
     kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
     kept += [sides for d, sides in enumerate(right.axes) if d not in (*r_sum, *r_batch)]
     return Made((*batch, *kept), left.sides | right.sides, left.picked | right.picked)
+
+
+def _led_on(made: Made, summed: int, met: Sides) -> Made:
+    """A weight that meets another one along the axis `summed`, as in `w @ v`.
+
+    For `w`, `v` is data. What is left of `w` stands for the side of `v` that it met, since the
+    product may be multiplied with the rest of `v`.
+    """
+    gone = {k for k, _ in made.axes[summed]} - {k for k, _ in met}
+    if not gone or not met:
+        return made
+    led_on = tuple(
+        frozenset(side for side in sides if side[0] not in gone)
+        | (met if any(k in gone for k, _ in sides) else frozenset())
+        for sides in made.axes
+    )
+    return made._replace(axes=led_on)
 
 
 def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
@@ -263,11 +287,18 @@ def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) ->
         given, waiting = given * size, waiting + 1
         while taken < given:
             sides, length = rest.pop(0)
-            shown, taken = shown | sides, taken * length
+            shown, taken = _joined(shown, sides), taken * length
         if taken == given:
             out += [shown] * waiting
             shown, waiting = frozenset(), 0
     return (*out, *[shown] * waiting)
+
+
+def _joined(one: Sides, other: Sides) -> Sides:
+    """What an axis shows that is made of two axes."""
+    opposite = {"in": "out", "out": "in"}
+    both = {(k, _JOINED) for k, side in one if (k, opposite.get(side, side)) in other - one}
+    return one | other | both
 
 
 def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
