@@ -1,11 +1,14 @@
 """The work oracle: every way of building a weight is caught, and no coincidence of sizes is."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 from lorax import LoraSpec, _transform, infer_spec, init_lora, testing
+from lorax._built import Made, Weights, built, excess
 from lorax._registry import RULES
 
 N = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # noqa: E731
@@ -14,6 +17,8 @@ N = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # n
 def model(params, x):
     return x @ params["w"]
 
+
+SIDES = (0, "in"), (0, "out")
 
 # Rules for `x @ w` that build the weight: functions of x, the base and the two factors.
 
@@ -204,3 +209,25 @@ def test_counts_how_often_a_weight_is_built(rule_for_products):
     rule_for_products(BUILDING["merge"])
     frozen, tunable = init_lora({"w": N(7, 5)}, {"w": 2}, jax.random.key(0))
     assert testing.weight_sized(model, frozen, tunable, N(3, 7)) == {(7, 5): 2}
+
+
+def test_a_piece_of_the_base_does_not_count_by_itself():
+    base = Made((frozenset({(0, "in")}), frozenset({(0, "out")})), frozenset(SIDES), False)
+    weights = Weights(frozenset(), [35])
+    piece = built(jax.make_jaxpr(lambda w: w[:3] * 2)(N(7, 5)), [base], weights)
+    whole = built(jax.make_jaxpr(lambda w: (w * 2)[:3])(N(7, 5)), [base], weights)
+    assert excess(piece, Counter()) == {} and excess(whole, Counter()) == {(7, 5): 1}
+    assert excess(whole, whole) == {}
+
+
+def test_an_axis_that_shows_both_sides_is_no_weight():
+    # The diagonal of a square: a vector, along which both sides vary.
+    a = Made((frozenset({SIDES[0]}), frozenset()), frozenset({SIDES[0]}), True)
+    b = Made((frozenset(), frozenset({SIDES[1]})), frozenset({SIDES[1]}), True)
+    weights = Weights(frozenset(), [49])
+
+    def found(fn):
+        return excess(built(jax.make_jaxpr(fn)(N(7, 2), N(2, 7)), [a, b], weights), Counter())
+
+    assert found(lambda a, b: (a * b.T).sum(1)) == {}
+    assert found(lambda a, b: (a @ b).reshape(49)) == {(7, 7): 1, (49,): 1}

@@ -3,14 +3,16 @@
 The axes of a weight are followed through the equations of a jaxpr, from its base `[in, out]` and
 its factors `a [in, rank]` and `b [rank, out]`. An array holds the weight in full where
 
-* the values of both sides went into it: the base, or a product of `a` and `b`, and
-* it still shows an axis of the inputs and one of the outputs.
+* the values of both sides went into it: a product of `a` and `b`, with the base or without, and
+* it still shows an axis of the inputs and another of the outputs, or one reshaped from both.
 
-Sizes play no part, so a batch as long as the weight, a rank as large and a head of one output are
-not mistaken for a weight. What a weight makes together with data is data:
+A copy of the base alone counts if it is as large as the base. Otherwise sizes play no part: a batch
+as long as the weight, a rank as large, or a head of one output is not mistaken for a weight.
 
-* a product or a convolution with data, over any axis (`x @ a`, and therefore `(x @ a) @ b`), and a
-  sum over stacked layers or experts, which is how data mixes them;
+What a weight makes together with data is data:
+
+* a product or a convolution with data, over any axis (`x @ a`, and therefore `(x @ a) @ b`), and an
+  outer product;
 * a sum with data (positions that are added to activations);
 * rows that an array of indices looks up.
 
@@ -20,7 +22,6 @@ The rules of Lorax are not used here: an oracle that shared their algebra would 
 """
 
 import collections
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -29,43 +30,73 @@ import jax.extend.core as jex
 
 from . import _compat
 
-# One side of one weight: its number, and "in", "out" or "shared"; on an axis that a reshape made
-# of inputs and outputs, also `_JOINED`.
+# One side of one weight: its number, and "in" or "out".
 Side = tuple[int, str]
 Sides = frozenset[Side]
-_JOINED = "joined"
+
+# Of an axis that a reshape made of several, and of one along which data with axes of its own scaled
+# a weight: to sum over it is a product with data.
+_JOINED: Side = (-1, "joined")
+_MIXED: Side = (-1, "mixed")
+
+
+class Weights(NamedTuple):
+    """The sizes of the adapted weights: their sides of size one, and each as a whole."""
+
+    thin: Sides
+    sizes: Sequence[int]
 
 
 class Made(NamedTuple):
     """What an array is made of.
 
     `axes` holds the sides that each axis shows, `sides` all that went in, and `picked` those of
-    which one entry was picked: stacked again, the entries show the side.
+    which one entry was picked: stacked again, the entries show the side. `factors` says whether a
+    factor went in.
 
     Data is None instead: arguments, constants, parameters without an adapter, and activations.
     """
 
     axes: tuple[Sides, ...]
     sides: Sides
+    factors: bool
     picked: Sides = frozenset()
 
 
-Found = collections.Counter[tuple[int, ...]]
+class Whole(NamedTuple):
+    """An array that holds a weight in full; a mere piece of a base does not count by itself."""
+
+    shape: tuple[int, ...]
+    counts: bool
 
 
-def built(jaxpr: Any, inputs: Sequence[Made | None], thin: Sides) -> Found:
-    """The shapes of the arrays that hold a weight in full, and how often each is made.
+Found = collections.Counter[Whole]
+
+
+def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
+    """The arrays that hold a weight in full, and how often each is made.
 
     Args:
         jaxpr: the program; nested bodies are followed, and what no result depends on is left out.
         inputs: what each input is made of.
-        thin: the sides of size one, which no axis need show.
+        weights: the sizes of the adapted weights; a side of size one need not be shown.
     """
-    return _follow(jaxpr, inputs, thin)[1]
+    return _follow(jaxpr, inputs, weights)[1]
+
+
+def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
+    """How often arrays that count are made, of each shape, beyond what is expected."""
+    found: dict[tuple[int, ...], int] = {}
+    for shape in {whole.shape for whole in got}:
+        count, pieces = (got[Whole(shape, counts)] for counts in (True, False))
+        allowed = sum(expected[Whole(shape, counts)] for counts in (True, False))
+        if (most := min(count, count + pieces - allowed)) > 0:
+            found[shape] = most
+    return found
 
 
 def _follow(
-    jaxpr: Any, inputs: Sequence[Made | None], thin: Sides
+    jaxpr: Any, inputs: Sequence[Made | None], weights: Weights
 ) -> tuple[list[Made | None], Found]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -78,10 +109,10 @@ def _follow(
         operands = [read(atom) for atom in eqn.invars]
         if all(operand is None for operand in operands):
             continue
-        inside = _bodies(eqn, operands, thin)
+        inside = _bodies(eqn, operands, weights)
         if inside is None:
             outs = _results(eqn, operands)
-            found += _whole(eqn.outvars, outs, thin)
+            found += _whole(eqn.outvars, outs, weights)
         else:
             outs, more = inside
             found += more
@@ -100,47 +131,57 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], thin: Sides) -> Found:
-    """The shapes of those results that hold a weight in full."""
-    made = zip(outvars, outs, strict=True)
-    return collections.Counter(
-        v.aval.shape for v, out in made if out is not None and _is_whole(out, v.aval.shape, thin)
-    )
+def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Found:
+    """Those results that hold a weight in full."""
+    found: Found = collections.Counter()
+    for v, made in zip(outvars, outs, strict=True):
+        if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
+            smallest = min(weights.sizes[k] for k, _ in made.sides)
+            found[Whole(shape, made.factors or math.prod(shape) >= smallest)] += 1
+    return found
 
 
 def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
-    shown = [sides for sides, size in zip(made.axes, shape, strict=True) if size != 1]
-    # A side of size one is on no axis, and an axis that a reshape has joined shows both sides.
-    shown += [frozenset({side}) for side in thin & made.sides]
-    both = itertools.permutations(shown, 2)
-    weights = {k for k, _ in made.sides if {(k, "in"), (k, "out")} <= made.sides}
-    return any((k, _JOINED) in frozenset().union(*shown) for k in weights) or any(
-        (k, "in") in one and (k, "out") in other for one, other in both for k in weights
-    )
+    axes = [sides for sides, size in zip(made.axes, shape, strict=True) if size != 1]
+    shown = frozenset[Side]().union(*axes)
+    for k in {k for k, _ in made.sides}:
+        both = {(k, "in"), (k, "out")}
+        if not both <= made.sides:
+            continue
+        if both & thin:
+            if both <= shown | thin:
+                return True
+        elif any(
+            (k, "in") in one and (k, "out") in other and (one is not other or _JOINED in one)
+            for one in axes
+            for other in axes
+        ):
+            return True
+    return False
 
 
 # Equations with bodies
 
 
 def _bodies(
-    eqn: Any, operands: list[Made | None], thin: Sides
+    eqn: Any, operands: list[Made | None], weights: Weights
 ) -> tuple[list[Made | None], Found] | None:
     """What comes out of the bodies of an equation; None where there is none to follow."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         consts, carried = _compat.scan_split(params)
         steps = [_pick(made, 0) for made in operands[consts + carried :]]
-        outs, found = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, thin)
+        outs, found = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, weights)
         outs = outs[:carried] + [_stack(made, 0) for made in outs[carried:]]
         # The scan itself makes what it stacks.
-        return outs, found + _whole(eqn.outvars[carried:], outs[carried:], thin)
+        return outs, found + _whole(eqn.outvars[carried:], outs[carried:], weights)
     if name == "while":
         tested, consts = params["cond_nconsts"], params["body_nconsts"]
-        outs, found = _loop(params["body_jaxpr"], operands[tested:], consts, [], thin)
-        _, asked = _follow(params["cond_jaxpr"], [*operands[:tested], *outs], thin)
+        outs, found = _loop(params["body_jaxpr"], operands[tested:], consts, [], weights)
+        _, asked = _follow(params["cond_jaxpr"], [*operands[:tested], *outs], weights)
         return outs, found + asked
     if name == "cond":
-        several = [_follow(branch, operands[1:], thin) for branch in params["branches"]]
+        several = [_follow(branch, operands[1:], weights) for branch in params["branches"]]
         outs = [_union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
         return outs, sum((found for _, found in several), collections.Counter())
     bodies = [value for value in params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
@@ -148,7 +189,7 @@ def _bodies(
         body = getattr(bodies[0], "jaxpr", bodies[0])
         # A reduction has a body, too, but one of scalars.
         if _ndims(body.invars) == _ndims(eqn.invars):
-            return _follow(body, operands, thin)
+            return _follow(body, operands, weights)
     return None
 
 
@@ -161,12 +202,12 @@ def _loop(
     operands: list[Made | None],
     consts: int,
     steps: list[Made | None],
-    thin: Sides,
+    weights: Weights,
 ) -> tuple[list[Made | None], Found]:
     """The outputs of a loop's body, once what it carries no longer changes."""
     constants, carry = operands[:consts], operands[consts:]
     while True:
-        outs, found = _follow(body, [*constants, *carry, *steps], thin)
+        outs, found = _follow(body, [*constants, *carry, *steps], weights)
         after = [_union(each) for each in zip(carry, outs[: len(carry)], strict=True)]
         if after == carry:
             return [*after, *outs[len(carry) :]], found
@@ -223,20 +264,30 @@ def _results(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
 
 def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[int]) -> Made | None:
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
-    if l_sum and None in operands:
-        return None
-    nothing = [Made((frozenset(),) * ndim, frozenset()) for ndim in ndims]
+    nothing = [Made((frozenset(),) * ndim, frozenset(), False) for ndim in ndims]
     left, right = (made or empty for made, empty in zip(operands, nothing, strict=True))
+    batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
+    if None in operands:
+        own = ndims[operands.index(None)] - len(batch)
+        if l_sum or (own and not batch):
+            return None
+        if own:
+            batch = [sides | {_MIXED} for sides in batch]
     for i, j in zip(l_sum, r_sum, strict=True):
-        summed = left.axes[i] | right.axes[j]
+        sides = left.axes[i], right.axes[j]
+        shown = [any(k >= 0 for k, _ in each) for each in sides]
         # An axis that is the weight's on one side only: data came along on the other.
-        if bool(left.axes[i]) != bool(right.axes[j]) or any(side == "shared" for _, side in summed):
+        if _MIXED in sides[0] | sides[1] or shown[0] != shown[1]:
             return None
         left, right = _led_on(left, i, right.axes[j]), _led_on(right, j, left.axes[i])
-    batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
     kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
     kept += [sides for d, sides in enumerate(right.axes) if d not in (*r_sum, *r_batch)]
-    return Made((*batch, *kept), left.sides | right.sides, left.picked | right.picked)
+    return Made(
+        (*batch, *kept),
+        left.sides | right.sides,
+        left.factors or right.factors,
+        left.picked | right.picked,
+    )
 
 
 def _led_on(made: Made, summed: int, met: Sides) -> Made:
@@ -245,7 +296,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
     For `w`, `v` is data. What is left of `w` stands for the side of `v` that it met, since the
     product may be multiplied with the rest of `v`.
     """
-    gone = {k for k, _ in made.axes[summed]} - {k for k, _ in met}
+    gone = {k for k, _ in made.axes[summed] if k >= 0} - {k for k, _ in met}
     if not gone or not met:
         return made
     led_on = tuple(
@@ -273,7 +324,7 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
     ndim = len(numbers.offset_dims) + len(batch)
     axes = tuple(next(windows if d in numbers.offset_dims else rest) for d in range(ndim))
     picked = made.picked.union(*(made.axes[d] for d in numbers.collapsed_slice_dims))
-    return Made(axes, made.sides, picked)
+    return made._replace(axes=axes, picked=picked)
 
 
 def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
@@ -282,29 +333,26 @@ def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) ->
     rest = list(zip(axes, old, strict=True))
     shown: Sides = frozenset()
     taken = given = 1
-    waiting = 0
+    waiting = joined = 0
     for size in new:
         given, waiting = given * size, waiting + 1
         while taken < given:
             sides, length = rest.pop(0)
-            shown, taken = _joined(shown, sides), taken * length
+            shown, taken = shown | sides, taken * length
+            joined += 1 if length != 1 and sides else 0
         if taken == given:
+            if joined > 1:
+                shown |= {_JOINED}
             out += [shown] * waiting
-            shown, waiting = frozenset(), 0
+            shown, waiting, joined = frozenset(), 0, 0
     return (*out, *[shown] * waiting)
-
-
-def _joined(one: Sides, other: Sides) -> Sides:
-    """What an axis shows that is made of two axes."""
-    opposite = {"in": "out", "out": "in"}
-    both = {(k, _JOINED) for k, side in one if (k, opposite.get(side, side)) in other - one}
-    return one | other | both
 
 
 def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
     """The result of a primitive that keeps axes apart; of any other, every axis shows all."""
     axes = (frozenset[Side](),) * ndim
     sides = picked = frozenset[Side]()
+    factors = False
     for made in operands:
         if made is None:
             continue
@@ -313,7 +361,8 @@ def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
             shown = (frozenset[Side]().union(*shown, made.picked),) * ndim
         axes = tuple(one | other for one, other in zip(axes, shown, strict=True))
         sides, picked = sides | made.sides, picked | made.picked
-    return Made(axes, sides, picked)
+        factors = factors or made.factors
+    return Made(axes, sides, factors, picked)
 
 
 def _union(several: Iterable[Made | None]) -> Made | None:
@@ -330,7 +379,7 @@ def _pick(made: Made | None, *dropped: int) -> Made | None:
     if made is None:
         return None
     picked = made.picked.union(*(made.axes[d] for d in dropped))
-    return Made(_others(made.axes, dropped), made.sides, picked)
+    return made._replace(axes=_others(made.axes, dropped), picked=picked)
 
 
 def _stack(made: Made | None, axis: int) -> Made | None:

@@ -6,6 +6,7 @@
 It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ._built import Made, Side, built
+from ._built import Made, Side, Weights, built, excess
 from ._errors import MaterializeError
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
@@ -98,10 +99,10 @@ def check(
     if materializes:
         _expect_message(fn, frozen, tunable, args, kwargs)
     else:
-        excess = weight_sized(
+        whole = weight_sized(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
-        assert not excess, f"arrays that hold an adapted weight in full are built: {excess}"
+        assert not whole, f"arrays that hold an adapted weight in full are built: {whole}"
     programs = {"value and gradient": _value_and_gradient}
     if transforms:
         programs |= {
@@ -170,10 +171,10 @@ def weight_sized(
     """Shapes of arrays that hold an adapted weight in full, made by `lora(fn)` and not by `fn`.
 
     The axes of every adapted weight are followed through the equations, nested ones included. An
-    array counts where both sides of a weight went into it (its base, or `a` and `b`) and it still
-    shows an axis of the inputs and one of the outputs: a merged weight, its delta or a piece of
-    it, transposed, reshaped or scaled. What came of a product with data does not count, so sizes
-    may coincide.
+    array counts where both factors of a weight went into it and it still shows an axis of the
+    inputs and one of the outputs: a merged weight, its delta or a piece of it, transposed, reshaped
+    or scaled; and so does a whole copy of its base. What came of a product with data does not
+    count, so sizes may coincide.
 
     Args:
         fn: a function of the parameters first.
@@ -215,10 +216,13 @@ def weight_sized(
         for side, axes in _sides(weight).items()
         if all(base.shape[d] == 1 for d in axes)
     )
-    nothing = [None] * len(data)
-    got = built(jax.make_jaxpr(ours)(bases, adapters, data), of_bases + of_factors + nothing, thin)
-    expected = built(jax.make_jaxpr(plain)(bases, data), of_bases + nothing, thin)
-    return dict(got - expected)
+    weights = Weights(thin, [math.prod(base.shape) for base in bases])
+    rest = [None] * len(data)
+    got = jax.make_jaxpr(ours)(bases, adapters, data)
+    expected = jax.make_jaxpr(plain)(bases, data)
+    return excess(
+        built(got, of_bases + of_factors + rest, weights), built(expected, of_bases + rest, weights)
+    )
 
 
 def _with_adapters(
@@ -235,25 +239,24 @@ def _with_adapters(
 
 
 def _sides(weight: LoraWeight) -> dict[str, tuple[int, ...]]:
-    return {"in": weight.in_axes, "out": weight.out_axes, "shared": weight.shared_axes}
+    return {"in": weight.in_axes, "out": weight.out_axes}
 
 
 def _of_base(k: int, weight: LoraWeight) -> Made:
-    """Base number k shows all of its sides."""
-    axes = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
-    return Made(tuple(axes[d] for d in sorted(axes)), frozenset({(k, "in"), (k, "out")}))
+    """Base number k shows its inputs and its outputs."""
+    shown = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
+    axes = tuple(shown.get(d, frozenset()) for d in range(sum(map(len, weight.axes))))
+    return Made(axes, frozenset({(k, "in"), (k, "out")}), False)
 
 
 def _of_factors(k: int, weight: LoraWeight) -> tuple[Made, Made]:
     """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs."""
-    shared, inputs, outputs = (
-        (frozenset({(k, side)}),) * len(axes)
-        for side, axes in zip(("shared", "in", "out"), weight.axes, strict=True)
-    )
-    rank = (frozenset[Side](),)
+    nothing = frozenset[Side]()
+    inputs, outputs = frozenset({(k, "in")}), frozenset({(k, "out")})
+    shared = (nothing,) * len(weight.shared_axes)
     return (
-        Made((*shared, *inputs, *rank), frozenset({(k, "in")})),
-        Made((*shared, *rank, *outputs), frozenset({(k, "out")})),
+        Made((*shared, *(inputs for _ in weight.in_axes), nothing), inputs, True),
+        Made((*shared, nothing, *(outputs for _ in weight.out_axes)), outputs, True),
     )
 
 
