@@ -27,7 +27,7 @@ def ode(adjoint: Any) -> Subject:
     return equinox(module, call, normal(3, 4))
 
 
-@model("neural ODE, default adjoint", fault="uses no weight in a product")
+@model("neural ODE, default adjoint")
 def default() -> Subject:
     return ode(diffrax.RecursiveCheckpointAdjoint())
 

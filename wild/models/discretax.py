@@ -22,21 +22,21 @@ def sequence(make: Any, **options: Any) -> Subject:
     return equinox(module, call, normal(3, 7, WIDTH))
 
 
-@model("S5", fault="value and gradient, result 0")
+@model("S5")
 def s5() -> Subject:
     return sequence(S5, state_dim=STATE)
 
 
-@model("LRU", fault="value and gradient, result 0")
+@model("LRU")
 def lru() -> Subject:
     return sequence(LRU, state_dim=STATE)
 
 
-@model("LinOSS", fault="value and gradient, result 0")
+@model("LinOSS")
 def linoss() -> Subject:
     return sequence(LinOSS, state_dim=STATE)
 
 
-@model("DeltaNet", fault="arrays as big as an adapted weight")
+@model("DeltaNet")
 def deltanet() -> Subject:
     return sequence(DeltaNet, n_heads=2, chunk_size=7)

@@ -18,7 +18,7 @@ def vision(module: Any, size: int) -> Subject:
     return equinox(module, call, normal(2, 3, size, size))
 
 
-@model("vision transformer", fault="infer_spec: does not end")
+@model("vision transformer")
 def transformer() -> Subject:
     sizes = {"img_size": 16, "in_channels": 3, "dim": 24, "patch_size": 4}
     return vision(
@@ -31,7 +31,7 @@ def convnext() -> Subject:
     return vision(zoo.ConvNeXt(3, depths=[1, 1], dims=[12, 20], num_classes=5, key=KEY), 16)
 
 
-@model("MLLA, linear attention", fault="arrays as big as an adapted weight")
+@model("MLLA, linear attention")
 def mlla() -> Subject:
     sizes = {"img_size": 16, "in_channels": 3, "dim": 12, "patch_size": 4}
     return vision(zoo.Mlla(**sizes, depths=[2], num_heads=[3], num_classes=5, key=KEY), 16)

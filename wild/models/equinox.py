@@ -71,7 +71,7 @@ def recurrent() -> Subject:
     return equinox(module, call, normal(9, 5))
 
 
-@model("weight norm", fault="uses no weight in a product")
+@model("weight norm")
 def weight_norm() -> Subject:
     layers = [
         eqx.nn.WeightNorm(eqx.nn.Linear(5, 11, key=KEYS[0])),

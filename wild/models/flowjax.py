@@ -21,7 +21,7 @@ def density(flow: Any) -> Subject:
     return equinox(flow, lambda flow, x: flow.log_prob(x), normal(3, SIZE))
 
 
-@model("masked autoregressive flow", fault="uses no weight in a product")
+@model("masked autoregressive flow")
 def masked() -> Subject:
     base = Normal(jnp.zeros(SIZE))
     return density(masked_autoregressive_flow(KEY, base_dist=base, flow_layers=2, nn_width=13))
@@ -34,7 +34,7 @@ def coupling() -> Subject:
     return density(coupling_flow(KEY, base_dist=base, **options))
 
 
-@model("block neural autoregressive flow", fault="uses no weight in a product")
+@model("block neural autoregressive flow")
 def block() -> Subject:
     base = Normal(jnp.zeros(SIZE))
     return density(block_neural_autoregressive_flow(KEY, base_dist=base, nn_block_dim=3))

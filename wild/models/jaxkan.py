@@ -25,6 +25,6 @@ def chebyshev() -> Subject:
     return network(KAN(SIZES, "chebyshev", {"D": 5}))
 
 
-@model("ActNet", fault="arrays as big as an adapted weight")
+@model("ActNet")
 def actnet() -> Subject:
     return network(ActNet([4, 7, 8, 3]))

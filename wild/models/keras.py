@@ -14,7 +14,7 @@ from ..frameworks import normal, tokens  # noqa: E402
 keras.config.set_floatx("float64")
 
 
-@model("convolutions and Dense", fault="arrays as big as an adapted weight")
+@model("convolutions and Dense")
 def convolutions() -> Subject:
     network = keras.Sequential(
         [

@@ -28,6 +28,6 @@ def ffm() -> Subject:
     return memory("FFM")
 
 
-@model("gated DeltaNet", fault="arrays as big as an adapted weight")
+@model("gated DeltaNet")
 def gdn() -> Subject:
     return memory("GDN")
