@@ -39,7 +39,9 @@ class Program(NamedTuple):
 def programs(mesh: Any, model: Model) -> Iterator[Program]:
     """The programs of a model, one after the other."""
     params, batch = model.params, model.batch
-    spec = lorax.infer_spec(model.plain, params, batch, rank=model.rank, where=model.where)
+    spec = lorax.infer_spec(
+        model.plain, params, batch, rank=model.rank, where=model.where, skip_small=False
+    )
     frozen, tunable = shapes_of(
         mesh, lambda params: lorax.init_lora(params, spec, jax.random.key(0)), params
     )

@@ -22,7 +22,7 @@ class Adapted(NamedTuple):
 def adapt(model: Model, rank: int) -> Adapted:
     """Random factors: those of `init_lora` have `b = 0`."""
     apply, params, batch = model.apply, model.params, model.batch
-    spec = lorax.infer_spec(apply, params, batch, rank=rank, where=model.where)
+    spec = lorax.infer_spec(apply, params, batch, rank=rank, where=model.where, skip_small=False)
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
     # Small, so that many layers stay tame.
     tunable = jax.tree.map(lambda leaf: leaf / 8, random_factors(tunable, jax.random.key(3)))

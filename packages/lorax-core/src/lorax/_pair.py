@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._boxes import bare, opened
+from ._compat import is_tracer
 from ._errors import PairError
 from ._weight import LoraWeight
 
@@ -38,7 +40,12 @@ def own(leaf: Any) -> Any:
     """
     if isinstance(leaf, np.ndarray):
         return np.array(leaf)
-    return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if not is_tracer(leaf) and not leaf.is_fully_addressable:
+        # `device_put` takes no array that has parts in other processes.
+        return jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
+    return jax.device_put(leaf, may_alias=False)
 
 
 def path_string(key_path: Any) -> str:
