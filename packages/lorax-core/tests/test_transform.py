@@ -137,7 +137,7 @@ def test_an_argument_that_is_also_a_parameter_reaches_the_function_as_it_is():
     table = np.ones((4, 7), np.float32)
 
     def fn(params, x, table):
-        assert isinstance(table, np.ndarray) and isinstance(params["table"], jax.core.Tracer)
+        assert isinstance(table, np.ndarray) and isinstance(params["table"], jax.Array)
         return x @ params["w"] + table[0][None] + params["table"][:1]
 
     adapters = pair(table=table)
