@@ -18,7 +18,7 @@ def vision(module: Any, size: int) -> Subject:
     return equinox(module, call, normal(2, 3, size, size))
 
 
-@model("vision transformer")
+@model("vision transformer", single=True)
 def transformer() -> Subject:
     sizes = {"img_size": 16, "in_channels": 3, "dim": 24, "patch_size": 4}
     return vision(
