@@ -47,7 +47,7 @@ def llama() -> Subject:
     return language(llama3.Llama3(config, rngs=Rngs(0)))
 
 
-@model("Qwen 3, mixture of experts")
+@model("Qwen 3, mixture of experts", single=True)
 def qwen() -> Subject:
     experts = {"num_experts": 3, "num_experts_per_tok": 2, "use_tied_embedding": True}
     config = qwen3.ModelConfig(**SIZES, **experts, vocab_size=17, rope_theta=10_000, norm_eps=1e-5)
