@@ -16,7 +16,7 @@ from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
 from ._pair import Leaf, is_array
 from ._registry import RULES
-from ._terms import FactoredArray
+from ._terms import base_of
 from ._transform import Traced, bind_call, run, trace, uses
 from ._uses import Use
 from ._weight import LoraWeight
@@ -158,7 +158,7 @@ def explain(
         found[str(use.source)].append(use)
     rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
-    plain = [v.base if isinstance(v, FactoredArray) else v for v in traced.operands]
+    plain = list(map(base_of, traced.operands))
     return Explanation(
         tuple(rows),
         count_params([leaf.tunable for leaf in call.leaves]),

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -498,3 +498,18 @@ class FactoredArray:
             # A merged weight is computed once and used often: spend the precision.
             total = total + term.array(wide, precision=jax.lax.Precision.HIGHEST)
         return total.astype(self.base.dtype)
+
+
+def is_weight(value: Any) -> TypeGuard[FactoredArray]:
+    """Whether a value is a weight and not a plain array."""
+    return isinstance(value, FactoredArray)
+
+
+def base_of(value: Any) -> jax.Array:
+    """The base of a weight; a plain array is its own."""
+    return value.base if is_weight(value) else value
+
+
+def terms_of(value: Any) -> tuple[Term, ...]:
+    """The terms of a weight; a plain array has none."""
+    return value.terms if is_weight(value) else ()

@@ -15,7 +15,7 @@ from ._errors import PairError
 from ._interpreter import Interpreter
 from ._pair import Leaf, flatten_pair, is_array, split_pair
 from ._registry import RULES
-from ._terms import FactoredArray
+from ._terms import FactoredArray, base_of
 from ._weight import LoraWeight, factored
 
 Policy = Literal["warn", "error", "allow"]
@@ -231,9 +231,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
     functools.update_wrapper(flat, fn, assigned=("__name__", "__qualname__"), updated=())
     flat.__dict__.pop("__wrapped__", None)
-    jaxpr = jax.make_jaxpr(flat)(
-        *(value.base if isinstance(value, FactoredArray) else value for value in operands)
-    )
+    jaxpr = jax.make_jaxpr(flat)(*map(base_of, operands))
 
     def rebuild(arrays: Sequence[jax.Array]) -> Any:
         out_structure, kept, is_traced = returned

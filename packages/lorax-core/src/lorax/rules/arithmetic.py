@@ -7,7 +7,18 @@ import jax.numpy as jnp
 
 from .._contract import product_dtype, wide_dtype
 from .._registry import defreason, defrule
-from .._terms import FactoredArray, Inexpressible, Term, align, apart, check_size, operand, product
+from .._terms import (
+    FactoredArray,
+    Inexpressible,
+    Term,
+    align,
+    apart,
+    base_of,
+    check_size,
+    is_weight,
+    operand,
+    product,
+)
 from . import norms
 
 
@@ -37,25 +48,17 @@ def _expand(term: Term, shape) -> Term:
 
 def _sum(eqn, left, right, sign: int):
     shape = eqn.out_shape
-    terms = [_expand(term, shape) for term in left.terms] if _is_weight(left) else []
-    if _is_weight(right):
+    terms = [_expand(term, shape) for term in left.terms] if is_weight(left) else []
+    if is_weight(right):
         moved = [_expand(term, shape) for term in right.terms]
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
-        if _is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
+        if is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
             check_size(len(terms))
-    return eqn.settle(eqn(_base(left), _base(right)), terms)
+    return eqn.settle(eqn(base_of(left), base_of(right)), terms)
 
 
 def _sources(weight: FactoredArray) -> set[Hashable]:
     return {source for term in weight.terms for source in term.sources}
-
-
-def _is_weight(value) -> bool:
-    return isinstance(value, FactoredArray)
-
-
-def _base(value):
-    return value.base if isinstance(value, FactoredArray) else value
 
 
 @defrule("add", "add_jaxvals")
@@ -99,7 +102,7 @@ def _scaled(eqn, weight, array, base, reason: str):
 @defrule("mul")
 def _mul(eqn, left, right, *, out_dtype=None):
     """Of two weights of unequal size, the smaller one is built."""
-    if _is_weight(left) and _is_weight(right):
+    if is_weight(left) and is_weight(right):
         if left is right:
             return norms.square(eqn(left.base, left.base), left)
         if left.shape == right.shape:
@@ -108,10 +111,10 @@ def _mul(eqn, left, right, *, out_dtype=None):
         array = eqn.materialize(smaller, reason)
         left, right = (array, right) if smaller is left else (left, array)
     else:
-        array = eqn.narrow(0 if _is_weight(right) else 1)
-    weight = left if _is_weight(left) else right
+        array = eqn.narrow(0 if is_weight(right) else 1)
+    weight = left if is_weight(left) else right
     return _scaled(
-        eqn, weight, _wide(weight, array), lambda: eqn(_base(left), _base(right)),
+        eqn, weight, _wide(weight, array), lambda: eqn(base_of(left), base_of(right)),
         "multiplies it by an array of the weight's shape",
     )  # fmt: skip
 
@@ -122,9 +125,9 @@ def _smaller(left, right):
 
 @defrule("div")
 def _div(eqn, weight, divisor):
-    if not _is_weight(weight):
+    if not is_weight(weight):
         raise Inexpressible("divides by it")
-    if _is_weight(divisor):
+    if is_weight(divisor):
         array = divisor = eqn.materialize(divisor, "divides by it")
     else:
         array = eqn.narrow(1)

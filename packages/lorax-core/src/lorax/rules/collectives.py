@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from .. import _compat
 from .._registry import defrule
-from .._terms import FactoredArray, Label, Term
+from .._terms import FactoredArray, Label, Term, base_of
 
 
 def _names(axis_name) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
     if any(isinstance(axis, int) for axis in axes):
         return NotImplemented
     size = _size(axes, axis_index_groups)
-    bases = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in operands))
+    bases = eqn(*map(base_of, operands))
     several = eqn.eqn.primitive.multiple_results  # JAX < 0.10
     alone = lambda factor: eqn(factor)[0] if several else eqn(factor)  # noqa: E731
 

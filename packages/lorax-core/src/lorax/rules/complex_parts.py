@@ -11,12 +11,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term
+from .._terms import FactoredArray, Inexpressible, Term, base_of
 
 
 @defrule("complex")
 def _complex(eqn, real, imag):
-    parts = [part.base if isinstance(part, FactoredArray) else part for part in (real, imag)]
+    parts = [base_of(real), base_of(imag)]
     base = eqn(*parts)
     terms = [*real.terms] if isinstance(real, FactoredArray) else []
     if isinstance(imag, FactoredArray):

@@ -27,7 +27,18 @@ import jax
 
 from .._contract import contract
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, align, apart, check_size, operand, product
+from .._terms import (
+    FactoredArray,
+    Inexpressible,
+    Term,
+    align,
+    apart,
+    base_of,
+    check_size,
+    operand,
+    product,
+    terms_of,
+)
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
@@ -48,8 +59,8 @@ def _dot(left: Term, right: Term, dimension_numbers) -> Term:
 def _dot_general(
     eqn, left, right, *, dimension_numbers, precision, preferred_element_type, out_sharding
 ):
-    l_base, l_terms = _parts(left)
-    r_base, r_terms = _parts(right)
+    l_base, l_terms = base_of(left), terms_of(left)
+    r_base, r_terms = base_of(right), terms_of(right)
     if any(term.is_dense for term in (*l_terms, *r_terms)):
         raise Inexpressible("multiplies by a product of weights that is made entry by entry")
     for term in (*l_terms, *r_terms):
@@ -66,10 +77,6 @@ def _dot_general(
         term = _dot(operand(l_base), term, dimension_numbers)
         base = term.added_to(base, dtype, meets=0, **keywords)
     return base
-
-
-def _parts(value) -> tuple[jax.Array, tuple[Term, ...]]:
-    return (value.base, value.terms) if isinstance(value, FactoredArray) else (value, ())
 
 
 def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords):

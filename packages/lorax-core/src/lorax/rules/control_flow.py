@@ -17,7 +17,7 @@ from .. import _compat
 from .._interpreter import Body
 from .._registry import RULES, defrule, unfit
 from .._sharding import factor_spec
-from .._terms import FactoredArray, Inexpressible, Label
+from .._terms import FactoredArray, Inexpressible, Label, is_weight
 
 
 def _plain(eqn, values):
@@ -55,7 +55,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         finish: maps the body's outputs, as in `Equation.body`.
         wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
     """
-    sources = [term.sources for arg in args if _is_weight(arg) for term in arg.terms]
+    sources = [term.sources for arg in args if is_weight(arg) for term in arg.terms]
     args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
     leaves, structure = jax.tree.flatten(args)
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
@@ -73,14 +73,10 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         for use in call.body.uses
         for source in sources[cast(int, use.source)]
     )
-    terms = [term.sources for out in outs if _is_weight(out) for term in out.terms]
+    terms = [term.sources for out in outs if is_weight(out) for term in out.terms]
     return _with_sources(
         outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
     )
-
-
-def _is_weight(value) -> bool:
-    return isinstance(value, FactoredArray)
 
 
 def _with_sources(values, sources) -> list[Any]:
@@ -89,7 +85,7 @@ def _with_sources(values, sources) -> list[Any]:
         value.replace_terms(
             dataclasses.replace(term, sources=next(sources)) for term in value.terms
         )
-        if _is_weight(value)
+        if is_weight(value)
         else value
         for value in values
     ]
@@ -223,7 +219,7 @@ def _carry(eqn, init, untouched):
     fixed = {
         k: value
         for k, (value, same) in enumerate(zip(init, untouched, strict=True))
-        if _is_weight(value) and same
+        if is_weight(value) and same
     }
     moving = [eqn.materialize(value) for k, value in enumerate(init) if k not in fixed]
 
@@ -297,7 +293,7 @@ def _unstack(eqn, weight):
     Factors that do not own the stacked axis are not sliced: they serve every step.
     """
     try:
-        owned = [term.fuse(0) for term in weight.terms] if _is_weight(weight) else None
+        owned = [term.fuse(0) for term in weight.terms] if is_weight(weight) else None
     except Inexpressible:
         owned = None
     if owned is None:
@@ -327,7 +323,7 @@ def _unstack(eqn, weight):
 
 def _restack(value):
     """A weight that a scan stacked: every array of it has a new leading axis."""
-    if not _is_weight(value):
+    if not is_weight(value):
         return value
     terms = []
     for term in value.terms:
@@ -342,7 +338,7 @@ def _restack(value):
 
 @defrule("cond")
 def _cond(eqn, index, *args, branches, branches_platforms=None):
-    if _is_weight(index):
+    if is_weight(index):
         return NotImplemented
     alike = None
 
@@ -390,7 +386,7 @@ def _traced(body, args):
 
     def flat(*leaves):
         outs = body(*jax.tree.unflatten(structure, leaves))
-        names[:] = [term.sources for out in outs if _is_weight(out) for term in out.terms]
+        names[:] = [term.sources for out in outs if is_weight(out) for term in out.terms]
         outs = _with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)
@@ -413,7 +409,7 @@ def _shard_map(
     """Each factor is split over the devices as the weight's axes that it owns are."""
     leaves, specs = [], []
     for arg, spec in zip(args, in_specs, strict=True):
-        if not _is_weight(arg):
+        if not is_weight(arg):
             leaves.append(arg)
             specs.append(spec)
             continue
@@ -435,7 +431,7 @@ def _shard_map(
 
     body = eqn.body(jaxpr, lambda inside, outs: tuple(_plain(inside, outs)))
     function = jax.shard_map(
-        lambda *shards: body(*(_local(s) if _is_weight(s) else s for s in shards)),
+        lambda *shards: body(*(_local(s) if is_weight(s) else s for s in shards)),
         mesh=mesh,
         in_specs=tuple(specs),
         out_specs=tuple(out_specs),

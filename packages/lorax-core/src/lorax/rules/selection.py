@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .._contract import wide_dtype
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Label, Term
+from .._terms import FactoredArray, Inexpressible, Label, Term, base_of, is_weight, terms_of
 from .arithmetic import times
 from .structural import pad_axis
 
@@ -22,25 +22,17 @@ _FULL = "gets an array mask of the weight's shape"
 _PART = "overwrites a part that is not made of whole rows or columns"
 
 
-def _base(value):
-    return value.base if isinstance(value, FactoredArray) else value
-
-
-def _terms(value) -> tuple[Term, ...]:
-    return value.terms if isinstance(value, FactoredArray) else ()
-
-
 @defrule("select_n")
 def _select_n(eqn, which, *cases):
     if isinstance(which, FactoredArray):
         return NotImplemented
-    base = eqn(which, *map(_base, cases))
+    base = eqn(which, *map(base_of, cases))
     which = eqn.narrow(0)
     dtype = wide_dtype(base.dtype)
     terms = []
     for k, case in enumerate(cases):
         mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
-        terms += [times(term, mask, eqn.out_shape, _FULL) for term in _terms(case)]
+        terms += [times(term, mask, eqn.out_shape, _FULL) for term in terms_of(case)]
     return eqn.settle(base, terms)
 
 
@@ -51,16 +43,16 @@ def _select_n(eqn, which, *cases):
 def _dynamic_update_slice(eqn, weight, update, *starts):
     if any(isinstance(start, FactoredArray) for start in starts):
         return NotImplemented
-    base = eqn(_base(weight), _base(update), *starts)
+    base = eqn(base_of(weight), base_of(update), *starts)
     shape, window = weight.shape, update.shape
     # An axis that the update covers is written whole, wherever it is said to start.
     kept = [d for d, size in enumerate(shape) if size != window[d]]
     terms = []
-    if _terms(weight):
+    if terms_of(weight):
         ones = jnp.ones([size if d in kept else 1 for d, size in enumerate(shape)], base.dtype)
         zeros = jnp.zeros([size if d in kept else 1 for d, size in enumerate(window)], base.dtype)
         terms += _masked(weight, jax.lax.dynamic_update_slice(ones, zeros, starts))
-    for term in _terms(update):
+    for term in terms_of(update):
         for d in kept:
 
             def write(room, factor, k, start=starts[d]):
@@ -71,31 +63,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
     return eqn.settle(base, terms)
 
 
-@defrule("scatter_add", "scatter_sub")
-def _scatter_add(
-    eqn,
-    weight,
-    indices,
-    updates,
-    *,
-    dimension_numbers,
-    mode,
-    indices_are_sorted,
-    unique_indices,
-    update_jaxpr,
-    update_consts,
-):
-    """What is added to a weight leaves its terms alone."""
-    sign = -1 if eqn.eqn.primitive.name == "scatter-sub" else 1
-    terms = [*_terms(weight)]
-    terms += [
-        _scattered(term.scale(sign), weight.shape, indices, dimension_numbers, mode)
-        for term in _terms(updates)
-    ]
-    return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
-
-
-@defrule("scatter")
+@defrule("scatter", "scatter_add", "scatter_sub", "scatter_mul")
 def _scatter(
     eqn,
     weight,
@@ -109,34 +77,19 @@ def _scatter(
     update_jaxpr,
     update_consts,
 ):
-    terms = []
-    if _terms(weight):
-        zero = jnp.zeros((1,) * len(updates.shape), _base(updates).dtype)
-        terms += _masked(weight, _mask(eqn, weight, indices, updates.shape, zero))
-    terms += [
-        _scattered(term, weight.shape, indices, dimension_numbers, mode) for term in _terms(updates)
-    ]
-    return eqn.settle(eqn(_base(weight), indices, _base(updates)), terms)
-
-
-@defrule("scatter_mul")
-def _scatter_mul(
-    eqn,
-    weight,
-    indices,
-    updates,
-    *,
-    dimension_numbers,
-    mode,
-    indices_are_sorted,
-    unique_indices,
-    update_jaxpr,
-    update_consts,
-):
-    if isinstance(updates, FactoredArray):
+    """What is added to a weight leaves its terms alone; what replaces or scales it masks them."""
+    name = eqn.eqn.primitive.name
+    if name == "scatter-mul" and is_weight(updates):
         raise Inexpressible("multiplies by it")
-    mask = _mask(eqn, weight, indices, updates.shape, eqn.narrow(2))
-    return eqn.settle(eqn(weight.base, indices, updates), _masked(weight, mask))
+    terms = list(terms_of(weight))
+    if terms and name in ("scatter", "scatter-mul"):
+        zero = jnp.zeros((1,) * len(updates.shape), base_of(updates).dtype)
+        narrow = zero if name == "scatter" else eqn.narrow(2)
+        terms = _masked(weight, _mask(eqn, weight, indices, updates.shape, narrow))
+    for term in terms_of(updates):
+        term = term.scale(-1) if name == "scatter-sub" else term
+        terms.append(_scattered(term, weight.shape, indices, dimension_numbers, mode))
+    return eqn.settle(eqn(base_of(weight), indices, base_of(updates)), terms)
 
 
 def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:

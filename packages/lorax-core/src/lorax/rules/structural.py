@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._registry import defdirect, defrule, defstructural
 from .._sharding import factor_sharding
-from .._terms import FactoredArray, Label, Term
+from .._terms import FactoredArray, Label, Term, base_of
 
 # How a weight is stored.
 
@@ -24,7 +24,7 @@ defdirect("layout_constraint", parameters=("layout",))
 @defrule("pvary")
 def _pvary(eqn, *weights, axes, axis_index_groups=None):
     """Factors vary over an axis of `shard_map`'s mesh as soon as they meet what does."""
-    bases = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in weights))
+    bases = eqn(*map(base_of, weights))
     if not isinstance(bases, list):  # JAX < 0.10 varies several arrays at once.
         return weights[0].replace_base(bases)
     return [
@@ -85,7 +85,7 @@ def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
 @defrule("device_put")
 def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     placed = []
-    outs = eqn(*(w.base if isinstance(w, FactoredArray) else w for w in weights))
+    outs = eqn(*map(base_of, weights))
     for weight, base, device in zip(weights, outs, devices, strict=True):
         if not isinstance(weight, FactoredArray):
             placed.append(base)
