@@ -214,7 +214,7 @@ def test_a_dense_term_is_not_flat_until_it_is_summed():
 
 
 def test_rows_are_flat_and_not_dense():
-    """The label of an index array is no axis of the weight, so one factor spans the rest."""
+    """The label of an index array is not an axis of the weight, so one factor spans the rest."""
     t = term(5, 3)
     label = t.out[0][0]
     rows = t.rename({label: (label._replace(is_index=True),)})

@@ -170,7 +170,7 @@ class Equation:
         return Equation(self.interpreter, eqn, self._operands, self._before_broadcast)
 
     def narrow(self, position: int) -> jax.Array:
-        """An operand that is no weight, with a size of one along the axes it was broadcast to."""
+        """A plain operand, with a size of one along the axes that it was broadcast to."""
         operand = jnp.asarray(self._operands[position])
         source = self._before_broadcast(self.eqn.invars[position])
         if source is None or isinstance(source[0], FactoredArray):

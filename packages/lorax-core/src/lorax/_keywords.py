@@ -1,4 +1,4 @@
-"""Options of Lorax and keywords of the model in one call: none goes to the wrong one in silence."""
+"""Tells options of Lorax from keywords of the model that share a name, or raises."""
 
 import functools
 import inspect

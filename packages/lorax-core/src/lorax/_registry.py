@@ -13,8 +13,7 @@ where this call is not covered, or the algebra of terms raises `Inexpressible`: 
 interpreter builds the weight in full and says so.
 
 Parameters are named one by one, on purpose: where a JAX has a parameter that the rule does not
-name, or lacks one that it needs, the weight is materialized and the user is told which, never a
-silent guess.
+name, or lacks one that it needs, the weight is materialized and the warning names the parameter.
 """
 
 import functools

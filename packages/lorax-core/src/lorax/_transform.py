@@ -57,7 +57,7 @@ def lora(
             `jax.custom_vjp` rule is built in full. Under True the function is run on the factors
             instead, and the call loses that rule: its value is the same, and its derivative is
             the one that JAX finds by differentiating the function itself. That differs where the
-            rule is no true derivative (straight-through rounding, clipped or scaled gradients),
+            rule is not the derivative (straight-through rounding, clipped or scaled gradients),
             where it saves memory or avoids NaNs, and fails where only the rule can be
             differentiated backwards, as of a `while_loop`. Calls without a weight keep their rule.
 

@@ -1,4 +1,4 @@
-"""Collectives on weights that are split by hand."""
+"""Collectives on weights that the user has split."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Collectives on weights that are split by hand, inside `shard_map`.
+"""Collectives on weights that the user has split, inside `shard_map`.
 
 On device j a term is a_j @ b_j. Gathering the factors that differ between devices gives them one
 more label, the device, which each collective then shows, sums over or steps along:

@@ -45,7 +45,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
         return NotImplemented
     base = eqn(base_of(weight), base_of(update), *starts)
     shape, window = weight.shape, update.shape
-    # An axis that the update covers is written whole, wherever it is said to start.
+    # An update as long as an axis replaces all of it, whatever start is given.
     kept = [d for d, size in enumerate(shape) if size != window[d]]
     terms = []
     if terms_of(weight):
