@@ -240,12 +240,20 @@ def _step(quiet: Any, frozen: Any, tunable: Any, args: Any) -> list[str]:
 
     value, trained = step(tunable)
     assert np.isfinite(value), f"the loss is {value}"
-    moved: dict[str, bool] = {}
-    for path, old, new in zip(*_named(tunable), jax.tree.leaves(trained), strict=True):
-        assert np.isfinite(new).all(), f"`{path}` is not finite after a step"
-        weight = path.rpartition("/")[0]
-        moved[weight] = moved.get(weight, False) or not np.array_equal(old, new)
-    return sorted(path for path, has_moved in moved.items() if not has_moved)
+    still: list[str] = []
+    for (key_path, old), (_, new) in zip(_adapters(tunable), _adapters(trained), strict=True):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        before, after = jax.tree.leaves(old), jax.tree.leaves(new)
+        assert all(np.isfinite(leaf).all() for leaf in after), f"`{path}` is not finite"
+        if all(map(np.array_equal, before, after)):
+            still.append(path)
+    return sorted(still)
+
+
+def _adapters(tunable: Any) -> list[tuple[Any, Any]]:
+    """The adapters of a tree with their paths, whatever boxes their factors are in."""
+    is_adapter = lambda node: isinstance(node, lorax.LoraWeight)  # noqa: E731
+    return jax.tree_util.tree_flatten_with_path(tunable, is_leaf=is_adapter)[0]
 
 
 def _check_merge(params: Any, merged: Any, tunable: Any) -> None:

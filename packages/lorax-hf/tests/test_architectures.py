@@ -55,6 +55,10 @@ def test_axes_are_those_that_tracing_finds(name):
     said = jax.tree.leaves(ours, is_leaf=is_spec)
     assert sum(map(is_spec, said)) >= 6
     for (path, traced_leaf), leaf in zip(found, said, strict=True):
+        if path[-1].key == "weight_v":
+            # Weight normalization: PyTorch has a parametrization there, which PEFT does not adapt.
+            assert is_spec(traced_leaf) and not is_spec(leaf), path
+            continue
         # A table with one row, such as a class token, is a product of nothing.
         if is_spec(traced_leaf) and traced_leaf.rank == 2:
             assert is_spec(leaf), path
