@@ -105,8 +105,10 @@ def test_a_train_state_is_laid_out_by_its_boxes():
     mesh = jax.make_mesh((2, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
     rules = (("wide", "data"), ("wide too", "model"), ("layer", None))
 
+    params, spec = make_params(), make_spec()  # cached, so not made while `init` is traced
+
     def init():
-        frozen, tunable = lorax.init_lora(make_params(), make_spec(), jax.random.key(1))
+        frozen, tunable = lorax.init_lora(params, spec, jax.random.key(1))
         state = TrainState.create(apply_fn=forward, params=tunable, tx=optax.adam(1e-2))
         return frozen, state
 
