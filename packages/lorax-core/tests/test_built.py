@@ -100,7 +100,7 @@ def rule_for_products(monkeypatch):
     def replace(function):
         def rule(eqn, x, w, **_):
             (term,) = w.terms
-            eqn.use(term, "product")
+            eqn.use(w, "product")
             return function(x, w.base, *term.factors)
 
         (primitive,) = [p for p in RULES if p.name == "dot_general"]

@@ -9,8 +9,9 @@ import pytest
 from jax.extend.core import primitives
 
 from lorax import _compat
+from lorax._factored import FactoredArray
 from lorax._interpreter import Interpreter
-from lorax._terms import FactoredArray, Inexpressible, Label, Term
+from lorax._terms import Inexpressible, Label, Term
 
 
 def weight(source="w", rank=2, shape=(5, 3)):

@@ -269,7 +269,7 @@ def test_a_base_in_host_memory_stays_there(donate):
             {"w": jnp.ones((2, 2))},
             "merge_params: frozen and tunable are swapped: the first tree has the adapters",
         ),
-        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, "`w` stands in frozen and in tunable"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, "`w` is in frozen and in tunable"),
         (
             {"w": None},
             {"w": LoraWeight(jnp.ones((2, 1)), jnp.ones((1, 2)), 1)},
@@ -298,9 +298,10 @@ def test_count_params_counts_arrays():
     assert count_params([jax.nn.relu, None, "x", jax.ShapeDtypeStruct((2, 3), jnp.int8)]) == 6
 
 
-def test_a_pair_in_place_of_its_two_trees_is_an_error():
+def test_a_pair_may_be_in_place_of_its_two_trees():
     pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
-    with pytest.raises(PairError, match=r"two trees of a pair, not the pair: merge_params\(\*pair"):
-        merge_params(pair)
+    assert (merge_params(pair)["w"] == merge_params(*pair)["w"]).all()
+    with pytest.raises(PairError, match=r"takes a pair, as `init_lora` returns it, or its two tre"):
+        merge_params(tuple(pair))
     with pytest.raises(PairError, match="unmerge: the first tree has adapters"):
         unmerge(*reversed(pair))

@@ -74,7 +74,7 @@ def test_what_is_numpys_can_be_exported():
     pair = init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
     data = jax.export.export(jax.jit(merge_params))(*pair).serialize()
     found = jax.export.deserialize(bytearray(data))
-    assert found.in_tree == jax.tree.structure((pair, {}))
+    assert found.in_tree == jax.tree.structure((tuple(pair), {}))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax._factored import FactoredArray
 from lorax._terms import (
-    FactoredArray,
     Inexpressible,
     Label,
     Term,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lorax import _transform, init_lora, testing
+from lorax._factored import FactoredArray
 from lorax._registry import RULES
-from lorax._terms import FactoredArray
 
 PARAMS, X = {"w": jnp.ones((7, 5)) / 3}, jnp.ones((3, 7)) / 7
 
@@ -21,7 +21,7 @@ def rule(result):
     """A rule that claims to cover the product, and returns `result(eqn, x, w)`."""
 
     def run(eqn, x, w, **_):
-        eqn.use(w.terms[0], "product")
+        eqn.use(w, "product")
         return result(eqn, x, w)
 
     return run

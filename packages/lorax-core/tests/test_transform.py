@@ -560,7 +560,7 @@ def test_an_unknown_mode_is_an_error(bad):
         (((pair()[0], {"v": None}), X), "must both have the structure"),
         ((tuple(reversed(pair())), X), "argument 0 of model: frozen and tunable are swapped"),
         (((pair()[1], pair()[1]), X), "both trees have adapters"),
-        (((pair()[0], {"w": ones(5, 7)}), X), "`w` stands in frozen and in tunable"),
+        (((pair()[0], {"w": ones(5, 7)}), X), "`w` is in frozen and in tunable"),
         ((), "the call has no such argument"),
     ],
 )

@@ -2,6 +2,13 @@
 
 import importlib.metadata
 
+from ._adapter import (
+    Adapter as Adapter,
+    AdapterSpec as AdapterSpec,
+    FrozenWeight as FrozenWeight,
+)
+from ._arrays import path_string as path_string
+from ._axes import Axes as Axes
 from ._errors import (
     LoraxError as LoraxError,
     MaterializeError as MaterializeError,
@@ -22,20 +29,30 @@ from ._merge import (
     merge_params as merge_params,
     unmerge as unmerge,
 )
+from ._pair import Pair as Pair
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
-    LoraSpec as LoraSpec,
     simple_spec as simple_spec,
     spec_from_rules as spec_from_rules,
 )
 from ._transform import lora as lora
-from ._weight import LoraWeight as LoraWeight
+from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
+from .kinds.ia3 import IA3Spec as IA3Spec, IA3Weight as IA3Weight
+from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 
 __version__ = importlib.metadata.version("lorax-core")
 
 __all__ = [
+    "Adapter",
+    "AdapterSpec",
+    "Axes",
+    "DoraSpec",
+    "DoraWeight",
     "Explanation",
+    "FrozenWeight",
+    "IA3Spec",
+    "IA3Weight",
     "LORA_FREEZE",
     "LORA_FULL",
     "LoraSpec",
@@ -43,6 +60,7 @@ __all__ = [
     "LoraxError",
     "MaterializeError",
     "MaterializeWarning",
+    "Pair",
     "PairError",
     "RankWarning",
     "SpecError",
@@ -56,6 +74,7 @@ __all__ = [
     "lora",
     "materialize",
     "merge_params",
+    "path_string",
     "simple_spec",
     "spec_from_rules",
     "unmerge",

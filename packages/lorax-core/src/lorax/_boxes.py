@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ._weight import LoraWeight
+from ._adapter import Adapter, base_and_held
 
 # Flax 0.12 renamed `sharding_names`.
 _NNX_KEYS = ("out_sharding", "sharding_names")
@@ -39,7 +39,7 @@ def content(node: Any) -> Any:
 
 
 def _is_leaf(node: Any) -> bool:
-    return node is None or isinstance(node, LoraWeight) or is_box(node)
+    return node is None or isinstance(node, Adapter) or is_box(node)
 
 
 def opened(tree: Any) -> Any:
@@ -49,24 +49,29 @@ def opened(tree: Any) -> Any:
 
 def bare(leaf: Any) -> Any:
     """An adapter with its factors out of their boxes; any other leaf as it is."""
-    if not isinstance(leaf, LoraWeight) or not (is_box(leaf.a) or is_box(leaf.b)):
+    if not isinstance(leaf, Adapter) or not any(map(is_box, leaf.factors().values())):
         return leaf
-    return dataclasses.replace(leaf, a=content(leaf.a), b=content(leaf.b))
+    return leaf.with_factors({name: content(node) for name, node in leaf.factors().items()})
 
 
-def box_factors(tunable: Any) -> Any:
-    """The tree with a box around each factor, in place of the base's around the adapter."""
+def box_factors(tunable: Any, frozen: Any) -> Any:
+    """The tree with a box around each factor, in place of the base's around the adapter.
 
-    def boxed(node: Any) -> Any:
+    `frozen` has the bases, for their shapes.
+    """
+
+    def boxed(node: Any, of_base: Any) -> Any:
         weight = content(node)
-        if not is_box(node) or not isinstance(weight, LoraWeight):
+        if not is_box(node) or not isinstance(weight, Adapter):
             return node
-        shared, inputs, outputs = weight.axes
-        a = _box_like(node, weight.a, (*shared, *inputs, None))
-        b = _box_like(node, weight.b, (*shared, None, *outputs))
-        return dataclasses.replace(weight, a=a, b=b)
+        layout = weight.layout(base_and_held(content(of_base))[0].shape)
+        factors = {
+            name: _box_like(node, factor, tuple(map(layout.axis_of, layout.factors[name])))
+            for name, factor in weight.factors().items()
+        }
+        return weight.with_factors(factors)
 
-    return jax.tree.map(boxed, tunable, is_leaf=_is_leaf)
+    return jax.tree.map(boxed, tunable, frozen, is_leaf=_is_leaf)
 
 
 def _box_like(box: Any, factor: Any, axes: tuple[int | None, ...]) -> Any:

@@ -16,7 +16,8 @@ What a weight makes together with data is data:
 * a sum with data (positions that are added to activations);
 * rows that an array of indices looks up.
 
-A gain is not: a weight times anything, data or not, entry by entry, is still a weight.
+A gain is not: a weight times anything, data or not, entry by entry, is still a weight. But data
+times what is left of a weight whose other side was summed over, such as its norms, is data.
 
 The rules of Lorax are not used here: an oracle that shared their algebra would share its mistakes.
 """
@@ -237,6 +238,8 @@ def _results(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
         return [None] * len(eqn.outvars)
     if name in _SUMS and any(math.prod(atom.aval.shape) != 1 for atom in data):
         return [None]
+    if name in ("mul", "div") and data and all(map(_is_summed, filter(None, operands))):
+        return [None]
     if first is not None:
         if name == "gather":
             return [_gather(params["dimension_numbers"], first, eqn.invars[1].aval.ndim)]
@@ -260,6 +263,15 @@ def _results(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
     if name == "stack":
         return [_stack(_union(operands), params["axis"])]
     return [_by_position(operands, v.aval.ndim) for v in eqn.outvars]
+
+
+def _is_summed(made: Made) -> bool:
+    """Whether both sides of each weight went in, and one of them is no longer shown."""
+    shown = frozenset[Side]().union(*made.axes, made.picked)
+    return all(
+        len({(k, "in"), (k, "out")} & made.sides) == 2 > len({(k, "in"), (k, "out")} & shown)
+        for k in {k for k, _ in made.sides}
+    )
 
 
 def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[int]) -> Made | None:

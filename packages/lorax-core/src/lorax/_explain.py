@@ -11,28 +11,31 @@ import jax
 import jax.export
 import jax.extend.core as jex
 
+from ._arrays import is_array
+from ._factored import base_of
 from ._interpreter import Interpreter
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
-from ._pair import Leaf, is_array
+from ._pair import Leaf
 from ._registry import RULES
-from ._terms import base_of
 from ._transform import Traced, bind_call, run, trace, uses
 from ._uses import Use
-from ._weight import LoraWeight
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One trained parameter.
 
-    `status` is "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter,
-    whose use is the model's own and not followed.
+    `rank` is None where the kind of adapter has none, and `size` is what the table shows: the rank
+    of plain LoRA, kind and rank of another adapter, or "full" for a `LORA_FULL` parameter. `status`
+    is "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter, whose use is
+    the model's own and not followed.
     """
 
     path: str
     shape: tuple[int, ...]
     rank: int | None
+    size: str
     trainable: int
     status: str
     uses: tuple[str, ...]
@@ -73,7 +76,7 @@ class Explanation:
             (
                 row.path,
                 "×".join(map(str, row.shape)),
-                "full" if row.rank is None else str(row.rank),
+                row.size,
                 f"{row.trainable:,}",
                 row.status,
                 ", ".join(row.uses),
@@ -175,9 +178,8 @@ def _adapted(traced: Traced, through: bool) -> Callable[..., Any]:
 
 def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
     adapter = leaf.tunable
-    base = leaf.frozen if isinstance(adapter, LoraWeight) else adapter
-    if not isinstance(adapter, LoraWeight):
-        return Row(leaf.path, base.shape, None, count_params(adapter), "full", ())
+    if not leaf.is_adapted:
+        return Row(leaf.path, adapter.shape, None, "full", count_params(adapter), "full", ())
     kinds = {use.kind for use in leaf_uses}
     status = "covered"
     if not kinds:
@@ -186,7 +188,9 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
         status = "materialized"
     counts = collections.Counter(use.primitive for use in leaf_uses)
     told = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
-    return Row(leaf.path, base.shape, adapter.rank, count_params(adapter), status, told)
+    rank = getattr(adapter, "rank", None)
+    shape = leaf.frozen.shape
+    return Row(leaf.path, shape, rank, adapter.summary(), count_params(adapter), status, told)
 
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:

@@ -1,9 +1,8 @@
 """What other libraries must know of an adapter to write it: `jax.export` and `flax.serialization`.
 
-All else that writes pytrees (Orbax, Equinox, pickle) sees two arrays and needs nothing.
+All else that writes pytrees (Orbax, Equinox, pickle) sees arrays and needs nothing.
 """
 
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -15,7 +14,7 @@ def register_with_export(cls: type) -> None:
     """`jax.export` writes the structure of arguments into the file, statics included."""
     jax.export.register_pytree_node_serialization(
         cls,
-        serialized_name="lorax.LoraWeight",
+        serialized_name=f"lorax.{cls.__name__}",
         serialize_auxdata=_static_to_bytes,
         deserialize_auxdata=_static_from_bytes,
     )
@@ -26,8 +25,11 @@ def _static_to_bytes(static: Any) -> bytes:
 
 
 def _static_from_bytes(data: bytes) -> Any:
-    rank, alpha, scaling, *axes = json.loads(data)
-    return (rank, alpha, scaling, *map(tuple, axes))
+    return _with_tuples(json.loads(data))
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def register_with_flax(cls: type) -> None:
@@ -45,12 +47,17 @@ def register_with_flax(cls: type) -> None:
 def _to_state(weight: Any) -> dict[str, Any]:
     """The factors; what is static comes from the target at restore, as in `flax.struct`."""
     to_state = sys.modules["flax.serialization"].to_state_dict
-    return {"a": to_state(weight.a), "b": to_state(weight.b)}
+    return {name: to_state(factor) for name, factor in weight.factors().items()}
 
 
 def _from_state(weight: Any, state: dict[str, Any]) -> Any:
-    if state.keys() != {"a", "b"}:
-        raise ValueError(f"An adapter has the factors a and b, but the state has {sorted(state)}.")
+    factors = weight.factors()
+    if state.keys() != factors.keys():
+        raise ValueError(
+            f"A {weight.kind} adapter has the factors {' and '.join(factors)}, but the state has "
+            f"{sorted(state)}."
+        )
     from_state = sys.modules["flax.serialization"].from_state_dict
-    factors = {name: from_state(getattr(weight, name), state[name], name) for name in state}
-    return dataclasses.replace(weight, **factors)
+    return weight.with_factors(
+        {name: from_state(factor, state[name], name) for name, factor in factors.items()}
+    )

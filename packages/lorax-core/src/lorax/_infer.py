@@ -1,5 +1,6 @@
 """`infer_spec`: a spec for every weight that a function uses as one, found by tracing it."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._adapter import Adapter, AdapterSpec
+from ._arrays import is_array
 from ._axes import Axes, normalize, resolve_axes
 from ._errors import SpecError, UnadaptedWarning
+from ._factored import FactoredArray
 from ._keywords import refuses_ambiguous_keywords
-from ._pair import Leaf, flatten_params, is_array
-from ._spec import LORA_FREEZE, LoraSpec, Pattern, matches, shown, some
-from ._terms import FactoredArray, Term
-from ._transform import Call, Pair, trace
-from ._weight import LoraWeight, Scaling
+from ._pair import Leaf, flatten_params
+from ._spec import LORA_FREEZE, Pattern, matches, shown, some
+from ._terms import Term
+from ._transform import Call, FlatPair, trace
+from .kinds.lora import LoraSpec, Scaling
 from .roles import DATA, find_roles
 
 SharedAxes = Sequence[int] | Mapping[Pattern, Sequence[int]]
@@ -27,9 +31,10 @@ def infer_spec(
     params: Any,
     /,
     *args: Any,
-    rank: int,
+    rank: int | None = None,
     alpha: float | None = None,
     scaling: Scaling = "standard",
+    spec: AdapterSpec | None = None,
     where: Pattern | None = None,
     shared_axes: SharedAxes = (),
     skip_small: bool = True,
@@ -50,9 +55,10 @@ def infer_spec(
         fn: a function of the parameters first.
         params: the parameters, or a tree of `jax.ShapeDtypeStruct`.
         *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
-        rank: of every adapter.
+        rank: of every adapter, for plain LoRA.
         alpha: as in `LoraSpec`.
         scaling: as in `LoraSpec`.
+        spec: instead of these three, the spec of any kind of adapter, without axes.
         where: only parameters whose path it accepts: a glob, a compiled regular expression or a
             callable.
         shared_axes: axes that have factors of their own for each entry although the trace does not
@@ -60,13 +66,13 @@ def infer_spec(
             of an ensemble made by `jax.vmap` on one input, the members share `a` unless their axis
             is given here.
         skip_small: whether a weight stays frozen where its adapter would have at least as many
-            numbers as the weight, `rank · (inputs + outputs) ≥ inputs · outputs`. With False it
-            gets an adapter, whose rank is at most that of the weight.
+            numbers as the weight, `rank · (inputs + outputs) ≥ inputs · outputs` for LoRA. With
+            False it gets an adapter, whose rank is at most that of the weight.
         **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
             `functools.partial` before.
 
     Returns:
-        A tree with the structure of `params` of `LoraSpec`s and `LORA_FREEZE`, for `init_lora`;
+        A tree with the structure of `params` of specs and `LORA_FREEZE`, for `init_lora`;
         edit its leaves as you like.
 
     Raises:
@@ -87,6 +93,10 @@ def infer_spec(
         >>> spec["w"].in_axes, spec["w"].out_axes, spec["b"]
         ((0, 1), (2,), 0)
     """
+    if (rank is None) == (spec is None):
+        raise TypeError("infer_spec takes `rank` or `spec`: one of them, and not both.")
+    kind = LoraSpec(rank, alpha, scaling) if rank is not None else spec
+    assert kind is not None
     leaves, structure = flatten_params(params)
     roles = find_roles(*_traced(fn, leaves, structure, args, kwargs))
     accepted = [path for path, leaf in leaves if _is_matrix(leaf) and _accepts(where, path)]
@@ -108,20 +118,24 @@ def infer_spec(
             return LORA_FREEZE
         axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
         fan_in, fan_out = axes.sizes(leaf.shape)
-        own_rank = min(rank, fan_in, fan_out)
-        if skip_small and own_rank * (fan_in + fan_out) >= fan_in * fan_out:
+        own = kind.with_axes(axes)
+        if own.size is not None and own.size > min(fan_in, fan_out):
+            own = own.with_size(min(fan_in, fan_out))
+        of_rank = "" if own.size is None else f" of rank {own.size}"
+        count = own.count(tuple(leaf.shape), axes)
+        if skip_small and count >= math.prod(leaf.shape):
+            entries = math.prod(leaf.shape[d] for d in axes.shared)
             told.append(
-                f"`{path}`: an adapter of rank {own_rank} has {own_rank * (fan_in + fan_out)} "
-                f"numbers for {fan_in} inputs × {fan_out} outputs. Give it LORA_FULL, or pass "
-                "skip_small=False."
+                f"`{path}`: an adapter{of_rank} has {count // entries} numbers for {fan_in} inputs "
+                f"× {fan_out} outputs. Give it LORA_FULL, or pass skip_small=False."
             )
             return LORA_FREEZE
-        if own_rank < rank:
-            told.append(f"`{path}`: gets rank {own_rank}, the highest that it can have.")
-        return LoraSpec(own_rank, alpha, scaling, axes.inputs, axes.outputs, axes.shared)
+        if own.size != kind.size:
+            told.append(f"`{path}`: gets rank {own.size}, the highest that it can have.")
+        return own
 
     decided = [decide(path, leaf) for path, leaf in leaves]
-    if not any(isinstance(leaf, LoraSpec) for leaf in decided):
+    if not any(isinstance(leaf, AdapterSpec) for leaf in decided):
         raise SpecError(_nothing_found(leaves, where, told))
     if told:
         lines = "\n".join(f"  {line}" for line in told)
@@ -138,14 +152,14 @@ def _traced(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> tuple[Any, list[Any]]:
     """The function as a jaxpr, and what its constants and inputs are, as `find_roles` wants it."""
-    marker = LoraWeight(None, None, rank=0)
+    marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
 
     def known_by_its_path(leaf: Leaf) -> FactoredArray:
         return FactoredArray(leaf.frozen, (Term((), (), (), (leaf.path,)),))
 
-    call = Call((None, *args), kwargs, {0: Pair(marked, structure)})
+    call = Call((None, *args), kwargs, {0: FlatPair(marked, structure)})
     traced = trace(fn, call, known_by_its_path)
     kinds: list[Any] = []
     for value in traced.operands:

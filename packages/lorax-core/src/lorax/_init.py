@@ -1,26 +1,24 @@
 """The first factors: `init_lora` and the initialisers it knows by name."""
 
-import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
+from ._adapter import Adapter, AdapterSpec, FrozenWeight, Initializer, Start, Started
+from ._arrays import own
 from ._axes import Axes
 from ._boxes import box_factors
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import SpecError
-from ._pair import flatten_params, own
+from ._pair import Pair, flatten_params
 from ._sharding import factor_sharding
-from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, check_leaf
-from ._weight import LoraWeight
-
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+from ._spec import LORA_FREEZE, LORA_FULL, check_leaf
+from ._terms import Labels
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -58,7 +56,7 @@ def init_lora(
     a_init: str | Initializer = "uniform",
     b_init: str | Initializer = "zeros",
     dtype: Any = None,
-) -> tuple[Any, Any]:
+) -> Pair:
     """Splits parameters into a frozen tree and a tunable one with fresh factors.
 
     `a` is uniform in ±1/√fan_in and `b` is zero, so the adapted model is the base model at first.
@@ -66,20 +64,21 @@ def init_lora(
 
     Args:
         param_tree: the parameters, any pytree; leaves that are not arrays are kept as they are.
-        spec: a tree of the same structure; each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank or a
-            `LoraSpec`.
+        spec: a tree of the same structure; each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank, or
+            the spec of a kind of adapter: `LoraSpec`, `DoraSpec`, ….
         rng: a PRNG key, new style or old.
-        a_init: "uniform", "gaussian", "orthogonal", "zeros", or a function
-            `(key, shape, dtype) -> array` as in `jax.nn.initializers`. It makes the matrix
-            `[fan_in, rank]` of each entry of the shared axes.
-        b_init: the same for `[rank, fan_out]`.
+        a_init: of the factors that meet the input: "uniform", "gaussian", "orthogonal", "zeros",
+            or a function `(key, shape, dtype) -> array` as in `jax.nn.initializers`. It makes the
+            matrix `[fan_in, rank]` of each entry of the shared axes.
+        b_init: the same for those that make the output, `[rank, fan_out]`.
         dtype: of the factors; by default the base's, and float32 for narrower ones.
 
     Returns:
-        `(frozen, tunable)`, both with the structure of `param_tree`. Frozen leaves are the same
-        buffers, not copies; all of `tunable` is its own, so a training step may donate it. Factors
-        are sharded as their base is, axis by axis, and uncommitted where it is. Where Flax has
-        boxed a base with its partition (`nn.Partitioned`), the factors have boxes with theirs.
+        The `Pair` of `frozen` and `tunable`, both with the structure of `param_tree`. Frozen leaves
+        are the same buffers, not copies; all of `tunable` is its own, so a training step may donate
+        it. Factors are sharded as their base is, axis by axis, and uncommitted where it is. Where
+        Flax has boxed a base with its partition (`nn.Partitioned`), the factors have boxes with
+        theirs. Where a kind needs frozen factors, they are in `frozen`, in a `FrozenWeight`.
 
     Raises:
         SpecError: where the spec does not fit; the message names the path.
@@ -96,24 +95,38 @@ def init_lora(
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
     leaves, structure = flatten_params(param_tree)
     specs = _flatten_spec(spec, structure)
+    checked = [
+        check_leaf(path, leaf, leaf_spec)
+        for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
+    ]
+    common = _common(leaves, checked, rng)
     frozen: list[Any] = []
     tunable: list[Any] = []
-    for (path, leaf), leaf_spec in zip(leaves, specs, strict=True):
-        checked = check_leaf(path, leaf, leaf_spec)
-        if checked == LORA_FREEZE:
-            frozen.append(leaf)
-            tunable.append(None)
-        elif checked == LORA_FULL:
-            frozen.append(None)
-            tunable.append(own(leaf))
-        else:
-            assert isinstance(checked, tuple)
+    for (path, leaf), leaf_spec in zip(leaves, checked, strict=True):
+        if isinstance(leaf_spec, tuple):
+            kind, axes = leaf_spec
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
-            frozen.append(leaf)
-            tunable.append(_init_weight(key, leaf, *checked, initializers, dtype))
-    return jax.tree.unflatten(structure, frozen), box_factors(
-        jax.tree.unflatten(structure, tunable)
-    )
+            wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
+            start = Start(path, leaf, axes, key, wide, common.get(kind), initializers)
+            base, weight = _placed(kind.start(start), leaf)
+            frozen.append(base)
+            tunable.append(weight)
+        else:
+            frozen.append(leaf if leaf_spec == LORA_FREEZE else None)
+            tunable.append(own(leaf) if leaf_spec == LORA_FULL else None)
+    frozen_tree = jax.tree.unflatten(structure, frozen)
+    tunable_tree = jax.tree.unflatten(structure, tunable)
+    return Pair(frozen_tree, box_factors(tunable_tree, frozen_tree))
+
+
+def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[AdapterSpec, Any]:
+    """What the weights of one spec share, by the spec."""
+    groups: dict[AdapterSpec, list[tuple[tuple[int, ...], Axes]]] = {}
+    for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
+        if isinstance(leaf_spec, tuple):
+            kind, axes = leaf_spec
+            groups.setdefault(kind, []).append((tuple(leaf.shape), axes))
+    return {kind: kind.common(weights, rng) for kind, weights in groups.items()}
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:
@@ -128,7 +141,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
 
 
 def _flatten_spec(spec: Any, structure: Any) -> list[Any]:
-    is_leaf = lambda node: node is None or isinstance(node, LoraSpec)  # noqa: E731
+    is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
     leaves, other = jax.tree.flatten(spec, is_leaf=is_leaf)
     if other != structure:
         raise SpecError(
@@ -139,45 +152,31 @@ def _flatten_spec(spec: Any, structure: Any) -> list[Any]:
     return leaves
 
 
-def _init_weight(
-    key: jax.Array,
-    base: Any,
-    spec: LoraSpec,
-    axes: Axes,
-    initializers: tuple[Initializer, Initializer],
-    dtype: Any,
-) -> LoraWeight:
-    dtype = wide_dtype(base.dtype) if dtype is None else jnp.dtype(dtype)
-    rank, (fan_in, fan_out) = spec.rank, axes.sizes(base.shape)
-    shared = tuple(base.shape[d] for d in axes.shared)
-    count = math.prod(shared)
-
-    def factor(key: jax.Array, init: Initializer, matrix: tuple[int, int]) -> jax.Array:
-        if not shared:
-            # An initializer may return an array that is kept elsewhere.
-            return own(init(key, matrix, dtype))
-        return jax.vmap(lambda key: init(key, matrix, dtype))(jax.random.split(key, count))
-
-    a_key, b_key = jax.random.split(key)
-    a = factor(a_key, initializers[0], (fan_in, rank))
-    b = factor(b_key, initializers[1], (rank, fan_out))
-    weight = LoraWeight(
-        a.reshape(*shared, *(base.shape[d] for d in axes.inputs), rank),
-        b.reshape(*shared, rank, *(base.shape[d] for d in axes.outputs)),
-        rank=rank,
-        alpha=spec.alpha,
-        scaling=spec.scaling,
-        in_axes=axes.inputs,
-        out_axes=axes.outputs,
-        shared_axes=axes.shared,
+def _placed(started: Started, base: Any) -> tuple[Any, Adapter]:
+    """The leaf of each tree, every factor where its base is."""
+    adapter, held, moved = started
+    layout = adapter.layout(tuple(base.shape))
+    factors = adapter.factors()
+    adapter = adapter.with_factors(
+        {
+            name: _place_like(factor, base, layout.out, layout.factors[name])
+            for name, factor in factors.items()
+        }
     )
-    return _place_like(weight, base)
+    moved = base if moved is None else moved
+    if not held:
+        return moved, adapter
+    beside = {
+        name: _place_like(factor, base, layout.out, layout.held[name])
+        for name, factor in held.items()
+    }
+    return FrozenWeight(moved, beside), adapter
 
 
-def _place_like(weight: LoraWeight, base: Any) -> LoraWeight:
-    """Moves the factors to where their base lives, each axis sharded as the base's axis."""
+def _place_like(factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels) -> Any:
+    """Moves a factor to where its base lives, each axis sharded as the base's axis."""
     if not isinstance(base, jax.Array):
-        return weight
+        return factor
     if is_tracer(base):
         sharding: Any = jax.typeof(base).sharding
         place = jax.sharding.reshard
@@ -185,12 +184,7 @@ def _place_like(weight: LoraWeight, base: Any) -> LoraWeight:
     else:
         sharding, place = base.sharding, jax.device_put
         named = isinstance(sharding, NamedSharding)
-        settled = not base.committed or (not named and is_tracer(weight.a))
+        settled = not base.committed or (not named and is_tracer(factor))
     if settled:
-        return weight
-    term = weight.term(base.shape)
-    a, b = (
-        place(factor, factor_sharding(sharding, term.out, labels))
-        for factor, labels in zip((weight.a, weight.b), term.labels, strict=True)
-    )
-    return dataclasses.replace(weight, a=a, b=b)
+        return factor
+    return place(factor, factor_sharding(sharding, out, labels))

@@ -4,6 +4,7 @@ It knows no primitive. What a rule needs of its equation stands in `Equation`; w
 each weight is kept in `Interpreter.uses`.
 """
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -16,8 +17,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from . import _compat, _contract
-from ._registry import REASONS, unfit
-from ._terms import FactoredArray, Inexpressible, Term
+from ._factored import FactoredArray, times_gain
+from ._paid import fold_keys
+from ._registry import CARRIERS, REASONS, unfit
+from ._terms import Inexpressible
 from ._uses import Use
 
 Value = jax.Array | FactoredArray
@@ -44,12 +47,14 @@ class Interpreter:
         self.rules = rules
         self.uses: list[Use] = []
         self.transformed = {} if transformed is None else transformed
+        self.drawn = collections.Counter[Hashable]()
         self.through_custom_derivatives = through_custom_derivatives
 
     def fork(self) -> "Interpreter":
         """One that works alike and has a record of its own."""
         other = copy.copy(self)
         other.uses = []
+        other.drawn = collections.Counter()
         return other
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
@@ -81,7 +86,7 @@ class Interpreter:
         """A value as the function's caller gets it: a weight is built in full, and recorded."""
         if not isinstance(value, FactoredArray):
             return value
-        for term in value.terms:
+        for term in value.pieces:
             self.uses += (Use(s, "returned", "return", term.shape, "") for s in term.sources)
         return value.array()
 
@@ -96,6 +101,8 @@ class Interpreter:
         reason = REASONS.get(eqn.primitive, "")
         if rule is not None:
             reason = unfit(rule, len(operands), eqn.params)
+            if not reason and eqn.primitive not in CARRIERS and not all(map(_is_sum, operands)):
+                reason = "has no rule for a weight with a gain or dropout"
         out = NotImplemented
         if rule is not None and not reason:
             try:
@@ -137,6 +144,10 @@ def live_equations(
             needed |= finished
             steps.append((eqn, finished))
     return steps[::-1]
+
+
+def _is_sum(value: Value) -> bool:
+    return not isinstance(value, FactoredArray) or value.is_sum
 
 
 def _is_var(atom: Any) -> bool:
@@ -190,6 +201,18 @@ class Equation:
         self.bodies.append(Body(self, jaxpr, finish))
         return self.bodies[-1]
 
+    def with_own_keys(self, value: Value, *, of_body: bool = False) -> Value:
+        """The same weight with keys of dropout that no other use of it has.
+
+        `of_body` says that it goes into a body, whose products number their uses themselves.
+        """
+        if not isinstance(value, FactoredArray) or value.keys is None:
+            return value
+        drawn, source = self.interpreter.drawn, value.keys.term.sources
+        number = 2 * drawn[source] + of_body
+        drawn[source] += 1
+        return dataclasses.replace(value, keys=fold_keys(value.keys, number))
+
     def adopt(self, uses: Iterable[Use]) -> None:
         """Records what a body did to weights.
 
@@ -225,47 +248,47 @@ class Equation:
     def _out_aval(self) -> Any:
         return self.eqn.outvars[0].aval
 
-    def use(self, term: Term, kind: str, reason: str = "") -> None:
-        """Records that this equation uses the weight behind `term`."""
-        name, line = self.eqn.primitive.name, self.line
+    def use(self, value: Value, kind: str, reason: str = "") -> None:
+        """Records that this equation uses a weight."""
+        if not isinstance(value, FactoredArray):
+            return
+        name, line, shape = self.eqn.primitive.name, self.line, value.shape
+        sources = dict.fromkeys(source for piece in value.pieces for source in piece.sources)
         self.interpreter.uses += (
-            Use(source, kind, name, term.shape, line, reason) for source in term.sources
+            Use(source, kind, name, shape, line, reason) for source in sources
         )
 
     def materialize(self, value: Value, reason: str = "") -> jax.Array:
         """The value as a plain array; a weight is materialized, and that is recorded."""
         if not isinstance(value, FactoredArray):
             return value
-        for term in value.terms:
-            self.use(term, "materialized", reason)
+        self.use(value, "materialized", reason)
         return value.array()
 
     def settle(
-        self,
-        base: jax.Array,
-        terms: Sequence[Term],
-        *,
-        meets: Sequence[int | None] = (),
-        finished: bool = False,
+        self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False
     ) -> Value:
-        """A weight, or an array where the terms no longer have anything to keep apart.
+        """A weight, or an array where its pieces no longer have anything to keep apart.
 
         A row of an embedding table is such an array: adding its terms is what the model itself
         does with the row. An 8-bit float is left alone until it is cast: adding to it would
         round the terms away. `meets` names, for each term, the factor that is a whole weight, if
         any. `finished` says that the terms are added in any case.
         """
-        narrow = not _contract.holds_factors(base.dtype)
-        if narrow or not (finished or all(term.is_flat for term in terms)):
-            return FactoredArray(base, tuple(terms))
-        for k, term in enumerate(terms):
-            self.use(term, "rows")
+        base = weight.base
+        if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
+            return weight
+        self.use(weight, "rows")
+        weight = weight.resolved()
+        for k, term in enumerate(weight.terms):
             met = meets[k] if meets else None
             dtype = base.dtype
             if met is not None and term.factors[met].dtype.itemsize == 2:
                 # As large as a weight: it is not widened for a sum that is made in float32.
                 dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
+        for gain in weight.gains:
+            base = times_gain(base, gain.array(_contract.wide_dtype(base.dtype)))
         return base
 
 

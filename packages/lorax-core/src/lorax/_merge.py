@@ -1,35 +1,36 @@
 """From a pair back to plain parameters, and the other way."""
 
-import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from ._adapter import Adapter, FrozenWeight, base_and_held
+from ._arrays import own
 from ._compat import is_tracer
 from ._errors import PairError
 from ._pair import (
+    ABSENT,
     Leaf,
     combine,
     flatten_pair,
     flatten_params,
     flatten_tunable,
     has_adapters,
-    own,
+    two_trees,
 )
 from ._sharding import devices_of, in_device_memory, placement
-from ._weight import LoraWeight, factored
 
 
-def materialize(base: jax.Array, weight: LoraWeight) -> jax.Array:
-    """One weight in full: `base + scale · a @ b`.
+def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
+    """One weight in full: `base + scale · a @ b` for LoRA.
 
-    Summed in float32, or in the base's dtype where that is wider, and then cast to the base's.
+    Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
 
     Args:
-        base: the frozen weight, of any shape `weight` fits.
+        base: the leaf of the frozen tree, of any shape `weight` fits.
         weight: its adapter.
 
     Returns:
@@ -42,12 +43,15 @@ def materialize(base: jax.Array, weight: LoraWeight) -> jax.Array:
         >>> materialize(jnp.eye(2), weight).tolist()
         [[2.0, 1.0], [1.0, 2.0]]
     """
-    return factored(base, weight).array()
+    return weight.applied(*base_and_held(base)).array()
 
 
-def _subtract(base: jax.Array, weight: LoraWeight) -> jax.Array:
-    value = factored(base, weight)
-    return value.replace_terms(term.scale(-1) for term in value.terms).array()
+def _merged(base: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    return weight.applied(base, held).array()
+
+
+def _unmerged(merged: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    return weight.applied(merged, held).removed()
 
 
 @functools.lru_cache(maxsize=256)
@@ -56,19 +60,19 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 
 def _apply(function: Any, what: str, leaf: Leaf, donate: bool = False) -> jax.Array:
-    frozen, tunable = leaf.frozen, leaf.tunable
-    arrays = frozen, tunable.a, tunable.b
+    frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
+    arrays = [frozen, *jax.tree.leaves((held, tunable))]
     if any(map(is_tracer, arrays)):
-        return function(frozen, tunable)
+        return function(frozen, held, tunable)
     _check_devices(what, leaf.path, arrays)
-    base, a, b = map(in_device_memory, arrays)
+    base, held, tunable = jax.tree.map(in_device_memory, (frozen, held, tunable))
     sharding = placement(base)
     # A base that nobody placed goes where its factors are, as in `base + a @ b`.
-    stays = sharding is not None or devices_of(base) == devices_of(a) == devices_of(b)
+    elsewhere = [x for x in jax.tree.leaves((held, tunable)) if devices_of(x) != devices_of(base)]
+    stays = sharding is not None or not elsewhere
     donate = donate and isinstance(frozen, jax.Array)
     # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
-    compiled = _compiled(function, sharding, donate and stays)
-    value = compiled(base, dataclasses.replace(tunable, a=a, b=b))
+    value = _compiled(function, sharding, donate and stays)(base, held, tunable)
     if donate and not frozen.is_deleted():
         frozen.delete()
     return value if base is frozen else jax.device_put(value, frozen.sharding)
@@ -90,21 +94,17 @@ def _brief(devices: set[Any]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} devices ({names[0]}, …, {names[-1]})"
 
 
-# What a call without the second tree has in its place; None is a tree, too.
-_ABSENT: Any = object()
-
-
-def merge_params(frozen: Any, tunable: Any = _ABSENT, *, donate: bool = False) -> Any:
+def merge_params(frozen: Any, tunable: Any = ABSENT, *, donate: bool = False) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
-    Summed in float32, or in the base's dtype where that is wider, and then cast to the base's.
+    Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
     Frozen parameters without an adapter are returned as they are; those of `tunable` are copied,
     so a training step may donate `tunable` and leave the result intact. Weights that were placed
     stay where they are, sharded as they were; others go where their factors are, and stay
     uncommitted where these are too. The function also runs under `jax.jit`.
 
     Args:
-        frozen: the frozen tree of the pair.
+        frozen: the frozen tree of the pair, or the whole `Pair`.
         tunable: the tunable tree of the pair.
         donate: whether the memory of adapted base weights may be reused. They are deleted
             afterwards, and the peak is one weight lower. A weight that is at two paths is kept.
@@ -125,26 +125,22 @@ def merge_params(frozen: Any, tunable: Any = _ABSENT, *, donate: bool = False) -
         >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
         True
     """
-    if tunable is _ABSENT:
-        raise PairError(
-            "merge_params takes the two trees of a pair, not the pair: merge_params(*pair)."
-        )
+    frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     uses = Counter(id(leaf.frozen) for leaf in leaves)
 
     def merged(leaf: Leaf) -> jax.Array:
         once = uses[id(leaf.frozen)] == 1
-        return _apply(materialize, "merge_params", leaf, donate and once)
+        return _apply(_merged, "merge_params", leaf, donate and once)
 
     leaves = [
-        leaf if isinstance(leaf.tunable, LoraWeight) else leaf._replace(tunable=own(leaf.tunable))
-        for leaf in leaves
+        leaf if leaf.is_adapted else leaf._replace(tunable=own(leaf.tunable)) for leaf in leaves
     ]
     return combine(leaves, structure, merged)
 
 
 def unmerge(params: Any, tunable: Any) -> Any:
-    """The frozen tree whose merge with `tunable` gave `params`: `merged − scale · a @ b`.
+    """The frozen tree whose merge with `tunable` gave `params`: `merged − scale · a @ b` for LoRA.
 
     Exact up to the rounding of the base's dtype: what a merge into bfloat16 has rounded away
     does not come back. Keep the frozen tree where you can.
@@ -155,6 +151,10 @@ def unmerge(params: Any, tunable: Any) -> Any:
 
     Returns:
         The frozen tree: None where `tunable` has a full parameter.
+
+    Raises:
+        PairError: where the trees do not fit, or an adapter needs what the frozen tree holds beside
+            the base, as the norms of DoRA: that is not in the merged parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -172,11 +172,17 @@ def unmerge(params: Any, tunable: Any) -> Any:
     news, other = flatten_tunable(tunable, params, structure)
     if structure != other:
         raise PairError("unmerge: params and tunable must have the same structure.")
+    for (path, leaf), new in zip(leaves, news, strict=True):
+        if isinstance(new, Adapter) and new.layout(tuple(leaf.shape)).held:
+            raise PairError(
+                f"unmerge: the {new.kind} adapter at `{path}` has frozen factors beside its base, "
+                "which are not in merged parameters. Keep the frozen tree instead."
+            )
     return jax.tree.unflatten(
         structure,
         [
-            _apply(_subtract, "unmerge", Leaf(path, leaf, new))
-            if isinstance(new, LoraWeight)
+            _apply(_unmerged, "unmerge", Leaf(path, leaf, new))
+            if isinstance(new, Adapter)
             else (leaf if new is None else None)
             for (path, leaf), new in zip(leaves, news, strict=True)
         ],

@@ -1,65 +1,90 @@
 """The pair `(frozen, tunable)`: two trees with the structure of the parameters.
 
-Each leaf lives in one of them and is None in the other; under a `LoraWeight` in `tunable` the
-base stands in `frozen`. Leaves that are not arrays stay in `frozen`.
+Each leaf is in one of them and None in the other; beside an adapter in `tunable` the base is in
+`frozen`. Leaves that are not arrays stay in `frozen`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import jax.export
 
+from ._adapter import Adapter, FrozenWeight, base_and_held, sizes
+from ._arrays import is_array, path_string
 from ._boxes import bare, opened
-from ._compat import is_tracer
 from ._errors import PairError
-from ._weight import LoraWeight
+from ._factored import FactoredArray
 
 
-class Leaf(NamedTuple):
-    """One parameter as the pair holds it."""
+class Pair(NamedTuple):
+    """What `init_lora` returns, and what takes the place of parameters under `lora`.
 
-    path: str
+    Attributes:
+        frozen: the parameters that stay as they are, None where one is trained in full.
+        tunable: the adapters and the parameters that are trained in full, None elsewhere.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, merge_params
+        >>> pair = init_lora({"w": jnp.eye(3)}, {"w": 2}, jax.random.key(0))
+        >>> frozen, tunable = pair
+        >>> merge_params(pair)["w"].shape, pair.tunable["w"].a.shape
+        ((3, 3), (3, 2))
+    """
+
     frozen: Any
     tunable: Any
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array that a model computes with."""
-    if isinstance(leaf, np.ndarray):
-        return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+class Leaf(NamedTuple):
+    """One parameter as the pair holds it; `held` is what stays frozen beside its base."""
+
+    path: str
+    frozen: Any
+    tunable: Any
+    held: Mapping[str, Any] = {}
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it has an adapter."""
+        return isinstance(self.tunable, Adapter)
+
+    @property
+    def plain(self) -> Any:
+        """The parameter without an adapter, from the tree that has it."""
+        return self.frozen if self.tunable is None or self.is_adapted else self.tunable
+
+    def applied(self, source: Hashable = None) -> FactoredArray:
+        """The adapted weight."""
+        return self.tunable.applied(self.frozen, self.held, source)
 
 
-def own(leaf: Any) -> Any:
-    """A copy of an array, placed as it is; anything else as it is.
+jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
 
-    A training step that donates its state deletes these buffers, which must not be somebody
-    else's. Tracers are copied too: `jax.vmap` returns an input that passes through it as it came.
-    """
-    if isinstance(leaf, np.ndarray):
-        return np.array(leaf)
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    if not is_tracer(leaf) and not leaf.is_fully_addressable:
-        # `device_put` takes no array that has parts in other processes.
-        return jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
-    return jax.device_put(leaf, may_alias=False)
+# What a call without the second tree has in its place; None is a tree, too.
+ABSENT: Any = object()
 
 
-def path_string(key_path: Any) -> str:
-    """`h/0/attn/kernel` for the path of a leaf; `.` where the tree is the leaf."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/") or "."
+def two_trees(frozen: Any, tunable: Any, what: str) -> tuple[Any, Any]:
+    """The trees of a call that was given a pair, or both trees."""
+    if tunable is not ABSENT:
+        return frozen, tunable
+    if isinstance(frozen, Pair):
+        return frozen
+    raise PairError(
+        f"{what} takes a pair, as `init_lora` returns it, or its two trees, and was given "
+        f"{type(frozen).__name__}: {what}(frozen, tunable)."
+    )
 
 
 def _is_frozen_leaf(node: Any) -> bool:
-    return node is None
+    return node is None or isinstance(node, FrozenWeight)
 
 
 def is_tunable_leaf(node: Any) -> bool:
     """Whether a node of the tunable tree stands for one parameter."""
-    return node is None or isinstance(node, LoraWeight)
+    return node is None or isinstance(node, Adapter)
 
 
 def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -90,9 +115,11 @@ def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]
             f"`init_lora` returns them, but frozen is {_brief(structure)} and tunable is "
             f"{_brief(other)}."
         )
-    leaves = [Leaf(path, base, new) for (path, base), new in zip(left, right, strict=True)]
-    for path, base, new in leaves:
-        _check_leaf(what, path, base, new)
+    leaves = []
+    for (path, leaf), new in zip(left, right, strict=True):
+        base, held = base_and_held(leaf)
+        leaves.append(Leaf(path, base, new, held))
+        _check_leaf(what, leaves[-1])
     return leaves, structure
 
 
@@ -113,7 +140,7 @@ def _check_order(frozen: Any, tunable: Any, what: str) -> None:
 def has_adapters(tree: Any) -> bool:
     """Whether a tree has an adapter anywhere, as the tunable one of a pair."""
     leaves = jax.tree.leaves(tree, is_leaf=is_tunable_leaf)
-    return any(isinstance(leaf, LoraWeight) for leaf in leaves)
+    return any(isinstance(leaf, Adapter) for leaf in leaves)
 
 
 def _brief(structure: Any) -> str:
@@ -121,38 +148,46 @@ def _brief(structure: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-def _check_leaf(what: str, path: str, base: Any, new: Any) -> None:
-    if isinstance(new, LoraWeight):
-        if not is_array(base):
+def _check_leaf(what: str, leaf: Leaf) -> None:
+    path, base, new, held = leaf
+    if not leaf.is_adapted:
+        if base is not None and new is not None:
             raise PairError(
-                f"{what}: tunable has an adapter at `{path}`, but frozen has "
-                f"{type(base).__name__} there instead of its base weight."
+                f"{what}: `{path}` is in frozen and in tunable. A parameter is in one of them and "
+                "None in the other; only an adapter needs its base beside it."
             )
-        # Under vmap and in trees of shapes or specs, leaves may be anything with a shape.
-        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in (base, new.a, new.b)]
-        expected = factor_shapes(shapes[0], new)
-        if expected is None or shapes[1:] != list(expected):
-            raise PairError(
-                f"{what}: the adapter at `{path}` has a {shapes[1]} and b {shapes[2]}, which do "
-                f"not fit a base of shape {shapes[0]} with in_axes={new.in_axes}, "
-                f"out_axes={new.out_axes}, shared_axes={new.shared_axes} and rank {new.rank}."
-            )
-    elif base is not None and new is not None:
+        return
+    if not is_array(base):
         raise PairError(
-            f"{what}: `{path}` stands in frozen and in tunable. A parameter lives in one of them "
-            "and is None in the other; only an adapter needs its base beside it."
+            f"{what}: tunable has an adapter at `{path}`, but frozen has "
+            f"{type(base).__name__} there instead of its base weight."
         )
+    # Under vmap and in trees of shapes or specs, leaves may be anything with a shape.
+    shape = _shape(base)
+    found = {name: _shape(factor) for name, factor in new.factors().items()}
+    beside = {name: _shape(factor) for name, factor in held.items()}
+    if sorted(axis for group in new.axes for axis in group) == list(range(len(shape))):
+        layout = new.layout(shape)
+        needed = {name: sizes(labels) for name, labels in layout.held.items()}
+        if needed.keys() - beside.keys():
+            raise PairError(
+                f"{what}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside its "
+                "base in frozen. Pass the frozen tree of the same `init_lora` as the adapter."
+            )
+        if found == layout.shapes() and needed == {name: beside[name] for name in needed}:
+            return
+    raise PairError(
+        f"{what}: the adapter at `{path}` has {_listed({**found, **beside})}, which do not fit a "
+        f"base of shape {shape} with {', '.join(f'{k}={v}' for k, v in new.settings().items())}."
+    )
 
 
-def factor_shapes(
-    shape: tuple[int, ...], weight: LoraWeight
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The shapes of `a` and `b` for a base of `shape`, or None where the axes do not fit it."""
-    shared, inputs, outputs = weight.axes
-    if sorted((*shared, *inputs, *outputs)) != list(range(len(shape))):
-        return None
-    of = lambda axes: tuple(shape[d] for d in axes)  # noqa: E731
-    return (*of(shared), *of(inputs), weight.rank), (*of(shared), weight.rank, *of(outputs))
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(getattr(array, "shape", ()))
+
+
+def _listed(shapes: Mapping[str, Any]) -> str:
+    return " and ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def split_pair(value: Any, what: str) -> tuple[Any, Any]:
@@ -168,11 +203,5 @@ def split_pair(value: Any, what: str) -> tuple[Any, Any]:
 def combine(leaves: list[Leaf], structure: Any, adapted: Callable[[Leaf], Any]) -> Any:
     """The parameter tree, with `adapted(leaf)` where the pair has an adapter."""
     return jax.tree.unflatten(
-        structure,
-        [
-            adapted(leaf)
-            if isinstance(leaf.tunable, LoraWeight)
-            else (leaf.frozen if leaf.tunable is None else leaf.tunable)
-            for leaf in leaves
-        ],
+        structure, [adapted(leaf) if leaf.is_adapted else leaf.plain for leaf in leaves]
     )

@@ -26,11 +26,15 @@ import jax
 from jax.extend.core import Primitive
 
 from . import _compat
-from ._terms import FactoredArray, Term
+from ._factored import FactoredArray
+from ._terms import Term
 
 Rule = Callable[..., Any]
 
 RULES: dict[Primitive, Rule] = {}
+
+# The primitives whose rules also take weights with gains, a pending norm or dropout.
+CARRIERS: set[Primitive] = set()
 
 # Why some primitives have no rule, as in `Use.reason`.
 REASONS: dict[Primitive, str] = {}
@@ -42,8 +46,12 @@ def defreason(reason: str, *names: str) -> None:
     REASONS.update(dict.fromkeys((primitive for primitive in found if primitive), reason))
 
 
-def defrule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers one rule for the primitives called `names` that this JAX has."""
+def defrule(*names: str, gains: bool = False) -> Callable[[Rule], Rule]:
+    """Registers one rule for the primitives called `names` that this JAX has.
+
+    `gains` says that the rule also takes weights with gains, a pending norm or dropout; such a
+    weight is materialized elsewhere.
+    """
 
     def register(rule: Rule) -> Rule:
         for name in names:
@@ -53,6 +61,8 @@ def defrule(*names: str) -> Callable[[Rule], Rule]:
             if primitive in RULES:
                 raise ValueError(f"There is a rule for `{name}` already: {RULES[primitive]}.")
             RULES[primitive] = rule
+            if gains:
+                CARRIERS.add(primitive)
         return rule
 
     return register
@@ -92,20 +102,22 @@ def _with_parameters(rule: Rule, parameters: Iterable[inspect.Parameter]) -> Rul
     return rule
 
 
-def defstructural(name: str, change: Callable[..., Term]) -> None:
-    """A rule for a primitive that moves or cuts the axes of its one operand.
+def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True) -> None:
+    """A rule for a primitive that is linear in its one operand.
 
-    `change(term, **params)` is the term of the result.
+    `change(term, **params)` is the term of the result. With `moves` the primitive only moves or
+    cuts axes, so that gains are changed like terms.
     """
 
     def rule(eqn, weight, *others, **params):
         if any(isinstance(other, FactoredArray) for other in others):
             return NotImplemented
-        terms = [change(term, *others, **params) for term in weight.terms]
-        return eqn.settle(eqn(weight.base, *others), terms)
+        moved = weight.moved(lambda term: change(term, *others, **params))
+        return eqn.settle(moved.replace_base(eqn(weight.base, *others)))
 
     named = inspect.signature(change).parameters.values()
-    defrule(name)(_with_parameters(rule, (p for p in named if p.kind is p.KEYWORD_ONLY)))
+    keywords = [p for p in named if p.kind is p.KEYWORD_ONLY]
+    defrule(name, gains=moves)(_with_parameters(rule, keywords))
 
 
 def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:
@@ -116,7 +128,8 @@ def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:
     """
 
     def rule(eqn, weight, **params):
-        return eqn.settle(eqn(weight.base), weight.terms)
+        return eqn.settle(weight.replace_base(eqn(weight.base)))
 
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    defrule(name)(_with_parameters(rule, (inspect.Parameter(p, keyword_only) for p in parameters)))
+    named = [inspect.Parameter(p, keyword_only) for p in parameters]
+    defrule(name, gains=True)(_with_parameters(rule, named))

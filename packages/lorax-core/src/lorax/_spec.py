@@ -1,26 +1,24 @@
 """What to do with each parameter: the spec tree, and ways to make one.
 
 A spec is a tree with the structure of the parameters whose leaves are `LORA_FREEZE`, `LORA_FULL`,
-a rank, or a `LoraSpec`.
+a rank of plain LoRA, or the spec of another kind of adapter, such as a `DoraSpec`.
 """
 
-import dataclasses
 import fnmatch
-import math
-import numbers
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._axes import Axes, resolve_axes
-from ._errors import RankWarning, SpecError
-from ._pair import flatten_params, is_array, path_string
-from ._statics import make_plain, plain_number
-from ._weight import Scaling
+from ._adapter import AdapterSpec
+from ._arrays import is_array, path_string
+from ._axes import Axes
+from ._errors import SpecError
+from ._pair import flatten_params
+from ._statics import plain_number
+from .kinds.lora import LoraSpec
 
 LORA_FREEZE = 0
 """The parameter is not trained."""
@@ -29,44 +27,7 @@ LORA_FULL = -1
 """The parameter is trained in full, without factors."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraSpec:
-    """How one weight is adapted.
-
-    Args:
-        rank: the inner size of the factors.
-        alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`, a scale of 1.
-        scaling: "standard", or "rslora" for `alpha / √rank` (arXiv:2312.03732).
-        in_axes: the axes that meet the input; None means every axis but the outputs.
-        out_axes: the axes that make the output; None means the rest, or the last axis where
-            `in_axes` is None too.
-        shared_axes: axes with factors of their own for each entry, such as the layers of a
-            `scan` or the experts of a mixture.
-
-    Example:
-        >>> from lorax import LoraSpec
-        >>> LoraSpec(rank=8, alpha=16)                     # a kernel (in, out)
-        LoraSpec(rank=8, alpha=16, scaling='standard', in_axes=None, out_axes=None, shared_axes=())
-        >>> attention_query = LoraSpec(rank=8, in_axes=[0])   # (D, H, K) with input D
-        >>> scanned_layers = LoraSpec(rank=8, shared_axes=[0])   # (layer, in, out)
-    """
-
-    rank: int
-    alpha: float | None = None
-    scaling: Scaling = "standard"
-    in_axes: Sequence[int] | None = None
-    out_axes: Sequence[int] | None = None
-    shared_axes: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        make_plain(self)
-        for name in ("in_axes", "out_axes", "shared_axes"):
-            axes = getattr(self, name)
-            if not isinstance(axes, tuple | None) or (name == "shared_axes" and axes is None):
-                raise SpecError(f"LoraSpec has {name}={axes!r}; axes are a sequence of ints.")
-
-
-SpecLeaf = int | LoraSpec
+SpecLeaf = int | AdapterSpec
 Pattern = str | re.Pattern[str] | Callable[[str], bool]
 
 
@@ -187,60 +148,37 @@ def some(paths: Sequence[str], count: int = 8) -> str:
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 
 
-def _is_finite(alpha: Any) -> bool:
-    return isinstance(alpha, numbers.Real) and math.isfinite(alpha)
-
-
-def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[LoraSpec, Axes] | int:
+def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | int:
     """A spec leaf that fits its parameter: LORA_FREEZE, LORA_FULL, or the spec and its axes."""
     spec = plain_number(spec)
     if not is_array(leaf):
         if spec is None or (type(spec) is int and spec == LORA_FREEZE):
             return LORA_FREEZE
         raise SpecError(f"`{path}` is {type(leaf).__name__}, not an array; give it LORA_FREEZE.")
-    if isinstance(spec, LoraSpec):
-        rank = spec.rank
-        if type(rank) is int and rank < 1:
-            raise SpecError(
-                f"`{path}` has a LoraSpec of rank {rank}; ranks begin at 1. To freeze it give it "
-                "LORA_FREEZE, to train it in full LORA_FULL."
-            )
-    elif type(spec) is int:
-        rank = spec
-    else:
+    if not isinstance(spec, AdapterSpec | int) or isinstance(spec, bool):
         raise SpecError(
             f"`{path}` has the spec {spec!r}; a spec is LORA_FREEZE, LORA_FULL, a rank as an int, "
-            "or a LoraSpec."
+            "or a LoraSpec or another spec of an adapter."
         )
-    if rank == LORA_FREEZE:
+    if isinstance(spec, int) and spec == LORA_FREEZE:
         return LORA_FREEZE
-    if type(rank) is not int or (rank < 0 and rank != LORA_FULL):
+    if isinstance(spec, int) and spec < 0 and spec != LORA_FULL:
         raise SpecError(
-            f"`{path}` has rank {rank!r}; a rank is a positive int (LORA_FREEZE is 0, "
-            "LORA_FULL is -1)."
+            f"`{path}` has rank {spec!r}; a rank is a positive int (LORA_FREEZE is 0, LORA_FULL is "
+            "-1)."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise SpecError(f"`{path}` holds {leaf.dtype}, which has no gradient; give it LORA_FREEZE.")
-    if rank == LORA_FULL:
-        return LORA_FULL
+    if isinstance(spec, int):
+        if spec == LORA_FULL:
+            return LORA_FULL
+        spec = LoraSpec(spec)
     if leaf.ndim < 2:
         raise SpecError(
             f"`{path}` has {leaf.ndim} {'dimension' if leaf.ndim == 1 else 'dimensions'}, so it "
-            f"cannot take rank {rank}; give it LORA_FREEZE or LORA_FULL."
+            f"cannot take {spec.size and f'rank {spec.size}' or type(spec).__name__}; give it "
+            "LORA_FREEZE or LORA_FULL."
         )
-    spec = spec if isinstance(spec, LoraSpec) else LoraSpec(rank)
-    if spec.scaling not in ("standard", "rslora"):
-        raise SpecError(f"`{path}` has scaling {spec.scaling!r}; it is 'standard' or 'rslora'.")
-    if spec.alpha is not None and not _is_finite(spec.alpha):
-        raise SpecError(f"`{path}` has alpha {spec.alpha!r}; it is a finite number or None.")
-    axes = resolve_axes(path, leaf.ndim, spec.in_axes, spec.out_axes, spec.shared_axes)
-    fan_in, fan_out = axes.sizes(leaf.shape)
-    if rank > min(fan_in, fan_out):
-        warnings.warn(
-            f"`{path}` has shape {tuple(leaf.shape)}: a matrix of {fan_in} inputs × {fan_out} "
-            f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank {rank} has "
-            "more numbers than it and can do no more. Lower the rank, or give it LORA_FULL.",
-            RankWarning,
-            stacklevel=3,
-        )
+    axes = spec.axes(path, leaf.ndim)
+    spec.check(path, tuple(leaf.shape), axes)
     return spec, axes

@@ -1,5 +1,6 @@
 """The settings of an adapter as plain Python values: hashable, comparable, and written as JSON."""
 
+import dataclasses
 import numbers
 import operator
 from collections.abc import Iterable
@@ -27,8 +28,13 @@ def plain_axes(axes: Any) -> Any:
 
 
 def make_plain(settings: Any) -> None:
-    """Makes plain what a frozen dataclass was given for its rank, alpha and axes."""
-    for name in ("rank", "alpha"):
-        object.__setattr__(settings, name, plain_number(getattr(settings, name)))
-    for name in ("in_axes", "out_axes", "shared_axes"):
-        object.__setattr__(settings, name, plain_axes(getattr(settings, name)))
+    """Makes plain what a frozen dataclass was given for numbers and axes; arrays stay."""
+    fields = dataclasses.fields(settings)
+    some_static = any("static" in field.metadata for field in fields)
+    for field in fields:
+        if some_static and not field.metadata.get("static"):
+            continue
+        value = getattr(settings, field.name)
+        plain = plain_axes(value) if field.name.endswith("_axes") else plain_number(value)
+        if plain is not value:
+            object.__setattr__(settings, field.name, plain)

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,16 @@ class Term:
         """
         owned = self._owned
         return any(owned <= set(labels) for labels in self.labels) and not self.is_dense
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether a factor varies along each of the weight's axes, or entries were looked up.
+
+        A gain that is not keeps a weight from becoming an array.
+        """
+        if any(label.is_index for label in self.shown):
+            return True
+        return all(self.owners(label) for label in self.shown if label.size != 1)
 
     @property
     def is_dense(self) -> bool:
@@ -259,12 +269,12 @@ class Term:
             self, factors=tuple(factors), labels=tuple(factor_labels), out=out
         ), new
 
-    def fuse_all(self, axes: Iterable[int]) -> "tuple[Term, list[Label]]":
-        """Gives each of `axes` exactly one label that some factor owns."""
+    def fuse_all(self, axes: Iterable[int], own: bool = True) -> "tuple[Term, list[Label]]":
+        """Gives each of `axes` exactly one label, and with `own` one that some factor owns."""
         term, axes = self, list(axes)
         for axis in axes:
             term, label = term.fuse(axis)
-            term = term.own(label)
+            term = term.own(label) if own else term
         return term, [term.out[axis][0] for axis in axes]
 
     def leading(self, axis: int, numbers: Iterable[int]) -> "tuple[Term, Label, int]":
@@ -467,49 +477,3 @@ def entrywise(left: Term, right: Term) -> Term:
     axes = [(d, d) for d in range(len(left.out))]
     left, right = align(left, apart(left, right), axes)
     return product(left, right, left.out)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FactoredArray:
-    """`base + Σ terms`: what a weight is while the transformed function runs."""
-
-    base: jax.Array
-    terms: tuple[Term, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.base.shape
-
-    def replace_terms(self, terms: Iterable[Term]) -> "FactoredArray":
-        """The same base with other terms."""
-        return dataclasses.replace(self, terms=tuple(terms))
-
-    def replace_base(self, base: jax.Array) -> "FactoredArray":
-        """The same terms beside another base."""
-        return dataclasses.replace(self, base=base)
-
-    def array(self) -> jax.Array:
-        """The weight in full: summed in float32 or wider, then cast to the base's dtype."""
-        wide = _contract.wide_dtype(self.base.dtype)
-        total = self.base.astype(wide)
-        for term in self.terms:
-            # A merged weight is computed once and used often: spend the precision.
-            total = total + term.array(wide, precision=jax.lax.Precision.HIGHEST)
-        return total.astype(self.base.dtype)
-
-
-def is_weight(value: Any) -> TypeGuard[FactoredArray]:
-    """Whether a value is a weight and not a plain array."""
-    return isinstance(value, FactoredArray)
-
-
-def base_of(value: Any) -> jax.Array:
-    """The base of a weight; a plain array is its own."""
-    return value.base if is_weight(value) else value
-
-
-def terms_of(value: Any) -> tuple[Term, ...]:
-    """The terms of a weight; a plain array has none."""
-    return value.terms if is_weight(value) else ()

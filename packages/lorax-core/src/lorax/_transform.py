@@ -11,12 +11,12 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from . import _uses, rules
+from ._arrays import is_array
 from ._errors import PairError
+from ._factored import FactoredArray, base_of
 from ._interpreter import Interpreter
-from ._pair import Leaf, flatten_pair, is_array, split_pair
+from ._pair import Leaf, flatten_pair, split_pair
 from ._registry import RULES
-from ._terms import FactoredArray, base_of
-from ._weight import LoraWeight, factored
 
 Policy = Literal["warn", "error", "allow"]
 
@@ -93,8 +93,8 @@ def lora(
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
-        if not any(isinstance(leaf.tunable, LoraWeight) for leaf in call.leaves):
-            args, kwargs = call.arguments(_plain)
+        if not any(leaf.is_adapted for leaf in call.leaves):
+            args, kwargs = call.arguments(lambda leaf: leaf.plain)
             return fn(*args, **kwargs)
         traced = trace(fn, call)
         if "error" in (on_materialize, on_unused):
@@ -113,7 +113,7 @@ def lora(
     return wrapped
 
 
-class Pair(NamedTuple):
+class FlatPair(NamedTuple):
     """One pair among the arguments of a call."""
 
     leaves: list[Leaf]
@@ -125,7 +125,7 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    pairs: dict[int | str, Pair]
+    pairs: dict[int | str, FlatPair]
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -135,7 +135,7 @@ class Call(NamedTuple):
     @property
     def paths(self) -> list[str]:
         """The paths of all adapters."""
-        return [leaf.path for leaf in self.leaves if isinstance(leaf.tunable, LoraWeight)]
+        return [leaf.path for leaf in self.leaves if leaf.is_adapted]
 
     def arguments(self, of: Callable[[Leaf], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with trees of `of(leaf)` in place of pairs."""
@@ -162,7 +162,7 @@ def bind_call(
         place = argnum if argnum >= 0 else len(args) + argnum
         places.append(place if 0 <= place < len(args) else _keyword(fn, name, argnum, kwargs))
     places += argnames
-    pairs: dict[int | str, Pair] = {}
+    pairs: dict[int | str, FlatPair] = {}
     for place in places:
         if isinstance(place, str) and place not in kwargs:
             raise PairError(f"{name} was called without `{place}`, which takes a pair.")
@@ -171,7 +171,7 @@ def bind_call(
         leaves, structure = flatten_pair(*split_pair(value, what), what)
         if len(places) > 1:
             leaves = [leaf._replace(path=f"{place}/{leaf.path}") for leaf in leaves]
-        pairs[place] = Pair(leaves, structure)
+        pairs[place] = FlatPair(leaves, structure)
     return Call(args, kwargs, pairs)
 
 
@@ -204,11 +204,11 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
     reaches `fn` as the Python value it is.
     """
     if adapt is None:
-        adapt = lambda leaf: factored(leaf.frozen, leaf.tunable, leaf.path)  # noqa: E731
+        adapt = lambda leaf: leaf.applied(leaf.path)  # noqa: E731
 
     def tagged(leaf: Leaf) -> "_OfPair":
         # Whatever its kind, the function sees a weight as an array of its base's shape.
-        return _OfPair(adapt(leaf) if isinstance(leaf.tunable, LoraWeight) else _plain(leaf))
+        return _OfPair(adapt(leaf) if leaf.is_adapted else leaf.plain)
 
     leaves, structure = jax.tree.flatten(
         call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
@@ -253,11 +253,6 @@ def _is_dynamic(leaf: Any) -> bool:
     if isinstance(leaf, _OfPair):
         return isinstance(leaf.value, FactoredArray) or is_array(leaf.value)
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-
-
-def _plain(leaf: Leaf) -> Any:
-    """A parameter without an adapter, from the tree that has it."""
-    return leaf.frozen if leaf.tunable is None else leaf.tunable
 
 
 def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> list[jax.Array]:

@@ -7,7 +7,7 @@ It is how every rule of Lorax is tested, and how you can prove an adapter on you
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ._adapter import Adapter, FrozenWeight, Layout
+from ._arrays import is_array
 from ._built import Made, Side, Weights, built, excess
 from ._errors import MaterializeError
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import merge_params
-from ._pair import Leaf, combine, flatten_pair, is_array
+from ._pair import Leaf, combine, flatten_pair
+from ._terms import Label
 from ._transform import lora
-from ._weight import LoraWeight
 
 __all__ = ["check", "random_factors", "weight_sized"]
 
@@ -189,8 +191,9 @@ def weight_sized(
         empty where no weight is built.
     """
     leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
-    adapters = [leaf.tunable for leaf in leaves if isinstance(leaf.tunable, LoraWeight)]
-    bases = [leaf.frozen for leaf in leaves if isinstance(leaf.tunable, LoraWeight)]
+    adapters = [leaf.tunable for leaf in leaves if leaf.is_adapted]
+    bases = [leaf.frozen for leaf in leaves if leaf.is_adapted]
+    held = [dict(leaf.held) for leaf in leaves if leaf.is_adapted]
     adapted = lora(
         fn,
         on_materialize="allow",
@@ -199,8 +202,8 @@ def weight_sized(
     )
     data, fill = _split_data(args)
 
-    def ours(bases: list[Any], factors: list[Any], data: list[Any]) -> list[jax.Array]:
-        frozen, tunable = _with_adapters(leaves, structure, bases, factors)
+    def ours(bases: Any, held: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
+        frozen, tunable = _with_adapters(leaves, structure, bases, held, factors)
         return _arrays(adapted((frozen, tunable), *fill(data), **kwargs))
 
     def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
@@ -209,55 +212,88 @@ def weight_sized(
         return _arrays(fn(params, *fill(data), **kwargs))
 
     of_bases = [_of_base(k, weight) for k, weight in enumerate(adapters)]
-    of_factors = [made for k, weight in enumerate(adapters) for made in _of_factors(k, weight)]
+    of_held: list[Made | None] = []
+    of_factors: list[Made | None] = []
+    sizes: list[int] = []
+    for k, (base, adapter) in enumerate(zip(bases, adapters, strict=True)):
+        layout = adapter.layout(base.shape)
+        sides = {
+            label: side
+            for side, axes in _sides(adapter).items()
+            for d in axes
+            for label in layout.out[d]
+        }
+        # In the order in which JAX flattens them.
+        beside = dict(sorted(held[k].items()))
+        of_held += _of_factors(k, layout, sides, beside, True)
+        of_factors += _of_factors(k, layout, sides, adapter.factors(), False)
+        # A small block shows both sides, so that of such a kind sizes count: of one shared entry.
+        entry = math.prod(adapter.axes.sizes(base.shape))
+        sizes.append(entry if _spans(layout, sides) else math.prod(base.shape))
     thin = frozenset(
         (k, side)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
         for side, axes in _sides(weight).items()
         if all(base.shape[d] == 1 for d in axes)
     )
-    weights = Weights(thin, [math.prod(base.shape) for base in bases])
+    weights = Weights(thin, sizes)
     rest = [None] * len(data)
-    got = jax.make_jaxpr(ours)(bases, adapters, data)
+    got = jax.make_jaxpr(ours)(bases, held, adapters, data)
     expected = jax.make_jaxpr(plain)(bases, data)
     return excess(
-        built(got, of_bases + of_factors + rest, weights), built(expected, of_bases + rest, weights)
+        built(got, of_bases + of_held + of_factors + rest, weights),
+        built(expected, of_bases + rest, weights),
     )
 
 
 def _with_adapters(
-    leaves: Sequence[Leaf], structure: Any, bases: Sequence[Any], adapters: Sequence[Any]
+    leaves: Sequence[Leaf], structure: Any, bases: Any, held: Any, adapters: Any
 ) -> tuple[Any, Any]:
-    """The pair with other bases and adapters."""
-    rest = iter(zip(bases, adapters, strict=True))
-    pairs = [
-        next(rest) if isinstance(leaf.tunable, LoraWeight) else (leaf.frozen, leaf.tunable)
-        for leaf in leaves
-    ]
-    frozen, tunable = zip(*pairs, strict=True)
+    """The pair with other bases, frozen factors and adapters."""
+    rest = iter(zip(bases, held, adapters, strict=True))
+    frozen: list[Any] = []
+    tunable: list[Any] = []
+    for leaf in leaves:
+        base, factors, adapter = next(rest) if leaf.is_adapted else (leaf.frozen, {}, leaf.tunable)
+        frozen.append(FrozenWeight(base, factors) if factors else base)
+        tunable.append(adapter)
     return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)
 
 
-def _sides(weight: LoraWeight) -> dict[str, tuple[int, ...]]:
-    return {"in": weight.in_axes, "out": weight.out_axes}
+def _sides(weight: Adapter) -> dict[str, tuple[int, ...]]:
+    return {"in": weight.axes.inputs, "out": weight.axes.outputs}
 
 
-def _of_base(k: int, weight: LoraWeight) -> Made:
+def _of_base(k: int, weight: Adapter) -> Made:
     """Base number k shows its inputs and its outputs."""
     shown = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
     axes = tuple(shown.get(d, frozenset()) for d in range(sum(map(len, weight.axes))))
     return Made(axes, frozenset({(k, "in"), (k, "out")}), False)
 
 
-def _of_factors(k: int, weight: LoraWeight) -> tuple[Made, Made]:
-    """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs."""
-    nothing = frozenset[Side]()
-    inputs, outputs = frozenset({(k, "in")}), frozenset({(k, "out")})
-    shared = (nothing,) * len(weight.shared_axes)
-    return (
-        Made((*shared, *(inputs for _ in weight.in_axes), nothing), inputs, True),
-        Made((*shared, nothing, *(outputs for _ in weight.out_axes)), outputs, True),
-    )
+def _of_factors(
+    k: int, layout: Layout, sides: Mapping[Label, str], factors: Mapping[str, Any], held: bool
+) -> list[Made | None]:
+    """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs.
+
+    A gain is data: with it a copy of the base counts, which the base shows by itself.
+    """
+    labels = layout.held if held else layout.factors
+    found: list[Made | None] = []
+    for name in factors:
+        if name in layout.gains:
+            found.append(None)
+            continue
+        shown = [{(k, sides[x])} if x in sides else set() for x in labels[name]]
+        axes = tuple(map(frozenset[Side], shown))
+        found.append(Made(axes, frozenset[Side]().union(*axes), not _spans(layout, sides)))
+    return found
+
+
+def _spans(layout: Layout, sides: Mapping[Label, str]) -> bool:
+    """Whether one factor alone has axes of both sides, as the blocks of a Kronecker product."""
+    several = (*layout.factors.values(), *layout.held.values())
+    return any({sides.get(x) for x in labels} >= {"in", "out"} for labels in several)
 
 
 def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) -> None:

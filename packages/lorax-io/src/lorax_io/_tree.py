@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import LoraSpec, LoraWeight, init_lora
+from lorax import LoraSpec, LoraWeight, Pair, init_lora
 
 from ._errors import AdapterError, AdapterMismatchError
 
@@ -73,7 +73,7 @@ def tunable_rows(file: object, tunable: Any) -> list[Row]:
 
 def _is_pair(tree: Any) -> bool:
     """Whether a tree is a pair in either order: every adapter has its base beside it."""
-    if type(tree) is not tuple or len(tree) != 2:
+    if not (type(tree) is tuple or isinstance(tree, Pair)) or len(tree) != 2:
         return False
     is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
     (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=is_leaf) for half in tree)

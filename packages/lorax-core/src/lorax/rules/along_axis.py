@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._contract import product_dtype
+from .._factored import FactoredArray
 from .._registry import defrule, defstructural
 from .._terms import Inexpressible, Label, Term
 
@@ -33,7 +34,7 @@ def _cumsum(term: Term, *, axis, reverse) -> Term:
     return term.along(label, change, label.size)[0]
 
 
-defstructural("cumsum", _cumsum)
+defstructural("cumsum", _cumsum, moves=False)
 
 
 @defrule("fft")
@@ -54,7 +55,7 @@ def _fft(eqn, weight, *, fft_type, fft_lengths):
         if fft_type == types.IRFFT:
             term = _transformed(term, *last, fft_type, _as_complex(dtype))
         terms.append(term)
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 def _as_complex(dtype) -> Callable[[jax.Array], jax.Array]:

@@ -6,19 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._contract import product_dtype, wide_dtype
+from .._factored import FactoredArray, base_of, is_weight
 from .._registry import defreason, defrule
-from .._terms import (
-    FactoredArray,
-    Inexpressible,
-    Term,
-    align,
-    apart,
-    base_of,
-    check_size,
-    is_weight,
-    operand,
-    product,
-)
+from .._terms import Inexpressible, Term, align, apart, check_size, operand, product
 from . import norms
 
 
@@ -29,16 +19,17 @@ def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
     of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
     terms = [norms.gathered(term, axes) if of_product else term for term in weight.terms]
     return eqn.settle(
-        base,
-        [term.drop(axes) for term in terms],
+        FactoredArray(base, tuple(term.drop(axes) for term in terms)),
         meets=[term.dense_factor for term in terms],
         finished=of_product,
     )
 
 
-@defrule("neg")
+@defrule("neg", gains=True)
 def _neg(eqn, weight):
-    return FactoredArray(eqn(weight.base), tuple(term.scale(-1) for term in weight.terms))
+    weight = weight.resolved()
+    terms = tuple(term.scale(-1) for term in weight.terms)
+    return weight.replace_terms(terms).replace_base(eqn(weight.base))
 
 
 def _expand(term: Term, shape) -> Term:
@@ -54,7 +45,7 @@ def _sum(eqn, left, right, sign: int):
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
         if is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
             check_size(len(terms))
-    return eqn.settle(eqn(base_of(left), base_of(right)), terms)
+    return eqn.settle(FactoredArray(eqn(base_of(left), base_of(right)), tuple(terms)))
 
 
 def _sources(weight: FactoredArray) -> set[Hashable]:
@@ -94,15 +85,20 @@ def _wide(weight, array) -> jax.Array:
 
 
 def _scaled(eqn, weight, array, base, reason: str):
-    terms = [times(term, array, eqn.out_shape, reason) for term in weight.terms]
-    check_size(0, max(len(term.factors) for term in terms))
-    return eqn.settle(base(), terms)
+    """Base and terms take the array; gains multiply what comes of it."""
+    shape, weight = eqn.out_shape, weight.resolved()
+    terms = [times(term, array, shape, reason) for term in weight.terms]
+    check_size(0, max((len(term.factors) for term in terms), default=0))
+    scaled = weight.moved(lambda piece: _expand(piece, shape)).replace_terms(terms)
+    return eqn.settle(scaled.replace_base(base()))
 
 
-@defrule("mul")
+@defrule("mul", gains=True)
 def _mul(eqn, left, right, *, out_dtype=None):
     """Of two weights of unequal size, the smaller one is built."""
     if is_weight(left) and is_weight(right):
+        if not (left.is_sum and right.is_sum):
+            raise Inexpressible("multiplies two weights, one of which has a gain or dropout")
         if left is right:
             return norms.square(eqn(left.base, left.base), left)
         if left.shape == right.shape:
@@ -123,7 +119,7 @@ def _smaller(left, right):
     return left if left.base.size < right.base.size else right
 
 
-@defrule("div")
+@defrule("div", gains=True)
 def _div(eqn, weight, divisor):
     if not is_weight(weight):
         raise Inexpressible("divides by it")

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import _compat
+from .._factored import FactoredArray, base_of
 from .._registry import defrule
-from .._terms import FactoredArray, Label, Term, base_of
+from .._terms import Label, Term
 
 
 def _names(axis_name) -> tuple[Any, ...]:
@@ -89,7 +90,7 @@ def _own_part(term: Term, axis: int, names, groups, tiled: bool) -> Term:
     return term if tiled else term.drop([axis])
 
 
-@defrule("all_gather", "all_gather_invariant")
+@defrule("all_gather", "all_gather_invariant", gains=True)
 def _all_gather(
     eqn, weight, *, all_gather_dimension, axis_name, axis_index_groups=None, axis_size, tiled
 ):
@@ -97,12 +98,13 @@ def _all_gather(
         return eqn.with_params(all_gather_dimension=0, tiled=False)(factor)
 
     names = _names(axis_name)
-    terms = []
-    for term in weight.terms:
+
+    def gathered(term: Term) -> Term:
         varying = _varying(weight, term, names)
         term, device = _with_devices(term, varying, axis_size, gather)
-        terms.append(_show(term, device, all_gather_dimension, tiled))
-    return eqn.settle(eqn(weight.base), terms)
+        return _show(term, device, all_gather_dimension, tiled)
+
+    return eqn.settle(weight.moved(gathered).replace_base(eqn(weight.base)))
 
 
 @defrule("psum", "psum_invariant")
@@ -131,7 +133,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
         return _with_devices(term, varying, size, gather)[0]
 
     outs = [
-        eqn.settle(base, [summed(weight, term) for term in weight.terms])
+        eqn.settle(FactoredArray(base, tuple(summed(weight, t) for t in weight.terms)))
         if isinstance(weight, FactoredArray)
         else base
         for weight, base in zip(operands, bases if several else [bases], strict=True)
@@ -150,7 +152,7 @@ def _reduce_scatter(
         if not summed.owners(device):
             summed = summed.scale(axis_size)
         terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("all_to_all")
@@ -162,7 +164,7 @@ def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_g
         term, device = _gathered(weight, term, names, axis_index_groups)
         term = _own_part(term, split_axis, names, axis_index_groups, True)
         terms.append(_show(term, device, concat_axis, True))
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("ppermute")
@@ -177,4 +179,4 @@ def _ppermute(eqn, weight, *, axis_name, perm):
             for k, factor in enumerate(term.factors)
         )
         terms.append(dataclasses.replace(term, factors=factors))
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))

@@ -10,8 +10,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from .._factored import FactoredArray, base_of
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, base_of
+from .._terms import Inexpressible, Term
 
 
 @defrule("complex")
@@ -51,10 +52,10 @@ def _part(term: Term, part) -> Term:
 @defrule("real")
 def _real(eqn, weight):
     terms = [_part(term, jnp.real) if _is_complex(term) else term for term in weight.terms]
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("imag")
 def _imag(eqn, weight):
     terms = [_part(term, jnp.imag) for term in weight.terms if _is_complex(term)]
-    return eqn.settle(eqn(weight.base), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))

@@ -24,21 +24,13 @@ Sharp edges:
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
-from .._contract import contract
+from .._contract import contract, wide_dtype
+from .._factored import FactoredArray, base_of, is_weight, terms_of, times_gain
+from .._paid import drop_out, gain_array, pay, spread, varying
 from .._registry import defrule
-from .._terms import (
-    FactoredArray,
-    Inexpressible,
-    Term,
-    align,
-    apart,
-    base_of,
-    check_size,
-    operand,
-    product,
-    terms_of,
-)
+from .._terms import Inexpressible, Term, align, apart, check_size, operand, product
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
@@ -55,7 +47,7 @@ def _dot(left: Term, right: Term, dimension_numbers) -> Term:
     return product(left, right, out)
 
 
-@defrule("dot_general")
+@defrule("dot_general", gains=True)
 def _dot_general(
     eqn, left, right, *, dimension_numbers, precision, preferred_element_type, out_sharding
 ):
@@ -63,20 +55,40 @@ def _dot_general(
     r_base, r_terms = base_of(right), terms_of(right)
     if any(term.is_dense for term in (*l_terms, *r_terms)):
         raise Inexpressible("multiplies by a product of weights that is made entry by entry")
-    for term in (*l_terms, *r_terms):
-        eqn.use(term, "product")
+    eqn.use(left, "product")
+    eqn.use(right, "product")
     dtype = eqn.product_dtype(l_base, r_base)
-    base = eqn(l_base, r_base)
     keywords = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if l_terms and r_terms:
+    if is_weight(left) and is_weight(right):
+        if not (left.is_sum and right.is_sum):
+            raise Inexpressible("multiplies two weights, one of which has a gain or dropout")
+        base = eqn(l_base, r_base)
         return _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords)
-    for term in l_terms:
-        term = _dot(term, operand(r_base), dimension_numbers)
-        base = term.added_to(base, dtype, meets=len(term.factors) - 1, **keywords)
-    for term in r_terms:
-        term = _dot(operand(l_base), term, dimension_numbers)
-        base = term.added_to(base, dtype, meets=0, **keywords)
-    return base
+    on_left = is_weight(left)
+    weight, met = (left, right) if on_left else (right, left)
+    weight, met, dropped, finish = _paid(eqn, weight, met, dimension_numbers, on_left)
+    base = eqn(weight.base, met) if on_left else eqn(met, weight.base)
+    for term in weight.terms:
+        sides = (term, operand(dropped)) if on_left else (operand(dropped), term)
+        term = _dot(*sides, dimension_numbers)
+        meets = len(term.factors) - 1 if on_left else 0
+        base = term.added_to(base, dtype, meets=meets, **keywords)
+    return finish(base)
+
+
+def _paid(eqn, weight, met, dimension_numbers, is_left):
+    """The weight without gains, what its base and what its terms meet, and a last step."""
+    if weight.is_sum:
+        return weight, met, met, lambda result: result
+    summed, batch = (axes if is_left else axes[::-1] for axes in dimension_numbers)
+    batched = dict(zip(*batch, strict=True))
+    used = (*summed[0], *batch[0])
+    kept = [d for d in range(len(weight.shape)) if d not in used]
+    first = len(batched) + (0 if is_left else met.ndim - len(used))
+    shown = {d: k for k, d in enumerate(batch[0])} | {d: first + k for k, d in enumerate(kept)}
+    places = dict(zip(*summed, strict=True)) | batched
+    weight, met, pay_result = pay(weight, met, places, shown)
+    return weight, met, drop_out(eqn.with_own_keys(weight), met, batched), pay_result
 
 
 def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords):
@@ -90,7 +102,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
         check_size(0, max(len(term.factors) for term in terms))
         meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
         meets += [None] * (len(left.terms) * len(right.terms))
-        return eqn.settle(base, terms, meets=meets)
+        return eqn.settle(FactoredArray(base, tuple(terms)), meets=meets)
     check_size(len(left.terms) + len(right.terms))
     terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
     # The other way about, the two are exchanged, and what each keeps is exchanged back.
@@ -103,7 +115,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
     for term in right.terms:
         absorbed = _absorb(term, alone, exchanged, dtype, **keywords)
         terms.append(absorbed.permute(order))
-    return eqn.settle(base, terms)
+    return eqn.settle(FactoredArray(base, tuple(terms)))
 
 
 def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywords) -> Term:
@@ -148,7 +160,7 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     return dataclasses.replace(term, factors=factors, labels=labels, out=out)
 
 
-@defrule("ragged_dot_general")
+@defrule("ragged_dot_general", gains=True)
 def _ragged_dot_general(
     eqn,
     left,
@@ -169,18 +181,23 @@ def _ragged_dot_general(
         return NotImplemented
     if group_offset is not None or l_batch or len(groups) != 1 or ragged[0] in l_sum:
         return NotImplemented
+    eqn.use(right, "product")
+    pay_result = lambda result: result  # noqa: E731
+    met = left
+    if not right.is_sum:
+        right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers)
+    left = met if right.keys is None else drop_out(eqn.with_own_keys(right), met, {})
     deltas = []
     for term in right.terms:
         kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
         first, second, bonds = fused.halves(inputs, outputs)
-        eqn.use(term, "product")
         bonds = [label for label in bonds if label != group]
         deltas.append((first, second, inputs, bonds, outputs, group))
     free = [d for d in range(left.ndim) if d not in l_sum]
     dtype = eqn.product_dtype(left, right.base)
-    base = eqn(left, right.base, group_sizes)
+    base = eqn(met, right.base, group_sizes)
     for first, second, inputs, bonds, outputs, group in deltas:
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
@@ -202,4 +219,39 @@ def _ragged_dot_general(
                 middle, summed, ragged_axis, second, bonds, outputs, preferred_element_type
             )
         base = base + delta.reshape(base.shape).astype(base.dtype)
-    return base
+    return pay_result(base)
+
+
+def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):
+    """A weight without gains, the rows that meet it, and a function of the result.
+
+    Each row takes the gain of its own group.
+    """
+    (l_sum, r_sum), _ = numbers.dot_dimension_numbers
+    (group,), (ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
+    weight = weight.resolved()
+    wide = wide_dtype(weight.base.dtype)
+    free = [d for d in range(rows.ndim) if d not in l_sum]
+    kept = [d for d in range(len(weight.shape)) if d not in (*r_sum, group)]
+    met = dict(zip(r_sum, l_sum, strict=True)) | {group: ragged}
+    shown = {d: len(free) + k for k, d in enumerate(kept)} | {group: free.index(ragged)}
+    after = []
+    for gain in weight.gains:
+        axes = varying(gain)
+        array = gain_array(gain, axes, wide)
+        if group in axes:
+            count = rows.shape[ragged]
+            array = jnp.repeat(array, group_sizes, axes.index(group), total_repeat_length=count)
+        if all(d in shown for d in axes):
+            after.append((array, [shown[d] for d in axes]))
+        elif all(d in met for d in axes):
+            rows = times_gain(rows, spread(array, [met[d] for d in axes], rows.ndim))
+        else:
+            raise Inexpressible("meets it along axes that leave no place for its gain")
+
+    def pay_result(result):
+        for array, places in after:
+            result = times_gain(result, spread(array, places, result.ndim))
+        return result
+
+    return dataclasses.replace(weight, gains=()), rows, pay_result

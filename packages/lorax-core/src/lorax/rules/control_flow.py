@@ -12,12 +12,15 @@ from typing import Any, cast
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 from .. import _compat
+from .._factored import FactoredArray, is_weight
 from .._interpreter import Body
+from .._paid import fold_keys
 from .._registry import RULES, defrule, unfit
 from .._sharding import factor_spec
-from .._terms import FactoredArray, Inexpressible, Label, is_weight
+from .._terms import Inexpressible, Label
 
 
 def _plain(eqn, values):
@@ -25,9 +28,9 @@ def _plain(eqn, values):
     return [eqn.materialize(value) for value in values]
 
 
-@defrule("closed_call")
+@defrule("closed_call", gains=True)
 def _closed_call(eqn, *args, call_jaxpr):
-    return eqn.body(call_jaxpr)(*args)
+    return eqn.body(call_jaxpr)(*(eqn.with_own_keys(arg, of_body=True) for arg in args))
 
 
 # Bodies that are met again and again: jit and remat
@@ -55,7 +58,8 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         finish: maps the body's outputs, as in `Equation.body`.
         wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
     """
-    sources = [term.sources for arg in args if is_weight(arg) for term in arg.terms]
+    args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
+    sources = [piece.sources for arg in args if is_weight(arg) for piece in arg.pieces]
     args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
     leaves, structure = jax.tree.flatten(args)
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
@@ -73,17 +77,18 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         for use in call.body.uses
         for source in sources[cast(int, use.source)]
     )
-    terms = [term.sources for out in outs if is_weight(out) for term in out.terms]
+    pieces = [piece.sources for out in outs if is_weight(out) for piece in out.pieces]
     return _with_sources(
-        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in terms])
+        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in pieces])
     )
 
 
 def _with_sources(values, sources) -> list[Any]:
-    """The same weights, their terms renamed in order."""
+    """The same weights, their pieces renamed in order."""
     return [
-        value.replace_terms(
-            dataclasses.replace(term, sources=next(sources)) for term in value.terms
+        value.with_pieces(
+            value.base,
+            [dataclasses.replace(piece, sources=next(sources)) for piece in value.pieces],
         )
         if is_weight(value)
         else value
@@ -91,7 +96,7 @@ def _with_sources(values, sources) -> list[Any]:
     ]
 
 
-@defrule("jit")
+@defrule("jit", gains=True)
 def _jit(
     eqn,
     *args,
@@ -146,7 +151,7 @@ def _jit(
     return _call(eqn, key, args, jaxpr, finish, wrap)
 
 
-@defrule("remat")
+@defrule("remat", gains=True)
 def _remat(eqn, *args, jaxpr, prevent_cse, differentiated, policy):
     def wrap(function):
         checkpointed = jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)
@@ -233,8 +238,9 @@ def _carry(eqn, init, untouched):
     return moving, whole, moved
 
 
-@defrule("while")
+@defrule("while", gains=True)
 def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
+    args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
     cond_consts, args = args[:cond_nconsts], args[cond_nconsts:]
     body_consts, init = args[:body_nconsts], args[body_nconsts:]
     moving, whole, moved = _carry(eqn, init, _untouched(body_jaxpr, body_nconsts))
@@ -247,7 +253,7 @@ def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     return whole(final)
 
 
-@defrule("scan")
+@defrule("scan", gains=True)
 def _scan(
     eqn,
     *args,
@@ -263,6 +269,7 @@ def _scan(
     ft_out=None,
 ):
     n_consts, n_carry = _scan_split(eqn.eqn.params)
+    args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
     consts, init, xs = (
         args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     )  # fmt: skip
@@ -270,11 +277,19 @@ def _scan(
     split = [_unstack(eqn, x) for x in xs]
     run = eqn.body(jaxpr, lambda inside, outs: (moved(inside, outs[:n_carry]), outs[n_carry:]))
 
-    def body(carry, slices):
-        whole_slices = [rebuild(leaves) for (_, rebuild), leaves in zip(split, slices, strict=True)]
-        return run(*consts, *whole(carry), *whole_slices)
+    steps = (*consts, *init)
+    # Weights that serve every step draw other masks in each.
+    has_keys = any(is_weight(value) and value.keys is not None for value in steps)
 
-    slices = [leaves for leaves, _ in split]
+    def body(carry, slices):
+        slices, step = slices
+        whole_slices = [rebuild(leaves) for (_, rebuild), leaves in zip(split, slices, strict=True)]
+        every = (*consts, *whole(carry))
+        if step is not None:
+            every = tuple(_of_step(value, step) for value in every)
+        return run(*every, *whole_slices)
+
+    slices = [leaves for leaves, _ in split], jnp.arange(length) if has_keys else None
     final, stacked = jax.lax.scan(
         body,
         moving,
@@ -287,13 +302,23 @@ def _scan(
     return [*whole(final), *map(_restack, stacked)]
 
 
+def _of_step(value, step):
+    if not is_weight(value) or value.keys is None:
+        return value
+    return dataclasses.replace(value, keys=fold_keys(value.keys, step))
+
+
 def _unstack(eqn, weight):
     """The arrays of a weight that a scan slices, and how a slice is put together again.
 
     Factors that do not own the stacked axis are not sliced: they serve every step.
     """
     try:
-        owned = [term.fuse(0) for term in weight.terms] if is_weight(weight) else None
+        if is_weight(weight) and weight.norm is not None:
+            gone = weight.norm.term.out[0]
+            if any(label.size != 1 and not weight.norm.term.owners(label) for label in gone):
+                weight = weight.resolved()  # A step has a part of what the norm runs over.
+        owned = [piece.fuse(0) for piece in weight.pieces] if is_weight(weight) else None
     except Inexpressible:
         owned = None
     if owned is None:
@@ -316,7 +341,7 @@ def _unstack(eqn, weight):
             terms.append(
                 dataclasses.replace(term, factors=factors, labels=labels, out=term.out[1:])
             )
-        return FactoredArray(base, tuple(terms))
+        return weight.with_pieces(base, terms)
 
     return leaves, rebuild
 
@@ -325,21 +350,22 @@ def _restack(value):
     """A weight that a scan stacked: every array of it has a new leading axis."""
     if not is_weight(value):
         return value
-    terms = []
-    for term in value.terms:
-        new: Label = term.fresh(value.base.shape[0])
-        labels = tuple((new, *labels) for labels in term.labels)
-        terms.append(dataclasses.replace(term, labels=labels, out=((new,), *term.out)))
-    return FactoredArray(value.base, tuple(terms))
+    pieces = []
+    for piece in value.pieces:
+        new: Label = piece.fresh(value.base.shape[0])
+        labels = tuple((new, *labels) for labels in piece.labels)
+        pieces.append(dataclasses.replace(piece, labels=labels, out=((new,), *piece.out)))
+    return value.with_pieces(value.base, pieces)
 
 
 # cond
 
 
-@defrule("cond")
+@defrule("cond", gains=True)
 def _cond(eqn, index, *args, branches, branches_platforms=None):
     if is_weight(index):
         return NotImplemented
+    args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
     alike = None
 
     def finish(inside, outs):
@@ -386,7 +412,7 @@ def _traced(body, args):
 
     def flat(*leaves):
         outs = body(*jax.tree.unflatten(structure, leaves))
-        names[:] = [term.sources for out in outs if is_weight(out) for term in out.terms]
+        names[:] = [piece.sources for out in outs if is_weight(out) for piece in out.pieces]
         outs = _with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)
@@ -402,7 +428,7 @@ def _shapes(out) -> tuple[Any, ...]:
 # shard_map
 
 
-@defrule("shard_map")
+@defrule("shard_map", gains=True)
 def _shard_map(
     eqn, *args, mesh, in_specs, out_specs, jaxpr, check_vma, manual_axes=(), newly_manual_axes=()
 ):
@@ -414,18 +440,24 @@ def _shard_map(
             specs.append(spec)
             continue
         split = [d for d, entry in enumerate(spec) if entry is not None]
-        terms = [term.fuse_all(split) for term in arg.terms]
-        leaves.append(FactoredArray(arg.base, tuple(term for term, _ in terms)))
+        if arg.norm is not None:
+            # A device has a part of what the norm runs over, or is told nothing of the rest.
+            arg = arg.resolved()
+        arg = eqn.with_own_keys(arg, of_body=True)
+        pieces = [piece.fuse_all(split, own=piece in arg.terms)[0] for piece in arg.pieces]
+        leaves.append(arg.with_pieces(arg.base, pieces))
         specs.append(
-            FactoredArray(
+            arg.with_pieces(
                 spec,
-                tuple(
+                [
                     dataclasses.replace(
-                        term,
-                        factors=tuple(factor_spec(spec, term.out, names) for names in term.labels),
+                        piece,
+                        factors=tuple(
+                            factor_spec(spec, piece.out, names) for names in piece.labels
+                        ),
                     )
-                    for term, _ in terms
-                ),
+                    for piece in pieces
+                ],
             )
         )
 
@@ -443,13 +475,14 @@ def _shard_map(
 
 def _local(weight: FactoredArray) -> FactoredArray:
     """A shard of a weight, whose labels have the sizes of the shard."""
-    terms = []
-    for term in weight.terms:
-        sizes = {
+    pieces = []
+    for piece in weight.pieces:
+        sizes = {x[0]: size for x, size in zip(piece.out, weight.shape, strict=True) if len(x) == 1}
+        sizes |= {
             label: size
-            for factor, labels in zip(term.factors, term.labels, strict=True)
+            for factor, labels in zip(piece.factors, piece.labels, strict=True)
             for label, size in zip(labels, factor.shape, strict=True)
         }
         names = {label: (label._replace(size=size),) for label, size in sizes.items()}
-        terms.append(term.rename(names))
-    return FactoredArray(weight.base, tuple(terms))
+        pieces.append(piece.rename(names))
+    return weight.with_pieces(weight.base, pieces)

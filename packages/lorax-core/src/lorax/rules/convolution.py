@@ -30,8 +30,10 @@ import jax.export
 import jax.numpy as jnp
 
 from .._contract import is_for_one_cpu
+from .._factored import FactoredArray
+from .._paid import drop_out, pay
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Label, Term
+from .._terms import Inexpressible, Label, Term
 
 
 class _Window(NamedTuple):
@@ -43,7 +45,7 @@ class _Window(NamedTuple):
     rhs_dilation: int = 1
 
 
-@defrule("conv_general_dilated")
+@defrule("conv_general_dilated", gains=True)
 def _conv_general_dilated(
     eqn,
     x,
@@ -71,20 +73,22 @@ def _conv_general_dilated(
     ]
     dtype = eqn.product_dtype(x, kernel.base)
     rhs_spec = dimension_numbers.rhs_spec
-    for term in kernel.terms:
-        eqn.use(term, "product")
+    eqn.use(kernel, "product")
+    lhs_spec, out_spec = dimension_numbers.lhs_spec, dimension_numbers.out_spec
+    met, shown = {rhs_spec[1]: lhs_spec[1]}, {rhs_spec[0]: out_spec[1]}
+    kernel, x, pay_result = pay(kernel, x, met, shown)
     stages = [
         _stages(term, rhs_spec, feature_group_count, batch_group_count, dtype)
         for term in kernel.terms
     ]
-    base, x = eqn(x, kernel.base), x.astype(dtype)
+    base, x = eqn(x, kernel.base), drop_out(eqn.with_own_keys(kernel), x, {}).astype(dtype)
     for stage in stages:
         delta = _convolve(
             x, stage, windows, dimension_numbers, feature_group_count, batch_group_count,
             precision, preferred_element_type,
         )  # fmt: skip
         base = base + delta.astype(base.dtype)
-    return base
+    return pay_result(base)
 
 
 class _Stages(NamedTuple):

@@ -10,19 +10,20 @@ import dataclasses
 
 import jax
 
+from .._factored import FactoredArray
 from .._registry import defrule
-from .._terms import FactoredArray, Label, Term
+from .._terms import Label, Term
 from .structural import cut
 
 
-@defrule("dynamic_slice")
+@defrule("dynamic_slice", gains=True)
 def _dynamic_slice(eqn, weight, *starts, slice_sizes):
     if not isinstance(weight, FactoredArray) or any(
         isinstance(start, FactoredArray) for start in starts
     ):
         return NotImplemented
-    terms = []
-    for term in weight.terms:
+
+    def sliced(term: Term) -> Term:
         for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
             if size == term.shape[axis]:
                 continue
@@ -32,11 +33,12 @@ def _dynamic_slice(eqn, weight, *starts, slice_sizes):
                 return jax.lax.dynamic_slice_in_dim(factor, start, size, k)
 
             term, _ = term.along(label, change, size)
-        terms.append(term)
-    return eqn.settle(eqn(weight.base, *starts), terms)
+        return term
+
+    return eqn.settle(weight.moved(sliced).replace_base(eqn(weight.base, *starts)))
 
 
-@defrule("gather")
+@defrule("gather", gains=True)
 def _gather(
     eqn,
     weight,
@@ -51,11 +53,11 @@ def _gather(
 ):
     if not isinstance(weight, FactoredArray) or isinstance(indices, FactoredArray):
         return NotImplemented
-    terms = [
-        _gather_term(term, indices, dimension_numbers, slice_sizes, mode) for term in weight.terms
-    ]
+    moved = weight.moved(
+        lambda term: _gather_term(term, indices, dimension_numbers, slice_sizes, mode)
+    )
     # One index alone picks a layer or an expert; an array of them looks rows up.
-    return eqn.settle(eqn(weight.base, indices), terms)
+    return eqn.settle(moved.replace_base(eqn(weight.base, indices)))
 
 
 def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:

@@ -8,8 +8,9 @@ sum that follows contracts them factor by factor. Whatever else reads the produc
 
 import jax.extend.core as jex
 
+from .._factored import FactoredArray
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Term, check_size, entrywise, operand
+from .._terms import Inexpressible, Term, check_size, entrywise, operand
 
 NOT_LINEAR = "is not linear in the weight"
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from .._contract import wide_dtype
+from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._registry import defrule
-from .._terms import FactoredArray, Inexpressible, Label, Term, base_of, is_weight, terms_of
+from .._terms import Inexpressible, Label, Term
 from .arithmetic import times
 from .structural import pad_axis
 
@@ -33,7 +34,7 @@ def _select_n(eqn, which, *cases):
     for k, case in enumerate(cases):
         mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
         terms += [times(term, mask, eqn.out_shape, _FULL) for term in terms_of(case)]
-    return eqn.settle(base, terms)
+    return eqn.settle(FactoredArray(base, tuple(terms)))
 
 
 # Updates in place.
@@ -60,7 +61,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
 
             term = _written(term, d, shape[d], write)
         terms.append(term)
-    return eqn.settle(base, terms)
+    return eqn.settle(FactoredArray(base, tuple(terms)))
 
 
 @defrule("scatter", "scatter_add", "scatter_sub", "scatter_mul")
@@ -89,7 +90,8 @@ def _scatter(
     for term in terms_of(updates):
         term = term.scale(-1) if name == "scatter-sub" else term
         terms.append(_scattered(term, weight.shape, indices, dimension_numbers, mode))
-    return eqn.settle(eqn(base_of(weight), indices, base_of(updates)), terms)
+    base = eqn(base_of(weight), indices, base_of(updates))
+    return eqn.settle(FactoredArray(base, tuple(terms)))
 
 
 def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:

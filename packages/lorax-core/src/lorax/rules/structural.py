@@ -9,9 +9,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from .._factored import FactoredArray, base_of
 from .._registry import defdirect, defrule, defstructural
 from .._sharding import factor_sharding
-from .._terms import FactoredArray, Label, Term, base_of
+from .._terms import Label, Term
 
 # How a weight is stored.
 
@@ -21,7 +22,7 @@ defdirect("name", parameters=("name",))
 defdirect("layout_constraint", parameters=("layout",))
 
 
-@defrule("pvary")
+@defrule("pvary", gains=True)
 def _pvary(eqn, *weights, axes, axis_index_groups=None):
     """Factors vary over an axis of `shard_map`'s mesh as soon as they meet what does."""
     bases = eqn(*map(base_of, weights))
@@ -33,7 +34,7 @@ def _pvary(eqn, *weights, axes, axis_index_groups=None):
     ]
 
 
-@defrule("convert_element_type")
+@defrule("convert_element_type", gains=True)
 def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
     """Casts between floating types are followed; one that is not linear builds the weight."""
     old = weight.base.dtype
@@ -42,19 +43,15 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
     )
     if not jnp.issubdtype(new_dtype, jnp.inexact) or loses_imaginary:
         return NotImplemented
-    return eqn.settle(eqn(weight.base), weight.terms)
+    return eqn.settle(weight.replace_base(eqn(weight.base)))
 
 
-@defrule("stop_gradient")
+@defrule("stop_gradient", gains=True)
 def _stop_gradient(eqn, weight):
-    terms = tuple(
-        dataclasses.replace(term, factors=tuple(map(jax.lax.stop_gradient, term.factors)))
-        for term in weight.terms
-    )
-    return FactoredArray(eqn(weight.base), terms)
+    return jax.tree.map(jax.lax.stop_gradient, weight.replace_base(eqn(weight.base)))
 
 
-@defrule("optimization_barrier")
+@defrule("optimization_barrier", gains=True)
 def _optimization_barrier(eqn, *operands):
     """One barrier around the bases and the factors together."""
     return jax.lax.optimization_barrier(list(operands))
@@ -62,27 +59,28 @@ def _optimization_barrier(eqn, *operands):
 
 def _placed(eqn, weight, sharding, place):
     """The factors go where the base goes, axis by axis."""
-    terms = []
-    for term in weight.terms:
+
+    def placed(term: Term) -> Term:
         factors = tuple(
             place(factor, factor_sharding(sharding, term.out, labels))
             for factor, labels in zip(term.factors, term.labels, strict=True)
         )
-        terms.append(dataclasses.replace(term, factors=factors))
-    return FactoredArray(eqn(weight.base), tuple(terms))
+        return dataclasses.replace(term, factors=factors)
+
+    return weight.moved(placed).replace_base(eqn(weight.base))
 
 
-@defrule("sharding_constraint")
+@defrule("sharding_constraint", gains=True)
 def _sharding_constraint(eqn, weight, *, sharding, layout, context_mesh, unconstrained_dims):
     return _placed(eqn, weight, sharding, jax.lax.with_sharding_constraint)
 
 
-@defrule("reshard")
+@defrule("reshard", gains=True)
 def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
     return _placed(eqn, weight, dst_sharding, jax.sharding.reshard)
 
 
-@defrule("device_put")
+@defrule("device_put", gains=True)
 def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     placed = []
     outs = eqn(*map(base_of, weights))
@@ -101,19 +99,19 @@ defstructural("transpose", lambda term, *, permutation: term.permute(permutation
 defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
 
 
-@defrule("reshape")
+@defrule("reshape", gains=True)
 def _reshape(eqn, weight, *, new_sizes, dimensions, sharding):
     order = range(len(weight.shape)) if dimensions is None else dimensions
-    terms = [term.permute(order).reshape(new_sizes) for term in weight.terms]
-    return eqn.settle(eqn(weight.base), terms)
+    moved = weight.moved(lambda term: term.permute(order).reshape(new_sizes))
+    return eqn.settle(moved.replace_base(eqn(weight.base)))
 
 
-@defrule("broadcast_in_dim")
+@defrule("broadcast_in_dim", gains=True)
 def _broadcast_in_dim(eqn, weight, *shape_parts, shape, broadcast_dimensions, sharding):
     if shape_parts:
         return NotImplemented
-    terms = [term.broadcast(shape, broadcast_dimensions) for term in weight.terms]
-    return eqn.settle(eqn(weight.base), terms)
+    moved = weight.moved(lambda term: term.broadcast(shape, broadcast_dimensions))
+    return eqn.settle(moved.replace_base(eqn(weight.base)))
 
 
 def _flip(term: Term, *, dimensions) -> Term:
@@ -127,18 +125,19 @@ def _flip(term: Term, *, dimensions) -> Term:
 defstructural("rev", _flip)
 
 
-@defrule("tile")
+@defrule("tile", gains=True)
 def _tile(eqn, weight, *, reps):
     """Repeating an axis puts a label that nobody owns in front of it."""
-    terms = []
-    for term in weight.terms:
+
+    def repeated(term: Term) -> Term:
         repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
         out = tuple(
             (repeat, *axis) if repeat.size != 1 else axis
             for repeat, axis in zip(repeats, term.out, strict=True)
         )
-        terms.append(dataclasses.replace(term, out=out))
-    return eqn.settle(eqn(weight.base), terms)
+        return dataclasses.replace(term, out=out)
+
+    return eqn.settle(weight.moved(repeated).replace_base(eqn(weight.base)))
 
 
 # Axes that are cut or padded.
@@ -171,23 +170,22 @@ def _slice(term: Term, *, start_indices, limit_indices, strides) -> Term:
 defstructural("slice", _slice)
 
 
-@defrule("split")
+@defrule("split", gains=True)
 def _split(eqn, weight, *, sizes, axis):
     bounds = list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
-    pieces = [[cut(term, axis, *bound) for term in weight.terms] for bound in bounds]
+    parts = [weight.moved(lambda term, b=bound: cut(term, axis, *b)) for bound in bounds]
     bases = eqn(weight.base)
-    return [eqn.settle(base, terms) for base, terms in zip(bases, pieces, strict=True)]
+    return [eqn.settle(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)]
 
 
-@defrule("unstack")
+@defrule("unstack", gains=True)
 def _unstack(eqn, weight, *, axis):
     size = weight.shape[axis]
-    pieces = [[cut(term, axis, i, i + 1) for term in weight.terms] for i in range(size)]
-    bases = eqn(weight.base)
-    return [
-        eqn.settle(base, [term.drop((axis,)) for term in terms])
-        for base, terms in zip(bases, pieces, strict=True)
+    parts = [
+        weight.moved(lambda term, i=i: cut(term, axis, i, i + 1).drop((axis,))) for i in range(size)
     ]
+    bases = eqn(weight.base)
+    return [eqn.settle(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)]
 
 
 def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> Term:
@@ -218,7 +216,7 @@ def _pad(eqn, weight, value, *, padding_config):
         for axis, config in enumerate(padding_config):
             term = pad_axis(term, axis, *config)
         terms.append(term)
-    return eqn.settle(eqn(weight.base, value), terms)
+    return eqn.settle(FactoredArray(eqn(weight.base, value), tuple(terms)))
 
 
 @defrule("concatenate")
@@ -233,7 +231,7 @@ def _concatenate(eqn, *operands, dimension):
         bases.append(operand.base)
         low, high = sum(sizes[:k]), sum(sizes[k + 1 :])
         terms += [pad_axis(term, dimension, low, high) for term in operand.terms]
-    return eqn.settle(eqn(*bases), terms)
+    return eqn.settle(FactoredArray(eqn(*bases), tuple(terms)))
 
 
 @defrule("stack")
@@ -250,4 +248,4 @@ def _stack(eqn, *operands, axis):
             out = (*term.out[:axis], new, *term.out[axis:])
             stacked = dataclasses.replace(term, out=out)
             terms.append(pad_axis(stacked, axis, k, len(operands) - 1 - k))
-    return eqn.settle(eqn(*bases), terms)
+    return eqn.settle(FactoredArray(eqn(*bases), tuple(terms)))

@@ -1,0 +1,359 @@
+"""What an adapter is: a few labelled factors beside a base, and settings. One class for each kind.
+
+Everything outside `kinds/` handles adapters through this file, and knows no kind:
+
+* `Adapter` is a node of the tunable tree. Its arrays are trained, all else in it is static.
+* `FrozenWeight` is a node of the frozen tree: a base, and the factors beside it that stay frozen.
+* `AdapterSpec` is a leaf of the spec tree, which makes the first factors.
+
+`Layout` says along which axes of the weight each factor runs. Shapes, placement, boxes, files and
+the work oracle follow from it, and for most kinds so does the delta: the einsum of all factors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+
+from ._arrays import own
+from ._axes import Axes, resolve_axes
+from ._errors import SpecError
+from ._factored import FactoredArray
+from ._formats import register_with_export, register_with_flax
+from ._statics import make_plain
+from ._terms import Label, Labels, Term
+
+KINDS: "dict[str, type[Adapter]]" = {}
+"""The classes of adapters, by the name that files know them by."""
+
+
+def static(default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """A field of an adapter that is a setting and not an array."""
+    return dataclasses.field(metadata={"static": True}, default=default, **options)
+
+
+class Layout(NamedTuple):
+    """How factors lie along the axes of a weight.
+
+    Attributes:
+        out: the labels of each of the weight's axes, most significant first.
+        factors: the labels of each trained factor, by its name.
+        held: the same of each factor that is frozen.
+        gains: the names of those that multiply the sum and are no part of a delta.
+    """
+
+    out: tuple[Labels, ...]
+    factors: Mapping[str, Labels]
+    held: Mapping[str, Labels] = {}
+    gains: frozenset[str] = frozenset()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each trained factor."""
+        return {name: sizes(labels) for name, labels in self.factors.items()}
+
+    def axis_of(self, label: Label) -> int | None:
+        """The weight's axis that a label is the whole of."""
+        return next((d for d, labels in enumerate(self.out) if labels == (label,)), None)
+
+
+def sizes(labels: Sequence[Label]) -> tuple[int, ...]:
+    """The shape of an array with these labels."""
+    return tuple(label.size for label in labels)
+
+
+class Labeled(NamedTuple):
+    """The labels of a weight's axes by their roles; `inner(k, size)` is one that it has not."""
+
+    shared: Labels
+    inputs: Labels
+    outputs: Labels
+
+    @classmethod
+    def of(cls, axes: Axes, shape: Sequence[int]) -> Self:
+        """The labels of a weight of `shape`."""
+        return cls(*(tuple(Label(d, shape[d]) for d in group) for group in axes))
+
+    @property
+    def out(self) -> tuple[Labels, ...]:
+        """The label of each axis in order."""
+        labels = sorted((*self.shared, *self.inputs, *self.outputs))
+        return tuple((label,) for label in labels)
+
+    def inner(self, k: int, size: int) -> Label:
+        """Inner axis number k, such as the rank."""
+        return Label(sum(map(len, self)) + k, size)
+
+
+class Adapter:
+    """The trained factors of one weight, and what they make of it.
+
+    A kind of adapter is a frozen dataclass under `@defkind`. Its fields are factors, adapters
+    within it, or settings (`static`); three of these are `in_axes`, `out_axes` and `shared_axes`.
+    It says how its factors lie along the weight in `layout`. Where the weight is the base plus the
+    einsum of all factors, that is all; other kinds replace `applied`.
+    """
+
+    kind: ClassVar[str]
+
+    # JAX rebuilds adapters with anything at all in place of factors: nothing is asked of these.
+    def __post_init__(self) -> None:
+        make_plain(self)
+        register_with_flax(type(self))
+
+    @property
+    def axes(self) -> Axes:
+        """The roles of the weight's axes."""
+        return Axes(self.shared_axes, self.in_axes, self.out_axes)  # pyright: ignore
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies the delta."""
+        return 1.0
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`; it depends on settings alone."""
+        raise NotImplementedError
+
+    def applied(
+        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+    ) -> FactoredArray:
+        """The adapted weight.
+
+        Args:
+            base: the frozen weight.
+            held: the frozen factors beside it.
+            source: what the weight is called in messages, its path.
+        """
+        return FactoredArray(base, (self.term(base.shape, held or {}, source),))
+
+    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+        """The einsum of all factors, scaled."""
+        layout = self.layout(shape)
+        labels = {**layout.factors, **layout.held}
+        factors = {**self.factors(), **held}
+        term = make_term({n: factors[n] for n in labels}, labels, layout.out, source)
+        return term if self.scale == 1 else term.scale(self.scale)
+
+    def _nodes(self, static: bool) -> dict[str, Any]:
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields
+            if field.metadata.get("static", False) == static
+        }
+
+    def factors(self) -> dict[str, Any]:
+        """The trained arrays by name; those of an adapter within it stand among them."""
+        found: dict[str, Any] = {}
+        for name, value in self._nodes(static=False).items():
+            found |= value.factors() if isinstance(value, Adapter) else {name: value}
+        return found
+
+    def with_factors(self, factors: Mapping[str, Any]) -> Self:
+        """The same adapter with other arrays."""
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            **{
+                name: value.with_factors(factors) if isinstance(value, Adapter) else factors[name]
+                for name, value in self._nodes(static=False).items()
+            },
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All that shapes the weight without being an array, as JSON."""
+        found: dict[str, Any] = {"kind": self.kind}
+        for name, value in self._nodes(static=True).items():
+            found[name] = list(value) if isinstance(value, tuple) else value
+        for name, value in self._nodes(static=False).items():
+            if isinstance(value, Adapter):
+                found[name] = value.settings()
+        return found
+
+    def summary(self) -> str:
+        """The kind and its size, for a table."""
+        rank = getattr(self, "rank", None)
+        return self.kind if rank is None else f"{self.kind} {rank}"
+
+
+def from_settings(settings: Mapping[str, Any]) -> Adapter:
+    """An adapter without arrays from what `Adapter.settings` returned.
+
+    Raises:
+        ValueError, TypeError, KeyError: where it is not what such a call returns.
+    """
+    given = dict(settings)
+    cls = KINDS[given.pop("kind")]
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        if field.metadata.get("static"):
+            value = given.pop(field.name)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        else:
+            nested = given.pop(field.name, None)
+            values[field.name] = None if nested is None else from_settings(nested)
+    if given:
+        raise ValueError(f"A {cls.kind} adapter has no setting {sorted(given)[0]!r}.")
+    return cls(**values)
+
+
+def defkind(cls: type[Any]) -> type[Any]:
+    """Registers a class of adapters: a frozen dataclass, a pytree, one row of `KINDS`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    jax.tree_util.register_dataclass(cls)
+    register_with_export(cls)
+    if cls.kind in KINDS:
+        raise ValueError(f"There is a kind {cls.kind!r} already: {KINDS[cls.kind]}.")
+    KINDS[cls.kind] = cls
+    return cls
+
+
+def make_term(
+    factors: Mapping[str, Any],
+    labels: Mapping[str, Labels],
+    out: tuple[Labels, ...],
+    source: Hashable,
+) -> Term:
+    """The term of factors that have names."""
+    sources = () if source is None else (source,)
+    return Term(tuple(factors.values()), tuple(labels[name] for name in factors), out, sources)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenWeight:
+    """A base, and the factors of its adapter that stay frozen: a node of the frozen tree.
+
+    `init_lora` puts one where a kind of adapter needs it, such as the norms of DoRA or the matrices
+    of VeRA; elsewhere the frozen tree has the base alone.
+
+    Attributes:
+        base: the frozen weight.
+        factors: arrays by name.
+    """
+
+    base: Any
+    factors: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return self.base.dtype
+
+
+def base_and_held(leaf: Any) -> tuple[Any, dict[str, Any]]:
+    """A leaf of the frozen tree as its base and the frozen factors beside it."""
+    return (leaf.base, leaf.factors) if isinstance(leaf, FrozenWeight) else (leaf, {})
+
+
+register_with_export(FrozenWeight)
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+class Start(NamedTuple):
+    """What a kind makes its first factors from.
+
+    Attributes:
+        path: of the parameter.
+        base: the parameter.
+        axes: the roles of its axes.
+        key: a PRNG key of its own.
+        dtype: of the factors.
+        common: what `AdapterSpec.common` made for all weights.
+        initializers: of the fan-in factors, and of the fan-out factors.
+    """
+
+    path: str
+    base: Any
+    axes: Axes
+    key: jax.Array
+    dtype: Any
+    common: Any
+    initializers: tuple[Initializer, Initializer]
+
+    def draw(
+        self, key: jax.Array, init: Initializer, matrix: tuple[int, int], shape: tuple[int, ...]
+    ) -> jax.Array:
+        """A factor of `shape`: one matrix for each entry of the shared axes."""
+        shared = [self.base.shape[d] for d in self.axes.shared]
+        if not shared:
+            # An initializer may return an array that is kept elsewhere.
+            return own(init(key, matrix, self.dtype)).reshape(shape)
+        keys = jax.random.split(key, math.prod(shared))
+        return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
+
+
+class Started(NamedTuple):
+    """The first state of an adapter: the base may have moved, and frozen factors be held."""
+
+    adapter: Adapter
+    held: Mapping[str, Any] = {}
+    base: Any = None
+
+
+class AdapterSpec:
+    """How one weight is adapted: a leaf of the spec tree.
+
+    A kind of spec is a frozen dataclass with the fields `in_axes`, `out_axes` and `shared_axes`
+    beside its own settings.
+    """
+
+    # Whether the delta is a product of narrow factors, whose norm takes no array of its size.
+    has_narrow_delta: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("in_axes", "out_axes", "shared_axes"):
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | None) or (name == "shared_axes" and axes is None):
+                raise SpecError(
+                    f"{type(self).__name__} has {name}={axes!r}; axes are a sequence of ints."
+                )
+
+    def axes(self, path: str, ndim: int) -> Axes:
+        """The roles of the axes of a weight with `ndim` axes."""
+        given: Any = self
+        return resolve_axes(path, ndim, given.in_axes, given.out_axes, given.shared_axes)
+
+    def with_axes(self, axes: Axes) -> Self:
+        """The same for a weight whose axes have these roles."""
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            in_axes=axes.inputs,
+            out_axes=axes.outputs,
+            shared_axes=axes.shared,
+        )
+
+    @property
+    def size(self) -> int | None:
+        """The rank, for kinds whose rank is at most that of the matrix."""
+        return None
+
+    def with_size(self, rank: int) -> Self:
+        """The same with another rank."""
+        raise NotImplementedError
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Raises `SpecError` where the kind cannot adapt such a weight."""
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> Adapter:
+        """The adapter without arrays."""
+        raise NotImplementedError
+
+    def count(self, shape: tuple[int, ...], axes: Axes) -> int:
+        """How many numbers are trained for such a weight."""
+        return sum(map(math.prod, self.blank(shape, axes).layout(shape).shapes().values()))
+
+    def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
+        """What all weights of one spec share, made once from their shapes and axes."""
+
+    def start(self, start: Start) -> Started:
+        """The first factors."""
+        raise NotImplementedError

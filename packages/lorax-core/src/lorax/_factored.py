@@ -1,0 +1,286 @@
+"""A weight while the transformed function runs: a base, terms that are added, gains that multiply.
+
+    W  =  Π gains  ⊙  (base + Σ terms)
+
+A gain is a term that owns few of the weight's labels. One gain may wait for its divisor, the norm
+of the sum: it is computed when the weight is used, and not for what a slice leaves behind.
+
+All these pieces are terms of one shape, so whatever moves a term moves each of them.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from . import _contract
+from ._terms import Inexpressible, Labels, Term, align, apart
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A gain that waits for its divisor: `magnitude / ‖base + Σ terms‖` over what it does not own.
+
+        ‖W + Δ‖²  =  ‖W‖²  +  2⟨W, Δ⟩  +  ‖Δ‖²
+
+    through products as small as the factors.
+
+    Attributes:
+        term: its first two factors are the magnitude and `‖W‖²`, both along the same labels.
+        size: over how many entries the norm runs.
+        detached: whether the divisor has no gradient.
+    """
+
+    term: Term
+    size: int = dataclasses.field(metadata={"static": True})
+    detached: bool = dataclasses.field(metadata={"static": True})
+
+    def is_whole(self) -> bool:
+        """Whether all entries that the norm runs over are still there."""
+        summed = [label for label in self.term.shown if not self.term.owners(label)]
+        is_part = any(label.is_index for label in summed)
+        return not is_part and math.prod(label.size for label in summed) == self.size
+
+    def _gain(self, term: Term, square: jax.Array, kept: Labels) -> Term:
+        """The magnitude over the root of `square`; an output whose weights are all zero stays."""
+        if self.detached:
+            square = jax.lax.stop_gradient(square)
+        square = jnp.where(square > 0, square, jnp.ones_like(square))
+        magnitude = _along(term, 0, kept, square.dtype)
+        return Term((magnitude / jnp.sqrt(square),), (kept,), term.out, term.sources)
+
+    def of_sum(self, total: jax.Array) -> Term:
+        """The gain beside a weight that is there in full."""
+        shown = self.term.shown
+        kept = tuple(label for label in shown if self.term.owners(label))
+        summed = tuple(k for k, label in enumerate(shown) if label not in kept)
+        entries = total.reshape([label.size for label in shown])
+        return self._gain(self.term, jnp.sum(_squared(entries), summed), kept)
+
+    def gain(self, base: jax.Array, terms: Sequence[Term]) -> Term:
+        """The gain beside a weight that is never formed."""
+        aligned, terms = _aligned(self.term, terms)
+        kept = tuple(label for label in aligned.shown if aligned.owners(label))
+        wide = _contract.wide_dtype(base.dtype)
+        keywords: dict[str, Any] = {"dtype": wide, "precision": jax.lax.Precision.HIGHEST}
+        entries = base.reshape([label.size for label in aligned.shown])
+
+        def product(*operands: Any, **more: Any) -> jax.Array:
+            return _contract.contract(operands, kept, **keywords, **more).real
+
+        conjugated = [_conjugate(term) for term in terms]
+        square = _along(aligned, 1, kept, wide)
+        for k, term in enumerate(terms):
+            factors = zip(conjugated[k].factors, term.labels, strict=True)
+            square += 2 * product((entries, aligned.shown), *factors, meets=0)
+            for j, other in enumerate(conjugated[: k + 1]):
+                # The other term has the same axes, and a rank of its own.
+                inner = {label for labels in other.labels for label in labels} - {*aligned.shown}
+                first = 1 + max(
+                    label.id for one in (term, other, aligned) for label in _labels(one)
+                )
+                names = {x: (x._replace(id=first + n),) for n, x in enumerate(sorted(inner))}
+                renamed = other.rename(names)
+                gram = product(
+                    *zip(term.factors, term.labels, strict=True),
+                    *zip(renamed.factors, renamed.labels, strict=True),
+                )
+                square += gram if j == k else 2 * gram
+        return self._gain(aligned, square, kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Dropout on what meets the terms: PRNG keys of the weight, one for each shared entry.
+
+    Attributes:
+        term: one factor of key data, `[*shared, words]`, along the axes of the weight.
+        rate: which share of the entries is dropped.
+        impl: the PRNG implementation of the keys.
+    """
+
+    term: Term
+    rate: float = dataclasses.field(metadata={"static": True})
+    impl: str = dataclasses.field(metadata={"static": True})
+
+
+def _labels(term: Term) -> Iterable[Any]:
+    return itertools.chain(term.shown, *term.labels)
+
+
+def _conjugate(term: Term) -> Term:
+    if not any(map(jnp.iscomplexobj, term.factors)):
+        return term
+    return dataclasses.replace(term, factors=tuple(map(jnp.conj, term.factors)))
+
+
+def _squared(array: jax.Array) -> jax.Array:
+    return (array * array.conj()).real if jnp.iscomplexobj(array) else array * array
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def norm_squared(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`‖array‖²` over some axes, in float32 or wider."""
+    return jnp.sum(_squared(array.astype(_contract.wide_dtype(array.dtype))), axes)
+
+
+def _along(term: Term, k: int, kept: Labels, dtype: Any) -> jax.Array:
+    """Factor k with its axes in the order of `kept`."""
+    dtype = jnp.finfo(dtype).dtype
+    return _contract.contract(((term.factors[k], term.labels[k]),), kept, dtype=dtype)
+
+
+def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
+    """Terms of one shape, all of which show the same labels, one for each axis if they can."""
+    axes = range(len(first.out))
+    try:
+        first, *others = (term.fuse_all(axes, own=False)[0] for term in (first, *others))
+    except Inexpressible:
+        others = list(others)
+    for _ in range(2):  # A later term may split labels that an earlier one shows.
+        for k, other in enumerate(others):
+            first, others[k] = align(first, apart(first, other), [(d, d) for d in axes])
+    return first, others
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredArray:
+    """`Π gains ⊙ (base + Σ terms)`: what a weight is while the transformed function runs.
+
+    Attributes:
+        base: the frozen weight.
+        terms: what is added to it.
+        gains: what multiplies the sum.
+        norm: one more gain, whose divisor is still to be computed.
+        keys: the PRNG keys of dropout on the input of the terms, as a term of integers.
+    """
+
+    base: jax.Array
+    terms: tuple[Term, ...]
+    gains: tuple[Term, ...] = ()
+    norm: Norm | None = None
+    keys: Keys | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.base.shape
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a base and terms alone."""
+        return not self.gains and self.norm is None and self.keys is None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether nothing is gained by keeping the pieces apart.
+
+        That is where one factor of each term spans all that is left of the weight, and the gains
+        vary along all of it.
+        """
+        of_gains = (*self.gains, *([self.norm.term] if self.norm else ()))
+        flat = all(term.is_flat for term in self.terms)
+        return flat and all(gain.is_owned for gain in of_gains)
+
+    @property
+    def pieces(self) -> tuple[Term, ...]:
+        """Everything but the base: terms, gains, the pending gain, and keys."""
+        pending = [piece.term for piece in (self.norm, self.keys) if piece is not None]
+        return (*self.terms, *self.gains, *pending)
+
+    def with_pieces(self, base: Any, pieces: Iterable[Term]) -> "FactoredArray":
+        """The weight of another base and of as many other pieces."""
+        rest = iter(pieces)
+        terms = tuple(next(rest) for _ in self.terms)
+        gains = tuple(next(rest) for _ in self.gains)
+        norm = self.norm and dataclasses.replace(self.norm, term=next(rest))
+        keys = self.keys and dataclasses.replace(self.keys, term=next(rest))
+        return FactoredArray(base, terms, gains, norm, keys)
+
+    def moved(self, change: Callable[[Term], Term]) -> "FactoredArray":
+        """Every piece as `change` moves or cuts it, beside the base as it is.
+
+        A norm that would lose some of its entries is computed before.
+        """
+        weight = self
+        if weight.norm is not None:
+            norm = dataclasses.replace(weight.norm, term=change(weight.norm.term))
+            if not norm.is_whole():
+                weight = weight.resolved()
+        return weight.with_pieces(weight.base, map(change, weight.pieces))
+
+    def resolved(self) -> "FactoredArray":
+        """The same weight, whose norm is computed."""
+        if self.norm is None:
+            return self
+        gain = self.norm.gain(self.base, self.terms)
+        return dataclasses.replace(self, gains=(*self.gains, gain), norm=None)
+
+    def replace_terms(self, terms: Iterable[Term]) -> "FactoredArray":
+        """The same weight with other terms."""
+        return dataclasses.replace(self, terms=tuple(terms))
+
+    def replace_base(self, base: jax.Array) -> "FactoredArray":
+        """The same weight with another base."""
+        return dataclasses.replace(self, base=base)
+
+    def array(self) -> jax.Array:
+        """The weight in full: computed in float32 or wider, then cast to the base's dtype."""
+        wide = _contract.wide_dtype(self.base.dtype)
+        total = self.base.astype(wide)
+        # A merged weight is computed once and used often: spend the precision.
+        highest = {"precision": jax.lax.Precision.HIGHEST}
+        for term in self.terms:
+            total = total + term.array(wide, **highest)
+        gains = self.gains if self.norm is None else (*self.gains, self.norm.of_sum(total))
+        for gain in gains:
+            total = total * gain.array(wide, **highest)
+        return total.astype(self.base.dtype)
+
+    def removed(self) -> jax.Array:
+        """The base of which `base` is the merged weight: divided by the gains, less the terms."""
+        wide = _contract.wide_dtype(self.base.dtype)
+        total = self.base.astype(wide)
+        highest = {"precision": jax.lax.Precision.HIGHEST}
+        for gain in self.gains:
+            total = total / gain.array(wide, **highest)
+        for term in self.terms:
+            total = total - term.array(wide, **highest)
+        return total.astype(self.base.dtype)
+
+
+def times_gain(array: jax.Array, gain: jax.Array) -> jax.Array:
+    """An array times a gain, in the dtype of the array.
+
+    The gain is float32 or wider. For the backward pass a narrower array is kept as it is.
+    """
+
+    def times(array: jax.Array, gain: jax.Array) -> jax.Array:
+        return (array.astype(gain.dtype) * gain).astype(array.dtype)
+
+    with jax.named_scope("lora"):
+        wide = array.dtype == gain.dtype
+        return times(array, gain) if wide else jax.checkpoint(times)(array, gain)
+
+
+def is_weight(value: Any) -> TypeGuard[FactoredArray]:
+    """Whether a value is a weight and not a plain array."""
+    return isinstance(value, FactoredArray)
+
+
+def base_of(value: Any) -> jax.Array:
+    """The base of a weight; a plain array is its own."""
+    return value.base if is_weight(value) else value
+
+
+def terms_of(value: Any) -> tuple[Term, ...]:
+    """The terms of a weight; a plain array has none."""
+    return value.terms if is_weight(value) else ()

@@ -1,0 +1,183 @@
+"""LoRA and rsLoRA: the delta is a product of two factors.
+
+delta[shared, in, out]  =  scale · Σ_r a[shared, in, r] · b[shared, r, out]
+"""
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+
+from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._axes import Axes
+from .._errors import RankWarning, SpecError
+
+Scaling = Literal["standard", "rslora"]
+
+
+def lora_scale(rank: int, alpha: float | None, scaling: Scaling) -> float:
+    """`alpha / rank`, or `alpha / √rank` for rsLoRA; 1 where alpha is None."""
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+
+
+@defkind
+class LoraWeight(Adapter):
+    """The trainable factors of one weight.
+
+    For a kernel `[in, out]` the delta is `scale · a @ b`; in general, with the axes of each group
+    in the weight's order,
+
+        delta[shared, in, out] = scale · Σ_r a[shared, in, r] · b[shared, r, out]
+
+    `scale` is `alpha / rank`, or `alpha / √rank` where `scaling` is "rslora" (Kalajdzievski 2023,
+    arXiv:2312.03732), and 1 where `alpha` is None. LoRA is Hu et al. 2021, arXiv:2106.09685.
+
+    `a` and `b` are leaves of the pytree, all else is static, so optimizers, `jax.vmap` and
+    checkpoints see two arrays.
+
+    Attributes:
+        a: `[*shared, *in, rank]`, the fan-in factor: it meets the input first.
+        b: `[*shared, rank, *out]`, the fan-out factor.
+        rank: the inner size.
+        alpha: the numerator of the scale, or None for a scale of 1.
+        scaling: "standard" or "rslora".
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with factors of their own for each entry: stacked layers,
+            experts.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import LoraWeight, materialize
+        >>> weight = LoraWeight(jnp.ones((3, 1)), jnp.ones((1, 2)), rank=1, alpha=2.0)
+        >>> materialize(jnp.zeros((3, 2)), weight).tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+
+    kind = "lora"
+
+    a: Any
+    b: Any
+    rank: int = static()
+    alpha: float | None = static(None)
+    scaling: Scaling = static("standard")
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies `a @ b`."""
+        return lora_scale(self.rank, self.alpha, self.scaling)
+
+    def summary(self) -> str:
+        """The rank: plain LoRA is what a table means that names no kind."""
+        return str(self.rank)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`."""
+        axes = Labeled.of(self.axes, shape)
+        rank = axes.inner(0, self.rank)
+        a = (*axes.shared, *axes.inputs, rank)
+        b = (*axes.shared, rank, *axes.outputs)
+        return Layout(axes.out, {"a": a, "b": b})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec(AdapterSpec):
+    """How one weight is adapted.
+
+    Args:
+        rank: the inner size of the factors.
+        alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`, a scale of 1.
+        scaling: "standard", or "rslora" for `alpha / √rank` (arXiv:2312.03732).
+        in_axes: the axes that meet the input; None means every axis but the outputs.
+        out_axes: the axes that make the output; None means the rest, or the last axis where
+            `in_axes` is None too.
+        shared_axes: axes with factors of their own for each entry, such as the layers of a
+            `scan` or the experts of a mixture.
+
+    Example:
+        >>> from lorax import LoraSpec
+        >>> LoraSpec(rank=8, alpha=16)                     # a kernel (in, out)
+        LoraSpec(rank=8, alpha=16, scaling='standard', in_axes=None, out_axes=None, shared_axes=())
+        >>> attention_query = LoraSpec(rank=8, in_axes=[0])   # (D, H, K) with input D
+        >>> scanned_layers = LoraSpec(rank=8, shared_axes=[0])   # (layer, in, out)
+    """
+
+    has_narrow_delta = True
+
+    rank: int
+    alpha: float | None = None
+    scaling: Scaling = "standard"
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        """The rank."""
+        return self.rank
+
+    def with_size(self, rank: int) -> "LoraSpec":
+        """The same with another rank."""
+        return dataclasses.replace(self, rank=rank)
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses ranks and settings that are none, and warns of a rank that is too high."""
+        check_rank(path, self, self.rank)
+        check_scale(path, self.alpha, self.scaling)
+        fan_in, fan_out = axes.sizes(shape)
+        if self.rank > min(fan_in, fan_out):
+            warnings.warn(
+                f"`{path}` has shape {tuple(shape)}: a matrix of {fan_in} inputs × {fan_out} "
+                f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank "
+                f"{self.rank} has more numbers than it and can do no more. Lower the rank, or give "
+                "it LORA_FULL.",
+                RankWarning,
+                stacklevel=4,
+            )
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraWeight:
+        """The adapter without arrays."""
+        return LoraWeight(
+            None, None, self.rank, self.alpha, self.scaling, axes.inputs, axes.outputs, axes.shared
+        )
+
+    def start(self, start: Start) -> Started:
+        """`a` and `b` from the initializers of the fan-in and the fan-out factor."""
+        shape, axes = start.base.shape, start.axes
+        weight = self.blank(shape, axes)
+        shapes = weight.layout(shape).shapes()
+        fan_in, fan_out = axes.sizes(shape)
+        keys = jax.random.split(start.key)
+        a_init, b_init = start.initializers
+        a = start.draw(keys[0], a_init, (fan_in, self.rank), shapes["a"])
+        b = start.draw(keys[1], b_init, (self.rank, fan_out), shapes["b"])
+        return Started(weight.with_factors({"a": a, "b": b}))
+
+
+def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
+    """Refuses what is no rank."""
+    kind = type(spec).__name__
+    if type(rank) is not int:
+        raise SpecError(f"`{path}` has {name} {rank!r}; a {name} is a positive int.")
+    if rank < 1:
+        raise SpecError(
+            f"`{path}` has a {kind} of {name} {rank}; {name}s begin at 1. To freeze it give it "
+            "LORA_FREEZE, to train it in full LORA_FULL."
+        )
+
+
+def check_scale(path: str, alpha: Any, scaling: Any = "standard") -> None:
+    """Refuses what is no alpha and no scaling."""
+    if scaling not in ("standard", "rslora"):
+        raise SpecError(f"`{path}` has scaling {scaling!r}; it is 'standard' or 'rslora'.")
+    if alpha is not None and not (isinstance(alpha, numbers.Real) and math.isfinite(alpha)):
+        raise SpecError(f"`{path}` has alpha {alpha!r}; it is a finite number or None.")

@@ -1,0 +1,249 @@
+"""Every kind of adapter under the ways in which a weight is used.
+
+A new kind is one row of `KINDS`; it runs through every row of `USES` that its weight can enter.
+"""
+
+import functools
+import json
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lorax
+from lorax import (
+    Axes,
+    DoraSpec,
+    IA3Spec,
+    LoraSpec,
+    MaterializeError,
+    _adapter,
+    init_lora,
+    lora,
+    merge_params,
+    testing,
+)
+
+N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
+
+# A name, and its spec for axes of a weight: (spec, uses that it cannot enter and why).
+KINDS = {
+    "lora": LoraSpec(2, alpha=4),
+    "rslora": LoraSpec(3, alpha=4, scaling="rslora"),
+    "dora": DoraSpec(LoraSpec(2, alpha=4)),
+    "dora-with-gradient": DoraSpec(LoraSpec(2, alpha=4), detached=False),
+    "ia3": IA3Spec(),
+    "ia3-in": IA3Spec("in"),
+}
+
+# Kinds that a use cannot hold factored: the weight is built there, and said.
+BUILT = {
+    # A gain that varies along the window.
+    ("ia3-in", "convolution"),
+    ("ia3-in", "grouped-convolution"),
+}
+
+
+def conv(params, x, **keywords):
+    return lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **keywords
+    )
+
+
+def scanned(params, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+
+def rematerialized(params, x):
+    layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    return lax.scan(layer, x, params["w"])[0]
+
+
+def masked(params, x):
+    return x @ (params["w"] * jnp.arange(1.0, 10.0)[:, None]) / 3
+
+
+def in_a_branch(params, x):
+    return lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: x @ (2 * w), params["w"])
+
+
+def looped(params, x):
+    return lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ params["w"]), x)
+
+
+def split(params, x):
+    return jnp.concatenate([jnp.tanh(x @ w) for w in jnp.split(params["w"], 2, 1)][::-1], 1)
+
+
+def split_inputs(params, x):
+    return sum(jnp.tanh(x[:, :4] @ w) for w in jnp.split(params["w"], 2, 0))
+
+
+def narrow(params, x):
+    return x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
+
+
+AXES = Axes((), (0,), (1,))
+STACK = Axes((0,), (1,), (2,))
+# (function, shape of the weight, its axes, shapes of arguments or arrays, keywords of `check`)
+USES = {
+    "right": (lambda p, x: x @ p["w"], (9, 6), AXES, [(3, 9)]),
+    "left": (lambda p, x: p["w"] @ x, (6, 9), Axes((), (1,), (0,)), [(9, 3)]),
+    "heads": (
+        lambda p, x: jnp.einsum("bk,hdk->bhd", x, p["w"]),
+        (4, 3, 9),
+        Axes((), (2,), (0, 1)),
+        [(2, 9)],
+    ),
+    "merged-heads": (
+        lambda p, x: jnp.einsum("bhd,hdk->bk", x, p["w"]),
+        (4, 3, 8),
+        Axes((), (0, 1), (2,)),
+        [(2, 4, 3)],
+    ),
+    "reshaped": (
+        lambda p, x: x @ p["w"].reshape(9, 8),
+        (9, 4, 2),
+        Axes((), (0,), (1, 2)),
+        [(3, 9)],
+    ),
+    "transposed": (lambda p, x: x @ p["w"].T, (6, 9), Axes((), (1,), (0,)), [(3, 9)]),
+    "batched": (lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), (3, 9, 6), STACK, [(3, 2, 9)]),
+    "one-expert": (lambda p, x, i: x @ p["w"][i], (3, 9, 6), STACK, [(2, 9), np.int32(2)]),
+    "each-example-its-expert": (
+        lambda p, x, i: jnp.einsum("bi,bio->bo", x, p["w"][i]),
+        (3, 9, 6),
+        STACK,
+        [(2, 9), np.array([2, 0])],
+    ),
+    "ragged": (
+        lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes),
+        (3, 9, 6),
+        STACK,
+        [(6, 9), np.array([2, 0, 4], np.int32)],
+    ),
+    "vmapped": (
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x),
+        (3, 9, 6),
+        STACK,
+        [(3, 2, 9)],
+    ),
+    "scan": (scanned, (4, 8, 8), STACK, [(3, 8)]),
+    "scan-and-remat": (rematerialized, (4, 8, 8), STACK, [(3, 8)]),
+    "loop": (looped, (8, 8), AXES, [(3, 8)]),
+    "jit": (lambda p, x: jax.jit(lambda w: x @ w)(p["w"]), (9, 6), AXES, [(3, 9)]),
+    "branch": (in_a_branch, (9, 6), AXES, [(3, 9)]),
+    "lookup": (lambda p, i: p["w"][i], (9, 6), AXES, [np.array([3, 1, 0, 8])]),
+    "tied": (lambda p, i: p["w"][i] @ p["w"].T, (9, 6), AXES, [np.array([3, 1, 0, 8])]),
+    "split": (split, (9, 6), AXES, [(3, 9)]),
+    "split-inputs": (split_inputs, (8, 6), AXES, [(3, 8)]),
+    "row-gain": (masked, (9, 6), AXES, [(3, 9)]),
+    "convolution": (conv, (3, 2, 4, 6), Axes((), (0, 1, 2), (3,)), [(2, 5, 5, 4)]),
+    "grouped-convolution": (
+        functools.partial(conv, feature_group_count=2),
+        (3, 2, 4, 6),
+        Axes((), (0, 1, 2), (3,)),
+        [(2, 5, 5, 8)],
+    ),
+    "bfloat16": (narrow, (9, 6), AXES, [(3, 9)]),
+}
+
+
+def of_use(use, kind):
+    function, shape, axes, args = USES[use]
+    spec = {"w": KINDS[kind].with_axes(axes)}
+    args = [N(k, *arg) if isinstance(arg, tuple) else arg for k, arg in enumerate(args)]
+    return function, {"w": N(7, *shape)}, spec, [jnp.asarray(arg) for arg in args]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_merged_model_and_builds_nothing(request, kind, use):
+    function, params, spec, args = of_use(use, kind)
+    unmapped = use == "ragged" or request.config.getoption("--without-transforms")
+    testing.check(
+        function, params, spec, *args,
+        transforms=not unmapped, materializes=(kind, use) in BUILT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_at_the_start(kind, use):
+    function, params, spec, args = of_use(use, kind)
+    pair = init_lora(params, spec, jax.random.key(0))
+    adapted = lora(function, on_materialize="allow")
+    got, expected = adapted(pair, *args), function(params, *args)
+    # XLA compiles the body of a loop anew, with other roundings, where it scales its products.
+    is_fused = kind.startswith("ia3") and use in ("scan", "scan-and-remat", "loop")
+    if kind.startswith("dora") or is_fused:
+        got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+        np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_made_again_from_its_settings(kind):
+    _, params, spec, _ = of_use("batched", kind)
+    weight = init_lora(params, spec, jax.random.key(0)).tunable["w"]
+    again = _adapter.from_settings(json.loads(json.dumps(weight.settings())))
+    again = again.with_factors(weight.factors())
+    assert jax.tree.structure(again) == jax.tree.structure(weight)
+    layout = again.layout((3, 9, 6))
+    assert layout.shapes() == {name: x.shape for name, x in weight.factors().items()}
+    assert spec["w"].count((3, 9, 6), STACK) == lorax.count_params(weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_exported(kind):
+    pytest.importorskip("flatbuffers")
+    function, params, spec, args = of_use("right", kind)
+    pair = init_lora(params, spec, jax.random.key(0))
+    data = jax.export.export(jax.jit(lora(function)))(pair, *args).serialize()
+    exported = jax.export.deserialize(bytearray(data))
+    np.testing.assert_allclose(exported.call(pair, *args), lora(function)(pair, *args), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_explained(kind):
+    function, params, spec, args = of_use("right", kind)
+    pair = init_lora(params, spec, jax.random.key(0))
+    (row,) = lorax.explain(function, pair, *args).rows
+    assert row.status == "covered" and row.uses == ("dot_general",)
+    assert row.trainable == lorax.count_params(pair.tunable)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmerges_or_says_why_not(kind):
+    _, params, spec, _ = of_use("right", kind)
+    frozen, tunable = init_lora(params, spec, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    merged = merge_params(frozen, tunable)
+    if tunable["w"].layout((9, 6)).held:
+        with pytest.raises(
+            lorax.PairError, match=r"`w` has frozen factors .* Keep the frozen tree"
+        ):
+            lorax.unmerge(merged, tunable)
+    else:
+        again = lorax.unmerge(merged, tunable)["w"]
+        np.testing.assert_allclose(again, params["w"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_shapes_alone(kind):
+    function, params, spec, args = of_use("right", kind)
+    shapes = jax.eval_shape(lambda p: init_lora(p, spec, jax.random.key(0)), params)
+    assert jax.eval_shape(lora(function), shapes, *args).shape == (3, 6)
+
+
+def test_a_gain_that_has_no_place_is_said():
+    function, params, spec, args = of_use("convolution", "ia3-in")
+    pair = init_lora(params, spec, jax.random.key(0))
+    with pytest.raises(MaterializeError, match="leave no place for its gain"):
+        lora(function, on_materialize="error")(pair, *args)
+    spec = {"w": IA3Spec("in", gain_axes=[-2])}
+    testing.check(function, params, spec, *args, transforms=False)
