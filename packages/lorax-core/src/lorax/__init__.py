@@ -9,6 +9,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
+from ._dropout import with_dropout as with_dropout
 from ._errors import (
     LoraxError as LoraxError,
     MaterializeError as MaterializeError,
@@ -78,6 +79,7 @@ __all__ = [
     "simple_spec",
     "spec_from_rules",
     "unmerge",
+    "with_dropout",
 ]
 
 # Tracebacks and reprs show the names that users import.

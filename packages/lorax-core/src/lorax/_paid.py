@@ -131,8 +131,11 @@ def drop_out(weight: FactoredArray, operand: jax.Array, batch: Mapping[int, int]
 
 def _key_data(term: Term, axes: Sequence[int]) -> jax.Array:
     """Key data along the weight's axes; a label that has no key of its own repeats them."""
-    (data,), ((*labels, words),) = term.factors, term.labels
+    (data,), ((*owned, words),) = term.factors, term.labels
     shown = [label for d in axes for label in term.out[d]]
+    # What a squeeze has dropped has one entry.
+    data = data[tuple(slice(None) if label in shown else 0 for label in owned)]
+    labels = [label for label in owned if label in shown]
     order = sorted(range(len(labels)), key=lambda k: shown.index(labels[k]))
     data = jnp.transpose(data, [*order, len(labels)])
     places = [k for k, label in enumerate(shown) if label in labels]

@@ -444,7 +444,9 @@ def _shard_map(
             # A device has a part of what the norm runs over, or is told nothing of the rest.
             arg = arg.resolved()
         arg = eqn.with_own_keys(arg, of_body=True)
-        pieces = [piece.fuse_all(split, own=piece in arg.terms)[0] for piece in arg.pieces]
+        pieces = [
+            piece.fuse_all(split, own=k < len(arg.terms))[0] for k, piece in enumerate(arg.pieces)
+        ]
         leaves.append(arg.with_pieces(arg.base, pieces))
         specs.append(
             arg.with_pieces(

@@ -1,0 +1,115 @@
+"""Dropout on the input of the adapters: keys beside the factors, and a model that knows nothing."""
+
+import dataclasses
+import math
+import numbers
+import zlib
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+
+from ._adapter import Adapter, Labeled, Layout, static
+from ._arrays import path_string
+from ._axes import Axes
+from ._factored import FactoredArray, Keys
+from ._pair import is_tunable_leaf
+from ._terms import Term
+
+
+def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
+    """Adapters that drop entries of their input, each with keys of its own.
+
+        x @ W  +  scale · (drop(x) @ a) @ b,    drop(x) = mask ⊙ x / (1 − rate)
+
+    The base sees all of `x`. The keys are data, so call it inside the loss, with another key in
+    each step; for evaluation, leave it out. Every entry of the shared axes has a mask of its own,
+    as each layer of a `scan`; so has every use of a weight. Under `jax.checkpoint` the mask is the
+    same again. Rows that are looked up are not dropped, and neither are parameters in full.
+
+    Beside DoRA the norm is that of the whole weight, and the input of the base is not dropped.
+
+    Args:
+        tunable: the tunable tree of a pair.
+        key: a PRNG key, new style or old.
+        rate: which share of the entries is dropped, at least 0 and below 1.
+
+    Returns:
+        A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
+
+    Raises:
+        ValueError: where the rate is not such a number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, lora, with_dropout
+        >>> model = lora(lambda params, x: x @ params["w"])
+        >>> params, key = {"w": jnp.ones((3, 2))}, jax.random.key(0)
+        >>> frozen, tunable = init_lora(params, {"w": 1}, key)
+        >>> def loss(tunable, x, key):
+        ...     return model((frozen, with_dropout(tunable, key, 0.05)), x).sum()
+        >>> jax.grad(loss)(tunable, jnp.ones((4, 3)), key)["w"].a.shape
+        (3, 1)
+    """
+    if not isinstance(rate, numbers.Real) or isinstance(rate, bool) or not 0 <= rate < 1:
+        raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
+    if rate == 0:
+        return tunable
+    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+
+    def dropped(path: Any, node: Any) -> Any:
+        if not isinstance(node, Adapter):
+            return node
+        own = jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
+        return _Dropped(node, own, float(rate))
+
+    return jax.tree_util.tree_map_with_path(dropped, tunable, is_leaf=is_tunable_leaf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Dropped(Adapter):
+    """An adapter whose input is dropped; it lives within one call of a model."""
+
+    adapter: Any
+    key: Any
+    rate: float = static()
+
+    @property
+    def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.adapter.kind
+
+    @property
+    def axes(self) -> Axes:
+        return self.adapter.axes
+
+    @property
+    def rank(self) -> int | None:
+        return getattr(self.adapter, "rank", None)
+
+    def summary(self) -> str:
+        return self.adapter.summary()
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return self.adapter.layout(shape)
+
+    def factors(self) -> dict[str, Any]:
+        return self.adapter.factors()
+
+    def with_factors(self, factors: Mapping[str, Any]) -> "_Dropped":
+        return dataclasses.replace(self, adapter=self.adapter.with_factors(factors))
+
+    def applied(
+        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+    ) -> FactoredArray:
+        weight = self.adapter.applied(base, held, source)
+        axes = Labeled.of(self.axes, base.shape)
+        sizes = [label.size for label in axes.shared]
+        # One key for each entry of the shared axes.
+        keys = jax.random.split(self.key, math.prod(sizes))
+        data = jax.random.key_data(keys).reshape(*sizes, -1)  # [*shared, words]
+        labels = (*axes.shared, axes.inner(0, data.shape[-1]))
+        term = Term((data,), (labels,), axes.out, () if source is None else (source,))
+        impl = str(jax.random.key_impl(self.key))
+        return dataclasses.replace(weight, keys=Keys(term, self.rate, impl))

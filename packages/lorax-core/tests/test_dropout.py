@@ -1,0 +1,249 @@
+"""Dropout on the input of adapters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import (
+    LORA_FULL,
+    Axes,
+    DoraSpec,
+    IA3Spec,
+    LoraSpec,
+    explain,
+    init_lora,
+    lora,
+    merge_params,
+    testing,
+    with_dropout,
+)
+
+KEY = jax.random.key(3)
+N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+
+
+def dense(params, x):
+    return x @ params["w"]
+
+
+def pair_of(params, spec=None):
+    frozen, tunable = init_lora(params, spec or {"w": 2}, jax.random.key(0))
+    return frozen, testing.random_factors(tunable, jax.random.key(1))
+
+
+def masks_of(function, frozen, tunable, x, key=KEY, rate=0.5):
+    """Which entries each layer keeps: the base is zero, and `b @ a` shows every input."""
+    return np.asarray(lora(function)((frozen, with_dropout(tunable, key, rate)), x)) != 0
+
+
+def showing(*shape):
+    """A pair whose delta is the identity, for every entry of the leading axes."""
+    *shared, n, _ = shape
+    spec = LoraSpec(n, shared_axes=range(len(shared)))
+    frozen, tunable = init_lora({"w": jnp.zeros(shape)}, {"w": spec}, jax.random.key(0))
+    eye = jnp.broadcast_to(jnp.eye(n), shape)
+    return frozen, {"w": tunable["w"].with_factors({"a": eye, "b": eye})}
+
+
+def test_expectation_and_variance():
+    frozen, tunable = showing(64, 64)
+    x, rate = jnp.ones((500, 64)), 0.3
+    out = lora(dense)((frozen, with_dropout(tunable, KEY, rate)), x)
+    kept = np.asarray(out != 0)
+    assert abs(kept.mean() - 0.7) < 4 * np.sqrt(0.3 * 0.7 / out.size)
+    np.testing.assert_allclose(out[kept], 1 / 0.7, rtol=1e-4)
+    assert abs(out.mean() - 1) < 4 * np.sqrt(0.3 / 0.7 / out.size)
+    # Neither rows nor columns go together.
+    assert kept.mean(0).std() < 0.05 and kept.mean(1).std() < 0.1
+
+
+def test_the_base_sees_all_of_its_input():
+    params = {"w": N(0, 5, 3)}
+    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))  # b is zero
+    out = lora(dense)((frozen, with_dropout(tunable, KEY, 0.9)), N(1, 4, 5))
+    np.testing.assert_array_equal(out, dense(params, N(1, 4, 5)))
+
+
+def test_the_same_key_gives_the_same_numbers():
+    frozen, tunable = pair_of({"w": N(0, 50, 3)})
+    run = lambda key: lora(dense)((frozen, with_dropout(tunable, key, 0.5)), N(1, 4, 50))  # noqa: E731
+    np.testing.assert_array_equal(run(KEY), run(KEY))
+    assert not np.allclose(run(KEY), run(jax.random.key(4)))
+    np.testing.assert_allclose(jax.jit(run)(KEY), run(KEY), rtol=1e-5)
+    np.testing.assert_array_equal(run(jax.random.PRNGKey(3)), run(jax.random.key(3)))
+
+
+def test_without_it_nothing_changes():
+    frozen, tunable = pair_of({"w": N(0, 5, 3)})
+    assert with_dropout(tunable, KEY, 0) is tunable
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan"), "0.1", True])
+def test_a_rate_that_is_not_one_is_refused(rate):
+    with pytest.raises(ValueError, match="the rate is"):
+        with_dropout({}, KEY, rate)
+
+
+def test_weights_have_masks_of_their_own():
+    frozen, tunable = showing(64, 64)
+    frozen, tunable = ({"one": tree["w"], "two": tree["w"]} for tree in (frozen, tunable))
+    masks = masks_of(
+        lambda p, x: jnp.stack([x @ p["one"], x @ p["two"]]), frozen, tunable, jnp.ones((4, 64))
+    )
+    assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
+
+
+def both(function):
+    return lambda p, x: jnp.stack([function(p["w"], x), function(p["w"], x)])
+
+
+TWICE = {
+    "products": both(lambda w, x: x @ w),
+    "jit": both(jax.jit(lambda w, x: x @ w)),
+    "a-product-and-jit": lambda p, x: jnp.stack([x @ p["w"], jax.jit(lambda w: x @ w)(p["w"])]),
+    "within-jit": lambda p, x: jax.jit(lambda w: jnp.stack([x @ w, x @ w]))(p["w"]),
+    "steps-of-a-scan": lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 2)[1],
+    "remat": both(jax.checkpoint(lambda w, x: x @ w)),
+    "branches": both(lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w)),
+    "left": lambda p, x: jnp.stack([x @ p["w"], (p["w"].T @ x.T).T]),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_each_use_has_a_mask_of_its_own(name):
+    masks = masks_of(TWICE[name], *showing(64, 64), jnp.ones((4, 64)))
+    assert 0.4 < masks.mean() < 0.6
+    assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
+
+
+STACKED = {
+    "scan": lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1],
+    "scan-and-remat": lambda p, x: lax.scan(
+        jax.checkpoint(lambda c, w: (c, x @ w)), 0, p["w"])[1],
+    "index": lambda p, x: jnp.stack([x @ p["w"][i] for i in range(2)]),
+    "batched": lambda p, x: jnp.einsum("ebi,eio->ebo", jnp.stack([x, x]), p["w"]),
+    "vmap": lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], jnp.stack([x, x])),
+    "unstacked": lambda p, x: jnp.stack([x @ w for w in p["w"]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_each_entry_of_a_stack_has_a_mask_of_its_own(name):
+    masks = masks_of(STACKED[name], *showing(2, 64, 64), jnp.ones((4, 64)))
+    assert masks.shape == (2, 4, 64) and 0.4 < masks.mean() < 0.6
+    assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
+
+
+def test_experts_that_share_an_input_share_a_mask():
+    """An array has one mask: `x` has no axis for the experts."""
+    masks = masks_of(
+        lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]), *showing(2, 64, 64), jnp.ones((4, 64))
+    )
+    assert 0.4 < masks.mean() < 0.6 and (masks[0] == masks[1]).all()
+
+
+def test_ragged_rows_are_dropped():
+    masks = masks_of(
+        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3])), *showing(2, 64, 64),
+        jnp.ones((4, 64)),
+    )  # fmt: skip
+    assert 0.4 < masks.mean() < 0.6
+
+
+def test_a_convolution_drops_entries_of_its_input():
+    params = {"w": jnp.zeros((1, 1, 16, 16))}
+    spec = {"w": LoraSpec(16, in_axes=(0, 1, 2))}
+    frozen, tunable = init_lora(params, spec, jax.random.key(0))
+    eye = jnp.eye(16)
+    tunable = {"w": tunable["w"].with_factors({"a": eye.reshape(1, 1, 16, 16), "b": eye})}
+    conv = lambda p, x: lax.conv_general_dilated(  # noqa: E731
+        x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    masks = masks_of(conv, frozen, tunable, jnp.ones((2, 8, 8, 16)))
+    assert 0.45 < masks.mean() < 0.55
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_the_gradient_uses_the_mask_of_the_value(wrap):
+    """Under remat the mask is drawn again: it is the same. By a difference along one direction."""
+    frozen, tunable = pair_of({"w": N(0, 4, 6, 6)}, {"w": LoraSpec(2, shared_axes=[0])})
+    layer = wrap(lambda x, w: (jnp.tanh(x @ w), None))
+
+    def loss(tunable):
+        model = lora(lambda params, x: lax.scan(layer, x, params["w"])[0])
+        return model((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 6)).sum()
+
+    gradient = jax.grad(loss)(tunable)
+    move = testing.random_factors(tunable, jax.random.key(5))
+    ahead, behind = (
+        loss(jax.tree.map(lambda t, m, s=s: t + s * m, tunable, move)) for s in (5e-3, -5e-3)
+    )
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, m: (g * m).sum(), gradient, move)))
+    np.testing.assert_allclose((ahead - behind) / 1e-2, slope, rtol=1e-2)
+
+
+def test_every_kind_takes_it():
+    params = {"dora": N(0, 8, 5), "ia3": N(1, 5, 5), "full": N(2, 5)}
+    spec = {"dora": DoraSpec(LoraSpec(2)), "ia3": IA3Spec(), "full": LORA_FULL}
+    frozen, tunable = pair_of(params, spec)
+    model = lambda p, x: x @ p["dora"] @ p["ia3"] + p["full"][None]  # noqa: E731
+    x = N(3, 4, 8)
+    plain = lora(model)((frozen, tunable), x)
+    dropped = with_dropout(tunable, KEY, 0.5)
+    assert not np.allclose(lora(model)((frozen, dropped), x), plain)
+    assert [row.status for row in explain(model, (frozen, dropped), x).rows] == [
+        "covered", "full", "covered",
+    ]  # fmt: skip
+    # What is merged is the adapter without dropout.
+    merged, expected = (merge_params(frozen, tree) for tree in (dropped, tunable))
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
+
+
+def test_over_batches_of_adapters_and_data():
+    frozen, tunable = pair_of({"w": N(0, 16, 6)})
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), tunable)
+    x = N(1, 2, 3, 16)
+    run = lambda t, x, key: lora(dense)((frozen, with_dropout(t, key, 0.5)), x)  # noqa: E731
+    keys = jax.random.split(KEY, 2)
+    got = jax.vmap(run)(several, x, keys)
+    for k in range(2):
+        alone = run(jax.tree.map(lambda leaf, k=k: leaf[k], several), x[k], keys[k])
+        np.testing.assert_allclose(got[k], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_weight_is_built_dropout_is_lost_and_said():
+    frozen, tunable = pair_of({"w": N(0, 5, 5)})
+    with pytest.warns(UserWarning, match="`tanh` .* is not linear in the weight"):
+        lora(lambda p, x: x @ jnp.tanh(p["w"]))(
+            (frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 5)
+        )
+    with pytest.warns(UserWarning, match="has no rule for a weight with a gain or dropout"):
+        lora(lambda p, x: x @ (p["w"] + 1))((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 5))
+
+
+@pytest.mark.devices(4)
+def test_each_shard_draws_for_its_own_entries():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    frozen, tunable = showing(64, 64)
+
+    def model(params, x):
+        run = jax.shard_map(
+            lambda w, x: x @ w, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), spec),
+            out_specs=spec,
+        )  # fmt: skip
+        return run(params["w"], x)
+
+    masks = masks_of(model, frozen, tunable, jnp.ones((8, 64))).reshape(4, 2, 64)
+    for one, other in zip(masks, masks[1:], strict=False):
+        assert 0.35 < (one != other).mean() < 0.65
+
+
+def test_axes_of_a_stack_in_the_middle():
+    spec = {"w": LoraSpec(2).with_axes(Axes((1,), (0,), (2,)))}
+    frozen, tunable = pair_of({"w": N(0, 9, 3, 4)}, spec)
+    model = lambda p, x: jnp.einsum("ebi,ieo->ebo", x, p["w"])  # noqa: E731
+    out = lora(model)((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 2, 9))
+    assert out.shape == (3, 2, 4)
