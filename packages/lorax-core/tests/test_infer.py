@@ -7,6 +7,9 @@ from jax import lax
 
 from lorax import (
     LORA_FREEZE,
+    Axes,
+    DoraSpec,
+    IA3Spec,
     LoraSpec,
     SpecError,
     UnadaptedWarning,
@@ -237,3 +240,27 @@ def test_keywords_and_static_arguments_reach_the_function():
         return x @ params if train is True else x.sum()
 
     assert infer_spec(fn, jnp.ones((5, 7)), jnp.ones((2, 5)), rank=2, train=True).rank == 2
+
+
+def test_any_kind_of_adapter():
+    def model(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["head"]
+
+    params = {"w": jnp.ones((9, 6)), "head": jnp.ones((6, 2))}
+    kind = DoraSpec(LoraSpec(3, alpha=6))
+    with pytest.warns(UnadaptedWarning, match=r"`head`: an adapter of rank 2 has 18 numbers"):
+        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=kind)
+    assert spec == {"w": kind.with_axes(Axes((), (0,), (1,))), "head": 0}
+    with pytest.warns(UnadaptedWarning, match="`head`: gets rank 2"):
+        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=kind, skip_small=False)
+    assert spec["head"].spec.rank == 2
+    spec = infer_spec(model, params, jnp.ones((4, 9)), spec=IA3Spec())
+    assert spec == {
+        name: IA3Spec(in_axes=(0,), out_axes=(1,), shared_axes=()) for name in ("w", "head")
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "spec": IA3Spec()}])
+def test_takes_a_rank_or_a_spec(options):
+    with pytest.raises(TypeError, match="takes `rank` or `spec`: one of them"):
+        infer_spec(lambda p, x: x @ p, jnp.ones((9, 6)), jnp.ones((4, 9)), **options)

@@ -169,3 +169,29 @@ def test_a_model_of_two_models_has_the_presets_of_both():
         *(f"encoder/encoder/layer/0/attention/self/{name}" for name in ("query", "value")),
         *(f"decoder/transformer/h/0/{name}/c_attn" for name in ("attn", "crossattention")),
     }
+
+
+def test_any_kind_of_adapter(llama):
+    kind = lorax.DoraSpec(lorax.LoraSpec(3, alpha=6))
+    found = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
+    assert {spec.spec.rank for spec in found.values()} == {2, 3}
+    assert all(isinstance(spec, lorax.DoraSpec) and spec.spec.in_axes for spec in found.values())
+    gains = adapted(llama, adapter=lorax.IA3Spec(), targets=["k_proj", "v_proj"])
+    assert len(gains) == 4 and all(spec.out_axes for spec in gains.values())
+    plain = adapted(llama, adapter=lorax.LoraSpec(3, 6), alpha_pattern={"v_proj": 4})
+    assert plain == adapted(llama, rank=3, alpha=6, alpha_pattern={"v_proj": 4})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 2}, "leave rank out"),
+        ({"alpha": 2}, "leave alpha out"),
+        ({"rslora": True}, "leave rslora out"),
+        ({"rank_pattern": {"q_proj": 2}}, "needs a kind of adapter with a rank, not IA3Spec"),
+        ({"alpha_pattern": {"q_proj": 2}}, "is for LoraSpec, not for IA3Spec"),
+    ],
+)
+def test_settings_beside_an_adapter_are_refused(llama, options, message):
+    with pytest.raises(TypeError, match=message):
+        lorax_hf.spec(llama, adapter=lorax.IA3Spec(), **options)

@@ -9,6 +9,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
+from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (
     LoraxError as LoraxError,
@@ -68,6 +69,7 @@ __all__ = [
     "UnadaptedWarning",
     "UnusedAdapterError",
     "UnusedAdapterWarning",
+    "adapter_difference",
     "count_params",
     "explain",
     "infer_spec",

@@ -163,7 +163,10 @@ def _placed(started: Started, base: Any) -> tuple[Any, Adapter]:
             for name, factor in factors.items()
         }
     )
-    moved = base if moved is None else moved
+    if moved is None:
+        moved = base
+    elif isinstance(base, jax.Array) and not is_tracer(base):
+        moved = jax.device_put(moved, base.sharding)
     if not held:
         return moved, adapter
     beside = {

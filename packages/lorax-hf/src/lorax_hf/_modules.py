@@ -8,7 +8,7 @@ import jax
 import transformers
 from transformers.models.auto.modeling_flax_auto import FLAX_MODEL_MAPPING_NAMES
 
-from lorax import SpecError
+from lorax import SpecError, path_string
 
 from ._presets import COMPOSITES, PRESETS, Ends, Preset
 
@@ -69,7 +69,7 @@ def parameters_of(model: Any, params: Any = None) -> tuple[list[Parameter], Any]
         params = _params_of(model)
     rows: list[Parameter] = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        path = path_string(key_path)
         parts = path.split("/")
         if parts[0] in _COLLECTIONS:
             parts = parts[1:]

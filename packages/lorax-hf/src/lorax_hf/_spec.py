@@ -1,5 +1,6 @@
 """`spec`: which modules to adapt, in the words of PEFT."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -9,7 +10,16 @@ from typing import Any
 
 import jax
 
-from lorax import LORA_FREEZE, LORA_FULL, LoraSpec, SpecError, UnadaptedWarning
+from lorax import (
+    LORA_FREEZE,
+    LORA_FULL,
+    AdapterSpec,
+    Axes,
+    LoraSpec,
+    SpecError,
+    UnadaptedWarning,
+    path_string,
+)
 
 from ._doctor import warn_of_defects
 from ._modules import Parameter, ends_in, parameters_of
@@ -22,8 +32,9 @@ def spec(
     model: Any,
     params: Any = None,
     *,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
+    adapter: AdapterSpec | None = None,
     targets: Targets = "default",
     exclude: Targets | None = None,
     full: Sequence[str] = (),
@@ -37,16 +48,19 @@ def spec(
     Args:
         model: a Flax model of transformers, or its config.
         params: its parameters, of arrays or shapes; by default the model's own.
-        rank: of every adapter.
+        rank: of every adapter, for plain LoRA; 8 by default.
         alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`.
+        adapter: instead of `rank`, `alpha` and `rslora`, the spec of any kind of adapter without
+            axes, such as `lorax.DoraSpec(lorax.LoraSpec(8))`.
         targets: "default" (PEFT's choice for the architecture), "attention", "mlp", "all-linear"
             (all but the outputs of the task), "embeddings" (of tokens), a sequence of the ends of
             module names such as `["q_proj", "mlp.c_proj"]`, a regular expression for a whole name
             (a string), one for a part of it (compiled), or a function of the name.
         exclude: what not to adapt, in the same forms.
         full: the ends of the names of modules that are trained in full, such as `["classifier"]`.
-        rank_pattern: other ranks, by a regular expression for the end of a name.
-        alpha_pattern: other alphas, by the same.
+        rank_pattern: other ranks, for kinds that have one, by a regular expression for the end of a
+            name.
+        alpha_pattern: other alphas of plain LoRA, by the same.
         layers: only modules in the layers of these indices.
         rslora: whether the scale is `alpha / √rank`.
 
@@ -55,6 +69,7 @@ def spec(
 
     Raises:
         SpecError: where a target matches nothing; the message has near misses.
+        TypeError: where `adapter` meets an option that it replaces.
 
     Warns:
         UnadaptedWarning: where a kind of modules, such as "all-linear", has one with fewer inputs
@@ -68,6 +83,7 @@ def spec(
         >>> spec["h"]["0"]["attn"]["c_attn"]["kernel"]  # GPT-2 keeps (out, in)
         LoraSpec(rank=2, alpha=4, scaling='standard', in_axes=(1,), out_axes=(0,), shared_axes=())
     """
+    kind = _kind(rank, alpha, rslora, adapter, rank_pattern, alpha_pattern)
     rows, params = parameters_of(model, params)
     warn_of_defects(model)
     by_path = {row.path: row for row in rows}
@@ -81,8 +97,8 @@ def spec(
     by_kind = isinstance(targets, str) and targets in _NAMED
     small: list[str] = []
 
-    def decide(key_path: Any, _: Any) -> int | LoraSpec:
-        row = by_path[jax.tree_util.keystr(key_path, simple=True, separator="/")]
+    def decide(key_path: Any, _: Any) -> int | AdapterSpec:
+        row = by_path[path_string(key_path)]
         if row.path in in_full:
             return LORA_FULL
         axes = row.axes
@@ -90,33 +106,57 @@ def spec(
         if not adapted or (wanted is not None and _layer(row.module) not in wanted):
             return LORA_FREEZE
         assert axes is not None
-        own_rank = _by_pattern(rank_pattern or {}, row.module, rank)
+        own_rank = _by_pattern(rank_pattern or {}, row.module, kind.size)
         fan_in, fan_out = (math.prod(row.leaf.shape[d] for d in group) for group in axes)
-        if by_kind and own_rank > min(fan_in, fan_out):
+        if by_kind and own_rank is not None and own_rank > min(fan_in, fan_out):
             small.append(f"`{row.module}` ({fan_in} inputs × {fan_out} outputs)")
             return LORA_FREEZE
-        return LoraSpec(
-            own_rank,
-            _by_pattern(alpha_pattern or {}, row.module, alpha),
-            "rslora" if rslora else "standard",
-            *axes,
-        )
+        own = kind
+        if own_rank is not None and own_rank != kind.size:
+            own = kind.with_size(own_rank)
+        if isinstance(own, LoraSpec) and alpha_pattern:
+            own_alpha = _by_pattern(alpha_pattern, row.module, own.alpha)
+            own = dataclasses.replace(own, alpha=own_alpha)
+        return own.with_axes(Axes((), *axes))
 
     tree = jax.tree_util.tree_map_with_path(decide, params)
     if small:
         warnings.warn(
-            f"spec leaves modules frozen whose weights have no rank of {rank}: {', '.join(small)}. "
-            "Name such a module in `full` to train it, or in `exclude` to silence this.",
+            f"spec leaves modules frozen whose weights have no rank of {kind.size}: "
+            f"{', '.join(small)}. Name such a module in `full` to train it, or in `exclude` to "
+            "silence this.",
             UnadaptedWarning,
             stacklevel=2,
         )
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, LoraSpec))
-    if not any(isinstance(leaf, LoraSpec) or leaf == LORA_FULL for leaf in leaves):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, AdapterSpec))
+    if not any(isinstance(leaf, AdapterSpec) or leaf == LORA_FULL for leaf in leaves):
         raise SpecError(
             f"`exclude` and `layers` leave nothing of targets={_shown(targets)}; the layers are "
             f"{sorted({x for x in map(_layer, (row.module for row in rows)) if x is not None})}."
         )
     return tree
+
+
+def _kind(
+    rank: int | None,
+    alpha: float | None,
+    rslora: bool,
+    adapter: AdapterSpec | None,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+) -> AdapterSpec:
+    """The spec of every adapter, without axes."""
+    if adapter is None:
+        return LoraSpec(8 if rank is None else rank, alpha, "rslora" if rslora else "standard")
+    given = {"rank": rank, "alpha": alpha, "rslora": rslora or None}
+    if taken := [name for name, value in given.items() if value is not None]:
+        raise TypeError(f"spec: `adapter` has its own settings; leave {taken[0]} out.")
+    name = type(adapter).__name__
+    if rank_pattern and adapter.size is None:
+        raise TypeError(f"spec: rank_pattern needs a kind of adapter with a rank, not {name}.")
+    if alpha_pattern and not isinstance(adapter, LoraSpec):
+        raise TypeError(f"spec: alpha_pattern is for LoraSpec, not for {name}.")
+    return adapter
 
 
 def _choose(rows: list[Parameter], targets: Targets, what: str, every: bool = False) -> set[str]:

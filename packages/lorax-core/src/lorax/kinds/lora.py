@@ -15,6 +15,7 @@ import jax
 from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
 from .._axes import Axes
 from .._errors import RankWarning, SpecError
+from .starts import MOVING, STARTS, start_from_matrix
 
 Scaling = Literal["standard", "rslora"]
 
@@ -102,6 +103,9 @@ class LoraSpec(AdapterSpec):
             `in_axes` is None too.
         shared_axes: axes with factors of their own for each entry, such as the layers of a
             `scan` or the experts of a mixture.
+        init: the first factors, where they are not those of `init_lora`: "pissa" or "olora", which
+            take them from the weight, so that its base in the frozen tree moves by as much, or
+            "orthogonal", random factors whose product is zero.
 
     Example:
         >>> from lorax import LoraSpec
@@ -119,6 +123,7 @@ class LoraSpec(AdapterSpec):
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
+    init: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -134,6 +139,8 @@ class LoraSpec(AdapterSpec):
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
         fan_in, fan_out = axes.sizes(shape)
+        if self.init is not None:
+            self._check_init(path, min(fan_in, fan_out))
         if self.rank > min(fan_in, fan_out):
             warnings.warn(
                 f"`{path}` has shape {tuple(shape)}: a matrix of {fan_in} inputs × {fan_out} "
@@ -143,6 +150,22 @@ class LoraSpec(AdapterSpec):
                 RankWarning,
                 stacklevel=4,
             )
+
+    def _check_init(self, path: str, most: int) -> None:
+        if self.init not in STARTS:
+            known = ", ".join(map(repr, STARTS))
+            raise SpecError(f"`{path}` has init={self.init!r}; it is one of {known}, or None.")
+        if self.init in MOVING and self.rank > most:
+            raise SpecError(
+                f"`{path}` has rank {self.rank} and init={self.init!r}, which takes its factors "
+                f"from a matrix of rank {most} at most. Lower the rank, or leave `init` out."
+            )
+        if self.init == "orthogonal" and self.rank % 2:
+            raise SpecError(
+                f"`{path}` has rank {self.rank} and init='orthogonal', which takes an even rank."
+            )
+        if self.init == "pissa" and lora_scale(self.rank, self.alpha, self.scaling) <= 0:
+            raise SpecError(f"`{path}` has alpha {self.alpha} and init='pissa': alpha is positive.")
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraWeight:
         """The adapter without arrays."""
@@ -154,6 +177,8 @@ class LoraSpec(AdapterSpec):
         """`a` and `b` from the initializers of the fan-in and the fan-out factor."""
         shape, axes = start.base.shape, start.axes
         weight = self.blank(shape, axes)
+        if self.init is not None:
+            return start_from_matrix(self.init, start, weight)
         shapes = weight.layout(shape).shapes()
         fan_in, fan_out = axes.sizes(shape)
         keys = jax.random.split(start.key)
