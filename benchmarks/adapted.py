@@ -19,10 +19,11 @@ class Adapted(NamedTuple):
     factors: Any  # {"a": …, "b": …} in the place of every adapted weight
 
 
-def adapt(model: Model, rank: int) -> Adapted:
-    """Random factors: those of `init_lora` have `b = 0`."""
+def adapt(model: Model, kind: int | lorax.AdapterSpec) -> Adapted:
+    """Random factors: those of `init_lora` have `b = 0`. A kind that is an int is a rank."""
     apply, params, batch = model.apply, model.params, model.batch
-    spec = lorax.infer_spec(apply, params, batch, rank=rank, where=model.where, skip_small=False)
+    kind = lorax.LoraSpec(kind) if isinstance(kind, int) else kind
+    spec = lorax.infer_spec(apply, params, batch, spec=kind, where=model.where, skip_small=False)
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
     # Small, so that many layers stay tame.
     tunable = jax.tree.map(lambda leaf: leaf / 8, random_factors(tunable, jax.random.key(3)))
@@ -36,9 +37,9 @@ def adapt(model: Model, rank: int) -> Adapted:
 
 def as_factors(tunable: Any) -> Any:
     return jax.tree.map(
-        lambda weight: {"a": weight.a, "b": weight.b},
+        lambda weight: weight.factors(),
         tunable,
-        is_leaf=lambda node: isinstance(node, lorax.LoraWeight),
+        is_leaf=lambda node: isinstance(node, lorax.Adapter),
     )
 
 

@@ -59,6 +59,28 @@ def test_expectation_and_variance():
     assert kept.mean(0).std() < 0.05 and kept.mean(1).std() < 0.1
 
 
+def test_masks_are_noise():
+    """No axis, no neighbor and no other key tells anything about an entry."""
+    x, rate = jnp.ones((6, 512, 64)), 0.25
+    frozen, tunable = showing(64, 64)
+    kept = np.stack(
+        [masks_of(dense, frozen, tunable, x, jax.random.key(k), rate) for k in range(4)]
+    )
+    centered = kept - (1 - rate)
+
+    def is_small(products):
+        return abs(products.mean()) < 4.5 * products.std() / np.sqrt(products.size)
+
+    assert is_small(centered)
+    for axis in range(4):
+        for lag in (1, 2, 4, 32):
+            if lag < centered.shape[axis]:
+                assert is_small(centered * np.roll(centered, lag, axis)), (axis, lag)
+        counts = kept.sum(axis)
+        expected = kept.shape[axis] * rate * (1 - rate)
+        assert abs(counts.var() / expected - 1) < 0.15, axis
+
+
 def test_the_base_sees_all_of_its_input():
     params = {"w": N(0, 5, 3)}
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))  # b is zero

@@ -22,13 +22,14 @@ Sharp edges:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from .._contract import contract, wide_dtype
 from .._factored import FactoredArray, base_of, is_weight, terms_of, times_gain
-from .._paid import drop_out, gain_array, pay, spread, varying
+from .._paid import gain_array, pay, spread, varying, with_dropout_on
 from .._registry import defrule
 from .._terms import Inexpressible, Term, align, apart, check_size, operand, product
 
@@ -66,20 +67,25 @@ def _dot_general(
         return _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords)
     on_left = is_weight(left)
     weight, met = (left, right) if on_left else (right, left)
-    weight, met, dropped, finish = _paid(eqn, weight, met, dimension_numbers, on_left)
+    weight, met, batched, finish = _paid(eqn, weight, met, dimension_numbers, on_left)
     base = eqn(weight.base, met) if on_left else eqn(met, weight.base)
-    for term in weight.terms:
-        sides = (term, operand(dropped)) if on_left else (operand(dropped), term)
-        term = _dot(*sides, dimension_numbers)
-        meets = len(term.factors) - 1 if on_left else 0
-        base = term.added_to(base, dtype, meets=meets, **keywords)
-    return finish(base)
+
+    def with_terms(met):
+        total = base
+        for term in weight.terms:
+            sides = (term, operand(met)) if on_left else (operand(met), term)
+            term = _dot(*sides, dimension_numbers)
+            meets = len(term.factors) - 1 if on_left else 0
+            total = term.added_to(total, dtype, meets=meets, **keywords)
+        return total
+
+    return finish(with_dropout_on(met, weight, batched, with_terms))
 
 
 def _paid(eqn, weight, met, dimension_numbers, is_left):
-    """The weight without gains, what its base and what its terms meet, and a last step."""
+    """The weight without gains, what it meets, the batched axes of both, and a last step."""
     if weight.is_sum:
-        return weight, met, met, lambda result: result
+        return weight, met, {}, lambda result: result
     summed, batch = (axes if is_left else axes[::-1] for axes in dimension_numbers)
     batched = dict(zip(*batch, strict=True))
     used = (*summed[0], *batch[0])
@@ -88,7 +94,7 @@ def _paid(eqn, weight, met, dimension_numbers, is_left):
     shown = {d: k for k, d in enumerate(batch[0])} | {d: first + k for k, d in enumerate(kept)}
     places = dict(zip(*summed, strict=True)) | batched
     weight, met, pay_result = pay(weight, met, places, shown)
-    return weight, met, drop_out(eqn.with_own_keys(weight), met, batched), pay_result
+    return eqn.with_own_keys(weight), met, batched, pay_result
 
 
 def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords):
@@ -186,7 +192,6 @@ def _ragged_dot_general(
     met = left
     if not right.is_sum:
         right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers)
-    left = met if right.keys is None else drop_out(eqn.with_own_keys(right), met, {})
     deltas = []
     for term in right.terms:
         kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
@@ -198,7 +203,8 @@ def _ragged_dot_general(
     free = [d for d in range(left.ndim) if d not in l_sum]
     dtype = eqn.product_dtype(left, right.base)
     base = eqn(met, right.base, group_sizes)
-    for first, second, inputs, bonds, outputs, group in deltas:
+
+    def delta_of(rows, first, second, inputs, bonds, outputs, group):
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
             owned = any(group in labels for _, labels in half)
@@ -212,14 +218,18 @@ def _ragged_dot_general(
             return jax.lax.ragged_dot_general(x, kernel, group_sizes, ragged_numbers, **keywords)
 
         with jax.named_scope("lora"):
-            middle = multiply(left.astype(dtype), l_sum, ragged[0], first, inputs, bonds, None)
+            middle = multiply(rows.astype(dtype), l_sum, ragged[0], first, inputs, bonds, None)
             summed = list(range(len(free), middle.ndim))
             ragged_axis = free.index(ragged[0])
             delta = multiply(
                 middle, summed, ragged_axis, second, bonds, outputs, preferred_element_type
             )
-        base = base + delta.reshape(base.shape).astype(base.dtype)
-    return pay_result(base)
+        return delta.reshape(base.shape).astype(base.dtype)
+
+    def with_terms(rows):
+        return functools.reduce(lambda total, delta: total + delta_of(rows, *delta), deltas, base)
+
+    return pay_result(with_dropout_on(met, eqn.with_own_keys(right), {}, with_terms))
 
 
 def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):

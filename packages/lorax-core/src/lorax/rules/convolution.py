@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from .._contract import is_for_one_cpu
 from .._factored import FactoredArray
-from .._paid import drop_out, pay
+from .._paid import pay, with_dropout_on
 from .._registry import defrule
 from .._terms import Inexpressible, Label, Term
 
@@ -81,14 +81,19 @@ def _conv_general_dilated(
         _stages(term, rhs_spec, feature_group_count, batch_group_count, dtype)
         for term in kernel.terms
     ]
-    base, x = eqn(x, kernel.base), drop_out(eqn.with_own_keys(kernel), x, {}).astype(dtype)
-    for stage in stages:
-        delta = _convolve(
-            x, stage, windows, dimension_numbers, feature_group_count, batch_group_count,
-            precision, preferred_element_type,
-        )  # fmt: skip
-        base = base + delta.astype(base.dtype)
-    return pay_result(base)
+    base = eqn(x, kernel.base)
+
+    def with_terms(x):
+        total, x = base, x.astype(dtype)
+        for stage in stages:
+            delta = _convolve(
+                x, stage, windows, dimension_numbers, feature_group_count, batch_group_count,
+                precision, preferred_element_type,
+            )  # fmt: skip
+            total = total + delta.astype(total.dtype)
+        return total
+
+    return pay_result(with_dropout_on(x, eqn.with_own_keys(kernel), {}, with_terms))
 
 
 class _Stages(NamedTuple):

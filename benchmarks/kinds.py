@@ -1,0 +1,104 @@
+"""Counts and times a training step with each kind of adapter, beside the same step with LoRA.
+
+    python benchmarks/kinds.py [--rounds N] [--works NAME ...]
+
+FLOPs, temporary bytes and the bytes kept for the backward pass are exact. The time is the median
+ratio of paired runs.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+import lorax
+from adapted import adapt
+from bench import Variant, step_milliseconds, variant
+from counts import paired
+from models import Model
+from steps import floor, start, train
+from works import Program, gpt
+
+RANK, RATE = 16, 0.05
+LORA = lorax.LoraSpec(RANK, alpha=RANK)
+
+KINDS: dict[str, lorax.AdapterSpec] = {
+    "LoRA": LORA,
+    "DoRA": lorax.DoraSpec(LORA),
+    "DoRA, norm with a gradient": lorax.DoraSpec(LORA, detached=False),
+    "IA³": lorax.IA3Spec(),
+}
+
+WORKS: dict[str, Callable[[], Model]] = {
+    "GPT": gpt,
+    "GPT, scan + remat": lambda: gpt(scan=True, remat=True),
+}
+
+HEADER = (
+    "| kind | trained | FLOPs | temporary bytes | kept bytes | step |\n"
+    "|---|---:|---:|---:|---:|---:|"
+)
+
+
+class Step(NamedTuple):
+    """A step, and how many numbers it trains."""
+
+    variant: Variant
+    trained: int
+
+
+def steps(model: Model) -> dict[str, Step]:
+    """A training step of every kind, of LoRA with dropout, and the floor."""
+    found = {name: Step(*_step(model, spec)) for name, spec in KINDS.items()}
+    found["LoRA, dropout"] = Step(*_step(model, LORA, dropout=True))
+    found["floor"] = Step(variant(Program(*floor(model))), 0)
+    return found
+
+
+def _step(model: Model, spec: Any, dropout: bool = False) -> tuple[Variant, int]:
+    adapted = adapt(model, spec)
+    trained, frozen = train(adapted.ours), adapted.frozen
+    if dropout:
+        trained = train(
+            lambda tunable, frozen, batch: adapted.ours(
+                lorax.with_dropout(tunable, jax.random.key(0), RATE), frozen, batch
+            )
+        )
+    calls = [(start(adapted.tunable), frozen, model.batch)]
+    return variant(Program(trained.step, calls, trained.loss)), lorax.count_params(adapted.tunable)
+
+
+def table(model: Model, rounds: int) -> str:
+    """Each kind as a ratio to LoRA."""
+    made = steps(model)
+    runs = {name: lambda v=step.variant: step_milliseconds(v) for name, step in made.items()}
+    times = paired(runs, rounds) if rounds else {}
+    lines = [HEADER]
+    lora = made["LoRA"].variant.counts
+    for name, (found, trained) in made.items():
+        cells = [f"{trained:,}"]
+        for count in ("flops", "temp_bytes", "residual_bytes"):
+            cells.append(f"{found.counts[count] / lora[count]:.3f}")
+        if times:
+            ratios = [x / y for x, y in zip(times[name], times["LoRA"], strict=True)]
+            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.2f}–{max(ratios):.2f})")
+        else:
+            cells.append("–")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11, help="of paired runs; 0 only counts")
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    options = parser.parse_args()
+    print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, rank {RANK}, beside LoRA")
+    for name in options.works:
+        print(f"\n{name}\n\n{table(WORKS[name](), options.rounds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
