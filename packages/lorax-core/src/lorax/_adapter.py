@@ -177,7 +177,7 @@ class Adapter:
         return self.kind if rank is None else f"{self.kind} {rank}"
 
 
-def from_settings(settings: Mapping[str, Any]) -> Adapter:
+def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
     """An adapter without arrays from what `Adapter.settings` returned.
 
     Raises:
@@ -192,7 +192,7 @@ def from_settings(settings: Mapping[str, Any]) -> Adapter:
             values[field.name] = tuple(value) if isinstance(value, list) else value
         else:
             nested = given.pop(field.name, None)
-            values[field.name] = None if nested is None else from_settings(nested)
+            values[field.name] = None if nested is None else adapter_from_settings(nested)
     if given:
         raise ValueError(f"A {cls.kind} adapter has no setting {sorted(given)[0]!r}.")
     return cls(**values)

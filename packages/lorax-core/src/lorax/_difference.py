@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._adapter import Adapter
 from ._arrays import path_string
 from ._errors import PairError
 from ._pair import is_tunable_leaf
-from .kinds.lora import LoraWeight
 
 
 def adapter_difference(tunable: Any, start: Any) -> Any:
@@ -51,9 +51,9 @@ def adapter_difference(tunable: Any, start: Any) -> Any:
         )
 
     def difference(path: Any, after: Any, before: Any) -> Any:
-        if not hasattr(after, "kind"):
+        if not isinstance(after, Adapter):
             return after
-        if not isinstance(after, LoraWeight):
+        if after.kind != "lora":
             raise PairError(
                 f"adapter_difference: `{path_string(path)}` has a {after.kind} adapter, and only "
                 "plain LoRA is a sum of products."

@@ -1,3 +1,17 @@
-"""Kinds of adapters, one module each: the spec, the adapter, and its first factors."""
+"""Kinds of adapters, one module each: the spec, the adapter, and its first factors.
 
+What a kind of one's own is made of can be imported from here.
+"""
+
+from .._adapter import (
+    KINDS as KINDS,
+    Labeled as Labeled,
+    Layout as Layout,
+    Start as Start,
+    Started as Started,
+    adapter_from_settings as adapter_from_settings,
+    defkind as defkind,
+    make_term as make_term,
+    static as static,
+)
 from . import dora as dora, ia3 as ia3, lora as lora
