@@ -177,6 +177,11 @@ class Adapter:
         return self.kind if rank is None else f"{self.kind} {rank}"
 
 
+def is_adapter(node: Any) -> bool:
+    """Whether a node of a tree is an adapter."""
+    return isinstance(node, Adapter)
+
+
 def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
     """An adapter without arrays from what `Adapter.settings` returned.
 

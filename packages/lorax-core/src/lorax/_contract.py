@@ -358,7 +358,8 @@ def _halves(groups: tuple[int, ...]) -> Iterator[int]:
 class _Mesh:
     """Sharding of products on a mesh with explicit axes, where `dot_general` must be told.
 
-    A label is sharded as the first operand that carries it is, and the result as `like` is.
+    A label is sharded as the first operand that carries it is, and the result as `like` is. Of two
+    labels of one array that are sharded over the same axis of the mesh, the first one is.
     """
 
     def __init__(self, operands: Sequence[Operand], out: tuple[Any, ...], like: Any):
@@ -372,12 +373,19 @@ class _Mesh:
             self.entries |= zip(out, jax.typeof(like).sharding.spec, strict=True)
         for (_, labels), sharding in zip(operands, shardings, strict=True):
             for label, entry in zip(labels, sharding.spec, strict=True):
-                if self.entries.get(label) is None:
+                fixed = like is not None and label in out
+                if self.entries.get(label) is None and not fixed:
                     self.entries[label] = entry
 
     def out_sharding(self, labels: Sequence[Any]) -> dict[str, NamedSharding]:
         """The keyword for `dot_general`, or none off an explicit mesh."""
         if self.mesh is None:
             return {}
-        spec = PartitionSpec(*(self.entries.get(label) for label in labels))
-        return {"out_sharding": NamedSharding(self.mesh, spec)}
+        spec: list[Any] = []
+        taken: set[Any] = set()
+        for label in labels:
+            entry = self.entries.get(label)
+            names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
+            spec.append(None if names & taken else entry)
+            taken |= names
+        return {"out_sharding": NamedSharding(self.mesh, PartitionSpec(*spec))}

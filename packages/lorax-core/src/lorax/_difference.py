@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import Adapter
+from ._adapter import is_adapter
 from ._arrays import path_string
 from ._errors import PairError
 from ._pair import is_tunable_leaf
@@ -51,7 +51,7 @@ def adapter_difference(tunable: Any, start: Any) -> Any:
         )
 
     def difference(path: Any, after: Any, before: Any) -> Any:
-        if not isinstance(after, Adapter):
+        if not is_adapter(after):
             return after
         if after.kind != "lora":
             raise PairError(

@@ -51,7 +51,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         >>> jax.grad(loss)(tunable, jnp.ones((4, 3)), key)["w"].a.shape
         (3, 1)
     """
-    if not isinstance(rate, numbers.Real) or isinstance(rate, bool) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
         raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
     if rate == 0:
         return tunable

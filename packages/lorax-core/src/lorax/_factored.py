@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _contract
+from ._sharding import sharded_like
 from ._terms import Inexpressible, Labels, Term, align, apart
 
 
@@ -260,8 +261,10 @@ class FactoredArray:
 def times_gain(array: jax.Array, gain: jax.Array) -> jax.Array:
     """An array times a gain, in the dtype of the array.
 
-    The gain is float32 or wider. For the backward pass a narrower array is kept as it is.
+    The gain is float32 or wider. For the backward pass a narrower array is kept as it is. On a mesh
+    with explicit axes the gain goes where the array is.
     """
+    gain = sharded_like(gain, array)
 
     def times(array: jax.Array, gain: jax.Array) -> jax.Array:
         return (array.astype(gain.dtype) * gain).astype(array.dtype)

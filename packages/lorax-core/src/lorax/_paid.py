@@ -18,6 +18,7 @@ import numpy as np
 from ._compat import varying_axes
 from ._contract import wide_dtype
 from ._factored import FactoredArray, Keys, times_gain
+from ._sharding import sharded_like
 from ._terms import Inexpressible, Term
 
 
@@ -145,7 +146,7 @@ def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.A
         of_key = jax.vmap(of_key)
     with jax.named_scope("lora"):
         noise = jnp.moveaxis(of_key(data), range(len(places)), places)
-        mask = noise >= np.uint32(keys.rate * 2**32)
+        mask = sharded_like(noise >= np.uint32(keys.rate * 2**32), operand)
         kept = operand * jnp.asarray(1 / (1 - keys.rate), operand.dtype)
         return jnp.where(mask, kept, jnp.zeros_like(operand))
 

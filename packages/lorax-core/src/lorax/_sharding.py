@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 
 def factor_spec(
@@ -33,6 +33,19 @@ def factor_sharding(
         factor_spec(sharding.spec, out, labels),
         memory_kind=sharding.memory_kind,
     )
+
+
+def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """The array with the sharding of one that it meets entry by entry, on a mesh of explicit axes.
+
+    Axes of size one are broadcast there.
+    """
+    sharding = jax.typeof(other).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    sizes = zip(sharding.spec, array.shape, strict=True)
+    spec = PartitionSpec(*(entry if size != 1 else None for entry, size in sizes))
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
 def placement(array: Any) -> Sharding | None:
