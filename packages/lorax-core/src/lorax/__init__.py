@@ -37,16 +37,29 @@ from ._spec import (
     spec_from_rules as spec_from_rules,
 )
 from ._transform import lora as lora
+from .kinds.adalora import (
+    AdaloraSpec as AdaloraSpec,
+    AdaloraWeight as AdaloraWeight,
+    adalora_orthogonality as adalora_orthogonality,
+)
+from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
 from .kinds.ia3 import IA3Spec as IA3Spec, IA3Weight as IA3Weight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
+from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
+from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
+from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
 __version__ = importlib.metadata.version("lorax-core")
 
 __all__ = [
+    "AdaloraSpec",
+    "AdaloraWeight",
     "Adapter",
     "AdapterSpec",
     "Axes",
+    "DeloraSpec",
+    "DeloraWeight",
     "DoraSpec",
     "DoraWeight",
     "Explanation",
@@ -55,6 +68,8 @@ __all__ = [
     "IA3Weight",
     "LORA_FREEZE",
     "LORA_FULL",
+    "LoraFASpec",
+    "LoraFAWeight",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
@@ -64,9 +79,14 @@ __all__ = [
     "PairError",
     "RankWarning",
     "SpecError",
+    "TokensSpec",
+    "TokensWeight",
     "UnadaptedWarning",
     "UnusedAdapterError",
     "UnusedAdapterWarning",
+    "VeraSpec",
+    "VeraWeight",
+    "adalora_orthogonality",
     "count_params",
     "explain",
     "infer_spec",

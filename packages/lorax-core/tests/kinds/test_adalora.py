@@ -1,0 +1,83 @@
+"""AdaLoRA: its start, its penalty, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import (
+    AdaloraSpec,
+    RankWarning,
+    SpecError,
+    adalora_orthogonality,
+    init_lora,
+    merge_params,
+)
+from lorax.testing import random_factors
+
+
+def start(spec, shape=(9, 7)):
+    return init_lora({"w": jnp.ones(shape)}, {"w": spec}, jax.random.key(0))
+
+
+def test_begins_with_small_factors_and_no_delta():
+    weight = start(AdaloraSpec(32), (64, 48)).tunable["w"]
+    assert (weight.e == 0).all()
+    for factor in (weight.a, weight.b):
+        np.testing.assert_allclose(factor.std(), 0.02, rtol=0.05)
+
+
+def test_is_the_product_of_its_three_factors():
+    frozen, tunable = start(AdaloraSpec(3, alpha=6))
+    weight = random_factors(tunable, jax.random.key(1))["w"]
+    expected = 1 + 2 * weight.a @ jnp.diag(weight.e) @ weight.b
+    np.testing.assert_allclose(merge_params(frozen, {"w": weight})["w"], expected, rtol=1e-5)
+
+
+def with_factors(spec, shape, a, b):
+    tunable = start(spec, shape).tunable
+    return {"w": tunable["w"].with_factors({"a": a, "b": b, "e": tunable["w"].e}), "other": None}
+
+
+def test_orthonormal_factors_have_no_penalty_and_a_gradient_of_zero():
+    tunable = with_factors(AdaloraSpec(2), (3, 3), jnp.eye(3)[:, :2], jnp.eye(3)[1:])
+    value, grads = jax.value_and_grad(adalora_orthogonality)(tunable)
+    assert value == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_the_penalty_is_a_mean_over_factors_and_entries():
+    a = jnp.stack([jnp.eye(3)[:, :2], 2 * jnp.eye(3)[:, :2]])
+    b = jnp.stack([jnp.eye(3)[:2], jnp.zeros((2, 3))])
+    tunable = with_factors(AdaloraSpec(2, shared_axes=[0]), (2, 3, 3), a, b)
+    # ‖4 I − I‖ = 3 √2 and ‖0 − I‖ = √2, of four.
+    np.testing.assert_allclose(adalora_orthogonality(tunable), np.sqrt(2), rtol=1e-6)
+
+
+def test_other_weights_have_no_penalty():
+    tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": 2}, jax.random.key(0)).tunable
+    assert adalora_orthogonality(tunable) == 0
+
+
+BAD = {
+    "rank 0": (AdaloraSpec(0), "`w` has a AdaloraSpec of rank 0; ranks begin at 1"),
+    "rank 1.5": (AdaloraSpec(1.5), "`w` has rank 1.5; a rank is a positive int"),
+    "alpha": (AdaloraSpec(2, alpha=float("nan")), "`w` has alpha nan; it is a finite number"),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_bad_settings_are_refused(row):
+    spec, message = BAD[row]
+    with pytest.raises(SpecError, match=message):
+        start(spec)
+
+
+def test_vectors_are_refused():
+    with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
+        start(AdaloraSpec(2), (5,))
+
+
+def test_warns_of_a_rank_above_the_matrix():
+    with pytest.warns(RankWarning, match="whose rank is at most 7"):
+        start(AdaloraSpec(8))
