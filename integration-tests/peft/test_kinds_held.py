@@ -253,3 +253,40 @@ def test_the_penalty_of_adalora_is_pefts():
         ):
             expected.append(torch.linalg.norm(gram - torch.eye(3)).item())
     close(lorax.adalora_orthogonality(tunable), np.mean(expected))
+
+
+def test_the_ranks_of_adalora_are_set_to_zero_as_in_peft():
+    schedule = {"tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 9}
+    row = dataclasses.replace(
+        KINDS["AdaLoRA"],
+        config=AdaLoraConfig(
+            init_r=3, target_r=1, lora_alpha=5, target_modules=list(LAYERS), **schedule
+        ),
+    )
+    model, _, pair = adapted(row)
+    pruner = lorax.adalora_pruner(1, 9, t_init=1, t_final=2, every=2)
+    update = jax.jit(pruner.update)
+    state = pruner.init(with_factors_of(model, row, pair).tunable)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    counts = []
+    for step in range(9):
+        optimizer.zero_grad()
+        (torch.sin(model(TOKENS) * (step + 1)) ** 2).sum().backward()
+        optimizer.step()
+        tunable = with_factors_of(model, row, pair).tunable
+        grads = tunable | {
+            name: tunable[name].with_factors(
+                {
+                    key: ORDERS[order](array(tensor.grad))
+                    for key, (tensor, order) in row.factors(layer_of(model, name)).items()
+                }
+            )
+            for name in LAYERS
+        }
+        tunable, state = update(tunable, grads, state, step)
+        model.base_model.update_and_allocate(step)
+        theirs = with_factors_of(model, row, pair).tunable
+        for name in LAYERS:
+            np.testing.assert_array_equal(tunable[name].e, theirs[name].e)
+        counts.append(sum(int((theirs[name].e != 0).sum()) for name in LAYERS))
+    assert counts[0] == 6 and counts[-1] == 2 and len(set(counts)) > 2

@@ -38,9 +38,12 @@ from ._spec import (
 )
 from ._transform import lora as lora
 from .kinds.adalora import (
+    AdaloraPruner as AdaloraPruner,
     AdaloraSpec as AdaloraSpec,
+    AdaloraState as AdaloraState,
     AdaloraWeight as AdaloraWeight,
     adalora_orthogonality as adalora_orthogonality,
+    adalora_pruner as adalora_pruner,
 )
 from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
@@ -53,7 +56,9 @@ from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 __version__ = importlib.metadata.version("lorax-core")
 
 __all__ = [
+    "AdaloraPruner",
     "AdaloraSpec",
+    "AdaloraState",
     "AdaloraWeight",
     "Adapter",
     "AdapterSpec",
@@ -87,6 +92,7 @@ __all__ = [
     "VeraSpec",
     "VeraWeight",
     "adalora_orthogonality",
+    "adalora_pruner",
     "count_params",
     "explain",
     "infer_spec",

@@ -10,6 +10,7 @@ from lorax import (
     RankWarning,
     SpecError,
     adalora_orthogonality,
+    adalora_pruner,
     init_lora,
     merge_params,
 )
@@ -81,3 +82,77 @@ def test_vectors_are_refused():
 def test_warns_of_a_rank_above_the_matrix():
     with pytest.warns(RankWarning, match="whose rank is at most 7"):
         start(AdaloraSpec(8))
+
+
+def trained(factor):
+    """A tunable tree and gradients whose importance grows with the rank."""
+    tunable = random_factors(start(AdaloraSpec(4)).tunable, jax.random.key(1))
+    weight = tunable["w"].with_factors(
+        {name: jnp.ones_like(x) for name, x in tunable["w"].factors().items()}
+    )
+    ranks = jnp.arange(1.0, 5.0)
+    grads = weight.with_factors(
+        {
+            "a": jnp.tile(ranks, (9, 1)) * factor,
+            "e": ranks * factor,
+            "b": jnp.tile(ranks[:, None], (1, 7)) * factor,
+        }
+    )
+    tree = {"w": weight, "full": jnp.ones(3), "frozen": None}
+    return tree, {"w": grads, "full": jnp.ones(3), "frozen": None}
+
+
+def run(pruner, steps):
+    tunable, _ = trained(1)
+    state = pruner.init(tunable)
+    found = []
+    for step in range(steps):
+        _, grads = trained(1 + step)
+        tunable, state = jax.jit(pruner.update)(tunable, grads, state, step)
+        found.append(tunable["w"].e.tolist())
+    return tunable, found
+
+
+def test_the_least_important_ranks_go_first_and_the_budget_is_kept():
+    tunable, found = run(adalora_pruner(1, 8, t_init=2, t_final=2), 10)
+    # All four until step 2, then floor(3 · (left / 4)³ + 1) of them.
+    assert [sum(map(bool, e)) for e in found] == [4, 4, 4, 2, 1, 1, 1, 1, 1, 1]
+    assert found[3] == [0, 0, 1, 1] and found[-1] == [0, 0, 0, 1]
+    assert (tunable["full"] == 1).all() and tunable["frozen"] is None
+
+
+def test_between_two_masks_nothing_is_set_to_zero():
+    _, found = run(adalora_pruner(1, 8, every=5), 9)
+    assert [sum(map(bool, e)) for e in found][:8] == [4, 4, 4, 4, 4, 1, 1, 1]
+
+
+def test_a_budget_of_all_ranks_keeps_them():
+    _, found = run(adalora_pruner(4, 4), 6)
+    assert found == [[1, 1, 1, 1]] * 6
+
+
+def test_a_tree_without_adalora_is_left_alone():
+    tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": 2}, jax.random.key(0)).tunable
+    pruner = adalora_pruner(1, 4)
+    again, _ = pruner.update(tunable, tunable, pruner.init(tunable), 3)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), again, tunable))
+
+
+def test_entries_of_a_stack_share_the_budget():
+    tunable = start(AdaloraSpec(4, shared_axes=[0]), (3, 9, 7)).tunable
+    tunable = random_factors(tunable, jax.random.key(1))
+    grads = random_factors(tunable, jax.random.key(2))
+    pruner = adalora_pruner(2, 1)
+    state = pruner.update(tunable, grads, pruner.init(tunable), 0)[1]
+    tunable, state = pruner.update(tunable, grads, state, 1)
+    assert state.kept["w"].shape == (3, 4) and state.kept["w"].sum() == 6
+    np.testing.assert_array_equal(tunable["w"].e != 0, state.kept["w"])
+
+
+@pytest.mark.parametrize(
+    ("target", "total", "more"),
+    [(0, 9, {}), (1, 9, {"t_init": 9}), (1, 9, {"t_final": -1}), (1, 9, {"every": 0})],
+)
+def test_a_schedule_that_does_not_fit_is_refused(target, total, more):
+    with pytest.raises(ValueError, match="adalora_pruner takes target_rank and every from 1"):
+        adalora_pruner(target, total, **more)

@@ -5,8 +5,8 @@ delta[shared, in, out]  =  scale · Σ_r a[shared, in, r] · e[shared, r] · b[s
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,3 +185,148 @@ def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
     entries = math.prod(weight.a.shape[:shared])
     a = weight.a.astype(wide).reshape(entries, -1, weight.rank)
     return jnp.swapaxes(a, 1, 2), weight.b.astype(wide).reshape(entries, weight.rank, -1)
+
+
+class AdaloraState(NamedTuple):
+    """What a pruner remembers of each AdaLoRA weight, by its path.
+
+    Attributes:
+        importance: the moving average of |factor · gradient|, for each entry of the factors.
+        uncertainty: that of how far it is from this average.
+        kept: which ranks take part.
+    """
+
+    importance: dict[str, dict[str, jax.Array]]
+    uncertainty: dict[str, dict[str, jax.Array]]
+    kept: dict[str, jax.Array]
+
+
+class AdaloraPruner(NamedTuple):
+    """Two functions, as an optimizer of optax: `init(tunable)`, and `update` after each step."""
+
+    init: Callable[[Any], AdaloraState]
+    update: Callable[[Any, Any, AdaloraState, Any], tuple[Any, AdaloraState]]
+
+
+def adalora_pruner(
+    target_rank: int,
+    total_steps: int,
+    *,
+    t_init: int = 0,
+    t_final: int = 0,
+    every: int = 1,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+) -> AdaloraPruner:
+    """AdaLoRA's schedule of ranks: the least important of all weights' ranks are set to zero.
+
+    The budget, how many ranks are kept in all, falls with the third power of the steps that are
+    left, from all ranks to `target_rank` for each weight. A rank is as important as its entry of
+    `e`, and the mean entry of `a` and of `b` that go with it; an entry's importance is the moving
+    average of |factor · gradient| times that of its deviation. Until the last mask a rank may come
+    back.
+
+    Args:
+        target_rank: how many ranks are kept at the end, on average, of each weight and of each
+            entry of its shared axes.
+        total_steps: of the training.
+        t_init: for so many steps at first all ranks are kept.
+        t_final: for so many steps at last the mask stays as it is.
+        every: between, ranks are set to zero in each step that is a multiple of this.
+        beta1: of the average of the importance.
+        beta2: of the average of its deviation.
+
+    Returns:
+        The `AdaloraPruner`: `state = init(tunable)`, and after each step of the optimizer
+        `tunable, state = update(tunable, grads, state, step)`. Both run under `jax.jit`, where
+        `step` may be traced. Other leaves of `tunable` stay as they are.
+
+    Raises:
+        ValueError: where the numbers do not fit each other.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import AdaloraSpec, adalora_pruner, init_lora
+        >>> params, spec = {"w": jnp.ones((5, 3))}, {"w": AdaloraSpec(3)}
+        >>> _, tunable = init_lora(params, spec, jax.random.key(0))
+        >>> pruner = adalora_pruner(1, total_steps=1)
+        >>> grads = jax.tree.map(jnp.ones_like, tunable)
+        >>> tunable, state = pruner.update(tunable, grads, pruner.init(tunable), 0)
+        >>> _, state = pruner.update(tunable, grads, state, 1)
+        >>> int(state.kept["w"].sum())
+        1
+    """
+    end = total_steps - t_final
+    if not (target_rank >= 1 and every >= 1 and 0 <= t_init < end <= total_steps):
+        raise ValueError(
+            f"adalora_pruner takes target_rank and every from 1, and 0 ≤ t_init < total_steps - "
+            f"t_final, and was given {target_rank=}, {every=}, {t_init=}, {total_steps=}, "
+            f"{t_final=}."
+        )
+
+    def init(tunable: Any) -> AdaloraState:
+        weights = dict(_weights(tunable))
+        zeros = {path: jax.tree.map(jnp.zeros_like, w.factors()) for path, w in weights.items()}
+        kept = {path: jnp.ones(w.e.shape, bool) for path, w in weights.items()}
+        return AdaloraState(zeros, jax.tree.map(jnp.copy, zeros), kept)
+
+    def update(
+        tunable: Any, grads: Any, state: AdaloraState, step: Any
+    ) -> tuple[Any, AdaloraState]:
+        step = jnp.asarray(step, jnp.int32)
+        factors = {path: weight.factors() for path, weight in _weights(tunable)}
+        slopes = {path: weight.factors() for path, weight in _weights(grads)}
+        state = remembered(factors, slopes, state, step < end)
+        kept = state.kept
+        if factors:
+            kept = _most_important(dict(_weights(tunable)), state, budget(tunable, step))
+        renews = (step > t_init) & (step % every == 0) & (step < end) | (step == end)
+        kept = {path: jnp.where(renews, kept[path], old) for path, old in state.kept.items()}
+
+        def pruned(path: Any, leaf: Any) -> Any:
+            if not _is_adalora(leaf):
+                return leaf
+            is_out = (renews | (step > end)) & ~kept[path_string(path)]
+            return leaf.with_factors(leaf.factors() | {"e": jnp.where(is_out, 0, leaf.e)})
+
+        tunable = jax.tree_util.tree_map_with_path(pruned, tunable, is_leaf=_is_adalora)
+        return tunable, state._replace(kept=kept)
+
+    def budget(tunable: Any, step: jax.Array) -> jax.Array:
+        """How many ranks are kept."""
+        weights = [weight for _, weight in _weights(tunable)]
+        ranks = sum(weight.e.size for weight in weights)
+        target = target_rank * sum(weight.e.size // weight.rank for weight in weights)
+        left = jnp.clip((end - step) / (end - t_init), 0, 1)
+        return jnp.int32(jnp.floor((ranks - target) * left**3 + target))
+
+    def remembered(factors: Any, slopes: Any, state: AdaloraState, is_open: Any) -> AdaloraState:
+        """The averages after one more step."""
+
+        def averaged(beta: float, average: Any, new: Any) -> Any:
+            mix = lambda old, new: jnp.where(is_open, beta * old + (1 - beta) * new, old)  # noqa: E731
+            return jax.tree.map(mix, average, new)
+
+        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), factors, slopes)
+        importance = averaged(beta1, state.importance, now)
+        apart = jax.tree.map(lambda x, mean: jnp.abs(x - mean), now, importance)
+        return AdaloraState(importance, averaged(beta2, state.uncertainty, apart), state.kept)
+
+    return AdaloraPruner(init, update)
+
+
+def _most_important(
+    weights: dict[str, AdaloraWeight], state: AdaloraState, budget: jax.Array
+) -> dict[str, jax.Array]:
+    """Which ranks are among the `budget` most important ones of all weights."""
+    scores: dict[str, jax.Array] = {}
+    for path, weight in weights.items():
+        parts = state.importance[path], state.uncertainty[path]
+        score = {name: parts[0][name] * parts[1][name] for name in parts[0]}
+        a, b = _matrices(weight.with_factors(score))
+        means = a.mean(2) + b.mean(2)  # [entries, rank]
+        scores[path] = score["e"].astype(means.dtype) + means.reshape(weight.e.shape)
+    ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores.values()]))
+    left_out = ordered.size - budget
+    least = jnp.where(left_out > 0, ordered[jnp.maximum(left_out - 1, 0)], -jnp.inf)
+    return {path: score > least for path, score in scores.items()}
