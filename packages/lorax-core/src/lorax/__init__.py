@@ -39,16 +39,34 @@ from ._spec import (
     spec_from_rules as spec_from_rules,
 )
 from ._transform import lora as lora
+from .kinds.adalora import (
+    AdaloraPruner as AdaloraPruner,
+    AdaloraSpec as AdaloraSpec,
+    AdaloraState as AdaloraState,
+    AdaloraWeight as AdaloraWeight,
+    adalora_orthogonality as adalora_orthogonality,
+    adalora_pruner as adalora_pruner,
+)
+from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
 from .kinds.ia3 import IA3Spec as IA3Spec, IA3Weight as IA3Weight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
+from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
+from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
+from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
 __version__ = importlib.metadata.version("lorax-core")
 
 __all__ = [
+    "AdaloraPruner",
+    "AdaloraSpec",
+    "AdaloraState",
+    "AdaloraWeight",
     "Adapter",
     "AdapterSpec",
     "Axes",
+    "DeloraSpec",
+    "DeloraWeight",
     "DoraSpec",
     "DoraWeight",
     "Explanation",
@@ -57,6 +75,8 @@ __all__ = [
     "IA3Weight",
     "LORA_FREEZE",
     "LORA_FULL",
+    "LoraFASpec",
+    "LoraFAWeight",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
@@ -66,9 +86,15 @@ __all__ = [
     "PairError",
     "RankWarning",
     "SpecError",
+    "TokensSpec",
+    "TokensWeight",
     "UnadaptedWarning",
     "UnusedAdapterError",
     "UnusedAdapterWarning",
+    "VeraSpec",
+    "VeraWeight",
+    "adalora_orthogonality",
+    "adalora_pruner",
     "adapter_difference",
     "count_params",
     "explain",

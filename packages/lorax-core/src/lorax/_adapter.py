@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import numpy as np
 
 from ._arrays import own
 from ._axes import Axes, resolve_axes
@@ -132,7 +133,8 @@ class Adapter:
         """The einsum of all factors, scaled."""
         layout = self.layout(shape)
         labels = {**layout.factors, **layout.held}
-        factors = {**self.factors(), **held}
+        # Also where a user takes the gradient of the frozen tree, too.
+        factors = {**self.factors(), **jax.lax.stop_gradient(dict(held))}
         term = make_term({n: factors[n] for n in labels}, labels, layout.out, source)
         return term if self.scale == 1 else term.scale(self.scale)
 
@@ -283,6 +285,15 @@ class Start(NamedTuple):
     common: Any
     initializers: tuple[Initializer, Initializer]
 
+    def array(self, spec: Any, needed: str) -> Any:
+        """The parameter, of which `spec` needs more than its shape."""
+        if not isinstance(self.base, jax.Array | np.ndarray):
+            raise SpecError(
+                f"`{self.path}` has a {type(spec).__name__}, which needs {needed}, but it is "
+                f"{type(self.base).__name__}. Call init_lora on arrays, or under jax.eval_shape."
+            )
+        return self.base
+
     def draw(
         self, key: jax.Array, init: Initializer, matrix: tuple[int, int], shape: tuple[int, ...]
     ) -> jax.Array:
@@ -356,8 +367,13 @@ class AdapterSpec:
         """How many numbers are trained for such a weight."""
         return sum(map(math.prod, self.blank(shape, axes).layout(shape).shapes().values()))
 
+    @property
+    def common_key(self) -> Hashable:
+        """Specs of equal keys share what `common` makes."""
+        return self
+
     def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
-        """What all weights of one spec share, made once from their shapes and axes."""
+        """What all weights of one key share, made once from their shapes and axes."""
 
     def start(self, start: Start) -> Started:
         """The first factors."""

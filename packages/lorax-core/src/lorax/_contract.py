@@ -276,13 +276,14 @@ class _Search:
         self.labels, self.sizes, self.out = labels, sizes, out
         self.met = 0 if meets is None else 1 << meets
         # Of the weight whose factors are multiplied, where something meets it.
-        self.inputs = self.outputs = self.shown = 0
+        self.inputs = self.outputs = self.shown = self.bonds = 0
         if meets is not None:
             seen = labels[meets]
             owned = functools.reduce(
                 operator.or_, (found for k, found in enumerate(labels) if k != meets), 0
             )
             self.inputs, self.outputs, self.shown = seen & ~out, out & ~seen, owned & (seen | out)
+            self.bonds = owned & ~(seen | out)
         self.size = functools.cache(self._size)
         self.found = functools.cache(self._found)
 
@@ -302,9 +303,11 @@ class _Search:
         return inside & elsewhere
 
     def cost(self, left: int, right: int) -> tuple[int, int] | None:
-        """Multiplications and entries of one product, or None where it would be the delta."""
+        """Multiplications and entries of one product, or None where it is not to be made."""
         found = self.found(left | right)
-        if not (left | right) & self.met and self._is_built(left, right, found):
+        if not (left | right) & self.met and (
+            self._is_built(left, right, found) or self._scales_a_bond(left, right)
+        ):
             return None
         return self.size(self.found(left) | self.found(right)), self.size(found)
 
@@ -315,6 +318,15 @@ class _Search:
             return all(found & ~self.found(factor) for factor in (left, right))
         missing = (self.shown & ~labels for labels in (found, self.found(left), self.found(right)))
         return [bool(labels) for labels in missing] == [False, True, True]
+
+    def _scales_a_bond(self, left: int, right: int) -> bool:
+        """Whether one factor scales the other along labels that join factors, such as the rank.
+
+        What meets the weight is as narrow there, so the scale costs next to nothing. For its own
+        gradient then that narrow product is kept, and not all that meets the weight.
+        """
+        few, many = sorted(map(self.found, (left, right)), key=int.bit_count)
+        return not few & ~(self.bonds & many) and few not in (0, many)
 
     def cheapest_pair(self, groups: Sequence[int]) -> tuple[int, int]:
         """The two of many groups whose product costs least; what meets the weight meets any."""

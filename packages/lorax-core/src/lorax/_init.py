@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -100,6 +101,7 @@ def init_lora(
         for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
     ]
     common = _common(leaves, checked, rng)
+    placed: dict[Any, Any] = {}
     frozen: list[Any] = []
     tunable: list[Any] = []
     for (path, leaf), leaf_spec in zip(leaves, checked, strict=True):
@@ -107,8 +109,8 @@ def init_lora(
             kind, axes = leaf_spec
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
             wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
-            start = Start(path, leaf, axes, key, wide, common.get(kind), initializers)
-            base, weight = _placed(kind.start(start), leaf)
+            start = Start(path, leaf, axes, key, wide, common[kind.common_key], initializers)
+            base, weight = _placed(kind.start(start), leaf, placed)
             frozen.append(base)
             tunable.append(weight)
         else:
@@ -119,14 +121,15 @@ def init_lora(
     return Pair(frozen_tree, box_factors(tunable_tree, frozen_tree))
 
 
-def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[AdapterSpec, Any]:
-    """What the weights of one spec share, by the spec."""
-    groups: dict[AdapterSpec, list[tuple[tuple[int, ...], Axes]]] = {}
+def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[Hashable, Any]:
+    """What the weights of one key share, by the key."""
+    groups: dict[Hashable, tuple[AdapterSpec, list[tuple[tuple[int, ...], Axes]]]] = {}
     for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):
             kind, axes = leaf_spec
-            groups.setdefault(kind, []).append((tuple(leaf.shape), axes))
-    return {kind: kind.common(weights, rng) for kind, weights in groups.items()}
+            _, weights = groups.setdefault(kind.common_key, (kind, []))
+            weights.append((tuple(leaf.shape), axes))
+    return {key: kind.common(weights, rng) for key, (kind, weights) in groups.items()}
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:
@@ -152,14 +155,17 @@ def _flatten_spec(spec: Any, structure: Any) -> list[Any]:
     return leaves
 
 
-def _placed(started: Started, base: Any) -> tuple[Any, Adapter]:
-    """The leaf of each tree, every factor where its base is."""
+def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, Adapter]:
+    """The leaf of each tree, every factor where its base is.
+
+    `placed` keeps what was moved, so that a factor that weights share stays one array.
+    """
     adapter, held, moved = started
     layout = adapter.layout(tuple(base.shape))
     factors = adapter.factors()
     adapter = adapter.with_factors(
         {
-            name: _place_like(factor, base, layout.out, layout.factors[name])
+            name: _place_like(factor, base, layout.out, layout.factors[name], {})
             for name, factor in factors.items()
         }
     )
@@ -170,13 +176,15 @@ def _placed(started: Started, base: Any) -> tuple[Any, Adapter]:
     if not held:
         return moved, adapter
     beside = {
-        name: _place_like(factor, base, layout.out, layout.held[name])
+        name: _place_like(factor, base, layout.out, layout.held[name], placed)
         for name, factor in held.items()
     }
     return FrozenWeight(moved, beside), adapter
 
 
-def _place_like(factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels) -> Any:
+def _place_like(
+    factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels, placed: dict[Any, Any]
+) -> Any:
     """Moves a factor to where its base lives, each axis sharded as the base's axis."""
     if not isinstance(base, jax.Array):
         return factor
@@ -190,4 +198,8 @@ def _place_like(factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels)
         settled = not base.committed or (not named and is_tracer(factor))
     if settled:
         return factor
-    return place(factor, factor_sharding(sharding, out, labels))
+    sharding = factor_sharding(sharding, out, labels)
+    key = (id(factor), sharding)
+    if key not in placed:  # With the factor itself, whose id is its own as long as it lives.
+        placed[key] = factor, place(factor, sharding)
+    return placed[key][1]

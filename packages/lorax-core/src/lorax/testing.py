@@ -22,7 +22,7 @@ from ._errors import MaterializeError
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import merge_params
-from ._pair import Leaf, combine, flatten_pair
+from ._pair import Leaf, combine, flatten_pair, flatten_params, flatten_tunable
 from ._terms import Label
 from ._transform import lora
 
@@ -88,6 +88,7 @@ def check(
             )
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
+    frozen = _random_held(frozen, tunable, jax.random.key(seed + 2))
     mode = "allow" if materializes else "error"
     through = through_custom_derivatives
     adapted = lora(fn, on_materialize=mode, through_custom_derivatives=through)
@@ -158,6 +159,22 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
         return jax.device_put(drawn, leaf.sharding) if named else drawn
 
     return jax.tree.map(draw, tunable)
+
+
+def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
+    """The frozen tree with normal numbers in the frozen factors of each delta."""
+    leaves, structure = flatten_params(frozen)
+    adapters, _ = flatten_tunable(tunable, frozen, structure)
+
+    def drawn(leaf: Any, adapter: Any) -> Any:
+        if not isinstance(leaf, FrozenWeight):
+            return leaf
+        gains = adapter.layout(leaf.shape).gains
+        of_delta = {name: x for name, x in leaf.factors.items() if name not in gains}
+        return FrozenWeight(leaf.base, leaf.factors | random_factors(of_delta, key))
+
+    found = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
+    return jax.tree.unflatten(structure, found)
 
 
 @refuses_ambiguous_keywords

@@ -15,11 +15,16 @@ from jax import lax
 
 import lorax
 from lorax import (
+    AdaloraSpec,
     Axes,
+    DeloraSpec,
     DoraSpec,
     IA3Spec,
+    LoraFASpec,
     LoraSpec,
     MaterializeError,
+    TokensSpec,
+    VeraSpec,
     _adapter,
     init_lora,
     lora,
@@ -37,6 +42,14 @@ KINDS = {
     "dora-with-gradient": DoraSpec(LoraSpec(2, alpha=4), detached=False),
     "ia3": IA3Spec(),
     "ia3-in": IA3Spec("in"),
+    "lora-fa": LoraFASpec(2, alpha=4),
+    "dora-of-lora-fa": DoraSpec(LoraFASpec(2, alpha=4)),
+    "vera": VeraSpec(3),
+    "dora-of-vera": DoraSpec(VeraSpec(3)),
+    "tokens": TokensSpec([2, 0]),
+    "adalora": AdaloraSpec(2, alpha=4),
+    "dora-of-adalora": DoraSpec(AdaloraSpec(2, alpha=4)),
+    "delora": DeloraSpec(2),
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.
@@ -44,6 +57,14 @@ BUILT = {
     # A gain that varies along the window.
     ("ia3-in", "convolution"),
     ("ia3-in", "grouped-convolution"),
+}
+
+# Kinds that refuse such a weight.
+REFUSED = {
+    # Rows are counted along one input axis.
+    ("tokens", "merged-heads"),
+    ("tokens", "convolution"),
+    ("tokens", "grouped-convolution"),
 }
 
 
@@ -163,6 +184,10 @@ def of_use(use, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_merged_model_and_builds_nothing(request, kind, use):
     function, params, spec, args = of_use(use, kind)
+    if (kind, use) in REFUSED:
+        with pytest.raises(lorax.SpecError, match="^`w` has "):
+            testing.check(function, params, spec, *args)
+        return
     unmapped = use == "ragged" or request.config.getoption("--without-transforms")
     testing.check(
         function, params, spec, *args,
@@ -170,8 +195,9 @@ def test_equals_the_merged_model_and_builds_nothing(request, kind, use):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "use"), sorted({(kind, use) for kind in KINDS for use in USES} - REFUSED)
+)
 def test_the_base_at_the_start(kind, use):
     function, params, spec, args = of_use(use, kind)
     pair = init_lora(params, spec, jax.random.key(0))

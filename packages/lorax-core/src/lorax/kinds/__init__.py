@@ -14,4 +14,13 @@ from .._adapter import (
     make_term as make_term,
     static as static,
 )
-from . import dora as dora, ia3 as ia3, lora as lora
+from . import (
+    adalora as adalora,
+    delora as delora,
+    dora as dora,
+    ia3 as ia3,
+    lora as lora,
+    lora_fa as lora_fa,
+    tokens as tokens,
+    vera as vera,
+)

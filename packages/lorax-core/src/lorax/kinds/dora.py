@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._adapter import (
     Adapter,
@@ -154,20 +153,20 @@ class DoraSpec(AdapterSpec):
         """The adapter without arrays."""
         return DoraWeight(self.spec.blank(shape, axes), None, self.detached)
 
+    @property
+    def common_key(self) -> Hashable:
+        """That of the spec within."""
+        return self.spec.common_key
+
     def common(self, weights: Any, key: jax.Array) -> Any:
         """What the spec within shares."""
         return self.spec.common(weights, key)
 
     def start(self, start: Start) -> Started:
         """The magnitude is the norm of the base with the first factors."""
-        if not isinstance(start.base, jax.Array | np.ndarray):
-            raise SpecError(
-                f"`{start.path}` has a DoraSpec, whose magnitudes are norms of the weight, but it "
-                f"is {type(start.base).__name__}. Call init_lora on arrays, or under "
-                "jax.eval_shape."
-            )
+        given = start.array(self, "the norms of the weight")
         inner = self.spec.start(start)
-        base = start.base if inner.base is None else inner.base
+        base = given if inner.base is None else inner.base
         square = norm_squared(base, start.axes.inputs)
         adapted = inner.adapter.applied(base, inner.held).array()
         magnitude = jnp.sqrt(norm_squared(adapted, start.axes.inputs))

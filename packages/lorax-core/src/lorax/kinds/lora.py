@@ -12,9 +12,21 @@ from typing import Any, Literal
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import (
+    Adapter,
+    AdapterSpec,
+    Initializer,
+    Labeled,
+    Layout,
+    Start,
+    Started,
+    defkind,
+    sizes,
+    static,
+)
 from .._axes import Axes
 from .._errors import RankWarning, SpecError
+from .._terms import Labels
 from .starts import MOVING, STARTS, start_from_matrix
 
 Scaling = Literal["standard", "rslora"]
@@ -84,9 +96,7 @@ class LoraWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Where the factors lie on a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
-        rank = axes.inner(0, self.rank)
-        a = (*axes.shared, *axes.inputs, rank)
-        b = (*axes.shared, rank, *axes.outputs)
+        a, b = two_factors(axes, self.rank)
         return Layout(axes.out, {"a": a, "b": b})
 
 
@@ -138,18 +148,9 @@ class LoraSpec(AdapterSpec):
         """Refuses ranks and settings that are none, and warns of a rank that is too high."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
-        fan_in, fan_out = axes.sizes(shape)
         if self.init is not None:
-            self._check_init(path, min(fan_in, fan_out))
-        if self.rank > min(fan_in, fan_out):
-            warnings.warn(
-                f"`{path}` has shape {tuple(shape)}: a matrix of {fan_in} inputs × {fan_out} "
-                f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank "
-                f"{self.rank} has more numbers than it and can do no more. Lower the rank, or give "
-                "it LORA_FULL.",
-                RankWarning,
-                stacklevel=4,
-            )
+            self._check_init(path, min(axes.sizes(shape)))
+        warn_of_high_rank(path, self.rank, shape, axes)
 
     def _check_init(self, path: str, most: int) -> None:
         if self.init not in STARTS:
@@ -175,17 +176,45 @@ class LoraSpec(AdapterSpec):
 
     def start(self, start: Start) -> Started:
         """`a` and `b` from the initializers of the fan-in and the fan-out factor."""
-        shape, axes = start.base.shape, start.axes
-        weight = self.blank(shape, axes)
+        weight = self.blank(start.base.shape, start.axes)
         if self.init is not None:
             return start_from_matrix(self.init, start, weight)
-        shapes = weight.layout(shape).shapes()
-        fan_in, fan_out = axes.sizes(shape)
-        keys = jax.random.split(start.key)
-        a_init, b_init = start.initializers
-        a = start.draw(keys[0], a_init, (fan_in, self.rank), shapes["a"])
-        b = start.draw(keys[1], b_init, (self.rank, fan_out), shapes["b"])
+        a, b = draw_two(start, self.rank, *start.initializers)
         return Started(weight.with_factors({"a": a, "b": b}))
+
+
+def two_factors(axes: Labeled, rank: int) -> tuple[Labels, Labels]:
+    """The labels of `a` and `b`, which inner axis 0 joins."""
+    inner = axes.inner(0, rank)
+    return (*axes.shared, *axes.inputs, inner), (*axes.shared, inner, *axes.outputs)
+
+
+def draw_two(
+    start: Start, rank: int, a_init: Initializer, b_init: Initializer
+) -> tuple[jax.Array, jax.Array]:
+    """`a` and `b` of a rank from two initializers."""
+    shape, axes = start.base.shape, start.axes
+    a, b = map(sizes, two_factors(Labeled.of(axes, shape), rank))
+    fan_in, fan_out = axes.sizes(shape)
+    keys = jax.random.split(start.key)
+    return (
+        start.draw(keys[0], a_init, (fan_in, rank), a),
+        start.draw(keys[1], b_init, (rank, fan_out), b),
+    )
+
+
+def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) -> None:
+    """Warns of a rank that no matrix of this shape has."""
+    fan_in, fan_out = axes.sizes(shape)
+    if rank > min(fan_in, fan_out):
+        warnings.warn(
+            f"`{path}` has shape {tuple(shape)}: a matrix of {fan_in} inputs × {fan_out} "
+            f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank "
+            f"{rank} has more numbers than it and can do no more. Lower the rank, or give "
+            "it LORA_FULL.",
+            RankWarning,
+            stacklevel=5,
+        )
 
 
 def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:

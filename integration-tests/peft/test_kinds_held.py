@@ -1,0 +1,292 @@
+"""Kinds with frozen or computed factors against the same kinds in PEFT, factor by factor.
+
+Outputs, merged weights and gradients are PEFT's, with PEFT's own factors.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    LoraConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
+
+import lorax
+from lorax import AdaloraSpec, DeloraSpec, LoraFASpec, TokensSpec, VeraSpec
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+LAYERS = ("up", "down")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 7)
+        self.up = nn.Linear(7, 13)
+        self.down = nn.Linear(13, 5)
+
+    def forward(self, tokens):
+        return self.down(torch.tanh(self.up(self.table(tokens))))
+
+
+def ours(params, tokens):
+    x = params["table"][tokens]
+    x = jnp.tanh(x @ params["up"] + params["up bias"])
+    return x @ params["down"] + params["down bias"]
+
+
+def array(tensor):
+    return jnp.asarray(tensor.detach().numpy())
+
+
+def params_of(net):
+    params = {name: array(getattr(net, name).weight).T for name in LAYERS}
+    params |= {f"{name} bias": array(getattr(net, name).bias) for name in LAYERS}
+    return params | {"table": array(net.table.weight)}
+
+
+# A tensor of PEFT's layer by the name of our factor, and its axes in our order.
+
+
+def of_lora(layer):
+    return {"a": (layer.lora_A["default"].weight, "T"), "b": (layer.lora_B["default"].weight, "T")}
+
+
+def of_vera(layer):
+    columns, rows = layer.in_features, layer.out_features
+    return {
+        "lambda_d": (layer.vera_lambda_d["default"], ""),
+        "lambda_b": (layer.vera_lambda_b["default"], ""),
+        "a": (layer.vera_A["default"][:, :columns], "T"),
+        "b": (layer.vera_B["default"][:rows], "T"),
+    }
+
+
+def of_adalora(layer):
+    return {
+        "a": (layer.lora_A["default"], "T"),
+        "e": (layer.lora_E["default"], "flat"),
+        "b": (layer.lora_B["default"], "T"),
+    }
+
+
+def of_delora(layer):
+    return {
+        "a": (layer.delora_A["default"], "T"),
+        "b": (layer.delora_B["default"], "T"),
+        "length": (layer.delora_lambda["default"], "number"),
+        "norm": (layer.delora_w_norm["default"], ""),
+    }
+
+
+def of_tokens(layer):
+    return {
+        "values": (layer.trainable_tokens_delta["default"], ""),
+        "replaced": (layer.trainable_tokens_original["default"], ""),
+    }
+
+
+ORDERS = {
+    "": lambda x: x,
+    "T": lambda x: x.T,
+    "flat": lambda x: x.reshape(-1),
+    "number": lambda x: x.reshape(()),
+}
+
+
+def freeze_a(model):
+    create_lorafa_optimizer(model, r=3, lora_alpha=5, lr=1e-3)
+
+
+@dataclasses.dataclass
+class Row:
+    config: Any
+    spec: Any
+    factors: Callable[[Any], dict[str, Any]]
+    prepare: Callable[[Any], None] = lambda model: None
+    names: tuple[str, ...] = LAYERS
+
+
+KINDS = {
+    "LoRA-FA": Row(
+        LoraConfig(r=3, lora_alpha=5, target_modules=list(LAYERS)),
+        LoraFASpec(3, 5),
+        of_lora,
+        freeze_a,
+    ),
+    "VeRA": Row(VeraConfig(r=4, target_modules=list(LAYERS)), VeraSpec(4), of_vera),
+    "AdaLoRA": Row(
+        AdaLoraConfig(init_r=3, lora_alpha=5, total_step=10, target_modules=list(LAYERS)),
+        AdaloraSpec(3, 5),
+        of_adalora,
+    ),
+    "DeLoRA": Row(
+        DeloraConfig(r=3, delora_lambda=4, target_modules=list(LAYERS)),
+        DeloraSpec(3, length=4),
+        of_delora,
+    ),
+    "trainable tokens": Row(
+        TrainableTokensConfig(target_modules=["table"], token_indices=[5, 1, 9]),
+        TokensSpec([5, 1, 9]),
+        of_tokens,
+        names=("table",),
+    ),
+}
+
+
+def adapted(row, at_random=True):
+    torch.manual_seed(0)
+    net = Net()
+    params = params_of(net)
+    model = get_peft_model(net, row.config)
+    row.prepare(model)
+    if at_random:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.5 * torch.randn_like(parameter))
+    spec = {name: row.spec if name in row.names else lorax.LORA_FREEZE for name in params}
+    return model, params, lorax.init_lora(params, spec, jax.random.key(0))
+
+
+def layer_of(model, name):
+    return getattr(model.base_model.model, name)
+
+
+def with_factors_of(model, row, pair):
+    """The pair with PEFT's numbers; our own must have their shapes."""
+    frozen, tunable = dict(pair.frozen), dict(pair.tunable)
+    for name in row.names:
+        found = {
+            key: ORDERS[order](array(tensor))
+            for key, (tensor, order) in row.factors(layer_of(model, name)).items()
+        }
+        held = getattr(frozen[name], "factors", {})
+        assert found.keys() == tunable[name].factors().keys() | held.keys()
+        for key, factor in (tunable[name].factors() | held).items():
+            assert factor.shape == found[key].shape, key
+        tunable[name] = tunable[name].with_factors(found)
+        if held:
+            beside = {key: found[key] for key in held}
+            frozen[name] = lorax.FrozenWeight(frozen[name].base, beside)
+    return lorax.Pair(frozen, tunable)
+
+
+def close(got, expected, tolerance=1e-5):
+    got, expected = np.asarray(got), np.asarray(expected)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_merged_weights_are_pefts(kind):
+    row = KINDS[kind]
+    model, params, pair = adapted(row)
+    frozen, tunable = with_factors_of(model, row, pair)
+    tokens, expected = jnp.asarray(TOKENS.numpy()), array(model.eval()(TOKENS))
+    assert np.abs(ours(params, tokens) - expected).max() > 1e-2 * np.abs(expected).max()
+    close(lorax.lora(ours)((frozen, tunable), tokens), expected)
+    merged = model.merge_and_unload()
+    for name, weight in params_of(merged).items():
+        close(lorax.merge_params(frozen, tunable)[name], weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_pefts(kind):
+    row = KINDS[kind]
+    model, _, pair = adapted(row)
+    frozen, tunable = with_factors_of(model, row, pair)
+    torch.sin(model.eval()(TOKENS)).sum().backward()
+    tokens = jnp.asarray(TOKENS.numpy())
+    grads = jax.grad(lambda t: jnp.sin(lorax.lora(ours)((frozen, t), tokens)).sum())(tunable)
+    for name in row.names:
+        trained = row.factors(layer_of(model, name))
+        with_gradient = {key for key, (tensor, _) in trained.items() if tensor.grad is not None}
+        assert with_gradient == grads[name].factors().keys()
+        for key, factor in grads[name].factors().items():
+            tensor, order = trained[key]
+            close(factor, ORDERS[order](array(tensor.grad)), 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_begins_as_peft_does(kind):
+    """All that is not drawn at random, and how far what is drawn spreads."""
+    row = KINDS[kind]
+    model, _, pair = adapted(row, at_random=False)
+    theirs = with_factors_of(model, row, pair)
+    for name in row.names:
+        held = getattr(pair.frozen[name], "factors", {})
+        for key, factor in (pair.tunable[name].factors() | held).items():
+            other = theirs.tunable[name].factors().get(key)
+            other = theirs.frozen[name].factors[key] if other is None else other
+            if (kind, key) in RANDOM:
+                assert 0.5 < jnp.abs(factor).max() / jnp.abs(other).max() < 2
+            else:
+                close(factor, other, 1e-6)
+
+
+RANDOM = {("LoRA-FA", "a"), ("VeRA", "a"), ("VeRA", "b"), ("DeLoRA", "a")}
+RANDOM |= {("AdaLoRA", "a"), ("AdaLoRA", "b")}
+
+
+def test_the_penalty_of_adalora_is_pefts():
+    row = KINDS["AdaLoRA"]
+    model, _, pair = adapted(row)
+    _, tunable = with_factors_of(model, row, pair)
+    expected = []
+    for name in LAYERS:
+        layer = layer_of(model, name)
+        for gram in (
+            layer.lora_A["default"] @ layer.lora_A["default"].T,
+            layer.lora_B["default"].T @ layer.lora_B["default"],
+        ):
+            expected.append(torch.linalg.norm(gram - torch.eye(3)).item())
+    close(lorax.adalora_orthogonality(tunable), np.mean(expected))
+
+
+def test_the_ranks_of_adalora_are_set_to_zero_as_in_peft():
+    schedule = {"tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 9}
+    row = dataclasses.replace(
+        KINDS["AdaLoRA"],
+        config=AdaLoraConfig(
+            init_r=3, target_r=1, lora_alpha=5, target_modules=list(LAYERS), **schedule
+        ),
+    )
+    model, _, pair = adapted(row)
+    pruner = lorax.adalora_pruner(1, 9, t_init=1, t_final=2, every=2)
+    update = jax.jit(pruner.update)
+    state = pruner.init(with_factors_of(model, row, pair).tunable)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    counts = []
+    for step in range(9):
+        optimizer.zero_grad()
+        (torch.sin(model(TOKENS) * (step + 1)) ** 2).sum().backward()
+        optimizer.step()
+        tunable = with_factors_of(model, row, pair).tunable
+        grads = tunable | {
+            name: tunable[name].with_factors(
+                {
+                    key: ORDERS[order](array(tensor.grad))
+                    for key, (tensor, order) in row.factors(layer_of(model, name)).items()
+                }
+            )
+            for name in LAYERS
+        }
+        tunable, state = update(tunable, grads, state, step)
+        model.base_model.update_and_allocate(step)
+        theirs = with_factors_of(model, row, pair).tunable
+        for name in LAYERS:
+            np.testing.assert_array_equal(tunable[name].e, theirs[name].e)
+        counts.append(sum(int((theirs[name].e != 0).sum()) for name in LAYERS))
+    assert counts[0] == 6 and counts[-1] == 2 and len(set(counts)) > 2

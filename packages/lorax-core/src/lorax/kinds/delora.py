@@ -1,0 +1,157 @@
+"""DeLoRA: a product of two normalized factors, so that its length is a number of its own.
+
+delta[in, out]  =  norm[in] · Σ_r a[in, r] · g[r] · b[r, out]
+
+g[r]  =  length / (rank · ‖a[:, r]‖ · ‖b[r, :]‖), all of it for each entry of the shared axes
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._adapter import (
+    Adapter,
+    AdapterSpec,
+    Labeled,
+    Layout,
+    Start,
+    Started,
+    defkind,
+    make_term,
+    static,
+)
+from .._axes import Axes
+from .._errors import SpecError
+from .._factored import norm_squared
+from .._terms import Term
+from .lora import check_rank, draw_two, two_factors, warn_of_high_rank
+
+# PEFT's: shorter vectors count as this long.
+SHORTEST = 1e-4
+
+
+@defkind
+class DeloraWeight(Adapter):
+    """The factors of one weight, and how long their product is.
+
+        delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
+
+    for a kernel `[in, out]`. The frozen tree holds `norm`, the norms `‖W[in, :]‖` of the base over
+    its outputs, `[*shared, *in]`, beside the base. Bini et al. 2025, arXiv:2503.18225.
+
+    Attributes:
+        a: `[*shared, *in, rank]`, the fan-in factor.
+        b: `[*shared, rank, *out]`, the fan-out factor.
+        length: `[*shared]`, the paper's λ.
+        rank: the inner size.
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with factors of their own for each entry.
+    """
+
+    kind = "delora"
+
+    a: Any
+    b: Any
+    length: Any
+    rank: int = static()
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`."""
+        axes = Labeled.of(self.axes, shape)
+        a, b = two_factors(axes, self.rank)
+        held = {"norm": (*axes.shared, *axes.inputs)}
+        return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, held)
+
+    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+        """The factors, and what makes their product as long as `length` says."""
+        layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
+        rank = axes.inner(0, self.rank)
+        shared = len(axes.shared)
+        square = _clamped(self.a, range(shared, self.a.ndim - 1))
+        square *= _clamped(self.b, range(shared + 1, self.b.ndim))
+        gain = self.length.astype(square.dtype)[..., None] / (self.rank * jnp.sqrt(square))
+        factors = {
+            "norm": jax.lax.stop_gradient(held["norm"]),
+            "a": self.a,
+            "gain": gain,
+            "b": self.b,
+        }
+        labels = {**layout.factors, **layout.held, "gain": (*axes.shared, rank)}
+        return make_term(factors, {name: labels[name] for name in factors}, layout.out, source)
+
+
+def _clamped(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The square of the norm over some axes, and of the shortest that counts at least."""
+    return jnp.maximum(norm_squared(array, tuple(axes)), SHORTEST**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeloraSpec(AdapterSpec):
+    """DeLoRA of one weight: the direction of the delta is trained apart from its length.
+
+        delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
+
+    Args:
+        rank: the inner size.
+        length: the first value of the length of the delta, the paper's λ.
+        in_axes: as in `LoraSpec`.
+        out_axes: as in `LoraSpec`.
+        shared_axes: as in `LoraSpec`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import DeloraSpec, init_lora
+        >>> params = {"w": jnp.ones((5, 4))}
+        >>> frozen, tunable = init_lora(params, {"w": DeloraSpec(2)}, jax.random.key(0))
+        >>> tunable["w"].length.item(), frozen["w"].factors["norm"].tolist()
+        (15.0, [2.0, 2.0, 2.0, 2.0, 2.0])
+    """
+
+    rank: int
+    length: float = 15.0
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        """The rank."""
+        return self.rank
+
+    def with_size(self, rank: int) -> "DeloraSpec":
+        """The same with another rank."""
+        return dataclasses.replace(self, rank=rank)
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses ranks and lengths that are none."""
+        check_rank(path, self, self.rank)
+        first = self.length
+        if not isinstance(first, numbers.Real) or not math.isfinite(first) or first == 0:
+            raise SpecError(
+                f"`{path}` has length {first!r}; it is a finite number, and not zero, which "
+                "would leave all gradients of the factors zero. PEFT's default is 15."
+            )
+        warn_of_high_rank(path, self.rank, shape, axes)
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> DeloraWeight:
+        """The adapter without arrays."""
+        return DeloraWeight(None, None, None, self.rank, axes.inputs, axes.outputs, axes.shared)
+
+    def start(self, start: Start) -> Started:
+        """`a` and `b` of LoRA, and the norms of the base."""
+        base = start.array(self, "the norms of the weight")
+        a, b = draw_two(start, self.rank, *start.initializers)
+        weight = self.blank(base.shape, start.axes)
+        shape = weight.layout(base.shape).shapes()["length"]
+        length = jnp.full(shape, self.length, start.dtype)
+        norm = jnp.sqrt(norm_squared(base, start.axes.outputs)).astype(start.dtype)
+        return Started(weight.with_factors({"a": a, "b": b, "length": length}), {"norm": norm})

@@ -1,0 +1,121 @@
+"""LoRA-FA: LoRA whose fan-in factor is frozen.
+
+delta[shared, in, out]  =  scale · Σ_r a[shared, in, r] · b[shared, r, out]
+
+Only `b` is trained, so the backward pass needs `x · a`, a rank wide, and not the input `x`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._axes import Axes
+from .lora import (
+    Scaling,
+    check_rank,
+    check_scale,
+    draw_two,
+    lora_scale,
+    two_factors,
+    warn_of_high_rank,
+)
+
+
+@defkind
+class LoraFAWeight(Adapter):
+    """The fan-out factor of one weight, beside a frozen fan-in factor.
+
+    The delta is that of `LoraWeight`, `scale · a @ b` for a kernel `[in, out]`. The frozen tree
+    holds `a`, of `[*shared, *in, rank]`, beside the base. Zhang et al. 2023, arXiv:2308.03303.
+
+    Attributes:
+        b: `[*shared, rank, *out]`, the fan-out factor.
+        rank: the inner size.
+        alpha: the numerator of the scale, or None for a scale of 1.
+        scaling: "standard" or "rslora".
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with factors of their own for each entry.
+    """
+
+    kind = "lora_fa"
+
+    b: Any
+    rank: int = static()
+    alpha: float | None = static(None)
+    scaling: Scaling = static("standard")
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies `a @ b`."""
+        return lora_scale(self.rank, self.alpha, self.scaling)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`."""
+        axes = Labeled.of(self.axes, shape)
+        a, b = two_factors(axes, self.rank)
+        return Layout(axes.out, {"b": b}, {"a": a})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFASpec(AdapterSpec):
+    """LoRA with a frozen fan-in factor: `b` alone is trained, and fewer activations are kept.
+
+        delta = scale · a @ b
+
+    Args:
+        rank: as in `LoraSpec`.
+        alpha: as in `LoraSpec`.
+        scaling: as in `LoraSpec`.
+        in_axes: as in `LoraSpec`.
+        out_axes: as in `LoraSpec`.
+        shared_axes: as in `LoraSpec`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import LoraFASpec, init_lora
+        >>> params = {"w": jnp.ones((5, 3))}
+        >>> frozen, tunable = init_lora(params, {"w": LoraFASpec(2)}, jax.random.key(0))
+        >>> frozen["w"].factors["a"].shape, tunable["w"].b.shape
+        ((5, 2), (2, 3))
+    """
+
+    has_narrow_delta = True
+
+    rank: int
+    alpha: float | None = None
+    scaling: Scaling = "standard"
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        """The rank."""
+        return self.rank
+
+    def with_size(self, rank: int) -> "LoraFASpec":
+        """The same with another rank."""
+        return dataclasses.replace(self, rank=rank)
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses what `LoraSpec` refuses."""
+        check_rank(path, self, self.rank)
+        check_scale(path, self.alpha, self.scaling)
+        warn_of_high_rank(path, self.rank, shape, axes)
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraFAWeight:
+        """The adapter without arrays."""
+        return LoraFAWeight(
+            None, self.rank, self.alpha, self.scaling, axes.inputs, axes.outputs, axes.shared
+        )
+
+    def start(self, start: Start) -> Started:
+        """The factors of LoRA, of which `a` goes to the frozen tree."""
+        a, b = draw_two(start, self.rank, *start.initializers)
+        weight = self.blank(start.base.shape, start.axes)
+        return Started(weight.with_factors({"b": b}), {"a": a})

@@ -1,0 +1,102 @@
+"""LoRA-FA: what it keeps for the backward pass, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import (
+    LoraFASpec,
+    LoraSpec,
+    PairError,
+    RankWarning,
+    SpecError,
+    VeraSpec,
+    init_lora,
+    lora,
+    merge_params,
+)
+from lorax.testing import random_factors
+
+TOKENS, FAN_IN, FAN_OUT = 50, 8, 7
+
+
+def model(params, x):
+    return x @ params["w"]
+
+
+def kept(spec):
+    """The shapes that the derivative of one adapted product holds on to."""
+    params, x = {"w": jnp.ones((FAN_IN, FAN_OUT))}, jnp.ones((TOKENS, FAN_IN))
+    frozen, tunable = init_lora(params, {"w": spec}, jax.random.key(0))
+    tunable = random_factors(tunable, jax.random.key(1))
+    _, tangent = jax.linearize(jax.jit(lambda t: lora(model)((frozen, t), x)), tunable)
+    return sorted(array.shape for array in jax.make_jaxpr(tangent)(tunable).consts)
+
+
+def test_the_input_is_not_kept():
+    assert (TOKENS, FAN_IN) in kept(LoraSpec(2, alpha=4))
+    assert kept(LoraFASpec(2, alpha=4)) == [(TOKENS, 2)]
+
+
+def test_vera_keeps_one_activation_of_its_rank():
+    found = kept(VeraSpec(3))
+    assert [shape for shape in found if TOKENS in shape] == [(TOKENS, 3)]
+
+
+def test_begins_as_lora_does():
+    params = {"w": jnp.ones((2, 5, 3))}
+    spec, key = {"w": LoraSpec(2, shared_axes=[0])}, jax.random.key(3)
+    other = {"w": LoraFASpec(2, shared_axes=[0])}
+    weight = init_lora(params, spec, key, b_init="gaussian").tunable["w"]
+    frozen, tunable = init_lora(params, other, key, b_init="gaussian")
+    np.testing.assert_array_equal(frozen["w"].factors["a"], weight.a)
+    np.testing.assert_array_equal(tunable["w"].b, weight.b)
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_is_lora_of_the_same_factors(scaling):
+    params, key = {"w": jnp.ones((5, 3))}, jax.random.key(3)
+    of_lora = init_lora(params, {"w": LoraSpec(2, 3, scaling)}, key, b_init="gaussian")
+    pair = init_lora(params, {"w": LoraFASpec(2, 3, scaling)}, key, b_init="gaussian")
+    np.testing.assert_array_equal(merge_params(pair)["w"], merge_params(of_lora)["w"])
+
+
+def test_the_frozen_factor_has_no_gradient():
+    params, x = {"w": jnp.ones((5, 3))}, jnp.ones((2, 5))
+    frozen, tunable = init_lora(params, {"w": LoraFASpec(2)}, jax.random.key(0))
+    tunable = random_factors(tunable, jax.random.key(1))
+    grads = jax.grad(lambda f: lora(model)((f, tunable), x).sum())(frozen)
+    assert (grads["w"].base != 0).all()
+    assert (grads["w"].factors["a"] == 0).all()
+
+
+def test_without_its_frozen_factor_it_is_refused():
+    frozen, tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(2)}, jax.random.key(0))
+    with pytest.raises(PairError, match=r"adapter at `w` needs a \(5, 2\) beside its base"):
+        lora(model)(({"w": frozen["w"].base}, tunable), jnp.ones((2, 5)))
+
+
+BAD = {
+    "rank 0": (LoraFASpec(0), "`w` has a LoraFASpec of rank 0; ranks begin at 1"),
+    "rank 1.5": (LoraFASpec(1.5), "`w` has rank 1.5; a rank is a positive int"),
+    "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it is a finite number or None"),
+    "scaling": (LoraFASpec(2, scaling="no"), "`w` has scaling 'no'; it is 'standard' or 'rslora'"),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_bad_settings_are_refused(row):
+    spec, message = BAD[row]
+    with pytest.raises(SpecError, match=message):
+        init_lora({"w": jnp.ones((5, 3))}, {"w": spec}, jax.random.key(0))
+
+
+def test_vectors_are_refused():
+    with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
+        init_lora({"w": jnp.ones(3)}, {"w": LoraFASpec(2)}, jax.random.key(0))
+
+
+def test_warns_of_a_rank_above_the_matrix():
+    with pytest.warns(RankWarning, match="whose rank is at most 3"):
+        init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(4)}, jax.random.key(0))
