@@ -1028,7 +1028,7 @@ NATIVE = rows(
     ("no format", {"lorax.format": None}, {}, FILE, "no native adapter; `load_peft` reads"),
     *(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
-        for text in ("2", "", "1.0", "01", "one")
+        for text in ("3", "", "1.0", "01", "one")
     ),
     ("no settings", {KEY: None}, {}, FILE, "is no JSON"),
     *(

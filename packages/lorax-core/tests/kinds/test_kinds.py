@@ -20,7 +20,6 @@ from lorax import (
     IA3Spec,
     LoraSpec,
     MaterializeError,
-    _adapter,
     init_lora,
     lora,
     merge_params,
@@ -190,7 +189,7 @@ def test_the_base_at_the_start(kind, use):
 def test_is_made_again_from_its_settings(kind):
     _, params, spec, _ = of_use("batched", kind)
     weight = init_lora(params, spec, jax.random.key(0)).tunable["w"]
-    again = _adapter.from_settings(json.loads(json.dumps(weight.settings())))
+    again = lorax.adapter_from_settings(json.loads(json.dumps(weight.settings())))
     again = again.with_factors(weight.factors())
     assert jax.tree.structure(again) == jax.tree.structure(weight)
     layout = again.layout((3, 9, 6))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import LoraWeight
+from lorax import Adapter, Axes, LoraWeight
 
 from ._config import HEADS, PeftConfig, prefixes, suffixes
 from ._errors import AdapterMismatchError, AdapterWarning, UnsupportedAdapterError
 from ._host import to_host
-from ._layouts import RANK, Array, Embedding, Experts, Layout, Layouts, Roles, pack
+from ._layouts import RANK, Array, Embedding, Experts, Layout, Layouts, pack
 from ._progress import track
 from ._tree import is_array, near, param_leaves, tunable_rows
 
@@ -60,8 +60,8 @@ def export(
         target_modules: ends of module names, to be written instead of full names.
     """
     rows = tunable_rows(file, tunable)
+    adapted = {row.path: _plain(file, *row) for row in rows if isinstance(row.leaf, Adapter)}
     layouts = {row.path: layout_of(file, names, row.path) for row in rows}
-    adapted = {row.path: row.leaf for row in rows if isinstance(row.leaf, LoraWeight)}
     if not adapted:
         raise UnsupportedAdapterError(
             file, "no parameter has factors; PEFT needs one. Use `save_adapter` or `save_merged`."
@@ -83,6 +83,17 @@ def export(
     leaves = {row.path: row.leaf for row in rows}
     saved, bias = _add_full(file, tensors, leaves, names, params, task_type, modules)
     return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
+
+
+def _plain(file: object, path: str, weight: Adapter) -> LoraWeight:
+    """The weight, where it is plain LoRA."""
+    if not isinstance(weight, LoraWeight):
+        raise UnsupportedAdapterError(
+            file,
+            f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has plain LoRA "
+            "alone. Save it with `save_adapter`, or merge it with `save_merged`.",
+        )
+    return weight
 
 
 def layout_of(file: object, names: Layouts, path: str) -> Layout:
@@ -131,8 +142,8 @@ def _stack(
     return layout.modules(roles, sizes)
 
 
-def _roles(file: object, path: str, layout: Layout, weight: LoraWeight) -> Roles:
-    roles = Roles(weight.shared_axes, weight.in_axes, weight.out_axes)
+def _roles(file: object, path: str, layout: Layout, weight: LoraWeight) -> Axes:
+    roles = weight.axes
     wanted = layout.roles(sum(map(len, roles)))
     if roles != wanted:
         raise AdapterMismatchError(
@@ -292,7 +303,7 @@ def _add_full(
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
     bias = "none"
     for path, leaf in rows.items():
-        if isinstance(leaf, LoraWeight):
+        if isinstance(leaf, Adapter):
             continue
         for name, parameter, tensor in whole_tensors(path, names[path], leaf):
             if not name:
@@ -342,7 +353,7 @@ def _add_rest(
     config, in_head = (PeftConfig(modules_to_save=m) for m in ([*saved, *heads], heads))
     for path, layout in names.items():
         module, row = layout.module, rows.get(path)
-        if not config.saves(module) or (row is not None and not isinstance(row, LoraWeight)):
+        if not config.saves(module) or (row is not None and not isinstance(row, Adapter)):
             continue
         if not in_head.saves(module) and not any(outer in saved for outer in prefixes(module)):
             caught = next(m for m in saved if PeftConfig(modules_to_save=[m]).saves(module))

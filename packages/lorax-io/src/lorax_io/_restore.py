@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import LoraSpec
+from lorax import LoraWeight, Pair
 
 from ._config import PeftConfig, distrusted
 from ._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
 from ._export import DTYPES, factor_prefix, pattern_name, wrapper_depths
-from ._host import place, placed_like, placements
+from ._host import place, placements, shape_of
 from ._layouts import (
     RANK,
     Array,
@@ -32,10 +32,10 @@ from ._layouts import (
     unpack,
 )
 from ._progress import track
+from ._shapes import blank_rows
 from ._tensors import TensorFile, check_finite, check_width
 from ._tree import (
     absent,
-    blank_weights,
     filled,
     frozen_of,
     is_array,
@@ -108,7 +108,7 @@ def plain_keys(file: TensorFile, prefix: str) -> dict[str, str]:
     return found
 
 
-def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> tuple[Any, Any]:
+def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> Pair:
     """The pair `(frozen, tunable)`: each leaf where `sharding` says, or where its base is."""
     file = source.file.path
     leaves, structure = param_leaves(params)
@@ -120,18 +120,18 @@ def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -
         found = _find(source, names, shapes)
         _check_targets(source, found, names, shapes)
         specs = _specs(source, found, names, shapes)
-    weights = blank_weights(file, leaves, specs)
+    weights, _ = blank_rows(file, leaves, specs)
     readers: dict[str, _Reader] = {}
     for path, slots in found.items():
         readers |= _readers(source, path, names[path], shapes[path], specs.get(path), slots)
-    rows = {path: placed_like(leaves[path], weights.get(path, leaves[path])) for path in found}
-    places = placements(rows, structure, leaves, sharding)
+    rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in found}
+    places = placements(rows, {}, structure, leaves, sharding)
     loaded = {
         name: place(reader.shape, reader.dtype, reader.read, places[name])
         for name, reader in track(readers.items(), "Loading the adapter")
     }
     rows = {path: filled(path, row, loaded) for path, row in rows.items()}
-    return frozen_of(leaves, structure, rows), with_leaves(structure, leaves, rows)
+    return Pair(frozen_of(leaves, structure, rows, {}), with_leaves(structure, leaves, rows))
 
 
 def _find(source: Source, names: Layouts, shapes: _Shapes) -> _Found:
@@ -306,9 +306,9 @@ def _check_targets(source: Source, found: _Found, names: Layouts, shapes: _Shape
                 )
 
 
-def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> dict[str, LoraSpec]:
-    """The spec of each parameter that has factors."""
-    specs: dict[str, LoraSpec] = {}
+def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> dict[str, LoraWeight]:
+    """The adapter, without arrays, of each parameter that has factors."""
+    specs: dict[str, LoraWeight] = {}
     for path, slots in found.items():
         if any(slot.key == _WHOLE for slot in slots):
             continue
@@ -325,7 +325,9 @@ def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> di
                 "the same in all of them.",
             )
         rank, alpha, scaling = settings[0]
-        specs[path] = LoraSpec(rank, alpha, scaling, roles.inputs, roles.outputs, roles.shared)
+        specs[path] = LoraWeight(
+            None, None, rank, alpha, scaling, roles.inputs, roles.outputs, roles.shared
+        )
     return specs
 
 
@@ -384,7 +386,7 @@ def _readers(
     path: str,
     layout: Layout,
     shape: tuple[int, ...],
-    spec: LoraSpec | None,
+    spec: LoraWeight | None,
     tensors: Mapping[_Slot, str],
 ) -> dict[str, _Reader]:
     """The arrays of one parameter, each from its tensors."""

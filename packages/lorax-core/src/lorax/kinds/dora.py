@@ -47,7 +47,7 @@ class DoraWeight(Adapter):
 
     kind = "dora"
 
-    delta: Any
+    delta: Adapter
     magnitude: Any
     detached: bool = static(True)
 
@@ -66,9 +66,16 @@ class DoraWeight(Adapter):
         axes = Labeled.of(self.axes, shape)
         kept = (*axes.shared, *axes.outputs)
         inner = self.delta.layout(shape)
+        if inner.gains:
+            raise SpecError(f"DoRA normalizes a sum, and a {self.delta.kind} adapter is a gain.")
         factors = {**inner.factors, "magnitude": kept}
-        gains = inner.gains | {"magnitude", "square"}
+        gains = frozenset({"magnitude", "square"})
         return Layout(inner.out, factors, {**inner.held, "square": kept}, gains)
+
+    def derived(self, base: Any) -> dict[str, Any]:
+        """The squares of the norms."""
+        square = norm_squared(jnp.asarray(base), self.axes.inputs)
+        return {**self.delta.derived(base), "square": square}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
