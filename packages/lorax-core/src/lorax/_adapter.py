@@ -184,6 +184,9 @@ class Adapter:
         return self.kind if rank is None else f"{self.kind} {rank}"
 
 
+_DEEPEST = 4  # settings of strangers may be nested without end
+
+
 def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
     """An adapter without arrays from what `Adapter.settings` returned, all of it checked.
 
@@ -203,6 +206,12 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
         >>> adapter_from_settings(settings).layout((3, 2)).shapes()
         {'a': (3, 1), 'b': (1, 2)}
     """
+    return _from_settings(settings, 0)
+
+
+def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
+    if depth == _DEEPEST:
+        raise ValueError(f"No adapter has {depth} adapters within each other.")
     given = dict(settings)
     cls = KINDS[given.pop("kind")]
     values: dict[str, Any] = {}
@@ -212,7 +221,7 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
             if not is_of(values[field.name], field.type):
                 raise ValueError(f"A {cls.kind} adapter has {field.name}={values[field.name]!r}.")
         elif field.type is Adapter:
-            values[field.name] = adapter_from_settings(given.pop(field.name))
+            values[field.name] = _from_settings(given.pop(field.name), depth + 1)
         else:
             values[field.name] = None
     if given:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +49,8 @@ FORMAT_KEY, _VERSION, _ADAPTER, _BASE, _HELD = (
     _PREFIX + key for key in ("format", "version", "adapter", "base", "held")
 )
 _FORMATS = ("1", "2")
+_SHORT = reprlib.Repr()  # settings of strangers may be nested without end
+_SHORT.maxdict = _SHORT.maxstring = 64
 _FIRST_KINDS = ("full", "lora")  # all that the first format has
 
 
@@ -379,9 +382,9 @@ def _read_settings(file: TensorFile, path: str, settings: Any) -> Adapter | None
         return None
     try:
         return adapter_from_settings(settings)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(
-            file.path, f"its header says of `{path}` what is no setting: {settings!r}."
+            file.path, f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
         ) from error
 
 

@@ -386,7 +386,7 @@ def _readers(
     path: str,
     layout: Layout,
     shape: tuple[int, ...],
-    spec: LoraWeight | None,
+    spec: Any,
     tensors: Mapping[_Slot, str],
 ) -> dict[str, _Reader]:
     """The arrays of one parameter, each from its tensors."""

@@ -36,9 +36,10 @@ def shapes_beside(file: object, path: str, weight: Adapter, base: Any) -> Shapes
         raise AdapterMismatchError(file, f"adapts `{path}`, which holds {base.dtype}.")
     try:
         weight.axes.check(path, len(shape))
-        layout = weight.layout(shape)
     except SpecError as error:
         raise AdapterMismatchError(file, str(error)) from error
+    try:
+        layout = weight.layout(shape)
     except _ERRORS as error:
         raise AdapterMismatchError(
             file, f"its {weight.kind} adapter does not fit `{path}` of shape {shape}: {error}"
