@@ -110,6 +110,12 @@ USES = {
         [(3, 9)],
     ),
     "transposed": (lambda p, x: x @ p["w"].T, (6, 9), Axes((), (1,), (0,)), [(3, 9)]),
+    "batched-last": (
+        lambda p, x: jnp.einsum("ebi,ioe->ebo", x, p["w"]),
+        (9, 6, 3),
+        Axes((2,), (0,), (1,)),
+        [(3, 2, 9)],
+    ),
     "batched": (lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), (3, 9, 6), STACK, [(3, 2, 9)]),
     "one-expert": (lambda p, x, i: x @ p["w"][i], (3, 9, 6), STACK, [(2, 9), np.int32(2)]),
     "each-example-its-expert": (

@@ -20,7 +20,7 @@ from ._errors import (
     UnsupportedAdapterError,
 )
 from ._export import pattern_name
-from ._layouts import RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from ._layouts import MAGNITUDE, RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
 from ._native import FORMAT_KEY, load_alone
 from ._peft import WEIGHTS_NAME, open_peft
 from ._restore import FACTOR, Source, plain_keys, restore
@@ -99,6 +99,8 @@ def _own_names(source: Source) -> dict[str, Layout]:
     experts = _experts(source)
     for key, name in source.tensors.items():
         match = FACTOR.search(key)
+        if match is not None and match[1] == MAGNITUDE:
+            continue  # beside the factors
         module = key[: match.start()] if match else key.rpartition(".")[0]
         module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import Adapter, Axes, LoraWeight
+from lorax import Adapter, Axes, DoraWeight, LoraWeight
 
 from ._config import HEADS, PeftConfig, prefixes, suffixes
 from ._errors import AdapterMismatchError, AdapterWarning, UnsupportedAdapterError
@@ -47,6 +47,7 @@ def export(
     task_type: str | None = None,
     fold_scale: bool = False,
     target_modules: Sequence[str] | None = None,
+    dora: bool = False,
 ) -> Export:
     """The tensors and the config of a tunable tree.
 
@@ -58,9 +59,18 @@ def export(
         task_type: PEFT's; some have a head that is saved whole.
         fold_scale: whether the fan-out factors are multiplied by the scale.
         target_modules: ends of module names, to be written instead of full names.
+        dora: whether the reader knows DoRA.
     """
     rows = tunable_rows(file, tunable)
-    adapted = {row.path: _plain(file, *row) for row in rows if isinstance(row.leaf, Adapter)}
+    found: dict[str, Any] = {row.path: row.leaf for row in rows if isinstance(row.leaf, Adapter)}
+    adapted = {path: _plain(file, path, weight, dora) for path, weight in found.items()}
+    magnitudes = {path: x.magnitude for path, x in found.items() if isinstance(x, DoraWeight)}
+    if mixed := sorted(adapted.keys() - magnitudes.keys()) if magnitudes else []:
+        raise UnsupportedAdapterError(
+            file,
+            f"`{mixed[0]}` has plain LoRA and `{min(magnitudes)}` has DoRA. PEFT has one of them "
+            "for all modules. Use `save_adapter` or `save_merged`.",
+        )
     layouts = {row.path: layout_of(file, names, row.path) for row in rows}
     if not adapted:
         raise UnsupportedAdapterError(
@@ -77,23 +87,37 @@ def export(
     depths = wrapper_depths((module, layout) for module, layout, _ in stacks)
     for path, weight in track(adapted.items(), "Gathering the adapter"):
         gain = weight.scale * weight.rank / config.lora_alpha if fold_scale else 1.0
-        for name, tensor in _factors(file, path, layouts[path], weight, depths, gain):
+        arrays = {"a": to_host(weight.a), "b": _times(to_host(weight.b), gain)}
+        if path in magnitudes:
+            arrays["magnitude"] = to_host(magnitudes[path])
+        for name, tensor in _factors(file, path, layouts[path], weight, depths, arrays):
             _add(file, tensors, name, tensor)
     targets = _targets(file, modules, names, target_modules)
     leaves = {row.path: row.leaf for row in rows}
     saved, bias = _add_full(file, tensors, leaves, names, params, task_type, modules)
-    return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
+    config = config.replace(**targets, modules_to_save=saved, bias=bias, use_dora=bool(magnitudes))
+    return Export(tensors, config, unsaid)
 
 
-def _plain(file: object, path: str, weight: Adapter) -> LoraWeight:
-    """The weight, where it is plain LoRA."""
-    if not isinstance(weight, LoraWeight):
+def _plain(file: object, path: str, weight: Any, dora: bool) -> LoraWeight:
+    """Plain LoRA, or that within DoRA where the reader knows it."""
+    is_dora = dora and isinstance(weight, DoraWeight)
+    plain = weight.delta if is_dora else weight
+    if not isinstance(plain, LoraWeight):
         raise UnsupportedAdapterError(
             file,
-            f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has plain LoRA "
-            "alone. Save it with `save_adapter`, or merge it with `save_merged`.",
+            f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has "
+            f"{'LoRA and DoRA' if dora else 'plain LoRA'} alone. Save it with `save_adapter`, or "
+            "merge it with `save_merged`.",
         )
-    return weight
+    if is_dora and not weight.detached:
+        warnings.warn(
+            f"{file}: the norm of `{path}` has a gradient. PEFT detaches it: the outputs are the "
+            "same, and training goes on in another way.",
+            AdapterWarning,
+            stacklevel=5,
+        )
+    return plain
 
 
 def layout_of(file: object, names: Layouts, path: str) -> Layout:
@@ -165,7 +189,7 @@ def _factors(
     layout: Layout,
     weight: LoraWeight,
     depths: Mapping[str, int],
-    gain: float,
+    arrays: Mapping[str, Array],
 ) -> list[tuple[str, Array]]:
     if isinstance(layout, Embedding) and layout.tied:
         warnings.warn(
@@ -175,11 +199,16 @@ def _factors(
             stacklevel=4,
         )
     roles = _roles(file, path, layout, weight)
-    axes = {
-        "a": (*roles.shared, *roles.inputs, RANK),
-        "b": (*roles.shared, RANK, *roles.outputs),
-    }
-    arrays = {"a": to_host(weight.a), "b": _times(to_host(weight.b), gain)}
+    axes = factor_axes(roles)
+    factors = layout.factors(roles)
+    if "magnitude" in arrays:
+        factors += layout.magnitude(roles)
+    if len(factors) < len(arrays):
+        raise UnsupportedAdapterError(
+            file,
+            f"`{path}` has DoRA, which PEFT does not have for a layout {type(layout).__name__}. "
+            "Use `save_adapter` or `save_merged`.",
+        )
     stacked = len(layout.stack(roles))
     return [
         (
@@ -187,8 +216,17 @@ def _factors(
             pack(arrays[factor.name][index], axes[factor.name][stacked:], factor.groups),
         )
         for index, module in _stack(file, path, layout, weight).items()
-        for factor in layout.factors(roles)
+        for factor in factors
     ]
+
+
+def factor_axes(roles: Axes) -> dict[str, tuple[int, ...]]:
+    """The parameter's axis of each axis of a factor."""
+    return {
+        "a": (*roles.shared, *roles.inputs, RANK),
+        "b": (*roles.shared, RANK, *roles.outputs),
+        "magnitude": (*roles.shared, *roles.outputs),
+    }
 
 
 def _times(array: Array, gain: float) -> Array:

@@ -21,13 +21,14 @@ from ._errors import AdapterMismatchError
 Array = np.ndarray[Any, Any]
 Groups = tuple[tuple[int, ...], ...]
 RANK = -1
+MAGNITUDE = "lora_magnitude_vector"
 
 
 class Factor(NamedTuple):
     """Where a factor lies: after which key, which of ours it is, and what its axes are made of."""
 
     key: str
-    name: str  # "a" or "b"
+    name: str  # "a", "b" or "magnitude"
     groups: Groups
 
 
@@ -62,6 +63,10 @@ class Layout:
     def factors(self, roles: Axes) -> tuple[Factor, ...]:
         """The two tensors that hold its factors."""
         raise NotImplementedError
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        """The tensor that holds DoRA's magnitudes; none where PEFT has no DoRA of such a layer."""
+        return ()
 
     def roles(self, ndim: int) -> Axes:
         """The roles of the axes of a parameter, by the rule of `lorax.LoraSpec`."""
@@ -133,6 +138,9 @@ class Linear(Layout):
             Factor("lora_B.weight", "b", (roles.outputs, (RANK,))),
         )
 
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        return (Factor(MAGNITUDE, "magnitude", (roles.outputs,)),)
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv1D(Linear):
@@ -163,6 +171,9 @@ class Embedding(Layout):
             Factor("lora_embedding_A", "a", ((RANK,), roles.inputs)),
             Factor("lora_embedding_B", "b", (roles.outputs, (RANK,))),
         )
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        return (Factor(MAGNITUDE, "magnitude", (roles.outputs,)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +210,12 @@ class Conv(Layout):
             Factor("lora_A.weight", "a", ((RANK,), channel, *window)),
             Factor("lora_B.weight", "b", (roles.outputs, (RANK,), *(() for _ in window))),
         )
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        if self.grouped:
+            return ()
+        _, *window = self._inputs(roles)
+        return (Factor(MAGNITUDE, "magnitude", ((), roles.outputs, *(() for _ in window))),)
 
 
 @dataclasses.dataclass(frozen=True)

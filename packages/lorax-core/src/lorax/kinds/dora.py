@@ -74,8 +74,7 @@ class DoraWeight(Adapter):
 
     def derived(self, base: Any) -> dict[str, Any]:
         """The squares of the norms."""
-        square = norm_squared(jnp.asarray(base), self.axes.inputs)
-        return {**self.delta.derived(base), "square": square}
+        return {**self.delta.derived(base), "square": _squares(jnp.asarray(base), self.axes)}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
@@ -175,10 +174,17 @@ class DoraSpec(AdapterSpec):
             )
         inner = self.spec.start(start)
         base = start.base if inner.base is None else inner.base
-        square = norm_squared(base, start.axes.inputs)
+        square = _squares(base, start.axes)
         adapted = inner.adapter.applied(base, inner.held).array()
-        magnitude = jnp.sqrt(norm_squared(adapted, start.axes.inputs))
+        magnitude = jnp.sqrt(_squares(adapted, start.axes))
         if not jnp.issubdtype(start.dtype, jnp.complexfloating):
             magnitude = magnitude.astype(start.dtype)
         weight = DoraWeight(inner.adapter, magnitude, self.detached)
         return Started(weight, {**inner.held, "square": square}, inner.base)
+
+
+def _squares(array: jax.Array, axes: Axes) -> jax.Array:
+    """`‖array‖²` over the inputs, `[*shared, *out]`."""
+    kept = sorted((*axes.shared, *axes.outputs))
+    order = [kept.index(d) for d in (*axes.shared, *axes.outputs)]
+    return jnp.transpose(norm_squared(array, axes.inputs), order)
