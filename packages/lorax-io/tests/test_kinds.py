@@ -3,6 +3,8 @@
 A new kind is one row of `KINDS`.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,14 @@ from lorax import DoraSpec, IA3Spec, LoraSpec, Pair, _adapter, init_lora, merge_
 from lorax_io import (
     AdapterError,
     AdapterMismatchError,
+    AdapterWarning,
+    Experts,
     Linear,
     Tensor,
     UnsupportedAdapterError,
     load_adapter,
     load_pair,
+    load_peft,
     save_adapter,
     save_diffusers,
     save_merged,
@@ -173,15 +178,79 @@ def test_the_merged_model_is_that_of_the_core(tmp_path, kind):
         np.testing.assert_array_equal(tensors[f"layers.{k}.v.weight"], flat)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize("save", [save_peft, save_diffusers])
-def test_a_form_of_plain_lora_refuses_other_kinds(tmp_path, kind, save):
+PEFT_HAS = ("lora", "rslora", "dora", "dora-with-gradient")
+REFUSED = [(save_diffusers, kind) for kind in OTHERS]
+REFUSED += [(save_peft, kind) for kind in OTHERS if kind not in PEFT_HAS]
+
+
+@pytest.mark.parametrize(("save", "kind"), REFUSED)
+def test_a_form_refuses_kinds_that_it_does_not_have(tmp_path, save, kind):
     tunable = make_pair(kind).tunable
     name = tunable["kernel"].kind
     message = f"`kernel` is of the kind '{name}'.*`save_adapter`.*`save_merged`"
     with pytest.raises(UnsupportedAdapterError, match=message):
         save(tmp_path / "folder", tunable, NAMES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
+    pair, params = make_pair(kind), make_params()
+    save_peft(tmp_path, pair.tunable, NAMES)
+    found = load_peft(tmp_path, params, NAMES)
+    assert_same(found.tunable, pair.tunable)
+    assert_close(found.frozen, pair.frozen)
+
+
+def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
+    pair = make_pair("dora-with-gradient")
+    with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
+        save_peft(tmp_path, pair.tunable, NAMES)
+    found = load_peft(tmp_path, make_params(), NAMES)
+    assert found.tunable["kernel"].detached
+    assert_close(merge_params(found), merge_params(pair))
+
+
+def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
+    tunable = make_pair("dora").tunable | {"kernel": make_pair("lora").tunable["kernel"]}
+    with pytest.raises(UnsupportedAdapterError, match="`kernel` has plain LoRA and `stack` has"):
+        save_peft(tmp_path / "folder", tunable, NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_have_no_dora_in_peft(tmp_path):
+    axes = lorax.Axes((0,), (1,), (2,))
+    spec = {"down": DoraSpec(LoraSpec(2)).with_axes(axes)}
+    names = {"down": Experts("experts", parameter="down", shared_axes=(0,))}
+    params = {"down": jnp.ones((3, 4, 5))}
+    tunable = init_lora(params, spec, jax.random.key(0)).tunable
+    with pytest.raises(UnsupportedAdapterError, match="`down` has DoRA, which PEFT.*Experts"):
+        save_peft(tmp_path / "folder", tunable, names)
+    assert not list(tmp_path.iterdir())
+    save_peft(tmp_path / "folder", {"down": tunable["down"].delta}, names)
+    config = tmp_path / "folder" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(UnsupportedAdapterError, match="is DoRA, which PEFT.*`down`.*Experts"):
+        load_peft(tmp_path / "folder", params, names)
+
+
+def test_the_command_line_reads_pefts_dora(tmp_path, file, capsys):
+    pair, params = make_pair("dora"), make_params()
+    folder, base = tmp_path / "peft", tmp_path / "base.safetensors"
+    save_peft(folder, {"kernel": pair.tunable["kernel"]}, NAMES)
+    safetensors.numpy.save_file({"q.weight": np.asarray(params["kernel"].T, order="C")}, base)
+    assert "dora" in run(capsys, "inspect", folder)[1]
+    assert "1 parameters" in run(capsys, "verify", folder, "--base", base)[1]
+    run(capsys, "convert", folder, file, "--to", "native")
+    loaded = load_adapter(file, params={"q": {"kernel": params["kernel"]}})
+    assert_same(loaded["q"]["kernel"], pair.tunable["kernel"])
+    again = tmp_path / "again"
+    run(capsys, "convert", file, again, "--to", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    run(capsys, "merge", folder, "--base", base, "--out", tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
+    assert_close(merged["q.weight"], np.asarray(merge_params(pair)["kernel"].T))
 
 
 @pytest.mark.parametrize("kind", KINDS)

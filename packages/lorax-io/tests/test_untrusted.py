@@ -524,7 +524,6 @@ KINDS = rows(
     *(
         (f"{key} {value}", {key: value}, UnsupportedAdapterError, rf"\({key}\); read as plain LoRA")
         for key, value in {
-            "use_dora": "true",
             "lora_bias": "true",
             "layer_replication": "[[0,4],[2,5]]",
             "alora_invocation_tokens": "[1,2]",
@@ -901,6 +900,31 @@ ADAPTERS = rows(
     ),
     ("every module saved", {"modules_to_save": [""]}, {}, FILE, "but the file lacks"),
     ("DoRA", {}, {Q + "lora_magnitude_vector": floats(3)}, MORE, "DoRA, with a magnitude"),
+    ("DoRA without magnitudes", {"use_dora": True}, {}, FILE, "lacks `.*lora_magnitude_vector`"),
+    (
+        "DoRA of one of two modules",
+        {"use_dora": True},
+        {Q + "lora_magnitude_vector": floats(3)},
+        FILE,
+        "lacks `.*v_proj.lora_magnitude_vector`",
+    ),
+    *(
+        (
+            f"DoRA with magnitudes of {shape}",
+            {"use_dora": True},
+            {module + "lora_magnitude_vector": floats(*shape) for module in (Q, V)},
+            MISMATCH,
+            r"lora_magnitude_vector` of shape .*; the parameter takes \(3,\)",
+        )
+        for shape in ((5,), (3, 1), (1, 3), (), (0,))
+    ),
+    (
+        "DoRA with NaN",
+        {"use_dora": True},
+        {module + "lora_magnitude_vector": floats(3) * np.nan for module in (Q, V)},
+        AdapterError,
+        "`q/magnitude` holds NaN|lora_magnitude_vector` holds NaN",
+    ),
     ("DoRA with a name", {}, {Q + "lora_magnitude_vector.default.weight": floats(3)}, MORE, "DoRA"),
     ("bias of B", {}, {Q + "lora_B.bias": floats(3)}, MORE, "LoRA with a bias in its factors"),
     ("bias of B with a name", {}, {Q + "lora_B.default.bias": floats(3)}, MORE, "a bias in its"),

@@ -343,7 +343,7 @@ def read_config(path: Path) -> PeftConfig:
 
     Raises:
         AdapterFileError: where it is no JSON object, or a value is not what PEFT writes.
-        UnsupportedAdapterError: where the adapter is more than plain LoRA.
+        UnsupportedAdapterError: where the adapter is more than LoRA and DoRA.
     """
     if path.stat().st_size > _LARGEST:
         raise AdapterFileError(path, f"is larger than {_LARGEST} bytes, which no config is.")

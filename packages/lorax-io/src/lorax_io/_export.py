@@ -65,6 +65,13 @@ def export(
     found: dict[str, Any] = {row.path: row.leaf for row in rows if isinstance(row.leaf, Adapter)}
     adapted = {path: _plain(file, path, weight, dora) for path, weight in found.items()}
     magnitudes = {path: x.magnitude for path, x in found.items() if isinstance(x, DoraWeight)}
+    if attached := [p for p, x in found.items() if isinstance(x, DoraWeight) and not x.detached]:
+        warnings.warn(
+            f"{file}: the norm of `{attached[0]}` has a gradient, and PEFT detaches it: outputs "
+            "are the same, but training goes on in another way.",
+            AdapterWarning,
+            stacklevel=3,
+        )
     if mixed := sorted(adapted.keys() - magnitudes.keys()) if magnitudes else []:
         raise UnsupportedAdapterError(
             file,
@@ -109,13 +116,6 @@ def _plain(file: object, path: str, weight: Any, dora: bool) -> LoraWeight:
             f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has "
             f"{'LoRA and DoRA' if dora else 'plain LoRA'} alone. Save it with `save_adapter`, or "
             "merge it with `save_merged`.",
-        )
-    if is_dora and not weight.detached:
-        warnings.warn(
-            f"{file}: the norm of `{path}` has a gradient. PEFT detaches it: the outputs are the "
-            "same, and training goes on in another way.",
-            AdapterWarning,
-            stacklevel=5,
         )
     return plain
 
