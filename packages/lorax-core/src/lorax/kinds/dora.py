@@ -183,7 +183,7 @@ class DoraSpec(AdapterSpec):
         return Started(weight, {**inner.held, "square": square}, inner.base)
 
 
-def _squares(array: jax.Array, axes: Axes) -> jax.Array:
+def _squares(array: Any, axes: Axes) -> jax.Array:
     """`‖array‖²` over the inputs, `[*shared, *out]`."""
     kept = sorted((*axes.shared, *axes.outputs))
     order = [kept.index(d) for d in (*axes.shared, *axes.outputs)]
