@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoHaConfig, LoraConfig, get_peft_model
 
 import lorax
-from lorax import LORA_FULL, LoraSpec
+from lorax import LORA_FULL, DoraSpec, FrozenWeight, LoraSpec
 from lorax_io import (
     AdapterWarning,
     Experts,
@@ -300,10 +300,61 @@ def test_auto_classes_find_the_base(twin, tmp_path):
     model.proves(lorax.merge_params(frozen, tunable), plain)
 
 
+# DoRA: a model, and what is adapted in it, by the ends of the modules' names.
+DORA = {
+    "linear": ("llama", ["q_proj", "down_proj"]),
+    "with a bias": ("bert", ["query", "intermediate.dense"]),
+    "transposed": ("gpt2", ["c_attn"]),
+    "embedding": ("llama", ["embed_tokens", "v_proj"]),
+    "convolutions": ("net", ["one", "two", "three"]),
+}
+
+
+@pytest.mark.parametrize("fold_scale", [False, True])
+@pytest.mark.parametrize("case", DORA)
+def test_peft_reads_our_dora(twin, to_peft, case, fold_scale):
+    name, ends = DORA[case]
+    model = twin(name)
+    spec = {}
+    for path, layout in model.names.items():
+        if layout.parameter == "weight" and layout.module.endswith(tuple(ends)):
+            axes = layout.roles(len(model.params[path].shape))
+            spec[path] = DoraSpec(LoraSpec(3, 5)).with_axes(axes)
+    assert len(spec) >= len(ends)
+    to_peft(model, spec, change=at_random, fold_scale=fold_scale)
+
+
+@pytest.mark.parametrize("case", DORA)
+def test_we_read_pefts_dora(twin, from_peft, case):
+    name, ends = DORA[case]
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=ends, use_dora=True, fan_in_fan_out=name == "gpt2"
+    )
+    frozen, tunable = from_peft(twin(name), config)
+    assert {leaf.kind for leaf in tunable.values() if leaf is not None} == {"dora"}
+    assert {type(frozen[path]) for path, leaf in tunable.items() if leaf} == {FrozenWeight}
+
+
+DORA_STACKS = ["layers last", "heads out", "layers and experts"]
+
+
+@pytest.mark.parametrize("case", DORA_STACKS)
+def test_peft_reads_our_stacks_of_dora(twin, to_peft, case):
+    model = stacked(twin, case)
+    axes = model.names["stack"].roles(len(model.params["stack"].shape))
+    to_peft(model, {"stack": DoraSpec(LoraSpec(3, 5)).with_axes(axes)}, change=at_random)
+
+
+@pytest.mark.parametrize("case", DORA_STACKS)
+def test_we_read_pefts_stacks_of_dora(twin, from_peft, case):
+    targets = rf".*\.{STACKS[case][1].module.rpartition('.')[2]}"
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_dora=True)
+    from_peft(stacked(twin, case), config)
+
+
 REFUSED = {
     "PiSSA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"),
     "OLoRA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
-    "DoRA": LoraConfig(r=3, target_modules=["q_proj"], use_dora=True),
     "bias of a factor": LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True),
     "rows": LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[2, 3]),
     "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),

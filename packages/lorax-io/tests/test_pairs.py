@@ -40,14 +40,32 @@ SAVES = {
 @pytest.mark.parametrize("save", SAVES)
 def test_a_pair_is_refused_where_the_tunable_tree_is_asked_for(tmp_path, pair, save, order):
     with pytest.raises(AdapterError, match=r"was given the pair \(frozen, tunable\); give it the"):
-        SAVES[save](tmp_path / "adapter", pair[::order])
+        SAVES[save](tmp_path / "adapter", tuple(pair)[::order])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_pair_of_one_parameter_is_refused(tmp_path):
     pair = lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))
     with pytest.raises(AdapterError, match="was given the pair"):
-        save_adapter(tmp_path / "adapter", pair)
+        save_adapter(tmp_path / "adapter", tuple(pair))
+
+
+def test_a_pair_of_plain_lora_is_the_file_of_its_tunable_tree(tmp_path, pair):
+    files = tmp_path / "pair", tmp_path / "tunable"
+    for file, tree in zip(files, (pair, pair.tunable), strict=True):
+        save_adapter(file, tree)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_pair_is_merged_as_its_trees(tmp_path, pair):
+    names = {**NAMES, "bias": Tensor("m.q")}
+    save_merged(tmp_path / "trees", *pair, names)
+    save_merged(tmp_path / "pair", pair, names)
+    save_merged(tmp_path / "keyword", pair, names=names)
+    files = {(f / "model.safetensors").read_bytes() for f in tmp_path.iterdir()}
+    assert len(files) == 1
+    with pytest.raises(TypeError, match="needs `names`"):
+        save_merged(tmp_path / "none", pair)
 
 
 def test_a_tree_of_two_parts_is_no_pair(tmp_path, pair):

@@ -27,11 +27,13 @@ from lorax_io import (
     Tensor,
     UnsupportedAdapterError,
     load_adapter,
+    load_pair,
     load_peft,
     read_metadata,
     save_adapter,
     save_peft,
 )
+from lorax_io._alone import open_adapter
 
 SECONDS = 10  # in which the worst of files is refused; an honest one takes milliseconds
 
@@ -522,7 +524,6 @@ KINDS = rows(
     *(
         (f"{key} {value}", {key: value}, UnsupportedAdapterError, rf"\({key}\); read as plain LoRA")
         for key, value in {
-            "use_dora": "true",
             "lora_bias": "true",
             "layer_replication": "[[0,4],[2,5]]",
             "alora_invocation_tokens": "[1,2]",
@@ -899,6 +900,31 @@ ADAPTERS = rows(
     ),
     ("every module saved", {"modules_to_save": [""]}, {}, FILE, "but the file lacks"),
     ("DoRA", {}, {Q + "lora_magnitude_vector": floats(3)}, MORE, "DoRA, with a magnitude"),
+    ("DoRA without magnitudes", {"use_dora": True}, {}, FILE, "lacks `.*lora_magnitude_vector`"),
+    (
+        "DoRA of one of two modules",
+        {"use_dora": True},
+        {Q + "lora_magnitude_vector": floats(3)},
+        FILE,
+        "lacks `.*v_proj.lora_magnitude_vector`",
+    ),
+    *(
+        (
+            f"DoRA with magnitudes of {shape}",
+            {"use_dora": True},
+            {module + "lora_magnitude_vector": floats(*shape) for module in (Q, V)},
+            MISMATCH,
+            r"lora_magnitude_vector` of shape .*; the parameter takes \(3,\)",
+        )
+        for shape in ((5,), (3, 1), (1, 3), (), (0,))
+    ),
+    (
+        "DoRA with NaN",
+        {"use_dora": True},
+        {module + "lora_magnitude_vector": floats(3) * np.nan for module in (Q, V)},
+        AdapterError,
+        "`q/magnitude` holds NaN|lora_magnitude_vector` holds NaN",
+    ),
     ("DoRA with a name", {}, {Q + "lora_magnitude_vector.default.weight": floats(3)}, MORE, "DoRA"),
     ("bias of B", {}, {Q + "lora_B.bias": floats(3)}, MORE, "LoRA with a bias in its factors"),
     ("bias of B with a name", {}, {Q + "lora_B.default.bias": floats(3)}, MORE, "a bias in its"),
@@ -1028,7 +1054,7 @@ NATIVE = rows(
     ("no format", {"lorax.format": None}, {}, FILE, "no native adapter; `load_peft` reads"),
     *(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
-        for text in ("2", "", "1.0", "01", "one")
+        for text in ("3", "", "1.0", "01", "one")
     ),
     ("no settings", {KEY: None}, {}, FILE, "is no JSON"),
     *(
@@ -1171,6 +1197,167 @@ NATIVE = rows(
 def test_a_native_file_that_does_not_fit_is_refused(place, changes, tensors, error, message):
     place.write_native(changes, tensors)
     assert_refused(place, "native", error, message)
+
+
+# Native files of other kinds.
+
+DORA = {"kind": "dora", "detached": True, "delta": LORA}
+IA3 = {
+    "kind": "ia3",
+    "side": "out",
+    "gain_axes": None,
+    "in_axes": [0],
+    "out_axes": [1],
+    "shared_axes": [],
+}
+MAGNITUDE = {"q/magnitude": floats(3)}
+GAIN = {"q/a": None, "q/b": None, "q/gain": floats(3)}
+
+
+def kinds(q, held=None, format="2"):
+    """The header of a file in which `q` has these settings and these frozen factors."""
+    text = json.dumps({"q": q, "norm": {"kind": "full"}})
+    more = {} if held is None else {"lorax.held": held if type(held) is str else json.dumps(held)}
+    return {"lorax.format": format, KEY: text} | more
+
+
+def deep(depth):
+    found = LORA
+    for _ in range(depth):
+        found = {"kind": "dora", "detached": True, "delta": found}
+    return found
+
+
+NO_SETTING = "says of `q` what is no setting"
+SQUARE = MAGNITUDE | {"q/square": floats(3)}
+OTHER_KINDS = rows(
+    *(
+        (f"dora with {name} {value}", kinds(DORA | {name: value}), MAGNITUDE, FILE, NO_SETTING)
+        for name, value in (
+            ("detached", 1),
+            ("detached", None),
+            ("detached", "yes"),
+            ("delta", None),
+            ("delta", {}),
+            ("delta", [LORA]),
+            ("delta", LORA | {"rank": 0}),
+            ("delta", LORA | {"a": LORA}),
+            ("magnitude", LORA),
+            ("in_axes", [0]),
+        )
+    ),
+    ("dora without an adapter", kinds(without(DORA, "delta")), MAGNITUDE, FILE, NO_SETTING),
+    ("dora of a gain", kinds(DORA | {"delta": IA3}), GAIN | MAGNITUDE, MISMATCH, "is a gain"),
+    *(
+        (f"dora of dora {depth}", kinds(deep(depth)), MAGNITUDE, AdapterError, "`q`|is no JSON")
+        for depth in (2, 100, 200, 300, 450, 600, 900)
+    ),
+    ("lora of lora", kinds(LORA | {"a": LORA}), {}, FILE, NO_SETTING),
+    *(
+        (f"ia3 with {name} {value}", kinds(IA3 | {name: value}), GAIN, FILE, NO_SETTING)
+        for name, value in (
+            ("side", "left"),
+            ("side", None),
+            ("side", ["out"]),
+            ("gain_axes", 1),
+            ("gain_axes", ["1"]),
+            ("gain_axes", [True]),
+            ("gain_axes", [[1]]),
+            ("gain", [1]),
+            ("rank", 2),
+        )
+    ),
+    ("ia3 over other axes", kinds(IA3 | {"gain_axes": [9]}), GAIN, MISMATCH, "`q/gain` of shape"),
+    ("ia3 on the other side", kinds(IA3 | {"side": "in"}), GAIN, MISMATCH, r"but \(5,\) would fit"),
+    (
+        "ia3 with factors",
+        kinds(IA3),
+        {"q/gain": floats(3)},
+        FILE,
+        "a tensor `q/[ab]` that its head",
+    ),
+    ("dora without magnitude", kinds(DORA), {}, FILE, "lacks the tensor `q/magnitude`"),
+    (
+        "short magnitude",
+        kinds(DORA),
+        {"q/magnitude": floats(2)},
+        MISMATCH,
+        "`q/magnitude` of shape",
+    ),
+    ("held is no JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is no JSON"),
+    ("held is a list", kinds(DORA, "[]"), MAGNITUDE, FILE, "no object under 'lorax.held'"),
+    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is no JSON"),
+    *(
+        (f"held {value}", kinds(DORA, value), MAGNITUDE, FILE, "no frozen factors of `(q|w|norm)`")
+        for value in (
+            {"q": "square"},
+            {"q": [1]},
+            {"q": None},
+            {"q": [["square"]]},
+            {"w": ["square"]},
+            {"norm": ["square"]},
+        )
+    ),
+    ("held without tensor", kinds(DORA, {"q": ["square"]}), MAGNITUDE, FILE, "lacks the tensor"),
+    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that its header"),
+    ("held twice", kinds(DORA, {"q": ["square"] * 2}), SQUARE, FILE, "two uses for `q/square`"),
+    ("held and trained", kinds(DORA, {"q": ["a"]}), MAGNITUDE, FILE, "two uses for `q/a`"),
+    (
+        "held of another kind",
+        kinds(LORA, {"q": ["square"]}),
+        {"q/square": floats(3)},
+        FILE,
+        "frozen factor `q/square`, which a lora adapter does not have",
+    ),
+    (
+        "held of another shape",
+        kinds(DORA, {"q": ["square"]}),
+        MAGNITUDE | {"q/square": floats(5)},
+        MISMATCH,
+        r"`q/square` of shape \(5,\), but \(3,\)",
+    ),
+    (
+        "held of double precision",
+        kinds(DORA, {"q": ["square"]}),
+        MAGNITUDE | {"q/square": np.ones(3)},
+        MISMATCH,
+        "`q/square` in float64",
+    ),
+)
+
+
+@pytest.mark.parametrize(("changes", "tensors", "error", "message"), OTHER_KINDS)
+def test_a_native_file_of_another_kind_that_does_not_fit_is_refused(
+    place, changes, tensors, error, message
+):
+    place.write_native(changes, tensors)
+    for load in (load_adapter, load_pair):
+        with pytest.raises(AdapterError, match=message) as raised:
+            load(place.native, params=make_params())
+        assert isinstance(raised.value, error)
+        assert str(raised.value).startswith(str(place.native))
+        assert len(str(raised.value)) < 2000
+    with pytest.raises(AdapterError):
+        fit_to_itself(place.native)
+
+
+def fit_to_itself(path):
+    """Opens a file as the command line does, without a base; then with one of no such shape."""
+    open_adapter(path)
+    load_pair(path, {"q": jnp.ones((2, 2)), "norm": jnp.ones(5)})
+
+
+def test_a_frozen_factor_with_nan_is_refused(place):
+    place.write_native(kinds(DORA, {"q": ["square"]}), MAGNITUDE | {"q/square": floats(3) * np.nan})
+    with pytest.raises(AdapterError, match="`q/square` holds NaN"):
+        load_pair(place.native, make_params())
+
+
+def test_the_rows_of_other_kinds_spoil_what_is_sound(place):
+    place.write_native(kinds(DORA, {"q": ["square"]}), SQUARE)
+    assert load_pair(place.native, make_params()).tunable["q"].kind == "dora"
+    place.write_native(kinds(IA3), GAIN)
+    assert load_pair(place.native, make_params()).tunable["q"].kind == "ia3"
 
 
 def test_a_folder_of_peft_is_no_native_file(place):

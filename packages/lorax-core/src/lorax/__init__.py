@@ -6,6 +6,7 @@ from ._adapter import (
     Adapter as Adapter,
     AdapterSpec as AdapterSpec,
     FrozenWeight as FrozenWeight,
+    adapter_from_settings as adapter_from_settings,
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
@@ -96,6 +97,7 @@ __all__ = [
     "adalora_orthogonality",
     "adalora_pruner",
     "adapter_difference",
+    "adapter_from_settings",
     "count_params",
     "explain",
     "infer_spec",

@@ -23,7 +23,7 @@ from ._axes import Axes, resolve_axes
 from ._errors import SpecError
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
-from ._statics import make_plain
+from ._statics import is_of, make_plain
 from ._terms import Label, Labels, Term
 
 KINDS: "dict[str, type[Adapter]]" = {}
@@ -117,6 +117,13 @@ class Adapter:
         """Where the factors lie on a weight of `shape`; it depends on settings alone."""
         raise NotImplementedError
 
+    def check_settings(self, path: str) -> None:
+        """Raises `SpecError` for settings of the right types with values that no spec allows."""
+
+    def derived(self, base: Any) -> dict[str, Any]:
+        """The frozen factors that follow from the base, so that a file need not have them."""
+        return {}
+
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
@@ -184,25 +191,56 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
 
 
+_DEEPEST = 4  # settings of strangers may be nested without end
+
+
 def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
-    """An adapter without arrays from what `Adapter.settings` returned.
+    """An adapter without arrays from what `Adapter.settings` returned, all of it checked.
+
+    Args:
+        settings: an object of JSON; nobody needs to have checked it.
+
+    Returns:
+        The adapter, with None for each factor; `Adapter.with_factors` gives it arrays.
 
     Raises:
         ValueError, TypeError, KeyError: where it is not what such a call returns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import LoraWeight, adapter_from_settings
+        >>> settings = LoraWeight(jnp.ones((3, 1)), jnp.ones((1, 2)), rank=1).settings()
+        >>> adapter_from_settings(settings).layout((3, 2)).shapes()
+        {'a': (3, 1), 'b': (1, 2)}
     """
+    return _from_settings(settings, 0)
+
+
+def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
+    if depth == _DEEPEST:
+        raise ValueError(f"No adapter has {depth} adapters within each other.")
     given = dict(settings)
     cls = KINDS[given.pop("kind")]
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.metadata.get("static"):
-            value = given.pop(field.name)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            values[field.name] = _tuples(given.pop(field.name))
+            if not is_of(values[field.name], field.type):
+                raise ValueError(f"A {cls.kind} adapter has {field.name}={values[field.name]!r}.")
+        elif field.type is Adapter:
+            values[field.name] = _from_settings(given.pop(field.name), depth + 1)
         else:
-            nested = given.pop(field.name, None)
-            values[field.name] = None if nested is None else adapter_from_settings(nested)
+            values[field.name] = None
     if given:
-        raise ValueError(f"A {cls.kind} adapter has no setting {sorted(given)[0]!r}.")
-    return cls(**values)
+        raise ValueError(f"A {cls.kind} adapter has no setting {min(given)!r}.")
+    adapter = cls(**values)
+    adapter.check_settings(f"a {cls.kind} adapter")
+    return adapter
+
+
+def _tuples(value: Any) -> Any:
+    """A tuple for a list of JSON, and for those in it."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def defkind(cls: type[Any]) -> type[Any]:

@@ -18,6 +18,10 @@ class Axes(NamedTuple):
         """The sizes of the matrix (inputs × outputs) that each shared entry is."""
         return math.prod(shape[d] for d in self.inputs), math.prod(shape[d] for d in self.outputs)
 
+    def check(self, path: str, ndim: int) -> "Axes":
+        """The same, in order; raises `SpecError` where a weight of `ndim` axes has others."""
+        return resolve_axes(path, ndim, self.inputs, self.outputs, self.shared)
+
 
 def resolve_axes(
     path: str,

@@ -3,6 +3,9 @@
 import dataclasses
 import numbers
 import operator
+import sys
+import types
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,3 +41,28 @@ def make_plain(settings: Any) -> None:
         plain = plain_axes(value) if field.name.endswith("_axes") else plain_number(value)
         if plain is not value:
             object.__setattr__(settings, field.name, plain)
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the type of a setting, such as `float | None`; floats are finite.
+
+    A bool is not an int here, and an int is a float.
+    """
+    arguments = typing.get_args(hint)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    match typing.get_origin(hint):
+        case None:
+            return hint is Any or type(value) is (type(None) if hint is None else hint)
+        case typing.Literal:
+            return any(type(value) is type(known) and value == known for known in arguments)
+        case types.UnionType | typing.Union:
+            return any(is_of(value, argument) for argument in arguments)
+        case _ if arguments[-1:] == (...,):
+            return type(value) is tuple and all(is_of(item, arguments[0]) for item in value)
+        case _:
+            return (
+                type(value) is tuple
+                and len(value) == len(arguments)
+                and all(map(is_of, value, arguments))
+            )

@@ -25,7 +25,6 @@ from lorax import (
     MaterializeError,
     TokensSpec,
     VeraSpec,
-    _adapter,
     init_lora,
     lora,
     merge_params,
@@ -132,6 +131,12 @@ USES = {
         [(3, 9)],
     ),
     "transposed": (lambda p, x: x @ p["w"].T, (6, 9), Axes((), (1,), (0,)), [(3, 9)]),
+    "batched-last": (
+        lambda p, x: jnp.einsum("ebi,ioe->ebo", x, p["w"]),
+        (9, 6, 3),
+        Axes((2,), (0,), (1,)),
+        [(3, 2, 9)],
+    ),
     "batched": (lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), (3, 9, 6), STACK, [(3, 2, 9)]),
     "one-expert": (lambda p, x, i: x @ p["w"][i], (3, 9, 6), STACK, [(2, 9), np.int32(2)]),
     "each-example-its-expert": (
@@ -216,7 +221,7 @@ def test_the_base_at_the_start(kind, use):
 def test_is_made_again_from_its_settings(kind):
     _, params, spec, _ = of_use("batched", kind)
     weight = init_lora(params, spec, jax.random.key(0)).tunable["w"]
-    again = _adapter.adapter_from_settings(json.loads(json.dumps(weight.settings())))
+    again = lorax.adapter_from_settings(json.loads(json.dumps(weight.settings())))
     again = again.with_factors(weight.factors())
     assert jax.tree.structure(again) == jax.tree.structure(weight)
     layout = again.layout((3, 9, 6))

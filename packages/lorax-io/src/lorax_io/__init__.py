@@ -30,6 +30,7 @@ from ._names import (
 )
 from ._native import (
     load_adapter as load_adapter,
+    load_pair as load_pair,
     read_metadata as read_metadata,
     save_adapter as save_adapter,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "flax_names",
     "load_adapter",
+    "load_pair",
     "load_peft",
     "pull_from_hub",
     "push_to_hub",

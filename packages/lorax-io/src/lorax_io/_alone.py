@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lorax import Axes
+
 from ._config import CONFIG_NAME, PeftConfig, config_of, distrusted, suffixes
 from ._diffusers import METADATA_KEY, WEIGHTS_NAME as DIFFUSERS_NAME
 from ._errors import (
@@ -18,27 +20,29 @@ from ._errors import (
     UnsupportedAdapterError,
 )
 from ._export import pattern_name
-from ._layouts import RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Roles, Tensor
+from ._layouts import MAGNITUDE, RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
 from ._native import FORMAT_KEY, load_alone
 from ._peft import WEIGHTS_NAME, open_peft
 from ._restore import FACTOR, Source, plain_keys, restore
 from ._tensors import TensorFile, parse_json
+from ._tree import Held
 
 
-class Adapter(NamedTuple):
+class Opened(NamedTuple):
     """An adapter, and what of its form is worth knowing."""
 
     kind: str  # native, peft or diffusers
     path: Path
-    rows: dict[str, Any]  # by path: a LoraWeight, or an array
+    rows: dict[str, Any]  # by path: an adapter, or an array
     names: Layouts  # empty for a native file
     metadata: dict[str, str]
     config: PeftConfig | None = None
+    held: Held = {}
 
 
 def open_adapter(
     path: Path, names: Layouts | None = None, base: Mapping[str, Any] | None = None
-) -> Adapter:
+) -> Opened:
     """An adapter in whichever form it is.
 
     Args:
@@ -57,7 +61,8 @@ def open_adapter(
         return open_adapter(path.parent, names, base)
     with TensorFile(file_path) as file:
         if FORMAT_KEY in file.metadata:
-            return Adapter("native", path, load_alone(file), {}, file.metadata)
+            rows, held = load_alone(file)
+            return Opened("native", path, rows, {}, file.metadata, held=held)
         if METADATA_KEY in file.metadata:
             return _restored("diffusers", path, _diffusers_source(file), names, base)
     raise AdapterFileError(
@@ -77,7 +82,7 @@ def _diffusers_source(file: TensorFile) -> Source:
 
 def _restored(
     kind: str, path: Path, source: Source, names: Layouts | None, base: Mapping[str, Any] | None
-) -> Adapter:
+) -> Opened:
     names = _own_names(source) if names is None else names
     if base is None:
         shapes = {p: _own_shape(source, layout) for p, layout in names.items()}
@@ -85,7 +90,7 @@ def _restored(
         names = {p: names[p] for p in base}
     _, rows = restore(source, base, names)
     rows = {p: row for p, row in rows.items() if row is not None}
-    return Adapter(kind, path, rows, names, source.file.metadata, source.config)
+    return Opened(kind, path, rows, names, source.file.metadata, source.config)
 
 
 def _own_names(source: Source) -> dict[str, Layout]:
@@ -94,6 +99,8 @@ def _own_names(source: Source) -> dict[str, Layout]:
     experts = _experts(source)
     for key, name in source.tensors.items():
         match = FACTOR.search(key)
+        if match is not None and match[1] == MAGNITUDE:
+            continue  # beside the factors
         module = key[: match.start()] if match else key.rpartition(".")[0]
         module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")
@@ -154,7 +161,7 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
         "Python (`lorax_io.load_peft`), with the parameters.",
     )
 
-    def roles_of(ndim: int) -> Roles:
+    def roles_of(ndim: int) -> Axes:
         try:
             return layout.roles(ndim)
         except AdapterMismatchError as error:  # The parameter has more axes than its tensors.

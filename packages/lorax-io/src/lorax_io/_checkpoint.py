@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import LoraWeight, merge_params
+from lorax import Adapter, Pair, merge_params
 
-from ._alone import Adapter, open_adapter
+from ._alone import Opened, open_adapter
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterNotFoundError
 from ._files import file_in, regular_file
 from ._layouts import Conv, Conv1D, Embedding, Experts, Layout, Linear, Tensor, tensor_name
 from ._merged import INDEX_NAME, WEIGHTS_NAME, new_folder
 from ._names import read_json
-from ._native import load_adapter
+from ._native import read
 from ._progress import track
+from ._shapes import base_shape, complete
 from ._tensors import TensorFile, write_tensors
-from ._tree import near
+from ._tree import Held, beside, near
 
 # What stands beside the weights and stays true of the merged model.
 _COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja")
@@ -63,8 +64,11 @@ def _files(path: Path) -> list[Path]:
     raise AdapterNotFoundError(path, f"has neither `{WEIGHTS_NAME}` nor `{INDEX_NAME}`.")
 
 
-def fit_adapter(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The adapter's rows by the names of the base's tensors, and with the axes of those."""
+def fit_adapter(adapter: Opened, checkpoint: Checkpoint) -> tuple[dict[str, Any], Held]:
+    """The adapter's rows by the names of the base's tensors, and with the axes of those.
+
+    Beside them are the frozen factors that are in the adapter's file.
+    """
     if adapter.kind == "native":
         if unknown := sorted(adapter.rows.keys() - checkpoint.shapes.keys()):
             raise AdapterMismatchError(
@@ -73,17 +77,17 @@ def fit_adapter(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
                 f"{near(unknown[0], checkpoint.shapes)} For a base of PyTorch, convert it first: "
                 "`lorax convert --to peft`.",
             )
-        rows = load_adapter(adapter.path, params=checkpoint.shapes)
-        return {path: row for path, row in rows.items() if row is not None}
+        found = read(adapter.path, checkpoint.shapes, with_held=True)
+        return found.rows, adapter.held
     names = {_tensor_of(adapter, layout, checkpoint): layout for layout in adapter.names.values()}
     names = {
         name: _in_pytorch(adapter, layout, checkpoint.shapes[name].shape)
         for name, layout in names.items()
     }
-    return open_adapter(adapter.path, names, checkpoint.shapes).rows
+    return open_adapter(adapter.path, names, checkpoint.shapes).rows, {}
 
 
-def _tensor_of(adapter: Adapter, layout: Layout, checkpoint: Checkpoint) -> str:
+def _tensor_of(adapter: Opened, layout: Layout, checkpoint: Checkpoint) -> str:
     """The base's tensor for a module, which may be called with or without the model's prefix."""
     name = tensor_name(layout.module, layout.parameter)
     if name in checkpoint.shapes:
@@ -102,7 +106,7 @@ def _tensor_of(adapter: Adapter, layout: Layout, checkpoint: Checkpoint) -> str:
     return found[0]
 
 
-def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Layout:
+def _in_pytorch(adapter: Opened, layout: Layout, shape: tuple[int, ...]) -> Layout:
     """The layout of a tensor as PyTorch has it, told by the shapes of the factors."""
     if isinstance(layout, Tensor):
         return layout
@@ -112,7 +116,9 @@ def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Lay
         rest = tuple(range(1, len(shape)))
         return dataclasses.replace(layout, in_axes=rest, out_axes=(0,), channel_axis=1)
     [row] = [row for path, row in adapter.rows.items() if adapter.names[path] == layout]
-    sides = row.a.shape[-2], row.b.shape[-1]
+    found = base_shape(row)
+    assert found is not None  # plain LoRA has every axis of its base
+    sides = found[-2:]
     first = len(shape) - 2
     if isinstance(layout, Experts):
         if sides[0] == sides[1]:
@@ -131,7 +137,7 @@ def _in_pytorch(adapter: Adapter, layout: Layout, shape: tuple[int, ...]) -> Lay
 
 
 def merge_files(
-    checkpoint: Checkpoint, rows: Mapping[str, Any], out: str | os.PathLike[str]
+    checkpoint: Checkpoint, rows: Mapping[str, Any], held: Held, out: str | os.PathLike[str]
 ) -> None:
     """Writes the base's files with the adapter merged, and what stands beside them, to a folder."""
     left = set(rows)
@@ -140,7 +146,7 @@ def merge_files(
             with TensorFile(path) as file:
                 tensors = {name: file.view(name) for name in file.entries}
                 for name in tensors.keys() & rows.keys():
-                    tensors[name] = _merged(file, name, rows[name])
+                    tensors[name] = _merged(file, name, rows[name], held.get(name, {}))
                     left.remove(name)
                 of_base = tensors.keys() - rows.keys()
                 write_tensors(folder / path.name, tensors, file.metadata, of_base=of_base)
@@ -151,11 +157,13 @@ def merge_files(
     assert not left, left
 
 
-def _merged(file: TensorFile, name: str, row: Any) -> np.ndarray[Any, Any]:
-    base = file.view(name)
-    if not isinstance(row, LoraWeight):
-        return np.asarray(row, order="C").astype(base.dtype)
+def _merged(file: TensorFile, name: str, row: Any, held: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    view = file.view(name)
+    if not isinstance(row, Adapter):
+        return np.asarray(row, order="C").astype(view.dtype)
+    base = jnp.asarray(view)
+    leaf = beside(base, complete(file.path, name, row, base, held))
     try:
-        return np.asarray(merge_params({name: jnp.asarray(base)}, {name: row})[name])
+        return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])
     except TypeError as error:
         raise AdapterError(file.path, str(error)) from error

@@ -14,17 +14,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from lorax import LoraWeight, LoraxError
+from lorax import Adapter, LoraxError
 
-from ._alone import Adapter, open_adapter
+from ._alone import Opened, open_adapter
 from ._checkpoint import fit_adapter, merge_files, open_checkpoint
 from ._config import TASK_TYPES, PeftConfig
 from ._diffusers import save_diffusers
 from ._names import flax_names, read_names
-from ._native import save_adapter, user_metadata
+from ._native import user_metadata, write
 from ._peft import save_peft
+from ._shapes import base_shape
 from ._summary import Line, compare, summarize
-from ._tree import base_shape
+from ._tree import Row
 
 _SAME, _DIFFERENT, _FAILED = 0, 1, 2
 
@@ -145,7 +146,7 @@ def _text(value: Any) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def _about(adapter: Adapter, lines: list[Line]) -> dict[str, Any]:
+def _about(adapter: Opened, lines: list[Line]) -> dict[str, Any]:
     count = sum(math.prod(shape) for line in lines for shape in line.shapes)
     about: dict[str, Any] = {"form": adapter.kind, "parameters trained": count}
     if adapter.config is not None:
@@ -164,15 +165,16 @@ def _verify(args: argparse.Namespace) -> int:
     fits = ""
     if args.base is not None:
         checkpoint = open_checkpoint(args.base)
-        fits = f", and fits {args.base}" if fit_adapter(adapter, checkpoint) else ""
+        rows, _ = fit_adapter(adapter, checkpoint)
+        fits = f", and fits {args.base}" if rows else ""
     print(f"{args.adapter}: {len(adapter.rows)} parameters, all as they should be{fits}")
     return _SAME
 
 
 def _diff(args: argparse.Namespace) -> int:
     """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
-    first, second = (open_adapter(path).rows for path in (args.first, args.second))
-    found = compare(first, second)
+    first, second = (open_adapter(path) for path in (args.first, args.second))
+    found = compare(first.rows, second.rows, first.held, second.held)
     if args.json:
         print(json.dumps([difference._asdict() for difference in found], indent=1))
     elif found:
@@ -181,7 +183,7 @@ def _diff(args: argparse.Namespace) -> int:
             table.add_row(_printable(path), what, "–" if relative is None else f"{relative:.2g}")
         _console().print(table)
     else:
-        print(f"the same {len(first)} parameters, to the bit")
+        print(f"the same {len(first.rows)} parameters, to the bit")
     return _DIFFERENT if found else _SAME
 
 
@@ -191,7 +193,8 @@ def _convert(args: argparse.Namespace) -> int:
     adapter = open_adapter(args.adapter, names)
     if args.to == "native":
         metadata = user_metadata(adapter.metadata) if adapter.kind == "native" else None
-        save_adapter(args.out, adapter.rows, metadata=metadata)
+        rows = [Row(path, row) for path, row in sorted(adapter.rows.items())]
+        write(args.out, rows, adapter.held, metadata=metadata)
     else:
         layouts = names or adapter.names or flax_names(_shapes(adapter.rows))
         if args.to == "peft":
@@ -214,21 +217,23 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
-    """The bases that the rows fit."""
+    """The bases that the rows fit, where the rows say so."""
     shapes = {
-        path: base_shape(row.a.shape, row.b.shape, row)
-        if isinstance(row, LoraWeight)
-        else row.shape
+        path: base_shape(row) if isinstance(row, Adapter) else row.shape
         for path, row in rows.items()
     }
-    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    return {
+        path: jax.ShapeDtypeStruct(shape, np.float32)
+        for path, shape in shapes.items()
+        if shape is not None
+    }
 
 
 def _merge(args: argparse.Namespace) -> int:
     """Writes a base's files with an adapter merged into them, and config and tokenizer beside."""
     checkpoint = open_checkpoint(args.base)
-    rows = fit_adapter(open_adapter(args.adapter), checkpoint)
-    merge_files(checkpoint, rows, args.out)
+    rows, held = fit_adapter(open_adapter(args.adapter), checkpoint)
+    merge_files(checkpoint, rows, held, args.out)
     print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(rows)} of them adapted")
     return _SAME
 

@@ -48,6 +48,7 @@ class PeftConfig:
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
+    use_dora: bool | None = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     target_modules: Sequence[str] | str | None = None
@@ -150,7 +151,12 @@ class PeftConfig:
 
         PEFT before 0.14 refuses a file with a key that it does not know.
         """
-        newer = {"use_rslora": False, "exclude_modules": None, "target_parameters": None}
+        newer = {
+            "use_rslora": False,
+            "use_dora": False,
+            "exclude_modules": None,
+            "target_parameters": None,
+        }
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         kept = {k: v for k, v in values.items() if k not in newer or v != newer[k]}
         return {
@@ -291,6 +297,7 @@ _KEYS: dict[str, _Key] = {
     "r": _RANK,
     "lora_alpha": _NUMBER,
     "use_rslora": _FLAG,
+    "use_dora": _or_none(_FLAG),
     "rank_pattern": _or_none(_patterns(_RANK)),
     "alpha_pattern": _or_none(_patterns(_NUMBER)),
     "target_modules": _or_none(_NAMES),
@@ -313,9 +320,8 @@ _HARMLESS = frozenset(
     " lora_ga_config loftq_config qalora_group_size megatron_core".split()
 )
 
-# Keys that make an adapter more than plain LoRA, unless they are null, false or empty.
+# Keys that make an adapter more than LoRA and DoRA, unless they are null, false or empty.
 _BEYOND = {
-    "use_dora": "is DoRA, with a magnitude for each output",
     "lora_bias": "has a bias in its factors",
     "layer_replication": "repeats layers of its base",
     "alora_invocation_tokens": "is an activated LoRA, which adapts some tokens only",
@@ -337,7 +343,7 @@ def read_config(path: Path) -> PeftConfig:
 
     Raises:
         AdapterFileError: where it is no JSON object, or a value is not what PEFT writes.
-        UnsupportedAdapterError: where the adapter is more than plain LoRA.
+        UnsupportedAdapterError: where the adapter is more than LoRA and DoRA.
     """
     if path.stat().st_size > _LARGEST:
         raise AdapterFileError(path, f"is larger than {_LARGEST} bytes, which no config is.")

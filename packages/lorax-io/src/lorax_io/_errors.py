@@ -39,7 +39,7 @@ class AdapterMismatchError(AdapterError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """An adapter that cannot be had in this form: it is more than plain LoRA."""
+    """An adapter that cannot be had in this form: its kind is not read or written there."""
 
 
 class AdapterWarning(UserWarning):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import LoraWeight
+from lorax import Adapter, Axes, DoraWeight, LoraWeight
 
 from ._config import HEADS, PeftConfig, prefixes, suffixes
 from ._errors import AdapterMismatchError, AdapterWarning, UnsupportedAdapterError
 from ._host import to_host
-from ._layouts import RANK, Array, Embedding, Experts, Layout, Layouts, Roles, pack
+from ._layouts import RANK, Array, Embedding, Experts, Layout, Layouts, pack
 from ._progress import track
 from ._tree import is_array, near, param_leaves, tunable_rows
 
@@ -47,6 +47,7 @@ def export(
     task_type: str | None = None,
     fold_scale: bool = False,
     target_modules: Sequence[str] | None = None,
+    dora: bool = False,
 ) -> Export:
     """The tensors and the config of a tunable tree.
 
@@ -58,10 +59,26 @@ def export(
         task_type: PEFT's; some have a head that is saved whole.
         fold_scale: whether the fan-out factors are multiplied by the scale.
         target_modules: ends of module names, to be written instead of full names.
+        dora: whether the reader knows DoRA.
     """
     rows = tunable_rows(file, tunable)
+    found: dict[str, Any] = {row.path: row.leaf for row in rows if isinstance(row.leaf, Adapter)}
+    adapted = {path: _plain(file, path, weight, dora) for path, weight in found.items()}
+    magnitudes = {path: x.magnitude for path, x in found.items() if isinstance(x, DoraWeight)}
+    if attached := [p for p, x in found.items() if isinstance(x, DoraWeight) and not x.detached]:
+        warnings.warn(
+            f"{file}: the norm of `{attached[0]}` has a gradient, and PEFT detaches it: outputs "
+            "are the same, but training goes on in another way.",
+            AdapterWarning,
+            stacklevel=3,
+        )
+    if mixed := sorted(adapted.keys() - magnitudes.keys()) if magnitudes else []:
+        raise UnsupportedAdapterError(
+            file,
+            f"`{mixed[0]}` has plain LoRA and `{min(magnitudes)}` has DoRA. PEFT has one of them "
+            "for all modules. Use `save_adapter` or `save_merged`.",
+        )
     layouts = {row.path: layout_of(file, names, row.path) for row in rows}
-    adapted = {row.path: row.leaf for row in rows if isinstance(row.leaf, LoraWeight)}
     if not adapted:
         raise UnsupportedAdapterError(
             file, "no parameter has factors; PEFT needs one. Use `save_adapter` or `save_merged`."
@@ -77,12 +94,30 @@ def export(
     depths = wrapper_depths((module, layout) for module, layout, _ in stacks)
     for path, weight in track(adapted.items(), "Gathering the adapter"):
         gain = weight.scale * weight.rank / config.lora_alpha if fold_scale else 1.0
-        for name, tensor in _factors(file, path, layouts[path], weight, depths, gain):
+        arrays = {"a": to_host(weight.a), "b": _times(to_host(weight.b), gain)}
+        if path in magnitudes:
+            arrays["magnitude"] = to_host(magnitudes[path])
+        for name, tensor in _factors(file, path, layouts[path], weight, depths, arrays):
             _add(file, tensors, name, tensor)
     targets = _targets(file, modules, names, target_modules)
     leaves = {row.path: row.leaf for row in rows}
     saved, bias = _add_full(file, tensors, leaves, names, params, task_type, modules)
-    return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
+    config = config.replace(**targets, modules_to_save=saved, bias=bias, use_dora=bool(magnitudes))
+    return Export(tensors, config, unsaid)
+
+
+def _plain(file: object, path: str, weight: Any, dora: bool) -> LoraWeight:
+    """Plain LoRA, or that within DoRA where the reader knows it."""
+    is_dora = dora and isinstance(weight, DoraWeight)
+    plain = weight.delta if is_dora else weight
+    if not isinstance(plain, LoraWeight):
+        raise UnsupportedAdapterError(
+            file,
+            f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has "
+            f"{'LoRA and DoRA' if dora else 'plain LoRA'} alone. Save it with `save_adapter`, or "
+            "merge it with `save_merged`.",
+        )
+    return plain
 
 
 def layout_of(file: object, names: Layouts, path: str) -> Layout:
@@ -131,8 +166,8 @@ def _stack(
     return layout.modules(roles, sizes)
 
 
-def _roles(file: object, path: str, layout: Layout, weight: LoraWeight) -> Roles:
-    roles = Roles(weight.shared_axes, weight.in_axes, weight.out_axes)
+def _roles(file: object, path: str, layout: Layout, weight: LoraWeight) -> Axes:
+    roles = weight.axes
     wanted = layout.roles(sum(map(len, roles)))
     if roles != wanted:
         raise AdapterMismatchError(
@@ -154,7 +189,7 @@ def _factors(
     layout: Layout,
     weight: LoraWeight,
     depths: Mapping[str, int],
-    gain: float,
+    arrays: Mapping[str, Array],
 ) -> list[tuple[str, Array]]:
     if isinstance(layout, Embedding) and layout.tied:
         warnings.warn(
@@ -164,11 +199,16 @@ def _factors(
             stacklevel=4,
         )
     roles = _roles(file, path, layout, weight)
-    axes = {
-        "a": (*roles.shared, *roles.inputs, RANK),
-        "b": (*roles.shared, RANK, *roles.outputs),
-    }
-    arrays = {"a": to_host(weight.a), "b": _times(to_host(weight.b), gain)}
+    axes = factor_axes(roles)
+    factors = layout.factors(roles)
+    if "magnitude" in arrays:
+        factors += layout.magnitude(roles)
+    if len(factors) < len(arrays):
+        raise UnsupportedAdapterError(
+            file,
+            f"`{path}` has DoRA, which PEFT does not have for a layout {type(layout).__name__}. "
+            "Use `save_adapter` or `save_merged`.",
+        )
     stacked = len(layout.stack(roles))
     return [
         (
@@ -176,8 +216,17 @@ def _factors(
             pack(arrays[factor.name][index], axes[factor.name][stacked:], factor.groups),
         )
         for index, module in _stack(file, path, layout, weight).items()
-        for factor in layout.factors(roles)
+        for factor in factors
     ]
+
+
+def factor_axes(roles: Axes) -> dict[str, tuple[int, ...]]:
+    """The parameter's axis of each axis of a factor."""
+    return {
+        "a": (*roles.shared, *roles.inputs, RANK),
+        "b": (*roles.shared, RANK, *roles.outputs),
+        "magnitude": (*roles.shared, *roles.outputs),
+    }
 
 
 def _times(array: Array, gain: float) -> Array:
@@ -292,7 +341,7 @@ def _add_full(
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
     bias = "none"
     for path, leaf in rows.items():
-        if isinstance(leaf, LoraWeight):
+        if isinstance(leaf, Adapter):
             continue
         for name, parameter, tensor in whole_tensors(path, names[path], leaf):
             if not name:
@@ -342,7 +391,7 @@ def _add_rest(
     config, in_head = (PeftConfig(modules_to_save=m) for m in ([*saved, *heads], heads))
     for path, layout in names.items():
         module, row = layout.module, rows.get(path)
-        if not config.saves(module) or (row is not None and not isinstance(row, LoraWeight)):
+        if not config.saves(module) or (row is not None and not isinstance(row, Adapter)):
             continue
         if not in_head.saves(module) and not any(outer in saved for outer in prefixes(module)):
             caught = next(m for m in saved if PeftConfig(modules_to_save=[m]).saves(module))

@@ -1,6 +1,5 @@
 """Arrays between devices and this process's memory, and processes that agree."""
 
-import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from lorax import LoraWeight
-
 from ._errors import AdapterError
-from ._tree import all_arrays, rows_of, with_leaves
+from ._tree import Held, all_arrays, rows_of, with_leaves
 
 
 def to_host(array: Any) -> np.ndarray[Any, Any]:
@@ -113,41 +110,37 @@ def sharding_of(array: Any) -> Sharding | None:
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
-def placed_like(base: Any, row: Any) -> Any:
-    """A row of shapes, with the shardings that it has beside its base: axis by axis as it."""
+def sharding_beside(base: Any, axes: Sequence[int | None]) -> Sharding | None:
+    """Where an array goes whose axis k is the base's `axes[k]`, or none of its: as the base."""
     sharding = sharding_of(base)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec))]
+    parts = (None if d is None else spec[d] for d in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts), memory_kind=sharding.memory_kind)
 
-    def shape(array: Any, axes: Sequence[int | None]) -> jax.ShapeDtypeStruct:
-        where = sharding
-        if isinstance(sharding, NamedSharding):
-            spec = [*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec))]
-            parts = (None if d is None else spec[d] for d in axes)
-            where = NamedSharding(
-                sharding.mesh, PartitionSpec(*parts), memory_kind=sharding.memory_kind
-            )
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
-    if not isinstance(row, LoraWeight):
-        return shape(row, range(len(row.shape)))
-    return dataclasses.replace(
-        row,
-        a=shape(row.a, (*row.shared_axes, *row.in_axes, None)),
-        b=shape(row.b, (*row.shared_axes, None, *row.out_axes)),
-    )
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, and where it is."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_of(array))
 
 
 def placements(
-    rows: Mapping[str, Any], structure: Any, paths: Any, sharding: Any
+    rows: Mapping[str, Any], held: Held, structure: Any, paths: Any, sharding: Any
 ) -> dict[str, Sharding | None]:
     """Where to put the arrays of the rows, by name.
 
     Args:
         rows: of shapes, which have shardings of their own.
+        held: the frozen factors beside the bases, which a tree of shardings has no place for.
         structure: of the tree.
         paths: of its leaves.
         sharding: what the user says instead: a sharding, or a tree of them, or None.
     """
+    own = {name: array.sharding for name, array in all_arrays(rows, held).items()}
     if sharding is None:
-        return {name: array.sharding for name, array in all_arrays(rows).items()}
+        return own
+    if isinstance(sharding, Sharding):
+        return dict.fromkeys(own, sharding)
     spread = jax.tree.broadcast(sharding, with_leaves(structure, paths, rows))
-    return all_arrays(dict(rows_of(spread)))
+    return own | all_arrays(dict(rows_of(spread)))

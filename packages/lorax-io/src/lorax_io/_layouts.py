@@ -14,27 +14,22 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from lorax import Axes
+
 from ._errors import AdapterMismatchError
 
 Array = np.ndarray[Any, Any]
 Groups = tuple[tuple[int, ...], ...]
 RANK = -1
+MAGNITUDE = "lora_magnitude_vector"
 
 
 class Factor(NamedTuple):
     """Where a factor lies: after which key, which of ours it is, and what its axes are made of."""
 
     key: str
-    name: str  # "a" or "b"
+    name: str  # "a", "b" or "magnitude"
     groups: Groups
-
-
-class Roles(NamedTuple):
-    """The roles of a parameter's axes, each in its order."""
-
-    shared: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +56,19 @@ class Layout:
     stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that lie within one tensor
     fan_in_fan_out: ClassVar[bool] = False
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         """The axes of the tensor that holds the parameter itself."""
         raise NotImplementedError
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         """The two tensors that hold its factors."""
         raise NotImplementedError
 
-    def roles(self, ndim: int) -> Roles:
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        """The tensor that holds DoRA's magnitudes; none where PEFT has no DoRA of such a layer."""
+        return ()
+
+    def roles(self, ndim: int) -> Axes:
         """The roles of the axes of a parameter, by the rule of `lorax.LoraSpec`."""
         shared = self._axes("shared_axes", ndim)
         rest = [d for d in range(ndim) if d not in shared]
@@ -86,7 +85,7 @@ class Layout:
                 f"its layout uses the {ndim} axes of the parameter as in_axes={inputs}, "
                 f"out_axes={outputs}, shared_axes={shared}; each axis must have exactly one role.",
             )
-        return Roles(shared, inputs, outputs)
+        return Axes(shared, inputs, outputs)
 
     def _axes(self, name: str, ndim: int) -> tuple[int, ...]:
         """Some axes of a parameter, each counted from the front."""
@@ -100,11 +99,11 @@ class Layout:
             )
         return axis % ndim
 
-    def stack(self, roles: Roles) -> tuple[int, ...]:
+    def stack(self, roles: Axes) -> tuple[int, ...]:
         """The shared axes that have a module for each entry."""
         return roles.shared[: len(roles.shared) - self.stacked_in_tensor]
 
-    def modules(self, roles: Roles, sizes: Mapping[int, int]) -> dict[tuple[int, ...], str]:
+    def modules(self, roles: Axes, sizes: Mapping[int, int]) -> dict[tuple[int, ...], str]:
         """The module of each entry of the stack; one, at `()`, where nothing is stacked.
 
         Args:
@@ -130,14 +129,17 @@ class Linear(Layout):
         'model.layers.7.self_attn.q_proj'
     """
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         return roles.outputs, roles.inputs
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         return (
             Factor("lora_A.weight", "a", ((RANK,), roles.inputs)),
             Factor("lora_B.weight", "b", (roles.outputs, (RANK,))),
         )
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        return (Factor(MAGNITUDE, "magnitude", (roles.outputs,)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Conv1D(Linear):
 
     fan_in_fan_out: ClassVar[bool] = True
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         return roles.inputs, roles.outputs
 
 
@@ -161,14 +163,17 @@ class Embedding(Layout):
 
     tied: bool = False
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         return roles.inputs, roles.outputs
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         return (
             Factor("lora_embedding_A", "a", ((RANK,), roles.inputs)),
             Factor("lora_embedding_B", "b", (roles.outputs, (RANK,))),
         )
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        return (Factor(MAGNITUDE, "magnitude", (roles.outputs,)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +189,7 @@ class Conv(Layout):
     channel_axis: int | None = None
     grouped: bool = False
 
-    def _inputs(self, roles: Roles) -> Groups:
+    def _inputs(self, roles: Axes) -> Groups:
         channel = roles.inputs[-1]
         if self.channel_axis is not None:
             channel = self._axis("channel_axis", self.channel_axis, sum(map(len, roles)))
@@ -194,10 +199,10 @@ class Conv(Layout):
             )
         return ((channel,), *((d,) for d in roles.inputs if d != channel))
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         return roles.outputs, *self._inputs(roles)
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         if self.grouped:
             return ()
         channel, *window = self._inputs(roles)
@@ -205,6 +210,12 @@ class Conv(Layout):
             Factor("lora_A.weight", "a", ((RANK,), channel, *window)),
             Factor("lora_B.weight", "b", (roles.outputs, (RANK,), *(() for _ in window))),
         )
+
+    def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
+        if self.grouped:
+            return ()
+        _, *window = self._inputs(roles)
+        return (Factor(MAGNITUDE, "magnitude", ((), roles.outputs, *(() for _ in window))),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +240,11 @@ class Experts(Layout):
 
     stacked_in_tensor: ClassVar[int] = 1
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         sides = (roles.outputs, roles.inputs) if self.out_first else (roles.inputs, roles.outputs)
         return (roles.shared[-1:], *sides)
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         experts = roles.shared[-1]
         first, second = ("b", "a") if self.swapped else ("a", "b")
         inputs, outputs = roles.inputs, roles.outputs
@@ -256,11 +267,11 @@ class Tensor(Layout):
     parameter: str = "bias"
     flat: bool = False
 
-    def whole(self, roles: Roles) -> Groups:
+    def whole(self, roles: Axes) -> Groups:
         axes = (*roles.inputs, *roles.outputs)
         return (tuple(sorted(axes)),) if self.flat else tuple((d,) for d in sorted(axes))
 
-    def factors(self, roles: Roles) -> tuple[Factor, ...]:
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
         return ()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax import merge_params
+from lorax import Pair, merge_params
 
 from ._errors import AdapterError, AdapterMismatchError
 from ._export import layout_of, whole_tensors
@@ -18,7 +18,7 @@ from ._host import one_writer
 from ._layouts import Array, Names, as_layouts, tensor_name
 from ._progress import track
 from ._tensors import write_tensors
-from ._tree import absent, is_array, param_leaves, tunable_rows
+from ._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,20 +28,20 @@ CONFIG_NAME = "config.json"
 def save_merged(
     folder: str | os.PathLike[str],
     frozen: Any,
-    tunable: Any,
-    names: Names,
+    tunable: Any = None,
+    names: Names | None = None,
     *,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes the merged model, `base + scale · a @ b` for every adapter, for transformers.
+    """Writes the merged model, such as `base + scale · a @ b` of plain LoRA, for transformers.
 
     Weights are merged one after the other, as `lorax.merge_params` does it; those of one file are
     in memory at a time.
 
     Args:
         folder: a new or an empty one; it appears when all of it is written.
-        frozen: the first tree of the pair.
+        frozen: the first tree of the pair; or the whole `lorax.Pair`, and then `names`.
         tunable: the second tree of the pair.
         names: the layout of every parameter, by its path.
         config: the model's `config.json`: the file, or what is to stand in it. Without one,
@@ -62,10 +62,15 @@ def save_merged(
         >>> [file.name for file in folder.iterdir()]
         ['model.safetensors']
     """
-    leaves, _ = param_leaves(frozen)
+    if isinstance(frozen, Pair) and (tunable is None or names is None):
+        names = tunable if names is None else names
+        frozen, tunable = frozen
+    if names is None:
+        raise TypeError("save_merged needs `names`, the layout of every parameter.")
+    leaves, _ = frozen_leaves(frozen)
     rows = dict(tunable_rows(folder, tunable))
     # A base, adapted or not, stands in `leaves`; what is trained in full stands in `rows`.
-    wholes = [rows.get(path) if leaf is None else leaf for path, leaf in leaves.items()]
+    wholes = [rows.get(path) if leaf is None else base_of(leaf) for path, leaf in leaves.items()]
     sizes = {
         path: math.prod(whole.shape) * whole.dtype.itemsize
         for path, whole in zip(leaves, wholes, strict=True)
@@ -79,7 +84,7 @@ def save_merged(
     shards = _shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
-        merged = merge_params({path: leaves[path]}, {path: rows.get(path)})[path]
+        merged = merge_params(Pair({path: leaves[path]}, {path: rows.get(path)}))[path]
         tensors = whole_tensors(path, layouts[path], merged)
         return [(tensor_name(module, parameter), tensor) for module, parameter, tensor in tensors]
 

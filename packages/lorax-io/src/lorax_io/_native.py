@@ -1,8 +1,9 @@
 """The native format: one safetensors file, one tensor for each array of the tunable tree.
 
-A tensor is named by its path in the tree; a LoRA weight at `attn/kernel` is the two tensors
-`attn/kernel/a` and `attn/kernel/b`. What shapes a delta without being an array (rank, alpha,
-scaling, axes) is JSON in the file's header, beside what is known of the base.
+A tensor is named by its path in the tree; plain LoRA at `attn/kernel` is the two tensors
+`attn/kernel/a` and `attn/kernel/b`. What shapes a weight without being an array (kind, rank, alpha,
+axes) is JSON in the file's header, beside what is known of the base. Of a pair, the frozen factors
+beside the bases are tensors too, and the header lists their names.
 """
 
 import contextlib
@@ -10,37 +11,33 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lorax import LoraSpec, LoraWeight
+from lorax import Adapter, Pair, adapter_from_settings
 
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterWarning
-from ._host import all_read, one_writer, place, placed_like, placements, sharding_of, to_host
+from ._host import all_read, one_writer, place, placements, shape_of, to_host
 from ._progress import track
-from ._tensors import (
-    TensorFile,
-    check_dtype,
-    check_finite,
-    check_width,
-    is_number,
-    parse_json,
-    write_tensors,
-)
+from ._shapes import base_shape, blank_rows, check_held, complete
+from ._tensors import TensorFile, check_dtype, check_finite, check_width, parse_json, write_tensors
 from ._tree import (
+    Held,
+    Row,
     absent,
     all_arrays,
     arrays_of,
-    base_shape,
-    blank_weights,
     filled,
+    frozen_of,
     is_array,
     leaves_of,
     near,
+    pair_rows,
     param_leaves,
     settings_of,
     tunable_rows,
@@ -48,9 +45,13 @@ from ._tree import (
 )
 
 _PREFIX = "lorax."
-FORMAT_KEY, _VERSION, _ADAPTER, _BASE = (
-    _PREFIX + key for key in ("format", "version", "adapter", "base")
+FORMAT_KEY, _VERSION, _ADAPTER, _BASE, _HELD = (
+    _PREFIX + key for key in ("format", "version", "adapter", "base", "held")
 )
+_FORMATS = ("1", "2")
+_SHORT = reprlib.Repr()  # settings of strangers may be nested without end
+_SHORT.maxdict = _SHORT.maxstring = 64
+_FIRST_KINDS = ("full", "lora")  # all that the first format has
 
 
 def save_adapter(
@@ -61,7 +62,7 @@ def save_adapter(
     hash_base: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a tunable tree to one safetensors file, whole or not at all.
+    """Writes a tunable tree, or a pair, to one safetensors file, whole or not at all.
 
     The file is written beside the old one, flushed, read back, compared, and only then put in its
     place. Arrays that live on several devices or hosts are gathered one after the other; every
@@ -69,7 +70,10 @@ def save_adapter(
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`, trained or not.
+        tunable: the second tree of `lorax.init_lora`, trained or not; or the whole `lorax.Pair`, of
+            which the file also has the frozen factors that a kind of adapter keeps beside its base.
+            A kind that cannot compute these from the base needs the pair. The bases themselves are
+            not written.
         base: the parameters the adapter belongs to, or the frozen tree. The file keeps a
             fingerprint of their paths, shapes and dtypes, so that it is not loaded onto another
             model.
@@ -77,8 +81,8 @@ def save_adapter(
         metadata: further strings for the file's header. Keys that begin with `lorax.` are taken.
 
     Raises:
-        AdapterError: where two parameters share a path, or an array holds NaN, infinity or a type
-            that the format has not.
+        AdapterError: where two parameters share a path, an array holds NaN, infinity or a type
+            that the format has not, or a kind of adapter needs the pair.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -90,22 +94,41 @@ def save_adapter(
         {'base': 'my-model'}
         >>> tunable = lorax_io.load_adapter(file, params=params)
     """
-    rows = tunable_rows(path, tunable)
+    rows, held = pair_rows(path, tunable)
+    write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
+
+
+def write(
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    held: Held,
+    *,
+    base: Any = None,
+    hash_base: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes rows and the frozen factors beside their bases."""
     arrays: dict[str, Any] = {}
     for row in rows:
-        for name, array in arrays_of(*row).items():
+        if isinstance(row.leaf, Adapter):
+            check_held(path, row.path, row.leaf, held.get(row.path, {}))
+        for name, array in arrays_of(*row, held.get(row.path)).items():
             if name in arrays:
                 raise AdapterError(path, f"two arrays are both called `{name}`; rename one.")
             check_dtype(path, name, array.dtype)
             arrays[name] = array
     if taken := [key for key in metadata or {} if key.startswith(_PREFIX)]:
         raise AdapterError(path, f"metadata keys may not begin with {_PREFIX!r}: {taken}.")
+    settings = {row.path: settings_of(row.leaf) for row in rows}
+    is_first = not held and all(found["kind"] in _FIRST_KINDS for found in settings.values())
     header = {
         **(metadata or {}),
-        FORMAT_KEY: "1",
+        FORMAT_KEY: "1" if is_first else "2",
         _VERSION: importlib.metadata.version("lorax-io"),
-        _ADAPTER: json.dumps({row.path: settings_of(row.leaf) for row in rows}),
+        _ADAPTER: json.dumps(settings),
     }
+    if held:
+        header[_HELD] = json.dumps({of: sorted(factors) for of, factors in held.items()})
     if base is not None:
         header[_BASE] = json.dumps(_fingerprint(path, base, dict(rows), hash_base))
     gathered = {name: to_host(array) for name, array in track(arrays.items(), "Saving the adapter")}
@@ -129,7 +152,7 @@ def load_adapter(
             the result or a prefix of it. Only the bytes that a process needs are read.
 
     Returns:
-        The tunable tree, for `(frozen, tunable)`.
+        The tunable tree, for `(frozen, tunable)`. `load_pair` returns both.
 
     Raises:
         AdapterError: where the file is damaged or not native, holds NaN or infinity, or does not
@@ -142,30 +165,88 @@ def load_adapter(
         >>> frozen, tunable = lorax.init_lora(params, {"kernel": 2, "bias": 0}, jax.random.key(0))
         >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
         >>> lorax_io.save_adapter(file, tunable)
-        >>> lorax_io.load_adapter(file, params=jax.eval_shape(lambda: params))["kernel"].a.shape
-        (5, 2)
+        >>> lorax_io.load_adapter(file, params=jax.eval_shape(lambda: params))["kernel"].rank
+        2
     """
     if (params is None) == (like is None):
         raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
+    if like is None:
+        found = read(path, params, sharding, with_held=False)
+        return with_leaves(found.structure, found.leaves, found.rows)
     with contextlib.ExitStack() as stack:
-        with all_read(params, like, sharding):
+        with all_read(like, sharding):
             file = stack.enter_context(TensorFile(path))
-            specs = read_specs(file)
-            if like is None:
-                rows, structure, paths = _fit_params(file, specs, params)
-            else:
-                rows, structure, paths = _fit_like(file, specs, like)
-            places = placements(rows, structure, paths, sharding)
-        with all_read(params, like, sharding):
-            if like is None:
-                _check_base(file, params, rows)  # this may gather the base from all processes
-            rows = _load(file, rows, places)
-    tree = with_leaves(structure, paths, rows)
-    return (
-        tree
-        if like is None
-        else jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+            rows = _fit_like(file, read_header(file), like)
+            leaves, structure = leaves_of(like)
+            places = placements(rows, {}, structure, leaves, sharding)
+        with all_read(like, sharding):
+            rows, _ = _load(file, rows, {}, places)
+    tree = with_leaves(structure, leaves, rows)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def load_pair(path: str | os.PathLike[str], params: Any, *, sharding: Any = None) -> Pair:
+    """Reads a file of `save_adapter` as the pair that a model runs on.
+
+    Args:
+        path: the file.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        sharding: where to put the arrays, as in `load_adapter`.
+
+    Returns:
+        The `lorax.Pair`: `frozen` has the arrays of `params`, not copies of them, and beside them
+        the frozen factors that a kind of adapter needs: those of the file, or else computed from
+        the base, as the norms of DoRA.
+
+    Raises:
+        AdapterError: as in `load_adapter`; and where a kind needs frozen factors that the file does
+            not have and that do not follow from the base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
+        >>> params = {"kernel": jnp.ones((5, 3))}
+        >>> pair = lorax.init_lora(params, {"kernel": lorax.DoraSpec(2)}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> lorax_io.save_adapter(file, pair)
+        >>> lorax_io.load_pair(file, params).frozen["kernel"].factors["square"].tolist()
+        [5.0, 5.0, 5.0]
+    """
+    found = read(path, params, sharding, with_held=True)
+    return Pair(
+        frozen_of(found.leaves, found.structure, found.rows, found.held),
+        with_leaves(found.structure, found.leaves, found.rows),
     )
+
+
+class Found(NamedTuple):
+    """What a file has for some parameters, and these."""
+
+    rows: dict[str, Any]
+    held: Held
+    leaves: Mapping[str, Any]
+    structure: Any
+
+
+def read(
+    path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_held: bool
+) -> Found:
+    """The rows of a file beside their bases, with or without the frozen factors there."""
+    with contextlib.ExitStack() as stack:
+        with all_read(params, sharding):
+            file = stack.enter_context(TensorFile(path))
+            leaves, structure = param_leaves(params)
+            rows, held = _fit_params(file, read_header(file), leaves)
+            places = placements(rows, held, structure, leaves, sharding)
+        with all_read(params, sharding):
+            _check_base(file, params, rows)  # this may gather the base from all processes
+            rows, held = _load(file, rows, held if with_held else {}, places)
+            if with_held:
+                weights = {p: row for p, row in rows.items() if isinstance(row, Adapter)}
+                held = {
+                    p: complete(path, p, weight, leaves[p], held.get(p, {}))
+                    for p, weight in weights.items()
+                }
+    return Found(rows, held, leaves, structure)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -191,25 +272,35 @@ def user_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
 
 
-def load_alone(file: TensorFile) -> dict[str, Any]:
-    """The rows of a native file, without a base to fit them to."""
-    specs = read_specs(file)
-    base: dict[str, Any] = {}
-    for path, spec in specs.items():
-        if spec is None:
-            shape = file.entries[path].shape
-        else:
-            a, b = (file.entries[f"{path}/{name}"].shape for name in "ab")
-            shape = base_shape(a, b, spec)
-        if shape is None:
-            raise AdapterFileError(file.path, f"has factors of `{path}` that do not fit its axes.")
-        base[path] = jax.ShapeDtypeStruct(shape, np.float32)
-    rows, _, _ = _fit_params(file, specs, base)
-    return _load(file, rows, dict.fromkeys(file.entries))
+def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
+    """The rows of a native file and the frozen factors in it, without a base to fit them to."""
+    header = read_header(file)
+    rows: dict[str, Any] = {}
+    shapes = {
+        name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in file.entries.items()
+    }
+    for name, shape in shapes.items():
+        check_width(file.path, name, shape.dtype)
+    for path, blank in header.blanks.items():
+        rows[path] = filled(path, blank, shapes)
+        try:
+            if blank is not None:
+                base_shape(rows[path])
+        except ValueError as error:
+            raise AdapterFileError(
+                file.path, f"has factors of `{path}` that do not fit its axes: {error}."
+            ) from error
+    held = {
+        path: {name: shapes[f"{path}/{name}"] for name in names}
+        for path, names in header.held.items()
+    }
+    return _load(file, rows, held, dict.fromkeys(file.entries))
 
 
-def _load(file: TensorFile, rows: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows with their arrays."""
+def _load(
+    file: TensorFile, rows: Mapping[str, Any], held: Held, places: Mapping[str, Any]
+) -> tuple[dict[str, Any], Held]:
+    """The rows and the frozen factors, with their arrays."""
 
     def load(name: str) -> jax.Array:
         view = file.view(name)
@@ -221,32 +312,54 @@ def _load(file: TensorFile, rows: Mapping[str, Any], places: Mapping[str, Any]) 
 
         return place(view.shape, view.dtype, read, places[name])
 
-    arrays = {name: load(name) for name in track(file.entries, "Loading the adapter")}
-    return {path: filled(path, row, arrays) for path, row in rows.items()}
+    wanted = all_arrays(rows, held)
+    names = [name for name in file.entries if name in wanted]
+    arrays = {name: load(name) for name in track(names, "Loading the adapter")}
+    return (
+        {path: filled(path, row, arrays) for path, row in rows.items()},
+        {path: {n: arrays[f"{path}/{n}"] for n in factors} for path, factors in held.items()},
+    )
 
 
 def _check_format(file: TensorFile) -> None:
     found = file.metadata.get(FORMAT_KEY)
-    if found == "1":
+    if found in _FORMATS:
         return
     raise AdapterFileError(
         file.path,
         "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
         if found is None
-        else f"is a native adapter of format {found!r}; this version of lorax-io reads format 1.",
+        else f"is a native adapter of format {found!r}; this version of lorax-io reads formats 1 "
+        "and 2. Update it.",
     )
 
 
-def read_specs(file: TensorFile) -> dict[str, LoraSpec | None]:
-    """What the header says of each parameter: a spec, or None where it is trained in full."""
+class Header(NamedTuple):
+    """What a header says: an adapter without arrays, or None where a parameter is trained in full.
+
+    `held` names the frozen factors that the file has.
+    """
+
+    blanks: dict[str, Adapter | None]
+    held: dict[str, list[str]]
+
+
+def read_header(file: TensorFile) -> Header:
+    """What the header says of each parameter, with a tensor for each of its names."""
     _check_format(file)
-    found = parse_json(file.path, file.metadata.get(_ADAPTER, ""))
-    if not isinstance(found, dict):
-        raise AdapterFileError(file.path, f"its header has no object under {_ADAPTER!r}.")
-    specs = {path: _read_spec(file, path, settings) for path, settings in found.items()}
+    found = _object(file, _ADAPTER)
+    blanks = {path: _read_settings(file, path, settings) for path, settings in found.items()}
+    held = _object(file, _HELD) if _HELD in file.metadata else {}
+    for path, names in held.items():
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if blanks.get(path) is None or not is_list:
+            raise AdapterFileError(
+                file.path, f"its header has no frozen factors of `{path}`: {names!r}."
+            )
     wanted: set[str] = set()
-    for path, spec in specs.items():
-        for name in [path] if spec is None else [f"{path}/a", f"{path}/b"]:
+    for path, blank in blanks.items():
+        factors = [] if blank is None else [*blank.factors(), *held.get(path, ())]
+        for name in [path] if blank is None else [f"{path}/{factor}" for factor in factors]:
             if name in wanted:
                 raise AdapterFileError(file.path, f"its header has two uses for `{name}`.")
             wanted.add(name)
@@ -254,69 +367,69 @@ def read_specs(file: TensorFile) -> dict[str, LoraSpec | None]:
         raise AdapterFileError(file.path, f"lacks the tensor `{missing[0]}` of its header.")
     if extra := sorted(file.entries.keys() - wanted):
         raise AdapterFileError(file.path, f"has a tensor `{extra[0]}` that its header knows not.")
-    return specs
+    return Header(blanks, held)
 
 
-def _read_spec(file: TensorFile, path: str, settings: Any) -> LoraSpec | None:
-    def check(ok: bool) -> None:
-        if not ok:
-            raise AdapterFileError(
-                file.path, f"its header says of `{path}` what is no setting: {settings!r}."
-            )
+def _object(file: TensorFile, key: str) -> dict[str, Any]:
+    found = parse_json(file.path, file.metadata.get(key, ""))
+    if not isinstance(found, dict):
+        raise AdapterFileError(file.path, f"its header has no object under {key!r}.")
+    return found
 
-    check(isinstance(settings, dict))
-    fields = dict(settings)
-    kind = fields.pop("kind", None)
-    if kind == "full":
-        check(not fields)
+
+def _read_settings(file: TensorFile, path: str, settings: Any) -> Adapter | None:
+    if settings == {"kind": "full"}:
         return None
-    axes = ("in_axes", "out_axes", "shared_axes")
-    check(kind == "lora" and fields.keys() == {"rank", "alpha", "scaling", *axes})
-    check(type(fields["rank"]) is int and fields["rank"] >= 1)
-    alpha = fields["alpha"]
-    check(alpha is None or is_number(alpha))
-    check(fields["scaling"] in ("standard", "rslora"))
-    for name in axes:
-        check(isinstance(fields[name], list) and all(type(axis) is int for axis in fields[name]))
-        fields[name] = tuple(fields[name])
-    return LoraSpec(**fields)
+    try:
+        return adapter_from_settings(settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(
+            file.path, f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
+        ) from error
 
 
 def _fit_params(
-    file: TensorFile, specs: Mapping[str, LoraSpec | None], params: Any
-) -> tuple[dict[str, Any], Any, Any]:
-    leaves, structure = param_leaves(params)
-    weights = blank_weights(file.path, leaves, {p: s for p, s in specs.items() if s is not None})
+    file: TensorFile, header: Header, leaves: Mapping[str, Any]
+) -> tuple[dict[str, Any], Held]:
+    """Rows of shapes beside their bases, and the frozen factors that the file has."""
+    weights = {path: blank for path, blank in header.blanks.items() if blank is not None}
+    blanks, beside = blank_rows(file.path, leaves, weights)
     rows: dict[str, Any] = {}
-    for path, spec in specs.items():
+    for path, blank in header.blanks.items():
         base = leaves.get(path)
-        if spec is not None:
-            rows[path] = placed_like(base, weights[path])
+        if blank is not None:
+            rows[path] = blanks[path]
         elif is_array(base):
-            rows[path] = placed_like(base, base)
+            rows[path] = shape_of(base)
         else:
             raise AdapterMismatchError(
                 file.path, f"trains `{path}` in full, {absent(path, leaves)}"
             )
-    _check_entries(file, rows)
-    return rows, structure, leaves
+    for path, names in header.held.items():
+        if unknown := sorted(set(names) - beside[path].keys()):
+            raise AdapterFileError(
+                file.path,
+                f"has a frozen factor `{path}/{unknown[0]}`, which a {weights[path].kind} adapter "
+                "does not have.",
+            )
+    held = {path: {n: beside[path][n] for n in names} for path, names in header.held.items()}
+    _check_entries(file, all_arrays(rows, held))
+    return rows, held
 
 
-def _fit_like(
-    file: TensorFile, specs: Mapping[str, LoraSpec | None], like: Any
-) -> tuple[dict[str, Any], Any, Any]:
-    wanted = dict(tunable_rows(file.path, like))
-    if unknown := sorted(specs.keys() - wanted.keys()):
+def _fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
+    """Rows of shapes as those of a tree."""
+    wanted, blanks = dict(tunable_rows(file.path, like)), header.blanks
+    if unknown := sorted(blanks.keys() - wanted.keys()):
         raise AdapterMismatchError(
             file.path, f"has `{unknown[0]}`, which `like` has not.{near(unknown[0], wanted)}"
         )
-    if missing := sorted(wanted.keys() - specs.keys()):
+    if missing := sorted(wanted.keys() - blanks.keys()):
         raise AdapterMismatchError(
-            file.path, f"lacks `{missing[0]}`, which `like` has.{near(missing[0], specs)}"
+            file.path, f"lacks `{missing[0]}`, which `like` has.{near(missing[0], blanks)}"
         )
     for path, leaf in wanted.items():
-        spec = specs[path]
-        settings = settings_of(spec)
+        settings = settings_of(blanks[path])
         if settings != settings_of(leaf):
             raise AdapterMismatchError(
                 file.path, f"has `{path}` with {settings}, but `like` has {settings_of(leaf)}."
@@ -327,18 +440,13 @@ def _fit_like(
                 file.path,
                 f"has `{name}` in {file.entries[name].dtype}, but `like` has {array.dtype}.",
             )
-    leaves, structure = leaves_of(like)
-    rows = {path: jax.tree.map(_shape_and_place, leaf) for path, leaf in wanted.items()}
-    _check_entries(file, rows)
-    return rows, structure, leaves
+    rows = {path: jax.tree.map(shape_of, leaf) for path, leaf in wanted.items()}
+    _check_entries(file, all_arrays(rows))
+    return rows
 
 
-def _shape_and_place(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_of(array))
-
-
-def _check_entries(file: TensorFile, rows: Mapping[str, Any]) -> None:
-    for name, array in all_arrays(rows).items():
+def _check_entries(file: TensorFile, arrays: Mapping[str, Any]) -> None:
+    for name, array in arrays.items():
         entry = file.entries[name]
         if entry.shape != array.shape:
             raise AdapterMismatchError(
@@ -354,7 +462,7 @@ def _fingerprint(file: Any, base: Any, rows: Mapping[str, Any], content: bool) -
     not, and the base may be the frozen tree that has None there.
     """
     leaves, _ = param_leaves(base)
-    full = {path: leaf for path, leaf in rows.items() if not isinstance(leaf, LoraWeight)}
+    full = {path: leaf for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     if absent_rows := sorted(rows.keys() - leaves.keys()):
         raise AdapterMismatchError(
             file, f"adapts `{absent_rows[0]}`, {absent(absent_rows[0], leaves)}"
@@ -397,7 +505,7 @@ def _check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{file.path}: was saved for a base of the same shapes in other dtypes.",
             AdapterWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     elif other:
         raise AdapterMismatchError(

@@ -8,6 +8,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax import Pair
+
 from ._config import CONFIG_NAME, TASK_TYPES, PeftConfig, read_config
 from ._errors import AdapterError, AdapterFileError, AdapterNotFoundError
 from ._export import Export, export
@@ -81,6 +83,7 @@ def save_peft(
         task_type=task_type,
         target_modules=target_modules,
         fold_scale=fold_scale,
+        dora=True,
     )
     config = found.config.replace(
         base_model_name_or_path=base_model, task_type=task_type, revision=revision
@@ -97,7 +100,7 @@ def save_peft(
 
 def load_peft(
     folder: str | os.PathLike[str], params: Any, names: Names, *, sharding: Any = None
-) -> tuple[Any, Any]:
+) -> Pair:
     """Reads a folder of PEFT: the pair `(frozen, tunable)` for `lora(model)`.
 
     Args:
@@ -109,12 +112,13 @@ def load_peft(
             `tunable` or a prefix of it. By default, where their base is.
 
     Returns:
-        `(frozen, tunable)`, with the arrays of `params` in `frozen`, not copies of them.
+        The `lorax.Pair`, with the arrays of `params` in `frozen`, not copies of them; beside them
+        are the norms of DoRA, which are computed here.
 
     Raises:
         AdapterFileError: where a file is damaged, or says other than PEFT would write.
         AdapterMismatchError: where the adapter does not fit `params` and `names`.
-        UnsupportedAdapterError: where the adapter is more than plain LoRA: DoRA, PiSSA, ….
+        UnsupportedAdapterError: where the adapter is more than LoRA and DoRA: PiSSA, LoHa, ….
 
     Example:
         See `save_peft`.

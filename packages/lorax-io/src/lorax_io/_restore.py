@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import LoraSpec
+from lorax import Adapter, Axes, DoraWeight, LoraWeight, Pair
 
 from ._config import PeftConfig, distrusted
 from ._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
-from ._export import DTYPES, factor_prefix, pattern_name, wrapper_depths
-from ._host import place, placed_like, placements
+from ._export import DTYPES, factor_axes, factor_prefix, pattern_name, wrapper_depths
+from ._host import place, placements, shape_of
 from ._layouts import (
+    MAGNITUDE,
     RANK,
     Array,
     Embedding,
     Experts,
+    Factor,
     Groups,
     Layout,
     Layouts,
@@ -32,10 +34,10 @@ from ._layouts import (
     unpack,
 )
 from ._progress import track
+from ._shapes import blank_rows, complete
 from ._tensors import TensorFile, check_finite, check_width
 from ._tree import (
     absent,
-    blank_weights,
     filled,
     frozen_of,
     is_array,
@@ -45,12 +47,14 @@ from ._tree import (
 )
 
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
-FACTOR = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
+FACTOR = re.compile(
+    rf"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|{MAGNITUDE})$"
+)
 _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 _SAVED_AGAIN = ("embed_tokens", "lm_head")
 _WHOLE = "whole"
 _NOT_PLAIN = {
-    "lora_magnitude_vector": "DoRA, with a magnitude for each output",
+    MAGNITUDE: "DoRA, with a magnitude for each output",
     "lora_B.bias": "LoRA with a bias in its factors",
     "trainable_tokens_delta": "one that replaces rows of the embedding",
     "lora_E": "AdaLoRA",
@@ -108,7 +112,7 @@ def plain_keys(file: TensorFile, prefix: str) -> dict[str, str]:
     return found
 
 
-def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> tuple[Any, Any]:
+def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> Pair:
     """The pair `(frozen, tunable)`: each leaf where `sharding` says, or where its base is."""
     file = source.file.path
     leaves, structure = param_leaves(params)
@@ -120,18 +124,23 @@ def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -
         found = _find(source, names, shapes)
         _check_targets(source, found, names, shapes)
         specs = _specs(source, found, names, shapes)
-    weights = blank_weights(file, leaves, specs)
+    weights, _ = blank_rows(file, leaves, specs)
     readers: dict[str, _Reader] = {}
     for path, slots in found.items():
         readers |= _readers(source, path, names[path], shapes[path], specs.get(path), slots)
-    rows = {path: placed_like(leaves[path], weights.get(path, leaves[path])) for path in found}
-    places = placements(rows, structure, leaves, sharding)
+    rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in found}
+    places = placements(rows, {}, structure, leaves, sharding)
     loaded = {
         name: place(reader.shape, reader.dtype, reader.read, places[name])
         for name, reader in track(readers.items(), "Loading the adapter")
     }
     rows = {path: filled(path, row, loaded) for path, row in rows.items()}
-    return frozen_of(leaves, structure, rows), with_leaves(structure, leaves, rows)
+    held = {
+        path: complete(file, path, row, leaves[path], {})
+        for path, row in rows.items()
+        if isinstance(row, Adapter)
+    }
+    return Pair(frozen_of(leaves, structure, rows, held), with_leaves(structure, leaves, rows))
 
 
 def _find(source: Source, names: Layouts, shapes: _Shapes) -> _Found:
@@ -168,7 +177,7 @@ def _slots(source: Source, names: Layouts, shapes: _Shapes) -> dict[str, _Slot]:
     wrapped = {module for module, _ in experts}
     slots: dict[str, _Slot] = {}
     for path, layout in names.items():
-        factors = layout.factors(layout.roles(len(shapes[path])))
+        factors = _factors(source, layout, layout.roles(len(shapes[path])))
         for index, module in modules[path].items():
             prefix = factor_prefix(layout, module, depths)
             keys = {f"{prefix}.{factor.key}": factor.key for factor in factors}
@@ -185,6 +194,12 @@ def _slots(source: Source, names: Layouts, shapes: _Shapes) -> dict[str, _Slot]:
                         f"`names` gives `{slots[key].path}` and `{path}` the same tensor `{key}`.",
                     )
     return slots
+
+
+def _factors(source: Source, layout: Layout, roles: Axes) -> tuple[Factor, ...]:
+    """The tensors of an adapted parameter."""
+    factors = layout.factors(roles)
+    return factors + layout.magnitude(roles) if source.config.use_dora else factors
 
 
 def _modules(layout: Layout, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
@@ -267,7 +282,7 @@ def _check_complete(
             raise AdapterFileError(
                 source.file.path, f"has factors and a whole weight for `{path}`."
             )
-        keys = {factor.key for factor in layout.factors(roles)}
+        keys = {factor.key for factor in _factors(source, layout, roles)}
     for index, module in _modules(layout, shape).items():
         for key in keys:
             if _Slot(path, index, key) not in tensors:
@@ -306,9 +321,9 @@ def _check_targets(source: Source, found: _Found, names: Layouts, shapes: _Shape
                 )
 
 
-def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> dict[str, LoraSpec]:
-    """The spec of each parameter that has factors."""
-    specs: dict[str, LoraSpec] = {}
+def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> dict[str, Adapter]:
+    """The adapter, without arrays, of each parameter that has factors."""
+    specs: dict[str, Adapter] = {}
     for path, slots in found.items():
         if any(slot.key == _WHOLE for slot in slots):
             continue
@@ -325,7 +340,16 @@ def _specs(source: Source, found: _Found, names: Layouts, shapes: _Shapes) -> di
                 "the same in all of them.",
             )
         rank, alpha, scaling = settings[0]
-        specs[path] = LoraSpec(rank, alpha, scaling, roles.inputs, roles.outputs, roles.shared)
+        plain = LoraWeight(
+            None, None, rank, alpha, scaling, roles.inputs, roles.outputs, roles.shared
+        )
+        if source.config.use_dora and not layout.magnitude(roles):
+            raise UnsupportedAdapterError(
+                source.file.path,
+                f"is DoRA, which PEFT does not have for `{path}` with a layout "
+                f"{type(layout).__name__}.",
+            )
+        specs[path] = DoraWeight(plain, None) if source.config.use_dora else plain
     return specs
 
 
@@ -384,7 +408,7 @@ def _readers(
     path: str,
     layout: Layout,
     shape: tuple[int, ...],
-    spec: LoraSpec | None,
+    spec: Any,
     tensors: Mapping[_Slot, str],
 ) -> dict[str, _Reader]:
     """The arrays of one parameter, each from its tensors."""
@@ -396,13 +420,10 @@ def _readers(
     else:
         sizes[RANK] = spec.rank
         layout = _with_sides(source, path, layout, sizes, tensors)
-        axes = {
-            "a": (*roles.shared, *roles.inputs, RANK),
-            "b": (*roles.shared, RANK, *roles.outputs),
-        }
+        axes = factor_axes(roles)
         arrays = {
             factor.key: (f"{path}/{factor.name}", axes[factor.name], factor.groups)
-            for factor in layout.factors(roles)
+            for factor in _factors(source, layout, roles)
         }
     stack = layout.stack(roles)
     readers: dict[str, _Reader] = {}

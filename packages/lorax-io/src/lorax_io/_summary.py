@@ -1,61 +1,100 @@
 """What is worth knowing of an adapter in a table, and how far two of them are apart."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import LoraWeight
+from lorax import Adapter
 
 from ._layouts import Array
-from ._tree import settings_of
+from ._shapes import base_sizes
+from ._tree import Held, settings_of
 
 
 class Line(NamedTuple):
     """One parameter of an adapter."""
 
     path: str
-    kind: str  # lora or full
+    kind: str  # as lora or dora; full
     rank: int | None
     alpha: float | None
     scale: float | None
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
-    norm: float  # of the delta, or of the parameter that is trained in full
+    norm: float  # of the delta, of all factors together, or of the parameter trained in full
 
 
-def summarize(rows: dict[str, Any]) -> list[Line]:
+def summarize(rows: Mapping[str, Any]) -> list[Line]:
     """A line for each parameter, by path."""
     return [_line(path, rows[path]) for path in sorted(rows)]
 
 
 def _line(path: str, row: Any) -> Line:
-    if not isinstance(row, LoraWeight):
-        norm = float(np.linalg.norm(_wide(row)))
-        return Line(path, "full", None, None, None, (row.shape,), str(row.dtype), norm)
-    shapes = (row.a.shape, row.b.shape)
-    norm = delta_norm(row)
-    return Line(path, "lora", row.rank, row.alpha, row.scale, shapes, str(row.a.dtype), norm)
+    arrays = list(_arrays(row).values())
+    shapes, dtype = tuple(array.shape for array in arrays), str(arrays[0].dtype)
+    if not isinstance(row, Adapter):
+        return Line(path, "full", None, None, None, shapes, dtype, _size([row]))
+    # DoRA's rank and alpha are those of the adapter within it.
+    fields = dataclasses.fields(row)  # pyright: ignore[reportArgumentType]
+    within = [getattr(row, field.name) for field in fields]
+    of = next((value for value in within if isinstance(value, Adapter)), row)
+    rank, alpha = (getattr(of, name, None) for name in ("rank", "alpha"))
+    scale = of.scale if hasattr(of, "alpha") else None
+    return Line(path, row.kind, rank, alpha, scale, shapes, dtype, norm(row))
 
 
-def delta_norm(*weights: LoraWeight) -> float:
-    """The Frobenius norm of a delta, or of the first of two less the second.
+def norm(weight: Adapter) -> float:
+    """The Frobenius norm of a delta of two factors; for other kinds, of all factors together."""
+    halves = _halves(weight)
+    return _size(weight.factors().values()) if halves is None else _product_norm(*halves)
 
-    The delta itself is never built: with `a = Q R` and `bᵀ = P S`, ‖a b‖ = ‖R Sᵀ‖.
+
+def _size(arrays: Any) -> float:
+    return math.sqrt(sum(float(np.linalg.norm(_wide(array))) ** 2 for array in arrays))
+
+
+def _halves(weight: Adapter) -> tuple[Array, Array] | None:
+    """A delta of two factors as matrices, (entries, m, inner) and (entries, inner, n).
+
+    Returns:
+        None for all other kinds.
     """
-    signs = (1.0, -1.0)
-    a = [_matrices(w.a, w, rank_axis=-1) for w in weights]
-    b = [s * w.scale * _matrices(w.b, w, rank_axis=1) for s, w in zip(signs, weights, strict=False)]
-    left: Array = np.linalg.qr(np.concatenate(a, axis=2)).R
-    right: Array = np.linalg.qr(np.concatenate(b, axis=1).swapaxes(1, 2)).R
-    return float(np.linalg.norm(left @ right.swapaxes(1, 2)))
+    layout = _layout(weight)
+    if layout is None or len(layout.factors) != 2 or layout.held or layout.gains:
+        return None
+    (one, left), (two, right) = layout.factors.items()
+    shown = {label.id for labels in layout.out for label in labels}
+    both = [label.id for label in left if label in right]
+    entries, inner = ([d for d in both if (d in shown) == is_out] for is_out in (True, False))
+    arrays = weight.factors()
+
+    def matrices(name: str, labels: Any, first: bool) -> Array:
+        where = {label.id: k for k, label in enumerate(labels)}
+        own = [d for d in where if d not in both]
+        groups = (entries, own, inner) if first else (entries, inner, own)
+        array = _wide(arrays[name])
+        sizes = [math.prod(array.shape[where[d]] for d in group) for group in groups]
+        return array.transpose([where[d] for group in groups for d in group]).reshape(sizes)
+
+    return matrices(one, left, True), weight.scale * matrices(two, right, False)
 
 
-def _matrices(factor: Any, weight: LoraWeight, rank_axis: int) -> Array:
-    """A factor as (entries, fan in, rank) or (entries, rank, fan out)."""
-    shared = factor.shape[: len(weight.shared_axes)]
-    shape = (-1, weight.rank) if rank_axis == -1 else (weight.rank, -1)
-    return _wide(factor).reshape(math.prod(shared), *shape)
+def _layout(weight: Adapter) -> Any:
+    """The layout of an adapter on a base of ones: only the labels matter here."""
+    try:
+        return weight.layout((1,) * sum(map(len, weight.axes)))
+    except ValueError:
+        return None  # a kind that cuts the axes into blocks
+
+
+def _product_norm(left: Array, right: Array) -> float:
+    """‖left right‖ without the product: with `left = Q R` and `rightᵀ = P S` it is ‖R Sᵀ‖."""
+    first: Array = np.linalg.qr(left).R
+    second: Array = np.linalg.qr(right.swapaxes(1, 2)).R
+    return float(np.linalg.norm(first @ second.swapaxes(1, 2)))
 
 
 def _wide(array: Any) -> Array:
@@ -71,8 +110,14 @@ class Difference(NamedTuple):
     relative: float | None  # of the deltas, to the first; None of unlike shapes, or to zero
 
 
-def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
-    """The parameters that are not the same to the bit."""
+def compare(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    first_held: Held | None = None,
+    second_held: Held | None = None,
+) -> list[Difference]:
+    """The parameters that are not the same to the bit, with the frozen factors beside them."""
+    first_held, second_held = first_held or {}, second_held or {}
     found: list[Difference] = []
     for path in sorted(first.keys() | second.keys()):
         if path not in second:
@@ -80,51 +125,58 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
         elif path not in first:
             found.append(Difference(path, "only in the second", None))
         else:
-            found += _compare_rows(path, first[path], second[path])
+            held = first_held.get(path, {}), second_held.get(path, {})
+            found += _compare_rows(path, first[path], second[path], held)
     return found
 
 
-def _compare_rows(path: str, first: Any, second: Any) -> list[Difference]:
+def _compare_rows(path: str, first: Any, second: Any, held: Any) -> list[Difference]:
     ours, theirs = settings_of(first), settings_of(second)
     changed = [
         f"{key} {ours.get(key)} and {theirs.get(key)}"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
     ]
-    if _is_same(first, second) and not changed:
+    if not _is_same(*held):
+        changed.append("frozen factors")
+    if _is_same(_arrays(first), _arrays(second)) and not changed:
         return []
     return [Difference(path, ", ".join(changed) or "numbers", _distance(first, second))]
 
 
-def _is_same(first: Any, second: Any) -> bool:
-    pairs = zip(_arrays(first), _arrays(second), strict=True)
-    return len(_arrays(first)) == len(_arrays(second)) and all(
+def _is_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    pairs = [(np.asarray(first[n]), np.asarray(second[n])) for n in first.keys() & second.keys()]
+    return first.keys() == second.keys() and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs
     )
 
 
-def _arrays(row: Any) -> list[Array]:
-    return [np.asarray(x) for x in ((row.a, row.b) if isinstance(row, LoraWeight) else (row,))]
+def _arrays(row: Any) -> dict[str, Any]:
+    return row.factors() if isinstance(row, Adapter) else {"": row}
 
 
 def _distance(first: Any, second: Any) -> float | None:
-    """The norm of the difference of two deltas, relative to the first."""
-    if isinstance(first, LoraWeight) and isinstance(second, LoraWeight):
-        unlike = first.axes != second.axes or _base_sizes(first) != _base_sizes(second)
-        if unlike:
+    """The norm of the difference of two deltas, or of all factors, relative to the first."""
+    if isinstance(first, Adapter) and isinstance(second, Adapter):
+        if first.kind != second.kind or _base(first) != _base(second):
             return None
-        size, apart = delta_norm(first), delta_norm(first, second)
-    elif isinstance(first, LoraWeight) or isinstance(second, LoraWeight):
+        ours, theirs = _halves(first), _halves(second)
+        if ours is not None and theirs is not None:
+            both = np.concatenate([ours[0], theirs[0]], 2), np.concatenate([ours[1], -theirs[1]], 1)
+            return _ratio(_product_norm(*both), _product_norm(*ours))
+    if settings_of(first) != settings_of(second):
         return None
-    elif first.shape != second.shape:
+    pairs = [(_wide(x), _wide(_arrays(second)[name])) for name, x in _arrays(first).items()]
+    if any(x.shape != y.shape for x, y in pairs):
         return None
-    else:
-        x, y = _wide(first), _wide(second)
-        size, apart = float(np.linalg.norm(x)), float(np.linalg.norm(x - y))
+    return _ratio(_size(x - y for x, y in pairs), _size(x for x, _ in pairs))
+
+
+def _base(weight: Adapter) -> tuple[Any, Any]:
+    return weight.axes, base_sizes(weight)
+
+
+def _ratio(apart: float, size: float) -> float | None:
     if apart == 0:
         return 0.0
     return apart / size if size else None
-
-
-def _base_sizes(weight: LoraWeight) -> tuple[Any, Any]:
-    return weight.a.shape[:-1], weight.b.shape[len(weight.shared_axes) + 1 :]

@@ -1,6 +1,5 @@
 """Tunable trees as rows: one for each parameter that is trained, named by its path."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,21 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import LoraSpec, LoraWeight, Pair, init_lora
+from lorax import Adapter, FrozenWeight, Pair, path_string
 
 from ._errors import AdapterError, AdapterMismatchError
 
+# The frozen factors beside the base of each adapter that has some, by path and name.
+Held = Mapping[str, Mapping[str, Any]]
+
 
 class Row(NamedTuple):
-    """One parameter that is trained: a `LoraWeight`, or the array itself."""
+    """One parameter that is trained: its adapter, or the array itself."""
 
     path: str
     leaf: Any
-
-
-def path_string(key_path: Any) -> str:
-    """`h/0/attn/c_attn/kernel`, as in all of Lorax."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/") or "."
 
 
 def is_array(leaf: Any) -> bool:
@@ -41,10 +38,27 @@ def _row(path: tuple[Any, ...], leaf: Any) -> Row:
 
     Where Flax has boxed the base, `init_lora` boxes each factor instead of the adapter.
     """
-    if not isinstance(leaf, LoraWeight) or jax.tree_util.all_leaves([leaf.a, leaf.b]):
+    factors = leaf.factors() if isinstance(leaf, Adapter) else {}
+    if jax.tree_util.all_leaves(factors.values()):
         return Row(path_string(path), leaf)
-    [(inside, a)], [(_, b)] = map(jax.tree_util.tree_leaves_with_path, (leaf.a, leaf.b))
-    return Row(path_string((*path, *inside)), dataclasses.replace(leaf, a=a, b=b))
+    inside: Any = ()
+    for name, box in factors.items():
+        [(inside, factors[name])] = jax.tree_util.tree_leaves_with_path(box)
+    return Row(path_string((*path, *inside)), leaf.with_factors(factors))
+
+
+def pair_rows(file: object, tree: Any) -> tuple[list[Row], Held]:
+    """The rows of a tunable tree or of a `Pair`, and the frozen factors that a pair has."""
+    if not isinstance(tree, Pair):
+        return tunable_rows(file, tree), {}
+    leaves, _ = frozen_leaves(tree.frozen)
+    rows = tunable_rows(file, tree.tunable)
+    for path, leaf in rows:
+        if isinstance(leaf, Adapter) and not is_array(base_of(leaves.get(path))):
+            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
+    adapted = [path for path, leaf in rows if isinstance(leaf, Adapter)]
+    frozen = {path: leaves[path] for path in adapted}
+    return rows, {p: x.factors for p, x in frozen.items() if isinstance(x, FrozenWeight)}
 
 
 def tunable_rows(file: object, tunable: Any) -> list[Row]:
@@ -52,8 +66,9 @@ def tunable_rows(file: object, tunable: Any) -> list[Row]:
     if _is_pair(tunable):
         raise AdapterError(
             file,
-            "was given the pair (frozen, tunable); give it the tunable tree alone. (If it is a "
-            "tree of two parts, one trained in full and one adapted, give it as a list.)",
+            "was given the pair (frozen, tunable); give it the tunable tree alone. (A native file "
+            "takes a `lorax.Pair`, too. If it is a tree of two parts, one trained in full and one "
+            "adapted, give it as a list.)",
         )
     rows = rows_of(tunable)
     seen: set[str] = set()
@@ -62,21 +77,24 @@ def tunable_rows(file: object, tunable: Any) -> list[Row]:
             raise AdapterError(file, f"two parameters are both called `{path}`; rename one.")
         seen.add(path)
         for name, array in arrays_of(path, leaf).items():
-            if not is_array(array):
-                raise AdapterError(file, f"`{name}` is {type(array).__name__}, not an array.")
-            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-                raise AdapterError(
-                    file, f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
-                )
+            _check_array(file, name, array)
     return rows
+
+
+def _check_array(file: object, name: str, array: Any) -> None:
+    if not is_array(array):
+        raise AdapterError(file, f"`{name}` is {type(array).__name__}, not an array.")
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise AdapterError(
+            file, f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
+        )
 
 
 def _is_pair(tree: Any) -> bool:
     """Whether a tree is a pair in either order: every adapter has its base beside it."""
     if not (type(tree) is tuple or isinstance(tree, Pair)) or len(tree) != 2:
         return False
-    is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
-    (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=is_leaf) for half in tree)
+    (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=_is_leaf) for half in tree)
     if one != other:
         return False
     sides = (zip(left, right, strict=True), zip(right, left, strict=True))
@@ -85,26 +103,43 @@ def _is_pair(tree: Any) -> bool:
 
 
 def _is_weight(node: Any) -> bool:
-    return isinstance(node, LoraWeight)
+    return isinstance(node, Adapter)
 
 
-def arrays_of(path: str, leaf: Any) -> dict[str, Any]:
-    """The arrays of a row by name: `path/a` and `path/b`, or `path` alone."""
-    if isinstance(leaf, LoraWeight):
-        return {f"{path}/a": leaf.a, f"{path}/b": leaf.b}
+def _is_leaf(node: Any) -> bool:
+    return node is None or isinstance(node, Adapter | FrozenWeight)
+
+
+def arrays_of(path: str, leaf: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arrays of a row by name: `path/a` and `path/b` of plain LoRA, or `path` alone."""
+    if isinstance(leaf, Adapter):
+        factors = {**leaf.factors(), **(held or {})}
+        return {f"{path}/{name}": factor for name, factor in factors.items()}
     return {path: leaf}
 
 
-def all_arrays(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of all rows by name."""
+def all_arrays(rows: Mapping[str, Any], held: Held | None = None) -> dict[str, Any]:
+    """The arrays of all rows by name, with the frozen factors beside them."""
+    held = held or {}
     return {
-        name: array for path, leaf in rows.items() for name, array in arrays_of(path, leaf).items()
+        name: array
+        for path, leaf in rows.items()
+        for name, array in arrays_of(path, leaf, held.get(path)).items()
     }
 
 
 def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a parameter tree by path, None among them, and its structure."""
-    leaves, structure = leaves_of(params)
+    """The leaves of a parameter tree by path, None among them, and its structure.
+
+    It may be a frozen tree; the leaves are bases then.
+    """
+    leaves, structure = frozen_leaves(params)
+    return {path: base_of(leaf) for path, leaf in leaves.items()}, structure
+
+
+def frozen_leaves(frozen: Any) -> tuple[dict[str, Any], Any]:
+    """The same, with a `FrozenWeight` where the tree has one."""
+    leaves, structure = leaves_of(frozen)
     for path, leaf in leaves.items():
         if _is_weight(leaf):
             raise AdapterError(
@@ -115,66 +150,20 @@ def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     return leaves, structure
 
 
+def base_of(leaf: Any) -> Any:
+    """The base that a leaf of the frozen tree holds."""
+    return leaf.base if isinstance(leaf, FrozenWeight) else leaf
+
+
 def leaves_of(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree of parameters or adapters by path, and its structure."""
-    is_leaf = lambda node: node is None or _is_weight(node)  # noqa: E731
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_leaf)
     rows = [_row(path, leaf) for path, leaf in leaves]
     found = {row.path: row.leaf for row in rows}
     if len(found) < len(leaves):
         [(path, _)] = Counter(row.path for row in rows).most_common(1)
         raise AdapterError("the tree", f"two parameters are both called `{path}`; rename one.")
     return found, structure
-
-
-def blank_weights(
-    file: object, leaves: Mapping[str, Any], specs: Mapping[str, LoraSpec]
-) -> dict[str, LoraWeight]:
-    """Adapters of shapes alone, as `init_lora` would make them for these parameters.
-
-    It is `init_lora` that knows which specs fit a parameter, and which shapes the factors have.
-    """
-    for path in specs:
-        if not is_array(leaves.get(path)):
-            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
-    # In double precision only where JAX has it, which else warns. The file says the factors' types.
-    shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-        for path, leaf in ((path, leaves[path]) for path in specs)
-    }
-    # Of rank one: `init_lora` refuses more than a matrix can have, and PEFT gives the rank of all
-    # modules to a router of few experts, too.
-    ones = {path: dataclasses.replace(spec, rank=1) for path, spec in specs.items()}
-    try:
-        weights = jax.eval_shape(lambda: init_lora(shapes, ones, jax.random.key(0))[1])
-    except ValueError as error:
-        raise AdapterMismatchError(file, str(error)) from error
-    return {path: _with_rank(weight, specs[path].rank) for path, weight in weights.items()}
-
-
-def _with_rank(weight: LoraWeight, rank: int) -> LoraWeight:
-    """The same with factors of another rank."""
-
-    def factor(shape: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
-        sizes = (*shape.shape[:axis], rank, *shape.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(sizes, shape.dtype)
-
-    a = factor(weight.a, weight.a.ndim - 1)
-    b = factor(weight.b, len(weight.shared_axes))
-    return dataclasses.replace(weight, a=a, b=b, rank=rank)
-
-
-def base_shape(
-    a: tuple[int, ...], b: tuple[int, ...], axes: LoraWeight | LoraSpec
-) -> tuple[int, ...] | None:
-    """The shape of the base that factors of these shapes fit; None where they fit none."""
-    shared, inputs, outputs = (
-        tuple(group or ()) for group in (axes.shared_axes, axes.in_axes, axes.out_axes)
-    )
-    sizes = dict(zip((*shared, *inputs, *outputs), (*a[:-1], *b[len(shared) + 1 :]), strict=False))
-    if sorted(sizes) != list(range(len(a) + len(b) - len(shared) - 2)):
-        return None
-    return tuple(sizes[d] for d in sorted(sizes))
 
 
 def absent(path: str, leaves: Mapping[str, Any]) -> str:
@@ -198,28 +187,31 @@ def with_leaves(structure: Any, paths: Any, rows: Mapping[str, Any]) -> Any:
 
 def filled(path: str, row: Any, arrays: Mapping[str, Any]) -> Any:
     """A row with the arrays of its names."""
-    if isinstance(row, LoraWeight):
-        return dataclasses.replace(row, a=arrays[f"{path}/a"], b=arrays[f"{path}/b"])
+    if isinstance(row, Adapter):
+        return row.with_factors({name: arrays[f"{path}/{name}"] for name in row.factors()})
     return arrays[path]
 
 
-def frozen_of(leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any]) -> Any:
+def frozen_of(
+    leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any], held: Held
+) -> Any:
     """The frozen tree beside these rows: None where a parameter is trained in full."""
-    full = {path for path, leaf in rows.items() if not isinstance(leaf, LoraWeight)}
+    full = {path for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     return jax.tree.unflatten(
-        structure, [None if path in full else leaf for path, leaf in leaves.items()]
+        structure,
+        [None if path in full else beside(leaf, held.get(path)) for path, leaf in leaves.items()],
     )
 
 
+def beside(base: Any, held: Mapping[str, Any] | None) -> Any:
+    """The leaf of the frozen tree: the base, with the factors beside it where there are some."""
+    return FrozenWeight(base, dict(held)) if held else base
+
+
 def settings_of(leaf: Any) -> dict[str, Any]:
-    """What shapes a delta without being an array, as JSON.
+    """What shapes a weight without being an array, as JSON.
 
     Args:
-        leaf: a `LoraWeight` or a `LoraSpec`; anything else is trained in full.
+        leaf: an adapter; anything else is trained in full.
     """
-    if not isinstance(leaf, LoraWeight | LoraSpec):
-        return {"kind": "full"}
-    fields = ("rank", "alpha", "scaling", "in_axes", "out_axes", "shared_axes")
-    values = {name: getattr(leaf, name) for name in fields}
-    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {"kind": "lora", **lists}
+    return leaf.settings() if isinstance(leaf, Adapter) else {"kind": "full"}

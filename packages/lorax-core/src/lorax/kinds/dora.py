@@ -46,7 +46,7 @@ class DoraWeight(Adapter):
 
     kind = "dora"
 
-    delta: Any
+    delta: Adapter
     magnitude: Any
     detached: bool = static(True)
 
@@ -65,9 +65,15 @@ class DoraWeight(Adapter):
         axes = Labeled.of(self.axes, shape)
         kept = (*axes.shared, *axes.outputs)
         inner = self.delta.layout(shape)
+        if inner.gains:
+            raise SpecError(f"DoRA normalizes a sum, and a {self.delta.kind} adapter is a gain.")
         factors = {**inner.factors, "magnitude": kept}
-        gains = inner.gains | {"magnitude", "square"}
+        gains = frozenset({"magnitude", "square"})
         return Layout(inner.out, factors, {**inner.held, "square": kept}, gains)
+
+    def derived(self, base: Any) -> dict[str, Any]:
+        """The squares of the norms."""
+        return {**self.delta.derived(base), "square": _squares(jnp.asarray(base), self.axes)}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
@@ -167,10 +173,17 @@ class DoraSpec(AdapterSpec):
         given = start.array(self, "the norms of the weight")
         inner = self.spec.start(start)
         base = given if inner.base is None else inner.base
-        square = norm_squared(base, start.axes.inputs)
+        square = _squares(base, start.axes)
         adapted = inner.adapter.applied(base, inner.held).array()
-        magnitude = jnp.sqrt(norm_squared(adapted, start.axes.inputs))
+        magnitude = jnp.sqrt(_squares(adapted, start.axes))
         if not jnp.issubdtype(start.dtype, jnp.complexfloating):
             magnitude = magnitude.astype(start.dtype)
         weight = DoraWeight(inner.adapter, magnitude, self.detached)
         return Started(weight, {**inner.held, "square": square}, inner.base)
+
+
+def _squares(array: Any, axes: Axes) -> jax.Array:
+    """`‖array‖²` over the inputs, `[*shared, *out]`."""
+    kept = sorted((*axes.shared, *axes.outputs))
+    order = [kept.index(d) for d in (*axes.shared, *axes.outputs)]
+    return jnp.transpose(norm_squared(array, axes.inputs), order)

@@ -89,6 +89,11 @@ class LoraWeight(Adapter):
         """The number that multiplies `a @ b`."""
         return lora_scale(self.rank, self.alpha, self.scaling)
 
+    def check_settings(self, path: str) -> None:
+        """Refuses ranks and scales that are none."""
+        check_rank(path, self, self.rank)
+        check_scale(path, self.alpha, self.scaling)
+
     def summary(self) -> str:
         """The rank: plain LoRA is what a table means that names no kind."""
         return str(self.rank)

@@ -1,0 +1,170 @@
+"""Shapes: of the factors that a base takes, and of the base that factors are of."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import Adapter, SpecError
+
+from ._errors import AdapterMismatchError
+from ._host import sharding_beside
+from ._tree import absent, is_array
+
+# What a layout may raise for the settings of an untrusted file.
+_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)
+
+
+class Shapes(NamedTuple):
+    """The shapes that factors have beside a base, and the base's axis of each of their axes."""
+
+    factors: dict[str, tuple[int, ...]]
+    held: dict[str, tuple[int, ...]]
+    axes: dict[str, tuple[int | None, ...]]
+
+
+def shapes_beside(file: object, path: str, weight: Adapter, base: Any) -> Shapes:
+    """The shapes of an adapter's factors beside a base.
+
+    Raises:
+        AdapterMismatchError: where the base has other axes, or cannot have such an adapter.
+    """
+    shape = tuple(base.shape)
+    if not jnp.issubdtype(base.dtype, jnp.inexact):
+        raise AdapterMismatchError(file, f"adapts `{path}`, which holds {base.dtype}.")
+    try:
+        weight.axes.check(path, len(shape))
+    except SpecError as error:
+        raise AdapterMismatchError(file, str(error)) from error
+    try:
+        layout = weight.layout(shape)
+    except _ERRORS as error:
+        raise AdapterMismatchError(
+            file, f"its {weight.kind} adapter does not fit `{path}` of shape {shape}: {error}"
+        ) from error
+    labels = {**layout.factors, **layout.held}
+    shapes = {name: tuple(label.size for label in labels[name]) for name in labels}
+    return Shapes(
+        {name: shapes[name] for name in layout.factors},
+        {name: shapes[name] for name in layout.held},
+        {name: tuple(map(layout.axis_of, labels[name])) for name in labels},
+    )
+
+
+def blank_rows(
+    file: object, leaves: Mapping[str, Any], weights: Mapping[str, Adapter]
+) -> tuple[dict[str, Adapter], dict[str, dict[str, jax.ShapeDtypeStruct]]]:
+    """Rows of shapes as `init_lora` would make them, and the frozen factors beside the bases.
+
+    Each shape has the sharding that it has beside its base, axis by axis.
+    """
+    rows: dict[str, Adapter] = {}
+    held: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, weight in weights.items():
+        base = leaves.get(path)
+        if not is_array(base):
+            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
+        shapes = shapes_beside(file, path, weight, base)
+        factors = {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=sharding_beside(base, shapes.axes[name])
+            )
+            for name, shape in {**shapes.factors, **shapes.held}.items()
+        }
+        rows[path] = weight.with_factors(factors)
+        held[path] = {name: factors[name] for name in shapes.held}
+    return rows, held
+
+
+def base_sizes(weight: Adapter) -> Sequence[int | None]:
+    """The size of each of the base's axes, as the factors have it; None where they do not.
+
+    Raises:
+        ValueError: where they fit no base.
+    """
+    ndim = sum(map(len, weight.axes))
+    try:
+        weight.axes.check(weight.kind, ndim)
+        layout = weight.layout((1,) * ndim)
+    except SpecError as error:
+        raise ValueError(str(error)) from error
+    except _ERRORS:
+        return [None] * ndim  # a kind that cuts the axes into blocks
+    sizes: dict[Any, int] = {}
+    for name, factor in weight.factors().items():
+        labels = layout.factors[name]
+        if len(labels) != len(factor.shape):
+            raise ValueError(f"{name} has {len(factor.shape)} axes, not {len(labels)}")
+        for label, size in zip(labels, factor.shape, strict=True):
+            if sizes.setdefault(label.id, size) != size:
+                raise ValueError(f"{name} has shape {tuple(factor.shape)}")
+    return [
+        math.prod(sizes[label.id] for label in labels)
+        if all(label.id in sizes for label in labels)
+        else None
+        for labels in layout.out
+    ]
+
+
+def base_shape(weight: Adapter) -> tuple[int, ...] | None:
+    """The shape of the base that an adapter's factors fit; None where they do not say it."""
+    sizes = base_sizes(weight)
+    if None in sizes:
+        return None
+    shape = tuple(size for size in sizes if size is not None)
+    found = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
+    if weight.layout(shape).shapes() != found:
+        raise ValueError(f"factors of {found}")
+    return shape
+
+
+def check_held(file: object, path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
+    """Refuses to save an adapter without frozen factors that do not follow from its base.
+
+    Raises:
+        AdapterError: where one is missing.
+    """
+    ones = (1,) * sum(map(len, weight.axes))
+    try:
+        needed = weight.layout(ones).held.keys() - held.keys()
+    except _ERRORS:
+        needed = weight.layout(base_shape(weight) or ones).held.keys() - held.keys()
+    if needed:
+        _check_lacking(file, path, weight, needed, jax.ShapeDtypeStruct(ones, jnp.float32))
+
+
+def _check_lacking(
+    file: object, path: str, weight: Adapter, lacking: Iterable[str], base: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what follows from a base; refuses where that is not all that is lacking."""
+    shape = jax.ShapeDtypeStruct(base.shape, base.dtype)
+    derived = jax.eval_shape(weight.derived, shape)
+    if missing := sorted(set(lacking) - derived.keys()):
+        raise AdapterMismatchError(
+            file,
+            f"lacks `{path}/{missing[0]}`, which a {weight.kind} adapter keeps beside its base. "
+            "Save the whole pair: `save_adapter(file, lorax.Pair(frozen, tunable))`.",
+        )
+    return derived
+
+
+def complete(
+    file: object, path: str, weight: Adapter, base: Any, held: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The frozen factors beside a base: those that are held, and those that follow from it.
+
+    Raises:
+        AdapterMismatchError: where one is neither.
+    """
+    shapes = shapes_beside(file, path, weight, base)
+    if shapes.held.keys() <= held.keys():
+        return {name: held[name] for name in shapes.held}
+    lacking = shapes.held.keys() - held.keys()
+    derived: Mapping[str, Any] = _check_lacking(file, path, weight, lacking, base)
+    if not isinstance(base, jax.ShapeDtypeStruct):
+        where = {name: sharding_beside(base, shapes.axes[name]) for name in derived}
+        # Compiled, since a part of the base may be in other processes.
+        derived = jax.jit(lambda base: weight.derived(base), out_shardings=where)(base)
+    return {name: held[name] if name in held else derived[name] for name in shapes.held}

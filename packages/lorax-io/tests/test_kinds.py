@@ -1,0 +1,305 @@
+"""Every kind of adapter on disk: native files, the command line, merged models.
+
+A new kind is one row of `KINDS`.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lorax
+from lorax import DoraSpec, IA3Spec, LoraSpec, Pair, _adapter, init_lora, merge_params
+from lorax_io import (
+    AdapterError,
+    AdapterMismatchError,
+    AdapterWarning,
+    Experts,
+    Linear,
+    Tensor,
+    UnsupportedAdapterError,
+    load_adapter,
+    load_pair,
+    load_peft,
+    save_adapter,
+    save_diffusers,
+    save_merged,
+    save_peft,
+)
+from lorax_io._cli import main
+
+KINDS = {
+    "lora": LoraSpec(2, alpha=4),
+    "rslora": LoraSpec(3, alpha=4, scaling="rslora"),
+    "dora": DoraSpec(LoraSpec(2, alpha=4)),
+    "dora-with-gradient": DoraSpec(LoraSpec(2, alpha=4), detached=False),
+    "ia3": IA3Spec(),
+    "ia3-in": IA3Spec("in"),
+}
+OTHERS = [name for name in KINDS if not isinstance(KINDS[name], LoraSpec)]
+AXES = {"kernel": lorax.Axes((), (0,), (1,)), "stack": lorax.Axes((0,), (1,), (2, 3))}
+NAMES = {
+    "kernel": Linear("q"),
+    "stack": Linear("layers.{}.v", in_axes=(1,), shared_axes=(0,)),
+    "bias": Tensor("q"),
+    "scale": Tensor("norm", parameter="weight"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """What the command line sets of JAX goes with the test."""
+    before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+def make_params():
+    numbers = np.random.default_rng(0)
+    shapes = {"kernel": (8, 6), "stack": (2, 8, 3, 4), "bias": (6,), "scale": (8,)}
+    return {path: jnp.asarray(numbers.normal(size=s), jnp.float32) for path, s in shapes.items()}
+
+
+def make_pair(kind):
+    """A pair of which every trained number has changed since its start."""
+    spec = {path: KINDS[kind].with_axes(axes) for path, axes in AXES.items()}
+    params = make_params()
+    frozen, tunable = init_lora(params, spec | {"bias": 0, "scale": -1}, jax.random.key(0))
+    key = jax.random.key(1)
+    return Pair(frozen, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), tunable))
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_close(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6), left, right)
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, out
+
+
+def metadata_of(file):
+    with safetensors.safe_open(file, "numpy") as opened:
+        return opened.metadata()
+
+
+def test_every_kind_is_here():
+    found = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
+    assert found == set(_adapter.KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_comes_back(file, kind):
+    pair = make_pair(kind)
+    save_adapter(file, pair, base=make_params(), hash_base=True)
+    params = make_params()
+    found = load_pair(file, params)
+    assert_same(found, pair)
+    assert found.frozen["bias"] is params["bias"]
+    assert_same(load_adapter(file, params=params), pair.tunable)
+    assert_same(load_adapter(file, params=pair.frozen | {"scale": params["scale"]}), pair.tunable)
+    assert_same(load_adapter(file, like=pair.tunable), pair.tunable)
+    shapes = load_pair(file, jax.eval_shape(make_params))
+    assert_same(shapes.tunable, pair.tunable)
+    assert jax.tree.structure(shapes) == jax.tree.structure(pair)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tunable_tree_comes_back_and_the_rest_follows_from_the_base(file, kind):
+    pair = make_pair(kind)
+    save_adapter(file, pair.tunable, base=pair.frozen)
+    found = load_pair(file, make_params())
+    assert_same(found.tunable, pair.tunable)
+    assert_close(found.frozen, pair.frozen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_plain_lora_is_of_the_first_format(file, kind):
+    save_adapter(file, make_pair(kind))
+    assert metadata_of(file)["lorax.format"] == ("2" if kind in OTHERS else "1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False], ids=["pair", "tunable"])
+def test_the_command_line_reads_it(tmp_path, file, capsys, kind, whole):
+    pair, params = make_pair(kind), make_params()
+    saved = pair if whole else pair.tunable
+    base, other, again = (tmp_path / name for name in ("base.safetensors", "other", "again"))
+    safetensors.numpy.save_file({k: np.asarray(x) for k, x in params.items()}, base)
+    save_adapter(file, saved)
+    changed = jax.tree.map(lambda x: x * 1.5, pair.tunable)
+    save_adapter(other, pair._replace(tunable=changed) if whole else changed)
+
+    code, out = run(capsys, "inspect", file)
+    assert code == 0 and pair.tunable["kernel"].kind in out
+    assert run(capsys, "verify", file, "--base", base) == (
+        0,
+        f"{file}: 3 parameters, all as they should be, and fits {base}\n",
+    )
+    assert run(capsys, "diff", file, file)[0] == 0
+    code, out = run(capsys, "diff", file, other)
+    assert code == 1 and out.count("numbers") == 3
+    assert run(capsys, "convert", file, again, "--to", "native")[0] == 0
+    assert again.read_bytes() == file.read_bytes()
+
+    run(capsys, "merge", file, "--base", base, "--out", tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
+    assert_close(merged, jax.tree.map(np.asarray, merge_params(pair)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_is_that_of_the_core(tmp_path, kind):
+    pair = make_pair(kind)
+    save_merged(tmp_path / "merged", pair, NAMES)
+    tensors = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    merged = merge_params(pair)
+    np.testing.assert_array_equal(tensors["q.weight"], merged["kernel"].T)
+    for k in range(2):
+        flat = merged["stack"][k].reshape(8, 12).T
+        np.testing.assert_array_equal(tensors[f"layers.{k}.v.weight"], flat)
+
+
+PEFT_HAS = ("lora", "rslora", "dora", "dora-with-gradient")
+REFUSED = [(save_diffusers, kind) for kind in OTHERS]
+REFUSED += [(save_peft, kind) for kind in OTHERS if kind not in PEFT_HAS]
+
+
+@pytest.mark.parametrize(("save", "kind"), REFUSED)
+def test_a_form_refuses_kinds_that_it_does_not_have(tmp_path, save, kind):
+    tunable = make_pair(kind).tunable
+    name = tunable["kernel"].kind
+    message = f"`kernel` is of the kind '{name}'.*`save_adapter`.*`save_merged`"
+    with pytest.raises(UnsupportedAdapterError, match=message):
+        save(tmp_path / "folder", tunable, NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
+    pair, params = make_pair(kind), make_params()
+    save_peft(tmp_path, pair.tunable, NAMES)
+    found = load_peft(tmp_path, params, NAMES)
+    assert_same(found.tunable, pair.tunable)
+    assert_close(found.frozen, pair.frozen)
+
+
+def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
+    pair = make_pair("dora-with-gradient")
+    with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
+        save_peft(tmp_path, pair.tunable, NAMES)
+    found = load_peft(tmp_path, make_params(), NAMES)
+    assert found.tunable["kernel"].detached
+    assert_close(merge_params(found), merge_params(pair))
+
+
+def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
+    tunable = make_pair("dora").tunable | {"kernel": make_pair("lora").tunable["kernel"]}
+    with pytest.raises(UnsupportedAdapterError, match="`kernel` has plain LoRA and `stack` has"):
+        save_peft(tmp_path / "folder", tunable, NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_have_no_dora_in_peft(tmp_path):
+    axes = lorax.Axes((0,), (1,), (2,))
+    spec = {"down": DoraSpec(LoraSpec(2)).with_axes(axes)}
+    names = {"down": Experts("experts", parameter="down", shared_axes=(0,))}
+    params = {"down": jnp.ones((3, 4, 5))}
+    tunable = init_lora(params, spec, jax.random.key(0)).tunable
+    with pytest.raises(UnsupportedAdapterError, match="`down` has DoRA, which PEFT.*Experts"):
+        save_peft(tmp_path / "folder", tunable, names)
+    assert not list(tmp_path.iterdir())
+    save_peft(tmp_path / "folder", {"down": tunable["down"].delta}, names)
+    config = tmp_path / "folder" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(UnsupportedAdapterError, match="is DoRA, which PEFT.*`down`.*Experts"):
+        load_peft(tmp_path / "folder", params, names)
+
+
+def test_the_command_line_reads_pefts_dora(tmp_path, file, capsys):
+    pair, params = make_pair("dora"), make_params()
+    folder, base = tmp_path / "peft", tmp_path / "base.safetensors"
+    save_peft(folder, {"kernel": pair.tunable["kernel"]}, NAMES)
+    safetensors.numpy.save_file({"q.weight": np.asarray(params["kernel"].T, order="C")}, base)
+    assert "dora" in run(capsys, "inspect", folder)[1]
+    assert "1 parameters" in run(capsys, "verify", folder, "--base", base)[1]
+    run(capsys, "convert", folder, file, "--to", "native")
+    loaded = load_adapter(file, params={"q": {"kernel": params["kernel"]}})
+    assert_same(loaded["q"]["kernel"], pair.tunable["kernel"])
+    again = tmp_path / "again"
+    run(capsys, "convert", file, again, "--to", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    run(capsys, "merge", folder, "--base", base, "--out", tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
+    assert_close(merged["q.weight"], np.asarray(merge_params(pair)["kernel"].T))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_kind_is_refused_as_like(file, kind):
+    save_adapter(file, make_pair(kind))
+    other = "ia3" if kind == "lora" else "lora"
+    with pytest.raises(AdapterMismatchError, match="`kernel` with.*but `like` has"):
+        load_adapter(file, like=make_pair(other).tunable)
+
+
+def test_frozen_factors_that_differ_are_said(file, capsys, tmp_path):
+    pair = make_pair("dora")
+    save_adapter(file, pair)
+    other = tmp_path / "other"
+    frozen = dict(pair.frozen)
+    weight = frozen["kernel"]
+    frozen["kernel"] = lorax.FrozenWeight(weight.base, {"square": weight.factors["square"] * 2})
+    save_adapter(other, Pair(frozen, pair.tunable))
+    code, out = run(capsys, "diff", file, other)
+    assert code == 1 and out.count("frozen factors") == 1
+
+
+def test_a_damaged_frozen_factor_is_not_saved(file):
+    pair = make_pair("dora")
+    pair.frozen["kernel"].factors["square"] = jnp.full(6, jnp.nan)
+    with pytest.raises(AdapterError, match="`kernel/square` holds NaN"):
+        save_adapter(file, pair)
+    assert not file.exists()
+
+
+def test_a_pair_of_other_trees_is_not_saved(file):
+    pair = make_pair("dora")
+    for frozen in ({"stack": pair.frozen["stack"]}, pair.frozen | {"kernel": None}):
+        with pytest.raises(AdapterMismatchError, match="adapts `kernel`, which"):
+            save_adapter(file, Pair(frozen, pair.tunable))
+    assert not file.exists()
+
+
+def test_a_kind_whose_frozen_factors_do_not_follow_from_the_base_needs_the_pair(
+    file, monkeypatch, capsys
+):
+    pair = make_pair("dora")
+    save_adapter(file, pair.tunable)
+    monkeypatch.setattr(lorax.DoraWeight, "derived", lambda self, base: {})
+    message = "lacks `kernel/square`, which a dora adapter keeps.*lorax.Pair"
+    with pytest.raises(AdapterMismatchError, match=message):
+        save_adapter(file, pair.tunable)
+    with pytest.raises(AdapterMismatchError, match=message):
+        load_pair(file, make_params())
+    assert_same(load_adapter(file, params=make_params()), pair.tunable)
+    save_adapter(file, pair)
+    assert_same(load_pair(file, make_params()), pair)
