@@ -26,7 +26,7 @@ from .lora import (
 class LoraFAWeight(Adapter):
     """The fan-out factor of one weight, beside a frozen fan-in factor.
 
-    The delta is that of `LoraWeight`, `scale · a @ b` for a kernel `[in, out]`. The frozen tree
+    The delta is that of LoRA, `scale · a @ b` for a kernel `[in, out]`. The frozen tree
     holds `a`, of `[*shared, *in, rank]`, beside the base. Zhang et al. 2023, arXiv:2308.03303.
 
     Attributes:
