@@ -12,7 +12,20 @@ import pytest
 import safetensors.numpy
 
 import lorax
-from lorax import DoraSpec, IA3Spec, LoraSpec, Pair, _adapter, init_lora, merge_params
+from lorax import (
+    AdaloraSpec,
+    DeloraSpec,
+    DoraSpec,
+    IA3Spec,
+    LoraFASpec,
+    LoraSpec,
+    Pair,
+    TokensSpec,
+    VeraSpec,
+    _adapter,
+    init_lora,
+    merge_params,
+)
 from lorax_io import (
     AdapterError,
     AdapterMismatchError,
@@ -38,7 +51,14 @@ KINDS = {
     "dora-with-gradient": DoraSpec(LoraSpec(2, alpha=4), detached=False),
     "ia3": IA3Spec(),
     "ia3-in": IA3Spec("in"),
+    "lora-fa": LoraFASpec(2, alpha=4),
+    "vera": VeraSpec(4),
+    "adalora": AdaloraSpec(2, alpha=4),
+    "delora": DeloraSpec(2),
+    "tokens": TokensSpec([3, 1]),
 }
+# Kinds whose frozen factors do not follow from the base: only a pair can be saved.
+HELD = ("lora-fa", "vera")
 OTHERS = [name for name in KINDS if not isinstance(KINDS[name], LoraSpec)]
 AXES = {"kernel": lorax.Axes((), (0,), (1,)), "stack": lorax.Axes((0,), (1,), (2, 3))}
 NAMES = {
@@ -123,7 +143,14 @@ def test_a_pair_comes_back(file, kind):
     assert jax.tree.structure(shapes) == jax.tree.structure(pair)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HELD)
+def test_a_tunable_tree_that_lacks_frozen_factors_is_refused(file, kind):
+    with pytest.raises(AdapterError, match="lacks `kernel/a`, .* Save the whole pair"):
+        save_adapter(file, make_pair(kind).tunable)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])
 def test_a_tunable_tree_comes_back_and_the_rest_follows_from_the_base(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair.tunable, base=pair.frozen)
@@ -138,8 +165,10 @@ def test_only_plain_lora_is_of_the_first_format(file, kind):
     assert metadata_of(file)["lorax.format"] == ("2" if kind in OTHERS else "1")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("whole", [True, False], ids=["pair", "tunable"])
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [(kind, True) for kind in KINDS] + [(kind, False) for kind in KINDS if kind not in HELD],
+)
 def test_the_command_line_reads_it(tmp_path, file, capsys, kind, whole):
     pair, params = make_pair(kind), make_params()
     saved = pair if whole else pair.tunable

@@ -127,9 +127,11 @@ def _squared(array: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def norm_squared(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`‖array‖²` over some axes, in float32 or wider."""
-    return jnp.sum(_squared(array.astype(_contract.wide_dtype(array.dtype))), axes)
+def norm_squared(array: jax.Array, kept: tuple[int, ...]) -> jax.Array:
+    """`‖array‖²` over all axes but `kept`, whose order the result has; in float32 or wider."""
+    summed = tuple(d for d in range(array.ndim) if d not in kept)
+    total = jnp.sum(_squared(array.astype(_contract.wide_dtype(array.dtype))), summed)
+    return jnp.transpose(total, [sorted(kept).index(d) for d in kept])
 
 
 def _along(term: Term, k: int, kept: Labels, dtype: Any) -> jax.Array:

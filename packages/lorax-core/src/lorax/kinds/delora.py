@@ -71,13 +71,17 @@ class DeloraWeight(Adapter):
         held = {"norm": (*axes.shared, *axes.inputs)}
         return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, held)
 
+    def derived(self, base: Any) -> dict[str, Any]:
+        """The norms."""
+        return {"norm": _norm(base, self.axes)}
+
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """The factors, and what makes their product as long as `length` says."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
         shared = len(axes.shared)
-        square = _clamped(self.a, range(shared, self.a.ndim - 1))
-        square *= _clamped(self.b, range(shared + 1, self.b.ndim))
+        square = _clamped(self.a, (*range(shared), self.a.ndim - 1))
+        square *= _clamped(self.b, range(shared + 1))
         gain = self.length.astype(square.dtype)[..., None] / (self.rank * jnp.sqrt(square))
         factors = {
             "norm": jax.lax.stop_gradient(held["norm"]),
@@ -89,9 +93,14 @@ class DeloraWeight(Adapter):
         return make_term(factors, {name: labels[name] for name in factors}, layout.out, source)
 
 
-def _clamped(array: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The square of the norm over some axes, and of the shortest that counts at least."""
-    return jnp.maximum(norm_squared(array, tuple(axes)), SHORTEST**2)
+def _clamped(array: jax.Array, kept: Sequence[int]) -> jax.Array:
+    """The square of the norm over all axes but some, and of the shortest that counts at least."""
+    return jnp.maximum(norm_squared(array, tuple(kept)), SHORTEST**2)
+
+
+def _norm(base: Any, axes: Axes) -> jax.Array:
+    """`‖W[in, :]‖` over the outputs, `[*shared, *in]`."""
+    return jnp.sqrt(norm_squared(jnp.asarray(base), (*axes.shared, *axes.inputs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,5 +162,5 @@ class DeloraSpec(AdapterSpec):
         weight = self.blank(base.shape, start.axes)
         shape = weight.layout(base.shape).shapes()["length"]
         length = jnp.full(shape, self.length, start.dtype)
-        norm = jnp.sqrt(norm_squared(base, start.axes.outputs)).astype(start.dtype)
+        norm = _norm(base, start.axes).astype(start.dtype)
         return Started(weight.with_factors({"a": a, "b": b, "length": length}), {"norm": norm})

@@ -73,7 +73,10 @@ class DoraWeight(Adapter):
 
     def derived(self, base: Any) -> dict[str, Any]:
         """The squares of the norms."""
-        return {**self.delta.derived(base), "square": _squares(jnp.asarray(base), self.axes)}
+        return {
+            **self.delta.derived(base),
+            "square": norm_squared(jnp.asarray(base), _kept(self.axes)),
+        }
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
@@ -173,17 +176,15 @@ class DoraSpec(AdapterSpec):
         given = start.array(self, "the norms of the weight")
         inner = self.spec.start(start)
         base = given if inner.base is None else inner.base
-        square = _squares(base, start.axes)
+        square = norm_squared(base, _kept(start.axes))
         adapted = inner.adapter.applied(base, inner.held).array()
-        magnitude = jnp.sqrt(_squares(adapted, start.axes))
+        magnitude = jnp.sqrt(norm_squared(adapted, _kept(start.axes)))
         if not jnp.issubdtype(start.dtype, jnp.complexfloating):
             magnitude = magnitude.astype(start.dtype)
         weight = DoraWeight(inner.adapter, magnitude, self.detached)
         return Started(weight, {**inner.held, "square": square}, inner.base)
 
 
-def _squares(array: Any, axes: Axes) -> jax.Array:
-    """`‖array‖²` over the inputs, `[*shared, *out]`."""
-    kept = sorted((*axes.shared, *axes.outputs))
-    order = [kept.index(d) for d in (*axes.shared, *axes.outputs)]
-    return jnp.transpose(norm_squared(array, axes.inputs), order)
+def _kept(axes: Axes) -> tuple[int, ...]:
+    """The axes of the norms: `[*shared, *out]`."""
+    return (*axes.shared, *axes.outputs)

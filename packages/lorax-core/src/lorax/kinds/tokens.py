@@ -59,6 +59,13 @@ class TokensWeight(Adapter):
         rows = (*axes.shared, axes.inner(0, len(self.indices)), *axes.outputs)
         return Layout(axes.out, {"values": rows}, {"replaced": rows})
 
+    def derived(self, base: Any) -> dict[str, Any]:
+        """The base's own rows."""
+        (axis,) = self.in_axes
+        rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis)
+        order = (*self.shared_axes, axis, *self.out_axes)
+        return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]
+
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """What the rows are more than those of the base, at their places."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
@@ -140,8 +147,5 @@ class TokensSpec(AdapterSpec):
         """The rows of the base."""
         base = start.array(self, "the rows of the table")
         weight = self.blank(base.shape, start.axes)
-        (axis,) = start.axes.inputs
-        rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis).astype(start.dtype)
-        order = (*start.axes.shared, axis, *start.axes.outputs)
-        rows = jnp.transpose(rows, order)
+        rows = weight.derived(base)["replaced"].astype(start.dtype)
         return Started(weight.with_factors({"values": rows}), {"replaced": own(rows)})
