@@ -38,8 +38,13 @@ from ._spec import (
 )
 from ._transform import lora as lora
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
+from .kinds.gralora import GraloraSpec as GraloraSpec, GraloraWeight as GraloraWeight
 from .kinds.ia3 import IA3Spec as IA3Spec, IA3Weight as IA3Weight
+from .kinds.locon import LoconSpec as LoconSpec, LoconWeight as LoconWeight
+from .kinds.loha import LohaSpec as LohaSpec, LohaWeight as LohaWeight
+from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
+from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
 
 __version__ = importlib.metadata.version("lorax-core")
 
@@ -51,15 +56,25 @@ __all__ = [
     "DoraWeight",
     "Explanation",
     "FrozenWeight",
+    "GraloraSpec",
+    "GraloraWeight",
     "IA3Spec",
     "IA3Weight",
     "LORA_FREEZE",
     "LORA_FULL",
+    "LoconSpec",
+    "LoconWeight",
+    "LohaSpec",
+    "LohaWeight",
+    "LokrSpec",
+    "LokrWeight",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
     "MaterializeError",
     "MaterializeWarning",
+    "MissSpec",
+    "MissWeight",
     "Pair",
     "PairError",
     "RankWarning",

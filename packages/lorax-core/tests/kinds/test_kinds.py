@@ -17,9 +17,14 @@ import lorax
 from lorax import (
     Axes,
     DoraSpec,
+    GraloraSpec,
     IA3Spec,
+    LoconSpec,
+    LohaSpec,
+    LokrSpec,
     LoraSpec,
     MaterializeError,
+    MissSpec,
     _adapter,
     init_lora,
     lora,
@@ -29,6 +34,22 @@ from lorax import (
 
 N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
 
+
+def divisor_of(size):
+    return next(k for k in (2, 3) if size % k == 0)
+
+
+def blocks_of(shape, axes):
+    """Settings of GraLoRA that fit a weight."""
+    return next(
+        {"blocks": blocks, "split_axes": (i, o)}
+        for i in axes.inputs[::-1]
+        for o in axes.outputs[::-1]
+        for blocks in (2, 3)
+        if shape[i] % blocks == 0 and shape[o] % blocks == 0
+    )
+
+
 # A name, and its spec for axes of a weight: (spec, uses that it cannot enter and why).
 KINDS = {
     "lora": LoraSpec(2, alpha=4),
@@ -37,6 +58,13 @@ KINDS = {
     "dora-with-gradient": DoraSpec(LoraSpec(2, alpha=4), detached=False),
     "ia3": IA3Spec(),
     "ia3-in": IA3Spec("in"),
+    "loha": LohaSpec(2, alpha=4),
+    "lokr": LokrSpec(4, alpha=3),
+    "lokr-narrow": LokrSpec(1, alpha=3, decompose_both=True),
+    "locon": LoconSpec(2, alpha=4),
+    "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
+    "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
+    "gralora": lambda shape, axes: GraloraSpec(6, alpha=4, **blocks_of(shape, axes)),
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.
@@ -154,7 +182,9 @@ USES = {
 
 def of_use(use, kind):
     function, shape, axes, args = USES[use]
-    spec = {"w": KINDS[kind].with_axes(axes)}
+    made = KINDS[kind]
+    made = made if isinstance(made, _adapter.AdapterSpec) else made(shape, axes)
+    spec = {"w": made.with_axes(axes)}
     args = [N(k, *arg) if isinstance(arg, tuple) else arg for k, arg in enumerate(args)]
     return function, {"w": N(7, *shape)}, spec, [jnp.asarray(arg) for arg in args]
 
