@@ -42,10 +42,23 @@ _MIXED: Side = (-1, "mixed")
 
 
 class Weights(NamedTuple):
-    """The sizes of the adapted weights: their sides of size one, and each as a whole."""
+    """The sizes of the adapted weights: their sides of size one, and each as a whole.
+
+    Of a weight in `blocks`, small factors show both sides. An array is then as large as the axes
+    that show a side are together, and `sizes` holds the matrix of one shared entry.
+    """
 
     thin: Sides
     sizes: Sequence[int]
+    blocks: frozenset[int] = frozenset()
+
+    def as_large(self, made: "Made", shape: Sequence[int]) -> bool:
+        """Whether an array is as large as one of the weights that it is made of."""
+        shown = math.prod(size for size, sides in zip(shape, made.axes, strict=True) if sides)
+        return any(
+            (shown if k in self.blocks else math.prod(shape)) >= self.sizes[k]
+            for k in {k for k, _ in made.sides}
+        )
 
 
 class Made(NamedTuple):
@@ -137,8 +150,7 @@ def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights
     found: Found = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
-            smallest = min(weights.sizes[k] for k, _ in made.sides)
-            found[Whole(shape, made.factors or math.prod(shape) >= smallest)] += 1
+            found[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
     return found
 
 

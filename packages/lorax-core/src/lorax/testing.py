@@ -215,6 +215,7 @@ def weight_sized(
     of_held: list[Made | None] = []
     of_factors: list[Made | None] = []
     sizes: list[int] = []
+    blocks: set[int] = set()
     for k, (base, adapter) in enumerate(zip(bases, adapters, strict=True)):
         layout = adapter.layout(base.shape)
         sides = {
@@ -227,16 +228,16 @@ def weight_sized(
         beside = dict(sorted(held[k].items()))
         of_held += _of_factors(k, layout, sides, beside, True)
         of_factors += _of_factors(k, layout, sides, adapter.factors(), False)
-        # A small block shows both sides, so that of such a kind sizes count: of one shared entry.
-        entry = math.prod(adapter.axes.sizes(base.shape))
-        sizes.append(entry if _spans(layout, sides) else math.prod(base.shape))
+        in_blocks = _spans(layout, sides)
+        blocks |= {k} if in_blocks else set()
+        sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
     thin = frozenset(
         (k, side)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
         for side, axes in _sides(weight).items()
         if all(base.shape[d] == 1 for d in axes)
     )
-    weights = Weights(thin, sizes)
+    weights = Weights(thin, sizes, frozenset(blocks))
     rest = [None] * len(data)
     got = jax.make_jaxpr(ours)(bases, held, adapters, data)
     expected = jax.make_jaxpr(plain)(bases, data)

@@ -42,10 +42,10 @@ def divisor_of(size):
 def blocks_of(shape, axes):
     """Settings of GraLoRA that fit a weight."""
     return next(
-        {"blocks": blocks, "split_axes": (i, o)}
+        {"rank": rank, "blocks": blocks, "split_axes": (i, o)}
+        for blocks, rank in ((2, 4), (3, 3), (1, 2))
         for i in axes.inputs[::-1]
         for o in axes.outputs[::-1]
-        for blocks in (2, 3)
         if shape[i] % blocks == 0 and shape[o] % blocks == 0
     )
 
@@ -64,7 +64,7 @@ KINDS = {
     "locon": LoconSpec(2, alpha=4),
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
-    "gralora": lambda shape, axes: GraloraSpec(6, alpha=4, **blocks_of(shape, axes)),
+    "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.

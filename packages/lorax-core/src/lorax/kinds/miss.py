@@ -64,7 +64,7 @@ class MissWeight(Adapter):
         last, rows = axes.inputs[-1], axes.inner(0, self.rank)
         if last.size % self.rank == 0:
             return term
-        meets = jnp.arange(last.size)[:, None] % self.rank == jnp.arange(self.rank)
+        meets = jnp.arange(last.size)[:, None] % self.rank == jnp.arange(self.rank)[None]
         return term.times(meets.astype(self.d.dtype), (last, rows))
 
 
