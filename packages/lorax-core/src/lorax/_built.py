@@ -39,13 +39,15 @@ Sides = frozenset[Side]
 # a weight: to sum over it is a product with data.
 _JOINED: Side = (-1, "joined")
 _MIXED: Side = (-1, "mixed")
+# Of an axis of the weight that is neither input nor output: it counts layers or experts.
+SHARED: Side = (-1, "shared")
 
 
 class Weights(NamedTuple):
     """The sizes of the adapted weights: their sides of size one, and each as a whole.
 
-    Of a weight in `blocks`, small factors show both sides. An array is then as large as the axes
-    that show a side are together, and `sizes` holds the matrix of one shared entry.
+    Of a weight in `blocks`, small factors show both sides. `sizes` then holds the matrix of one
+    shared entry, and an array is as large as what it has of one.
     """
 
     thin: Sides
@@ -54,9 +56,10 @@ class Weights(NamedTuple):
 
     def as_large(self, made: "Made", shape: Sequence[int]) -> bool:
         """Whether an array is as large as one of the weights that it is made of."""
-        shown = math.prod(size for size, sides in zip(shape, made.axes, strict=True) if sides)
+        of_one = zip(shape, made.axes, strict=True)
+        entry = math.prod(size for size, sides in of_one if sides != frozenset({SHARED}))
         return any(
-            (shown if k in self.blocks else math.prod(shape)) >= self.sizes[k]
+            (entry if k in self.blocks else math.prod(shape)) >= self.sizes[k]
             for k in {k for k, _ in made.sides}
         )
 
@@ -333,7 +336,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
 
 def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
     """A single index picks a layer or an expert; an array of them looks entries up."""
-    if indices_ndim > 1 and any(made.axes[d] for d in numbers.start_index_map):
+    if indices_ndim > 1 and any(made.axes[d] - {SHARED} for d in numbers.start_index_map):
         return None
     paired = numbers.operand_batching_dims
     windows = iter(

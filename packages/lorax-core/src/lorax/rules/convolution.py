@@ -23,7 +23,7 @@ Sharp edges:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -323,7 +323,7 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
     place = [plan.term.fresh(size, skip=k) for k, size in enumerate(x.shape[:-1])]
     met = (*place, *plan.groups, *plan.inputs)
     x = x.reshape([label.size for label in met])
-    keywords = {"dtype": x.dtype, "precision": precision}
+    keywords: dict[str, Any] = {"dtype": x.dtype, "precision": precision}
 
     def labels_of(operands):
         return list(dict.fromkeys(label for _, labels in operands for label in labels))
