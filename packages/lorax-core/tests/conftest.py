@@ -30,6 +30,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "devices(count): needs so many of the same kind")
+    config.addinivalue_line(
+        "markers", "whole: of a product of which one cell has more than a sample"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--without-transforms"):
+        left_out = [item for item in items if item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 def pytest_runtest_setup(item):

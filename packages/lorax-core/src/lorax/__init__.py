@@ -50,9 +50,14 @@ from .kinds.adalora import (
 )
 from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
+from .kinds.gralora import GraloraSpec as GraloraSpec, GraloraWeight as GraloraWeight
 from .kinds.ia3 import IA3Spec as IA3Spec, IA3Weight as IA3Weight
+from .kinds.locon import LoconSpec as LoconSpec, LoconWeight as LoconWeight
+from .kinds.loha import LohaSpec as LohaSpec, LohaWeight as LohaWeight
+from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
+from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
 from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
 from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
@@ -72,17 +77,27 @@ __all__ = [
     "DoraWeight",
     "Explanation",
     "FrozenWeight",
+    "GraloraSpec",
+    "GraloraWeight",
     "IA3Spec",
     "IA3Weight",
     "LORA_FREEZE",
     "LORA_FULL",
     "LoraFASpec",
     "LoraFAWeight",
+    "LoconSpec",
+    "LoconWeight",
+    "LohaSpec",
+    "LohaWeight",
+    "LokrSpec",
+    "LokrWeight",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
     "MaterializeError",
     "MaterializeWarning",
+    "MissSpec",
+    "MissWeight",
     "Pair",
     "PairError",
     "RankWarning",

@@ -86,6 +86,15 @@ class Labeled(NamedTuple):
         """Inner axis number k, such as the rank."""
         return Label(sum(map(len, self)) + k, size)
 
+    def split(self, axis: int, count: int, k: int) -> Labels:
+        """Two labels for one axis: `count` blocks, and inner axis number k runs within each."""
+        size = self.out[axis][0].size
+        return Label(axis, count), self.inner(k, size // count)
+
+    def out_with(self, names: Mapping[int, Labels]) -> tuple[Labels, ...]:
+        """The labels of each axis in order, where some axes have these."""
+        return tuple(names.get(d, labels) for d, labels in enumerate(self.out))
+
 
 class Adapter:
     """The trained factors of one weight, and what they make of it.

@@ -39,13 +39,29 @@ Sides = frozenset[Side]
 # a weight: to sum over it is a product with data.
 _JOINED: Side = (-1, "joined")
 _MIXED: Side = (-1, "mixed")
+# Of an axis of the weight that is neither input nor output: it counts layers or experts.
+SHARED: Side = (-1, "shared")
 
 
 class Weights(NamedTuple):
-    """The sizes of the adapted weights: their sides of size one, and each as a whole."""
+    """The sizes of the adapted weights: their sides of size one, and each as a whole.
+
+    Of a weight in `blocks`, small factors show both sides. `sizes` then holds the matrix of one
+    shared entry, and an array is as large as what it has of one.
+    """
 
     thin: Sides
     sizes: Sequence[int]
+    blocks: frozenset[int] = frozenset()
+
+    def as_large(self, made: "Made", shape: Sequence[int]) -> bool:
+        """Whether an array is as large as one of the weights that it is made of."""
+        of_one = zip(shape, made.axes, strict=True)
+        entry = math.prod(size for size, sides in of_one if sides != frozenset({SHARED}))
+        return any(
+            (entry if k in self.blocks else math.prod(shape)) >= self.sizes[k]
+            for k in {k for k, _ in made.sides}
+        )
 
 
 class Made(NamedTuple):
@@ -137,8 +153,7 @@ def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights
     found: Found = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
-            smallest = min(weights.sizes[k] for k, _ in made.sides)
-            found[Whole(shape, made.factors or math.prod(shape) >= smallest)] += 1
+            found[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
     return found
 
 
@@ -321,7 +336,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
 
 def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
     """A single index picks a layer or an expert; an array of them looks entries up."""
-    if indices_ndim > 1 and any(made.axes[d] for d in numbers.start_index_map):
+    if indices_ndim > 1 and any(made.axes[d] - {SHARED} for d in numbers.start_index_map):
         return None
     paired = numbers.operand_batching_dims
     windows = iter(

@@ -80,7 +80,16 @@ class Term:
         Then nothing is gained by keeping the factors apart, unless the term is dense.
         """
         owned = self._owned
-        return any(owned <= set(labels) for labels in self.labels) and not self.is_dense
+        spans = any(owned <= set(labels) for labels in self.labels)
+        return spans and not self.is_dense and not self._repeats
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether an axis is blocks that are equal, as those of MiSS: one block is smaller."""
+        return any(
+            {bool(self.owners(label)) for label in axis if label.size != 1} == {True, False}
+            for axis in self.out
+        )
 
     @property
     def is_owned(self) -> bool:

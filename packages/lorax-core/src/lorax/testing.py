@@ -7,7 +7,7 @@ It is how every rule of Lorax is tested, and how you can prove an adapter on you
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from ._adapter import Adapter, FrozenWeight, Layout
 from ._arrays import is_array
-from ._built import Made, Side, Weights, built, excess
+from ._built import SHARED, Made, Weights, built, excess
 from ._errors import MaterializeError
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
@@ -232,6 +232,7 @@ def weight_sized(
     of_held: list[Made | None] = []
     of_factors: list[Made | None] = []
     sizes: list[int] = []
+    blocks: set[int] = set()
     for k, (base, adapter) in enumerate(zip(bases, adapters, strict=True)):
         layout = adapter.layout(base.shape)
         sides = {
@@ -240,20 +241,21 @@ def weight_sized(
             for d in axes
             for label in layout.out[d]
         }
+        shared = {label for d in adapter.axes.shared for label in layout.out[d]}
         # In the order in which JAX flattens them.
         beside = dict(sorted(held[k].items()))
-        of_held += _of_factors(k, layout, sides, beside, True)
-        of_factors += _of_factors(k, layout, sides, adapter.factors(), False)
-        # A small block shows both sides, so that of such a kind sizes count: of one shared entry.
-        entry = math.prod(adapter.axes.sizes(base.shape))
-        sizes.append(entry if _spans(layout, sides) else math.prod(base.shape))
+        of_held += _of_factors(k, layout, sides, shared, beside, True)
+        of_factors += _of_factors(k, layout, sides, shared, adapter.factors(), False)
+        in_blocks = _spans(layout, sides)
+        blocks |= {k} if in_blocks else set()
+        sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
     thin = frozenset(
         (k, side)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
         for side, axes in _sides(weight).items()
         if all(base.shape[d] == 1 for d in axes)
     )
-    weights = Weights(thin, sizes)
+    weights = Weights(thin, sizes, frozenset(blocks))
     rest = [None] * len(data)
     got = jax.make_jaxpr(ours)(bases, held, adapters, data)
     expected = jax.make_jaxpr(plain)(bases, data)
@@ -284,12 +286,18 @@ def _sides(weight: Adapter) -> dict[str, tuple[int, ...]]:
 def _of_base(k: int, weight: Adapter) -> Made:
     """Base number k shows its inputs and its outputs."""
     shown = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
-    axes = tuple(shown.get(d, frozenset()) for d in range(sum(map(len, weight.axes))))
+    shared = frozenset({SHARED})
+    axes = tuple(shown.get(d, shared) for d in range(sum(map(len, weight.axes))))
     return Made(axes, frozenset({(k, "in"), (k, "out")}), False)
 
 
 def _of_factors(
-    k: int, layout: Layout, sides: Mapping[Label, str], factors: Mapping[str, Any], held: bool
+    k: int,
+    layout: Layout,
+    sides: Mapping[Label, str],
+    shared: Set[Label],
+    factors: Mapping[str, Any],
+    held: bool,
 ) -> list[Made | None]:
     """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs.
 
@@ -301,9 +309,12 @@ def _of_factors(
         if name in layout.gains:
             found.append(None)
             continue
-        shown = [{(k, sides[x])} if x in sides else set() for x in labels[name]]
-        axes = tuple(map(frozenset[Side], shown))
-        found.append(Made(axes, frozenset[Side]().union(*axes), not _spans(layout, sides)))
+        both = frozenset((k, sides[x]) for x in labels[name] if x in sides)
+        axes = tuple(
+            frozenset({(k, sides[x])} if x in sides else {SHARED} if x in shared else ())
+            for x in labels[name]
+        )
+        found.append(Made(axes, both, not _spans(layout, sides)))
     return found
 
 

@@ -23,15 +23,17 @@ Sharp edges:
 
 import dataclasses
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._contract import contract, wide_dtype
+from .._contract import Operand, contract, wide_dtype
 from .._factored import FactoredArray, base_of, is_weight, terms_of, times_gain
 from .._paid import gain_array, pay, spread, varying, with_dropout_on
 from .._registry import defrule
-from .._terms import Inexpressible, Term, align, apart, check_size, operand, product
+from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
@@ -192,8 +194,11 @@ def _ragged_dot_general(
     met = left
     if not right.is_sum:
         right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers)
-    deltas = []
+    deltas, in_parts = [], []
     for term in right.terms:
+        if _is_in_parts(term, r_sum):
+            in_parts.append(_steps(term, left, l_sum, r_sum, groups[0]))
+            continue
         kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
@@ -227,7 +232,13 @@ def _ragged_dot_general(
         return delta.reshape(base.shape).astype(base.dtype)
 
     def with_terms(rows):
-        return functools.reduce(lambda total, delta: total + delta_of(rows, *delta), deltas, base)
+        total = functools.reduce(lambda total, delta: total + delta_of(rows, *delta), deltas, base)
+        for steps in in_parts:
+            delta = _multiply_in_steps(
+                rows.astype(dtype), group_sizes, steps, precision, preferred_element_type
+            )
+            total = total + delta.reshape(base.shape).astype(base.dtype)
+        return total
 
     return pay_result(with_dropout_on(met, eqn.with_own_keys(right), {}, with_terms))
 
@@ -265,3 +276,91 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):
         return result
 
     return dataclasses.replace(weight, gains=()), rows, pay_result
+
+
+# Terms whose summed axis is blocks, beside `ragged_dot`
+
+
+def _is_in_parts(term: Term, summed) -> bool:
+    """Whether a summed axis is blocks that different factors own."""
+    try:
+        term.fuse_all(summed, own=False)
+    except Inexpressible:
+        return True
+    return False
+
+
+class _Steps(NamedTuple):
+    """The factors in the order in which they meet the rows, and the labels of both ends."""
+
+    row: Label
+    inputs: tuple[Label, ...]
+    group: Label
+    factors: list[Operand]
+    outputs: tuple[Label, ...]
+
+
+def _steps(term: Term, rows, l_sum, r_sum, group_axis: int) -> _Steps:
+    if rows.ndim != 2 or list(l_sum) != [1] or len(term.out) != 3:
+        raise Inexpressible
+    (out_axis,) = {0, 1, 2} - {*r_sum, group_axis}
+    term, group = term.fuse(group_axis)
+    inputs, outputs = term.out[r_sum[0]], term.out[out_axis]
+    for label in outputs:
+        term = term.own(label)
+    # A factor that meets nothing yet waits for another.
+    rest, ordered, met = list(zip(term.factors, term.labels, strict=True)), [], {*inputs}
+    while rest:
+        k = next((k for k, (_, labels) in enumerate(rest) if met.intersection(labels)), None)
+        if k is None:
+            raise Inexpressible
+        ordered.append(rest.pop(k))
+        met.update(label for label in ordered[-1][1] if label != group)
+    if not term.owners(group):
+        raise Inexpressible
+    return _Steps(term.fresh(rows.shape[0]), inputs, group, ordered, outputs)
+
+
+def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
+    """Rows by one factor after another; what a factor does not meet is more rows to it."""
+    row, labels = steps.row, (steps.row, *steps.inputs)
+    later = [{*steps.outputs}]
+    for _, found in reversed(steps.factors):
+        later.append(later[-1] | {*found})
+    later.reverse()
+
+    def size(labels):
+        return math.prod(label.size for label in labels)
+
+    def arranged(x, labels, kept):
+        return contract([(x, labels)], kept, dtype=x.dtype)
+
+    with jax.named_scope("lora"):
+        x = x.reshape([label.size for label in labels])
+        kept = tuple(label for label in labels if label == row or label in later[0])
+        x, labels = arranged(x, labels, kept), kept
+        for (factor, found), needed in zip(steps.factors, later[1:], strict=True):
+            both = [label for label in labels if label in found]
+            batch = tuple(label for label in both if label in needed)
+            summed = tuple(label for label in both if label not in needed)
+            rest = tuple(label for label in labels if label not in found and label != row)
+            owned = steps.group in found
+            new = tuple(x for x in found if x not in both and x != steps.group)
+            axes = (*batch, *((steps.group,) if owned else ()), *summed, *new)
+            kernel = arranged(factor.astype(x.dtype), found, axes)
+            x = arranged(x, labels, (*batch, row, *rest, *summed))
+            x = x.reshape(size(batch), -1, size(summed))
+            kernel = kernel.reshape(
+                size(batch), *([steps.group.size] if owned else []), size(summed), size(new)
+            )
+            keywords = {"precision": precision, "preferred_element_type": preferred}
+            if owned:
+                sizes = group_sizes * size(rest)
+                dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, **keywords)
+            else:
+                dot = functools.partial(jnp.dot, **keywords)
+            # `ragged_dot` has no batch; there are as many products as blocks.
+            x = jnp.stack([dot(*both) for both in zip(x, kernel, strict=True)])
+            labels = (*batch, row, *rest, *new)
+            x = x.reshape([label.size for label in labels])
+        return arranged(x, labels, (row, *steps.outputs)).reshape(row.size, -1)

@@ -7,12 +7,14 @@ zero, so the term vanishes and the base's fill value stands.
 """
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 
 from .._factored import FactoredArray
 from .._registry import defrule
-from .._terms import Label, Term
+from .._terms import Inexpressible, Label, Term
 from .structural import cut
 
 
@@ -53,11 +55,68 @@ def _gather(
 ):
     if not isinstance(weight, FactoredArray) or isinstance(indices, FactoredArray):
         return NotImplemented
-    moved = weight.moved(
-        lambda term: _gather_term(term, indices, dimension_numbers, slice_sizes, mode)
-    )
+
+    def looked_up(term: Term) -> Term:
+        apart = _apart(term, indices, dimension_numbers, slice_sizes, mode)
+        found = _gather_term(*apart, mode)
+        return found if apart[0] is term else _rows(found)
+
+    moved = weight.moved(looked_up)
     # One index alone picks a layer or an expert; an array of them looks rows up.
     return eqn.settle(moved.replace_base(eqn(weight.base, indices)))
+
+
+def _apart(term: Term, indices, numbers, slice_sizes, mode):
+    """The same look-up where each indexed axis that different factors own is several axes.
+
+    Row 7 of blocks of 3 is row 1 of block 2. Every axis has its own column of the indices.
+    """
+    several = []
+    for d in numbers.start_index_map:
+        try:
+            term.fuse(d)
+        except Inexpressible:
+            several.append(d)
+    if not several:
+        return term, indices, numbers, slice_sizes
+    if any(slice_sizes[d] != 1 or d not in numbers.collapsed_slice_dims for d in several):
+        raise Inexpressible
+    for d in several:
+        term = term.own(term.out[d][0])
+    out: list[tuple[Label, ...]] = []
+    axes: dict[int, list[int]] = {}
+    for d, labels in enumerate(term.out):
+        parts = [(label,) for label in labels] if d in several else [labels]
+        axes[d] = list(range(len(out), len(out) + len(parts)))
+        out += parts
+    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+    columns, indexed = [], []
+    for column, d in enumerate(numbers.start_index_map):
+        index = indices[..., column]
+        if mode == jax.lax.GatherScatterMode.CLIP:
+            index = jnp.clip(index, 0, term.shape[d] - 1)
+        sizes = [math.prod(label.size for label in out[k]) for k in axes[d]]
+        for k, axis in enumerate(axes[d]):
+            # The first part of an index that is out of range is out of range, too.
+            unit = math.prod(sizes[k + 1 :])
+            part = index // unit
+            columns.append(part if k == 0 else part % sizes[k])
+            indexed.append(axis)
+    numbers = numbers._replace(
+        collapsed_slice_dims=tuple(k for d in numbers.collapsed_slice_dims for k in axes[d]),
+        start_index_map=tuple(indexed),
+        operand_batching_dims=tuple(axes[d][0] for d in numbers.operand_batching_dims),
+    )
+    sizes = tuple(slice_sizes[d] for d in axes for _ in axes[d])
+    return dataclasses.replace(term, out=tuple(out)), jnp.stack(columns, -1), numbers, sizes
+
+
+def _rows(term: Term) -> Term:
+    """Rows of a Kronecker product are data, as large as those of the base: one factor."""
+    if sum(any(not label.is_index for label in axis) for axis in term.out) > 1:
+        return term
+    owned = tuple(label for label in term.shown if term.owners(label))
+    return term.multiplied(range(len(term.factors)), owned)
 
 
 def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:

@@ -1,0 +1,30 @@
+"""Which two axes of a weight are cut into blocks, for kinds whose factors span a part of one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .._axes import Axes, normalize
+from .._errors import SpecError
+
+
+def resolve_split(
+    path: str, spec: Any, ndim: int, axes: Axes, given: Sequence[int] | None
+) -> tuple[int, int]:
+    """The input axis and the output axis that are cut; by default the last of each side."""
+    if given is None:
+        return axes.inputs[-1], axes.outputs[-1]
+    # In the order of the weight, whichever side comes first there.
+    found = normalize(path, ndim, "split_axes", given)
+    inputs = [d for d in found if d in axes.inputs]
+    outputs = [d for d in found if d in axes.outputs]
+    if len(found) != 2 or len(inputs) != 1:
+        raise SpecError(
+            f"`{path}` has a {type(spec).__name__} with split_axes={tuple(given)}; give one of its "
+            f"input axes {axes.inputs} and one of its output axes {axes.outputs}."
+        )
+    if not outputs:
+        raise SpecError(
+            f"`{path}` has a {type(spec).__name__} with split_axes={tuple(given)}, of which one is "
+            f"shared; give one of the output axes {axes.outputs}."
+        )
+    return inputs[0], outputs[0]

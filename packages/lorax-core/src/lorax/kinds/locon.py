@@ -1,0 +1,149 @@
+"""LoCon with a Tucker core: LoRA over the channels, and a core over the window between the two.
+
+ΔW[shared, *window, in, out]  =  scale · Σ_rq a[in, r] core[*window, r, q] b[q, out]
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._axes import Axes, normalize
+from .._errors import SpecError
+from .lora import check_rank, check_scale, lora_scale
+
+
+@defkind
+class LoconWeight(Adapter):
+    """The three factors of one weight.
+
+        ΔW[*window, in, out]  =  alpha / rank · Σ_rq a[in, r] core[*window, r, q] b[q, out]
+
+    For a convolution that is one of 1×1, one with the window from `rank` to `rank` channels, and
+    one of 1×1. Yeh et al. 2024 (LyCORIS), arXiv:2309.14859.
+
+    Attributes:
+        a: `[*shared, channels, rank]`.
+        core: `[*shared, *window, rank, rank]`.
+        b: `[*shared, rank, *out]`.
+        rank: the inner size on both sides of the core.
+        alpha: the numerator of the scale, or None for a scale of 1.
+        channel_axis: the input axis of the channels; the other input axes are the window.
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with factors of their own for each entry.
+    """
+
+    kind = "locon"
+
+    a: Any
+    core: Any
+    b: Any
+    rank: int = static()
+    alpha: float | None = static(None)
+    channel_axis: int = static(0)
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies the delta."""
+        return lora_scale(self.rank, self.alpha, "standard")
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`."""
+        axes = Labeled.of(self.axes, shape)
+        channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
+        window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
+        left, right = axes.inner(0, self.rank), axes.inner(1, self.rank)
+        factors = {
+            "a": (*axes.shared, *channels, left),
+            "core": (*axes.shared, *window, left, right),
+            "b": (*axes.shared, right, *axes.outputs),
+        }
+        return Layout(axes.out, factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoconSpec(AdapterSpec):
+    """LoCon of one weight, with a Tucker core: far fewer numbers than LoRA where the window is big.
+
+    A weight without a window has a core of `rank × rank`.
+
+    Args:
+        rank: the inner size on both sides of the core.
+        alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
+        channel_axis: the input axis of the channels; None means the last input axis.
+        in_axes: as in `LoraSpec`.
+        out_axes: as in `LoraSpec`.
+        shared_axes: as in `LoraSpec`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import LoconSpec, init_lora
+        >>> kernel = jnp.ones((3, 3, 16, 32))  # [height, width, in, out]
+        >>> frozen, tunable = init_lora({"w": kernel}, {"w": LoconSpec(4)}, jax.random.key(0))
+        >>> tunable["w"].a.shape, tunable["w"].core.shape, tunable["w"].b.shape
+        ((16, 4), (3, 3, 4, 4), (4, 32))
+    """
+
+    rank: int
+    alpha: float | None = None
+    channel_axis: int | None = None
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        """The rank."""
+        return self.rank
+
+    def with_size(self, rank: int) -> "LoconSpec":
+        """The same with another rank."""
+        return dataclasses.replace(self, rank=rank)
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses settings that are none, and channels that are no input."""
+        check_rank(path, self, self.rank)
+        check_scale(path, self.alpha)
+        if self._channel_axis(path, len(shape), axes) not in axes.inputs:
+            raise SpecError(
+                f"`{path}` has a LoconSpec with channel_axis={self.channel_axis}; it is one of the "
+                f"input axes {axes.inputs}."
+            )
+
+    def _channel_axis(self, path: str, ndim: int, axes: Axes) -> int:
+        if self.channel_axis is None:
+            return axes.inputs[-1]
+        return normalize(path, ndim, "channel_axis", (self.channel_axis,))[0]
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> LoconWeight:
+        """The adapter without arrays."""
+        channel = self._channel_axis("", len(shape), axes)
+        roles = (axes.inputs, axes.outputs, axes.shared)
+        return LoconWeight(None, None, None, self.rank, self.alpha, channel, *roles)
+
+    def start(self, start: Start) -> Started:
+        """`a` and the core from the initializer of the fan-in factor, `b` from the other."""
+        shape = start.base.shape
+        weight = self.blank(shape, start.axes)
+        shapes = weight.layout(shape).shapes()
+        fan_in, fan_out = start.axes.sizes(shape)
+        channels = shape[weight.channel_axis]
+        random, zero = start.initializers
+        keys = jax.random.split(start.key, 3)
+        window = fan_in // channels
+        matrices = {
+            "a": (channels, self.rank),
+            "core": (window * self.rank, self.rank),
+            "b": (self.rank, fan_out),
+        }
+        factors = {
+            name: start.draw(key, zero if name == "b" else random, matrix, shapes[name])
+            for (name, matrix), key in zip(matrices.items(), keys, strict=True)
+        }
+        return Started(weight.with_factors(factors))

@@ -1,0 +1,182 @@
+"""LoKr: the Kronecker product of a small matrix and a larger one, which may be of low rank.
+
+ΔW[shared, (m n), (l k)]  =  scale · w1[m, l] · w2[n, k]
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+
+from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._axes import Axes
+from .._errors import SpecError
+from ._split import resolve_split
+from .lora import check_rank, check_scale, lora_scale
+
+NAMES = ("w1", "a1", "b1", "w2", "a2", "b2")
+
+
+@defkind
+class LokrWeight(Adapter):
+    """The factors of one weight: `w1` or `a1 b1`, and `w2` or `a2 b2`.
+
+        ΔW[(m n), (l k)]  =  alpha / rank · w1[m, l] · w2[n, k]
+
+    One input axis is cut into m blocks of n and one output axis into l blocks of k. The other axes
+    of either side, such as the window of a convolution, go with n and k. Yeh et al. 2024 (LyCORIS),
+    arXiv:2309.14859.
+
+    Attributes:
+        w1: `[*shared, m, l]`, or None.
+        a1: `[*shared, m, rank]`, or None.
+        b1: `[*shared, rank, l]`, or None.
+        w2: `[*shared, *in, *out]` with n and k in place of the axes that are cut, or None.
+        a2: `[*shared, *in, rank]` with n, or None.
+        b2: `[*shared, rank, *out]` with k, or None.
+        rank: the inner size of a matrix of low rank, and the divisor of the scale.
+        alpha: the numerator of the scale, or None for a scale of 1.
+        blocks: m and l.
+        narrow: whether the first and the second matrix are of low rank.
+        split_axes: the input axis and the output axis that are cut.
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with factors of their own for each entry.
+    """
+
+    kind = "lokr"
+
+    w1: Any
+    a1: Any
+    b1: Any
+    w2: Any
+    a2: Any
+    b2: Any
+    rank: int = static()
+    alpha: float | None = static(None)
+    blocks: tuple[int, int] = static((1, 1))
+    narrow: tuple[bool, bool] = static((False, False))
+    split_axes: tuple[int, int] = static((0, 1))
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies the delta."""
+        return lora_scale(self.rank, self.alpha, "standard")
+
+    def factors(self) -> dict[str, Any]:
+        """Those of the six that there are."""
+        return {name: x for name, x in super().factors().items() if x is not None}
+
+    def with_factors(self, factors: Mapping[str, Any]) -> Self:
+        """The same adapter with other arrays."""
+        return super().with_factors({**dict.fromkeys(NAMES), **factors})
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the factors lie on a weight of `shape`."""
+        axes = Labeled.of(self.axes, shape)
+        (i, o), (m, n) = self.split_axes, axes.split(self.split_axes[0], self.blocks[0], 0)
+        l, k = axes.split(o, self.blocks[1], 1)  # noqa: E741
+        inputs = tuple(n if label.id == i else label for label in axes.inputs)
+        outputs = tuple(k if label.id == o else label for label in axes.outputs)
+        factors = {}
+        for number, (first, last) in enumerate((((m,), (l,)), (inputs, outputs)), 1):
+            if self.narrow[number - 1]:
+                rank = axes.inner(1 + number, self.rank)
+                factors[f"a{number}"] = (*axes.shared, *first, rank)
+                factors[f"b{number}"] = (*axes.shared, rank, *last)
+            else:
+                factors[f"w{number}"] = (*axes.shared, *first, *last)
+        return Layout(axes.out_with({i: (m, n), o: (l, k)}), factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class LokrSpec(AdapterSpec):
+    """LoKr of one weight: a delta of high rank from few numbers.
+
+    As in PEFT, `w1` (or `b1`) is zero at first: `b_init` of `init_lora` draws it, and `a_init` the
+    others. The second matrix has low rank where `rank` is less than half of its longer side.
+
+    Args:
+        rank: of a matrix of low rank; a high one leaves the second matrix in full.
+        alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
+        factor: into how many blocks both axes are cut; −1 means as nearly square as each can be.
+        decompose_both: whether the first matrix, too, has low rank where it is large enough.
+        split_axes: the input axis and the output axis that are cut; None means the last of each
+            side. For a convolution give the axes of its channels.
+        in_axes: as in `LoraSpec`.
+        out_axes: as in `LoraSpec`.
+        shared_axes: as in `LoraSpec`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import LokrSpec, init_lora
+        >>> frozen, tunable = init_lora({"w": jnp.ones((32, 24))}, {"w": LokrSpec(2, factor=4)},
+        ...                             jax.random.key(0))
+        >>> {name: x.shape for name, x in tunable["w"].factors().items()}
+        {'w1': (4, 4), 'a2': (8, 2), 'b2': (2, 6)}
+    """
+
+    rank: int
+    alpha: float | None = None
+    factor: int = -1
+    decompose_both: bool = False
+    split_axes: Sequence[int] | None = None
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses settings that are none, and a factor that does not divide both axes."""
+        check_rank(path, self, self.rank)
+        check_scale(path, self.alpha)
+        if type(self.factor) is not int or not (self.factor == -1 or self.factor > 0):
+            raise SpecError(f"`{path}` has factor {self.factor!r}; it is a positive int, or -1.")
+        for d in resolve_split(path, self, len(shape), axes, self.split_axes):
+            if self.factor > 0 and shape[d] % self.factor:
+                divisors = [k for k in range(1, shape[d] + 1) if shape[d] % k == 0]
+                nearest = min(divisors, key=lambda k: abs(k - self.factor))
+                raise SpecError(
+                    f"`{path}` has a LokrSpec with factor={self.factor}, which does not divide "
+                    f"axis {d} of its shape {tuple(shape)}. Take a factor that divides both axes "
+                    f"that are cut (of this one {nearest} is nearest), or -1."
+                )
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> LokrWeight:
+        """The adapter without arrays."""
+        split = resolve_split("", self, len(shape), axes, self.split_axes)
+        sizes = [shape[d] for d in split]
+        blocks = [_blocks(size, self.factor) for size in sizes]
+        rest = [size // count for size, count in zip(sizes, blocks, strict=True)]
+        narrow = (self.decompose_both and self.rank < max(blocks) / 2, self.rank < max(rest) / 2)
+        none = [None] * len(NAMES)
+        roles = (axes.inputs, axes.outputs, axes.shared)
+        return LokrWeight(*none, self.rank, self.alpha, tuple(blocks), narrow, split, *roles)
+
+    def start(self, start: Start) -> Started:
+        """The first matrix is zero, the second random."""
+        shape = start.base.shape
+        weight = self.blank(shape, start.axes)
+        random, zero = start.initializers
+        shapes = weight.layout(shape).shapes()
+        shared = len(start.axes.shared)
+        ins = {"1": 1, "2": len(start.axes.inputs)}
+        factors = {}
+        for name, key in zip(shapes, jax.random.split(start.key, len(shapes)), strict=True):
+            sizes = shapes[name][shared:]
+            rows = 1 if name[0] == "b" else ins[name[1]]
+            matrix = math.prod(sizes[:rows]), math.prod(sizes[rows:])
+            init = zero if name in ("w1", "b1") else random
+            factors[name] = start.draw(key, init, matrix, shapes[name])
+        return Started(weight.with_factors(factors))
+
+
+def _blocks(size: int, factor: int) -> int:
+    """The number of blocks: the factor, or the largest divisor that is not above the root."""
+    if factor > 0:
+        return factor
+    return next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)

@@ -1,0 +1,118 @@
+"""MiSS: a few rows that every block of the inputs shares.
+
+ΔW[shared, i, out]  =  d[i mod rank, out]
+"""
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._axes import Axes
+from .._errors import SpecError
+from .._terms import Term
+from .lora import check_rank
+
+
+@defkind
+class MissWeight(Adapter):
+    """The rows of one weight.
+
+        ΔW[i, out]  =  d[i mod rank, out]
+
+    The inputs of equal remainder are summed, and the sums meet `d`: one product in place of the two
+    of LoRA. `i` counts along the last input axis; the delta is the same along the others. Kang and
+    Yin 2024, arXiv:2409.15371.
+
+    Attributes:
+        d: `[*shared, rank, *out]`.
+        rank: how many rows there are.
+        in_axes: the weight's axes that meet the input.
+        out_axes: the weight's axes that make the output.
+        shared_axes: the weight's axes with rows of their own for each entry.
+    """
+
+    kind = "miss"
+
+    d: Any
+    rank: int = static()
+    in_axes: tuple[int, ...] = static((0,))
+    out_axes: tuple[int, ...] = static((1,))
+    shared_axes: tuple[int, ...] = static(())
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the rows lie on a weight of `shape`.
+
+        The input axis is whole blocks of them, which no factor tells apart; or there is a remainder
+        and the rows are an inner axis.
+        """
+        axes = Labeled.of(self.axes, shape)
+        last = axes.inputs[-1]
+        if last.size % self.rank:
+            rows, out = axes.inner(0, self.rank), axes.out
+        else:
+            several, rows = axes.split(last.id, last.size // self.rank, 0)
+            out = axes.out_with({last.id: (several, rows)})
+        return Layout(out, {"d": (*axes.shared, rows, *axes.outputs)})
+
+    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+        """The rows; and where they leave a remainder, which row each input meets."""
+        term = super().term(shape, held, source)
+        axes = Labeled.of(self.axes, shape)
+        last, rows = axes.inputs[-1], axes.inner(0, self.rank)
+        if last.size % self.rank == 0:
+            return term
+        meets = jnp.arange(last.size)[:, None] % self.rank == jnp.arange(self.rank)[None]
+        return term.times(meets.astype(self.d.dtype), (last, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class MissSpec(AdapterSpec):
+    """MiSS of one weight: one factor, which is zero at first.
+
+    A rank that divides the last input axis is cheapest.
+
+    Args:
+        rank: how many rows there are.
+        in_axes: as in `LoraSpec`.
+        out_axes: as in `LoraSpec`.
+        shared_axes: as in `LoraSpec`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import MissSpec, init_lora
+        >>> frozen, tunable = init_lora({"w": jnp.ones((6, 4))}, {"w": MissSpec(2)},
+        ...                             jax.random.key(0))
+        >>> tunable["w"].d.shape
+        (2, 4)
+    """
+
+    rank: int
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+    shared_axes: Sequence[int] = ()
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Refuses ranks that are none, and more rows than inputs."""
+        check_rank(path, self, self.rank)
+        last = axes.inputs[-1]
+        if self.rank > shape[last]:
+            raise SpecError(
+                f"`{path}` has a MissSpec of rank {self.rank}, but its last input axis {last} has "
+                f"size {shape[last]}. Take a rank up to that, one that divides it if you can."
+            )
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> MissWeight:
+        """The adapter without arrays."""
+        return MissWeight(None, self.rank, axes.inputs, axes.outputs, axes.shared)
+
+    def start(self, start: Start) -> Started:
+        """Rows from the initializer of the fan-out factor: zeros by default."""
+        shape = start.base.shape
+        weight = self.blank(shape, start.axes)
+        _, fan_out = start.axes.sizes(shape)
+        shapes = weight.layout(shape).shapes()
+        d = start.draw(start.key, start.initializers[1], (self.rank, fan_out), shapes["d"])
+        return Started(weight.with_factors({"d": d}))
