@@ -138,7 +138,7 @@ ROWS = [
     ("depthwise-multiplied", conv(strides=(2, 2), feature_group_count=5), {"w": (3, 2, 1, 10)},
      {"w": 3}, [NHWC]),
     ("depthwise-outputs-with-the-inputs", conv(feature_group_count=5), {"w": (3, 2, 1, 5)},
-     {"w": LoraSpec(2, in_axes=[2, 3])}, [NHWC], {"materializes": True}),
+     {"w": LoraSpec(2, in_axes=[2, 3])}, [NHWC]),
     ("depthwise-one-d-causal", one_d((1,), ((2, 0),), feature_group_count=5), {"w": (3, 1, 5)},
      {"w": 2}, [(2, 11, 5)]),
     ("batch-groups", conv(batch_group_count=2), {"w": (3, 2, 5, 6)}, {"w": 2}, [(4, 8, 9, 5)]),

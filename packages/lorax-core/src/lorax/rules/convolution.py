@@ -336,7 +336,8 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
 
     later = {*plan.outputs, *labels_of(plan.after)}
     needed = {*later, *labels_of(plan.along), *place}
-    middle = [label for label in (*met, *labels_of(plan.before)) if label in needed]
+    reached = dict.fromkeys((*met, *labels_of(plan.before)))
+    middle = [label for label in reached if label in needed]
     features = [label for label in middle if label not in place]
     owned = [label for label in labels_of(plan.along) if label not in plan.window]
     groups = tuple(label for label in features if label in owned and label in later)

@@ -1,0 +1,188 @@
+"""LoHa, LoKr, MiSS and GraLoRA with the factors of a real PEFT model do what that model does."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import lorax
+from lorax import GraloraSpec, LohaSpec, LokrSpec, MissSpec
+
+
+class Dense(nn.Module):
+    """Two dense layers, of sizes that no other size equals."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 6)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Image(nn.Module):
+    """Two convolutions, the second of them in two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Conv2d(4, 12, (3, 2), stride=(2, 1), padding=1)
+        self.down = nn.Conv2d(12, 8, 3, groups=2)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["up"] + params["up_bias"]) @ params["down"] + params["down_bias"]
+
+
+def image(params, x):
+    """Kernels are [in, height, width, out], so that PEFT's order of the inputs is ours."""
+    numbers = ("NCHW", "IHWO", "NCHW")
+    conv = jax.lax.conv_general_dilated
+    x = conv(x, params["up"], (2, 1), [(1, 1), (1, 1)], dimension_numbers=numbers)
+    x = jnp.tanh(x + params["up_bias"][:, None, None])
+    x = conv(x, params["down"], (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=2)
+    return x + params["down_bias"][:, None, None]
+
+
+MODELS = {
+    "dense": (Dense, dense, (3, 12), (1, 0)),
+    "image": (Image, image, (2, 4, 7, 8), (1, 2, 3, 0)),
+}
+
+
+def loha(layer):
+    return {
+        "a1": layer.hada_w1_b["default"].T,
+        "b1": layer.hada_w1_a["default"].T,
+        "a2": layer.hada_w2_b["default"].T,
+        "b2": layer.hada_w2_a["default"].T,
+    }
+
+
+def lokr(layer):
+    found = {}
+    for n in (1, 2):
+        whole = getattr(layer, f"lokr_w{n}")
+        if "default" in whole:  # [out, in, *window]
+            found[f"w{n}"] = torch.movedim(whole["default"], 0, -1)
+        else:
+            found[f"a{n}"] = getattr(layer, f"lokr_w{n}_b")["default"].T
+            found[f"b{n}"] = getattr(layer, f"lokr_w{n}_a")["default"].T
+    return found
+
+
+def miss(layer):
+    return {"d": layer.miss_block["default"]}
+
+
+def gralora(layer):
+    return {"a": layer.gralora_A["default"], "b": layer.gralora_B["default"]}
+
+
+SPLIT = {"split_axes": (0, -1)}
+TARGETS = {"target_modules": ["up", "down"]}
+# The model, PEFT's config, our spec, and PEFT's factors by our names.
+CASES = {
+    "loha": ("dense", peft.LoHaConfig(r=3, alpha=5, **TARGETS), LohaSpec(3, alpha=5), loha),
+    "loha-convolution": (
+        "image", peft.LoHaConfig(r=3, alpha=5, **TARGETS), LohaSpec(3, alpha=5), loha,
+    ),
+    "lokr": ("dense", peft.LoKrConfig(r=4, alpha=5, **TARGETS), LokrSpec(4, alpha=5), lokr),
+    "lokr-narrow": (
+        "dense",
+        peft.LoKrConfig(r=1, alpha=5, decompose_both=True, **TARGETS),
+        LokrSpec(1, alpha=5, decompose_both=True),
+        lokr,
+    ),
+    "lokr-factor": (
+        "dense",
+        peft.LoKrConfig(r=2, alpha=5, decompose_factor=2, **TARGETS),
+        LokrSpec(2, alpha=5, factor=2),
+        lokr,
+    ),
+    "lokr-convolution": (
+        "image", peft.LoKrConfig(r=4, alpha=5, **TARGETS), LokrSpec(4, alpha=5, **SPLIT), lokr,
+    ),
+    "lokr-narrow-convolution": (
+        "image", peft.LoKrConfig(r=1, alpha=5, **TARGETS), LokrSpec(1, alpha=5, **SPLIT), lokr,
+    ),
+    "miss": ("dense", peft.MissConfig(r=4, **TARGETS), MissSpec(4), miss),
+    "miss-remainder": ("dense", peft.MissConfig(r=7, **TARGETS), MissSpec(7), miss),
+    "gralora": (
+        "dense",
+        peft.GraloraConfig(r=6, alpha=5, gralora_k=2, **TARGETS),
+        GraloraSpec(6, alpha=5, blocks=2),
+        gralora,
+    ),
+}  # fmt: skip
+
+
+def as_array(tensor):
+    return jnp.asarray(tensor.detach().numpy())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(case):
+    kind, config, spec, factors_of = CASES[case]
+    cls, function, shape, order = MODELS[kind]
+    torch.manual_seed(0)
+    model = cls().eval()
+    x = torch.sin(torch.arange(float(np.prod(shape)))).reshape(shape)
+    params = {
+        name + suffix: as_array(tensor.permute(order) if tensor.ndim > 1 else tensor)
+        for name in ("up", "down")
+        for suffix, tensor in (
+            ("", getattr(model, name).weight), ("_bias", getattr(model, name).bias),
+        )
+    }  # fmt: skip
+    # A grouped kernel has the input channels of one group.
+    inputs = tuple(range(len(order) - 1))
+    specs = {name: lorax.LORA_FREEZE for name in params}
+    for name in ("up", "down"):
+        axes = lorax.Axes((), inputs, (len(inputs),))
+        specs[name] = spec.with_axes(axes)
+    frozen, tunable = lorax.init_lora(params, specs, jax.random.key(0))
+
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    layers = {name: getattr(adapted.base_model.model, name) for name in ("up", "down")}
+    base = as_array(model(x))
+    # PEFT's first factors leave the model as it is, and so do ours.
+    np.testing.assert_allclose(as_array(adapted(x)), base, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        lorax.lora(function)((frozen, tunable), as_array(x)), base, rtol=0, atol=1e-5
+    )
+    zero = {
+        name: {key for key, factor in factors_of(layer).items() if not factor.any()}
+        for name, layer in layers.items()
+    }
+    with torch.no_grad():
+        for layer in layers.values():
+            for factor in factors_of(layer).values():
+                factor.copy_(0.4 * torch.randn_like(factor))
+    for name, layer in layers.items():
+        factors = factors_of(layer)
+        ours = tunable[name].factors()
+        assert {key for key, factor in ours.items() if not factor.any()} == zero[name]
+        # A window that PEFT flattens is axes of ours; of two blocks of a rank, too.
+        tunable[name] = tunable[name].with_factors(
+            {key: as_array(factors[key]).reshape(ours[key].shape) for key in ours}
+        )
+    expected = as_array(adapted(x))
+    size = np.abs(expected).max()
+    assert np.abs(expected - base).max() > 1e-2 * size
+    got = lorax.lora(function)((frozen, tunable), as_array(x))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * size)
+    merged = lorax.merge_params(frozen, tunable)
+    theirs = adapted.merge_and_unload()
+    for name in ("up", "down"):
+        weight = as_array(getattr(theirs, name).weight.permute(order))
+        np.testing.assert_allclose(merged[name], weight, rtol=0, atol=1e-5 * np.abs(weight).max())
