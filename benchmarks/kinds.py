@@ -29,6 +29,14 @@ KINDS: dict[str, lorax.AdapterSpec] = {
     "DoRA": lorax.DoraSpec(LORA),
     "DoRA, norm with a gradient": lorax.DoraSpec(LORA, detached=False),
     "IA³": lorax.IA3Spec(),
+    "LoHa, rank 8": lorax.LohaSpec(8, alpha=8),
+    "LoKr": lorax.LokrSpec(RANK, alpha=RANK),
+    "MiSS": lorax.MissSpec(RANK),
+    "GraLoRA": lorax.GraloraSpec(RANK, alpha=RANK, blocks=2),
+    "LoRA-FA": lorax.LoraFASpec(RANK, alpha=RANK),
+    "VeRA, rank 256": lorax.VeraSpec(256),
+    "AdaLoRA": lorax.AdaloraSpec(RANK, alpha=RANK),
+    "DeLoRA": lorax.DeloraSpec(RANK),
 }
 
 WORKS: dict[str, Callable[[], Model]] = {

@@ -16,9 +16,14 @@ from lorax import (
     AdaloraSpec,
     DeloraSpec,
     DoraSpec,
+    GraloraSpec,
     IA3Spec,
+    LoconSpec,
+    LohaSpec,
+    LokrSpec,
     LoraFASpec,
     LoraSpec,
+    MissSpec,
     Pair,
     TokensSpec,
     VeraSpec,
@@ -56,6 +61,12 @@ KINDS = {
     "adalora": AdaloraSpec(2, alpha=4),
     "delora": DeloraSpec(2),
     "tokens": TokensSpec([3, 1]),
+    "loha": LohaSpec(2, alpha=4),
+    "lokr": LokrSpec(2, alpha=4),
+    "lokr-narrow": LokrSpec(1, alpha=3, decompose_both=True),
+    "locon": LoconSpec(2, alpha=4),
+    "miss": MissSpec(2),
+    "gralora": GraloraSpec(2, alpha=4, blocks=2),
 }
 # Kinds whose frozen factors do not follow from the base: only a pair can be saved.
 HELD = ("lora-fa", "vera")

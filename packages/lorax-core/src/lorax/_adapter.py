@@ -128,6 +128,10 @@ class Adapter:
 
     def check_settings(self, path: str) -> None:
         """Raises `SpecError` for settings of the right types with values that no spec allows."""
+        for name in ("rank", "blocks"):
+            value = getattr(self, name, None)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise SpecError(f"`{path}` has {name} {value}; it is positive.")
 
     def derived(self, base: Any) -> dict[str, Any]:
         """The frozen factors that follow from the base, so that a file need not have them."""

@@ -320,3 +320,16 @@ def test_a_gain_that_has_no_place_is_said():
         lora(function, on_materialize="error")(pair, *args)
     spec = {"w": IA3Spec("in", gain_axes=[-2])}
     testing.check(function, params, spec, *args, transforms=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_no_spec_allows_are_refused(kind):
+    _, params, spec, _ = of_use("right", kind)
+    settings = init_lora(params, spec, jax.random.key(0)).tunable["w"].settings()
+    inner = settings.get("delta", settings)
+    for name in {"rank", "blocks"} & inner.keys():
+        with pytest.raises(ValueError, match=name):
+            lorax.adapter_from_settings(settings | {"delta": inner | {name: 0}} if "delta" in
+                                        settings else settings | {name: 0})  # fmt: skip
+    with pytest.raises(ValueError, match="no setting 'more'"):
+        lorax.adapter_from_settings(settings | {"more": 1})

@@ -69,8 +69,10 @@ class LokrWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def factors(self) -> dict[str, Any]:
-        """Those of the six that there are."""
-        return {name: x for name, x in super().factors().items() if x is not None}
+        """Those of the six that the settings ask for."""
+        first = ("a1", "b1") if self.narrow[0] else ("w1",)
+        second = ("a2", "b2") if self.narrow[1] else ("w2",)
+        return {name: getattr(self, name) for name in (*first, *second)}
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
         """The same adapter with other arrays."""

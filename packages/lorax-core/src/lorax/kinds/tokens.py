@@ -70,6 +70,11 @@ class TokensWeight(Adapter):
         """What the rows are more than those of the base, at their places."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rows = layout.factors["values"]
+        if not all(0 <= index < shape[self.in_axes[0]] for index in self.indices):
+            raise SpecError(
+                f"`{source}` has rows {self.indices}, not all of which are among the "
+                f"{shape[self.in_axes[0]]} of its table. The adapter belongs to another base."
+            )
         (vocabulary,), chosen = axes.inputs, axes.inner(0, len(self.indices))
         more = self.values - jax.lax.stop_gradient(held["replaced"])
         onehot = jax.nn.one_hot(jnp.asarray(self.indices), vocabulary.size, dtype=more.dtype)
