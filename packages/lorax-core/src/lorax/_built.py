@@ -344,7 +344,9 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
         for d in range(len(made.axes))
         if d not in (*numbers.collapsed_slice_dims, *paired)
     )
-    batch = [frozenset[Side]()] * (indices_ndim - 1)
+    # Entries of a shared axis stay entries, whichever index asks for them.
+    drawn = frozenset[Side]().union(*(made.axes[d] for d in numbers.start_index_map))
+    batch = [drawn] * (indices_ndim - 1)
     for d, position in zip(paired, numbers.start_indices_batching_dims, strict=True):
         batch[position] = made.axes[d]
     rest = iter(batch)
