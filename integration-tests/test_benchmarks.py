@@ -43,7 +43,7 @@ def equal(found, wanted):
 @pytest.mark.parametrize(("name", "way"), [*WAYS, ("blocks", SideBySide), ("scanned", SideBySide)])
 def test_ours_is_what_is_written_by_hand(name, way):
     model = MODELS[name]()
-    adapted = adapt(model, rank=2)
+    adapted = adapt(model, 2)
     gradient = lambda fn: jax.jit(jax.value_and_grad(lambda *args: objective(fn(*args))))  # noqa: E731
     ours = gradient(adapted.ours)(adapted.tunable, adapted.frozen, model.batch)
     theirs = gradient(model.written(way()))(adapted.factors, model.params, model.batch)
@@ -52,7 +52,7 @@ def test_ours_is_what_is_written_by_hand(name, way):
 
 def test_one_token():
     model = models.decoding(2, 8, 12, heads=2, past=4)
-    programs = WORKS["one token"].programs(model, adapt(model, rank=2))
+    programs = WORKS["one token"].programs(model, adapt(model, 2))
     found = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
     for name in ("ours", "by hand, flat", "merged"):
         equal(found[name], found["by hand"])
@@ -76,7 +76,7 @@ def test_the_last_token_sees_what_is_cached():
 
 def test_adapters_at_once_and_in_turn():
     model = SMALL(batch=1)
-    programs = WORKS["8 adapters"].programs(model, adapt(model, rank=2))
+    programs = WORKS["8 adapters"].programs(model, adapt(model, 2))
     at_once, _ = programs["ours"].fn(*programs["ours"].calls[0])
     in_turn = [programs["ours, in turn"].fn(*call)[0] for call in programs["ours, in turn"].calls]
     assert at_once.shape == (ADAPTERS,)

@@ -98,7 +98,7 @@ def test_the_same_key_gives_the_same_numbers():
 
 
 def test_without_it_nothing_changes():
-    frozen, tunable = pair_of({"w": N(0, 5, 3)})
+    _, tunable = pair_of({"w": N(0, 5, 3)})
     assert with_dropout(tunable, KEY, 0) is tunable
 
 

@@ -219,8 +219,9 @@ def test_the_merged_model_is_that_of_the_core(tmp_path, kind):
 
 
 PEFT_HAS = ("lora", "rslora", "dora", "dora-with-gradient")
-REFUSED = [(save_diffusers, kind) for kind in OTHERS]
-REFUSED += [(save_peft, kind) for kind in OTHERS if kind not in PEFT_HAS]
+REFUSED = [(save_diffusers, kind) for kind in OTHERS] + [
+    (save_peft, kind) for kind in OTHERS if kind not in PEFT_HAS
+]
 
 
 @pytest.mark.parametrize(("save", "kind"), REFUSED)

@@ -59,7 +59,7 @@ def test_a_pair_of_plain_lora_is_the_file_of_its_tunable_tree(tmp_path, pair):
 
 def test_a_pair_is_merged_as_its_trees(tmp_path, pair):
     names = {**NAMES, "bias": Tensor("m.q")}
-    save_merged(tmp_path / "trees", *pair, names)
+    save_merged(tmp_path / "trees", pair.frozen, pair.tunable, names)
     save_merged(tmp_path / "pair", pair, names)
     save_merged(tmp_path / "keyword", pair, names=names)
     files = {(f / "model.safetensors").read_bytes() for f in tmp_path.iterdir()}

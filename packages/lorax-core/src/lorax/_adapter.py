@@ -220,10 +220,10 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
         ValueError, TypeError, KeyError: where it is not what such a call returns.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from lorax import LoraWeight, adapter_from_settings
-        >>> settings = LoraWeight(jnp.ones((3, 1)), jnp.ones((1, 2)), rank=1).settings()
-        >>> adapter_from_settings(settings).layout((3, 2)).shapes()
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import adapter_from_settings, init_lora
+        >>> frozen, tunable = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+        >>> adapter_from_settings(tunable["w"].settings()).layout((3, 2)).shapes()
         {'a': (3, 1), 'b': (1, 2)}
     """
     return _from_settings(settings, 0)

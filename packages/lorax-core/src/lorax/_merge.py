@@ -37,10 +37,11 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
         An array with the shape and dtype of `base`.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from lorax import LoraWeight, materialize
-        >>> weight = LoraWeight(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), rank=1)
-        >>> materialize(jnp.eye(2), weight).tolist()
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, materialize
+        >>> frozen, tunable = init_lora({"w": jnp.eye(2)}, {"w": 1}, jax.random.key(0))
+        >>> trained = jax.tree.map(jnp.ones_like, tunable)
+        >>> materialize(frozen["w"], trained["w"]).tolist()
         [[2.0, 1.0], [1.0, 2.0]]
     """
     return weight.applied(*base_and_held(base)).array()

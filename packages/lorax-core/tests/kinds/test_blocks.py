@@ -153,8 +153,8 @@ def test_blocks_of_gralora_start_apart():
 BAD = {
     "rank of LoHa": (LohaSpec(0), "`w` has a LohaSpec of rank 0"),
     "scale of LoHa": (LohaSpec(2, alpha=math.inf), "`w` has alpha inf"),
-    "rank of LoKr": (LokrSpec(2.0), "`w` has rank 2.0"),
-    "scale of LoKr": (LokrSpec(2, alpha="1"), "`w` has alpha '1'"),
+    "rank of LoKr": (LokrSpec(2.0), "`w` has rank 2.0"),  # pyright: ignore
+    "scale of LoKr": (LokrSpec(2, alpha="1"), "`w` has alpha '1'"),  # pyright: ignore
     "factor": (LokrSpec(2, factor=0), "`w` has factor 0; it is a positive int, or -1"),
     "factor that does not divide": (
         LokrSpec(2, factor=4),
@@ -289,10 +289,10 @@ def test_convolutions(kind, layout, options):
 
     def model(params, x):
         numbers = (layout, "HWIO", layout[::-1] if layout == "HWCN" else layout)
-        return jax.lax.conv_general_dilated(x, params["w"], dimension_numbers=numbers, **keywords)
+        return jax.lax.conv_general_dilated(x, params["w"], dimension_numbers=numbers, **keywords)  # pyright: ignore
 
     sizes = {"N": 2, "H": 7, "W": 6, "C": 4 * groups}
-    x = jax.random.normal(jax.random.key(0), [sizes[d] for d in layout])
+    x = jax.random.normal(jax.random.key(0), [sizes[d] for d in layout])  # pyright: ignore
     spec = {"LokrSpec": LokrSpec(9), "GraloraSpec": GraloraSpec(4)}.get(kind, SPECS[kind])
     testing.check(model, {"w": jnp.ones((3, 2, 4, 8)) / 9}, {"w": spec}, x, transforms=False)
 

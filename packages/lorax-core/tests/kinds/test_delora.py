@@ -56,9 +56,9 @@ def test_first_values():
 
 BAD = {
     "rank 0": (DeloraSpec(0), "`w` has a DeloraSpec of rank 0; ranks begin at 1"),
-    "rank '2'": (DeloraSpec("2"), "`w` has rank '2'; a rank is a positive int"),
+    "rank '2'": (DeloraSpec("2"), "`w` has rank '2'; a rank is a positive int"),  # pyright: ignore
     "length 0": (DeloraSpec(2, length=0), "`w` has length 0; .* not zero"),
-    "no number": (DeloraSpec(2, length="x"), "`w` has length 'x'; it is a finite number"),
+    "no number": (DeloraSpec(2, length="x"), "`w` has length 'x'; it is a finite number"),  # pyright: ignore
     "DoRA": (DoraSpec(DeloraSpec(2)), "`w` has a DoraSpec of a DeloraSpec"),
 }
 
@@ -77,4 +77,4 @@ def test_vectors_are_refused():
 
 def test_shapes_alone_are_refused():
     with pytest.raises(SpecError, match="needs the norms of the weight, .* under jax.eval_shape"):
-        start(DeloraSpec(2), jax.ShapeDtypeStruct((5, 3), jnp.float32))
+        start(DeloraSpec(2), jax.ShapeDtypeStruct((5, 3), jnp.float32))  # pyright: ignore

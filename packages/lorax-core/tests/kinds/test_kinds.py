@@ -76,7 +76,7 @@ KINDS = {
     "locon": LoconSpec(2, alpha=4),
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
-    "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),
+    "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),  # pyright: ignore
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.
@@ -253,7 +253,7 @@ def test_the_base_at_the_start(kind, use):
     # XLA compiles the body of a loop anew, with other roundings.
     is_fused = use in ("scan", "scan-and-remat", "loop")
     if kind.startswith("dora") or is_fused:
-        got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+        got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)  # pyright: ignore
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
     else:
         np.testing.assert_array_equal(got, expected)

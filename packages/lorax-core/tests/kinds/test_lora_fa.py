@@ -79,9 +79,9 @@ def test_without_its_frozen_factor_it_is_refused():
 
 BAD = {
     "rank 0": (LoraFASpec(0), "`w` has a LoraFASpec of rank 0; ranks begin at 1"),
-    "rank 1.5": (LoraFASpec(1.5), "`w` has rank 1.5; a rank is a positive int"),
-    "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it is a finite number or None"),
-    "scaling": (LoraFASpec(2, scaling="no"), "`w` has scaling 'no'; it is 'standard' or 'rslora'"),
+    "rank 1.5": (LoraFASpec(1.5), "`w` has rank 1.5; a rank is a positive int"),  # pyright: ignore
+    "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it is a finite number or None"),  # pyright: ignore
+    "scaling": (LoraFASpec(2, scaling="no"), "`w` has scaling 'no'; it is 'standard' or 'rslora'"),  # pyright: ignore
 }
 
 

@@ -38,7 +38,7 @@ def test_rows_run_along_the_input_axis():
 
 
 def test_tables_of_a_stack_have_rows_of_their_own():
-    frozen, tunable = start(TokensSpec([4, 0], shared_axes=[0]), jnp.stack([TABLE, -TABLE]))
+    _, tunable = start(TokensSpec([4, 0], shared_axes=[0]), jnp.stack([TABLE, -TABLE]))
     assert tunable["table"].values.shape == (2, 2, 2)
     np.testing.assert_array_equal(tunable["table"].values[1], -TABLE[jnp.array([4, 0])])
 
@@ -51,16 +51,16 @@ def test_the_trained_rows_are_not_the_frozen_ones():
 
 
 def test_any_sequence_of_ints_will_do():
-    indices = (TokensSpec(kind([4, 1])) for kind in (list, tuple, np.array, jnp.array))
+    indices = (TokensSpec(kind([4, 1])) for kind in (list, tuple, np.array, jnp.array))  # pyright: ignore
     assert {spec.indices for spec in indices} == {(4, 1)}
     assert TokensSpec(range(2)).indices == (0, 1)
 
 
 BAD = {
     "none": (TokensSpec([]), "of no index; give it LORA_FREEZE"),
-    "an int": (TokensSpec(3), "of 3; it takes a sequence of ints"),
-    "a string": (TokensSpec("12"), "of '12'; it takes a sequence of ints"),
-    "floats": (TokensSpec([1.0]), "it takes a sequence of ints"),
+    "an int": (TokensSpec(3), "of 3; it takes a sequence of ints"),  # pyright: ignore
+    "a string": (TokensSpec("12"), "of '12'; it takes a sequence of ints"),  # pyright: ignore
+    "floats": (TokensSpec([1.0]), "it takes a sequence of ints"),  # pyright: ignore
     "truth values": (TokensSpec([True]), "it takes a sequence of ints"),
     "beyond the table": (TokensSpec([1, 6]), "with index 6, but its 6 rows are 0 to 5"),
     "negative": (TokensSpec([-1]), "with index -1, but its 6 rows are 0 to 5"),
@@ -89,4 +89,4 @@ def test_vectors_are_refused():
 def test_shapes_alone_are_refused():
     shape = jax.ShapeDtypeStruct((6, 2), jnp.float32)
     with pytest.raises(SpecError, match="needs the rows of the table, .* under jax.eval_shape"):
-        start(TokensSpec([1]), shape)
+        start(TokensSpec([1]), shape)  # pyright: ignore

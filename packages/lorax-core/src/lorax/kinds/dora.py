@@ -36,7 +36,7 @@ class DoraWeight(Adapter):
     small as the factors. Liu et al. 2024, arXiv:2402.09353.
 
     Attributes:
-        delta: the adapter of the sum, such as a `LoraWeight`.
+        delta: the adapter of the sum, such as plain LoRA.
         magnitude: `[*shared, *out]`.
         detached: whether the norm is a constant to the gradient, as in the paper's section 4.3 and
             in PEFT.
