@@ -23,7 +23,7 @@ from ._axes import Axes, resolve_axes
 from ._errors import SpecError
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
-from ._statics import is_of, make_plain
+from ._statics import is_of, make_plain, with_tuples
 from ._terms import Label, Labels, Term
 
 KINDS: "dict[str, type[Adapter]]" = {}
@@ -237,7 +237,7 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.metadata.get("static"):
-            values[field.name] = _tuples(given.pop(field.name))
+            values[field.name] = with_tuples(given.pop(field.name))
             if not is_of(values[field.name], field.type):
                 raise ValueError(f"A {cls.kind} adapter has {field.name}={values[field.name]!r}.")
         elif field.type is Adapter:
@@ -249,11 +249,6 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
     adapter = cls(**values)
     adapter.check_settings(f"a {cls.kind} adapter")
     return adapter
-
-
-def _tuples(value: Any) -> Any:
-    """A tuple for a list of JSON, and for those in it."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def defkind(cls: type[Any]) -> type[Any]:
@@ -375,6 +370,9 @@ class AdapterSpec:
     # Whether the delta is a product of narrow factors, whose norm takes no array of its size.
     has_narrow_delta: ClassVar[bool] = False
 
+    # Whether its rank is at most that of the matrix: inference lowers a higher one.
+    has_matrix_rank: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         make_plain(self)
         for name in ("in_axes", "out_axes", "shared_axes"):
@@ -401,11 +399,11 @@ class AdapterSpec:
     @property
     def size(self) -> int | None:
         """The rank, for kinds whose rank is at most that of the matrix."""
-        return None
+        return getattr(self, "rank") if self.has_matrix_rank else None  # noqa: B009
 
     def with_size(self, rank: int) -> Self:
         """The same with another rank."""
-        raise NotImplementedError
+        return dataclasses.replace(self, rank=rank)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Raises `SpecError` where the kind cannot adapt such a weight."""

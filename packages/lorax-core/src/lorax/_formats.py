@@ -9,6 +9,8 @@ from typing import Any
 
 import jax.export
 
+from ._statics import with_tuples
+
 
 def register_with_export(cls: type) -> None:
     """`jax.export` writes the structure of arguments into the file, statics included."""
@@ -25,11 +27,7 @@ def _static_to_bytes(static: Any) -> bytes:
 
 
 def _static_from_bytes(data: bytes) -> Any:
-    return _with_tuples(json.loads(data))
-
-
-def _with_tuples(value: Any) -> Any:
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+    return with_tuples(json.loads(data))
 
 
 def register_with_flax(cls: type) -> None:

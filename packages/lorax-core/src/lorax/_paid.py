@@ -27,13 +27,17 @@ def varying(term: Term) -> list[int]:
     return [d for d, labels in enumerate(term.out) if any(map(term.owners, labels))]
 
 
-def gain_array(gain: Term, axes: Sequence[int], dtype) -> jax.Array:
+def _gain_array(gain: Term, axes: Sequence[int], dtype) -> jax.Array:
     """A gain as an array of the weight's `axes`, which are all that it varies along."""
     return dataclasses.replace(gain, out=tuple(gain.out[d] for d in axes)).array(dtype)
 
 
 def pay(
-    weight: FactoredArray, operand: jax.Array, met: Mapping[int, int], shown: Mapping[int, int]
+    weight: FactoredArray,
+    operand: jax.Array,
+    met: Mapping[int, int],
+    shown: Mapping[int, int],
+    entries: Callable[[jax.Array, Sequence[int]], jax.Array] = lambda array, axes: array,
 ) -> tuple[FactoredArray, jax.Array, Callable[[jax.Array], jax.Array]]:
     """The weight without gains, the operand that it meets, and a function of the result.
 
@@ -43,13 +47,15 @@ def pay(
         met: for each summed or batched axis of the weight, the operand's. The groups of a
             convolution repeat it there.
         shown: for each kept axis of the weight, the result's.
+        entries: turns a gain along these axes of the weight into what the operand and the result
+            have there.
     """
     weight = weight.resolved()
     wide = wide_dtype(weight.base.dtype)
     after: list[tuple[jax.Array, list[int]]] = []
     for gain in weight.gains:
         axes = varying(gain)
-        array = gain_array(gain, axes, wide)
+        array = entries(_gain_array(gain, axes, wide), axes)
         if all(d in shown for d in axes):
             after.append((array, [shown[d] for d in axes]))
         elif all(d in met for d in axes) and jnp.issubdtype(operand.dtype, jnp.inexact):

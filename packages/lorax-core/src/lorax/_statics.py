@@ -1,6 +1,7 @@
 """The settings of an adapter as plain Python values: hashable, comparable, and written as JSON."""
 
 import dataclasses
+import functools
 import numbers
 import operator
 import sys
@@ -30,17 +31,26 @@ def plain_axes(axes: Any) -> Any:
     return tuple(map(plain_number, axes)) if is_sequence else axes
 
 
+def with_tuples(value: Any) -> Any:
+    """A tuple for a list of JSON, and for those in it."""
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value
+
+
 def make_plain(settings: Any) -> None:
     """Makes plain what a frozen dataclass was given for numbers and axes; arrays stay."""
-    fields = dataclasses.fields(settings)
-    some_static = any("static" in field.metadata for field in fields)
-    for field in fields:
-        if some_static and not field.metadata.get("static"):
-            continue
-        value = getattr(settings, field.name)
-        plain = plain_axes(value) if field.name.endswith("_axes") else plain_number(value)
+    for name in _settings_of(type(settings)):
+        value = getattr(settings, name)
+        plain = plain_axes(value) if name.endswith("_axes") else plain_number(value)
         if plain is not value:
-            object.__setattr__(settings, field.name, plain)
+            object.__setattr__(settings, name, plain)
+
+
+@functools.cache  # Each `jax.tree.map` makes every adapter anew.
+def _settings_of(cls: Any) -> tuple[str, ...]:
+    """The names of the static fields of a class, or of all where it has no arrays."""
+    fields = dataclasses.fields(cls)
+    static = tuple(field.name for field in fields if field.metadata.get("static"))
+    return static or tuple(field.name for field in fields)
 
 
 def is_of(value: Any, hint: Any) -> bool:

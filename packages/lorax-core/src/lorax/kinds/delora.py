@@ -125,20 +125,13 @@ class DeloraSpec(AdapterSpec):
         (15.0, [2.0, 2.0, 2.0, 2.0, 2.0])
     """
 
+    has_matrix_rank = True
+
     rank: int
     length: float = 15.0
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        """The rank."""
-        return self.rank
-
-    def with_size(self, rank: int) -> "DeloraSpec":
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses ranks and lengths that are none."""

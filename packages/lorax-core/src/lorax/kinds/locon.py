@@ -90,21 +90,14 @@ class LoconSpec(AdapterSpec):
         ((16, 4), (3, 3, 4, 4), (4, 32))
     """
 
+    has_matrix_rank = True
+
     rank: int
     alpha: float | None = None
     channel_axis: int | None = None
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        """The rank."""
-        return self.rank
-
-    def with_size(self, rank: int) -> "LoconSpec":
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses settings that are none, and channels that are no input."""

@@ -84,20 +84,13 @@ class LohaSpec(AdapterSpec):
         ((5, 2), (2, 3))
     """
 
+    has_matrix_rank = True
+
     rank: int
     alpha: float | None = None
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        """The rank."""
-        return self.rank
-
-    def with_size(self, rank: int) -> "LohaSpec":
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses ranks and scales that are none."""

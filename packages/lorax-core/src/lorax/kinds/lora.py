@@ -131,6 +131,7 @@ class LoraSpec(AdapterSpec):
     """
 
     has_narrow_delta = True
+    has_matrix_rank = True
 
     rank: int
     alpha: float | None = None
@@ -139,15 +140,6 @@ class LoraSpec(AdapterSpec):
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
     init: str | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def size(self) -> int:
-        """The rank."""
-        return self.rank
-
-    def with_size(self, rank: int) -> "LoraSpec":
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses ranks and settings that are none, and warns of a rank that is too high."""

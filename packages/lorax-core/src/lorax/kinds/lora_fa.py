@@ -85,6 +85,7 @@ class LoraFASpec(AdapterSpec):
     """
 
     has_narrow_delta = True
+    has_matrix_rank = True
 
     rank: int
     alpha: float | None = None
@@ -92,15 +93,6 @@ class LoraFASpec(AdapterSpec):
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        """The rank."""
-        return self.rank
-
-    def with_size(self, rank: int) -> "LoraFASpec":
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses what `LoraSpec` refuses."""

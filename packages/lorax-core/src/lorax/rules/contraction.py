@@ -29,9 +29,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._contract import Operand, contract, wide_dtype
-from .._factored import FactoredArray, base_of, is_weight, terms_of, times_gain
-from .._paid import gain_array, pay, spread, varying, with_dropout_on
+from .._contract import Operand, contract
+from .._factored import FactoredArray, base_of, is_weight, terms_of
+from .._paid import pay, with_dropout_on
 from .._registry import defrule
 from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
 
@@ -250,32 +250,18 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):
     """
     (l_sum, r_sum), _ = numbers.dot_dimension_numbers
     (group,), (ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
-    weight = weight.resolved()
-    wide = wide_dtype(weight.base.dtype)
     free = [d for d in range(rows.ndim) if d not in l_sum]
     kept = [d for d in range(len(weight.shape)) if d not in (*r_sum, group)]
     met = dict(zip(r_sum, l_sum, strict=True)) | {group: ragged}
     shown = {d: len(free) + k for k, d in enumerate(kept)} | {group: free.index(ragged)}
-    after = []
-    for gain in weight.gains:
-        axes = varying(gain)
-        array = gain_array(gain, axes, wide)
-        if group in axes:
-            count = rows.shape[ragged]
-            array = jnp.repeat(array, group_sizes, axes.index(group), total_repeat_length=count)
-        if all(d in shown for d in axes):
-            after.append((array, [shown[d] for d in axes]))
-        elif all(d in met for d in axes):
-            rows = times_gain(rows, spread(array, [met[d] for d in axes], rows.ndim))
-        else:
-            raise Inexpressible("meets it along axes that leave no place for its gain")
+    count = rows.shape[ragged]
 
-    def pay_result(result):
-        for array, places in after:
-            result = times_gain(result, spread(array, places, result.ndim))
-        return result
+    def entries(array, axes):
+        if group not in axes:
+            return array
+        return jnp.repeat(array, group_sizes, axes.index(group), total_repeat_length=count)
 
-    return dataclasses.replace(weight, gains=()), rows, pay_result
+    return pay(weight, rows, met, shown, entries)
 
 
 # Terms whose summed axis is blocks, beside `ragged_dot`
