@@ -25,8 +25,8 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
     The base sees all of `x`. The keys are data, so call it inside the loss, with another key in
     each step; for evaluation, leave it out. Every entry of the shared axes has a mask of its own,
     as each layer of a `scan`; so has every use of a weight. Under `jax.checkpoint` the mask is the
-    same again. Where there is no delta or no input nothing is dropped: IA³, rows that are looked up,
-    and parameters in full.
+    same again. Where there is no delta or no input, nothing is dropped: for IA³, for rows that are
+    looked up, and for parameters in full.
 
     Beside DoRA the norm is that of the whole weight, and the input of the base is not dropped.
 
