@@ -95,7 +95,7 @@ def init_lora(
     """
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
     leaves, structure = flatten_params(param_tree)
-    specs = _flatten_spec(spec, structure)
+    specs = flatten_spec(spec, structure)
     checked = [
         check_leaf(path, leaf, leaf_spec)
         for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
@@ -143,7 +143,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
     return INITIALIZERS[initializer]
 
 
-def _flatten_spec(spec: Any, structure: Any) -> list[Any]:
+def flatten_spec(spec: Any, structure: Any) -> list[Any]:
     is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
     leaves, other = jax.tree.flatten(spec, is_leaf=is_leaf)
     if other != structure:

@@ -1,0 +1,292 @@
+"""Several adapters of one base as one."""
+
+import dataclasses
+import math
+import numbers
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._adapter import Adapter
+from .._errors import PairError
+from ..kinds.lora import LoraWeight
+from ._matrices import Approximation, Matrices, flatten_adapters, plus, relative_error, truncated
+
+
+class Method(NamedTuple):
+    """How entries of factors or deltas are merged.
+
+    Attributes:
+        prune: "magnitude", "random" or None: which entries go first.
+        elects: whether entries of the minority sign go next, and the rest is averaged.
+    """
+
+    prune: str | None
+    elects: bool
+
+
+METHODS = {
+    "linear": Method(None, False),
+    "magnitude_prune": Method("magnitude", False),
+    "ties": Method("magnitude", True),
+    "dare_linear": Method("random", False),
+    "dare_ties": Method("random", True),
+}
+"""Methods that act on entries: on those of both factors, or as `…_svd` on those of the delta."""
+
+
+class _Options(NamedTuple):
+    method: str
+    rank: int | None
+    density: float
+    signs: str
+    key: jax.Array | None
+
+
+def combine_adapters(
+    adapters: Mapping[str, tuple[Any, float]],
+    method: str = "concatenate",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    signs: str = "total",
+    key: jax.Array | None = None,
+) -> Approximation:
+    """Several LoRA adapters of one base as a single one, each with a weight.
+
+        delta  =  Σ_k weight_k · delta_k                       "concatenate": exact, ranks added
+        delta  =  its best approximation of a rank             "svd"
+        a = Σ_k √|w_k| sign(w_k) a_k,   b = Σ_k √|w_k| b_k     "linear", w_k = weight_k · scale_k
+
+    "linear" needs equal ranks and is no sum of deltas: look at the errors. The other methods act on
+    the entries of both factors as "linear" does, and drop some of them first. "magnitude_prune"
+    keeps the largest, and "dare_linear" random ones, which it divides by `density` (Yu et al. 2023,
+    arXiv:2311.03099). "ties" and "dare_ties" then drop the entries whose sign is not that of the
+    majority, and average the rest (Yadav et al. 2023, arXiv:2306.01708). With "_svd" behind its
+    name a method acts on the deltas, one weight at a time, and the result is the best approximation
+    of `rank`. The methods are those of PEFT's `add_weighted_adapter`.
+
+    A weight that only some of the trees adapt is combined from these.
+
+    Args:
+        adapters: by name, a tunable tree and its weight, any finite number.
+        method: "concatenate", "svd", "linear", "magnitude_prune", "ties", "dare_linear",
+            "dare_ties", or one of the last four with "_svd" behind it.
+        rank: of the result, for "svd" and "…_svd"; by default the highest of each weight's ranks.
+        density: which share of the entries the pruning methods keep, above 0 and at most 1.
+        signs: the majority of "ties" and "dare_ties": "total" of the values, or "frequency".
+        key: a PRNG key, for "dare_linear" and "dare_ties".
+
+    Returns:
+        The combined tree, with scales of 1, and for each path the distance of its delta from
+        `Σ weight · delta`.
+
+    Raises:
+        ValueError: for settings that no method takes.
+        PairError: where the trees are not adapters of one base, are not plain LoRA, or several of
+            them train one parameter in full.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import combine_adapters, init_lora
+        >>> params, keys = {"w": jnp.ones((5, 4))}, jax.random.split(jax.random.key(0))
+        >>> one, two = (init_lora(params, {"w": 2}, key, b_init="gaussian")[1] for key in keys)
+        >>> both, errors = combine_adapters({"one": (one, 0.7), "two": (two, 0.3)})
+        >>> both["w"].a.shape, errors["w"] < 1e-6
+        ((5, 4), True)
+    """
+    options = _check(adapters, method, rank, density, signs, key)
+    names = list(adapters)
+    flat = [flatten_adapters(tree) for tree, _ in adapters.values()]
+    structure = flat[0][1]
+    for name, (_, other) in zip(names, flat, strict=True):
+        if other != structure:
+            raise PairError(
+                f"combine_adapters: the tree of {name!r} has another structure than that of "
+                f"{names[0]!r}: {other}, and not {structure}. Both belong to one base."
+            )
+    weights = [float(weight) for _, weight in adapters.values()]
+    errors: dict[str, float] = {}
+    combined = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        parts = [
+            _Part(name, weight, leaf)
+            for name, weight, (_, leaf) in zip(names, weights, leaves, strict=True)
+            if leaf is not None
+        ]
+        combined.append(_combined(leaves[0][0], parts, options, errors))
+    return Approximation(jax.tree.unflatten(structure, combined), errors)
+
+
+class _Part(NamedTuple):
+    """What one tree has for a weight."""
+
+    name: str
+    weight: float
+    leaf: Any
+
+
+def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key: Any) -> _Options:
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"combine_adapters: {why}")
+
+    if not adapters:
+        raise refuse("there are no adapters to combine.")
+    for name, weight in ((name, weight) for name, (_, weight) in adapters.items()):
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise refuse(f"the weight of {name!r} is {weight!r}; it is a finite number.")
+    entrywise = METHODS.get(method.removesuffix("_svd"))
+    if method not in ("concatenate", "svd") and (entrywise is None or method == "linear_svd"):
+        pruning = [name for name in METHODS if name != "linear"]
+        known = ["concatenate", "svd", *METHODS, *(f"{name}_svd" for name in pruning)]
+        raise refuse(f"method={method!r} is not one of {', '.join(known)}.")
+    if rank is not None and not method.endswith("svd"):
+        raise refuse(f"rank={rank} goes with a method that ends in 'svd', and not with {method!r}.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise refuse(f"rank={rank!r}; it is a positive int.")
+    prunes = entrywise is not None and entrywise.prune is not None
+    if prunes and (density is None or not 0 < density <= 1):
+        raise refuse(f"{method!r} takes a density above 0 and at most 1, and got {density!r}.")
+    if not prunes and density is not None:
+        raise refuse(f"{method!r} prunes nothing; leave density={density!r} out.")
+    if signs not in ("total", "frequency"):
+        raise refuse(f"signs={signs!r}; it is 'total' or 'frequency'.")
+    if entrywise is not None and entrywise.prune == "random" and key is None:
+        raise refuse(f"{method!r} drops random entries; give it a key.")
+    return _Options(method, rank, 1.0 if density is None else float(density), signs, key)
+
+
+def _combined(
+    path: str, parts: Sequence[_Part], options: _Options, errors: dict[str, float]
+) -> Any:
+    if not parts:
+        return None
+    if not any(isinstance(part.leaf, Adapter) for part in parts):
+        return _parameter(path, parts)
+    for part in parts:
+        _check_part(path, part, parts[0])
+    like: LoraWeight = parts[0].leaf
+    matrices = [Matrices.of(part.leaf) for part in parts]
+    wanted = plus(m.times(part.weight) for m, part in zip(matrices, parts, strict=True))
+    if options.method == "concatenate":
+        found = wanted
+    else:
+        rank = options.rank or max(part.leaf.rank for part in parts)
+        if options.method == "svd":
+            found = truncated(wanted, rank)
+        elif options.method.endswith("_svd"):
+            found = _of_deltas(path, parts, matrices, rank, options)
+        else:
+            found = _of_factors(path, parts, options)
+    dtype = jnp.result_type(*(x for part in parts for x in (part.leaf.a, part.leaf.b)))
+    plain = dataclasses.replace(
+        like, a=like.a.astype(dtype), b=like.b.astype(dtype), alpha=None, scaling="standard"
+    )
+    combined = found.into(plain)
+    errors[path] = relative_error(Matrices.of(combined), wanted)
+    return combined
+
+
+def _parameter(path: str, parts: Sequence[_Part]) -> Any:
+    """A parameter that is trained in full: it is no delta, so it has no weighted sum."""
+    if len(parts) > 1:
+        names = ", ".join(repr(part.name) for part in parts)
+        raise PairError(
+            f"combine_adapters: {names} train `{path}` in full, and only deltas can be combined. "
+            "Use `extract_lora` on it, or set it to None in all trees but one."
+        )
+    if parts[0].weight != 1:
+        raise PairError(
+            f"combine_adapters: {parts[0].name!r} trains `{path}` in full and has the weight "
+            f"{parts[0].weight}; a parameter without its base cannot be scaled. Give it the weight "
+            "1, set the parameter to None, or use `extract_lora` on it."
+        )
+    return parts[0].leaf
+
+
+def _check_part(path: str, part: _Part, first: _Part) -> None:
+    if not isinstance(part.leaf, LoraWeight):
+        kind = part.leaf.kind if isinstance(part.leaf, Adapter) else "full parameter"
+        raise PairError(
+            f"combine_adapters: {part.name!r} has a {kind} at `{path}`, and only plain LoRA is "
+            "combined. `as_lora` turns other kinds into it where that is exact, and `extract_lora` "
+            "elsewhere."
+        )
+    mine, other = (_fans(leaf.leaf) for leaf in (part, first))
+    if (part.leaf.axes, mine) != (first.leaf.axes, other):
+        raise PairError(
+            f"combine_adapters: `{path}` has {part.leaf.axes} of sizes {mine} in {part.name!r} and "
+            f"{first.leaf.axes} of sizes {other} in {first.name!r}. All adapters belong to one "
+            "base."
+        )
+
+
+def _fans(weight: LoraWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shared = len(weight.shared_axes)
+    return tuple(weight.a.shape[:-1]), tuple(weight.b.shape[shared + 1 :])
+
+
+def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrices:
+    """Both factors merged entry by entry, as if they were deltas."""
+    ranks = {part.name: part.leaf.rank for part in parts}
+    if len(set(ranks.values())) > 1:
+        listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
+        raise ValueError(
+            f"combine_adapters: {options.method!r} adds factors, which needs equal ranks, and at "
+            f"`{path}` {listed}. Use 'concatenate' or 'svd'"
+            + (f", or '{options.method}_svd'." if options.method != "linear" else ".")
+        )
+    # Without their scales: these are in the weights, half on each side.
+    bare = [Matrices.of(dataclasses.replace(p.leaf, alpha=None, scaling="standard")) for p in parts]
+    scales = np.asarray([part.weight * part.leaf.scale for part in parts])
+    roots = np.sqrt(np.abs(scales))
+    a = _merge(np.stack([m.a for m in bare]), roots * np.sign(scales), parts, f"{path}/a", options)
+    b = _merge(np.stack([m.b for m in bare]), roots, parts, f"{path}/b", options)
+    return Matrices(a, b)
+
+
+def _of_deltas(
+    path: str, parts: Sequence[_Part], matrices: Sequence[Matrices], rank: int, options: _Options
+) -> Matrices:
+    deltas = np.stack([m.a @ m.b for m in matrices])  # [adapters, entries, in, out]
+    weights = np.asarray([part.weight for part in parts])
+    merged = _merge(deltas, weights, parts, path, options)  # [entries, in, out]
+    identity = np.broadcast_to(np.eye(merged.shape[1]), (merged.shape[0], *[merged.shape[1]] * 2))
+    return truncated(Matrices(identity, merged), rank)
+
+
+def _merge(
+    stacked: np.ndarray, weights: np.ndarray, parts: Sequence[_Part], path: str, options: _Options
+) -> np.ndarray:
+    """Arrays merged entry by entry: [adapters, entries, m, n] -> [entries, m, n]."""
+    method = METHODS[options.method.removesuffix("_svd")]
+    if method.prune == "magnitude":
+        stacked = _largest(stacked, int(options.density * stacked[0, 0].size))
+    elif method.prune == "random":
+        assert options.key is not None
+        keys = [
+            jax.random.fold_in(options.key, zlib.crc32(f"{path}\n{part.name}".encode()))
+            for part in parts
+        ]
+        kept = [jax.random.bernoulli(key, options.density, stacked.shape[1:]) for key in keys]
+        stacked = np.where(np.stack(kept), stacked / options.density, 0)
+    weighted = stacked * weights[:, None, None, None]
+    if not method.elects:
+        return weighted.sum(0)
+    votes = np.sign(stacked) if options.signs == "frequency" else stacked
+    majority = np.where(votes.sum(0) >= 0, 1, -1)  # [entries, m, n]
+    agrees = np.sign(stacked) == majority
+    return (weighted * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+
+
+def _largest(stacked: np.ndarray, keep: int) -> np.ndarray:
+    """The entries of the largest absolute values of each matrix, and zeros."""
+    flat = stacked.reshape(*stacked.shape[:2], -1)  # [adapters, entries, m · n]
+    dropped = np.argsort(np.abs(flat), axis=-1, kind="stable")[..., : flat.shape[-1] - keep]
+    pruned = flat.copy()
+    np.put_along_axis(pruned, dropped, 0, -1)
+    return pruned.reshape(stacked.shape)

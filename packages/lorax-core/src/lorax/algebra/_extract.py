@@ -1,0 +1,196 @@
+"""The LoRA adapter that comes closest to a full fine-tune."""
+
+import dataclasses
+import functools
+import warnings
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._arrays import own
+from .._axes import Axes
+from .._contract import wide_dtype
+from .._errors import SpecError, UnadaptedWarning
+from .._init import flatten_spec
+from .._pair import Pair, flatten_params
+from .._spec import LORA_FREEZE, LORA_FULL, check_leaf, some
+from ..kinds.lora import LoraSpec, LoraWeight, lora_scale
+from ._matrices import energy_of, rank_for
+
+
+class Extraction(NamedTuple):
+    """What `extract_lora` returns.
+
+    Attributes:
+        pair: the base and the adapters, as `init_lora` returns them.
+        errors: by path, `‖(tuned − base) − delta‖ / ‖tuned − base‖` in the Frobenius norm.
+    """
+
+    pair: Pair
+    errors: dict[str, float]
+
+
+# A decomposition in full is cheaper than a random one that finds more than a quarter of it.
+_PAYS = 4
+_OVERSAMPLED = 10
+_POWERS = 4
+
+
+def extract_lora(
+    base: Any,
+    tuned: Any,
+    spec: Any,
+    *,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    key: jax.Array | None = None,
+) -> Extraction:
+    """The LoRA adapters that come closest to what full fine-tuning has changed.
+
+        tuned − base  =  U S Vᵀ  ≈  s · a b,     a = U[:, :r],   s · b = S[:r] V[:, :r]ᵀ
+
+    One weight at a time, each entry of its shared axes on its own. Where the rank is low beside the
+    matrix, by a randomized decomposition with power iterations (Halko et al. 2011,
+    arXiv:0909.4061).
+
+    Args:
+        base: the parameters before.
+        tuned: the parameters after, a tree of the same structure. For other kinds of adapters it is
+            `merge_params(pair)`.
+        spec: as for `init_lora`: a rank or a `LoraSpec` for each weight that gets an adapter,
+            `LORA_FULL` for what is taken from `tuned` as it is. `infer_spec` makes one.
+        energy: the share of `‖tuned − base‖²` that each adapter keeps in every entry: a weight has
+            the lowest rank that does, and at most that of the spec.
+        tolerance: the same as `energy = 1 − tolerance²`.
+        key: a PRNG key for the randomized decomposition; by default always the same one.
+
+    Returns:
+        The pair, and the errors by path.
+
+    Raises:
+        SpecError: where the spec does not fit or has adapters of other kinds.
+        ValueError: where the trees differ in structure or shapes.
+
+    Warns:
+        UnadaptedWarning: names frozen parameters that differ in `tuned`: the adapters lack them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import extract_lora, merge_params
+        >>> base = {"w": jnp.zeros((6, 5))}
+        >>> tuned = {"w": jnp.outer(jnp.arange(6.0), jnp.arange(5.0))}
+        >>> pair, errors = extract_lora(base, tuned, {"w": 2})
+        >>> bool(jnp.allclose(merge_params(pair)["w"], tuned["w"], atol=1e-4)), errors["w"] < 1e-5
+        (True, True)
+    """
+    share = energy_of("extract_lora", energy, tolerance)
+    key = jax.random.key(0) if key is None else key
+    leaves, structure = flatten_params(base)
+    after, other = flatten_params(tuned)
+    if other != structure:
+        raise ValueError(
+            f"extract_lora: base has the structure {structure} and tuned {other}; both are "
+            "parameters of one model."
+        )
+    specs = flatten_spec(spec, structure)
+    frozen: list[Any] = []
+    tunable: list[Any] = []
+    errors: dict[str, float] = {}
+    left_out: list[str] = []
+    for (path, leaf), (_, new), leaf_spec in zip(leaves, after, specs, strict=True):
+        if jnp.shape(leaf) != jnp.shape(new):
+            raise ValueError(
+                f"extract_lora: `{path}` is {jnp.shape(leaf)} in base and {jnp.shape(new)} in "
+                "tuned; both are parameters of one model."
+            )
+        checked = check_leaf(path, leaf, leaf_spec)
+        if checked == LORA_FULL:
+            frozen.append(None)
+            tunable.append(own(new))
+            continue
+        frozen.append(leaf)
+        if checked == LORA_FREEZE:
+            tunable.append(None)
+            if not np.array_equal(np.asarray(leaf), np.asarray(new)):
+                left_out.append(path)
+            continue
+        kind, axes = checked  # pyright: ignore[reportGeneralTypeIssues]
+        if not isinstance(kind, LoraSpec):
+            raise SpecError(
+                f"extract_lora: `{path}` has a {type(kind).__name__}; it finds plain LoRA alone."
+            )
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        weight, errors[path] = _closest(leaf, new, kind, axes, share, own_key)
+        tunable.append(weight)
+    if left_out:
+        warnings.warn(
+            f"extract_lora: {some(left_out)} differ between base and tuned, and the spec freezes "
+            "them, so the result lacks these changes. Give them a rank or LORA_FULL.",
+            UnadaptedWarning,
+            stacklevel=2,
+        )
+    pair = Pair(jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable))
+    return Extraction(pair, errors)
+
+
+def _closest(
+    before: Any, after: Any, spec: LoraSpec, axes: Axes, energy: float | None, key: jax.Array
+) -> tuple[LoraWeight, float]:
+    wide = wide_dtype(before.dtype)
+    fan_in, fan_out = axes.sizes(before.shape)
+    most = min(spec.rank, fan_in, fan_out)
+    order = (*axes.shared, *axes.inputs, *axes.outputs)
+
+    def matrices(array: Any) -> jax.Array:
+        return jnp.transpose(jnp.asarray(array), order).reshape(-1, fan_in, fan_out).astype(wide)
+
+    with jax.default_matmul_precision("highest"):
+        deltas = matrices(after) - matrices(before)  # [entries, in, out]
+        keys = jax.random.split(key, deltas.shape[0])
+        left, values, right, squares = _decomposed(most)(deltas, keys)
+        rank = most if energy is None else rank_for(values, squares, energy)
+        a = left[:, :, :rank]  # [entries, in, rank]
+        b = values[:, :rank, None] * right[:, :rank]  # [entries, rank, out]
+        error = float(jnp.sqrt(_squared_error(deltas, a, b).sum()))
+    size = float(jnp.sqrt(squares.sum()))
+    resized = dataclasses.replace(spec, rank=rank)
+    blank = resized.blank(before.shape, axes)
+    shapes = blank.layout(before.shape).shapes()
+    scale = lora_scale(rank, spec.alpha, spec.scaling)
+    factors = {"a": a.reshape(shapes["a"]), "b": (b / scale).reshape(shapes["b"])}
+    return blank.with_factors(factors), error / size if size else 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _decomposed(rank: int) -> Any:
+    """The largest singular values of each matrix, their vectors, and its squared norm."""
+
+    def one(delta: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        if (rank + _OVERSAMPLED) * _PAYS < min(delta.shape):
+            left, values, right = _randomized(delta, rank + _OVERSAMPLED, key)
+        else:
+            left, values, right = jnp.linalg.svd(delta, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank], jnp.sum(delta * delta)
+
+    # One entry after the other: the temporary arrays are those of one matrix.
+    return jax.jit(lambda deltas, keys: jax.lax.map(lambda x: one(*x), (deltas, keys)))
+
+
+def _randomized(delta: jax.Array, width: int, key: jax.Array) -> tuple[jax.Array, ...]:
+    """The singular value decomposition within the range that random directions span."""
+    sketch = delta @ jax.random.normal(key, (delta.shape[1], width), delta.dtype)  # [in, width]
+    basis = jnp.linalg.qr(sketch)[0]
+    for _ in range(_POWERS):
+        back = jnp.linalg.qr(delta.T @ basis)[0]  # [out, width]
+        basis = jnp.linalg.qr(delta @ back)[0]  # [in, width]
+    left, values, right = jnp.linalg.svd(basis.T @ delta, full_matrices=False)
+    return basis @ left, values, right
+
+
+@jax.jit
+def _squared_error(deltas: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`‖delta − a b‖²` of each entry."""
+    return jnp.sum((deltas - a @ b) ** 2, axis=(1, 2))

@@ -1,0 +1,207 @@
+"""The delta of an adapter as a product of two matrices, and the best such product of a rank.
+
+    delta[entry]  =  a[entry] @ b[entry]         # [in, rank] [rank, out] -> [in, out]
+
+No function here forms a matrix [in, out]: a QR decomposition of both factors leaves a core of
+rank × rank that has the same norm and the same singular values. All of it runs in NumPy: the
+matrices are small, and nothing waits for a compiler.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._arrays import path_string
+from .._axes import Axes
+from .._pair import is_tunable_leaf
+from .._terms import Label, Labels, Term
+from ..kinds.lora import LoraWeight
+
+
+class Approximation(NamedTuple):
+    """Adapters, and how far each is from the delta that was asked for.
+
+    Attributes:
+        tunable: the tree of adapters.
+        errors: by path, `‖delta − wanted‖ / ‖wanted‖` in the Frobenius norm.
+    """
+
+    tunable: Any
+    errors: dict[str, float]
+
+
+def flatten_adapters(tunable: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a tunable tree with their paths, and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tunable, is_leaf=is_tunable_leaf)
+    return [(path_string(path), leaf) for path, leaf in leaves], structure
+
+
+class Matrices(NamedTuple):
+    """Two factors of a delta, for each entry of the shared axes, in double precision."""
+
+    a: np.ndarray  # [entries, in, rank]
+    b: np.ndarray  # [entries, rank, out]
+
+    @classmethod
+    def of(cls, weight: LoraWeight) -> Self:
+        """The factors of a weight; `a` carries the scale."""
+        shared = len(weight.shared_axes)
+        entries = math.prod(weight.a.shape[:shared])
+        a = _double(weight.a).reshape(entries, -1, weight.rank)
+        b = _double(weight.b).reshape(entries, weight.rank, -1)
+        return cls(a * weight.scale, b)
+
+    def into(self, weight: LoraWeight) -> LoraWeight:
+        """A weight with these factors; rank and alpha change, and its scale stays."""
+        rank = self.a.shape[-1]
+        growth = rank / weight.rank
+        if weight.scaling == "rslora":
+            growth = math.sqrt(growth)
+        alpha = None if weight.alpha is None else weight.alpha * growth
+        shared = len(weight.shared_axes)
+        a_shape = (*weight.a.shape[:-1], rank)
+        b_shape = (*weight.b.shape[:shared], rank, *weight.b.shape[shared + 1 :])
+        return dataclasses.replace(
+            weight,
+            a=_beside((self.a / weight.scale).reshape(a_shape), weight.a),
+            b=_beside(self.b.reshape(b_shape), weight.b),
+            rank=rank,
+            alpha=alpha,
+        )
+
+    def times(self, number: float) -> Self:
+        """The delta times a number."""
+        return self._replace(a=self.a * number)
+
+
+def _double(array: Any) -> np.ndarray:
+    wide = np.complex128 if jnp.issubdtype(array.dtype, jnp.complexfloating) else np.float64
+    return np.asarray(array).astype(wide)
+
+
+def _beside(value: np.ndarray, like: Any) -> jax.Array:
+    """An array in the dtype of another one, and where that is."""
+    array = jnp.asarray(value.astype(like.dtype))
+    placed = isinstance(like, jax.Array) and like.committed
+    return jax.device_put(array, like.sharding) if placed else array
+
+
+def plus(matrices: Iterable[Matrices]) -> Matrices:
+    """The sum of deltas, whose rank is the sum of their ranks."""
+    a, b = zip(*matrices, strict=True)
+    return Matrices(np.concatenate(a, 2), np.concatenate(b, 1))
+
+
+def _core(matrices: Matrices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q_a, the core and Q_b of `a b = Q_a core Q_bᵀ`."""
+    q_a, r_a = np.linalg.qr(matrices.a)  # [entries, in, k] [entries, k, rank]
+    q_b, r_b = np.linalg.qr(np.swapaxes(matrices.b, 1, 2))  # [entries, out, l] [entries, l, rank]
+    return q_a, r_a @ np.swapaxes(r_b, 1, 2), q_b
+
+
+def singular_values(matrices: Matrices) -> np.ndarray:
+    """The singular values of each delta, the largest first: [entries, min(in, rank, out)]."""
+    return np.linalg.svd(_core(matrices)[1], compute_uv=False)
+
+
+def relative_error(found: Matrices, wanted: Matrices) -> float:
+    """`‖found − wanted‖ / ‖wanted‖` in the Frobenius norm, and 0 where both are zero."""
+    size = float(np.linalg.norm(_core(wanted)[1]))
+    error = float(np.linalg.norm(_core(plus([found, wanted.times(-1)]))[1]))
+    return error / size if size else math.copysign(math.inf, error) if error else 0.0
+
+
+def truncated(matrices: Matrices, rank: int) -> Matrices:
+    """The best approximation of a rank: `a` has orthonormal columns, `b` the singular values."""
+    q_a, core, q_b = _core(matrices)
+    left, values, right = np.linalg.svd(core, full_matrices=False)
+    a = q_a @ left[:, :, :rank]  # [entries, in, k] [entries, k, rank] -> [entries, in, rank]
+    b = (values[:, :, None] * right)[:, :rank] @ np.swapaxes(q_b, 1, 2)  # [entries, rank, out]
+    # A rank above that of the core is filled with zeros.
+    missing = max(rank - a.shape[2], 0)
+    a = np.pad(a, ((0, 0), (0, 0), (0, missing)))
+    b = np.pad(b, ((0, 0), (0, missing), (0, 0)))
+    return Matrices(a, b)
+
+
+def rank_for(values: Any, square: Any, energy: float) -> int:
+    """The lowest rank that keeps a share of the energy in every entry.
+
+    Args:
+        values: the singular values of each entry, the largest first: [entries, k].
+        square: the sum of all their squares: [entries].
+        energy: the share of it, from 0 to 1.
+    """
+    squares = np.asarray(values, np.float64) ** 2
+    kept = np.cumsum(squares, axis=1)  # [entries, k]
+    enough = kept >= energy * np.asarray(square, np.float64)[:, None] * (1 - 1e-12)
+    ranks = np.where(enough.any(axis=1), enough.argmax(axis=1) + 1, squares.shape[1])
+    return int(ranks.max())
+
+
+def energy_of(what: str, energy: float | None, tolerance: float | None) -> float | None:
+    """The share of the energy that is kept; a tolerance is the error that is allowed."""
+    for name, value in (("energy", energy), ("tolerance", tolerance)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{what}: {name} is {value!r}; it is a number from 0 to 1.")
+    if energy is not None and tolerance is not None:
+        raise ValueError(f"{what}: give energy or tolerance; energy is 1 − tolerance².")
+    return energy if tolerance is None else 1 - tolerance**2
+
+
+def matrices_of_term(term: Term, axes: Axes) -> Matrices:
+    """The two matrices of a term.
+
+    A factor that runs along inputs and outputs goes to one side. Its labels of the other side
+    become part of the rank, and an identity joins them to the axis there:
+
+        d[ρ, o]  =  Σ_ρ' eye[ρ, ρ'] · d[ρ', o]
+    """
+    shared, inputs, outputs = (
+        tuple(label for d in group for label in term.out[d]) for group in axes
+    )
+    copies: dict[Label, Label] = {}
+
+    def on_a_side(own: Labels) -> tuple[bool, Labels]:
+        """Whether a factor goes to the left, and its labels there."""
+        met, made = ([x for x in own if x in group] for group in (inputs, outputs))
+        is_left = bool(met) and (not made or _count(made) < _count(met))
+        moved = made if is_left else met
+        for label in moved:
+            copies.setdefault(label, term.fresh(label.size, len(copies)))
+        return is_left, tuple(copies[x] if x in moved else x for x in own)
+
+    sides: dict[bool, list[tuple[np.ndarray, Labels]]] = {True: [], False: []}
+    for factor, own in zip(term.factors, term.labels, strict=True):
+        is_left, labels = on_a_side(own)
+        sides[is_left].append((_double(factor), labels))
+    for label, copy in copies.items():
+        sides[label in inputs].append((np.eye(label.size), (label, copy)))
+    on_left, on_right = ({x for _, own in sides[side] for x in own} for side in (True, False))
+    rank = tuple(sorted(on_left & on_right - {*shared, *inputs, *outputs}))
+    entries, fan_in, fan_out, width = map(_count, (shared, inputs, outputs, rank))
+    a = _product(sides[True], (*shared, *inputs, *rank))
+    b = _product(sides[False], (*shared, *rank, *outputs))
+    return Matrices(a.reshape(entries, fan_in, width), b.reshape(entries, width, fan_out))
+
+
+def _count(labels: Sequence[Label]) -> int:
+    return math.prod(label.size for label in labels)
+
+
+def _product(factors: Sequence[tuple[np.ndarray, Labels]], wanted: Labels) -> np.ndarray:
+    """The einsum of some factors, broadcast along what none of them owns."""
+    owned = {label for _, own in factors for label in own}
+    number = {label: k for k, label in enumerate([*wanted, *sorted(owned - {*wanted})])}
+    operands: list[Any] = []
+    for factor, own in factors:
+        operands += [factor, [number[label] for label in own]]
+    found = [number[label] for label in wanted if label in owned]
+    array = np.einsum(*operands, found, optimize=True) if operands else np.ones(())
+    shape = [label.size if label in owned else 1 for label in wanted]
+    return np.broadcast_to(array.reshape(shape), [label.size for label in wanted])

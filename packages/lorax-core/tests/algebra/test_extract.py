@@ -1,0 +1,120 @@
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import (
+    LORA_FREEZE,
+    LORA_FULL,
+    IA3Spec,
+    LoraSpec,
+    SpecError,
+    UnadaptedWarning,
+    extract_lora,
+    init_lora,
+    lora,
+    merge_params,
+)
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+BASE = {
+    "kernel": random(0, 13, 9),
+    "experts": random(1, 3, 11, 7),
+    "heads": random(2, 8, 3, 5),
+    "bias": random(3, 9),
+}
+SPEC = {
+    "kernel": LoraSpec(4, alpha=3),
+    "experts": LoraSpec(4, alpha=2, scaling="rslora", shared_axes=[0]),
+    "heads": LoraSpec(4, in_axes=[0]),
+    "bias": LORA_FULL,
+}
+
+
+def test_a_merged_adapter_is_found_again():
+    pair = init_lora(BASE, SPEC, jax.random.key(5), b_init="gaussian")
+    tuned = merge_params(pair) | {"bias": BASE["bias"] + 1}
+    found, errors = extract_lora(BASE, tuned, SPEC)
+    assert max(errors.values()) < 1e-5 and errors.keys() == BASE.keys() - {"bias"}
+    for name, value in merge_params(found).items():
+        np.testing.assert_allclose(value, tuned[name], rtol=1e-5, atol=1e-5)
+    assert found.tunable["kernel"].alpha == 3
+    assert found.frozen["kernel"] is BASE["kernel"] and found.frozen["bias"] is None
+    x = random(6, 2, 13)
+    model = lora(lambda p, x: x @ p["kernel"] + p["bias"][None], on_unused="allow")
+    wanted = x @ tuned["kernel"] + tuned["bias"][None]
+    np.testing.assert_allclose(model(found, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def best(delta, rank):
+    values = np.linalg.svd(np.asarray(delta, np.float64), compute_uv=False)
+    return np.sqrt((values[..., rank:] ** 2).sum() / (values**2).sum())
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (90, 120), (2, 90, 70)])
+def test_a_randomized_decomposition_comes_close_to_the_best(shape):
+    # Singular values that fall as slowly as those of a full fine-tune.
+    left, right = np.linalg.qr(random(1, *shape[:-1], shape[-2]))[0], random(2, *shape)
+    right = np.linalg.qr(np.swapaxes(right, -1, -2))[0]
+    k = min(shape[-2:])
+    delta = jnp.asarray((left[..., :k] / np.arange(1, k + 1)) @ np.swapaxes(right[..., :k], -1, -2))
+    spec = {"w": LoraSpec(3, shared_axes=[0] if len(shape) == 3 else ())}
+    _, errors = extract_lora({"w": jnp.zeros(shape)}, {"w": delta}, spec)
+    assert best(delta, 3) <= errors["w"] * 1.0001
+    assert errors["w"] <= best(delta, 3) * 1.001
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8])
+def test_the_lowest_rank_that_keeps_the_energy(energy):
+    tuned = {"w": BASE["kernel"] + random(8, 13, 9)}
+    pair, errors = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 9}, energy=energy)
+    delta = tuned["w"] - BASE["kernel"]
+    rank = pair.tunable["w"].rank
+    assert best(delta, rank) ** 2 <= 1 - energy < best(delta, rank - 1) ** 2
+    assert errors["w"] == pytest.approx(best(delta, rank), rel=1e-3)
+    same, _ = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 9}, tolerance=(1 - energy) ** 0.5)
+    assert same.tunable["w"].rank == rank
+    capped, _ = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 1}, energy=energy)
+    assert capped.tunable["w"].rank == 1
+
+
+def test_what_did_not_change_has_a_zero_adapter():
+    pair, errors = extract_lora(BASE, BASE, SPEC, energy=0.9)
+    assert errors == {"kernel": 0, "experts": 0, "heads": 0}
+    assert not pair.tunable["kernel"].b.any()
+
+
+def test_arrays_of_numpy_and_narrow_dtypes():
+    base = {"w": np.asarray(BASE["kernel"]).astype(jnp.bfloat16)}
+    tuned = {"w": (np.asarray(BASE["kernel"]) + 1).astype(jnp.bfloat16)}
+    pair, errors = extract_lora(base, tuned, {"w": 2})
+    assert pair.tunable["w"].a.dtype == jnp.float32 and errors["w"] < 0.05
+
+
+def test_changes_that_the_spec_freezes_are_named():
+    tuned = BASE | {"bias": BASE["bias"] + 1, "heads": BASE["heads"] * 2}
+    spec = SPEC | {"bias": LORA_FREEZE, "heads": LORA_FREEZE}
+    with pytest.warns(UnadaptedWarning, match="`bias`, `heads` differ"):
+        extract_lora(BASE, tuned, spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract_lora(BASE, BASE, spec)
+
+
+def test_what_is_refused():
+    with pytest.raises(SpecError, match="`kernel` has a IA3Spec"):
+        extract_lora(BASE, BASE, SPEC | {"kernel": IA3Spec()})
+    with pytest.raises(ValueError, match="`kernel` is .* in base and .* in tuned"):
+        extract_lora(BASE, BASE | {"kernel": jnp.ones((13, 8))}, SPEC)
+    with pytest.raises(ValueError, match="has the structure"):
+        extract_lora(BASE, {"kernel": BASE["kernel"]}, SPEC)
+    with pytest.raises(SpecError, match="structure"):
+        extract_lora(BASE, BASE, {"kernel": 2})
+    with pytest.raises(ValueError, match="energy is 2"):
+        extract_lora(BASE, BASE, SPEC, energy=2)
