@@ -48,6 +48,15 @@ from .algebra import (
     extract_lora as extract_lora,
     resize_adapter as resize_adapter,
 )
+from .banks import (
+    AdapterBank as AdapterBank,
+    drop_adapter as drop_adapter,
+    select_adapters as select_adapters,
+    set_adapter as set_adapter,
+    stack_adapters as stack_adapters,
+    unstack_adapters as unstack_adapters,
+    with_scales as with_scales,
+)
 from .kinds.adalora import (
     AdaloraPruner as AdaloraPruner,
     AdaloraSpec as AdaloraSpec,
@@ -77,6 +86,7 @@ __all__ = [
     "AdaloraState",
     "AdaloraWeight",
     "Adapter",
+    "AdapterBank",
     "AdapterSpec",
     "Approximation",
     "Axes",
@@ -126,6 +136,7 @@ __all__ = [
     "as_lora",
     "combine_adapters",
     "count_params",
+    "drop_adapter",
     "explain",
     "extract_lora",
     "infer_spec",
@@ -135,10 +146,15 @@ __all__ = [
     "merge_params",
     "path_string",
     "resize_adapter",
+    "select_adapters",
+    "set_adapter",
     "simple_spec",
     "spec_from_rules",
+    "stack_adapters",
     "unmerge",
+    "unstack_adapters",
     "with_dropout",
+    "with_scales",
 ]
 
 # Tracebacks and reprs show the names that users import.

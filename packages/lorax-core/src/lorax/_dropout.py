@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from ._adapter import Adapter, Labeled, Layout, static
+from ._adapter import Adapter, Labeled, static
 from ._arrays import path_string
-from ._axes import Axes
 from ._factored import FactoredArray, Keys
 from ._pair import is_tunable_leaf
 from ._terms import Term
+from ._within import Within
 
 
 def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
@@ -70,36 +70,12 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Dropped(Adapter):
-    """An adapter whose input is dropped; it lives within one call of a model."""
+class _Dropped(Within):
+    """An adapter whose input is dropped."""
 
     adapter: Any
     key: Any
     rate: float = static()
-
-    @property
-    def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.adapter.kind
-
-    @property
-    def axes(self) -> Axes:
-        return self.adapter.axes
-
-    @property
-    def rank(self) -> int | None:
-        return getattr(self.adapter, "rank", None)
-
-    def summary(self) -> str:
-        return self.adapter.summary()
-
-    def layout(self, shape: tuple[int, ...]) -> Layout:
-        return self.adapter.layout(shape)
-
-    def factors(self) -> dict[str, Any]:
-        return self.adapter.factors()
-
-    def with_factors(self, factors: Mapping[str, Any]) -> "_Dropped":
-        return dataclasses.replace(self, adapter=self.adapter.with_factors(factors))
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None

@@ -1,0 +1,10 @@
+"""Banks: many adapters of one base in one tree, whose factors have a leading axis of slots."""
+
+from ._bank import (
+    AdapterBank as AdapterBank,
+    drop_adapter as drop_adapter,
+    set_adapter as set_adapter,
+    stack_adapters as stack_adapters,
+    unstack_adapters as unstack_adapters,
+)
+from ._select import select_adapters as select_adapters, with_scales as with_scales

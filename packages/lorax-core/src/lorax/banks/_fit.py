@@ -1,0 +1,171 @@
+"""One weight of a bank: adapters made to fit a common form, and what they were before."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._adapter import Adapter
+from .._errors import PairError
+from ..kinds.lora import LoraWeight, lora_scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What the adapters of one path were before they were padded, by slot.
+
+    `alpha` is NaN where it is None. Arrays, and not settings: another adapter in a slot leaves
+    compiled programs as they are.
+    """
+
+    is_present: np.ndarray  # [slots] bool
+    rank: np.ndarray  # [slots] int32
+    alpha: np.ndarray  # [slots] float64
+    is_rslora: np.ndarray  # [slots] bool
+
+    def scale(self) -> np.ndarray:
+        """The scale of each slot: [slots] float64."""
+        scales = [
+            lora_scale(int(rank), None if math.isnan(alpha) else float(alpha), _scaling(rslora))
+            for rank, alpha, rslora in zip(self.rank, self.alpha, self.is_rslora, strict=True)
+        ]
+        return np.asarray(scales, np.float64)
+
+
+def _scaling(is_rslora: Any) -> Any:
+    return "rslora" if is_rslora else "standard"
+
+
+def described(node: Any) -> str:
+    return f"{node.kind} adapter" if isinstance(node, Adapter) else "parameter in full"
+
+
+def is_additive(node: Any) -> bool:
+    """Whether an adapter of zeros is the base."""
+    return isinstance(node, Adapter) and type(node).applied is Adapter.applied
+
+
+def blank_of(path: str, nodes: Sequence[Any], rank: int | None) -> Any:
+    """The node that all others are padded to: of the highest rank, and with a scale of 1."""
+    found = [node for node in nodes if node is not None]
+    if not found:
+        return None
+    if not all(isinstance(node, LoraWeight) for node in found):
+        return found[0]
+    highest = max([node.rank for node in found] + ([] if rank is None else [rank]))
+    first = _unscaled(found[0])
+    shared = len(first.shared_axes)
+    a = jax.ShapeDtypeStruct((*first.a.shape[:-1], highest), first.a.dtype)
+    outputs = first.b.shape[shared + 1 :]
+    b = jax.ShapeDtypeStruct((*first.b.shape[:shared], highest, *outputs), first.b.dtype)
+    return dataclasses.replace(first, a=a, b=b, rank=highest)
+
+
+def _unscaled(weight: LoraWeight) -> LoraWeight:
+    return dataclasses.replace(weight, alpha=None, scaling="standard")
+
+
+def emptied(stacked: Any) -> Any:
+    """The blank node of a stacked one: its arrays without the axis of slots."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+
+
+def padded_to(path: str, blank: Any, node: Any) -> Any:
+    """A node with the shapes of the blank one."""
+    if blank is None:
+        return None
+    if node is None:
+        if not is_additive(blank):
+            raise PairError(
+                f"A slot of a bank without a {described(blank)} at `{path}` cannot be the base's: "
+                "its numbers would have to be the base's own. Give one to every slot, or adapt it "
+                "with LoRA."
+            )
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+    if isinstance(node, LoraWeight) and isinstance(blank, LoraWeight):
+        return _with_rank(path, blank, node)
+    found, wanted = (_settings(each) for each in (node, blank))
+    if found != wanted:
+        raise PairError(
+            f"A bank has {_listed(wanted)} at `{path}`, and the adapter has {_listed(found)}. Only "
+            "plain LoRA is stacked with other ranks and scales; `as_lora` turns other kinds into "
+            "it where that is exact."
+        )
+    return node
+
+
+def _settings(node: Any) -> dict[str, Any]:
+    settings = node.settings() if isinstance(node, Adapter) else {"kind": "full"}
+    arrays = jax.tree.leaves(node)
+    return settings | {
+        "shapes": [x.shape for x in arrays],
+        "dtypes": [str(x.dtype) for x in arrays],
+    }
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _with_rank(path: str, blank: LoraWeight, node: LoraWeight) -> LoraWeight:
+    shared = len(node.shared_axes)
+    missing = blank.rank - node.rank
+    if missing < 0:
+        raise PairError(
+            f"The adapter at `{path}` has rank {node.rank}, and the bank has room for "
+            f"{blank.rank}. Stack the bank with rank={node.rank}, or lower the adapter's with "
+            "`resize_adapter`."
+        )
+    padded = dataclasses.replace(
+        _unscaled(node),
+        a=_pad(node.a, node.a.ndim - 1, missing),
+        b=_pad(node.b, shared, missing),
+        rank=blank.rank,
+    )
+    found, wanted = _settings(padded), _settings(blank)
+    if found != wanted:
+        raise PairError(
+            f"A bank has {_listed(wanted)} at `{path}`, and the adapter has {_listed(found)}; all "
+            "belong to one base and have one dtype."
+        )
+    return padded
+
+
+def _pad(array: Any, axis: int, missing: int) -> Any:
+    return jnp.pad(array, [(0, missing if d == axis else 0) for d in range(array.ndim)])
+
+
+def records_of(nodes: Sequence[Any]) -> Records:
+    lora = [node if isinstance(node, LoraWeight) else None for node in nodes]
+    return Records(
+        np.asarray([node is not None for node in nodes]),
+        np.asarray([node.rank if node else 1 for node in lora], np.int32),
+        np.asarray(
+            [math.nan if node is None or node.alpha is None else node.alpha for node in lora],
+            np.float64,
+        ),
+        np.asarray([node is not None and node.scaling == "rslora" for node in lora]),
+    )
+
+
+def restored(record: Records | None, node: Any, slot: int) -> Any:
+    if node is None or (record is not None and not record.is_present[slot]):
+        return None
+    row = jax.tree.map(lambda x: x[slot], node)
+    if record is None or not isinstance(row, LoraWeight):
+        return row
+    rank, alpha = int(record.rank[slot]), float(record.alpha[slot])
+    shared = len(row.shared_axes)
+    return dataclasses.replace(
+        row,
+        a=row.a[..., :rank],
+        b=jax.lax.slice_in_dim(row.b, 0, rank, axis=shared),
+        rank=rank,
+        alpha=None if math.isnan(alpha) else alpha,
+        scaling=_scaling(record.is_rslora[slot]),
+    )

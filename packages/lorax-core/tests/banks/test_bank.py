@@ -1,0 +1,161 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax import (
+    LORA_FULL,
+    DoraSpec,
+    IA3Spec,
+    LoraSpec,
+    MissSpec,
+    PairError,
+    drop_adapter,
+    init_lora,
+    set_adapter,
+    stack_adapters,
+    testing,
+    unstack_adapters,
+)
+
+PARAMS = {
+    "kernel": jnp.zeros((11, 7)),
+    "stack": jnp.zeros((4, 5, 13)),
+    "heads": jnp.zeros((8, 3, 10)),
+    "bias": jnp.zeros(7),
+}
+
+
+def adapter(seed, rank, alpha=None, scaling: Any = "standard", **changes):
+    spec = {
+        "kernel": LoraSpec(rank, alpha, scaling),
+        "stack": LoraSpec(rank, alpha, scaling, shared_axes=[0]),
+        "heads": LoraSpec(rank, alpha, scaling, in_axes=[0]),
+        "bias": 0,
+    }
+    _, tunable = init_lora(PARAMS, spec | changes, jax.random.key(0))
+    return testing.random_factors(tunable, jax.random.key(seed))
+
+
+def some():
+    return [
+        adapter(1, 2, 0.1),
+        adapter(2, 3, 16.3, "rslora"),
+        adapter(3, 1) | {"heads": None},
+        adapter(4, 3, kernel=0),
+    ]
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+
+
+def test_there_and_back_bit_for_bit():
+    bank = stack_adapters(some(), slots=6, rank=4)
+    assert bank.slots == 6
+    assert bank.tunable["stack"].a.shape == (6, 4, 5, 4)
+    assert bank.tunable["stack"].b.shape == (6, 4, 4, 13)
+    assert bank.tunable["bias"] is None
+    np.testing.assert_allclose(bank.scales["kernel"], [0.05, 16.3 / 3**0.5, 1, 1, 1, 1], rtol=1e-6)
+    back = unstack_adapters(bank)
+    assert back[4:] == [None, None]
+    for found, wanted in zip(back, some(), strict=False):
+        assert_same(found, wanted)
+
+
+def test_padding_and_missing_targets_are_zeros():
+    bank = stack_adapters(some())
+    assert not bank.tunable["kernel"].a[0, :, 2:].any()
+    assert not bank.tunable["kernel"].b[0, 2:].any()
+    assert not bank.tunable["heads"].a[2].any() and not bank.tunable["heads"].b[2].any()
+
+
+def test_adapters_come_and_go_without_a_new_shape():
+    bank = stack_adapters(some(), slots=5, rank=4)
+    new = adapter(7, 4, 3.0)
+    changed = set_adapter(drop_adapter(bank, 1), 4, new)
+    shapes = lambda bank: jax.tree.map(lambda x: (x.shape, x.dtype), bank)  # noqa: E731
+    assert shapes(changed) == shapes(bank)
+    assert jax.tree.structure(changed) == jax.tree.structure(bank)
+    back = unstack_adapters(changed)
+    assert back[1] is None and not changed.tunable["stack"].a[1].any()
+    assert_same(back[4], new)
+    assert_same(back[0], some()[0])
+    # The old bank is as it was.
+    assert_same(unstack_adapters(bank)[1], some()[1])
+    replaced = set_adapter(bank, 1, adapter(8, 1) | {"stack": None})
+    assert_same(unstack_adapters(replaced)[1], adapter(8, 1) | {"stack": None})
+
+
+def test_other_kinds_and_full_parameters_of_equal_settings():
+    kinds: dict[str, Any] = {
+        "kernel": IA3Spec(),
+        "heads": DoraSpec(LoraSpec(2, in_axes=[0])),
+        "bias": LORA_FULL,
+    }
+    trees = [adapter(seed, 2, stack=MissSpec(3, shared_axes=[0]), **kinds) for seed in range(3)]
+    for found, wanted in zip(unstack_adapters(stack_adapters(trees)), trees, strict=True):
+        assert_same(found, wanted)
+
+
+def test_narrow_factors_stay_narrow():
+    tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), some()[0])
+    assert_same(unstack_adapters(stack_adapters([tree]))[0], tree)
+
+
+@pytest.mark.parametrize(
+    ("trees", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "no adapters to stack"),
+        ([adapter(0, 2), adapter(1, 2)], {"slots": 1}, ValueError, "2 adapters do not fit 1"),
+        ([{"w": None}], {}, ValueError, "have no adapters"),
+        ([adapter(0, 2), {"kernel": None}], {}, PairError, "adapter 1 has another structure"),
+        (
+            [adapter(0, 2), adapter(1, 2, heads=LoraSpec(2, in_axes=[0, 1]))],
+            {},
+            PairError,
+            "`heads`.*one base",
+        ),
+        ([adapter(0, 2), adapter(1, 2, kernel=MissSpec(2))], {}, PairError, "`kernel`.*as_lora"),
+        (
+            [adapter(0, 2), jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter(1, 2))],
+            {},
+            PairError,
+            "one dtype",
+        ),
+        (
+            [adapter(0, 2, kernel=IA3Spec()), adapter(1, 2, kernel=0)],
+            {},
+            PairError,
+            "without a ia3 adapter at `kernel`|without an? ",
+        ),
+        ([adapter(0, 2, bias=LORA_FULL)], {"slots": 2}, PairError, "parameter in full at `bias`"),
+    ],
+)
+def test_what_cannot_be_stacked(trees, options, error, message):
+    with pytest.raises(error, match=message):
+        stack_adapters(trees, **options)
+
+
+def test_what_does_not_fit_a_bank():
+    bank = stack_adapters([adapter(0, 2, kernel=0)], slots=2)
+    bad: tuple[Any, ...] = (-1, 2, 1.0)
+    for index in bad:
+        with pytest.raises(IndexError, match="the bank has 0 to 1"):
+            set_adapter(bank, index, adapter(1, 2, kernel=0))
+        with pytest.raises(IndexError, match="the bank has 0 to 1"):
+            drop_adapter(bank, index)
+    with pytest.raises(PairError, match="lora adapter at `kernel`.*Stack the bank again"):
+        set_adapter(bank, 1, adapter(1, 2))
+    with pytest.raises(PairError, match="rank 3, and the bank has room for 2"):
+        set_adapter(bank, 1, adapter(1, 3, kernel=0))
+    with pytest.raises(PairError, match="has the structure"):
+        set_adapter(bank, 1, {"kernel": None})
+    full = stack_adapters([adapter(0, 2, bias=LORA_FULL)])
+    with pytest.raises(PairError, match="parameter in full at `bias`"):
+        drop_adapter(full, 0)

@@ -1,0 +1,234 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import (
+    LORA_FULL,
+    DoraSpec,
+    LohaSpec,
+    LoraSpec,
+    PairError,
+    init_lora,
+    lora,
+    merge_params,
+    select_adapters,
+    set_adapter,
+    stack_adapters,
+    testing,
+    unstack_adapters,
+    with_dropout,
+    with_scales,
+)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def model(params, tokens):
+    """A look-up, a scan over rematerialized layers, a tied head: one row of tokens."""
+
+    @jax.checkpoint
+    def layer(x, weights):
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+    x, _ = lax.scan(layer, params["table"][tokens], params["layers"])
+    return x @ params["table"].T
+
+
+with jax.enable_x64(True):
+    PARAMS = {
+        "table": random(0, 17, 6),
+        "layers": {"up": random(1, 3, 6, 9) / 3, "down": random(2, 3, 9, 6) / 3},
+    }
+    TOKENS = jax.random.randint(jax.random.key(3), (5, 4), 0, 17)
+
+
+def adapter(seed, rank, alpha=None, scaling: Any = "standard"):
+    spec = {
+        "table": LoraSpec(rank, alpha, scaling),
+        "layers": dict.fromkeys(("up", "down"), LoraSpec(rank, alpha, scaling, shared_axes=[0])),
+    }
+    _, tunable = init_lora(PARAMS, spec, jax.random.key(0))
+    return testing.random_factors(tunable, jax.random.key(seed))
+
+
+def bank_of():
+    lacking = adapter(3, 4)
+    lacking["layers"]["up"] = None
+    return stack_adapters(
+        [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), lacking], slots=4, rank=4
+    )
+
+
+def test_each_row_has_its_own_adapter():
+    bank = bank_of()
+    index = jnp.array([2, 0, -1, 1, 0])
+    row = lambda tokens, k: lora(model)((PARAMS, select_adapters(bank, k)), tokens)  # noqa: E731
+    found = jax.jit(jax.vmap(row))(TOKENS, index)
+    back = unstack_adapters(bank)
+    for k, (tokens, slot) in enumerate(zip(TOKENS, index, strict=True)):
+        params = PARAMS if slot < 0 else merge_params(PARAMS, back[slot])
+        np.testing.assert_allclose(found[k], model(params, tokens), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["eager", "inside"])
+def test_no_adapter_is_the_base_bit_for_bit(place):
+    bank = bank_of()
+    run = lambda k: lora(model)((PARAMS, select_adapters(bank, k)), TOKENS[0])  # noqa: E731
+    wanted = model(PARAMS, TOKENS[0])
+    if place == "eager":
+        np.testing.assert_array_equal(run(-1), wanted)
+        np.testing.assert_array_equal(run(3), wanted)  # an empty slot
+    else:
+        wanted = jax.jit(model)(PARAMS, TOKENS[0])
+        for k in (-1, -2, 4, 100):
+            np.testing.assert_allclose(jax.jit(run)(jnp.asarray(k)), wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_a_slot_that_is_not_a_number_stays_out_of_the_others():
+    bank = set_adapter(bank_of(), 1, jax.tree.map(lambda x: x * jnp.nan, adapter(2, 3)))
+    run = lambda k: lora(model)((PARAMS, select_adapters(bank, k)), TOKENS[0])  # noqa: E731
+    assert jnp.isfinite(run(0)).all() and jnp.isfinite(run(-1)).all() and jnp.isnan(run(1)).any()
+
+
+def test_the_base_is_in_one_product_for_all_rows():
+    bank = bank_of()
+    turned = lambda params, x: x @ params["table"].T  # noqa: E731
+
+    def row(x, k):
+        tunable = select_adapters(bank, k)
+        only = {"table": tunable["table"], "layers": {"up": None, "down": None}}
+        return lora(turned)((PARAMS, only), x)
+
+    jaxpr = jax.make_jaxpr(jax.vmap(row))(random(5, 8, 6), jnp.zeros(8, int))
+    base = [
+        eqn
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "dot_general"
+        and any(v.aval.shape in ((6, 17), (17, 6)) for v in eqn.invars)
+    ]
+    assert len(base) == 1
+    # Rows are the product's own axis, and no axis of a batch.
+    assert base[0].params["dimension_numbers"][1] == ((), ())
+
+
+def test_a_bank_is_swapped_without_compiling_again():
+    bank = bank_of()
+    traces = []
+
+    def row(bank, tokens, k):
+        traces.append(k)
+        return lora(model)((PARAMS, select_adapters(bank, k)), tokens)
+
+    step = jax.jit(jax.vmap(row, in_axes=(None, 0, 0)))
+    first = step(bank, TOKENS, jnp.zeros(5, int))
+    other = set_adapter(bank, 0, adapter(9, 4, 7.0))
+    second = step(other, TOKENS, jnp.zeros(5, int))
+    assert len(traces) == 1
+    assert not jnp.allclose(first, second)
+    wanted = jax.vmap(lambda t: model(merge_params(PARAMS, adapter(9, 4, 7.0)), t))(TOKENS)
+    np.testing.assert_allclose(second, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_many_trained_at_once_are_each_as_if_alone():
+    """Four adapters of other ranks, scales and rates, in one step, against one after the other."""
+    trees = [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), adapter(3, 4), adapter(4, 1, 5.0)]
+    bank = stack_adapters(trees)
+    rates = jnp.array([0.1, 0.02, 0.3, 0.05])
+    batches = jax.random.randint(jax.random.key(8), (3, 4, 2, 4), 0, 17)  # [steps, slots, rows, 4]
+
+    def loss(tunable, rows, scales=None):
+        if scales is not None:
+            tunable = with_scales(tunable, scales)
+        out = jax.vmap(lambda row: lora(model)((PARAMS, tunable), row))(rows)
+        return jnp.mean(jax.nn.log_softmax(out)[..., 0])
+
+    def step(tunable, rows, rate, scales=None):
+        grads = jax.grad(loss)(tunable, rows, scales)
+        return jax.tree.map(lambda x, g: x - rate * g, tunable, grads)
+
+    together = jax.jit(jax.vmap(step))
+    tunable = bank.tunable
+    for rows in batches:
+        tunable = together(tunable, rows, rates, bank.scales)
+    found = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
+    alone = jax.jit(step)
+    for k, tree in enumerate(trees):
+        for rows in batches:
+            tree = alone(tree, rows[k], rates[k])
+        for one, two in zip(jax.tree.leaves(found[k]), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
+    # What was padded is still zero.
+    assert not tunable["table"].a[3, :, 1:].any() and not tunable["table"].b[3, 1:].any()
+
+
+def test_scales_get_no_gradient():
+    bank = bank_of()
+
+    def loss(scales, tunable):
+        return lora(model)((PARAMS, with_scales(tunable, scales)), TOKENS[0]).sum()
+
+    row = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+    grads = jax.grad(loss)(row(bank.scales), row(bank.tunable))
+    assert all(grad == 0 for grad in grads.values())
+
+
+def test_dropout_goes_around_it():
+    bank = bank_of()
+    run = lambda k: lora(model)(  # noqa: E731
+        (PARAMS, with_dropout(select_adapters(bank, k), jax.random.key(0), 0.5)), TOKENS[0]
+    )
+    assert not jnp.allclose(run(0), lora(model)((PARAMS, select_adapters(bank, 0)), TOKENS[0]))
+    np.testing.assert_array_equal(run(-1), model(PARAMS, TOKENS[0]))
+
+
+def test_a_kind_whose_delta_is_zero_with_its_factors():
+    params = {"w": random(0, 6, 5)}
+    trees = [
+        testing.random_factors(
+            init_lora(params, {"w": LohaSpec(2)}, jax.random.key(0)).tunable, jax.random.key(seed)
+        )
+        for seed in range(2)
+    ]
+    bank, x = stack_adapters(trees, slots=3), random(1, 4, 6)
+    dense = lambda params, x: x @ params["w"]  # noqa: E731
+    for k, tree in enumerate(trees):
+        wanted = x @ merge_params(params, tree)["w"]
+        found = lora(dense)((params, select_adapters(bank, k)), x)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    for k in (-1, 2):
+        np.testing.assert_array_equal(
+            lora(dense)((params, select_adapters(bank, k)), x), dense(params, x)
+        )
+
+
+def test_what_is_refused():
+    bank = bank_of()
+    for k in (-2, 4):
+        with pytest.raises(IndexError, match=f"no slot {k}; .* 0 to 3, and -1 is the base"):
+            select_adapters(bank, k)
+    for k in (1.0, jnp.array([0, 1]), "1"):
+        with pytest.raises(TypeError, match=r"scalar integer|not a valid JAX type|dtype"):
+            select_adapters(bank, k)
+    params = {"w": jnp.ones((6, 5)), "bias": jnp.ones(5)}
+    for spec, what in (
+        ({"w": DoraSpec(LoraSpec(2)), "bias": 0}, "dora adapters at `w`"),
+        ({"w": 2, "bias": LORA_FULL}, "full parameters at `bias`"),
+    ):
+        other = stack_adapters([init_lora(params, spec, jax.random.key(0)).tunable])
+        with pytest.raises(PairError, match=f"{what}.*jax.vmap"):
+            select_adapters(other, 0)
+    with pytest.raises(PairError, match="no adapter at `other`"):
+        with_scales(bank.tunable, bank.scales | {"other": jnp.ones(4)})
