@@ -334,6 +334,13 @@ def kinds(session: nox.Session) -> None:
     session.run("python", "benchmarks/kinds.py", *session.posargs)
 
 
+@nox.session
+def banks(session: nox.Session) -> None:
+    """Counts and times rows of mixed adapters. Arguments after `--` go to the program."""
+    install_locked(session, *editable("lorax-core"))
+    session.run("python", "benchmarks/banks.py", *session.posargs)
+
+
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
     """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""

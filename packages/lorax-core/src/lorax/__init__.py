@@ -51,6 +51,7 @@ from .algebra import (
 from .banks import (
     AdapterBank as AdapterBank,
     drop_adapter as drop_adapter,
+    mix_adapters as mix_adapters,
     select_adapters as select_adapters,
     set_adapter as set_adapter,
     stack_adapters as stack_adapters,
@@ -144,6 +145,7 @@ __all__ = [
     "lora",
     "materialize",
     "merge_params",
+    "mix_adapters",
     "path_string",
     "resize_adapter",
     "select_adapters",

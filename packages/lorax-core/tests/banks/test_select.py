@@ -16,6 +16,7 @@ from lorax import (
     init_lora,
     lora,
     merge_params,
+    mix_adapters,
     select_adapters,
     set_adapter,
     stack_adapters,
@@ -142,6 +143,68 @@ def test_a_bank_is_swapped_without_compiling_again():
     np.testing.assert_allclose(second, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_mixture_of_one_is_that_one():
+    bank = bank_of()
+    index = jnp.array([2, 0, -1, 1, 0])
+
+    def row(tokens, k):
+        return lora(model)((PARAMS, mix_adapters(bank, jax.nn.one_hot(k, 4))), tokens)
+
+    def same(tokens, k):
+        return lora(model)((PARAMS, select_adapters(bank, k)), tokens)
+
+    found, wanted = (jax.vmap(fn)(TOKENS, index) for fn in (row, same))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_a_mixture_are_learned():
+    bank = bank_of()
+    weights = random(9, 4)
+    back = unstack_adapters(bank)
+
+    def loss(weights):
+        return lora(model)((PARAMS, mix_adapters(bank, weights)), TOKENS[0]).sum()
+
+    def merged(weights):
+        zero = jax.tree.map(jnp.zeros_like, PARAMS)
+        deltas = [merge_params(zero, tree) for tree in back[:3]]
+        params = jax.tree.map(
+            lambda base, *each: base + sum(w * d for w, d in zip(weights, each, strict=False)),
+            PARAMS,
+            *deltas,
+        )
+        return model(params, TOKENS[0]).sum()
+
+    np.testing.assert_allclose(loss(weights), merged(weights), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(weights), jax.grad(merged)(weights), rtol=1e-5)
+
+
+def test_what_rows_of_mixed_adapters_cost():
+    """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
+    params = {"w": jnp.zeros((256, 192), jnp.float32)}
+    trees = [init_lora(params, {"w": 4}, jax.random.key(k)).tunable for k in range(4)]
+    bank, index = stack_adapters(trees), jnp.arange(8) % 4
+    run = lora(lambda params, x: x @ params["w"])
+
+    def flops(pick, tokens):
+        x = jnp.zeros((8, tokens, 256), jnp.float32)
+        row = lambda x, k: run((params, pick(k)), x)  # noqa: E731
+        compiled = jax.jit(jax.vmap(row)).lower(x, index).compile()
+        assert compiled is not None
+        return compiled.cost_analysis()["flops"]
+
+    one = flops(lambda k: trees[0], 256)
+    assert flops(lambda k: select_adapters(bank, k), 256) <= 1.001 * one
+    mix = jax.make_jaxpr(
+        jax.vmap(
+            lambda x, k: run((params, mix_adapters(bank, jax.nn.one_hot(k, 4))), x),
+            in_axes=(0, 0),
+        )
+    )(jnp.zeros((8, 1, 256), jnp.float32), index)
+    # A factor of one adapter has 1024 entries, and those of all rows 8 times as many.
+    assert max(v.aval.size for eqn in mix.eqns for v in eqn.outvars) < 8 * 1024
+
+
 def test_many_trained_at_once_are_each_as_if_alone():
     """Four adapters of other ranks, scales and rates, in one step, against one after the other."""
     trees = [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), adapter(3, 4), adapter(4, 1, 5.0)]
@@ -230,5 +293,10 @@ def test_what_is_refused():
         other = stack_adapters([init_lora(params, spec, jax.random.key(0)).tunable])
         with pytest.raises(PairError, match=f"{what}.*jax.vmap"):
             select_adapters(other, 0)
+        with pytest.raises(PairError, match=f"{what}.*jax.vmap"):
+            mix_adapters(other, jnp.ones(1))
+    for weights in (jnp.ones(3), jnp.ones((5, 4)), jnp.ones(4, int)):
+        with pytest.raises(ValueError, match="one for each of the 4 slots"):
+            mix_adapters(bank, weights)
     with pytest.raises(PairError, match="no adapter at `other`"):
         with_scales(bank.tunable, bank.scales | {"other": jnp.ones(4)})

@@ -7,4 +7,8 @@ from ._bank import (
     stack_adapters as stack_adapters,
     unstack_adapters as unstack_adapters,
 )
-from ._select import select_adapters as select_adapters, with_scales as with_scales
+from ._select import (
+    mix_adapters as mix_adapters,
+    select_adapters as select_adapters,
+    with_scales as with_scales,
+)

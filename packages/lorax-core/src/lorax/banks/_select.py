@@ -1,4 +1,4 @@
-"""One adapter of a bank for each call, or for each row of a batch."""
+"""Adapters of a bank for a call, or for each row of a batch: one of them, or a mixture of all."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Adapter
+from .._adapter import Adapter, Layout
 from .._arrays import path_string
 from .._compat import is_tracer
 from .._errors import PairError
 from .._factored import FactoredArray
 from .._pair import is_tunable_leaf
+from .._terms import Label
 from .._within import Within
 from ._bank import AdapterBank
 from ._fit import is_additive
@@ -124,18 +125,102 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
             f"select_adapters: there is no slot {int(index)}; the bank has 0 to {bank.slots - 1}, "
             "and -1 is the base."
         )
+    _check_additive("select_adapters", bank)
     # What has no slot is past the end: negative indices would count from there.
     place = jnp.where(index < 0, bank.slots, index)
-
-    def taken(path: Any, node: Any) -> Any:
-        if node is not None and not is_additive(node):
-            what = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
-            raise PairError(
-                f"select_adapters: the bank has {what} at `{path_string(path)}`, and zeros in "
-                "their place are not the base. Map over `bank.tunable` with jax.vmap instead."
-            )
-        return jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), node)
-
-    tree = jax.tree_util.tree_map_with_path(taken, bank.tunable, is_leaf=is_tunable_leaf)
+    tree = jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), bank.tunable)
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
+
+
+def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
+    """A weighted sum of all adapters of a bank, as the tunable tree of a pair.
+
+        delta  =  Σ_k weights[k] · scale_k · a_k b_k
+
+    All adapters meet the input, so under `jax.vmap` over rows no factor is gathered:
+    `mix_adapters(bank, jax.nn.one_hot(index, bank.slots))` equals `select_adapters(bank, index)`,
+    moves fewer bytes where each row is one token, and takes more FLOPs everywhere. The weights
+    may be learned: they have gradients.
+
+    Args:
+        bank: a bank of plain LoRA, or of other kinds whose delta is zero where their factors are.
+        weights: of each slot: `[slots]`. Zeros are the base, as long as all factors are finite.
+
+    Returns:
+        A tunable tree for `lora(fn)`.
+
+    Raises:
+        ValueError: where there is not a weight for each slot.
+        PairError: where the bank has what zeros do not make the base's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, lora, mix_adapters, stack_adapters
+        >>> model, params = lora(lambda params, x: x @ params["w"]), {"w": jnp.ones((5, 4))}
+        >>> bank = stack_adapters(
+        ...     [init_lora(params, {"w": rank}, jax.random.key(0)).tunable for rank in (2, 3)]
+        ... )
+        >>> model((params, mix_adapters(bank, jnp.array([0.3, 0.7]))), jnp.ones((3, 5))).shape
+        (3, 4)
+    """
+    weights = jnp.asarray(weights)
+    if weights.shape != (bank.slots,) or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            f"mix_adapters: the weights are {weights.dtype}{list(weights.shape)}; they are floats, "
+            f"one for each of the {bank.slots} slots. For weights of each row, call it under "
+            "jax.vmap over the rows."
+        )
+    _check_additive("mix_adapters", bank)
+
+    def mixed(path: Any, node: Any) -> Any:
+        if node is None:
+            return None
+        scale = bank.scales.get(path_string(path))
+        if scale is None:
+            return _Mixed(node, weights)
+        return _Mixed(node, weights * jax.lax.stop_gradient(scale).astype(weights.dtype))
+
+    return jax.tree_util.tree_map_with_path(mixed, bank.tunable, is_leaf=is_tunable_leaf)
+
+
+def _check_additive(what: str, bank: AdapterBank) -> None:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(bank.tunable, is_leaf=is_tunable_leaf)
+    for path, node in leaves:
+        if node is not None and not is_additive(node):
+            found = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
+            raise PairError(
+                f"{what}: the bank has {found} at `{path_string(path)}`, and zeros in their place "
+                "are not the base. Map over `bank.tunable` with jax.vmap instead."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Mixed(Within):
+    """All adapters of a bank, each times a weight: one more label that is summed over."""
+
+    adapter: Any
+    weights: Any
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        layout = self.adapter.layout(shape)
+        slot = self._slot(layout)
+        return layout._replace(
+            factors={name: (slot, *labels) for name, labels in layout.factors.items()}
+        )
+
+    def _slot(self, layout: Layout) -> Label:
+        used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
+
+    def applied(
+        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+    ) -> FactoredArray:
+        term = self.term(base.shape, held or {}, source)
+        slot = self._slot(self.adapter.layout(base.shape))
+        weights = self.weights * self.adapter.scale
+        term = dataclasses.replace(
+            term, factors=(weights, *term.factors), labels=((slot,), *term.labels)
+        )
+        return FactoredArray(base, (term,))
