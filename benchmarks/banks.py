@@ -117,7 +117,7 @@ def _milliseconds(run: Any, arguments: tuple[Any, ...]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="of paired runs; 0 only counts")
     parser.add_argument("--slots", type=int, default=16)
     options = parser.parse_args()
