@@ -137,7 +137,7 @@ def _converted(leaf: Leaf) -> LoraWeight:
         )
 
     adapted = leaf.applied()
-    if adapted.gains or adapted.norm is not None:
+    if not adapted.is_sum:
         raise refuse("multiplies the weight")
     matrices = plus(matrices_of_term(term, weight.axes) for term in adapted.terms)
     rank, most = matrices.a.shape[2], min(weight.axes.sizes(leaf.frozen.shape))
