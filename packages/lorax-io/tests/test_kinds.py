@@ -24,6 +24,7 @@ from lorax import (
     LoraFASpec,
     LoraSpec,
     MissSpec,
+    OftSpec,
     Pair,
     TokensSpec,
     VeraSpec,
@@ -67,6 +68,7 @@ KINDS = {
     "locon": LoconSpec(2, alpha=4),
     "miss": MissSpec(2),
     "gralora": GraloraSpec(2, alpha=4, blocks=2),
+    "oft": OftSpec(2),
 }
 # Kinds whose frozen factors do not follow from the base: only a pair can be saved.
 HELD = ("lora-fa", "vera")

@@ -58,6 +58,7 @@ from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
 from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
+from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight
 from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
 from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
@@ -98,6 +99,8 @@ __all__ = [
     "MaterializeWarning",
     "MissSpec",
     "MissWeight",
+    "OftSpec",
+    "OftWeight",
     "Pair",
     "PairError",
     "RankWarning",

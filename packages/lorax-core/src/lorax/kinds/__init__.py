@@ -26,6 +26,7 @@ from . import (
     lora as lora,
     lora_fa as lora_fa,
     miss as miss,
+    oft as oft,
     tokens as tokens,
     vera as vera,
 )
