@@ -48,6 +48,7 @@ from .kinds.adalora import (
     adalora_orthogonality as adalora_orthogonality,
     adalora_pruner as adalora_pruner,
 )
+from .kinds.bdlora import BdloraSpec as BdloraSpec, BdloraWeight as BdloraWeight
 from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
 from .kinds.gralora import GraloraSpec as GraloraSpec, GraloraWeight as GraloraWeight
@@ -72,6 +73,8 @@ __all__ = [
     "Adapter",
     "AdapterSpec",
     "Axes",
+    "BdloraSpec",
+    "BdloraWeight",
     "DeloraSpec",
     "DeloraWeight",
     "DoraSpec",

@@ -184,7 +184,7 @@ def _check_leaf(what: str, leaf: Leaf) -> None:
 
 
 def _layout(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
-    """Where factors lie on a base of this shape; None where the base cannot have such an adapter."""
+    """Where factors lie on a base of this shape; None where it cannot have such an adapter."""
     if sorted(axis for group in weight.axes for axis in group) != list(range(len(shape))):
         return None
     try:

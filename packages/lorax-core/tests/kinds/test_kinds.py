@@ -17,6 +17,7 @@ import lorax
 from lorax import (
     AdaloraSpec,
     Axes,
+    BdloraSpec,
     DeloraSpec,
     DoraSpec,
     GraloraSpec,
@@ -66,6 +67,16 @@ def turned(side):
     return spec
 
 
+def cut(side):
+    """BD-LoRA, whose factors are smaller than the weight."""
+
+    def spec(shape, axes):
+        blocks = divisor_of(shape[(axes.inputs if side == "in" else axes.outputs)[-1]])
+        return BdloraSpec(blocks, alpha=4, blocks=blocks, side=side)
+
+    return spec
+
+
 # A name, and its spec for axes of a weight: (spec, uses that it cannot enter and why).
 KINDS = {
     "lora": LoraSpec(2, alpha=4),
@@ -89,6 +100,8 @@ KINDS = {
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
     "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),  # pyright: ignore
+    "bdlora": cut("in"),
+    "bdlora-out": cut("out"),
     "oft": turned("in"),
     "oft-out": turned("out"),
 }

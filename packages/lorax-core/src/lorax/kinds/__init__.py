@@ -16,6 +16,7 @@ from .._adapter import (
 )
 from . import (
     adalora as adalora,
+    bdlora as bdlora,
     delora as delora,
     dora as dora,
     gralora as gralora,

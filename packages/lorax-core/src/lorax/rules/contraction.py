@@ -198,10 +198,10 @@ def _ragged_dot_general(
         right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers, precision)
     deltas, in_parts = [], []
     for term in right.terms:
-        if _is_in_parts(term, r_sum):
+        kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
+        if _is_in_parts(term, (*r_sum, *kept)):
             in_parts.append(_steps(term, left, l_sum, r_sum, groups[0]))
             continue
-        kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
         first, second, bonds = fused.halves(inputs, outputs)
@@ -281,13 +281,13 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
     return pay(weight, rows, met, shown, entries, turned, precision)
 
 
-# Terms whose summed axis is blocks, beside `ragged_dot`
+# Terms with an axis of blocks, beside `ragged_dot`
 
 
-def _is_in_parts(term: Term, summed) -> bool:
-    """Whether a summed axis is blocks that different factors own."""
+def _is_in_parts(term: Term, axes) -> bool:
+    """Whether one of the axes is blocks that different factors own."""
     try:
-        term.fuse_all(summed, own=False)
+        term.fuse_all(axes, own=False)
     except Inexpressible:
         return True
     return False
