@@ -12,6 +12,7 @@ from lorax import (
     FrozenWeight,
     IA3Spec,
     LoraSpec,
+    OftSpec,
     init_lora,
     lora,
     merge_params,
@@ -26,6 +27,8 @@ KINDS = {
     "dora-with-gradient": DoraSpec(2, detached=False),
     "ia3": IA3Spec(),
     "ia3-in": IA3Spec("in"),
+    "oft": OftSpec(4),
+    "oft-out": OftSpec(4, "out"),
 }
 SHAPES = {"up": (3, 16, 32), "down": (3, 32, 16)}
 SHARDED = {"up": P(None, "data", "model"), "down": P(None, "model", "data")}
@@ -87,4 +90,4 @@ def test_a_kind_on_a_mesh(kind, axis_type):
         for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(other).max())
         differs = abs(jax.jit(dropped)(tunable) - got[0]) > 1e-3 * abs(got[0])
-        assert bool(differs) == (not kind.startswith("ia3"))
+        assert bool(differs) == (not kind.startswith(("ia3", "oft")))

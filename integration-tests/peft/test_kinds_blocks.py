@@ -1,4 +1,4 @@
-"""LoHa, LoKr, MiSS and GraLoRA with the factors of a real PEFT model do what that model does."""
+"""LoHa, LoKr, MiSS, GraLoRA and BD-LoRA with the factors of a real PEFT model do what it does."""
 
 import copy
 
@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import BdLoraConfig
 from torch import nn
 
 import lorax
-from lorax import GraloraSpec, LohaSpec, LokrSpec, MissSpec
+from lorax import BdloraSpec, GraloraSpec, LohaSpec, LokrSpec, MissSpec
 
 
 class Dense(nn.Module):
@@ -88,6 +89,13 @@ def gralora(layer):
     return {"a": layer.gralora_A["default"], "b": layer.gralora_B["default"]}
 
 
+def bdlora(layer):
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if isinstance(layer.lora_A["default"], nn.Linear):  # The outputs are in two blocks.
+        return {"a": a.T, "b": b.view(2, -1, b.shape[-1]).permute(0, 2, 1)}
+    return {"a": a.view(2, -1, a.shape[-1]).permute(0, 2, 1), "b": b.T}
+
+
 SPLIT = {"split_axes": (0, -1)}
 TARGETS = {"target_modules": ["up", "down"]}
 # The model, PEFT's config, our spec, and PEFT's factors by our names.
@@ -123,6 +131,18 @@ CASES = {
         GraloraSpec(6, alpha=5, blocks=2),
         gralora,
     ),
+    "bdlora": (
+        "dense",
+        peft.LoraConfig(
+            r=6, lora_alpha=5, **TARGETS,
+            use_bdlora=BdLoraConfig(["down"], ["up"], nblocks=2),
+        ),
+        {
+            "up": BdloraSpec(6, alpha=5, blocks=2, side="out"),
+            "down": BdloraSpec(6, alpha=5, blocks=2),
+        },
+        bdlora,
+    ),
 }  # fmt: skip
 
 
@@ -149,7 +169,7 @@ def test_equals_peft(case):
     specs = {name: lorax.LORA_FREEZE for name in params}
     for name in ("up", "down"):
         axes = lorax.Axes((), inputs, (len(inputs),))
-        specs[name] = spec.with_axes(axes)
+        specs[name] = (spec[name] if isinstance(spec, dict) else spec).with_axes(axes)
     frozen, tunable = lorax.init_lora(params, specs, jax.random.key(0))
 
     adapted = get_peft_model(copy.deepcopy(model), config).eval()

@@ -16,6 +16,7 @@ from peft import (
     AdaLoraConfig,
     DeloraConfig,
     LoraConfig,
+    OFTConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -24,7 +25,7 @@ from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 import lorax
-from lorax import AdaloraSpec, DeloraSpec, LoraFASpec, TokensSpec, VeraSpec
+from lorax import AdaloraSpec, DeloraSpec, LoraFASpec, OftSpec, TokensSpec, VeraSpec
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 LAYERS = ("up", "down")
@@ -33,9 +34,9 @@ LAYERS = ("up", "down")
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = nn.Embedding(11, 7)
-        self.up = nn.Linear(7, 13)
-        self.down = nn.Linear(13, 5)
+        self.table = nn.Embedding(11, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 5)
 
     def forward(self, tokens):
         return self.down(torch.tanh(self.up(self.table(tokens))))
@@ -98,6 +99,15 @@ def of_tokens(layer):
     }
 
 
+def of_oft(layer):
+    blocks = layer.oft_embedding_R if "default" in layer.oft_embedding_R else layer.oft_R
+    return {"q": (blocks["default"].weight, "")}
+
+
+def of_shared_oft(layer):
+    return {"q": (layer.oft_R["default"].weight, "flat")}
+
+
 ORDERS = {
     "": lambda x: x,
     "T": lambda x: x.T,
@@ -136,6 +146,23 @@ KINDS = {
         DeloraConfig(r=3, delora_lambda=4, target_modules=list(LAYERS)),
         DeloraSpec(3, length=4),
         of_delora,
+    ),
+    "OFT": Row(OFTConfig(oft_block_size=4, target_modules=list(LAYERS)), OftSpec(4), of_oft),
+    "OFT, exact and shared": Row(
+        OFTConfig(
+            oft_block_size=4,
+            block_share=True,
+            use_cayley_neumann=False,
+            target_modules=list(LAYERS),
+        ),
+        OftSpec(4, block_share=True, terms=None),
+        of_shared_oft,
+    ),
+    "OFT of an embedding": Row(
+        OFTConfig(oft_block_size=2, num_cayley_neumann_terms=3, target_modules=["table"]),
+        OftSpec(2, "out", terms=3),
+        of_oft,
+        names=("table",),
     ),
     "trainable tokens": Row(
         TrainableTokensConfig(target_modules=["table"], token_indices=[5, 1, 9]),
@@ -290,3 +317,48 @@ def test_the_ranks_of_adalora_are_set_to_zero_as_in_peft():
             np.testing.assert_array_equal(tunable[name].e, theirs[name].e)
         counts.append(sum(int((theirs[name].e != 0).sum()) for name in LAYERS))
     assert counts[0] == 6 and counts[-1] == 2 and len(set(counts)) > 2
+
+
+def convolved(window):
+    """A convolution with OFT in PEFT, and the same with ours: outputs of both and of the base."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, window))
+    x = torch.randn(2, 4, 5, 5)
+    kernel = array(net[0].weight).transpose(2, 3, 1, 0)  # [height, width, in, out]
+    bias, base = array(net[0].bias), array(net(x))
+    model = get_peft_model(net, OFTConfig(oft_block_size=2, target_modules=["0"]))
+    blocks = model.base_model.model[0].oft_R["default"].weight
+
+    def conv(params, x):
+        numbers = ("NCHW", "HWIO", "NCHW")
+        y = jax.lax.conv_general_dilated(x, params["w"], (1, 1), "VALID", dimension_numbers=numbers)
+        return y + bias[None, :, None, None]
+
+    spec = {"w": OftSpec(2, channel_axis=2)}
+    frozen, tunable = lorax.init_lora({"w": kernel}, spec, jax.random.key(0))
+    return (
+        model,
+        x,
+        blocks,
+        base,
+        lambda q: lorax.lora(conv)((frozen, {"w": tunable["w"].with_factors({"q": q})}), array(x)),
+    )
+
+
+def test_channels_of_a_convolution_are_turned_as_in_peft():
+    model, x, blocks, base, ours = convolved(1)
+    with torch.no_grad():
+        blocks.copy_(0.5 * torch.randn_like(blocks))
+    expected = array(model(x))
+    assert np.abs(base - expected).max() > 1e-2
+    close(ours(array(blocks)), expected)
+    close(array(model.merge_and_unload()(x)), expected)
+
+
+def test_a_window_in_peft_is_not_the_base_at_the_start():
+    """It sums overlapping windows into an image, so there is nothing of it to be equal to."""
+    model, x, blocks, base, ours = convolved(3)
+    assert not blocks.any()
+    close(ours(jnp.zeros((2, 1))), base, 1e-6)
+    assert np.abs(array(model(x)) - base).max() > np.abs(base).max()
+    close(array(model.merge_and_unload()(x)), base)

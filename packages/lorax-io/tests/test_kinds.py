@@ -14,6 +14,7 @@ import safetensors.numpy
 import lorax
 from lorax import (
     AdaloraSpec,
+    BdloraSpec,
     DeloraSpec,
     DoraSpec,
     GraloraSpec,
@@ -24,6 +25,7 @@ from lorax import (
     LoraFASpec,
     LoraSpec,
     MissSpec,
+    OftSpec,
     Pair,
     TokensSpec,
     VeraSpec,
@@ -67,6 +69,8 @@ KINDS = {
     "locon": LoconSpec(2, alpha=4),
     "miss": MissSpec(2),
     "gralora": GraloraSpec(2, alpha=4, blocks=2),
+    "bdlora": BdloraSpec(2, alpha=4),
+    "oft": OftSpec(2),
 }
 # Kinds whose frozen factors do not follow from the base: only a pair can be saved.
 HELD = ("lora-fa", "vera")

@@ -66,6 +66,7 @@ from .kinds.adalora import (
     adalora_orthogonality as adalora_orthogonality,
     adalora_pruner as adalora_pruner,
 )
+from .kinds.bdlora import BdloraSpec as BdloraSpec, BdloraWeight as BdloraWeight
 from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
 from .kinds.gralora import GraloraSpec as GraloraSpec, GraloraWeight as GraloraWeight
@@ -76,6 +77,7 @@ from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
 from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
+from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight
 from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
 from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
@@ -91,6 +93,8 @@ __all__ = [
     "AdapterSpec",
     "Approximation",
     "Axes",
+    "BdloraSpec",
+    "BdloraWeight",
     "DeloraSpec",
     "DeloraWeight",
     "DoraSpec",
@@ -119,6 +123,8 @@ __all__ = [
     "MaterializeWarning",
     "MissSpec",
     "MissWeight",
+    "OftSpec",
+    "OftWeight",
     "Pair",
     "PairError",
     "RankWarning",

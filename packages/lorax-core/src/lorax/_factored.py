@@ -1,9 +1,10 @@
 """A weight while the transformed function runs: a base, terms that are added, gains that multiply.
 
-    W  =  Π gains  ⊙  (base + Σ terms)
+    W  =  Π gains  ⊙  turn · (base + Σ terms)
 
 A gain is a term that owns few of the weight's labels. One gain may wait for its divisor, the norm
-of the sum: it is computed when the weight is used, and not for what a slice leaves behind.
+of the sum: it is computed when the weight is used, and not for what a slice leaves behind. A turn
+is a block-diagonal matrix along one axis.
 
 All these pieces are terms of one shape, so whatever moves a term moves each of them.
 """
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from . import _contract
 from ._sharding import sharded_like
 from ._terms import Inexpressible, Labels, Term, align, apart
+from ._turn import Turn
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +158,7 @@ def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactoredArray:
-    """`Π gains ⊙ (base + Σ terms)`: what a weight is while the transformed function runs.
+    """`Π gains ⊙ turn · (base + Σ terms)`: what a weight is while the transformed function runs.
 
     Attributes:
         base: the frozen weight.
@@ -164,6 +166,7 @@ class FactoredArray:
         gains: what multiplies the sum.
         norm: one more gain, whose divisor is still to be computed.
         keys: the PRNG keys of dropout on the input of the terms, as a term of integers.
+        turn: a block-diagonal matrix that multiplies the sum along one axis.
     """
 
     base: jax.Array
@@ -171,6 +174,7 @@ class FactoredArray:
     gains: tuple[Term, ...] = ()
     norm: Norm | None = None
     keys: Keys | None = None
+    turn: Turn | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,7 +184,8 @@ class FactoredArray:
     @property
     def is_sum(self) -> bool:
         """Whether it is a base and terms alone."""
-        return not self.gains and self.norm is None and self.keys is None
+        rest = (self.norm, self.keys, self.turn)
+        return not self.gains and all(piece is None for piece in rest)
 
     @property
     def is_flat(self) -> bool:
@@ -191,12 +196,14 @@ class FactoredArray:
         """
         of_gains = (*self.gains, *([self.norm.term] if self.norm else ()))
         flat = all(term.is_flat for term in self.terms)
-        return flat and all(gain.is_owned for gain in of_gains)
+        turned = self.turn is None or self.turn.is_owned
+        return flat and turned and all(gain.is_owned for gain in of_gains)
 
     @property
     def pieces(self) -> tuple[Term, ...]:
-        """Everything but the base: terms, gains, the pending gain, and keys."""
-        pending = [piece.term for piece in (self.norm, self.keys) if piece is not None]
+        """Everything but the base: terms, gains, the pending gain, keys, and the turn."""
+        rest = (self.norm, self.keys, self.turn)
+        pending = [piece.term for piece in rest if piece is not None]
         return (*self.terms, *self.gains, *pending)
 
     def with_pieces(self, base: Any, pieces: Iterable[Term]) -> "FactoredArray":
@@ -206,7 +213,8 @@ class FactoredArray:
         gains = tuple(next(rest) for _ in self.gains)
         norm = self.norm and dataclasses.replace(self.norm, term=next(rest))
         keys = self.keys and dataclasses.replace(self.keys, term=next(rest))
-        return FactoredArray(base, terms, gains, norm, keys)
+        turn = self.turn and self.turn.moved_to(next(rest))
+        return FactoredArray(base, terms, gains, norm, keys, turn)
 
     def moved(self, change: Callable[[Term], Term]) -> "FactoredArray":
         """Every piece as `change` moves or cuts it, beside the base as it is.
@@ -240,21 +248,33 @@ class FactoredArray:
         wide = _contract.wide_dtype(self.base.dtype)
         total = self.base.astype(wide)
         # A merged weight is computed once and used often: spend the precision.
-        highest = {"precision": jax.lax.Precision.HIGHEST}
+        highest: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
         for term in self.terms:
             total = total + term.array(wide, **highest)
+        if self.turn is not None:
+            total = self.turn.applied_to(total, self._axes, **highest)
         gains = self.gains if self.norm is None else (*self.gains, self.norm.of_sum(total))
         for gain in gains:
             total = total * gain.array(wide, **highest)
         return total.astype(self.base.dtype)
 
+    @property
+    def _axes(self) -> dict[int, int]:
+        return {d: d for d in range(self.base.ndim)}
+
+    def turned(self, array: jax.Array) -> jax.Array:
+        """An array of the weight's axes times the turn."""
+        return array if self.turn is None else self.turn.applied_to(array, self._axes)
+
     def removed(self) -> jax.Array:
-        """The base of which `base` is the merged weight: divided by the gains, less the terms."""
+        """The base of which `base` is the merged weight: gains, turn and terms are undone."""
         wide = _contract.wide_dtype(self.base.dtype)
         total = self.base.astype(wide)
-        highest = {"precision": jax.lax.Precision.HIGHEST}
+        highest: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
         for gain in self.gains:
             total = total / gain.array(wide, **highest)
+        if self.turn is not None:
+            total = self.turn.inverse().applied_to(total, self._axes, **highest)
         for term in self.terms:
             total = total - term.array(wide, **highest)
         return total.astype(self.base.dtype)

@@ -287,6 +287,7 @@ class Equation:
                 # As large as a weight: it is not widened for a sum that is made in float32.
                 dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
+        base = weight.turned(base)
         for gain in weight.gains:
             base = times_gain(base, gain.array(_contract.wide_dtype(base.dtype)))
         return base

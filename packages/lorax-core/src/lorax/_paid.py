@@ -4,12 +4,14 @@
                  =  (x ⊙ g) @ W      for a gain over the inputs
 
 A gain over axes that are kept multiplies the result, one over axes that are summed multiplies the
-operand. Dropout zeroes entries of the operand before it meets the terms; the base meets all of it.
+operand. So does a block-diagonal matrix. Dropout zeroes entries of the operand before it meets the
+terms; the base meets all of it.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from ._contract import wide_dtype
 from ._factored import FactoredArray, Keys, times_gain
 from ._sharding import sharded_like
 from ._terms import Inexpressible, Term
+from ._turn import Turn
 
 
 def varying(term: Term) -> list[int]:
@@ -38,8 +41,10 @@ def pay(
     met: Mapping[int, int],
     shown: Mapping[int, int],
     entries: Callable[[jax.Array, Sequence[int]], jax.Array] = lambda array, axes: array,
+    turned: Callable[..., jax.Array] = Turn.applied_to,
+    precision: Any = None,
 ) -> tuple[FactoredArray, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The weight without gains, the operand that it meets, and a function of the result.
+    """The weight without gains or a turn, the operand that it meets, and a function of the result.
 
     Args:
         weight: the weight.
@@ -49,6 +54,8 @@ def pay(
         shown: for each kept axis of the weight, the result's.
         entries: turns a gain along these axes of the weight into what the operand and the result
             have there.
+        turned: multiplies the operand or the result by the weight's matrix, as `Turn.applied_to`.
+        precision: of that product; a pair is that of the operand and of the weight.
     """
     weight = weight.resolved()
     wide = wide_dtype(weight.base.dtype)
@@ -58,20 +65,33 @@ def pay(
         array = entries(_gain_array(gain, axes, wide), axes)
         if all(d in shown for d in axes):
             after.append((array, [shown[d] for d in axes]))
-        elif all(d in met for d in axes) and jnp.issubdtype(operand.dtype, jnp.inexact):
+        elif all(d in met for d in axes) and _is_inexact(operand):
             places = [met[d] for d in axes]
             sizes = [operand.shape[d] for d in places]
             array = jnp.tile(array, [n // m for n, m in zip(sizes, array.shape, strict=True)])
             operand = times_gain(operand, spread(array, places, operand.ndim))
         else:
             raise Inexpressible("meets it along axes that leave no place for its gain")
+    turn, turns_result = weight.turn, False
+    if turn is not None:
+        turns_result = all(d in shown for d in turn.varying)
+        if not turns_result:
+            if not (all(d in met for d in turn.varying) and _is_inexact(operand)):
+                raise Inexpressible("meets it along axes that leave no place for its matrix")
+            operand = turned(turn, operand, met, by_rows=True, precision=precision)
 
     def pay_result(result: jax.Array) -> jax.Array:
+        if turn is not None and turns_result:
+            result = turned(turn, result, shown, precision=precision)
         for array, places in after:
             result = times_gain(result, spread(array, places, result.ndim))
         return result
 
-    return dataclasses.replace(weight, gains=()), operand, pay_result
+    return dataclasses.replace(weight, gains=(), turn=None), operand, pay_result
+
+
+def _is_inexact(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
 
 
 def spread(array: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:

@@ -4,16 +4,17 @@ Each leaf is in one of them and None in the other; beside an adapter in `tunable
 `frozen`. Leaves that are not arrays stay in `frozen`.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 
-from ._adapter import Adapter, FrozenWeight, base_and_held, sizes
+from ._adapter import Adapter, FrozenWeight, Layout, base_and_held, sizes
 from ._arrays import is_array, path_string
 from ._boxes import bare, opened
-from ._errors import PairError
+from ._errors import PairError, SpecError
 from ._factored import FactoredArray
 
 
@@ -166,8 +167,8 @@ def _check_leaf(what: str, leaf: Leaf) -> None:
     shape = _shape(base)
     found = {name: _shape(factor) for name, factor in new.factors().items()}
     beside = {name: _shape(factor) for name, factor in held.items()}
-    if sorted(axis for group in new.axes for axis in group) == list(range(len(shape))):
-        layout = new.layout(shape)
+    layout = _layout(new, shape)
+    if layout is not None:
         needed = {name: sizes(labels) for name, labels in layout.held.items()}
         if needed.keys() - beside.keys():
             raise PairError(
@@ -180,6 +181,19 @@ def _check_leaf(what: str, leaf: Leaf) -> None:
         f"{what}: the adapter at `{path}` has {_listed({**found, **beside})}, which do not fit a "
         f"base of shape {shape} with {', '.join(f'{k}={v}' for k, v in new.settings().items())}."
     )
+
+
+def _layout(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
+    """Where factors lie on a base of this shape; None where it cannot have such an adapter."""
+    if sorted(axis for group in weight.axes for axis in group) != list(range(len(shape))):
+        return None
+    try:
+        layout = weight.layout(shape)
+    except SpecError:
+        return None
+    # An axis that is cut into blocks is as long as they are.
+    fits = all(n == math.prod(sizes(labels)) for n, labels in zip(shape, layout.out, strict=True))
+    return layout if fits else None
 
 
 def _shape(array: Any) -> tuple[int, ...]:

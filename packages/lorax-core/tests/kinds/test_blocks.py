@@ -1,4 +1,4 @@
-"""LoHa, LoKr, LoCon, MiSS and GraLoRA: formulas, first factors, bad input, and the work oracle."""
+"""Kinds that cut axes into blocks: formulas, first factors, bad input, and the work oracle."""
 
 import math
 
@@ -9,6 +9,7 @@ import pytest
 
 from lorax import (
     Axes,
+    BdloraSpec,
     DoraSpec,
     GraloraSpec,
     LoconSpec,
@@ -30,6 +31,7 @@ SPECS = {
     "LoconSpec": LoconSpec(2),
     "MissSpec": MissSpec(2),
     "GraloraSpec": GraloraSpec(2),
+    "BdloraSpec": BdloraSpec(2),
 }
 
 
@@ -108,9 +110,23 @@ def test_gralora_is_a_grid_of_low_rank_blocks():
             np.testing.assert_allclose(block, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_one_factor_of_bdlora_is_block_diagonal(side):
+    delta, w = delta_of(BdloraSpec(4, alpha=5, blocks=2, side=side), (6, 10))
+    a, b = np.zeros((6, 4)), np.zeros((4, 10))
+    for n in range(2):
+        rank = slice(2 * n, 2 * n + 2)
+        if side == "in":
+            a[3 * n : 3 * n + 3, rank], b[rank] = w.a[n], w.b[n]
+        else:
+            a[:, rank], b[rank, 5 * n : 5 * n + 5] = w.a[:, n], w.b[n]
+    np.testing.assert_allclose(delta, 1.25 * a @ b, rtol=1e-5, atol=1e-6)
+
+
 # First factors.
 
 ZERO = {"LohaSpec": "a2", "LokrSpec": "w1", "LoconSpec": "b", "MissSpec": "d", "GraloraSpec": "b"}
+ZERO["BdloraSpec"] = "b"
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -125,6 +141,7 @@ def test_one_factor_is_zero_at_first_and_the_others_are_in_their_bounds(name):
         "LoconSpec": {"a": 64, "core": 2},
         "MissSpec": {},
         "GraloraSpec": {"a": 32},
+        "BdloraSpec": {"a": 32},
     }[name]
     assert factors.keys() == fan_in.keys()
     for key, factor in factors.items():
@@ -143,9 +160,10 @@ def test_entries_of_a_stack_start_apart(name):
         assert not jnp.allclose(factor[0], factor[1]), key
 
 
-def test_blocks_of_gralora_start_apart():
-    _, tunable = init_lora({"w": jnp.ones((8, 6))}, {"w": GraloraSpec(4)}, jax.random.key(0))
-    assert not jnp.allclose(tunable["w"].a[0], tunable["w"].a[1])
+def test_blocks_start_apart():
+    for spec in (GraloraSpec(4), BdloraSpec(4)):
+        _, tunable = init_lora({"w": jnp.ones((8, 6))}, {"w": spec}, jax.random.key(0))
+        assert not jnp.allclose(tunable["w"].a[0], tunable["w"].a[1])
 
 
 # Bad input.
@@ -167,6 +185,10 @@ BAD = {
     "rank of MiSS": (MissSpec(0), "`w` has a MissSpec of rank 0"),
     "more rows than inputs": (MissSpec(9), "`w` .*rank 9, .*axis 0 has size 8. Take a rank up to"),
     "rank of GraLoRA": (GraloraSpec(0), "`w` has a GraloraSpec of rank 0"),
+    "rank of BD-LoRA": (BdloraSpec(3), "`w` .*blocks=2, which does not divide its rank, 3. Take"),
+    "blocks of BD-LoRA": (BdloraSpec(3, blocks=3), "`w` .*does not divide its axis 0, "),
+    "side of BD-LoRA": (BdloraSpec(2, side="b"), "of side 'b'"),  # pyright: ignore
+    "axis of BD-LoRA": (BdloraSpec(2, split_axis=1), r"split_axis=1, but the axes of side 'in'"),
     "blocks": (GraloraSpec(2, blocks=0), "`w` has a GraloraSpec of number of blocks 0"),
     "blocks and rank": (GraloraSpec(3, blocks=2), "`w` .*does not divide its rank, 3. Take blocks"),
     "blocks and inputs": (GraloraSpec(3, blocks=3), "`w` .*does not divide axis 0 of its shape"),
@@ -251,7 +273,7 @@ def test_a_remainder_of_miss_is_no_array_of_the_weights_size():
 # Edges of rules: look-ups out of range, groups that cut a block, strides and dilations.
 
 
-@pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2)], ids=str)
+@pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2), BdloraSpec(2)], ids=str)
 @pytest.mark.parametrize("mode", ["clip", "fill", "wrap"])
 def test_rows_out_of_range(spec, mode):
     def model(params, i):
@@ -282,7 +304,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "HWCN"])
-@pytest.mark.parametrize("kind", ["LokrSpec", "LoconSpec", "MissSpec", "GraloraSpec"])
+@pytest.mark.parametrize("kind", ["LokrSpec", "LoconSpec", "MissSpec", "GraloraSpec", "BdloraSpec"])
 def test_convolutions(kind, layout, options):
     keywords = {"window_strides": (1, 1), "padding": "VALID"} | OPTIONS[options]
     groups = keywords.get("feature_group_count", 1)

@@ -17,6 +17,7 @@ import lorax
 from lorax import (
     AdaloraSpec,
     Axes,
+    BdloraSpec,
     DeloraSpec,
     DoraSpec,
     GraloraSpec,
@@ -28,6 +29,7 @@ from lorax import (
     LoraSpec,
     MaterializeError,
     MissSpec,
+    OftSpec,
     TokensSpec,
     VeraSpec,
     init_lora,
@@ -54,6 +56,27 @@ def blocks_of(shape, axes):
     )
 
 
+def turned(side):
+    """OFT along the channels of a convolution, and along the last axis of a side elsewhere."""
+
+    def spec(shape, axes):
+        over = axes.inputs if side == "in" else axes.outputs
+        channels = over[-1] if len(over) == 3 else None
+        return OftSpec(divisor_of(shape[over[-1]]), side, channels)
+
+    return spec
+
+
+def cut(side):
+    """BD-LoRA, whose factors are smaller than the weight."""
+
+    def spec(shape, axes):
+        blocks = divisor_of(shape[(axes.inputs if side == "in" else axes.outputs)[-1]])
+        return BdloraSpec(blocks, alpha=4, blocks=blocks, side=side)
+
+    return spec
+
+
 # A name, and its spec for axes of a weight: (spec, uses that it cannot enter and why).
 KINDS = {
     "lora": LoraSpec(2, alpha=4),
@@ -77,6 +100,10 @@ KINDS = {
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
     "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),  # pyright: ignore
+    "bdlora": cut("in"),
+    "bdlora-out": cut("out"),
+    "oft": turned("in"),
+    "oft-out": turned("out"),
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.
@@ -86,6 +113,12 @@ BUILT = {
     ("ia3-in", "grouped-convolution"),
     # Two halves of three blocks: the cut is within a block.
     ("gralora", "split"),
+    ("oft-out", "split"),
+    # The same of groups.
+    ("oft-out", "grouped-convolution"),
+    # Rows are looked up, and each is a mixture of its block.
+    ("oft", "lookup"),
+    ("oft", "tied"),
 }
 
 # Kinds that refuse such a weight.
@@ -252,7 +285,9 @@ def test_the_base_at_the_start(kind, use):
     got, expected = adapted(pair, *args), function(params, *args)
     # XLA compiles the body of a loop anew, with other roundings.
     is_fused = use in ("scan", "scan-and-remat", "loop")
-    if kind.startswith("dora") or is_fused:
+    # (x ⊙ g) @ W is not x @ (g ⊙ W) in its last bits.
+    is_moved = (kind, use) == ("oft", "row-gain")
+    if kind.startswith("dora") or is_fused or is_moved:
         got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)  # pyright: ignore
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
     else:
@@ -333,3 +368,11 @@ def test_settings_that_no_spec_allows_are_refused(kind):
                                         settings else settings | {name: 0})  # fmt: skip
     with pytest.raises(ValueError, match="no setting 'more'"):
         lorax.adapter_from_settings(settings | {"more": 1})
+
+
+@pytest.mark.parametrize("kind", ["gralora", "lokr", "oft"])
+def test_a_base_that_blocks_do_not_divide_is_refused(kind):
+    function, params, spec, _ = of_use("right", kind)
+    tunable = init_lora(params, spec, jax.random.key(0)).tunable
+    with pytest.raises(lorax.PairError, match="the adapter at `w` has .* do not fit a base"):
+        lora(function)(({"w": N(0, 10, 6)}, tunable), N(1, 3, 10))

@@ -16,6 +16,7 @@ from .._adapter import (
 )
 from . import (
     adalora as adalora,
+    bdlora as bdlora,
     delora as delora,
     dora as dora,
     gralora as gralora,
@@ -26,6 +27,7 @@ from . import (
     lora as lora,
     lora_fa as lora_fa,
     miss as miss,
+    oft as oft,
     tokens as tokens,
     vera as vera,
 )

@@ -1,5 +1,6 @@
 """Arithmetic on weights that leaves them linear: sums, and products with what is not a weight."""
 
+import dataclasses
 from collections.abc import Hashable
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from .._contract import product_dtype, wide_dtype
 from .._factored import FactoredArray, base_of, is_weight
 from .._registry import defreason, defrule
-from .._terms import Inexpressible, Term, align, apart, check_size, operand, product
+from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
 from . import norms
 
 
@@ -85,8 +86,19 @@ def _wide(weight, array) -> jax.Array:
 
 
 def _scaled(eqn, weight, array, base, reason: str):
-    """Base and terms take the array; gains multiply what comes of it."""
+    """Base and terms take the array; gains multiply what comes of it.
+
+    An array along an axis that a matrix multiplies is one more gain.
+    """
     shape, weight = eqn.out_shape, weight.resolved()
+    if weight.turn is not None and array.size != 1 and array.shape[weight.turn.axis] != 1:
+        if shape != weight.shape:
+            raise Inexpressible
+        labels = tuple(Label(d, size) for d, size in enumerate(shape))
+        blank = Term((jnp.ones((), array.dtype),), ((),), tuple((x,) for x in labels),
+                     weight.turn.term.sources)  # fmt: skip
+        gain = times(blank, array, shape, reason)
+        return eqn.settle(dataclasses.replace(weight, gains=(*weight.gains, gain)))
     terms = [times(term, array, shape, reason) for term in weight.terms]
     check_size(0, max((len(term.factors) for term in terms), default=0))
     scaled = weight.moved(lambda piece: _expand(piece, shape)).replace_terms(terms)

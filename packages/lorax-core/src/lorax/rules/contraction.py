@@ -69,7 +69,7 @@ def _dot_general(
         return _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords)
     on_left = is_weight(left)
     weight, met = (left, right) if on_left else (right, left)
-    weight, met, batched, finish = _paid(eqn, weight, met, dimension_numbers, on_left)
+    weight, met, batched, finish = _paid(eqn, weight, met, dimension_numbers, on_left, precision)
     base = eqn(weight.base, met) if on_left else eqn(met, weight.base)
 
     def with_terms(met):
@@ -84,7 +84,7 @@ def _dot_general(
     return finish(with_dropout_on(met, weight, batched, with_terms))
 
 
-def _paid(eqn, weight, met, dimension_numbers, is_left):
+def _paid(eqn, weight, met, dimension_numbers, is_left, precision):
     """The weight without gains, what it meets, the batched axes of both, and a last step."""
     if weight.is_sum:
         return weight, met, {}, lambda result: result
@@ -95,7 +95,9 @@ def _paid(eqn, weight, met, dimension_numbers, is_left):
     first = len(batched) + (0 if is_left else met.ndim - len(used))
     shown = {d: k for k, d in enumerate(batch[0])} | {d: first + k for k, d in enumerate(kept)}
     places = dict(zip(*summed, strict=True)) | batched
-    weight, met, pay_result = pay(weight, met, places, shown)
+    if is_left and isinstance(precision, tuple):
+        precision = precision[::-1]
+    weight, met, pay_result = pay(weight, met, places, shown, precision=precision)
     return eqn.with_own_keys(weight), met, batched, pay_result
 
 
@@ -193,13 +195,13 @@ def _ragged_dot_general(
     pay_result = lambda result: result  # noqa: E731
     met = left
     if not right.is_sum:
-        right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers)
+        right, met, pay_result = _paid_by_rows(eqn, right, left, group_sizes, numbers, precision)
     deltas, in_parts = [], []
     for term in right.terms:
-        if _is_in_parts(term, r_sum):
+        kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
+        if _is_in_parts(term, (*r_sum, *kept)):
             in_parts.append(_steps(term, left, l_sum, r_sum, groups[0]))
             continue
-        kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
         first, second, bonds = fused.halves(inputs, outputs)
@@ -243,7 +245,7 @@ def _ragged_dot_general(
     return pay_result(with_dropout_on(met, eqn.with_own_keys(right), {}, with_terms))
 
 
-def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):
+def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
     """A weight without gains, the rows that meet it, and a function of the result.
 
     Each row takes the gain of its own group.
@@ -261,16 +263,31 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers):
             return array
         return jnp.repeat(array, group_sizes, axes.index(group), total_repeat_length=count)
 
-    return pay(weight, rows, met, shown, entries)
+    def turned(turn, array, places, *, by_rows=False, precision=None):
+        if group not in turn.varying:
+            return turn.applied_to(array, places, by_rows=by_rows, precision=precision)
+        if array.ndim != 2 or places[turn.axis] != 1 or {*turn.varying} != {group, turn.axis}:
+            raise Inexpressible
+        row = turn.term.fresh(array.shape[0])
+        other = turn.term.fresh(turn.label.size, skip=1)
+        inputs, (label,) = turn.term.out[turn.axis], turn.term.out[group]
+        outputs = tuple(other if x == turn.label else x for x in inputs)
+        factors = turn.factors(by_rows=by_rows, other=other)
+        steps = _Steps(row, inputs, label, factors, outputs)
+        with jax.named_scope("lora"):
+            delta = _multiply_in_steps(array, group_sizes, steps, precision, None)
+            return array + delta.astype(array.dtype)
+
+    return pay(weight, rows, met, shown, entries, turned, precision)
 
 
-# Terms whose summed axis is blocks, beside `ragged_dot`
+# Terms with an axis of blocks, beside `ragged_dot`
 
 
-def _is_in_parts(term: Term, summed) -> bool:
-    """Whether a summed axis is blocks that different factors own."""
+def _is_in_parts(term: Term, axes) -> bool:
+    """Whether one of the axes is blocks that different factors own."""
     try:
-        term.fuse_all(summed, own=False)
+        term.fuse_all(axes, own=False)
     except Inexpressible:
         return True
     return False

@@ -74,9 +74,10 @@ def _conv_general_dilated(
     dtype = eqn.product_dtype(x, kernel.base)
     rhs_spec = dimension_numbers.rhs_spec
     eqn.use(kernel, "product")
+    _check_groups(kernel, rhs_spec[0], max(feature_group_count, batch_group_count))
     lhs_spec, out_spec = dimension_numbers.lhs_spec, dimension_numbers.out_spec
     met, shown = {rhs_spec[1]: lhs_spec[1]}, {rhs_spec[0]: out_spec[1]}
-    kernel, x, pay_result = pay(kernel, x, met, shown)
+    kernel, x, pay_result = pay(kernel, x, met, shown, precision=precision)
     stages = [
         _plan(term, rhs_spec, feature_group_count)
         if batch_group_count == 1 and _has_parts(term, rhs_spec)
@@ -102,6 +103,17 @@ def _conv_general_dilated(
         return total
 
     return pay_result(with_dropout_on(x, eqn.with_own_keys(kernel), {}, with_terms))
+
+
+def _check_groups(kernel: FactoredArray, out_axis: int, groups: int) -> None:
+    """A matrix on the outputs multiplies the result, unless its blocks reach into other groups."""
+    turn = kernel.turn
+    if turn is None or turn.axis != out_axis:
+        return
+    labels = turn.term.out[out_axis]
+    block = math.prod(label.size for label in labels[labels.index(turn.label) :])
+    if kernel.shape[out_axis] // groups % block != 0:
+        raise Inexpressible("has groups that cut a block of its kernel in two")
 
 
 class _Stages(NamedTuple):

@@ -117,8 +117,7 @@ def _broadcast_in_dim(eqn, weight, *shape_parts, shape, broadcast_dimensions, sh
 def _flip(term: Term, *, dimensions) -> Term:
     for axis in dimensions:
         for label in term.out[axis]:
-            flipped, new = term.along(label, lambda f, k: jnp.flip(f, k), label.size)
-            term = flipped.rename({new: (label,)})
+            term, _ = term.along(label, lambda f, k: jnp.flip(f, k), label.size)
     return term
 
 
