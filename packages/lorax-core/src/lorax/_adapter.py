@@ -321,6 +321,7 @@ class Start(NamedTuple):
         dtype: of the factors.
         common: what `AdapterSpec.common` made for all weights.
         initializers: of the fan-in factors, and of the fan-out factors.
+        collected: what `collect_starts` has for it.
     """
 
     path: str
@@ -330,6 +331,7 @@ class Start(NamedTuple):
     dtype: Any
     common: Any
     initializers: tuple[Initializer, Initializer]
+    collected: Mapping[str, jax.Array] | None = None
 
     def array(self, spec: Any, needed: str) -> Any:
         """The parameter, of which `spec` needs more than its shape."""
@@ -372,6 +374,11 @@ class AdapterSpec:
 
     # Whether its rank is at most that of the matrix: inference lowers a higher one.
     has_matrix_rank: ClassVar[bool] = False
+
+    @property
+    def collects(self) -> Any:
+        """How the first factors follow from what `collect_starts` collects, where they do."""
+        return None
 
     def __post_init__(self) -> None:
         make_plain(self)

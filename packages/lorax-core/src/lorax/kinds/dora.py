@@ -141,6 +141,11 @@ class DoraSpec(AdapterSpec):
         return dataclasses.replace(self, spec=self.spec.with_axes(axes))
 
     @property
+    def collects(self) -> Any:
+        """What the spec within collects."""
+        return self.spec.collects
+
+    @property
     def size(self) -> int | None:
         """The rank of the spec within."""
         return self.spec.size
