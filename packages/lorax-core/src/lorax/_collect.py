@@ -155,7 +155,7 @@ class _Wanted:
             what = "gradients" if self.is_gradient else "inputs"
             raise SpecError(
                 f"`{self.path}` has {start}, and the {what} of an entry are all zero, or not "
-                "finite, in these batches. Give collect_starts other batches, or the weight another "
+                "finite, in these batches. Give collect_starts other batches, or give it another "
                 "init."
             )
         return kept

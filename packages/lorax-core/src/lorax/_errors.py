@@ -39,3 +39,8 @@ class UnadaptedWarning(UserWarning):
 
 class RankWarning(UserWarning):
     """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""
+
+
+def a_or_an(noun: str) -> str:
+    """A noun with its article, for messages that name a class."""
+    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
