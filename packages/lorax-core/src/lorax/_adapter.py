@@ -20,7 +20,7 @@ import numpy as np
 
 from ._arrays import own
 from ._axes import Axes, resolve_axes
-from ._errors import SpecError, a_or_an
+from ._errors import SpecError, a_kind
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
 from ._statics import is_of, make_plain, with_tuples
@@ -337,7 +337,7 @@ class Start(NamedTuple):
         """The parameter, of which `spec` needs more than its shape."""
         if not isinstance(self.base, jax.Array | np.ndarray):
             raise SpecError(
-                f"`{self.path}` has {a_or_an(type(spec).__name__)}, which needs {needed}, but it is "
+                f"`{self.path}` has {a_kind(spec)}, which needs {needed}, but it is "
                 f"{type(self.base).__name__}. Call init_lora on arrays, or under jax.eval_shape."
             )
         return self.base

@@ -41,6 +41,7 @@ class RankWarning(UserWarning):
     """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""
 
 
-def a_or_an(noun: str) -> str:
-    """A noun with its article, for messages that name a class."""
-    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
+def a_kind(value: object) -> str:
+    """The class of a value with its article, for messages."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

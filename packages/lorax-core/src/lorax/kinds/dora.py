@@ -22,7 +22,7 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
-from .._errors import SpecError, a_or_an
+from .._errors import SpecError, a_kind
 from .._factored import FactoredArray, Norm, norm_squared
 
 
@@ -159,7 +159,7 @@ class DoraSpec(AdapterSpec):
         self.spec.check(path, shape, axes)
         if not self.spec.has_narrow_delta:
             raise SpecError(
-                f"`{path}` has a DoraSpec of {a_or_an(type(self.spec).__name__)}, the norm of which takes "
+                f"`{path}` has a DoraSpec of {a_kind(self.spec)}, the norm of which takes "
                 "an array as large as the weight. Use a LoraSpec within, or the other spec alone."
             )
 

@@ -25,7 +25,7 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
-from .._errors import RankWarning, SpecError, a_or_an
+from .._errors import RankWarning, SpecError, a_kind
 from .._terms import Labels
 from .collected import COLLECTED, CollectedStart
 from .starts import MOVING, STARTS, start_from_collected, start_from_matrix
@@ -230,12 +230,11 @@ def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) 
 
 def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
     """Refuses what is no rank."""
-    kind = type(spec).__name__
     if type(rank) is not int:
         raise SpecError(f"`{path}` has {name} {rank!r}; a {name} is a positive int.")
     if rank < 1:
         raise SpecError(
-            f"`{path}` has {a_or_an(kind)} of {name} {rank}; {name}s begin at 1. To freeze it "
+            f"`{path}` has {a_kind(spec)} of {name} {rank}; {name}s begin at 1. To freeze it "
             "give it LORA_FREEZE, to train it in full LORA_FULL."
         )
 
