@@ -33,6 +33,8 @@ KINDS: dict[str, lorax.AdapterSpec] = {
     "LoKr": lorax.LokrSpec(RANK, alpha=RANK),
     "MiSS": lorax.MissSpec(RANK),
     "GraLoRA": lorax.GraloraSpec(RANK, alpha=RANK, blocks=2),
+    "BD-LoRA": lorax.BdloraSpec(RANK, alpha=RANK),
+    "OFT, blocks of 32": lorax.OftSpec(32),
     "LoRA-FA": lorax.LoraFASpec(RANK, alpha=RANK),
     "VeRA, rank 256": lorax.VeraSpec(256),
     "AdaLoRA": lorax.AdaloraSpec(RANK, alpha=RANK),

@@ -361,6 +361,16 @@ def test_left_frozen_by_custom_without_a_warning(fn, shape):
     assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
+def test_positions_of_a_batch_are_no_queries():
+    """What is added to data of more axes is a bias of it, even where the sum meets data again."""
+
+    def attention(p, x):
+        return jnp.einsum("btd,bsd->bts", x + p["left"][None], x) @ p["w"]
+
+    spec = roles_of(attention, {"w": (3, 7), "left": (3, 11)}, [struct(5, 3, 11)])
+    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+
+
 TOLD = [
     (
         "weights",

@@ -10,6 +10,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
+from ._collect import collect_starts as collect_starts, eva_ranks as eva_ranks
 from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (
@@ -67,6 +68,11 @@ from .kinds.adalora import (
     adalora_pruner as adalora_pruner,
 )
 from .kinds.bdlora import BdloraSpec as BdloraSpec, BdloraWeight as BdloraWeight
+from .kinds.collected import (
+    CordaStart as CordaStart,
+    EvaStart as EvaStart,
+    LoraGAStart as LoraGAStart,
+)
 from .kinds.delora import DeloraSpec as DeloraSpec, DeloraWeight as DeloraWeight
 from .kinds.dora import DoraSpec as DoraSpec, DoraWeight as DoraWeight
 from .kinds.gralora import GraloraSpec as GraloraSpec, GraloraWeight as GraloraWeight
@@ -95,10 +101,12 @@ __all__ = [
     "Axes",
     "BdloraSpec",
     "BdloraWeight",
+    "CordaStart",
     "DeloraSpec",
     "DeloraWeight",
     "DoraSpec",
     "DoraWeight",
+    "EvaStart",
     "Explanation",
     "Extraction",
     "FrozenWeight",
@@ -116,6 +124,7 @@ __all__ = [
     "LokrWeight",
     "LoraFASpec",
     "LoraFAWeight",
+    "LoraGAStart",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
@@ -141,9 +150,11 @@ __all__ = [
     "adapter_difference",
     "adapter_from_settings",
     "as_lora",
+    "collect_starts",
     "combine_adapters",
     "count_params",
     "drop_adapter",
+    "eva_ranks",
     "explain",
     "extract_lora",
     "infer_spec",

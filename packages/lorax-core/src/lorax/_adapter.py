@@ -20,7 +20,7 @@ import numpy as np
 
 from ._arrays import own
 from ._axes import Axes, resolve_axes
-from ._errors import SpecError
+from ._errors import SpecError, a_kind
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
 from ._statics import is_of, make_plain, with_tuples
@@ -321,6 +321,7 @@ class Start(NamedTuple):
         dtype: of the factors.
         common: what `AdapterSpec.common` made for all weights.
         initializers: of the fan-in factors, and of the fan-out factors.
+        collected: what `collect_starts` has for it.
     """
 
     path: str
@@ -330,12 +331,13 @@ class Start(NamedTuple):
     dtype: Any
     common: Any
     initializers: tuple[Initializer, Initializer]
+    collected: Mapping[str, jax.Array] | None = None
 
     def array(self, spec: Any, needed: str) -> Any:
         """The parameter, of which `spec` needs more than its shape."""
         if not isinstance(self.base, jax.Array | np.ndarray):
             raise SpecError(
-                f"`{self.path}` has a {type(spec).__name__}, which needs {needed}, but it is "
+                f"`{self.path}` has {a_kind(spec)}, which needs {needed}, but it is "
                 f"{type(self.base).__name__}. Call init_lora on arrays, or under jax.eval_shape."
             )
         return self.base
@@ -372,6 +374,11 @@ class AdapterSpec:
 
     # Whether its rank is at most that of the matrix: inference lowers a higher one.
     has_matrix_rank: ClassVar[bool] = False
+
+    @property
+    def collects(self) -> Any:
+        """How the first factors follow from what `collect_starts` collects, where they do."""
+        return None
 
     def __post_init__(self) -> None:
         make_plain(self)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._errors import SpecError
 
@@ -17,6 +17,11 @@ class Axes(NamedTuple):
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         """The sizes of the matrix (inputs × outputs) that each shared entry is."""
         return math.prod(shape[d] for d in self.inputs), math.prod(shape[d] for d in self.outputs)
+
+    def matrices(self, array: Any) -> Any:
+        """A weight as `[entries, inputs, outputs]`, one matrix for each shared entry."""
+        matrices = array.transpose((*self.shared, *self.inputs, *self.outputs))
+        return matrices.reshape(-1, *self.sizes(array.shape))
 
     def check(self, path: str, ndim: int) -> "Axes":
         """The same, in order; raises `SpecError` where a weight of `ndim` axes has others."""

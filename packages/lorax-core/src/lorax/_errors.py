@@ -39,3 +39,9 @@ class UnadaptedWarning(UserWarning):
 
 class RankWarning(UserWarning):
     """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""
+
+
+def a_kind(value: object) -> str:
+    """The class of a value with its article, for messages."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from . import _contract
+from ._meter import Meter
 from ._sharding import sharded_like
 from ._terms import Inexpressible, Labels, Term, align, apart
 from ._turn import Turn
@@ -167,6 +168,7 @@ class FactoredArray:
         norm: one more gain, whose divisor is still to be computed.
         keys: the PRNG keys of dropout on the input of the terms, as a term of integers.
         turn: a block-diagonal matrix that multiplies the sum along one axis.
+        meter: where the inputs of the weight are summed up; it changes nothing.
     """
 
     base: jax.Array
@@ -175,6 +177,7 @@ class FactoredArray:
     norm: Norm | None = None
     keys: Keys | None = None
     turn: Turn | None = None
+    meter: Meter | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,7 +187,7 @@ class FactoredArray:
     @property
     def is_sum(self) -> bool:
         """Whether it is a base and terms alone."""
-        rest = (self.norm, self.keys, self.turn)
+        rest = (self.norm, self.keys, self.turn, self.meter)
         return not self.gains and all(piece is None for piece in rest)
 
     @property
@@ -195,16 +198,21 @@ class FactoredArray:
         vary along all of it.
         """
         of_gains = (*self.gains, *([self.norm.term] if self.norm else ()))
-        flat = all(term.is_flat for term in self.terms)
+        flat = all(term.is_flat for term in self.terms) and self.meter is None
         turned = self.turn is None or self.turn.is_owned
         return flat and turned and all(gain.is_owned for gain in of_gains)
 
     @property
     def pieces(self) -> tuple[Term, ...]:
-        """Everything but the base: terms, gains, the pending gain, keys, and the turn."""
-        rest = (self.norm, self.keys, self.turn)
+        """Everything but the base: terms, gains, and what else there is one of."""
+        rest = (self.norm, self.keys, self.turn, self.meter)
         pending = [piece.term for piece in rest if piece is not None]
         return (*self.terms, *self.gains, *pending)
+
+    def steps_through(self, axis: int) -> bool:
+        """Whether entries of an axis belong together: a step of a `scan` has one of them."""
+        turned = self.turn is not None and self.turn.axis == axis
+        return turned or (self.meter is not None and axis in self.meter.axes)
 
     def with_pieces(self, base: Any, pieces: Iterable[Term]) -> "FactoredArray":
         """The weight of another base and of as many other pieces."""
@@ -214,7 +222,8 @@ class FactoredArray:
         norm = self.norm and dataclasses.replace(self.norm, term=next(rest))
         keys = self.keys and dataclasses.replace(self.keys, term=next(rest))
         turn = self.turn and self.turn.moved_to(next(rest))
-        return FactoredArray(base, terms, gains, norm, keys, turn)
+        meter = self.meter and self.meter.moved_to(next(rest))
+        return FactoredArray(base, terms, gains, norm, keys, turn, meter)
 
     def moved(self, change: Callable[[Term], Term]) -> "FactoredArray":
         """Every piece as `change` moves or cuts it, beside the base as it is.
@@ -261,6 +270,10 @@ class FactoredArray:
     @property
     def _axes(self) -> dict[int, int]:
         return {d: d for d in range(self.base.ndim)}
+
+    def metered(self, operand: jax.Array, places: Mapping[int, int], **keywords: Any) -> jax.Array:
+        """The operand that meets the weight, read by its meter if it has one; see `Meter.read`."""
+        return operand if self.meter is None else self.meter.read(operand, places, **keywords)
 
     def turned(self, array: jax.Array) -> jax.Array:
         """An array of the weight's axes times the turn."""

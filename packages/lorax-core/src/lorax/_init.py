@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ def init_lora(
     a_init: str | Initializer = "uniform",
     b_init: str | Initializer = "zeros",
     dtype: Any = None,
+    collected: Mapping[str, Mapping[str, jax.Array]] | None = None,
 ) -> Pair:
     """Splits parameters into a frozen tree and a tunable one with fresh factors.
 
@@ -73,6 +74,7 @@ def init_lora(
             matrix `[fan_in, rank]` of each entry of the shared axes.
         b_init: the same for those that make the output, `[rank, fan_out]`.
         dtype: of the factors; by default the base's, and float32 for narrower ones.
+        collected: what `collect_starts` returned, for specs with such an `init`.
 
     Returns:
         The `Pair` of `frozen` and `tunable`, both with the structure of `param_tree`. Frozen leaves
@@ -100,6 +102,8 @@ def init_lora(
         check_leaf(path, leaf, leaf_spec)
         for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
     ]
+    collected = {} if collected is None else collected
+    _check_collected(collected, leaves, checked)
     common = _common(leaves, checked, rng)
     placed: dict[Any, Any] = {}
     frozen: list[Any] = []
@@ -109,7 +113,9 @@ def init_lora(
             kind, axes = leaf_spec
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
             wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
-            start = Start(path, leaf, axes, key, wide, common[kind.common_key], initializers)
+            shared = common[kind.common_key]
+            given = collected.get(path)
+            start = Start(path, leaf, axes, key, wide, shared, initializers, given)
             base, weight = _placed(kind.start(start), leaf, placed)
             frozen.append(base)
             tunable.append(weight)
@@ -119,6 +125,20 @@ def init_lora(
     frozen_tree = jax.tree.unflatten(structure, frozen)
     tunable_tree = jax.tree.unflatten(structure, tunable)
     return Pair(frozen_tree, box_factors(tunable_tree, frozen_tree))
+
+
+def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) -> None:
+    """Refuses what no spec asks for, so that nothing is left out without a word."""
+    asking = {
+        path
+        for (path, _), spec in zip(leaves, checked, strict=True)
+        if isinstance(spec, tuple) and spec[0].collects is not None
+    }
+    if unused := sorted(collected.keys() - asking):
+        raise SpecError(
+            f"`collected` has `{unused[0]}`, whose spec has no `init` that takes it. Pass the "
+            "parameters and the spec that `collect_starts` was given."
+        )
 
 
 def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[Hashable, Any]:
@@ -144,6 +164,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
 
 
 def flatten_spec(spec: Any, structure: Any) -> list[Any]:
+    """The leaves of a spec tree, which must have the structure of the parameters."""
     is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
     leaves, other = jax.tree.flatten(spec, is_leaf=is_leaf)
     if other != structure:

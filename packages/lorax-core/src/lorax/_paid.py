@@ -180,9 +180,9 @@ def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.A
 def _noise(words: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Uniform 32-bit numbers: a hash of two words of a key and of the position of each entry.
 
-    `jax.random.bits` would take half the time of a training step on a CPU, and temporary arrays as
-    large as the operand. This is a few operations an entry that fuse into what reads them, and
-    enough for a mask. It is the finalizer of MurmurHash3, once for each axis.
+    `jax.random.bits` would make temporary arrays as large as the operand. This is a few operations
+    for each entry, which fuse into what reads them, and enough for a mask. It is the finalizer of
+    MurmurHash3, once for each axis.
     """
     mixed = _mix(words[0] ^ _mix(words[-1]))
     for size in shape:

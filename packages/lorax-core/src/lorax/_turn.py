@@ -7,8 +7,9 @@ is multiplied first, or the result where the axis is kept.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,32 @@ import jax.numpy as jnp
 
 from . import _contract
 from ._terms import Inexpressible, Label, Labels, Term
+
+
+def arranged(
+    term: Term, array: jax.Array, places: Mapping[int, int]
+) -> tuple[jax.Array, list[Labels], Iterator[int]]:
+    """An array that meets a weight, with the labels that a term of the weight has there.
+
+    Args:
+        term: the term.
+        array: what meets the weight.
+        places: for each axis of the weight that the array has, the array's. The array may repeat
+            it, as the groups of a convolution do.
+
+    Returns:
+        The array with an axis for each label, the labels of each of its axes before, and the
+        numbers of labels that nothing has.
+    """
+    axes = {places[d]: term.out[d] for d in places}
+    fresh = itertools.count(term.fresh(1).id)
+    out: list[Labels] = []
+    for axis, size in enumerate(array.shape):
+        labels = axes.get(axis, ())
+        repeats = size // math.prod(label.size for label in labels)
+        out.append((Label(next(fresh), repeats), *labels) if repeats != 1 else labels)
+    flat = [label.size for labels in out for label in labels]
+    return array.reshape(flat), out, fresh
 
 
 @jax.tree_util.register_dataclass
@@ -83,16 +110,9 @@ class Turn:
             by_rows: as in `factors`.
             **keywords: of `contract`.
         """
-        axes = {places[d]: self.term.out[d] for d in places}
-        fresh = iter(range(self.term.fresh(1).id, 1 << 30))
-        out: list[Labels] = []
-        for axis, size in enumerate(array.shape):
-            labels = axes.get(axis, ())
-            repeats = size // math.prod(label.size for label in labels)
-            out.append((Label(next(fresh), repeats), *labels) if repeats != 1 else labels)
-        flat = tuple(label for labels in out for label in labels)
+        met, out, fresh = arranged(self.term, array, places)
         other = Label(next(fresh), self.label.size)
-        met = array.reshape([label.size for label in flat])
+        flat = tuple(label for labels in out for label in labels)
         operands = [(met, flat), *self.factors(by_rows=by_rows, other=other)]
         arrays, labels = zip(*operands, strict=True)
         turned = tuple(

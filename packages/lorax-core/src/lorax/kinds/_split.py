@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._axes import Axes, normalize
-from .._errors import SpecError
+from .._errors import SpecError, a_kind
 
 
 def resolve_split(
@@ -19,12 +19,12 @@ def resolve_split(
     outputs = [d for d in found if d in axes.outputs]
     if len(found) != 2 or len(inputs) != 1:
         raise SpecError(
-            f"`{path}` has a {type(spec).__name__} with split_axes={tuple(given)}; give one of its "
+            f"`{path}` has {a_kind(spec)} with split_axes={tuple(given)}; give one of its "
             f"input axes {axes.inputs} and one of its output axes {axes.outputs}."
         )
     if not outputs:
         raise SpecError(
-            f"`{path}` has a {type(spec).__name__} with split_axes={tuple(given)}, of which one is "
+            f"`{path}` has {a_kind(spec)} with split_axes={tuple(given)}, of which one is "
             f"shared; give one of the output axes {axes.outputs}."
         )
     return inputs[0], outputs[0]

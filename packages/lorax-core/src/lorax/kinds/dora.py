@@ -22,7 +22,7 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
-from .._errors import SpecError
+from .._errors import SpecError, a_kind
 from .._factored import FactoredArray, Norm, norm_squared
 
 
@@ -141,6 +141,11 @@ class DoraSpec(AdapterSpec):
         return dataclasses.replace(self, spec=self.spec.with_axes(axes))
 
     @property
+    def collects(self) -> Any:
+        """What the spec within collects."""
+        return self.spec.collects
+
+    @property
     def size(self) -> int | None:
         """The rank of the spec within."""
         return self.spec.size
@@ -154,7 +159,7 @@ class DoraSpec(AdapterSpec):
         self.spec.check(path, shape, axes)
         if not self.spec.has_narrow_delta:
             raise SpecError(
-                f"`{path}` has a DoraSpec of a {type(self.spec).__name__}, the norm of which takes "
+                f"`{path}` has a DoraSpec of {a_kind(self.spec)}, the norm of which takes "
                 "an array as large as the weight. Use a LoraSpec within, or the other spec alone."
             )
 

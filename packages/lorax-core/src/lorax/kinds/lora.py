@@ -25,9 +25,10 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
-from .._errors import RankWarning, SpecError
+from .._errors import RankWarning, SpecError, a_kind
 from .._terms import Labels
-from .starts import MOVING, STARTS, start_from_matrix
+from .collected import COLLECTED, CollectedStart
+from .starts import MOVING, STARTS, start_from_collected, start_from_matrix
 
 Scaling = Literal["standard", "rslora"]
 
@@ -120,7 +121,8 @@ class LoraSpec(AdapterSpec):
             `scan` or the experts of a mixture.
         init: the first factors, where they are not those of `init_lora`: "pissa" or "olora", which
             take them from the weight, so that its base in the frozen tree moves by as much, or
-            "orthogonal", random factors whose product is zero.
+            "orthogonal", random factors whose product is zero; "eva", "corda" or "lora_ga", or an
+            `EvaStart`, `CordaStart` or `LoraGAStart`, from what `collect_starts` has collected.
 
     Example:
         >>> from lorax import LoraSpec
@@ -139,19 +141,29 @@ class LoraSpec(AdapterSpec):
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
-    init: str | None = dataclasses.field(default=None, repr=False)
+    init: str | CollectedStart | None = dataclasses.field(default=None, repr=False)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Refuses ranks and settings that are none, and warns of a rank that is too high."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
-        if self.init is not None:
+        if self.collects is not None:
+            scale = lora_scale(self.rank, self.alpha, self.scaling)
+            self.collects.check(path, self.rank, scale, *axes.sizes(shape))
+        elif self.init is not None:
             self._check_init(path, min(axes.sizes(shape)))
         warn_of_high_rank(path, self.rank, shape, axes)
 
+    @property
+    def collects(self) -> CollectedStart | None:
+        """How the first factors follow from inputs or gradients, where they do."""
+        if isinstance(self.init, str):
+            return COLLECTED.get(self.init)
+        return self.init if isinstance(self.init, CollectedStart) else None
+
     def _check_init(self, path: str, most: int) -> None:
         if self.init not in STARTS:
-            known = ", ".join(map(repr, STARTS))
+            known = ", ".join(map(repr, (*STARTS, *COLLECTED)))
             raise SpecError(f"`{path}` has init={self.init!r}; it is one of {known}, or None.")
         if self.init in MOVING and self.rank > most:
             raise SpecError(
@@ -174,8 +186,10 @@ class LoraSpec(AdapterSpec):
     def start(self, start: Start) -> Started:
         """`a` and `b` from the initializers of the fan-in and the fan-out factor."""
         weight = self.blank(start.base.shape, start.axes)
+        if self.collects is not None:
+            return start_from_collected(self.collects, start, weight)
         if self.init is not None:
-            return start_from_matrix(self.init, start, weight)
+            return start_from_matrix(str(self.init), start, weight)
         a, b = draw_two(start, self.rank, *start.initializers)
         return Started(weight.with_factors({"a": a, "b": b}))
 
@@ -216,13 +230,12 @@ def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) 
 
 def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
     """Refuses what is no rank."""
-    kind = type(spec).__name__
     if type(rank) is not int:
         raise SpecError(f"`{path}` has {name} {rank!r}; a {name} is a positive int.")
     if rank < 1:
         raise SpecError(
-            f"`{path}` has a {kind} of {name} {rank}; {name}s begin at 1. To freeze it give it "
-            "LORA_FREEZE, to train it in full LORA_FULL."
+            f"`{path}` has {a_kind(spec)} of {name} {rank}; {name}s begin at 1. To freeze it "
+            "give it LORA_FREEZE, to train it in full LORA_FULL."
         )
 
 

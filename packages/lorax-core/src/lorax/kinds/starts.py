@@ -1,10 +1,11 @@
-"""First factors of plain LoRA that are made from the weight, or together.
+"""First factors of plain LoRA that are made from the weight, together, or from what was collected.
 
-Each is a function of one matrix `[in, out]`, the rank, the scale and a key, and returns `a [in, r]`
-and `b [r, out]`. Those in `MOVING` are the weight's own: the base gives up what they hold, so that
-the adapted weight is at first what the weight was.
+Each of `STARTS` is a function of one matrix `[in, out]`, the rank, the scale and a key, and returns
+`a [in, r]` and `b [r, out]`. Those in `MOVING` are the weight's own: the base gives up what they
+hold, so that the adapted weight is at first what the weight was.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter import Start, Started
+from .._errors import SpecError
+from .collected import CollectedStart
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -50,10 +53,7 @@ MOVING = ("pissa", "olora")
 
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
     """The first state of a LoRA weight whose factors a function of `STARTS` makes."""
-    base, (shared, inputs, outputs) = start.base, start.axes
-    order = (*shared, *inputs, *outputs)
-    fan_in, fan_out = start.axes.sizes(base.shape)
-    matrices = jnp.transpose(base, order).reshape(-1, fan_in, fan_out)  # [shared, in, out]
+    matrices = start.axes.matrices(jnp.asarray(start.base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 
     @jax.vmap
@@ -61,7 +61,40 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
         return STARTS[name](matrix.astype(start.dtype), weight.rank, weight.scale, key)
 
     a, b = jax.jit(make)(matrices, keys)
-    shapes = weight.layout(base.shape).shapes()
-    adapter = weight.with_factors({"a": a.reshape(shapes["a"]), "b": b.reshape(shapes["b"])})
-    moved = adapter.applied(base).removed() if name in MOVING else None
-    return Started(adapter, {}, moved)
+    return _started(start, weight, a, b, name in MOVING)
+
+
+def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Started:
+    """The first state of a LoRA weight whose factors were collected from inputs or gradients."""
+    if start.collected is None:
+        raise SpecError(
+            f"`{start.path}` has {init}, which takes its factors from {init.source}. Pass "
+            "init_lora(collected=collect_starts(fn, params, spec, batches))."
+        )
+    kept = start.collected
+    rank, scale, shape = weight.rank, weight.scale, start.base.shape
+    fan_in, fan_out = start.axes.sizes(shape)
+    count = math.prod(shape[d] for d in start.axes.shared)
+    try:
+        factors = jax.vmap(lambda kept: init.factors(kept, rank, scale))(kept)
+        a, b = factors
+        b = jnp.zeros((count, rank, fan_out)) if b is None else b
+        fits = (a.shape, b.shape) == ((count, fan_in, rank), (count, rank, fan_out))
+    except (KeyError, TypeError, ValueError):
+        fits, a, b = False, None, None
+    if not fits:
+        raise SpecError(
+            f"`{start.path}` has {init} and rank {rank}, and what was collected for it belongs to "
+            f"another spec or shape than {tuple(shape)}. Call collect_starts with these parameters "
+            "and this spec."
+        )
+    return _started(start, weight, a, b, init.moves)
+
+
+def _started(start: Start, weight: Any, a: Any, b: Any, moves: bool) -> Started:
+    shapes = weight.layout(start.base.shape).shapes()
+    factors = {"a": a, "b": b}
+    adapter = weight.with_factors(
+        {name: x.astype(start.dtype).reshape(shapes[name]) for name, x in factors.items()}
+    )
+    return Started(adapter, {}, adapter.applied(start.base).removed() if moves else None)

@@ -97,6 +97,7 @@ def _paid(eqn, weight, met, dimension_numbers, is_left, precision):
     places = dict(zip(*summed, strict=True)) | batched
     if is_left and isinstance(precision, tuple):
         precision = precision[::-1]
+    met = weight.metered(met, places)
     weight, met, pay_result = pay(weight, met, places, shown, precision=precision)
     return eqn.with_own_keys(weight), met, batched, pay_result
 
@@ -278,6 +279,7 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
             delta = _multiply_in_steps(array, group_sizes, steps, precision, None)
             return array + delta.astype(array.dtype)
 
+    rows = weight.metered(rows, met, group_sizes=group_sizes)
     return pay(weight, rows, met, shown, entries, turned, precision)
 
 

@@ -318,7 +318,7 @@ def _unstack(eqn, weight):
             gone = weight.norm.term.out[0]
             if any(label.size != 1 and not weight.norm.term.owners(label) for label in gone):
                 weight = weight.resolved()  # A step has a part of what the norm runs over.
-        if is_weight(weight) and weight.turn is not None and weight.turn.axis == 0:
+        if is_weight(weight) and weight.steps_through(0):
             raise Inexpressible
         owned = [piece.fuse(0) for piece in weight.pieces] if is_weight(weight) else None
     except Inexpressible:

@@ -77,6 +77,10 @@ def _conv_general_dilated(
     _check_groups(kernel, rhs_spec[0], max(feature_group_count, batch_group_count))
     lhs_spec, out_spec = dimension_numbers.lhs_spec, dimension_numbers.out_spec
     met, shown = {rhs_spec[1]: lhs_spec[1]}, {rhs_spec[0]: out_spec[1]}
+    if kernel.meter is not None:
+        if batch_group_count > 1:
+            raise Inexpressible("has groups of examples")
+        x = _metered(kernel, x, windows, dimension_numbers, feature_group_count)
     kernel, x, pay_result = pay(kernel, x, met, shown, precision=precision)
     stages = [
         _plan(term, rhs_spec, feature_group_count)
@@ -103,6 +107,33 @@ def _conv_general_dilated(
         return total
 
     return pay_result(with_dropout_on(x, eqn.with_own_keys(kernel), {}, with_terms))
+
+
+def _metered(kernel: FactoredArray, x, windows, numbers, groups: int):
+    """The input, whose patches are what meets the kernel."""
+    _, in_axis, *spatial = numbers.rhs_spec
+    window = [kernel.shape[d] for d in spatial]
+    channels = kernel.shape[in_axis]
+
+    def spread(x):
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            window,
+            [w.stride for w in windows],
+            [w.padding for w in windows],
+            [w.lhs_dilation for w in windows],
+            [w.rhs_dilation for w in windows],
+            dimension_numbers=jax.lax.ConvDimensionNumbers(
+                numbers.lhs_spec, numbers.rhs_spec, numbers.lhs_spec
+            ),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        patches = jnp.moveaxis(patches, numbers.lhs_spec[1], -1)
+        return patches.reshape(*patches.shape[:-1], groups, channels, *window)
+
+    first = x.ndim  # [*batch and places, groups, channels, *window]
+    places = {in_axis: first} | {d: first + 1 + k for k, d in enumerate(spatial)}
+    return kernel.metered(x, places, spread=spread)
 
 
 def _check_groups(kernel: FactoredArray, out_axis: int, groups: int) -> None:

@@ -1,0 +1,377 @@
+"""`collect_starts`: inputs and gradients of weights over a few batches, for first factors.
+
+Inputs are read by a meter on each weight (`_meter`), gradients are those of the function itself.
+What is collected for a weight is as large as `fan_in²` or as the weight. It is reduced to a few
+vectors before the next group of weights has its turn.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._adapter import AdapterSpec, Labeled
+from ._arrays import is_array
+from ._axes import Axes
+from ._contract import wide_dtype
+from ._errors import SpecError
+from ._factored import FactoredArray
+from ._init import flatten_spec
+from ._interpreter import Interpreter
+from ._meter import Meter, Moments
+from ._pair import Leaf, flatten_params
+from ._registry import RULES
+from ._spec import LORA_FREEZE, check_leaf
+from ._transform import Call, FlatPair, run, trace
+from ._uses import Use
+
+Collected = dict[str, dict[str, jax.Array]]
+
+
+def collect_starts(
+    fn: Callable[..., Any],
+    params: Any,
+    spec: Any,
+    batches: Iterable[Any],
+    *,
+    at_once: int | None = None,
+    through_custom_derivatives: bool = False,
+) -> Collected:
+    """What weights meet, or their gradients, over a few batches, for `init_lora(collected=)`.
+
+    Every weight whose spec has `init="eva"`, "corda" or "lora_ga" (or an `EvaStart`, `CordaStart`
+    or `LoraGAStart`) is collected, however `fn` uses it: in products, convolutions and experts,
+    stacked under `scan`, under `remat` and `vmap`. For the first two, the moments `Σ x xᵀ` of the
+    rows that meet the weight are summed up batch by batch, and no row is kept. For the last, `fn`
+    is a loss, and the gradient of the weight is averaged over the batches.
+
+    All rows count alike, padding among them: leave it out of the batches.
+
+    Args:
+        fn: a function of the parameters first, such as the model; for "lora_ga" the loss, which
+            returns a number. It can be differentiated in reverse, so a loop has a fixed length.
+        params: the parameters, as for `init_lora`.
+        spec: as for `init_lora`.
+        batches: each a tuple of what `fn` takes after the parameters, or the one argument.
+        at_once: how many weights are collected in one pass over the batches; by default all. Each
+            of them takes `4 · fan_in²` bytes meanwhile, or as much as itself in float32 for
+            "lora_ga", for each entry of its shared axes.
+        through_custom_derivatives: as in `lora`.
+
+    Returns:
+        Small arrays for each path, by name: about as many numbers as the first factors have.
+
+    Raises:
+        SpecError: where the spec asks for nothing; where a weight is used in a way whose inputs
+            cannot be read, or met fewer rows than its rank, or none; the message names the path.
+        ValueError: where there is no batch, or `fn` is no loss and has to be one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import LoraSpec, collect_starts, init_lora
+        >>> model = lambda params, x: jnp.tanh(x @ params["w"])
+        >>> params, spec = {"w": jnp.ones((5, 3))}, {"w": LoraSpec(2, init="eva")}
+        >>> batches = [jax.random.normal(jax.random.key(k), (8, 5)) for k in range(3)]
+        >>> collected = collect_starts(model, params, spec, batches)
+        >>> frozen, tunable = init_lora(params, spec, jax.random.key(0), collected=collected)
+        >>> tunable["w"].a.shape
+        (5, 2)
+    """
+    leaves, structure = flatten_params(params)
+    wanted = _wanted(leaves, flatten_spec(spec, structure))
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not batches:
+        raise ValueError("collect_starts was given no batch.")
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"collect_starts: at_once is {at_once}; it is at least 1.")
+    found: Collected = {}
+    for is_gradient in (False, True):
+        several = [w for w in wanted if (w.spec.collects.source == "gradients") == is_gradient]
+        step = max(len(several), 1) if at_once is None else at_once
+        for first in range(0, len(several), step):
+            group = several[first : first + step]
+            derivative = _gradients if is_gradient else _moments
+            model = _Model(fn, leaves, structure, group, through_custom_derivatives)
+            totals = _summed(lambda *x, d=derivative, m=model: d(m, *x), model, batches)
+            for weight, total in zip(group, totals, strict=True):
+                found[weight.path] = weight.reduced(total, len(batches))
+    # In the order of the parameters.
+    return {weight.path: found[weight.path] for weight in wanted}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A weight that is collected."""
+
+    path: str
+    position: int
+    base: Any
+    spec: AdapterSpec
+    axes: Axes
+
+    @property
+    def is_gradient(self) -> bool:
+        return self.spec.collects.source == "gradients"
+
+    @property
+    def wide(self) -> Any:
+        return wide_dtype(self.base.dtype)
+
+    def zeros(self) -> Any:
+        """What is summed up, before the first batch."""
+        shape = self.base.shape
+        if self.is_gradient:
+            return jnp.zeros(shape, self.wide)
+        shared = [shape[d] for d in self.axes.shared]
+        inputs = [shape[d] for d in self.axes.inputs]
+        shapes = ((*shared, *inputs, *inputs), (*shared, *inputs), tuple(shared))
+        return tuple(jnp.zeros(shape, self.wide) for shape in shapes)
+
+    def metered(self, base: Any, zeros: Moments) -> FactoredArray:
+        """The weight under the function."""
+        axes = Labeled.of(self.axes, base.shape)
+        is_scaled = self.spec.collects.source == "scaled inputs"
+        meter = Meter.of(zeros, axes.out, axes.shared, axes.inputs, self.path, is_scaled)
+        return FactoredArray(base, (), meter=meter)
+
+    def reduced(self, total: Any, batches: int) -> dict[str, jax.Array]:
+        """A few vectors of each entry of the shared axes."""
+        rank, start = self.spec.size or 1, self.spec.collects
+        matrices = self.axes.matrices(jnp.asarray(self.base)).astype(self.wide)
+        entries, fan_in, _ = matrices.shape
+        if self.is_gradient:
+            found: Any = self.axes.matrices(total) / batches
+        else:
+            second, first, count = total
+            self._check_count(count, rank if start.source == "inputs" else 1)
+            second = second.reshape(entries, fan_in, fan_in)
+            found = second, first.reshape(entries, fan_in), count.reshape(entries)
+        reduce = lambda matrix, found: start.reduced(matrix, found, rank)  # noqa: E731
+        kept = jax.jit(jax.vmap(reduce))(matrices, found)
+        if not all(bool(jnp.isfinite(x).all()) for x in kept.values()):
+            what = "gradients" if self.is_gradient else "inputs"
+            raise SpecError(
+                f"`{self.path}` has {start}, and the {what} of an entry are all zero, or not "
+                "finite, in these batches. Give collect_starts other batches, or give it another "
+                "init."
+            )
+        return kept
+
+    def _check_count(self, count: jax.Array, least: int) -> None:
+        if (fewest := int(count.min())) >= least:
+            return
+        where = "" if not count.ndim else " of one entry of its shared axes"
+        if fewest == 0:
+            raise SpecError(
+                f"No input of `{self.path}`{where} was collected. Either nothing meets it in these "
+                "batches, or no output of the function depends on it with a derivative, as behind "
+                "`stop_gradient` or `argmax`. Give it another init, or other batches."
+            )
+        raise SpecError(
+            f"`{self.path}`{where} met {fewest} rows in these batches, fewer than its rank "
+            f"{least}. Give collect_starts more batches, or lower the rank."
+        )
+
+
+def _wanted(leaves: Sequence[tuple[str, Any]], specs: Sequence[Any]) -> list[_Wanted]:
+    wanted: list[_Wanted] = []
+    for k, ((path, leaf), leaf_spec) in enumerate(zip(leaves, specs, strict=True)):
+        checked = check_leaf(path, leaf, leaf_spec)
+        if isinstance(checked, tuple) and checked[0].collects is not None:
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise SpecError(
+                    f"`{path}` is complex; {checked[0].collects} is made for real ones."
+                )
+            wanted.append(_Wanted(path, k, leaf, *checked))
+    if not wanted:
+        raise SpecError(
+            "No leaf of the spec is made from inputs or gradients. Give some of them "
+            'LoraSpec(..., init="eva"), "corda" or "lora_ga".'
+        )
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """The function, and the weights of it that are collected in one pass."""
+
+    fn: Callable[..., Any]
+    leaves: Sequence[tuple[str, Any]]
+    structure: Any
+    group: Sequence[_Wanted]
+    through_custom_derivatives: bool
+
+    def tree(self, arrays: Sequence[Any]) -> Any:
+        """The parameters."""
+        return jax.tree.unflatten(self.structure, arrays)
+
+
+def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any]) -> list[Any]:
+    """The sum over the batches of a derivative by what is collected."""
+    params = [leaf for _, leaf in model.leaves]
+    totals = [weight.zeros() for weight in model.group]
+    compiled: dict[Hashable, Any] = {}
+    for batch in batches:
+        leaves, structure = jax.tree.flatten((params, batch))
+        moves = tuple(map(is_array, leaves))
+        rest = [None if dynamic else leaf for dynamic, leaf in zip(moves, leaves, strict=True)]
+        key: Hashable = (structure, moves, str(rest))
+        if key not in compiled:
+
+            def step(
+                totals: Any,
+                arrays: Any,
+                moves: Any = moves,
+                rest: Any = rest,
+                tree: Any = structure,
+            ) -> Any:
+                given = iter(arrays)
+                filled = [
+                    next(given) if dynamic else leaf
+                    for dynamic, leaf in zip(moves, rest, strict=True)
+                ]
+                params, batch = jax.tree.unflatten(tree, filled)
+                found = derivative(params, batch)
+                return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, found)
+
+            compiled[key] = jax.jit(step, donate_argnums=0)
+        arrays = [leaf for dynamic, leaf in zip(moves, leaves, strict=True) if dynamic]
+        totals = compiled[key](totals, arrays)
+    return totals
+
+
+def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:
+    """The gradient of each weight."""
+
+    def loss(chosen: list[Any]) -> Any:
+        arrays = list(params)
+        for weight, array in zip(model.group, chosen, strict=True):
+            arrays[weight.position] = array
+        out = model.fn(model.tree(arrays), *batch)
+        if not (is_array(out) and out.ndim == 0 and jnp.issubdtype(out.dtype, jnp.floating)):
+            shape = getattr(out, "shape", type(out).__name__)
+            raise ValueError(
+                f'init="lora_ga" of `{model.group[0].path}` takes the gradient of a loss, but the '
+                f"function returned {shape}. Give collect_starts one that returns a number."
+            )
+        return out
+
+    return jax.grad(loss)([params[weight.position] for weight in model.group])
+
+
+def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:
+    """The moments of each weight: the derivative of whatever the function returns."""
+    by_path = {weight.path: weight for weight in model.group}
+    leaves = [
+        Leaf(path, array, by_path[path].spec.blank(array.shape, by_path[path].axes))
+        if path in by_path
+        else Leaf(path, array, None)
+        for (path, _), array in zip(model.leaves, params, strict=True)
+    ]
+    call = Call((None, *batch), {}, {0: FlatPair(leaves, model.structure)})
+
+    def total(zeros: list[Moments]) -> jax.Array:
+        given = {weight.path: x for weight, x in zip(model.group, zeros, strict=True)}
+        adapt = lambda leaf: by_path[leaf.path].metered(leaf.frozen, given[leaf.path])  # noqa: E731
+        traced = trace(model.fn, call, adapt)
+        interpreter = Interpreter(
+            RULES, through_custom_derivatives=model.through_custom_derivatives
+        )
+        outs = run(interpreter, traced, traced.operands)
+        _check_uses(interpreter.uses)
+        numbers = [jnp.sum(jnp.real(x)) for x in outs if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return sum((x.astype(jnp.float32) for x in numbers), jnp.zeros((), jnp.float32))
+
+    return jax.grad(total)([weight.zeros() for weight in model.group])
+
+
+def _check_uses(uses: Sequence[Use]) -> None:
+    """Refuses a weight some of whose inputs were not read."""
+    for use in uses:
+        if use.kind == "returned":
+            raise SpecError(f"`{use.source}` is returned by the function; give it another init.")
+        if use.kind == "materialized":
+            raise SpecError(
+                f"The inputs of `{use.source}` cannot be collected: `{use.primitive}` at "
+                f"{use.line or 'an unknown line'} {use.reason or 'has no rule for it'}. Give it "
+                "another init."
+            )
+
+
+def eva_ranks(spec: Any, collected: Collected) -> Any:
+    """A spec whose ranks follow the share of variance that components of the inputs explain.
+
+    As many components as the ranks sum up to are handed out, the one with the largest share first,
+    up to `rho` times its rank for each weight. `alpha` changes with the rank, so that the scale
+    stays. A stack has one rank: a component of it takes as many as it has entries, and its share is
+    their mean. A weight without any is frozen. This is the redistribution of PEFT's `EvaConfig`.
+
+    Args:
+        spec: the spec that `collect_starts` was given; weights with `EvaStart(rho=…)` share ranks.
+        collected: what it returned.
+
+    Returns:
+        A spec tree for `init_lora`, with the same `collected`.
+
+    Raises:
+        SpecError: where a path of `collected` is none of the spec's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import EvaStart, LoraSpec, collect_starts, eva_ranks
+        >>> model = lambda params, x: (x @ params["v"], x[:, :1] @ params["w"])
+        >>> params = {"v": jnp.ones((5, 3)), "w": jnp.ones((1, 3))}
+        >>> spec = {"v": LoraSpec(1, init=EvaStart(rho=2.0)), "w": LoraSpec(1, init="eva")}
+        >>> x = jax.random.normal(jax.random.key(0), (8, 5))
+        >>> ranks = eva_ranks(spec, collect_starts(model, params, spec, [x]))
+        >>> ranks["v"].rank, ranks["w"].rank
+        (1, 1)
+    """
+    is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
+    leaves, structure = flatten_params(jax.tree.map(_Opaque, spec, is_leaf=is_leaf))
+    specs = {path: leaf.spec for path, leaf in leaves}
+    if unknown := sorted(collected.keys() - specs.keys()):
+        raise SpecError(f"The spec has no `{unknown[0]}`, which `collected` has.")
+    ratios = {path: x["ratios"] for path, x in collected.items() if "ratios" in x}
+    budget = sum(len(ratio) * specs[path].size for path, ratio in ratios.items())
+    shares = [
+        (-float(share), path, len(ratio))
+        for path, ratio in ratios.items()
+        for share in ratio.mean(0)
+    ]
+    ranks = dict.fromkeys(ratios, 0)
+    for _, path, cost in sorted(shares, key=lambda item: item[0]):
+        if cost <= budget:
+            budget, ranks[path] = budget - cost, ranks[path] + 1
+    news = [
+        _with_rank(spec, ranks[path]) if path in ranks else spec for path, spec in specs.items()
+    ]
+    return jax.tree.unflatten(structure, news)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """A leaf of a spec tree, whatever it is."""
+
+    spec: Any
+
+
+def _with_rank(spec: Any, rank: int) -> Any:
+    if rank == 0:
+        return LORA_FREEZE
+    inner = spec
+    while not hasattr(inner, "rank"):
+        inner = inner.spec
+    if inner.alpha is None:
+        return spec.with_size(rank)
+    ratio = rank / inner.rank
+    alpha = inner.alpha * (math.sqrt(ratio) if inner.scaling == "rslora" else ratio)
+    inner = dataclasses.replace(inner, rank=rank, alpha=alpha)
+    return (
+        inner
+        if inner is spec or not hasattr(spec, "spec")
+        else dataclasses.replace(spec, spec=inner)
+    )

@@ -1,0 +1,174 @@
+"""What meets a weight, summed up: the inputs of any weight are collected in one traced pass.
+
+    moments  =  Σ x xᵀ,  Σ x,  Σ 1        over all rows x that meet an entry of the shared axes
+
+The moments are the derivative with respect to zeros that change nothing: `read` passes the operand
+on as it is, and the backward pass gives the moments to the zeros. So `jax.grad` adds them up over
+all uses of a weight, and carries them through `scan`, `vmap` and `remat`, as any gradient.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from ._contract import contract, wide_dtype
+from ._terms import Inexpressible, Label, Labels, Term
+from ._turn import arranged
+
+Moments = tuple[jax.Array, jax.Array, jax.Array]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """The zeros of one weight that take its moments as their derivative.
+
+    Attributes:
+        term: its factors are the zeros, `[*shared, *rows, *columns]`, `[*shared, *rows]` and
+            `[*shared]`. No axis of the weight shows rows or columns.
+        labels: of the weight's inputs. No factor owns them, so whatever cuts the inputs replaces
+            one of them, and `moved_to` notices.
+        is_scaled: whether each operand is divided by its largest entry before.
+    """
+
+    term: Term
+    labels: Labels = dataclasses.field(metadata={"static": True})
+    is_scaled: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        zeros: Moments,
+        out: tuple[Labels, ...],
+        shared: Labels,
+        inputs: Labels,
+        source: str,
+        is_scaled: bool,
+    ) -> "Meter":
+        """The meter of a weight whose axes have the labels `out`."""
+        first = len(out)
+        count = len(inputs)
+        rows = tuple(Label(first + k, label.size) for k, label in enumerate(inputs))
+        columns = tuple(Label(first + count + k, label.size) for k, label in enumerate(inputs))
+        labels = ((*shared, *rows, *columns), (*shared, *rows), shared)
+        return cls(Term(tuple(zeros), labels, out, (source,)), inputs, is_scaled)
+
+    @property
+    def axes(self) -> list[int]:
+        """The weight's axes of the inputs."""
+        return [d for d, labels in enumerate(self.term.out) if {*labels} & {*self.labels}]
+
+    def moved_to(self, term: Term) -> "Meter":
+        """The same zeros with their term moved."""
+        shown = [label for label in term.shown if label in self.labels]
+        if tuple(shown) != self.labels:
+            raise Inexpressible("reads a part of its inputs, or has them in another order")
+        return dataclasses.replace(self, term=term)
+
+    def read(
+        self,
+        operand: jax.Array,
+        places: Mapping[int, int],
+        spread: Callable[[jax.Array], jax.Array] = lambda operand: operand,
+        group_sizes: jax.Array | None = None,
+    ) -> jax.Array:
+        """The operand, whose moments are the derivative of the zeros.
+
+        Args:
+            operand: what meets the weight.
+            places: for each summed or batched axis of the weight, that of the operand after
+                `spread`.
+            spread: makes rows of the operand, as the patches of a convolution.
+            group_sizes: how many rows meet each entry of the shared axis, beside `ragged_dot`.
+        """
+        shown = {*self.labels, *self.term.labels[2]}
+        needed = [d for d, labels in enumerate(self.term.out) if shown.intersection(labels)]
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            raise Inexpressible(f"meets it with {operand.dtype}")
+        if not all(d in places for d in needed):
+            raise Inexpressible("meets it along its outputs")
+        if any(x.size != 1 and x not in self.term.shown for x in self.term.labels[2]):
+            raise Inexpressible("meets a part of what its entries share")
+        moments = _moments if group_sizes is None else _moments_of_groups
+
+        @jax.custom_vjp
+        def through(operand, zeros, group_sizes):
+            return operand
+
+        def forward(operand, zeros, group_sizes):
+            return operand, (operand, group_sizes)
+
+        def backward(kept, cotangent):
+            operand, group_sizes = kept
+            rows = spread(operand).astype(wide_dtype(operand.dtype))
+            if self.is_scaled:
+                largest = jnp.abs(jnp.max(rows))
+                rows = rows / jnp.where(largest == 0, 1, largest).astype(rows.dtype)
+            found = moments(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
+            zeros = self.term.factors
+            return (
+                cotangent,
+                tuple(x.astype(z.dtype) for x, z in zip(found, zeros, strict=True)),
+                None,
+            )
+
+        through.defvjp(forward, backward)
+        return through(operand, tuple(self.term.factors), group_sizes)
+
+
+def _renamed(meter: Term, inputs: Labels) -> tuple[dict[Label, Label], dict[Label, Label]]:
+    """The names of the inputs as rows and as columns."""
+    ends = meter.labels[0][-2 * len(inputs) :]
+    rows, columns = ends[: len(inputs)], ends[len(inputs) :]
+    return dict(zip(inputs, rows, strict=True)), dict(zip(inputs, columns, strict=True))
+
+
+def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) -> Moments:
+    """The sums over all axes of the operand that the zeros do not have."""
+    array, out, _ = arranged(term, rows, places)
+    flat = tuple(label for labels in out for label in labels)
+    as_rows, as_columns = _renamed(term, inputs)
+    left = tuple(as_rows.get(label, label) for label in flat)
+    right = tuple(as_columns.get(label, label) for label in flat)
+    second, first, shared = term.labels
+    count = array.size // _size(shared) // _size(inputs)
+
+    def summed(several: list[tuple[jax.Array, Labels]], labels: Labels) -> jax.Array:
+        # A squeeze has dropped labels of one entry.
+        met = tuple(x for x in labels if any(x in found for _, found in several))
+        found = contract(several, met, dtype=array.dtype, precision=_HIGHEST)
+        return found.reshape([label.size for label in labels])
+
+    return (
+        summed([(array, left), (array, right)], second),
+        summed([(array, left)], first),
+        jnp.full([label.size for label in shared], 1 if once else count, array.dtype),
+    )
+
+
+def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, once) -> Moments:
+    """The sums over the rows of each group."""
+    second, first, shared = term.labels
+    as_rows, as_columns = _renamed(term, inputs)
+    order = (*shared, *as_rows.values(), *as_columns.values())
+    met = [labels for d, labels in enumerate(term.out) if d in places and places[d] == 1]
+    if rows.ndim != 2 or len(shared) != 1 or met != [inputs] or second != order:
+        raise Inexpressible("has rows in an order that cannot be followed")
+    numbers = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+
+    def summed(right: jax.Array, labels: Labels) -> jax.Array:
+        product = jax.lax.ragged_dot_general(rows, right, group_sizes, numbers, precision=_HIGHEST)
+        return product.reshape([label.size for label in labels])
+
+    ones = jnp.ones((len(rows), 1), rows.dtype)
+    counts = group_sizes > 0 if once else group_sizes
+    return summed(rows, second), summed(ones, first), counts.astype(rows.dtype)
+
+
+def _size(labels: Labels) -> int:
+    return math.prod(label.size for label in labels)

@@ -1,0 +1,268 @@
+"""First factors of plain LoRA that are made from what a weight meets, or from its gradient.
+
+Each is a class of settings with two steps: `reduced` makes small arrays of one matrix `[in, out]`
+from what was collected for it, and `factors` makes `a [in, r]` and `b [r, out]` from these.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from .._errors import SpecError
+
+Factors = tuple[jax.Array, jax.Array | None]
+Reduced = dict[str, jax.Array]
+
+
+class CollectedStart:
+    """How first factors follow from inputs or gradients: a value of `LoraSpec.init`."""
+
+    # What is collected: "inputs", "scaled inputs" or "gradients".
+    source: ClassVar[str]
+    # Whether the base gives up what the factors hold.
+    moves: ClassVar[bool] = False
+
+    def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
+        """Raises `SpecError` where a matrix cannot have such factors."""
+
+    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+        """What is kept of the moments or of the gradient of one matrix."""
+        raise NotImplementedError
+
+    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+        """The first factors of one matrix; None for a `b` of zeros."""
+        raise NotImplementedError
+
+
+def _check_rank(path: str, init: str, rank: int, most: int, what: str) -> None:
+    if rank > most:
+        raise SpecError(
+            f"`{path}` has rank {rank} and init={init!r}, which takes its factors from {what} of "
+            f"rank {most} at most. Lower the rank, or leave `init` out."
+        )
+
+
+def _check_choice(path: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise SpecError(f"`{path}` has {name} {value!r}; it is one of {known}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaStart(CollectedStart):
+    """EVA: `a` holds the principal components of the inputs, and `b` is zero.
+
+        Σ (x − x̄)(x − x̄)ᵀ  =  V diag(s²) Vᵀ,      a = V[:, :rank],  or V[:, :rank] / √s
+
+    Paischer et al. 2024, arXiv:2410.07170. The base stays.
+
+    Args:
+        whiten: whether each component is divided by the root of its singular value.
+        rho: how many times its rank a weight may get from `eva_ranks`, at least 1.
+
+    Example:
+        >>> from lorax import EvaStart, LoraSpec
+        >>> spec = LoraSpec(rank=8, alpha=16, init=EvaStart(rho=2.0))
+    """
+
+    source = "inputs"
+
+    whiten: bool = False
+    rho: float = 1.0
+
+    def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
+        """Refuses more components than inputs."""
+        _check_rank(path, "eva", rank, fan_in, "inputs")
+        if not _is_number(self.rho) or self.rho < 1:
+            raise SpecError(f"`{path}` has an EvaStart with rho={self.rho!r}; it is at least 1.")
+
+    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+        """The largest components, their singular values, and their share of the variance."""
+        second, first, count = found
+        mean = first / jnp.maximum(count, 1)
+        # A difference of two sums loses digits where the mean is large beside the variance.
+        variance = second - count * mean[:, None] * mean[None]
+        squares, vectors = jnp.linalg.eigh(variance)  # ascending
+        kept = min(round(rank * self.rho), len(mean))
+        squares, vectors = jnp.maximum(squares[::-1], 0)[:kept], vectors[:, ::-1][:, :kept]
+        largest = jnp.argmax(jnp.abs(vectors), 0)
+        signs = jnp.sign(vectors[largest, jnp.arange(kept)])
+        total = jnp.maximum(jnp.trace(variance), jnp.finfo(variance.dtype).tiny)
+        return {
+            "components": vectors * signs[None],
+            "values": jnp.sqrt(squares),
+            "ratios": squares / total,
+        }
+
+    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+        """The first components."""
+        a = kept["components"][:, :rank]
+        if self.whiten:
+            a = a / jnp.sqrt(kept["values"][None, :rank])
+        return a, None
+
+
+@dataclasses.dataclass(frozen=True)
+class CordaStart(CollectedStart):
+    """CorDA: the singular vectors of the weight as its inputs see it. The base moves.
+
+        C = mean of x xᵀ over the batches,    Wᵀ C = U diag(s) Vᵀ,    scale · a b = C⁻¹ V diag(s) Uᵀ
+
+    of which the factors hold `rank` vectors: the largest under "ipm", which is made for the task of
+    the batches, the smallest under "kpm", which keeps what the base knows of them. As in PEFT, the
+    inputs of a batch are divided by their largest entry, and a hundredth of C's mean diagonal is
+    added to its diagonal, doubled until the inverse is accurate. Yang et al. 2024,
+    arXiv:2406.05223.
+
+    Args:
+        method: "ipm" or "kpm".
+
+    Example:
+        >>> from lorax import CordaStart, LoraSpec
+        >>> spec = LoraSpec(rank=8, alpha=16, init=CordaStart("kpm"))
+    """
+
+    source = "scaled inputs"
+    moves = True
+
+    method: Literal["ipm", "kpm"] = "ipm"
+
+    def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
+        """Refuses more vectors than the weight has."""
+        _check_choice(path, "a CordaStart of method", self.method, ("ipm", "kpm"))
+        _check_rank(path, "corda", rank, min(fan_in, fan_out), "a matrix")
+        _check_positive(path, "corda", scale)
+
+    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+        """`rank` singular vectors of both sides, and their values."""
+        second, _, count = found
+        mean = second / jnp.maximum(count, 1)
+        identity = jnp.eye(len(mean), dtype=mean.dtype)
+        weight = jnp.mean(jnp.diag(mean))
+        highest = jax.lax.Precision.HIGHEST
+
+        def damped(damp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            covariance = mean + weight * damp * identity
+            inverse = jnp.linalg.inv(covariance)
+            error = jnp.linalg.norm(jnp.matmul(covariance, inverse, precision=highest) - identity)
+            return covariance, inverse, error
+
+        damp = jax.lax.while_loop(
+            # Where nothing was collected, no weight on the diagonal helps.
+            lambda damp: ~(damped(damp)[2] < 0.05) & (damp < 1e6),
+            lambda damp: 2 * damp,
+            jnp.asarray(0.01, mean.dtype),
+        )
+        covariance, inverse, _ = damped(damp)
+        seen = jnp.matmul(matrix.T, covariance, precision=highest)  # [out, in]
+        left, values, right = jnp.linalg.svd(seen, full_matrices=False)
+        chosen = slice(rank) if self.method == "ipm" else slice(len(values) - rank, None)
+        back = jnp.matmul(right[chosen], inverse, precision=highest)  # [rank, in]
+        return {"inputs": back.T, "values": values[chosen], "outputs": left[:, chosen].T}
+
+    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+        """Both sides take the root of the values."""
+        root = jnp.sqrt(kept["values"] / scale)
+        return kept["inputs"] * root[None], root[:, None] * kept["outputs"]
+
+
+Direction = Literal["ArBr", "A2rBr", "ArB2r"]
+Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGAStart(CollectedStart):
+    """LoRA-GA: the singular vectors of the gradient of the loss. The base moves.
+
+        G = mean of the gradients over the batches,      Gᵀ = U diag(s) Vᵀ
+
+    of whose first `2 · rank` vectors `a` and `b` take one half each, so that the first step of LoRA
+    is nearest to that of the weight itself. Wang et al. 2024, arXiv:2407.05000.
+
+    Args:
+        direction: which half: "ArB2r" gives the first to `a` and the second to `b`, "A2rBr" the
+            other way about, and "ArBr" every second one, the first of them to `b`.
+        scale: of `b`: "stable" is `fan_out^¼ / √stable_gamma`; "weight_svd" makes its first value
+            that of the weight; "gd_scale" divides both factors by the scale of LoRA; "unit" leaves
+            them.
+        stable_gamma: of the scale "stable".
+
+    Example:
+        >>> from lorax import LoraGAStart, LoraSpec
+        >>> spec = LoraSpec(rank=8, alpha=16, init=LoraGAStart(scale="gd_scale"))
+    """
+
+    source = "gradients"
+    moves = True
+
+    direction: Direction = "ArB2r"
+    scale: Scale = "stable"
+    stable_gamma: float = 16
+
+    def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
+        """Refuses more vectors than a gradient has."""
+        _check_choice(
+            path, "a LoraGAStart of direction", self.direction, ("ArBr", "A2rBr", "ArB2r")
+        )
+        scales = ("stable", "weight_svd", "gd_scale", "unit")
+        _check_choice(path, "a LoraGAStart of scale", self.scale, scales)
+        gamma: Any = self.stable_gamma
+        if not _is_number(gamma) or gamma <= 0:
+            raise SpecError(
+                f"`{path}` has a LoraGAStart with stable_gamma={gamma!r}; it is above 0."
+            )
+        if 2 * rank > (most := min(fan_in, fan_out)):
+            raise SpecError(
+                f"`{path}` has rank {rank} and init='lora_ga', which takes twice as many vectors "
+                f"from a gradient of rank {most} at most. Lower the rank, or leave `init` out."
+            )
+        if self.scale == "gd_scale":
+            _check_positive(path, "lora_ga", scale)
+
+    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+        """`2 · rank` singular vectors of both sides, and their values."""
+        left, values, right = jnp.linalg.svd(found, full_matrices=False)
+        chosen = slice(2 * rank)
+        kept = {"inputs": left[:, chosen], "values": values[chosen], "outputs": right[chosen]}
+        if self.scale == "weight_svd":
+            kept["weight"] = jnp.linalg.norm(matrix, 2)
+        return kept
+
+    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+        """One half of the vectors each."""
+        of_a, of_b = {
+            "ArBr": (slice(1, None, 2), slice(0, None, 2)),
+            "A2rBr": (slice(rank, None), slice(rank)),
+            "ArB2r": (slice(rank), slice(rank, None)),
+        }[self.direction]
+        a, values = kept["inputs"][:, of_a], kept["values"][of_b]
+        b = values[:, None] * kept["outputs"][of_b]
+        if self.scale == "stable":
+            b = b * (b.shape[1] ** 0.25 / math.sqrt(self.stable_gamma))
+        elif self.scale == "weight_svd":
+            b = b * jnp.where(
+                values[0] > 0, kept["weight"] / jnp.where(values[0] > 0, values[0], 1), 1
+            )
+        elif self.scale == "gd_scale":
+            a, b = a / scale, b / scale
+        return a, b
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _check_positive(path: str, init: str, scale: float) -> None:
+    if scale <= 0:
+        raise SpecError(f"`{path}` has scale {scale} and init={init!r}: alpha is positive.")
+
+
+COLLECTED: dict[str, CollectedStart] = {
+    "eva": EvaStart(),
+    "corda": CordaStart(),
+    "lora_ga": LoraGAStart(),
+}

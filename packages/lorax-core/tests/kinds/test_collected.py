@@ -1,0 +1,426 @@
+"""First factors from inputs and gradients: what is collected, the factors, and bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lorax import (
+    LORA_FREEZE,
+    Axes,
+    CordaStart,
+    DoraSpec,
+    EvaStart,
+    LoraGAStart,
+    LoraSpec,
+    SpecError,
+    collect_starts,
+    eva_ranks,
+    init_lora,
+    lora,
+    merge_params,
+)
+from lorax._collect import _Model, _moments, _summed, _wanted
+from lorax._pair import flatten_params
+
+N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+KEY = jax.random.key(0)
+AXES = Axes((), (0,), (1,))
+STACK = Axes((0,), (1,), (2,))
+
+
+def moments_of(function, params, spec, *args):
+    """What is collected of the one weight."""
+    leaves, structure = flatten_params(params)
+    wanted = _wanted(leaves, jax.tree.leaves(spec))
+    model = _Model(function, leaves, structure, wanted, False)
+    (found,) = _summed(functools.partial(_moments, model), model, [args])
+    return found
+
+
+def conv(params, x, **keywords):
+    return lax.conv_general_dilated(
+        x, params["w"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **keywords
+    )
+
+
+# Functions that are linear in the weight: (function, shape of the weight, its axes, shapes or
+# arrays of what it meets).
+USES = {
+    "right": (lambda p, x: x @ p["w"], (5, 3), AXES, [(2, 4, 5)]),
+    "left": (lambda p, x: p["w"] @ x, (3, 5), Axes((), (1,), (0,)), [(5, 4)]),
+    "merged heads": (
+        lambda p, x: jnp.einsum("bhd,hdk->bk", x, p["w"]),
+        (2, 3, 4),
+        Axes((), (0, 1), (2,)),
+        [(6, 2, 3)],
+    ),
+    "reshaped": (
+        lambda p, x: x @ p["w"].reshape(6, 4),
+        (2, 3, 4),
+        Axes((), (0, 1), (2,)),
+        [(5, 6)],
+    ),
+    "transposed and cut": (
+        lambda p, x: x @ p["w"].T[:, 1:3],
+        (4, 5),
+        Axes((), (1,), (0,)),
+        [(3, 5)],
+    ),
+    "batched last": (
+        lambda p, x: jnp.einsum("ebi,ioe->ebo", x, p["w"]),
+        (5, 4, 3),
+        Axes((2,), (0,), (1,)),
+        [(3, 2, 5)],
+    ),
+    "one expert": (lambda p, x, i: x @ p["w"][i], (3, 5, 4), STACK, [(2, 5), np.int32(2)]),
+    "each its expert": (
+        lambda p, x, i: jnp.einsum("bi,bio->bo", x, p["w"][i]),
+        (3, 5, 4),
+        STACK,
+        [(4, 5), np.array([2, 0, 2, 2])],
+    ),
+    "ragged": (
+        lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes),
+        (3, 5, 4),
+        STACK,
+        [(6, 5), np.array([2, 0, 3], np.int32)],
+    ),
+    "vmapped": (
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x),
+        (3, 5, 4),
+        STACK,
+        [(3, 2, 5)],
+    ),
+    "scan and remat": (
+        lambda p, x: lax.scan(
+            jax.checkpoint(lambda c, wx: (c, wx[1] @ wx[0])), 0.0, (p["w"], x)
+        )[1],
+        (3, 5, 4),
+        STACK,
+        [(3, 2, 5)],
+    ),
+    "in every step": (
+        lambda p, x: lax.scan(lambda c, x: (c, jnp.sin(x) @ p["w"]), 0.0, x)[1],
+        (5, 4),
+        AXES,
+        [(3, 2, 5)],
+    ),
+    "twice": (lambda p, x: (x @ p["w"], jax.jit(lambda w: x[:2] @ w)(p["w"])), (5, 4), AXES,
+              [(3, 5)]),
+    "convolution": (conv, (3, 2, 2, 4), Axes((), (0, 1, 2), (3,)), [(2, 5, 4, 2)]),
+    "groups of features": (
+        functools.partial(conv, feature_group_count=2),
+        (3, 2, 2, 4),
+        Axes((), (0, 1, 2), (3,)),
+        [(2, 5, 4, 4)],
+    ),
+    "bfloat16": (
+        lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
+        (5, 3),
+        AXES,
+        [(4, 5)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_moments_of_what_meets_a_weight(use):
+    """Each output is the product of a row with one output of the weight: its derivative by that."""
+    function, shape, axes, args = USES[use]
+    args = [
+        N(k, *arg) if isinstance(arg, tuple) else jnp.asarray(arg) for k, arg in enumerate(args)
+    ]
+    params = {"w": N(7, *shape)}
+    spec = {"w": LoraSpec(1, init="eva").with_axes(axes)}
+    second, first, count = moments_of(function, params, spec, *args)
+
+    def outputs(w):
+        outs = jax.tree.leaves(function({"w": w}, *args))
+        return jnp.concatenate([out.reshape(-1).astype(jnp.float32) for out in outs])
+
+    out, transposed = jax.vjp(outputs, params["w"])
+    # Not `jax.jacrev`: JAX has no batching rule for every way of mapping `ragged_dot`.
+    jacobian = np.asarray(lax.map(lambda row: transposed(row)[0], jnp.eye(out.size)), np.float64)
+    # [rows, *shared, in, out], where an output of the weight has some of the rows.
+    order = [0, *(1 + d for d in (*axes.shared, *axes.inputs, *axes.outputs))]
+    fan_in, fan_out = axes.sizes(shape)
+    matrices = jacobian.transpose(order).reshape(len(jacobian), -1, fan_in, fan_out)
+    # An output of a group has the rows of its own group, as patches of a convolution are counted.
+    repeats = {"transposed and cut": 2, "groups of features": 2}.get(use, fan_out)
+    rows = np.abs(matrices).max(2) > 0  # [rows, shared, out]
+    expected = np.einsum("reio,rejo->eij", matrices, matrices) / repeats
+    entries = len(expected)
+    tolerance = 2e-2 if use == "bfloat16" else 1e-5
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    close(np.reshape(second, (entries, fan_in, fan_in)), expected)
+    close(np.reshape(first, (entries, fan_in)), np.einsum("reio->ei", matrices) / repeats)
+    close(np.reshape(count, entries), rows.sum((0, 2)) / repeats)
+
+
+# A model of stacked layers, and the same layers one by one.
+
+SHAPES = {"in": (5, 6), "layers": (3, 6, 6), "out": (6, 4)}
+PARAMS = {name: N(k, *shape) / 2 for k, (name, shape) in enumerate(SHAPES.items())}
+BATCHES = [N(10 + k, 7, 5) for k in range(3)]
+
+
+def scanned(params, x):
+    layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w), None))
+    return lax.scan(layer, x @ params["in"], params["layers"])[0] @ params["out"]
+
+
+def inputs_of(params, x):
+    """What meets each layer."""
+    found = [x @ params["in"]]
+    for w in params["layers"]:
+        found.append(found[-1] + jnp.tanh(found[-1] @ w))
+    return found
+
+
+def loss(params, x):
+    return jnp.mean(scanned(params, x) ** 3)
+
+
+def specs(init, rank=2, **keywords):
+    stack = LoraSpec(rank, init=init, shared_axes=[0], **keywords)
+    return {"in": LORA_FREEZE, "layers": stack, "out": LoraSpec(rank, init=init, **keywords)}
+
+
+def test_eva_takes_the_principal_components_of_the_inputs():
+    spec = specs("eva")
+    collected = collect_starts(scanned, PARAMS, spec, BATCHES)
+    assert list(collected) == ["layers", "out"]
+    frozen, tunable = init_lora(PARAMS, spec, KEY, collected=collected)
+    rows = [np.concatenate(x) for x in zip(*(inputs_of(PARAMS, x) for x in BATCHES), strict=True)]
+    for k, x in enumerate(rows):
+        x = x.astype(np.float64)
+        _, values, right = np.linalg.svd(x - x.mean(0), full_matrices=False)
+        name, entry = ("layers", k) if k < 3 else ("out", 0)
+        a = tunable["layers"].a[k] if k < 3 else tunable["out"].a
+        cosines = np.abs(np.sum(right[:2].T * a, 0))
+        np.testing.assert_allclose(cosines, 1, rtol=1e-5)
+        np.testing.assert_allclose(collected[name]["values"][entry], values[:2], rtol=1e-4)
+        shares = values[:2] ** 2 / np.sum(values**2)
+        np.testing.assert_allclose(collected[name]["ratios"][entry], shares, rtol=1e-4)
+        assert (a.max(0) >= -a.min(0)).all()  # the sign of the largest entry
+    assert not tunable["layers"].b.any() and tunable["layers"].b.shape == (3, 2, 6)
+    assert frozen["out"] is PARAMS["out"]
+    plain = init_lora(PARAMS, specs(None), KEY)
+    got, expected = (lora(scanned)(pair, BATCHES[0]) for pair in ((frozen, tunable), plain))
+    np.testing.assert_array_equal(got, expected)
+
+
+MOVING = {
+    "corda": (CordaStart(), scanned),
+    "corda-kpm": (CordaStart("kpm"), scanned),
+    "lora_ga": (LoraGAStart(), loss),
+    "lora_ga of the weight": (LoraGAStart("ArBr", "weight_svd"), loss),
+}
+
+
+@pytest.mark.parametrize("init, dora", [*((init, False) for init in MOVING), ("corda", True)])
+def test_a_base_that_moves(init, dora):
+    init, function = MOVING[init]
+    spec = specs(init, alpha=3, scaling="rslora")
+    if dora:
+        spec = {name: DoraSpec(x) if x else x for name, x in spec.items()}
+    collected = collect_starts(function, PARAMS, spec, BATCHES)
+    pair = init_lora(PARAMS, spec, KEY, collected=collected)
+    merged = merge_params(pair)
+    for name in ("layers", "out"):
+        base = getattr(pair.frozen[name], "base", pair.frozen[name])
+        assert jnp.abs(base - PARAMS[name]).max() > 1e-3
+        np.testing.assert_allclose(merged[name], PARAMS[name], atol=1e-4)
+
+
+def test_corda_of_the_smallest_and_of_the_largest_values():
+    """Both are made of `W = C⁻¹ V diag(s) Uᵀ`, of which no vector is in both."""
+    found = {}
+    for method in ("ipm", "kpm"):
+        collected = collect_starts(
+            scanned, PARAMS, specs(CordaStart(method)), BATCHES
+        )  # fmt: skip
+        found[method] = collected["layers"]
+    assert (found["ipm"]["values"].min(1) > found["kpm"]["values"].max(1)).all()
+    whole = collect_starts(scanned, PARAMS, specs("corda", 4) | {"layers": LORA_FREEZE}, BATCHES)
+    a, values, b = (whole["out"][name][0] for name in ("inputs", "values", "outputs"))
+    np.testing.assert_allclose((a * values[None]) @ b, PARAMS["out"], atol=1e-4)
+
+
+def test_lora_ga_has_the_vectors_of_the_gradient():
+    spec = specs(LoraGAStart(scale="unit"))
+    collected = collect_starts(loss, PARAMS, spec, BATCHES)
+    grads = [jax.grad(loss)(PARAMS, x) for x in BATCHES]
+    mean = np.mean([np.asarray(grad["layers"], np.float64) for grad in grads], 0)
+    _, tunable = init_lora(PARAMS, spec, KEY, collected=collected)
+    left, values, right = np.linalg.svd(mean)
+    a, b = np.asarray(tunable["layers"].a), np.asarray(tunable["layers"].b)
+    np.testing.assert_allclose(np.abs(np.sum(left[..., :2] * a, 1)), 1, rtol=1e-4)
+    cosines = np.sum(right[:, 2:4] * b, 2) / values[:, 2:4]
+    np.testing.assert_allclose(np.abs(cosines), 1, rtol=1e-3)
+
+
+def test_weights_one_by_one_and_all_at_once():
+    spec = specs("eva") | {"out": LoraSpec(2, init="lora_ga"), "in": LoraSpec(2, init="corda")}
+    together = collect_starts(loss, PARAMS, spec, BATCHES)
+    one_by_one = collect_starts(loss, PARAMS, spec, iter(BATCHES), at_once=1)
+    assert list(together) == list(one_by_one) == ["in", "layers", "out"]
+    for one, other in zip(*map(jax.tree.leaves, (together, one_by_one)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_any_arguments():
+    def model(params, batch, flag, name=None):
+        assert isinstance(flag, bool)
+        return {"y": batch["x"] @ params["w"], "flag": flag, "ids": jnp.arange(3)}
+
+    params, spec = {"w": N(0, 5, 3)}, {"w": LoraSpec(2, init="eva")}
+    flags = (True, False, True)
+    batches = [
+        ({"x": np.asarray(x), "name": "text"}, flag) for x, flag in zip(BATCHES, flags, strict=True)
+    ]
+    expected = collect_starts(lambda p, x: x @ p["w"], params, spec, BATCHES)
+    got = collect_starts(model, params, spec, batches)
+    np.testing.assert_allclose(got["w"]["values"], expected["w"]["values"], rtol=1e-5)
+
+
+# Ranks.
+
+
+def test_ranks_follow_the_variance():
+    init = EvaStart(rho=2.0)
+    spec = {
+        "a": LoraSpec(2, 4, init=init),
+        "b": DoraSpec(LoraSpec(2, 4, "rslora", init=init)),
+        "c": LoraSpec(1, init=init),
+        "stack": LoraSpec(1, init=init, shared_axes=[0]),
+        "other": 3,
+    }
+    ratios = {
+        "a": [[0.5, 0.3, 0.19, 0.01]],
+        "b": [[0.4, 0.1, 0.1, 0.1]],
+        "c": [[0.05, 0.01]],
+        "stack": [[0.2, 0.1], [0.4, 0.1]],
+    }
+    collected = {path: {"ratios": jnp.asarray(x)} for path, x in ratios.items()}
+    found = eva_ranks(spec, collected)
+    # Seven to hand out: a, b, a, the stack for two, a; and b.
+    assert (found["a"].rank, found["a"].alpha) == (3, 6)
+    assert (found["b"].spec.rank, found["stack"].rank) == (2, 1)
+    assert found["b"].spec.alpha == 4 and found["c"] == LORA_FREEZE and found["other"] == 3
+    with pytest.raises(SpecError, match="The spec has no `c`"):
+        eva_ranks({name: spec[name] for name in ("a", "b", "stack")}, collected)
+
+
+def test_ranks_that_were_handed_out_are_taken():
+    spec = specs(EvaStart(rho=2.0))
+    collected = collect_starts(scanned, PARAMS, spec, BATCHES)
+    collected["out"]["ratios"] = jnp.ones((1, 4))
+    changed = eva_ranks(spec, collected)
+    assert changed["out"].rank == 4 and changed["layers"].rank == 1  # of 3 · 2 + 2
+    _, tunable = init_lora(PARAMS, changed, KEY, collected=collected)
+    assert tunable["layers"].a.shape == (3, 6, 1) and tunable["out"].a.shape == (6, 4)
+
+
+# Bad input.
+
+W = {"w": N(0, 6, 6)}
+ROWS = N(1, 7, 6)
+EVA = {"w": LoraSpec(2, init="eva")}
+
+
+@pytest.mark.parametrize(
+    "function, batch, message",
+    [
+        (lambda p, x: x @ p["w"].T, ROWS, "`dot_general` at .*test_collected.* meets it along its"),
+        (lambda p, i: p["w"][i], np.arange(6), "The inputs of `w` cannot be collected: `gather`"),
+        (lambda p, x: x[:, :3] @ p["w"][:3], ROWS, "`slice` .* reads a part of its inputs"),
+        (lambda p, x: lax.scan(lambda c, w: (c + w, None), x[0], p["w"])[0], ROWS, "`scan`"),
+        (lambda p, x: jnp.exp(p["w"]).sum() + x, ROWS, "`exp` .* is not linear in the weight"),
+        (lambda p, x: (x @ p["w"], p["w"]), ROWS, "`w` is returned by the function"),
+        (lambda p, x: lax.stop_gradient(x @ p["w"]), ROWS, "No input of `w` .*stop_grad"),
+        (lambda p, x: jnp.argmax(x @ p["w"], -1), ROWS, "No input of `w` was collected"),
+        (lambda p, x: x, ROWS, "No input of `w` was collected"),
+        (lambda p, x: x @ p["w"], ROWS[:1], "`w` met 1 rows .* fewer than its rank 2"),
+    ],
+    ids=["outputs", "look-up", "part", "steps", "not linear", "returned", "stopped", "integers",
+         "unused", "few rows"],
+)  # fmt: skip
+def test_inputs_that_are_not_collected(function, batch, message):
+    with pytest.raises(SpecError, match=message):
+        collect_starts(function, W, EVA, [jnp.asarray(batch)])
+
+
+def test_an_expert_that_no_row_meets():
+    experts = {"w": N(0, 3, 6, 6)}
+    spec = {"w": LoraSpec(2, init="corda", shared_axes=[0])}
+
+    def model(params, x):
+        return lax.ragged_dot(x, params["w"], jnp.array([4, 0, 3]))
+
+    with pytest.raises(SpecError, match="No input of `w` of one entry of its shared axes"):
+        collect_starts(model, experts, spec, [ROWS])
+
+
+def test_inputs_of_zeros():
+    spec = {"w": LoraSpec(2, init="corda")}
+    with pytest.raises(SpecError, match="`w` has CordaStart.* inputs of an entry are all zero"):
+        collect_starts(lambda p, x: x @ p["w"], W, spec, [0 * ROWS])
+
+
+def test_what_is_no_loss():
+    spec = {"w": LoraSpec(2, init="lora_ga")}
+    with pytest.raises(ValueError, match=r'init="lora_ga" of `w` .* returned \(7, 6\)'):
+        collect_starts(lambda p, x: x @ p["w"], W, spec, [ROWS])
+
+
+def test_nothing_to_collect():
+    with pytest.raises(SpecError, match="No leaf of the spec is made from inputs"):
+        collect_starts(lambda p, x: x @ p["w"], W, {"w": 2}, [ROWS])
+    with pytest.raises(ValueError, match="no batch"):
+        collect_starts(lambda p, x: x @ p["w"], W, EVA, [])
+    with pytest.raises(ValueError, match="at_once is 0"):
+        collect_starts(lambda p, x: x @ p["w"], W, EVA, [ROWS], at_once=0)
+    with pytest.raises(SpecError, match="`w` is complex"):
+        collect_starts(lambda p, x: x @ p["w"], {"w": W["w"].astype(complex)}, EVA, [ROWS])
+
+
+@pytest.mark.parametrize(
+    "init, rank, message",
+    [
+        ("eva", 7, "rank 7 and init='eva', which takes its factors from inputs of rank 6 at most"),
+        ("corda", 7, "rank 7 and init='corda'"),
+        ("lora_ga", 4, "rank 4 and init='lora_ga', which takes twice as many vectors"),
+        ("evva", 2, "it is one of 'pissa', .*'eva', 'corda', 'lora_ga', or None"),
+        (EvaStart(rho=0.5), 2, "rho=0.5; it is at least 1"),
+        (CordaStart("all"), 2, "method 'all'; it is one of 'ipm', 'kpm'"),  # pyright: ignore
+        (LoraGAStart("BrAr"), 2, "direction 'BrAr'"),  # pyright: ignore
+        (LoraGAStart(scale="big"), 2, "scale 'big'"),  # pyright: ignore
+        (LoraGAStart(stable_gamma=0), 2, "stable_gamma=0; it is above 0"),
+        ("eva", 2, r"EvaStart\(.*takes its factors from inputs. Pass init_lora\(collected="),
+    ],
+    ids=range(10),
+)
+def test_specs_that_cannot_be(init, rank, message):
+    with pytest.raises(SpecError, match=f"`w` has .*{message}"):
+        init_lora(W, {"w": LoraSpec(rank, init=init)}, KEY)
+
+
+def test_scales_that_have_no_root():
+    for init in ("corda", LoraGAStart(scale="gd_scale")):
+        with pytest.raises(SpecError, match="alpha is positive"):
+            init_lora(W, {"w": LoraSpec(2, -1, init=init)}, KEY)
+
+
+def test_what_was_collected_for_another_spec():
+    collected = collect_starts(lambda p, x: x @ p["w"], W, EVA, [ROWS])
+    with pytest.raises(SpecError, match="rank 3, and what was collected for it belongs to another"):
+        init_lora(W, {"w": LoraSpec(3, init="eva")}, KEY, collected=collected)
+    with pytest.raises(SpecError, match="what was collected for it belongs to another"):
+        init_lora(W, {"w": LoraSpec(2, init="corda")}, KEY, collected=collected)
+    with pytest.raises(SpecError, match="`collected` has `w`, whose spec has no `init`"):
+        init_lora(W, {"w": 2}, KEY, collected=collected)
