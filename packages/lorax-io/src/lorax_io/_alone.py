@@ -21,6 +21,7 @@ from ._errors import (
 )
 from ._export import pattern_name
 from ._layouts import MAGNITUDE, RANK, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from ._missing import check_any
 from ._native import FORMAT_KEY, load_alone
 from ._peft import WEIGHTS_NAME, open_peft
 from ._restore import FACTOR, Source, plain_keys, restore
@@ -38,6 +39,7 @@ class Opened(NamedTuple):
     metadata: dict[str, str]
     config: PeftConfig | None = None
     held: Held = {}
+    part: str | None = None  # of a pipeline, for diffusers; "" where the file names none
 
 
 def open_adapter(
@@ -61,23 +63,30 @@ def open_adapter(
         return open_adapter(path.parent, names, base)
     with TensorFile(file_path) as file:
         if FORMAT_KEY in file.metadata:
+            check_any(file.path, {name: entry.shape for name, entry in file.entries.items()})
             rows, held = load_alone(file)
             return Opened("native", path, rows, {}, file.metadata, held=held)
         if METADATA_KEY in file.metadata:
-            return _restored("diffusers", path, _diffusers_source(file), names, base)
+            source, part = _diffusers_source(file)
+            return _restored("diffusers", path, source, names, base)._replace(part=part)
     raise AdapterFileError(
         path, "is neither a native adapter nor one for diffusers; give the folder of one of PEFT's."
     )
 
 
-def _diffusers_source(file: TensorFile) -> Source:
+def _diffusers_source(file: TensorFile) -> tuple[Source, str]:
+    """The adapter, and the part of the pipeline that it is of: "" where the file names none."""
     found = parse_json(file.path, file.metadata[METADATA_KEY])
-    prefixes = {name.partition(".")[0] for name in file.entries}
-    if not isinstance(found, dict) or len(prefixes) != 1:
-        raise UnsupportedAdapterError(file.path, "is for several parts of a pipeline, or for none.")
-    prefix = f"{prefixes.pop()}."
+    if not isinstance(found, dict):
+        raise AdapterFileError(file.path, f"its header has no object under {METADATA_KEY!r}.")
+    parts = {""} if "r" in found else {key.partition(".")[0] for key in found}
+    if len(parts) != 1:
+        raise UnsupportedAdapterError(file.path, "is for several parts of a pipeline.")
+    part = parts.pop()
+    prefix = f"{part}." if part else ""
     values = {key.removeprefix(prefix): value for key, value in found.items()}
-    return Source(file, plain_keys(file, prefix), config_of(file.path, values), {}, False)
+    source = Source(file, plain_keys(file, prefix), config_of(file.path, values), {}, False)
+    return source, part
 
 
 def _restored(
@@ -116,9 +125,19 @@ def _own_names(source: Source) -> dict[str, Layout]:
         elif match[1].startswith("lora_embedding"):
             names[f"{path}/embedding"] = Embedding(module)
         else:
-            is_matrix = len(source.file.entries[name].shape) == 2
-            names[f"{path}/kernel"] = Linear(module) if is_matrix else Conv(module)
+            names[f"{path}/kernel"] = _of_axes(source, module, name)
     return names
+
+
+def _of_axes(source: Source, module: str, name: str) -> Layout:
+    """The layout that has a factor with so many axes."""
+    shape = source.file.entries[name].shape
+    if not 2 <= len(shape) <= 5:
+        raise AdapterFileError(
+            source.file.path,
+            f"has `{name}` of shape {shape}; a factor has 2 axes, or 3 to 5 of a convolution.",
+        )
+    return Linear(module) if len(shape) == 2 else Conv(module)
 
 
 def _experts(source: Source) -> dict[str, str]:

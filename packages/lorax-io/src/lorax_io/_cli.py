@@ -91,13 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base-model", metavar="NAME", help="for PEFT: the base's name")
     convert.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
     convert.add_argument(
-        "--prefix", default="transformer", help="for diffusers: part of a pipeline"
+        "--prefix", help="for diffusers: the part of a pipeline; by default the adapter's"
     )
 
     merge = command(_merge, "a base with an adapter merged into it")
     merge.add_argument("adapter", type=Path, help=adapter)
     merge.add_argument("--base", type=Path, required=True, help="as for verify")
     merge.add_argument("--out", type=Path, required=True, help="a new folder")
+    for subcommand in (verify, merge):
+        subcommand.add_argument(
+            "--allow-missing",
+            action="store_true",
+            help="leave targets of the adapter that it has no tensors for as they are",
+        )
     return parser
 
 
@@ -165,8 +171,8 @@ def _verify(args: argparse.Namespace) -> int:
     fits = ""
     if args.base is not None:
         checkpoint = open_checkpoint(args.base)
-        rows, _ = fit_adapter(adapter, checkpoint)
-        fits = f", and fits {args.base}" if rows else ""
+        fit_adapter(adapter, checkpoint, allow_missing=args.allow_missing)
+        fits = f", and fits {args.base}"
     print(f"{args.adapter}: {len(adapter.rows)} parameters, all as they should be{fits}")
     return _SAME
 
@@ -209,8 +215,10 @@ def _convert(args: argparse.Namespace) -> int:
                 fold_scale=args.fold_scale,
             )
         else:
+            kept = "transformer" if adapter.part is None else adapter.part
+            prefix = kept if args.prefix is None else args.prefix
             save_diffusers(
-                args.out, adapter.rows, layouts, prefix=args.prefix, fold_scale=args.fold_scale
+                args.out, adapter.rows, layouts, prefix=prefix, fold_scale=args.fold_scale
             )
     print(f"{args.out}: {len(adapter.rows)} parameters")
     return _SAME
@@ -232,9 +240,11 @@ def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
 def _merge(args: argparse.Namespace) -> int:
     """Writes a base's files with an adapter merged into them, and config and tokenizer beside."""
     checkpoint = open_checkpoint(args.base)
-    rows, held = fit_adapter(open_adapter(args.adapter), checkpoint)
-    merge_files(checkpoint, rows, held, args.out)
-    print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(rows)} of them adapted")
+    adapter = open_adapter(args.adapter)
+    fitted = fit_adapter(adapter, checkpoint, allow_missing=args.allow_missing)
+    merge_files(fitted, args.out)
+    count = len(fitted.checkpoint.shapes)
+    print(f"{args.out}: {count} tensors, {len(fitted.rows)} of them adapted")
     return _SAME
 
 

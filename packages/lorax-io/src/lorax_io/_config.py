@@ -96,6 +96,11 @@ class PeftConfig:
         outer = prefixes(name) if self._saved else []
         return any(module[k:] in self._saved for module in outer for k in range(len(module) + 1))
 
+    def reading(self) -> "PeftConfig":
+        """The same with the heads that PEFT trains for the task, which 0.10 does not list."""
+        saved = {*(self.modules_to_save or ()), *HEADS.get(self.task_type, ())}
+        return self.replace(modules_to_save=sorted(saved) or None)
+
     def _is_in_layers(self, name: str) -> bool:
         found = (_match(pattern, name) for pattern in self._layers_patterns)
         match = next((match for match in found if match), None)
@@ -279,6 +284,7 @@ _NUMBER = _Key(is_number, "a finite number")
 _FLAG = _Key(lambda x: isinstance(x, bool), "true or false")
 _STRING = _Key(lambda x: isinstance(x, str), "a string")
 _STRINGS = _Key(_is_strings, "a list of strings")
+_FLAG_OR_NONE = _or_none(_FLAG)
 _NAMES = _Key(lambda x: isinstance(x, str) or _is_strings(x), "a list of names, or a pattern")
 _LAYERS = _Key(
     lambda x: _is_integer(x) or (isinstance(x, list) and all(map(_is_integer, x))),
@@ -296,8 +302,8 @@ def _patterns(value: _Key) -> _Key:
 _KEYS: dict[str, _Key] = {
     "r": _RANK,
     "lora_alpha": _NUMBER,
-    "use_rslora": _FLAG,
-    "use_dora": _or_none(_FLAG),
+    "use_rslora": _FLAG_OR_NONE,
+    "use_dora": _FLAG_OR_NONE,
     "rank_pattern": _or_none(_patterns(_RANK)),
     "alpha_pattern": _or_none(_patterns(_NUMBER)),
     "target_modules": _or_none(_NAMES),
@@ -307,17 +313,26 @@ _KEYS: dict[str, _Key] = {
     "layers_pattern": _or_none(_NAMES),
     "modules_to_save": _or_none(_STRINGS),
     "bias": _Key(lambda x: x in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "fan_in_fan_out": _FLAG,
+    "fan_in_fan_out": _FLAG_OR_NONE,
     "lora_dropout": _NUMBER,
     "task_type": _or_none(_Key(lambda x: x in TASK_TYPES, " or ".join(TASK_TYPES))),
     "base_model_name_or_path": _or_none(_STRING),
     "revision": _or_none(_STRING),
 }
 
+# Keys for which PEFT reads null, "" and [] as if the key were absent.
+_ABSENT_IF_EMPTY = frozenset(
+    "use_rslora use_dora fan_in_fan_out modules_to_save layers_to_transform layers_pattern"
+    " exclude_modules target_parameters".split()
+)
+# PEFT itself fails on null here; writers of null mean that there is no pattern.
+_ABSENT_IF_NULL = frozenset(("rank_pattern", "alpha_pattern"))
+
 # Keys that change nothing in the numbers that the tensors give.
 _HARMLESS = frozenset(
     "peft_type auto_mapping inference_mode peft_version init_lora_weights eva_config corda_config"
-    " lora_ga_config loftq_config qalora_group_size megatron_core".split()
+    " lora_ga_config loftq_config qalora_group_size megatron_core runtime_config"
+    " merge_weights".split()
 )
 
 # Keys that make an adapter more than LoRA and DoRA, unless they are null, false or empty.
@@ -334,8 +349,9 @@ _BEYOND = {
     "megatron_config": "is for Megatron's layers",
     "trainable_token_indices": "replaces rows of the embedding",
     "ensure_weight_tying": "ties the factors of embedding and head",
+    "enable_lora": "adapts parts of fused projections, as PEFT 0.2 does",
 }
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def read_config(path: Path) -> PeftConfig:
@@ -361,6 +377,7 @@ def config_of(path: Path, values: Any) -> PeftConfig:
     if not isinstance(values, dict):
         raise AdapterFileError(path, "is no JSON object.")
     _check_kind(path, values)
+    values = {key: value for key, value in values.items() if not _is_absent(key, value)}
     for name, key in _KEYS.items():
         if name in values and not key.accepts(values[name]):
             raise AdapterFileError(
@@ -372,14 +389,15 @@ def config_of(path: Path, values: Any) -> PeftConfig:
             AdapterWarning,
             stacklevel=5,
         )
-    kept = {name: values[name] for name in _KEYS if name in values}
-    for name in ("rank_pattern", "alpha_pattern"):
-        # PEFT itself fails on `null` here; its writers mean that there is none.
-        if kept.get(name, 0) is None:
-            del kept[name]
-    config = PeftConfig(**kept)
+    config = PeftConfig(**{name: values[name] for name in _KEYS if name in values})
     _check_patterns(path, config)
     return config
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    if value is None:
+        return key in _ABSENT_IF_EMPTY | _ABSENT_IF_NULL
+    return key in _ABSENT_IF_EMPTY and value in ("", [])
 
 
 def _check_kind(path: Path, values: Mapping[str, Any]) -> None:

@@ -33,7 +33,8 @@ def save_diffusers(
         folder: it is made if need be.
         tunable: the second tree of `lorax.init_lora`.
         names: the layout of each parameter, by its path: `Linear` and `Conv` only.
-        prefix: the part of the pipeline: "transformer", "unet" or "text_encoder".
+        prefix: the part of the pipeline: "transformer", "unet" or "text_encoder"; "" for the
+            model's own `load_lora_adapter(folder, prefix=None)`.
         fold_scale: whether `b` is multiplied by the scale, so that alpha is the rank.
 
     Returns:
@@ -59,11 +60,12 @@ def save_diffusers(
             raise UnsupportedAdapterError(
                 folder, f"diffusers reads factors of linear and convolution layers, not `{name}`."
             )
-    config = {f"{prefix}.{key}": value for key, value in found.config.to_json().items()}
+    begin = f"{prefix}." if prefix else ""
+    config = {f"{begin}{key}": value for key, value in found.config.to_json().items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
     with one_writer() as writer:
         if writer:
             make_folder(folder)
-            tensors = {f"{prefix}.{name}": tensor for name, tensor in found.tensors.items()}
+            tensors = {f"{begin}{name}": tensor for name, tensor in found.tensors.items()}
             write_tensors(folder / WEIGHTS_NAME, tensors, header)
     return folder / WEIGHTS_NAME

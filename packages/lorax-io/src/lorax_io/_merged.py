@@ -1,23 +1,26 @@
 """The merged model as a folder that transformers loads: safetensors shards and their index."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax import Pair, merge_params
 
-from ._errors import AdapterError, AdapterMismatchError
+from ._errors import AdapterError, AdapterMismatchError, AdapterWarning
 from ._export import layout_of, whole_tensors
 from ._files import regular_file, write_text
 from ._host import one_writer
 from ._layouts import Array, Names, as_layouts, tensor_name
 from ._progress import track
-from ._tensors import write_tensors
+from ._tensors import parse_json, write_tensors
+from ._ties import is_embedding, is_head, ties, untied
 from ._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
 
 WEIGHTS_NAME = "model.safetensors"
@@ -81,6 +84,7 @@ def save_merged(
     every_layout = as_layouts(names)
     layouts = {path: layout_of(folder, every_layout, path) for path in sizes}
     config_text = _config_text(config)
+    tables: dict[str, bytes] = {}  # embedding and head, each by what it holds
     shards = _shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
@@ -101,6 +105,8 @@ def save_merged(
                             folder, f"`names` gives two parameters the tensor `{name}`."
                         )
                     files[name], tensors[name] = file, tensor
+                    if is_embedding(module := name.removesuffix(".weight")) or is_head(module):
+                        tables[name] = hashlib.sha256(tensor.tobytes()).digest()
                     if path not in rows:
                         of_base.add(name)
             with one_writer() as writer:
@@ -111,7 +117,25 @@ def save_merged(
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
                 write_text(unfinished / INDEX_NAME, _json(index))
             if writer and config_text is not None:
-                write_text(unfinished / CONFIG_NAME, config_text)
+                write_text(unfinished / CONFIG_NAME, _with_own_head(folder, config_text, tables))
+
+
+def _with_own_head(folder: object, text: str, tables: Mapping[str, bytes]) -> str:
+    """The config; where it ties a head that is not the embedding, without that."""
+    heads = [name for name in tables if is_head(name.removesuffix(".weight"))]
+    if not heads or len(set(tables.values())) == 1:
+        return text
+    config = parse_json(Path(str(folder), CONFIG_NAME), text)
+    if not isinstance(config, dict) or ties(config) is False:
+        return text
+    config = untied(folder, config)
+    warnings.warn(
+        f"{folder}: `{heads[0]}` is not the embedding, so its config gets "
+        "tie_word_embeddings = false; transformers would drop the head otherwise.",
+        AdapterWarning,
+        stacklevel=3,
+    )
+    return _json(config)
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:

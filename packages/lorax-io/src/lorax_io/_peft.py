@@ -16,7 +16,7 @@ from ._export import Export, export
 from ._files import file_in, make_folder, write_text
 from ._host import all_read, one_writer
 from ._layouts import Names, as_layouts
-from ._restore import Source, plain_keys, restore
+from ._restore import Source, plain_keys, restore, without_copies
 from ._tensors import TensorFile, is_number, parse_json, write_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -134,10 +134,11 @@ def open_peft(folder: str | os.PathLike[str]) -> Generator[Source]:
     if not folder.is_dir():
         hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""
         raise AdapterNotFoundError(folder, f"is no folder.{hub}")
-    config = read_config(file_in(folder, CONFIG_NAME))
+    config = read_config(file_in(folder, CONFIG_NAME)).reading()
     with TensorFile(_weights(folder)) as file:
         ours = _ours(file, config)
-        yield Source(file, plain_keys(file, PREFIX), config, ours or {}, ours is not None)
+        tensors = without_copies(plain_keys(file, PREFIX), config)
+        yield Source(file, tensors, config, ours or {}, ours is not None)
 
 
 def _weights(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,12 @@ import numpy as np
 from lorax import Adapter, Axes, DoraWeight, LoraWeight, Pair
 
 from ._config import PeftConfig, distrusted
-from ._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
+from ._errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterWarning,
+    UnsupportedAdapterError,
+)
 from ._export import DTYPES, factor_axes, factor_prefix, pattern_name, wrapper_depths
 from ._host import place, placements, shape_of
 from ._layouts import (
@@ -33,9 +39,11 @@ from ._layouts import (
     tensor_name,
     unpack,
 )
+from ._missing import check_any
 from ._progress import track
 from ._shapes import blank_rows, complete
 from ._tensors import TensorFile, check_finite, check_width
+from ._ties import is_embedding, is_head
 from ._tree import (
     absent,
     filled,
@@ -94,6 +102,7 @@ def plain_keys(file: TensorFile, prefix: str) -> dict[str, str]:
     """The tensors of a file by module and key, without prefix and without the adapter's name."""
     found: dict[str, str] = {}
     adapters: set[str] = set()
+    check_any(file.path, {name: entry.shape for name, entry in file.entries.items()})
     for name in file.entries:
         if not name.startswith(prefix):
             raise AdapterFileError(
@@ -110,6 +119,13 @@ def plain_keys(file: TensorFile, prefix: str) -> dict[str, str]:
             )
         found[key] = name
     return found
+
+
+def without_copies(tensors: Mapping[str, str], config: PeftConfig) -> dict[str, str]:
+    """The tensors without the copies of a head's bias that PEFT saves for `bias="all"`."""
+    if config.bias != "all":
+        return dict(tensors)
+    return {key: name for key, name in tensors.items() if not _COPY_OF_BIAS.search(key)}
 
 
 def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> Pair:
@@ -153,11 +169,14 @@ def _find(source: Source, names: Layouts, shapes: _Shapes) -> _Found:
             continue
         slot = slots[key]
         if slot.key == _WHOLE and not _may_be_whole(source.config, key):
-            raise AdapterFileError(
-                source.file.path,
-                f"`{name}` would replace a base weight, and neither `modules_to_save` nor `bias` "
-                "of its config says so.",
-            )
+            if is_of_vocabulary(key, names[slot.path]):
+                warn_of_vocabulary(source.file.path, key)
+            else:
+                raise AdapterFileError(
+                    source.file.path,
+                    f"`{name}` would replace a base weight, and neither `modules_to_save` nor "
+                    "`bias` of its config says so.",
+                )
         found.setdefault(slot.path, {})[slot] = name
     for path, tensors in found.items():
         _check_complete(source, names[path], shapes[path], tensors)
@@ -213,6 +232,23 @@ def _is_targeted(config: PeftConfig, layout: Layout, module: str) -> bool | None
     return config.targets(module)
 
 
+def is_of_vocabulary(key: str, layout: Layout | None = None) -> bool:
+    """Whether PEFT saves a tensor where the vocabulary was resized, whatever its config says."""
+    module, _, parameter = key.rpartition(".")
+    is_table = isinstance(layout, Embedding) or is_embedding(module) or is_head(module)
+    return parameter == "weight" and is_table and not module.endswith(".base_layer")
+
+
+def warn_of_vocabulary(path: object, key: str) -> None:
+    """Says that a file replaces a tensor that its config does not list."""
+    warnings.warn(
+        f"{path}: has the whole of `{key}`, which its config does not list. PEFT saves it so where "
+        "the vocabulary was resized; it replaces that of the base.",
+        AdapterWarning,
+        stacklevel=4,
+    )
+
+
 def _may_be_whole(config: PeftConfig, key: str) -> bool:
     module, _, parameter = key.rpartition(".")
     if config.saves(module):
@@ -232,8 +268,6 @@ def _check_needless(
         parameter = slots[min(factors)].path
         _check_copy(source, name, module, names[parameter], shapes[parameter])
         return
-    if source.config.bias == "all" and _COPY_OF_BIAS.search(key):
-        return  # copies of a bias that is saved under its own name, too
     for mark, what in _NOT_PLAIN.items():
         if mark in key:
             raise UnsupportedAdapterError(path, f"`{name}` is of an adapter that is {what}.")
@@ -452,9 +486,11 @@ def _checked(source: Source, name: str, groups: Groups, sizes: Mapping[int, int]
     check_width(path, name, entry.dtype)
     wanted = packed_shape(groups, sizes)
     if entry.shape != wanted:
-        rank = f" at the rank {sizes[RANK]} of its config" if RANK in sizes else ""
+        note = f" at the rank {sizes[RANK]} of its config" if RANK in sizes else ""
+        if is_of_vocabulary(name) and entry.shape[1:] == wanted[1:]:
+            note += ": its vocabulary was resized. Resize the base's embedding and head likewise"
         raise AdapterMismatchError(
-            path, f"has `{name}` of shape {entry.shape}; the parameter takes {wanted}{rank}."
+            path, f"has `{name}` of shape {entry.shape}; the parameter takes {wanted}{note}."
         )
     return source.file.view(name)
 

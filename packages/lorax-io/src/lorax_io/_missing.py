@@ -1,0 +1,120 @@
+"""What a config and a base say that an adapter has, and what of it its file lacks."""
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ._config import PeftConfig
+from ._errors import AdapterFileError, AdapterWarning
+
+
+class Prefixes(NamedTuple):
+    """How an adapter's names differ from those of a base: by what their begin has more."""
+
+    adapter: frozenset[str]
+    base: frozenset[str]
+
+    @classmethod
+    def of(cls, matched: Iterable[tuple[str, str]]) -> "Prefixes":
+        """The differences of pairs of names, each the adapter's and the base's."""
+        pairs = list(matched)
+        return cls(
+            frozenset(a.removesuffix(b) for a, b in pairs if a.endswith(b)),
+            frozenset(b.removesuffix(a) for a, b in pairs if b.endswith(a)),
+        )
+
+    def of_adapter(self, name: str) -> set[str]:
+        """The names that the adapter may have for a tensor of the base."""
+        longer = {prefix + name for prefix in self.adapter}
+        return longer | {name[len(p) :] for p in self.base if name.startswith(p)}
+
+
+def lacking(
+    config: PeftConfig, shapes: Mapping[str, Any], matched: Mapping[str, str], saved: bool = True
+) -> dict[str, str]:
+    """Why the adapter should have a tensor, for each of the base's that it should have and lacks.
+
+    Args:
+        config: what the adapter says that it adapts.
+        shapes: the base's tensors.
+        matched: the base's name of each that the adapter has.
+        saved: whether `modules_to_save` counts.
+    """
+    prefixes = Prefixes.of(matched.items())
+    present = set(matched.values())
+    kinds = {_kind(name): name for name in sorted(present)}
+    found: dict[str, str] = {}
+    for name in shapes.keys() - present:
+        for known in prefixes.of_adapter(name):
+            module, _, parameter = known.rpartition(".")
+            if saved and config.saves(module):
+                found[name] = "`modules_to_save` of its config has it"
+            elif config.targets_parameter(known):
+                found[name] = "it is among the `target_parameters` of its config"
+            elif parameter == "weight" and len(shapes[name].shape) > 1:
+                targeted = config.targets(module)
+                if targeted:
+                    found[name] = "it is a target in its config"
+                elif targeted is None and _kind(name) in kinds:
+                    found[name] = f"`{kinds[_kind(name)]}` is adapted"
+    return found
+
+
+def _kind(name: str) -> str:
+    """The name without the numbers of layers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def check_lacking(
+    path: object, base: object, found: Mapping[str, str], allowed: bool = False
+) -> None:
+    """Refuses an adapter that lacks some of its tensors, or warns where that is allowed.
+
+    Raises:
+        AdapterFileError: naming the first of them.
+    """
+    if not found:
+        return
+    name = min(found, key=_in_order)
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    message = f"lacks the tensors of `{name}` of {base}{more}: {found[name]}."
+    if not allowed:
+        raise AdapterFileError(
+            path,
+            f"{message} The file was cut, or not all of the adapter was gathered when it was "
+            "saved. Where these are rightly left as they are in the base, say `--allow-missing`.",
+        )
+    warnings.warn(f"{path}: {message} They stay as they are.", AdapterWarning, stacklevel=3)
+
+
+def _in_order(name: str) -> list[Any]:
+    """Layer 10 after layer 9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+
+
+def check_any(path: object, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a file without numbers, as DeepSpeed's ZeRO-3 leaves them.
+
+    Args:
+        path: of the file.
+        tensors: the shape of each.
+    """
+    empty = [name for name, shape in tensors.items() if 0 in shape]
+    if empty or not tensors:
+        what = f"has a tensor without numbers, `{empty[0]}`" if empty else "has no tensors"
+        raise AdapterFileError(
+            path,
+            f"{what}: the adapter was not gathered when it was saved, as happens under DeepSpeed's "
+            "ZeRO-3. Save it again from a gathered state.",
+        )
+
+
+def mentions(config: PeftConfig, modules: Collection[str]) -> list[str]:
+    """The entries of `modules_to_save` that no module with a tensor ends in."""
+    return [
+        entry
+        for entry in config.modules_to_save or ()
+        if not any(map(PeftConfig(modules_to_save=[entry]).saves, modules))
+    ]
