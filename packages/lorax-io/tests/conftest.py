@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lorax_io._cli import main
-from lorax_io._tensors import TensorFile
+from lorax_io._command import main
+from lorax_io._disk.tensors import TensorFile
 
 PREFIX = "base_model.model."
 

@@ -34,7 +34,7 @@ from lorax_io import (
     save_merged,
     save_peft,
 )
-from lorax_io._tensors import TensorFile
+from lorax_io._disk.tensors import TensorFile
 
 # How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
 # a process of its own, all of them in one, and each test says how its own went.

@@ -29,11 +29,11 @@ from lorax_io import (
     load_adapter,
     load_pair,
     load_peft,
+    open_adapter,
     read_metadata,
     save_adapter,
     save_peft,
 )
-from lorax_io._alone import open_adapter
 
 SECONDS = 10  # in which the worst of files is refused; an honest one takes milliseconds
 
@@ -194,8 +194,12 @@ CONTAINERS = rows(
     ("header of 2^64-1 bytes", container(b"{}", size=2**64 - 1), "header too large"),
     ("header past the end", container(b"{}", size=3), "invalid header length"),
     ("text", b"a long text, and no tensors in it", "header too large"),
-    ("pickle", pickle.dumps({"w": [1.0]}, protocol=2), NO_FILE),
-    ("zip, as torch writes it", zip_file(), NO_FILE),
+    ("pickle", pickle.dumps({"w": [1.0]}, protocol=2), "is a pickle"),
+    ("pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    ("web page", b"<!DOCTYPE html><html>", "is a web page"),
+    ("GGUF", b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
+    ("HDF5", b"\x89HDF\r\n", "is an HDF5 file"),
+    ("zip, as torch writes it", zip_file(), "is a zip archive"),
     ("no JSON", container(b"{nothing}"), "invalid JSON in header"),
     ("JSON cut short", container(b'{"w": {'), "invalid JSON in header"),
     ("JSON array", container([]), "invalid JSON in header"),
@@ -481,8 +485,8 @@ VALUES = {
     "fan_in_fan_out": '0 "false" {}',
     "lora_dropout": 'null true NaN "0" []',
     "task_type": '0 [] {} "causal_lm" "OTHER" true',
-    "base_model_name_or_path": "0 [] {} true",
-    "revision": "0 [] {} true",
+    "base_model_name_or_path": "0 {} true",
+    "revision": "0 {} true",
 }
 TYPES = [
     pytest.param(key, value, id=f"{key}={value[:20]}")
@@ -503,8 +507,8 @@ NULLS = (
     " use_rslora use_dora fan_in_fan_out init_lora_weights"
 )
 EMPTY = (
-    "use_rslora use_dora fan_in_fan_out modules_to_save layers_to_transform layers_pattern"
-    " exclude_modules target_parameters"
+    "base_model_name_or_path revision init_lora_weights use_rslora use_dora fan_in_fan_out"
+    " modules_to_save layers_to_transform layers_pattern exclude_modules target_parameters"
 )
 
 
@@ -526,15 +530,21 @@ def test_keys_of_other_releases_of_peft_are_read(place, key):
 
 KINDS = rows(
     ("no peft_type", {"peft_type": None}, AdapterFileError, "peft_type = None; only .* LORA"),
+    (
+        "model's config",
+        {"peft_type": None, "model_type": '"llama"'},
+        AdapterFileError,
+        "of a model",
+    ),
     ("null peft_type", {"peft_type": "null"}, AdapterFileError, "peft_type = None"),
     *(
         (f"peft_type {kind}", {"peft_type": kind}, UnsupportedAdapterError, "has peft_type = ")
-        for kind in '"lora" "ADALORA" "LOHA" "LOKR" "OFT" "IA3" "VERA" "BOFT" "XLORA"'
+        for kind in '"lora" "OFT" "VERA" "BOFT" "XLORA" "MISS"'
         ' "PREFIX_TUNING" "PROMPT_TUNING" "" 0 [] {} ["LORA"] true'.split()
     ),
     *(
         (f"init {init}", {"init_lora_weights": init}, UnsupportedAdapterError, "changes the base")
-        for init in '"pissa" "pissa_niter_16" "olora" "loftq" "corda" "bogus" [] {} 2'.split()
+        for init in '"pissa" "pissa_niter_16" "olora" "loftq" "corda" "bogus" 2'.split()
     ),
     *(
         (f"{key} {value}", {key: value}, UnsupportedAdapterError, rf"\({key}\); read as plain LoRA")
@@ -630,14 +640,14 @@ def test_a_pattern_that_hides_its_place_is_refused(place, key):
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
 def test_a_pattern_that_takes_too_long_is_refused(place, monkeypatch, key, pattern):
-    monkeypatch.setattr("lorax_io._config._SECONDS_EACH", 0.1)
+    monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS_EACH", 0.1)
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     assert_refused(place, "peft", AdapterFileError, "take too long to match")
 
 
 def test_patterns_that_take_too_long_together_are_refused(place, monkeypatch):
-    monkeypatch.setattr("lorax_io._config._SECONDS", 0.5)
+    monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
     layouts = {f"{k}": Linear(name) for k, name in enumerate(names)}
@@ -740,7 +750,8 @@ ADAPTERS = rows(
     ),
     ("empty name", {}, {"": floats(2)}, FILE, "begins with"),
     ("prefix alone", {}, {"base_model.model.": floats(2)}, MISMATCH, "is no factor"),
-    ("no .weight", {}, moved((Q + A, Q + "lora_A")), MISMATCH, "is no factor"),
+    ("no .weight", {}, moved((Q + A, Q + "lora_A")), MORE, "that is AdaLoRA"),
+    ("no such key", {}, moved((Q + A, Q + "lora_C")), MISMATCH, "is no factor"),
     ("long name", {}, {"base_model.model." + "x" * 10**6: floats(2)}, MISMATCH, "is no factor"),
     (
         "long module",

@@ -6,12 +6,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ._config import CONFIG_NAME, PeftConfig, read_config
-from ._errors import AdapterError, AdapterNotFoundError
-from ._files import file_in
-from ._peft import PREFIX, WEIGHTS_NAME
-from ._restore import plain_keys
-from ._tensors import TensorFile
+from ._errors import AdapterError, AdapterNotFoundError, about
+from ._formats.peft.config import CONFIG_NAME, PeftConfig
+from ._formats.peft.folder import WEIGHTS_NAME, open_peft
 
 _CARD_NAME = "README.md"
 
@@ -53,12 +50,11 @@ def push_to_hub(
     """
     hub = _import_hub()
     folder = Path(folder)
-    config = read_config(file_in(folder, CONFIG_NAME))
-    with TensorFile(file_in(folder, WEIGHTS_NAME)) as file:
-        plain_keys(file, PREFIX)
+    with open_peft(folder) as source:
+        config = source.config
     files: dict[str, Any] = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
     api = hub.HfApi(token=token, endpoint=endpoint)
-    with _explained(hub, repo_id):
+    with about(repo_id), _explained(hub):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if (folder / _CARD_NAME).is_file():
             files[_CARD_NAME] = folder / _CARD_NAME
@@ -105,7 +101,7 @@ def pull_from_hub(
         >>> frozen, tunable = load_peft(folder, params, names)  # doctest: +SKIP
     """
     hub = _import_hub()
-    with _explained(hub, repo_id):
+    with about(repo_id), _explained(hub):
         folder = hub.HfApi(token=token, endpoint=endpoint).snapshot_download(
             repo_id,
             revision=revision,
@@ -114,7 +110,7 @@ def pull_from_hub(
         )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not Path(folder, name).exists():
-            raise AdapterNotFoundError(repo_id, f"the repository has no `{name}`.")
+            raise AdapterNotFoundError(f"the repository has no `{name}`.", repo_id)
     return Path(folder)
 
 
@@ -127,19 +123,19 @@ def _import_hub() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, repo_id: str) -> Generator[None]:
+def _explained(hub: Any) -> Generator[None]:
     try:
         yield
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
-        raise AdapterNotFoundError(repo_id, f"the Hub has it not: {_first_line(error)}") from error
+        raise AdapterNotFoundError(f"the Hub has it not: {_first_line(error)}") from error
     except hub.errors.LocalEntryNotFoundError as error:
         # The Hub gave no answer that is one, for this cause, and the cache has nothing either.
         reason = _first_line(error.__cause__ or error)
-        raise AdapterError(repo_id, f"the Hub refuses: {reason}") from error
+        raise AdapterError(f"the Hub refuses: {reason}") from error
     # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
     # connection are no `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
-        raise AdapterError(repo_id, f"the Hub refuses: {_first_line(error)}") from error
+        raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

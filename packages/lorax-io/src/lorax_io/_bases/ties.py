@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ._errors import UnsupportedAdapterError
+from .._errors import UnsupportedAdapterError
 
 # The last part of the module's name, over the models of transformers.
 EMBEDDINGS = frozenset(
@@ -38,7 +38,7 @@ def ties(config: Mapping[str, Any] | None) -> bool | None:
     return any(said) if said else None
 
 
-def untied(where: object, config: Mapping[str, Any]) -> dict[str, Any]:
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config for a head that is not the embedding.
 
     Raises:
@@ -48,7 +48,6 @@ def untied(where: object, config: Mapping[str, Any]) -> dict[str, Any]:
         part.get("model_type") in _SCALED_WHERE_TIED for part in _parts(config)
     ):
         raise UnsupportedAdapterError(
-            where,
             f"has a head that differs from the embedding, and a {config.get('model_type')} model "
             f"with `{_KEY}` scales its outputs: no config gives this head its own weight and keeps "
             "the scale. Use the adapter unmerged.",

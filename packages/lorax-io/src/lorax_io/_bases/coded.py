@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ._errors import UnsupportedAdapterError
+from .._errors import UnsupportedAdapterError
 
 # What stands in the module of a coded weight, beside it or in its place. The first that is there
 # counts.
@@ -59,7 +59,6 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
 
 
 def check_plain(
-    where: object,
     name: str,
     dtype: Any,
     names: Container[str],
@@ -78,7 +77,6 @@ def check_plain(
         coding = _method(config)
     if coding is not None:
         raise UnsupportedAdapterError(
-            where,
             f"has quantized weights: `{name}` is stored as {coding}. The sum of codes and an "
             "adapter means nothing. Merge into the model's unquantized weights, and quantize "
             "the result.",

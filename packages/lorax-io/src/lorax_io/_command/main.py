@@ -16,16 +16,18 @@ from rich.table import Column, Table
 
 from lorax import Adapter, LoraxError
 
-from ._alone import Opened, open_adapter
-from ._checkpoint import fit_adapter, merge_files, open_checkpoint
-from ._config import TASK_TYPES, PeftConfig
-from ._diffusers import save_diffusers
-from ._names import flax_names, read_names
-from ._native import user_metadata, write
-from ._peft import save_peft
-from ._shapes import base_shape
-from ._summary import Line, compare, summarize
-from ._tree import Row
+from .._bases.checkpoint import open_checkpoint
+from .._bases.fit import fit_adapter
+from .._bases.merge_files import merge_files
+from .._formats.diffusers import save_diffusers
+from .._formats.native import user_metadata, write
+from .._formats.opening import OpenedAdapter, open_adapter
+from .._formats.peft.config import TASK_TYPES, PeftConfig
+from .._formats.peft.folder import save_peft
+from .._names import flax_names, read_names
+from .._shapes import base_shape
+from .._summary import Line, compare, summarize
+from .._tree import Row
 
 _SAME, _DIFFERENT, _FAILED = 0, 1, 2
 
@@ -152,15 +154,15 @@ def _text(value: Any) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def _about(adapter: Opened, lines: list[Line]) -> dict[str, Any]:
+def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
     count = sum(math.prod(shape) for line in lines for shape in line.shapes)
-    about: dict[str, Any] = {"form": adapter.kind, "parameters trained": count}
+    about: dict[str, Any] = {"form": adapter.format, "parameters trained": count}
     if adapter.config is not None:
         about |= {
             "base": adapter.config.base_model_name_or_path,
             "task": adapter.config.task_type,
         }
-    if adapter.kind == "native":
+    if adapter.format == "native":
         about |= user_metadata(adapter.metadata)
     return {key: value for key, value in about.items() if value is not None}
 
@@ -198,7 +200,7 @@ def _convert(args: argparse.Namespace) -> int:
     names = None if args.names is None else read_names(args.names)
     adapter = open_adapter(args.adapter, names)
     if args.to == "native":
-        metadata = user_metadata(adapter.metadata) if adapter.kind == "native" else None
+        metadata = user_metadata(adapter.metadata) if adapter.format == "native" else None
         rows = [Row(path, row) for path, row in sorted(adapter.rows.items())]
         write(args.out, rows, adapter.held, metadata=metadata)
     else:
@@ -242,11 +244,7 @@ def _merge(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.base)
     adapter = open_adapter(args.adapter)
     fitted = fit_adapter(adapter, checkpoint, allow_missing=args.allow_missing)
-    merge_files(fitted, args.out)
+    merge_files([fitted], args.out)
     count = len(fitted.checkpoint.shapes)
     print(f"{args.out}: {count} tensors, {len(fitted.rows)} of them adapted")
     return _SAME
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,11 @@
 """What a config and a base say that an adapter has, and what of it its file lacks."""
 
 import re
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ._config import PeftConfig
-from ._errors import AdapterFileError, AdapterWarning
+from .._errors import AdapterFileError, warn
+from .._formats.peft.config import PeftConfig
 
 
 class Prefixes(NamedTuple):
@@ -66,9 +65,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def check_lacking(
-    path: object, base: object, found: Mapping[str, str], allowed: bool = False
-) -> None:
+def check_lacking(base: object, found: Mapping[str, str], allowed: bool = False) -> None:
     """Refuses an adapter that lacks some of its tensors, or warns where that is allowed.
 
     Raises:
@@ -81,40 +78,13 @@ def check_lacking(
     message = f"lacks the tensors of `{name}` of {base}{more}: {found[name]}."
     if not allowed:
         raise AdapterFileError(
-            path,
             f"{message} The file was cut, or not all of the adapter was gathered when it was "
             "saved. Where these are rightly left as they are in the base, say `--allow-missing`.",
         )
-    warnings.warn(f"{path}: {message} They stay as they are.", AdapterWarning, stacklevel=3)
+    warn(f"{message} They stay as they are.")
 
 
 def _in_order(name: str) -> list[Any]:
     """Layer 10 after layer 9."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
-
-
-def check_any(path: object, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a file without numbers, as DeepSpeed's ZeRO-3 leaves them.
-
-    Args:
-        path: of the file.
-        tensors: the shape of each.
-    """
-    empty = [name for name, shape in tensors.items() if 0 in shape]
-    if empty or not tensors:
-        what = f"has a tensor without numbers, `{empty[0]}`" if empty else "has no tensors"
-        raise AdapterFileError(
-            path,
-            f"{what}: the adapter was not gathered when it was saved, as happens under DeepSpeed's "
-            "ZeRO-3. Save it again from a gathered state.",
-        )
-
-
-def mentions(config: PeftConfig, modules: Collection[str]) -> list[str]:
-    """The entries of `modules_to_save` that no module with a tensor ends in."""
-    return [
-        entry
-        for entry in config.modules_to_save or ()
-        if not any(map(PeftConfig(modules_to_save=[entry]).saves, modules))
-    ]

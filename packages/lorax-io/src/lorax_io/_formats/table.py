@@ -1,0 +1,12 @@
+"""The table of formats: what opening, converting and the messages are made from.
+
+A further format is a module and a row here. The first row that recognizes a file reads it.
+"""
+
+from . import diffusers, native
+from .format import Format
+from .peft import folder as peft
+
+FORMATS: dict[str, Format] = {
+    row.name: row for row in (native.FORMAT, peft.FORMAT, diffusers.FORMAT)
+}
