@@ -716,7 +716,7 @@ def test_every_command_has_help(command, capsys):
 def test_the_command_runs_as_a_program():
     save_adapter("first.safetensors", {"w": jnp.ones(3)})
     save_adapter("second.safetensors", {"w": jnp.zeros(3)})
-    command = [sys.executable, "-m", "lorax_io._command", "diff", "first.safetensors"]
+    command = [sys.executable, "-m", "lorax_io._cli", "diff", "first.safetensors"]
     done = subprocess.run([*command, "second.safetensors"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "") and "numbers" in done.stdout
 

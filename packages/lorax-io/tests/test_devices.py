@@ -412,7 +412,7 @@ def join(process, port, home):
     if int(process) == 1:
 
         def broken(self, name):
-            raise AdapterError(self.path, "cannot be read here")
+            raise AdapterError("cannot be read here", self.path)
 
         TensorFile.view = broken
     missing = f"{'one' if int(process) == 0 else 'no'} file"

@@ -12,13 +12,19 @@ from ._errors import (
     UnsupportedAdapterError as UnsupportedAdapterError,
 )
 from ._formats.diffusers import save_diffusers as save_diffusers
+from ._formats.kohya import save_kohya as save_kohya
+from ._formats.mlx import save_mlx as save_mlx
 from ._formats.native import (
     load_adapter as load_adapter,
     load_pair as load_pair,
     read_metadata as read_metadata,
     save_adapter as save_adapter,
 )
-from ._formats.opening import OpenedAdapter as OpenedAdapter, open_adapter as open_adapter
+from ._formats.opening import (
+    OpenedAdapter as OpenedAdapter,
+    load_any as load_any,
+    open_adapter as open_adapter,
+)
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
@@ -57,6 +63,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "flax_names",
     "load_adapter",
+    "load_any",
     "load_pair",
     "load_peft",
     "open_adapter",
@@ -66,7 +73,9 @@ __all__ = [
     "read_names",
     "save_adapter",
     "save_diffusers",
+    "save_kohya",
     "save_merged",
+    "save_mlx",
     "save_peft",
     "write_names",
 ]

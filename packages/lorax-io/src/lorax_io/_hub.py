@@ -9,8 +9,10 @@ from typing import Any
 from ._errors import AdapterError, AdapterNotFoundError, about
 from ._formats.peft.config import CONFIG_NAME, PeftConfig
 from ._formats.peft.folder import WEIGHTS_NAME, open_peft
+from ._formats.table import FORMATS
 
 _CARD_NAME = "README.md"
+_WEIGHTS = (WEIGHTS_NAME, *(n for row in FORMATS.values() for n in row.files if n != WEIGHTS_NAME))
 
 
 def push_to_hub(
@@ -73,6 +75,7 @@ def pull_from_hub(
     repo_id: str,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     token: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
@@ -84,12 +87,13 @@ def pull_from_hub(
     Args:
         repo_id: `"user/name"`.
         revision: a branch, tag or commit; the main branch by default.
+        subfolder: the folder of the repository that the adapter is in.
         token: of the user; by default the one of `hf auth login`.
         cache: another folder than the Hub's own.
         endpoint: another Hub than huggingface.co.
 
     Returns:
-        The folder for `load_peft`.
+        The folder for `load_peft`, or `load_any`.
 
     Raises:
         AdapterNotFoundError: where the Hub has no such repository, or it has no adapter.
@@ -101,17 +105,24 @@ def pull_from_hub(
         >>> frozen, tunable = load_peft(folder, params, names)  # doctest: +SKIP
     """
     hub = _import_hub()
+    parts = [] if subfolder is None else subfolder.split("/")
+    if any(part in ("", ".", "..") or set(part) & set("*?[\\") for part in parts):
+        raise AdapterError(f"subfolder={subfolder!r} is not a folder of a repository.", repo_id)
+    inside = f"{subfolder}/" if subfolder else ""
     with about(repo_id), _explained(hub):
         folder = hub.HfApi(token=token, endpoint=endpoint).snapshot_download(
             repo_id,
             revision=revision,
             cache_dir=cache,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            allow_patterns=[f"{inside}{name}" for name in (CONFIG_NAME, *_WEIGHTS)],
         )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not Path(folder, name).exists():
-            raise AdapterNotFoundError(f"the repository has no `{name}`.", repo_id)
-    return Path(folder)
+    found = Path(folder, inside)
+    weights = [name for name in _WEIGHTS if (found / name).exists()]
+    if not weights:
+        raise AdapterNotFoundError(f"the repository has no `{inside}{WEIGHTS_NAME}`.", repo_id)
+    if weights[0] == WEIGHTS_NAME and not (found / CONFIG_NAME).exists():
+        raise AdapterNotFoundError(f"the repository has no `{inside}{CONFIG_NAME}`.", repo_id)
+    return found
 
 
 def _import_hub() -> Any:

@@ -37,6 +37,11 @@ class Checkpoint(NamedTuple):
     by_end: Mapping[str, list[str]]  # the names that end so, after a dot
     copies: Mapping[str, str] = {}  # a head that is the embedding until it is adapted
 
+    @property
+    def parts(self) -> set[str]:
+        """The folders of a pipeline."""
+        return {file.prefix.removesuffix(".") for file in self.files} - {""}
+
     def candidates(self, name: str) -> list[str]:
         """The tensors that may be meant: with or without a prefix that the other lacks."""
         if name in self.shapes:

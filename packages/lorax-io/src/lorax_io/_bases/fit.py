@@ -1,10 +1,11 @@
 """An adapter on the tensors of a base: nothing of it is left over, and nothing is missing."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .._errors import AdapterMismatchError, about
+from .._formats.kohya import resolve
 from .._formats.native import read
 from .._formats.opening import OpenedAdapter, fit
 from .._formats.peft.patterns import distrusted
@@ -36,13 +37,18 @@ class Fitted(NamedTuple):
 
 
 def fit_adapter(
-    adapter: OpenedAdapter, checkpoint: Checkpoint, *, allow_missing: bool = False
+    adapter: OpenedAdapter,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str] = str,
+    *,
+    allow_missing: bool = False,
 ) -> Fitted:
     """The adapter on the base's tensors.
 
     Args:
         adapter: as it was opened.
         checkpoint: the base.
+        rename: gives the base's name for a module of the adapter, or one that ends as it.
         allow_missing: whether targets without tensors are a warning, not an error.
     """
     with about(adapter.path):
@@ -52,8 +58,11 @@ def fit_adapter(
             tensor_name(layout.module, layout.parameter): path
             for path, layout in adapter.names.items()
         }
-        checkpoint = _with_head(checkpoint, paths)
-        matched = {name: _tensor_of(name, adapter.part, checkpoint) for name in paths}
+        called = {name: _renamed(name, rename) for name in paths}
+        checkpoint = _with_head(checkpoint, called.values())
+        matched = {name: _tensor_of(other, adapter, checkpoint) for name, other in called.items()}
+        if len({*matched.values()}) < len(matched):
+            raise AdapterMismatchError("has two modules for one tensor of the base.")
         _check_plain(checkpoint, matched.values())
         with distrusted():
             missing = lacking(adapter.config, checkpoint.shapes, matched)
@@ -124,8 +133,16 @@ def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
     return checkpoint._replace(shapes=shapes, copies=copies)
 
 
-def _tensor_of(name: str, part: str | None, checkpoint: Checkpoint) -> str:
+def _renamed(name: str, rename: Callable[[str], str]) -> str:
+    module, dot, parameter = name.rpartition(".")
+    return f"{rename(module)}{dot}{parameter}"
+
+
+def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str:
     """The base's tensor of a name, which may have the model's prefix or not."""
+    if adapter.format == "kohya":
+        return resolve(name, checkpoint.shapes, checkpoint.parts)
+    part = adapter.part
     if part and f"{part}.{name}" in checkpoint.shapes:
         return f"{part}.{name}"
     found = checkpoint.candidates(name)

@@ -9,24 +9,31 @@ from .._formats.peft.config import PeftConfig
 
 
 class Prefixes(NamedTuple):
-    """How an adapter's names differ from those of a base: by what their begin has more."""
+    """How an adapter's names differ from those of a base: by what they begin with."""
 
-    adapter: frozenset[str]
-    base: frozenset[str]
+    pairs: frozenset[tuple[str, str]]  # the adapter's begin, and the base's
 
     @classmethod
     def of(cls, matched: Iterable[tuple[str, str]]) -> "Prefixes":
         """The differences of pairs of names, each the adapter's and the base's."""
-        pairs = list(matched)
-        return cls(
-            frozenset(a.removesuffix(b) for a, b in pairs if a.endswith(b)),
-            frozenset(b.removesuffix(a) for a, b in pairs if b.endswith(a)),
-        )
+        return cls(frozenset(_begins(ours, theirs) for ours, theirs in matched))
 
     def of_adapter(self, name: str) -> set[str]:
         """The names that the adapter may have for a tensor of the base."""
-        longer = {prefix + name for prefix in self.adapter}
-        return longer | {name[len(p) :] for p in self.base if name.startswith(p)}
+        return {
+            ours + name[len(theirs) :] for ours, theirs in self.pairs if name.startswith(theirs)
+        }
+
+
+def _begins(ours: str, theirs: str) -> tuple[str, str]:
+    """What two names have before the parts in which they end alike."""
+    left, right = ours.split("."), theirs.split(".")
+    same = 0
+    while same < min(len(left), len(right)) and left[-1 - same] == right[-1 - same]:
+        same += 1
+    begins = (parts[: len(parts) - same] for parts in (left, right))
+    first, second = (".".join([*begin, ""]) if begin else "" for begin in begins)
+    return first, second
 
 
 def lacking(
@@ -40,6 +47,8 @@ def lacking(
         matched: the base's name of each that the adapter has.
         saved: whether `modules_to_save` counts.
     """
+    if not config.is_said:
+        return {}
     prefixes = Prefixes.of(matched.items())
     present = set(matched.values())
     kinds = {_kind(name): name for name in sorted(present)}

@@ -79,7 +79,8 @@ def file_in(folder: Path, name: str) -> Path:
     path = regular_file(folder / name)
     target, home = path.resolve(), folder.resolve()
     # The Hub's cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    snapshots = next((up for up in home.parents if up.name == "snapshots"), None)
+    blobs = home if snapshots is None else snapshots.parent / "blobs"
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
         raise AdapterFileError(f"is a link to {target}, outside its folder.", path)
     return path

@@ -31,6 +31,7 @@ class Format(NamedTuple):
         what: for messages and help.
         recognizes: whether a file is of it.
         read: the adapter, in PEFT's words or as rows.
+        loads: what loads it onto parameters.
         files: the names that its files have in a folder.
     """
 
@@ -38,4 +39,5 @@ class Format(NamedTuple):
     what: str
     recognizes: Callable[[Content], bool]
     read: Callable[[Content], Source | Rows]
+    loads: str = "lorax_io.load_any(path, params, names)"
     files: tuple[str, ...] = ()

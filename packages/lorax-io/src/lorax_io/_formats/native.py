@@ -315,7 +315,13 @@ def _read_alone(content: Content) -> Rows:
     return Rows(*load_alone(content.file))
 
 
-FORMAT = Format("native", "a native file", _recognizes, _read_alone)
+FORMAT = Format(
+    "native",
+    "a native file",
+    _recognizes,
+    _read_alone,
+    "lorax_io.load_adapter(path, params=params)",
+)
 
 
 def _load(

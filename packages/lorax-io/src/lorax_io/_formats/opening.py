@@ -5,15 +5,20 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax import Pair
+
+from .._disk.arrays import all_read
 from .._disk.files import file_in, regular_file
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError, AdapterNotFoundError, about
 from .._layouts import Layouts, Names, as_layouts
 from .._tree import Held
+from . import kohya, native
 from .format import Content, Format, Rows
 from .own_names import own_names, own_shapes
 from .peft.config import CONFIG_NAME, PeftConfig
 from .restore import restore
+from .source import Source
 from .table import FORMATS
 
 
@@ -88,6 +93,45 @@ def fit(path: Path, names: Layouts | None, base: Mapping[str, Any] | None) -> Op
         return OpenedAdapter(row.name, path, rows, names, metadata, found.config, part=found.part)
 
 
+def load_any(path: Any, params: Any, names: Names, *, sharding: Any = None) -> Pair:
+    """Reads an adapter of any format that is known: the pair `(frozen, tunable)` for `lora(model)`.
+
+    Args:
+        path: a file, or a folder.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        names: the layout of each parameter that the adapter may have, by its path; a native file
+            needs none.
+        sharding: where to put the arrays, as in `load_peft`.
+
+    Returns:
+        The `lorax.Pair`.
+
+    Raises:
+        AdapterError: as `load_peft` and `open_adapter`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, load_any, save_kohya
+        >>> params, names = {"to_q": jnp.ones((5, 3))}, {"to_q": Linear("mid_block.attn.to_q")}
+        >>> frozen, tunable = lorax.init_lora(params, {"to_q": 2}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "style.safetensors")
+        >>> save_kohya(file, tunable, names)
+        >>> load_any(file, params, names).tunable["to_q"].rank
+        2
+    """
+    path = Path(path)
+    with all_read(params, sharding), about(path), content_of(path) as content:
+        row = _format_of(content)
+        if row is FORMATS["native"]:
+            return native.load_pair(path, params, sharding=sharding)
+        found = row.read(content)
+        assert isinstance(found, Source)
+        layouts = as_layouts(names)
+        if row is FORMATS["kohya"]:
+            layouts = kohya.with_flat_names(layouts, found.tensors)
+        return restore(found, params, layouts, sharding)
+
+
 def _format_of(content: Content) -> Format:
     for row in FORMATS.values():
         if row.recognizes(content):
@@ -106,7 +150,7 @@ def content_of(path: Path) -> Generator[Content]:
     file_path = _weights_in(path) if path.is_dir() else regular_file(path)
     folder = file_path.parent
     with TensorFile(file_path) as file:
-        named = file_path.name in FORMATS["peft"].files
+        named = file_path.name in (*FORMATS["peft"].files, *FORMATS["mlx"].files)
         has_config = named and (folder / CONFIG_NAME).exists()
         yield Content(file, folder if has_config else None)
 

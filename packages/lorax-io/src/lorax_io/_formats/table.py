@@ -3,10 +3,18 @@
 A further format is a module and a row here. The first row that recognizes a file reads it.
 """
 
-from . import diffusers, native
+from . import diffusers, kohya, mlx, native, original
 from .format import Format
 from .peft import folder as peft
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (native.FORMAT, peft.FORMAT, diffusers.FORMAT)
+    row.name: row
+    for row in (
+        native.FORMAT,
+        mlx.FORMAT,
+        peft.FORMAT,
+        kohya.FORMAT,
+        original.FORMAT,
+        diffusers.FORMAT,
+    )
 }

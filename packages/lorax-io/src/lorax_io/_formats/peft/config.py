@@ -52,6 +52,8 @@ class PeftConfig:
     feedforward_modules: Sequence[str] | str | None = None
     decompose_both: bool = False
     decompose_factor: int = -1
+    peft_version: str | None = None
+    is_said: bool = True  # whether there is a config; otherwise it was made from the tensors
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

@@ -165,7 +165,14 @@ def _read(content: Content) -> Source:
     return _source(content.file, _config(content.folder))
 
 
-FORMAT = Format("peft", "a folder of PEFT", _recognizes, _read, (WEIGHTS_NAME,))
+FORMAT = Format(
+    "peft",
+    "a folder of PEFT",
+    _recognizes,
+    _read,
+    "lorax_io.load_peft(path, params, names)",
+    (WEIGHTS_NAME,),
+)
 
 
 def _weights(folder: Path) -> Path:

@@ -79,6 +79,7 @@ _KEYS: dict[str, _Key] = {
     "task_type": _or_none(_Key(lambda x: x in TASK_TYPES, " or ".join(TASK_TYPES))),
     "base_model_name_or_path": _or_none(_STRING),
     "revision": _or_none(_STRING),
+    "peft_version": _or_none(_STRING),
     "feedforward_modules": _or_none(_NAMES),
     "decompose_both": _FLAG,
     "decompose_factor": _Key(_is_integer, "an integer"),
@@ -88,9 +89,7 @@ _COMMON = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision"),
 )
-_HARMLESS = frozenset(
-    ("peft_type", "auto_mapping", "inference_mode", "peft_version", "runtime_config")
-)
+_HARMLESS = frozenset(("peft_type", "auto_mapping", "inference_mode", "runtime_config"))
 
 # Keys for which PEFT reads null, "" and [] as if the key were absent.
 _ABSENT_IF_EMPTY = frozenset(
@@ -148,15 +147,15 @@ def config_of(values: Any) -> PeftConfig:
     values = {tuner.renamed.get(key, key): value for key, value in values.items()}
     known = (*_COMMON, *tuner.fields)
     said = {field: key for key, field in tuner.renamed.items()}
-    for name in known:
+    for name in (*known, "peft_version"):
         if name in values and not _KEYS[name].accepts(values[name]):
             raise AdapterFileError(
                 f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
                 f"{_KEYS[name].what}."
             )
-    if unknown := sorted(values.keys() - {*known} - _BEYOND.keys()):
+    if unknown := sorted(values.keys() - {*known, "peft_version"} - _BEYOND.keys()):
         warn(f"keys that this version does not know are ignored: {', '.join(unknown)}.")
-    kept = {name: values[name] for name in known if name in values}
+    kept = {name: values[name] for name in (*known, "peft_version") if name in values}
     config = PeftConfig(**kept, peft_type=tuner.peft_type)
     _check_patterns(config)
     return config
