@@ -44,7 +44,7 @@ def specs(twin, targets, scaling):
 def spec_of(twin, paths, scaling):
     specs = {}
     for index, path in enumerate(paths):
-        roles = twin.names[path].roles(twin.params[path].ndim)
+        roles = twin.names[path].at(path, twin.params[path].shape).axes
         rank, alpha = SETTINGS[index % len(SETTINGS)]
         specs[path] = LoraSpec(rank, alpha, scaling, roles.inputs, roles.outputs, roles.shared)
     return specs

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoHaConfig, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, OFTConfig, get_peft_model
 
 import lorax
 from lorax import LORA_FULL, DoraSpec, FrozenWeight, LoraSpec
@@ -84,7 +84,7 @@ def stacked(twin, case):
 def test_peft_reads_our_stacks(twin, to_peft, case):
     model = stacked(twin, case)
     layout, shape = model.names["stack"], model.params["stack"].shape
-    roles = layout.roles(len(shape))
+    roles = layout.at("stack", shape).axes
     to_peft(model, {"stack": LoraSpec(3, 5, "standard", roles.inputs, roles.outputs, roles.shared)})
 
 
@@ -318,7 +318,7 @@ def test_peft_reads_our_dora(twin, to_peft, case, fold_scale):
     spec = {}
     for path, layout in model.names.items():
         if layout.parameter == "weight" and layout.module.endswith(tuple(ends)):
-            axes = layout.roles(len(model.params[path].shape))
+            axes = layout.at(path, model.params[path].shape).axes
             spec[path] = DoraSpec(LoraSpec(3, 5)).with_axes(axes)
     assert len(spec) >= len(ends)
     to_peft(model, spec, change=at_random, fold_scale=fold_scale)
@@ -341,7 +341,7 @@ DORA_STACKS = ["layers last", "heads out", "layers and experts"]
 @pytest.mark.parametrize("case", DORA_STACKS)
 def test_peft_reads_our_stacks_of_dora(twin, to_peft, case):
     model = stacked(twin, case)
-    axes = model.names["stack"].roles(len(model.params["stack"].shape))
+    axes = model.names["stack"].at("stack", model.params["stack"].shape).axes
     to_peft(model, {"stack": DoraSpec(LoraSpec(3, 5)).with_axes(axes)}, change=at_random)
 
 
@@ -358,7 +358,7 @@ REFUSED = {
     "bias of a factor": LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True),
     "rows": LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[2, 3]),
     "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
-    "LoHa": LoHaConfig(r=3, target_modules=["q_proj"]),
+    "OFT": OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
 }
 
 

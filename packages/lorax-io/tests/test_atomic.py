@@ -170,7 +170,7 @@ def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
 def test_new_weights_beside_the_old_config_are_refused(tmp_path, monkeypatch):
     """What a kill between the two files leaves."""
     save_folder(tmp_path, 1)
-    monkeypatch.setattr("lorax_io._peft.write_text", lambda path, text: None)
+    monkeypatch.setattr("lorax_io._formats.peft.folder.write_text", lambda path, text: None)
     save_folder(tmp_path, 2)
     with pytest.raises(AdapterFileError, match="not the one that was written with these weights"):
         which_folder(tmp_path)

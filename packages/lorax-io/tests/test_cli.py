@@ -30,7 +30,7 @@ from lorax_io import (
     save_peft,
     write_names,
 )
-from lorax_io._cli import main
+from lorax_io._command import main
 
 # A little model of every kind of module, none of them square but `square`.
 SHAPES = {
@@ -77,7 +77,7 @@ def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
     numbers = np.random.default_rng(1)
 
     def row(path):
-        shape, roles = SHAPES[path], NAMES[path].roles(len(SHAPES[path]))
+        shape, roles = SHAPES[path], NAMES[path].at(path, SHAPES[path]).axes
         shared, inputs, outputs = ([shape[axis] for axis in axes] for axes in roles)
         draw = lambda *sizes: numbers.normal(size=sizes).astype(np.float32)  # noqa: E731
         if path in FULL:

@@ -34,7 +34,7 @@ from lorax_io import (
     save_merged,
     save_peft,
 )
-from lorax_io._tensors import TensorFile
+from lorax_io._disk.tensors import TensorFile
 
 # How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
 # a process of its own, all of them in one, and each test says how its own went.
@@ -412,7 +412,7 @@ def join(process, port, home):
     if int(process) == 1:
 
         def broken(self, name):
-            raise AdapterError(self.path, "cannot be read here")
+            raise AdapterError("cannot be read here", self.path)
 
         TensorFile.view = broken
     missing = f"{'one' if int(process) == 0 else 'no'} file"

@@ -125,3 +125,46 @@ def test_what_diffusers_has_no_place_for_is_refused(tmp_path, row, error, messag
 def test_an_adapter_without_factors_is_refused(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="no parameter has factors"):
         save_diffusers(tmp_path, {"norm": None}, NAMES)
+
+
+# Read again by the command
+
+
+def config_for(**values):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
+    return config | values
+
+
+def write_file(tensors, header):
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(header)}
+    safetensors.numpy.save_file(tensors, "pytorch_lora_weights.safetensors", metadata)
+
+
+PARTLESS = ["blocks.0.attn.to_q", "blocks.1.attn.to_q", "mid.to_q"]
+
+
+@pytest.mark.parametrize("modules", [PARTLESS[:1], PARTLESS[:2], PARTLESS], ids=["1", "2", "3"])
+def test_names_without_a_part_stay_whole(shell, files, modules):
+    """`model.save_lora_adapter` writes neither tensors nor header with a part."""
+    write_file({k: x for m in modules for k, x in files.pair(m, 6, 5).items()}, config_for())
+    shell.succeed("convert pytorch_lora_weights.safetensors peft --to peft")
+    found = files.read("peft/adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in found}
+    assert names == set(modules)
+    shell.succeed("convert pytorch_lora_weights.safetensors out --to diffusers")
+    again = files.read("out/pytorch_lora_weights.safetensors")
+    assert again.keys() == {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
+
+
+@pytest.mark.parametrize("part", ["unet", "transformer", "text_encoder_2"])
+def test_convert_keeps_the_part(shell, files, part):
+    pair = files.pair(f"{part}.down.to_q", 6, 5)
+    write_file(pair, {f"{part}.{k}": v for k, v in config_for().items()})
+    line = "convert pytorch_lora_weights.safetensors out --to diffusers --fold-scale"
+    shell.succeed(line)
+    found = files.read("out/pytorch_lora_weights.safetensors")
+    assert found.keys() == pair.keys()
+    factor = f"{part}.down.to_q.lora_B.weight"
+    np.testing.assert_array_equal(found[factor], 2 * pair[factor])
+    shell.succeed(f"{line} --prefix other")
+    assert all(k.startswith("other.") for k in files.read("out/pytorch_lora_weights.safetensors"))

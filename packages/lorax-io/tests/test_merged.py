@@ -19,7 +19,7 @@ from lorax_io import (
     Tensor,
     save_merged,
 )
-from lorax_io._tensors import write_tensors
+from lorax_io._disk.tensors import write_tensors
 
 NAMES = {
     "q": Linear("h.{}.q", shared_axes=(0,)),
@@ -136,7 +136,7 @@ def test_the_config_is_written_beside_the_weights(folder, tmp_path, form):
 
 
 def test_a_missing_config_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorax_io._merged.write_tensors", pytest.fail)
+    monkeypatch.setattr("lorax_io._bases.merged.write_tensors", pytest.fail)
     with pytest.raises(AdapterNotFoundError, match="config.json"):
         save_merged(folder, *make_pair(), NAMES, config=tmp_path / "config.json")
 
@@ -155,7 +155,7 @@ def test_an_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, err
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr("lorax_io._merged.write_tensors", interrupted)
+    monkeypatch.setattr("lorax_io._bases.merged.write_tensors", interrupted)
     with pytest.raises(type(error)):
         save_merged(folder, *make_pair(), NAMES, shard_bytes=1)
     assert not list(tmp_path.iterdir())

@@ -97,12 +97,12 @@ def test_a_tunable_tree_is_refused_where_the_base_is_asked_for(tmp_path, pair):
     [
         (
             Linear("m.q", in_axes=[4]),
-            r"m.q: its layout has in_axes=\[4\], and .* ndim=2",
+            r"the layout of `m.q` .*in_axes=\(4,\) names one that is not among them",
         ),
-        (Linear("m.q", out_axes=[-3]), r"its layout has out_axes=\[-3\]"),
-        (Linear("{}.q", shared_axes=[2]), r"its layout has shared_axes=\[2\]"),
+        (Linear("m.q", out_axes=[-3]), r"out_axes=\(-3,\) names one"),
+        (Linear("{}.q", shared_axes=[2]), r"shared_axes=\(2,\) names one"),
         (Linear("m.q", in_axes=[0], out_axes=[0]), "each axis must have exactly one role"),
-        (Linear("m.q", in_axes=[0, -2]), "each axis must have exactly one role"),
+        (Linear("m.q", in_axes=[0, -2]), "names an axis twice"),
     ],
 )
 def test_axes_that_the_parameter_does_not_have_are_refused(tmp_path, pair, layout, message):
@@ -134,7 +134,7 @@ def test_a_channel_axis_may_be_counted_from_the_end(tmp_path, channel_axis):
 
 @pytest.mark.parametrize(
     "channel_axis, message",
-    [(3, r"channel_axis=3 is not among its in_axes=\(0, 1, 2\)"), (4, "has channel_axis=4")],
+    [(3, r"channel_axis=3 is not among its in_axes=\(0, 1, 2\)"), (4, "its channel_axis=4")],
 )
 def test_a_channel_axis_that_is_not_an_input_is_refused(tmp_path, channel_axis, message):
     names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}

@@ -29,11 +29,11 @@ from lorax_io import (
     load_adapter,
     load_pair,
     load_peft,
+    open_adapter,
     read_metadata,
     save_adapter,
     save_peft,
 )
-from lorax_io._alone import open_adapter
 
 SECONDS = 10  # in which the worst of files is refused; an honest one takes milliseconds
 
@@ -194,8 +194,12 @@ CONTAINERS = rows(
     ("header of 2^64-1 bytes", container(b"{}", size=2**64 - 1), "header too large"),
     ("header past the end", container(b"{}", size=3), "invalid header length"),
     ("text", b"a long text, and no tensors in it", "header too large"),
-    ("pickle", pickle.dumps({"w": [1.0]}, protocol=2), NO_FILE),
-    ("zip, as torch writes it", zip_file(), NO_FILE),
+    ("pickle", pickle.dumps({"w": [1.0]}, protocol=2), "is a pickle"),
+    ("pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    ("web page", b"<!DOCTYPE html><html>", "is a web page"),
+    ("GGUF", b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
+    ("HDF5", b"\x89HDF\r\n", "is an HDF5 file"),
+    ("zip, as torch writes it", zip_file(), "is a zip archive"),
     ("no JSON", container(b"{nothing}"), "invalid JSON in header"),
     ("JSON cut short", container(b'{"w": {'), "invalid JSON in header"),
     ("JSON array", container([]), "invalid JSON in header"),
@@ -468,7 +472,7 @@ def of_q(values):
 VALUES = {
     "r": 'true false null 4.0 0 -1 1e999 NaN "4" [4] {} 1048577 ' + "9" * 400,
     "lora_alpha": 'true null NaN Infinity -Infinity 1e999 "8" [8] {} ' + "9" * 400,
-    "use_rslora": 'null 0 1 "true" []',
+    "use_rslora": '0 1 "true" {}',
     "rank_pattern": '[] "q" 4 true ' + of_q(["0", "-1", "true", "2.0", "null", "[]"]),
     "alpha_pattern": '[] "q" 4 ' + of_q(["true", "null", "NaN", '"4"', "1e999", "9" * 400]),
     "target_modules": '4 true {} [4] [null] [["q"]]',
@@ -478,11 +482,11 @@ VALUES = {
     "layers_pattern": "4 {} [4] true",
     "modules_to_save": '"score" 4 {} [4] true',
     "bias": 'null true 0 [] "some" "None"',
-    "fan_in_fan_out": 'null 0 "false" []',
+    "fan_in_fan_out": '0 "false" {}',
     "lora_dropout": 'null true NaN "0" []',
     "task_type": '0 [] {} "causal_lm" "OTHER" true',
-    "base_model_name_or_path": "0 [] {} true",
-    "revision": "0 [] {} true",
+    "base_model_name_or_path": "0 {} true",
+    "revision": "0 {} true",
 }
 TYPES = [
     pytest.param(key, value, id=f"{key}={value[:20]}")
@@ -500,26 +504,47 @@ def test_a_key_with_another_type_is_refused(place, key, value):
 NULLS = (
     "rank_pattern alpha_pattern target_modules target_parameters exclude_modules revision"
     " layers_to_transform layers_pattern modules_to_save task_type base_model_name_or_path"
+    " use_rslora use_dora fan_in_fan_out init_lora_weights"
+)
+EMPTY = (
+    "base_model_name_or_path revision init_lora_weights use_rslora use_dora fan_in_fan_out"
+    " modules_to_save layers_to_transform layers_pattern exclude_modules target_parameters"
 )
 
 
-@pytest.mark.parametrize("key", NULLS.split())
-def test_a_key_without_a_value_may_be_null(place, key):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, "null") for key in NULLS.split()]
+    + [(key, value) for key in EMPTY.split() for value in ('""', "[]")],
+)
+def test_an_empty_value_is_read_as_an_absent_key(place, key, value):
+    place.config.write_text(config_text({key: value}))
+    assert load_peft(place.folder, make_params(), NAMES)[1]["q"].scale == 2
+
+
+@pytest.mark.parametrize("key", ["merge_weights", "enable_lora", "runtime_config"])
+def test_keys_of_other_releases_of_peft_are_read(place, key):
     place.config.write_text(config_text({key: "null"}))
-    assert load_peft(place.folder, make_params(), NAMES)[1]["q"].rank == 2
+    assert load_peft(place.folder, make_params(), NAMES)[1]["q"].scale == 2
 
 
 KINDS = rows(
     ("no peft_type", {"peft_type": None}, AdapterFileError, "peft_type = None; only .* LORA"),
+    (
+        "model's config",
+        {"peft_type": None, "model_type": '"llama"'},
+        AdapterFileError,
+        "of a model",
+    ),
     ("null peft_type", {"peft_type": "null"}, AdapterFileError, "peft_type = None"),
     *(
         (f"peft_type {kind}", {"peft_type": kind}, UnsupportedAdapterError, "has peft_type = ")
-        for kind in '"lora" "ADALORA" "LOHA" "LOKR" "OFT" "IA3" "VERA" "BOFT" "XLORA"'
+        for kind in '"lora" "OFT" "VERA" "BOFT" "XLORA" "MISS"'
         ' "PREFIX_TUNING" "PROMPT_TUNING" "" 0 [] {} ["LORA"] true'.split()
     ),
     *(
         (f"init {init}", {"init_lora_weights": init}, UnsupportedAdapterError, "changes the base")
-        for init in '"pissa" "pissa_niter_16" "olora" "loftq" "corda" "bogus" null [] {} 2'.split()
+        for init in '"pissa" "pissa_niter_16" "olora" "loftq" "corda" "bogus" 2'.split()
     ),
     *(
         (f"{key} {value}", {key: value}, UnsupportedAdapterError, rf"\({key}\); read as plain LoRA")
@@ -536,6 +561,7 @@ KINDS = rows(
             "megatron_config": '{"a":1}',
             "trainable_token_indices": "[0]",
             "ensure_weight_tying": "true",
+            "enable_lora": "[true,false,true]",
         }.items()
     ),
 )
@@ -614,14 +640,14 @@ def test_a_pattern_that_hides_its_place_is_refused(place, key):
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
 def test_a_pattern_that_takes_too_long_is_refused(place, monkeypatch, key, pattern):
-    monkeypatch.setattr("lorax_io._config._SECONDS_EACH", 0.1)
+    monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS_EACH", 0.1)
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     assert_refused(place, "peft", AdapterFileError, "take too long to match")
 
 
 def test_patterns_that_take_too_long_together_are_refused(place, monkeypatch):
-    monkeypatch.setattr("lorax_io._config._SECONDS", 0.5)
+    monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
     layouts = {f"{k}": Linear(name) for k, name in enumerate(names)}
@@ -687,7 +713,7 @@ ADAPTERS = rows(
     ("half missing", {}, {Q + B: None}, FILE, "lacks `.*q_proj.lora_B.weight`, beside"),
     ("other half missing", {}, {V + A: None}, FILE, "lacks `.*v_proj.lora_A.weight`, beside"),
     ("target missing", {}, {V + A: None, V + B: None}, FILE, "lacks the factors of `.*v_proj`"),
-    ("no tensor", {}, dict.fromkeys(TENSORS), FILE, "lacks the factors of `.*q_proj`"),
+    ("no tensor", {}, dict.fromkeys(TENSORS), FILE, "has no tensors: .*ZeRO-3"),
     ("no target", {"target_modules": ["q_proj"]}, {}, FILE, "`.*v_proj`, which is no target"),
     ("no target at all", {"target_modules": []}, {}, FILE, "which is no target"),
     ("other case", {"target_modules": ["Q_PROJ", "v_proj"]}, {}, FILE, "which is no target"),
@@ -724,7 +750,8 @@ ADAPTERS = rows(
     ),
     ("empty name", {}, {"": floats(2)}, FILE, "begins with"),
     ("prefix alone", {}, {"base_model.model.": floats(2)}, MISMATCH, "is no factor"),
-    ("no .weight", {}, moved((Q + A, Q + "lora_A")), MISMATCH, "is no factor"),
+    ("no .weight", {}, moved((Q + A, Q + "lora_A")), MORE, "that is AdaLoRA"),
+    ("no such key", {}, moved((Q + A, Q + "lora_C")), MISMATCH, "is no factor"),
     ("long name", {}, {"base_model.model." + "x" * 10**6: floats(2)}, MISMATCH, "is no factor"),
     (
         "long module",
@@ -780,7 +807,8 @@ ADAPTERS = rows(
     ("one axis", {}, {Q + A: floats(10)}, MISMATCH, r"of shape \(10,\)"),
     ("no axis", {}, {Q + A: floats()}, MISMATCH, r"of shape \(\)"),
     ("three axes", {}, {Q + A: floats(2, 5, 1)}, MISMATCH, r"of shape \(2, 5, 1\)"),
-    ("no numbers", {}, {Q + A: floats(0, 5), Q + B: floats(3, 0)}, MISMATCH, r"of shape \(0, 5\)"),
+    ("no numbers", {}, {Q + A: floats(0, 5), Q + B: floats(3, 0)}, FILE, "without numbers"),
+    ("no numbers at all", {}, {name: floats(0) for name in TENSORS}, FILE, "without numbers.*ZeRO"),
     ("other rank", {"r": 4}, {}, MISMATCH, r"takes \(4, 5\) at the rank 4 of its config"),
     ("enormous rank", {"r": 2**20}, {}, MISMATCH, "at the rank 1048576"),
     ("rank by pattern", {"rank_pattern": {"v_proj": 1}}, {}, MISMATCH, "at the rank 1 "),
@@ -916,7 +944,7 @@ ADAPTERS = rows(
             MISMATCH,
             r"lora_magnitude_vector` of shape .*; the parameter takes \(3,\)",
         )
-        for shape in ((5,), (3, 1), (1, 3), (), (0,))
+        for shape in ((5,), (3, 1), (1, 3), ())
     ),
     (
         "DoRA with NaN",

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from ._diffusers import save_diffusers as save_diffusers
+from ._bases.merged import save_merged as save_merged
 from ._errors import (
     AdapterError as AdapterError,
     AdapterFileError as AdapterFileError,
@@ -11,6 +11,21 @@ from ._errors import (
     AdapterWarning as AdapterWarning,
     UnsupportedAdapterError as UnsupportedAdapterError,
 )
+from ._formats.diffusers import save_diffusers as save_diffusers
+from ._formats.kohya import save_kohya as save_kohya
+from ._formats.mlx import save_mlx as save_mlx
+from ._formats.native import (
+    load_adapter as load_adapter,
+    load_pair as load_pair,
+    read_metadata as read_metadata,
+    save_adapter as save_adapter,
+)
+from ._formats.opening import (
+    OpenedAdapter as OpenedAdapter,
+    load_any as load_any,
+    open_adapter as open_adapter,
+)
+from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
     Conv as Conv,
@@ -22,19 +37,11 @@ from ._layouts import (
     Names as Names,
     Tensor as Tensor,
 )
-from ._merged import save_merged as save_merged
 from ._names import (
     flax_names as flax_names,
     read_names as read_names,
     write_names as write_names,
 )
-from ._native import (
-    load_adapter as load_adapter,
-    load_pair as load_pair,
-    read_metadata as read_metadata,
-    save_adapter as save_adapter,
-)
-from ._peft import load_peft as load_peft, save_peft as save_peft
 
 __version__ = importlib.metadata.version("lorax-io")
 
@@ -51,19 +58,24 @@ __all__ = [
     "Layout",
     "Linear",
     "Names",
+    "OpenedAdapter",
     "Tensor",
     "UnsupportedAdapterError",
     "flax_names",
     "load_adapter",
+    "load_any",
     "load_pair",
     "load_peft",
+    "open_adapter",
     "pull_from_hub",
     "push_to_hub",
     "read_metadata",
     "read_names",
     "save_adapter",
     "save_diffusers",
+    "save_kohya",
     "save_merged",
+    "save_mlx",
     "save_peft",
     "write_names",
 ]

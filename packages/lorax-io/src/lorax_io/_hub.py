@@ -6,14 +6,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ._config import CONFIG_NAME, PeftConfig, read_config
-from ._errors import AdapterError, AdapterNotFoundError
-from ._files import file_in
-from ._peft import PREFIX, WEIGHTS_NAME
-from ._restore import plain_keys
-from ._tensors import TensorFile
+from ._errors import AdapterError, AdapterNotFoundError, about
+from ._formats.peft.config import CONFIG_NAME, PeftConfig
+from ._formats.peft.folder import WEIGHTS_NAME, open_peft
+from ._formats.table import FORMATS
 
 _CARD_NAME = "README.md"
+_WEIGHTS = (WEIGHTS_NAME, *(n for row in FORMATS.values() for n in row.files if n != WEIGHTS_NAME))
 
 
 def push_to_hub(
@@ -53,12 +52,11 @@ def push_to_hub(
     """
     hub = _import_hub()
     folder = Path(folder)
-    config = read_config(file_in(folder, CONFIG_NAME))
-    with TensorFile(file_in(folder, WEIGHTS_NAME)) as file:
-        plain_keys(file, PREFIX)
+    with open_peft(folder) as source:
+        config = source.config
     files: dict[str, Any] = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
     api = hub.HfApi(token=token, endpoint=endpoint)
-    with _explained(hub, repo_id):
+    with about(repo_id), _explained(hub):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if (folder / _CARD_NAME).is_file():
             files[_CARD_NAME] = folder / _CARD_NAME
@@ -77,6 +75,7 @@ def pull_from_hub(
     repo_id: str,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     token: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
@@ -88,12 +87,13 @@ def pull_from_hub(
     Args:
         repo_id: `"user/name"`.
         revision: a branch, tag or commit; the main branch by default.
+        subfolder: the folder of the repository that the adapter is in.
         token: of the user; by default the one of `hf auth login`.
         cache: another folder than the Hub's own.
         endpoint: another Hub than huggingface.co.
 
     Returns:
-        The folder for `load_peft`.
+        The folder for `load_peft`, or `load_any`.
 
     Raises:
         AdapterNotFoundError: where the Hub has no such repository, or it has no adapter.
@@ -105,17 +105,24 @@ def pull_from_hub(
         >>> frozen, tunable = load_peft(folder, params, names)  # doctest: +SKIP
     """
     hub = _import_hub()
-    with _explained(hub, repo_id):
+    parts = [] if subfolder is None else subfolder.split("/")
+    if any(part in ("", ".", "..") or set(part) & set("*?[\\") for part in parts):
+        raise AdapterError(f"subfolder={subfolder!r} is not a folder of a repository.", repo_id)
+    inside = f"{subfolder}/" if subfolder else ""
+    with about(repo_id), _explained(hub):
         folder = hub.HfApi(token=token, endpoint=endpoint).snapshot_download(
             repo_id,
             revision=revision,
             cache_dir=cache,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            allow_patterns=[f"{inside}{name}" for name in (CONFIG_NAME, *_WEIGHTS)],
         )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not Path(folder, name).exists():
-            raise AdapterNotFoundError(repo_id, f"the repository has no `{name}`.")
-    return Path(folder)
+    found = Path(folder, inside)
+    weights = [name for name in _WEIGHTS if (found / name).exists()]
+    if not weights:
+        raise AdapterNotFoundError(f"the repository has no `{inside}{WEIGHTS_NAME}`.", repo_id)
+    if weights[0] == WEIGHTS_NAME and not (found / CONFIG_NAME).exists():
+        raise AdapterNotFoundError(f"the repository has no `{inside}{CONFIG_NAME}`.", repo_id)
+    return found
 
 
 def _import_hub() -> Any:
@@ -127,19 +134,19 @@ def _import_hub() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, repo_id: str) -> Generator[None]:
+def _explained(hub: Any) -> Generator[None]:
     try:
         yield
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
-        raise AdapterNotFoundError(repo_id, f"the Hub has it not: {_first_line(error)}") from error
+        raise AdapterNotFoundError(f"the Hub has it not: {_first_line(error)}") from error
     except hub.errors.LocalEntryNotFoundError as error:
         # The Hub gave no answer that is one, for this cause, and the cache has nothing either.
         reason = _first_line(error.__cause__ or error)
-        raise AdapterError(repo_id, f"the Hub refuses: {reason}") from error
+        raise AdapterError(f"the Hub refuses: {reason}") from error
     # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
     # connection are no `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
-        raise AdapterError(repo_id, f"the Hub refuses: {_first_line(error)}") from error
+        raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

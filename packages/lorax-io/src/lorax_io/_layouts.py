@@ -1,35 +1,20 @@
-"""How a parameter lies in a PyTorch module: `Linear`, `Embedding`, `Conv`, `Experts`, `Tensor`.
+"""How PyTorch stores a parameter: `Linear`, `Embedding`, `Conv`, `Experts`, `Tensor`.
 
-A layout says of each axis of a tensor in PyTorch which axes of the parameter it is made of. That is
-all there is to a layout: the same two functions, `pack` and `unpack`, carry every array across, and
-`RANK` is an axis like any other.
+A layout says of each axis of a tensor in PyTorch which axes of the parameter it is made of. `at`
+resolves it against one parameter; a `Place` is all that reading and writing need.
 """
 
 import dataclasses
-import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
+from lorax import Axes, LoraSpec, SpecError
 
-from lorax import Axes
+from ._errors import AdapterMismatchError, about
+from ._places import RANK, Factor, Groups, Place
 
-from ._errors import AdapterMismatchError
-
-Array = np.ndarray[Any, Any]
-Groups = tuple[tuple[int, ...], ...]
-RANK = -1
 MAGNITUDE = "lora_magnitude_vector"
-
-
-class Factor(NamedTuple):
-    """Where a factor lies: after which key, which of ours it is, and what its axes are made of."""
-
-    key: str
-    name: str  # "a", "b" or "magnitude"
-    groups: Groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +41,10 @@ class Layout:
     stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that lie within one tensor
     fan_in_fan_out: ClassVar[bool] = False
 
+    def inputs(self, roles: Axes) -> Groups:
+        """The input axes of a tensor in PyTorch: one, and those of a window."""
+        return (roles.inputs,)
+
     def whole(self, roles: Axes) -> Groups:
         """The axes of the tensor that holds the parameter itself."""
         raise NotImplementedError
@@ -68,50 +57,28 @@ class Layout:
         """The tensor that holds DoRA's magnitudes; none where PEFT has no DoRA of such a layer."""
         return ()
 
-    def roles(self, ndim: int) -> Axes:
-        """The roles of the axes of a parameter, by the rule of `lorax.LoraSpec`."""
-        shared = self._axes("shared_axes", ndim)
-        rest = [d for d in range(ndim) if d not in shared]
-        if self.in_axes is not None:
-            inputs = self._axes("in_axes", ndim)
-            others = tuple(d for d in rest if d not in inputs)
-            outputs = others if self.out_axes is None else self._axes("out_axes", ndim)
-        else:
-            outputs = tuple(rest[-1:]) if self.out_axes is None else self._axes("out_axes", ndim)
-            inputs = tuple(d for d in rest if d not in outputs)
-        if sorted((*shared, *inputs, *outputs)) != list(range(ndim)):
-            raise AdapterMismatchError(
-                self.module,
-                f"its layout uses the {ndim} axes of the parameter as in_axes={inputs}, "
-                f"out_axes={outputs}, shared_axes={shared}; each axis must have exactly one role.",
-            )
-        return Axes(shared, inputs, outputs)
-
-    def _axes(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Some axes of a parameter, each counted from the front."""
-        return tuple(sorted(self._axis(name, d, ndim) for d in getattr(self, name)))
-
-    def _axis(self, name: str, axis: int, ndim: int) -> int:
-        if not -ndim <= axis < ndim:
-            raise AdapterMismatchError(
-                self.module,
-                f"its layout has {name}={getattr(self, name)}, and the parameter has ndim={ndim}.",
-            )
-        return axis % ndim
-
-    def stack(self, roles: Axes) -> tuple[int, ...]:
-        """The shared axes that have a module for each entry."""
-        return roles.shared[: len(roles.shared) - self.stacked_in_tensor]
-
-    def modules(self, roles: Axes, sizes: Mapping[int, int]) -> dict[tuple[int, ...], str]:
-        """The module of each entry of the stack; one, at `()`, where nothing is stacked.
+    def at(self, path: str, shape: Sequence[int]) -> Place:
+        """Where a parameter of this layout is in PyTorch.
 
         Args:
-            roles: of the parameter's axes.
-            sizes: of its shared axes, by axis.
+            path: of the parameter.
+            shape: of the parameter.
+
+        Raises:
+            AdapterMismatchError: where the layout does not fit the shape.
         """
-        entries = itertools.product(*(range(sizes[d]) for d in self.stack(roles)))
-        return {index: self.module.format(*index) for index in entries}
+        try:
+            axes = self._roles(path, len(shape))
+        except SpecError as error:
+            raise AdapterMismatchError(
+                f"the layout of `{self.module}` does not fit: {error}"
+            ) from error
+        return Place(self, path, tuple(shape), axes)
+
+    def _roles(self, path: str, ndim: int) -> Axes:
+        """The roles of the parameter's axes."""
+        spec = LoraSpec(1, None, "standard", self.in_axes, self.out_axes, self.shared_axes)
+        return spec.axes(path, ndim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,23 +156,24 @@ class Conv(Layout):
     channel_axis: int | None = None
     grouped: bool = False
 
-    def _inputs(self, roles: Axes) -> Groups:
-        channel = roles.inputs[-1]
+    def inputs(self, roles: Axes) -> Groups:
+        channel, ndim = roles.inputs[-1], sum(map(len, roles))
         if self.channel_axis is not None:
-            channel = self._axis("channel_axis", self.channel_axis, sum(map(len, roles)))
+            channel = self.channel_axis + ndim * (self.channel_axis < 0)
         if channel not in roles.inputs:
             raise AdapterMismatchError(
-                self.module, f"its channel_axis={channel} is not among its in_axes={roles.inputs}."
+                f"the layout of `{self.module}` is wrong: its channel_axis={channel} is not among "
+                f"its in_axes={roles.inputs}."
             )
         return ((channel,), *((d,) for d in roles.inputs if d != channel))
 
     def whole(self, roles: Axes) -> Groups:
-        return roles.outputs, *self._inputs(roles)
+        return roles.outputs, *self.inputs(roles)
 
     def factors(self, roles: Axes) -> tuple[Factor, ...]:
         if self.grouped:
             return ()
-        channel, *window = self._inputs(roles)
+        channel, *window = self.inputs(roles)
         return (
             Factor("lora_A.weight", "a", ((RANK,), channel, *window)),
             Factor("lora_B.weight", "b", (roles.outputs, (RANK,), *(() for _ in window))),
@@ -214,7 +182,7 @@ class Conv(Layout):
     def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
         if self.grouped:
             return ()
-        _, *window = self._inputs(roles)
+        _, *window = self.inputs(roles)
         return (Factor(MAGNITUDE, "magnitude", ((), roles.outputs, *(() for _ in window))),)
 
 
@@ -239,6 +207,10 @@ class Experts(Layout):
     swapped: bool | None = None
 
     stacked_in_tensor: ClassVar[int] = 1
+
+    def with_swapped(self, swapped: bool) -> "Experts":
+        """The same, where it is known whether PEFT swapped inputs and outputs."""
+        return dataclasses.replace(self, swapped=swapped)
 
     def whole(self, roles: Axes) -> Groups:
         sides = (roles.outputs, roles.inputs) if self.out_first else (roles.inputs, roles.outputs)
@@ -267,6 +239,16 @@ class Tensor(Layout):
     parameter: str = "bias"
     flat: bool = False
 
+    def _roles(self, path: str, ndim: int) -> Axes:
+        """All axes that are not shared are outputs: there is nothing that they meet."""
+        if not all(-ndim <= d < ndim for d in self.shared_axes):
+            raise AdapterMismatchError(
+                f"the layout of `{self.module}` has shared_axes={tuple(self.shared_axes)}, and "
+                f"`{path}` has {ndim} axes."
+            )
+        shared = tuple(sorted(d % ndim for d in self.shared_axes))
+        return Axes(shared, (), tuple(d for d in range(ndim) if d not in shared))
+
     def whole(self, roles: Axes) -> Groups:
         axes = (*roles.inputs, *roles.outputs)
         return (tuple(sorted(axes)),) if self.flat else tuple((d,) for d in sorted(axes))
@@ -290,40 +272,38 @@ def as_layouts(names: Names) -> Layouts:
     Raises:
         AdapterMismatchError: where one is none; its `path` is the parameter's.
     """
-    layouts = {path: _as_layout(path, row) for path, row in names.items()}
-    for path, layout in layouts.items():
-        _check_fields(path, layout)
+    layouts: dict[str, Layout] = {}
+    for path, row in names.items():
+        with about(path):
+            layouts[path] = _as_layout(row)
+            _check_fields(layouts[path])
     return layouts
 
 
-def _as_layout(path: str, row: Layout | Mapping[str, Any]) -> Layout:
+def _as_layout(row: Layout | Mapping[str, Any]) -> Layout:
     if isinstance(row, Layout):
         return row
     fields = dict(row)
     kind = LAYOUTS.get(str(fields.pop("layout", None)))
     if kind is None:
-        raise AdapterMismatchError(
-            path, f"its `layout` is none of {', '.join(LAYOUTS)}: {dict(row)}."
-        )
+        raise AdapterMismatchError(f"its `layout` is none of {', '.join(LAYOUTS)}: {dict(row)}.")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
         return kind(**values)
     except TypeError as error:
-        raise AdapterMismatchError(path, f"is no layout: {error}.") from error
+        raise AdapterMismatchError(f"is no layout: {error}.") from error
 
 
-def _check_fields(path: str, layout: Layout) -> None:
+def _check_fields(layout: Layout) -> None:
     for field in dataclasses.fields(layout):
         value = getattr(layout, field.name)
         if not _may_hold(field.name, value):
-            raise AdapterMismatchError(
-                path, f"has {field.name} = {json.dumps(value, default=repr)}."
-            )
+            raise AdapterMismatchError(f"has {field.name} = {json.dumps(value, default=repr)}.")
     *texts, last = layout.module.split("{}")
     stacked = max(len(layout.shared_axes) - layout.stacked_in_tensor, 0)
     if len(texts) != stacked or not {"{", "}"}.isdisjoint("".join([*texts, last])):
         raise AdapterMismatchError(
-            path, "needs one `{}` in its module for each axis that stacks modules, and no other."
+            "needs one `{}` in its module for each axis that stacks modules, and no other."
         )
 
 
@@ -345,23 +325,3 @@ def _may_hold(field: str, value: Any) -> bool:
 def tensor_name(module: str, parameter: str) -> str:
     """The name of a tensor in PyTorch; a parameter of the model itself is in no module."""
     return f"{module}.{parameter}" if module else parameter
-
-
-def pack(array: Array, axes: Sequence[int], groups: Groups) -> Array:
-    """The tensor of these groups, from an array with these axes; a view where that is possible."""
-    where = {axis: position for position, axis in enumerate(axes)}
-    order = [where[axis] for group in groups for axis in group]
-    shape = [math.prod(array.shape[where[axis]] for axis in group) for group in groups]
-    return array.transpose(order).reshape(shape)
-
-
-def unpack(tensor: Array, axes: Sequence[int], groups: Groups, sizes: Mapping[int, int]) -> Array:
-    """The array with these axes, from the tensor of these groups."""
-    order = [axis for group in groups for axis in group]
-    array = tensor.reshape([sizes[axis] for axis in order])
-    return array.transpose([order.index(axis) for axis in axes])
-
-
-def packed_shape(groups: Groups, sizes: Mapping[int, int]) -> tuple[int, ...]:
-    """The shape of a tensor of these groups."""
-    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ._disk.files import regular_file, write_text
+from ._disk.tensors import read_json
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError
-from ._files import regular_file, write_text
 from ._layouts import Embedding, Layout, Layouts, Linear, Names, Tensor, as_layouts
-from ._tensors import parse_json
 from ._tree import is_array, param_leaves
 
 
@@ -40,7 +40,7 @@ def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
     leaves, _ = param_leaves(params)
     layouts = as_layouts(layouts or {})
     if unknown := sorted(layouts.keys() - leaves.keys()):
-        raise AdapterMismatchError(unknown[0], "is in `layouts` and not in the parameters.")
+        raise AdapterMismatchError("is in `layouts` and not in the parameters.", unknown[0])
     return {
         path: layouts[path] if path in layouts else _by_convention(path, leaf)
         for path, leaf in leaves.items()
@@ -62,9 +62,9 @@ def _by_convention(path: str, leaf: Any) -> Layout:
             return Tensor(module)
         case _, axes:
             raise AdapterMismatchError(
-                path,
                 f"has {axes} axes and the name `{name}`: the convention does not say which are "
                 "inputs and outputs. Give its layout in `layouts`.",
+                path,
             )
 
 
@@ -107,16 +107,8 @@ def read_names(path: str | os.PathLike[str]) -> Layouts:
     path = regular_file(path)
     rows = read_json(path)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise AdapterFileError(path, "is no JSON object of layouts by path.")
+        raise AdapterFileError("is no JSON object of layouts by path.", path)
     try:
         return as_layouts(rows)
     except AdapterError as error:
-        raise AdapterFileError(path, f"`{error.path}` {error.reason}") from error
-
-
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds."""
-    try:
-        return parse_json(path, path.read_text(encoding="utf-8"))
-    except UnicodeError as error:
-        raise AdapterFileError(path, f"is not UTF-8 text ({error}).") from error
+        raise AdapterFileError(f"`{error.path}` {error.reason}", path) from error

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from lorax import Adapter, SpecError
 
+from ._disk.arrays import sharding_beside
 from ._errors import AdapterMismatchError
-from ._host import sharding_beside
 from ._tree import absent, is_array
 
 # What a layout may raise for the settings of an untrusted file.
@@ -25,7 +25,7 @@ class Shapes(NamedTuple):
     axes: dict[str, tuple[int | None, ...]]
 
 
-def shapes_beside(file: object, path: str, weight: Adapter, base: Any) -> Shapes:
+def shapes_beside(path: str, weight: Adapter, base: Any) -> Shapes:
     """The shapes of an adapter's factors beside a base.
 
     Raises:
@@ -33,16 +33,16 @@ def shapes_beside(file: object, path: str, weight: Adapter, base: Any) -> Shapes
     """
     shape = tuple(base.shape)
     if not jnp.issubdtype(base.dtype, jnp.inexact):
-        raise AdapterMismatchError(file, f"adapts `{path}`, which holds {base.dtype}.")
+        raise AdapterMismatchError(f"adapts `{path}`, which holds {base.dtype}.")
     try:
         weight.axes.check(path, len(shape))
     except SpecError as error:
-        raise AdapterMismatchError(file, str(error)) from error
+        raise AdapterMismatchError(str(error)) from error
     try:
         layout = weight.layout(shape)
     except _ERRORS as error:
         raise AdapterMismatchError(
-            file, f"its {weight.kind} adapter does not fit `{path}` of shape {shape}: {error}"
+            f"its {weight.kind} adapter does not fit `{path}` of shape {shape}: {error}"
         ) from error
     labels = {**layout.factors, **layout.held}
     shapes = {name: tuple(label.size for label in labels[name]) for name in labels}
@@ -54,7 +54,7 @@ def shapes_beside(file: object, path: str, weight: Adapter, base: Any) -> Shapes
 
 
 def blank_rows(
-    file: object, leaves: Mapping[str, Any], weights: Mapping[str, Adapter]
+    leaves: Mapping[str, Any], weights: Mapping[str, Adapter]
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, jax.ShapeDtypeStruct]]]:
     """Rows of shapes as `init_lora` would make them, and the frozen factors beside the bases.
 
@@ -65,8 +65,8 @@ def blank_rows(
     for path, weight in weights.items():
         base = leaves.get(path)
         if not is_array(base):
-            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
-        shapes = shapes_beside(file, path, weight, base)
+            raise AdapterMismatchError(f"adapts `{path}`, {absent(path, leaves)}")
+        shapes = shapes_beside(path, weight, base)
         factors = {
             name: jax.ShapeDtypeStruct(
                 shape, jnp.float32, sharding=sharding_beside(base, shapes.axes[name])
@@ -120,7 +120,12 @@ def base_shape(weight: Adapter) -> tuple[int, ...] | None:
     return shape
 
 
-def check_held(file: object, path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
+def padded_shape(weight: Adapter) -> tuple[int, ...]:
+    """The shape of the smallest base that an adapter's factors fit."""
+    return tuple(1 if size is None else size for size in base_sizes(weight))
+
+
+def check_held(path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
     """Refuses to save an adapter without frozen factors that do not follow from its base.
 
     Raises:
@@ -132,37 +137,34 @@ def check_held(file: object, path: str, weight: Adapter, held: Mapping[str, Any]
     except _ERRORS:
         needed = weight.layout(base_shape(weight) or ones).held.keys() - held.keys()
     if needed:
-        _check_lacking(file, path, weight, needed, jax.ShapeDtypeStruct(ones, jnp.float32))
+        _check_lacking(path, weight, needed, jax.ShapeDtypeStruct(ones, jnp.float32))
 
 
 def _check_lacking(
-    file: object, path: str, weight: Adapter, lacking: Iterable[str], base: Any
+    path: str, weight: Adapter, lacking: Iterable[str], base: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what follows from a base; refuses where that is not all that is lacking."""
     shape = jax.ShapeDtypeStruct(base.shape, base.dtype)
     derived = jax.eval_shape(weight.derived, shape)
     if missing := sorted(set(lacking) - derived.keys()):
         raise AdapterMismatchError(
-            file,
             f"lacks `{path}/{missing[0]}`, which a {weight.kind} adapter keeps beside its base. "
             "Save the whole pair: `save_adapter(file, lorax.Pair(frozen, tunable))`.",
         )
     return derived
 
 
-def complete(
-    file: object, path: str, weight: Adapter, base: Any, held: Mapping[str, Any]
-) -> dict[str, Any]:
+def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> dict[str, Any]:
     """The frozen factors beside a base: those that are held, and those that follow from it.
 
     Raises:
         AdapterMismatchError: where one is neither.
     """
-    shapes = shapes_beside(file, path, weight, base)
+    shapes = shapes_beside(path, weight, base)
     if shapes.held.keys() <= held.keys():
         return {name: held[name] for name in shapes.held}
     lacking = shapes.held.keys() - held.keys()
-    derived: Mapping[str, Any] = _check_lacking(file, path, weight, lacking, base)
+    derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base)
     if not isinstance(base, jax.ShapeDtypeStruct):
         where = {name: sharding_beside(base, shapes.axes[name]) for name in derived}
         # Compiled, since a part of the base may be in other processes.

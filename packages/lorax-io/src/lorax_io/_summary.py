@@ -9,7 +9,7 @@ import numpy as np
 
 from lorax import Adapter
 
-from ._layouts import Array
+from ._places import Array
 from ._shapes import base_sizes
 from ._tree import Held, settings_of
 

@@ -47,25 +47,24 @@ def _row(path: tuple[Any, ...], leaf: Any) -> Row:
     return Row(path_string((*path, *inside)), leaf.with_factors(factors))
 
 
-def pair_rows(file: object, tree: Any) -> tuple[list[Row], Held]:
+def pair_rows(tree: Any) -> tuple[list[Row], Held]:
     """The rows of a tunable tree or of a `Pair`, and the frozen factors that a pair has."""
     if not isinstance(tree, Pair):
-        return tunable_rows(file, tree), {}
+        return tunable_rows(tree), {}
     leaves, _ = frozen_leaves(tree.frozen)
-    rows = tunable_rows(file, tree.tunable)
+    rows = tunable_rows(tree.tunable)
     for path, leaf in rows:
         if isinstance(leaf, Adapter) and not is_array(base_of(leaves.get(path))):
-            raise AdapterMismatchError(file, f"adapts `{path}`, {absent(path, leaves)}")
+            raise AdapterMismatchError(f"adapts `{path}`, {absent(path, leaves)}")
     adapted = [path for path, leaf in rows if isinstance(leaf, Adapter)]
     frozen = {path: leaves[path] for path in adapted}
     return rows, {p: x.factors for p, x in frozen.items() if isinstance(x, FrozenWeight)}
 
 
-def tunable_rows(file: object, tunable: Any) -> list[Row]:
+def tunable_rows(tunable: Any) -> list[Row]:
     """The rows of a tunable tree, of arrays or shapes."""
     if _is_pair(tunable):
         raise AdapterError(
-            file,
             "was given the pair (frozen, tunable); give it the tunable tree alone. (A native file "
             "takes a `lorax.Pair`, too. If it is a tree of two parts, one trained in full and one "
             "adapted, give it as a list.)",
@@ -74,19 +73,19 @@ def tunable_rows(file: object, tunable: Any) -> list[Row]:
     seen: set[str] = set()
     for path, leaf in rows:
         if path in seen:
-            raise AdapterError(file, f"two parameters are both called `{path}`; rename one.")
+            raise AdapterError(f"two parameters are both called `{path}`; rename one.")
         seen.add(path)
         for name, array in arrays_of(path, leaf).items():
-            _check_array(file, name, array)
+            _check_array(name, array)
     return rows
 
 
-def _check_array(file: object, name: str, array: Any) -> None:
+def _check_array(name: str, array: Any) -> None:
     if not is_array(array):
-        raise AdapterError(file, f"`{name}` is {type(array).__name__}, not an array.")
+        raise AdapterError(f"`{name}` is {type(array).__name__}, not an array.")
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise AdapterError(
-            file, f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
+            f"`{name}` holds PRNG keys; save `jax.random.key_data` of them elsewhere."
         )
 
 
@@ -143,9 +142,9 @@ def frozen_leaves(frozen: Any) -> tuple[dict[str, Any], Any]:
     for path, leaf in leaves.items():
         if _is_weight(leaf):
             raise AdapterError(
-                "the parameters",
                 f"have an adapter at `{path}`: this is a tunable tree, or a pair. Give the "
                 "parameters of the base, or the frozen tree.",
+                "the parameters",
             )
     return leaves, structure
 
@@ -162,7 +161,7 @@ def leaves_of(params: Any) -> tuple[dict[str, Any], Any]:
     found = {row.path: row.leaf for row in rows}
     if len(found) < len(leaves):
         [(path, _)] = Counter(row.path for row in rows).most_common(1)
-        raise AdapterError("the tree", f"two parameters are both called `{path}`; rename one.")
+        raise AdapterError(f"two parameters are both called `{path}`; rename one.", "the tree")
     return found, structure
 
 

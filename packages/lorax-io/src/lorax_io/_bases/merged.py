@@ -1,6 +1,7 @@
 """The merged model as a folder that transformers loads: safetensors shards and their index."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,14 +12,16 @@ from typing import Any
 
 from lorax import Pair, merge_params
 
-from ._errors import AdapterError, AdapterMismatchError
-from ._export import layout_of, whole_tensors
-from ._files import regular_file, write_text
-from ._host import one_writer
-from ._layouts import Array, Names, as_layouts, tensor_name
-from ._progress import track
-from ._tensors import write_tensors
-from ._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
+from .._disk.arrays import one_writer
+from .._disk.files import regular_file, write_text
+from .._disk.progress import track
+from .._disk.tensors import parse_json, write_tensors
+from .._errors import AdapterError, AdapterMismatchError, about, warn
+from .._formats.export import layout_of, whole_tensors
+from .._layouts import Layouts, Names, as_layouts, tensor_name
+from .._places import Array
+from .._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
+from .ties import is_embedding, is_head, ties, untied
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -67,8 +70,15 @@ def save_merged(
         frozen, tunable = frozen
     if names is None:
         raise TypeError("save_merged needs `names`, the layout of every parameter.")
+    with about(folder):
+        _save_merged(Path(folder), frozen, tunable, as_layouts(names), config, shard_bytes)
+
+
+def _save_merged(
+    folder: Path, frozen: Any, tunable: Any, names: Layouts, config: Any, shard_bytes: int
+) -> None:
     leaves, _ = frozen_leaves(frozen)
-    rows = dict(tunable_rows(folder, tunable))
+    rows = dict(tunable_rows(tunable))
     # A base, adapted or not, stands in `leaves`; what is trained in full stands in `rows`.
     wholes = [rows.get(path) if leaf is None else base_of(leaf) for path, leaf in leaves.items()]
     sizes = {
@@ -77,15 +87,15 @@ def save_merged(
         if whole is not None and is_array(whole)
     }
     if unknown := sorted(rows.keys() - sizes.keys()):
-        raise AdapterMismatchError(folder, f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
-    every_layout = as_layouts(names)
-    layouts = {path: layout_of(folder, every_layout, path) for path in sizes}
+        raise AdapterMismatchError(f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
+    layouts = {path: layout_of(names, path) for path in sizes}
     config_text = _config_text(config)
+    tables: dict[str, bytes] = {}  # embedding and head, each by what it holds
     shards = _shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
         merged = merge_params(Pair({path: leaves[path]}, {path: rows.get(path)}))[path]
-        tensors = whole_tensors(path, layouts[path], merged)
+        tensors = whole_tensors(layouts[path].at(path, merged.shape), merged)
         return [(tensor_name(module, parameter), tensor) for module, parameter, tensor in tensors]
 
     files: dict[str, str] = {}
@@ -98,9 +108,11 @@ def save_merged(
                 for name, tensor in tensors_of(path):
                     if name in files:
                         raise AdapterMismatchError(
-                            folder, f"`names` gives two parameters the tensor `{name}`."
+                            f"`names` gives two parameters the tensor `{name}`."
                         )
                     files[name], tensors[name] = file, tensor
+                    if is_embedding(module := name.removesuffix(".weight")) or is_head(module):
+                        tables[name] = hashlib.sha256(tensor.tobytes()).digest()
                     if path not in rows:
                         of_base.add(name)
             with one_writer() as writer:
@@ -111,7 +123,23 @@ def save_merged(
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
                 write_text(unfinished / INDEX_NAME, _json(index))
             if writer and config_text is not None:
-                write_text(unfinished / CONFIG_NAME, config_text)
+                write_text(unfinished / CONFIG_NAME, _with_own_head(config_text, tables))
+
+
+def _with_own_head(text: str, tables: Mapping[str, bytes]) -> str:
+    """The config; where it ties a head that is not the embedding, without that."""
+    heads = [name for name in tables if is_head(name.removesuffix(".weight"))]
+    if not heads or len(set(tables.values())) == 1:
+        return text
+    config = parse_json(text)
+    if not isinstance(config, dict) or ties(config) is False:
+        return text
+    config = untied(config)
+    warn(
+        f"`{heads[0]}` is not the embedding, so its config gets tie_word_embeddings = false; "
+        "transformers would drop the head otherwise."
+    )
+    return _json(config)
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -149,8 +177,8 @@ def new_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(
-            folder,
             "is there already, and not an empty folder. Nothing is mixed with what is there.",
+            folder,
         )
     # Every process must find the same name.
     unfinished = folder.with_name(f".{folder.name}.unfinished")

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Generator
 from pathlib import Path
 
-from ._errors import AdapterFileError, AdapterNotFoundError
+from .._errors import AdapterFileError, AdapterNotFoundError
 
 
 @contextlib.contextmanager
@@ -20,9 +20,9 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """
     path = Path(path).resolve()  # through a link, as `open` writes
     if path.is_dir():
-        raise AdapterFileError(path, "is a folder; a file is to be written there.")
+        raise AdapterFileError("is a folder; a file is to be written there.", path)
     if not path.parent.is_dir():
-        raise AdapterNotFoundError(path, f"there is no folder {path.parent}; make it first.")
+        raise AdapterNotFoundError(f"there is no folder {path.parent}; make it first.", path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise AdapterFileError(path, f"cannot be made a folder: {error}") from error
+        raise AdapterFileError(f"cannot be made a folder: {error}", path) from error
 
 
 def _flush(path: Path) -> None:
@@ -64,13 +64,13 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise AdapterNotFoundError(path, "there is no such file.") from error
+        raise AdapterNotFoundError("there is no such file.", path) from error
     except (OSError, ValueError) as error:
-        raise AdapterFileError(path, f"cannot be opened: {error}") from error
+        raise AdapterFileError(f"cannot be opened: {error}", path) from error
     if stat.S_ISDIR(mode):
-        raise AdapterFileError(path, "is a folder; a file was expected.")
+        raise AdapterFileError("is a folder; a file was expected.", path)
     if not stat.S_ISREG(mode):
-        raise AdapterFileError(path, "is neither a file nor a folder.")
+        raise AdapterFileError("is neither a file nor a folder.", path)
     return path
 
 
@@ -79,7 +79,8 @@ def file_in(folder: Path, name: str) -> Path:
     path = regular_file(folder / name)
     target, home = path.resolve(), folder.resolve()
     # The Hub's cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    snapshots = next((up for up in home.parents if up.name == "snapshots"), None)
+    blobs = home if snapshots is None else snapshots.parent / "blobs"
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise AdapterFileError(path, f"is a link to {target}, outside its folder.")
+        raise AdapterFileError(f"is a link to {target}, outside its folder.", path)
     return path

@@ -10,14 +10,17 @@ from typing import Any
 
 from lorax import Pair
 
-from ._config import CONFIG_NAME, TASK_TYPES, PeftConfig, read_config
-from ._errors import AdapterError, AdapterFileError, AdapterNotFoundError
-from ._export import Export, export
-from ._files import file_in, make_folder, write_text
-from ._host import all_read, one_writer
-from ._layouts import Names, as_layouts
-from ._restore import Source, plain_keys, restore
-from ._tensors import TensorFile, is_number, parse_json, write_tensors
+from ..._disk.arrays import all_read, one_writer
+from ..._disk.files import file_in, make_folder, write_text
+from ..._disk.tensors import TensorFile, is_number, parse_json, write_tensors
+from ..._errors import AdapterError, AdapterFileError, AdapterNotFoundError, about
+from ..._layouts import Names, as_layouts
+from ..export import Export, export
+from ..format import Content, Format
+from ..restore import restore
+from ..source import Source, plain_keys, stored, without_copies
+from .config import CONFIG_NAME, TASK_TYPES, PeftConfig
+from .keys import config_to_json, read_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -72,30 +75,32 @@ def save_peft(
         ['adapter_config.json', 'adapter_model.safetensors']
         >>> frozen, tunable = load_peft(folder, params, names)
     """
-    if task_type is not None and task_type not in TASK_TYPES:
-        raise AdapterError(folder, f"task_type={task_type!r} is none of {', '.join(TASK_TYPES)}.")
     folder = Path(folder)
-    found = export(
-        folder,
-        tunable,
-        as_layouts(names),
-        params=params,
-        task_type=task_type,
-        target_modules=target_modules,
-        fold_scale=fold_scale,
-        dora=True,
-    )
-    config = found.config.replace(
-        base_model_name_or_path=base_model, task_type=task_type, revision=revision
-    )
-    with one_writer() as writer:
-        if writer:
-            make_folder(folder)
-            tensors = {PREFIX + name: tensor for name, tensor in found.tensors.items()}
-            write_tensors(folder / WEIGHTS_NAME, tensors, _header(found._replace(config=config)))
-            write_text(
-                folder / CONFIG_NAME, json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
-            )
+    with about(folder):
+        if task_type is not None and task_type not in TASK_TYPES:
+            raise AdapterError(f"task_type={task_type!r} is none of {', '.join(TASK_TYPES)}.")
+        found = export(
+            tunable,
+            as_layouts(names),
+            params=params,
+            task_type=task_type,
+            target_modules=target_modules,
+            fold_scale=fold_scale,
+        )
+        config = found.config.replace(
+            base_model_name_or_path=base_model, task_type=task_type, revision=revision
+        )
+        with one_writer() as writer:
+            if writer:
+                _write(folder, found._replace(config=config))
+
+
+def _write(folder: Path, found: Export) -> None:
+    make_folder(folder)
+    tensors = {PREFIX + name: tensor for name, tensor in found.tensors.items()}
+    write_tensors(folder / WEIGHTS_NAME, tensors, _header(found))
+    text = json.dumps(config_to_json(found.config), indent=2, sort_keys=True)
+    write_text(folder / CONFIG_NAME, text + "\n")
 
 
 def load_peft(
@@ -133,11 +138,41 @@ def open_peft(folder: str | os.PathLike[str]) -> Generator[Source]:
     folder = Path(folder)
     if not folder.is_dir():
         hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""
-        raise AdapterNotFoundError(folder, f"is no folder.{hub}")
-    config = read_config(file_in(folder, CONFIG_NAME))
+        raise AdapterNotFoundError(f"is no folder.{hub}", folder)
+    config = _config(folder)
     with TensorFile(_weights(folder)) as file:
-        ours = _ours(file, config)
-        yield Source(file, plain_keys(file, PREFIX), config, ours or {}, ours is not None)
+        yield _source(file, config)
+
+
+def _config(folder: Path) -> PeftConfig:
+    path = file_in(folder, CONFIG_NAME)
+    with about(path):
+        return read_config(path).reading()
+
+
+def _source(file: TensorFile, config: PeftConfig) -> Source:
+    ours = _ours(file, config)
+    tensors = without_copies(plain_keys(stored(file), PREFIX), config)
+    return Source(tensors, config, ours or {}, ours is not None)
+
+
+def _recognizes(content: Content) -> bool:
+    return content.folder is not None
+
+
+def _read(content: Content) -> Source:
+    assert content.folder is not None
+    return _source(content.file, _config(content.folder))
+
+
+FORMAT = Format(
+    "peft",
+    "a folder of PEFT",
+    _recognizes,
+    _read,
+    "lorax_io.load_peft(path, params, names)",
+    (WEIGHTS_NAME,),
+)
 
 
 def _weights(folder: Path) -> Path:
@@ -146,15 +181,15 @@ def _weights(folder: Path) -> Path:
     except AdapterNotFoundError as error:
         if (folder / "adapter_model.bin").exists():
             raise AdapterFileError(
-                folder,
                 "its weights are a pickle, which may run code and is never read. Load them with "
                 "PEFT where they are trusted, and save them again.",
+                folder,
             ) from error
         raise
 
 
 def _header(found: Export) -> dict[str, str]:
-    ours = {"scales": _scales(found.config), "unsaid": found.unsaid}
+    ours = {"scales": _scales(found.config), "unsaid": dict(found.unsaid)}
     return {"format": "pt", _OURS: json.dumps(ours, sort_keys=True)}
 
 
@@ -166,15 +201,15 @@ def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
     """What `save_peft` left in the header; None where another program wrote the file."""
     if _OURS not in file.metadata:
         return None
-    found = parse_json(file.path, file.metadata[_OURS])
+    found = parse_json(file.metadata[_OURS])
     unsaid = found.get("unsaid") if isinstance(found, dict) else None
     if not isinstance(unsaid, dict) or not all(map(_is_unsaid, unsaid.values())):
-        raise AdapterFileError(file.path, f"its header has no settings under {_OURS!r}.")
+        raise AdapterFileError(f"its header has no settings under {_OURS!r}.")
     if found.get("scales") != _scales(config):
         raise AdapterFileError(
-            file.path.parent / CONFIG_NAME,
             "is not the one that was written with these weights: another rank or alpha stands in "
             "it. A save was cut short, or it was edited by hand; save the adapter again.",
+            file.path.parent / CONFIG_NAME,
         )
     return unsaid
 

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,12 +20,19 @@ import numpy as np
 
 from lorax import Adapter, Pair, adapter_from_settings
 
-from ._errors import AdapterError, AdapterFileError, AdapterMismatchError, AdapterWarning
-from ._host import all_read, one_writer, place, placements, shape_of, to_host
-from ._progress import track
-from ._shapes import base_shape, blank_rows, check_held, complete
-from ._tensors import TensorFile, check_dtype, check_finite, check_width, parse_json, write_tensors
-from ._tree import (
+from .._disk.arrays import all_read, one_writer, place, placements, shape_of, to_host
+from .._disk.progress import track
+from .._disk.tensors import (
+    TensorFile,
+    check_dtype,
+    check_finite,
+    check_width,
+    parse_json,
+    write_tensors,
+)
+from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, about, warn
+from .._shapes import base_shape, blank_rows, check_held, complete
+from .._tree import (
     Held,
     Row,
     absent,
@@ -43,6 +49,8 @@ from ._tree import (
     tunable_rows,
     with_leaves,
 )
+from .format import Content, Format, Rows
+from .source import check_any
 
 _PREFIX = "lorax."
 FORMAT_KEY, _VERSION, _ADAPTER, _BASE, _HELD = (
@@ -94,8 +102,9 @@ def save_adapter(
         {'base': 'my-model'}
         >>> tunable = lorax_io.load_adapter(file, params=params)
     """
-    rows, held = pair_rows(path, tunable)
-    write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
+    with about(path):
+        rows, held = pair_rows(tunable)
+        write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
 
 
 def write(
@@ -111,14 +120,14 @@ def write(
     arrays: dict[str, Any] = {}
     for row in rows:
         if isinstance(row.leaf, Adapter):
-            check_held(path, row.path, row.leaf, held.get(row.path, {}))
+            check_held(row.path, row.leaf, held.get(row.path, {}))
         for name, array in arrays_of(*row, held.get(row.path)).items():
             if name in arrays:
-                raise AdapterError(path, f"two arrays are both called `{name}`; rename one.")
-            check_dtype(path, name, array.dtype)
+                raise AdapterError(f"two arrays are both called `{name}`; rename one.")
+            check_dtype(name, array.dtype)
             arrays[name] = array
     if taken := [key for key in metadata or {} if key.startswith(_PREFIX)]:
-        raise AdapterError(path, f"metadata keys may not begin with {_PREFIX!r}: {taken}.")
+        raise AdapterError(f"metadata keys may not begin with {_PREFIX!r}: {taken}.")
     settings = {row.path: settings_of(row.leaf) for row in rows}
     is_first = not held and all(found["kind"] in _FIRST_KINDS for found in settings.values())
     header = {
@@ -130,7 +139,7 @@ def write(
     if held:
         header[_HELD] = json.dumps({of: sorted(factors) for of, factors in held.items()})
     if base is not None:
-        header[_BASE] = json.dumps(_fingerprint(path, base, dict(rows), hash_base))
+        header[_BASE] = json.dumps(_fingerprint(base, dict(rows), hash_base))
     gathered = {name: to_host(array) for name, array in track(arrays.items(), "Saving the adapter")}
     with one_writer() as writer:
         if writer:
@@ -243,7 +252,7 @@ def read(
             if with_held:
                 weights = {p: row for p, row in rows.items() if isinstance(row, Adapter)}
                 held = {
-                    p: complete(path, p, weight, leaves[p], held.get(p, {}))
+                    p: complete(p, weight, leaves[p], held.get(p, {}))
                     for p, weight in weights.items()
                 }
     return Found(rows, held, leaves, structure)
@@ -280,7 +289,7 @@ def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
         name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in file.entries.items()
     }
     for name, shape in shapes.items():
-        check_width(file.path, name, shape.dtype)
+        check_width(name, shape.dtype)
     for path, blank in header.blanks.items():
         rows[path] = filled(path, blank, shapes)
         try:
@@ -288,13 +297,31 @@ def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
                 base_shape(rows[path])
         except ValueError as error:
             raise AdapterFileError(
-                file.path, f"has factors of `{path}` that do not fit its axes: {error}."
+                f"has factors of `{path}` that do not fit its axes: {error}."
             ) from error
     held = {
         path: {name: shapes[f"{path}/{name}"] for name in names}
         for path, names in header.held.items()
     }
     return _load(file, rows, held, dict.fromkeys(file.entries))
+
+
+def _recognizes(content: Content) -> bool:
+    return FORMAT_KEY in content.file.metadata
+
+
+def _read_alone(content: Content) -> Rows:
+    check_any({name: entry.shape for name, entry in content.file.entries.items()})
+    return Rows(*load_alone(content.file))
+
+
+FORMAT = Format(
+    "native",
+    "a native file",
+    _recognizes,
+    _read_alone,
+    "lorax_io.load_adapter(path, params=params)",
+)
 
 
 def _load(
@@ -307,7 +334,7 @@ def _load(
 
         def read(index: Any) -> np.ndarray[Any, Any]:
             part = np.array(view[index])  # a copy: the file may be replaced while the array lives
-            check_finite(file.path, name, part)
+            check_finite(name, part)
             return part
 
         return place(view.shape, view.dtype, read, places[name])
@@ -326,7 +353,6 @@ def _check_format(file: TensorFile) -> None:
     if found in _FORMATS:
         return
     raise AdapterFileError(
-        file.path,
         "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
         if found is None
         else f"is a native adapter of format {found!r}; this version of lorax-io reads formats 1 "
@@ -348,43 +374,41 @@ def read_header(file: TensorFile) -> Header:
     """What the header says of each parameter, with a tensor for each of its names."""
     _check_format(file)
     found = _object(file, _ADAPTER)
-    blanks = {path: _read_settings(file, path, settings) for path, settings in found.items()}
+    blanks = {path: _read_settings(path, settings) for path, settings in found.items()}
     held = _object(file, _HELD) if _HELD in file.metadata else {}
     for path, names in held.items():
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if blanks.get(path) is None or not is_list:
-            raise AdapterFileError(
-                file.path, f"its header has no frozen factors of `{path}`: {names!r}."
-            )
+            raise AdapterFileError(f"its header has no frozen factors of `{path}`: {names!r}.")
     wanted: set[str] = set()
     for path, blank in blanks.items():
         factors = [] if blank is None else [*blank.factors(), *held.get(path, ())]
         for name in [path] if blank is None else [f"{path}/{factor}" for factor in factors]:
             if name in wanted:
-                raise AdapterFileError(file.path, f"its header has two uses for `{name}`.")
+                raise AdapterFileError(f"its header has two uses for `{name}`.")
             wanted.add(name)
     if missing := sorted(wanted - file.entries.keys()):
-        raise AdapterFileError(file.path, f"lacks the tensor `{missing[0]}` of its header.")
+        raise AdapterFileError(f"lacks the tensor `{missing[0]}` of its header.")
     if extra := sorted(file.entries.keys() - wanted):
-        raise AdapterFileError(file.path, f"has a tensor `{extra[0]}` that its header knows not.")
+        raise AdapterFileError(f"has a tensor `{extra[0]}` that its header knows not.")
     return Header(blanks, held)
 
 
 def _object(file: TensorFile, key: str) -> dict[str, Any]:
-    found = parse_json(file.path, file.metadata.get(key, ""))
+    found = parse_json(file.metadata.get(key, ""))
     if not isinstance(found, dict):
-        raise AdapterFileError(file.path, f"its header has no object under {key!r}.")
+        raise AdapterFileError(f"its header has no object under {key!r}.")
     return found
 
 
-def _read_settings(file: TensorFile, path: str, settings: Any) -> Adapter | None:
+def _read_settings(path: str, settings: Any) -> Adapter | None:
     if settings == {"kind": "full"}:
         return None
     try:
         return adapter_from_settings(settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(
-            file.path, f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
+            f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
         ) from error
 
 
@@ -393,7 +417,7 @@ def _fit_params(
 ) -> tuple[dict[str, Any], Held]:
     """Rows of shapes beside their bases, and the frozen factors that the file has."""
     weights = {path: blank for path, blank in header.blanks.items() if blank is not None}
-    blanks, beside = blank_rows(file.path, leaves, weights)
+    blanks, beside = blank_rows(leaves, weights)
     rows: dict[str, Any] = {}
     for path, blank in header.blanks.items():
         base = leaves.get(path)
@@ -402,13 +426,10 @@ def _fit_params(
         elif is_array(base):
             rows[path] = shape_of(base)
         else:
-            raise AdapterMismatchError(
-                file.path, f"trains `{path}` in full, {absent(path, leaves)}"
-            )
+            raise AdapterMismatchError(f"trains `{path}` in full, {absent(path, leaves)}")
     for path, names in header.held.items():
         if unknown := sorted(set(names) - beside[path].keys()):
             raise AdapterFileError(
-                file.path,
                 f"has a frozen factor `{path}/{unknown[0]}`, which a {weights[path].kind} adapter "
                 "does not have.",
             )
@@ -419,25 +440,24 @@ def _fit_params(
 
 def _fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
     """Rows of shapes as those of a tree."""
-    wanted, blanks = dict(tunable_rows(file.path, like)), header.blanks
+    wanted, blanks = dict(tunable_rows(like)), header.blanks
     if unknown := sorted(blanks.keys() - wanted.keys()):
         raise AdapterMismatchError(
-            file.path, f"has `{unknown[0]}`, which `like` has not.{near(unknown[0], wanted)}"
+            f"has `{unknown[0]}`, which `like` has not.{near(unknown[0], wanted)}"
         )
     if missing := sorted(wanted.keys() - blanks.keys()):
         raise AdapterMismatchError(
-            file.path, f"lacks `{missing[0]}`, which `like` has.{near(missing[0], blanks)}"
+            f"lacks `{missing[0]}`, which `like` has.{near(missing[0], blanks)}"
         )
     for path, leaf in wanted.items():
         settings = settings_of(blanks[path])
         if settings != settings_of(leaf):
             raise AdapterMismatchError(
-                file.path, f"has `{path}` with {settings}, but `like` has {settings_of(leaf)}."
+                f"has `{path}` with {settings}, but `like` has {settings_of(leaf)}."
             )
     for name, array in all_arrays(wanted).items():
         if file.entries[name].dtype != array.dtype:
             raise AdapterMismatchError(
-                file.path,
                 f"has `{name}` in {file.entries[name].dtype}, but `like` has {array.dtype}.",
             )
     rows = {path: jax.tree.map(shape_of, leaf) for path, leaf in wanted.items()}
@@ -450,12 +470,12 @@ def _check_entries(file: TensorFile, arrays: Mapping[str, Any]) -> None:
         entry = file.entries[name]
         if entry.shape != array.shape:
             raise AdapterMismatchError(
-                file.path, f"has `{name}` of shape {entry.shape}, but {array.shape} would fit."
+                f"has `{name}` of shape {entry.shape}, but {array.shape} would fit."
             )
-        check_width(file.path, name, entry.dtype)
+        check_width(name, entry.dtype)
 
 
-def _fingerprint(file: Any, base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, str]:
+def _fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, str]:
     """Hashes of the base's paths with their shapes, with their dtypes, and of its numbers.
 
     A parameter that is trained in full is in the adapter itself: its shape counts, its numbers do
@@ -464,9 +484,7 @@ def _fingerprint(file: Any, base: Any, rows: Mapping[str, Any], content: bool) -
     leaves, _ = param_leaves(base)
     full = {path: leaf for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     if absent_rows := sorted(rows.keys() - leaves.keys()):
-        raise AdapterMismatchError(
-            file, f"adapts `{absent_rows[0]}`, {absent(absent_rows[0], leaves)}"
-        )
+        raise AdapterMismatchError(f"adapts `{absent_rows[0]}`, {absent(absent_rows[0], leaves)}")
     arrays = {path: leaf for path, leaf in {**leaves, **full}.items() if is_array(leaf)}
     found = {
         "shapes": _hash(f"{path} {list(arrays[path].shape)}" for path in sorted(arrays)),
@@ -490,26 +508,21 @@ def _check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
     """Refuses another base; warns of the same base in other dtypes."""
     if _BASE not in file.metadata:
         return
-    saved = parse_json(file.path, file.metadata[_BASE])
+    saved = parse_json(file.metadata[_BASE])
     if not isinstance(saved, dict):
-        raise AdapterFileError(file.path, f"its header has no object under {_BASE!r}.")
+        raise AdapterFileError(f"its header has no object under {_BASE!r}.")
     # The numbers can be compared only where there are some.
     numbers = all(
         isinstance(leaf, jax.Array | np.ndarray)
         for leaf in param_leaves(params)[0].values()
         if is_array(leaf)
     )
-    found = _fingerprint(file.path, params, rows, "content" in saved and numbers)
+    found = _fingerprint(params, rows, "content" in saved and numbers)
     other = [key for key, value in found.items() if saved.get(key) != value]
     if other == ["dtypes"]:
-        warnings.warn(
-            f"{file.path}: was saved for a base of the same shapes in other dtypes.",
-            AdapterWarning,
-            stacklevel=4,
-        )
+        warn("was saved for a base of the same shapes in other dtypes.")
     elif other:
         raise AdapterMismatchError(
-            file.path,
             f"belongs to another base: the parameters have other {' and '.join(other)} than those "
             "it was saved for. Load it onto the base that it was trained on.",
         )

@@ -1,5 +1,6 @@
 """safetensors files: written whole, checked before they are believed, read by the slice."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -16,8 +17,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ._errors import AdapterError, AdapterFileError, AdapterMismatchError
-from ._files import regular_file, replacing
+from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, about
+from .files import regular_file, replacing
+from .strangers import what_it_is
 
 # JAX's types by the format's name, which has no place for 2- and 4-bit integers and complex128.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,21 +58,30 @@ class TensorFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = regular_file(path)
+        with about(path):
+            self.path = regular_file(path)
+            self._open()
+
+    def _open(self) -> None:
         try:
             with safetensors.safe_open(self.path, framework="numpy"):
                 pass
         except (safetensors.SafetensorError, OSError, UnicodeError) as error:
-            raise AdapterFileError(self.path, f"is no safetensors file ({error}).") from error
+            with contextlib.suppress(OSError), open(self.path, "rb") as file:
+                if stranger := what_it_is(file.read(64)):
+                    raise AdapterFileError(f"{stranger}.") from error
+            raise AdapterFileError(f"is no safetensors file ({error}).") from error
         with open(self.path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = _parse_header(self.path, file.read(min(size, _LONGEST_HEADER)))
+            header = _parse_header(file.read(min(size, _LONGEST_HEADER)))
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._begin = 8 + size
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.entries = {name: _entry(self.path, name, value) for name, value in header.items()}
+        self.entries = {name: _entry(name, value) for name, value in header.items()}
 
     def __enter__(self) -> "TensorFile":
+        self._about = about(self.path)
+        self._about.__enter__()
         return self
 
     def __exit__(
@@ -79,6 +90,7 @@ class TensorFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._about.__exit__(kind, error, traceback)
         # The mapping goes with its last view: closing it under one is an error.
         del self._bytes
 
@@ -89,20 +101,20 @@ class TensorFile:
         return data.view(dtype).reshape(shape)
 
 
-def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_header(data: bytes) -> dict[str, Any]:
     if not data.startswith(b"{"):
-        raise AdapterFileError(path, "its header does not begin with '{'.")
-    return parse_json(path, data.decode())
+        raise AdapterFileError("its header does not begin with '{'.")
+    return parse_json(data.decode())
 
 
-def parse_json(path: Path, text: str) -> Any:
+def parse_json(text: str) -> Any:
     """JSON in which no key stands twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise AdapterFileError(path, f"has the key {twice!r} twice.")
+            raise AdapterFileError(f"has the key {twice!r} twice.")
         return found
 
     try:
@@ -110,7 +122,16 @@ def parse_json(path: Path, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterFileError(path, f"is no JSON that can be read ({error}).") from error
+        raise AdapterFileError(f"is no JSON that can be read ({error}).") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds."""
+    with about(path):
+        try:
+            return parse_json(path.read_text(encoding="utf-8"))
+        except UnicodeError as error:
+            raise AdapterFileError(f"is not UTF-8 text ({error}).") from error
 
 
 def is_number(value: Any) -> bool:
@@ -118,34 +139,34 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _entry(path: Path, name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any) -> Entry:
     if value["dtype"] not in DTYPES:
-        raise AdapterFileError(path, f"{name!r} is of type {value['dtype']}, which JAX has not.")
+        raise AdapterFileError(f"{name!r} is of type {value['dtype']}, which JAX has not.")
     return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
 
 
-def check_dtype(path: object, name: str, dtype: Any) -> None:
+def check_dtype(name: str, dtype: Any) -> None:
     """Refuses what the format cannot hold."""
     if dtype not in DTYPES.values():
-        raise AdapterError(path, f"`{name}` is {dtype}, which a safetensors file cannot hold.")
+        raise AdapterError(f"`{name}` is {dtype}, which a safetensors file cannot hold.")
 
 
-def check_width(path: object, name: str, dtype: Any) -> None:
+def check_width(name: str, dtype: Any) -> None:
     """Refuses to read what would be shortened."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise AdapterMismatchError(
-            path, f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
+            f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
         )
 
 
-def check_finite(path: object, name: str, array: np.ndarray[Any, Any]) -> None:
+def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
     """Refuses NaN and infinity, and what is no bool where there should be some."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
-        raise AdapterFileError(path, f"`{name}` holds what is neither true nor false.")
+        raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs
         finite = not jnp.issubdtype(array.dtype, jnp.inexact) or np.isfinite(array).all()
     if not finite:
-        raise AdapterError(path, f"`{name}` holds NaN or infinity: the training has diverged.")
+        raise AdapterError(f"`{name}` holds NaN or infinity: the training has diverged.")
 
 
 def write_tensors(
@@ -159,12 +180,22 @@ def write_tensors(
 
     Those that are the base's alone may hold infinity, as a mask does; a trained one may not.
     """
+    with about(path):
+        _write_tensors(Path(path), tensors, metadata, of_base)
+
+
+def _write_tensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    metadata: Mapping[str, str],
+    of_base: Container[str],
+) -> None:
     for name, tensor in tensors.items():
         if name == "__metadata__":
-            raise AdapterError(path, "a parameter cannot be called `__metadata__` in this format.")
-        check_dtype(path, name, tensor.dtype)
+            raise AdapterError("a parameter cannot be called `__metadata__` in this format.")
+        check_dtype(name, tensor.dtype)
         if name not in of_base:
-            check_finite(path, name, tensor)
+            check_finite(name, tensor)
     # C order matters: safetensors 0.8.0 writes memory as it lies, so that a transposed view would
     # come back with its values in the wrong places. (`ascontiguousarray` makes scalars vectors.)
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -172,7 +203,7 @@ def write_tensors(
         try:
             safetensors.numpy.save_file(dict(tensors), unfinished, metadata=dict(metadata))
         except (safetensors.SafetensorError, UnicodeError) as error:
-            raise AdapterError(path, f"cannot be written: {error}") from error
+            raise AdapterError(f"cannot be written: {error}") from error
         _sort_metadata(unfinished)
         _compare(unfinished, tensors, metadata)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ._errors import AdapterError
-from ._tree import Held, all_arrays, rows_of, with_leaves
+from .._errors import AdapterError
+from .._tree import Held, all_arrays, rows_of, with_leaves
 
 
 def to_host(array: Any) -> np.ndarray[Any, Any]:
@@ -77,7 +77,7 @@ def _together(failure: str) -> Generator[None]:
     if error is not None:
         raise error
     if failed:
-        raise AdapterError(f"process {failed[0]}", f"{failure}; its own message says why.")
+        raise AdapterError(f"{failure}; its own message says why.", f"process {failed[0]}")
 
 
 def _where(here: bool) -> list[int]:

@@ -1,0 +1,239 @@
+"""PEFT's other kinds of adapters, both ways: what PEFT merges is what the core merges.
+
+Random factors stand in for trained ones.
+"""
+
+import copy
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorax
+from lorax_io import (
+    AdapterWarning,
+    Conv,
+    Linear,
+    Tensor,
+    UnsupportedAdapterError,
+    load_peft,
+    open_adapter,
+    save_peft,
+)
+from lorax_io._command import main
+
+
+class Net(nn.Module):
+    """Two kinds of layers, none of them square, without biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(24, 32, bias=False)
+        self.down = nn.Linear(32, 20, bias=False)
+        self.conv = nn.Conv2d(4, 6, (3, 2), bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+LINEAR = ["up", "down"]
+ALL = ["up", "down", "conv"]
+
+CONFIGS = {
+    "LoHa": LoHaConfig(r=3, alpha=5, target_modules=LINEAR),
+    "LoHa of a convolution": LoHaConfig(r=3, alpha=5, target_modules=ALL),
+    "LoHa with patterns": LoHaConfig(
+        r=3, alpha=5, target_modules=LINEAR, rank_pattern={"up": 2}, alpha_pattern={"down": 7}
+    ),
+    "LoKr": LoKrConfig(r=2, alpha=5, target_modules=LINEAR),
+    "LoKr in full": LoKrConfig(r=64, alpha=5, target_modules=LINEAR),
+    "LoKr of both": LoKrConfig(r=1, alpha=5, target_modules=LINEAR, decompose_both=True),
+    "LoKr in blocks of four": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=4),
+    "LoKr of a convolution": LoKrConfig(r=1, alpha=5, target_modules=ALL),
+    "LoKr of a convolution in full": LoKrConfig(r=64, alpha=5, target_modules=ALL),
+    "AdaLoRA": AdaLoraConfig(init_r=4, lora_alpha=5, target_modules=LINEAR, total_step=9),
+    "IA3": IA3Config(target_modules=LINEAR, feedforward_modules=["down"]),
+    "IA3 of a convolution": IA3Config(target_modules=ALL, feedforward_modules=["conv"]),
+    "IA3 of channels out": IA3Config(target_modules=ALL, feedforward_modules=[]),
+    "rsLoRA": LoraConfig(r=3, lora_alpha=5, target_modules=ALL, use_rslora=True),
+}  # fmt: skip
+NAMES = {
+    "up": Linear("up"),
+    "down": Linear("down"),
+    "conv": Conv("conv", in_axes=(0, 1, 2), channel_axis=2),
+}
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def make_params(net):
+    """The weights with the axes of JAX's libraries."""
+    weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
+    order = {"conv.weight": (2, 3, 1, 0)}
+    return {
+        name.removesuffix(".weight"): jnp.asarray(array.transpose(order.get(name, (1, 0))))
+        for name, array in weights.items()
+    }
+
+
+def trained(net, config):
+    """PEFT's model with random factors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(net), copy.deepcopy(config))
+    numbers = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=numbers) / 2
+    return model
+
+
+def merged_by_peft(model):
+    """The weights after PEFT's own merge, with the axes of JAX's libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_params(copy.deepcopy(model).merge_and_unload())
+
+
+def assert_close(found, expected, bound=3e-6):
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(found[path] / scale, array / scale, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_we_read_what_peft_writes(net, tmp_path, case):
+    model = trained(net, CONFIGS[case])
+    model.save_pretrained(tmp_path)
+    pair = load_peft(tmp_path, make_params(net), NAMES)
+    expected = merged_by_peft(model)
+    assert any((expected[p] != x).any() for p, x in make_params(net).items())
+    assert_close(lorax.merge_params(pair), expected)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_peft_reads_what_we_write(net, tmp_path, case):
+    model = trained(net, CONFIGS[case])
+    model.save_pretrained(tmp_path / "theirs")
+    params = make_params(net)
+    pair = load_peft(tmp_path / "theirs", params, NAMES)
+    save_peft(tmp_path / "ours", pair.tunable, NAMES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # PEFT warns of its own code on this Python.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        again = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "ours")
+    assert_close(merged_by_peft(again), merged_by_peft(model))
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_command_merges_as_peft_does(net, tmp_path, case):
+    model = trained(net, CONFIGS[case])
+    model.save_pretrained(tmp_path / "adapter")
+    base, out = tmp_path / "base.safetensors", tmp_path / "merged"
+    save_file(dict(net.state_dict()), base)
+    settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
+    try:
+        adapter = str(tmp_path / "adapter")
+        assert main(["merge", adapter, "--base", str(base), "--out", str(out)]) == 0
+        assert main(["inspect", adapter]) == 0
+    finally:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    found = load_file(out / "base.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=3e-6 * tensor.abs().max().item()
+        )
+
+
+def test_pruned_adalora_is_read(net, tmp_path):
+    model = trained(net, CONFIGS["AdaLoRA"])
+    config = model.peft_config["default"]
+    config.rank_pattern = {
+        f"{name}.lora_E.default": keep
+        for name, keep in {
+            "up": [True, False, True, True],
+            "down": [False, True, False, True],
+        }.items()
+    }
+    for name, keep in config.rank_pattern.items():
+        module = model.base_model.model.get_submodule(name.removesuffix(".lora_E.default"))
+        module.lora_E["default"].data *= torch.tensor(keep)[:, None]
+    expected = merged_by_peft(model)
+    model.save_pretrained(tmp_path)
+    pair = load_peft(tmp_path, make_params(net), NAMES)
+    assert (pair.tunable["up"].rank, pair.tunable["down"].rank) == (3, 2)
+    assert_close(lorax.merge_params(pair), expected)
+
+
+def test_ia3_beside_a_bias_is_refused(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 3))
+    model = trained(net, IA3Config(target_modules=["0"], feedforward_modules=[]))
+    model.save_pretrained(tmp_path)
+    names = {"w": Linear("0"), "b": Tensor("0")}
+    params = {"w": jnp.ones((5, 3)), "b": jnp.ones(3)}
+    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
+        load_peft(tmp_path, params, names)
+
+
+# Values that mean "absent": whatever PEFT reads, we read, with the same scale.
+
+KEYS = (
+    "use_rslora use_dora fan_in_fan_out init_lora_weights modules_to_save layers_to_transform"
+    " layers_pattern exclude_modules target_parameters rank_pattern alpha_pattern revision"
+    " base_model_name_or_path megatron_config layer_replication eva_config runtime_config"
+    " trainable_token_indices alora_invocation_tokens bias lora_dropout r lora_alpha task_type"
+).split()
+
+
+@pytest.mark.parametrize("value", [None, "", []], ids=repr)
+@pytest.mark.parametrize("key", KEYS)
+def test_empty_values_are_read_as_peft_reads_them(net, tmp_path, key, value):
+    model = trained(net, LoraConfig(r=2, lora_alpha=6, target_modules=LINEAR))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = merged_by_peft(PeftModel.from_pretrained(copy.deepcopy(net), tmp_path))
+        except Exception:
+            return  # what PEFT refuses, we may refuse, or read as it was meant
+    pair = load_peft(tmp_path, make_params(net), NAMES)
+    assert_close(lorax.merge_params(pair), theirs)
+
+
+def test_a_resized_vocabulary_is_read(twin, tmp_path):
+    net = copy.deepcopy(twin("llama").model)
+    net.resize_token_embeddings(net.config.vocab_size + 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.warns(AdapterWarning, match="the vocabulary was resized"):
+        adapter = open_adapter(tmp_path)
+    assert any(path.endswith("embed_tokens/weight") for path in adapter.rows)

@@ -1,0 +1,106 @@
+"""A base model on disk: one safetensors file, a folder of transformers, a pipeline of diffusers."""
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from .._disk.files import file_in, regular_file
+from .._disk.tensors import TensorFile, read_json
+from .._errors import AdapterFileError, AdapterNotFoundError
+from .._formats.peft.patterns import suffixes
+
+CONFIG_NAME = "config.json"
+PIPELINE_NAME = "model_index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+
+
+class BaseFile(NamedTuple):
+    """One file of tensors, and what the checkpoint's names have before those in the file."""
+
+    path: Path
+    prefix: str
+
+
+class Checkpoint(NamedTuple):
+    """The tensors of a base model by name, and the files that they are in.
+
+    In a pipeline a name begins with the part's folder: `unet.conv_in.weight`.
+    """
+
+    path: Path
+    files: list[BaseFile]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    config: dict[str, Any] | None  # the model's, where there is one
+    by_end: Mapping[str, list[str]]  # the names that end so, after a dot
+    copies: Mapping[str, str] = {}  # a head that is the embedding until it is adapted
+
+    @property
+    def parts(self) -> set[str]:
+        """The folders of a pipeline."""
+        return {file.prefix.removesuffix(".") for file in self.files} - {""}
+
+    def candidates(self, name: str) -> list[str]:
+        """The tensors that may be meant: with or without a prefix that the other lacks."""
+        if name in self.shapes:
+            return [name]
+        shorter = [end for end in suffixes(name) if end in self.shapes]
+        return shorter + self.by_end.get(name, [])
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The base at a path, of which the headers of all files have been read."""
+    files = _files(path)
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    by_end: dict[str, list[str]] = collections.defaultdict(list)
+    for file_path, prefix in files:
+        with TensorFile(file_path) as file:
+            for name, entry in file.entries.items():
+                full = prefix + name
+                if full in shapes:
+                    raise AdapterFileError(f"has `{name}`, as another file has.")
+                shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+                for end in suffixes(full)[1:]:
+                    by_end[end].append(full)
+    return Checkpoint(path, files, shapes, _config(path), dict(by_end))
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    if not (path.is_dir() and (path / CONFIG_NAME).exists()):
+        return None
+    found = read_json(file_in(path, CONFIG_NAME))
+    if not isinstance(found, dict):
+        raise AdapterFileError("is no JSON object.", path / CONFIG_NAME)
+    return found
+
+
+def _files(path: Path) -> list[BaseFile]:
+    if not path.is_dir():
+        return [BaseFile(regular_file(path), "")]
+    if (path / PIPELINE_NAME).exists():
+        parts = sorted(part for part in path.iterdir() if part.is_dir())
+        found = {part: _weights(part) for part in parts}
+        if not any(found.values()):
+            raise AdapterNotFoundError("is a pipeline without safetensors files.", path)
+        return [BaseFile(file, f"{part.name}.") for part, files in found.items() for file in files]
+    if files := _weights(path):
+        return [BaseFile(file, "") for file in files]
+    names = ", ".join(f"`{stem}.safetensors`" for stem in STEMS)
+    raise AdapterNotFoundError(f"has none of {names}, nor an index of them.", path)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of one model."""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.exists():
+            found = read_json(file_in(folder, index.name))
+            try:
+                return [file_in(folder, name) for name in sorted({*found["weight_map"].values()})]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise AdapterFileError("has no `weight_map`.", index) from error
+        if (folder / f"{stem}.safetensors").exists():
+            return [file_in(folder, f"{stem}.safetensors")]
+    return []

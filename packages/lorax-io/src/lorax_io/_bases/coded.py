@@ -1,0 +1,83 @@
+"""Weights that are codes: told by the tensors beside them, and by the model's config."""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._errors import UnsupportedAdapterError
+
+# What stands in the module of a coded weight, beside it or in its place. The first that is there
+# counts.
+MARKS: dict[str, str] = {
+    "weight_scale_inv": "FP8 with a scale for each block",
+    "weight_packed": "compressed-tensors",
+    "qweight": "GPTQ or AWQ",
+    "weight.absmax": "bitsandbytes, 4 bits",
+    "weight.quant_map": "bitsandbytes, 4 bits",
+    "SCB": "bitsandbytes, 8 bits",
+    "weight_format": "bitsandbytes, 8 bits",
+    "W_q": "HQQ",
+    "weight._data": "quanto",
+    "weight._scale": "quanto",
+    "weight_scale": "FP8, or compressed-tensors with a scale",
+    "weight_scales": "EETQ",
+    "scale_weight": "FP8 of ComfyUI, with a scale",
+    "codebooks": "AQLM",
+    "scales": "MLX, or another with `scales`",
+}
+# The same of a parameter that is not called `weight`, such as those of experts.
+_ENDINGS: dict[str, str] = {
+    "_blocks": "MXFP4",
+    "_scale_inv": "FP8 with a scale for each block",
+    "_scale": "FP8, with a scale",
+    "_packed": "compressed-tensors",
+    "_qweight": "GPTQ or AWQ",
+}
+
+
+def coding_of(name: str, names: Container[str], config: Mapping[str, Any] | None) -> str | None:
+    """The format of a base's tensor, where its numbers are codes; None where they are none.
+
+    Args:
+        name: of the tensor, which may be absent where another stands in its place.
+        names: of all tensors.
+        config: the model's config, where there is one.
+    """
+    module, _, parameter = name.rpartition(".")
+    begin, known = (f"{module}.", MARKS) if parameter == "weight" else (name, _ENDINGS)
+    marks = {f"{begin}{mark}": what for mark, what in known.items()}
+    found = next((f"{what} (`{mark}`)" for mark, what in marks.items() if mark in names), None)
+    method = _method(config)
+    return f"{method}: {found}" if found and method else found
+
+
+def _method(config: Mapping[str, Any] | None) -> str | None:
+    found = (config or {}).get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def check_plain(
+    name: str,
+    dtype: Any,
+    names: Container[str],
+    config: Mapping[str, Any] | None,
+) -> None:
+    """Refuses to merge into codes.
+
+    Raises:
+        UnsupportedAdapterError: where the tensor holds codes.
+    """
+    coding = coding_of(name, names, config)
+    if coding is None and dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        coding = _method(config) or f"an unknown format, in {dtype}"
+    # 8-bit floats without a scale are numbers, unless the config says that they are codes.
+    if coding is None and dtype is not None and jnp.dtype(dtype).itemsize == 1:
+        coding = _method(config)
+    if coding is not None:
+        raise UnsupportedAdapterError(
+            f"has quantized weights: `{name}` is stored as {coding}. The sum of codes and an "
+            "adapter means nothing. Merge into the model's unquantized weights, and quantize "
+            "the result.",
+        )

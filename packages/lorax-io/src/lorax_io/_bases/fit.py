@@ -1,0 +1,199 @@
+"""An adapter on the tensors of a base: nothing of it is left over, and nothing is missing."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from .._errors import AdapterMismatchError, about
+from .._formats.kohya import resolve
+from .._formats.native import read
+from .._formats.opening import OpenedAdapter, fit
+from .._formats.peft.patterns import distrusted
+from .._layouts import (
+    Conv,
+    Conv1D,
+    Embedding,
+    Experts,
+    Layout,
+    Layouts,
+    Linear,
+    Tensor,
+    tensor_name,
+)
+from .._shapes import base_sizes
+from .._tree import Held, near
+from .checkpoint import Checkpoint
+from .coded import MARKS, check_plain, coding_of
+from .missing import check_lacking, lacking
+from .ties import find_embedding, is_head, ties
+
+
+class Fitted(NamedTuple):
+    """An adapter on a base."""
+
+    checkpoint: Checkpoint  # with a head where the adapter gives the model one of its own
+    rows: dict[str, Any]  # by the names of the base's tensors, and with the axes of those
+    held: Held  # the frozen factors that are in the adapter's file
+
+
+def fit_adapter(
+    adapter: OpenedAdapter,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str] = str,
+    *,
+    allow_missing: bool = False,
+) -> Fitted:
+    """The adapter on the base's tensors.
+
+    Args:
+        adapter: as it was opened.
+        checkpoint: the base.
+        rename: gives the base's name for a module of the adapter, or one that ends as it.
+        allow_missing: whether targets without tensors are a warning, not an error.
+    """
+    with about(adapter.path):
+        if adapter.config is None:
+            return _fit_native(adapter, checkpoint)
+        paths = {
+            tensor_name(layout.module, layout.parameter): path
+            for path, layout in adapter.names.items()
+        }
+        called = {name: _renamed(name, rename) for name in paths}
+        checkpoint = _with_head(checkpoint, called.values())
+        matched = {name: _tensor_of(other, adapter, checkpoint) for name, other in called.items()}
+        if len({*matched.values()}) < len(matched):
+            raise AdapterMismatchError("has two modules for one tensor of the base.")
+        _check_plain(checkpoint, matched.values())
+        with distrusted():
+            missing = lacking(adapter.config, checkpoint.shapes, matched)
+        check_lacking(checkpoint.path, missing, allow_missing)
+        names = {
+            matched[name]: _in_pytorch(
+                adapter.names[path],
+                adapter.rows[path],
+                checkpoint.shapes[matched[name]].shape,
+                adapter.config.fan_in_fan_out,
+            )
+            for name, path in paths.items()
+        }
+        names |= _biases(names, checkpoint)
+        rows = fit(adapter.path, names, checkpoint.shapes).rows
+        return Fitted(checkpoint, rows, {})
+
+
+def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
+    """The biases beside adapted weights, which some kinds of adapters change as well."""
+    beside = {name.removesuffix("weight") + "bias": layout for name, layout in names.items()}
+    return {
+        name: Tensor(layout.module)
+        for name, layout in beside.items()
+        if name in checkpoint.shapes and name not in names
+    }
+
+
+def _fit_native(adapter: OpenedAdapter, checkpoint: Checkpoint) -> Fitted:
+    for name in sorted(adapter.rows):
+        if name not in checkpoint.shapes:
+            raise AdapterMismatchError(
+                f"adapts `{name}`, and {checkpoint.path} has no tensor of that name."
+                f"{near(name, checkpoint.shapes)} For a base of PyTorch, convert it first: "
+                "`lorax convert --to peft`."
+            )
+    _check_plain(checkpoint, adapter.rows)
+    found = read(adapter.path, checkpoint.shapes, with_held=True)
+    return Fitted(checkpoint, found.rows, adapter.held)
+
+
+def _check_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    with about(checkpoint.path):
+        for name in names:
+            dtype = checkpoint.shapes[name].dtype
+            check_plain(name, dtype, checkpoint.shapes, checkpoint.config)
+
+
+def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The base with a head of its own, where the adapter has one and the base ties it."""
+    heads = [
+        name
+        for name in names
+        if name.endswith(".weight")
+        and is_head(name.removesuffix(".weight"))
+        and not checkpoint.candidates(name)
+    ]
+    embedding = find_embedding(checkpoint.shapes)
+    if len(heads) != 1 or embedding is None or coding_of(heads[0], checkpoint.shapes, None):
+        return checkpoint
+    if checkpoint.config is None or ties(checkpoint.config) is False:
+        raise AdapterMismatchError(
+            f"adapts `{heads[0]}`, and {checkpoint.path} has no tensor of that name. A model may "
+            "use its embedding as its head: give the base as a folder whose config.json says so."
+        )
+    shapes = {**checkpoint.shapes, heads[0]: checkpoint.shapes[embedding]}
+    copies = {**checkpoint.copies, heads[0]: embedding}
+    return checkpoint._replace(shapes=shapes, copies=copies)
+
+
+def _renamed(name: str, rename: Callable[[str], str]) -> str:
+    module, dot, parameter = name.rpartition(".")
+    return f"{rename(module)}{dot}{parameter}"
+
+
+def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str:
+    """The base's tensor of a name, which may have the model's prefix or not."""
+    if adapter.format == "kohya":
+        return resolve(name, checkpoint.shapes, checkpoint.parts)
+    part = adapter.part
+    if part and f"{part}.{name}" in checkpoint.shapes:
+        return f"{part}.{name}"
+    found = checkpoint.candidates(name)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        _check_coded(checkpoint, name)
+    raise AdapterMismatchError(
+        f"adapts `{name}`, and {checkpoint.path} has no tensor of that name."
+        f"{near(name, checkpoint.shapes)}"
+    )
+
+
+def _check_coded(checkpoint: Checkpoint, name: str) -> None:
+    """Refuses a base that has codes under other names where the tensor should be."""
+    module, _, parameter = name.rpartition(".")
+    ends = {parameter, *MARKS, *(known.rpartition(".")[2] for known in checkpoint.shapes)}
+    stems = {known.removesuffix(f".{end}") for known in checkpoint.shapes for end in ends}
+    with about(checkpoint.path):
+        for stem in stems:
+            if stem == module or stem.endswith(f".{module}") or module.endswith(f".{stem}"):
+                full = f"{stem}.{parameter}"
+                check_plain(full, None, checkpoint.shapes, checkpoint.config)
+
+
+def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out: bool) -> Layout:
+    """The layout of a tensor as PyTorch has it, told by the shapes of the factors."""
+    if isinstance(layout, Tensor):
+        return layout
+    if isinstance(layout, Embedding):
+        return dataclasses.replace(layout, in_axes=(0,), out_axes=(1,))
+    if len(shape) > 2 and not isinstance(layout, Experts):
+        rest = tuple(range(1, len(shape)))
+        return Conv(layout.module, in_axes=rest, out_axes=(0,), channel_axis=1)
+    sides = base_sizes(row)[-2:]
+    fits = [_fits(shape[-2:], sides), _fits(shape[-2:], sides[::-1])]
+    if isinstance(layout, Experts):
+        first = len(shape) - 2
+        if sides[0] == sides[1]:
+            raise AdapterMismatchError(
+                f"`{layout.module}` has as many inputs as outputs, so that nothing tells which of "
+                f"its axes are which. Merge it in Python, with `Experts` in the names."
+            )
+        inputs, outputs = (first, first + 1) if fits[0] else (first + 1, first)
+        return dataclasses.replace(layout, in_axes=(inputs,), out_axes=(outputs,))
+    if fits[0] and (fan_in_fan_out or not fits[1]):
+        return Conv1D(layout.module, in_axes=(0,), out_axes=(1,))
+    return Linear(layout.module, in_axes=(1,), out_axes=(0,))
+
+
+def _fits(shape: tuple[int, ...], sides: Any) -> bool:
+    return len(shape) == len(sides) and all(
+        side is None or side == size for size, side in zip(shape, sides, strict=True)
+    )

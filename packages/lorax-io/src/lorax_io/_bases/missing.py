@@ -1,0 +1,99 @@
+"""What a config and a base say that an adapter has, and what of it its file lacks."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .._errors import AdapterFileError, warn
+from .._formats.peft.config import PeftConfig
+
+
+class Prefixes(NamedTuple):
+    """How an adapter's names differ from those of a base: by what they begin with."""
+
+    pairs: frozenset[tuple[str, str]]  # the adapter's begin, and the base's
+
+    @classmethod
+    def of(cls, matched: Iterable[tuple[str, str]]) -> "Prefixes":
+        """The differences of pairs of names, each the adapter's and the base's."""
+        return cls(frozenset(_begins(ours, theirs) for ours, theirs in matched))
+
+    def of_adapter(self, name: str) -> set[str]:
+        """The names that the adapter may have for a tensor of the base."""
+        return {
+            ours + name[len(theirs) :] for ours, theirs in self.pairs if name.startswith(theirs)
+        }
+
+
+def _begins(ours: str, theirs: str) -> tuple[str, str]:
+    """What two names have before the parts in which they end alike."""
+    left, right = ours.split("."), theirs.split(".")
+    same = 0
+    while same < min(len(left), len(right)) and left[-1 - same] == right[-1 - same]:
+        same += 1
+    begins = (parts[: len(parts) - same] for parts in (left, right))
+    first, second = (".".join([*begin, ""]) if begin else "" for begin in begins)
+    return first, second
+
+
+def lacking(
+    config: PeftConfig, shapes: Mapping[str, Any], matched: Mapping[str, str], saved: bool = True
+) -> dict[str, str]:
+    """Why the adapter should have a tensor, for each of the base's that it should have and lacks.
+
+    Args:
+        config: what the adapter says that it adapts.
+        shapes: the base's tensors.
+        matched: the base's name of each that the adapter has.
+        saved: whether `modules_to_save` counts.
+    """
+    if not config.is_said:
+        return {}
+    prefixes = Prefixes.of(matched.items())
+    present = set(matched.values())
+    kinds = {_kind(name): name for name in sorted(present)}
+    found: dict[str, str] = {}
+    for name in shapes.keys() - present:
+        for known in prefixes.of_adapter(name):
+            module, _, parameter = known.rpartition(".")
+            if saved and config.saves(module):
+                found[name] = "`modules_to_save` of its config has it"
+            elif config.targets_parameter(known):
+                found[name] = "it is among the `target_parameters` of its config"
+            elif parameter == "weight" and len(shapes[name].shape) > 1:
+                targeted = config.targets(module)
+                if targeted:
+                    found[name] = "it is a target in its config"
+                elif targeted is None and _kind(name) in kinds:
+                    found[name] = f"`{kinds[_kind(name)]}` is adapted"
+    return found
+
+
+def _kind(name: str) -> str:
+    """The name without the numbers of layers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def check_lacking(base: object, found: Mapping[str, str], allowed: bool = False) -> None:
+    """Refuses an adapter that lacks some of its tensors, or warns where that is allowed.
+
+    Raises:
+        AdapterFileError: naming the first of them.
+    """
+    if not found:
+        return
+    name = min(found, key=_in_order)
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    message = f"lacks the tensors of `{name}` of {base}{more}: {found[name]}."
+    if not allowed:
+        raise AdapterFileError(
+            f"{message} The file was cut, or not all of the adapter was gathered when it was "
+            "saved. Where these are rightly left as they are in the base, say `--allow-missing`.",
+        )
+    warn(f"{message} They stay as they are.")
+
+
+def _in_order(name: str) -> list[Any]:
+    """Layer 10 after layer 9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

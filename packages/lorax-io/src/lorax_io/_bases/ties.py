@@ -1,0 +1,64 @@
+"""Embeddings and heads: which tensors they are, and whether a config ties them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .._errors import UnsupportedAdapterError
+
+# The last part of the module's name, over the models of transformers.
+EMBEDDINGS = frozenset(
+    "embed_tokens wte word_embeddings shared embed_in tok_embeddings wte_embeddings".split()
+)
+HEADS = frozenset("lm_head embed_out output_layer".split())
+
+# Models that scale their outputs where the head is tied: untied, they compute something else.
+_SCALED_WHERE_TIED = frozenset("t5 mt5 umt5 longt5 switch_transformers pix2struct".split())
+_KEY = "tie_word_embeddings"
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module looks up tokens, by its name."""
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_head(module: str) -> bool:
+    """Whether a module makes the logits of tokens, by its name."""
+    return module.rpartition(".")[2] in HEADS
+
+
+def find_embedding(names: Iterable[str]) -> str | None:
+    """The one table of tokens among the names of tensors."""
+    found = [name for name in names if is_embedding(name.removesuffix(".weight"))]
+    return found[0] if len(found) == 1 else None
+
+
+def ties(config: Mapping[str, Any] | None) -> bool | None:
+    """Whether a model's config ties its head to its embedding; None where it does not say."""
+    said = [part[_KEY] for part in _parts(config or {}) if _KEY in part]
+    return any(said) if said else None
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config for a head that is not the embedding.
+
+    Raises:
+        UnsupportedAdapterError: where the model computes something else then.
+    """
+    if ties(config) and any(
+        part.get("model_type") in _SCALED_WHERE_TIED for part in _parts(config)
+    ):
+        raise UnsupportedAdapterError(
+            f"has a head that differs from the embedding, and a {config.get('model_type')} model "
+            f"with `{_KEY}` scales its outputs: no config gives this head its own weight and keeps "
+            "the scale. Use the adapter unmerged.",
+        )
+    found = {**config, _KEY: False}
+    for name, part in config.items():
+        if isinstance(part, dict) and _KEY in part:
+            found[name] = {**part, _KEY: False}
+    return found
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config, and the configs of its parts, such as that of the text model."""
+    return [config, *(part for part in config.values() if isinstance(part, dict))]

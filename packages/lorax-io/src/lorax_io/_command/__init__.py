@@ -1,0 +1,3 @@
+"""The command `lorax`."""
+
+from .main import main as main

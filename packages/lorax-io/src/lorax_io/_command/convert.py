@@ -1,0 +1,154 @@
+"""`lorax convert`."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax import Adapter
+
+from .._bases.checkpoint import open_checkpoint
+from .._errors import AdapterError
+from .._formats.diffusers import save_diffusers
+from .._formats.kohya import resolve, save_kohya
+from .._formats.mlx import save_mlx
+from .._formats.native import user_metadata, write
+from .._formats.opening import OpenedAdapter
+from .._formats.peft.config import TASK_TYPES, PeftConfig
+from .._formats.peft.folder import save_peft
+from .._layouts import Layouts
+from .._names import flax_names, read_names
+from .._shapes import base_shape
+from .._tree import Row
+from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
+from .verify import BASE
+
+HELP = "an adapter in another form"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("out", type=Path, help="file, or folder for PEFT, diffusers and mlx-lm")
+    parser.add_argument("--to", choices=tuple(WRITERS), required=True)
+    add_naming(parser)
+    parser.add_argument("--base", type=Path, help=f"for the names of kohya's files: {BASE}")
+    parser.add_argument(
+        "--fold-scale", action="store_true", help="multiply b by the scale: PEFT, diffusers"
+    )
+    parser.add_argument("--base-model", metavar="NAME", help="for PEFT, mlx-lm: the base's name")
+    parser.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
+    parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
+    parser.add_argument(
+        "--prefix",
+        help="for diffusers: the part of a pipeline; for kohya: what names begin with",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes an adapter in another form."""
+    adapter = opened(args.adapter, args)
+    if adapter.format == "kohya" and args.base is not None:
+        adapter = _with_dots(adapter, open_checkpoint(args.base))
+    adapter = renamed(adapter, renaming(args.rename))
+    if args.part is not None:
+        adapter = _one_part(adapter, args.part)
+    WRITERS[args.to](adapter, args)
+    print(f"{args.out}: {len(adapter.rows)} parameters")
+    return SAME
+
+
+def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:
+    """The adapter with the base's names for its modules."""
+    found = {
+        layout.module: resolve(f"{layout.module}.weight", base.shapes, base.parts)
+        for layout in adapter.names.values()
+    }
+    return renamed(adapter, lambda module: found[module].removesuffix(".weight"))
+
+
+def _one_part(adapter: OpenedAdapter, part: str) -> OpenedAdapter:
+    begin = f"{part}."
+    paths = [path for path, x in adapter.names.items() if x.module.startswith(begin)]
+    if not paths and adapter.part != part:
+        raise AdapterError(f"has nothing for the part {part!r}.", adapter.path)
+    if not paths:
+        return adapter
+    names = {path: adapter.names[path] for path in paths}
+    rows = {path: adapter.rows[path] for path in paths}
+    found = adapter._replace(names=names, rows=rows, part=part)
+    return renamed(found, lambda module: module.removeprefix(begin))
+
+
+def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
+    if adapter.names:
+        return adapter.names
+    found = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    rename = renaming(args.rename)
+    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in found.items()}
+
+
+def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
+    """The bases that the rows fit, where the rows say so."""
+    shapes = {
+        path: base_shape(row) if isinstance(row, Adapter) else row.shape
+        for path, row in rows.items()
+    }
+    return {
+        path: jax.ShapeDtypeStruct(shape, np.float32)
+        for path, shape in shapes.items()
+        if shape is not None
+    }
+
+
+def _to_native(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    metadata = user_metadata(adapter.metadata) if adapter.format == "native" else None
+    rows = [Row(path, row) for path, row in sorted(adapter.rows.items())]
+    write(args.out, rows, adapter.held, metadata=metadata)
+
+
+def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    config = adapter.config or PeftConfig()
+    save_peft(
+        args.out,
+        adapter.rows,
+        _layouts(adapter, args),
+        base_model=args.base_model or config.base_model_name_or_path,
+        revision=None if args.base_model else config.revision,
+        task_type=args.task_type or config.task_type,
+        fold_scale=args.fold_scale,
+    )
+
+
+def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    kept = "transformer" if adapter.part is None else adapter.part
+    if adapter.part is None and adapter.format == "diffusers":
+        kept = None  # the names of several parts have them
+    prefix = kept if args.prefix is None else args.prefix
+    save_diffusers(
+        args.out, adapter.rows, _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale
+    )
+
+
+def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    prefix = "lora_unet" if args.prefix is None else args.prefix
+    save_kohya(args.out, adapter.rows, _layouts(adapter, args), prefix=prefix)
+
+
+def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    base = adapter.config.base_model_name_or_path if adapter.config else None
+    model = args.base_model or base
+    save_mlx(args.out, adapter.rows, _layouts(adapter, args), model=model)
+
+
+WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
+    "native": _to_native,
+    "peft": _to_peft,
+    "diffusers": _to_diffusers,
+    "kohya": _to_kohya,
+    "mlx": _to_mlx,
+}

@@ -1,0 +1,47 @@
+"""`lorax diff`."""
+
+import argparse
+import json
+
+from rich.table import Column, Table
+
+from .._summary import compare
+from .options import (
+    ADAPTER,
+    DIFFERENT,
+    SAME,
+    add_naming,
+    console,
+    opened,
+    printable,
+    renamed,
+    renaming,
+)
+
+HELP = "how two adapters differ"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("first", help=ADAPTER)
+    parser.add_argument("second", help=ADAPTER)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    add_naming(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
+    rename = renaming(args.rename)
+    first, second = (renamed(opened(path, args), rename) for path in (args.first, args.second))
+    found = compare(first.rows, second.rows, first.held, second.held)
+    if args.json:
+        print(json.dumps([difference._asdict() for difference in found], indent=1))
+    elif found:
+        right = Column("delta, relative", justify="right")
+        table = Table(Column("path", overflow="fold"), "what differs", right)
+        for path, what, relative in found:
+            table.add_row(printable(path), what, "–" if relative is None else f"{relative:.2g}")
+        console().print(table)
+    else:
+        print(f"the same {len(first.rows)} parameters, to the bit")
+    return DIFFERENT if found else SAME

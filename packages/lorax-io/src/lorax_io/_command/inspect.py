@@ -1,0 +1,115 @@
+"""`lorax inspect`."""
+
+import argparse
+import json
+import math
+from collections import Counter
+from typing import Any
+
+from rich.table import Column, Table
+
+from .._formats.native import user_metadata
+from .._formats.opening import OpenedAdapter
+from .._formats.table import FORMATS
+from .._summary import Line, summarize
+from .options import ADAPTER, SAME, add_naming, console, opened, printable
+
+HELP = "what is in an adapter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    add_naming(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what an adapter is, and a line for each parameter: rank, alpha, shapes, and norms."""
+    adapter = opened(args.adapter, args)
+    lines = summarize(adapter.rows)
+    about = _about(adapter, lines)
+    if args.json:
+        print(json.dumps({**about, "parameters": [line._asdict() for line in lines]}, indent=1))
+        return SAME
+    out = console()
+    for key, value in about.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        out.print(printable(f"{key}: {text}"), soft_wrap=True)
+    table = Table(
+        Column("path", overflow="fold"),
+        "kind",
+        *_right("rank", "alpha", "scale"),
+        "shapes",
+        "dtype",
+        *_right("norm"),
+    )
+    for line in lines:
+        table.add_row(
+            printable(line.path),
+            line.kind,
+            *(_text(value) for value in (line.rank, line.alpha, line.scale)),
+            " · ".join("×".join(map(str, shape)) or "()" for shape in line.shapes),
+            line.dtype,
+            f"{line.norm:.4g}",
+        )
+    out.print(table)
+    return SAME
+
+
+def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
+    """What is known of all of it; keys without a value are left out."""
+    config = adapter.config
+    about: dict[str, Any] = {
+        "form": adapter.format,
+        "what": FORMATS[adapter.format].what,
+        "written by": _writer(adapter),
+        "parameters trained": sum(math.prod(s) for line in lines for s in line.shapes),
+        "kinds": _counted([line.kind for line in lines]),
+        "rank": _values([line.rank for line in lines]),
+        "scale": _values([line.scale for line in lines]),
+        "part": adapter.part,
+    }
+    if config is not None:
+        targets = config.target_modules if config.is_said else None
+        about |= {
+            "targets": targets if isinstance(targets, str) else sorted(targets or []),
+            "saved in full": sorted(config.modules_to_save or []),
+            "base": config.base_model_name_or_path,
+            "task": config.task_type,
+        }
+    about["to load it"] = FORMATS[adapter.format].loads
+    if adapter.format == "native":
+        about |= user_metadata(adapter.metadata)
+    return {key: value for key, value in about.items() if value not in (None, [], "")}
+
+
+def _writer(adapter: OpenedAdapter) -> str | None:
+    """The program that wrote the file, as far as it says."""
+    metadata, config = adapter.metadata, adapter.config
+    if adapter.format == "native":
+        return f"lorax-io {metadata.get('lorax.version', '')}".strip()
+    if "lorax" in metadata:
+        return "lorax-io"
+    if config is not None and config.peft_version is not None:
+        return f"PEFT {config.peft_version}"
+    if any(key.startswith("ss_") for key in metadata):
+        return f"kohya's sd-scripts {metadata.get('ss_sd_scripts_commit_hash', '')[:8]}".strip()
+    return metadata.get("software") or metadata.get("modelspec.implementation")
+
+
+def _counted(values: list[str]) -> list[str]:
+    return [f"{count} {value}" for value, count in Counter(values).most_common()]
+
+
+def _values(values: list[Any]) -> list[Any]:
+    """Each value once."""
+    return sorted({value for value in values if value is not None})
+
+
+def _right(*names: str) -> list[Any]:
+    return [Column(name, justify="right") for name in names]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else f"{value:g}"

@@ -1,0 +1,43 @@
+"""The command `lorax`: look at adapters, compare them, and convert between formats."""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+
+import jax
+
+from lorax import LoraxError
+
+from . import convert, diff, inspect, merge, verify
+from .options import FAILED, console
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 0, 1 where a comparison fails, 2 for an error."""
+    args = _parser().parse_args(arguments)
+    # Numbers are looked at, not trained: no accelerator is taken, and no type is shortened.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    errors = console(stderr=True, soft_wrap=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            code = args.run(args)
+        except (LoraxError, OSError, ImportError) as error:
+            errors.print(f"lorax: {error}")
+            code = FAILED
+    # An adapter may be opened twice.
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        errors.print(f"lorax: warning: {message}")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for module in (inspect, verify, diff, convert, merge):
+        name = module.__name__.rpartition(".")[2]
+        added = commands.add_parser(name, help=module.HELP, description=module.run.__doc__)
+        added.set_defaults(run=module.run)
+        module.add_arguments(added)
+    return parser

@@ -1,0 +1,106 @@
+"""What several subcommands take: adapters, names, and other names for modules."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .._errors import AdapterError
+from .._formats.opening import OpenedAdapter, open_adapter
+from .._formats.table import FORMATS
+from .._hub import pull_from_hub
+from .._names import read_names
+
+SAME, DIFFERENT, FAILED = 0, 1, 2
+ADAPTER = (
+    f"{', '.join(row.what for row in FORMATS.values())}; or hf://user/name[@revision][/subfolder]"
+)
+Rename = Callable[[str], str]
+
+_HUB = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<subfolder>.+))?")
+
+
+def console(**options: Any) -> Console:
+    """A console that prints text as it is, and tables in full where no terminal bounds them."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(width=width, markup=False, emoji=False, highlight=False, **options)
+
+
+def printable(text: str) -> str:
+    """The text of a stranger's file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def add_naming(parser: argparse.ArgumentParser) -> None:
+    """Adds the options `--names` and `--rename`."""
+    parser.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
+    parser.add_argument(
+        "--rename",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PATTERN", "REPLACEMENT"),
+        help="another name for each module that a regular expression finds; may be repeated",
+    )
+
+
+def renaming(pairs: Sequence[Sequence[str]]) -> Rename:
+    """What `--rename` does to a module's name."""
+    compiled: list[tuple[re.Pattern[str], str]] = []
+    for pattern, replacement in pairs:
+        try:
+            compiled.append((re.compile(pattern), replacement))
+            compiled[-1][0].sub(replacement, "")
+        except re.error as error:
+            raise AdapterError(f"is not a pattern and a replacement ({error}).", pattern) from error
+
+    def rename(module: str) -> str:
+        for pattern, replacement in compiled:
+            module = pattern.sub(replacement, module)
+        return module
+
+    return rename
+
+
+def opened(path: str, args: argparse.Namespace) -> OpenedAdapter:
+    """The adapter of an argument, on the Hub or here, with the names that were given."""
+    names = None if args.names is None else read_names(args.names)
+    return open_adapter(local(path), names)
+
+
+def local(path: str) -> Path:
+    """Where an adapter is, once it has been fetched from the Hub."""
+    match = _HUB.fullmatch(path)
+    if match is None:
+        return Path(path)
+    return pull_from_hub(match["repo"], revision=match["revision"], subfolder=match["subfolder"])
+
+
+def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
+    """The same adapter with other names for its modules, and paths that follow."""
+    names, rows = dict(adapter.names), dict(adapter.rows)
+    for path, layout in adapter.names.items():
+        module = rename(layout.module)
+        if module == layout.module:
+            continue
+        begin, end = layout.module.replace(".", "/"), path.rpartition("/")[2]
+        follows = path == f"{begin}/{end}"
+        other = f"{module.replace('.', '/')}/{end}" if follows else path
+        if other != path and other in adapter.rows:
+            raise AdapterError(
+                f"`{layout.module}` would be renamed to `{module}`, which it has already.",
+                adapter.path,
+            )
+        del names[path]
+        names[other] = dataclasses.replace(layout, module=module)
+        rows[other] = rows.pop(path)
+    if not adapter.names:
+        rows = {rename(path): row for path, row in adapter.rows.items()}
+    if len(rows) < len(adapter.rows):
+        raise AdapterError("two of its modules would be renamed to one.", adapter.path)
+    return adapter._replace(names=names, rows=rows)

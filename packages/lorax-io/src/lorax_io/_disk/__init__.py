@@ -1,0 +1,1 @@
+"""Files and processes: whole or absent, checked before they are believed."""

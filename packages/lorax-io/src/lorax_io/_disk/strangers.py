@@ -1,0 +1,27 @@
+"""Files that are taken for adapters and are something else, told by how they begin."""
+
+_BEGINS: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "is a pointer of Git LFS, not the file. Fetch it: `git lfs pull`, or `pull_from_hub`",
+    ),
+    (
+        b"PK\x03\x04",
+        "is a zip archive, as torch.save writes it, with a pickle, which may run code and is never "
+        "read. Where it is trusted, load it with torch, and save it with safetensors",
+    ),
+    (
+        b"\x80\x02",
+        "is a pickle, which may run code and is never read. Where it is trusted, load it with "
+        "torch, and save it with safetensors",
+    ),
+    (b"GGUF", "is a GGUF file, which is written for llama.cpp and not read"),
+    (b"\x89HDF", "is an HDF5 file, as Keras writes it, which is not read"),
+    (b"<!DOCTYPE", "is a web page: the download did not give the file"),
+    (b"<html", "is a web page: the download did not give the file"),
+)
+
+
+def what_it_is(begin: bytes) -> str | None:
+    """What a file is that begins so, as a clause; None where nothing is known."""
+    return next((what for mark, what in _BEGINS if begin.startswith(mark)), None)

@@ -1,0 +1,210 @@
+"""The one file that diffusers reads adapters from."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._disk.arrays import one_writer
+from .._disk.files import make_folder
+from .._disk.tensors import parse_json, write_tensors
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
+from .._layouts import Layout, Layouts, Names, as_layouts
+from .._tree import tunable_rows
+from .export import export, layout_of
+from .format import Content, Format
+from .peft.config import PeftConfig
+from .peft.keys import config_of, config_to_json
+from .peft.patterns import distrusted
+from .peft.tuners import FACTOR
+from .self_described import self_described
+from .source import Source, Stored, plain_keys, stored
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
+PARTS = (
+    *("unet", "transformer", "transformer_2", "prior", "controlnet", "connectors", "vae"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3"),
+)
+
+
+def save_diffusers(
+    folder: str | os.PathLike[str],
+    tunable: Any,
+    names: Names,
+    *,
+    prefix: str | None = "transformer",
+    fold_scale: bool = False,
+) -> Path:
+    """Writes `pytorch_lora_weights.safetensors` for `pipeline.load_lora_weights(folder)`.
+
+    diffusers takes alpha for the rank unless the file's header has the adapter's config; it is
+    written there. Readers that know nothing of it want `fold_scale`.
+
+    Args:
+        folder: it is made if need be.
+        tunable: the second tree of `lorax.init_lora`.
+        names: the layout of each parameter, by its path: `Linear` and `Conv` only.
+        prefix: the part of the pipeline: "transformer", "unet" or "text_encoder"; "" for the
+            model's own `load_lora_adapter(folder, prefix=None)`; None where the names of modules
+            begin with their parts, which may be several.
+        fold_scale: whether `b` is multiplied by the scale, so that alpha is the rank.
+
+    Returns:
+        The file.
+
+    Raises:
+        AdapterMismatchError: where `names` does not fit the tree.
+        UnsupportedAdapterError: where a parameter is trained in full, or is an embedding.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, tempfile
+        >>> from lorax_io import Linear, save_diffusers
+        >>> params = {"to_q": jnp.ones((5, 3))}
+        >>> frozen, tunable = lorax.init_lora(params, {"to_q": 2}, jax.random.key(0))
+        >>> names = {"to_q": Linear("transformer_blocks.0.attn.to_q")}
+        >>> save_diffusers(tempfile.mkdtemp(), tunable, names).name
+        'pytorch_lora_weights.safetensors'
+    """
+    folder = Path(folder)
+    with about(folder):
+        rows = {row.path: row.leaf for row in tunable_rows(tunable)}
+        layouts = as_layouts(names)
+        tensors: dict[str, Any] = {}
+        config: dict[str, Any] = {}
+        for part, paths in _by_part(rows, layouts, prefix).items():
+            begin = f"{part}." if part else ""
+            within = {path: layouts[path] for path in paths}
+            if prefix is None:
+                within = {p: _without(x, begin) for p, x in within.items()}
+            part_rows = {path: rows[path] for path in paths if path in rows}
+            found = export(part_rows, within, fold_scale=fold_scale, plain=True)
+            tensors |= {f"{begin}{name}": tensor for name, tensor in found.tensors.items()}
+            config |= {f"{begin}{key}": v for key, v in config_to_json(found.config).items()}
+        for name in tensors:
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise UnsupportedAdapterError(
+                    f"diffusers reads factors of linear and convolution layers, not `{name}`."
+                )
+        header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
+        with one_writer() as writer:
+            if writer:
+                make_folder(folder)
+                write_tensors(folder / WEIGHTS_NAME, tensors, header)
+    return folder / WEIGHTS_NAME
+
+
+def _by_part(rows: Mapping[str, Any], names: Layouts, prefix: str | None) -> dict[str, list[str]]:
+    """The parameters of each part: of one, or as the names of their modules begin."""
+    if prefix is not None:
+        return {prefix: [*names, *(path for path in rows if path not in names)]}
+    parts: dict[str, list[str]] = {}
+    for path in rows:
+        module = layout_of(names, path).module
+        part = _part(module)
+        if not part:
+            raise AdapterMismatchError(
+                f"`{module}` begins with no part of a pipeline ({', '.join(PARTS)}). Give `prefix`."
+            )
+        parts.setdefault(part, []).append(path)
+    return parts
+
+
+def _without(layout: Layout, begin: str) -> Layout:
+    return dataclasses.replace(layout, module=layout.module.removeprefix(begin))
+
+
+# Names of one layer in files of several years, and what PEFT calls them.
+_KEYS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(found), put)
+    for found, put in (
+        (r"\.processor\.to_out_lora\.(down|up)\.weight$", r".to_out.0.lora.\1.weight"),
+        (r"\.processor\.(\w+)_lora\.(down|up)\.weight$", r".\1.lora.\2.weight"),
+        (r"\.self_attn\.to_([qkv])_lora\.(down|up)\.weight$", r".self_attn.\1_proj.lora.\2.weight"),
+        (r"\.self_attn\.to_out_lora\.(down|up)\.weight$", r".self_attn.out_proj.lora.\1.weight"),
+        (r"\.lora_linear_layer\.(down|up)\.weight$", r".lora.\1.weight"),
+        (r"\.(?:lora\.|lora_)down\.weight$", ".lora_A.weight"),
+        (r"\.(?:lora\.|lora_)up\.weight$", ".lora_B.weight"),
+    )
+)
+_FACTOR = re.compile(r"\.lora_[AB]\.weight$")
+
+
+def peft_key(key: str) -> str:
+    """The key of PEFT for a tensor of any of these forms."""
+    for found, put in _KEYS:
+        key = found.sub(put, key)
+    return key
+
+
+def _recognizes(content: Content) -> bool:
+    names = content.file.entries
+    if METADATA_KEY in content.file.metadata:
+        return True
+    if any(name.startswith(("base_model.", "lora_", "lycoris_")) for name in names):
+        return False
+    return any(_FACTOR.search(peft_key(name)) for name in names)
+
+
+def _read(content: Content) -> Source:
+    found = stored(content.file)
+    configs = _configs(content)
+    parts = {*configs} if configs else {_part(name) for name in found}
+    # A file of one part is of that part; the names of several keep them.
+    part = next(iter(parts)) if len(parts) == 1 else None
+    prefix = f"{part}." if part else ""
+    tensors = _renamed(plain_keys(found, prefix))
+    if part is not None and configs:
+        return Source(tensors, configs[part], part=part)
+    scales: dict[str, float] = {}
+    for key in tensors:
+        name, _, module = key.partition(".")
+        if name in configs and (match := FACTOR.search(key)):
+            module = key[: match.start()]
+            scales[module] = _scale(configs[name], module.removeprefix(f"{name}."))
+    return self_described(tensors, scales=scales, part=part)
+
+
+def _scale(config: PeftConfig, module: str) -> float:
+    with distrusted():
+        rank, alpha = config.rank(module), config.alpha(module)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for key, tensor in tensors.items():
+        name = peft_key(key)
+        if name in found:
+            raise AdapterFileError(f"has `{tensor.name}` and `{found[name].name}`, which are one.")
+        found[name] = tensor
+    return found
+
+
+def _part(name: str) -> str:
+    """The part of a pipeline that a name begins with; "" where it begins with none."""
+    first = name.partition(".")[0]
+    return first if first in PARTS else ""
+
+
+def _configs(content: Content) -> dict[str, PeftConfig]:
+    """The configs of the parts in a header; of "" where it is of a model by itself."""
+    if METADATA_KEY not in content.file.metadata:
+        return {}
+    found = parse_json(content.file.metadata[METADATA_KEY])
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"its header has no object under {METADATA_KEY!r}.")
+    if "peft_type" in found or "r" in found:
+        return {"": config_of(found)}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in found.items():
+        part, _, rest = key.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return {part: config_of(values) for part, values in parts.items()}
+
+
+FORMAT = Format("diffusers", "a file for diffusers", _recognizes, _read, files=(WEIGHTS_NAME,))

@@ -1,0 +1,43 @@
+"""What a format is: a row of the table that opening, converting and the messages are made from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._disk.tensors import TensorFile
+from .._tree import Held
+from .source import Source
+
+
+class Content(NamedTuple):
+    """What there is to tell a format by."""
+
+    file: TensorFile
+    folder: Path | None = None  # that has `adapter_config.json`; None where there is none
+
+
+class Rows(NamedTuple):
+    """An adapter that needs no names: a tree's own rows."""
+
+    rows: dict[str, Any]
+    held: Held
+
+
+class Format(NamedTuple):
+    """One format of adapters.
+
+    Attributes:
+        name: for the command.
+        what: for messages and help.
+        recognizes: whether a file is of it.
+        read: the adapter, in PEFT's words or as rows.
+        loads: what loads it onto parameters.
+        files: the names that its files have in a folder.
+    """
+
+    name: str
+    what: str
+    recognizes: Callable[[Content], bool]
+    read: Callable[[Content], Source | Rows]
+    loads: str = "lorax_io.load_any(path, params, names)"
+    files: tuple[str, ...] = ()

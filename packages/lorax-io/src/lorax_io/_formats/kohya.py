@@ -1,0 +1,180 @@
+"""kohya's files, which A1111 and ComfyUI read: a module's name has `_` for each `.`.
+
+`lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight` and `.alpha`. Which `_` were
+dots nothing in the file says: a base tells (`resolve`).
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._disk.arrays import one_writer
+from .._disk.tensors import write_tensors
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
+from .._layouts import Layout, Layouts, Names, as_layouts
+from .diffusers import peft_key
+from .export import export
+from .format import Content, Format
+from .peft.config import PeftConfig
+from .peft.tuners import FACTOR
+from .self_described import self_described
+from .source import Source, stored
+
+_NAME = re.compile(
+    r"(?P<part>lora_(?:unet|te[123]?|transformer|prior)|lycoris)_(?P<module>[^.]+)\."
+)
+# The folders of a pipeline that a part may be in.
+_FOLDERS = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_transformer": ("transformer",),
+    "lora_prior": ("prior",),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    "lycoris": ("unet", "transformer"),
+}
+_BEYOND = {
+    "lora_mid.weight": "a core between its factors (LoCon of Tucker's form)",
+    "dora_scale": "magnitudes (DoRA in LyCORIS's form)",
+    "diff": "whole differences of weights",
+    "diff_b": "differences of biases",
+    "w_norm": "differences of norms",
+    "b_norm": "differences of norms",
+}
+
+
+def _recognizes(content: Content) -> bool:
+    return any(_NAME.match(name) for name in content.file.entries)
+
+
+def _read(content: Content) -> Source:
+    found = stored(content.file)
+    for name in found:
+        match = _NAME.match(name)
+        if match is None:
+            raise AdapterFileError(f"has `{name}`, whose name does not begin as kohya's do.")
+        if (key := name[match.end() :]) in _BEYOND:
+            raise UnsupportedAdapterError(f"`{name}` is of an adapter with {_BEYOND[key]}.")
+    return self_described({peft_key(name): tensor for name, tensor in found.items()})
+
+
+def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
+    """The base's tensor for a name of kohya's.
+
+    Args:
+        name: a module with `_` for dots, and `.weight`.
+        known: the base's tensors.
+        parts: the folders of the base, where it is a pipeline.
+
+    Raises:
+        AdapterMismatchError: where it may be none of them, or several.
+    """
+    match = _NAME.match(name)
+    assert match is not None, name
+    parameter = name[match.end() :]
+    folders = [folder for folder in _FOLDERS[match["part"]] if folder in {*parts}]
+    flat = {f"{module.replace('.', '_')}": module for module in _modules(known, parameter)}
+    wanted = [f"{folder}_{match['module']}" for folder in folders] or [match["module"]]
+    found = {module for end in wanted if (module := flat.get(end)) is not None}
+    if not found and not folders:
+        found = {module for text, module in flat.items() if text.endswith(f"_{wanted[0]}")}
+    if len(found) != 1:
+        several = f"several, as `{min(found)}` and `{max(found)}`" if found else "none"
+        raise AdapterMismatchError(
+            f"adapts `{name}`, and of the base's modules {several} would have that name with `_` "
+            "for each `.`. Give the base that the adapter was made for: a pipeline's folder for "
+            "the names of diffusers, the model's single file for those of the original code."
+        )
+    return f"{found.pop()}.{parameter}"
+
+
+def with_flat_names(names: Layouts, keys: Iterable[str]) -> dict[str, Layout]:
+    """Layouts with the names that a file has for their modules; others as they are."""
+    begins = {match["part"] for key in keys if (match := _NAME.match(key))}
+    known = {key[: match.end() - 1] for key in keys if (match := _NAME.match(key))}
+    found: dict[str, Layout] = {}
+    for path, layout in names.items():
+        flat = {f"{begin}_{layout.module.replace('.', '_')}" for begin in begins}
+        here = sorted(flat & known) or [name for name in sorted(flat) if "{}" in name][:1]
+        if len(here) > 1:
+            raise AdapterMismatchError(f"has `{here[0]}` and `{here[1]}` for `{path}`.")
+        found[path] = dataclasses.replace(layout, module=here[0]) if here else layout
+    return found
+
+
+def _modules(known: Iterable[str], parameter: str) -> list[str]:
+    ending = f".{parameter}"
+    return [name.removesuffix(ending) for name in known if name.endswith(ending)]
+
+
+def save_kohya(
+    path: str | os.PathLike[str], tunable: Any, names: Names, *, prefix: str = "lora_unet"
+) -> None:
+    """Writes a file for kohya's scripts, A1111 and ComfyUI.
+
+    Each module has `lora_down`, `lora_up` and `alpha`, so that any rank, alpha and scaling is
+    kept. LoHa and LoKr have the keys of LyCORIS.
+
+    Args:
+        path: the file.
+        tunable: the second tree of `lorax.init_lora`.
+        names: the layout of each parameter, by its path.
+        prefix: what names begin with: "lora_unet", or "lora_te1" and the like for text encoders.
+
+    Raises:
+        AdapterMismatchError: where `names` does not fit the tree, or two modules get one name.
+        UnsupportedAdapterError: where the format has no place for a parameter.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, open_adapter, save_kohya
+        >>> params = {"to_q": jnp.ones((5, 3))}
+        >>> frozen, tunable = lorax.init_lora(params, {"to_q": 2}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "style.safetensors")
+        >>> save_kohya(file, tunable, {"to_q": Linear("mid_block.attn.to_q")})
+        >>> list(open_adapter(file).rows)
+        ['lora_unet_mid_block_attn_to_q/kernel']
+    """
+    with about(path):
+        if _NAME.match(f"{prefix}_x.") is None:
+            raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
+        found = export(tunable, as_layouts(names))
+        tensors = _flat(found.tensors, found.config, prefix)
+        with one_writer() as writer:
+            if writer:
+                write_tensors(Path(path), tensors, {"format": "pt"})
+
+
+def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[str, Any]:
+    if config.peft_type not in ("LORA", "LOHA", "LOKR") or config.use_dora:
+        raise UnsupportedAdapterError("kohya's files have LoRA, LoHa and LoKr alone.")
+    found: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        match = FACTOR.search(key)
+        if match is None or "embedding" in match[1]:
+            raise UnsupportedAdapterError(
+                f"kohya's files have factors of linear and convolution layers, not `{key}`."
+            )
+        module = key[: match.start()]
+        name = f"{prefix}_{module.replace('.', '_')}"
+        if modules.setdefault(name, module) != module:
+            raise AdapterMismatchError(
+                f"`{module}` and `{modules[name]}` are both called `{name}`."
+            )
+        end = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+        found[f"{name}.{end.get(match[1], match[1])}"] = tensor
+        rank, alpha = config.rank(module), config.alpha(module)
+        if config.use_rslora:
+            alpha *= rank**0.5
+        found[f"{name}.alpha"] = np.asarray(alpha, np.float32)
+    return found
+
+
+FORMAT = Format("kohya", "a file of kohya's", _recognizes, _read)

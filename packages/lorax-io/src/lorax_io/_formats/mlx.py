@@ -1,0 +1,147 @@
+"""mlx-lm's folders: `adapters.safetensors`, and a scale for all in `adapter_config.json`."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._bases.ties import is_embedding
+from .._disk.arrays import one_writer
+from .._disk.files import file_in, make_folder, write_text
+from .._disk.tensors import is_number, read_json, write_tensors
+from .._errors import AdapterFileError, UnsupportedAdapterError, about
+from .._layouts import MAGNITUDE, Names, as_layouts
+from .export import export
+from .format import Content, Format
+from .peft.config import CONFIG_NAME, PeftConfig
+from .peft.tuners import FACTOR
+from .self_described import self_described
+from .source import Source, Stored, stored
+
+WEIGHTS_NAME = "adapters.safetensors"
+_ENDS = {"lora_a": "A", "lora_b": "B", "m": None}
+
+
+def _recognizes(content: Content) -> bool:
+    if content.folder is None:
+        return False
+    config = read_json(file_in(content.folder, CONFIG_NAME))
+    return isinstance(config, dict) and "peft_type" not in config and "fine_tune_type" in config
+
+
+def _read(content: Content) -> Source:
+    assert content.folder is not None
+    found = stored(content.file)
+    with about(content.folder / CONFIG_NAME):
+        config = read_json(file_in(content.folder, CONFIG_NAME))
+        kind, scale = config["fine_tune_type"], _scale(config)
+    tensors = dict(_in_peft(name, tensor) for name, tensor in found.items())
+    if kind == "full":
+        modules = sorted({name.rpartition(".")[0] for name in found})
+        whole = PeftConfig(target_modules=[], modules_to_save=modules, is_said=False)
+        return Source(found, whole)
+    if kind not in ("lora", "dora"):
+        raise UnsupportedAdapterError(
+            f"has fine_tune_type = {kind!r}; lora, dora and full are read."
+        )
+    modules = {key[: match.start()] for key in tensors if (match := FACTOR.search(key))}
+    return self_described(tensors, scales=dict.fromkeys(modules, scale))
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    settings = config.get("lora_parameters", {})
+    scale = settings.get("scale") if isinstance(settings, dict) else None
+    if not is_number(scale) and config["fine_tune_type"] != "full":
+        raise AdapterFileError("has no number `scale` in its `lora_parameters`.")
+    return 1.0 if scale is None else float(scale)
+
+
+def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
+    """A tensor under PEFT's key and in its order of axes, which is the reverse."""
+    module, _, end = name.rpartition(".")
+    if end not in _ENDS or not module:
+        return name, tensor
+    if end == "m":
+        return f"{module}.{MAGNITUDE}", tensor
+    if len(tensor.shape) != 2:
+        raise UnsupportedAdapterError(
+            f"has `{name}` of shape {tensor.shape}; mlx-lm's factors of experts are not read."
+        )
+    table = is_embedding(module)
+    key = f"lora_embedding_{_ENDS[end]}" if table else f"lora_{_ENDS[end]}.weight"
+    turned = Stored(name, tensor.dtype, tensor.shape[::-1], lambda: tensor.view().T)
+    return f"{module}.{key}", turned
+
+
+def save_mlx(
+    folder: str | os.PathLike[str], tunable: Any, names: Names, *, model: str | None = None
+) -> None:
+    """Writes a folder for mlx-lm: `mlx_lm.generate --adapter-path`.
+
+    Args:
+        folder: it is made if need be.
+        tunable: the second tree of `lorax.init_lora`.
+        names: the layout of each parameter, by its path.
+        model: the base's name.
+
+    Raises:
+        AdapterMismatchError: where `names` does not fit the tree.
+        UnsupportedAdapterError: where mlx-lm has no place for it: it has one rank and one scale.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, open_adapter, save_mlx
+        >>> params = {"q": jnp.ones((5, 3))}
+        >>> frozen, tunable = lorax.init_lora(params, {"q": 2}, jax.random.key(0))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "adapter")
+        >>> save_mlx(folder, tunable, {"q": Linear("model.layers.0.self_attn.q_proj")})
+        >>> open_adapter(folder).format
+        'mlx'
+    """
+    folder = Path(folder)
+    with about(folder):
+        found = export(tunable, as_layouts(names))
+        config = found.config
+        if config.peft_type != "LORA" or config.rank_pattern or config.alpha_pattern:
+            raise UnsupportedAdapterError("mlx-lm has LoRA and DoRA of one rank and scale alone.")
+        tensors = dict(_in_mlx(key, tensor) for key, tensor in found.tensors.items())
+        keys = sorted({_within_layer(name.rpartition(".")[0]) for name in tensors})
+        divisor = config.r**0.5 if config.use_rslora else config.r
+        settings = {
+            "fine_tune_type": "dora" if config.use_dora else "lora",
+            "model": model,
+            "num_layers": -1,
+            "lora_parameters": {
+                "rank": config.r,
+                "scale": config.lora_alpha / divisor,
+                "dropout": 0.0,
+                "keys": keys,
+            },
+        }
+        with one_writer() as writer:
+            if writer:
+                make_folder(folder)
+                write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "mlx"})
+                write_text(folder / CONFIG_NAME, json.dumps(settings, indent=4) + "\n")
+
+
+def _in_mlx(key: str, tensor: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any, Any]]:
+    match = FACTOR.search(key)
+    if match is None or tensor.ndim > 2:
+        raise UnsupportedAdapterError(f"mlx-lm has no place for `{key}`.")
+    module = key[: match.start()]
+    if match[1] == MAGNITUDE:
+        return f"{module}.m", tensor
+    return f"{module}.lora_{'a' if '_A' in match[1] else 'b'}", np.asarray(tensor.T, order="C")
+
+
+def _within_layer(module: str) -> str:
+    """A module's name within its layer, as `keys` has it."""
+    _, found, rest = module.partition(".layers.")
+    return rest.partition(".")[2] if found else module
+
+
+FORMAT = Format("mlx", "a folder of mlx-lm", _recognizes, _read, files=(WEIGHTS_NAME,))

@@ -1,0 +1,184 @@
+"""Adapters without their base: opened as what they are, with names and shapes from themselves."""
+
+import contextlib
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax import Pair
+
+from .._disk.arrays import all_read
+from .._disk.files import file_in, regular_file
+from .._disk.tensors import TensorFile
+from .._errors import AdapterFileError, AdapterNotFoundError, about
+from .._layouts import Layouts, Names, as_layouts
+from .._tree import Held
+from . import kohya, native
+from .format import Content, Format, Rows
+from .own_names import own_names, own_shapes
+from .peft.config import CONFIG_NAME, PeftConfig
+from .restore import restore
+from .source import Source
+from .table import FORMATS
+
+
+class OpenedAdapter(NamedTuple):
+    """An adapter, and what is known of its file.
+
+    Attributes:
+        format: "native", "peft", "diffusers", or another name of the table of formats.
+        path: as it was given.
+        rows: the adapter, or the array, of each parameter by path.
+        names: the layouts of PyTorch's modules by path; empty for a native file.
+        metadata: the strings of the file's header.
+        config: what is said of all modules; None for a native file.
+        held: the frozen factors in the file, by path.
+        part: of a pipeline, for diffusers; "" where the file names none.
+    """
+
+    format: str
+    path: Path
+    rows: dict[str, Any]
+    names: Layouts
+    metadata: dict[str, str]
+    config: PeftConfig | None = None
+    held: Held = {}
+    part: str | None = None
+
+
+def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
+    """Opens an adapter of any format that is known, without its base.
+
+    The format is told by the content. Every number is read and checked.
+
+    Args:
+        path: a file, or a folder.
+        names: the layouts of the parameters that are to come of PyTorch's modules, as in
+            `load_peft`; by default each module is a parameter, with a path by the names of Flax.
+
+    Returns:
+        The `OpenedAdapter`: its format, its settings, and its adapters by path.
+
+    Raises:
+        AdapterNotFoundError: where there is no adapter.
+        AdapterFileError: where it is damaged, or of no format that is known.
+        UnsupportedAdapterError: where its kind of adapter is not known.
+
+    Example:
+        >>> import jax.numpy as jnp, pathlib, tempfile
+        >>> from lorax_io import open_adapter, save_adapter
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> save_adapter(file, {"bias": jnp.ones(3)})
+        >>> adapter = open_adapter(file)
+        >>> adapter.format, adapter.rows["bias"].tolist()
+        ('native', [1.0, 1.0, 1.0])
+    """
+    return fit(Path(path), None if names is None else as_layouts(names), None)
+
+
+def fit(path: Path, names: Layouts | None, base: Mapping[str, Any] | None) -> OpenedAdapter:
+    """The same on the shapes of parameters; by default on what the factors fit."""
+    with about(path), content_of(path) as content:
+        row = _format_of(content)
+        found = row.read(content)
+        metadata = content.file.metadata
+        if isinstance(found, Rows):
+            return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
+        names = own_names(found) if names is None else names
+        if base is None:
+            base = own_shapes(found, names)
+            names = {p: names[p] for p in base}
+        _, rows = restore(found, base, names)
+        rows = {p: leaf for p, leaf in rows.items() if leaf is not None}
+        return OpenedAdapter(row.name, path, rows, names, metadata, found.config, part=found.part)
+
+
+def load_any(path: Any, params: Any, names: Names, *, sharding: Any = None) -> Pair:
+    """Reads an adapter of any format that is known: the pair `(frozen, tunable)` for `lora(model)`.
+
+    Args:
+        path: a file, or a folder.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        names: the layout of each parameter that the adapter may have, by its path; a native file
+            needs none.
+        sharding: where to put the arrays, as in `load_peft`.
+
+    Returns:
+        The `lorax.Pair`.
+
+    Raises:
+        AdapterError: as `load_peft` and `open_adapter`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, load_any, save_kohya
+        >>> params, names = {"to_q": jnp.ones((5, 3))}, {"to_q": Linear("mid_block.attn.to_q")}
+        >>> frozen, tunable = lorax.init_lora(params, {"to_q": 2}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "style.safetensors")
+        >>> save_kohya(file, tunable, names)
+        >>> load_any(file, params, names).tunable["to_q"].rank
+        2
+    """
+    path = Path(path)
+    with all_read(params, sharding), about(path), content_of(path) as content:
+        row = _format_of(content)
+        if row is FORMATS["native"]:
+            return native.load_pair(path, params, sharding=sharding)
+        found = row.read(content)
+        assert isinstance(found, Source)
+        layouts = as_layouts(names)
+        if row is FORMATS["kohya"]:
+            layouts = kohya.with_flat_names(layouts, found.tensors)
+        return restore(found, params, layouts, sharding)
+
+
+def _format_of(content: Content) -> Format:
+    for row in FORMATS.values():
+        if row.recognizes(content):
+            return row
+    first = next(iter(content.file.entries), None)
+    tensor = "and has no tensors" if first is None else f"with tensors such as `{first}`"
+    raise AdapterFileError(
+        f"is a safetensors file {tensor}, and of no format that is known: "
+        f"{', '.join(row.what for row in FORMATS.values())}."
+    )
+
+
+@contextlib.contextmanager
+def content_of(path: Path) -> Generator[Content]:
+    """What there is at a path: a file, and a config beside it."""
+    file_path = _weights_in(path) if path.is_dir() else regular_file(path)
+    folder = file_path.parent
+    with TensorFile(file_path) as file:
+        named = file_path.name in (*FORMATS["peft"].files, *FORMATS["mlx"].files)
+        has_config = named and (folder / CONFIG_NAME).exists()
+        yield Content(file, folder if has_config else None)
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of a folder that has its tensors."""
+    for row in FORMATS.values():
+        for name in row.files:
+            if (folder / name).exists():
+                return file_in(folder, name)
+    others = {file.name for file in folder.iterdir()}
+    if "pytorch_adapter.bin" in others:
+        raise AdapterFileError(
+            "is a folder of AdapterHub's `adapters`, with a pickle, which is never read. Save the "
+            "adapter in PEFT's form."
+        )
+    if pickles := sorted(others & {"adapter_model.bin", "pytorch_lora_weights.bin"}):
+        raise AdapterFileError(
+            f"its weights are a pickle, `{pickles[0]}`, which may run code and is never read. Load "
+            "them with PEFT where they are trusted, and save them again."
+        )
+    if "config.json" in others:
+        raise AdapterFileError("is a folder of a model, not of an adapter.")
+    tensors = sorted(name for name in others if name.endswith(".safetensors"))
+    if len(tensors) == 1:
+        return file_in(folder, tensors[0])
+    names = [name for row in FORMATS.values() for name in row.files]
+    found = f"several files of tensors, {', '.join(tensors[:3])}; give one" if tensors else "none"
+    raise AdapterNotFoundError(
+        f"should have one of {', '.join(f'`{name}`' for name in names)}, and has {found}."
+    )

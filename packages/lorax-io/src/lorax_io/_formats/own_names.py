@@ -1,0 +1,154 @@
+"""Names and shapes of an adapter that it gives itself, where there is no base to fit it to."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
+from .._layouts import MAGNITUDE, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from .._places import RANK
+from .peft.patterns import distrusted, suffixes
+from .peft.tuners import FACTOR
+from .source import Source, shapes_of
+
+
+def own_names(source: Source) -> dict[str, Layout]:
+    """A parameter for each module, by the names of Flax."""
+    names: dict[str, Layout] = {}
+    experts = _experts(source)
+    for key in source.tensors:
+        match = FACTOR.search(key)
+        if match is not None and match[1] == MAGNITUDE:
+            continue  # beside the factors
+        module = key[: match.start()] if match else key.rpartition(".")[0]
+        module = module.removesuffix(".base_layer")
+        path = module.replace(".", "/")
+        adapted = next((experts[end] for end in suffixes(module) if end in experts), None)
+        if match is None:
+            parameter = key.rpartition(".")[2]
+            if not key.endswith(".base_layer.weight"):  # of an embedding, and as it is in the base
+                names[f"{path}/{parameter}"] = Tensor(module, parameter=parameter)
+        elif adapted is not None:
+            names[f"{path}/{adapted}"] = Experts(
+                module, parameter=adapted, shared_axes=(0,), swapped=False
+            )
+        elif match[1].startswith("lora_embedding"):
+            names[f"{path}/embedding"] = Embedding(module)
+        elif f"{path}/kernel" not in names:
+            shapes = shapes_of(source.tensors, module, source.tuner.marks)
+            with distrusted():
+                _, inputs = source.tuner.sides(shapes, source.config, module)
+            names[f"{path}/kernel"] = Linear(module) if len(inputs) == 1 else Conv(module)
+    return names
+
+
+def _experts(source: Source) -> dict[str, str]:
+    """The adapted parameter of each module of experts, by the end of the module's name."""
+    found: dict[str, str] = {}
+    for target in source.config.target_parameters or ():
+        module, _, parameter = target.rpartition(".")
+        if found.setdefault(module, parameter) != parameter:
+            raise UnsupportedAdapterError(
+                f"adapts several parameters of `{module}`, and does not say which factors are "
+                "whose. Give names (`lorax_io.write_names`), with the order of each."
+            )
+    return found
+
+
+def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
+    """The shapes of the parameters that an adapter has tensors of."""
+    found = {path: _own_shape(source, layout) for path, layout in names.items()}
+    return {
+        path: jax.ShapeDtypeStruct(shape, np.float32)
+        for path, shape in found.items()
+        if shape is not None
+    }
+
+
+def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
+    """The shape of the parameter that a layout's tensors are of; None where it has none."""
+    stack = _stack_sizes(source, layout)
+    if stack is None:
+        return None
+    module = layout.module.format(*(0 for _ in stack))
+
+    # A bias is within a wrapper, and parameters of experts may be within several.
+    most = 2 + len(source.config.target_parameters or ())
+    wrapped = [module + ".base_layer" * k for k in range(most)]
+    marks = () if isinstance(layout, Tensor) else source.tuner.marks
+    shapes = next((s for m in wrapped if (s := shapes_of(source.tensors, m, marks))), None)
+    if shapes is None:
+        keys = [f"{m}.{layout.parameter}" for m in wrapped]
+        whole = next((source.tensors[key].shape for key in keys if key in source.tensors), None)
+        return None if whole is None else _sized(layout, stack, whole, lambda place: place.whole)
+    with distrusted():
+        if isinstance(layout, Experts):
+            return _of_experts(source, layout, module, stack, shapes)
+        out, inputs = source.tuner.sides(shapes, source.config, module)
+    return _sized(layout, stack, (out, *inputs), lambda place: (place.outputs, *place.inputs))
+
+
+def _of_experts(
+    source: Source, layout: Experts, module: str, stack: tuple[int, ...], shapes: Mapping[str, Any]
+) -> tuple[int, ...]:
+    rank = source.config.rank(f"{module}.{layout.parameter}")
+    sizes: dict[int, int] = {}
+    place = layout.at(module, (1,) * (len(stack) + 3))
+    for factor in place.factors:
+        shape = shapes.get(factor.key, ())
+        if len(shape) != len(factor.groups):
+            raise AdapterFileError(
+                f"has no two factors of `{module}` that fit each other and {layout}."
+            )
+        for size, group in zip(shape, factor.groups, strict=True):
+            axes = [axis for axis in group if axis != RANK]
+            if len(axes) == 1:
+                sizes[axes[0]] = size // rank if RANK in group else size
+    sizes |= dict(zip(place.stack, stack, strict=True))
+    return tuple(_unsure(module, sizes, len(place.shape)))
+
+
+def _sized(layout: Layout, stack: tuple[int, ...], shape: tuple[int, ...], groups: Any) -> Any:
+    """The parameter's shape from a tensor's, each of whose axes is one of the parameter's."""
+    try:
+        place = layout.at(layout.module, (1,) * (len(stack) + len(shape)))
+        found = groups(place)
+    except AdapterMismatchError as error:  # The parameter has more axes than its tensors.
+        raise _not_said(layout.module) from error
+    sizes = dict(zip(place.stack, stack, strict=True))
+    if len(found) == len(shape):
+        for size, group in zip(shape, found, strict=True):
+            if len(group) == 1:
+                sizes[group[0]] = size
+    return tuple(_unsure(layout.module, sizes, len(place.shape)))
+
+
+def _unsure(module: str, sizes: Mapping[int, int], ndim: int) -> list[int]:
+    if sorted(sizes) != list(range(ndim)):
+        raise _not_said(module)
+    return [sizes[axis] for axis in sorted(sizes)]
+
+
+def _not_said(module: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"does not say how large each of the axes is that are one in `{module}`. Load it in Python "
+        "(`lorax_io.load_peft`), with the parameters."
+    )
+
+
+def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
+    """How many modules a layout stacks along each of its axes; None where there are none."""
+    parts = map(re.escape, layout.module.split("{}"))
+    pattern = re.compile(r"(\d{1,9})".join(parts) + r"\.")
+    matches = [match for key in source.tensors if (match := pattern.match(key))]
+    if not matches:
+        return None
+    indices = zip(*(map(int, match.groups()) for match in matches), strict=True)
+    sizes = tuple(1 + max(group) for group in indices)
+    if math.prod(sizes) > len(matches):
+        raise AdapterFileError(f"lacks some of the modules `{layout.module}`.")
+    return sizes

@@ -1,0 +1,157 @@
+"""PEFT's `adapter_config.json`: what it says of each module."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import regex
+
+from .patterns import Patterns, listed, match, prefixes, suffixes
+
+CONFIG_NAME = "adapter_config.json"
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+# The heads that PEFT trains in full for some of them, whatever a config says.
+HEADS: Mapping[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The keys that matter to the numbers, with PEFT's defaults."""
+
+    peft_type: str = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool | None = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    target_modules: Sequence[str] | str | None = None
+    target_parameters: Sequence[str] | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    feedforward_modules: Sequence[str] | str | None = None
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    peft_version: str | None = None
+    is_said: bool = True  # whether there is a config; otherwise it was made from the tensors
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def replace(self, **values: Any) -> "PeftConfig":
+        """The same with other values."""
+        return dataclasses.replace(self, **values)
+
+    def rank(self, name: str) -> int:
+        """The rank of a module."""
+        return self._ranks.find(name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """The alpha of a module."""
+        return self._alphas.find(name, self.lora_alpha)
+
+    def targets(self, name: str) -> bool | None:
+        """Whether PEFT adapts a module; None where that depends on more than its name."""
+        if self.target_modules is None or _is_all_linear(self.target_modules):
+            return None
+        if self._excludes(name) or not self._includes(name):
+            return False
+        return self.layers_to_transform is None or self._is_in_layers(name)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts a parameter of a module of experts."""
+        return not self._parameters.isdisjoint(suffixes(name))
+
+    def saves(self, name: str) -> bool:
+        """Whether a module is trained in full, by itself or in another that is.
+
+        PEFT compares the ends of names, dots or no dots.
+        """
+        outer = prefixes(name) if self._saved else []
+        return any(module[k:] in self._saved for module in outer for k in range(len(module) + 1))
+
+    def reading(self) -> "PeftConfig":
+        """The same with the heads that PEFT trains for the task, which 0.10 does not list."""
+        saved = {*(self.modules_to_save or ()), *HEADS.get(self.task_type, ())}
+        return self.replace(modules_to_save=sorted(saved) or None)
+
+    def _is_in_layers(self, name: str) -> bool:
+        matches = (match(pattern, name) for pattern in self._layers_patterns)
+        found = next((found for found in matches if found), None)
+        # A pattern may hide this group, or hold one of its name that matched no number.
+        index = (found.groupdict().get("index") if found else None) or ""
+        return index.isdecimal() and int(index) in self._layers
+
+    # Each list and pattern in the form to look names up in: a file may have very many of them.
+
+    @functools.cached_property
+    def _ranks(self) -> "Patterns":
+        return Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> "Patterns":
+        return Patterns(self.alpha_pattern)
+
+    @functools.cached_property
+    def _includes(self) -> Callable[[str], bool]:
+        return listed(self.target_modules)
+
+    @functools.cached_property
+    def _excludes(self) -> Callable[[str], bool]:
+        return listed(self.exclude_modules)
+
+    def is_feedforward(self, name: str) -> bool:
+        """Whether IA³ scales the inputs of a module and not its outputs."""
+        modules = self.feedforward_modules
+        if isinstance(modules, str):
+            return listed(modules)(name)
+        return any(map(name.endswith, modules or ()))  # with or without a dot, as in PEFT
+
+    @functools.cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(self.target_parameters or ())
+
+    @functools.cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save or ())
+
+    @functools.cached_property
+    def _layers(self) -> frozenset[int]:
+        layers = self.layers_to_transform
+        return frozenset([layers] if isinstance(layers, int) else layers or ())
+
+    @functools.cached_property
+    def _layers_patterns(self) -> list[Any]:
+        pattern = self.layers_pattern
+        patterns = [pattern] if isinstance(pattern, str) else pattern or []
+        texts = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns]
+        return list(map(regex.compile, texts or [r".*?\.[^.]*\.(?P<index>\d+)\."]))
+
+    def scaling_text(self) -> str:
+        """What rank and scale of every module follow from, in one form."""
+        keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
+
+
+def _is_all_linear(target: Sequence[str] | str) -> bool:
+    return isinstance(target, str) and target.lower() == "all-linear"

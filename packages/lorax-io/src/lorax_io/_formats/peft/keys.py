@@ -1,0 +1,257 @@
+"""Reading and writing `adapter_config.json`: what each key may hold, and what is refused."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regex
+
+from ..._disk.tensors import is_number, parse_json
+from ..._errors import AdapterFileError, UnsupportedAdapterError, warn
+from .config import TASK_TYPES, PeftConfig
+from .patterns import is_plain
+from .tuners import TUNERS, Tuner
+
+_LARGEST = 16 * 2**20  # bytes; a rank for each of 10⁵ experts is a tenth of it
+_LONGEST_PATTERN = 4096
+_MOST_PATTERNS = 10_000
+
+
+class _Key(NamedTuple):
+    """What a key of the file may hold."""
+
+    accepts: Callable[[Any], bool]
+    what: str
+
+
+def _or_none(key: _Key) -> _Key:
+    return _Key(lambda x: x is None or key.accepts(x), f"{key.what}, or null")
+
+
+def _is_strings(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(item, str) for item in x)
+
+
+def _is_integer(x: Any) -> bool:
+    return type(x) is int
+
+
+def _is_rank(x: Any) -> bool:
+    return _is_integer(x) and 1 <= x <= 2**20
+
+
+_RANK = _Key(_is_rank, "a positive integer")
+_NUMBER = _Key(is_number, "a finite number")
+_FLAG = _Key(lambda x: isinstance(x, bool), "true or false")
+_STRING = _Key(lambda x: isinstance(x, str), "a string")
+_STRINGS = _Key(_is_strings, "a list of strings")
+_FLAG_OR_NONE = _or_none(_FLAG)
+_NAMES = _Key(lambda x: isinstance(x, str) or _is_strings(x), "a list of names, or a pattern")
+_LAYERS = _Key(
+    lambda x: _is_integer(x) or (isinstance(x, list) and all(map(_is_integer, x))),
+    "an integer or a list of integers",
+)
+
+
+def _patterns(value: _Key) -> _Key:
+    return _Key(
+        lambda x: isinstance(x, dict) and all(map(value.accepts, x.values())),
+        f"an object of names, each with {value.what}",
+    )
+
+
+_KEYS: dict[str, _Key] = {
+    "r": _RANK,
+    "lora_alpha": _NUMBER,
+    "use_rslora": _FLAG_OR_NONE,
+    "use_dora": _FLAG_OR_NONE,
+    "rank_pattern": _or_none(_patterns(_RANK)),
+    "alpha_pattern": _or_none(_patterns(_NUMBER)),
+    "target_modules": _or_none(_NAMES),
+    "target_parameters": _or_none(_STRINGS),
+    "exclude_modules": _or_none(_NAMES),
+    "layers_to_transform": _or_none(_LAYERS),
+    "layers_pattern": _or_none(_NAMES),
+    "modules_to_save": _or_none(_STRINGS),
+    "bias": _Key(lambda x: x in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "fan_in_fan_out": _FLAG_OR_NONE,
+    "lora_dropout": _NUMBER,
+    "task_type": _or_none(_Key(lambda x: x in TASK_TYPES, " or ".join(TASK_TYPES))),
+    "base_model_name_or_path": _or_none(_STRING),
+    "revision": _or_none(_STRING),
+    "peft_version": _or_none(_STRING),
+    "feedforward_modules": _or_none(_NAMES),
+    "decompose_both": _FLAG,
+    "decompose_factor": _Key(_is_integer, "an integer"),
+}
+# What every tuner has.
+_COMMON = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision"),
+)
+_HARMLESS = frozenset(("peft_type", "auto_mapping", "inference_mode", "runtime_config"))
+
+# Keys for which PEFT reads null, "" and [] as if the key were absent.
+_ABSENT_IF_EMPTY = frozenset(
+    "use_rslora use_dora fan_in_fan_out modules_to_save layers_to_transform layers_pattern"
+    " exclude_modules target_parameters init_lora_weights base_model_name_or_path"
+    " revision".split()
+)
+# PEFT itself fails on null here; writers of null mean that there is no pattern.
+_ABSENT_IF_NULL = frozenset(("rank_pattern", "alpha_pattern"))
+
+# Keys that make an adapter more than LoRA and DoRA, unless they are null, false or empty.
+_BEYOND = {
+    "lora_bias": "has a bias in its factors",
+    "layer_replication": "repeats layers of its base",
+    "alora_invocation_tokens": "is an activated LoRA, which adapts some tokens only",
+    "use_qalora": "is QA-LoRA",
+    "use_bdlora": "is BD-LoRA, with factors of blocks",
+    "kasa_config": "is KaSA",
+    "monteclora_config": "is MonteCLoRA",
+    "velora_config": "is VeLoRA",
+    "arrow_config": "routes between adapters",
+    "megatron_config": "is for Megatron's layers",
+    "trainable_token_indices": "replaces rows of the embedding",
+    "ensure_weight_tying": "ties the factors of embedding and head",
+    "enable_lora": "adapts parts of fused projections, as PEFT 0.2 does",
+}
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+def read_config(path: Path) -> PeftConfig:
+    """A config that was checked key by key.
+
+    Raises:
+        AdapterFileError: where it is not a JSON object, or a value is not what PEFT writes.
+        UnsupportedAdapterError: where the adapter is of a kind that is not read.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise AdapterFileError(f"is larger than {_LARGEST} bytes, which no config is.")
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except UnicodeError as error:
+        raise AdapterFileError(f"is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise AdapterFileError(f"cannot be read: {error}") from error
+    return config_of(values)
+
+
+def config_of(values: Any) -> PeftConfig:
+    """A config from its JSON, checked key by key."""
+    if not isinstance(values, dict):
+        raise AdapterFileError("is no JSON object.")
+    tuner = _check_kind(values)
+    ignored = {*tuner.harmless, *_HARMLESS}
+    values = {k: v for k, v in values.items() if k not in ignored and not _is_absent(k, v)}
+    values = {tuner.renamed.get(key, key): value for key, value in values.items()}
+    known = (*_COMMON, *tuner.fields)
+    said = {field: key for key, field in tuner.renamed.items()}
+    for name in (*known, "peft_version"):
+        if name in values and not _KEYS[name].accepts(values[name]):
+            raise AdapterFileError(
+                f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
+                f"{_KEYS[name].what}."
+            )
+    if unknown := sorted(values.keys() - {*known, "peft_version"} - _BEYOND.keys()):
+        warn(f"keys that this version does not know are ignored: {', '.join(unknown)}.")
+    kept = {name: values[name] for name in (*known, "peft_version") if name in values}
+    config = PeftConfig(**kept, peft_type=tuner.peft_type)
+    _check_patterns(config)
+    return config
+
+
+def config_to_json(config: PeftConfig) -> dict[str, Any]:
+    """The keys that every release of PEFT that has the tuner reads, and newer ones if they differ.
+
+    PEFT before 0.14 refuses a file with a key that it does not know.
+    """
+    tuner = TUNERS[config.peft_type]
+    newer = {
+        "use_rslora": False,
+        "use_dora": False,
+        "exclude_modules": None,
+        "target_parameters": None,
+    }
+    said = {field: key for key, field in tuner.renamed.items()}
+    values = {name: getattr(config, name) for name in (*_COMMON, *tuner.fields)}
+    kept = {
+        said.get(name, name): value
+        for name, value in values.items()
+        if name not in newer or value != newer[name]
+    }
+    if config.peft_type not in ("LORA", "IA3"):
+        del kept["fan_in_fan_out"]
+    if config.peft_type == "IA3":
+        del kept["layers_to_transform"], kept["layers_pattern"]
+    init = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}.get(config.peft_type)
+    if config.peft_type == "ADALORA":
+        # PEFT refuses a config without the steps of a training, or with fewer ranks than wanted.
+        kept |= {"target_r": config.r, "total_step": 1, "rank_pattern": None}
+    return {
+        **kept,
+        "peft_type": config.peft_type,
+        "auto_mapping": None,
+        "inference_mode": True,
+        **({} if init is None else {init: True}),
+    }
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    if value is None:
+        return key in _ABSENT_IF_EMPTY | _ABSENT_IF_NULL
+    return key in _ABSENT_IF_EMPTY and value in ("", [])
+
+
+def _check_kind(values: Mapping[str, Any]) -> Tuner:
+    kind = values.get("peft_type")
+    tuner = TUNERS.get(kind) if isinstance(kind, str) else None
+    if kind is None and ("model_type" in values or "architectures" in values):
+        raise AdapterFileError("is the config of a model, not of an adapter.")
+    if tuner is None:
+        raise (AdapterFileError if kind is None else UnsupportedAdapterError)(
+            f"has peft_type = {_brief(kind)}; only adapters of type {', '.join(TUNERS)} are read."
+        )
+    for name, what in _BEYOND.items():
+        if values.get(name):
+            raise UnsupportedAdapterError(
+                f"the adapter {what} ({name}); read as plain LoRA it would be wrong."
+            )
+    init = values.get("init_lora_weights") or True
+    if init not in _PLAIN_INITS:
+        raise UnsupportedAdapterError(
+            f"has init_lora_weights = {_brief(init)}, which changes the base weights beside the "
+            "adapter. Save it in PEFT with `path_initial_model_for_weight_conversion`, which makes "
+            "plain LoRA of it.",
+        )
+    return tuner
+
+
+def _check_patterns(config: PeftConfig) -> None:
+    patterns = list(_patterns_of(config))
+    if (longest := max(map(len, patterns), default=0)) > _LONGEST_PATTERN:
+        raise AdapterFileError(f"has a pattern of {longest} characters.")
+    patterns = [pattern for pattern in patterns if not is_plain(pattern)]
+    if len(patterns) > _MOST_PATTERNS:
+        raise AdapterFileError(f"has {len(patterns)} patterns, which no config has.")
+    for pattern in patterns:
+        try:
+            regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterFileError(
+                f"has {_brief(pattern)}, which is no regular expression ({error})."
+            ) from error
+
+
+def _patterns_of(config: PeftConfig) -> Iterator[str]:
+    for target in (config.target_modules, config.exclude_modules, config.feedforward_modules):
+        if isinstance(target, str):
+            yield target
+    yield from (*config.rank_pattern, *config.alpha_pattern)
+    layers = config.layers_pattern
+    yield from [layers] if isinstance(layers, str) else layers or []
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

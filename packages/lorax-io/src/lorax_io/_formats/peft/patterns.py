@@ -1,0 +1,98 @@
+"""Names of modules against lists and patterns, which come from strangers and have little time."""
+
+import contextlib
+import contextvars
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import regex
+
+from ..._errors import AdapterFileError
+
+# For untrusted regular expressions, which take microseconds: one match, and all for one adapter.
+_SECONDS_EACH = 1.0
+_SECONDS = 5.0
+
+
+def suffixes(name: str) -> list[str]:
+    """The name, and what is left of it after each dot."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(len(parts))]
+
+
+def prefixes(name: str) -> list[str]:
+    """The name, and what is left of it before each dot: a module and those that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
+
+
+def listed(target: Sequence[str] | str | None) -> Callable[[str], bool]:
+    """Whether a name ends in an entry of a list, or is what a pattern describes."""
+    if isinstance(target, str):
+        pattern = regex.compile(rf"(?:{target})\Z")
+        return lambda name: match(pattern, name) is not None
+    ends = frozenset(target or ())
+    return lambda name: not ends.isdisjoint(suffixes(name))
+
+
+class Patterns:
+    """Values by the first key, in their order, that matches the end of a name, as PEFT does."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = list(values.values())
+        self._order = {key: k for k, key in enumerate(values)}
+        self._patterns = [
+            (k, regex.compile(rf"(.*\.)?({key})$"))
+            for key, k in self._order.items()
+            if not is_plain(key)
+        ]
+
+    def find(self, name: str, default: Any) -> Any:
+        """The value of the first key that matches."""
+        literal = [self._order[end] for end in suffixes(name) if end in self._order]
+        first = min(literal, default=len(self._values))
+        for k, pattern in self._patterns:
+            if k >= first:
+                break
+            if match(pattern, name):
+                return self._values[k]
+        return self._values[first] if literal else default
+
+
+def is_plain(key: str) -> bool:
+    """Whether a pattern is a name, which matches itself alone."""
+    return all(part.replace("_", "a").replace("-", "a").isalnum() for part in key.split("."))
+
+
+_seconds_left = contextvars.ContextVar("seconds left for patterns", default=_SECONDS)
+
+
+@contextlib.contextmanager
+def distrusted() -> Generator[None]:
+    """A block that uses patterns of a config, in a bounded time."""
+    token = _seconds_left.set(_SECONDS)
+    try:
+        yield
+    except TimeoutError as error:
+        raise AdapterFileError(
+            "patterns of its config take too long to match; it is not to be trusted."
+        ) from error
+    except (regex.error, RecursionError) as error:
+        raise AdapterFileError(
+            f"a pattern of its config is no regular expression in its place ({error})."
+        ) from error
+    finally:
+        _seconds_left.reset(token)
+
+
+def match(pattern: Any, name: str) -> Any:
+    """The match of a compiled pattern with the begin of a name, in the time that is left."""
+    left = _seconds_left.get()
+    if left <= 0:
+        raise TimeoutError
+    begin = time.perf_counter()
+    try:
+        return pattern.match(name, timeout=min(left, _SECONDS_EACH))
+    finally:
+        _seconds_left.set(left - (time.perf_counter() - begin))

@@ -1,0 +1,219 @@
+"""A source as a pair of trees, returned only after every check."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax import Adapter, LoraWeight, Pair
+
+from .._disk.arrays import place as put, placements, shape_of
+from .._disk.progress import track
+from .._disk.tensors import check_finite, check_width
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
+from .._layouts import Experts, Layouts
+from .._places import Array, Axed, Factor, Groups, Place, axes_of, packed_shape, unpack
+from .._shapes import blank_rows, complete
+from .._tree import absent, filled, frozen_of, is_array, param_leaves, with_leaves
+from .export import DTYPES
+from .peft.patterns import distrusted
+from .slots import WHOLE, Found, Slot, find, is_of_vocabulary
+from .source import Source, Stored
+
+
+def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> Pair:
+    """The pair `(frozen, tunable)`: each leaf where `sharding` says, or where its base is."""
+    leaves, structure = param_leaves(params)
+    places: dict[str, Place] = {}
+    for path, layout in names.items():
+        if not is_array(leaves.get(path)):
+            raise AdapterMismatchError(f"`names` has `{path}`, {absent(path, leaves)}")
+        places[path] = layout.at(path, leaves[path].shape)
+    with distrusted():
+        found = find(source, places)
+        specs = _specs(source, found, places)
+    weights, _ = blank_rows(leaves, specs)
+    readers: dict[str, _Reader] = {}
+    for path, slots in found.items():
+        readers |= _readers(source, places[path], specs.get(path), slots)
+    rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in found}
+    where = placements(rows, {}, structure, leaves, sharding)
+    loaded = {
+        name: put(reader.shape, reader.dtype, reader.read, where[name])
+        for name, reader in track(readers.items(), "Loading the adapter")
+    }
+    rows = {path: filled(path, row, loaded) for path, row in rows.items()}
+    held = {
+        path: complete(path, row, leaves[path], {})
+        for path, row in rows.items()
+        if isinstance(row, Adapter)
+    }
+    return Pair(frozen_of(leaves, structure, rows, held), with_leaves(structure, leaves, rows))
+
+
+def _specs(source: Source, found: Found, places: Mapping[str, Place]) -> dict[str, Adapter]:
+    """The adapter, without arrays, of each parameter that has factors."""
+    specs: dict[str, Adapter] = {}
+    names = {path: place.layout for path, place in places.items()}
+    for path, slots in found.items():
+        place, keys = places[path], {slot.key for slot in slots}
+        if keys == {WHOLE}:
+            _check_complete(place, slots, [WHOLE])
+            continue
+        if WHOLE in keys:
+            raise AdapterFileError(f"has factors and a whole weight for `{path}`.")
+        weight = _blank(source, place, slots)
+        _check_complete(place, slots, [f.key for f in source.tuner.factors(place, weight)])
+        source.tuner.check(source.config, names, place)
+        specs[path] = weight
+    return specs
+
+
+def _blank(source: Source, place: Place, slots: Mapping[Slot, Stored]) -> Adapter:
+    """The adapter without arrays, which is the same for all modules of a stack."""
+    shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+    for slot, tensor in slots.items():
+        shapes.setdefault(slot.entry, {})[slot.key] = tensor.shape
+    found = [
+        _said(
+            source,
+            place.pattern_name(module),
+            source.tuner.blank(place, source.config, module, shapes.get(entry, {})),
+        )
+        for entry, module in place.modules.items()
+        if entry in shapes
+    ]
+    if any(other != found[0] for other in found):
+        raise UnsupportedAdapterError(
+            f"has other ranks or alphas for some modules that `{place.path}` stacks; they must be "
+            "the same in all of them."
+        )
+    return found[0]
+
+
+def _said(source: Source, name: str, weight: Any) -> Adapter:
+    """The adapter with alpha and scaling as `save_peft` was given them."""
+    said = source.unsaid.get(name)
+    if said is None or not isinstance(weight, LoraWeight):
+        return weight
+    found = LoraWeight(None, None, weight.rank, said["alpha"], said["scaling"], *_sides(weight))
+    if not math.isclose(found.scale, weight.scale, rel_tol=1e-9):
+        raise AdapterFileError(f"its header and its config disagree on the scale of `{name}`.")
+    return found
+
+
+def _sides(weight: Adapter) -> tuple[Any, Any, Any]:
+    shared, inputs, outputs = weight.axes
+    return inputs, outputs, shared
+
+
+def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence[str]) -> None:
+    """Every entry of a stack has all its tensors, and no other."""
+    first = next(iter(tensors.values())).name
+    for index, module in place.modules.items():
+        for key in keys:
+            if Slot(place.path, index, key) not in tensors:
+                lacking = place.layout.parameter if key == WHOLE else key
+                raise AdapterFileError(f"lacks `{module}.{lacking}`, beside `{first}`.")
+    for slot, tensor in tensors.items():
+        if slot.key not in keys:
+            raise AdapterFileError(
+                f"has `{tensor.name}`, which its other tensors leave no use for."
+            )
+
+
+class _Reader(NamedTuple):
+    """One array of the tree, of which any part can be read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: tuple[int, ...]
+    stack: tuple[int, ...]
+    views: Mapping[tuple[int, ...], Array]  # one for each entry of the stack
+    name: str
+
+    def read(self, index: Sequence[slice]) -> Array:
+        """A part of it, checked."""
+        size = dict(zip(self.axes, self.shape, strict=True))
+        part = dict(zip(self.axes, index, strict=True))
+        inner = tuple(part[d] for d in self.axes if d not in self.stack)
+        picks = [range(*part[d].indices(size[d])) for d in self.stack]
+        # Copies: the file may be replaced while the array lives.
+        parts = [np.array(self.views[pick][inner]) for pick in itertools.product(*picks)]
+        for array in parts:
+            check_finite(self.name, array)
+        if not self.stack:
+            return parts[0]
+        stacked = np.stack(parts).reshape(*map(len, picks), *parts[0].shape)
+        order = [*self.stack, *(d for d in self.axes if d not in self.stack)]
+        return stacked.transpose([order.index(d) for d in self.axes])
+
+
+def _readers(
+    source: Source, place: Place, spec: Adapter | None, tensors: Mapping[Slot, Stored]
+) -> dict[str, _Reader]:
+    """The arrays of one parameter, each from its tensors."""
+    path = place.path
+    if spec is None:
+        axed = Axed({path: tuple(range(len(place.shape)))}, {})
+        factors: tuple[Factor, ...] = (Factor(WHOLE, path, place.whole),)
+    else:
+        found = axes_of(spec, place.shape)
+        axed = Axed({f"{path}/{name}": axes for name, axes in found.of.items()}, found.sizes)
+        place = _with_sides(source, place, tensors)
+        factors = tuple(
+            factor._replace(name=f"{path}/{factor.name}")
+            for factor in source.tuner.factors(place, spec)
+        )
+    sizes = place.sizes | axed.sizes
+    readers: dict[str, _Reader] = {}
+    for key, name, groups in factors:
+        axes = axed.of[name]
+        rest = [d for d in axes if d not in place.stack]
+        views = {
+            slot.entry: unpack(_checked(tensor, groups, sizes), rest, groups, sizes)
+            for slot, tensor in tensors.items()
+            if slot.key == key
+        }
+        dtypes = {view.dtype for view in views.values()}
+        if len(dtypes) > 1:
+            raise UnsupportedAdapterError(
+                f"has several types for the modules that `{path}` stacks."
+            )
+        shape = tuple(sizes[d] for d in axes)
+        readers[name] = _Reader(shape, dtypes.pop(), axes, place.stack, views, name)
+    return readers
+
+
+def _checked(tensor: Stored, groups: Groups, sizes: Mapping[int, int]) -> Array:
+    """A tensor of the type and the shape that fit."""
+    if tensor.dtype.name not in DTYPES:
+        raise AdapterFileError(f"has `{tensor.name}` in {tensor.dtype}, not {', '.join(DTYPES)}.")
+    check_width(tensor.name, tensor.dtype)
+    wanted = packed_shape(groups, sizes)
+    if tensor.shape != wanted:
+        inner = [sizes[axis] for group in groups for axis in group if axis < 0]
+        note = f" at the rank {inner[0]} of its config" if inner else ""
+        if is_of_vocabulary(tensor.name) and tensor.shape[1:] == wanted[1:]:
+            note += ": its vocabulary was resized. Resize the base's embedding and head likewise"
+        raise AdapterMismatchError(
+            f"has `{tensor.name}` of shape {tensor.shape}; the parameter takes {wanted}{note}."
+        )
+    return tensor.view()
+
+
+def _with_sides(source: Source, place: Place, tensors: Mapping[Slot, Stored]) -> Place:
+    """The place; for experts, with inputs and outputs as the shapes of their factors tell."""
+    layout = place.layout
+    if not isinstance(layout, Experts) or layout.swapped is not None or source.written_here:
+        return place
+    fan_in, fan_out = place.axes.sizes(place.shape)
+    if fan_in == fan_out:
+        raise UnsupportedAdapterError(
+            f"`{place.path}` has as many inputs as outputs, so that nothing tells which of the two "
+            "PEFT took for which. Say it in `names`: Experts(…, swapped=True), or False."
+        )
+    shape = next(tensor.shape for slot, tensor in tensors.items() if slot.key == "lora_A.weight")
+    return place.with_layout(layout.with_swapped(bool(shape) and shape[-1] == fan_out))

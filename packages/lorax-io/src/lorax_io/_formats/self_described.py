@@ -1,0 +1,88 @@
+"""Sources of formats without a config: ranks come from shapes, alphas from tensors beside them."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .._disk.tensors import check_finite
+from .._errors import AdapterFileError, UnsupportedAdapterError
+from .._layouts import MAGNITUDE
+from .peft.config import PeftConfig
+from .peft.tuners import FACTOR, TUNERS
+from .peft.tuners.tuner import most_frequent, pattern
+from .source import Source, Stored
+
+ALPHA = "alpha"
+
+
+def self_described(
+    tensors: Mapping[str, Stored],
+    *,
+    scales: Mapping[str, float] | None = None,
+    part: str | None = None,
+) -> Source:
+    """A source of factors under PEFT's keys, and of `alpha` beside some of them.
+
+    Args:
+        tensors: by module and key, without PEFT's prefix.
+        scales: of modules whose scale is told elsewhere; the others have alpha, or a scale of 1.
+        part: of a pipeline.
+    """
+    factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")}
+    alphas = {key.removesuffix(f".{ALPHA}"): x for key, x in tensors.items() if key not in factors}
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in factors.items():
+        if match := FACTOR.search(key):
+            modules.setdefault(key[: match.start()], {})[match[1]] = tensor.shape
+    if lonely := sorted(alphas.keys() - modules.keys()):
+        raise AdapterFileError(f"has `{alphas[lonely[0]].name}`, and no factors beside it.")
+    found = {key for shapes in modules.values() for key in shapes}
+    kinds = [kind for kind, tuner in TUNERS.items() if found & {*tuner.marks}]
+    if len(kinds) != 1:
+        named = " and ".join(TUNERS[kind].called for kind in kinds) or "no kind that is known"
+        raise UnsupportedAdapterError(f"has factors of {named}; they must be of one kind.")
+    ranks = {module: _rank(module, shapes) for module, shapes in modules.items()}
+    known = {module: _number(alpha) for module, alpha in alphas.items()}
+    known |= {module: (scales or {})[module] * ranks[module] for module in scales or {}}
+    each = {module: known.get(module, rank) for module, rank in ranks.items()}
+    r, alpha = most_frequent(ranks), most_frequent(each)
+    config = PeftConfig(
+        peft_type=kinds[0],
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=pattern(ranks, r),
+        alpha_pattern=pattern(each, alpha),
+        target_modules=sorted(modules),
+        use_dora=MAGNITUDE in found,
+        is_said=False,
+    )
+    return Source(factors, config, part=part)
+
+
+def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The rank, by the shape of the factor that has it."""
+    for key, axis in _RANK_AXES.items():
+        shape = shapes.get(key, ())
+        if len(shape) > axis:
+            return max(shape[axis], 1)
+    if any(key.startswith("lokr_") for key in shapes):
+        return 1  # both matrices are in full, and alpha does not count
+    raise AdapterFileError(f"has no factor of `{module}` that tells its rank.")
+
+
+_RANK_AXES = {
+    "lora_A.weight": 0,
+    "lora_embedding_A": 0,
+    "hada_w1_a": 1,
+    "lokr_w2_a": 1,
+    "lokr_w1_a": 1,
+}
+
+
+def _number(tensor: Stored) -> float:
+    """A scalar of a file."""
+    if int(np.prod(tensor.shape)) != 1:
+        raise AdapterFileError(f"has `{tensor.name}` of shape {tensor.shape}, not one number.")
+    array = np.asarray(tensor.view(), np.float64)
+    check_finite(tensor.name, array)
+    return float(array.reshape(()))

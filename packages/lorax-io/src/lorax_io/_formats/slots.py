@@ -1,0 +1,194 @@
+"""Which tensors an adapter may have, which it has, and which it lacks.
+
+The names say which tensors there may be. What a file has beside those is an error, and so is what
+it lacks: PEFT itself ignores the one, warns of the other, and lets a file replace base weights.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .._bases.ties import is_embedding, is_head
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, warn
+from .._layouts import MAGNITUDE, Embedding, Experts, Layout, tensor_name
+from .._places import Place, packed_shape
+from .._tree import near
+from .peft.config import PeftConfig
+from .peft.tuners import FACTOR, TUNERS
+from .source import Source, Stored
+from .wrappers import factor_prefix, wrapper_depths
+
+WHOLE = "whole"
+Places = Mapping[str, Place]
+
+_SAVED_AGAIN = ("embed_tokens", "lm_head")
+# Tensors of kinds of adapters that are told by their keys, not by the config.
+_OTHERS = {
+    "lora_B.bias": "LoRA with a bias in its factors",
+    "trainable_tokens_delta": "one that replaces rows of the embedding",
+    "lora_diag": "KaSA",
+    "hada_t": "LoHa with a Tucker core",
+    "lokr_t2": "LoKr with a Tucker core",
+    "oft_": "OFT",
+    "vera_": "VeRA",
+}
+
+
+class Slot(NamedTuple):
+    """Where a tensor goes: a parameter, the entry of its stack, and which of its tensors it is."""
+
+    path: str
+    entry: tuple[int, ...]
+    key: str  # of a factor, or "whole"
+
+
+# The tensors of each parameter of the adapter, by where they go.
+Found = dict[str, dict[Slot, Stored]]
+
+
+def find(source: Source, places: Places) -> Found:
+    """The tensors that the names have a place for; all others are errors."""
+    slots = _slots(source, places)
+    found: Found = {}
+    for key, tensor in source.tensors.items():
+        if key not in slots:
+            _check_needless(source, key, slots, places)
+            continue
+        slot = slots[key]
+        if slot.key == WHOLE and not _may_be_whole(source.config, key):
+            if not is_of_vocabulary(key, places[slot.path].layout):
+                raise AdapterFileError(
+                    f"`{tensor.name}` would replace a base weight, and neither `modules_to_save` "
+                    "nor `bias` of its config says so."
+                )
+            warn(
+                f"has the whole of `{key}`, which its config does not list. PEFT saves it so where "
+                "the vocabulary was resized; it replaces that of the base."
+            )
+        found.setdefault(slot.path, {})[slot] = tensor
+    _check_targets(source, found, places)
+    return found
+
+
+def is_of_vocabulary(key: str, layout: Layout | None = None) -> bool:
+    """Whether PEFT saves a tensor where the vocabulary was resized, whatever its config says."""
+    module, _, parameter = key.rpartition(".")
+    is_table = isinstance(layout, Embedding) or is_embedding(module) or is_head(module)
+    return parameter == "weight" and is_table and not module.endswith(".base_layer")
+
+
+def _slots(source: Source, places: Places) -> dict[str, Slot]:
+    """Every tensor that there may be, by module and key."""
+    experts = [
+        (module, place)
+        for place in places.values()
+        for module in place.modules.values()
+        if isinstance(place.layout, Experts) and is_targeted(source.config, place, module)
+    ]
+    depths = wrapper_depths(experts)
+    wrapped = {module for module, _ in experts}
+    slots: dict[str, Slot] = {}
+    for path, place in places.items():
+        adaptable = source.tuner.keys(place, source.config) if place.factors else ()
+        parameter = place.layout.parameter
+        for index, module in place.modules.items():
+            prefix = factor_prefix(place, module, depths)
+            keys = {f"{prefix}.{key}": key for key in adaptable}
+            if module in wrapped and place.pattern_name(module) not in depths:
+                keys = {}  # the factors of these experts are of another of their parameters
+            keys[tensor_name(module, parameter)] = WHOLE
+            if parameter == "bias":
+                keys[f"{module}.base_layer.bias"] = WHOLE
+            for key, kind in keys.items():
+                slot = Slot(path, index, kind)
+                if slots.setdefault(key, slot) != slot:
+                    raise AdapterMismatchError(
+                        f"`names` gives `{slots[key].path}` and `{path}` the same tensor `{key}`."
+                    )
+    return slots
+
+
+def is_targeted(config: PeftConfig, place: Place, module: str) -> bool | None:
+    """Whether the config says that a module is adapted; None where it does not say."""
+    if isinstance(place.layout, Experts):
+        return config.targets_parameter(place.pattern_name(module))
+    return config.targets(module)
+
+
+def _may_be_whole(config: PeftConfig, key: str) -> bool:
+    module, _, parameter = key.rpartition(".")
+    if config.saves(module):
+        return True
+    adapted = module.endswith(".base_layer")
+    return parameter == "bias" and (config.bias == "all" or (adapted and config.bias != "none"))
+
+
+def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places: Places) -> None:
+    """Lets pass what PEFT writes without need; anything else is an error."""
+    tensor = source.tensors[key]
+    module = key.removesuffix(".base_layer.weight")
+    beside = {f"{module}.{mark}" for mark in source.tuner.marks} & slots.keys()
+    factors = beside & source.tensors.keys()
+    if module != key and factors:
+        _check_copy(tensor, module, places[slots[min(factors)].path])
+        return
+    _check_kind(source, tensor, key)
+    if match := FACTOR.search(key):
+        module = key[: match.start()]
+        known = [slot_key.removesuffix(match[0]) for slot_key in slots if match[0] in slot_key]
+        raise AdapterMismatchError(
+            f"adapts the module `{module}`, which `names` has not.{near(module, known)}"
+        )
+    raise AdapterMismatchError(
+        f"has `{tensor.name}`, which is no factor and fits no parameter in `names`."
+    )
+
+
+def _check_kind(source: Source, tensor: Stored, key: str) -> None:
+    """Refuses a tensor of another kind of adapter than the config says."""
+    kinds = dict(_OTHERS)
+    for tuner in TUNERS.values():
+        kinds |= {
+            f".{mark}": tuner.called for mark in tuner.marks if mark not in source.tuner.marks
+        }
+    if not source.config.use_dora:
+        kinds[MAGNITUDE] = "DoRA, with a magnitude for each output"
+    for mark, what in kinds.items():
+        if key.endswith(mark) if mark.startswith(".") else mark in key:
+            raise UnsupportedAdapterError(f"`{tensor.name}` is of an adapter that is {what}.")
+
+
+def _check_copy(tensor: Stored, module: str, place: Place) -> None:
+    """Lets pass an adapted embedding or head, which PEFT saves once more as it is in the base."""
+    if not isinstance(place.layout, Embedding) and module.rpartition(".")[2] not in _SAVED_AGAIN:
+        raise AdapterFileError(f"`{tensor.name}` would replace a base weight.")
+    wanted = packed_shape(place.whole, place.sizes)
+    if tensor.shape != wanted:
+        raise AdapterMismatchError(
+            f"has `{tensor.name}` of shape {tensor.shape}, where the base has {wanted}: it belongs "
+            "to a base of another vocabulary."
+        )
+
+
+def _check_targets(source: Source, found: Found, places: Places) -> None:
+    """What the config says is adapted, and what has tensors, are the same modules."""
+    config = source.config
+    for path, place in places.items():
+        keys = {slot.key for slot in found.get(path, ())}
+        for module in place.modules.values():
+            if config.saves(module) and keys != {WHOLE}:
+                raise AdapterFileError(
+                    f"`modules_to_save` of its config has `{module}`, but the file lacks "
+                    f"`{module}.{place.layout.parameter}`."
+                )
+            if not place.factors or config.saves(module):
+                continue
+            targeted = is_targeted(config, place, module)
+            if targeted is False and keys - {WHOLE}:
+                raise AdapterFileError(
+                    f"has factors for `{module}`, which is no target in its config; PEFT would "
+                    "ignore them."
+                )
+            if targeted and not keys - {WHOLE}:
+                raise AdapterFileError(
+                    f"lacks the factors of `{module}`, which is a target in its config."
+                )

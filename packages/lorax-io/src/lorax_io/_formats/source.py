@@ -1,0 +1,100 @@
+"""An adapter as it was found, in PEFT's words: what every reader of a format makes of its file."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._disk.tensors import TensorFile
+from .._errors import AdapterFileError
+from .._places import Array
+from .peft.config import PeftConfig
+from .peft.tuners import TUNERS, Tuner
+
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
+_COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
+
+
+class Stored(NamedTuple):
+    """One tensor of a file, as it lies there or in another order of its axes."""
+
+    name: str  # in the file
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    view: Callable[[], Array]
+
+
+class Source(NamedTuple):
+    """Tensors by module and key, and what is said of them."""
+
+    tensors: Mapping[str, Stored]
+    config: PeftConfig
+    unsaid: Mapping[str, Mapping[str, Any]] = {}  # alpha and scaling, where the config has another
+    written_here: bool = False  # so that experts are not swapped unless the layout says so
+    part: str | None = None  # of a pipeline, for diffusers
+
+    @property
+    def tuner(self) -> Tuner:
+        """The kind of adapter that it is."""
+        return TUNERS[self.config.peft_type]
+
+
+def stored(file: TensorFile) -> dict[str, Stored]:
+    """The tensors of a file by name.
+
+    Raises:
+        AdapterFileError: where one of them has no numbers, or there are none.
+    """
+    check_any({name: entry.shape for name, entry in file.entries.items()})
+    return {
+        name: Stored(name, entry.dtype, entry.shape, lambda name=name: file.view(name))
+        for name, entry in file.entries.items()
+    }
+
+
+def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a file without numbers, as DeepSpeed's ZeRO-3 leaves them.
+
+    Args:
+        tensors: the shape of each.
+    """
+    empty = [name for name, shape in tensors.items() if 0 in shape]
+    if empty or not tensors:
+        what = f"has a tensor without numbers, `{empty[0]}`" if empty else "has no tensors"
+        raise AdapterFileError(
+            f"{what}: the adapter was not gathered when it was saved, as happens under DeepSpeed's "
+            "ZeRO-3. Save it again from a gathered state."
+        )
+
+
+def plain_keys(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+    """The tensors by module and key, without prefix and without the adapter's name."""
+    found: dict[str, Stored] = {}
+    adapters: set[str] = set()
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            raise AdapterFileError(
+                f"has `{name}`; every tensor of an adapter begins with `{prefix}`."
+            )
+        key = name.removeprefix(prefix)
+        if match := _ADAPTER_NAME.search(key):
+            adapters.add(match[2])
+            key = key.replace(match[0], f".{match[1]}", 1)
+        if key in found or len(adapters) > 1:
+            other = found.get(key, next(iter(found.values()))).name
+            raise AdapterFileError(f"has `{name}` and `{other}`: two adapters in one file.")
+        found[key] = tensor
+    return found
+
+
+def without_copies(tensors: Mapping[str, Stored], config: PeftConfig) -> dict[str, Stored]:
+    """The tensors without the copies of a head's bias that PEFT saves for `bias="all"`."""
+    if config.bias != "all":
+        return dict(tensors)
+    return {key: tensor for key, tensor in tensors.items() if not _COPY_OF_BIAS.search(key)}
+
+
+def shapes_of(tensors: Mapping[str, Stored], module: str, keys: Iterable[str]) -> dict[str, Any]:
+    """The shapes of a module's tensors by key, of those that there are."""
+    return {key: tensors[f"{module}.{key}"].shape for key in keys if f"{module}.{key}" in tensors}

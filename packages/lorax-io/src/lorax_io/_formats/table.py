@@ -1,0 +1,20 @@
+"""The table of formats: what opening, converting and the messages are made from.
+
+A further format is a module and a row here. The first row that recognizes a file reads it.
+"""
+
+from . import diffusers, kohya, mlx, native, original
+from .format import Format
+from .peft import folder as peft
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        native.FORMAT,
+        mlx.FORMAT,
+        peft.FORMAT,
+        kohya.FORMAT,
+        original.FORMAT,
+        diffusers.FORMAT,
+    )
+}

@@ -1,0 +1,31 @@
+"""PEFT's wrappers around modules of experts, which stand in the keys of their factors."""
+
+import collections
+from collections.abc import Iterable, Mapping
+
+from .._layouts import Experts
+from .._places import Place
+
+
+def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
+    """How many of PEFT's wrappers stand around each parameter of experts, by its pattern name.
+
+    PEFT wraps a module once for each parameter, the first of them innermost.
+
+    Args:
+        places: of the parameters that have factors, each with its module.
+    """
+    of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for module, place in places:
+        if isinstance(place.layout, Experts):
+            of_module[module][place.layout.order] = place.pattern_name(module)
+    return {
+        parameters[order]: depth
+        for parameters in of_module.values()
+        for depth, order in enumerate(sorted(parameters, reverse=True))
+    }
+
+
+def factor_prefix(place: Place, module: str, depths: Mapping[str, int]) -> str:
+    """What a module's keys begin with."""
+    return module + ".base_layer" * depths.get(place.pattern_name(module), 0)

@@ -1,0 +1,132 @@
+"""One parameter in PyTorch: its modules, and which of its axes each tensor is made of.
+
+Axes of a parameter are counted from 0. A factor has further ones, such as the rank, which are
+negative. `pack` and `unpack` carry every array across.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lorax import Adapter, Axes
+
+if TYPE_CHECKING:
+    from ._layouts import Layout
+
+Array = np.ndarray[Any, Any]
+Groups = tuple[tuple[int, ...], ...]
+RANK = -1
+
+
+class Factor(NamedTuple):
+    """Where a factor is stored: under which key, which of ours it is, what its axes are made of."""
+
+    key: str
+    name: str
+    groups: Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layout, resolved against the path and the shape of a parameter."""
+
+    layout: "Layout"
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes
+
+    @functools.cached_property
+    def sizes(self) -> dict[int, int]:
+        """The size of each axis."""
+        return dict(enumerate(self.shape))
+
+    @functools.cached_property
+    def stack(self) -> tuple[int, ...]:
+        """The shared axes that have a module for each entry."""
+        shared = self.axes.shared
+        return shared[: len(shared) - self.layout.stacked_in_tensor]
+
+    @functools.cached_property
+    def modules(self) -> dict[tuple[int, ...], str]:
+        """The module of each entry of the stack; one, at `()`, where nothing is stacked."""
+        entries = itertools.product(*(range(self.shape[d]) for d in self.stack))
+        return {index: self.layout.module.format(*index) for index in entries}
+
+    @functools.cached_property
+    def whole(self) -> Groups:
+        """The axes of the tensor that holds the parameter itself."""
+        return self.layout.whole(self.axes)
+
+    @functools.cached_property
+    def inputs(self) -> Groups:
+        """The input axes of a tensor: one, and those of a window."""
+        return self.layout.inputs(self.axes)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The output axes, which are one in a tensor."""
+        return self.axes.outputs
+
+    @functools.cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        """The tensors of the factors of LoRA."""
+        return self.layout.factors(self.axes)
+
+    @functools.cached_property
+    def magnitude(self) -> tuple[Factor, ...]:
+        """The tensor of DoRA's magnitudes."""
+        return self.layout.magnitude(self.axes)
+
+    def pattern_name(self, module: str) -> str:
+        """The name by which PEFT targets a module, or one parameter of a module of experts."""
+        return f"{module}.{self.layout.parameter}" if self.layout.stacked_in_tensor else module
+
+    def with_layout(self, layout: "Layout") -> "Place":
+        """The same parameter in another layout."""
+        return dataclasses.replace(self, layout=layout)
+
+
+class Axed(NamedTuple):
+    """The axes of the factors of an adapter on a parameter."""
+
+    of: dict[str, tuple[int, ...]]  # by name, the trained ones and the frozen ones
+    sizes: dict[int, int]
+
+
+def axes_of(weight: Adapter, shape: tuple[int, ...]) -> Axed:
+    """The axes of each factor: those of the parameter, and −1, −2, … for inner ones.
+
+    An axis of the parameter that the kind cuts into blocks counts the blocks.
+    """
+    layout = weight.layout(shape)
+    labels = {**layout.factors, **layout.held}
+    numbered = lambda d: d if d < len(shape) else len(shape) - 1 - d  # noqa: E731
+    return Axed(
+        {name: tuple(numbered(label.id) for label in row) for name, row in labels.items()},
+        {numbered(label.id): label.size for row in labels.values() for label in row},
+    )
+
+
+def pack(array: Array, axes: Sequence[int], groups: Groups) -> Array:
+    """The tensor of these groups, from an array with these axes; a view where that is possible."""
+    where = {axis: position for position, axis in enumerate(axes)}
+    order = [where[axis] for group in groups for axis in group]
+    shape = [math.prod(array.shape[where[axis]] for axis in group) for group in groups]
+    return array.transpose(order).reshape(shape)
+
+
+def unpack(tensor: Array, axes: Sequence[int], groups: Groups, sizes: Mapping[int, int]) -> Array:
+    """The array with these axes, from the tensor of these groups."""
+    order = [axis for group in groups for axis in group]
+    array = tensor.reshape([sizes[axis] for axis in order])
+    return array.transpose([order.index(axis) for axis in axes])
+
+
+def packed_shape(groups: Groups, sizes: Mapping[int, int]) -> tuple[int, ...]:
+    """The shape of a tensor of these groups."""
+    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)

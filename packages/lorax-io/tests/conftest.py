@@ -1,0 +1,110 @@
+"""What tests of the command share: a place of their own, the command, and adapters as files."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorax_io._command import main
+from lorax_io._disk.tensors import TensorFile
+
+PREFIX = "base_model.model."
+
+
+class Ran(NamedTuple):
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """The command, in a folder of the test's own."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, line: str) -> Ran:
+        code = main(line.split())
+        printed: Any = self._capsys.readouterr()
+        return Ran(code, printed.out, printed.err)
+
+    def succeed(self, line: str, warning: str | None = None) -> str:
+        """Its output; there is a warning with this text, or none at all."""
+        code, out, err = self(line)
+        assert code == 0, err
+        assert err == "" if warning is None else warning in err
+        return out
+
+    def fail(self, line: str) -> str:
+        """Its message, which is all that it prints."""
+        code, out, err = self(line)
+        assert (code, out) == (2, "")
+        assert err.startswith("lorax: ") and "Traceback" not in err
+        return err
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    """The command in a folder of its own; the settings of JAX that it changes go with it."""
+    monkeypatch.chdir(tmp_path)
+    before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
+    yield Shell(capsys)
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+class Files:
+    """Adapters and bases, written by hand as other libraries write them."""
+
+    def __init__(self) -> None:
+        self._numbers = np.random.default_rng(7)
+
+    def draw(self, *shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+        """Random numbers, none of them zero."""
+        return self._numbers.normal(0.5, 0.2, shape).astype(dtype)
+
+    def pair(self, module: str, fan_out: int, fan_in: int, rank: int = 2) -> dict[str, Any]:
+        """PEFT's two factors of a linear module, without PEFT's prefix."""
+        return {
+            f"{module}.lora_A.weight": self.draw(rank, fan_in),
+            f"{module}.lora_B.weight": self.draw(fan_out, rank),
+        }
+
+    def peft(self, tensors: Mapping[str, Any], folder: str = "adapter", **config: Any) -> None:
+        """A folder of PEFT."""
+        path = pathlib.Path(folder)
+        path.mkdir(exist_ok=True)
+        tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+        found = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], **config}
+        (path / "adapter_config.json").write_text(json.dumps(found))
+
+    def base(
+        self,
+        tensors: Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+        folder: str = "base",
+    ) -> None:
+        """A folder of transformers; without config where it is None."""
+        path = pathlib.Path(folder)
+        path.mkdir(exist_ok=True)
+        safetensors.numpy.save_file(dict(tensors), path / "model.safetensors", {"format": "pt"})
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+
+    def read(self, file: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors of a file, of any type."""
+        with TensorFile(file) as found:
+            return {name: np.array(found.view(name)) for name in found.entries}
+
+
+@pytest.fixture
+def files(shell):
+    return Files()
