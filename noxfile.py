@@ -240,6 +240,9 @@ def torch(session: nox.Session) -> None:
         session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
         # The sample of the sweep is the sweep's own code.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
+        plugin = ["-p", "markdown_examples", "--doctest-modules"]
+        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/_pytorch.py"]
+        session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
 
 
 @nox.session(name="sweep-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")

@@ -50,6 +50,10 @@ def _tiny(cls: Any, kind: str) -> Any:
         part = getattr(base, name, None)
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _tiny(type(part), part.model_type).to_dict()
+    if "kv_lora_rank" in options:
+        # Latent attention has a head for every query, of a size that is the sum of two others.
+        options.pop("head_dim", None)
+        options["num_key_value_heads"] = options["num_attention_heads"]
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
         if getattr(base, name, None) is not None and name in inspect.signature(cls).parameters:
             options[name] = None

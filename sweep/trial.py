@@ -64,7 +64,9 @@ def _try(title: str, finding: Finding, stage: list[str]) -> None:
     for path, leaf in said.items():
         found = spec[path]
         if isinstance(leaf, lorax.LoraSpec) and isinstance(found, lorax.LoraSpec):
-            ours, traced = _axes(leaf), _axes(found)
+            # An axis of one entry may have any role.
+            shape = params[path].shape
+            ours, traced = _axes(leaf, shape), _axes(found, shape)
             if ours != traced:
                 finding.unlike[path] = f"{ours} here, {traced} by the trace"
 
@@ -141,8 +143,9 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def _axes(leaf: lorax.LoraSpec) -> tuple[Any, ...]:
-    return leaf.in_axes, leaf.out_axes, leaf.shared_axes
+def _axes(leaf: lorax.LoraSpec, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    groups = (leaf.in_axes or (), leaf.out_axes or (), leaf.shared_axes)
+    return tuple(tuple(axis for axis in group if shape[axis] > 1) for group in groups)
 
 
 def _takes_cache(module: Any) -> bool:

@@ -16,7 +16,11 @@ from ._flax._presets import (
 )
 from ._lora import lora as lora
 from ._names import peft_names as peft_names
-from ._pytorch import from_torch as from_torch, register_op as register_op
+from ._pytorch import (
+    from_torch as from_torch,
+    load_torch as load_torch,
+    register_op as register_op,
+)
 from ._spec import spec as spec
 
 __version__ = importlib.metadata.version("lorax-hf")
@@ -32,6 +36,7 @@ __all__ = [
     "clip_mended",
     "doctor",
     "from_torch",
+    "load_torch",
     "lora",
     "peft_names",
     "register_op",

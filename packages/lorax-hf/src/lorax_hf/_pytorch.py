@@ -1,4 +1,4 @@
-"""`from_torch` and `register_op`: PyTorch modules as JAX functions."""
+"""`from_torch`, `load_torch` and `register_op`: PyTorch modules as JAX functions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,6 +59,54 @@ def from_torch(
 
     fn = ModuleFunction(module, train=train, dtype=dtype)
     return fn, parameters_of(module, sharding, dtype)
+
+
+def load_torch(
+    folder: Any,
+    *,
+    sharding: Placement = None,
+    dtype: Any = None,
+    train: bool = False,
+    module: Any = None,
+) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+    """`from_torch` of a folder's model, whose weights never are tensors of PyTorch.
+
+    The module is built without memory, and each tensor of the safetensors files is read onto its
+    devices before the next one. With a sharding, each device reads its part alone. What
+    transformers converts when it loads an older file is converted here, too.
+
+    Args:
+        folder: with config.json and model.safetensors, or its parts and their index.
+        sharding: as in `from_torch`.
+        dtype: of floating parameters; by default the files'.
+        train: as in `from_torch`.
+        module: a module on the meta device; by default one of the class in config.json.
+
+    Returns:
+        The function and the parameters, as from `from_torch`; `fn.module` is the module without
+        weights, for `spec` and `peft_names`.
+
+    Raises:
+        FileNotFoundError: where the folder lacks a file.
+        ValueError: where a tensor is missing or has another shape.
+        QuantizedModuleError: where the files hold quantized weights.
+
+    Warns:
+        UserWarning: where the files have tensors that the module does not have.
+
+    Example:
+        >>> import lorax_hf, tempfile, transformers
+        >>> config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=31)
+        >>> folder = tempfile.mkdtemp()
+        >>> transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        >>> fn, params = lorax_hf.load_torch(folder)
+        >>> params["transformer.wte.weight"].shape
+        (31, 8)
+    """
+    need("torch")
+    from ._torch._load import load
+
+    return load(folder, sharding, dtype, train, module)
 
 
 def register_op(op: Any, function: Callable[..., Any]) -> None:

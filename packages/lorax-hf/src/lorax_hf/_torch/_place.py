@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -25,4 +24,4 @@ def sharding_of(sharding: Placement, name: str, shape: tuple[int, ...]) -> Any:
 
 def placed(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
     """An array of NumPy, which nobody else writes to, on its devices."""
-    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
+    return jax.device_put(array, sharding)

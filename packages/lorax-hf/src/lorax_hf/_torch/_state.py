@@ -16,7 +16,7 @@ class State(NamedTuple):
 
 def state_of(module: torch.nn.Module) -> State:
     """Parameters are what PyTorch registers as such; every other tensor is a buffer."""
-    parameters = dict(module.named_parameters())
+    parameters = {names[0]: parameter for names, parameter in _named(module)}
     for name, parameter in parameters.items():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise TypeError(
@@ -53,7 +53,19 @@ def without_weights(module: torch.nn.Module, state: State) -> torch.nn.Module:
 
 def tied_names(module: torch.nn.Module) -> dict[str, list[str]]:
     """For each parameter with several names, the ones after the first."""
+    return {first: others for (first, *others), _ in _named(module) if others}
+
+
+def _named(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
+    """Each parameter with its names; of a table that is a head as well, the table's comes first."""
     names: dict[int, list[str]] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {first: others for first, *others in names.values() if others}
+        parameters[id(parameter)] = parameter
+
+    def is_not_a_table(name: str) -> bool:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        return not isinstance(owner, torch.nn.Embedding)
+
+    return [(sorted(names[key], key=is_not_a_table), parameters[key]) for key in names]
