@@ -21,7 +21,15 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix.cells import ARGUMENTS, CELLS, CPU, HERE, OLDEST_PYTHON, PACKAGES  # noqa: E402
+from matrix.cells import (  # noqa: E402
+    ARGUMENTS,
+    CELLS,
+    CPU,
+    HERE,
+    OLDEST_PYTHON,
+    PACKAGES,
+    WITH_TORCH,
+)
 from matrix.devices import missing_device  # noqa: E402
 from matrix.records import counts, recorded  # noqa: E402
 
@@ -42,8 +50,13 @@ FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 PYTEST = ["pytest", "--numprocesses=auto"]
 
 
+# The part of a package that its sessions take, unless they say otherwise.
+EXTRAS = {"lorax-hf": "lorax-hf[flax]"}
+
+
 def editable(*packages: str) -> list[str]:
-    return [arg for package in packages for arg in ("--editable", f"packages/{package}")]
+    named = [EXTRAS.get(package, package) for package in packages]
+    return [arg for package in named for arg in ("--editable", f"packages/{package}")]
 
 
 def test_group(package: str) -> list[str]:
@@ -94,6 +107,10 @@ def install_cell(session: nox.Session, package: str, jax: str, *args: str) -> st
         session.install("--resolution=lowest-direct", *wanted)
     else:
         install_locked(session, *wanted)
+    return jax_version(session)
+
+
+def jax_version(session: nox.Session) -> str:
     ask = "import importlib.metadata as metadata; print(metadata.version('jax'))"
     return str(session.run("python", "-c", ask, silent=True)).strip()
 
@@ -109,7 +126,10 @@ def run_cell(session: nox.Session, record: dict[str, Any], *command: str, **opti
 
 
 @nox.session
-@nox.parametrize(ARGUMENTS, [cell.param() for cell in CELLS if cell.backend == CPU])
+@nox.parametrize(
+    ARGUMENTS,
+    [cell.param() for cell in CELLS if cell.backend == CPU and cell.package != WITH_TORCH],
+)
 def tests(session: nox.Session, package: str, backend: str, jax: str) -> None:
     """One package's tests, with what it declares and nothing else."""
     with recorded(session.name) as record:
@@ -197,7 +217,7 @@ def accelerator(session: nox.Session, package: str, backend: str, jax: str) -> N
 def integration(session: nox.Session) -> None:
     """What crosses packages and frameworks, and the parts of the examples."""
     install_locked(session, *editable(*PACKAGES), "--group", "integration", *FINETUNE)
-    tests = ["integration-tests", "--ignore=integration-tests/peft"]
+    tests = ["integration-tests", "--ignore=integration-tests/peft", f"--ignore={PYTORCH}"]
     session.run(*PYTEST, *tests, *session.posargs)
 
 
@@ -210,6 +230,40 @@ def peft(session: nox.Session) -> None:
     session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
     session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", "integration-tests/peft", *session.posargs)
+
+
+PYTORCH = "integration-tests/pytorch"
+
+
+def install_torch(session: nox.Session, *args: str) -> None:
+    """Installs lorax-hf[torch] at the pinned versions, by pip: uv would take torch with CUDA."""
+    pinned = ["--constraint", f"{PYTORCH}/requirements.txt"]
+    session.install(*pinned, *editable("lorax-core", WITH_TORCH), *args)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv", tags=[*DEFAULT, "matrix", CPU])
+def torch(session: nox.Session) -> None:
+    """The part of lorax-hf for PyTorch: its tests alone, then beside lorax-io and PEFT."""
+    with recorded(session.name) as record:
+        install_torch(session, "pytest", "pytest-xdist")
+        record |= {"jax": jax_version(session), "did": "tests"}
+        tests = ["packages/lorax-hf/tests", "--ignore=packages/lorax-hf/tests/flax_models"]
+        run_cell(session, record, *PYTEST, *tests)
+        session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
+        # The sample of the sweep is the sweep's own code.
+        session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
+        plugin = ["-p", "markdown_examples", "--doctest-modules"]
+        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/_pytorch.py"]
+        session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
+
+
+@nox.session(name="sweep-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
+def sweep_torch(session: nox.Session) -> None:
+    """Every type of PyTorch models that a tiny config builds. `-- --record` writes the table."""
+    install_torch(session)
+    session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    session.run("python", "-m", "sweep", *session.posargs, env=env)
 
 
 @nox.session

@@ -3,13 +3,26 @@
 The blocks of one page run in order and share their names, as a reader would type them.
 """
 
+import importlib.util
 from pathlib import Path
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+ROOT = Path(__file__).parents[1]
+HF = ROOT / "packages" / "lorax-hf" / "src" / "lorax_hf"
+# What needs PyTorch: the session `torch` runs it.
+WITH_TORCH = [ROOT / "docs" / "frameworks" / "pytorch.md", HF / "_torch", HF / "_pytorch.py"]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out what needs PyTorch where it is not installed."""
+    missing = importlib.util.find_spec("torch") is None
+    return True if missing and collection_path in WITH_TORCH else None
+
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    path=str(Path(__file__).parents[1]),
+    path=str(ROOT),
     patterns=["*.md", "**/*.md"],
 ).pytest()

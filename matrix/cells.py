@@ -17,6 +17,10 @@ ACCELERATORS = ["cuda12", "cuda13", "tpu"]
 
 ARGUMENTS = "package, backend, python, jax"
 
+# The part of lorax-hf that needs PyTorch, which pip installs: uv would take the build with CUDA.
+# There is a CPU build of the pinned PyTorch for one Python.
+WITH_TORCH = "lorax-hf[torch]"
+
 
 class Cell(NamedTuple):
     """One combination, in the order of `ARGUMENTS`."""
@@ -38,11 +42,15 @@ class Cell(NamedTuple):
     @property
     def session(self) -> str:
         """The name of the session that runs it."""
+        if self.package == WITH_TORCH:
+            return "torch"
         return f"{'tests' if self.backend == CPU else 'accelerator'}({self.name})"
 
     @property
     def is_default(self) -> bool:
         """Whether plain `nox` runs it."""
+        if self.package == WITH_TORCH:
+            return True
         newest, floor = JAX
         here = (self.python, self.jax) == (HERE, newest)
         if self.backend != CPU:
@@ -63,4 +71,4 @@ CELLS = [
     for package in PACKAGES
     for jax in JAX
     for python in PYTHONS
-]
+] + [Cell(WITH_TORCH, CPU, OLDEST_PYTHON, JAX[0])]

@@ -23,8 +23,9 @@ import lorax_hf
 from lorax import testing
 from lorax_io import save_merged, save_peft
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "packages" / "lorax-hf" / "tests"))
-import tiny
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "packages" / "lorax-hf" / "tests" / "flax_models"))
+import tiny  # noqa: E402
 
 torch.set_num_threads(1)
 jax.config.update("jax_disable_most_optimizations", True)

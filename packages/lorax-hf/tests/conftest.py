@@ -1,6 +1,15 @@
-"""Lets the tests import `tiny`."""
+"""Collects the tests of the parts whose packages are installed; one environment has one of them."""
 
-import pathlib
-import sys
+import lorax_hf._extras as extras
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+def _is_missing(extra: str) -> bool:
+    try:
+        extras.need(extra)
+    except ImportError:
+        return True
+    return False
+
+
+FOLDERS = {"flax": "flax_models", "torch": "torch_modules"}
+collect_ignore = [folder for extra, folder in FOLDERS.items() if _is_missing(extra)]

@@ -1,40 +1,44 @@
-"""Lorax for the Flax models of Hugging Face transformers, in the words of PEFT."""
+"""Lorax for the models of Hugging Face and PyTorch, in the words of PEFT."""
 
 import importlib.metadata
 
-from ._check import check_transformers as check_transformers
-
-# Before anything of transformers is imported: version 5 has no Flax model to import.
-check_transformers()
-
-from ._doctor import (  # noqa: E402
-    DefectWarning as DefectWarning,
-    Finding as Finding,
-    clip_mended as clip_mended,
-    doctor as doctor,
+from ._defects import DefectWarning as DefectWarning, Finding as Finding
+from ._doctor import doctor as doctor
+from ._errors import (
+    OperatorError as OperatorError,
+    QuantizedModuleError as QuantizedModuleError,
 )
-from ._lora import AdaptedModel as AdaptedModel, lora as lora  # noqa: E402
-from ._names import peft_names as peft_names  # noqa: E402
-from ._presets import (  # noqa: E402
+from ._flax._clip import clip_mended as clip_mended
+from ._flax._presets import (
     COMPOSITES as COMPOSITES,
     PRESETS as PRESETS,
     Preset as Preset,
 )
-from ._spec import spec as spec  # noqa: E402
+from ._lora import lora as lora
+from ._names import peft_names as peft_names
+from ._pytorch import (
+    from_torch as from_torch,
+    load_torch as load_torch,
+    register_op as register_op,
+)
+from ._spec import spec as spec
 
 __version__ = importlib.metadata.version("lorax-hf")
 
 __all__ = [
-    "AdaptedModel",
     "COMPOSITES",
     "DefectWarning",
     "Finding",
+    "OperatorError",
     "PRESETS",
     "Preset",
-    "check_transformers",
+    "QuantizedModuleError",
     "clip_mended",
     "doctor",
+    "from_torch",
+    "load_torch",
     "lora",
     "peft_names",
+    "register_op",
     "spec",
 ]

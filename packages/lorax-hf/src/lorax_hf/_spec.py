@@ -1,11 +1,8 @@
 """`spec`: which modules to adapt, in the words of PEFT."""
 
 import dataclasses
-import difflib
-import math
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +11,16 @@ from lorax import (
     LORA_FREEZE,
     LORA_FULL,
     AdapterSpec,
-    Axes,
     LoraSpec,
     SpecError,
     UnadaptedWarning,
     path_string,
 )
 
+from ._choose import Targets, by_pattern, check_patterns, choose, is_named, shown
 from ._doctor import warn_of_defects
-from ._modules import Parameter, ends_in, parameters_of
-from ._presets import HEADS, TOKEN_TABLES
-
-Targets = str | Sequence[str] | re.Pattern[str] | Callable[[str], bool]
+from ._library import described
+from ._rows import Row, layer_of
 
 
 def spec(
@@ -42,20 +37,22 @@ def spec(
     alpha_pattern: Mapping[str, float] | None = None,
     layers: int | Sequence[int] | None = None,
     rslora: bool = False,
+    inputs: Any = None,
 ) -> Any:
     """A spec for `lorax.init_lora`, from the names that a model's modules have in PyTorch.
 
     Args:
-        model: a Flax model of transformers, or its config.
+        model: a PyTorch module, a Flax model of transformers, or the config of one.
         params: its parameters, of arrays or shapes; by default the model's own.
         rank: of every adapter, for plain LoRA; 8 by default.
         alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`.
         adapter: instead of `rank`, `alpha` and `rslora`, the spec of any kind of adapter without
             axes, such as `lorax.DoraSpec(lorax.LoraSpec(8))`.
         targets: "default" (PEFT's choice for the architecture), "attention", "mlp", "all-linear"
-            (all but the outputs of the task), "embeddings" (of tokens), a sequence of the ends of
-            module names such as `["q_proj", "mlp.c_proj"]`, a regular expression for a whole name
-            (a string), one for a part of it (compiled), or a function of the name.
+            (all but the outputs of the task), "embeddings" (of tokens), "experts" (the stacked
+            weights of a mixture of experts), a sequence of the ends of module names such as
+            `["q_proj", "mlp.c_proj"]`, a regular expression for a whole name (a string), one for a
+            part of it (compiled), or a function of the name.
         exclude: what not to adapt, in the same forms.
         full: the ends of the names of modules that are trained in full, such as `["classifier"]`.
         rank_pattern: other ranks, for kinds that have one, by a regular expression for the end of a
@@ -63,12 +60,16 @@ def spec(
         alpha_pattern: other alphas of plain LoRA, by the same.
         layers: only modules in the layers of these indices.
         rslora: whether the scale is `alpha / √rank`.
+        inputs: what a PyTorch module is called with, a tuple or a dict of arrays or shapes. A
+            weight whose module does not say which of its axes are inputs, such as a router's, is
+            traced with it, by `lorax.infer_spec`.
 
     Returns:
         A tree with the structure of the parameters.
 
     Raises:
-        SpecError: where a target matches nothing; the message has near misses.
+        SpecError: where a target matches nothing; the message has near misses. Where the axes of a
+            weight that is asked for by its name are not known.
         TypeError: where `adapter` meets an option that it replaces.
 
     Warns:
@@ -84,40 +85,43 @@ def spec(
         LoraSpec(rank=2, alpha=4, scaling='standard', in_axes=(1,), out_axes=(0,), shared_axes=())
     """
     kind = _kind(rank, alpha, rslora, adapter, rank_pattern, alpha_pattern)
-    rows, params = parameters_of(model, params)
+    rows, params, infer, no_default = described(model, params)
+    if no_default and targets == "default":
+        raise SpecError(f'targets="default": {no_default}. Name the modules, or a kind of them.')
     warn_of_defects(model)
+    if inputs is not None:
+        found = infer([row.path for row in rows if row.unsure], inputs)
+        rows = [row._replace(axes=found.get(row.path, row.axes), unsure=False) for row in rows]
     by_path = {row.path: row for row in rows}
-    chosen = _choose(rows, targets, "targets")
-    left_out = set() if exclude is None else _choose(rows, exclude, "exclude")
-    in_full = _choose(rows, full, "full", every=True) if full else set[str]()
+    weights = [row for row in rows if row.axes is not None or row.unsure]
+    chosen = _with_axes(by_path, choose(weights, targets, "targets"), targets)
+    left_out = set[str]() if exclude is None else choose(weights, exclude, "exclude")
+    in_full = choose(rows, full, "full") if full else set[str]()
     wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
     for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        _check_patterns(rows, name, patterns or {})
-
-    by_kind = isinstance(targets, str) and targets in _NAMED
+        check_patterns(rows, name, patterns or {})
     small: list[str] = []
 
     def decide(key_path: Any, _: Any) -> int | AdapterSpec:
         row = by_path[path_string(key_path)]
         if row.path in in_full:
             return LORA_FULL
-        axes = row.axes
-        adapted = row.path in chosen and row.path not in left_out and axes is not None
-        if not adapted or (wanted is not None and _layer(row.module) not in wanted):
+        adapted = row.path in chosen and row.path not in left_out and row.axes is not None
+        if not adapted or (wanted is not None and layer_of(row.module) not in wanted):
             return LORA_FREEZE
-        assert axes is not None
-        own_rank = _by_pattern(rank_pattern or {}, row.module, kind.size)
-        fan_in, fan_out = (math.prod(row.leaf.shape[d] for d in group) for group in axes)
-        if by_kind and own_rank is not None and own_rank > min(fan_in, fan_out):
+        assert row.axes is not None
+        own_rank = by_pattern(rank_pattern or {}, row.module, kind.size)
+        fan_in, fan_out = row.axes.sizes(row.shape)
+        if is_named(targets) and own_rank is not None and own_rank > min(fan_in, fan_out):
             small.append(f"`{row.module}` ({fan_in} inputs × {fan_out} outputs)")
             return LORA_FREEZE
         own = kind
         if own_rank is not None and own_rank != kind.size:
             own = kind.with_size(own_rank)
         if isinstance(own, LoraSpec) and alpha_pattern:
-            own_alpha = _by_pattern(alpha_pattern, row.module, own.alpha)
+            own_alpha = by_pattern(alpha_pattern, row.module, own.alpha)
             own = dataclasses.replace(own, alpha=own_alpha)
-        return own.with_axes(Axes((), *axes))
+        return own.with_axes(row.axes)
 
     tree = jax.tree_util.tree_map_with_path(decide, params)
     if small:
@@ -131,10 +135,30 @@ def spec(
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, AdapterSpec))
     if not any(isinstance(leaf, AdapterSpec) or leaf == LORA_FULL for leaf in leaves):
         raise SpecError(
-            f"`exclude` and `layers` leave nothing of targets={_shown(targets)}; the layers are "
-            f"{sorted({x for x in map(_layer, (row.module for row in rows)) if x is not None})}."
+            f"`exclude` and `layers` leave nothing of targets={shown(targets)}; the layers are "
+            f"{sorted({x for x in map(layer_of, (row.module for row in rows)) if x is not None})}."
         )
     return tree
+
+
+def _with_axes(rows: Mapping[str, Row], chosen: set[str], targets: Targets) -> set[str]:
+    """The chosen weights whose axes are known; the others are an error, or named in a warning."""
+    known = {path for path in chosen if not rows[path].unsure}
+    if unknown := sorted(chosen - known):
+        by_name = not isinstance(targets, str) and isinstance(targets, Sequence)
+        listed = ", ".join(f"`{path}` of {rows[path].owner}" for path in unknown)
+        if by_name or not known:
+            raise SpecError(
+                f"targets={shown(targets)}: which axes of {listed} are inputs is not known. Pass "
+                "`inputs=`, with which the module is traced."
+            )
+        warnings.warn(
+            f"spec leaves weights frozen, since which of their axes are inputs is not known: "
+            f"{listed}. Pass `inputs=`, with which the module is traced, or narrow `targets`.",
+            UnadaptedWarning,
+            stacklevel=3,
+        )
+    return known
 
 
 def _kind(
@@ -157,81 +181,3 @@ def _kind(
     if alpha_pattern and not isinstance(adapter, LoraSpec):
         raise TypeError(f"spec: alpha_pattern is for LoraSpec, not for {name}.")
     return adapter
-
-
-def _choose(rows: list[Parameter], targets: Targets, what: str, every: bool = False) -> set[str]:
-    """The paths that targets mean: of weights that can be adapted, or of every parameter."""
-    able = rows if every else [row for row in rows if row.axes is not None]
-    named = _NAMED.get(targets) if isinstance(targets, str) else None
-    if named is not None:
-        found = {row.path for row in able if named(row)}
-        if not found:
-            raise SpecError(f"{what}={targets!r}: this architecture has none. {_known(able)}")
-        return found
-    if isinstance(targets, str):
-        pattern = re.compile(targets)
-        accepts: Callable[[str], Any] = pattern.fullmatch
-    elif isinstance(targets, re.Pattern):
-        accepts = targets.search
-    elif callable(targets):
-        accepts = targets
-    else:
-        for end in targets:
-            if not any(ends_in((end,), row.module) for row in able):
-                raise SpecError(f"{what}: no module is called {end!r}. {_near(end, able)}")
-        accepts = lambda module: ends_in(tuple(targets), module)  # noqa: E731
-    found = {row.path for row in able if accepts(row.module)}
-    if not found:
-        raise SpecError(f"{what}={_shown(targets)} matches no module. {_near(str(targets), able)}")
-    return found
-
-
-# The choices that have a name, each a function of a parameter that can be adapted.
-_NAMED: dict[str, Callable[[Parameter], bool]] = {
-    "default": lambda row: ends_in(row.preset.default, row.module) and row.name == "kernel",
-    "attention": lambda row: ends_in(row.preset.attention, row.module) and row.name == "kernel",
-    "mlp": lambda row: (
-        ends_in(row.preset.mlp, row.module) and not ends_in(row.preset.attention, row.module)
-    ),
-    "all-linear": lambda row: (
-        row.name == "kernel" and len(row.leaf.shape) == 2 and not ends_in(HEADS, row.module)
-    ),
-    "embeddings": lambda row: ends_in(TOKEN_TABLES, row.module),
-}
-
-
-def _shown(targets: Any) -> str:
-    return repr(targets.pattern if isinstance(targets, re.Pattern) else targets)
-
-
-def _ends(rows: list[Parameter]) -> list[str]:
-    return sorted({row.module.rpartition(".")[2] for row in rows})
-
-
-def _known(rows: list[Parameter]) -> str:
-    return f"Its modules end in: {', '.join(_ends(rows))}."
-
-
-def _near(name: str, rows: list[Parameter]) -> str:
-    found = difflib.get_close_matches(name.rpartition(".")[2], _ends(rows), n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, found))}? " if found else ""
-    return f"{hint}{_known(rows)}"
-
-
-def _check_patterns(rows: list[Parameter], what: str, patterns: Mapping[str, Any]) -> None:
-    for key in patterns:
-        if not any(_matches(key, row.module) for row in rows):
-            raise SpecError(f"{what}: no module ends in {key!r}. {_near(key, rows)}")
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if _matches(key, module)), default)
-
-
-def _matches(key: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", module) is not None
-
-
-def _layer(module: str) -> int | None:
-    """The index of the layer that a module is in: the first number in its name."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)

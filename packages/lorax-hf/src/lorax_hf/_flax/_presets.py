@@ -128,20 +128,3 @@ COMPOSITES: dict[str, dict[str, str]] = {
     "vision-encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
     "vision-text-dual-encoder": {"vision_model": "vision_config", "text_model": "text_config"},
 }
-
-# Tables of tokens, of which every model has one.
-TOKEN_TABLES: Ends = ("word_embeddings", "embed_tokens", "shared", "wte", "token_embedding")
-
-# What makes the outputs of a task, which "all-linear" leaves out, as PEFT does.
-HEADS: Ends = (
-    "lm_head",
-    "lm_head.decoder",
-    "predictions.decoder",
-    "generator_lm_head",
-    "vocab_projector",
-    "classifier",
-    "classifier.out_proj",
-    "classification_head.out_proj",
-    "score",
-    "qa_outputs",
-)

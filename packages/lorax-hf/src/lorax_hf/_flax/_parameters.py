@@ -10,7 +10,8 @@ from transformers.models.auto.modeling_flax_auto import FLAX_MODEL_MAPPING_NAMES
 
 from lorax import SpecError, path_string
 
-from ._presets import COMPOSITES, PRESETS, Ends, Preset
+from .._rows import ends_in
+from ._presets import COMPOSITES, PRESETS, Preset
 
 # Flax's names of parameters that PyTorch calls otherwise.
 _TORCH_NAMES = {
@@ -55,11 +56,6 @@ class Parameter(NamedTuple):
         """Whether it is the kernel (out, in) of a `FlaxConv1D`."""
         conv1d = self.preset.kernel == "conv1d" and self.name == "kernel"
         return conv1d and ends_in((*self.preset.attention, *self.preset.mlp), self.module)
-
-
-def ends_in(ends: Ends, module: str) -> bool:
-    """Whether a module's name is one of these, or ends in one after a dot; PEFT's rule."""
-    return any(module == end or module.endswith(f".{end}") for end in ends)
 
 
 def parameters_of(model: Any, params: Any = None) -> tuple[list[Parameter], Any]:

@@ -1,0 +1,87 @@
+"""Which rows of a model a user means: named choices, ends of names, patterns, functions."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lorax import SpecError
+
+from ._rows import Row, ends_in
+
+Targets = str | Sequence[str] | re.Pattern[str] | Callable[[str], bool]
+
+NAMED = ("default", "attention", "mlp", "all-linear", "embeddings", "experts")
+
+
+def is_named(targets: Targets) -> bool:
+    """Whether targets are one of the choices that have a name."""
+    return isinstance(targets, str) and targets in NAMED
+
+
+def choose(rows: Sequence[Row], targets: Targets, what: str) -> set[str]:
+    """The paths that targets mean among these rows.
+
+    Args:
+        rows: those that may be chosen.
+        targets: as in `spec`.
+        what: the name of the argument, for errors.
+    """
+    if is_named(targets):
+        found = {row.path for row in rows if targets in row.words}
+        if not found:
+            raise SpecError(f"{what}={targets!r}: this architecture has none. {_known(rows)}")
+        return found
+    accepts = _accepts(rows, targets, what)
+    found = {row.path for row in rows if accepts(row.module)}
+    if not found:
+        raise SpecError(f"{what}={shown(targets)} matches no module. {_near(str(targets), rows)}")
+    return found
+
+
+def _accepts(rows: Sequence[Row], targets: Targets, what: str) -> Callable[[str], Any]:
+    if isinstance(targets, str):
+        return re.compile(targets).fullmatch
+    if isinstance(targets, re.Pattern):
+        return targets.search
+    if callable(targets):
+        return targets
+    for end in targets:
+        if not any(ends_in((end,), row.module) for row in rows):
+            raise SpecError(f"{what}: no module is called {end!r}. {_near(end, rows)}")
+    return lambda module: ends_in(tuple(targets), module)
+
+
+def check_patterns(rows: Sequence[Row], what: str, patterns: Mapping[str, Any]) -> None:
+    """Raises `SpecError` where a pattern matches the end of no module's name."""
+    for key in patterns:
+        if not any(_matches(key, row.module) for row in rows):
+            raise SpecError(f"{what}: no module ends in {key!r}. {_near(key, rows)}")
+
+
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name."""
+    return next((value for key, value in patterns.items() if _matches(key, module)), default)
+
+
+def shown(targets: Any) -> str:
+    """Targets as a user wrote them."""
+    return repr(targets.pattern if isinstance(targets, re.Pattern) else targets)
+
+
+def _ends(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.module.rpartition(".")[2] for row in rows})
+
+
+def _known(rows: Sequence[Row]) -> str:
+    return f"Its modules end in: {', '.join(_ends(rows))}."
+
+
+def _near(name: str, rows: Sequence[Row]) -> str:
+    found = difflib.get_close_matches(name.rpartition(".")[2], _ends(rows), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, found))}? " if found else ""
+    return f"{hint}{_known(rows)}"
+
+
+def _matches(key: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", module) is not None

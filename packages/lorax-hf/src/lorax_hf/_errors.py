@@ -1,0 +1,11 @@
+"""What is wrong with a PyTorch module, where a caller may want to catch that case alone."""
+
+from lorax import LoraxError
+
+
+class OperatorError(LoraxError, NotImplementedError):
+    """A PyTorch operator that torchax cannot run in JAX; `register_op` adds one."""
+
+
+class QuantizedModuleError(LoraxError, TypeError):
+    """A PyTorch module whose weights are quantized, which cannot be run in JAX."""

@@ -1,0 +1,1 @@
+"""The Flax models of transformers 4."""

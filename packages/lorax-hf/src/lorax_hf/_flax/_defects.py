@@ -1,0 +1,54 @@
+"""Known defects of the Flax models in the installed libraries, and what to do about each."""
+
+from .._defects import Defect, Finding
+from ._clip import clip_refuses_a_max
+
+DEFECTS = (
+    Defect(
+        Finding(
+            ("t5", "mt5", "longt5"),
+            "the model calls `jnp.clip(a_max=…)`, which this JAX refuses",
+            "make and call the model inside `with lorax_hf.clip_mended():`",
+        ),
+        clip_refuses_a_max,
+        lambda config: True,
+    ),
+    Defect(
+        Finding(
+            ("llama",),
+            "FlaxLlama takes 10,000 for the rotary base, whatever the config says",
+            "use a checkpoint with `rope_theta` 10,000, or another implementation of the model",
+        ),
+        lambda: True,
+        lambda config: getattr(config, "rope_theta", 10_000.0) != 10_000.0,
+    ),
+    Defect(
+        Finding(
+            ("llama",),
+            "FlaxLlamaForCausalLM leaves its head random where the config ties it to the embedding",
+            'set params["lm_head"]["kernel"] to the transposed params["model"]["embed_tokens"]'
+            '["embedding"] after loading',
+        ),
+        lambda: True,
+        lambda config: bool(getattr(config, "tie_word_embeddings", False)),
+    ),
+    Defect(
+        Finding(
+            ("resnet",),
+            'the blocks of FlaxResNet with layer_type="basic" have names of their own, so that '
+            "`from_pt=True` loads none of them and says nothing",
+            "rename `layer/layer_0` to `layer/0` as the weights are converted; compare outputs",
+        ),
+        lambda: True,
+        lambda config: getattr(config, "layer_type", None) == "basic",
+    ),
+    Defect(
+        Finding(
+            ("electra",),
+            "FlaxElectra takes ones for `token_type_ids` where none are given; PyTorch takes zeros",
+            "pass `token_type_ids=jnp.zeros_like(input_ids)`",
+        ),
+        lambda: True,
+        lambda config: True,
+    ),
+)

@@ -1,0 +1,70 @@
+"""Which library a model is of, and the part of this package that has it."""
+
+import functools
+import importlib
+import sys
+from typing import Any, Protocol
+
+from ._defects import Defect
+from ._extras import EXTRAS, major, need
+from ._rows import Described
+
+
+class Part(Protocol):
+    """What each part of this package has: `_flax._part` and `_torch._part`."""
+
+    DEFECTS: tuple[Defect, ...]
+
+    def described(self, model: Any, params: Any = None) -> Described:
+        """A model as rows."""
+        ...
+
+    def config_of(self, model: Any) -> Any:
+        """The config of a model, if it has one."""
+        ...
+
+    def lora(self, model: Any, **options: Any) -> Any:
+        """A model that takes the pair in place of its parameters."""
+        ...
+
+
+def part_of(model: Any) -> Part:
+    """The part for a model; an `ImportError` names what to install where it is missing."""
+    if _is_of(model, "torch", "nn.Module"):
+        return _part("torch")
+    if _is_of(model, "transformers", "PretrainedConfig"):
+        return _part("torch" if major("transformers") >= 5 else "flax")
+    if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
+        return _part("flax")
+    raise TypeError(
+        "lorax_hf takes a PyTorch module, a Flax model of transformers, or the config of one, not "
+        f"{type(model).__name__}."
+    )
+
+
+def described(model: Any, params: Any = None) -> Described:
+    """A model as rows, whatever library it is of."""
+    return part_of(model).described(model, params)
+
+
+def installed_parts() -> list[Part]:
+    """The parts whose packages are installed."""
+    found: list[Part] = []
+    for extra in EXTRAS:
+        try:
+            found.append(_part(extra))
+        except ImportError:
+            continue
+    return found
+
+
+def _part(extra: str) -> Part:
+    need(extra)
+    return importlib.import_module(f"{__package__}._{extra}._part")  # pyright: ignore[reportReturnType]
+
+
+def _is_of(model: Any, package: str, name: str) -> bool:
+    """Whether a model is an instance of a class, which is not imported for the question."""
+    if package not in sys.modules:
+        return False
+    return isinstance(model, functools.reduce(getattr, name.split("."), sys.modules[package]))

@@ -1,0 +1,126 @@
+"""`from_torch`, `load_torch` and `register_op`: PyTorch modules as JAX functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from ._extras import need
+
+Placement = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Any] | None
+
+
+def from_torch(
+    module: Any,
+    *,
+    sharding: Placement = None,
+    dtype: Any = None,
+    train: bool = False,
+) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+    """A PyTorch module as a pure JAX function of its parameters, and the parameters.
+
+    The function is called as the module is, `fn(params, *args, **kwargs)`, with JAX arrays for
+    tensors, and returns what the module returns, with arrays in it; `jax.jit`, `jax.grad` and
+    `lorax.lora` take it as any other. It keeps a copy of the module without weights, so that later
+    changes of the module do not reach it, and the module may be deleted.
+
+    Parameters that the module ties are one array under one name. Buffers, such as rotary tables and
+    batch statistics, are constants of the function, in `fn.buffers`. Models of transformers return
+    no cache unless the call says `use_cache=True`.
+
+    Args:
+        module: any `torch.nn.Module`: a model of transformers or diffusers, or your own.
+        sharding: of every parameter, a dict from names, or a function of name and shape; by default
+            arrays are where JAX puts them.
+        dtype: of floating parameters and persistent buffers; by default the module's.
+        train: whether dropout and what else is for training is on. The call then takes `rng=`, a
+            key of `jax.random`.
+
+    Returns:
+        The function, and a flat dict of arrays by PyTorch's names.
+
+    Raises:
+        ImportError: where PyTorch or torchax is missing or too new; says what to install.
+        OperatorError: when called, where torchax lacks an operator.
+        QuantizedModuleError: where the module holds quantized weights.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, lorax_hf, torch
+        >>> fn, params = lorax_hf.from_torch(torch.nn.Linear(3, 2))
+        >>> fn(params, jnp.ones((4, 3))).shape
+        (4, 2)
+        >>> sorted(params)
+        ['bias', 'weight']
+    """
+    need("torch")
+    from ._torch._function import ModuleFunction
+    from ._torch._parameters import parameters_of
+
+    fn = ModuleFunction(module, train=train, dtype=dtype)
+    return fn, parameters_of(module, sharding, dtype)
+
+
+def load_torch(
+    folder: Any,
+    *,
+    sharding: Placement = None,
+    dtype: Any = None,
+    train: bool = False,
+    module: Any = None,
+) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+    """`from_torch` of a folder's model, whose weights never are tensors of PyTorch.
+
+    The module is built without memory, and each tensor of the safetensors files is read onto its
+    devices before the next one. With a sharding, each device reads its part alone. What
+    transformers converts when it loads an older file is converted here, too.
+
+    Args:
+        folder: with config.json and model.safetensors, or its parts and their index.
+        sharding: as in `from_torch`.
+        dtype: of floating parameters; by default the files'.
+        train: as in `from_torch`.
+        module: a module on the meta device; by default one of the class in config.json.
+
+    Returns:
+        The function and the parameters, as from `from_torch`; `fn.module` is the module without
+        weights, for `spec` and `peft_names`.
+
+    Raises:
+        FileNotFoundError: where the folder lacks a file.
+        ValueError: where a tensor is missing or has another shape.
+        QuantizedModuleError: where the files hold quantized weights.
+
+    Warns:
+        UserWarning: where the files have tensors that the module does not have.
+
+    Example:
+        >>> import lorax_hf, tempfile, transformers
+        >>> config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=31)
+        >>> folder = tempfile.mkdtemp()
+        >>> transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        >>> fn, params = lorax_hf.load_torch(folder)
+        >>> params["transformer.wte.weight"].shape
+        (31, 8)
+    """
+    need("torch")
+    from ._torch._load import load
+
+    return load(folder, sharding, dtype, train, module)
+
+
+def register_op(op: Any, function: Callable[..., Any]) -> None:
+    """Runs a PyTorch operator as a function of JAX arrays, in every module from now on.
+
+    Args:
+        op: the operator, such as `torch.ops.aten.roll`, or its name, such as `"aten.roll"`.
+        function: takes the operator's arguments, with JAX arrays for tensors, and returns arrays.
+
+    Example:
+        >>> import jax.numpy as jnp, lorax_hf
+        >>> lorax_hf.register_op("aten.nextafter", jnp.nextafter)
+    """
+    need("torch")
+    from ._torch._environment import register
+
+    register(op, function)

@@ -1,0 +1,122 @@
+"""Tensors to arrays: dtypes, copies, and the structures that modules take and return."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+
+# NumPy has no bfloat16 and no float8 of its own: their bits are read as integers of the same size.
+_BY_BITS = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+}
+
+
+def numpy_of(tensor: torch.Tensor, dtype: Any = None) -> np.ndarray[Any, Any]:
+    """A copy of a tensor; floating numbers in `dtype`, if it is given."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype in _BY_BITS:
+        bits, native = _BY_BITS[tensor.dtype]
+        array = tensor.contiguous().view(bits).numpy().view(native)
+    else:
+        array = tensor.numpy()
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else None
+    return np.array(array, dtype=wanted, order="C")
+
+
+def dtype_of(tensor: torch.Tensor) -> Any:
+    """The dtype that JAX gives a tensor."""
+    if tensor.dtype in _BY_BITS:
+        return jnp.dtype(_BY_BITS[tensor.dtype][1])
+    native = torch.empty((), dtype=tensor.dtype).numpy().dtype
+    return jax.dtypes.canonicalize_dtype(native)
+
+
+def in_jax(env: Any, value: Any) -> Any:
+    """Arguments of a module: arrays become tensors of torchax, wherever they are."""
+    if isinstance(value, np.ndarray):
+        value = jnp.asarray(value)
+    if isinstance(value, jax.Array):
+        return env.j2t_iso(value)
+    if isinstance(value, torch.Tensor):
+        raise TypeError(
+            "the function of a PyTorch module takes JAX arrays, not tensors of PyTorch: pass "
+            "`jnp.asarray(x)`."
+        )
+    return _mapped(value, lambda each: in_jax(env, each), lambda other: other)
+
+
+def out_of_jax(value: Any) -> Any:
+    """What a module returns: tensors become arrays, and its classes of outputs JAX pytrees."""
+    if isinstance(value, torch.Tensor):
+        return value.jax() if hasattr(value, "jax") else jnp.asarray(numpy_of(value))
+    if value is None or isinstance(value, bool | int | float | complex | str | jax.Array):
+        return value
+    return _mapped(value, out_of_jax, _refuse)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
+    """The same structure with everything in it changed."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(change, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(change, value))
+    if isinstance(value, Mapping):
+        changed = {key: change(each) for key, each in value.items()}
+        if type(value) is dict:
+            return changed
+        _register_mapping(type(value))
+        return type(value)(**changed)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        changed = {name: change(getattr(value, name)) for name in names}
+        if other is _refuse:
+            _register_dataclass(type(value), names)
+        return type(value)(**changed)
+    return other(value)
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(
+        f"the module returns a {type(value).__name__}, which is neither an array nor a tuple, "
+        "list, dict or dataclass of them. Call it so that it does not (for a cache, "
+        "`use_cache=False`), or wrap it in a module that returns arrays."
+    )
+
+
+def _register_mapping(cls: type) -> None:
+    """Makes the outputs of transformers and diffusers pytrees: `jax.jit` can return them."""
+
+    def flatten(value: Any) -> Any:
+        keys = tuple(value.keys())
+        return [(jax.tree_util.DictKey(key), value[key]) for key in keys], keys
+
+    def unflatten(keys: Any, values: Any) -> Any:
+        return cls(**dict(zip(keys, values, strict=True)))
+
+    def plain(value: Any) -> Any:
+        return list(value.values()), tuple(value.keys())
+
+    _once(cls, lambda: jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten, plain))
+
+
+def _register_dataclass(cls: type, names: list[str]) -> None:
+    _once(cls, lambda: jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[]))
+
+
+_registered: set[type] = set()
+
+
+def _once(cls: type, register: Callable[[], Any]) -> None:
+    if cls not in _registered:
+        _registered.add(cls)
+        # A `ValueError` says that somebody else has registered it.
+        with contextlib.suppress(ValueError):
+            register()

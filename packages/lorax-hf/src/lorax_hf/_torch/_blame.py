@@ -1,0 +1,53 @@
+"""Errors inside a module, with the name of the submodule that was running."""
+
+import contextlib
+from collections.abc import Generator
+
+import jax
+import torch
+
+from .._errors import OperatorError
+
+
+@contextlib.contextmanager
+def errors_named(module: torch.nn.Module) -> Generator[None]:
+    """Names the operator and the submodule in errors of the block."""
+    from torchax.tensor import OperatorNotFound
+
+    try:
+        yield
+    except OperatorNotFound as error:
+        operator = str(error).removeprefix("Operator with name ").partition(" has no")[0]
+        raise OperatorError(
+            f"torchax does not have the operator `{operator}`, which {_running(module, error)} "
+            "uses. Add it as a function of JAX arrays: "
+            f"`lorax_hf.register_op({_as_given(operator)!r}, function)`."
+        ) from error
+    except jax.errors.ConcretizationTypeError as error:
+        error.add_note(
+            f"{_running(module, error)} decides in Python by the values of an array, which is not "
+            "possible while it is traced. Outside `jax.jit` it may be."
+        )
+        raise
+    except Exception as error:
+        error.add_note(f"Raised while {_running(module, error)} was running.")
+        raise
+
+
+def _running(module: torch.nn.Module, error: BaseException) -> str:
+    """The innermost submodule in the traceback of an error."""
+    names = {id(owner): name for name, owner in module.named_modules()}
+    found, traceback = module, error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if id(owner) in names:
+            found = owner
+        traceback = traceback.tb_next
+    name = names[id(found)]
+    where = f"`{name}`" if name else "the module"
+    return f"{where} ({type(found).__name__})"
+
+
+def _as_given(operator: str) -> str:
+    """`aten::roll` as `register_op` takes it: `aten.roll`."""
+    return operator.replace("::", ".")

@@ -1,0 +1,70 @@
+"""torchax, imported and mended: the environment that every module runs in."""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _embedding, _gradients, _grouped_mm
+from ._importing import missing_overloads_allowed
+
+
+@functools.cache
+def environment() -> Any:
+    """The environment of torchax, with the operators that this package mends or adds."""
+    try:
+        with missing_overloads_allowed():
+            import torchax
+
+            found = torchax.default_env()
+    except Exception as error:
+        raise ImportError(f"torchax cannot be imported. {_installed()}") from error
+    for mend in (_grouped_mm, _embedding, _gradients):
+        for op, function in mend.OPERATORS.items():
+            _put(found, op, function)
+    return found
+
+
+def register(op: Any, function: Callable[..., Any]) -> None:
+    """Puts a function of JAX arrays in the place of an operator."""
+    if isinstance(op, str):
+        op = functools.reduce(getattr, op.split("."), torch.ops)
+    _put(environment(), op, function)
+
+
+def _put(env: Any, op: Any, function: Callable[..., Any]) -> None:
+    from torchax.ops.ops_registry import Operator
+
+    # torchax 0.0.13: `override_op_definition` gives the function its own tensors, not arrays.
+    entry = Operator(
+        op,
+        function,
+        is_jax_function=True,
+        is_user_defined=True,
+        needs_env=False,
+        is_view_op=False,
+    )
+    try:
+        for each in _overloads(op):
+            env._ops[each] = entry
+    except AttributeError as error:
+        raise ImportError(f"This torchax has no table of operators. {_installed()}") from error
+
+
+def _overloads(op: Any) -> list[Any]:
+    """An operator and its default overload, under either of which torchax may look it up."""
+    if isinstance(op, torch._ops.OpOverload):
+        return [op]
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return [op, *(getattr(op, name) for name in op.overloads() if not name.endswith("out"))]
+    return [op]
+
+
+def _installed() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchax")]
+    return (
+        f"{' and '.join(versions)} may not fit each other; torch 2.13 and torchax 0.0.13 do: "
+        'pip install "torch==2.13.*" "torchax==0.0.13"'
+    )

@@ -1,0 +1,123 @@
+"""The tensors of a folder of safetensors files, each read when it is asked for."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ._place import placed
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+
+
+_ALIGNMENT = 64  # in bytes
+
+
+class Entry(NamedTuple):
+    """Where a tensor is in its file."""
+
+    file: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Files:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        entries: where each tensor is, by name.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.entries = {
+            name: entry for file in _files(self.folder) for name, entry in _entries(file).items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of PyTorch, for what has to be converted first."""
+        with safe_open(self.entries[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def placed(self, name: str, sharding: Any) -> jax.Array:
+        """A tensor on its devices, each of which reads its part alone."""
+        entry = self.entries[name]
+        if sharding is None or not entry.shape or 0 in entry.shape:
+            return placed(_read(entry), sharding)
+        whole = np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)
+        part = lambda index: np.array(whole[index])  # noqa: E731
+        return jax.make_array_from_callback(entry.shape, sharding, part)
+
+
+def _read(entry: Entry) -> np.ndarray[Any, Any]:
+    """An array of our own, at an address that JAX takes for its own on a CPU, without a copy."""
+    size = math.prod(entry.shape) * entry.dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    part = memory[start : start + size]
+    with open(entry.file, "rb") as file:
+        file.seek(entry.offset)
+        if file.readinto(memoryview(part)) != size:
+            raise ValueError(f"{entry.file} ends before its last tensor does.")
+    return part.view(entry.dtype).reshape(entry.shape)
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    with safe_open(file, framework="numpy"):
+        pass  # Checked: its header fits the file.
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    found: dict[str, Entry] = {}
+    for name, row in header.items():
+        if row["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"`{name}` in {file} is of the type {row['dtype']}, which is not read."
+            )
+        dtype, shape = np.dtype(_DTYPES[row["dtype"]]), tuple(row["shape"])
+        found[name] = Entry(file, dtype, shape, 8 + length + row["data_offsets"][0])
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder. `load_torch` reads one with config.json and safetensors "
+            "files, such as `huggingface_hub.snapshot_download` or `save_pretrained` makes."
+        )
+    if (folder / _INDEX).exists():
+        try:
+            entries = json.loads((folder / _INDEX).read_text())["weight_map"]
+            found = sorted({folder / file for file in entries.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / _INDEX} is not an index of safetensors files.") from error
+        outside = [file for file in found if file.parent != folder]
+        missing = [file for file in found if not file.is_file()]
+        if wrong := sorted(map(str, outside + missing)):
+            raise FileNotFoundError(
+                f"{folder / _INDEX} names {wrong[0]}, which is not in the folder."
+            )
+        return found
+    if not (folder / _SINGLE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has neither {_SINGLE} nor {_INDEX}; files of another format are read by "
+            "`from_pretrained` and `from_torch`."
+        )
+    return [folder / _SINGLE]

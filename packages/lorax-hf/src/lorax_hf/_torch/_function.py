@@ -1,0 +1,154 @@
+"""A PyTorch module as a pure function of its parameters."""
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Collection, Generator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from ._arrays import in_jax, numpy_of, out_of_jax
+from ._blame import errors_named
+from ._constants import Constants
+from ._environment import environment
+from ._gradients import NoGradients
+from ._host import settle_host_choices
+from ._quantized import refuse_quantized
+from ._state import State, state_of, without_weights
+
+
+class ModuleFunction:
+    """`fn(params, *args, **kwargs)`: what a module returns for these parameters.
+
+    Attributes:
+        module: a copy of the module without weights.
+        names: of the parameters.
+        buffers: the tensors that are not parameters, as NumPy arrays by name: constants.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, train: bool = False, dtype: Any = None) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
+        refuse_quantized(module)
+        environment()
+        state = state_of(module)
+        self.names = tuple(state.parameters)
+        self.buffers = _buffers(module, state, dtype)
+        self.module = without_weights(module, state).train(train)
+        self.__name__ = type(module).__name__
+        self._lock = threading.RLock()
+        _without_cache(self.module)
+        if train:
+            settle_host_choices(self.module)
+
+    def __call__(
+        self, params: Any, /, *args: Any, rng: jax.Array | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the module with arrays for its tensors, and leaves no trace in it.
+
+        Args:
+            params: its parameters by name.
+            *args: what the module takes.
+            rng: the key of what it draws at random, such as dropout.
+            **kwargs: what the module takes.
+        """
+        self._check(params)
+        env = environment()
+        state = {name: env.j2t_iso(jnp.asarray(array)) for name, array in self.buffers.items()}
+        state |= {name: env.j2t_iso(jnp.asarray(params[name])) for name in self.names}
+        with (
+            self._lock,
+            _unchanged(self.module),
+            _randomness(env, rng, self.__name__),
+            errors_named(self.module),
+            env,
+            NoGradients(),
+            Constants(env),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
+            # PyTorch's integers have 64 bits, which JAX has only under `jax_enable_x64`.
+            warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
+            args, kwargs = in_jax(env, args), in_jax(env, kwargs)
+            found = torch.func.functional_call(self.module, state, args, kwargs, tie_weights=True)
+            return out_of_jax(found)
+
+    def _check(self, params: Any) -> None:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"{self.__name__} takes a dict of parameters by name, as `from_torch` returns it, "
+                f"not {type(params).__name__}."
+            )
+        missing, unknown = set(self.names) - params.keys(), params.keys() - set(self.names)
+        if missing or unknown:
+            what = [f"lacks {_some(missing)}"] if missing else []
+            what += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
+            raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(what)}.")
+
+
+def _some(names: Collection[str]) -> str:
+    first = ", ".join(f"`{name}`" for name in sorted(names)[:3])
+    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Buffers as constants; those that a file has are cast, as PyTorch casts what it loads."""
+    fixed = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._non_persistent_buffers_set
+    }
+    return {
+        name: numpy_of(tensor, None if name in fixed else dtype)
+        for name, tensor in state.buffers.items()
+    }
+
+
+def _without_cache(module: torch.nn.Module) -> None:
+    """Models of transformers return no cache unless the call asks for one."""
+    for owner in module.modules():
+        if getattr(getattr(owner, "config", None), "use_cache", None):
+            owner.config.use_cache = False
+
+
+@contextlib.contextmanager
+def _unchanged(module: torch.nn.Module) -> Generator[None]:
+    """Undoes what the block does to the attributes of a module: none keeps a tracer."""
+    inner = ("_parameters", "_buffers", "_modules")
+    before = [
+        (owner, dict(vars(owner)), [dict(vars(owner)[name]) for name in inner])
+        for owner in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for owner, attributes, members in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+            for name, entries in zip(inner, members, strict=True):
+                vars(owner)[name].clear()
+                vars(owner)[name].update(entries)
+
+
+@contextlib.contextmanager
+def _randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
+    """Draws from `rng` within the block, and refuses to draw without one."""
+    before = env._property.content
+    keys = type(before).override(before, prng=rng)
+
+    def refuse() -> Any:
+        raise TypeError(
+            f"{name} draws random numbers here: call it with `rng=`, a key of `jax.random`."
+        )
+
+    if rng is None:
+        keys.get_and_rotate_prng_key = refuse
+    env._property.content = keys
+    try:
+        yield
+    finally:
+        env._property.content = before

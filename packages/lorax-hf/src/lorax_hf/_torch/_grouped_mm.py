@@ -1,0 +1,37 @@
+"""The grouped product of a mixture of experts, which torchax 0.0.13 lacks, on `ragged_dot`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+
+def _grouped_mm(
+    rows: jax.Array,
+    kernels: jax.Array,
+    offs: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    if offs is None:
+        found = jnp.matmul(rows, kernels)  # [groups, rows, out]
+    elif rows.ndim == 2 and kernels.ndim == 3:
+        # `offs` are the ends of the groups of rows.  [rows, in] x [groups, in, out]
+        sizes = jnp.diff(offs, prepend=jnp.zeros((1,), offs.dtype)).astype(jnp.int32)
+        found = jax.lax.ragged_dot(rows, kernels, sizes)  # [rows, out]
+    else:
+        raise NotImplementedError(
+            f"_grouped_mm of operands of {rows.ndim} and {kernels.ndim} axes with offsets; "
+            "`lorax_hf.register_op` takes another implementation."
+        )
+    if bias is not None:
+        found = found + bias
+    if out_dtype is None:
+        return found
+    from torchax.ops.mappings import t2j_dtype
+
+    return found.astype(t2j_dtype(out_dtype))
+
+
+OPERATORS = {torch.ops.aten._grouped_mm: _grouped_mm}

@@ -1,0 +1,47 @@
+"""Choices that a module makes in Python as it is traced, which a compiled program would repeat."""
+
+import warnings
+
+import torch
+
+# Attributes of modules and configs, and the value under which nothing is drawn in Python.
+_DRAWN_IN_PYTHON = {
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "apply_spec_augment": False,
+}
+
+
+def settle_host_choices(module: torch.nn.Module) -> None:
+    """Turns off what is drawn in Python, and warns of it and of batch statistics."""
+    drawn: set[str] = set()
+    for owner in module.modules():
+        for holder in (owner, getattr(owner, "config", None)):
+            for name, neutral in _DRAWN_IN_PYTHON.items():
+                if getattr(holder, name, None):
+                    setattr(holder, name, neutral)
+                    drawn.add(name)
+    if drawn:
+        warnings.warn(
+            f"{', '.join(sorted(drawn))} of {type(module).__name__} draws random numbers in "
+            "Python, once for every call of a compiled program: turned off. Set it so in the "
+            "config to silence this.",
+            stacklevel=4,
+        )
+    normalized = [
+        name
+        for name, owner in module.named_modules()
+        if isinstance(owner, torch.nn.modules.batchnorm._BatchNorm) and owner.track_running_stats
+    ]
+    if normalized:
+        warnings.warn(
+            f"with train=True, `{normalized[0]}`{_more(normalized)} normalizes by the statistics "
+            "of the batch, and its running statistics, which are not parameters, stay as they are. "
+            "Without train=True it normalizes by its running statistics.",
+            stacklevel=4,
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,190 @@
+"""`load_torch`: a checkpoint's tensors straight onto devices, without a copy in PyTorch."""
+
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from .._errors import QuantizedModuleError
+from ._arrays import numpy_of
+from ._files import Files
+from ._function import ModuleFunction
+from ._place import Placement, placed, sharding_of
+from ._quantized import refuse_quantized
+from ._rows import of_config
+from ._state import state_of, tied_names
+
+Read = Callable[[Any], jax.Array]  # from a sharding to the array in it
+
+
+def load(
+    folder: str | os.PathLike[str],
+    sharding: Placement,
+    dtype: Any,
+    train: bool,
+    module: torch.nn.Module | None,
+) -> tuple[ModuleFunction, dict[str, jax.Array]]:
+    """The function of a folder's model, and its parameters."""
+    files = Files(folder)
+    if module is None:
+        module = _module_of(files.folder)
+    refuse_quantized(module)
+    reads = _reads(module, files)
+    state = state_of(module)
+    _fill_buffers(module, reads, files.folder)
+    found: dict[str, jax.Array] = {}
+    for name, tensor in state.parameters.items():
+        wanted = sharding_of(sharding, name, tuple(tensor.shape))
+        array = reads[name](wanted)
+        if dtype is not None and tensor.is_floating_point():
+            array = jax.device_put(array.astype(dtype), wanted)
+        # Before the next one is read: JAX copies while the program goes on.
+        found[name] = jax.block_until_ready(array)
+    return ModuleFunction(module, train=train, dtype=dtype), found
+
+
+def _module_of(folder: Path) -> torch.nn.Module:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; pass `module=`, a module on the meta device."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise QuantizedModuleError(
+            f"{folder} holds quantized weights (its config has a quantization_config), which are "
+            "not read."
+        )
+    return of_config(config)
+
+
+def _reads(module: Any, files: Files) -> dict[str, Read]:
+    """How to read each parameter and persistent buffer; every one is checked, and none is read."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    first = {other: name for name, others in tied_names(module).items() for other in others}
+    renamed = _renaming(module, wanted)
+    reads: dict[str, Read] = {}
+    unused: list[str] = []
+    converters: dict[str, Any] = {}
+    for key in sorted(files.entries, key=_natural):
+        name, pattern, converter = renamed(key)
+        if name not in wanted:
+            unused.append(key)
+        elif converter is None:
+            if files.entries[key].shape != wanted[name]:
+                raise ValueError(
+                    f"`{key}` in {files.folder} has the shape {files.entries[key].shape}, and "
+                    f"`{name}` of {type(module).__name__} has {wanted[name]}."
+                )
+            reads[first.get(name, name)] = functools.partial(files.placed, key)
+        else:
+            own = converters.setdefault(name, copy.deepcopy(converter))
+            own.add_tensor(name, key, pattern, functools.partial(files.tensor, key))
+    for name, converter in converters.items():
+        # The first of what a converter makes has the name that the module knows.
+        pattern, *others = converter.target_patterns
+        for target in (name, *(name.replace(pattern, other) for other in others)):
+            read = functools.partial(_converted, module, name, target, converter)
+            reads[first.get(target, target)] = read
+    needed = {first.get(name, name) for name in wanted}
+    if missing := sorted(needed - reads.keys()):
+        raise ValueError(
+            f"{files.folder} lacks {_some(missing)} of {type(module).__name__}. Load the class "
+            "that the files are of, or initialize what is new with `from_pretrained` and "
+            "`from_torch`."
+        )
+    if unused:
+        warnings.warn(
+            f"{files.folder} has {_some(unused)}, which {type(module).__name__} does not have.",
+            stacklevel=5,
+        )
+    return reads
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"`{names[0]}`{more}"
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _renaming(module: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[str, Any, Any]]:
+    """From a tensor's name in a file to its name here, and what converts it, as transformers does.
+
+    Files of models that transformers 5 changed have the names and the parts of version 4.
+    """
+    if not hasattr(module, "base_model_prefix"):
+        return lambda key: (key, None, None)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(module)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = module.base_model_prefix
+
+    def renamed(key: str) -> tuple[str, Any, Any]:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        return name, pattern, next((c for c in converters if pattern in c.source_patterns), None)
+
+    return renamed
+
+
+def _converted(module: Any, name: str, target: str, converter: Any, sharding: Any) -> jax.Array:
+    """Several tensors of the files as one parameter, such as the experts of a mixture."""
+    made = copy.deepcopy(converter).convert(name, model=module, config=module.config)
+    tensor = made[target]
+    return placed(numpy_of(tensor[0] if isinstance(tensor, list) else tensor), sharding)
+
+
+def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
+    """Gives buffers their values: from the files, or as the model computes them when it is made."""
+    computed: list[tuple[str, torch.nn.Module, str]] = []
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if buffer is None or buffer.device.type != "meta":
+                continue
+            if path in reads:
+                value = torch.from_numpy(np.array(reads[path](None)))
+                owner._buffers[name] = value.to(buffer.dtype)
+            else:
+                computed.append((path, owner, name))
+    # What the model computes does not depend on what was there before.
+    once, again = (_computed(module, computed, fill) for fill in (0, 1))
+    for path, *_ in computed:
+        if not torch.equal(once[path], again[path]):
+            raise ValueError(
+                f"the buffer `{path}` of {type(module).__name__} is in no file of {folder}, and is "
+                "computed only when the model is made. Use `from_pretrained` and `from_torch`."
+            )
+
+
+def _computed(
+    module: Any, computed: list[tuple[str, torch.nn.Module, str]], fill: int
+) -> dict[str, torch.Tensor]:
+    for _, owner, name in computed:
+        owner._buffers[name] = torch.full_like(owner._buffers[name], fill, device="cpu")
+    models = {prefix: each for prefix, each in module.named_modules() if _initializes(each)}
+    with torch.no_grad():
+        for path, owner, _ in computed:
+            inside = [prefix for prefix in models if not prefix or path.startswith(f"{prefix}.")]
+            if inside:
+                models[max(inside, key=len)]._init_weights(owner)
+    return {path: owner._buffers[name].clone() for path, owner, name in computed}
+
+
+def _initializes(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_init_weights")

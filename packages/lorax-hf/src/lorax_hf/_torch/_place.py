@@ -1,0 +1,27 @@
+"""Arrays onto devices, in the sharding that a user wants for each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+# One for all, one for each name, or a function of name and shape; None leaves it to JAX.
+Placement = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Any] | None
+
+
+def sharding_of(sharding: Placement, name: str, shape: tuple[int, ...]) -> Any:
+    """The sharding of one parameter."""
+    if sharding is None or isinstance(sharding, Sharding):
+        return sharding
+    if isinstance(sharding, Mapping):
+        if name not in sharding:
+            raise KeyError(f"`sharding` has no entry for the parameter `{name}`.")
+        return sharding[name]
+    return sharding(name, shape)
+
+
+def placed(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
+    """An array of NumPy, which nobody else writes to, on its devices."""
+    return jax.device_put(array, sharding)

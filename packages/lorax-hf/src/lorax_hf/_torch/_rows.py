@@ -1,0 +1,161 @@
+"""A PyTorch module as rows."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import torch
+
+from lorax import Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
+
+from .._ends import HEADS, TOKEN_TABLES
+from .._rows import Described, Row, ends_in
+from ._arrays import dtype_of
+from ._quantized import refuse_quantized
+from ._state import state_of, tied_names
+from ._targets import DEFAULT_TARGETS
+from ._weights import Weight, weight_of
+
+# Names of modules, or of classes, that hold the products of attention, and those of feed-forward
+# networks; where both are on the way to a weight, the innermost counts.
+_ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|feedforward|expert|moe|intermediate|^fc_?\d|^fc_in|^fc_out|^lin\d"
+    r"|^(output|ff|wi|wo|wi_\d|w\d|densereludense)$",
+    re.IGNORECASE,
+)
+
+
+def described(model: Any, params: Any = None) -> Described:
+    """The rows of a module or of a config's module, and its parameters by name."""
+    module = model if isinstance(model, torch.nn.Module) else of_config(model)
+    refuse_quantized(module)
+    shapes = {
+        name: jax.ShapeDtypeStruct(tuple(tensor.shape), dtype_of(tensor))
+        for name, tensor in state_of(module).parameters.items()
+    }
+    if params is not None and set(params) != set(shapes):
+        raise SpecError("`params` are not those of the module: their names differ.")
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    what = "this module" if kind is None else f"the type {kind!r}"
+    return Described(
+        _Rows(module, kind).rows(shapes),
+        shapes if params is None else params,
+        _inference(module, shapes),
+        "" if kind in DEFAULT_TARGETS else f"PEFT has no default for {what}",
+    )
+
+
+def of_config(config: Any) -> torch.nn.Module:
+    """The module of a config of transformers, without memory for its weights."""
+    import transformers
+
+    with torch.device("meta"):
+        for name in config.architectures or ():
+            if hasattr(transformers, name):
+                return getattr(transformers, name)(config)
+        return transformers.AutoModel.from_config(config)
+
+
+class _Rows:
+    """What is asked of a module once, for all of its parameters."""
+
+    def __init__(self, module: torch.nn.Module, kind: str | None) -> None:
+        self.module = module
+        self.by_name = dict(module.named_modules())
+        self.tied = tied_names(module)
+        self.head = self._name_of("get_output_embeddings")
+        self.table = self._name_of("get_input_embeddings")
+        self.kind = kind
+
+    def rows(self, shapes: Mapping[str, Any]) -> list[Row]:
+        return [self._row(path, tuple(leaf.shape)) for path, leaf in shapes.items()]
+
+    def _row(self, path: str, shape: tuple[int, ...]) -> Row:
+        module, _, name = path.rpartition(".")
+        owner = self.by_name[module]
+        weight = weight_of(owner, name)
+        if weight is None:
+            layout: dict[str, Any] = {"layout": "Tensor", "module": module, "parameter": name}
+            unsure = sum(size > 1 for size in shape) > 1
+            return Row(path, module, shape, None, layout, frozenset(), unsure, type(owner).__name__)
+        layout = {**weight.layout, "module": module}
+        if weight.kind == "embedding" and path in self.tied:
+            layout["tied"] = True
+        words = frozenset(self._words(module, weight))
+        return Row(path, module, shape, weight.axes, layout, words, False, type(owner).__name__)
+
+    def _words(self, module: str, weight: Weight) -> Iterator[str]:
+        if weight.kind in ("embedding",):
+            if module == self.table or ends_in(TOKEN_TABLES, module):
+                yield "embeddings"
+            return
+        if self._by_default(module):
+            yield "default"
+        if weight.kind == "experts":
+            yield "experts"
+        is_head = module == self.head or ends_in(HEADS, module)
+        if weight.kind == "linear" and not is_head:
+            yield "all-linear"
+        if not is_head and (part := self._part(module)):
+            yield part
+
+    def _by_default(self, module: str) -> bool:
+        targets = DEFAULT_TARGETS.get(self.kind or "", ())
+        if isinstance(targets, str):
+            return re.fullmatch(targets, module) is not None
+        return ends_in(targets, module)
+
+    def _part(self, module: str) -> str | None:
+        """Whether a module is in an attention or in a feed-forward network."""
+        parts = module.split(".")
+        for end in range(len(parts), 0, -1):
+            owner = self.by_name[".".join(parts[:end])]
+            if end < len(parts) and owner is self.module:
+                break
+            names = [parts[end - 1]]
+            if end < len(parts):  # the module's own class, such as `nn.Linear`, says nothing
+                names.append(type(owner).__name__)
+            if any(map(_ATTENTION.search, names)):
+                return "attention"
+            if any(map(_MLP.search, names)):
+                return "mlp"
+        return None
+
+    def _name_of(self, method: str) -> str | None:
+        try:
+            found = getattr(self.module, method)()
+        except (AttributeError, NotImplementedError):
+            return None
+        return next((name for name, owner in self.by_name.items() if owner is found), None)
+
+
+def _inference(
+    module: torch.nn.Module, shapes: Mapping[str, Any]
+) -> Callable[[Sequence[str], Any], Mapping[str, Axes]]:
+    """Finds the axes of weights by tracing the module with example inputs."""
+
+    def infer(paths: Sequence[str], inputs: Any) -> Mapping[str, Axes]:
+        from ._function import ModuleFunction
+
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+        if not isinstance(args, tuple):
+            raise TypeError(
+                "spec: `inputs` is a tuple or a dict of what the module is called with."
+            )
+        fn = ModuleFunction(module)
+        # Arrays alone: what else a module returns is not of interest.
+        call = lambda params, *args, **kwargs: jax.tree.leaves(fn(params, *args, **kwargs))  # noqa: E731
+        with warnings.catch_warnings():
+            # What it leaves out stays without axes, which `spec` reports where it is asked for.
+            warnings.simplefilter("ignore", UnadaptedWarning)
+            found = infer_spec(call, dict(shapes), *args, rank=1, skip_small=False, **kwargs)
+        return {
+            path: Axes(leaf.shared_axes, leaf.in_axes, leaf.out_axes)
+            for path in paths
+            if isinstance(leaf := found[path], LoraSpec)
+        }
+
+    return infer

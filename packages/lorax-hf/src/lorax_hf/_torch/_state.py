@@ -1,0 +1,71 @@
+"""The parameters and buffers of a module, and a copy of the module without them."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class State(NamedTuple):
+    """The tensors of a module, by their names."""
+
+    parameters: dict[str, torch.Tensor]  # one name for each: the first of those that are tied
+    buffers: dict[str, torch.Tensor]  # and tensors that are attributes
+
+
+def state_of(module: torch.nn.Module) -> State:
+    """Parameters are what PyTorch registers as such; every other tensor is a buffer."""
+    parameters = {names[0]: parameter for names, parameter in _named(module)}
+    for name, parameter in parameters.items():
+        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+            raise TypeError(
+                f"`{name}` of a lazy module has no shape yet; call the module once in PyTorch."
+            )
+    known = {id(parameter) for parameter in parameters.values()}
+    buffers = {k: v for k, v in module.named_buffers() if id(v) not in known}
+    known |= {id(buffer) for buffer in buffers.values()}
+    for name, tensor in _attributes(module):
+        if id(tensor) not in known:
+            buffers[name] = tensor
+            known.add(id(tensor))
+    return State(parameters, buffers)
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that a module holds without having registered them."""
+    for prefix, owner in module.named_modules():
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def without_weights(module: torch.nn.Module, state: State) -> torch.nn.Module:
+    """A copy of a module whose tensors are on the meta device, so that it holds no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in state.parameters.values():
+        empty = torch.empty_like(tensor.detach(), device="meta")
+        memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    for tensor in state.buffers.values():
+        memo[id(tensor)] = torch.empty_like(tensor.detach(), device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def tied_names(module: torch.nn.Module) -> dict[str, list[str]]:
+    """For each parameter with several names, the ones after the first."""
+    return {first: others for (first, *others), _ in _named(module) if others}
+
+
+def _named(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
+    """Each parameter with its names; of a table that is a head as well, the table's comes first."""
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+
+    def is_not_a_table(name: str) -> bool:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        return not isinstance(owner, torch.nn.Embedding)
+
+    return [(sorted(names[key], key=is_not_a_table), parameters[key]) for key in names]

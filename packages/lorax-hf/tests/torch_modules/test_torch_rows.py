@@ -1,0 +1,225 @@
+"""`spec`, `peft_names` and `lora` for PyTorch modules: what is chosen, its axes, its layout."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_torch
+import torch
+import transformers
+from torch import nn
+
+import lorax
+import lorax_hf
+from lorax import testing
+
+LAYER = "model.layers.0."
+
+
+def adapted(model, **options):
+    """What a spec adapts, by name."""
+    spec = lorax_hf.spec(model, **options)
+    return {path: leaf for path, leaf in spec.items() if leaf != lorax.LORA_FREEZE}
+
+
+def ends(model, **options):
+    """The last names of the modules, or of the experts' parameters, in layer 0 or in none."""
+    found = {path.removesuffix(".weight") for path in adapted(model, **options)}
+    return {path.rpartition(".")[2] for path in found if ".0." in path or ".1." not in path}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+EXPERTS = {"gate_up_proj", "down_proj"}
+CHOICES = {
+    ("llama", "default"): {"q_proj", "v_proj"},
+    ("llama", "attention"): ATTENTION,
+    ("llama", "mlp"): MLP,
+    ("llama", "all-linear"): ATTENTION | MLP,
+    ("llama", "embeddings"): {"embed_tokens"},
+    ("gpt2", "default"): {"c_attn"},
+    ("gpt2", "attention"): {"c_attn", "c_proj"},
+    ("gpt2", "mlp"): {"c_fc", "c_proj"},
+    ("gpt2", "embeddings"): {"wte"},
+    ("mixtral", "default"): {"q_proj", "v_proj"},
+    ("mixtral", "all-linear"): ATTENTION,
+    ("mixtral", "experts"): EXPERTS,
+    ("mixtral", "mlp"): EXPERTS,
+    ("gpt_oss", "experts"): EXPERTS,
+}
+
+
+@pytest.mark.parametrize(("kind", "targets"), CHOICES)
+def test_named_choices(kind, targets):
+    assert ends(tiny_torch.causal(kind), targets=targets) == CHOICES[kind, targets]
+
+
+WAYS = {
+    "ends": (["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
+    "whole": (r".*\.[qk]_proj", {"q_proj", "k_proj"}),
+    "part": (re.compile(r"mlp\."), MLP),
+    "function": (lambda name: name.endswith("o_proj"), {"o_proj"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_choices(way):
+    targets, expected = WAYS[way]
+    assert ends(tiny_torch.causal("llama"), targets=targets) == expected
+
+
+def test_all_options_are_those_of_flax_models():
+    chosen = adapted(
+        tiny_torch.causal("llama"),
+        rank=5,
+        alpha=7,
+        rslora=True,
+        targets="attention",
+        exclude=["o_proj"],
+        layers=[1],
+        full=["lm_head"],
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"v_proj": 2},
+    )
+    assert chosen.pop("lm_head.weight") == lorax.LORA_FULL
+    found = {
+        path.split(".")[-2]: (leaf.rank, leaf.alpha, leaf.scaling) for path, leaf in chosen.items()
+    }
+    assert found == {
+        "q_proj": (3, 7, "rslora"),
+        "k_proj": (5, 7, "rslora"),
+        "v_proj": (5, 2, "rslora"),
+    }
+    assert all(path.startswith("model.layers.1.") for path in chosen)
+    kind = lorax.DoraSpec(lorax.LoraSpec(3))
+    dora = adapted(tiny_torch.causal("llama"), adapter=kind, targets=["q_proj"])
+    assert all(leaf.spec.in_axes == (1,) for leaf in dora.values())
+
+
+class Mixed(nn.Module):
+    """A weight of every class of modules that says what its axes are, and of some that do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 6, padding_idx=0)
+        self.window = nn.Conv1d(6, 8, 3)
+        self.groups = nn.Conv1d(8, 8, 2, groups=4)
+        self.across = nn.ConvTranspose1d(8, 10, 3)
+        self.turned = transformers.pytorch_utils.Conv1D(12, 10)
+        self.scores = nn.Parameter(torch.ones(12, 7))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids).transpose(1, 2)
+        x = self.turned(self.across(self.groups(self.window(x))).transpose(1, 2))
+        return self.head(x @ self.scores)
+
+
+IDS = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
+
+
+def test_axes_are_those_that_a_trace_finds():
+    module = tiny_torch.randomized(Mixed())
+    fn, params = lorax_hf.from_torch(module)
+    traced = lorax.infer_spec(fn, params, jnp.asarray(IDS), rank=2, skip_small=False)
+    inputs = (jax.ShapeDtypeStruct(IDS.shape, jnp.int32),)
+    found = lorax_hf.spec(module, rank=2, targets=lambda name: True, inputs=inputs)
+    assert found == traced
+    assert found["across.weight"].out_axes == (1,) and found["turned.weight"].out_axes == (1,)
+    testing.check(fn, params, found, jnp.asarray(IDS), transforms=False)
+
+
+def test_weights_of_unknown_axes_are_named():
+    module = Mixed()
+    with pytest.raises(lorax.SpecError, match="`across.weight` of ConvTranspose1d.*`inputs=`"):
+        lorax_hf.spec(module, targets=["across"])
+    with pytest.warns(lorax.UnadaptedWarning, match="`scores` of Mixed"):
+        spec = lorax_hf.spec(module, rank=2, targets=lambda name: name != "embed")
+    assert spec["across.weight"] == spec["scores"] == lorax.LORA_FREEZE
+    assert spec["window.weight"].in_axes == (1, 2)
+    with pytest.raises(TypeError, match="`inputs` is a tuple or a dict"):
+        lorax_hf.spec(module, targets=["across"], inputs=jnp.asarray(IDS))
+
+
+def test_names():
+    names = lorax_hf.peft_names(Mixed())
+    assert names["head.weight"] == {
+        "layout": "Linear",
+        "module": "head",
+        "in_axes": [1],
+        "out_axes": [0],
+    }
+    assert names["turned.weight"]["layout"] == "Conv1D"
+    assert names["embed.weight"]["layout"] == "Embedding"
+    assert names["window.weight"]["channel_axis"] == 1 and "grouped" not in names["window.weight"]
+    assert names["groups.weight"]["grouped"] is True
+    for path in ("across.weight", "scores", "head.bias"):
+        module, _, parameter = path.rpartition(".")
+        assert names[path] == {"layout": "Tensor", "module": module, "parameter": parameter}
+    experts = lorax_hf.peft_names(tiny_torch.causal("mixtral"))
+    assert experts[f"{LAYER}mlp.experts.down_proj"] == {
+        "layout": "Experts",
+        "module": f"{LAYER}mlp.experts",
+        "parameter": "down_proj",
+        "order": 1,
+        "in_axes": [2],
+        "out_axes": [1],
+        "shared_axes": [0],
+        "out_first": True,
+    }
+
+
+REFUSED = {
+    "near": ({"targets": ["q_prj"]}, "'q_prj'. Did you mean 'q_proj'"),
+    "experts": ({"targets": "experts"}, "targets='experts': this architecture has none"),
+    "empty": ({"layers": 9}, r"leave nothing of targets='default'.*\[0, 1\]"),
+    "pattern": ({"rank_pattern": {"query": 2}}, "rank_pattern: no module ends in 'query'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_options_are_named(name):
+    options, message = REFUSED[name]
+    with pytest.raises(lorax.SpecError, match=message):
+        lorax_hf.spec(tiny_torch.causal("llama"), **options)
+
+
+def test_a_type_without_a_default_of_peft_is_named():
+    with pytest.raises(lorax.SpecError, match="PEFT has no default for this module"):
+        lorax_hf.spec(nn.Sequential(nn.Linear(6, 5)))
+    config = transformers.OlmoConfig(num_hidden_layers=1)
+    with pytest.raises(lorax.SpecError, match="PEFT has no default for the type 'olmo'"):
+        lorax_hf.spec(config)
+
+
+def test_a_config_is_enough():
+    model = tiny_torch.causal("qwen3")
+    model.config.architectures = ["Qwen3ForCausalLM"]
+    assert lorax_hf.spec(model.config, rank=2) == lorax_hf.spec(model, rank=2)
+    assert lorax_hf.peft_names(model.config) == lorax_hf.peft_names(model)
+
+
+def test_the_adapted_module_is_called_as_the_module_is():
+    model = tiny_torch.causal("llama")
+    _, params = lorax_hf.from_torch(model)
+    spec = lorax_hf.spec(model, rank=2, targets="all-linear")
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    adapted = lorax_hf.lora(model, on_materialize="error", on_unused="error")
+    ids = jnp.asarray(tiny_torch.IDS)
+    mask = jnp.ones_like(ids)
+    found = adapted(ids, attention_mask=mask, params=(frozen, tunable)).logits
+    fn, _ = lorax_hf.from_torch(model)
+    expected = fn(lorax.merge_params(frozen, tunable), ids, attention_mask=mask).logits
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert adapted.config is model.config
+    with pytest.raises(TypeError, match="params"):
+        adapted(ids)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        adapted.no_such_thing  # noqa: B018
+
+
+def test_doctor_takes_a_module():
+    assert lorax_hf.doctor(tiny_torch.causal("llama")) == lorax_hf.doctor(nn.Linear(2, 2)) == []

@@ -1,0 +1,152 @@
+"""One model through lorax_hf and PEFT, in this process."""
+
+import copy
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import lorax
+import lorax_hf
+from lorax import testing
+
+from .finding import Finding
+from .models import build
+
+RANK = 2
+
+
+def try_model(title: str) -> Finding:
+    """All stages; the first that fails is the fault."""
+    finding, started = Finding(title), time.perf_counter()
+    stage = ["build"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _try(title, finding, stage)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        finding.fault = f"{stage[-1]}: {type(error).__name__}: {text}"[:400]
+    finding.seconds = round(time.perf_counter() - started, 1)
+    return finding
+
+
+def _try(title: str, finding: Finding, stage: list[str]) -> None:
+    module, inputs = build(title)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    arrays = {name: jnp.asarray(array) for name, array in inputs.items()}
+
+    stage.append("torch")
+    quiet = {"use_cache": False} if _takes_cache(module) else {}
+    with torch.no_grad():
+        expected = main_output(module(**tensors, **quiet)).float().numpy()
+
+    stage.append("from_torch")
+    fn, params = lorax_hf.from_torch(module)
+
+    def run(params: Any, **arrays: Any) -> Any:
+        return main_output(fn(params, **arrays))
+
+    base = jax.jit(run)(params, **arrays)
+    finding.forward = relative_error(base, expected)
+
+    stage.append("infer_spec")
+    spec = lorax.infer_spec(run, params, rank=RANK, skip_small=False, **arrays)
+    finding.weights = sum(isinstance(leaf, lorax.LoraSpec) for leaf in spec.values())
+
+    stage.append("axes")
+    said = lorax_hf.spec(module, rank=1, targets=lambda name: True, inputs=arrays)
+    for path, leaf in said.items():
+        found = spec[path]
+        if isinstance(leaf, lorax.LoraSpec) and isinstance(found, lorax.LoraSpec):
+            # An axis of one entry may have any role.
+            shape = params[path].shape
+            ours, traced = _axes(leaf, shape), _axes(found, shape)
+            if ours != traced:
+                finding.unlike[path] = f"{ours} here, {traced} by the trace"
+
+    stage.append("lora")
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+    tunable = loaded(tunable)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted = jax.jit(lorax.lora(run))((frozen, tunable), **arrays)
+    built = [w for w in told if issubclass(w.category, lorax.MaterializeWarning)]
+    finding.built = {str(w.message).split("`")[1]: str(w.message)[:300] for w in built}
+    finding.factored = finding.weights - len(finding.built)
+    merged = jax.jit(run)(lorax.merge_params(frozen, tunable), **arrays)
+    finding.merged = relative_error(adapted, merged)
+
+    stage.append("peft")
+    _peft(module, tensors, quiet, run, params, arrays, finding)
+
+
+def _peft(
+    module: Any, tensors: Any, quiet: Any, run: Any, params: Any, arrays: Any, finding: Finding
+) -> None:
+    from peft import PeftModel
+
+    import lorax_io
+
+    specs = []
+    for targets in ("all-linear", "experts"):
+        try:
+            specs.append(lorax_hf.spec(module, rank=RANK, alpha=3, targets=targets))
+        except lorax.SpecError:
+            continue
+    if not specs:
+        finding.no_peft = "no linear layer"
+        return
+    spec = {name: next((s[name] for s in specs if s[name] != 0), 0) for name in params}
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
+    tunable = loaded(tunable)
+    ours = jax.jit(lorax.lora(run, on_materialize="allow", on_unused="allow"))(
+        (frozen, tunable), **arrays
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            lorax_io.save_peft(folder, tunable, lorax_hf.peft_names(module))
+        except lorax_io.AdapterError as error:
+            finding.no_peft = f"save_peft: {' '.join(str(error).split())}"[:300]
+            return
+        theirs = PeftModel.from_pretrained(copy.deepcopy(module), folder).eval()
+        with torch.no_grad():
+            expected = main_output(theirs(**tensors, **quiet)).float().numpy()
+    finding.peft = relative_error(ours, expected)
+
+
+def loaded(tunable: Any) -> Any:
+    """Random factors that move the outputs and do not blow them up."""
+    random = testing.random_factors(tunable, jax.random.key(1))
+    return jax.tree.map(lambda leaf: 0.1 * leaf, random)
+
+
+def main_output(found: Any) -> Any:
+    """The logits, or the first floating array that a model returns."""
+    for name in ("logits", "logits_per_image"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    leaves = list(found.values()) if hasattr(found, "values") else list(found)
+    return leaves[0]
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest entry."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, f"shape {found.shape}, not {expected.shape}"
+    assert np.isfinite(expected).all(), "the outputs of torch are not finite"
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def _axes(leaf: lorax.LoraSpec, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    groups = (leaf.in_axes or (), leaf.out_axes or (), leaf.shared_axes)
+    return tuple(tuple(axis for axis in group if shape[axis] > 1) for group in groups)
+
+
+def _takes_cache(module: Any) -> bool:
+    return bool(getattr(getattr(module, "config", None), "use_cache", False))
