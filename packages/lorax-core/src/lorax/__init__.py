@@ -10,6 +10,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
+from ._base import QuantizedWeight as QuantizedWeight
 from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (
@@ -20,6 +21,7 @@ from ._errors import (
     RankWarning as RankWarning,
     SpecError as SpecError,
     UnadaptedWarning as UnadaptedWarning,
+    UnquantizedWarning as UnquantizedWarning,
     UnusedAdapterError as UnusedAdapterError,
     UnusedAdapterWarning as UnusedAdapterWarning,
 )
@@ -27,12 +29,14 @@ from ._explain import Explanation as Explanation, explain as explain
 from ._infer import infer_spec as infer_spec
 from ._init import init_lora as init_lora
 from ._merge import (
+    Requantized as Requantized,
     count_params as count_params,
     materialize as materialize,
     merge_params as merge_params,
     unmerge as unmerge,
 )
 from ._pair import Pair as Pair
+from ._quantize import dequantize as dequantize, quantize as quantize
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
@@ -40,6 +44,11 @@ from ._spec import (
     spec_from_rules as spec_from_rules,
 )
 from ._transform import lora as lora
+from .bases.fp8 import FP8 as FP8
+from .bases.int4 import Int4 as Int4
+from .bases.int8 import Int8 as Int8
+from .bases.mxfp4 import MXFP4 as MXFP4
+from .bases.nf4 import NF4 as NF4
 from .kinds.adalora import (
     AdaloraPruner as AdaloraPruner,
     AdaloraSpec as AdaloraSpec,
@@ -76,35 +85,43 @@ __all__ = [
     "DoraSpec",
     "DoraWeight",
     "Explanation",
+    "FP8",
     "FrozenWeight",
     "GraloraSpec",
     "GraloraWeight",
     "IA3Spec",
     "IA3Weight",
+    "Int4",
+    "Int8",
     "LORA_FREEZE",
     "LORA_FULL",
-    "LoraFASpec",
-    "LoraFAWeight",
     "LoconSpec",
     "LoconWeight",
     "LohaSpec",
     "LohaWeight",
     "LokrSpec",
     "LokrWeight",
+    "LoraFASpec",
+    "LoraFAWeight",
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
+    "MXFP4",
     "MaterializeError",
     "MaterializeWarning",
     "MissSpec",
     "MissWeight",
+    "NF4",
     "Pair",
     "PairError",
+    "QuantizedWeight",
+    "Requantized",
     "RankWarning",
     "SpecError",
     "TokensSpec",
     "TokensWeight",
     "UnadaptedWarning",
+    "UnquantizedWarning",
     "UnusedAdapterError",
     "UnusedAdapterWarning",
     "VeraSpec",
@@ -114,6 +131,7 @@ __all__ = [
     "adapter_difference",
     "adapter_from_settings",
     "count_params",
+    "dequantize",
     "explain",
     "infer_spec",
     "init_lora",
@@ -121,6 +139,7 @@ __all__ = [
     "materialize",
     "merge_params",
     "path_string",
+    "quantize",
     "simple_spec",
     "spec_from_rules",
     "unmerge",

@@ -50,7 +50,7 @@ MOVING = ("pissa", "olora")
 
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
     """The first state of a LoRA weight whose factors a function of `STARTS` makes."""
-    base, (shared, inputs, outputs) = start.base, start.axes
+    base, (shared, inputs, outputs) = start.array(weight, "the weight itself"), start.axes
     order = (*shared, *inputs, *outputs)
     fan_in, fan_out = start.axes.sizes(base.shape)
     matrices = jnp.transpose(base, order).reshape(-1, fan_in, fan_out)  # [shared, in, out]
