@@ -10,6 +10,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
+from ._base import QuantizedWeight as QuantizedWeight
 from ._collect import collect_starts as collect_starts, eva_ranks as eva_ranks
 from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
@@ -21,6 +22,7 @@ from ._errors import (
     RankWarning as RankWarning,
     SpecError as SpecError,
     UnadaptedWarning as UnadaptedWarning,
+    UnquantizedWarning as UnquantizedWarning,
     UnusedAdapterError as UnusedAdapterError,
     UnusedAdapterWarning as UnusedAdapterWarning,
 )
@@ -28,12 +30,14 @@ from ._explain import Explanation as Explanation, explain as explain
 from ._infer import infer_spec as infer_spec
 from ._init import init_lora as init_lora
 from ._merge import (
+    Requantized as Requantized,
     count_params as count_params,
     materialize as materialize,
     merge_params as merge_params,
     unmerge as unmerge,
 )
 from ._pair import Pair as Pair
+from ._quantize import dequantize as dequantize, quantize as quantize
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
@@ -59,6 +63,11 @@ from .banks import (
     unstack_adapters as unstack_adapters,
     with_scales as with_scales,
 )
+from .bases.fp8 import FP8 as FP8
+from .bases.int4 import Int4 as Int4
+from .bases.int8 import Int8 as Int8
+from .bases.mxfp4 import MXFP4 as MXFP4
+from .bases.nf4 import NF4 as NF4
 from .kinds.adalora import (
     AdaloraPruner as AdaloraPruner,
     AdaloraSpec as AdaloraSpec,
@@ -109,11 +118,14 @@ __all__ = [
     "EvaStart",
     "Explanation",
     "Extraction",
+    "FP8",
     "FrozenWeight",
     "GraloraSpec",
     "GraloraWeight",
     "IA3Spec",
     "IA3Weight",
+    "Int4",
+    "Int8",
     "LORA_FREEZE",
     "LORA_FULL",
     "LoconSpec",
@@ -128,19 +140,24 @@ __all__ = [
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
+    "MXFP4",
     "MaterializeError",
     "MaterializeWarning",
     "MissSpec",
     "MissWeight",
+    "NF4",
     "OftSpec",
     "OftWeight",
     "Pair",
     "PairError",
+    "QuantizedWeight",
     "RankWarning",
+    "Requantized",
     "SpecError",
     "TokensSpec",
     "TokensWeight",
     "UnadaptedWarning",
+    "UnquantizedWarning",
     "UnusedAdapterError",
     "UnusedAdapterWarning",
     "VeraSpec",
@@ -153,6 +170,7 @@ __all__ = [
     "collect_starts",
     "combine_adapters",
     "count_params",
+    "dequantize",
     "drop_adapter",
     "eva_ranks",
     "explain",
@@ -164,6 +182,7 @@ __all__ = [
     "merge_params",
     "mix_adapters",
     "path_string",
+    "quantize",
     "resize_adapter",
     "select_adapters",
     "set_adapter",

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import numpy as np
 
-from ._arrays import own
+from ._arrays import Held, own
 from ._axes import Axes, resolve_axes
 from ._errors import SpecError, a_kind
 from ._factored import FactoredArray
@@ -335,6 +335,8 @@ class Start(NamedTuple):
 
     def array(self, spec: Any, needed: str) -> Any:
         """The parameter, of which `spec` needs more than its shape."""
+        if isinstance(self.base, Held):
+            return self.base.array()
         if not isinstance(self.base, jax.Array | np.ndarray):
             raise SpecError(
                 f"`{self.path}` has {a_kind(spec)}, which needs {needed}, but it is "

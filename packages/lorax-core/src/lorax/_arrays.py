@@ -9,11 +9,19 @@ import numpy as np
 from ._compat import is_tracer
 
 
+class Held:
+    """A node of a tree that stands for one array, which it holds in another form."""
+
+    def array(self) -> jax.Array:
+        """The array."""
+        raise NotImplementedError
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array that a model computes with."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Held)
 
 
 def own(leaf: Any) -> Any:
@@ -24,6 +32,8 @@ def own(leaf: Any) -> Any:
     """
     if isinstance(leaf, np.ndarray):
         return np.array(leaf)
+    if isinstance(leaf, Held):
+        return jax.tree.map(own, leaf)
     if not isinstance(leaf, jax.Array):
         return leaf
     if not is_tracer(leaf) and not leaf.is_fully_addressable:

@@ -41,11 +41,16 @@ def bind(eqn: jex.JaxprEqn, *operands: Any) -> list[Any]:
     plain = not (eqn.effects or eqn.primitive.multiple_results)
     if plain and any(isinstance(operand, ad.LinearizeTracer) for operand in operands):
         return [_linearized_once(eqn.primitive, tuple(eqn.params.items()))(*operands)]
-    bound = eqn.primitive.get_bind_params(eqn.params)
+    return bind_params(eqn.primitive, eqn.params, *operands)
+
+
+def bind_params(primitive: jex.Primitive, params: dict[str, Any], *operands: Any) -> list[Any]:
+    """Evaluates a primitive with the parameters that it has in an equation."""
+    bound = primitive.get_bind_params(params)
     # JAX < 0.10 returns (subfuns, params); later versions keep the functions among the params.
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
-    out = eqn.primitive.bind(*subfuns, *operands, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
+    out = primitive.bind(*subfuns, *operands, **params)
+    return list(out) if primitive.multiple_results else [out]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,6 +37,10 @@ class UnadaptedWarning(UserWarning):
     """Weights that `infer_spec` leaves without an adapter, each with the reason and the remedy."""
 
 
+class UnquantizedWarning(UserWarning):
+    """Weights that `quantize` leaves as they are, each with the reason and the remedy."""
+
+
 class RankWarning(UserWarning):
     """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""
 

@@ -12,13 +12,13 @@ import jax.export
 import jax.extend.core as jex
 
 from ._arrays import is_array
-from ._factored import base_of
+from ._base import QuantizedWeight, bytes_of
 from ._interpreter import Interpreter
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
 from ._pair import Leaf
 from ._registry import RULES
-from ._transform import Traced, bind_call, run, trace, uses
+from ._transform import Traced, bind_call, run, trace, traced_as, uses
 from ._uses import Use
 
 
@@ -60,8 +60,14 @@ class Explanation:
         rows: one for each trained parameter.
         trainable: how many numbers are trained.
         total: how many numbers the base model has.
-        base: the cost of a call of the base model.
-        adapted: the cost of the same call with adapters.
+        base: the cost of a call of the base model, whose weights are floats.
+        adapted: the cost of the same call with adapters, on the weights as they are held.
+        frozen_bytes: of the frozen tree.
+        tunable_bytes: of the tunable tree.
+        quantized: how many numbers of the base model are held as codes.
+        bits: for each of these, scales included; None where there are none.
+        decoded: the uses for which a quantized weight without an adapter is made an array, other
+            than products and look-ups: of each the path, the primitive, and the line.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +75,11 @@ class Explanation:
     total: int
     base: Cost
     adapted: Cost
+    frozen_bytes: int = 0
+    tunable_bytes: int = 0
+    quantized: int = 0
+    bits: float | None = None
+    decoded: tuple[tuple[str, str, str], ...] = ()
 
     def _table(self) -> list[tuple[str, ...]]:
         head = ("parameter", "shape", "rank", "trainable", "status", "used by")
@@ -86,7 +97,15 @@ class Explanation:
 
     def _summary(self) -> list[str]:
         share = 100 * self.trainable / self.total if self.total else 0.0
-        lines = [f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)."]
+        lines = [
+            f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %).",
+            f"Bytes: {self.frozen_bytes:,} frozen, {self.tunable_bytes:,} tunable.",
+        ]
+        if self.bits is not None:
+            lines.append(f"{self.quantized:,} parameters are held in {self.bits:.2f} bits each.")
+        for path, primitive, line in self.decoded:
+            where = f" at {line}" if line else ""
+            lines.append(f"`{path}` is decoded in full for `{primitive}`{where}.")
         for name, unit in (("flops", "FLOPs"), ("bytes", "bytes moved")):
             base, adapted = getattr(self.base, name), getattr(self.adapted, name)
             if base and adapted:
@@ -159,15 +178,31 @@ def explain(
     found: dict[str, list[Use]] = collections.defaultdict(list)
     for use in uses(traced, through_custom_derivatives):
         found[str(use.source)].append(use)
+    bare = {leaf.path for leaf in call.leaves if leaf.is_weight and not leaf.is_adapted}
+    decoded = dict.fromkeys(
+        (path, use.primitive, use.line)
+        for path in bare
+        for use in found[path]
+        if use.kind in ("materialized", "returned")
+    )
+    held = [leaf.frozen for leaf in call.leaves if isinstance(leaf.frozen, QuantizedWeight)]
+    quantized = sum(weight.size for weight in held)
+    frozen = [x for leaf in call.leaves for x in (leaf.frozen, *leaf.held.values()) if is_array(x)]
+    tunable = [x for x in jax.tree.leaves([leaf.tunable for leaf in call.leaves]) if is_array(x)]
     rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
-    plain = list(map(base_of, traced.operands))
+    plain = list(map(traced_as, traced.operands))
     return Explanation(
         tuple(rows),
         count_params([leaf.tunable for leaf in call.leaves]),
         count_params([base for base in bases if is_array(base)]),
         _cost(jex.jaxpr_as_fun(traced.jaxpr), *plain),
         _cost(_adapted(traced, through_custom_derivatives), traced.operands),
+        frozen_bytes=sum(map(bytes_of, frozen)),
+        tunable_bytes=sum(map(bytes_of, tunable)),
+        quantized=quantized,
+        bits=8 * sum(map(bytes_of, held)) / quantized if quantized else None,
+        decoded=tuple(decoded),
     )
 
 

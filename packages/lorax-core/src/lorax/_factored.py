@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from . import _contract
+from ._coded import CodedArray, is_coded, reading
 from ._meter import Meter
 from ._sharding import sharded_like
 from ._terms import Inexpressible, Labels, Term, align, apart
@@ -67,22 +68,26 @@ class Norm:
         entries = total.reshape([label.size for label in shown])
         return self._gain(self.term, jnp.sum(_squared(entries), summed), kept)
 
-    def gain(self, base: jax.Array, terms: Sequence[Term]) -> Term:
+    def gain(self, base: jax.Array | CodedArray, terms: Sequence[Term]) -> Term:
         """The gain beside a weight that is never formed."""
         aligned, terms = _aligned(self.term, terms)
         kept = tuple(label for label in aligned.shown if aligned.owners(label))
         wide = _contract.wide_dtype(base.dtype)
         keywords: dict[str, Any] = {"dtype": wide, "precision": jax.lax.Precision.HIGHEST}
-        entries = base.reshape([label.size for label in aligned.shown])
+        sizes = [label.size for label in aligned.shown]
 
         def product(*operands: Any, **more: Any) -> jax.Array:
             return _contract.contract(operands, kept, **keywords, **more).real
 
+        def cross(base: jax.Array, *factors: jax.Array, labels: Sequence[Labels]) -> jax.Array:
+            met = zip(factors, labels, strict=True)
+            return product((base.reshape(sizes), aligned.shown), *met, meets=0)
+
         conjugated = [_conjugate(term) for term in terms]
         square = _along(aligned, 1, kept, wide)
         for k, term in enumerate(terms):
-            factors = zip(conjugated[k].factors, term.labels, strict=True)
-            square += 2 * product((entries, aligned.shown), *factors, meets=0)
+            of_term = functools.partial(cross, labels=term.labels)
+            square += 2 * reading(of_term, base, *conjugated[k].factors)
             for j, other in enumerate(conjugated[: k + 1]):
                 # The other term has the same axes, and a rank of its own.
                 inner = {label for labels in other.labels for label in labels} - {*aligned.shown}
@@ -171,7 +176,7 @@ class FactoredArray:
         meter: where the inputs of the weight are summed up; it changes nothing.
     """
 
-    base: jax.Array
+    base: jax.Array | CodedArray
     terms: tuple[Term, ...]
     gains: tuple[Term, ...] = ()
     norm: Norm | None = None
@@ -214,6 +219,30 @@ class FactoredArray:
         turned = self.turn is not None and self.turn.axis == axis
         return turned or (self.meter is not None and axis in self.meter.axes)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a base that is held as codes, and nothing else."""
+        return is_coded(self.base) and not self.pieces
+
+    @property
+    def sources(self) -> list[tuple[Hashable, ...]]:
+        """What each piece is called, and before them a base that is held as codes."""
+        of_base = [self.base.sources] if is_coded(self.base) else []
+        return of_base + [piece.sources for piece in self.pieces]
+
+    def with_sources(self, names: Iterator[tuple[Hashable, ...]]) -> "FactoredArray":
+        """The same weight, its pieces called otherwise."""
+        base = self.base
+        if is_coded(base):
+            base = dataclasses.replace(base, sources=next(names))
+        return self.with_pieces(
+            base, [dataclasses.replace(piece, sources=next(names)) for piece in self.pieces]
+        )
+
+    def unnamed(self) -> "FactoredArray":
+        """The same weight without what it is called: equal layers then are alike."""
+        return self.with_sources(itertools.repeat(()))
+
     def with_pieces(self, base: Any, pieces: Iterable[Term]) -> "FactoredArray":
         """The weight of another base and of as many other pieces."""
         rest = iter(pieces)
@@ -248,7 +277,7 @@ class FactoredArray:
         """The same weight with other terms."""
         return dataclasses.replace(self, terms=tuple(terms))
 
-    def replace_base(self, base: jax.Array) -> "FactoredArray":
+    def replace_base(self, base: jax.Array | CodedArray) -> "FactoredArray":
         """The same weight with another base."""
         return dataclasses.replace(self, base=base)
 
@@ -314,7 +343,7 @@ def is_weight(value: Any) -> TypeGuard[FactoredArray]:
     return isinstance(value, FactoredArray)
 
 
-def base_of(value: Any) -> jax.Array:
+def base_of(value: Any) -> Any:
     """The base of a weight; a plain array is its own."""
     return value.base if is_weight(value) else value
 

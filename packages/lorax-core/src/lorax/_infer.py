@@ -12,6 +12,7 @@ import numpy as np
 from ._adapter import Adapter, AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes, normalize, resolve_axes
+from ._base import as_base
 from ._errors import SpecError, UnadaptedWarning
 from ._factored import FactoredArray
 from ._keywords import refuses_ambiguous_keywords
@@ -20,7 +21,7 @@ from ._spec import LORA_FREEZE, Pattern, matches, shown, some
 from ._terms import Term
 from ._transform import Call, FlatPair, trace
 from .kinds.lora import LoraSpec, Scaling
-from .roles import DATA, find_roles
+from .roles import DATA, Roles, find_roles
 
 SharedAxes = Sequence[int] | Mapping[Pattern, Sequence[int]]
 
@@ -98,7 +99,7 @@ def infer_spec(
     kind = LoraSpec(rank, alpha, scaling) if rank is not None else spec
     assert kind is not None
     leaves, structure = flatten_params(params)
-    roles = find_roles(*_traced(fn, leaves, structure, args, kwargs))
+    roles = roles_of(fn, leaves, structure, args, kwargs)
     accepted = [path for path, leaf in leaves if _is_matrix(leaf) and _accepts(where, path)]
     shared = _shared_axes(shared_axes, accepted)
     told: list[str] = []
@@ -148,16 +149,16 @@ def infer_spec(
     return jax.tree.unflatten(structure, decided)
 
 
-def _traced(
+def roles_of(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
-) -> tuple[Any, list[Any]]:
-    """The function as a jaxpr, and what its constants and inputs are, as `find_roles` wants it."""
+) -> Roles:
+    """What a function does with its parameters, found by tracing it."""
     marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
 
     def known_by_its_path(leaf: Leaf) -> FactoredArray:
-        return FactoredArray(leaf.frozen, (Term((), (), (), (leaf.path,)),))
+        return FactoredArray(as_base(leaf.frozen), (Term((), (), (), (leaf.path,)),))
 
     call = Call((None, *args), kwargs, {0: FlatPair(marked, structure)})
     traced = trace(fn, call, known_by_its_path)
@@ -172,7 +173,7 @@ def _traced(
     constants = [
         DATA if closed_over or const.shape in given else None for const in traced.jaxpr.consts
     ]
-    return traced.jaxpr, [*constants, *kinds]
+    return find_roles(traced.jaxpr, [*constants, *kinds])
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from ._adapter import Adapter, AdapterSpec, FrozenWeight, Initializer, Start, Started
 from ._arrays import own
 from ._axes import Axes
+from ._base import QuantizedWeight, encoded, first_array
 from ._boxes import box_factors
 from ._compat import is_tracer
 from ._contract import wide_dtype
@@ -192,6 +193,8 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
     )
     if moved is None:
         moved = base
+    elif isinstance(base, QuantizedWeight):
+        moved = encoded(base, moved)
     elif isinstance(base, jax.Array) and not is_tracer(base):
         moved = jax.device_put(moved, base.sharding)
     if not held:
@@ -207,10 +210,11 @@ def _place_like(
     factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels, placed: dict[Any, Any]
 ) -> Any:
     """Moves a factor to where its base lives, each axis sharded as the base's axis."""
-    if not isinstance(base, jax.Array):
+    if not isinstance(first_array(base), jax.Array):
         return factor
-    if is_tracer(base):
-        sharding: Any = jax.typeof(base).sharding
+    if is_tracer(first_array(base)):
+        held = isinstance(base, QuantizedWeight)
+        sharding: Any = base.sharding if held else jax.typeof(base).sharding
         place = jax.sharding.reshard
         settled = AxisType.Explicit not in sharding.mesh.axis_types  # the compiler places the rest
     else:

@@ -16,7 +16,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from . import _compat, _contract
+from . import _coded, _compat, _contract
+from ._coded import is_coded
 from ._factored import FactoredArray, times_gain
 from ._paid import fold_keys
 from ._registry import CARRIERS, REASONS, unfit
@@ -86,8 +87,8 @@ class Interpreter:
         """A value as the function's caller gets it: a weight is built in full, and recorded."""
         if not isinstance(value, FactoredArray):
             return value
-        for term in value.pieces:
-            self.uses += (Use(s, "returned", "return", term.shape, "") for s in term.sources)
+        names = dict.fromkeys(name for names in value.sources for name in names)
+        self.uses += (Use(name, "returned", "return", value.shape, "") for name in names)
         return value.array()
 
     def _evaluate(
@@ -111,8 +112,9 @@ class Interpreter:
                 reason = str(inexpressible)
         if out is NotImplemented:
             del self.uses[recorded:]
-            arrays = [equation.materialize(operand, reason) for operand in operands]
-            return _compat.bind(eqn, *arrays)
+            out = equation(*(equation.built(operand, reason) for operand in operands))
+            outs = list(out) if eqn.primitive.multiple_results else [out]
+            return [FactoredArray(out, ()) if is_coded(out) else out for out in outs]
         for body in equation.bodies:
             equation.adopt(body.uses)
         return list(out) if eqn.primitive.multiple_results else [out]
@@ -170,9 +172,20 @@ class Equation:
         self._before_broadcast = before_broadcast
         self.bodies: list[Body] = []
 
-    def __call__(self, *operands: jax.Array) -> Any:
-        """Evaluates the original equation on plain arrays."""
-        out = _compat.bind(self.eqn, *operands)
+    def __call__(self, *operands: Any) -> Any:
+        """Evaluates the original equation on plain arrays, or on bases that are held as codes.
+
+        On such a base an equation waits where its result is still one; elsewhere the base is
+        decoded for this equation alone.
+        """
+        coded = [k for k, operand in enumerate(operands) if is_coded(operand)]
+        if coded and _coded.is_deferred(self.eqn, operands):
+            waiting = [self._narrowed(k, operand) for k, operand in enumerate(operands)]
+            out = operands[coded[0]].deferred(self.eqn, coded[0], waiting)
+        elif coded or any(isinstance(operand, FactoredArray) for operand in operands):
+            out = _coded.evaluate(self.eqn, operands)
+        else:
+            out = _compat.bind(self.eqn, *operands)
         return out if self.eqn.primitive.multiple_results else out[0]
 
     def with_params(self, **changes: Any) -> "Equation":
@@ -190,6 +203,16 @@ class Equation:
         for size, axis in zip(jnp.shape(source[0]), source[1], strict=True):
             shape[axis] = size
         return jnp.reshape(source[0], shape)
+
+    def _narrowed(self, position: int, operand: Any) -> Any:
+        """An operand as it was before it was broadcast, where it was: what waits is kept."""
+        if len(self._operands) != len(self.eqn.invars) or operand is not self._operands[position]:
+            return operand
+        source = self._before_broadcast(self.eqn.invars[position])
+        mesh = jax.typeof(operand).sharding.mesh
+        if source is None or isinstance(source[0], FactoredArray) or not mesh.empty:
+            return operand
+        return _coded.Spread(source[0], tuple(operand.shape), tuple(source[1]))
 
     def body(self, jaxpr: Any, finish: "Finish | None" = None) -> "Body":
         """A body of this equation as a function of arrays and weights.
@@ -253,10 +276,22 @@ class Equation:
         if not isinstance(value, FactoredArray):
             return
         name, line, shape = self.eqn.primitive.name, self.line, value.shape
-        sources = dict.fromkeys(source for piece in value.pieces for source in piece.sources)
+        sources = dict.fromkeys(source for names in value.sources for source in names)
         self.interpreter.uses += (
             Use(source, kind, name, shape, line, reason) for source in sources
         )
+
+    def built(self, value: Value, reason: str = "") -> Any:
+        """The value as an operand of an equation that no rule covers; see `materialize`.
+
+        A base that is held as codes becomes an array within the equation.
+        """
+        if not isinstance(value, FactoredArray) or not is_coded(value.base):
+            return self.materialize(value, reason)
+        waits = value.is_bare and _coded.is_deferred(self.eqn, [value.base])
+        if not waits:
+            self.use(value, "materialized", reason)
+        return value.base if value.is_bare else value.unnamed()
 
     def materialize(self, value: Value, reason: str = "") -> jax.Array:
         """The value as a plain array; a weight is materialized, and that is recorded."""
@@ -276,10 +311,13 @@ class Equation:
         any. `finished` says that the terms are added in any case.
         """
         base = weight.base
+        if weight.is_bare and not finished:
+            return weight
         if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
             return weight
         self.use(weight, "rows")
         weight = weight.resolved()
+        base = _coded.decoded(base)
         for k, term in enumerate(weight.terms):
             met = meets[k] if meets else None
             dtype = base.dtype

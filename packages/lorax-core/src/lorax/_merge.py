@@ -3,13 +3,16 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ._adapter import Adapter, FrozenWeight, base_and_held
-from ._arrays import own
+from ._arrays import Held, own
+from ._base import QuantizedWeight, as_base, decoded, encoded, first_array
 from ._compat import is_tracer
+from ._contract import wide_dtype
 from ._errors import PairError
 from ._pair import (
     ABSENT,
@@ -44,11 +47,12 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
         >>> materialize(frozen["w"], trained["w"]).tolist()
         [[2.0, 1.0], [1.0, 2.0]]
     """
-    return weight.applied(*base_and_held(base)).array()
+    base, held = base_and_held(base)
+    return weight.applied(as_base(base), held).array()
 
 
-def _merged(base: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
-    return weight.applied(base, held).array()
+def _merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    return weight.applied(as_base(base), held).array()
 
 
 def _unmerged(merged: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
@@ -62,21 +66,23 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 def _apply(function: Any, what: str, leaf: Leaf, donate: bool = False) -> jax.Array:
     frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
-    arrays = [frozen, *jax.tree.leaves((held, tunable))]
+    arrays = [first_array(frozen), *jax.tree.leaves((held, tunable))]
     if any(map(is_tracer, arrays)):
         return function(frozen, held, tunable)
     _check_devices(what, leaf.path, arrays)
     base, held, tunable = jax.tree.map(in_device_memory, (frozen, held, tunable))
     sharding = placement(base)
     # A base that nobody placed goes where its factors are, as in `base + a @ b`.
-    elsewhere = [x for x in jax.tree.leaves((held, tunable)) if devices_of(x) != devices_of(base)]
+    here = devices_of(first_array(base))
+    elsewhere = [x for x in jax.tree.leaves((held, tunable)) if devices_of(x) != here]
     stays = sharding is not None or not elsewhere
     donate = donate and isinstance(frozen, jax.Array)
     # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
     value = _compiled(function, sharding, donate and stays)(base, held, tunable)
     if donate and not frozen.is_deleted():
         frozen.delete()
-    return value if base is frozen else jax.device_put(value, frozen.sharding)
+    moved = first_array(base) is not first_array(frozen)
+    return jax.device_put(value, frozen.sharding) if moved else value
 
 
 def _check_devices(what: str, path: str, arrays: Sequence[Any]) -> None:
@@ -95,7 +101,21 @@ def _brief(devices: set[Any]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} devices ({names[0]}, …, {names[-1]})"
 
 
-def merge_params(frozen: Any, tunable: Any = ABSENT, *, donate: bool = False) -> Any:
+class Requantized(NamedTuple):
+    """Merged parameters that are held as their base was, and what that costs.
+
+    Attributes:
+        params: the parameters, each merged weight in the format of its base.
+        errors: for each of those, by its path, `‖held − merged‖ / ‖merged‖`.
+    """
+
+    params: Any
+    errors: dict[str, float]
+
+
+def merge_params(
+    frozen: Any, tunable: Any = ABSENT, *, donate: bool = False, requantize: bool = False
+) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
     Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
@@ -109,9 +129,13 @@ def merge_params(frozen: Any, tunable: Any = ABSENT, *, donate: bool = False) ->
         tunable: the tunable tree of the pair.
         donate: whether the memory of adapted base weights may be reused. They are deleted
             afterwards, and the peak is one weight lower. A weight that is at two paths is kept.
+        requantize: whether quantized weights are held in their format again. Rounding to codes
+            loses a part of what was trained, the more of it the smaller it is beside the steps of
+            the codes. By default they are decoded, with an adapter or without.
 
     Returns:
-        A tree with the structure of the parameters.
+        A tree with the structure of the parameters; under `requantize` a `Requantized`, which holds
+        that tree and the error of each weight that was rounded.
 
     Raises:
         PairError: where the two trees are not a pair, or a weight and its factors are committed
@@ -119,12 +143,16 @@ def merge_params(frozen: Any, tunable: Any = ABSENT, *, donate: bool = False) ->
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from lorax import init_lora, merge_params
+        >>> from lorax import Int8, init_lora, merge_params, quantize
         >>> params = {"w": jnp.eye(3)}
         >>> frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
         >>> merged = merge_params(frozen, tunable)
         >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
         True
+        >>> held = quantize(frozen, {"w": Int8()})
+        >>> {path: round(error, 4) for path, error in
+        ...  merge_params(held, tunable, requantize=True).errors.items()}
+        {'w': 0.0}
     """
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
@@ -134,10 +162,35 @@ def merge_params(frozen: Any, tunable: Any = ABSENT, *, donate: bool = False) ->
         once = uses[id(leaf.frozen)] == 1
         return _apply(_merged, "merge_params", leaf, donate and once)
 
+    def again(leaf: Leaf) -> Any:
+        value = merged(leaf)
+        if not isinstance(leaf.frozen, QuantizedWeight):
+            return value
+        held = encoded(leaf.frozen, value)
+        errors[leaf.path] = float(_distance(held, value))
+        return held
+
     leaves = [
-        leaf if leaf.is_adapted else leaf._replace(tunable=own(leaf.tunable)) for leaf in leaves
+        leaf
+        if leaf.is_adapted
+        else leaf._replace(
+            tunable=own(leaf.tunable), frozen=leaf.frozen if requantize else decoded(leaf.frozen)
+        )
+        for leaf in leaves
     ]
+    errors: dict[str, float] = {}
+    if requantize:
+        return Requantized(combine(leaves, structure, again), errors)
     return combine(leaves, structure, merged)
+
+
+@jax.jit
+def _distance(held: QuantizedWeight, array: jax.Array) -> jax.Array:
+    """`‖held − array‖ / ‖array‖`; zero for an array of zeros."""
+    wide = wide_dtype(array.dtype)
+    norm = jnp.linalg.norm(array.astype(wide).ravel())
+    error = jnp.linalg.norm((held.array().astype(wide) - array.astype(wide)).ravel())
+    return error / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
 
 def unmerge(params: Any, tunable: Any) -> Any:
@@ -193,6 +246,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
 def count_params(tree: Any) -> int:
     """How many numbers the arrays of a tree hold: `count_params(tunable)` is what is trained.
 
+    A quantized weight counts as many as it stands for.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lorax import count_params, init_lora
@@ -200,4 +255,5 @@ def count_params(tree: Any) -> int:
         >>> count_params(frozen), count_params(tunable)
         (600, 100)
     """
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Held))
+    return sum(leaf.size for leaf in leaves if hasattr(leaf, "size"))

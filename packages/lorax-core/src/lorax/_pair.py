@@ -13,6 +13,7 @@ import jax.export
 
 from ._adapter import Adapter, FrozenWeight, Layout, base_and_held, sizes
 from ._arrays import is_array, path_string
+from ._base import QuantizedWeight, as_base
 from ._boxes import bare, opened
 from ._errors import PairError, SpecError
 from ._factored import FactoredArray
@@ -52,13 +53,21 @@ class Leaf(NamedTuple):
         return isinstance(self.tunable, Adapter)
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it is more than an array: it has an adapter, or is held as codes."""
+        return self.is_adapted or isinstance(self.frozen, QuantizedWeight)
+
+    @property
     def plain(self) -> Any:
         """The parameter without an adapter, from the tree that has it."""
         return self.frozen if self.tunable is None or self.is_adapted else self.tunable
 
     def applied(self, source: Hashable = None) -> FactoredArray:
-        """The adapted weight."""
-        return self.tunable.applied(self.frozen, self.held, source)
+        """The weight, adapted or held as codes."""
+        base = as_base(self.frozen, source)
+        if not self.is_adapted:
+            return FactoredArray(base, ())
+        return self.tunable.applied(base, self.held, source)
 
 
 jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
@@ -80,7 +89,7 @@ def two_trees(frozen: Any, tunable: Any, what: str) -> tuple[Any, Any]:
 
 
 def _is_frozen_leaf(node: Any) -> bool:
-    return node is None or isinstance(node, FrozenWeight)
+    return node is None or isinstance(node, FrozenWeight | QuantizedWeight)
 
 
 def is_tunable_leaf(node: Any) -> bool:

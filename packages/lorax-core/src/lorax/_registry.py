@@ -26,7 +26,8 @@ import jax
 from jax.extend.core import Primitive
 
 from . import _compat
-from ._factored import FactoredArray
+from ._coded import MOVES
+from ._factored import FactoredArray, is_weight
 from ._terms import Term
 
 Rule = Callable[..., Any]
@@ -110,7 +111,7 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
     """
 
     def rule(eqn, weight, *others, **params):
-        if any(isinstance(other, FactoredArray) for other in others):
+        if not isinstance(weight, FactoredArray) or any(map(is_weight, others)):
             return NotImplemented
         moved = weight.moved(lambda term: change(term, *others, **params))
         return eqn.settle(moved.replace_base(eqn(weight.base, *others)))
@@ -118,6 +119,24 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
     named = inspect.signature(change).parameters.values()
     keywords = [p for p in named if p.kind is p.KEYWORD_ONLY]
     defrule(name, gains=moves)(_with_parameters(rule, keywords))
+    if moves:
+        defmove(name)(change)
+
+
+def defmove(*names: str) -> Callable[[Any], Any]:
+    """Registers what primitives that move or cut axes make of a term, for bases held as codes.
+
+    `change(term, *others, **params)` is a term, or a list of them where there are several results.
+    """
+
+    def register(change: Any) -> Any:
+        for name in names:
+            primitive = _compat.find_primitive(name)
+            if primitive is not None:
+                MOVES[primitive] = change
+        return change
+
+    return register
 
 
 def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -408,8 +408,9 @@ def _base_plus(
 _base_plus = _compat.jit_inlined(_base_plus, static_argnums=(2, 3, 4, 5))
 
 
-def operand(array: jax.Array) -> Term:
-    """An ordinary array as a term of one factor."""
+def operand(array: Any) -> Term:
+    """An ordinary array as a term of one factor; a base that is held as codes is decoded."""
+    array = array if isinstance(array, jax.Array) else getattr(array, "array", lambda: array)()
     labels = tuple(Label(d, size) for d, size in enumerate(array.shape))
     return Term((array,), (labels,), tuple((label,) for label in labels))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from . import _uses, rules
 from ._arrays import is_array
+from ._coded import is_coded
 from ._errors import PairError
 from ._factored import FactoredArray, base_of
 from ._interpreter import Interpreter
@@ -93,7 +94,7 @@ def lora(
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
-        if not any(leaf.is_adapted for leaf in call.leaves):
+        if not any(leaf.is_weight for leaf in call.leaves):
             args, kwargs = call.arguments(lambda leaf: leaf.plain)
             return fn(*args, **kwargs)
         traced = trace(fn, call)
@@ -208,7 +209,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
     def tagged(leaf: Leaf) -> "_OfPair":
         # Whatever its kind, the function sees a weight as an array of its base's shape.
-        return _OfPair(adapt(leaf) if leaf.is_adapted else leaf.plain)
+        return _OfPair(adapt(leaf) if leaf.is_weight else leaf.plain)
 
     leaves, structure = jax.tree.flatten(
         call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
@@ -231,7 +232,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
     functools.update_wrapper(flat, fn, assigned=("__name__", "__qualname__"), updated=())
     flat.__dict__.pop("__wrapped__", None)
-    jaxpr = jax.make_jaxpr(flat)(*map(base_of, operands))
+    jaxpr = jax.make_jaxpr(flat)(*map(traced_as, operands))
 
     def rebuild(arrays: Sequence[jax.Array]) -> Any:
         out_structure, kept, is_traced = returned
@@ -240,6 +241,12 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
         return jax.tree.unflatten(out_structure, outs)
 
     return Traced(jaxpr, operands, rebuild)
+
+
+def traced_as(value: Any) -> Any:
+    """What stands for an operand while the function is traced: any weight is an array."""
+    base = base_of(value)
+    return base.struct if is_coded(base) else base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +266,8 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
     """Runs a traced function on weights; one that it returns is built in full."""
     values = [v if isinstance(v, FactoredArray | jax.Array) else jnp.asarray(v) for v in operands]
     values = [
-        v.replace_base(jnp.asarray(v.base)) if isinstance(v, FactoredArray) else v for v in values
+        v.replace_base(jax.tree.map(jnp.asarray, v.base)) if isinstance(v, FactoredArray) else v
+        for v in values
     ]
     return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
 

@@ -40,7 +40,9 @@ def announce(
     paths: Sequence[str], uses: Sequence[Use], on_materialize: str, on_unused: str
 ) -> None:
     """Warns or raises about weights that were built in full and adapters that nothing read."""
-    built = [use for use in dict.fromkeys(uses) if use.kind in ("materialized", "returned")]
+    # A base that is held as codes and has no adapter is decoded wherever it is read.
+    adapted = [use for use in dict.fromkeys(uses) if use.source in paths]
+    built = [use for use in adapted if use.kind in ("materialized", "returned")]
     if built and on_materialize == "error":
         raise MaterializeError("\n".join(map(_built, built)))
     if on_materialize == "warn":

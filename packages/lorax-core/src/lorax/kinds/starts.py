@@ -53,7 +53,8 @@ MOVING = ("pissa", "olora")
 
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
     """The first state of a LoRA weight whose factors a function of `STARTS` makes."""
-    matrices = start.axes.matrices(jnp.asarray(start.base))  # [shared, in, out]
+    base = start.array(weight, "the weight itself")
+    matrices = start.axes.matrices(jnp.asarray(base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 
     @jax.vmap

@@ -35,6 +35,7 @@ class Use:
     strength: Strength
     inputs: frozenset[int]
     outputs: frozenset[int]
+    looks_up: bool = False
 
 
 class Roles(NamedTuple):
@@ -44,10 +45,12 @@ class Roles(NamedTuple):
         axes: the axes of inputs and of outputs, for each weight that has both.
         reasons: for other weights that reach a product, a look-up or a primitive that is not
             followed: what keeps their axes from having roles.
+        tables: of weights that rows are looked up in, the axes of a row.
     """
 
     axes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     reasons: dict[str, str]
+    tables: dict[str, tuple[int, ...]]
 
 
 class Walk:
@@ -72,7 +75,9 @@ class Walk:
             name: (tuple(sorted(use.inputs)), tuple(sorted(use.outputs)))
             for name, (_, _, use) in best.items()
         }
-        return Roles(axes, {name: why for name, why in self.reasons.items() if name not in axes})
+        tables = {use.weight: tuple(sorted(use.outputs)) for use in self.uses if use.looks_up}
+        reasons = {name: why for name, why in self.reasons.items() if name not in axes}
+        return Roles(axes, reasons, tables)
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The values that an open jaxpr returns for its constants and inputs."""
@@ -130,7 +135,8 @@ class Walk:
                 weight, f"`{eqn.primitive.name}`{self.place} leaves no axis for its {missing}"
             )
             return 0
-        self.uses.append(Use(weight, strength, inputs, outputs))
+        looks_up = eqn.primitive.name in ("gather", "dynamic_slice")
+        self.uses.append(Use(weight, strength, inputs, outputs, looks_up))
         return 1 << (len(self.uses) - 1)
 
     def note(self, weight: str, reason: str) -> None:

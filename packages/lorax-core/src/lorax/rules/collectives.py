@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _compat
+from .._coded import is_coded
 from .._factored import FactoredArray, base_of
 from .._registry import defrule
 from .._terms import Label, Term
@@ -44,7 +45,8 @@ def _position(names, groups) -> jax.Array:
 
 def _varying(weight: FactoredArray, term: Term, names) -> list[int]:
     """The factors that may differ between the devices along `names`."""
-    if not _compat.varying_axes(weight.base).issuperset(names):
+    base = weight.base.first if is_coded(weight.base) else weight.base
+    if not _compat.varying_axes(base).issuperset(names):
         return list(range(len(term.factors)))  # Nothing is known.
     return [
         k
@@ -104,7 +106,9 @@ def _all_gather(
         term, device = _with_devices(term, varying, axis_size, gather)
         return _show(term, device, all_gather_dimension, tiled)
 
-    return eqn.settle(weight.moved(gathered).replace_base(eqn(weight.base)))
+    base = weight.base
+    base = base.changed(gathered) if is_coded(base) else eqn(base)
+    return eqn.settle(weight.moved(gathered).replace_base(base))
 
 
 @defrule("psum", "psum_invariant")

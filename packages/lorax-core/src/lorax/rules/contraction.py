@@ -29,6 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._coded import reading
 from .._contract import Operand, contract
 from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._paid import pay, with_dropout_on
@@ -161,7 +162,12 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
         (range(second, len(axes)), w_summed),
         (range(first, second), w_batch),
     )
-    absorbed = _dot(part, operand(weight.base), numbers).array(dtype, meets=len(near), **keywords)
+
+    def near_met(base: jax.Array, *arrays: jax.Array) -> jax.Array:
+        left = dataclasses.replace(part, factors=arrays)
+        return _dot(left, operand(base), numbers).array(dtype, meets=len(near), **keywords)
+
+    absorbed = reading(near_met, weight.base, *arrays)
     for other in weight.terms:
         meets = 0 if len(near) == 1 else None
         absorbed = _dot(part, other, numbers).added_to(absorbed, dtype, meets=meets, **keywords)

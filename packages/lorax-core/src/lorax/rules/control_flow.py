@@ -15,6 +15,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from .. import _compat
+from .._coded import array_spec, is_coded
 from .._factored import FactoredArray, is_weight
 from .._interpreter import Body
 from .._paid import fold_keys
@@ -59,7 +60,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
     """
     args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
-    sources = [piece.sources for arg in args if is_weight(arg) for piece in arg.pieces]
+    sources = [names for arg in args if is_weight(arg) for names in arg.sources]
     args = _with_sources(args, iter([(k,) for k in range(len(sources))]))
     leaves, structure = jax.tree.flatten(args)
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
@@ -77,23 +78,15 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         for use in call.body.uses
         for source in sources[cast(int, use.source)]
     )
-    pieces = [piece.sources for out in outs if is_weight(out) for piece in out.pieces]
+    found = [names for out in outs if is_weight(out) for names in out.sources]
     return _with_sources(
-        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in pieces])
+        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in found])
     )
 
 
 def _with_sources(values, sources) -> list[Any]:
     """The same weights, their pieces renamed in order."""
-    return [
-        value.with_pieces(
-            value.base,
-            [dataclasses.replace(piece, sources=next(sources)) for piece in value.pieces],
-        )
-        if is_weight(value)
-        else value
-        for value in values
-    ]
+    return [value.with_sources(sources) if is_weight(value) else value for value in values]
 
 
 @defrule("jit", gains=True)
@@ -275,21 +268,30 @@ def _scan(
     )  # fmt: skip
     moving, whole, moved = _carry(eqn, init, _untouched(jaxpr, n_consts)[:n_carry])
     split = [_unstack(eqn, x) for x in xs]
-    run = eqn.body(jaxpr, lambda inside, outs: (moved(inside, outs[:n_carry]), outs[n_carry:]))
+
+    def finish(inside, outs):
+        # Codes are not stacked: what is returned in every step is an array.
+        stacked = [inside.materialize(x) if _has_codes(x) else x for x in outs[n_carry:]]
+        return moved(inside, outs[:n_carry]), stacked
+
+    run = eqn.body(jaxpr, finish)
 
     steps = (*consts, *init)
     # Weights that serve every step draw other masks in each.
-    has_keys = any(is_weight(value) and value.keys is not None for value in steps)
+    counts = any(is_weight(value) and value.keys is not None for value in steps)
+    counts = counts or any(is_weight(x) and is_coded(x.base) and x.base.moves for x in xs)
 
     def body(carry, slices):
         slices, step = slices
-        whole_slices = [rebuild(leaves) for (_, rebuild), leaves in zip(split, slices, strict=True)]
+        whole_slices = [
+            rebuild((leaves, step)) for (_, rebuild), leaves in zip(split, slices, strict=True)
+        ]
         every = (*consts, *whole(carry))
         if step is not None:
             every = tuple(_of_step(value, step) for value in every)
         return run(*every, *whole_slices)
 
-    slices = [leaves for leaves, _ in split], jnp.arange(length) if has_keys else None
+    slices = [leaves for leaves, _ in split], jnp.arange(length) if counts else None
     final, stacked = jax.lax.scan(
         body,
         moving,
@@ -300,6 +302,10 @@ def _scan(
         _split_transpose=_split_transpose,
     )
     return [*whole(final), *map(_restack, stacked)]
+
+
+def _has_codes(value) -> bool:
+    return is_weight(value) and is_coded(value.base)
 
 
 def _of_step(value, step):
@@ -324,15 +330,17 @@ def _unstack(eqn, weight):
     except Inexpressible:
         owned = None
     if owned is None:
-        return [eqn.materialize(weight)], lambda leaves: leaves[0]
-    leaves = [weight.base]
+        return [eqn.materialize(weight)], lambda slices: slices[0][0]
+    leaves, whole_base = _unstack_base(weight.base)
+    count = len(leaves)
     for term, label in owned:
         for k in term.owners(label):
             leaves.append(jax.numpy.moveaxis(term.factors[k], term.labels[k].index(label), 0))
 
     def rebuild(slices):
-        base, *rest = slices
-        rest = iter(rest)
+        slices, step = slices
+        base = whole_base(slices[:count], step)
+        rest = iter(slices[count:])
         terms = []
         for term, label in owned:
             factors = tuple(
@@ -346,6 +354,34 @@ def _unstack(eqn, weight):
         return weight.with_pieces(base, terms)
 
     return leaves, rebuild
+
+
+def _unstack_base(base):
+    """The arrays of a base that a scan slices, and how those of a step and its number make one.
+
+    Equations that wait on codes are not played on the stack: they wait in every step, beside one
+    more that picks the step's part of it.
+    """
+    if not is_coded(base):
+        return [base], lambda leaves, _: leaves[0]
+    term, (label, *more) = base.term, base.term.out[0] or (None,)
+    moved = [move for move in base.moves if not move.commutes]
+    if moved or more or label is None:
+        return [], lambda _, step: base.entry(step)
+    owners = term.owners(label)
+    leaves = [jnp.moveaxis(term.factors[k], term.labels[k].index(label), 0) for k in owners]
+
+    def whole(slices, _):
+        factors, labels = list(term.factors), list(term.labels)
+        for k, part in zip(owners, slices, strict=True):
+            factors[k] = part
+            labels[k] = tuple(found for found in labels[k] if found != label)
+        entry = dataclasses.replace(
+            term, factors=tuple(factors), labels=tuple(labels), out=term.out[1:]
+        )
+        return dataclasses.replace(base, term=entry, shape=base.shape[1:])
+
+    return leaves, whole
 
 
 def _restack(value):
@@ -414,7 +450,7 @@ def _traced(body, args):
 
     def flat(*leaves):
         outs = body(*jax.tree.unflatten(structure, leaves))
-        names[:] = [piece.sources for out in outs if is_weight(out) for piece in out.pieces]
+        names[:] = [found for out in outs if is_weight(out) for found in out.sources]
         outs = _with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)
@@ -449,10 +485,11 @@ def _shard_map(
         pieces = [
             piece.fuse_all(split, own=k < len(arg.terms))[0] for k, piece in enumerate(arg.pieces)
         ]
-        leaves.append(arg.with_pieces(arg.base, pieces))
+        base = arg.base.changed(lambda term: term) if is_coded(arg.base) else arg.base
+        leaves.append(arg.with_pieces(base, pieces))
         specs.append(
             arg.with_pieces(
-                spec,
+                _base_spec(base, mesh, spec),
                 [
                     dataclasses.replace(
                         piece,
@@ -477,16 +514,34 @@ def _shard_map(
     return function(*leaves)
 
 
+def _base_spec(base, mesh, spec):
+    """The partition of a base; one held as codes has one for each of its arrays."""
+    if not is_coded(base):
+        return spec
+    specs = tuple(array_spec(mesh, spec, base.term.out, labels) for labels in base.term.labels)
+    for d, entry in enumerate(spec):
+        axis = base.term.out[d]
+        if entry is not None and all(entry not in found for found in specs):
+            raise Inexpressible(f"splits {axis[0].size} blocks of codes over the axis {entry!r}")
+    return dataclasses.replace(base, term=dataclasses.replace(base.term, factors=specs))
+
+
 def _local(weight: FactoredArray) -> FactoredArray:
     """A shard of a weight, whose labels have the sizes of the shard."""
-    pieces = []
-    for piece in weight.pieces:
-        sizes = {x[0]: size for x, size in zip(piece.out, weight.shape, strict=True) if len(x) == 1}
-        sizes |= {
-            label: size
-            for factor, labels in zip(piece.factors, piece.labels, strict=True)
-            for label, size in zip(labels, factor.shape, strict=True)
-        }
-        names = {label: (label._replace(size=size),) for label, size in sizes.items()}
-        pieces.append(piece.rename(names))
-    return weight.with_pieces(weight.base, pieces)
+    base = weight.base
+    if is_coded(base):
+        term = _local_term(base.term, ())
+        base = dataclasses.replace(base, term=term, shape=term.shape)
+    pieces = [_local_term(piece, base.shape) for piece in weight.pieces]
+    return weight.with_pieces(base, pieces)
+
+
+def _local_term(term, shape):
+    """A shard of a term; where it is known, `shape` is that of the weight."""
+    sizes = {x[0]: size for x, size in zip(term.out, shape, strict=bool(shape)) if len(x) == 1}
+    sizes |= {
+        label: size
+        for factor, labels in zip(term.factors, term.labels, strict=True)
+        for label, size in zip(labels, factor.shape, strict=True)
+    }
+    return term.rename({label: (label._replace(size=size),) for label, size in sizes.items()})

@@ -13,31 +13,25 @@ import jax
 import jax.numpy as jnp
 
 from .._factored import FactoredArray
-from .._registry import defrule
+from .._registry import defmove, defrule, defstructural
 from .._terms import Inexpressible, Label, Term
 from .structural import cut
 
 
-@defrule("dynamic_slice", gains=True)
-def _dynamic_slice(eqn, weight, *starts, slice_sizes):
-    if not isinstance(weight, FactoredArray) or any(
-        isinstance(start, FactoredArray) for start in starts
-    ):
-        return NotImplemented
+def _dynamic_slice(term: Term, *starts, slice_sizes) -> Term:
+    for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+        if size == term.shape[axis]:
+            continue
+        term, label = term.fuse(axis)
 
-    def sliced(term: Term) -> Term:
-        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
-            if size == term.shape[axis]:
-                continue
-            term, label = term.fuse(axis)
+        def change(factor, k, start=start, size=size):
+            return jax.lax.dynamic_slice_in_dim(factor, start, size, k)
 
-            def change(factor, k, start=start, size=size):
-                return jax.lax.dynamic_slice_in_dim(factor, start, size, k)
+        term, _ = term.along(label, change, size)
+    return term
 
-            term, _ = term.along(label, change, size)
-        return term
 
-    return eqn.settle(weight.moved(sliced).replace_base(eqn(weight.base, *starts)))
+defstructural("dynamic_slice", _dynamic_slice)
 
 
 @defrule("gather", gains=True)
@@ -63,7 +57,38 @@ def _gather(
 
     moved = weight.moved(looked_up)
     # One index alone picks a layer or an expert; an array of them looks rows up.
-    return eqn.settle(moved.replace_base(eqn(weight.base, indices)))
+    left = [size for d, size in enumerate(eqn.out_shape) if d in dimension_numbers.offset_dims]
+    are_rows = indices.ndim > 1 and sum(size != 1 for size in left) < 2
+    finished = weight.is_bare and are_rows
+    return eqn.settle(moved.replace_base(eqn(weight.base, indices)), finished=finished)
+
+
+@defmove("gather")
+def _gather_codes(
+    term: Term,
+    indices,
+    *,
+    dimension_numbers,
+    slice_sizes,
+    unique_indices,
+    indices_are_sorted,
+    mode,
+    fill_value,
+) -> Term:
+    """Codes are looked up as if every index were in range; what is not is then not a number."""
+    numbers, fills = dimension_numbers, mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    if fills and fill_value is not None and fill_value == fill_value:
+        raise Inexpressible("fills with a number")
+    clip = jax.lax.GatherScatterMode.CLIP if fills else mode
+    found = _gather_term(*_apart(term, indices, numbers, slice_sizes, clip), clip)
+    if not fills:
+        return found
+    limits = [term.shape[d] - slice_sizes[d] for d in numbers.start_index_map]
+    limits = jnp.asarray(limits, indices.dtype).reshape((1,) * (indices.ndim - 1) + (-1,))
+    in_range = jnp.all((indices >= 0) & (indices <= limits), -1)  # [*batch]
+    batch = [d for d in range(len(found.out)) if d not in numbers.offset_dims]
+    gain = jnp.where(in_range, jnp.float32(1), jnp.float32(jnp.nan))
+    return found.times(gain, tuple(found.out[d][0] for d in batch))
 
 
 def _apart(term: Term, indices, numbers, slice_sizes, mode):
@@ -89,7 +114,8 @@ def _apart(term: Term, indices, numbers, slice_sizes, mode):
         parts = [(label,) for label in labels] if d in several else [labels]
         axes[d] = list(range(len(out), len(out) + len(parts)))
         out += parts
-    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)
     columns, indexed = [], []
     for column, d in enumerate(numbers.start_index_map):
         index = indices[..., column]

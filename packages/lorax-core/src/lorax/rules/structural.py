@@ -8,11 +8,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from .._coded import array_spec, is_coded
 from .._factored import FactoredArray, base_of
-from .._registry import defdirect, defrule, defstructural
+from .._registry import defdirect, defmove, defrule, defstructural
 from .._sharding import factor_sharding
-from .._terms import Label, Term
+from .._terms import Inexpressible, Label, Term
 
 # How a weight is stored.
 
@@ -25,9 +27,12 @@ defdirect("layout_constraint", parameters=("layout",))
 @defrule("pvary", gains=True)
 def _pvary(eqn, *weights, axes, axis_index_groups=None):
     """Factors vary over an axis of `shard_map`'s mesh as soon as they meet what does."""
-    bases = eqn(*map(base_of, weights))
-    if not isinstance(bases, list):  # JAX < 0.10 varies several arrays at once.
-        return weights[0].replace_base(bases)
+    if not eqn.eqn.primitive.multiple_results:
+        (weight,) = weights
+        # Codes and scales vary each by itself.
+        vary = jax.tree.map(eqn, weight.base) if is_coded(weight.base) else eqn(weight.base)
+        return weight.replace_base(vary)
+    bases = eqn(*map(base_of, weights))  # JAX < 0.10 varies several arrays at once.
     return [
         weight.replace_base(base) if isinstance(weight, FactoredArray) else base
         for weight, base in zip(weights, bases, strict=True)
@@ -58,7 +63,17 @@ def _optimization_barrier(eqn, *operands):
 
 
 def _placed(eqn, weight, sharding, place):
-    """The factors go where the base goes, axis by axis."""
+    """The factors go where the base goes, axis by axis, and so do codes and scales."""
+
+    def placed_codes(term: Term) -> Term:
+        if not isinstance(sharding, NamedSharding):
+            return placed(term)
+        specs = [array_spec(sharding.mesh, sharding.spec, term.out, x) for x in term.labels]
+        factors = tuple(
+            place(factor, NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
+            for factor, spec in zip(term.factors, specs, strict=True)
+        )
+        return dataclasses.replace(term, factors=factors)
 
     def placed(term: Term) -> Term:
         factors = tuple(
@@ -67,7 +82,9 @@ def _placed(eqn, weight, sharding, place):
         )
         return dataclasses.replace(term, factors=factors)
 
-    return weight.moved(placed).replace_base(eqn(weight.base))
+    base = weight.base
+    base = base.changed(placed_codes) if is_coded(base) else eqn(base)
+    return weight.moved(placed).replace_base(base)
 
 
 @defrule("sharding_constraint", gains=True)
@@ -83,7 +100,10 @@ def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
 @defrule("device_put", gains=True)
 def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     placed = []
-    outs = eqn(*map(base_of, weights))
+    coded = [is_coded(base_of(weight)) for weight in weights]
+    if any(coded) and not all(coded):
+        raise Inexpressible("places arrays beside a base that is held as codes")
+    outs = weights if all(coded) else eqn(*map(base_of, weights))
     for weight, base, device in zip(weights, outs, devices, strict=True):
         if not isinstance(weight, FactoredArray):
             placed.append(base)
@@ -99,19 +119,19 @@ defstructural("transpose", lambda term, *, permutation: term.permute(permutation
 defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
 
 
-@defrule("reshape", gains=True)
-def _reshape(eqn, weight, *, new_sizes, dimensions, sharding):
-    order = range(len(weight.shape)) if dimensions is None else dimensions
-    moved = weight.moved(lambda term: term.permute(order).reshape(new_sizes))
-    return eqn.settle(moved.replace_base(eqn(weight.base)))
+def _reshape(term: Term, *, new_sizes, dimensions, sharding) -> Term:
+    order = range(len(term.out)) if dimensions is None else dimensions
+    return term.permute(order).reshape(new_sizes)
 
 
-@defrule("broadcast_in_dim", gains=True)
-def _broadcast_in_dim(eqn, weight, *shape_parts, shape, broadcast_dimensions, sharding):
+def _broadcast(term: Term, *shape_parts, shape, broadcast_dimensions, sharding) -> Term:
     if shape_parts:
-        return NotImplemented
-    moved = weight.moved(lambda term: term.broadcast(shape, broadcast_dimensions))
-    return eqn.settle(moved.replace_base(eqn(weight.base)))
+        raise Inexpressible("has a shape that is computed")
+    return term.broadcast(shape, broadcast_dimensions)
+
+
+defstructural("reshape", _reshape)
+defstructural("broadcast_in_dim", _broadcast)
 
 
 def _flip(term: Term, *, dimensions) -> Term:
@@ -124,19 +144,17 @@ def _flip(term: Term, *, dimensions) -> Term:
 defstructural("rev", _flip)
 
 
-@defrule("tile", gains=True)
-def _tile(eqn, weight, *, reps):
+def _tile(term: Term, *, reps) -> Term:
     """Repeating an axis puts a label that nobody owns in front of it."""
+    repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
+    out = tuple(
+        (repeat, *axis) if repeat.size != 1 else axis
+        for repeat, axis in zip(repeats, term.out, strict=True)
+    )
+    return dataclasses.replace(term, out=out)
 
-    def repeated(term: Term) -> Term:
-        repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
-        out = tuple(
-            (repeat, *axis) if repeat.size != 1 else axis
-            for repeat, axis in zip(repeats, term.out, strict=True)
-        )
-        return dataclasses.replace(term, out=out)
 
-    return eqn.settle(weight.moved(repeated).replace_base(eqn(weight.base)))
+defstructural("tile", _tile)
 
 
 # Axes that are cut or padded.
@@ -169,22 +187,39 @@ def _slice(term: Term, *, start_indices, limit_indices, strides) -> Term:
 defstructural("slice", _slice)
 
 
-@defrule("split", gains=True)
-def _split(eqn, weight, *, sizes, axis):
-    bounds = list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
-    parts = [weight.moved(lambda term, b=bound: cut(term, axis, *b)) for bound in bounds]
+def _bounds(sizes):
+    return list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
+
+
+def _pieces(eqn, weight, changes):
+    """Several weights from one, each by a change of its own."""
+    parts = [weight.moved(change) for change in changes]
     bases = eqn(weight.base)
     return [eqn.settle(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)]
+
+
+def _splits(*, sizes, axis):
+    return [lambda term, b=bound: cut(term, axis, *b) for bound in _bounds(sizes)]
+
+
+def _unstacks(size, *, axis):
+    return [lambda term, i=i: cut(term, axis, i, i + 1).drop((axis,)) for i in range(size)]
+
+
+@defrule("split", gains=True)
+def _split(eqn, weight, *, sizes, axis):
+    return _pieces(eqn, weight, _splits(sizes=sizes, axis=axis))
 
 
 @defrule("unstack", gains=True)
 def _unstack(eqn, weight, *, axis):
-    size = weight.shape[axis]
-    parts = [
-        weight.moved(lambda term, i=i: cut(term, axis, i, i + 1).drop((axis,))) for i in range(size)
-    ]
-    bases = eqn(weight.base)
-    return [eqn.settle(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)]
+    return _pieces(eqn, weight, _unstacks(weight.shape[axis], axis=axis))
+
+
+defmove("split")(lambda term, **params: [change(term) for change in _splits(**params)])
+defmove("unstack")(
+    lambda term, *, axis: [change(term) for change in _unstacks(term.shape[axis], axis=axis)]
+)
 
 
 def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> Term:

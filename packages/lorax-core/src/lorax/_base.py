@@ -1,0 +1,419 @@
+"""What a quantized base is: labelled arrays, and a function of one entry of each. One format each.
+
+Everything outside `bases/` handles quantized bases through this file, and knows no format:
+
+* `Format` is how a weight is held, a leaf of the tree that `quantize` takes.
+* `QuantizedWeight` is a node of the frozen tree: the arrays, the format, and where its blocks are.
+
+`Blocks` says which entries share a scale. Shapes, placement and files follow from it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
+
+from ._arrays import Held
+from ._axes import normalize
+from ._coded import CodedArray, array_spec, weight_spec
+from ._compat import is_tracer
+from ._contract import wide_dtype
+from ._errors import SpecError
+from ._formats import register_with_export
+from ._statics import is_of, make_plain, with_tuples
+from ._terms import Label, Labels, Term
+
+FORMATS: "dict[str, type[Format]]" = {}
+"""The classes of formats, by the name that files know them by."""
+
+
+class Blocks(NamedTuple):
+    """The labels of a weight's axes where entries share scales.
+
+    Attributes:
+        out: the labels of each of the weight's axes: block and place within, for an axis in blocks.
+        codes: of an array with an entry for each of the weight's.
+        scales: of one with an entry for each block.
+        outer: of one with an entry for each block but those along one axis: `[*shared, *out]`.
+    """
+
+    out: tuple[Labels, ...]
+    codes: Labels
+    scales: Labels
+    outer: Labels
+
+    @classmethod
+    def of(cls, shape: Sequence[int], blocks: Mapping[int, int], along: Sequence[int]) -> Self:
+        """The labels for a weight of `shape`.
+
+        Args:
+            shape: of the weight.
+            blocks: the sizes of the blocks of the axes that are in blocks.
+            along: the axes whose entries share scales: in blocks where they have some, else whole.
+        """
+        inner = iter(range(len(shape), 2 * len(shape)))
+        out: list[Labels] = []
+        for d, size in enumerate(shape):
+            if d in blocks:
+                out.append((Label(d, size // blocks[d]), Label(next(inner), blocks[d])))
+            else:
+                out.append((Label(d, size),))
+        codes = tuple(label for labels in out for label in labels)
+        whole = {d for d in along if d not in blocks}
+        scales = tuple(labels[0] for d, labels in enumerate(out) if d not in whole)
+        outer = tuple(labels[0] for d, labels in enumerate(out) if d not in along)
+        return cls(tuple(out), codes, scales, outer)
+
+
+class Format:
+    """How a weight is held in few bits.
+
+    A format is a frozen dataclass under `@defformat`, whose fields are settings. It makes arrays of
+    a weight in `encode`, and an entry of the weight of an entry of each array in `decode`.
+    """
+
+    name: ClassVar[str]
+
+    # The names of the arrays, in order; the codes come first.
+    arrays: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "outer")
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `SpecError` for settings that no weight can have."""
+
+    def blocks(self, path: str, shape: tuple[int, ...], along: tuple[int, ...]) -> dict[int, int]:
+        """The axes that are in blocks, and the sizes of these.
+
+        Blocks lie along the last of the axes that share scales which they divide.
+        """
+        block: int | None = getattr(self, "block", None)
+        if block is None:
+            return {}
+        for d in reversed(along):
+            if shape[d] % block == 0:
+                return {d: block}
+        sizes = ", ".join(f"axis {d} has {shape[d]}" for d in along)
+        raise SpecError(
+            f"`{path}` has shape {shape}, and blocks of {block} divide none of the axes that a "
+            f"scale is shared along: {sizes}. Give it another block, a format without blocks such "
+            "as Int8(), or None to leave it as it is."
+        )
+
+    def labels(self, found: Blocks) -> dict[str, Labels]:
+        """The labels of each array that such a weight may have."""
+        return {
+            "codes": found.codes,
+            "scales": found.scales,
+            "zeros": found.scales,
+            "outer": found.outer,
+        }
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtypes that a backend must know."""
+        raise NotImplementedError
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """The arrays of a weight.
+
+        Args:
+            entries: the weight in float32 or wider, in blocks: `Blocks.codes` are its axes.
+            within: the axes of `entries` that a scale is shared along.
+            across: the axes of `entries` that make one output: the blocks, too.
+
+        Returns:
+            The codes, and arrays with a size of one along the axes that they lack.
+        """
+        raise NotImplementedError
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """The entries of the weight, from arrays that broadcast against each other."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, as JSON, with the name."""
+        return {"format": self.name} | {name: getattr(self, name) for name in fields_of(self)}
+
+
+def fields_of(format: Any) -> dict[str, Any]:
+    """The settings of a format and their types; which axes it shares scales along is not one."""
+    fields = dataclasses.fields(format)
+    return {field.name: field.type for field in fields if field.name != "along"}
+
+
+def defformat(cls: type[Any]) -> type[Any]:
+    """Registers a class of formats: a frozen dataclass, one row of `FORMATS`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    if cls.name in FORMATS:
+        raise ValueError(f"There is a format {cls.name!r} already: {FORMATS[cls.name]}.")
+    FORMATS[cls.name] = cls
+    return cls
+
+
+def format_of(value: Any) -> Format:
+    """A format, or the one with default settings that a name stands for."""
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str) and value in FORMATS:
+        return FORMATS[value]()
+    known = ", ".join(map(repr, FORMATS))
+    raise SpecError(f"{value!r} is not a format; a format is one of {known}, or such as NF4(64).")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight(Held):
+    """A weight held as codes and scales: a node of the frozen tree, made by `quantize`.
+
+    Attributes:
+        arrays: by name: `codes`, an entry for each of the weight's, an axis in blocks being two;
+            `scales`; and what else the format has.
+        format: the name of the format.
+        options: its settings, in order.
+        blocks: the axes in blocks, and the sizes of these.
+        along: the axes whose entries share scales.
+        stored: the name of the dtype of the weight.
+    """
+
+    arrays: dict[str, Any]
+    format: str = dataclasses.field(metadata={"static": True})
+    options: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    blocks: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+    along: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    stored: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def held(self) -> Format:
+        """The format with its settings."""
+        cls = FORMATS[self.format]
+        return cls(**dict(zip(fields_of(cls), self.options, strict=True)))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the decoded weight."""
+        return jnp.dtype(self.stored)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        sizes, blocks = list(self.arrays["codes"].shape), dict(self.blocks)
+        shape: list[int] = []
+        while sizes:
+            size = sizes.pop(0)
+            shape.append(size * sizes.pop(0) if len(shape) in blocks else size)
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the weight."""
+        return len(self.arrays["codes"].shape) - len(self.blocks)
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the weight."""
+        return self.arrays["codes"].size
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays, codes of four bits packed."""
+        return sum(map(bytes_of, self.arrays.values()))
+
+    @property
+    def bits(self) -> float:
+        """Bits for each entry of the weight, scales included."""
+        return 8 * self.nbytes / self.size
+
+    def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
+        """The labels of each of the weight's axes, and of each array's."""
+        found = Blocks.of(self.shape, dict(self.blocks), self.along)
+        labels = self.held.labels(found)
+        return found.out, {name: labels[name] for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the arrays, in the order of the format."""
+        return tuple(name for name in FORMATS[self.format].arrays if name in self.arrays)
+
+    @property
+    def sharding(self) -> Sharding:
+        """The sharding of the weight as a whole, as that of its codes says."""
+        codes = self.arrays["codes"]
+        sharding = jax.typeof(codes).sharding if is_tracer(codes) else codes.sharding
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        out, labels = self.labels()
+        spec = weight_spec(sharding.spec, out, labels["codes"])
+        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+    @property
+    def committed(self) -> bool:
+        """Whether somebody has placed the codes."""
+        return getattr(self.arrays["codes"], "committed", False)
+
+    def coded(self, source: Any = None) -> CodedArray:
+        """The weight as `lora` handles it; `source` is what it is called in messages."""
+        out, labels = self.labels()
+        names, dtype = self.names, self.dtype
+        term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
+        sources = () if source is None else (source,)
+        return CodedArray(
+            term, (), names, self.held, dtype, (), self.shape, dtype, sources
+        )  # fmt: skip
+
+    def array(self) -> jax.Array:
+        """The weight in full."""
+        return self.coded().array()
+
+    def settings(self) -> dict[str, Any]:
+        """All that is not an array, as JSON: `quantized_from_settings` takes it."""
+        return {
+            **self.held.settings(),
+            "blocks": [list(pair) for pair in self.blocks],
+            "along": list(self.along),
+            "dtype": self.stored,
+        }
+
+
+register_with_export(QuantizedWeight)
+
+
+def bytes_of(leaf: Any) -> int:
+    """The bytes of an array, or of all arrays of a quantized weight, codes of four bits packed."""
+    if isinstance(leaf, QuantizedWeight):
+        return leaf.nbytes
+    dtype = jnp.dtype(leaf.dtype)
+    bits = 8 * dtype.itemsize
+    if jnp.issubdtype(dtype, jnp.integer):
+        bits = jnp.iinfo(dtype).bits
+    return math.ceil(bits * math.prod(leaf.shape) / 8)
+
+
+def blank_of(
+    path: str, shape: tuple[int, ...], along: Sequence[int], format: Format, dtype: Any
+) -> QuantizedWeight:
+    """A quantized weight without arrays."""
+    along = normalize(path, len(shape), "along", along)
+    blocks = tuple(sorted(format.blocks(path, shape, along).items()))
+    options = tuple(getattr(format, name) for name in fields_of(format))
+    return QuantizedWeight({}, format.name, options, blocks, along, jnp.dtype(dtype).name)
+
+
+def quantized_from_settings(
+    settings: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> QuantizedWeight:
+    """A quantized weight from what `QuantizedWeight.settings` returned, and its arrays, checked.
+
+    Args:
+        settings: an object of JSON; nobody needs to have checked it.
+        arrays: by name.
+
+    Returns:
+        The weight.
+
+    Raises:
+        ValueError, TypeError, KeyError: where these are not the settings and arrays of one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import quantize
+        >>> from lorax.bases import quantized_from_settings
+        >>> held = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
+        >>> quantized_from_settings(held.settings(), held.arrays).shape
+        (64, 3)
+    """
+    given = dict(settings)
+    cls = FORMATS[given.pop("format")]
+    blocks, along, dtype = (with_tuples(given.pop(key)) for key in ("blocks", "along", "dtype"))
+    if not is_of(blocks, tuple[tuple[int, int], ...]) or not is_of(along, tuple[int, ...]):
+        raise ValueError(f"A quantized weight has blocks={blocks!r} and along={along!r}.")
+    names = fields_of(cls)
+    if given.keys() != names.keys():
+        raise ValueError(f"A format {cls.name!r} has the settings {sorted(names)}.")
+    for name, hint in names.items():
+        if not is_of(given[name], hint):
+            raise ValueError(f"A format {cls.name!r} has {name}={given[name]!r}.")
+    options = tuple(given[name] for name in names)
+    cls(**given)  # checks them
+    if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+        raise ValueError(f"A quantized weight has dtype={dtype!r}.")
+    weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
+    codes = arrays["codes"]
+    ndim = len(codes.shape) - len(blocks)
+    if not all(0 <= d < ndim for d in (*along, *(d for d, _ in blocks))) or any(
+        size < 1 for _, size in blocks
+    ):
+        raise ValueError(f"A weight of {ndim} axes has blocks={blocks} and along={along}.")
+    _, labels = weight.labels()
+    if set(weight.names) != set(arrays):
+        raise ValueError(f"A format {cls.name!r} does not have the arrays {sorted(arrays)}.")
+    for name, found in labels.items():
+        is_float = jnp.issubdtype(arrays[name].dtype, jnp.floating)
+        if is_float and not bool(jnp.isfinite(arrays[name].astype(jnp.float32)).all()):
+            raise ValueError(f"{name} has entries that are not finite.")
+        sizes = tuple(label.size for label in found)
+        if tuple(arrays[name].shape) != sizes:
+            raise ValueError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
+    return weight
+
+
+def as_base(base: Any, source: Any = None) -> Any:
+    """A base as an adapter takes it: coded, where it is held as codes."""
+    return base.coded(source) if isinstance(base, QuantizedWeight) else base
+
+
+def decoded(base: Any) -> Any:
+    """A base as an array, sharded as its codes are; any other leaf as it is."""
+    return _decode(base) if isinstance(base, QuantizedWeight) else base
+
+
+@jax.jit
+def _decode(weight: QuantizedWeight) -> jax.Array:
+    return weight.array()
+
+
+def first_array(base: Any) -> Any:
+    """The array of a base, or its codes, which are where the whole of it is."""
+    return base.arrays["codes"] if isinstance(base, QuantizedWeight) else base
+
+
+def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
+    """The weight whose codes and scales are those of `array`; placed as the array is."""
+    found = Blocks.of(tuple(array.shape), dict(weight.blocks), weight.along)
+    labels = weight.held.labels(found)
+
+    def encode(array: jax.Array) -> dict[str, jax.Array]:
+        entries, axis = array.astype(wide_dtype(array.dtype)), 0
+        for group in found.out:  # one axis after the other, as explicit meshes want it
+            if len(group) > 1:
+                sizes = [label.size for label in group]
+                entries = entries.reshape(*entries.shape[:axis], *sizes, *entries.shape[axis + 1 :])
+            axis += len(group)
+        within, across = (
+            tuple(k for k, label in enumerate(found.codes) if label not in kept)
+            for kept in (found.scales, found.outer)
+        )
+        arrays = weight.held.encode(entries, within, across)
+        return {name: _without(x, found.codes, labels[name]) for name, x in arrays.items()}
+
+    options: dict[str, Any] = {}
+    sharding = None if is_tracer(array) else getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        mesh = sharding.mesh
+        options["out_shardings"] = {
+            name: NamedSharding(mesh, array_spec(mesh, sharding.spec, found.out, labels[name]))
+            for name in jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        }
+    return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
+
+
+def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:
+    """An array without the axes that it lacks, which have one entry."""
+    return jnp.squeeze(array, [k for k, label in enumerate(codes) if label not in labels])

@@ -1,0 +1,251 @@
+"""`quantize` and `dequantize`: a tree of weights in few bits, and back."""
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._adapter import FrozenWeight, base_and_held
+from ._base import Format, QuantizedWeight, blank_of, decoded, encoded, format_of
+from ._compat import is_tracer
+from ._errors import PairError, SpecError, UnquantizedWarning
+from ._infer import roles_of
+from ._pair import flatten_params, has_adapters
+from ._spec import Pattern, matches, shown, some
+
+
+def quantize(
+    params: Any,
+    formats: Any,
+    /,
+    *,
+    fn: Any = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    where: Pattern | None = None,
+    tables: bool = False,
+) -> Any:
+    """Holds weights in few bits: the frozen tree of a pair, or parameters.
+
+    `lora` takes such a tree in place of the frozen one, with adapters beside it or without. A
+    weight is decoded in the equation that reads it, and again in the backward pass.
+
+    Given one format for all, `fn` says which weights are those of products and convolutions, and
+    along which of their axes blocks lie: the inputs. Norms, biases and positions stay as they are.
+
+    Args:
+        params: the parameters, or the frozen tree of `init_lora`.
+        formats: a format, such as `NF4(block=64)`, or its name: "int8", "int4", "nf4", "fp8" or
+            "mxfp4". Or a tree with the structure of `params` of these and None, which leaves a
+            leaf as it is.
+        fn: a function of the parameters first.
+        args: what `fn` is called with after the parameters; arrays may be `jax.ShapeDtypeStruct`.
+        kwargs: keywords that `fn` is called with.
+        where: with one format for all, only parameters whose path it accepts: a glob, a compiled
+            regular expression or a callable.
+        tables: with one format for all, whether tables in which rows are looked up are quantized,
+            too: embeddings, and a head that is one of them. Blocks lie along the rows.
+
+    Returns:
+        The tree with a `QuantizedWeight` in place of each weight; it is placed as the weight was,
+        an axis in blocks being split between blocks.
+
+    Raises:
+        SpecError: where a format does not fit a leaf of a tree of formats, or is not one; where a
+            weight is quantized already, or has entries that are not finite; where this JAX or this
+            backend lacks a dtype; where nothing is found.
+        TypeError: where one format is given for all, and no `fn`.
+
+    Warns:
+        UnquantizedWarning: where weights of products stay as they are, as blocks do not divide
+            them; names each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import quantize
+        >>> model = lambda params, x: x @ params["w"] + params["b"]
+        >>> params = {"w": jnp.ones((128, 8), jnp.bfloat16), "b": jnp.zeros(8, jnp.bfloat16)}
+        >>> frozen = quantize(params, "nf4", fn=model, args=(jnp.ones((2, 128), jnp.bfloat16),))
+        >>> frozen["w"].arrays["codes"].shape, frozen["b"].shape
+        ((2, 64, 8), (8,))
+    """
+    if has_adapters(params):
+        raise PairError("quantize takes parameters or a frozen tree, and this one has adapters.")
+    leaves, structure = flatten_params(params)
+    bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
+    roles = None
+    if fn is not None:
+        roles = roles_of(fn, bases, structure, tuple(args), dict(kwargs or {}))
+    if isinstance(formats, str | Format):
+        found = _everywhere(bases, format_of(formats), roles, where, tables)
+    else:
+        found = _by_leaf(bases, structure, formats, roles)
+    made: dict[Any, QuantizedWeight] = {}
+    out: list[Any] = []
+    for (_, leaf), (path, base), blank in zip(leaves, bases, found, strict=True):
+        if blank is None:
+            out.append(leaf)
+            continue
+        key = (id(base), jax.tree.structure(blank))  # An array at two paths stays one.
+        if key not in made:
+            _check(path, base, blank)
+            made[key] = encoded(blank, base)
+        held = made[key]
+        out.append(FrozenWeight(held, leaf.factors) if isinstance(leaf, FrozenWeight) else held)
+    return jax.tree.unflatten(structure, out)
+
+
+def dequantize(tree: Any) -> Any:
+    """The tree with an array in place of each quantized weight.
+
+    Args:
+        tree: parameters, or the frozen tree of a pair.
+
+    Returns:
+        The same tree; what was not quantized is the same object.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import Int8, dequantize, quantize
+        >>> frozen = quantize({"w": jnp.full((4, 2), 127.0)}, {"w": Int8()})
+        >>> dequantize(frozen)["w"].tolist()[0]
+        [127.0, 127.0]
+    """
+    leaves, structure = flatten_params(tree)
+
+    def plain(leaf: Any) -> Any:
+        base, held = base_and_held(leaf)
+        array = decoded(base)
+        return FrozenWeight(array, held) if isinstance(leaf, FrozenWeight) else array
+
+    return jax.tree.unflatten(structure, [plain(leaf) for _, leaf in leaves])
+
+
+def _everywhere(
+    bases: Sequence[tuple[str, Any]], format: Format, roles: Any, where: Any, tables: bool
+) -> list[QuantizedWeight | None]:
+    """One format for every weight of a product."""
+    if roles is None:
+        raise TypeError(
+            "quantize takes `fn` and `args` beside one format for all weights, to find which they "
+            "are. Without a function, give it a tree of formats."
+        )
+    found: list[QuantizedWeight | None] = []
+    told: list[str] = []
+    for path, base in bases:
+        is_table, is_weight = path in roles.tables, path in roles.axes
+        chosen = is_weight and (tables or not is_table) and (where is None or matches(where, path))
+        if not chosen or not _is_float(base):
+            if chosen:
+                _refuse_twice(path, base)
+            found.append(None)
+            continue
+        along = roles.tables[path] if is_table else roles.axes[path][0]
+        try:
+            found.append(_blank(path, base, along, format))
+        except SpecError as error:
+            told.append(str(error))
+            found.append(None)
+    if not any(found):
+        chosen = "" if where is None else f" whose path {shown(where)} accepts"
+        names = [path for path, base in bases if getattr(base, "ndim", 0) > 1]
+        raise SpecError(
+            "\n  ".join(
+                [
+                    f"quantize finds no weight{chosen} of a product or a convolution that it can "
+                    f"hold as {format}. Parameters of two or more axes: {some(names) or 'none'}.",
+                    *told,
+                ]
+            )
+        )
+    if told:
+        lines = "\n".join(f"  {line}" for line in told)
+        warnings.warn(
+            f"quantize leaves weights as they are:\n{lines}\nLeave such weights out with `where` "
+            "to silence this.",
+            UnquantizedWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def _by_leaf(
+    bases: Sequence[tuple[str, Any]], structure: Any, formats: Any, roles: Any
+) -> list[QuantizedWeight | None]:
+    """A tree of formats."""
+    leaves, other = jax.tree.flatten(formats, is_leaf=lambda x: x is None or isinstance(x, Format))
+    if other != structure:
+        raise SpecError(
+            "The tree of formats must have the structure of the parameters, None where a leaf is "
+            f"left as it is. Parameters: {structure}; formats: {other}."
+        )
+    found: list[QuantizedWeight | None] = []
+    for (path, base), leaf in zip(bases, leaves, strict=True):
+        if leaf is None:
+            found.append(None)
+            continue
+        format = format_of(leaf)
+        _refuse_twice(path, base)
+        if not _is_float(base) or base.ndim < 2:
+            kind = f"{base.dtype} {tuple(base.shape)}" if hasattr(base, "dtype") else type(base)
+            raise SpecError(
+                f"`{path}` is {kind}, and quantize takes floats of two or more axes. Give it None."
+            )
+        along = (base.ndim - 2,)  # as in a kernel `[…, in, out]`
+        if roles is not None and path in roles.axes:
+            along = roles.tables.get(path, roles.axes[path][0])
+        found.append(_blank(path, base, along, format))
+    return found
+
+
+def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
+    """The weight without arrays; a format may say itself which axes share scales."""
+    given = getattr(format, "along", None)
+    shape = tuple(base.shape)
+    return blank_of(path, shape, along if given is None else given, format, base.dtype)
+
+
+def _is_float(base: Any) -> bool:
+    is_array = isinstance(base, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return is_array and jnp.issubdtype(base.dtype, jnp.floating) and base.dtype.itemsize > 1
+
+
+def _refuse_twice(path: str, base: Any) -> None:
+    if isinstance(base, QuantizedWeight):
+        raise SpecError(
+            f"`{path}` is quantized already, as {base.held}. Call dequantize first, or give it "
+            "None."
+        )
+
+
+def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
+    """Refuses dtypes that this backend lacks, and entries that leave a block without a scale."""
+    for dtype in blank.held.dtypes():
+        _check_backend(path, jnp.dtype(dtype).name)
+    if is_tracer(base) or isinstance(base, jax.ShapeDtypeStruct):
+        return
+    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(base))))):
+        raise SpecError(
+            f"`{path}` has entries that are not finite, and a block with such an entry has no "
+            "scale. Mend the weight, or give it None."
+        )
+
+
+def _check_backend(path: str, dtype: str) -> None:
+    try:
+        _computes_with(dtype)
+    except Exception as error:
+        raise SpecError(
+            f"`{path}`: JAX {jax.__version__} on {jax.default_backend()} does not compute with "
+            f"{dtype}: {error}. Choose another format."
+        ) from error
+
+
+@functools.cache
+def _computes_with(dtype: str) -> None:
+    with jax.ensure_compile_time_eval():
+        jnp.zeros(2, dtype).astype(jnp.float32).block_until_ready()

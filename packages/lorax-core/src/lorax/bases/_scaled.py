@@ -1,0 +1,59 @@
+"""Codes that are numbers: an entry is a code times the scale of its block."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
+    """The largest magnitude of each block, and one for a block of zeros."""
+    found = jnp.max(jnp.abs(entries), tuple(within), keepdims=True)
+    return jnp.where(found == 0, jnp.ones_like(found), found)
+
+
+def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The scale of an entry, which may be a code itself."""
+    scale = arrays["scales"]
+    if "outer" in arrays:
+        scale = scale.astype(arrays["outer"].dtype) * arrays["outer"]
+    return scale
+
+
+def with_scales_of_scales(
+    scale: jax.Array, across: Sequence[int]
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Scales as 8 bits and one number for each output, and the scales that these stand for."""
+    outer = jnp.max(scale, tuple(across), keepdims=True) / 255
+    codes = jnp.clip(jnp.round(scale / outer), 1, 255).astype(jnp.uint8)
+    return {"scales": codes, "outer": outer}, codes.astype(outer.dtype) * outer
+
+
+def integers(
+    entries: jax.Array, within: Sequence[int], bits: int, symmetric: bool, dtypes: Any
+) -> dict[str, jax.Array]:
+    """Rounded codes of so many bits; the range of a block is its own where not symmetric."""
+    signed, unsigned = dtypes
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = largest(entries, within) / top
+        codes = jnp.clip(jnp.round(entries / scale), -top, top).astype(signed)
+        return {"codes": codes, "scales": scale}
+    top = 2**bits - 1
+    zero = jnp.zeros((), entries.dtype)
+    low = jnp.minimum(jnp.min(entries, tuple(within), keepdims=True), zero)
+    high = jnp.maximum(jnp.max(entries, tuple(within), keepdims=True), zero)
+    scale = jnp.where(high == low, jnp.ones_like(high), (high - low) / top)
+    zeros = jnp.clip(jnp.round(-low / scale), 0, top)
+    codes = jnp.clip(jnp.round(entries / scale) + zeros, 0, top).astype(unsigned)
+    return {"codes": codes, "scales": scale, "zeros": zeros.astype(unsigned)}
+
+
+def times_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """`(code − zero) · scale`."""
+    scale = to_scale(arrays)
+    entries = arrays["codes"].astype(scale.dtype)
+    if "zeros" in arrays:
+        entries = entries - arrays["zeros"].astype(scale.dtype)
+    return entries * scale

@@ -1,0 +1,64 @@
+"""Int8: codes of eight bits, one scale for each output or for each block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._base import Format, defformat
+from .._errors import SpecError
+from . import _scaled
+
+
+@defformat
+class Int8(Format):
+    """Integers of 8 bits times a scale.
+
+        W[in, out]  =  codes[in, out] · scales[out]
+
+    Args:
+        block: how many entries along the inputs share a scale; None: all of them.
+        symmetric: whether the codes are −127 … 127. Otherwise they are 0 … 255 around a zero
+            point of their block, `W = (codes − zeros) · scales`.
+        along: the axes whose entries share scales; None: as `quantize` finds them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import Int8, quantize
+        >>> quantize({"w": jnp.ones((64, 3))}, {"w": Int8()})["w"].arrays["scales"].shape
+        (3,)
+    """
+
+    name = "int8"
+
+    block: int | None = None
+    symmetric: bool = True
+    along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Refuses blocks that are none."""
+        check_block(self.block)
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtypes of the codes."""
+        return (jnp.int8,) if self.symmetric else (jnp.uint8,)
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """Rounded to the nearest code."""
+        return _scaled.integers(entries, within, 8, self.symmetric, (jnp.int8, jnp.uint8))
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Codes times scales."""
+        return _scaled.times_scale(arrays)
+
+
+def check_block(block: Any) -> None:
+    """Refuses what is no size of a block."""
+    if block is not None and (type(block) is not int or block < 1):
+        raise SpecError(
+            f"A block has {block!r} entries; it has a positive number of them, or None."
+        )

@@ -1,0 +1,73 @@
+"""MXFP4: floats of four bits, and a power of two for each block of 32."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._base import Format, defformat
+from .._errors import SpecError
+from . import _scaled, _table
+
+# E2M1, by its bits: sign, two of exponent, one of mantissa.
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+TABLE = (*VALUES, *(-value for value in VALUES))
+
+BIAS = 127
+
+
+@defformat
+class MXFP4(Format):
+    """Floats of four bits times a power of two (OCP Microscaling Formats, version 1.0).
+
+        W[in, out]  =  E2M1(codes[in, out]) · 2 ^ (scales[in / 32, out] − 127)
+
+    Args:
+        block: how many entries along the inputs share a power; the standard has 32.
+        along: the axes whose entries share scales; None: as `quantize` finds them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import MXFP4, quantize
+        >>> held = quantize({"w": jnp.full((64, 3), 1.5)}, {"w": MXFP4()})["w"]
+        >>> held.bits, held.array()[0].tolist()
+        (4.25, [1.5, 1.5, 1.5])
+    """
+
+    name = "mxfp4"
+
+    block: int = 32
+    along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Refuses blocks that are none."""
+        if type(self.block) is not int or self.block < 1:
+            raise SpecError(f"MXFP4 has a block of {self.block!r}; it has a positive number.")
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of the codes."""
+        return (jnp.uint4,)
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """The nearest float beside the power by which the largest entry of a block is below 8."""
+        # frexp: largest = m · 2^e with m in [0.5, 1), and 4 is the largest power of two in E2M1.
+        _, exponent = jnp.frexp(_scaled.largest(entries, within))
+        power = jnp.clip(exponent - 1 - 2, -BIAS, BIAS)
+        normal = entries / jnp.exp2(power.astype(entries.dtype))
+        position = _table.nearest(jnp.abs(normal), VALUES)
+        codes = position + 8 * (normal < 0).astype(jnp.uint8)
+        return {
+            "codes": codes.astype(jnp.uint4), "scales": (power + BIAS).astype(jnp.uint8)
+        }  # fmt: skip
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Floats times powers of two, made of their bits; 255 is not a number."""
+        bits = arrays["scales"].astype(jnp.uint32)
+        power = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
+        power = jnp.where(bits == 255, jnp.uint32(0x7FC00000), power)
+        scale = jax.lax.bitcast_convert_type(power, jnp.float32)
+        return _table.read(arrays["codes"], TABLE, jnp.float32) * scale

@@ -1,0 +1,76 @@
+"""NF4: four bits that stand for quantiles of a normal distribution, a scale for each block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._base import Format, defformat
+from .._errors import SpecError
+from . import _scaled, _table
+
+# Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+QUANTILES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+SMALLEST, LARGEST = 32, 4096
+
+
+@defformat
+class NF4(Format):
+    """Quantiles of a normal distribution times a scale (QLoRA, Dettmers et al. 2023).
+
+        W[in, out]  =  quantile[codes[in, out]] · scales[in / block, out]
+
+    Args:
+        block: how many entries along the inputs share a scale, 32 to 4096.
+        double: whether the scales are 8 bits themselves, times one number for each output: 4.13
+            bits for each entry instead of 4.5, at blocks of 64.
+        along: the axes whose entries share scales; None: as `quantize` finds them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import NF4, quantize
+        >>> held = quantize({"w": jnp.ones((4096, 512), jnp.bfloat16)}, {"w": NF4()})["w"]
+        >>> round(held.bits, 2), held.arrays["scales"].dtype.name, held.arrays["outer"].shape
+        (4.13, 'uint8', (512,))
+    """
+
+    name = "nf4"
+
+    block: int = 64
+    double: bool = True
+    along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Refuses blocks that nobody has."""
+        if type(self.block) is not int or not SMALLEST <= self.block <= LARGEST:
+            raise SpecError(
+                f"NF4 has a block of {self.block!r}; it has {SMALLEST} to {LARGEST} entries."
+            )
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of the codes."""
+        return (jnp.uint4,)
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """The nearest quantile."""
+        scale = _scaled.largest(entries, within)
+        arrays = {"scales": scale}
+        if self.double:
+            arrays, scale = _scaled.with_scales_of_scales(scale, across)
+        codes = _table.nearest(entries / scale, QUANTILES).astype(jnp.uint4)
+        return {"codes": codes, **arrays}
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Quantiles times scales."""
+        scale = _scaled.to_scale(arrays)
+        return _table.read(arrays["codes"], QUANTILES, scale.dtype) * scale

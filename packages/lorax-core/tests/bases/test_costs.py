@@ -1,0 +1,85 @@
+"""What compiled programs make of a quantized base: no stack of floats, and no work but decoding."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lorax import NF4, Int8, LoraSpec, init_lora, lora, quantize
+from lorax.testing import random_factors
+
+# Big enough for arithmetic to count, and decoding beside it not.
+LAYERS, WIDTH, TOKENS = 16, 128, 256
+
+
+@pytest.fixture(autouse=True)
+def optimized():
+    """The suite compiles without most of the optimizations that are looked at here."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def unrolled(params, x):
+    for weight in params:
+        x = jnp.tanh(x @ weight)
+    return x
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
+
+
+def rematerialized(params, x):
+    return jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params)[0]
+
+
+def programs(function, format, tokens=TOKENS):
+    """The gradient of the factors on codes, and on floats, compiled."""
+    stacked = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) / WIDTH**0.5
+    params = list(stacked) if function is unrolled else stacked
+    spec = [2] * LAYERS if function is unrolled else LoraSpec(2, shared_axes=[0])
+    x = jnp.ones((tokens, WIDTH))
+    coded = quantize(params, format, fn=function, args=(x,))
+    _, tunable = init_lora(params, spec, jax.random.key(1))
+    tunable = random_factors(tunable, jax.random.key(2))
+
+    def loss(tunable, frozen, x):
+        return jnp.mean(lora(function)((frozen, tunable), x) ** 2)
+
+    found: list[Any] = []
+    for frozen in (coded, params):
+        found.append(jax.jit(jax.grad(loss)).lower(tunable, frozen, x).compile())
+    return found
+
+
+@pytest.mark.parametrize("format", [NF4(64), Int8()], ids=str)
+@pytest.mark.parametrize("function", [unrolled, scanned, rematerialized])
+def test_flops_and_arrays(function, format):
+    on_codes, on_floats = programs(function, format)
+    flops = [compiled.cost_analysis()["flops"] for compiled in (on_codes, on_floats)]
+    # XLA counts the body of a loop once, and decoding is as much of it as of the whole.
+    assert flops[0] <= 1.03 * flops[1], flops
+    text = on_codes.as_text()
+    stack = rf"{LAYERS},(?:{WIDTH}|{WIDTH // 64},64),{WIDTH}\]"
+    made = [line for line in text.splitlines() if re.search(rf" = f\d+\[{stack}", line)]
+    assert not made, made
+    copies = [
+        line
+        for line in text.splitlines()
+        if re.search(rf" = (?:u4|s8)\[{stack}\S* (?:copy|transpose|fusion)\(", line)
+    ]
+    assert not copies, copies
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="before, XLA ordered a CPU's program for concurrency, and not for memory",
+)
+@pytest.mark.parametrize("format", [NF4(64), Int8()], ids=str)
+def test_one_weight_at_a_time(format):
+    compiled, _ = programs(unrolled, format, tokens=8)
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    assert temp <= 2.5 * 4 * WIDTH * WIDTH, temp / (4 * WIDTH * WIDTH)

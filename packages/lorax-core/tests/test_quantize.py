@@ -1,0 +1,380 @@
+"""`quantize`: which weights, along which axes, and what is refused."""
+
+import json
+import re
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from lorax import (
+    FP8,
+    LORA_FULL,
+    MXFP4,
+    NF4,
+    DoraSpec,
+    IA3Spec,
+    Int4,
+    Int8,
+    LohaSpec,
+    LoraSpec,
+    QuantizedWeight,
+    SpecError,
+    UnquantizedWarning,
+    VeraSpec,
+    count_params,
+    dequantize,
+    explain,
+    init_lora,
+    lora,
+    merge_params,
+    quantize,
+)
+from lorax.bases import quantized_from_settings
+from lorax.testing import random_factors
+
+FORMATS = [
+    Int8(), Int8(32), Int8(symmetric=False), Int4(), Int4(32, symmetric=False), NF4(),
+    NF4(128, double=False), FP8(), FP8("e5m2"), FP8(block=64, square=True), MXFP4(),
+]  # fmt: skip
+
+
+def N(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / 8
+
+
+def model(params, ids):
+    """A table that is the head, too, a norm, a projection with its output first, and a stack."""
+    x = params["table"][ids] + params["positions"][: ids.shape[0]]
+    x = x * params["norm"][None]
+    x = x @ params["up"].T + params["bias"][None]
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+    return x @ params["up"] @ params["table"].T
+
+
+PARAMS = {
+    "table": N(0, 50, 64),
+    "positions": N(1, 9, 64),
+    "norm": jnp.ones(64),
+    "up": N(2, 128, 64),
+    "bias": jnp.zeros(128),
+    "layers": N(3, 3, 128, 128),
+}
+IDS = jnp.arange(5)
+
+
+def quantized(tree):
+    return {name for name, leaf in tree.items() if isinstance(leaf, QuantizedWeight)}
+
+
+def test_weights_of_products_alone():
+    frozen = quantize(PARAMS, "nf4", fn=model, args=(IDS,))
+    assert quantized(frozen) == {"up", "layers"}
+    assert all(frozen[name] is PARAMS[name] for name in PARAMS.keys() - quantized(frozen))
+
+
+def test_blocks_lie_along_the_inputs():
+    frozen = quantize(PARAMS, NF4(64), fn=model, args=(IDS,))
+    assert frozen["up"].arrays["codes"].shape == (128, 1, 64)  # its first use sums over 64
+    assert frozen["up"].arrays["scales"].shape == (128, 1)
+    assert frozen["layers"].arrays["codes"].shape == (3, 2, 64, 128)
+    assert frozen["layers"].arrays["outer"].shape == (3, 128)
+
+
+def test_tables_on_request_and_along_their_rows():
+    frozen = quantize(PARAMS, NF4(64), fn=model, args=(IDS,), tables=True)
+    assert quantized(frozen) == {"up", "layers", "table"}
+    assert frozen["table"].arrays["codes"].shape == (50, 1, 64)
+
+
+def test_where():
+    frozen = quantize(PARAMS, "int8", fn=model, args=(IDS,), where="lay*")
+    assert quantized(frozen) == {"layers"}
+
+
+def test_keywords_and_shapes():
+    shape = jax.ShapeDtypeStruct((5,), jnp.int32)
+    frozen = quantize(PARAMS, "int8", fn=lambda p, *, ids: model(p, ids), kwargs={"ids": shape})
+    assert quantized(frozen) == {"up", "layers"}
+
+
+def test_a_tree_of_formats():
+    formats = dict.fromkeys(PARAMS) | {"up": "int8", "table": NF4(64, along=(1,))}
+    frozen = quantize(PARAMS, formats)
+    assert quantized(frozen) == {"up", "table"}
+    assert frozen["up"].arrays["scales"].shape == (64,)  # the last axis but one is the input
+    with_roles = quantize(PARAMS, formats, fn=model, args=(IDS,))
+    assert with_roles["up"].arrays["scales"].shape == (128,)
+
+
+def test_one_array_at_two_paths_stays_one():
+    shared = N(4, 64, 64)
+    frozen = quantize(
+        {"a": shared, "b": shared}, "int8", fn=lambda p, x: x @ p["a"] @ p["b"], args=(N(5, 2, 64),)
+    )
+    assert frozen["a"] is frozen["b"]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_error_and_bits(format):
+    weight = N(6, 256, 128)
+    held = quantize({"w": weight}, {"w": format})["w"]
+    error = float(jnp.linalg.norm(held.array() - weight) / jnp.linalg.norm(weight))
+    most = {"int8": (0.008, 9.0), "int4": (0.1, 5.2), "nf4": (0.1, 4.5), "mxfp4": (0.13, 4.25)}
+    error_most, bits_most = most.get(format.name, (0.06, 8.2))
+    assert error < error_most and held.bits <= bits_most, (error, held.bits)
+    # Bits of one entry are what XLA keeps for it.
+    compiled: Any = jax.jit(lambda arrays: arrays).lower(held.arrays).compile()
+    kept = compiled.memory_analysis().argument_size_in_bytes
+    assert held.nbytes <= kept <= held.nbytes + 64 * len(held.arrays)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_what_a_format_holds_exactly_comes_back(format):
+    """Quantizing the decoded weight again gives the same weight, up to the rounding of scales."""
+    once = quantize({"w": N(7, 128, 64)}, {"w": format})["w"].array()
+    again = quantize({"w": once}, {"w": format})["w"].array()
+    np.testing.assert_allclose(again, once, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_blocks_of_zeros_stay_zero(format):
+    weight = N(8, 128, 64).at[:64].set(0)
+    held = quantize({"w": weight}, {"w": format})["w"].array()
+    assert not held[:64].any() and jnp.isfinite(held).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_is_made_again_from_its_settings(format):
+    held = quantize({"w": N(9, 128, 64)}, {"w": format})["w"]
+    again = quantized_from_settings(json.loads(json.dumps(held.settings())), held.arrays)
+    assert jax.tree.structure(again) == jax.tree.structure(held)
+
+
+def test_settings_of_strangers():
+    held = quantize({"w": N(10, 128, 64)}, {"w": NF4(64)})["w"]
+    settings = held.settings()
+    for change in (
+        {"block": 7}, {"block": "64"}, {"more": 1}, {"blocks": [[0, 63]]}, {"blocks": [[9, 64]]},
+        {"along": [4]}, {"along": 0}, {"dtype": "int8"}, {"dtype": "float33"}, {"format": "nf5"},
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            quantized_from_settings(settings | change, held.arrays)
+    outer = held.arrays["outer"].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="outer has entries that are not finite"):
+        quantized_from_settings(settings, held.arrays | {"outer": outer})
+    with pytest.raises(ValueError, match="scales has shape"):
+        quantized_from_settings(settings, held.arrays | {"scales": held.arrays["codes"]})
+    with pytest.raises(ValueError, match="does not have the arrays"):
+        quantized_from_settings(settings, held.arrays | {"other": held.arrays["codes"]})
+
+
+# What is refused
+
+
+def test_blocks_that_do_not_divide_are_named():
+    with pytest.raises(SpecError, match=r"`w` has shape \(60, 8\), and blocks of 64 divide none"):
+        quantize({"w": N(0, 60, 8)}, {"w": NF4(64)})
+    params = {"w": N(0, 60, 8), "v": N(1, 8, 64)}
+    function = lambda p, x: x @ p["w"] @ p["v"]  # noqa: E731
+    with pytest.warns(UnquantizedWarning, match=r"`w` has shape \(60, 8\)"):
+        frozen = quantize(params, Int8(8), fn=function, args=(N(2, 3, 60),))
+    assert quantized(frozen) == {"v"}
+    with pytest.raises(SpecError, match=r"finds no weight .*\n  `v` has .*\n  `w` has shape"):
+        quantize(params, Int8(7), fn=function, args=(N(2, 3, 60),))
+
+
+def test_twice():
+    frozen = quantize(PARAMS, "int8", fn=model, args=(IDS,))
+    with pytest.raises(SpecError, match="`layers` is quantized already"):
+        quantize(frozen, "int8", fn=model, args=(IDS,))
+    with pytest.raises(SpecError, match="`up` is quantized already"):
+        quantize(frozen, dict.fromkeys(PARAMS) | {"up": "nf4"})
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+def test_weights_that_are_not_finite(value, format):
+    with pytest.raises(SpecError, match="`w` has entries that are not finite"):
+        quantize({"w": N(0, 64, 8).at[3, 2].set(value)}, {"w": format})
+
+
+def test_a_backend_that_lacks_a_dtype(monkeypatch):
+    def fails(*_, **__):
+        raise NotImplementedError("no such type")
+
+    monkeypatch.setattr("lorax._quantize._computes_with", fails)
+    with pytest.raises(SpecError, match="`w`: JAX .* does not compute with int8: no such type"):
+        quantize({"w": N(0, 64, 8)}, {"w": "int8"})
+
+
+def test_other_mistakes():
+    with pytest.raises(SpecError, match="'nf5' is not a format; .* 'nf4'"):
+        quantize(PARAMS, "nf5", fn=model, args=(IDS,))
+    with pytest.raises(TypeError, match="takes `fn` and `args` beside one format"):
+        quantize(PARAMS, "nf4")
+    with pytest.raises(SpecError, match="must have the structure of the parameters"):
+        quantize(PARAMS, {"up": "nf4"})
+    with pytest.raises(SpecError, match="`norm` is float32 .* two or more axes"):
+        quantize(PARAMS, dict.fromkeys(PARAMS) | {"norm": "int8"})
+    with pytest.raises(SpecError, match="NF4 has a block of 16; it has 32 to 4096"):
+        NF4(16)
+    with pytest.raises(SpecError, match="FP8 has kind 'e4m2'"):
+        FP8("e4m2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match="A block has 0 entries"):
+        Int4(0)
+    _, tunable = init_lora({"w": N(0, 6, 5)}, {"w": 1}, jax.random.key(0))
+    with pytest.raises(lorax.PairError, match="this one has adapters"):
+        quantize(tunable, {"w": "int8"})
+
+
+def test_a_quantized_weight_is_not_trained_in_full():
+    frozen = quantize({"w": N(0, 64, 8)}, {"w": "int8"})
+    with pytest.raises(SpecError, match="`w` is quantized, and codes have no gradient"):
+        init_lora(frozen, {"w": LORA_FULL}, jax.random.key(0))
+
+
+# Beside adapters
+
+
+KINDS = {
+    "dora": DoraSpec(LoraSpec(2, alpha=4)),
+    "ia3": IA3Spec(),
+    "ia3-in": IA3Spec("in"),
+    "vera": VeraSpec(3),
+    "loha": LohaSpec(2, alpha=4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_adapters(kind):
+    """Values and gradients are those on the dequantized base, and codes alone are kept."""
+    params, x = {"w": N(0, 3, 64, 64), "head": N(1, 64, 10)}, N(2, 5, 64)
+
+    def function(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])
+        return x @ p["head"]
+
+    coded = quantize(params, NF4(32), fn=function, args=(x,))
+    plain = dequantize(coded)
+    spec = lorax.infer_spec(function, coded, x, spec=KINDS[kind])
+    assert spec == lorax.infer_spec(function, params, x, spec=KINDS[kind])
+    frozen, tunable = init_lora(coded, spec, jax.random.key(0))
+    tunable = jax.tree.map(
+        lambda start, drawn: start + drawn / 4, tunable, random_factors(tunable, jax.random.key(1))
+    )
+    floats = dequantize(frozen)
+    assert jax.tree.structure(floats) == jax.tree.structure(
+        init_lora(plain, spec, jax.random.key(0)).frozen
+    )
+
+    def loss(tunable, frozen):
+        adapted = lora(function, on_materialize="error")
+        return jnp.sum(jnp.sin(adapted((frozen, tunable), x)))
+
+    run = jax.jit(jax.value_and_grad(loss))
+    for got, expected in zip(
+        *map(jax.tree.leaves, (run(tunable, frozen), run(tunable, floats))), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    _, tangent = jax.linearize(jax.jit(lambda tunable: loss(tunable, frozen)), tunable)
+    kept = jax.make_jaxpr(tangent)(tunable).consts
+    floats = [array for array in kept if jnp.issubdtype(array.dtype, jnp.floating)]
+    assert not [array.shape for array in floats if array.size >= params["w"].size]
+
+
+def test_merges_to_floats_and_to_codes():
+    params, x = {"w": N(0, 64, 16), "v": N(1, 16, 8), "b": jnp.ones(8)}, N(2, 3, 64)
+    function = lambda p, x: x @ p["w"] @ p["v"] + p["b"][None]  # noqa: E731
+    coded = quantize(params, Int8(), fn=function, args=(x,))
+    frozen, tunable = init_lora(coded, {"w": 2, "v": 0, "b": 0}, jax.random.key(0))
+    tunable = random_factors(tunable, jax.random.key(1))
+    merged = merge_params(frozen, tunable)
+    assert not quantized(merged) and merged["b"] is params["b"]
+    np.testing.assert_allclose(
+        function(merged, x), lora(function)((frozen, tunable), x), rtol=1e-5, atol=1e-5
+    )
+    again, errors = merge_params(frozen, tunable, requantize=True)
+    assert quantized(again) == {"w", "v"} and again["v"] is frozen["v"]
+    found = jnp.linalg.norm(again["w"].array() - merged["w"]) / jnp.linalg.norm(merged["w"])
+    assert errors.keys() == {"w"} and 0 < errors["w"] < 0.01
+    np.testing.assert_allclose(errors["w"], found, rtol=1e-4)
+    np.testing.assert_array_equal(lorax.materialize(frozen["w"], tunable["w"]), merged["w"])
+
+
+def test_a_base_without_adapters():
+    frozen = quantize(PARAMS, "int8", fn=model, args=(IDS,))
+    nothing = dict.fromkeys(PARAMS)
+    got = lora(model, on_materialize="error")((frozen, nothing), IDS)
+    np.testing.assert_allclose(got, model(dequantize(frozen), IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_counts_and_explains():
+    frozen = quantize(PARAMS, "nf4", fn=model, args=(IDS,), tables=True)
+    assert count_params(frozen) == count_params(PARAMS)
+    function = lambda p, ids: model(p | {"up": jnp.sort(p["up"], 0)}, ids)  # noqa: E731
+    spec = dict.fromkeys(PARAMS, 0) | {"layers": LoraSpec(2, shared_axes=[0])}
+    pair = init_lora(frozen, spec, jax.random.key(0))
+    found = explain(function, pair, IDS)
+    assert found.total == count_params(PARAMS)
+    assert found.tunable_bytes == 4 * count_params(pair.tunable)
+    held = [leaf for leaf in frozen.values() if isinstance(leaf, QuantizedWeight)]
+    others = sum(leaf.nbytes for leaf in frozen.values() if not isinstance(leaf, QuantizedWeight))
+    assert found.frozen_bytes == sum(leaf.nbytes for leaf in held) + others
+    assert found.quantized == sum(leaf.size for leaf in held)
+    assert found.bits is not None and 4.1 < found.bits < 5
+    assert {(path, primitive) for path, primitive, _ in found.decoded} == {("up", "sort")}
+    assert "`up` is decoded in full for `sort`" in str(found)
+    assert re.search(r"are held in 4\.\d\d bits each", str(found))
+
+
+def test_an_adapter_on_codes_that_no_rule_covers_is_reported():
+    frozen = quantize({"w": N(0, 64, 8)}, {"w": "int8"})
+    pair = init_lora(frozen, {"w": 1}, jax.random.key(0))
+    with pytest.raises(lorax.MaterializeError, match="`w` is used by `sort`"):
+        lora(lambda p, x: x @ jnp.sort(p["w"]), on_materialize="error")(pair, N(1, 2, 64))
+
+
+def test_quantizes_what_lies_beside_frozen_factors():
+    params = {"w": N(0, 64, 8)}
+    frozen, tunable = init_lora(params, {"w": DoraSpec(2)}, jax.random.key(0))
+    coded = quantize(frozen, {"w": Int8()})
+    assert isinstance(coded["w"], lorax.FrozenWeight)
+    assert isinstance(coded["w"].base, QuantizedWeight)
+    got = lora(lambda p, x: x @ p["w"])((coded, tunable), N(1, 2, 64))
+    np.testing.assert_allclose(got, N(1, 2, 64) @ params["w"], rtol=0.1, atol=0.02)
+
+
+def test_is_exported():
+    pytest.importorskip("flatbuffers")
+    frozen = quantize({"w": N(0, 64, 8)}, {"w": NF4()})
+    pair, x = init_lora(frozen, {"w": 2}, jax.random.key(0)), N(1, 2, 64)
+    adapted = jax.jit(lora(lambda p, x: x @ p["w"]))
+    data = jax.export.export(adapted)(pair, x).serialize()
+    exported = jax.export.deserialize(bytearray(data))
+    np.testing.assert_allclose(exported.call(pair, x), adapted(pair, x), rtol=1e-6)
+
+
+def test_shapes_alone():
+    function = lambda p, x: x @ p["w"]  # noqa: E731
+    shapes = {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}
+    x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
+    frozen = jax.eval_shape(lambda p: quantize(p, "nf4", fn=function, args=(x,)), shapes)
+    pair = jax.eval_shape(lambda p: init_lora(p, {"w": 2}, jax.random.key(0)), frozen)
+    assert pair.frozen["w"].shape == (64, 8) and pair.tunable["w"].a.dtype == jnp.float32
+    assert jax.eval_shape(lora(function), pair, x).shape == (2, 8)
+
+
+def test_vmapped_over_bases():
+    """Members of an ensemble, each with codes of its own."""
+    stacked, x = N(0, 3, 64, 8), N(1, 2, 64)
+    hold = lambda w: quantize({"w": w}, {"w": NF4(32)})  # noqa: E731
+    frozen = jax.vmap(hold)(stacked)
+    run = lambda f, x: lora(lambda p, x: x @ p["w"])((f, {"w": None}), x)  # noqa: E731
+    got = jax.vmap(run, (0, None))(frozen, x)
+    expected = jnp.stack([x @ dequantize(hold(w))["w"] for w in stacked])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
