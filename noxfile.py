@@ -277,6 +277,15 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "integration-tests/vllm/check.py", folder)
 
 
+@nox.session
+def mlx(session: nox.Session) -> None:
+    """mlx-lm and lorax-io read each other's adapters, on the CPU."""
+    session.install(
+        *editable("lorax-core", "lorax-io"), "-r", "integration-tests/mlx/requirements.txt"
+    )
+    session.run("python", "integration-tests/mlx/check.py")
+
+
 @nox.session(python="3.12")
 def wild(session: nox.Session) -> None:
     """Models of other people's packages. `-- --record` writes docs/wild.md again.

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft import get_peft_model_state_dict
 
 import lorax
 from lorax import testing
-from lorax_io import Linear, save_diffusers
+from lorax_io import Linear, load_any, open_adapter, save_diffusers, save_kohya
+from lorax_io._command import main
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,101 @@ def test_diffusers_gives_the_output_of_the_merged_model(flux, tmp_path, fold_sca
         tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="transformer"
     )
     np.testing.assert_allclose(output(adapted), ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+
+# kohya's names, and diffusers' own reader of them
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    ).eval()
+
+
+def noise(model):
+    with torch.no_grad():
+        sample = torch.sin(torch.arange(256.0)).reshape(1, 4, 8, 8)
+        text = torch.cos(torch.arange(24.0)).reshape(1, 3, 8)
+        return model(sample, torch.tensor(3), encoder_hidden_states=text).sample.numpy()
+
+
+def make_adapter(unet):
+    names = {
+        f"{name}.weight": Linear(name, in_axes=(1,), out_axes=(0,))
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_v", "to_out.0"))
+    }
+    params = {path: jnp.asarray(unet.get_parameter(path).detach().numpy()) for path in names}
+    # One alpha for all: diffusers 0.35 looks for those of single attention layers in vain.
+    spec = dict.fromkeys(params, lorax.LoraSpec(3, alpha=11, in_axes=(1,), out_axes=(0,)))
+    pair = lorax.init_lora(params, spec, jax.random.key(0))
+    tunable = testing.random_factors(pair.tunable, jax.random.key(1))
+    return names, lorax.Pair(pair.frozen, tunable)
+
+
+def with_weights(unet, weights):
+    merged = copy.deepcopy(unet)
+    for path, weight in weights.items():
+        with torch.no_grad():
+            merged.get_parameter(path).copy_(torch.tensor(np.asarray(weight)))
+    return merged
+
+
+def loaded_by_diffusers(unet, file):
+    loader = StableDiffusionLoraLoaderMixin
+    state, alphas = loader.lora_state_dict(str(file.parent), weight_name=file.name)
+    adapted = copy.deepcopy(unet)
+    loader.load_lora_into_unet(state, alphas, adapted)
+    return adapted
+
+
+def test_diffusers_reads_our_file_in_kohyas_form(unet, tmp_path):
+    names, pair = make_adapter(unet)
+    save_kohya(tmp_path / "style.safetensors", pair.tunable, names)
+    ours = noise(with_weights(unet, lorax.merge_params(pair)))
+    assert np.abs(ours - noise(unet)).max() > 1e-2 * np.abs(ours).max()
+    found = noise(loaded_by_diffusers(unet, tmp_path / "style.safetensors"))
+    np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+
+def test_the_command_merges_kohyas_file_into_a_model_of_diffusers(unet, tmp_path):
+    names, pair = make_adapter(unet)
+    file = tmp_path / "style.safetensors"
+    save_kohya(file, pair.tunable, names)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    unet.save_pretrained(tmp_path / "pipeline" / "unet")
+    settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
+    try:
+        base, out = str(tmp_path / "pipeline"), str(tmp_path / "merged")
+        assert main(["merge", str(file), "--base", base, "--out", out]) == 0
+    finally:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").eval()
+    expected = noise(loaded_by_diffusers(unet, file))
+    np.testing.assert_allclose(noise(merged), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_we_read_what_diffusers_writes(unet, tmp_path):
+    names, pair = make_adapter(unet)
+    save_kohya(tmp_path / "style.safetensors", pair.tunable, names)
+    adapted = loaded_by_diffusers(unet, tmp_path / "style.safetensors")
+    adapted.save_lora_adapter(tmp_path / "bare", adapter_name="default_0")
+    layers = get_peft_model_state_dict(adapted, adapter_name="default_0")
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "parts", unet_lora_layers=layers)
+    params = {path: pair.frozen[path] for path in names}
+    for folder, part in (("bare", ""), ("parts", "unet")):
+        assert open_adapter(tmp_path / folder).part == part
+    found = load_any(tmp_path / "bare", params, names)
+    ours, expected = noise(with_weights(unet, lorax.merge_params(found))), noise(adapted)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,28 @@ def save_diffusers(
         config: dict[str, Any] = {}
         for part, paths in _by_part(rows, layouts, prefix).items():
             begin = f"{part}." if part else ""
-            within = {path: layouts[path] for path in paths}
+            within = {path: layouts[path] for path in paths if path in layouts}
             if prefix is None:
                 within = {p: _without(x, begin) for p, x in within.items()}
             part_rows = {path: rows[path] for path in paths if path in rows}
             found = export(part_rows, within, fold_scale=fold_scale, plain=True)
+            _check_factors(found.tensors)
             tensors |= {f"{begin}{name}": tensor for name, tensor in found.tensors.items()}
             config |= {f"{begin}{key}": v for key, v in config_to_json(found.config).items()}
-        for name in tensors:
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise UnsupportedAdapterError(
-                    f"diffusers reads factors of linear and convolution layers, not `{name}`."
-                )
         header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
         with one_writer() as writer:
             if writer:
                 make_folder(folder)
                 write_tensors(folder / WEIGHTS_NAME, tensors, header)
     return folder / WEIGHTS_NAME
+
+
+def _check_factors(names: Iterable[str]) -> None:
+    for name in names:
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UnsupportedAdapterError(
+                f"diffusers reads factors of linear and convolution layers, not `{name}`."
+            )
 
 
 def _by_part(rows: Mapping[str, Any], names: Layouts, prefix: str | None) -> dict[str, list[str]]:

@@ -79,11 +79,14 @@ def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
     assert match is not None, name
     parameter = name[match.end() :]
     folders = [folder for folder in _FOLDERS[match["part"]] if folder in {*parts}]
-    flat = {f"{module.replace('.', '_')}": module for module in _modules(known, parameter)}
-    wanted = [f"{folder}_{match['module']}" for folder in folders] or [match["module"]]
-    found = {module for end in wanted if (module := flat.get(end)) is not None}
+    flat: dict[str, set[str]] = {}
+    for module in _modules(known, parameter):
+        flat.setdefault(module.replace(".", "_"), set()).add(module)
+    ends = [f"{folder}_{match['module']}" for folder in folders] or [match["module"]]
+    found = {module for end in ends for module in flat.get(end, ())}
     if not found and not folders:
-        found = {module for text, module in flat.items() if text.endswith(f"_{wanted[0]}")}
+        inner = [text for text in flat if text.endswith(f"_{ends[0]}")]
+        found = {module for text in inner for module in flat[text]}
     if len(found) != 1:
         several = f"several, as `{min(found)}` and `{max(found)}`" if found else "none"
         raise AdapterMismatchError(
