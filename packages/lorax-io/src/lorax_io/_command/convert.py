@@ -28,21 +28,32 @@ from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
 from .verify import BASE
 
 HELP = "an adapter in another form"
+OUT = "file, or folder for PEFT, diffusers and mlx-lm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("adapter", help=ADAPTER)
-    parser.add_argument("out", type=Path, help="file, or folder for PEFT, diffusers and mlx-lm")
-    parser.add_argument("--to", choices=tuple(WRITERS), required=True)
+    parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
     parser.add_argument("--base", type=Path, help=f"for the names of kohya's files: {BASE}")
+    parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
+    add_writing(parser, required=True)
+
+
+def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Adds the options that say how an adapter is written; `write_as` takes them."""
+    parser.add_argument(
+        "--to",
+        choices=tuple(WRITERS),
+        required=required,
+        help="the format" + ("" if required else "; by default that of the first adapter"),
+    )
     parser.add_argument(
         "--fold-scale", action="store_true", help="multiply b by the scale: PEFT, diffusers"
     )
     parser.add_argument("--base-model", metavar="NAME", help="for PEFT, mlx-lm: the base's name")
     parser.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
-    parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
     parser.add_argument(
         "--prefix",
         help="for diffusers: the part of a pipeline; for kohya: what names begin with",
@@ -57,9 +68,21 @@ def run(args: argparse.Namespace) -> int:
     adapter = renamed(adapter, renaming(args.rename))
     if args.part is not None:
         adapter = _one_part(adapter, args.part)
-    WRITERS[args.to](adapter, args)
-    print(f"{args.out}: {len(adapter.rows)} parameters")
+    write_as(adapter, args)
     return SAME
+
+
+def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    """Writes an adapter to `args.out`, and says so."""
+    format = args.to or adapter.format
+    if format not in WRITERS:
+        raise AdapterError(
+            f"is of the format {format}, which is not written. Choose another with --to: "
+            f"{', '.join(WRITERS)}.",
+            adapter.path,
+        )
+    WRITERS[format](adapter, args)
+    print(f"{args.out}: {len(adapter.rows)} parameters")
 
 
 def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:

@@ -1,4 +1,4 @@
-"""The command `lorax`: look at adapters, compare them, and convert between formats."""
+"""The command `lorax`: look at adapters, compare, convert, combine and merge them."""
 
 import argparse
 import warnings
@@ -8,7 +8,7 @@ import jax
 
 from lorax import LoraxError
 
-from . import convert, diff, inspect, merge, verify
+from . import combine, convert, diff, extract, inspect, merge, resize, verify
 from .options import FAILED, console
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (inspect, verify, diff, convert, merge):
+    for module in (inspect, verify, diff, convert, merge, combine, resize, extract):
         name = module.__name__.rpartition(".")[2]
         added = commands.add_parser(name, help=module.HELP, description=module.run.__doc__)
         added.set_defaults(run=module.run)

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from .._errors import AdapterError
 from .._formats.opening import OpenedAdapter, open_adapter
@@ -34,6 +35,15 @@ def console(**options: Any) -> Console:
 def printable(text: str) -> str:
     """The text of a stranger's file, without what a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], what: str) -> None:
+    """Prints the rank of each adapter, and how far its delta is from what was asked for."""
+    right = [Column(title, justify="right") for title in ("rank", f"error, {what}")]
+    table = Table(Column("path", overflow="fold"), *right)
+    for path, error in errors.items():
+        table.add_row(printable(path), str(rows[path].rank), f"{error:.2g}")
+    console().print(table)
 
 
 def add_naming(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,153 @@
+"""The adapter that comes closest to what fine-tuning has made of a checkpoint, tensor by tensor."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax import LoraSpec, extract_lora
+
+from .._disk.progress import track
+from .._disk.tensors import TensorFile, check_finite
+from .._errors import AdapterMismatchError, about, warn
+from .._layouts import Conv, Conv1D, Layout, Linear
+from .checkpoint import Checkpoint
+from .coded import check_plain
+from .ties import is_embedding, is_head
+
+_END = ".weight"
+_SHOWN = 8
+
+
+class Extracted(NamedTuple):
+    """An adapter by path, as `open_adapter` has one, and the error of each weight."""
+
+    rows: dict[str, Any]
+    names: dict[str, Layout]
+    errors: dict[str, float]
+
+
+def extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    rank: int,
+    *,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    targets: re.Pattern[str] | None = None,
+    fan_in_fan_out: bool = False,
+) -> Extracted:
+    """The LoRA adapters of linear layers and convolutions that comes closest to `tuned`.
+
+    One tensor of each checkpoint is in memory at a time.
+
+    Args:
+        base: before fine-tuning.
+        tuned: after it.
+        rank: of each adapter, at most.
+        energy: as in `lorax.extract_lora`.
+        tolerance: as in `lorax.extract_lora`.
+        targets: the names of modules, matched in full; by default all but embeddings and heads.
+        fan_in_fan_out: whether matrices are (in, out), as those of transformers' `Conv1D`.
+
+    Raises:
+        AdapterMismatchError: where the two are not one model, or nothing is adapted.
+        UnsupportedAdapterError: where weights are quantized.
+    """
+    _check_same(base, tuned)
+    places = _places(base)
+    found = Extracted({}, {}, {})
+    left: list[str] = []
+    for file_path, prefix in track(tuned.files, "Extracting"):
+        with TensorFile(file_path) as file:
+            for name in track(list(file.entries), "Extracting"):
+                full = prefix + name
+                after = file.view(name)
+                with TensorFile(places[full][0]) as other:
+                    before = other.view(places[full][1])
+                    if np.array_equal(before, after):
+                        continue
+                    module = full.removesuffix(_END)
+                    if not _is_target(full, after.ndim, targets):
+                        left.append(full)
+                        continue
+                    for checkpoint in (base, tuned):
+                        with about(checkpoint.path):
+                            dtype = checkpoint.shapes[full].dtype
+                            check_plain(full, dtype, checkpoint.shapes, checkpoint.config)
+                    check_finite(full, after)
+                    layout = _layout(module, after.ndim, fan_in_fan_out)
+                    _add(found, layout, before, after, rank, energy, tolerance)
+    if not found.rows:
+        raise AdapterMismatchError(
+            "differs from the base in no module that is adapted.", tuned.path
+        )
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        listed = ", ".join(f"`{name}`" for name in left[:_SHOWN])
+        warn(
+            f"differs from the base in {listed}{more}, and the adapter lacks these changes. Name "
+            "modules with --targets, or merge into a base that has these tensors."
+        )
+    return found
+
+
+def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
+    for name in sorted(base.shapes.keys() | tuned.shapes.keys()):
+        shapes = [
+            found.shapes[name].shape if name in found.shapes else None for found in (base, tuned)
+        ]
+        if shapes[0] != shapes[1]:
+            one, other = ("is not there" if shape is None else f"is {shape}" for shape in shapes)
+            raise AdapterMismatchError(
+                f"is another model than {base.path}: `{name}` {one} in the base, and {other} here.",
+                tuned.path,
+            )
+
+
+def _places(checkpoint: Checkpoint) -> Mapping[str, tuple[Path, str]]:
+    """The file of each tensor, and its name there."""
+    places: dict[str, tuple[Path, str]] = {}
+    for path, prefix in checkpoint.files:
+        with TensorFile(path) as file:
+            places |= {prefix + name: (path, name) for name in file.entries}
+    return places
+
+
+def _is_target(name: str, ndim: int, targets: re.Pattern[str] | None) -> bool:
+    module = name.removesuffix(_END)
+    if not name.endswith(_END) or ndim < 2:
+        return False
+    if targets is not None:
+        return targets.fullmatch(module) is not None
+    return not is_embedding(module) and not is_head(module)
+
+
+def _layout(module: str, ndim: int, fan_in_fan_out: bool) -> Layout:
+    if ndim > 2:
+        return Conv(module)
+    return Conv1D(module, in_axes=(0,), out_axes=(1,)) if fan_in_fan_out else Linear(module)
+
+
+def _add(
+    found: Extracted,
+    layout: Layout,
+    before: Any,
+    after: Any,
+    rank: int,
+    energy: float | None,
+    tolerance: float | None,
+) -> None:
+    """Adds the adapter of one tensor, whose axes become `[*window, in, out]`."""
+    if not isinstance(layout, Conv1D):
+        order = (*range(2, before.ndim), 1, 0)
+        before, after = np.transpose(before, order), np.transpose(after, order)
+    path = f"{layout.module.replace('.', '/')}/kernel"
+    (_, tunable), errors = extract_lora(
+        {path: before}, {path: after}, {path: LoraSpec(rank)}, energy=energy, tolerance=tolerance
+    )
+    found.rows[path] = tunable[path]
+    found.names[path] = layout
+    found.errors[path] = errors[path]

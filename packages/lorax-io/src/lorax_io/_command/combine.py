@@ -1,0 +1,89 @@
+"""`lorax combine`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax import combine_adapters
+
+from .._errors import AdapterError, about
+from .._formats.opening import OpenedAdapter
+from .._layouts import Layout
+from .convert import OUT, add_writing, write_as
+from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
+
+HELP = "several adapters of one base as one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("adapter", nargs="+", help=f"two or more: {ADAPTER}")
+    parser.add_argument("--out", type=Path, required=True, help=OUT)
+    parser.add_argument(
+        "--weights", type=float, nargs="+", help="one for each adapter; by default 1"
+    )
+    parser.add_argument(
+        "--method",
+        default="concatenate",
+        help="as in lorax.combine_adapters: concatenate (the exact sum), svd, linear, ties, …",
+    )
+    parser.add_argument("--rank", type=int, help="of the result, for svd and …_svd")
+    parser.add_argument("--density", type=float, help="of what pruning keeps, above 0 to 1")
+    parser.add_argument("--signs", default="total", choices=("total", "frequency"), help="of ties")
+    parser.add_argument("--seed", type=int, default=0, help="of dare_linear and dare_ties")
+    add_naming(parser)
+    add_writing(parser, required=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the weighted sum of adapters, and prints how far each weight is from the exact one."""
+    weights = args.weights or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise AdapterError(
+            f"is made of {len(args.adapter)} adapters, and there are {len(weights)} weights.",
+            args.out,
+        )
+    rename = renaming(args.rename)
+    adapters = [renamed(opened(path, args), rename) for path in args.adapter]
+    _check_shared(adapters)
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter.rows)
+    # A number before each name: one file may be given twice.
+    given: dict[str, Any] = {
+        f"{k}. {adapter.path}": ({path: adapter.rows.get(path) for path in paths}, weight)
+        for k, (adapter, weight) in enumerate(zip(adapters, weights, strict=True), start=1)
+    }
+    with about(args.out):
+        try:
+            combined, errors = combine_adapters(
+                given,
+                args.method,
+                rank=args.rank,
+                density=args.density,
+                signs=args.signs,
+                key=jax.random.key(args.seed),
+            )
+        except ValueError as error:
+            raise AdapterError(f"cannot be made: {error}") from error
+    names: dict[str, Layout] = {}
+    for adapter in reversed(adapters):
+        names |= adapter.names
+    result = adapters[0]._replace(rows=combined, names={p: names[p] for p in paths if p in names})
+    write_as(result, args)
+    print_errors(combined, errors, "from the weighted sum")
+    return SAME
+
+
+def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
+    """Raises where adapters that have nothing in common would only be put side by side."""
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        if not first.rows.keys() & adapter.rows.keys():
+            one, other = (min(found.rows, default="nothing") for found in (first, adapter))
+            raise AdapterError(
+                f"adapts no parameter that {first.path} adapts: such as `{other}` here and `{one}` "
+                "there. Give both the same names with --names or --rename.",
+                adapter.path,
+            )

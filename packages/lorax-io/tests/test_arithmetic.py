@@ -1,0 +1,216 @@
+"""`lorax combine`, `lorax resize` and `lorax extract`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lorax
+from lorax_io import Linear, load_peft, open_adapter, save_adapter, save_peft
+
+NAMES = {"q/kernel": Linear("model.q"), "v/kernel": Linear("model.v")}
+SHAPES = {"q/kernel": (7, 5), "v/kernel": (7, 9)}
+
+
+def adapter(seed, rank=2, alpha=None):
+    numbers = np.random.default_rng(seed)
+    draw = lambda *sizes: jnp.asarray(numbers.normal(size=sizes), jnp.float32)  # noqa: E731
+    return {
+        path: lorax.LoraWeight(draw(fan_in, rank), draw(rank, fan_out), rank, alpha)
+        for path, (fan_in, fan_out) in SHAPES.items()
+    }
+
+
+def deltas(tunable):
+    zeros = {path: jnp.zeros(shape) for path, shape in SHAPES.items()}
+    absent = {path: tunable.get(path) for path in zeros}
+    return lorax.merge_params(zeros, absent)
+
+
+def save_two():
+    one, two = adapter(0, 2, 4.0), adapter(1, 3)
+    save_peft("one", one, NAMES, base_model="me/base", task_type="CAUSAL_LM")
+    save_peft("two", two, NAMES)
+    return one, two
+
+
+def read(folder) -> Any:
+    params = {path: np.zeros(shape, np.float32) for path, shape in SHAPES.items()}
+    return load_peft(folder, params, NAMES)[1]
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    for path in wanted:
+        np.testing.assert_allclose(found[path], wanted[path], rtol=1e-4, atol=tolerance)
+
+
+def test_the_weighted_sum_in_the_format_of_the_first(shell):
+    one, two = save_two()
+    out = shell.succeed("combine one two --out both --weights 0.5 -2")
+    assert "both: 2 parameters" in out and "from the weighted sum" in out
+    wanted = jax.tree.map(lambda x, y: 0.5 * x - 2 * y, deltas(one), deltas(two))
+    assert_close(deltas(read("both")), wanted)
+    opened = open_adapter("both")
+    assert opened.config is not None and opened.config.base_model_name_or_path == "me/base"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--method svd --rank 2",
+        "--method ties_svd --density 0.5",
+        "--method dare_linear_svd --density 0.5 --seed 3",
+    ],
+)
+def test_other_methods_and_another_format(shell, options):
+    save_two()
+    shell.succeed(f"combine one two --out both.safetensors --to native {options}")
+    words = options.replace("--", "").split()
+    settings: dict[str, Any] = dict(zip(words[::2], words[1::2], strict=True))
+    key = jax.random.key(int(settings.pop("seed", 0)))
+    numbers = {"rank": int, "density": float}
+    settings = {k: numbers.get(k, str)(v) for k, v in settings.items()}
+    adapters = {"1. one": (read("one"), 1.0), "2. two": (read("two"), 1.0)}
+    wanted, _ = lorax.combine_adapters(adapters, **settings, key=key)
+    found = open_adapter("both.safetensors").rows
+    paths = {"model/q/kernel": "q/kernel", "model/v/kernel": "v/kernel"}
+    assert found.keys() == paths.keys()
+    # Random entries are drawn by path.
+    if "dare" not in options:
+        assert_close(deltas({paths[p]: w for p, w in found.items()}), deltas(wanted))
+
+
+def test_adapters_that_have_nothing_in_common(shell):
+    save_two()
+    save_adapter("other.safetensors", {"x": adapter(0)["q/kernel"]})
+    assert "adapts no parameter that one adapts" in shell.fail(
+        "combine one other.safetensors --out both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("combine one two --out x --weights 1", "2 adapters, and there are 1 weights"),
+        ("combine one two --out x --method cat", "not one of concatenate"),
+        ("combine one two --out x --method linear", "needs equal ranks"),
+        ("combine one two --out x --method ties", "takes a density"),
+        ("resize one x", "give a rank, an energy or a tolerance"),
+        ("resize one x --energy 2", "from 0 to 1"),
+        ("extract --base a --tuned b --out x --rank 2 --to peft --targets (", "regular expression"),
+    ],
+)
+def test_settings_that_are_refused(shell, line, message):
+    save_two()
+    assert message in shell.fail(line)
+
+
+def test_a_lower_rank(shell):
+    _, two = save_two()
+    assert "from the original" in shell.succeed("resize two small --rank 1")
+    wanted, _ = lorax.resize_adapter(two, 1)
+    found = read("small")
+    assert found["q/kernel"].rank == 1
+    assert_close(deltas(found), deltas(wanted))
+    shell.succeed("combine one two --out both")
+    shell.succeed("resize both again --tolerance 1e-6")
+    assert read("again")["q/kernel"].rank == 5  # all that the matrix has
+
+
+def write(path, tensors):
+    path.parent.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(tensors, path)
+
+
+@pytest.fixture
+def tuned(shell, tmp_path):
+    """A base and what a merged adapter made of it, with an embedding and a convolution."""
+    numbers = np.random.default_rng(3)
+    draw = lambda *sizes: numbers.normal(size=sizes).astype(np.float32)  # noqa: E731
+    base = {
+        "model.embed_tokens.weight": draw(11, 7),
+        "model.q.weight": draw(5, 7),
+        "model.conv.weight": draw(6, 4, 3, 2),
+        "model.norm.weight": draw(7),
+    }
+    a, b = draw(7, 2), draw(2, 5)
+    window, out = draw(3, 2, 4, 2), draw(2, 6)
+    after = base | {
+        "model.q.weight": base["model.q.weight"] + (a @ b).T,
+        "model.conv.weight": base["model.conv.weight"] + np.einsum("hwir,ro->oihw", window, out),
+    }
+    write(tmp_path / "base" / "model.safetensors", base)
+    write(tmp_path / "tuned" / "model.safetensors", after)
+    return base, after
+
+
+def test_an_adapter_of_a_difference_gives_the_fine_tune_again(shell, tuned, tmp_path):
+    out = shell.succeed("extract --base base --tuned tuned --out found --rank 2 --to peft")
+    assert "found: 2 parameters" in out
+    shell.succeed("merge found --base base --out merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    for name, wanted in tuned[1].items():
+        np.testing.assert_allclose(merged[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_adapter_lacks_is_named(shell, tuned, tmp_path):
+    after = tuned[1] | {
+        "model.embed_tokens.weight": tuned[1]["model.embed_tokens.weight"] * 2,
+        "model.norm.weight": tuned[1]["model.norm.weight"] * 2,
+    }
+    write(tmp_path / "more" / "model.safetensors", after)
+    line = "extract --base base --tuned more --out found --rank 2 --to peft --energy 0.9"
+    code, _, err = shell(line)
+    assert code == 0
+    assert "`model.embed_tokens.weight`" in err and "`model.norm.weight`" in err
+    code, _, err = shell(line.replace("found", "one") + r" --targets model\.q")
+    assert code == 0 and "`model.conv.weight`" in err
+    assert list(open_adapter("one").rows) == ["model/q/kernel"]
+
+
+def test_matrices_of_conv1d(shell, tuned, tmp_path):
+    turned = {name: tuned[k]["model.q.weight"].T.copy() for k, name in enumerate(("base", "tuned"))}
+    for name, matrix in turned.items():
+        write(tmp_path / f"{name}1d" / "model.safetensors", {"c_attn.weight": matrix})
+    shell.succeed(
+        "extract --base base1d --tuned tuned1d --out found --rank 2 --to peft --fan-in-fan-out"
+    )
+    shell.succeed("merge found --base base1d --out merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_allclose(merged["c_attn.weight"], turned["tuned"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_extracted(shell, tuned, tmp_path):
+    base, after = tuned
+    line = "extract --base base --tuned other --out found --rank 2 --to peft"
+    for other, message in (
+        (base, "differs from the base in no module"),
+        ({k: v for k, v in after.items() if "norm" not in k}, "`model.norm.weight` is (7,)"),
+        (after | {"model.q.weight": np.ones((5, 8), np.float32)}, "is another model"),
+        (after | {"model.q.weight": after["model.q.weight"] * np.nan}, "model.q.weight"),
+    ):
+        write(tmp_path / "other" / "model.safetensors", other)
+        assert message in shell.fail(line)
+        assert not (tmp_path / "found").exists()
+
+
+def test_weights_that_are_codes_are_refused(shell, tuned, tmp_path):
+    scale = {"model.q.weight_scale_inv": np.ones((1, 1), np.float32)}
+    for name, tensors in zip(("base", "tuned"), tuned, strict=True):
+        narrow = tensors["model.q.weight"].astype(ml_dtypes.float8_e4m3fn)
+        write(tmp_path / f"{name}8" / "model.safetensors", scale | {"model.q.weight": narrow})
+    message = shell.fail("extract --base base8 --tuned tuned8 --out found --rank 2 --to peft")
+    assert "quantized" in message
+
+
+def test_narrow_checkpoints(shell, tuned, tmp_path):
+    for name, tensors in zip(("base", "tuned"), tuned, strict=True):
+        narrow = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+        write(tmp_path / f"{name}16" / "model.safetensors", narrow)
+    shell.succeed("extract --base base16 --tuned tuned16 --out found --rank 4 --to peft")
+    found = open_adapter("found").rows["model/q/kernel"]
+    assert found.rank == 4 and found.a.dtype == np.float32
