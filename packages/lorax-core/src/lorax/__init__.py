@@ -10,7 +10,7 @@ from ._adapter import (
 )
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
-from ._collect import collect_starts as collect_starts, eva_ranks as eva_ranks
+from ._collect import collect_starts as collect_starts
 from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (
@@ -34,6 +34,7 @@ from ._merge import (
     unmerge as unmerge,
 )
 from ._pair import Pair as Pair
+from ._ranks import eva_ranks as eva_ranks
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
