@@ -38,6 +38,7 @@ from ._merge import (
 )
 from ._pair import Pair as Pair
 from ._quantize import dequantize as dequantize, quantize as quantize
+from ._ranks import eva_ranks as eva_ranks
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,

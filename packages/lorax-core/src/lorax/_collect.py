@@ -6,7 +6,6 @@ vectors before the next group of weights has its turn.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from ._interpreter import Interpreter
 from ._meter import Meter, Moments
 from ._pair import Leaf, flatten_params
 from ._registry import RULES
-from ._spec import LORA_FREEZE, check_leaf
+from ._spec import check_leaf
 from ._transform import Call, FlatPair, run, trace
 from ._uses import Use
 
@@ -48,7 +47,8 @@ def collect_starts(
     rows that meet the weight are summed up batch by batch, and no row is kept. For the last, `fn`
     is a loss, and the gradient of the weight is averaged over the batches.
 
-    All rows count alike, padding among them: leave it out of the batches.
+    All rows count alike, padding among them: leave it out of the batches. What the function hides
+    from differentiation, by `stop_gradient`, is not read.
 
     Args:
         fn: a function of the parameters first, such as the model; for "lora_ga" the loss, which
@@ -57,8 +57,8 @@ def collect_starts(
         spec: as for `init_lora`.
         batches: each a tuple of what `fn` takes after the parameters, or the one argument.
         at_once: how many weights are collected in one pass over the batches; by default all. Each
-            of them takes `4 · fan_in²` bytes meanwhile, or as much as itself in float32 for
-            "lora_ga", for each entry of its shared axes.
+            of them takes arrays of `fan_in²` numbers meanwhile, or of its own size for "lora_ga",
+            in float32 and for each entry of its shared axes: the sum, and what a batch adds to it.
         through_custom_derivatives: as in `lora`.
 
     Returns:
@@ -299,79 +299,3 @@ def _check_uses(uses: Sequence[Use]) -> None:
                 f"{use.line or 'an unknown line'} {use.reason or 'has no rule for it'}. Give it "
                 "another init."
             )
-
-
-def eva_ranks(spec: Any, collected: Collected) -> Any:
-    """A spec whose ranks follow the share of variance that components of the inputs explain.
-
-    As many components as the ranks sum up to are handed out, the one with the largest share first,
-    up to `rho` times its rank for each weight. `alpha` changes with the rank, so that the scale
-    stays. A stack has one rank: a component of it takes as many as it has entries, and its share is
-    their mean. A weight without any is frozen. This is the redistribution of PEFT's `EvaConfig`.
-
-    Args:
-        spec: the spec that `collect_starts` was given; weights with `EvaStart(rho=…)` share ranks.
-        collected: what it returned.
-
-    Returns:
-        A spec tree for `init_lora`, with the same `collected`.
-
-    Raises:
-        SpecError: where a path of `collected` is none of the spec's.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from lorax import EvaStart, LoraSpec, collect_starts, eva_ranks
-        >>> model = lambda params, x: (x @ params["v"], x[:, :1] @ params["w"])
-        >>> params = {"v": jnp.ones((5, 3)), "w": jnp.ones((1, 3))}
-        >>> spec = {"v": LoraSpec(1, init=EvaStart(rho=2.0)), "w": LoraSpec(1, init="eva")}
-        >>> x = jax.random.normal(jax.random.key(0), (8, 5))
-        >>> ranks = eva_ranks(spec, collect_starts(model, params, spec, [x]))
-        >>> ranks["v"].rank, ranks["w"].rank
-        (1, 1)
-    """
-    is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
-    leaves, structure = flatten_params(jax.tree.map(_Opaque, spec, is_leaf=is_leaf))
-    specs = {path: leaf.spec for path, leaf in leaves}
-    if unknown := sorted(collected.keys() - specs.keys()):
-        raise SpecError(f"The spec has no `{unknown[0]}`, which `collected` has.")
-    ratios = {path: x["ratios"] for path, x in collected.items() if "ratios" in x}
-    budget = sum(len(ratio) * specs[path].size for path, ratio in ratios.items())
-    shares = [
-        (-float(share), path, len(ratio))
-        for path, ratio in ratios.items()
-        for share in ratio.mean(0)
-    ]
-    ranks = dict.fromkeys(ratios, 0)
-    for _, path, cost in sorted(shares, key=lambda item: item[0]):
-        if cost <= budget:
-            budget, ranks[path] = budget - cost, ranks[path] + 1
-    news = [
-        _with_rank(spec, ranks[path]) if path in ranks else spec for path, spec in specs.items()
-    ]
-    return jax.tree.unflatten(structure, news)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opaque:
-    """A leaf of a spec tree, whatever it is."""
-
-    spec: Any
-
-
-def _with_rank(spec: Any, rank: int) -> Any:
-    if rank == 0:
-        return LORA_FREEZE
-    inner = spec
-    while not hasattr(inner, "rank"):
-        inner = inner.spec
-    if inner.alpha is None:
-        return spec.with_size(rank)
-    ratio = rank / inner.rank
-    alpha = inner.alpha * (math.sqrt(ratio) if inner.scaling == "rslora" else ratio)
-    inner = dataclasses.replace(inner, rank=rank, alpha=alpha)
-    return (
-        inner
-        if inner is spec or not hasattr(spec, "spec")
-        else dataclasses.replace(spec, spec=inner)
-    )

@@ -10,6 +10,7 @@ all uses of a weight, and carries them through `scan`, `vmap` and `remat`, as an
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,31 +95,35 @@ class Meter:
             raise Inexpressible("meets it along its outputs")
         if any(x.size != 1 and x not in self.term.shown for x in self.term.labels[2]):
             raise Inexpressible("meets a part of what its entries share")
-        moments = _moments if group_sizes is None else _moments_of_groups
+        summed = _moments if group_sizes is None else _moments_of_groups
+        zeros = self.term.factors
+        # Whichever is smaller is kept for the backward pass. A step of a loop keeps its own.
+        keeps_rows = operand.size <= sum(zero.size for zero in zeros)
 
-        @jax.custom_vjp
-        def through(operand, zeros, group_sizes):
-            return operand
-
-        def forward(operand, zeros, group_sizes):
-            return operand, (operand, group_sizes)
-
-        def backward(kept, cotangent):
-            operand, group_sizes = kept
+        def moments(operand: jax.Array, group_sizes: jax.Array | None) -> Moments:
             rows = spread(operand).astype(wide_dtype(operand.dtype))
             if self.is_scaled:
                 largest = jnp.abs(jnp.max(rows))
                 rows = rows / jnp.where(largest == 0, 1, largest).astype(rows.dtype)
-            found = moments(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
-            zeros = self.term.factors
-            return (
-                cotangent,
-                tuple(x.astype(z.dtype) for x, z in zip(found, zeros, strict=True)),
-                None,
+            found = summed(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
+            second, first, count = (
+                x.astype(zero.dtype) for x, zero in zip(found, zeros, strict=True)
             )
+            return second, first, count
+
+        @jax.custom_vjp
+        def through(operand: Any, zeros: Any, group_sizes: Any) -> Any:
+            return operand
+
+        def forward(operand: Any, zeros: Any, group_sizes: Any) -> Any:
+            kept = (operand, group_sizes) if keeps_rows else moments(operand, group_sizes)
+            return operand, kept
+
+        def backward(kept: Any, cotangent: Any) -> Any:
+            return cotangent, moments(*kept) if keeps_rows else kept, None
 
         through.defvjp(forward, backward)
-        return through(operand, tuple(self.term.factors), group_sizes)
+        return through(operand, tuple(zeros), group_sizes)
 
 
 def _renamed(meter: Term, inputs: Labels) -> tuple[dict[Label, Label], dict[Label, Label]]:

@@ -118,6 +118,22 @@ USES = {
         Axes((), (0, 1, 2), (3,)),
         [(2, 5, 4, 4)],
     ),
+    # More rows than `fan_in²`, so that their sum is kept.
+    "many rows": (lambda p, x: x @ p["w"], (2, 3), AXES, [(9, 2)]),
+    "many rows of a stack": (
+        lambda p, x: lax.scan(
+            jax.checkpoint(lambda c, wx: (c, wx[1] @ wx[0])), 0.0, (p["w"], x)
+        )[1],
+        (3, 2, 4),
+        STACK,
+        [(3, 9, 2)],
+    ),
+    "many rows of groups": (
+        lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes),
+        (3, 2, 4),
+        STACK,
+        [(30, 2), np.array([9, 10, 8], np.int32)],
+    ),
     "bfloat16": (
         lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
         (5, 3),
@@ -125,6 +141,22 @@ USES = {
         [(4, 5)],
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("size, kept", [(1, "float32[3,1,1]"), (5, "float32[3,5,5]")])
+def test_the_smaller_of_rows_and_moments_is_kept(size, kept):
+    """Of four rows in each of three steps, either these or their moments are stacked."""
+    params, spec = {"w": N(0, size, 3)}, {"w": LoraSpec(1, init="eva")}
+
+    def model(params, x):
+        return lax.scan(lambda c, x: (c, jnp.sin(x) @ params["w"]), 0.0, x)[1]
+
+    leaves, structure = flatten_params(params)
+    wanted = _Model(model, leaves, structure, _wanted(leaves, [spec["w"]]), False)
+    jaxpr = jax.make_jaxpr(lambda x: _moments(wanted, [params["w"]], (x,)))(jnp.ones((3, 4, size)))
+    outs = [str(v.aval) for e in jaxpr.eqns if e.primitive.name == "scan" for v in e.outvars]
+    rows = f"float32[3,4,{size}]"
+    assert (rows in outs) == (size == 5) and (kept in outs) == (size == 1), outs
 
 
 @pytest.mark.parametrize("use", USES)

@@ -111,7 +111,8 @@ class OftWeight(Adapter):
         row, column = axes.inner(1, self.block_size), axes.inner(2, self.block_size)
         # Inputs are rows of R, outputs are columns; the transpose of R is that of −Q.
         q = self.q if self.side == "in" else -self.q
-        matrix = rotation(q, self.block_size, self.terms)
+        # The powers of Q together are as large as a few ranks of LoRA: they are made again.
+        matrix = jax.checkpoint(rotation, static_argnums=(1, 2))(q, self.block_size, self.terms)
         layout = self.layout(base.shape)
         term = make_term({"m": matrix}, {"m": (*varying, row, column)}, layout.out, source)
         return FactoredArray(base, (), turn=Turn(term, entry))

@@ -1,0 +1,89 @@
+"""`eva_ranks`: ranks by the variance that principal components of the inputs explain."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from ._adapter import AdapterSpec
+from ._collect import Collected
+from ._errors import SpecError
+from ._pair import flatten_params
+from ._spec import LORA_FREEZE
+
+
+def eva_ranks(spec: Any, collected: Collected) -> Any:
+    """A spec whose ranks follow the share of variance that components of the inputs explain.
+
+    As many components as the ranks sum up to are handed out, the one with the largest share first,
+    up to `rho` times its rank for each weight. `alpha` changes with the rank, so that the scale
+    stays. A stack has one rank: a component of it takes as many as it has entries, and its share is
+    their mean. A weight without any is frozen. This is the redistribution of PEFT's `EvaConfig`.
+
+    Args:
+        spec: the spec that `collect_starts` was given; weights with `EvaStart(rho=…)` share ranks.
+        collected: what it returned.
+
+    Returns:
+        A spec tree for `init_lora`, with the same `collected`.
+
+    Raises:
+        SpecError: where a path of `collected` is none of the spec's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import EvaStart, LoraSpec, collect_starts, eva_ranks
+        >>> model = lambda params, x: (x @ params["v"], x[:, :1] @ params["w"])
+        >>> params = {"v": jnp.ones((5, 3)), "w": jnp.ones((1, 3))}
+        >>> spec = {"v": LoraSpec(1, init=EvaStart(rho=2.0)), "w": LoraSpec(1, init="eva")}
+        >>> x = jax.random.normal(jax.random.key(0), (8, 5))
+        >>> ranks = eva_ranks(spec, collect_starts(model, params, spec, [x]))
+        >>> ranks["v"].rank, ranks["w"].rank
+        (1, 1)
+    """
+    is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
+    leaves, structure = flatten_params(jax.tree.map(_Opaque, spec, is_leaf=is_leaf))
+    specs = {path: leaf.spec for path, leaf in leaves}
+    if unknown := sorted(collected.keys() - specs.keys()):
+        raise SpecError(f"The spec has no `{unknown[0]}`, which `collected` has.")
+    ratios = {path: x["ratios"] for path, x in collected.items() if "ratios" in x}
+    budget = sum(len(ratio) * specs[path].size for path, ratio in ratios.items())
+    shares = [
+        (-float(share), path, len(ratio))
+        for path, ratio in ratios.items()
+        for share in ratio.mean(0)
+    ]
+    ranks = dict.fromkeys(ratios, 0)
+    for _, path, cost in sorted(shares, key=lambda item: item[0]):
+        if cost <= budget:
+            budget, ranks[path] = budget - cost, ranks[path] + 1
+    news = [
+        _with_rank(spec, ranks[path]) if path in ranks else spec for path, spec in specs.items()
+    ]
+    return jax.tree.unflatten(structure, news)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """A leaf of a spec tree, whatever it is."""
+
+    spec: Any
+
+
+def _with_rank(spec: Any, rank: int) -> Any:
+    if rank == 0:
+        return LORA_FREEZE
+    inner = spec
+    while not hasattr(inner, "rank"):
+        inner = inner.spec
+    if inner.alpha is None:
+        return spec.with_size(rank)
+    ratio = rank / inner.rank
+    alpha = inner.alpha * (math.sqrt(ratio) if inner.scaling == "rslora" else ratio)
+    inner = dataclasses.replace(inner, rank=rank, alpha=alpha)
+    return (
+        inner
+        if inner is spec or not hasattr(spec, "spec")
+        else dataclasses.replace(spec, spec=inner)
+    )
