@@ -34,8 +34,31 @@ TINY: dict[str, Any] = {
     **{"hidden_sizes": [24, 40], "depths": [1, 1], "embedding_size": 24, "projection_dim": 24},
 }
 
-# What else a type needs, where its config says so, or takes too long without.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_expand": 2}
+_ROTARY = {"rotary_dim": 8, "n_ctx": 64}
+_SAME_HEADS = {"head_dim": 12, "num_key_value_heads": 4}
+
+# What else a type needs, since its config says so.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA,
+    "codegen": _ROTARY,
+    "falcon_mamba": {"conv_kernel": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "gptj": _ROTARY,
+    "granitemoehybrid": _MAMBA,
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "hunyuan_v1_moe": {"head_dim": 12},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba": {"conv_kernel": 4},
+    "mamba2": {"conv_kernel": 4, "num_heads": 4, "head_dim": 24, "n_groups": 2},
+    "ministral": {"head_dim": 12},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 199, "mask_token_id": 3},
+    "wav2vec2-bert": {"vocab_size": 199, "feature_projection_input_dim": 8},
+    "wav2vec2-conformer": {"vocab_size": 199},
+    "granite_speech5_ctc": {"context_size": 16},
+}
 
 
 def tiny_config(kind: str) -> Any:
@@ -55,11 +78,23 @@ def _tiny(cls: Any, kind: str) -> Any:
         options.pop("head_dim", None)
         options["num_key_value_heads"] = options["num_attention_heads"]
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        if getattr(base, name, None) is not None and name in inspect.signature(cls).parameters:
+        if isinstance(getattr(base, name, None), list) and name in _parameters(cls):
             options[name] = None
     return cls(**{**options, **OVERRIDES.get(kind, {})})
 
 
 def _takes(config: Any, name: str) -> bool:
-    value = getattr(config, name, None)
-    return value is not None and not callable(value)
+    """Whether a config has an attribute that may be given."""
+    if isinstance(getattr(type(config), name, None), property):
+        return False
+    try:
+        value = getattr(config, name, None)
+    except Exception:
+        return False  # One of those that differ from layer to layer.
+    if value is None or callable(value):
+        return False
+    return isinstance(value, list | tuple) == isinstance(TINY[name], list | tuple)
+
+
+def _parameters(cls: Any) -> set[str]:
+    return set(inspect.signature(cls).parameters)

@@ -1,6 +1,7 @@
 """One model through lorax_hf and PEFT, in this process."""
 
 import copy
+import re
 import tempfile
 import time
 import warnings
@@ -86,6 +87,11 @@ def _try(title: str, finding: Finding, stage: list[str]) -> None:
     _peft(module, tensors, quiet, run, params, arrays, finding)
 
 
+# PEFT 0.21 takes these, where a model has experts, for the names that transformers 4 gave to parts
+# of experts, whatever module has them, and then adapts something else.
+_TAKEN_FOR_EXPERTS = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w[123])$")
+
+
 def _peft(
     module: Any, tensors: Any, quiet: Any, run: Any, params: Any, arrays: Any, finding: Finding
 ) -> None:
@@ -93,31 +99,40 @@ def _peft(
 
     import lorax_io
 
-    specs = []
-    for targets in ("all-linear", "experts"):
-        try:
-            specs.append(lorax_hf.spec(module, rank=RANK, alpha=3, targets=targets))
-        except lorax.SpecError:
-            continue
-    if not specs:
+    specs = [_spec(module, "experts")]
+    exclude = None if specs[0] is None else _TAKEN_FOR_EXPERTS
+    specs.append(_spec(module, "all-linear", exclude))
+    known = [spec for spec in specs if spec is not None]
+    if not known:
         finding.no_peft = "no linear layer"
         return
-    spec = {name: next((s[name] for s in specs if s[name] != 0), 0) for name in params}
+    spec = {name: next((s[name] for s in known if s[name] != 0), 0) for name in params}
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
     tunable = loaded(tunable)
-    ours = jax.jit(lorax.lora(run, on_materialize="allow", on_unused="allow"))(
-        (frozen, tunable), **arrays
-    )
+    adapted = lorax.lora(run, on_materialize="allow", on_unused="allow")
+    ours = jax.jit(adapted)((frozen, tunable), **arrays)
     with tempfile.TemporaryDirectory() as folder:
+        lorax_io.save_peft(folder, tunable, lorax_hf.peft_names(module))
         try:
-            lorax_io.save_peft(folder, tunable, lorax_hf.peft_names(module))
-        except lorax_io.AdapterError as error:
-            finding.no_peft = f"save_peft: {' '.join(str(error).split())}"[:300]
+            theirs = PeftModel.from_pretrained(copy.deepcopy(module), folder).eval()
+            with torch.no_grad():
+                expected = main_output(theirs(**tensors, **quiet)).float().numpy()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            finding.no_peft = f"{type(error).__name__} in PEFT: {text}"[:200]
             return
-        theirs = PeftModel.from_pretrained(copy.deepcopy(module), folder).eval()
-        with torch.no_grad():
-            expected = main_output(theirs(**tensors, **quiet)).float().numpy()
     finding.peft = relative_error(ours, expected)
+
+
+def _spec(module: Any, targets: str, exclude: Any = None) -> Any:
+    """The spec for a kind of modules, or None where there are none."""
+    try:
+        return lorax_hf.spec(module, rank=RANK, alpha=3, targets=targets, exclude=exclude)
+    except lorax.SpecError:
+        if exclude is None:
+            return None
+        # Nothing has a name that is to be excluded.
+        return _spec(module, targets)
 
 
 def loaded(tunable: Any) -> Any:
