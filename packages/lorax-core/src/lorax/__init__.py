@@ -11,7 +11,7 @@ from ._adapter import (
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
 from ._base import QuantizedWeight as QuantizedWeight
-from ._collect import collect_starts as collect_starts, eva_ranks as eva_ranks
+from ._collect import collect_starts as collect_starts
 from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (

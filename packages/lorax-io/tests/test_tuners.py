@@ -1,0 +1,271 @@
+"""PEFT's kinds of adapters beside LoRA: written and read again, merged, and fed with nonsense."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import lorax
+from lorax import AdaloraSpec, IA3Spec, LohaSpec, LokrSpec
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    Conv,
+    Linear,
+    Tensor,
+    UnsupportedAdapterError,
+    load_peft,
+    open_adapter,
+    save_adapter,
+    save_peft,
+)
+from lorax_io._formats.peft.tuners import TUNERS
+
+NAMES = {
+    "up": Linear("blocks.0.up"),
+    "heads": Linear("blocks.0.heads", out_axes=(1, 2)),
+    "stack": Linear("layers.{}.up", shared_axes=(0,)),
+    "conv": Conv("conv", in_axes=(0, 1, 2), channel_axis=2),
+}
+SHAPES = {"up": (24, 32), "heads": (24, 4, 5), "stack": (3, 16, 20), "conv": (3, 2, 4, 6)}
+CONV: dict[str, Any] = {"in_axes": (0, 1, 2), "out_axes": (3,)}
+HEADS: dict[str, Any] = {"in_axes": (0,), "out_axes": (1, 2)}
+STACK: dict[str, Any] = {"shared_axes": (0,)}
+
+SPECS = {
+    "loha": {"up": LohaSpec(3, 5), "stack": LohaSpec(2, 3, **STACK)},
+    "loha, heads and convolution": {
+        "heads": LohaSpec(3, 5, **HEADS),
+        "conv": LohaSpec(2, 3, **CONV),
+    },
+    "lokr": {"up": LokrSpec(2, 5), "stack": LokrSpec(2, 5, **STACK)},
+    "lokr of both": {"up": LokrSpec(1, 5, decompose_both=True)},
+    "lokr in fours": {"up": LokrSpec(2, 5, factor=4), "stack": LokrSpec(2, 5, factor=4, **STACK)},
+    "lokr of a convolution": {"conv": LokrSpec(1, 5, split_axes=(2, 3), **CONV)},
+    "adalora": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 5, **STACK)},
+    "ia3": {"up": IA3Spec(), "stack": IA3Spec("in", **STACK)},
+    "ia3, heads and convolution": {
+        "heads": IA3Spec(**HEADS),
+        "conv": IA3Spec("in", gain_axes=(2,), **CONV),
+    },
+}
+
+
+def make(spec):
+    """Parameters, and a pair with factors that are random, none of them zero."""
+    numbers = np.random.default_rng(3)
+    draw = lambda shape: jnp.asarray(numbers.normal(0.5, 0.2, shape), jnp.float32)  # noqa: E731
+    params = {path: draw(SHAPES[path]) for path in spec}
+    # None of these kinds keeps anything beside its base. (Shapes alone: nothing is compiled.)
+    shapes = jax.eval_shape(lambda: lorax.init_lora(params, spec, jax.random.key(0)).tunable)
+    return params, lorax.Pair(params, jax.tree.map(lambda x: draw(x.shape), shapes))
+
+
+def names_of(spec):
+    return {path: NAMES[path] for path in spec}
+
+
+def assert_close(left, right):
+    assert left.keys() == right.keys()
+    for path, array in right.items():
+        np.testing.assert_allclose(left[path], array, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_a_folder_comes_back(files, case):
+    params, pair = make(SPECS[case])
+    names = names_of(params)
+    save_peft("adapter", pair.tunable, names)
+    found = load_peft("adapter", params, names)
+    assert {p: x.kind for p, x in found.tunable.items()} == {
+        p: x.kind for p, x in pair.tunable.items()
+    }
+    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
+
+
+@pytest.mark.parametrize("case", [case for case in SPECS if "heads" not in case])
+def test_the_command_merges_it(shell, files, case):
+    spec = {p: x for p, x in SPECS[case].items() if p != "stack"}
+    params, pair = make(spec)
+    save_peft("adapter", pair.tunable, names_of(spec))
+    order = {"conv": (3, 2, 0, 1), "up": (1, 0)}
+    base = {
+        f"{NAMES[p].module}.weight": np.asarray(x).transpose(order[p]) for p, x in params.items()
+    }
+    files.base({name: np.ascontiguousarray(x) for name, x in base.items()})
+    shell.succeed("verify adapter --base base")
+    shell.succeed("merge adapter --base base --out merged")
+    merged = files.read("merged/model.safetensors")
+    for path, array in lorax.merge_params(pair).items():
+        found = merged[f"{NAMES[path].module}.weight"]
+        np.testing.assert_allclose(found, array.transpose(order[path]), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in SPECS if "conv" not in case])
+def test_the_command_reads_it_without_a_base(shell, files, case):
+    params, pair = make(SPECS[case])
+    save_peft("adapter", pair.tunable, names_of(params))
+    found = json.loads(shell.succeed("inspect adapter --json"))
+    kind = next(iter(pair.tunable.values())).kind
+    assert {line["kind"] for line in found["parameters"]} == {kind}
+    shell.succeed("convert adapter native.safetensors --to native")
+    if kind != "ia3":  # gains do not say how long the other side is
+        shell.succeed("convert native.safetensors again --to peft")
+        assert shell("diff adapter again").code == 0
+
+
+def test_scales_are_folded_where_there_is_a_factor_for_it(files):
+    params, pair = make({"up": LohaSpec(3, 5)})
+    save_peft("adapter", pair.tunable, names_of(params), fold_scale=True)
+    found = load_peft("adapter", params, names_of(params))
+    assert found.tunable["up"].scale == 1
+    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
+
+
+REFUSED = {
+    "lokr of other axes": {"conv": LokrSpec(1, 5, split_axes=(0, 3), **CONV)},
+    "lokr of two factors": {"up": LokrSpec(2, factor=4), "stack": LokrSpec(2, factor=2, **STACK)},
+    "adalora of two scales": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 3, **STACK)},
+    "adalora of a convolution": {"conv": AdaloraSpec(2, 5, **CONV)},
+    "gains along a window": {"conv": IA3Spec("in", **CONV)},
+    "gains along some heads": {"heads": IA3Spec(gain_axes=(1,), **HEADS)},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_peft_does_not_have_is_refused(files, tmp_path, case):
+    params, pair = make(REFUSED[case])
+    with pytest.raises(UnsupportedAdapterError, match="PEFT"):
+        save_peft("adapter", pair.tunable, names_of(params))
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_a_bias_beside_gains_of_outputs_is_refused(shell, files, side):
+    params, pair = make({"up": IA3Spec(side)})
+    names = names_of(params) | {"bias": Tensor("blocks.0.up")}
+    save_peft("adapter", pair.tunable, names_of(params))
+    base = {"blocks.0.up.weight": files.draw(32, 24), "blocks.0.up.bias": files.draw(32)}
+    files.base(base)
+    params["bias"] = jnp.ones(32)
+    if side == "in":
+        load_peft("adapter", params, names)
+        save_peft("again", pair.tunable, names)
+        shell.succeed("merge adapter --base base --out merged")
+        return
+    assert "has a bias" in shell.fail("merge adapter --base base --out merged")
+    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
+        load_peft("adapter", params, names)
+    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
+        save_peft("again", pair.tunable, names)
+
+
+def spoil(spec, changes=None, config=None):
+    params, pair = make(spec)
+    save_peft("adapter", pair.tunable, names_of(params))
+    file = pathlib.Path("adapter/adapter_model.safetensors")
+    tensors: dict[str, Any] = safetensors.numpy.load_file(file)
+    for key, tensor in (changes or {}).items():
+        [name] = [name for name in tensors if name.endswith(key)] or [f"base_model.model.x.{key}"]
+        tensors[name] = tensor
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    safetensors.numpy.save_file(tensors, file)
+    path = pathlib.Path("adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    return params
+
+
+ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+LOKR, IA3 = {"up": LokrSpec(2, 5)}, {"up": IA3Spec()}
+SPOILED = [
+    ("a factor missing", {"up": LohaSpec(3)}, {"hada_w2_b": None}, {}, AdapterFileError),
+    ("another rank", {"up": LohaSpec(3)}, {}, {"r": 2}, AdapterMismatchError),
+    ("alpha of text", {"up": LohaSpec(3)}, {}, {"alpha": "5"}, AdapterFileError),
+    ("no first matrix", LOKR, {"lokr_w1": None}, {}, AdapterFileError),
+    ("blocks that do not divide", LOKR, {"lokr_w1": ones(7, 4)}, {}, AdapterFileError),
+    ("no blocks", LOKR, {"lokr_w1": ones(1)}, {}, AdapterFileError),
+    ("a Tucker core", LOKR, {"lokr_t2": ones(2, 2, 3, 3)}, {}, UnsupportedAdapterError),
+    ("a core of LoHa", {"up": LohaSpec(3)}, {"hada_t1": ones(2, 2)}, {}, UnsupportedAdapterError),
+    ("no weights of ranks", {"up": AdaloraSpec(2)}, {"lora_E": None}, {}, AdapterFileError),
+    ("weights as a row", {"up": AdaloraSpec(2)}, {"lora_E": ones(1, 2)}, {}, AdapterMismatchError),
+    ("the rank as text", {"up": AdaloraSpec(2)}, {}, {"init_r": "2"}, AdapterFileError),
+    ("another side", IA3, {}, {"feedforward_modules": ["up"]}, AdapterMismatchError),
+    ("gains of one axis", IA3, {"ia3_l": ones(32)}, {}, AdapterMismatchError),
+    ("another kind", {"up": LohaSpec(3)}, {}, {"peft_type": "LOKR"}, UnsupportedAdapterError),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "config", "error"),
+    [pytest.param(*row[1:], id=row[0]) for row in SPOILED],
+)
+def test_what_does_not_fit_is_refused(files, spec, changes, config, error):
+    params = spoil(spec, changes, config)
+    with pytest.raises(error) as raised:
+        load_peft("adapter", params, names_of(params))
+    assert type(raised.value) is error
+    assert "adapter" in str(raised.value)
+
+
+KEYS = {
+    "LOHA": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1"],
+    "LOKR": ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"],
+    "ADALORA": ["lora_A", "lora_B", "lora_E", "lora_A.weight"],
+    "IA3": ["ia3_l", "ia3_l.weight"],
+    "LORA": ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_A"],
+}
+
+
+def test_every_tuner_is_tried():
+    assert KEYS.keys() == TUNERS.keys()
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_tensors_are_read_or_refused(tmp_path_factory, kind, data):
+    shapes = data.draw(
+        st.dictionaries(
+            st.sampled_from(KEYS[kind]), st.lists(st.integers(1, 4), max_size=5).map(tuple)
+        )
+    )
+    config = {"peft_type": kind, "target_modules": ["a"], "feedforward_modules": ["a"]}
+    config |= {key: data.draw(st.integers(1, 3)) for key in ("r", "init_r", "alpha", "lora_alpha")}
+    folder = tmp_path_factory.mktemp("random")
+    tensors = {f"base_model.model.a.{key}": ones(*shape) for key, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    if kind != "IA3":
+        del config["feedforward_modules"]
+    used = {"LORA": "r lora_alpha", "ADALORA": "init_r lora_alpha", "IA3": ""}.get(kind, "r alpha")
+    for key in {"r", "init_r", "alpha", "lora_alpha"} - {*used.split()}:
+        del config[key]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = folder / "base.safetensors"
+    for read in (
+        lambda: open_adapter(folder),
+        lambda: load_peft(folder, {"a": jnp.ones((4, 6))}, {"a": Linear("a")}),
+        lambda: load_peft(folder, {"a": jnp.ones((3, 2, 4, 6))}, {"a": Conv("a")}),
+    ):
+        try:
+            read()
+        except AdapterError as error:
+            assert str(error).startswith(str(folder))
+    assert not base.exists()
+
+
+def test_a_native_file_of_each_kind_converts(shell, files):
+    params, pair = make({"up": LokrSpec(2, 5)})
+    save_adapter("a.safetensors", pair.tunable)
+    pathlib.Path("names.json").write_text(
+        json.dumps({"up": {"layout": "Linear", "module": "blocks.0.up"}})
+    )
+    shell.succeed("convert a.safetensors adapter --to peft --names names.json")
+    found = load_peft("adapter", params, names_of(params))
+    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
