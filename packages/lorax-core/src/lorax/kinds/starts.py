@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter import Start, Started
+from .._arrays import Held
+from .._base import Format, blank_of, decoded, encoded, format_of
+from .._errors import SpecError
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -48,9 +51,30 @@ STARTS: dict[str, Callable[[jax.Array, int, float, jax.Array], Factors]] = {
 MOVING = ("pissa", "olora")
 
 
+# Whose factors are those of what a format loses, as "loftq" or "loftq:int8".
+LOFTQ = "loftq"
+
+
+def loftq_format(name: str) -> str | None:
+    """The name of the format of a start by LoftQ; None for another start."""
+    kind, _, format = name.partition(":")
+    return (format or "nf4") if kind == LOFTQ else None
+
+
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
-    """The first state of a LoRA weight whose factors a function of `STARTS` makes."""
-    base, (shared, inputs, outputs) = start.array(weight, "the weight itself"), start.axes
+    """The first state of a LoRA weight whose factors are made from its base."""
+    format = loftq_format(name)
+    if format is not None:
+        return _start_beside_codes(format_of(format), start, weight)
+    base = start.array(weight, "the weight itself")
+    adapter = _with_factors_of(name, base, start, weight)
+    moved = adapter.applied(base).removed() if name in MOVING else None
+    return Started(adapter, {}, moved)
+
+
+def _with_factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Any:
+    """The adapter whose factors a function of `STARTS` makes of `base`."""
+    shared, inputs, outputs = start.axes
     order = (*shared, *inputs, *outputs)
     fan_in, fan_out = start.axes.sizes(base.shape)
     matrices = jnp.transpose(base, order).reshape(-1, fan_in, fan_out)  # [shared, in, out]
@@ -62,6 +86,22 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
 
     a, b = jax.jit(make)(matrices, keys)
     shapes = weight.layout(base.shape).shapes()
-    adapter = weight.with_factors({"a": a.reshape(shapes["a"]), "b": b.reshape(shapes["b"])})
-    moved = adapter.applied(base).removed() if name in MOVING else None
-    return Started(adapter, {}, moved)
+    return weight.with_factors({"a": a.reshape(shapes["a"]), "b": b.reshape(shapes["b"])})
+
+
+def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
+    """LoftQ (Li et al. 2023, arXiv:2310.08659): codes of W, and factors of what they lose.
+
+    Q = codes(W), and a b = the largest singular vectors of W − Q.
+    """
+    if isinstance(start.base, Held):
+        raise SpecError(
+            f"`{start.path}` is quantized, and init='loftq' takes its factors from what the codes "
+            "lose. Call init_lora on the floats: it makes the codes, too."
+        )
+    base = start.array(weight, "the weight itself")
+    shape = tuple(base.shape)
+    held = encoded(blank_of(start.path, shape, start.axes.inputs, format, base.dtype), base)
+    wide = start.dtype
+    lost = base.astype(wide) - decoded(held).astype(wide)
+    return Started(_with_factors_of("pissa", lost, start, weight), {}, held)
