@@ -195,6 +195,8 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
         moved = base
     elif isinstance(base, QuantizedWeight):
         moved = encoded(base, moved)
+    elif isinstance(moved, QuantizedWeight):
+        pass  # It is placed as its base is.
     elif isinstance(base, jax.Array) and not is_tracer(base):
         moved = jax.device_put(moved, base.sharding)
     if not held:

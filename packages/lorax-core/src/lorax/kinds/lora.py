@@ -25,10 +25,18 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
+from .._base import format_of
 from .._errors import RankWarning, SpecError, a_kind
 from .._terms import Labels
 from .collected import COLLECTED, CollectedStart
-from .starts import MOVING, STARTS, start_from_collected, start_from_matrix
+from .starts import (
+    LOFTQ,
+    MOVING,
+    STARTS,
+    loftq_format,
+    start_from_collected,
+    start_from_matrix,
+)
 
 Scaling = Literal["standard", "rslora"]
 
@@ -120,9 +128,11 @@ class LoraSpec(AdapterSpec):
         shared_axes: axes with factors of their own for each entry, such as the layers of a
             `scan` or the experts of a mixture.
         init: the first factors, where they are not those of `init_lora`: "pissa" or "olora", which
-            take them from the weight, so that its base in the frozen tree moves by as much, or
-            "orthogonal", random factors whose product is zero; "eva", "corda" or "lora_ga", or an
-            `EvaStart`, `CordaStart` or `LoraGAStart`, from what `collect_starts` has collected.
+            take them from the weight, so that its base in the frozen tree moves by as much;
+            "loftq", which quantizes the weight as NF4, or another format as "loftq:int8", and takes
+            them from what that loses; "orthogonal", random factors whose product is zero; "eva",
+            "corda" or "lora_ga", or an `EvaStart`, `CordaStart` or `LoraGAStart`, from what
+            `collect_starts` has collected.
 
     Example:
         >>> from lorax import LoraSpec
@@ -162,10 +172,13 @@ class LoraSpec(AdapterSpec):
         return self.init if isinstance(self.init, CollectedStart) else None
 
     def _check_init(self, path: str, most: int) -> None:
-        if self.init not in STARTS:
-            known = ", ".join(map(repr, (*STARTS, *COLLECTED)))
+        format = loftq_format(self.init) if isinstance(self.init, str) else None
+        if format is not None:
+            format_of(format)
+        elif self.init not in STARTS:
+            known = ", ".join(map(repr, (*STARTS, LOFTQ, *COLLECTED)))
             raise SpecError(f"`{path}` has init={self.init!r}; it is one of {known}, or None.")
-        if self.init in MOVING and self.rank > most:
+        if (self.init in MOVING or format) and self.rank > most:
             raise SpecError(
                 f"`{path}` has rank {self.rank} and init={self.init!r}, which takes its factors "
                 f"from a matrix of rank {most} at most. Lower the rank, or leave `init` out."
@@ -174,8 +187,11 @@ class LoraSpec(AdapterSpec):
             raise SpecError(
                 f"`{path}` has rank {self.rank} and init='orthogonal', which takes an even rank."
             )
-        if self.init == "pissa" and lora_scale(self.rank, self.alpha, self.scaling) <= 0:
-            raise SpecError(f"`{path}` has alpha {self.alpha} and init='pissa': alpha is positive.")
+        of_values = self.init == "pissa" or format is not None
+        if of_values and lora_scale(self.rank, self.alpha, self.scaling) <= 0:
+            raise SpecError(
+                f"`{path}` has alpha {self.alpha} and init={self.init!r}: alpha is positive."
+            )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraWeight:
         """The adapter without arrays."""

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter import Start, Started
+from .._arrays import Held
+from .._base import Format, blank_of, decoded, encoded, format_of
 from .._errors import SpecError
 from .collected import CollectedStart
 
@@ -51,9 +53,28 @@ STARTS: dict[str, Callable[[jax.Array, int, float, jax.Array], Factors]] = {
 MOVING = ("pissa", "olora")
 
 
+# Whose factors are those of what a format loses, as "loftq" or "loftq:int8".
+LOFTQ = "loftq"
+
+
+def loftq_format(name: str) -> str | None:
+    """The name of the format of a start by LoftQ; None for another start."""
+    kind, _, format = name.partition(":")
+    return (format or "nf4") if kind == LOFTQ else None
+
+
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
-    """The first state of a LoRA weight whose factors a function of `STARTS` makes."""
+    """The first state of a LoRA weight whose factors are made from its base."""
+    format = loftq_format(name)
+    if format is not None:
+        return _start_beside_codes(format_of(format), start, weight)
     base = start.array(weight, "the weight itself")
+    a, b = _factors_of(name, base, start, weight)
+    return _started(start, weight, a, b, name in MOVING)
+
+
+def _factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Factors:
+    """What a function of `STARTS` makes of `base`, for each entry of the shared axes."""
     matrices = start.axes.matrices(jnp.asarray(base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 
@@ -61,8 +82,7 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
     def make(matrix: jax.Array, key: jax.Array) -> Factors:
         return STARTS[name](matrix.astype(start.dtype), weight.rank, weight.scale, key)
 
-    a, b = jax.jit(make)(matrices, keys)
-    return _started(start, weight, a, b, name in MOVING)
+    return jax.jit(make)(matrices, keys)
 
 
 def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Started:
@@ -93,9 +113,34 @@ def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Sta
 
 
 def _started(start: Start, weight: Any, a: Any, b: Any, moves: bool) -> Started:
+    adapter = _with_factors(start, weight, a, b)
+    if not moves:
+        return Started(adapter)
+    return Started(adapter, {}, adapter.applied(start.array(weight, "the weight itself")).removed())
+
+
+def _with_factors(start: Start, weight: Any, a: Any, b: Any) -> Any:
     shapes = weight.layout(start.base.shape).shapes()
     factors = {"a": a, "b": b}
-    adapter = weight.with_factors(
+    return weight.with_factors(
         {name: x.astype(start.dtype).reshape(shapes[name]) for name, x in factors.items()}
     )
-    return Started(adapter, {}, adapter.applied(start.base).removed() if moves else None)
+
+
+def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
+    """LoftQ (Li et al. 2023, arXiv:2310.08659): codes of W, and factors of what they lose.
+
+    Q = codes(W), and a b = the largest singular vectors of W − Q.
+    """
+    if isinstance(start.base, Held):
+        raise SpecError(
+            f"`{start.path}` is quantized, and init='loftq' takes its factors from what the codes "
+            "lose. Call init_lora on the floats: it makes the codes, too."
+        )
+    base = start.array(weight, "the weight itself")
+    shape = tuple(base.shape)
+    held = encoded(blank_of(start.path, shape, start.axes.inputs, format, base.dtype), base)
+    wide = start.dtype
+    lost = base.astype(wide) - decoded(held).astype(wide)
+    a, b = _factors_of("pissa", lost, start, weight)
+    return Started(_with_factors(start, weight, a, b), {}, held)
