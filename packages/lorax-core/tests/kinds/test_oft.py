@@ -114,6 +114,15 @@ def test_window_of_a_convolution():
     testing.check(conv, params, {"w": OftSpec(2)}, x, transforms=False, materializes=True)
 
 
+def test_a_complex_weight_is_turned_by_real_blocks():
+    params = {"w": lax.complex(N(0, 6, 4), N(1, 6, 4))}
+    assert (
+        init_lora(params, {"w": OftSpec(3)}, jax.random.key(0)).tunable["w"].q.dtype == jnp.float32
+    )
+    x = lax.complex(N(2, 3, 6), N(3, 3, 6))
+    testing.check(lambda p, x: x @ p["w"], params, {"w": OftSpec(3)}, x, transforms=False)
+
+
 # What reads a part of a block, or its entries in another order.
 PARTS = {
     "flipped": lambda p, x: x @ p["w"][::-1],

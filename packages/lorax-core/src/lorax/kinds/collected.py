@@ -58,7 +58,8 @@ class EvaStart(CollectedStart):
 
         Σ (x − x̄)(x − x̄)ᵀ  =  V diag(s²) Vᵀ,      a = V[:, :rank],  or V[:, :rank] / √s
 
-    Paischer et al. 2024, arXiv:2410.07170. The base stays.
+    Paischer et al. 2024, arXiv:2410.07170. The base stays. All eigenvectors are computed, in a time
+    that grows with `fan_in³`.
 
     Args:
         whiten: whether each component is divided by the root of its singular value.

@@ -211,10 +211,10 @@ class OftSpec(AdapterSpec):
         )  # fmt: skip
 
     def start(self, start: Start) -> Started:
-        """Zeros: no block turns."""
+        """Zeros: no block turns. A complex weight has real ones."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
-        zeros = jnp.zeros(weight.layout(shape).shapes()["q"], start.dtype)
+        zeros = jnp.zeros(weight.layout(shape).shapes()["q"], jnp.finfo(start.dtype).dtype)
         return Started(weight.with_factors({"q": zeros}))
 
 
