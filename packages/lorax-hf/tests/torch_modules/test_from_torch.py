@@ -356,6 +356,20 @@ def test_attention(name):
     close(ours, module.weight.grad, 1e-4)
 
 
+class Named(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(input=x, weight=self.weight, bias=self.bias)
+
+
+def test_a_product_whose_arguments_have_names():
+    module = tiny_torch.randomized(Named(6, 5))
+    expected, found = both(module, X)
+    close(found, expected)
+    fn, params = lorax_hf.from_torch(module)
+    spec = lorax_hf.spec(module, rank=2, targets=lambda name: True)
+    testing.check(fn, params, spec, jnp.asarray(X), transforms=False)
+
+
 def test_padding_has_no_gradient_and_its_table_stays_factored():
     module = nn.Embedding(11, 6, padding_idx=2)
     fn, params = lorax_hf.from_torch(module)

@@ -78,7 +78,7 @@ def test_an_adapter_generates_what_the_merged_model_does():
 def test_sampling_follows_the_distribution():
     model = tiny_torch.randomized_causal("gpt2")
     fn, params = lorax_hf.from_torch(model)
-    ids = jnp.tile(jnp.asarray(IDS[:1]), (3000, 1))
+    ids = jnp.tile(jnp.asarray(IDS[:1]), (1500, 1))
     logits = fn(params, ids[:1]).logits[0, -1] / 0.7
     key = jax.random.key(0)
 
@@ -89,12 +89,12 @@ def test_sampling_follows_the_distribution():
         return np.bincount(np.asarray(found[:, -1]), minlength=199) / len(ids)
 
     expected = np.asarray(jax.nn.softmax(logits))
-    assert np.abs(drawn() - expected).max() < 0.03
+    assert np.abs(drawn() - expected).max() < 0.05
     order = np.argsort(-expected)
     few = drawn(top_k=3)
     assert set(np.flatnonzero(few)) == set(order[:3])
     np.testing.assert_allclose(
-        few[order[:3]], expected[order[:3]] / expected[order[:3]].sum(), atol=0.03
+        few[order[:3]], expected[order[:3]] / expected[order[:3]].sum(), atol=0.06
     )
     kept = int(np.searchsorted(np.cumsum(expected[order]), 0.3)) + 1
     assert set(np.flatnonzero(drawn(top_p=0.3))) == set(order[:kept])
