@@ -87,8 +87,8 @@ def _try(title: str, finding: Finding, stage: list[str]) -> None:
     _peft(module, tensors, quiet, run, params, arrays, finding)
 
 
-# PEFT 0.21 takes these, where a model has experts, for the names that transformers 4 gave to parts
-# of experts, whatever module has them, and then adapts something else.
+# PEFT 0.21 takes these, in the types that it converts, for the names that transformers 4 gave to
+# parts of experts, whatever module has them, and then adapts something else.
 _TAKEN_FOR_EXPERTS = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w[123])$")
 
 
@@ -99,9 +99,8 @@ def _peft(
 
     import lorax_io
 
-    specs = [_spec(module, "experts")]
-    exclude = None if specs[0] is None else _TAKEN_FOR_EXPERTS
-    specs.append(_spec(module, "all-linear", exclude))
+    exclude = _TAKEN_FOR_EXPERTS if _is_converted_by_peft(module) else None
+    specs = [_spec(module, "experts"), _spec(module, "all-linear", exclude)]
     known = [spec for spec in specs if spec is not None]
     if not known:
         finding.no_peft = "no linear layer"
@@ -122,6 +121,14 @@ def _peft(
             finding.no_peft = f"{type(error).__name__} in PEFT: {text}"[:200]
             return
     finding.peft = relative_error(ours, expected)
+
+
+def _is_converted_by_peft(module: Any) -> bool:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    return pattern in conversion._MOE_TARGET_MODULE_MAPPING
 
 
 def _spec(module: Any, targets: str, exclude: Any = None) -> Any:

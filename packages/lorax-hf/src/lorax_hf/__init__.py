@@ -7,6 +7,7 @@ from ._doctor import doctor as doctor
 from ._errors import (
     OperatorError as OperatorError,
     QuantizedModuleError as QuantizedModuleError,
+    StaticCacheError as StaticCacheError,
 )
 from ._flax._clip import clip_mended as clip_mended
 from ._flax._presets import (
@@ -18,6 +19,7 @@ from ._lora import lora as lora
 from ._names import peft_names as peft_names
 from ._pytorch import (
     from_torch as from_torch,
+    generate as generate,
     load_torch as load_torch,
     register_op as register_op,
 )
@@ -33,9 +35,11 @@ __all__ = [
     "PRESETS",
     "Preset",
     "QuantizedModuleError",
+    "StaticCacheError",
     "clip_mended",
     "doctor",
     "from_torch",
+    "generate",
     "load_torch",
     "lora",
     "peft_names",

@@ -7,5 +7,9 @@ class OperatorError(LoraxError, NotImplementedError):
     """A PyTorch operator that torchax cannot run in JAX; `register_op` adds one."""
 
 
+class StaticCacheError(LoraxError, NotImplementedError):
+    """A model whose cache cannot have a constant size, so that `generate` cannot compile it."""
+
+
 class QuantizedModuleError(LoraxError, TypeError):
     """A PyTorch module whose weights are quantized, which cannot be run in JAX."""

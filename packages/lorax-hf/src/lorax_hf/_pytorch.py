@@ -1,4 +1,4 @@
-"""`from_torch`, `load_torch` and `register_op`: PyTorch modules as JAX functions."""
+"""PyTorch modules as JAX functions: `from_torch`, `load_torch`, `generate`, `register_op`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -107,6 +107,58 @@ def load_torch(
     from ._torch._load import load
 
     return load(folder, sharding, dtype, train, module)
+
+
+def generate(
+    fn: Callable[..., Any],
+    params: Any,
+    ids: Any,
+    *,
+    max_new_tokens: int,
+    attention_mask: Any = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    rng: jax.Array | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> jax.Array:
+    """Continues prompts with a causal model, in one compiled loop with a cache of constant size.
+
+    Args:
+        fn: of `from_torch` or `load_torch`.
+        params: its parameters, or the pair `(frozen, tunable)`.
+        ids: the prompts, integers [batch, length].
+        max_new_tokens: how many tokens follow.
+        attention_mask: [batch, length], zero where a prompt is padded, on its left.
+        do_sample: whether tokens are drawn at random, not the likeliest taken.
+        temperature: by which logits are divided before a token is drawn.
+        top_k: draws from the likeliest tokens alone, so many.
+        top_p: draws from the likeliest tokens alone, whose probabilities sum to it.
+        rng: the key of `jax.random` for it.
+        eos_token_id: the token that ends a sequence; `pad_token_id` follows it.
+        pad_token_id: by default, the token that ends a sequence.
+
+    Returns:
+        The prompts and what follows, [batch, length + max_new_tokens].
+
+    Raises:
+        StaticCacheError: where the model's cache cannot have a constant size; says why.
+
+    Example:
+        >>> import jax.numpy as jnp, lorax_hf, transformers
+        >>> config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=31)
+        >>> fn, params = lorax_hf.from_torch(transformers.GPT2LMHeadModel(config))
+        >>> lorax_hf.generate(fn, params, jnp.ones((2, 5), int), max_new_tokens=3).shape
+        (2, 8)
+    """
+    need("torch")
+    from ._torch._generate import Options, generate as run
+
+    pad = eos_token_id if pad_token_id is None else pad_token_id
+    options = Options(max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, pad)
+    return run(fn, params, ids, attention_mask, rng, options)
 
 
 def register_op(op: Any, function: Callable[..., Any]) -> None:

@@ -189,6 +189,15 @@ def test_dropout_of_a_model_is_adapted():
     np.testing.assert_allclose(ones[0], expected, atol=1e-5)
 
 
+def test_dropout_of_attention():
+    fn, params = lorax_hf.from_torch(Attends(dropout_p=0.5), train=True)
+    x = jnp.sin(jnp.arange(24.0)).reshape(1, 4, 6)
+    drawn = jax.vmap(lambda key: fn(params, x, rng=key))(jax.random.split(jax.random.key(0), 4000))
+    plain, _ = lorax_hf.from_torch(Attends())
+    assert float(jnp.std(drawn, axis=0).min()) > 0.01
+    np.testing.assert_allclose(drawn.mean(0), plain(params, x), atol=0.08)
+
+
 def test_batch_statistics_in_training_are_warned_of():
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     with pytest.warns(UserWarning, match="`1` normalizes by the statistics of the batch"):
@@ -306,6 +315,59 @@ def test_gradients_stop_where_torch_stops_them():
         found = jax.grad(lambda p, f=fn: f(p, jnp.asarray(X)).sum())(params)["weight"]
         expected = X.sum(0) if slope else (X**2 * X).sum(0)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class Attends(nn.Module):
+    """Attention with weights of its own, as a module calls it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 36).reshape(6, 6))
+        self.options = options
+
+    def forward(self, x, mask=None):
+        q = (x @ self.weight).unflatten(-1, (2, 3)).transpose(1, 2)
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(q, q, q, mask, **self.options)
+
+
+ATTENTION = {
+    "plain": ({}, None),
+    "causal": ({"is_causal": True}, None),
+    "scale": ({"scale": 0.3}, None),
+    "float mask": ({}, np.linspace(-2, 2, 16, dtype=np.float32).reshape(1, 1, 4, 4)),
+    "bool mask": ({}, np.tril(np.ones((1, 1, 4, 4), bool))),
+    "padded": ({}, np.tril(np.ones((4, 4), bool)) & (np.arange(4) >= 2)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name):
+    options, mask = ATTENTION[name]
+    module = Attends(**options)
+    x = np.sin(np.arange(24.0, dtype=np.float32)).reshape(1, 4, 6)
+    given = [x] if mask is None else [x, mask]
+    expected, found = both(module, *given)
+    close(found, expected)
+    fn, params = lorax_hf.from_torch(module)
+    weigh = np.cos(np.arange(24, dtype=np.float32)).reshape(1, 2, 4, 3)
+    ours = jax.grad(lambda p: (fn(p, *map(jnp.asarray, given)) * weigh).sum())(params)["weight"]
+    (module(*map(torch.from_numpy, given)) * torch.from_numpy(weigh)).sum().backward()
+    close(ours, module.weight.grad, 1e-4)
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(input=x, weight=self.weight, bias=self.bias)
+
+
+def test_a_product_whose_arguments_have_names():
+    module = tiny_torch.randomized(Named(6, 5))
+    expected, found = both(module, X)
+    close(found, expected)
+    fn, params = lorax_hf.from_torch(module)
+    spec = lorax_hf.spec(module, rank=2, targets=lambda name: True)
+    testing.check(fn, params, spec, jnp.asarray(X), transforms=False)
 
 
 def test_padding_has_no_gradient_and_its_table_stays_factored():

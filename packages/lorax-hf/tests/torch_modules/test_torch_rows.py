@@ -223,3 +223,15 @@ def test_the_adapted_module_is_called_as_the_module_is():
 
 def test_doctor_takes_a_module():
     assert lorax_hf.doctor(tiny_torch.causal("llama")) == lorax_hf.doctor(nn.Linear(2, 2)) == []
+
+
+def test_a_model_that_cannot_be_traced_is_known():
+    config = transformers.XLMConfig(emb_dim=16, n_layers=1, n_heads=4, n_words=31)
+    model = transformers.XLMModel(config).eval()
+    (finding,) = lorax_hf.doctor(model)
+    assert finding in lorax_hf.doctor() and "cannot be traced" in finding.what
+    with pytest.warns(lorax_hf.DefectWarning, match="decides in Python"):
+        lorax_hf.spec(model, rank=2, targets="all-linear")
+    fn, params = lorax_hf.from_torch(model)
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        jax.jit(fn)(params, jnp.asarray(tiny_torch.IDS) % 31)

@@ -40,3 +40,13 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
             if tensor.is_floating_point():
                 tensor.copy_(0.3 * torch.rand(tensor.shape, generator=generator) + 0.1)
     return module.eval()
+
+
+def randomized_causal(kind: str, **changes: Any) -> Any:
+    """A causal model whose tokens differ: its weights are larger than those that it starts with."""
+    model = causal(kind, **changes)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model

@@ -1,5 +1,15 @@
 """Known defects of PyTorch models in JAX that are not mended, and what to do about each."""
 
-from .._defects import Defect
+from .._defects import Defect, Finding
 
-DEFECTS: tuple[Defect, ...] = ()
+DEFECTS: tuple[Defect, ...] = (
+    Defect(
+        Finding(
+            ("flaubert", "fsmt", "jetmoe", "longformer", "xlm"),
+            "its forward pass decides in Python by the values of arrays, which cannot be traced",
+            "use a model of another type, or a subclass whose forward pass does not",
+        ),
+        lambda: True,
+        lambda config: True,
+    ),
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _embedding, _gradients, _grouped_mm
+from . import _attention, _embedding, _gradients, _grouped_mm, _linear
 from ._importing import missing_overloads_allowed
 
 
@@ -21,7 +21,7 @@ def environment() -> Any:
             found = torchax.default_env()
     except Exception as error:
         raise ImportError(f"torchax cannot be imported. {_installed()}") from error
-    for mend in (_grouped_mm, _embedding, _gradients):
+    for mend in (_attention, _grouped_mm, _embedding, _gradients, _linear):
         for op, function in mend.OPERATORS.items():
             _put(found, op, function)
     return found
@@ -43,7 +43,7 @@ def _put(env: Any, op: Any, function: Callable[..., Any]) -> None:
         function,
         is_jax_function=True,
         is_user_defined=True,
-        needs_env=False,
+        needs_env=function is _attention.attention,
         is_view_op=False,
     )
     try:

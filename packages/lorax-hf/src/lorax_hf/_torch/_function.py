@@ -1,9 +1,10 @@
 """A PyTorch module as a pure function of its parameters."""
 
 import contextlib
+import copy
 import threading
 import warnings
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ class ModuleFunction:
         self.buffers = _buffers(module, state, dtype)
         self.module = without_weights(module, state).train(train)
         self.__name__ = type(module).__name__
+        self._inner = ""  # where the module is in the one that is called
+        self.programs: dict[Any, Any] = {}  # of `generate`
         self._lock = threading.RLock()
         _without_cache(self.module)
         if train:
@@ -58,8 +61,8 @@ class ModuleFunction:
         """
         self._check(params)
         env = environment()
-        state = {name: env.j2t_iso(jnp.asarray(array)) for name, array in self.buffers.items()}
-        state |= {name: env.j2t_iso(jnp.asarray(params[name])) for name in self.names}
+        arrays = {**self.buffers, **{name: params[name] for name in self.names}}
+        state = {f"{self._inner}{n}": env.j2t_iso(jnp.asarray(x)) for n, x in arrays.items()}
         with (
             self._lock,
             _unchanged(self.module),
@@ -76,6 +79,13 @@ class ModuleFunction:
             args, kwargs = in_jax(env, args), in_jax(env, kwargs)
             found = torch.func.functional_call(self.module, state, args, kwargs, tie_weights=True)
             return out_of_jax(found)
+
+    def around(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> "ModuleFunction":
+        """The function of a module that has this one as `model`, of the same parameters."""
+        outer = copy.copy(self)
+        outer.module = wrap(self.module).train(self.module.training)
+        outer._inner = f"{self._inner}model."
+        return outer
 
     def _check(self, params: Any) -> None:
         if not isinstance(params, Mapping):

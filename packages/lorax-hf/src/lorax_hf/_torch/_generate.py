@@ -1,0 +1,109 @@
+"""`generate`: tokens of a causal model, in one compiled loop with a cache of constant size."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lorax
+
+from .._errors import StaticCacheError
+from ._decoder import Decoder
+from ._function import ModuleFunction
+
+
+class Options(NamedTuple):
+    """What a compiled program is made for."""
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+
+def generate(
+    fn: Any, params: Any, ids: Any, mask: Any, rng: jax.Array | None, options: Options
+) -> jax.Array:
+    """The prompts and what follows them. [batch, prompt + new]"""
+    if not isinstance(fn, ModuleFunction):
+        raise TypeError("generate takes the function that `from_torch` or `load_torch` returns.")
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
+    if options.do_sample and rng is None:
+        raise TypeError("do_sample=True needs `rng=`, a key of `jax.random`.")
+    length = ids.shape[1] + options.max_new_tokens
+    key = (length, options)
+    if key not in fn.programs:
+        fn.programs[key] = jax.jit(_program(fn, length, options))
+    mask = None if mask is None else jnp.asarray(mask)
+    try:
+        return fn.programs[key](params, ids, mask, rng)
+    except jax.errors.ConcretizationTypeError as error:
+        raise StaticCacheError(
+            f"{fn.__name__} decides in Python by what is in its cache, which is then not of "
+            "constant size. Generate in PyTorch."
+        ) from error
+
+
+def _program(fn: ModuleFunction, length: int, options: Options) -> Callable[..., jax.Array]:
+    decode = fn.around(lambda module: Decoder(module, length))
+
+    def run(params: Any, ids: Any, mask: Any, rng: Any) -> jax.Array:
+        if not isinstance(params, Mapping):  # a pair
+            step = lorax.lora(decode, on_unused="allow")
+        else:
+            step = decode
+        batch, prompt = ids.shape
+        if mask is not None:
+            # What is made counts; what is not made yet is hidden by the order of positions.
+            mask = jnp.concatenate([mask, jnp.ones((batch, length - prompt), mask.dtype)], axis=1)
+            places = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [batch, length]
+        else:
+            places = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        keys = None if rng is None else jax.random.split(rng, options.max_new_tokens)
+
+        def chosen(logits: Any, done: Any, index: Any) -> tuple[Any, Any]:
+            token = _next(logits, None if keys is None else keys[index], options).astype(ids.dtype)
+            if options.eos_token_id is None:
+                return token, done
+            token = jnp.where(done, options.pad_token_id, token).astype(ids.dtype)
+            return token, done | (token == options.eos_token_id)
+
+        def one(carry: Any, index: Any) -> Any:
+            token, done, state = carry
+            place = jax.lax.dynamic_slice_in_dim(places, prompt + index - 1, 1, axis=1)
+            logits, state = step(params, token[:, None], mask, place, state)
+            token, done = chosen(logits, done, index)
+            return (token, done, state), token
+
+        logits, state = step(params, ids, mask, places[:, :prompt], None)
+        token, done = chosen(logits, jnp.zeros(batch, bool), 0)
+        indices = jnp.arange(1, options.max_new_tokens)
+        _, rest = jax.lax.scan(one, (token, done, state), indices)  # [new - 1, batch]
+        return jnp.concatenate([ids, token[:, None], rest.T], axis=1)
+
+    return run
+
+
+def _next(logits: jax.Array, key: Any, options: Options) -> jax.Array:
+    """The next token of each sequence, from logits [batch, vocabulary]."""
+    if not options.do_sample:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits.astype(jnp.float32) / options.temperature
+    if options.top_k is not None:
+        least = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if options.top_p is not None:
+        # The fewest tokens whose probabilities sum to `top_p`, and the likeliest in any case.
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        least = jnp.min(jnp.where(before < options.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits)

@@ -1,0 +1,13 @@
+"""`torch.nn.functional.linear`, whose arguments torchax 0.0.13 does not take by their names."""
+
+import jax
+import jax.numpy as jnp
+import torch
+
+
+def _linear(input: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    found = jnp.einsum("...i,oi->...o", input, weight) if weight.ndim == 2 else input @ weight
+    return found if bias is None else found + bias  # [*batch, out]
+
+
+OPERATORS = {torch.nn.functional.linear: _linear}
