@@ -21,7 +21,7 @@ import numpy as np
 from lorax import Adapter, Pair, adapter_from_settings
 
 from .._disk.arrays import all_read, one_writer, place, placements, shape_of, to_host
-from .._disk.progress import track
+from .._disk.progress import bars, track
 from .._disk.tensors import (
     TensorFile,
     check_dtype,
@@ -69,6 +69,7 @@ def save_adapter(
     base: Any = None,
     hash_base: bool = False,
     metadata: Mapping[str, str] | None = None,
+    progress: bool = True,
 ) -> None:
     """Writes a tunable tree, or a pair, to one safetensors file, whole or not at all.
 
@@ -88,6 +89,8 @@ def save_adapter(
         hash_base: whether the fingerprint is of the base's numbers, too. This reads all of them.
         metadata: further strings for the file's header. Keys that begin with `lorax.` are taken.
 
+        progress: whether a bar is shown on a terminal where it takes long.
+
     Raises:
         AdapterError: where two parameters share a path, an array holds NaN, infinity or a type
             that the format has not, or a kind of adapter needs the pair.
@@ -102,7 +105,7 @@ def save_adapter(
         {'base': 'my-model'}
         >>> tunable = lorax_io.load_adapter(file, params=params)
     """
-    with about(path):
+    with about(path), bars(progress):
         rows, held = pair_rows(tunable)
         write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
 
@@ -147,7 +150,12 @@ def write(
 
 
 def load_adapter(
-    path: str | os.PathLike[str], *, params: Any = None, like: Any = None, sharding: Any = None
+    path: str | os.PathLike[str],
+    *,
+    params: Any = None,
+    like: Any = None,
+    sharding: Any = None,
+    progress: bool = True,
 ) -> Any:
     """Reads a file of `save_adapter`; the tree is to the bit what was saved.
 
@@ -159,6 +167,7 @@ def load_adapter(
             ranks, alphas, shapes and dtypes must be those of the file.
         sharding: where to put the arrays: one sharding, or a tree of them with the structure of
             the result or a prefix of it. Only the bytes that a process needs are read.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Returns:
         The tunable tree, for `(frozen, tunable)`. `load_pair` returns both.
@@ -180,9 +189,11 @@ def load_adapter(
     if (params is None) == (like is None):
         raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
     if like is None:
-        found = read(path, params, sharding, with_held=False)
+        with bars(progress):
+            found = read(path, params, sharding, with_held=False)
         return with_leaves(found.structure, found.leaves, found.rows)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(bars(progress))
         with all_read(like, sharding):
             file = stack.enter_context(TensorFile(path))
             rows = _fit_like(file, read_header(file), like)
@@ -194,13 +205,16 @@ def load_adapter(
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
-def load_pair(path: str | os.PathLike[str], params: Any, *, sharding: Any = None) -> Pair:
+def load_pair(
+    path: str | os.PathLike[str], params: Any, *, sharding: Any = None, progress: bool = True
+) -> Pair:
     """Reads a file of `save_adapter` as the pair that a model runs on.
 
     Args:
         path: the file.
         params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
         sharding: where to put the arrays, as in `load_adapter`.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Returns:
         The `lorax.Pair`: `frozen` has the arrays of `params`, not copies of them, and beside them
@@ -220,7 +234,8 @@ def load_pair(path: str | os.PathLike[str], params: Any, *, sharding: Any = None
         >>> lorax_io.load_pair(file, params).frozen["kernel"].factors["square"].tolist()
         [5.0, 5.0, 5.0]
     """
-    found = read(path, params, sharding, with_held=True)
+    with bars(progress):
+        found = read(path, params, sharding, with_held=True)
     return Pair(
         frozen_of(found.leaves, found.structure, found.rows, found.held),
         with_leaves(found.structure, found.leaves, found.rows),
