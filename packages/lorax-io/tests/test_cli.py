@@ -695,7 +695,7 @@ def test_errors_are_one_message(line, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "prune a", "inspect", "diff one", "convert a b", "convert a b --to gguf", "merge a"],
+    ["", "prune a", "inspect", "diff one", "convert a b", "convert a b --to onnx", "merge a"],
 )
 def test_wrong_usage_is_explained(line, capsys):
     with pytest.raises(SystemExit) as exit:

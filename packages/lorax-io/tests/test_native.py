@@ -1,5 +1,7 @@
 """The native file: what comes back, and what is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_what_is_loaded_is_what_was_saved(file, fit):
     tunable = make_tunable(alpha=8)
     save_adapter(file, tunable, base=make_params())
     like = make_tunable(alpha=8, seed=1)
-    asked = {
+    asked: dict[str, Any] = {
         "params": {"params": make_params()},
         "shapes": {"params": jax.eval_shape(make_params)},
         "like": {"like": like},
@@ -63,7 +65,8 @@ def test_what_is_loaded_is_what_was_saved(file, fit):
 
 def test_one_of_params_and_like_is_needed(file):
     save_adapter(file, make_tunable())
-    for asked in ({}, {"params": make_params(), "like": make_tunable()}):
+    both: dict[str, Any] = {"params": make_params(), "like": make_tunable()}
+    for asked in ({}, both):
         with pytest.raises(TypeError, match="`params` or `like`"):
             load_adapter(file, **asked)
 

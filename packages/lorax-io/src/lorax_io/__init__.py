@@ -13,6 +13,7 @@ from ._errors import (
 )
 from ._formats.diffusers import save_diffusers as save_diffusers
 from ._formats.kohya import save_kohya as save_kohya
+from ._formats.llama_cpp import save_gguf as save_gguf
 from ._formats.mlx import save_mlx as save_mlx
 from ._formats.native import (
     load_adapter as load_adapter,
@@ -73,6 +74,7 @@ __all__ = [
     "read_names",
     "save_adapter",
     "save_diffusers",
+    "save_gguf",
     "save_kohya",
     "save_merged",
     "save_mlx",

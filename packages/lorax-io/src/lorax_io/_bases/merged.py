@@ -14,7 +14,7 @@ from lorax import Pair, merge_params
 
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, write_text
-from .._disk.progress import track
+from .._disk.progress import bars, track
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterError, AdapterMismatchError, about, warn
 from .._formats.export import layout_of, whole_tensors
@@ -36,6 +36,7 @@ def save_merged(
     *,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     shard_bytes: int = 5 * 10**9,
+    progress: bool = True,
 ) -> None:
     """Writes the merged model, such as `base + scale · a @ b` of plain LoRA, for transformers.
 
@@ -50,6 +51,7 @@ def save_merged(
         config: the model's `config.json`: the file, or what is to stand in it. Without one,
             transformers does not know what model the weights are of.
         shard_bytes: the largest size of one file, unless one parameter is larger.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Raises:
         AdapterMismatchError: where a parameter has no layout.
@@ -70,7 +72,7 @@ def save_merged(
         frozen, tunable = frozen
     if names is None:
         raise TypeError("save_merged needs `names`, the layout of every parameter.")
-    with about(folder):
+    with about(folder), bars(progress):
         _save_merged(Path(folder), frozen, tunable, as_layouts(names), config, shard_bytes)
 
 

@@ -15,6 +15,7 @@ from .._bases.checkpoint import open_checkpoint
 from .._errors import AdapterError
 from .._formats.diffusers import save_diffusers
 from .._formats.kohya import resolve, save_kohya
+from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
 from .._formats.native import user_metadata, write
 from .._formats.opening import OpenedAdapter
@@ -54,6 +55,7 @@ def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     parser.add_argument("--base-model", metavar="NAME", help="for PEFT, mlx-lm: the base's name")
     parser.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
+    parser.add_argument("--model-config", type=Path, help="for GGUF: the base's config.json")
     parser.add_argument(
         "--prefix",
         help="for diffusers: the part of a pipeline; for kohya: what names begin with",
@@ -168,10 +170,17 @@ def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_mlx(args.out, adapter.rows, _layouts(adapter, args), model=model)
 
 
+def _to_gguf(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    if args.model_config is None:
+        raise AdapterError("needs --model-config, the base's config.json.", args.out)
+    save_gguf(args.out, adapter.rows, _layouts(adapter, args), config=args.model_config)
+
+
 WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
     "native": _to_native,
     "peft": _to_peft,
     "diffusers": _to_diffusers,
     "kohya": _to_kohya,
     "mlx": _to_mlx,
+    "gguf": _to_gguf,
 }

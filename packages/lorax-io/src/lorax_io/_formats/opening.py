@@ -9,6 +9,7 @@ from lorax import Pair
 
 from .._disk.arrays import all_read
 from .._disk.files import file_in, regular_file
+from .._disk.progress import bars
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError, AdapterNotFoundError, about
 from .._layouts import Layouts, Names, as_layouts
@@ -93,7 +94,9 @@ def fit(path: Path, names: Layouts | None, base: Mapping[str, Any] | None) -> Op
         return OpenedAdapter(row.name, path, rows, names, metadata, found.config, part=found.part)
 
 
-def load_any(path: Any, params: Any, names: Names, *, sharding: Any = None) -> Pair:
+def load_any(
+    path: Any, params: Any, names: Names, *, sharding: Any = None, progress: bool = True
+) -> Pair:
     """Reads an adapter of any format that is known: the pair `(frozen, tunable)` for `lora(model)`.
 
     Args:
@@ -102,6 +105,7 @@ def load_any(path: Any, params: Any, names: Names, *, sharding: Any = None) -> P
         names: the layout of each parameter that the adapter may have, by its path; a native file
             needs none.
         sharding: where to put the arrays, as in `load_peft`.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Returns:
         The `lorax.Pair`.
@@ -120,7 +124,10 @@ def load_any(path: Any, params: Any, names: Names, *, sharding: Any = None) -> P
         2
     """
     path = Path(path)
-    with all_read(params, sharding), about(path), content_of(path) as content:
+    with contextlib.ExitStack() as stack:
+        for door in (bars(progress), all_read(params, sharding), about(path)):
+            stack.enter_context(door)
+        content = stack.enter_context(content_of(path))
         row = _format_of(content)
         if row is FORMATS["native"]:
             return native.load_pair(path, params, sharding=sharding)

@@ -12,6 +12,7 @@ from lorax import Pair
 
 from ..._disk.arrays import all_read, one_writer
 from ..._disk.files import file_in, make_folder, write_text
+from ..._disk.progress import bars
 from ..._disk.tensors import TensorFile, is_number, parse_json, write_tensors
 from ..._errors import AdapterError, AdapterFileError, AdapterNotFoundError, about
 from ..._layouts import Names, as_layouts
@@ -39,6 +40,7 @@ def save_peft(
     params: Any = None,
     target_modules: Sequence[str] | None = None,
     fold_scale: bool = False,
+    progress: bool = True,
 ) -> None:
     """Writes a tunable tree as a folder that PEFT, transformers and vLLM load.
 
@@ -58,6 +60,7 @@ def save_peft(
         target_modules: the ends of module names, such as `["q_proj", "v_proj"]`, which some
             readers want instead of full names.
         fold_scale: whether `b` is multiplied by the scale, for readers that know one alpha only.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Raises:
         AdapterMismatchError: where `names` does not fit the tree.
@@ -76,7 +79,7 @@ def save_peft(
         >>> frozen, tunable = load_peft(folder, params, names)
     """
     folder = Path(folder)
-    with about(folder):
+    with about(folder), bars(progress):
         if task_type is not None and task_type not in TASK_TYPES:
             raise AdapterError(f"task_type={task_type!r} is none of {', '.join(TASK_TYPES)}.")
         found = export(
@@ -104,7 +107,12 @@ def _write(folder: Path, found: Export) -> None:
 
 
 def load_peft(
-    folder: str | os.PathLike[str], params: Any, names: Names, *, sharding: Any = None
+    folder: str | os.PathLike[str],
+    params: Any,
+    names: Names,
+    *,
+    sharding: Any = None,
+    progress: bool = True,
 ) -> Pair:
     """Reads a folder of PEFT: the pair `(frozen, tunable)` for `lora(model)`.
 
@@ -115,6 +123,7 @@ def load_peft(
         names: the layout of each parameter that the adapter may have, by its path.
         sharding: where to put the arrays: one sharding, or a tree of them with the structure of
             `tunable` or a prefix of it. By default, where their base is.
+        progress: whether a bar is shown on a terminal where it takes long.
 
     Returns:
         The `lorax.Pair`, with the arrays of `params` in `frozen`, not copies of them; beside them
@@ -128,7 +137,7 @@ def load_peft(
     Example:
         See `save_peft`.
     """
-    with all_read(params, sharding), open_peft(folder) as source:
+    with bars(progress), all_read(params, sharding), open_peft(folder) as source:
         return restore(source, params, as_layouts(names), sharding)
 
 

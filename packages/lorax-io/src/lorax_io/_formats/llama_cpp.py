@@ -1,0 +1,166 @@
+"""GGUF files of adapters, which llama.cpp loads beside a model: `llama-cli --lora`.
+
+They are written and not read: llama.cpp has no other use for them than to run.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._disk.arrays import one_writer
+from .._disk.files import regular_file, replacing
+from .._disk.tensors import read_json
+from .._errors import AdapterMismatchError, UnsupportedAdapterError, about
+from .._layouts import Names, as_layouts
+from .._places import Array
+from .export import export
+from .peft.tuners import FACTOR
+
+# llama.cpp's name of a model's kind, and whether it stores the rows of q and k in another order.
+_KINDS: dict[str, tuple[str, bool]] = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "granite": ("granite", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "gemma": ("gemma", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "phi3": ("phi3", False),
+}
+_ENDS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
+
+
+def save_gguf(
+    path: str | os.PathLike[str],
+    tunable: Any,
+    names: Names,
+    *,
+    config: Mapping[str, Any] | str | os.PathLike[str],
+) -> None:
+    """Writes an adapter for llama.cpp: plain LoRA of linear layers.
+
+    llama.cpp knows one alpha. Where modules have several ranks or scales, the scale is multiplied
+    into `b`. The rows of q and k are put in the order that llama.cpp keeps for some models. Needs
+    `pip install "lorax-io[gguf]"`.
+
+    Args:
+        path: the file.
+        tunable: the second tree of `lorax.init_lora`.
+        names: the layout of each parameter, by its path.
+        config: the base model's `config.json`: the file, or what is in it.
+
+    Raises:
+        AdapterMismatchError: where `names` does not fit the tree, or llama.cpp has no tensor for a
+            module.
+        UnsupportedAdapterError: where the model's kind is not known, or the adapter is not plain
+            LoRA of linear layers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import Linear, save_gguf
+        >>> params = {"up": jnp.ones((8, 12))}
+        >>> names = {"up": Linear("model.layers.0.mlp.up_proj")}
+        >>> frozen, tunable = lorax.init_lora(params, {"up": 2}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.gguf")
+        >>> config = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> save_gguf(file, tunable, names, config=config)
+        >>> file.exists()
+        True
+    """
+    with about(path):
+        values = config if isinstance(config, Mapping) else read_json(regular_file(config))
+        kind, is_permuted = _kind(values)
+        layouts = as_layouts(names)
+        found = export(tunable, layouts, plain=True)
+        one = found.config
+        if one.rank_pattern or one.alpha_pattern or one.use_rslora:
+            found = export(tunable, layouts, plain=True, fold_scale=True)
+        tensors = _in_llama_cpp(found.tensors, kind, values, is_permuted)
+        with one_writer() as writer:
+            if writer:
+                _write(Path(path), kind, float(found.config.lora_alpha), tensors)
+
+
+def _kind(config: Any) -> tuple[str, bool]:
+    model = config.get("model_type") if isinstance(config, Mapping) else None
+    if model not in _KINDS:
+        raise UnsupportedAdapterError(
+            f"is for a model of the kind {model!r}; those of {', '.join(_KINDS)} are written."
+        )
+    return _KINDS[model]
+
+
+def _in_llama_cpp(
+    tensors: Mapping[str, Array], kind: str, config: Mapping[str, Any], is_permuted: bool
+) -> dict[str, Array]:
+    gguf = _import_gguf()
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    known = gguf.get_tensor_name_map(arch, _count(config, "num_hidden_layers"))
+    found: dict[str, Array] = {}
+    for key, tensor in tensors.items():
+        match = FACTOR.search(key)
+        if match is None or match[1] not in _ENDS or tensor.ndim != 2:
+            raise UnsupportedAdapterError(f"llama.cpp reads factors of linear layers, not `{key}`.")
+        module = key[: match.start()]
+        name = known.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise AdapterMismatchError(f"llama.cpp has no tensor for `{module}` in {kind} models.")
+        if tensor.dtype == np.float64:
+            raise UnsupportedAdapterError(f"`{key}` is float64; llama.cpp reads float32. Cast it.")
+        wide = tensor if tensor.dtype == np.float16 else tensor.astype(np.float32)
+        if is_permuted and match[1] == "lora_B.weight":
+            wide = _in_pairs(wide, name, config)
+        found[f"{name}.{_ENDS[match[1]]}"] = np.ascontiguousarray(wide)
+    return found
+
+
+def _in_pairs(tensor: Array, name: str, config: Mapping[str, Any]) -> Array:
+    """Rows of q or k as llama.cpp has them: the two of a rotated pair side by side."""
+    if not name.endswith(("attn_q.weight", "attn_k.weight")):
+        return tensor
+    heads = _count(config, "num_attention_heads")
+    if name.endswith("attn_k.weight"):
+        heads = _count(config, "num_key_value_heads", heads)
+    out, rank = tensor.shape
+    if out % (2 * heads):
+        raise AdapterMismatchError(f"has {out} rows for `{name}`, which are not {heads} heads.")
+    return tensor.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    found = config.get(key, default)
+    if type(found) is not int or not 1 <= found <= 2**16:
+        raise AdapterMismatchError(f"the model's config has {key} = {found!r}, not a count.")
+    return found
+
+
+def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) -> None:
+    gguf = _import_gguf()
+    with replacing(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, kind)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(unfinished).tensors}
+        if found.keys() != tensors.keys() or not all(
+            np.array_equal(found[name], tensor) for name, tensor in tensors.items()
+        ):
+            raise OSError(f"{path}: what was written does not read back the same")
+
+
+def _import_gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError('llama.cpp\'s files need gguf: pip install "lorax-io[gguf]"') from error
+    return gguf

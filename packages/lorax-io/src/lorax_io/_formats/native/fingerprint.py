@@ -1,0 +1,77 @@
+"""A fingerprint of the base that an adapter belongs to."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax import Adapter
+
+from ..._disk.arrays import to_host
+from ..._disk.progress import track
+from ..._disk.tensors import (
+    TensorFile,
+    parse_json,
+)
+from ..._errors import AdapterFileError, AdapterMismatchError, warn
+from ..._tree import (
+    absent,
+    is_array,
+    param_leaves,
+)
+from .header import BASE
+
+
+def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, str]:
+    """Hashes of the base's paths with their shapes, with their dtypes, and of its numbers.
+
+    A parameter that is trained in full is in the adapter itself: its shape counts, its numbers do
+    not, and the base may be the frozen tree that has None there.
+    """
+    leaves, _ = param_leaves(base)
+    full = {path: leaf for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
+    if absent_rows := sorted(rows.keys() - leaves.keys()):
+        raise AdapterMismatchError(f"adapts `{absent_rows[0]}`, {absent(absent_rows[0], leaves)}")
+    arrays = {path: leaf for path, leaf in {**leaves, **full}.items() if is_array(leaf)}
+    found = {
+        "shapes": _hash(f"{path} {list(arrays[path].shape)}" for path in sorted(arrays)),
+        "dtypes": _hash(f"{path} {arrays[path].dtype}" for path in sorted(arrays)),
+    }
+    if content:
+        digest = hashlib.sha256()
+        for path in track(sorted(arrays.keys() - full.keys()), "Hashing the base"):
+            digest.update(path.encode())
+            numbers = np.asarray(to_host(arrays[path]), order="C")
+            digest.update(numbers.reshape(-1).view(np.uint8).data)
+        found["content"] = digest.hexdigest()
+    return found
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
+    """Refuses another base; warns of the same base in other dtypes."""
+    if BASE not in file.metadata:
+        return
+    saved = parse_json(file.metadata[BASE])
+    if not isinstance(saved, dict):
+        raise AdapterFileError(f"its header has no object under {BASE!r}.")
+    # The numbers can be compared only where there are some.
+    numbers = all(
+        isinstance(leaf, jax.Array | np.ndarray)
+        for leaf in param_leaves(params)[0].values()
+        if is_array(leaf)
+    )
+    found = fingerprint(params, rows, "content" in saved and numbers)
+    other = [key for key, value in found.items() if saved.get(key) != value]
+    if other == ["dtypes"]:
+        warn("was saved for a base of the same shapes in other dtypes.")
+    elif other:
+        raise AdapterMismatchError(
+            f"belongs to another base: the parameters have other {' and '.join(other)} than those "
+            "it was saved for. Load it onto the base that it was trained on.",
+        )

@@ -1,0 +1,111 @@
+"""The header of a native file: what it says of each parameter."""
+
+import os
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lorax import Adapter, adapter_from_settings
+
+from ..._disk.tensors import (
+    TensorFile,
+    parse_json,
+)
+from ..._errors import AdapterFileError
+
+PREFIX = "lorax."
+FORMAT_KEY, VERSION, ADAPTER, BASE, HELD = (
+    PREFIX + key for key in ("format", "version", "adapter", "base", "held")
+)
+_FORMATS = ("1", "2")
+_SHORT = reprlib.Repr()  # settings of strangers may be nested without end
+_SHORT.maxdict = _SHORT.maxstring = 64
+FIRST_KINDS = ("full", "lora")  # all that the first format has
+
+
+def check_format(file: TensorFile) -> None:
+    """Refuses other files, and formats of later versions."""
+    found = file.metadata.get(FORMAT_KEY)
+    if found in _FORMATS:
+        return
+    raise AdapterFileError(
+        "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
+        if found is None
+        else f"is a native adapter of format {found!r}; this version of lorax-io reads formats 1 "
+        "and 2. Update it.",
+    )
+
+
+class Header(NamedTuple):
+    """What a header says: an adapter without arrays, or None where a parameter is trained in full.
+
+    `held` names the frozen factors that the file has.
+    """
+
+    blanks: dict[str, Adapter | None]
+    held: dict[str, list[str]]
+
+
+def read_header(file: TensorFile) -> Header:
+    """What the header says of each parameter, with a tensor for each of its names."""
+    check_format(file)
+    found = _object(file, ADAPTER)
+    blanks = {path: _read_settings(path, settings) for path, settings in found.items()}
+    held = _object(file, HELD) if HELD in file.metadata else {}
+    for path, names in held.items():
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if blanks.get(path) is None or not is_list:
+            raise AdapterFileError(f"its header has no frozen factors of `{path}`: {names!r}.")
+    wanted: set[str] = set()
+    for path, blank in blanks.items():
+        factors = [] if blank is None else [*blank.factors(), *held.get(path, ())]
+        for name in [path] if blank is None else [f"{path}/{factor}" for factor in factors]:
+            if name in wanted:
+                raise AdapterFileError(f"its header has two uses for `{name}`.")
+            wanted.add(name)
+    if missing := sorted(wanted - file.entries.keys()):
+        raise AdapterFileError(f"lacks the tensor `{missing[0]}` of its header.")
+    if extra := sorted(file.entries.keys() - wanted):
+        raise AdapterFileError(f"has a tensor `{extra[0]}` that its header knows not.")
+    return Header(blanks, held)
+
+
+def _object(file: TensorFile, key: str) -> dict[str, Any]:
+    found = parse_json(file.metadata.get(key, ""))
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"its header has no object under {key!r}.")
+    return found
+
+
+def _read_settings(path: str, settings: Any) -> Adapter | None:
+    if settings == {"kind": "full"}:
+        return None
+    try:
+        return adapter_from_settings(settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(
+            f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
+        ) from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The `metadata` that `save_adapter` was given.
+
+    Raises:
+        AdapterError: where the file is damaged or not native.
+
+    Example:
+        >>> import jax.numpy as jnp, lorax_io, pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> lorax_io.save_adapter(file, {"bias": jnp.zeros(3)}, metadata={"task": "reviews"})
+        >>> lorax_io.read_metadata(file)
+        {'task': 'reviews'}
+    """
+    with TensorFile(path) as file:
+        check_format(file)
+        return user_metadata(file.metadata)
+
+
+def user_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a header is the user's."""
+    return {key: value for key, value in metadata.items() if not key.startswith(PREFIX)}

@@ -1,0 +1,226 @@
+"""Reading a native file, beside a base or alone."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lorax import Adapter, Pair
+
+from ..._disk.arrays import all_read, place, placements
+from ..._disk.progress import bars, track
+from ..._disk.tensors import (
+    TensorFile,
+    check_finite,
+    check_width,
+)
+from ..._errors import AdapterFileError
+from ..._shapes import base_shape, complete
+from ..._tree import (
+    Held,
+    all_arrays,
+    filled,
+    frozen_of,
+    leaves_of,
+    param_leaves,
+    with_leaves,
+)
+from ..format import Content, Format, Rows
+from ..source import check_any
+from .fingerprint import check_base
+from .fit import fit_like, fit_params
+from .header import FORMAT_KEY, read_header
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    *,
+    params: Any = None,
+    like: Any = None,
+    sharding: Any = None,
+    progress: bool = True,
+) -> Any:
+    """Reads a file of `save_adapter`; the tree is to the bit what was saved.
+
+    Args:
+        path: the file.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`: the tree gets their
+            structure, and where they are arrays the factors are placed as their base is.
+        like: instead of `params`, a tunable tree of the same structure, of arrays or shapes; its
+            ranks, alphas, shapes and dtypes must be those of the file.
+        sharding: where to put the arrays: one sharding, or a tree of them with the structure of
+            the result or a prefix of it. Only the bytes that a process needs are read.
+        progress: whether a bar is shown on a terminal where it takes long.
+
+    Returns:
+        The tunable tree, for `(frozen, tunable)`. `load_pair` returns both.
+
+    Raises:
+        AdapterError: where the file is damaged or not native, holds NaN or infinity, or does not
+            fit; nothing is returned in part. Where arrays lie in several processes, an error of
+            one is an error in all of them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
+        >>> params = {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)}
+        >>> frozen, tunable = lorax.init_lora(params, {"kernel": 2, "bias": 0}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> lorax_io.save_adapter(file, tunable)
+        >>> lorax_io.load_adapter(file, params=jax.eval_shape(lambda: params))["kernel"].rank
+        2
+    """
+    if (params is None) == (like is None):
+        raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
+    if like is None:
+        with bars(progress):
+            found = read(path, params, sharding, with_held=False)
+        return with_leaves(found.structure, found.leaves, found.rows)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bars(progress))
+        with all_read(like, sharding):
+            file = stack.enter_context(TensorFile(path))
+            rows = fit_like(file, read_header(file), like)
+            leaves, structure = leaves_of(like)
+            places = placements(rows, {}, structure, leaves, sharding)
+        with all_read(like, sharding):
+            rows, _ = load_arrays(file, rows, {}, places)
+    tree = with_leaves(structure, leaves, rows)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def load_pair(
+    path: str | os.PathLike[str], params: Any, *, sharding: Any = None, progress: bool = True
+) -> Pair:
+    """Reads a file of `save_adapter` as the pair that a model runs on.
+
+    Args:
+        path: the file.
+        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        sharding: where to put the arrays, as in `load_adapter`.
+        progress: whether a bar is shown on a terminal where it takes long.
+
+    Returns:
+        The `lorax.Pair`: `frozen` has the arrays of `params`, not copies of them, and beside them
+        the frozen factors that a kind of adapter needs: those of the file, or else computed from
+        the base, as the norms of DoRA.
+
+    Raises:
+        AdapterError: as in `load_adapter`; and where a kind needs frozen factors that the file does
+            not have and that do not follow from the base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
+        >>> params = {"kernel": jnp.ones((5, 3))}
+        >>> pair = lorax.init_lora(params, {"kernel": lorax.DoraSpec(2)}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> lorax_io.save_adapter(file, pair)
+        >>> lorax_io.load_pair(file, params).frozen["kernel"].factors["square"].tolist()
+        [5.0, 5.0, 5.0]
+    """
+    with bars(progress):
+        found = read(path, params, sharding, with_held=True)
+    return Pair(
+        frozen_of(found.leaves, found.structure, found.rows, found.held),
+        with_leaves(found.structure, found.leaves, found.rows),
+    )
+
+
+class Found(NamedTuple):
+    """What a file has for some parameters, and these."""
+
+    rows: dict[str, Any]
+    held: Held
+    leaves: Mapping[str, Any]
+    structure: Any
+
+
+def read(
+    path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_held: bool
+) -> Found:
+    """The rows of a file beside their bases, with or without the frozen factors there."""
+    with contextlib.ExitStack() as stack:
+        with all_read(params, sharding):
+            file = stack.enter_context(TensorFile(path))
+            leaves, structure = param_leaves(params)
+            rows, held = fit_params(file, read_header(file), leaves)
+            places = placements(rows, held, structure, leaves, sharding)
+        with all_read(params, sharding):
+            check_base(file, params, rows)  # this may gather the base from all processes
+            rows, held = load_arrays(file, rows, held if with_held else {}, places)
+            if with_held:
+                weights = {p: row for p, row in rows.items() if isinstance(row, Adapter)}
+                held = {
+                    p: complete(p, weight, leaves[p], held.get(p, {}))
+                    for p, weight in weights.items()
+                }
+    return Found(rows, held, leaves, structure)
+
+
+def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
+    """The rows of a native file and the frozen factors in it, without a base to fit them to."""
+    header = read_header(file)
+    rows: dict[str, Any] = {}
+    shapes = {
+        name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in file.entries.items()
+    }
+    for name, shape in shapes.items():
+        check_width(name, shape.dtype)
+    for path, blank in header.blanks.items():
+        rows[path] = filled(path, blank, shapes)
+        try:
+            if blank is not None:
+                base_shape(rows[path])
+        except ValueError as error:
+            raise AdapterFileError(
+                f"has factors of `{path}` that do not fit its axes: {error}."
+            ) from error
+    held = {
+        path: {name: shapes[f"{path}/{name}"] for name in names}
+        for path, names in header.held.items()
+    }
+    return load_arrays(file, rows, held, dict.fromkeys(file.entries))
+
+
+def _recognizes(content: Content) -> bool:
+    return FORMAT_KEY in content.file.metadata
+
+
+def _read_alone(content: Content) -> Rows:
+    check_any({name: entry.shape for name, entry in content.file.entries.items()})
+    return Rows(*load_alone(content.file))
+
+
+FORMAT = Format(
+    "native",
+    "a native file",
+    _recognizes,
+    _read_alone,
+    "lorax_io.load_adapter(path, params=params)",
+)
+
+
+def load_arrays(
+    file: TensorFile, rows: Mapping[str, Any], held: Held, places: Mapping[str, Any]
+) -> tuple[dict[str, Any], Held]:
+    """The rows and the frozen factors, with their arrays."""
+
+    def load(name: str) -> jax.Array:
+        view = file.view(name)
+
+        def read(index: Any) -> np.ndarray[Any, Any]:
+            part = np.array(view[index])  # a copy: the file may be replaced while the array lives
+            check_finite(name, part)
+            return part
+
+        return place(view.shape, view.dtype, read, places[name])
+
+    wanted = all_arrays(rows, held)
+    names = [name for name in file.entries if name in wanted]
+    arrays = {name: load(name) for name in track(names, "Loading the adapter")}
+    return (
+        {path: filled(path, row, arrays) for path, row in rows.items()},
+        {path: {n: arrays[f"{path}/{n}"] for n in factors} for path, factors in held.items()},
+    )

@@ -1,0 +1,114 @@
+"""Writing a native file."""
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorax import Adapter
+
+from ..._disk.arrays import one_writer, to_host
+from ..._disk.progress import bars, track
+from ..._disk.tensors import (
+    check_dtype,
+    write_tensors,
+)
+from ..._errors import AdapterError, about
+from ..._shapes import check_held
+from ..._tree import (
+    Held,
+    Row,
+    arrays_of,
+    pair_rows,
+    settings_of,
+)
+from .fingerprint import fingerprint
+from .header import ADAPTER, BASE, FIRST_KINDS, FORMAT_KEY, HELD, PREFIX, VERSION
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    tunable: Any,
+    *,
+    base: Any = None,
+    hash_base: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes a tunable tree, or a pair, to one safetensors file, whole or not at all.
+
+    The file is written beside the old one, flushed, read back, compared, and only then put in its
+    place. Arrays that live on several devices or hosts are gathered one after the other; every
+    process calls this, the first one writes, and the others wait for it.
+
+    Args:
+        path: the file.
+        tunable: the second tree of `lorax.init_lora`, trained or not; or the whole `lorax.Pair`, of
+            which the file also has the frozen factors that a kind of adapter keeps beside its base.
+            A kind that cannot compute these from the base needs the pair. The bases themselves are
+            not written.
+        base: the parameters the adapter belongs to, or the frozen tree. The file keeps a
+            fingerprint of their paths, shapes and dtypes, so that it is not loaded onto another
+            model.
+        hash_base: whether the fingerprint is of the base's numbers, too. This reads all of them.
+        metadata: further strings for the file's header. Keys that begin with `lorax.` are taken.
+
+        progress: whether a bar is shown on a terminal where it takes long.
+
+    Raises:
+        AdapterError: where two parameters share a path, an array holds NaN, infinity or a type
+            that the format has not, or a kind of adapter needs the pair.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
+        >>> params = {"kernel": jnp.ones((5, 3))}
+        >>> frozen, tunable = lorax.init_lora(params, {"kernel": 2}, jax.random.key(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> lorax_io.save_adapter(file, tunable, base=params, metadata={"base": "my-model"})
+        >>> lorax_io.read_metadata(file)
+        {'base': 'my-model'}
+        >>> tunable = lorax_io.load_adapter(file, params=params)
+    """
+    with about(path), bars(progress):
+        rows, held = pair_rows(tunable)
+        write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
+
+
+def write(
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    held: Held,
+    *,
+    base: Any = None,
+    hash_base: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes rows and the frozen factors beside their bases."""
+    arrays: dict[str, Any] = {}
+    for row in rows:
+        if isinstance(row.leaf, Adapter):
+            check_held(row.path, row.leaf, held.get(row.path, {}))
+        for name, array in arrays_of(*row, held.get(row.path)).items():
+            if name in arrays:
+                raise AdapterError(f"two arrays are both called `{name}`; rename one.")
+            check_dtype(name, array.dtype)
+            arrays[name] = array
+    if taken := [key for key in metadata or {} if key.startswith(PREFIX)]:
+        raise AdapterError(f"metadata keys may not begin with {PREFIX!r}: {taken}.")
+    settings = {row.path: settings_of(row.leaf) for row in rows}
+    is_first = not held and all(found["kind"] in FIRST_KINDS for found in settings.values())
+    header = {
+        **(metadata or {}),
+        FORMAT_KEY: "1" if is_first else "2",
+        VERSION: importlib.metadata.version("lorax-io"),
+        ADAPTER: json.dumps(settings),
+    }
+    if held:
+        header[HELD] = json.dumps({of: sorted(factors) for of, factors in held.items()})
+    if base is not None:
+        header[BASE] = json.dumps(fingerprint(base, dict(rows), hash_base))
+    gathered = {name: to_host(array) for name, array in track(arrays.items(), "Saving the adapter")}
+    with one_writer() as writer:
+        if writer:
+            write_tensors(path, gathered, header)
