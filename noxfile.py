@@ -368,12 +368,16 @@ def finetune(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("backend", ["tpu", "cuda13"], ids=["tpu", "cuda13"])
 def large(session: nox.Session, backend: str) -> None:
-    """Compiles a training step of 7 billion parameters for 16 TPU v5e or 8 H100, and by hand."""
+    """Compiles a training step of 7 billion parameters for 16 TPU v5e or 8 H100, and by hand.
+
+    And in few bits for one of them.
+    """
     platform = backend.rstrip("0123456789")
     version = install_cell(session, "lorax-core", "newest", "--group", "accelerators")
     install_compiler(session, backend, version)
     env = compile_only(backend) | {"PYTHONPATH": "benchmarks"}
     session.run("python", "accelerators/seven_billion.py", platform, env=env)
+    session.run("python", "accelerators/quantized.py", platform, env=env)
 
 
 @nox.session
@@ -388,6 +392,13 @@ def costs(session: nox.Session) -> None:
     """Counts FLOPs and bytes, ours and by hand. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))
     session.run("python", "benchmarks/costs.py", *session.posargs)
+
+
+@nox.session
+def bases(session: nox.Session) -> None:
+    """Counts and times each format of a quantized base beside floats. Arguments as above."""
+    install_locked(session, *editable("lorax-core"))
+    session.run("python", "benchmarks/bases.py", *session.posargs)
 
 
 @nox.session

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 NO_ARRAY = {"parameter", "get-tuple-element", "bitcast", "tuple", "copy-start", "copy-done"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:\w+\[([\d,]*)\]\S*|\(.*?\)) ([\w-]+)\(")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:(\w+)\[([\d,]*)\]\S*|\(.*?\)) ([\w-]+)\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 
 
@@ -27,13 +27,14 @@ class Facts(NamedTuple):
     flops: float | None  # not known of a GPU
     collectives: collections.Counter[str]
     arrays: collections.Counter[int]  # how many are made of each number of entries
+    floats: collections.Counter[int]  # of these, arrays of floats of two bytes or more
 
 
 def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
     """Compiles `fn` for the devices that the shardings of `shapes` name."""
     executable = jax.jit(fn).lower(*shapes).compile()
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
-    kinds, arrays = _instructions(executable.as_text())
+    kinds, arrays, floats = _instructions(executable.as_text())
     return Facts(
         memory.peak_memory_in_bytes,
         memory.argument_size_in_bytes,
@@ -41,27 +42,35 @@ def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
         (cost or {}).get("flops"),
         collections.Counter({kind: kinds[kind] for kind in COLLECTIVES if kinds[kind]}),
         arrays,
+        floats,
     )
 
 
-def _instructions(text: str) -> tuple[collections.Counter[str], collections.Counter[int]]:
+def _instructions(
+    text: str,
+) -> tuple[collections.Counter[str], collections.Counter[int], collections.Counter[int]]:
     """How often each kind of instruction stands in a program, and each size of its results.
+
+    The last are those sizes of floats alone.
 
     What happens within a fusion never leaves the processor, and is left out.
     """
     kinds: collections.Counter[str] = collections.Counter()
     arrays: collections.Counter[int] = collections.Counter()
+    floats: collections.Counter[int] = collections.Counter()
     fused = False
     for line in text.splitlines():
         if start := COMPUTATION.match(line):
             fused = "fused" in start[1]
         elif not fused and (found := INSTRUCTION.match(line)):
-            dims, kind = found.groups()
+            dtype, dims, kind = found.groups()
             # A collective that overlaps with other work is two instructions.
             kinds[kind.removesuffix("-start")] += 1
             if kind not in NO_ARRAY:
-                arrays[math.prod(int(size) for size in (dims or "0").split(","))] += 1
-    return kinds, arrays
+                entries = math.prod(int(size) for size in (dims or "0").split(","))
+                arrays[entries] += 1
+                floats[entries] += dtype in ("bf16", "f16", "f32", "f64")
+    return kinds, arrays, floats
 
 
 def on_mesh(mesh: Mesh, tree: Any, partition: Callable[[Any], PartitionSpec]) -> Any:

@@ -125,8 +125,8 @@ def main() -> int:
             print(f"{name + ', FLOPs':24} {ours.flops / theirs.flops:.4f} of by hand")
         size = llama.SEVEN_BILLION
         stack = {size.layers * size.width * n for n in (size.width, size.hidden)}
-        made = {n: count for n, count in ours.arrays.items() if n in stack}
-        print(f"{name + ', arrays of a stack':24} {made or 'none'}")
+        made = {n: count for n, count in ours.floats.items() if n in stack and count}
+        print(f"{name + ', floats of a stack':24} {made or 'none'}")
         fits &= not made and ours.peak <= 1.005 * theirs.peak
     return int(not fits)
 

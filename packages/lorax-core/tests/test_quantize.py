@@ -37,10 +37,12 @@ from lorax import (
 from lorax.bases import quantized_from_settings
 from lorax.testing import random_factors
 
-FORMATS = [
-    Int8(), Int8(32), Int8(symmetric=False), Int4(), Int4(32, symmetric=False), NF4(),
-    NF4(128, double=False), FP8(), FP8("e5m2"), FP8(block=64, square=True), MXFP4(),
+FEW = [Int8(), Int4(32, symmetric=False), NF4(), MXFP4()]
+MORE = [
+    Int8(32), Int8(symmetric=False), Int4(), NF4(128, double=False), FP8(), FP8("e5m2"),
+    FP8(block=64, square=True),
 ]  # fmt: skip
+FORMATS = [*FEW, *(pytest.param(format, marks=pytest.mark.whole) for format in MORE)]
 
 
 def N(seed, *shape):
@@ -250,7 +252,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("dora", "ia3-in") else pytest.mark.whole) for k in KINDS],
+)
 def test_other_kinds_of_adapters(kind):
     """Values and gradients are those on the dequantized base, and codes alone are kept."""
     params, x = {"w": N(0, 3, 64, 64), "head": N(1, 64, 10)}, N(2, 5, 64)

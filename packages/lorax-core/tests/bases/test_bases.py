@@ -230,7 +230,8 @@ REFUSED = {("fp8-squares", "scan-after-moves")}
 
 
 def sampled(format, use):
-    few = OF_NF4 if format == "nf4" else SAMPLE[:1]
+    few = {"nf4": OF_NF4, "int8": SAMPLE[:1], "e4m3": SAMPLE[:1], "one's own": SAMPLE[:1]}
+    few = few.get(format, ())
     return pytest.param(format, use, marks=() if use in few else pytest.mark.whole)
 
 

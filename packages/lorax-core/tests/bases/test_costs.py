@@ -55,8 +55,21 @@ def programs(function, format, tokens=TOKENS):
     return found
 
 
-@pytest.mark.parametrize("format", [NF4(64), Int8()], ids=str)
-@pytest.mark.parametrize("function", [unrolled, scanned, rematerialized])
+WHOLE = pytest.mark.whole
+
+
+@pytest.mark.parametrize(
+    ("function", "format"),
+    [
+        (scanned, NF4(64)),
+        pytest.param(scanned, Int8(), marks=WHOLE),
+        *(
+            pytest.param(function, format, marks=WHOLE)
+            for function in (unrolled, rematerialized)
+            for format in (NF4(64), Int8())
+        ),
+    ],
+)
 def test_flops_and_arrays(function, format):
     on_codes, on_floats = programs(function, format)
     flops = [compiled.cost_analysis()["flops"] for compiled in (on_codes, on_floats)]

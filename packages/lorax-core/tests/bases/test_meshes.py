@@ -14,7 +14,9 @@ from lorax.testing import random_factors
 
 pytestmark = pytest.mark.devices(4)
 
-FORMATS = [Int8(), Int4(32, symmetric=False), NF4(64), FP8(block=2, square=True)]
+NIBBLES, SQUARES = NF4(64), FP8(block=2, square=True)
+FORMATS = [NIBBLES, pytest.param(SQUARES, marks=pytest.mark.whole)]
+MORE = [pytest.param(format, marks=pytest.mark.whole) for format in (Int8(), Int4(32, False))]
 W = jax.random.normal(jax.random.key(0), (128, 8)) / 8
 X = jax.random.normal(jax.random.key(1), (4, 128))
 
@@ -44,7 +46,7 @@ def compare(function, coded, tunable, x):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", [*FORMATS, *MORE], ids=str)
 def test_codes_are_split_where_the_weight_is(format):
     coded, tunable = weights(mesh_of(AxisType.Auto), format)
     weight = coded["w"]
@@ -81,7 +83,7 @@ def gathered(mesh, p, x):
     return jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=P("a", "b"))(x, p["w"])
 
 
-@pytest.mark.parametrize("format", [FORMATS[2], FORMATS[3]], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("use", "spec"),
     [
@@ -108,7 +110,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.parametrize("format", [FORMATS[2], FORMATS[3]], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("use", EXPLICIT)
 def test_under_explicit_axes(use, format):
     mesh = mesh_of(AxisType.Explicit)
