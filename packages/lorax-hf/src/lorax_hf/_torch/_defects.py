@@ -5,7 +5,7 @@ from .._defects import Defect, Finding
 DEFECTS: tuple[Defect, ...] = (
     Defect(
         Finding(
-            ("flaubert", "fsmt", "jetmoe", "longformer", "xlm"),
+            ("flaubert", "fsmt", "jetmoe", "led", "xlm"),
             "its forward pass decides in Python by the values of arrays, which cannot be traced",
             "use a model of another type, or a subclass whose forward pass does not",
         ),
