@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ._adapter import AdapterSpec, Labeled
 from ._arrays import is_array
 from ._axes import Axes
+from ._base import as_base, decoded
 from ._contract import wide_dtype
 from ._errors import SpecError
 from ._factored import FactoredArray
@@ -135,12 +136,12 @@ class _Wanted:
         axes = Labeled.of(self.axes, base.shape)
         is_scaled = self.spec.collects.source == "scaled inputs"
         meter = Meter.of(zeros, axes.out, axes.shared, axes.inputs, self.path, is_scaled)
-        return FactoredArray(base, (), meter=meter)
+        return FactoredArray(as_base(base, self.path), (), meter=meter)
 
     def reduced(self, total: Any, batches: int) -> dict[str, jax.Array]:
         """A few vectors of each entry of the shared axes."""
         rank, start = self.spec.size or 1, self.spec.collects
-        matrices = self.axes.matrices(jnp.asarray(self.base)).astype(self.wide)
+        matrices = self.axes.matrices(jnp.asarray(decoded(self.base))).astype(self.wide)
         entries, fan_in, _ = matrices.shape
         if self.is_gradient:
             found: Any = self.axes.matrices(total) / batches
@@ -250,7 +251,7 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
         arrays = list(params)
         for weight, array in zip(model.group, chosen, strict=True):
             arrays[weight.position] = array
-        out = model.fn(model.tree(arrays), *batch)
+        out = model.fn(model.tree(list(map(decoded, arrays))), *batch)
         if not (is_array(out) and out.ndim == 0 and jnp.issubdtype(out.dtype, jnp.floating)):
             shape = getattr(out, "shape", type(out).__name__)
             raise ValueError(
@@ -259,7 +260,7 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
             )
         return out
 
-    return jax.grad(loss)([params[weight.position] for weight in model.group])
+    return jax.grad(loss)([decoded(params[weight.position]) for weight in model.group])
 
 
 def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:

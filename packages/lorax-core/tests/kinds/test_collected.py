@@ -10,18 +10,23 @@ from jax import lax
 
 from lorax import (
     LORA_FREEZE,
+    NF4,
     Axes,
     CordaStart,
     DoraSpec,
     EvaStart,
+    Int8,
     LoraGAStart,
     LoraSpec,
+    QuantizedWeight,
     SpecError,
     collect_starts,
+    dequantize,
     eva_ranks,
     init_lora,
     lora,
     merge_params,
+    quantize,
 )
 from lorax._collect import _Model, _moments, _summed, _wanted
 from lorax._pair import flatten_params
@@ -456,3 +461,22 @@ def test_what_was_collected_for_another_spec():
         init_lora(W, {"w": LoraSpec(2, init="corda")}, KEY, collected=collected)
     with pytest.raises(SpecError, match="`collected` has `w`, whose spec has no `init`"):
         init_lora(W, {"w": 2}, KEY, collected=collected)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_a_quantized_base_is_read_as_its_floats(init):
+    params = {"layers": N(0, 3, 32, 32) / 6, "head": N(1, 32, 5) / 6}
+
+    def loss(params, x):
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return jnp.mean((x @ params["head"]) ** 2)
+
+    held = quantize(params, {"layers": NF4(32), "head": Int8()})
+    spec = {"layers": LoraSpec(2, init=init, shared_axes=[0]), "head": LoraSpec(2, init=init)}
+    batches = [N(2, 7, 32), N(3, 7, 32)]
+    found, wanted = (collect_starts(loss, tree, spec, batches) for tree in (held, dequantize(held)))
+    for path, arrays in wanted.items():
+        for name, array in arrays.items():
+            np.testing.assert_allclose(found[path][name], array, rtol=1e-4, atol=1e-5)
+    frozen, _ = init_lora(held, spec, KEY, collected=found)
+    assert isinstance(frozen["layers"], QuantizedWeight)
