@@ -9,6 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lorax import (
     LORA_FULL,
+    DoraSpec,
+    IA3Spec,
     LoraSpec,
     LoraWeight,
     PairError,
@@ -305,3 +307,29 @@ def test_a_pair_may_be_in_place_of_its_two_trees():
         merge_params(tuple(pair))
     with pytest.raises(PairError, match="unmerge: the first tree has adapters"):
         unmerge(*reversed(pair))
+
+
+@pytest.mark.parametrize("scale", [0, 0.3, -2.0])
+@pytest.mark.parametrize(
+    "spec", [LoraSpec(2, alpha=3), DoraSpec(LoraSpec(2)), IA3Spec()], ids=lambda s: type(s).__name__
+)
+def test_a_part_of_what_an_adapter_changes(spec, scale):
+    params = {"w": jnp.arange(20.0).reshape(5, 4) / 7, "b": jnp.ones(4)}
+    frozen, tunable = init_lora(params, {"w": spec, "b": 0}, jax.random.key(0))
+    tunable = random_factors(tunable, jax.random.key(1))
+    change = merge_params(frozen, tunable)["w"] - params["w"]
+    found = merge_params(frozen, tunable, scale=scale)
+    np.testing.assert_allclose(found["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
+    assert found["b"] is params["b"]
+    if scale == 0:
+        assert (found["w"] == params["w"]).all()
+
+
+def test_scales_that_are_refused():
+    frozen, tunable = init_lora({"w": jnp.eye(3)}, {"w": LORA_FULL}, jax.random.key(0))
+    with pytest.raises(PairError, match="scale is 0.5, and `w` is trained in full"):
+        merge_params(frozen, tunable, scale=0.5)
+    bad: tuple[Any, ...] = (float("nan"), "1", None)
+    for scale in bad:
+        with pytest.raises(ValueError, match="finite number"):
+            merge_params(frozen, tunable, scale=scale)

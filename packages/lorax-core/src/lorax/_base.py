@@ -289,10 +289,9 @@ def bytes_of(leaf: Any) -> int:
     """The bytes of an array, or of all arrays of a quantized weight, codes of four bits packed."""
     if isinstance(leaf, QuantizedWeight):
         return leaf.nbytes
-    dtype = jnp.dtype(leaf.dtype)
-    bits = 8 * dtype.itemsize
-    if jnp.issubdtype(dtype, jnp.integer):
-        bits = jnp.iinfo(dtype).bits
+    bits = 8 * leaf.dtype.itemsize  # also of a PRNG key
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        bits = jnp.iinfo(leaf.dtype).bits
     return math.ceil(bits * math.prod(leaf.shape) / 8)
 
 

@@ -1,8 +1,10 @@
 """From a pair back to plain parameters, and the other way."""
 
 import functools
+import math
+import numbers
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +55,20 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
 
 def _merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
     return weight.applied(as_base(base), held).array()
+
+
+@functools.lru_cache(maxsize=256)  # One function for each scale, so that it is compiled once.
+def _merged_by(scale: float) -> Callable[..., jax.Array]:
+    """Merges `scale` times the change that an adapter makes."""
+    if scale == 1:
+        return _merged
+
+    def merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+        wide = decoded(base).astype(wide_dtype(base.dtype))
+        change = weight.applied(wide, held).array() - wide
+        return (wide + scale * change).astype(base.dtype)
+
+    return merged
 
 
 def _unmerged(merged: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
@@ -114,7 +130,12 @@ class Requantized(NamedTuple):
 
 
 def merge_params(
-    frozen: Any, tunable: Any = ABSENT, *, donate: bool = False, requantize: bool = False
+    frozen: Any,
+    tunable: Any = ABSENT,
+    *,
+    scale: float = 1.0,
+    donate: bool = False,
+    requantize: bool = False,
 ) -> Any:
     """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
 
@@ -127,6 +148,7 @@ def merge_params(
     Args:
         frozen: the frozen tree of the pair, or the whole `Pair`.
         tunable: the tunable tree of the pair.
+        scale: by which the change that each adapter makes is multiplied: 0 is the base.
         donate: whether the memory of adapted base weights may be reused. They are deleted
             afterwards, and the peak is one weight lower. A weight that is at two paths is kept.
         requantize: whether quantized weights are held in their format again. Rounding to codes
@@ -139,7 +161,9 @@ def merge_params(
 
     Raises:
         PairError: where the two trees are not a pair, or a weight and its factors are committed
-            to different devices.
+            to different devices; where a parameter is trained in full, of which no base is known,
+            and the scale is not 1.
+        ValueError: where the scale is not a finite number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -154,13 +178,22 @@ def merge_params(
         ...  merge_params(held, tunable, requantize=True).errors.items()}
         {'w': 0.0}
     """
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"merge_params: scale is {scale!r}; it is a finite number.")
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
+    in_full = [leaf.path for leaf in leaves if not leaf.is_adapted and leaf.tunable is not None]
+    if in_full and scale != 1:
+        raise PairError(
+            f"merge_params: scale is {scale}, and `{in_full[0]}` is trained in full: its base is "
+            "in neither tree, so its change cannot be scaled. Merge with scale=1, or set it to "
+            "None in tunable and to its base in frozen."
+        )
     uses = Counter(id(leaf.frozen) for leaf in leaves)
 
     def merged(leaf: Leaf) -> jax.Array:
         once = uses[id(leaf.frozen)] == 1
-        return _apply(_merged, "merge_params", leaf, donate and once)
+        return _apply(_merged_by(float(scale)), "merge_params", leaf, donate and once)
 
     def again(leaf: Leaf) -> Any:
         value = merged(leaf)
