@@ -6,6 +6,7 @@ python -m matrix.report
 import collections
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import records
@@ -15,8 +16,10 @@ from .devices import missing_device, missing_python
 MARK = {"passed": "[green]✓[/]", "failed": "[red]✗[/]"}
 
 
-def entry(cell: Cell) -> str:
-    """What a cell says in the table."""
+def entry(cell: Cell | None) -> str:
+    """What a cell says in the table; there may be none for a backend."""
+    if cell is None:
+        return "[dim]–[/]"
     record = records.read(cell.session)
     if record is None:
         return "[dim]no Python[/]" if missing_python(cell.python) else "[dim]not run[/]"
@@ -52,7 +55,8 @@ def main() -> None:
         known = [record for cell in row.values() if (record := records.read(cell.session))]
         versions = sorted({record["jax"] for record in known if record["jax"]})
         label = f"{jax} ({', '.join(versions)})" if versions else jax
-        table.add_row(package, python, label, *(entry(row[b]) for b in (CPU, *ACCELERATORS)))
+        entries = [entry(row.get(backend)) for backend in (CPU, *ACCELERATORS)]
+        table.add_row(escape(package), python, label, *entries)  # an extra is in brackets
     console.print(table)
     for backend in ACCELERATORS:
         reason = missing_device(backend)
