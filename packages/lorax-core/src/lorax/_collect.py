@@ -68,7 +68,7 @@ def collect_starts(
     Raises:
         SpecError: where the spec asks for nothing; where a weight is used in a way whose inputs
             cannot be read, or met fewer rows than its rank, or none; the message names the path.
-        ValueError: where there is no batch, or `fn` is no loss and has to be one.
+        ValueError: where there is no batch, or `fn` has to be a loss and is not.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,7 +1,5 @@
 """Adapters of a base that `init_lora` has moved, as adapters of the base before."""
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,6 +9,7 @@ from ._adapter import is_adapter
 from ._arrays import path_string
 from ._errors import PairError
 from ._pair import is_tunable_leaf
+from .kinds.lora import at_same_scale
 
 
 def adapter_difference(tunable: Any, start: Any) -> Any:
@@ -61,9 +60,6 @@ def adapter_difference(tunable: Any, start: Any) -> Any:
         axis = len(after.shared_axes)
         a = jnp.concatenate([after.a, before.a], after.a.ndim - 1)  # [*shared, *in, 2·rank]
         b = jnp.concatenate([after.b, -before.b], axis)  # [*shared, 2·rank, *out]
-        # The scale stays.
-        factor = math.sqrt(2) if after.scaling == "rslora" else 2
-        alpha = None if after.alpha is None else after.alpha * factor
-        return dataclasses.replace(after, a=a, b=b, rank=2 * after.rank, alpha=alpha)
+        return at_same_scale(after, a, b)
 
     return jax.tree_util.tree_map_with_path(difference, tunable, start, is_leaf=is_tunable_leaf)

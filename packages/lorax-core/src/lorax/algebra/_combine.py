@@ -62,13 +62,14 @@ def combine_adapters(
         delta  =  its best approximation of a rank             "svd"
         a = Σ_k √|w_k| sign(w_k) a_k,   b = Σ_k √|w_k| b_k     "linear", w_k = weight_k · scale_k
 
-    "linear" needs equal ranks and is no sum of deltas: look at the errors. The other methods act on
-    the entries of both factors as "linear" does, and drop some of them first. "magnitude_prune"
-    keeps the largest, and "dare_linear" random ones, which it divides by `density` (Yu et al. 2023,
-    arXiv:2311.03099). "ties" and "dare_ties" then drop the entries whose sign is not that of the
-    majority, and average the rest (Yadav et al. 2023, arXiv:2306.01708). With "_svd" behind its
-    name a method acts on the deltas, one weight at a time, and the result is the best approximation
-    of `rank`. The methods are those of PEFT's `add_weighted_adapter`.
+    "linear" needs equal ranks and is not the sum of the deltas: see the errors. The other methods
+    act on the entries of both factors as "linear" does, and drop some of them first.
+    "magnitude_prune" keeps the largest, and "dare_linear" random ones, which it divides by
+    `density` (Yu et al. 2023, arXiv:2311.03099). "ties" and "dare_ties" then drop the entries
+    whose sign is not that of the majority, and average the rest (Yadav et al. 2023,
+    arXiv:2306.01708). With "_svd" behind its name a method acts on the deltas, one weight at a
+    time, and the result is the best approximation of `rank`. The methods are those of PEFT's
+    `add_weighted_adapter`.
 
     A weight that only some of the trees adapt is combined from these.
 
@@ -192,7 +193,7 @@ def _combined(
 
 
 def _parameter(path: str, parts: Sequence[_Part]) -> Any:
-    """A parameter that is trained in full: it is no delta, so it has no weighted sum."""
+    """A parameter that is trained in full: it is not a delta, so it cannot be summed."""
     if len(parts) > 1:
         names = ", ".join(repr(part.name) for part in parts)
         raise PairError(

@@ -7,7 +7,6 @@ rank × rank that has the same norm and the same singular values. All of it runs
 matrices are small, and nothing waits for a compiler.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -20,7 +19,7 @@ from .._arrays import path_string
 from .._axes import Axes
 from .._pair import is_tunable_leaf
 from .._terms import Label, Labels, Term
-from ..kinds.lora import LoraWeight
+from ..kinds.lora import LoraWeight, at_same_scale
 
 
 class Approximation(NamedTuple):
@@ -59,19 +58,13 @@ class Matrices(NamedTuple):
     def into(self, weight: LoraWeight) -> LoraWeight:
         """A weight with these factors; rank and alpha change, and its scale stays."""
         rank = self.a.shape[-1]
-        growth = rank / weight.rank
-        if weight.scaling == "rslora":
-            growth = math.sqrt(growth)
-        alpha = None if weight.alpha is None else weight.alpha * growth
         shared = len(weight.shared_axes)
         a_shape = (*weight.a.shape[:-1], rank)
         b_shape = (*weight.b.shape[:shared], rank, *weight.b.shape[shared + 1 :])
-        return dataclasses.replace(
+        return at_same_scale(
             weight,
-            a=_beside((self.a / weight.scale).reshape(a_shape), weight.a),
-            b=_beside(self.b.reshape(b_shape), weight.b),
-            rank=rank,
-            alpha=alpha,
+            _beside((self.a / weight.scale).reshape(a_shape), weight.a),
+            _beside(self.b.reshape(b_shape), weight.b),
         )
 
     def times(self, number: float) -> Self:

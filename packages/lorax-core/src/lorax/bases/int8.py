@@ -57,7 +57,7 @@ class Int8(Format):
 
 
 def check_block(block: Any) -> None:
-    """Refuses what is no size of a block."""
+    """Refuses sizes that a block cannot have."""
     if block is not None and (type(block) is not int or block < 1):
         raise SpecError(
             f"A block has {block!r} entries; it has a positive number of them, or None."

@@ -210,6 +210,16 @@ class LoraSpec(AdapterSpec):
         return Started(weight.with_factors({"a": a, "b": b}))
 
 
+def at_same_scale(weight: LoraWeight, a: Any, b: Any) -> LoraWeight:
+    """The weight with factors of another rank; alpha follows, so that its scale stays."""
+    rank = a.shape[-1]
+    growth = rank / weight.rank
+    if weight.scaling == "rslora":
+        growth = math.sqrt(growth)
+    alpha = None if weight.alpha is None else weight.alpha * growth
+    return dataclasses.replace(weight, a=a, b=b, rank=rank, alpha=alpha)
+
+
 def two_factors(axes: Labeled, rank: int) -> tuple[Labels, Labels]:
     """The labels of `a` and `b`, which inner axis 0 joins."""
     inner = axes.inner(0, rank)
