@@ -402,10 +402,10 @@ def bases(session: nox.Session) -> None:
     session.run("python", "benchmarks/bases.py", *session.posargs)
 
 
-@nox.session
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def kinds(session: nox.Session) -> None:
-    """Counts and times each kind of adapter beside LoRA. Arguments after `--` go to the program."""
-    install_locked(session, *editable("lorax-core"))
+    """Counts and times each kind of adapter beside LoRA, and beside PEFT's. By pip, for torch."""
+    install_peers(session)
     session.run("python", "benchmarks/kinds.py", *session.posargs)
 
 

@@ -135,10 +135,15 @@ AT_LEAST = 200  # milliseconds of a measurement: a shorter one is mostly what el
 
 def step_milliseconds(variant: Variant, times: int = 1) -> float:
     """The mean of so many, one right after the other, and after one that does not count."""
-    jax.block_until_ready(variant.run())
+    return run_milliseconds(variant.run, times)
+
+
+def run_milliseconds(run: Callable[[], Any], times: int = 1) -> float:
+    """The same of any function."""
+    jax.block_until_ready(run())
     start = time.perf_counter()
     for _ in range(times):
-        jax.block_until_ready(variant.run())
+        jax.block_until_ready(run())
     return 1e3 * (time.perf_counter() - start) / times
 
 
