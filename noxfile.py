@@ -409,10 +409,14 @@ def kinds(session: nox.Session) -> None:
     session.run("python", "benchmarks/kinds.py", *session.posargs)
 
 
-@nox.session
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def banks(session: nox.Session) -> None:
-    """Counts and times rows of mixed adapters. Arguments after `--` go to the program."""
-    install_locked(session, *editable("lorax-core"))
+    """Counts and times many adapters: trained in one step, and in rows. By pip, for torch.
+
+    `--rounds N` after `--` goes to both programs.
+    """
+    install_peers(session)
+    session.run("python", "benchmarks/bank_steps.py", *session.posargs)
     session.run("python", "benchmarks/banks.py", *session.posargs)
 
 
