@@ -23,8 +23,10 @@ from lorax_io import (
     AdapterNotFoundError,
     Linear,
     load_adapter,
+    load_frozen,
     load_peft,
     save_adapter,
+    save_frozen,
     save_peft,
 )
 
@@ -46,6 +48,10 @@ def save_native(path, which):
     save_adapter(path, make_tunable(which), metadata={"which": str(which)})
 
 
+def save_base(path, which):
+    save_frozen(path, {name: np.full((SIZE, SIZE), which, np.float32) for name in NAMES})
+
+
 def save_folder(path, which):
     save_peft(path, make_tunable(which), NAMES)
 
@@ -53,6 +59,13 @@ def save_folder(path, which):
 def which_native(path):
     """Which adapter it is; the loader has checked that it is all of it."""
     return which_tree(load_adapter(path, params=make_params()))
+
+
+def which_base(path):
+    [found] = {
+        float(x) for w in load_frozen(path, params=make_params()).values() for x in np.unique(w)
+    }
+    return int(found)
 
 
 def which_folder(path):
@@ -144,12 +157,15 @@ def put(folder, state):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_process_leaves_a_whole_file(tmp_path):
-    states = kill(save_native, tmp_path, "adapter", 120)
+@pytest.mark.parametrize(
+    ("save", "which", "times"), [(save_native, which_native, 120), (save_base, which_base, 60)]
+)
+def test_a_killed_process_leaves_a_whole_file(tmp_path, save, which, times):
+    states = kill(save, tmp_path, "adapter", times)
     assert len(states) == 2
     for state in states:
         put(tmp_path, state)
-        which_native(tmp_path / "adapter")
+        which(tmp_path / "adapter")
         assert len(state) == 1
 
 

@@ -29,8 +29,10 @@ from lorax_io import (
     Linear,
     Tensor,
     load_adapter,
+    load_frozen,
     load_peft,
     save_adapter,
+    save_frozen,
     save_merged,
     save_peft,
 )
@@ -191,6 +193,34 @@ def check_a_sharded_adapter_is_the_same_folder(home):
     save_peft(home / "host", make_tunable(), NAMES)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (home / "sharded" / name).read_bytes() == (home / "host" / name).read_bytes()
+
+
+def check_a_frozen_tree_is_read_where_it_is_to_be(home):
+    mesh = make_mesh()
+    formats = {
+        "dense": lorax.Int8(),
+        "table": lorax.Int4(4, along=(1,)),
+        "stack": lorax.NF4(along=(1,)),
+    }
+    shapes, specs = SHAPES | {"stack": (4, 64, 8)}, SPECS | {"table": P(None, "x")}
+    random = np.random.default_rng(0)
+    where = {name: NamedSharding(mesh, specs[name]) for name in formats}
+    params = {n: jax.device_put(random.normal(size=shapes[n]), where[n]) for n in formats}
+    frozen = lorax.quantize(params, formats)
+    save_frozen(home / "sharded", frozen)
+    taken = Spy.watch()
+    for given in ({"like": frozen}, {"params": shapes_of(params)}):
+        assert_same(load_frozen(home / "sharded", **given), frozen, placed=True)
+    split = frozen["stack"].arrays["codes"].sharding.shard_shape((4, 1, 64, 8))
+    assert (*split[:2], 32, split[3]) in taken and (4, 1, 32, 8) not in taken
+    plain = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
+    found = load_frozen(home / "sharded", params=plain, sharding=where)
+    assert_same(found, frozen, placed=True)
+    everywhere = NamedSharding(mesh, P())
+    found = load_frozen(home / "sharded", params=plain, sharding=everywhere)
+    assert all(x.sharding.is_equivalent_to(everywhere, x.ndim) for x in jax.tree.leaves(found))
+    save_frozen(home / "host", jax.device_get(frozen))
+    assert (home / "host").read_bytes() == (home / "sharded").read_bytes()
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from ._formats.opening import (
     open_adapter as open_adapter,
 )
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
+from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
     Conv as Conv,
@@ -65,6 +66,7 @@ __all__ = [
     "flax_names",
     "load_adapter",
     "load_any",
+    "load_frozen",
     "load_pair",
     "load_peft",
     "open_adapter",
@@ -74,6 +76,7 @@ __all__ = [
     "read_names",
     "save_adapter",
     "save_diffusers",
+    "save_frozen",
     "save_gguf",
     "save_kohya",
     "save_merged",
