@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax import Adapter, DoraWeight, Pair
+from lorax import Adapter, DoraWeight, Pair, TokensWeight
 
 from .._disk.arrays import to_host
 from .._disk.progress import track
@@ -197,7 +197,8 @@ def _tensors(
     place: Place, weight: Adapter, factors: Sequence[Factor], arrays: Mapping[str, Array]
 ) -> Iterator[tuple[str, str, Array]]:
     """The tensors of one parameter: the module, the key in it, and the numbers."""
-    if isinstance(place.layout, Embedding) and place.layout.tied:
+    is_tied = isinstance(place.layout, Embedding) and place.layout.tied
+    if is_tied and not isinstance(weight, TokensWeight):  # of rows, PEFT ties both
         warn(
             f"the head shares the embedding `{place.path}`. PEFT adapts the look-up alone until "
             "the adapter is merged, so that its outputs differ from these."

@@ -50,14 +50,15 @@ Found = dict[str, dict[Slot, Stored]]
 
 def find(source: Source, places: Places) -> Found:
     """The tensors that the names have a place for; all others are errors."""
+    source.tuner.check_keys(source.tensors.keys(), source.config)
     slots = _slots(source, places)
     biases = {
         module for place in places.values() if is_bias(place) for module in place.modules.values()
     }
     found: Found = {}
     for key, tensor in source.tensors.items():
-        if key.endswith(f".{BIAS}") and source.config.lora_bias:
-            _check_bias(key, biases)
+        if key.endswith(f".{BIAS}"):
+            _check_bias(key, biases, source.config)
             continue
         if key not in slots:
             _check_needless(source, key, slots, places)
@@ -78,8 +79,12 @@ def find(source: Source, places: Places) -> Found:
     return found
 
 
-def _check_bias(key: str, biases: Collection[str]) -> None:
+def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
     module = key.removesuffix(f".{BIAS}")
+    if not config.lora_bias:
+        raise UnsupportedAdapterError(
+            f"has `{key}`, a bias in its factors, and `lora_bias` of its config does not say so."
+        )
     if module not in biases:
         raise UnsupportedAdapterError(
             f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none of its own "

@@ -21,6 +21,10 @@ def blocked_side(config: PeftConfig, module: str) -> Any:
     found = [side for side, key in _KEYS.items() if any(x in module for x in blocks.get(key) or ())]
     if len(found) > 1:
         raise AdapterFileError(f"has `{module}` among the modules of both sides of BD-LoRA.")
+    if config.use_bdlora and not found and blocks.get("match_strict", True):
+        raise AdapterFileError(
+            f"adapts `{module}`, which is on neither side of `use_bdlora` of its config."
+        )
     return found[0] if found else None
 
 

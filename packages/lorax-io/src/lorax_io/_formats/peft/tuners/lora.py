@@ -11,6 +11,7 @@ from ...._errors import AdapterFileError, UnsupportedAdapterError
 from ...._layouts import MAGNITUDE, Embedding
 from ...._places import Array, Factor, Place
 from ..config import PeftConfig
+from ..patterns import suffixes
 from . import bdlora
 from .tokens import MARK, row_factors, rows_of_table
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, alpha_of, most_frequent, pattern
@@ -121,6 +122,26 @@ class Lora(Tuner):
                 f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
             )
         return found
+
+    def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
+        ends = [f".{mark}" for mark in ("lora_B.weight", BIAS, _ROWS)]
+        adapted, biased, tables = (
+            {key.removesuffix(end) for key in keys if key.endswith(end)} for end in ends
+        )
+        if config.lora_bias and (lacking := sorted(adapted - biased)):
+            raise AdapterFileError(
+                f"lacks `{lacking[0]}.{BIAS}`, a bias in the factors, which `lora_bias` of its "
+                "config says that it has."
+            )
+        indices = config.trainable_token_indices
+        named = {end for table in tables for end in suffixes(table)}
+        lacking = sorted({*indices} - named) if isinstance(indices, Mapping) else []
+        if indices and (lacking or not tables):
+            table = lacking[0] if lacking else "the embedding"
+            raise AdapterFileError(
+                f"lacks the rows of `{table}`, which `trainable_token_indices` of its config says "
+                "that it has."
+            )
 
     def beside(self, modules: Sequence[Module]) -> list[Module]:
         return [module for module in modules if isinstance(module.weight, TokensWeight)]

@@ -86,6 +86,9 @@ class Tuner:
     def check_config(self, config: PeftConfig) -> None:
         """Warns of what else a config says."""
 
+    def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
+        """Refuses a file that lacks what its config says that is in it."""
+
     def mixes(self, kinds: Collection[str]) -> bool:
         """Whether one folder may have adapters of all these kinds of the core."""
         return len(kinds) == 1
