@@ -1,16 +1,18 @@
 """A base model on disk: one safetensors file, a folder of transformers, a pipeline of diffusers."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from .._disk.files import file_in, regular_file
 from .._disk.tensors import TensorFile, read_json
 from .._errors import AdapterFileError, AdapterNotFoundError
 from .._formats.peft.patterns import suffixes
+from .._places import Array
 
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
@@ -41,6 +43,15 @@ class Checkpoint(NamedTuple):
     def parts(self) -> set[str]:
         """The folders of a pipeline."""
         return {file.prefix.removesuffix(".") for file in self.files} - {""}
+
+    def read(self, names: Collection[str]) -> dict[str, Array]:
+        """Some of the tensors."""
+        found: dict[str, Array] = {}
+        for path, prefix in self.files if names else ():
+            with TensorFile(path) as file:
+                wanted = [name for name in file.entries if prefix + name in names]
+                found |= {prefix + name: np.array(file.view(name)) for name in wanted}
+        return found
 
     def candidates(self, name: str) -> list[str]:
         """The tensors that may be meant: with or without a prefix that the other lacks."""

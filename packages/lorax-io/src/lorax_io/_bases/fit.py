@@ -70,15 +70,15 @@ def fit_adapter(
         names = {
             matched[name]: _in_pytorch(
                 adapter.names[path],
-                adapter.rows[path],
+                adapter.rows.get(path),
                 checkpoint.shapes[matched[name]].shape,
                 adapter.config.fan_in_fan_out,
             )
             for name, path in paths.items()
         }
         names |= _biases(names, checkpoint)
-        rows = fit(adapter.path, names, checkpoint.shapes).rows
-        return Fitted(checkpoint, rows, {})
+        found = fit(adapter.path, names, _with_biases(names, checkpoint))
+        return Fitted(checkpoint, found.rows, found.held)
 
 
 def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
@@ -89,6 +89,12 @@ def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
         for name, layout in beside.items()
         if name in checkpoint.shapes and name not in names
     }
+
+
+def _with_biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base's shapes, and in place of the shapes of biases the numbers, which are few."""
+    biases = [name for name, x in names.items() if isinstance(x, Tensor) and x.parameter == "bias"]
+    return {**checkpoint.shapes, **checkpoint.read(biases)}
 
 
 def _fit_native(adapter: OpenedAdapter, checkpoint: Checkpoint) -> Fitted:

@@ -126,7 +126,8 @@ def save_kohya(
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path.
         prefix: what names begin with: "lora_unet", or "lora_te1" and the like for text encoders.
 

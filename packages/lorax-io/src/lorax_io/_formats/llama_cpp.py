@@ -49,7 +49,8 @@ def save_gguf(
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path.
         config: the base model's `config.json`: the file, or what is in it.
 

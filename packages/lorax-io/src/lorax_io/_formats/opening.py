@@ -35,6 +35,7 @@ class OpenedAdapter(NamedTuple):
         config: what is said of all modules; None for a native file.
         held: the frozen factors in the file, by path.
         part: of a pipeline, for diffusers; "" where the file names none.
+        needs_base: why some of it is not here, as there is no base; None where all of it is.
     """
 
     format: str
@@ -45,6 +46,7 @@ class OpenedAdapter(NamedTuple):
     config: PeftConfig | None = None
     held: Held = {}
     part: str | None = None
+    needs_base: str | None = None
 
 
 def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
@@ -86,12 +88,15 @@ def fit(path: Path, names: Layouts | None, base: Mapping[str, Any] | None) -> Op
         if isinstance(found, Rows):
             return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
         names = own_names(found) if names is None else names
+        alone = base is None
         if base is None:
             base = own_shapes(found, names)
             names = {p: names[p] for p in base}
-        _, rows = restore(found, base, names)
-        rows = {p: leaf for p, leaf in rows.items() if leaf is not None}
-        return OpenedAdapter(row.name, path, rows, names, metadata, found.config, part=found.part)
+        needs_base = found.tuner.needs_base(found.config) if alone else None
+        rows, held, _, _ = restore(found, base, names, alone=alone)
+        held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
+        of_file = (row.name, path, rows, names, metadata, found.config)
+        return OpenedAdapter(*of_file, held, found.part, needs_base)
 
 
 def load_any(
@@ -136,7 +141,7 @@ def load_any(
         layouts = as_layouts(names)
         if row is FORMATS["kohya"]:
             layouts = kohya.with_flat_names(layouts, found.tensors)
-        return restore(found, params, layouts, sharding)
+        return restore(found, params, layouts, sharding).pair()
 
 
 def _format_of(content: Content) -> Format:
