@@ -290,6 +290,19 @@ def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_experts_beside_an_adapter_are_left_alone(tmp_path):
+    experts = {name: Experts("moe", parameter=name, shared_axes=(0,)) for name in ("up", "down")}
+    names = {**experts, "q": Linear("q")}
+    params = {"up": jnp.ones((3, 4, 5)), "down": jnp.ones((3, 5, 4)), "q": jnp.ones((4, 6))}
+    spec = {"up": lorax.LORA_FREEZE, "down": lorax.LORA_FREEZE, "q": LoraSpec(2)}
+    tunable = init_lora(params, spec, jax.random.key(0)).tunable
+    save_peft(tmp_path / "folder", tunable, names)
+    found = load_peft(tmp_path / "folder", params, names).tunable
+    assert jax.tree.map(lambda leaf: leaf.tolist(), found) == jax.tree.map(
+        lambda leaf: leaf.tolist(), tunable
+    )
+
+
 def test_experts_have_no_dora_in_peft(tmp_path):
     axes = lorax.Axes((0,), (1,), (2,))
     spec = {"down": DoraSpec(LoraSpec(2)).with_axes(axes)}

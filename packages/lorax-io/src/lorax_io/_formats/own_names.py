@@ -77,7 +77,8 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
     stack = _stack_sizes(source, layout)
     if stack is None:
         return None
-    module = layout.module.format(*(0 for _ in stack))
+    numbers = layout.numbers or (0,)
+    module = layout.module.format(*(numbers[0] for _ in stack))
 
     # A bias is within a wrapper, and parameters of experts may be within several.
     most = 2 + len(source.config.target_parameters or ())
@@ -150,8 +151,12 @@ def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
     matches = [match for key in source.tensors if (match := pattern.match(key))]
     if not matches:
         return None
-    indices = zip(*(map(int, match.groups()) for match in matches), strict=True)
-    sizes = tuple(1 + max(group) for group in indices)
+    found = [tuple(map(int, match.groups())) for match in matches]
+    if layout.numbers is not None:
+        if lacking := set(layout.numbers) - {number for (number,) in found}:
+            raise AdapterFileError(f"lacks `{layout.module.format(min(lacking))}`.")
+        return (len(layout.numbers),)
+    sizes = tuple(1 + max(group) for group in zip(*found, strict=True))
     if math.prod(sizes) > len(matches):
         raise AdapterFileError(f"lacks some of the modules `{layout.module}`.")
     return sizes

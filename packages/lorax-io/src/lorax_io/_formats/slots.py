@@ -109,6 +109,7 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
     ]
     depths = wrapper_depths(experts)
     wrapped = {module for module, _ in experts}
+    unwrapped = set[str]()
     slots: dict[str, Slot] = {}
     for path, place in places.items():
         adaptable = source.tuner.keys(place, source.config) if place.factors else ()
@@ -116,8 +117,10 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         for index, module in place.modules.items():
             prefix = factor_prefix(place, module, depths)
             keys = {f"{prefix}.{key}": key for key in adaptable}
-            if module in wrapped and place.pattern_name(module) not in depths:
-                keys = {}  # the factors of these experts are of another of their parameters
+            if isinstance(place.layout, Experts) and place.pattern_name(module) not in depths:
+                if module in wrapped | unwrapped:
+                    keys = {}  # the factors of these experts are of another of their parameters
+                unwrapped.add(module)
             keys[tensor_name(module, parameter)] = WHOLE
             if parameter == "bias":
                 keys[f"{module}.base_layer.bias"] = WHOLE
