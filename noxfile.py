@@ -313,6 +313,20 @@ def docs(session: nox.Session) -> None:
     )
 
 
+@nox.session(tags=DEFAULT)
+def site(session: nox.Session) -> None:
+    """Builds the documentation site, warnings as errors. `-- --serve` shows it while you edit."""
+    packages = editable("lorax-core", "lorax-io", "lorax-hf")
+    install_locked(session, *packages, "--group", "site")
+    # Material for MkDocs warns of its end of life in 2027 on every run, which is not about a page.
+    env = {"JAX_PLATFORMS": "cpu", "NO_MKDOCS_2_WARNING": "1"}
+    if "--serve" in session.posargs:
+        session.run("mkdocs", "serve", env=env | {"SITE_KEEP_OUTPUTS": "1"})
+    else:
+        session.run("mkdocs", "build", "--strict", env=env)
+        session.run("python", "-m", "website.links", "site")
+
+
 # Run in a new environment: each package as a user gets it, not as it lies in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
