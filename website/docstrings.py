@@ -25,3 +25,9 @@ class Docstrings(griffe.Extension):
             module = griffe.ExprName("dataclasses", parent=cls.parent)
             made = griffe.ExprAttribute([module, griffe.ExprName("dataclass", parent=module)])
             cls.decorators.append(griffe.Decorator(made, lineno=None, endlineno=None))
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Shows the default of a field that is `static(default)`."""
+        value = attr.value
+        if isinstance(value, griffe.ExprCall) and str(value.function) == "static":
+            attr.value = value.arguments[0] if value.arguments else None

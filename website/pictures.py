@@ -53,6 +53,7 @@ PATTERNS: dict[str, Callable[[float, float], list[Rectangle]]] = {
         rows(width, height, [0, 4, 8], 12) + rows(width, height, [2, 6, 10], 12)
     ),
 }
+WITH_LABEL_ABOVE = {"diagonal", "blocks", "grid", "stripes"}
 
 
 def svg(notation: str) -> str:
@@ -103,10 +104,10 @@ def box(x: float, token: dict[str, str], kind: str) -> str:
         f'width="{r.width:g}" height="{r.height:g}"/>'
         for r in (pattern(width, height) if pattern else [])
     )
-    # A label that does not fit is written above.
-    above = width < 10 * len(token["name"]) or height < 20
+    # A label that does not fit is written above, and so is one that entries would be behind.
+    above = width < 10 * len(token["name"]) or height < 20 or token["pattern"] in WITH_LABEL_ABOVE
     at = y - 9 if above else y + height / 2
-    role = "name" if above or pattern else "name inside"
+    role = "name" if above else "name inside"
     return outline + inside + text(x + width / 2, at, token["name"], role)
 
 

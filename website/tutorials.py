@@ -5,7 +5,9 @@ build. What a file showed is kept beside its hash, so that `--serve` runs only w
 """
 
 import hashlib
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
@@ -69,18 +71,25 @@ def page(notebook: NotebookNode, name: str, repository: str) -> str:
     parts = [heading, links, rest.strip()]
     for cell in cells:
         if cell.cell_type == "code":
-            parts += [f"```python\n{cell.source}\n```", *map(shown, cell.outputs)]
+            parts += [f"```python\n{cell.source}\n```", *shown(cell.outputs)]
         else:
             parts.append(cell.source)
     return "\n\n".join(parts) + "\n"
 
 
-def shown(output: NotebookNode) -> str:
-    """One output of a cell."""
-    if output.output_type == "stream":
-        text = output.text
-    elif "image/svg+xml" in output.data:
-        return f'<div class="plot">\n{output.data["image/svg+xml"]}\n</div>'
-    else:
-        text = output.data["text/plain"]
+def shown(outputs: list[NotebookNode]) -> Iterator[str]:
+    """What a cell showed; what it printed in several pieces is one block."""
+    for printed, group in itertools.groupby(outputs, lambda o: o.output_type == "stream"):
+        if printed:
+            yield fenced("".join(output.text for output in group))
+            continue
+        for output in group:
+            if "image/svg+xml" in output.data:
+                yield f'<div class="plot">\n{output.data["image/svg+xml"]}\n</div>'
+            else:
+                yield fenced(output.data["text/plain"])
+
+
+def fenced(text: str) -> str:
+    """A block of output, which does not look like code."""
     return f"```{{ .text .output }}\n{text.rstrip()}\n```"

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["lorax-core", "lorax-hf", "lorax-io"]
 
 PROJECTS: dict[str, dict[str, Any]] = {
-    name: tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
-    for name in PACKAGES
+    path.parent.name: tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
 VERSION: str = PROJECTS["lorax-core"]["version"]
 REPOSITORY: str = PROJECTS["lorax-core"]["urls"]["Source"]
