@@ -92,7 +92,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Pyright over the packages and the integration tests."""
     groups = [arg for package in PACKAGES for arg in test_group(package)]
-    groups += ["--group", "types", "--group", "integration"]
+    groups += ["--group", "types", "--group", "integration", "--group", "site"]
     install_locked(session, *editable(*PACKAGES), *groups, *FINETUNE)
     session.run("pyright", *session.posargs)
 
@@ -156,6 +156,29 @@ def quick_to_compile(version: str) -> dict[str, str]:
     """
     without = tuple(map(int, version.split(".")[:2])) < (0, 11)
     return {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"} if without else {}
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """The tests of the core with tonight's JAX, which PyPI does not have."""
+    session.install(*editable("lorax-core"), *test_group("lorax-core"))
+    index = "https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/"
+    session.install("--prerelease=allow", "--upgrade", "--index", index, "jax", "jaxlib")
+    session.log(f"JAX {jax_version(session)}")
+    session.run(*PYTEST, "packages/lorax-core/tests", "--without-transforms", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def coverage(session: nox.Session, package: str) -> None:
+    """Which lines and branches the tests of a package run; writes coverage-PACKAGE.md."""
+    install_cell(session, package, "newest", "pytest-cov>=7")
+    measured = [f"--cov=packages/{package}/src", "--cov-branch"]
+    report = f"--cov-report=markdown:coverage-{package}.md"
+    session.run(
+        *[*PYTEST, f"packages/{package}/tests", *measured, report, "--cov-report=term"],
+        *session.posargs,
+    )
 
 
 # Older ones say `topology not implemented for cuda`. (0.9.1 was not tried.)
@@ -313,6 +336,21 @@ def docs(session: nox.Session) -> None:
     )
 
 
+@nox.session(tags=DEFAULT)
+def site(session: nox.Session) -> None:
+    """Builds the documentation site, warnings as errors. `-- --serve` shows it while you edit."""
+    packages = editable("lorax-core", "lorax-io", "lorax-hf")
+    install_locked(session, *packages, "--group", "site")
+    # Material for MkDocs warns of its end of life in 2027 on every run, which is not about a page.
+    env = {"JAX_PLATFORMS": "cpu", "NO_MKDOCS_2_WARNING": "1"}
+    if "--serve" in session.posargs:
+        session.run("mkdocs", "serve", env=env | {"SITE_KEEP_OUTPUTS": "1"})
+    else:
+        session.run("pytest", "website", *session.posargs)
+        session.run("mkdocs", "build", "--strict", env=env)
+        session.run("python", "-m", "website.links", "site")
+
+
 # Run in a new environment: each package as a user gets it, not as it lies in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
@@ -332,10 +370,26 @@ assert installed == {"lorax-core", *sys.argv[1:]}, f"{sys.argv[1:]} installed {i
 @nox.session(tags=DEFAULT)
 def build(session: nox.Session) -> None:
     """Builds wheels and sdists, checks them, and installs them, each package alone and together."""
+    build_and_install(session)
+
+
+@nox.session(name="release-check")
+def release_check(session: nox.Session) -> None:
+    """All of a release but publishing it. `-- --tag v0.1.0` checks the tag and its notes, too."""
+    install_locked(session, "--group", "release")
+    manifests = [f"packages/{package}/pyproject.toml" for package in PACKAGES]
+    session.run("validate-pyproject", *manifests)
+    session.run("python", "-m", "release.check", *session.posargs)
+    build_and_install(session)
+
+
+def build_and_install(session: nox.Session) -> None:
+    """Builds the three packages into dist/, and imports each from its wheel and from its sdist."""
     shutil.rmtree("dist", ignore_errors=True)
     session.run("uv", "build", "--all-packages", "--out-dir", "dist")
-    install_locked(session, "twine>=6")
+    install_locked(session, "--group", "release")
     session.run("twine", "check", "--strict", *map(str, sorted(Path("dist").glob("*lorax*"))))
+    session.run("check-wheel-contents", *map(str, sorted(Path("dist").glob("lorax*.whl"))))
     for suffix in (".whl", ".tar.gz"):
         files = {
             p: str(next(Path("dist").glob(f"{p.replace('-', '_')}-*{suffix}"))) for p in PACKAGES

@@ -16,7 +16,9 @@ WITH_TORCH = [ROOT / "docs" / "frameworks" / "pytorch.md", HF / "_torch", HF / "
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leaves out what needs PyTorch where it is not installed."""
+    """Leaves out tutorials, which run as the site is built, and PyTorch where it is missing."""
+    if collection_path == ROOT / "docs" / "tutorials":
+        return True
     missing = importlib.util.find_spec("torch") is None
     return True if missing and collection_path in WITH_TORCH else None
 

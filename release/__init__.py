@@ -1,0 +1,1 @@
+"""What is checked before a release, apart from the packages themselves: see noxfile.py."""

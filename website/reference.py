@@ -1,0 +1,46 @@
+"""Checks that each public name of the packages has exactly one place in the API reference."""
+
+import importlib
+import re
+from collections.abc import Mapping
+
+MODULES = ["lorax", "lorax.testing", "lorax_hf", "lorax_io"]
+
+# A line of mkdocstrings, which renders the docstring of one name.
+DIRECTIVE = re.compile(r"^::: (lorax\S*)$", re.MULTILINE)
+
+
+def public_names() -> set[str]:
+    """`lorax.lora` and all other names that a module lists in `__all__`."""
+    return {
+        f"{module}.{name}" for module in MODULES for name in importlib.import_module(module).__all__
+    }
+
+
+def documented(pages: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each name, the pages that render it."""
+    found: dict[str, list[str]] = {}
+    for path, markdown in pages.items():
+        for name in DIRECTIVE.findall(markdown):
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def problems(documented: Mapping[str, list[str]]) -> list[str]:
+    """What is wrong with the reference, a line for each name."""
+    public = public_names()
+    missing = [
+        f"{name} is public and has no page: add `::: {name}` to one in docs/reference/, "
+        "or to `names` in website/kinds.toml"
+        for name in sorted(public - documented.keys())
+    ]
+    gone = [
+        f"{name}, in {', '.join(documented[name])}, is not a public name"
+        for name in sorted(documented.keys() - public)
+    ]
+    twice = [
+        f"{name} is rendered more than once: {', '.join(pages)}"
+        for name, pages in sorted(documented.items())
+        if len(pages) > 1
+    ]
+    return missing + gone + twice

@@ -1,0 +1,88 @@
+"""What the site is made with: its checks can fail, and its pictures show what they are told."""
+
+from pathlib import Path
+
+import pytest
+from release import check
+
+from website import kinds, links, pictures, reference, versions
+
+
+def complete():
+    return {name: ["page.md"] for name in reference.public_names()}
+
+
+def test_a_complete_reference_has_no_problems():
+    assert reference.problems(complete()) == []
+
+
+def test_a_public_name_without_a_page_is_named():
+    documented = complete()
+    del documented["lorax.lora"]
+    (problem,) = reference.problems(documented)
+    assert problem.startswith("lorax.lora is public and has no page")
+
+
+def test_names_that_are_gone_or_twice_are_named():
+    documented = complete() | {"lorax.gone": ["a.md"], "lorax.lora": ["a.md", "b.md"]}
+    assert reference.problems(documented) == [
+        "lorax.gone, in a.md, is not a public name",
+        "lorax.lora is rendered more than once: a.md, b.md",
+    ]
+
+
+def test_directives_are_read_from_pages():
+    pages = {
+        "a.md": "# A\n\n::: lorax.lora\n    options:\n      members: false\n\n::: lorax_io.Conv"
+    }
+    assert reference.documented(pages) == {"lorax.lora": ["a.md"], "lorax_io.Conv": ["a.md"]}
+
+
+@pytest.fixture
+def site(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "index.html").write_text("<h1 id='top'>B</h1>")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "link", ["b/", "b/#top", "b/index.html#top", "https://example.org/no", "#x"]
+)
+def test_links_that_lead_somewhere(site: Path, link: str):
+    (site / "index.html").write_text(f"<a id='x' href='{link}'>")
+    assert links.broken(site) == []
+
+
+@pytest.mark.parametrize("link", ["c/", "b/#bottom", "b.png", "#y"])
+def test_links_that_lead_nowhere_are_named(site: Path, link: str):
+    (site / "index.html").write_text(f"<a id='x' href='{link}'>")
+    assert links.broken(site) == [f"index.html links to {link}"]
+
+
+def test_a_picture_has_a_box_for_each_array():
+    drawn = pictures.svg("W[in,out] + s · a[in,r]* b[r,out]*")
+    assert drawn.count('class="frozen"') == 2  # a box, and the legend
+    assert drawn.count('class="trained"') == 3
+    assert ">s</text>" in drawn
+
+
+def test_each_kind_has_a_page_and_a_formula():
+    names = {name for page in kinds.PAGES for name in page.names}
+    specs = {name.removeprefix("lorax.") for name in reference.public_names()}
+    specs = {name for name in specs if name.endswith("Spec") and name != "AdapterSpec"}
+    assert specs <= names
+    assert kinds.formula("IA3Weight")
+
+
+def test_a_kind_without_its_rows_in_the_table_is_an_error():
+    with pytest.raises(AssertionError, match="docs/kinds.md"):
+        kinds.costs(["no such kind"])
+
+
+def test_this_repository_can_be_released_but_for_a_tag():
+    version = versions.VERSION
+    assert list(check.faults(None, offline=True)) == []
+    assert list(check.faults("v0.0.7", offline=True)) == [
+        f"the tag is v0.0.7, and the version {version}",
+        f"CHANGELOG.md has no section [{version}]: rename [Unreleased]",
+    ]
