@@ -199,7 +199,7 @@ def compile_only(backend: str) -> dict[str, str]:
     """The environment for compiling where there is no such device."""
     env = {"JAX_PLATFORMS": "cpu"}
     if backend == "tpu":
-        # It asks a cloud's metadata server what TPU it is on, unless it is told.
+        # It asks a cloud's metadata server what TPU it is on, unless it is given one.
         env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
         env |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     return env
@@ -351,7 +351,7 @@ def site(session: nox.Session) -> None:
         session.run("python", "-m", "website.links", "site")
 
 
-# Run in a new environment: each package as a user gets it, not as it lies in this folder.
+# Run in a new environment: each package as a user gets it, not as it is in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
 for name in sys.argv[1:]:
@@ -423,7 +423,7 @@ def finetune(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("backend", ["tpu", "cuda13"], ids=["tpu", "cuda13"])
 def large(session: nox.Session, backend: str) -> None:
-    """Compiles a training step of 7 billion parameters for 16 TPU v5e or 8 H100, and by hand.
+    """Compiles a step of 7 billion parameters for 16 TPU v5e or 8 H100, ours and hand-written.
 
     And in few bits for one of them.
     """
@@ -444,7 +444,7 @@ def minilm(session: nox.Session) -> None:
 
 @nox.session
 def costs(session: nox.Session) -> None:
-    """Counts FLOPs and bytes, ours and by hand. Arguments after `--` go to the program."""
+    """Counts FLOPs and bytes, ours and hand-written. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))
     session.run("python", "benchmarks/costs.py", *session.posargs)
 
@@ -476,7 +476,7 @@ def banks(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""
+    """Times training steps: ours, hand-written, and with other libraries. By pip, for torch."""
     install_peers(session)
     session.run("python", "benchmarks/bench.py", *session.posargs)
 

@@ -54,9 +54,9 @@ def test_one_token():
     model = models.decoding(2, 8, 12, heads=2, past=4)
     programs = WORKS["one token"].programs(model, adapt(model, 2))
     found = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
-    for name in ("ours", "by hand, flat", "merged"):
-        equal(found[name], found["by hand"])
-    assert abs(found["base"][0] - found["by hand"][0]).max() > 1e-3
+    for name in ("ours", "hand-written, flat", "merged"):
+        equal(found[name], found["hand-written"])
+    assert abs(found["base"][0] - found["hand-written"][0]).max() > 1e-3
 
 
 def test_the_last_token_sees_what_is_cached():

@@ -80,7 +80,7 @@ def main():
             margins = predict(margin, tunable, frozen, prompts_of(evaluation), label)
         return score(margins, labels(evaluation), CALIBRATION)
 
-    # b is zero at first, so the adapted model is the base model, to the bit.
+    # b is zero at first, so the adapted model is the base model, bit for bit.
     before = evaluate(tunable, "Evaluate before")
     with timed(seconds, "train"):
         prompts, positives = prompts_of(training), labels(training)
