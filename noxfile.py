@@ -252,6 +252,8 @@ def peft(session: nox.Session) -> None:
     By pip, for the sake of torch: uv would take the build with CUDA from PyPI.
     """
     session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
+    # The package itself cannot be imported without datasets; one module of it writes GPTQ's files.
+    session.install("--no-deps", "auto-gptq==0.7.1")
     session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", "integration-tests/peft", *session.posargs)
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from ._bases.load_base import load_base as load_base
 from ._bases.merged import save_merged as save_merged
 from ._errors import (
     AdapterError as AdapterError,
@@ -66,6 +67,7 @@ __all__ = [
     "flax_names",
     "load_adapter",
     "load_any",
+    "load_base",
     "load_frozen",
     "load_pair",
     "load_peft",

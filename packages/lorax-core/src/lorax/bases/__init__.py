@@ -6,6 +6,7 @@ from .._base import (
     Format as Format,
     QuantizedWeight as QuantizedWeight,
     defformat as defformat,
+    format_of as format_of,
     quantized_from_settings as quantized_from_settings,
 )
 from . import (

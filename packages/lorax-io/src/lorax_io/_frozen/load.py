@@ -73,10 +73,10 @@ def load_frozen(
             leaves, structure = frozen_leaves(given)
             _check_paths(entries, leaves)
             (_fit_params if like is None else _fit_like)(entries, leaves)
-            spread = _spread(sharding, structure, leaves)
+            said = None if sharding is None else spread(sharding, structure, leaves)
             places: dict[str, Sharding | None] = {}
             for leaf_path, entry in entries.items():
-                places |= _places(leaf_path, entry, leaves[leaf_path], spread, like is not None)
+                places |= _places(leaf_path, entry, leaves[leaf_path], said, like is not None)
         with all_read(given, sharding):
             arrays = _arrays(file, entries, packed, places)
     rows = {path: _leaf(path, entry, arrays) for path, entry in entries.items()}
@@ -132,27 +132,24 @@ def _shapes(path: str, entry: Entry) -> dict[str, str]:
     return {name: f"{array.dtype} {tuple(array.shape)}" for name, array in arrays.items()}
 
 
-def _spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the user says of each leaf."""
-    if sharding is None:
-        return None
+def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharding of each leaf: one for all, or those of a tree or a prefix of it."""
     blanks = jax.tree.unflatten(structure, range(len(leaves)))
-    spread = sharding
-    if not isinstance(sharding, Sharding):
-        spread = jax.tree.broadcast(sharding, blanks)
-    found = [spread] * len(leaves) if spread is sharding else jax.tree.leaves(spread)
+    if isinstance(sharding, Sharding):
+        return dict.fromkeys(leaves, sharding)
+    found = jax.tree.leaves(jax.tree.broadcast(sharding, blanks))
     return dict(zip(leaves, found, strict=True))
 
 
 def _places(
-    path: str, entry: Entry, leaf: Any, spread: Mapping[str, Any] | None, alike: bool
+    path: str, entry: Entry, leaf: Any, said: Mapping[str, Any] | None, alike: bool
 ) -> dict[str, Sharding | None]:
     """Where each array of a leaf goes."""
-    if alike and spread is None:
+    if alike and said is None:
         factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
         own = Entry(base_of(leaf), factors).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
-    return places_of(path, entry, sharding_of(base_of(leaf)) if spread is None else spread[path])
+    return places_of(path, entry, sharding_of(base_of(leaf)) if said is None else said[path])
 
 
 def places_of(path: str, entry: Entry, sharding: Sharding | None) -> dict[str, Sharding | None]:
