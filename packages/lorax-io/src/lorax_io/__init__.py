@@ -1,6 +1,7 @@
 """Lorax adapters on disk: native files and PEFT folders, both ways."""
 
 import importlib.metadata
+import inspect
 
 from ._bases.load_base import load_base as load_base
 from ._bases.merged import save_merged as save_merged
@@ -86,3 +87,8 @@ __all__ = [
     "save_peft",
     "write_names",
 ]
+
+# Tracebacks and reprs show the names that users import.
+for _value in [globals()[_name] for _name in __all__]:
+    if inspect.isclass(_value) or inspect.isfunction(_value):
+        _value.__module__ = __name__
