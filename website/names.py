@@ -22,7 +22,7 @@ OURS: dict[str, str] = {name: name for name in public_names()} | {
     if UNLIKE_OTHERS.fullmatch(name.rpartition(".")[2])
 }
 
-# A link, a heading or a block of code, which stay as they are; or a name in a text, or a call of it.
+# A link, a heading or a block of code, which stay as they are; or a name in a text, or its call.
 PART = re.compile(
     r"<(a|autoref|h\d|pre)\b.*?</\1>|<code>(?P<name>[A-Za-z_][\w.]*)(?:\([^<]*\))?</code>",
     re.DOTALL,

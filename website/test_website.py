@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from release import check
 
+import lorax_io
 from website import kinds, links, names, pictures, reference, versions
 
 
@@ -29,6 +30,29 @@ def test_names_that_are_gone_or_twice_are_named():
     assert reference.problems(documented) == [
         "lorax.gone, in a.md, is not a public name",
         "lorax.lora is rendered more than once: a.md, b.md",
+    ]
+
+
+def test_docstrings_of_functions_have_all_parts():
+    assert list(reference.incomplete()) == []
+
+
+def test_a_docstring_without_a_part_is_named(monkeypatch: pytest.MonkeyPatch):
+    def half(path: str, other: int) -> int:
+        """Half.
+
+        Args:
+            path: a file.
+        """
+        return len(path) // other
+
+    monkeypatch.setattr(lorax_io, "half", half, raising=False)
+    monkeypatch.setattr(lorax_io, "__all__", ["half"])
+    monkeypatch.setattr(reference, "MODULES", ["lorax_io"])
+    assert list(reference.incomplete()) == [
+        "lorax_io.half does not say what `other` is",
+        "lorax_io.half does not say what it returns",
+        "lorax_io.half has no example",
     ]
 
 
