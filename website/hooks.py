@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from website import kinds, pictures, reference, tutorials, versions  # noqa: E402
+from website import kinds, names, pictures, reference, tutorials, versions  # noqa: E402
 
 log = get_plugin_logger("lorax")
 
@@ -66,6 +66,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{match['text']}]({url})"
 
     return outside_code(markdown, lambda text: LINK.sub(outside, text))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links names in code."""
+    return names.linked(html)
 
 
 def outside_code(markdown: str, change: Any) -> str:

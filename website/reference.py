@@ -1,8 +1,9 @@
-"""Checks that each public name of the packages has exactly one place in the API reference."""
+"""Checks the API reference: each public name is on one page, and its docstring has all parts."""
 
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 MODULES = ["lorax", "lorax.testing", "lorax_hf", "lorax_io"]
 
@@ -44,3 +45,21 @@ def problems(documented: Mapping[str, list[str]]) -> list[str]:
         if len(pages) > 1
     ]
     return missing + gone + twice
+
+
+def incomplete() -> Iterator[str]:
+    """What the docstrings of public functions lack, a line for each part."""
+    for name in sorted(public_names()):
+        module, _, short = name.rpartition(".")
+        value = getattr(importlib.import_module(module), short)
+        if not inspect.isfunction(value):
+            continue
+        doc = inspect.getdoc(value) or ""
+        signature = inspect.signature(value)
+        for parameter in signature.parameters:
+            if not re.search(rf"^ +(\*|\w+, )*{parameter}(, \w+)*:", doc, re.MULTILINE):
+                yield f"{name} does not say what `{parameter}` is"
+        if signature.return_annotation not in (None, "None") and "\nReturns:" not in doc:
+            yield f"{name} does not say what it returns"
+        if ">>>" not in doc:
+            yield f"{name} has no example"

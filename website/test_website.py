@@ -1,11 +1,13 @@
 """What the site is made with: its checks can fail, and its pictures show what they are told."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 from release import check
 
-from website import kinds, links, pictures, reference, versions
+import lorax_io
+from website import kinds, links, names, pictures, reference, versions
 
 
 def complete():
@@ -28,6 +30,29 @@ def test_names_that_are_gone_or_twice_are_named():
     assert reference.problems(documented) == [
         "lorax.gone, in a.md, is not a public name",
         "lorax.lora is rendered more than once: a.md, b.md",
+    ]
+
+
+def test_docstrings_of_functions_have_all_parts():
+    assert list(reference.incomplete()) == []
+
+
+def test_a_docstring_without_a_part_is_named(monkeypatch: pytest.MonkeyPatch):
+    def half(path: str, other: int) -> int:
+        """Half.
+
+        Args:
+            path: a file.
+        """
+        return len(path) // other
+
+    monkeypatch.setattr(lorax_io, "half", half, raising=False)
+    monkeypatch.setattr(lorax_io, "__all__", ["half"])
+    monkeypatch.setattr(reference, "MODULES", ["lorax_io"])
+    assert list(reference.incomplete()) == [
+        "lorax_io.half does not say what `other` is",
+        "lorax_io.half does not say what it returns",
+        "lorax_io.half has no example",
     ]
 
 
@@ -86,3 +111,27 @@ def test_this_repository_can_be_released_but_for_a_tag():
         f"the tag is v0.0.7, and the version {version}",
         f"CHANGELOG.md has no section [{version}]: rename [Unreleased]",
     ]
+
+
+def test_names_of_others_are_links_where_they_are_not_links_already():
+    address = "https://docs.jax.dev/en/latest/_autosummary/jax.jit.html"
+    code = "<code>jax.jit</code>"
+    assert names.linked(f"<p>{code}</p>") == f'<p><a href="{address}">{code}</a></p>'
+    for kept in (f'<a href="x">{code}</a>', f"<pre>{code}</pre>", "<code>jax.no_such</code>"):
+        assert names.linked(kept) == kept
+
+
+def test_our_names_are_links_where_they_can_mean_nothing_else():
+    linked = names.linked("<p><code>merge_params</code> <code>lorax.lora</code></p>")
+    assert 'identifier="lorax.merge_params"' in linked and 'identifier="lorax.lora"' in linked
+    for kept in ("<code>spec</code>", "<code>Linear</code>", "<code>lora</code>"):
+        assert names.linked(kept) == kept
+
+
+def test_each_warning_and_error_is_in_troubleshooting():
+    page = (versions.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for name in reference.public_names():
+        module, _, short = name.rpartition(".")
+        value = getattr(importlib.import_module(module), short)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert short in page, name

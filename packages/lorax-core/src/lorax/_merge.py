@@ -281,6 +281,12 @@ def count_params(tree: Any) -> int:
 
     A quantized weight counts as many as it stands for.
 
+    Args:
+        tree: the parameters, or one of the trees of a pair.
+
+    Returns:
+        The number, in which leaves that are not arrays do not count.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lorax import count_params, init_lora

@@ -143,7 +143,25 @@ def _split_data(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 
 def random_factors(tunable: Any, key: jax.Array) -> Any:
-    """The same tree with normal numbers in every factor, so that no delta is zero."""
+    """The same tree with normal numbers in every factor, so that no delta is zero.
+
+    Args:
+        tunable: the tunable tree of a pair.
+        key: from which the numbers follow.
+
+    Returns:
+        A tree of the same structure, shapes, dtypes and shardings.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora
+        >>> from lorax.testing import random_factors
+        >>> frozen, tunable = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+        >>> bool((tunable["w"].b == 0).all())
+        True
+        >>> bool((random_factors(tunable, jax.random.key(1))["w"].b == 0).any())
+        False
+    """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     # NumPy draws at once what JAX would compile a program for, shape by shape.
@@ -206,6 +224,17 @@ def weight_sized(
     Returns:
         How often an array of each shape is made more often than by `fn` on plain parameters;
         empty where no weight is built.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora
+        >>> from lorax.testing import weight_sized
+        >>> frozen, tunable = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+        >>> x = jnp.ones((4, 3))
+        >>> weight_sized(lambda params, x: x @ params["w"], frozen, tunable, x)
+        {}
+        >>> sorted(weight_sized(lambda params, x: x @ jnp.tanh(params["w"]), frozen, tunable, x))
+        [(3, 2)]
     """
     leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
     adapters = [leaf.tunable for leaf in leaves if leaf.is_adapted]

@@ -24,6 +24,9 @@ def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
         params: the parameters, of arrays or shapes.
         layouts: the layouts of parameters that have another one, by path.
 
+    Returns:
+        The layout of each parameter, by path.
+
     Raises:
         AdapterMismatchError: where neither the convention nor `layouts` has a layout for a
             parameter.
@@ -71,6 +74,10 @@ def _by_convention(path: str, leaf: Any) -> Layout:
 def write_names(path: str | os.PathLike[str], names: Names) -> None:
     """Writes names as JSON, for the command line: `{path: {"layout": "Linear", "module": …}}`.
 
+    Args:
+        path: the file, which is replaced if there is one.
+        names: the layout of each parameter, by path.
+
     Example:
         >>> import pathlib, tempfile
         >>> from lorax_io import Linear, read_names, write_names
@@ -98,11 +105,22 @@ def _said(layout: Layout) -> dict[str, Any]:
 def read_names(path: str | os.PathLike[str]) -> Layouts:
     """Names from a file of `write_names`.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The layout of each parameter, by path.
+
     Raises:
         AdapterFileError: where it holds something else.
 
     Example:
-        See `write_names`.
+        >>> import pathlib, tempfile
+        >>> from lorax_io import Linear, read_names, write_names
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "names.json")
+        >>> write_names(file, {"q/kernel": Linear("layers.0.q_proj")})
+        >>> read_names(file)["q/kernel"].module
+        'layers.0.q_proj'
     """
     path = regular_file(path)
     rows = read_json(path)

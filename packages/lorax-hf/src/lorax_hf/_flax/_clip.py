@@ -24,6 +24,9 @@ def clip_refuses_a_max() -> bool:
 def clip_mended() -> Generator[None]:
     """Within the block, `jnp.clip` takes `a_min` and `a_max` again, which T5 calls it with.
 
+    Returns:
+        A context manager; `jnp.clip` is what it was after the block, whatever happened in it.
+
     Example:
         >>> import jax.numpy as jnp, lorax_hf
         >>> with lorax_hf.clip_mended():

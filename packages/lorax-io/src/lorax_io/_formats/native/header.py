@@ -94,6 +94,12 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The `metadata` that `save_adapter` or `save_frozen` was given.
 
+    Args:
+        path: a native file.
+
+    Returns:
+        The dictionary, without what the format itself keeps in the header.
+
     Raises:
         AdapterError: where the file is damaged or not native.
 

@@ -142,7 +142,15 @@ def load_peft(
         UnsupportedAdapterError: where the adapter is more than LoRA and DoRA: PiSSA, LoHa, ….
 
     Example:
-        See `save_peft`.
+        >>> import jax, jax.numpy as jnp, pathlib, tempfile
+        >>> from lorax import init_lora
+        >>> from lorax_io import Linear, load_peft, save_peft
+        >>> params, names = {"q": jnp.ones((3, 2))}, {"q": Linear("layers.0.q_proj")}
+        >>> frozen, tunable = init_lora(params, {"q": 1}, jax.random.key(0))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "adapter")
+        >>> save_peft(folder, tunable, names)
+        >>> load_peft(folder, params, names).tunable["q"].rank
+        1
     """
     with bars(progress), all_read(params, sharding), open_peft(folder) as source:
         return restore(source, params, as_layouts(names), sharding).pair()

@@ -1,0 +1,43 @@
+"""Links names in code: ours to the reference, those of others to their documentation."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from website.reference import public_names
+
+ADDRESSES: dict[str, str] = {
+    name: table["url"].format(name=name)
+    for table in tomllib.loads(
+        Path(__file__).with_name("upstream.toml").read_text(encoding="utf-8")
+    ).values()
+    for name in table["names"]
+}
+
+# Ours are linked with their module, and without it if they can mean nothing else.
+UNLIKE_OTHERS = re.compile(r"[a-z]+_\w+|LORA_\w+|[A-Z]\w*[a-z0-9][A-Z]\w+")
+OURS: dict[str, str] = {name: name for name in public_names()} | {
+    name.rpartition(".")[2]: name
+    for name in sorted(public_names())
+    if UNLIKE_OTHERS.fullmatch(name.rpartition(".")[2])
+}
+
+# A link, a heading or a block of code, which stay as they are; or a name in a text, or its call.
+PART = re.compile(
+    r"<(a|autoref|h\d|pre)\b.*?</\1>|<code>(?P<name>[A-Za-z_][\w.]*)(?:\([^<]*\))?</code>",
+    re.DOTALL,
+)
+
+
+def linked(html: str) -> str:
+    """A page in which each name that is known is a link."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match["name"] or ""
+        if name in OURS:
+            return f'<autoref identifier="{OURS[name]}" optional>{match[0]}</autoref>'
+        if name in ADDRESSES:
+            return f'<a href="{ADDRESSES[name]}">{match[0]}</a>'
+        return match[0]
+
+    return PART.sub(link, html)
