@@ -29,6 +29,7 @@ from lorax_io import (
     Linear,
     Tensor,
     load_adapter,
+    load_base,
     load_frozen,
     load_peft,
     save_adapter,
@@ -220,6 +221,12 @@ def check_a_frozen_tree_is_read_where_it_is_to_be(home):
     found = load_frozen(home / "sharded", params=plain, sharding=everywhere)
     assert all(x.sharding.is_equivalent_to(everywhere, x.ndim) for x in jax.tree.leaves(found))
     save_frozen(home / "host", jax.device_get(frozen))
+    scale, codes = np.ones((16, 1), np.float32), np.ones((16, 8), np.int8)
+    tensors = {"up.weight": codes, "up.weight_scale": scale}
+    safetensors.numpy.save_file(tensors, home / "base")
+    found = load_base(home / "base", {"up": Linear("up")}, sharding=where["dense"])["up"]
+    split = {name: x.sharding.shard_shape(x.shape) for name, x in found.arrays.items()}
+    assert split == {"codes": (4, 4), "scales": (4,)} and found.sharding == where["dense"]
     assert (home / "host").read_bytes() == (home / "sharded").read_bytes()
 
 

@@ -59,7 +59,7 @@ class Runs(NamedTuple):
                 continue
             last = group[-1]
             run, wide = math.gcd(scales[t], sizes[-1]), math.gcd(outer[t], sizes[-1])
-            is_shorter |= run < scales[t]
+            is_shorter |= run < scales[t] or wide < outer[t]
             along.append(last)
             if grouped:
                 blocks[last] = (wide // run, run)
@@ -191,7 +191,7 @@ def _steps(first: Any, size: int, is_packed: bool) -> list[tuple[int, int]]:
     """The steps in which rows are read, so that few entries are unpacked at a time."""
     if first is None:
         return [(0, 1)]
-    most = min(max(size // 32, _FEWEST), _MOST)
+    most = min(max(size // 128, _FEWEST), _MOST)
     step = max(1, most * first.size // max(size, 1))
     step += step % 2 if is_packed else 0
     return [(k, min(k + step, first.size)) for k in range(0, first.size, step)]

@@ -1,7 +1,7 @@
 """A base model on disk: one safetensors file, a folder of transformers, a pipeline of diffusers."""
 
 import collections
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None  # the model's, where there is one
     by_end: Mapping[str, list[str]]  # the names that end so, after a dot
     copies: Mapping[str, str] = {}  # a head that is the embedding until it is adapted
+    coded: Mapping[str, Any] = {}  # the weights that are decoded when they are read
+    broken: Mapping[str, Exception] = {}  # why others cannot be
 
     @property
     def parts(self) -> set[str]:
@@ -65,7 +67,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The base at a path, of which the headers of all files have been read."""
     files = _files(path)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    by_end: dict[str, list[str]] = collections.defaultdict(list)
     for file_path, prefix in files:
         with TensorFile(file_path) as file:
             for name, entry in file.entries.items():
@@ -73,9 +74,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 if full in shapes:
                     raise AdapterFileError(f"has `{name}`, as another file has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-                for end in suffixes(full)[1:]:
-                    by_end[end].append(full)
-    return Checkpoint(path, files, shapes, _config(path), dict(by_end))
+    return Checkpoint(path, files, shapes, _config(path), by_end(shapes))
+
+
+def by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that end so, after a dot."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        for end in suffixes(name)[1:]:
+            found[end].append(name)
+    return dict(found)
 
 
 def _config(path: Path) -> dict[str, Any] | None:

@@ -114,7 +114,13 @@ def _check_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     with about(checkpoint.path):
         for name in names:
             dtype = checkpoint.shapes[name].dtype
+            _check_broken(checkpoint, name)
             check_plain(name, dtype, checkpoint.shapes, checkpoint.config)
+
+
+def _check_broken(checkpoint: Checkpoint, name: str) -> None:
+    if name in checkpoint.broken:
+        raise checkpoint.broken[name]
 
 
 def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
@@ -171,6 +177,7 @@ def _check_coded(checkpoint: Checkpoint, name: str) -> None:
         for stem in stems:
             if stem == module or stem.endswith(f".{module}") or module.endswith(f".{stem}"):
                 full = f"{stem}.{parameter}"
+                _check_broken(checkpoint, full)
                 check_plain(full, None, checkpoint.shapes, checkpoint.config)
 
 

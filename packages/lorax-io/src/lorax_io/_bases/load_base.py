@@ -122,12 +122,16 @@ def _place(source: Source, path: str, layout: Layout) -> Place:
     counted = len(layout.shared_axes) - layout.stacked_in_tensor
     first = needed(source, layout.module.format(*[0] * counted), layout.parameter).shape
     ndim = len(first) + counted
-    blank = layout.at(path, (1,) * ndim)
+    unknown = AdapterMismatchError(
+        f"has `{layout.module}` in other axes than `{path}`, so that its shape is not known. "
+        "Give `params`, which may be shapes."
+    )
+    try:
+        blank = layout.at(path, (1,) * ndim)
+    except AdapterMismatchError as error:
+        raise unknown from error
     if counted > 1 or any(len(group) != 1 for group in blank.whole):
-        raise AdapterMismatchError(
-            f"has `{layout.module}` in other axes than `{path}`, so that its shape is not known. "
-            "Give `params`, which may be shapes."
-        )
+        raise unknown
     shape = [0] * ndim
     for (axis,), size in zip(blank.whole, first, strict=True):
         shape[axis] = size

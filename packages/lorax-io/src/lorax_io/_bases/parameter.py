@@ -77,7 +77,7 @@ def load_parameter(
     if isinstance(first, Coded):
         coded = {index: row for index, row in found.items() if isinstance(row, Coded)}
         if len({_kind(row) for row in found.values()}) == 1:
-            return _coded(place, coded, dtype or _dtype(source, first), where, told)
+            return _coded(place, coded, dtype or dtype_of(source, first), where, told)
     if isinstance(first, Part):
         parts = {index: row for index, row in found.items() if isinstance(row, Part)}
         if len({_kind(row) for row in found.values()}) == 1:
@@ -95,7 +95,7 @@ def _kind(row: Weight) -> Any:
     return row.format, dtypes
 
 
-def _dtype(source: Source, coded: Coded) -> Any:
+def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
     """What a weight is decoded to, where the user does not say."""
     if coded.dtype is not None:
         return coded.dtype
@@ -165,7 +165,7 @@ def _anew(
             f"has codes for `{place.path}` that cannot be kept: {why}. Say how to hold it: "
             '`anew="nf4"`, or another format, codes it again; `anew="float"` holds it decoded.'
         )
-    dtype = np.dtype(dtype or (_dtype(source, first) if isinstance(first, Coded) else first.dtype))
+    dtype = np.dtype(dtype or (dtype_of(source, first)))
     target = plain_target(place, dtype)
     whole = np.empty(target.shape, target.dtype)
     rest = [d for d in range(len(place.shape)) if d not in place.stack]

@@ -6,6 +6,7 @@ that share a scale are shorter, and so are the blocks in memory.
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
 
         def scale(rows: Any) -> Array:
             starts = np.arange(rows.start * (width // run), rows.stop * (width // run)) * run
-            return scales[starts // block].reshape(-1, *shape[1:-1], count)
+            return scales(starts // block).reshape(-1, *shape[1:-1], count)
 
         ones = (1,) * (len(shape) - 1)
         parts = {
@@ -63,7 +64,7 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
         return Coded(names, held, parts, shape, dtype, run < block)
 
     def decoded() -> Array:
-        each = scales[np.arange(size) // block].reshape(shape)
+        each = scales(np.arange(size) // block).reshape(shape)
         return (table[codes(slice(0, shape[0]))] * each).astype(dtype)
 
     why = f"blocks of {block} cross the rows of {inputs}" if is_known else f"a table of {kind}"
@@ -84,20 +85,21 @@ def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict
 
 def _scales(
     tensors: Tensors, weight: str, state: dict[str, Any], count: int
-) -> tuple[Array, tuple[str, ...]]:
-    """The scales of all blocks; those in 8 bits are decoded as bitsandbytes does it."""
+) -> tuple[Callable[[Array], Array], tuple[str, ...]]:
+    """Gives the scales of some blocks; those in 8 bits are decoded as bitsandbytes does it."""
     name = f"{weight}.absmax"
     scales = expect(name, need(tensors, name), (count,))
     if scales.dtype != np.uint8:
-        return scales.astype(np.float32, copy=False), (name,)
+        return lambda blocks: scales[blocks].astype(np.float32, copy=False), (name,)
     outer, table = f"{weight}.nested_absmax", f"{weight}.nested_quant_map"
     values = expect(table, need(tensors, table), (256,)).astype(np.float32)
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if type(block) is not int or block < 1 or not isinstance(offset, int | float):
         raise AdapterFileError(f"the state of `{weight}` has no nested blocks.")
     each = expect(outer, need(tensors, outer), (-(-count // block),)).astype(np.float32)
-    decoded = values[scales] * np.repeat(each, block)[:count]
-    return decoded + np.float32(offset), (name, outer, table)
+    number = np.float32(offset)
+    decode = lambda blocks: values[scales[blocks]] * each[blocks // block] + number  # noqa: E731
+    return decode, (name, outer, table)
 
 
 def find_8bit(tensors: Tensors, module: str, parameter: str) -> Found | None:

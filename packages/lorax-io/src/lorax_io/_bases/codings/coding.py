@@ -56,6 +56,8 @@ class Coded(NamedTuple):
         shape: of the weight.
         dtype: of the decoded weight, where the file says it.
         is_cut: whether blocks of the file cross rows, and `grains` are parts of them.
+        stored: the tensor, its shape and its dtype, of each array that is stored as it is; only
+            where all of them are.
     """
 
     names: tuple[str, ...]
@@ -64,6 +66,7 @@ class Coded(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any = None
     is_cut: bool = False
+    stored: Mapping[str, tuple[str, tuple[int, ...], Any]] = {}
 
 
 class Decoded(NamedTuple):
@@ -92,6 +95,11 @@ def whole(array: Array, grains: tuple[int, ...], dtype: Any = None) -> Part:
     """A part that is an array of the file as it is."""
     dtype = array.dtype if dtype is None else dtype
     return Part(lambda rows: array[rows], grains, array.shape, dtype)
+
+
+def stored(**arrays: tuple[str, Array]) -> dict[str, tuple[str, tuple[int, ...], Any]]:
+    """What `Coded.stored` says of arrays that are tensors of the file."""
+    return {key: (name, array.shape, array.dtype) for key, (name, array) in arrays.items()}
 
 
 def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:

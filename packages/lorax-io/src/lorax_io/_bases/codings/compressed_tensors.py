@@ -21,6 +21,7 @@ from .coding import (
     grains_of,
     need,
     nibbles,
+    stored,
     whole,
 )
 
@@ -91,12 +92,14 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> Found | None:
     scales = _scales(tensors, scale, codes.shape)
     grains = _cut(grains_of, scale, codes.shape, scales.shape)
     ones = (1,) * codes.ndim
+    as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
     if codes.dtype != np.int8:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        return Coded((weight, scale), _FLOATS[codes.dtype], parts, codes.shape, scales.dtype)
+        held = _FLOATS[codes.dtype]
+        return Coded((weight, scale), held, parts, codes.shape, scales.dtype, stored=as_is)
     if zero not in tensors:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype)
+        return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
     zeros = need(tensors, zero, dtypes=[np.int8]).reshape(scales.shape)
     unsigned = lambda array: array.view(np.uint8) ^ np.uint8(128)  # noqa: E731
     byte = np.dtype(np.uint8)

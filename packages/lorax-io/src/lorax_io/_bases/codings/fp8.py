@@ -6,7 +6,7 @@ import numpy as np
 from lorax import FP8
 
 from ..._errors import AdapterFileError
-from .coding import Coded, Found, Tensors, expect, need, setting, whole
+from .coding import Coded, Found, Tensors, expect, need, setting, stored, whole
 
 SIDES = (128, 128)
 
@@ -35,4 +35,6 @@ def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
         "scales": whole(scales, (*ones, *sides)),
     }
     held = FP8(block=sides[1], square=True)
-    return Coded((weight, scale), held, parts, codes.shape, np.dtype(jnp.bfloat16))
+    as_is = stored(codes=(weight, codes), scales=(scale, scales))
+    dtype = np.dtype(jnp.bfloat16)
+    return Coded((weight, scale), held, parts, codes.shape, dtype, stored=as_is)
