@@ -563,7 +563,8 @@ KINDS = rows(
     ),
 )
 
-KINDS_WITH_MORE = rows(
+
+MADE_UP = rows(
     ("biases that are not there", {"lora_bias": "true"}, AdapterFileError, "lacks .*lora_B.bias"),
     (
         "rows that are not there",
@@ -594,7 +595,7 @@ KINDS_WITH_MORE = rows(
 )
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [*KINDS, *KINDS_WITH_MORE])
+@pytest.mark.parametrize(("changes", "error", "message"), [*KINDS, *MADE_UP])
 def test_what_is_more_than_plain_lora_is_refused(place, changes, error, message):
     place.config.write_text(config_text(changes))
     assert_refused(place, "peft", error, message)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .._errors import AdapterMismatchError, about
 from .._formats.kohya import resolve
 from .._formats.native import read
-from .._formats.opening import OpenedAdapter, fit
+from .._formats.opening import OpenedAdapter, fit, in_diffusers, is_translated
 from .._formats.peft.patterns import distrusted
 from .._layouts import (
     Conv,
@@ -52,6 +52,8 @@ def fit_adapter(
         allow_missing: whether targets without tensors are a warning, not an error.
     """
     with about(adapter.path):
+        if is_translated((x.module for x in adapter.names.values()), checkpoint.shapes):
+            adapter = in_diffusers(adapter)
         if adapter.config is None:
             return _fit_native(adapter, checkpoint)
         paths = {
@@ -77,7 +79,8 @@ def fit_adapter(
             for name, path in paths.items()
         }
         names |= _biases(names, checkpoint)
-        found = fit(adapter.path, names, _with_biases(names, checkpoint))
+        base = _with_biases(names, checkpoint)
+        found = fit(adapter.path, names, base, translate=adapter.translated)
         return Fitted(checkpoint, found.rows, found.held)
 
 

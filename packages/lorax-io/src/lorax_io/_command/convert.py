@@ -13,12 +13,13 @@ from lorax import Adapter, Pair
 
 from .._bases.checkpoint import open_checkpoint
 from .._errors import AdapterError
+from .._formats import flux
 from .._formats.diffusers import save_diffusers
 from .._formats.kohya import resolve, save_kohya
 from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
 from .._formats.native import user_metadata, write
-from .._formats.opening import OpenedAdapter
+from .._formats.opening import OpenedAdapter, in_diffusers
 from .._formats.peft.config import TASK_TYPES, PeftConfig
 from .._formats.peft.folder import save_peft
 from .._layouts import Layouts
@@ -168,6 +169,8 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 
 
 def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    if flux.is_original(layout.module for layout in adapter.names.values()):
+        adapter = in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
         kept = None  # the names of several parts have them

@@ -38,6 +38,7 @@ def export(
     fold_scale: bool = False,
     target_modules: Sequence[str] | None = None,
     plain: bool = False,
+    lycoris: bool = False,
     held: Held | None = None,
 ) -> Export:
     """The tensors and the config of a tunable tree.
@@ -50,13 +51,14 @@ def export(
         fold_scale: whether a factor is multiplied by the scale.
         target_modules: ends of module names, to be written instead of full names.
         plain: whether the reader knows plain LoRA alone.
+        lycoris: whether it is written in LyCORIS's form, which has cores and any blocks.
         held: the frozen factors beside the bases, where the tree is no pair that has them.
     """
     found_rows, own = pair_rows(tunable)
     held = own if held is None else held
     rows = {row.path: row.leaf for row in found_rows}
     adapted = {path: leaf for path, leaf in rows.items() if isinstance(leaf, Adapter)}
-    tuner = _one_tuner(adapted, plain)
+    tuner = _one_tuner(adapted, plain, lycoris)
     layouts = {path: layout_of(names, path) for path in rows}
     if not adapted:
         raise UnsupportedAdapterError(
@@ -74,6 +76,8 @@ def export(
     ]
     modules = [Module(place.pattern_name(name), place, weight) for name, place, weight in stacks]
     config, unsaid = tuner.scaling(modules, fold_scale)
+    if not lycoris:
+        config = tuner.in_peft(config, modules)
     tensors: dict[str, Array] = {}
     parts: dict[str, list[tuple[str, Array]]] = {key: [] for key in tuner.common}
     depths = wrapper_depths((name, place) for name, place, _ in stacks)
@@ -102,12 +106,13 @@ def export(
     return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
 
 
-def _one_tuner(adapted: Mapping[str, Any], plain: bool) -> Tuner:
+def _one_tuner(adapted: Mapping[str, Any], plain: bool, lycoris: bool) -> Tuner:
     """The kind that all adapters are of, for a reader that has it."""
     tuners: dict[str, Tuner] = {}
     for path, weight in adapted.items():
         tuner = tuner_of(weight)
-        if tuner is None or (plain and weight.kind not in ("lora", "lora_fa")):
+        lacking = not lycoris and weight.kind == "locon"
+        if tuner is None or lacking or (plain and weight.kind not in ("lora", "lora_fa")):
             form = "plain LoRA alone" if plain else "not that kind"
             raise UnsupportedAdapterError(
                 f"the adapter of `{path}` is of the kind {weight.kind!r}, and this form has "

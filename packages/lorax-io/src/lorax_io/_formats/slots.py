@@ -15,7 +15,7 @@ from .._tree import near
 from .biases import is_bias
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR, TUNERS
-from .peft.tuners.lora import BIAS
+from .peft.tuners.lora import BIAS, MID
 from .source import Source, Stored
 from .wrappers import factor_prefix, wrapper_depths
 
@@ -171,6 +171,8 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
         }
     if not source.config.use_dora:
         kinds[MAGNITUDE] = "DoRA, with a magnitude for each output"
+    has_cores = "is for convolutions alone" if not source.config.is_said else "PEFT does not have"
+    kinds[MID] = f"LoRA with a Tucker core, which {has_cores}"
     for mark, what in kinds.items():
         if key.endswith(mark) if mark.startswith(".") else mark in key:
             raise UnsupportedAdapterError(f"`{tensor.name}` is of an adapter that is {what}.")

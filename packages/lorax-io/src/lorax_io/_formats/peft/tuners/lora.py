@@ -5,20 +5,32 @@ from typing import Any
 
 import numpy as np
 
-from lorax import Adapter, BdloraWeight, DoraWeight, LoraFAWeight, LoraWeight, TokensWeight
+from lorax import (
+    Adapter,
+    BdloraWeight,
+    DoraWeight,
+    LoconWeight,
+    LoraFAWeight,
+    LoraWeight,
+    TokensWeight,
+)
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError
-from ...._layouts import MAGNITUDE, Embedding
-from ...._places import Array, Factor, Place
+from ...._layouts import MAGNITUDE, Conv, Embedding
+from ...._places import RANK, Array, Factor, Place
 from ..config import PeftConfig
 from ..patterns import suffixes
 from . import bdlora
 from .tokens import MARK, row_factors, rows_of_table
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, alpha_of, most_frequent, pattern
 
+MID = "lora_mid.weight"  # of LyCORIS alone: PEFT has no core between the factors
 _ROWS = f"token_adapter.{MARK}"
 BIAS = "lora_B.bias"
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+_RANK = RANK - 1  # on the other side of a core
 
 
 class Lora(Tuner):
@@ -28,7 +40,7 @@ class Lora(Tuner):
     called = "LoRA"
     marks = (
         *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),
-        *(_ROWS, BIAS),
+        *(_ROWS, BIAS, MID),
     )
     tables = ("lora_embedding_A", "lora_embedding_B", _ROWS)
     fields = (
@@ -63,7 +75,7 @@ class Lora(Tuner):
 
     def writes(self, weight: Any) -> bool:
         plain = weight.delta if isinstance(weight, DoraWeight) else weight
-        return isinstance(plain, LoraWeight | LoraFAWeight | BdloraWeight)
+        return isinstance(plain, LoraWeight | LoraFAWeight | BdloraWeight | LoconWeight)
 
     def check_start(self, value: Any) -> None:
         if value and value not in _PLAIN_INITS:
@@ -75,10 +87,12 @@ class Lora(Tuner):
 
     def mixes(self, kinds: Collection[str]) -> bool:
         rest = {*kinds} - {"tokens"}
-        return rest == {"dora"} or rest <= {"lora", "lora_fa", "bdlora"}
+        return rest == {"dora"} or rest <= {"lora", "lora_fa", "bdlora", "locon"}
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
         found = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
+        if isinstance(place.layout, Conv) and not config.is_said:
+            found = (*found, MID)
         return (*found, _ROWS) if config.trainable_token_indices else found
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
@@ -100,6 +114,14 @@ class Lora(Tuner):
         name, (shared, inputs, outputs) = place.pattern_name(module), place.axes
         scaling = "rslora" if config.use_rslora else "standard"
         rank, alpha = config.rank(name), config.alpha(name)
+        if MID in shapes and MAGNITUDE in shapes:
+            raise UnsupportedAdapterError(
+                f"is DoRA with a Tucker core for `{module}`, the norm of which takes an array as "
+                "large as the weight. Merge it with LyCORIS."
+            )
+        if MID in shapes:
+            axes = (place.inputs[0][0], inputs, outputs, shared)
+            return LoconWeight(None, None, None, rank, alpha, *axes)
         plain = LoraWeight(None, None, rank, alpha, scaling, inputs, outputs, shared)
         if not config.use_dora:
             return plain
@@ -115,6 +137,8 @@ class Lora(Tuner):
             return row_factors(place, _ROWS)
         if isinstance(weight, BdloraWeight):
             return bdlora.factors(place, weight)
+        if isinstance(weight, LoconWeight):
+            return _with_core(place, weight)
         found = _factors(place, isinstance(weight, DoraWeight))
         if len(found) < len(weight.factors()):
             raise UnsupportedAdapterError(
@@ -174,7 +198,8 @@ class Lora(Tuner):
                         f"has no two factors of `{module}` that fit each other: their shapes are "
                         f"{a} and {b}. A factor has 2 axes, or 3 to 5 of a convolution."
                     )
-                return Sides(b[0], a[1:])
+                window = shapes[MID][2:] if MID in shapes else a[2:]
+                return Sides(b[0], (a[1], *window))
         raise AdapterFileError(f"lacks the factors of `{module}`, beside its other tensors.")
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
@@ -189,13 +214,13 @@ class Lora(Tuner):
         rslora = False
         alphas: dict[str, Any] = dict.fromkeys(ranks, r)
         if not fold_scale:
-            scalings = {x.scaling for x in plain.values() if x.alpha is not None}
-            rslora = scalings == {"rslora"}
+            forms = {name: getattr(x, "scaling", "standard") for name, x in plain.items()}
+            rslora = {forms[name] for name, x in plain.items() if x.alpha is not None} == {"rslora"}
             said = "rslora" if rslora else "standard"
             for name, weight in plain.items():
                 alphas[name] = alpha_of(weight, rslora)
-                if (weight.alpha, weight.scaling) != (alphas[name], said):
-                    unsaid[name] = {"alpha": weight.alpha, "scaling": weight.scaling}
+                if (weight.alpha, forms[name]) != (alphas[name], said):
+                    unsaid[name] = {"alpha": weight.alpha, "scaling": forms[name]}
         alpha = most_frequent(alphas)
         config = PeftConfig(
             r=r,
@@ -209,6 +234,22 @@ class Lora(Tuner):
             trainable_token_indices={n: list(x.indices) for n, x in tables.items()} or None,
         )
         return Scaling(config, unsaid)
+
+
+def _with_core(place: Place, weight: LoconWeight) -> tuple[Factor, ...]:
+    """A convolution of 1×1, one with the window, and one of 1×1."""
+    if not isinstance(place.layout, Conv) or place.inputs[0] != (weight.channel_axis,):
+        raise UnsupportedAdapterError(
+            f"`{place.path}` has a core between its factors, which is for convolutions, and over "
+            "the axis of their channels."
+        )
+    channel, *window = place.inputs
+    none = tuple(() for _ in window)
+    return (
+        Factor("lora_A.weight", "a", ((RANK,), channel, *none)),
+        Factor(MID, "core", ((_RANK,), (RANK,), *window)),
+        Factor("lora_B.weight", "b", (place.outputs, (_RANK,), *none)),
+    )
 
 
 def _factors(place: Place, dora: bool) -> tuple[Factor, ...]:

@@ -150,6 +150,14 @@ class Tuner:
     def check(self, config: PeftConfig, names: Layouts, place: Place) -> None:
         """Refuses what PEFT does beyond the adapter of one parameter."""
 
+    def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
+        """The config with what PEFT alone has to know.
+
+        Raises:
+            UnsupportedAdapterError: where it has no key for it.
+        """
+        return config
+
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         """Rank and scale of every module: the most frequent ones, and patterns for the others."""
         ranks: dict[str, Any] = {module.name: module.weight.rank for module in modules}
