@@ -275,7 +275,9 @@ def torch(session: nox.Session) -> None:
         record |= {"jax": jax_version(session), "did": "tests"}
         tests = ["packages/lorax-hf/tests", "--ignore=packages/lorax-hf/tests/flax_models"]
         run_cell(session, record, *PYTEST, *tests)
-        session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
+        session.install(
+            *("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"), *FINETUNE)
+        )
         # The sample of the sweep is the sweep's own code.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
@@ -290,6 +292,21 @@ def sweep_torch(session: nox.Session) -> None:
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
     env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     session.run("python", "-m", "sweep", *session.posargs, env=env)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def depth(session: nox.Session) -> None:
+    """Times tracing and compiling a PyTorch module of many layers, with and without a scan."""
+    install_torch(session, "transformers")
+    session.run("python", "benchmarks/depth.py", *session.posargs, env={"JAX_PLATFORMS": "cpu"})
+
+
+@nox.session(name="bench-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
+def bench_torch(session: nox.Session) -> None:
+    """Times a step of transformers' Llama in JAX, with PEFT on PyTorch, and of a Llama by hand."""
+    install_torch(session, *editable("lorax-io"), "gguf")
+    session.install("--requirement", f"{PYTORCH}/requirements.txt")
+    session.run("python", "benchmarks/torch_step.py", *session.posargs)
 
 
 @nox.session
@@ -420,6 +437,14 @@ def finetune(session: nox.Session) -> None:
     """The fine-tuning example. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core", "lorax-io"), *FINETUNE)
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
+
+
+@nox.session(name="finetune-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
+def finetune_torch(session: nox.Session) -> None:
+    """The same example beside transformers' own Llama, and PEFT on PyTorch as the judge."""
+    install_torch(session, *editable("lorax-io"), *FINETUNE)
+    session.install("--requirement", f"{PYTORCH}/requirements.txt")
+    session.run("python", "examples/finetune/finetune_torch.py", *session.posargs)
 
 
 @nox.session

@@ -15,6 +15,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import tiny_gguf
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "finetune"
 
@@ -163,9 +164,7 @@ def test_the_program_fails_plainly(wheel, tmp_path):
 # model.py and tokenizer.py
 
 CONFIG = model.Config(layers=2, heads=4, kv_heads=2, rope_theta=100.0, norm_eps=1e-5)
-WIDTH = 24
-TOKENS = ["a", "b", "c", "1", "9", "Ġ", "ab", "Ġab", "Ġ1", "19", "Ġc"]
-MERGES = ["a b", "Ġ ab", "1 9", "Ġ 1", "Ġ c"]
+WIDTH, TOKENS = tiny_gguf.WIDTH, tiny_gguf.TOKENS
 
 
 def permute_as_llama_cpp(weight, heads):
@@ -204,37 +203,7 @@ def test_unpermuted_queries_and_keys_have_the_scores_of_llama_cpp():
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A random Llama of two layers, with a tokenizer, as a GGUF file."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(CONFIG.layers)
-    writer.add_head_count(CONFIG.heads)
-    writer.add_head_count_kv(CONFIG.kv_heads)
-    writer.add_rope_freq_base(CONFIG.rope_theta)
-    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
-    writer.add_token_list(TOKENS)
-    writer.add_token_merges(MERGES)
-    shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
-    for i in range(CONFIG.layers):
-        shapes |= {
-            f"blk.{i}.attn_norm": (WIDTH,),
-            f"blk.{i}.attn_q": (WIDTH, WIDTH),
-            f"blk.{i}.attn_k": (WIDTH // 2, WIDTH),
-            f"blk.{i}.attn_v": (WIDTH // 2, WIDTH),
-            f"blk.{i}.attn_output": (WIDTH, WIDTH),
-            f"blk.{i}.ffn_norm": (WIDTH,),
-            f"blk.{i}.ffn_gate": (40, WIDTH),
-            f"blk.{i}.ffn_up": (40, WIDTH),
-            f"blk.{i}.ffn_down": (WIDTH, 40),
-        }
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return gguf.GGUFReader(path)
+    return gguf.GGUFReader(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf"))
 
 
 def test_load_llama(reader):

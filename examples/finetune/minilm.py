@@ -113,7 +113,8 @@ def main(arguments=None):
         },
     )
     show_seconds(seconds)
-    agree = show_adapter(folder, "embeddings", reloaded, merged, base, TOLERANCE)
+    checks = {"reloaded": reloaded, "merged": merged}
+    agree = show_adapter(folder, "embeddings", checks, base, TOLERANCE)
     return 0 if agree else 1
 
 
