@@ -365,7 +365,7 @@ def site(session: nox.Session) -> None:
     if "--serve" in session.posargs:
         session.run("mkdocs", "serve", env=env | {"SITE_KEEP_OUTPUTS": "1"})
     else:
-        session.run("pytest", "website", *session.posargs)
+        session.run("python", "-m", "pytest", "website", *session.posargs)
         session.run("mkdocs", "build", "--strict", env=env)
         session.run("python", "-m", "website.links", "site")
 
