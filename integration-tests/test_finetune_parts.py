@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import tiny_gguf
 
+from lorax import dequantize
+from lorax_io import flax_names, load_base
+
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "finetune"
 
 
@@ -312,3 +315,30 @@ def test_naive_bayes_by_hand():
     # Three words are known; there are three positive and two negative ones.
     assert log_odds("Good unknown") == pytest.approx(np.log((3 / 6) / (1 / 5)))
     assert log_odds("film") == pytest.approx(np.log((2 / 6) / (2 / 5)))
+
+
+def test_a_base_in_the_codes_of_the_file(tmp_path):
+    """Codes of four bits that `load_base` keeps decode to the floats that the example loads."""
+    path, side = tmp_path / "tiny.gguf", 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_freq_base(CONFIG.rope_theta)
+    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q4_1
+    names = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+    for name in ["token_embd", *(f"blk.0.{name}" for name in names)]:
+        weight = rng.normal(size=(side, side)).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quantize(weight, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", rng.normal(size=side).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    params, _ = model.load_llama(gguf.GGUFReader(path))
+    coded = load_base(path, flax_names(params), params=params)
+    assert coded["model"]["embed_tokens"]["embedding"].bits == 5
+    for ours, theirs in zip(*map(jax.tree.leaves, (dequantize(coded), params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -19,7 +19,7 @@ from data import (
     token_of,
 )
 from display import console, plot_losses, timed
-from lorax import count_params, init_lora, lora, merge_params
+from lorax import QuantizedWeight, count_params, init_lora, lora, merge_params
 from lorax_io import load_peft, save_peft
 from metrics import difference, score
 from training import TRAIN_BATCH, predict, train
@@ -35,6 +35,7 @@ class Subject(NamedTuple):
     model: Any  # model(params, tokens, last): the logits of the token after position `last`
     spec: Any
     names: Any  # where each parameter is in PyTorch
+    form: str = "float32"  # how the parameters are held
 
 
 class Taught(NamedTuple):
@@ -77,10 +78,12 @@ class Job:
 
     def teach(self, subject, out, seconds):
         """Train an adapter of a model, and save it in the folder `out`."""
-        params, model, spec, names = subject
+        params, model, spec, names, form = subject
+        of = "" if form == "float32" else f", {form}"
         frozen, tunable = init_lora(params, spec, jax.random.key(self.args.seed))
         adapted = lora(model)
-        console.print(f"Base: {count_params(params):,} parameters, 4-bit, de-quantised to float32")
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=is_coded))
+        console.print(f"Base: {count_params(params):,} parameters, {form}, {size / 1e6:.0f} MB")
         console.print(f"Adapter on every q_proj and v_proj: {count_params(tunable):,} parameters")
 
         @jax.jit
@@ -89,14 +92,14 @@ class Job:
             return logits[:, self.positive] - logits[:, self.negative]
 
         def evaluate(tunable, label):
-            with timed(seconds, label.lower()):
+            with timed(seconds, f"{label.lower()}{of}"):
                 prompts = self.prompts_of(self.evaluation)
                 margins = predict(margin, tunable, frozen, prompts, label)
             return score(margins, labels(self.evaluation), CALIBRATION)
 
         # b is zero at first, so the adapted model is the base model, bit for bit.
         before = evaluate(tunable, "Evaluate before")
-        with timed(seconds, "train"):
+        with timed(seconds, f"train{of}"):
             prompts, positives = self.prompts_of(self.training), labels(self.training)
             tunable, losses = train(
                 margin,
@@ -109,7 +112,10 @@ class Job:
             )
         after = evaluate(tunable, "Evaluate after")
 
-        with timed(seconds, "save and check"), console.status("Saving and checking the adapter"):
+        with (
+            timed(seconds, f"save and check{of}"),
+            console.status("Saving and checking the adapter"),
+        ):
             out.mkdir(parents=True, exist_ok=True)
             plot_losses(losses, out / "loss.png")
             folder = out / "adapter"
@@ -121,3 +127,8 @@ class Job:
             merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), logits)
             base = difference(jax.jit(model)(params, *batch), logits)
         return Taught(before, after, folder, batch, logits, reloaded, merged, base)
+
+
+def is_coded(node):
+    """Whether a node of a tree is a weight in codes."""
+    return isinstance(node, QuantizedWeight)

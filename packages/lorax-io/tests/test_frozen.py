@@ -35,10 +35,12 @@ from lorax_io import (
     load_adapter,
     load_frozen,
     load_pair,
+    load_peft,
     read_metadata,
     save_adapter,
     save_frozen,
     save_merged,
+    save_peft,
 )
 from lorax_io._disk.tensors import TensorFile
 
@@ -139,6 +141,9 @@ def test_adapters_and_merged_models_of_a_quantized_base(tmp_path):
     assert_same(load_adapter(file, params=FROZEN | {"head": PARAMS["head"]}), TUNABLE)
     pair = load_pair(file, FROZEN | {"head": PARAMS["head"]})
     assert_same(pair.frozen["scaled"], FROZEN["scaled"])
+    save_peft(tmp_path / "peft", {"w": TUNABLE["w"]}, {"w": Linear("w")})
+    loaded = load_peft(tmp_path / "peft", {"w": FROZEN["w"]}, {"w": Linear("w")})
+    assert_same(tuple(loaded), ({"w": FROZEN["w"]}, {"w": TUNABLE["w"]}))
     other = quantize({"w": PARAMS["w"] * 2}, {"w": NF4()})
     with pytest.raises(AdapterMismatchError, match="another base"):
         load_adapter(file, params=FROZEN | other | {"head": PARAMS["head"]})
