@@ -201,7 +201,7 @@ def compile_only(backend: str) -> dict[str, str]:
     """The environment for compiling where there is no such device."""
     env = {"JAX_PLATFORMS": "cpu"}
     if backend == "tpu":
-        # It asks a cloud's metadata server what TPU it is on, unless it is told.
+        # It asks a cloud's metadata server what TPU it is on, unless it is given one.
         env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
         env |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     return env
@@ -254,6 +254,8 @@ def peft(session: nox.Session) -> None:
     By pip, for the sake of torch: uv would take the build with CUDA from PyPI.
     """
     session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
+    # The package itself cannot be imported without datasets; one module of it writes GPTQ's files.
+    session.install("--no-deps", "auto-gptq==0.7.1")
     session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", "integration-tests/peft", *session.posargs)
 
@@ -275,7 +277,9 @@ def torch(session: nox.Session) -> None:
         record |= {"jax": jax_version(session), "did": "tests"}
         tests = ["packages/lorax-hf/tests", "--ignore=packages/lorax-hf/tests/flax_models"]
         run_cell(session, record, *PYTEST, *tests)
-        session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
+        session.install(
+            *("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"), *FINETUNE)
+        )
         # The sample of the sweep is the sweep's own code.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
@@ -290,6 +294,21 @@ def sweep_torch(session: nox.Session) -> None:
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
     env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     session.run("python", "-m", "sweep", *session.posargs, env=env)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def depth(session: nox.Session) -> None:
+    """Times tracing and compiling a PyTorch module of many layers, with and without a scan."""
+    install_torch(session, "transformers")
+    session.run("python", "benchmarks/depth.py", *session.posargs, env={"JAX_PLATFORMS": "cpu"})
+
+
+@nox.session(name="bench-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
+def bench_torch(session: nox.Session) -> None:
+    """Times a step of transformers' Llama in JAX, with PEFT on PyTorch, and of a Llama by hand."""
+    install_torch(session, *editable("lorax-io"), "gguf")
+    session.install("--requirement", f"{PYTORCH}/requirements.txt")
+    session.run("python", "benchmarks/torch_step.py", *session.posargs)
 
 
 @nox.session
@@ -353,7 +372,7 @@ def site(session: nox.Session) -> None:
         session.run("python", "-m", "website.links", "site")
 
 
-# Run in a new environment: each package as a user gets it, not as it lies in this folder.
+# Run in a new environment: each package as a user gets it, not as it is in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
 for name in sys.argv[1:]:
@@ -422,10 +441,18 @@ def finetune(session: nox.Session) -> None:
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
 
 
+@nox.session(name="finetune-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
+def finetune_torch(session: nox.Session) -> None:
+    """The same example beside transformers' own Llama, and PEFT on PyTorch as the judge."""
+    install_torch(session, *editable("lorax-io"), *FINETUNE)
+    session.install("--requirement", f"{PYTORCH}/requirements.txt")
+    session.run("python", "examples/finetune/finetune_torch.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("backend", ["tpu", "cuda13"], ids=["tpu", "cuda13"])
 def large(session: nox.Session, backend: str) -> None:
-    """Compiles a training step of 7 billion parameters for 16 TPU v5e or 8 H100, and by hand.
+    """Compiles a step of 7 billion parameters for 16 TPU v5e or 8 H100, ours and hand-written.
 
     And in few bits for one of them.
     """
@@ -446,7 +473,7 @@ def minilm(session: nox.Session) -> None:
 
 @nox.session
 def costs(session: nox.Session) -> None:
-    """Counts FLOPs and bytes, ours and by hand. Arguments after `--` go to the program."""
+    """Counts FLOPs and bytes, ours and hand-written. Arguments after `--` go to the program."""
     install_locked(session, *editable("lorax-core"))
     session.run("python", "benchmarks/costs.py", *session.posargs)
 
@@ -458,23 +485,27 @@ def bases(session: nox.Session) -> None:
     session.run("python", "benchmarks/bases.py", *session.posargs)
 
 
-@nox.session
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def kinds(session: nox.Session) -> None:
-    """Counts and times each kind of adapter beside LoRA. Arguments after `--` go to the program."""
-    install_locked(session, *editable("lorax-core"))
+    """Counts and times each kind of adapter beside LoRA, and beside PEFT's. By pip, for torch."""
+    install_peers(session)
     session.run("python", "benchmarks/kinds.py", *session.posargs)
 
 
-@nox.session
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def banks(session: nox.Session) -> None:
-    """Counts and times rows of mixed adapters. Arguments after `--` go to the program."""
-    install_locked(session, *editable("lorax-core"))
+    """Counts and times many adapters: trained in one step, and in rows. By pip, for torch.
+
+    `--rounds N` after `--` goes to both programs.
+    """
+    install_peers(session)
+    session.run("python", "benchmarks/bank_steps.py", *session.posargs)
     session.run("python", "benchmarks/banks.py", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Times training steps: ours, by hand, and with other libraries. By pip, for torch."""
+    """Times training steps: ours, hand-written, and with other libraries. By pip, for torch."""
     install_peers(session)
     session.run("python", "benchmarks/bench.py", *session.posargs)
 

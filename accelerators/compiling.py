@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What has a name of its own in the compiled text and yet no memory of its own, or only a place
-# nearer to the processor for what lies in memory already.
+# nearer to the processor for what is in memory already.
 NO_ARRAY = {"parameter", "get-tuple-element", "bitcast", "tuple", "copy-start", "copy-done"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -49,7 +49,7 @@ def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
 def _instructions(
     text: str,
 ) -> tuple[collections.Counter[str], collections.Counter[int], collections.Counter[int]]:
-    """How often each kind of instruction stands in a program, and each size of its results.
+    """How often each kind of instruction is in a program, and each size of its results.
 
     The last are those sizes of floats alone.
 

@@ -1,4 +1,4 @@
-"""A Llama in plain JAX, its layers scanned and rematerialised, and its twin with LoRA by hand."""
+"""A Llama in plain JAX, its layers scanned and rematerialized, and its hand-written twin."""
 
 import functools
 from collections.abc import Callable

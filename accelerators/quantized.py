@@ -75,7 +75,7 @@ def _tangent(dtype: Any) -> Any:
 
 
 def steps(mesh: Mesh, size: llama.Size, format: Format, batch=BATCH):
-    """The step, ours and by hand, each as a function and the shapes of its arguments."""
+    """The step, ours and hand-written, each as a function and the shapes of its arguments."""
     model = llama.model(size)
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32)
 
@@ -110,8 +110,8 @@ def main() -> int:
     fits = True
     for name in options.formats:
         found = []
-        for who, form in zip(("lorax", "by hand"), steps(mesh, llama.SEVEN_BILLION, FORMATS[name]),
-                             strict=True):  # fmt: skip
+        forms = steps(mesh, llama.SEVEN_BILLION, FORMATS[name])
+        for who, form in zip(("lorax", "hand-written"), forms, strict=True):
             start = time.perf_counter()
             facts = compiled(*form)
             found.append(facts)
@@ -120,9 +120,9 @@ def main() -> int:
             print(f"{name + ', ' + who:24} {sizes[0]:10.0f} {sizes[1]:8.0f} {sizes[2]:8.0f} "
                   f"{seconds:10.0f} s", flush=True)  # fmt: skip
         ours, theirs = found
-        print(f"{name + ', peak':24} {ours.peak / theirs.peak:.4f} of by hand")
+        print(f"{name + ', peak':24} {ours.peak / theirs.peak:.4f} of hand-written")
         if ours.flops:
-            print(f"{name + ', FLOPs':24} {ours.flops / theirs.flops:.4f} of by hand")
+            print(f"{name + ', FLOPs':24} {ours.flops / theirs.flops:.4f} of hand-written")
         size = llama.SEVEN_BILLION
         stack = {size.layers * size.width * n for n in (size.width, size.hidden)}
         made = {n: count for n, count in ours.floats.items() if n in stack and count}

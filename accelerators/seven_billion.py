@@ -3,7 +3,7 @@
     python accelerators/seven_billion.py tpu|cuda
 
 32 layers of 4096, rank 16 on every linear, 16 sequences of 2048 tokens, rematerialised, fully
-sharded, bfloat16. Prints what one chip needs at once, beside the same step with LoRA by hand.
+sharded, bfloat16. Prints what one chip needs at once, beside the same step with hand-written LoRA.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> int:
         f"{'a training step for ' + target:32} {'peak':>10} {'arguments':>10} {'compiled in':>12}"
     )
     found = []
-    for name, form in (("lorax", step.ours), ("LoRA by hand", step.by_hand)):
+    for name, form in (("lorax", step.ours), ("hand-written LoRA", step.by_hand)):
         start = time.perf_counter()
         facts = compiled(*form)
         seconds = time.perf_counter() - start
@@ -39,13 +39,13 @@ def main() -> int:
         peak, arguments = facts.peak / GIB, facts.arguments / GIB
         print(f"{name:32} {peak:6.3f} GiB {arguments:6.3f} GiB {seconds:10.0f} s", flush=True)
     ours, theirs = found
-    print(f"{'peak, ours / by hand':32} {ours.peak / theirs.peak:6.4f}")
+    print(f"{'peak, ours / hand-written':32} {ours.peak / theirs.peak:6.4f}")
     if ours.flops:
-        print(f"{'FLOPs, ours / by hand':32} {ours.flops / theirs.flops:6.4f}")
+        print(f"{'FLOPs, ours / hand-written':32} {ours.flops / theirs.flops:6.4f}")
     moves = ours.collectives == theirs.collectives
-    print(f"collectives: {dict(ours.collectives)}{', the same by hand' if moves else ''}")
+    print(f"collectives: {dict(ours.collectives)}{', the same when hand-written' if moves else ''}")
     if not moves:
-        print(f"by hand:     {dict(theirs.collectives)}")
+        print(f"hand-written: {dict(theirs.collectives)}")
     return int(ours.peak > theirs.peak)
 
 

@@ -1,4 +1,4 @@
-"""Programs of the transform, compiled for chips that are not here, beside LoRA written by hand."""
+"""Programs of the transform, compiled for chips that are not here, beside hand-written LoRA."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,8 +29,8 @@ CASES = {
     "blocks": Case(lambda: models.blocks(3), (2, 32, 128)),
     "blocks, scanned": Case(lambda: models.blocks(scan=True, remat=True), (2, 32, 128)),
     "MLP": Case(models.mlp, (64, 128)),
-    # Its grouped convolutions have another form than those by hand: on a TPU v5e they take 1.026 of
-    # the bytes.
+    # Its grouped convolutions have another form than the hand-written ones: on a TPU v5e they take
+    # 1.026 of the bytes.
     "convnet": Case(models.convnet, (1, 14, 14, 16), peak=1.03),
     "tied embedding": Case(models.tied, (2, 32)),
 }
@@ -70,9 +70,9 @@ def small_llama(mesh, layout: str) -> Model:
 
 
 def prove(mesh, name: str, model: Model, report, peak: float = 1.0) -> None:
-    """Ours does not need more than what is written by hand, and builds no weight.
+    """Ours does not need more than hand-written LoRA, and builds no weight.
 
-    `peak` is the most bytes that it may need at once, as a multiple of those by hand.
+    `peak` is the most bytes that it may need at once, as a multiple of those of hand-written LoRA.
     """
     for program in programs(mesh, model):
         ours, theirs = compiled(*program.ours), compiled(*program.by_hand)

@@ -1,4 +1,4 @@
-"""A model with adapters: ours, and the same factors for LoRA written by hand."""
+"""A model with adapters: ours, and the same factors for hand-written LoRA."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -44,5 +44,5 @@ def as_factors(tunable: Any) -> Any:
 
 
 def is_pair(node: Any) -> bool:
-    """Whether it stands where an adapted weight, or one that is not adapted, stands."""
+    """Whether it is in the place of an adapted weight, or of one that is not adapted."""
     return node is None or (isinstance(node, dict) and set(node) == {"a", "b"})

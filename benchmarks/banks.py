@@ -1,25 +1,42 @@
 """Counts and times rows of mixed adapters, beside the base and beside one adapter for all rows.
 
-    python benchmarks/banks.py [--rounds N] [--slots N]
+    python benchmarks/banks.py [--rounds N] [--slots N] [--no-peer]
 
 FLOPs and bytes are XLA's count of the compiled program; the time is the median ratio of paired
-runs, to the base.
+runs, to the base. PEFT's ratio is to the same base in PyTorch.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lorax
+from adapted import as_factors
+from bench import run_milliseconds
 from counts import compiled, paired
+from kinds import spread
 
 WIDTH, HIDDEN, LAYERS, RANK, ROWS = 1024, 4096, 2, 16, 64
-TOKENS = {"decoding, 1 token": 1, "reading, 128 tokens": 128}
+STEPS = 16
+
+
+class Work(NamedTuple):
+    """What a row is, and how often each program runs on its own output, in one compiled loop."""
+
+    tokens: int
+    steps: int = 1
+
+
+WORKS = {
+    "decoding, 1 token": Work(1),
+    f"decoding, {STEPS} times 1 token": Work(1, STEPS),
+    "reading, 128 tokens": Work(128),
+}
 
 HEADER = (
     "| rows | adapters | FLOPs | bytes | temporary bytes | time |\n|---|---|---:|---:|---:|---:|"
@@ -34,10 +51,21 @@ def model(params: Any, x: jax.Array) -> jax.Array:
 
 
 class Served(NamedTuple):
-    """A program and what it is called with."""
+    """A program and what it is called with, the rows first."""
 
     program: Callable[..., Any]
     arguments: tuple[Any, ...]
+
+
+def repeated(program: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """The program on its own output, as tokens are decoded."""
+    if steps == 1:
+        return program
+
+    def run(x, *rest):
+        return jax.lax.scan(lambda x, _: (program(x, *rest), None), x, length=steps)[0]
+
+    return run
 
 
 def programs(slots: int, tokens: int) -> dict[str, Served]:
@@ -59,73 +87,104 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
     index = jnp.arange(ROWS) % slots
     adapted = lorax.lora(model)
 
-    def base(params, x):
+    def base(x, params):
         return jax.vmap(lambda row: model(params, row))(x)
 
-    def one(params, tunable, x):
+    def one(x, params, tunable):
         return jax.vmap(lambda row: adapted((params, tunable), row))(x)
 
-    def selected(params, bank, x, index):
+    def selected(x, params, bank, index):
         def row(x, k):
             return adapted((params, lorax.select_adapters(bank, k)), x)
 
         return jax.vmap(row)(x, index)
 
-    def mixed(params, bank, x, index):
+    def by_hand(x, params, factors, index):
+        def row(x, k):
+            for layer, pairs in zip(params, jax.tree.map(lambda f: f[k], factors), strict=True):
+                up, down = pairs["up"], pairs["down"]
+                h = jax.nn.relu(x @ layer["up"] + x @ up["a"] @ up["b"])
+                x = x + h @ layer["down"] + h @ down["a"] @ down["b"]
+            return x
+
+        return jax.vmap(row)(x, index)
+
+    def in_turn(x, params, trees):
+        rows = x.reshape(-1, slots, *x.shape[1:])
+        made = [one(rows[:, k], params, tree) for k, tree in enumerate(trees)]
+        return jnp.stack(made, 1).reshape(x.shape)
+
+    def mixed(x, params, bank, index):
         def row(x, k):
             return adapted((params, lorax.mix_adapters(bank, jax.nn.one_hot(k, slots))), x)
 
         return jax.vmap(row)(x, index)
 
     return {
-        "none": Served(base, (params, x)),
-        "one": Served(one, (params, trees[0], x)),
-        f"{slots}, `select_adapters`": Served(selected, (params, bank, x, index)),
-        f"{slots}, `mix_adapters`": Served(mixed, (params, bank, x, index)),
+        "none": Served(base, (x, params)),
+        "one": Served(one, (x, params, trees[0])),
+        f"{slots}, `select_adapters`": Served(selected, (x, params, bank, index)),
+        f"{slots}, `mix_adapters`": Served(mixed, (x, params, bank, index)),
+        f"{slots}, hand-written `vmap`": Served(
+            by_hand, (x, params, as_factors(bank.tunable), index)
+        ),
+        f"{slots}, one after the other": Served(in_turn, (x, params, trees)),
     }
 
 
-def table(slots: int, rounds: int) -> str:
+def peft_runs(slots: int, work: Work) -> dict[str, Callable[[], Any]]:
+    """Rows of mixed adapters in PEFT, and its base. It needs PyTorch."""
+    from peers import peft_banks
+
+    x = np.asarray(jax.random.normal(jax.random.key(1), (ROWS, work.tokens, WIDTH)))
+    return peft_banks.runs(WIDTH, HIDDEN, LAYERS, RANK, slots, x, work.steps)
+
+
+def table(slots: int, rounds: int, peer: bool) -> str:
     """Each way as a ratio to the base."""
     lines = [HEADER]
-    for name, tokens in TOKENS.items():
-        made = programs(slots, tokens)
-        runs = {way: compiled(made[way].program, *made[way].arguments) for way in made}
-        counts = {way: run.cost_analysis() for way, run in runs.items()}
-        measures = {
-            way: lambda run=runs[way], served=served: _milliseconds(run, served.arguments)
+    for name, work in WORKS.items():
+        made = programs(slots, work.tokens)
+        runs = {
+            way: compiled(repeated(served.program, work.steps), *served.arguments)
             for way, served in made.items()
         }
-        times = paired(measures, rounds)
+        calls: dict[str, Callable[[], Any]] = {
+            way: partial(runs[way], *served.arguments) for way, served in made.items()
+        }
+        of_peft = peft_runs(slots, work) if peer and rounds else {}
+        times = paired(
+            {w: partial(run_milliseconds, c) for w, c in (calls | of_peft).items()}, rounds
+        )
+        base = counts(runs["none"])
         for way, run in runs.items():
-            cells = [
-                f"{counts[way][count] / counts['none'][count]:.3f}"
-                for count in ("flops", "bytes accessed")
-            ]
-            temporary = run.memory_analysis().temp_size_in_bytes
-            cells.append(f"{temporary / runs['none'].memory_analysis().temp_size_in_bytes:.2f}")
-            ratios = [x / y for x, y in zip(times[way], times["none"], strict=True)]
-            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "–")
+            cells = [f"{x / y:.3f}" for x, y in zip(counts(run), base, strict=True)]
+            cells.append(spread(times[way], times["none"]))
+            lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
+        for way in of_peft:
+            cells = ["–", "–", "–", spread(times[way], times["PEFT on torch, none"])]
             lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _milliseconds(run: Any, arguments: tuple[Any, ...]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run(*arguments))
-    return 1e3 * (time.perf_counter() - start)
+def counts(run: Any) -> tuple[float, float, float]:
+    """FLOPs, bytes that are read and written, and temporary bytes of a compiled program."""
+    analysis = run.cost_analysis()
+    temporary = run.memory_analysis().temp_size_in_bytes
+    return analysis["flops"], analysis["bytes accessed"], temporary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="of paired runs; 0 only counts")
     parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="without PEFT")
     options = parser.parse_args()
     print(
         f"JAX {jax.__version__} on {jax.devices()[0].device_kind}: {ROWS} rows, {LAYERS} blocks of "
         f"{WIDTH} × {HIDDEN}, rank {RANK}, beside the base\n"
     )
-    print(table(options.slots, options.rounds))
+    print(table(options.slots, options.rounds, options.peer))
 
 
 if __name__ == "__main__":

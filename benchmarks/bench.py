@@ -1,4 +1,4 @@
-"""Training steps with LoRA: ours beside LoRA written by hand, and beside other libraries.
+"""Training steps with LoRA: ours beside hand-written LoRA, and beside other libraries.
 
     python benchmarks/bench.py [--works NAME …] [--rounds N] [--no-peers]
                                [--json FILE] [--plot FILE]
@@ -94,9 +94,9 @@ def variants(work: Work, peers: bool) -> tuple[dict[str, Variant], dict[str, str
     model = work.model()
     adapted = adapt(model, work.rank)
     found = {name: variant(program) for name, program in work.programs(model, adapted).items()}
-    wanted = numbers(found["by hand"].run())
+    wanted = numbers(found["hand-written"].run())
     for name, made in found.items():
-        if name not in ("by hand", *OTHERS):
+        if name not in ("hand-written", *OTHERS):
             same(numbers(made.run()), wanted)
     errors: dict[str, str] = {}
     for name, peer in known_peers().items() if peers else ():
@@ -125,7 +125,7 @@ def known_peers() -> dict[str, Any]:
 
 
 def passed_through(error: Exception, package: str) -> bool:
-    """Whether a library was at work when the error came: a mistake in here is no word of its."""
+    """Whether a library was at work when the error came: a mistake in here is not theirs."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(f"/site-packages/{package}/" in frame.filename for frame in frames)
 
@@ -135,10 +135,15 @@ AT_LEAST = 200  # milliseconds of a measurement: a shorter one is mostly what el
 
 def step_milliseconds(variant: Variant, times: int = 1) -> float:
     """The mean of so many, one right after the other, and after one that does not count."""
-    jax.block_until_ready(variant.run())
+    return run_milliseconds(variant.run, times)
+
+
+def run_milliseconds(run: Callable[[], Any], times: int = 1) -> float:
+    """The same of any function."""
+    jax.block_until_ready(run())
     start = time.perf_counter()
     for _ in range(times):
-        jax.block_until_ready(variant.run())
+        jax.block_until_ready(run())
     return 1e3 * (time.perf_counter() - start) / times
 
 
@@ -177,7 +182,7 @@ def processor() -> str:
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A work, for the report."""
     found, errors = variants(WORKS[name], options.peers)
-    times = math.ceil(AT_LEAST / step_milliseconds(found["by hand"]))
+    times = math.ceil(AT_LEAST / step_milliseconds(found["hand-written"]))
     every_step = {key: partial(step_milliseconds, made, times) for key, made in found.items()}
     steps = paired(every_step, options.rounds)
     traced = {key: variant.program for key, variant in found.items() if variant.program is not None}

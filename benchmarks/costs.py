@@ -1,4 +1,4 @@
-"""Counts what `lora(model)` costs against the same model with LoRA written in by hand.
+"""Counts what `lora(model)` costs against the same model with hand-written LoRA.
 
     python benchmarks/costs.py [--json FILE]
 
@@ -40,7 +40,7 @@ def cases() -> Iterator[tuple[str, models.Model]]:
 
 
 class Pair(NamedTuple):
-    """A program, ours and by hand, each as a function and its arguments."""
+    """A program, ours and hand-written, each as a function and its arguments."""
 
     name: str
     ours: tuple[Any, ...]
@@ -81,13 +81,16 @@ class Traces(NamedTuple):
     """How long tracing takes: medians over pairs of runs."""
 
     seconds: float  # of ours
-    ratio: float  # to by hand
+    ratio: float  # to hand-written
 
 
 def traces(ours: tuple[Any, ...], by_hand: tuple[Any, ...], pairs: int) -> Traces:
-    sides = {"ours": partial(trace_seconds, *ours), "by hand": partial(trace_seconds, *by_hand)}
+    sides = {
+        "ours": partial(trace_seconds, *ours),
+        "hand-written": partial(trace_seconds, *by_hand),
+    }
     found = paired(sides, pairs)
-    ratios = [x / y for x, y in zip(found["ours"], found["by hand"], strict=True)]
+    ratios = [x / y for x, y in zip(found["ours"], found["hand-written"], strict=True)]
     return Traces(statistics.median(found["ours"]), statistics.median(ratios))
 
 
@@ -96,7 +99,7 @@ class Depth(NamedTuple):
 
     layers: int
     milliseconds_per_layer: float
-    trace: float  # of by hand
+    trace: float  # of hand-written
 
 
 def depths(pairs: int) -> Iterator[Depth]:
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="of runs for the trace time")
     options = parser.parse_args()
 
-    # What is built in full has no twin to be compared with.
+    # What is materialized has no twin to be compared with.
     warnings.simplefilter("error", lorax.MaterializeWarning)
     warnings.simplefilter("error", lorax.UnusedAdapterWarning)
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, rank {RANK}, float32")
@@ -127,7 +130,7 @@ def main() -> None:
     for found in depths(options.pairs):
         print(
             f"{found.layers} blocks: {found.milliseconds_per_layer:.1f} ms a block, "
-            f"{found.trace:.2f} of by hand",
+            f"{found.trace:.2f} of hand-written",
             flush=True,
         )
         by_depth.append(found._asdict())

@@ -1,21 +1,23 @@
 """Counts and times a training step with each kind of adapter, beside the same step with LoRA.
 
-    python benchmarks/kinds.py [--rounds N] [--works NAME ...]
+    python benchmarks/kinds.py [--rounds N] [--works NAME ...] [--no-peer]
 
 FLOPs, temporary bytes and the bytes kept for the backward pass are exact. The time is the median
-ratio of paired runs.
+ratio of paired runs. Beside it are the same ratio in PEFT on torch, and the time of ours over that
+of PEFT.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 import lorax
 from adapted import adapt
-from bench import Variant, step_milliseconds, variant
+from bench import Variant, run_milliseconds, step_milliseconds, variant
 from counts import paired
 from models import Model
 from steps import floor, start, train
@@ -47,8 +49,8 @@ WORKS: dict[str, Callable[[], Model]] = {
 }
 
 HEADER = (
-    "| kind | trained | FLOPs | temporary bytes | kept bytes | step |\n"
-    "|---|---:|---:|---:|---:|---:|"
+    "| kind | trained | FLOPs | temporary bytes | kept bytes | step | PEFT's step | ours / PEFT |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -80,34 +82,53 @@ def _step(model: Model, spec: Any, dropout: bool = False) -> tuple[Variant, int]
     return variant(Program(trained.step, calls, trained.loss)), lorax.count_params(adapted.tunable)
 
 
-def table(model: Model, rounds: int) -> str:
+def table(model: Model, rounds: int, peer: bool) -> str:
     """Each kind as a ratio to LoRA."""
     made = steps(model)
-    runs = {name: lambda v=step.variant: step_milliseconds(v) for name, step in made.items()}
-    times = paired(runs, rounds) if rounds else {}
+    of_peft = peft_steps(model) if peer and rounds else {}
+    runs = {name: partial(step_milliseconds, step.variant) for name, step in made.items()}
+    runs |= {f"PEFT: {name}": partial(run_milliseconds, run) for name, run in of_peft.items()}
+    times = paired(runs, rounds)
     lines = [HEADER]
     lora = made["LoRA"].variant.counts
     for name, (found, trained) in made.items():
         cells = [f"{trained:,}"]
         for count in ("flops", "temp_bytes", "residual_bytes"):
             cells.append(f"{found.counts[count] / lora[count]:.3f}")
-        if times:
-            ratios = [x / y for x, y in zip(times[name], times["LoRA"], strict=True)]
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.2f}–{max(ratios):.2f})")
-        else:
-            cells.append("–")
+        for one, other in (
+            (name, "LoRA"),
+            (f"PEFT: {name}", "PEFT: LoRA"),
+            (name, f"PEFT: {name}"),
+        ):
+            cells.append(spread(times.get(one), times.get(other)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(times: list[float] | None, others: list[float] | None) -> str:
+    """Median, least and most of the ratios, or a dash where one was not measured."""
+    if not times or not others:
+        return "–"
+    ratios = [x / y for x, y in zip(times, others, strict=True)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def peft_steps(model: Model) -> dict[str, Callable[[], Any]]:
+    """Imported only where it is asked for: it needs PyTorch."""
+    from peers import peft_kinds
+
+    return peft_kinds.steps(model, RANK)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="of paired runs; 0 only counts")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="without PEFT")
     options = parser.parse_args()
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, rank {RANK}, beside LoRA")
     for name in options.works:
-        print(f"\n{name}\n\n{table(WORKS[name](), options.rounds)}", flush=True)
+        print(f"\n{name}\n\n{table(WORKS[name](), options.rounds, options.peer)}", flush=True)
 
 
 if __name__ == "__main__":

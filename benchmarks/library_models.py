@@ -1,4 +1,4 @@
-"""Models whose modules are a library's own, with LoRA written by hand into the same parameters."""
+"""Models whose modules are a library's own, with hand-written LoRA into the same parameters."""
 
 import flax.linen as nn
 import jax

@@ -1,6 +1,6 @@
 """The benchmarked models, each written once.
 
-`way` says what stands at each adapted weight: nothing in here knows about LoRA.
+`way` says what takes the place of each adapted weight: nothing in here knows about LoRA.
 """
 
 import functools

@@ -28,7 +28,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def instructions(text: str) -> dict[str, tuple[str, str]]:
-    """Of each instruction of a compiled program, its opcode and where in the source it stands."""
+    """The opcode of each instruction of a compiled program, and the source that it comes from."""
     found = {}
     for line in text.splitlines():
         match = re.match(r"\s+(?:ROOT )?%?(\S+) = .*?\s([a-z][a-z-]*)\(", line)
@@ -98,7 +98,7 @@ def main() -> None:
     programs = work.programs(model, adapted)
     columns = {
         name: in_jax(programs[name], options.steps)
-        for name in ("ours", "by hand", "by hand, flat", "floor")
+        for name in ("ours", "hand-written", "hand-written, flat", "floor")
         if name in programs
     }
     if options.peers:

@@ -19,7 +19,7 @@ from table import short
 
 CONSOLE = Console(width=160)
 PEERS = ("flax.nnx.LoRA", "qwix", "quax", "PEFT on torch")
-NOISE = "by hand again"
+NOISE = "hand-written again"
 
 
 def ratios(work: Any, one: str, other: str, what: str = "step_ms") -> list[float] | None:
@@ -50,7 +50,7 @@ def show_work(name: str, work: Any) -> None:
     table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("variant")
     of_counts = ("FLOPs", "argument bytes", "temp bytes", "residual bytes", "page faults")
-    of_times = ("trace", "first call", "step, ms", "step / by hand", "min", "max")
+    of_times = ("trace", "first call", "step, ms", "step / hand-written", "min", "max")
     for column in (*of_counts, *of_times):
         table.add_column(column, justify="right")
     for variant, found in work["variants"].items():
@@ -61,10 +61,11 @@ def show_work(name: str, work: Any) -> None:
         first = [
             f"{statistics.median(rounds):.2f} ×" if rounds else "–"
             for rounds in (
-                ratios(work, variant, "by hand", what) for what in ("trace_ms", "first_call_ms")
+                ratios(work, variant, "hand-written", what)
+                for what in ("trace_ms", "first_call_ms")
             )
         ]
-        steps = ratios(work, variant, "by hand") or []
+        steps = ratios(work, variant, "hand-written") or []
         milliseconds = f"{statistics.median(found['step_ms']):.1f}"
         table.add_row(variant, *counts, *first, milliseconds, *spread(steps))
     CONSOLE.print(table)
@@ -79,14 +80,14 @@ def goals(works: Any) -> Iterator[tuple[str, str, float, list[float]]]:
     """Work, what is compared, the goal and the ratios."""
     for name, work in works.items():
         compared = [
-            ("step / by hand, flat", "by hand, flat", "step_ms", 1.02),
+            ("step / hand-written, flat", "hand-written, flat", "step_ms", 1.02),
             ("step / floor", "floor", "step_ms", 1.25),
             *((f"step / {peer}", peer, "step_ms", 1.0) for peer in PEERS),
-            ("first call / by hand", "by hand", "first_call_ms", 1.15),
+            ("first call / hand-written", "hand-written", "first_call_ms", 1.15),
             ("at once / in turn", "ours, in turn", "step_ms", 0.9),
         ]
         if name == "GPT":
-            compared.insert(0, ("step / by hand", "by hand", "step_ms", 0.47))
+            compared.insert(0, ("step / hand-written", "hand-written", "step_ms", 0.47))
         for text, other, what, goal in compared:
             found = ratios(work, "ours", other, what)
             if found is not None:
@@ -101,7 +102,7 @@ def show_goals(works: Any) -> None:
         table.add_column(column, justify="right")
     table.add_column("")
     for name, text, goal, found in goals(works):
-        noise = ratios(works[name], NOISE, "by hand") or [1.0]
+        noise = ratios(works[name], NOISE, "hand-written") or [1.0]
         median, least, most = spread(found)
         met = statistics.median(found) <= goal
         table.add_row(
@@ -110,7 +111,7 @@ def show_goals(works: Any) -> None:
     CONSOLE.print(table)
 
 
-COLOURS = {"ours": "#c2410c", "by hand, flat": "#0f766e", "floor": "#94a3b8"}
+COLOURS = {"ours": "#c2410c", "hand-written, flat": "#0f766e", "floor": "#94a3b8"}
 
 
 def plot(found: Any, path: pathlib.Path) -> None:
@@ -127,7 +128,7 @@ def plot(found: Any, path: pathlib.Path) -> None:
     for panel, (name, work) in zip(panels.flat, works.items(), strict=False):
         names = list(work["variants"])[::-1]
         for y, variant in enumerate(names):
-            values = ratios(work, variant, "by hand") or []
+            values = ratios(work, variant, "hand-written") or []
             colour = COLOURS.get(variant, "#334155")
             panel.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.5)
             panel.plot(statistics.median(values), y, "o", color=colour, markersize=5)
@@ -136,7 +137,7 @@ def plot(found: Any, path: pathlib.Path) -> None:
         panel.tick_params(axis="x", labelsize=8)
         panel.set_xlim(left=0)
         panel.set_title(name, fontsize=10, loc="left")
-    figure.supxlabel("time / LoRA written by hand (median, minimum to maximum)", fontsize=9)
+    figure.supxlabel("time / hand-written LoRA (median, minimum to maximum)", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -145,26 +146,26 @@ def markdown(found: Any) -> Iterator[str]:
     """The tables of the documentation, from what `bench.py --json` wrote."""
     works = found["works"]
     trained = {name: work for name, work in works.items() if "floor" in work["variants"]}
-    names = ["ours", "by hand, flat", "floor", "full fine-tuning", *PEERS, NOISE]
+    names = ["ours", "hand-written, flat", "floor", "full fine-tuning", *PEERS, NOISE]
     yield "| | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 1) + "|"
     for name, work in trained.items():
         cells = []
         for variant in names:
-            values = ratios(work, variant, "by hand")
+            values = ratios(work, variant, "hand-written")
             cells.append("{} ({}–{})".format(*spread(values, 2)) if values else "–")
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
     yield "| | FLOPs | temporary bytes | residual bytes | trace | first call |"
     yield "|---|---|---|---|---|---|"
     for name, work in works.items():
-        ours, by_hand = work["variants"]["ours"], work["variants"]["by hand"]
+        ours, by_hand = work["variants"]["ours"], work["variants"]["hand-written"]
         counts = [
             f"{ours[count] / by_hand[count]:.3f}" if count in ours else "–"
             for count in ("flops", "temp_bytes", "residual_bytes")
         ]
         first = [
-            f"{statistics.median(ratios(work, 'ours', 'by hand', what) or [1]):.2f}"
+            f"{statistics.median(ratios(work, 'ours', 'hand-written', what) or [1]):.2f}"
             for what in ("trace_ms", "first_call_ms")
         ]
         yield f"| {name} | " + " | ".join([*counts, *first]) + " |"
@@ -172,10 +173,11 @@ def markdown(found: Any) -> Iterator[str]:
         if name in trained:
             continue
         yield ""
-        yield f"| {name} | milliseconds | of by hand |"
+        yield f"| {name} | milliseconds | of hand-written |"
         yield "|---|---|---|"
         for variant, values in work["variants"].items():
-            of_by_hand = "{} ({}–{})".format(*spread(ratios(work, variant, "by hand") or [], 2))
+            found = ratios(work, variant, "hand-written") or []
+            of_by_hand = "{} ({}–{})".format(*spread(found, 2))
             yield f"| {variant} | {statistics.median(values['step_ms']):.1f} | {of_by_hand} |"
     yield ""
     for name, work in works.items():

@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 from counts import Counts
 
-MARK = "▲"  # stands behind a ratio above its goal
+MARK = "▲"  # follows a ratio above its goal
 
 HEADER = f"""\
-Ours / written by hand; {MARK} is above the goal of 1.00 (trace: 1.50).
+Ours / hand-written; {MARK} is above the goal of 1.00 (trace: 1.50).
 
                                    FLOPs              temp bytes         HLO instructions   trace
-model                              by hand    ratio   by hand    ratio   by hand    ratio   ratio
+model                         hand-written    ratio  hand-writ.   ratio  hand-writ.   ratio   ratio
 --------------------------------   ----------------   ----------------   ----------------   -----"""
 
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     @property
     def ratios(self) -> Counts:
-        """Ours over by hand, for each count."""
+        """Ours over hand-written, for each count."""
         return Counts(*(x / max(y, 1) for x, y in zip(self.ours, self.by_hand, strict=True)))
 
     @property

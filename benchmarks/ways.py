@@ -1,4 +1,4 @@
-"""What stands at a weight: the weight alone, or LoRA beside it, written as a careful user would.
+"""A weight alone, or LoRA beside it, written as a careful user would.
 
 A model calls one of these methods wherever it uses a weight, with the weight's factors
 `{"a": …, "b": …}`, the weight, and what meets it.

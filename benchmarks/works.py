@@ -45,15 +45,15 @@ class Work(NamedTuple):
     def programs(self, model: Model, adapted: Adapted) -> dict[str, Program]:
         """Every program that needs no other library."""
         found = {name: self.program(way, model.batch) for name, way in ways(model, adapted).items()}
-        return found | {"by hand again": found["by hand"]} | self.beside(model, adapted)
+        return found | {"hand-written again": found["hand-written"]} | self.beside(model, adapted)
 
 
 def ways(model: Model, adapted: Adapted) -> dict[str, Lora]:
-    """LoRA by `lora`, and written by hand in two forms."""
+    """LoRA by `lora`, and hand-written in two forms."""
     return {
         "ours": Lora(adapted.ours, adapted.tunable, adapted.frozen),
-        "by hand": Lora(model.written(ByHand()), adapted.factors, model.params),
-        "by hand, flat": Lora(model.written(Flat()), adapted.factors, model.params),
+        "hand-written": Lora(model.written(ByHand()), adapted.factors, model.params),
+        "hand-written, flat": Lora(model.written(Flat()), adapted.factors, model.params),
     }
 
 
@@ -110,7 +110,7 @@ def bounds(model: Model, adapted: Adapted) -> dict[str, Program]:
 def bounds_of_blocks(model: Model, adapted: Adapted) -> dict[str, Program]:
     """What else could be done for weights that meet the same input."""
     side_by_side = Lora(model.written(SideBySide()), adapted.factors, model.params)
-    return bounds(model, adapted) | {"by hand, q|k|v": step(side_by_side, model.batch)}
+    return bounds(model, adapted) | {"hand-written, q|k|v": step(side_by_side, model.batch)}
 
 
 def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
@@ -125,7 +125,8 @@ def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
 def one_after_another(model: Model, adapted: Adapted) -> dict[str, Program]:
     """Several adapters, in a call of each."""
     made = ways(model, adapted)
-    return {f"{name}, in turn": in_turn(made[name], model.batch) for name in ("ours", "by hand")}
+    names = ("ours", "hand-written")
+    return {f"{name}, in turn": in_turn(made[name], model.batch) for name in names}
 
 
 # The works

@@ -1,5 +1,8 @@
 """What every framework's tests share: the proof of an adapter."""
 
+import pathlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 import lorax
 from lorax import testing
 
-# For meshes/; it must be said before the first array exists.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for what several of them read
+# For the meshes; it must be said before the first array exists.
 jax.config.update("jax_num_cpu_devices", 8)
 # These models are small and run a few times: their compilation is what takes the time.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -15,6 +15,10 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import tiny_gguf
+
+from lorax import dequantize
+from lorax_io import flax_names, load_base
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "finetune"
 
@@ -163,9 +167,7 @@ def test_the_program_fails_plainly(wheel, tmp_path):
 # model.py and tokenizer.py
 
 CONFIG = model.Config(layers=2, heads=4, kv_heads=2, rope_theta=100.0, norm_eps=1e-5)
-WIDTH = 24
-TOKENS = ["a", "b", "c", "1", "9", "Ġ", "ab", "Ġab", "Ġ1", "19", "Ġc"]
-MERGES = ["a b", "Ġ ab", "1 9", "Ġ 1", "Ġ c"]
+WIDTH, TOKENS = tiny_gguf.WIDTH, tiny_gguf.TOKENS
 
 
 def permute_as_llama_cpp(weight, heads):
@@ -204,37 +206,7 @@ def test_unpermuted_queries_and_keys_have_the_scores_of_llama_cpp():
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A random Llama of two layers, with a tokenizer, as a GGUF file."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(CONFIG.layers)
-    writer.add_head_count(CONFIG.heads)
-    writer.add_head_count_kv(CONFIG.kv_heads)
-    writer.add_rope_freq_base(CONFIG.rope_theta)
-    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
-    writer.add_token_list(TOKENS)
-    writer.add_token_merges(MERGES)
-    shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
-    for i in range(CONFIG.layers):
-        shapes |= {
-            f"blk.{i}.attn_norm": (WIDTH,),
-            f"blk.{i}.attn_q": (WIDTH, WIDTH),
-            f"blk.{i}.attn_k": (WIDTH // 2, WIDTH),
-            f"blk.{i}.attn_v": (WIDTH // 2, WIDTH),
-            f"blk.{i}.attn_output": (WIDTH, WIDTH),
-            f"blk.{i}.ffn_norm": (WIDTH,),
-            f"blk.{i}.ffn_gate": (40, WIDTH),
-            f"blk.{i}.ffn_up": (40, WIDTH),
-            f"blk.{i}.ffn_down": (WIDTH, 40),
-        }
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return gguf.GGUFReader(path)
+    return gguf.GGUFReader(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf"))
 
 
 def test_load_llama(reader):
@@ -343,3 +315,30 @@ def test_naive_bayes_by_hand():
     # Three words are known; there are three positive and two negative ones.
     assert log_odds("Good unknown") == pytest.approx(np.log((3 / 6) / (1 / 5)))
     assert log_odds("film") == pytest.approx(np.log((2 / 6) / (2 / 5)))
+
+
+def test_a_base_in_the_codes_of_the_file(tmp_path):
+    """Codes of four bits that `load_base` keeps decode to the floats that the example loads."""
+    path, side = tmp_path / "tiny.gguf", 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_freq_base(CONFIG.rope_theta)
+    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q4_1
+    names = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+    for name in ["token_embd", *(f"blk.0.{name}" for name in names)]:
+        weight = rng.normal(size=(side, side)).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quantize(weight, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", rng.normal(size=side).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    params, _ = model.load_llama(gguf.GGUFReader(path))
+    coded = load_base(path, flax_names(params), params=params)
+    assert coded["model"]["embed_tokens"]["embedding"].bits == 5
+    for ours, theirs in zip(*map(jax.tree.leaves, (dequantize(coded), params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

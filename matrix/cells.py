@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What stands in the brackets of the session's name; what goes without saying is left out.
+        """What is in the brackets of the session's name, without the defaults.
 
         `lorax-core`, `lorax-core, 3.12, floor`, `lorax-io, tpu`.
         """

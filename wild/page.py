@@ -41,7 +41,7 @@ writes that file and this page again.
 - **factored**: weights that are adapted and never built, of all weights. A weight is a parameter of
   two or more axes that reaches a product, a convolution or a look-up, which is found without Lorax.
   Biases, gains and positions that are only added are not weights.
-- **materialized**: weights that are adapted and built in full.
+- **materialized**: weights that are adapted and materialized.
 - **left out**: weights without an adapter. "Not named" are those that `infer_spec` says nothing
   about.
 - **error**: the largest relative error of values and gradients beside the merged model, in float64
@@ -49,7 +49,7 @@ writes that file and this page again.
 - **trace**: processor time to trace the adapted model, with empty caches, over the plain one's.
   It depends on the machine, and nothing is asserted about it.
 
-{models} models of {packages} packages; {built} weights of {weights} are built in full.
+{models} models of {packages} packages; {built} weights of {weights} are materialized.
 
 {table}
 

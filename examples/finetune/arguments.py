@@ -8,8 +8,8 @@ from download import cache_folder
 from training import TRAIN_BATCH
 
 
-def parse_args(about, arguments=None, *, out, steps):
-    """What the user says, and for the rest the defaults."""
+def parse_args(about, arguments=None, *, out, steps, bases=()):
+    """What the user says, and for the rest the defaults; `bases` are those there are to choose."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -24,6 +24,8 @@ def parse_args(about, arguments=None, *, out, steps):
     add("--learning-rate", type=float, default=2e-3, metavar="X", help="at first; decays to zero")
     add("--seed", **count, default=0, help="draws the adapter, and the sentences that train it")
     add("--limit-eval", **count, default=HELD_OUT, help="held-out sentences to evaluate on")
+    if bases:
+        add("--base", choices=bases, default=bases[0], help="how the frozen weights are held")
     args = parser.parse_args(arguments)
     allowed = {"steps": (1, 500), "rank": (1, 192), "seed": (0, 2**31 - 1)}
     for name, (least, most) in (allowed | {"limit_eval": (1, HELD_OUT)}).items():

@@ -75,9 +75,9 @@ def show_scores(title, columns):
     console.print(table)
 
 
-def show_seconds(seconds):
+def show_seconds(seconds, title="Wall time"):
     """How long each part took."""
-    table = Table("", "seconds", title="Wall time", title_justify="left")
+    table = Table("", "seconds", title=title, title_justify="left")
     table.columns[1].justify = "right"
     for part, duration in seconds.items():
         table.add_row(part, f"{duration:.1f}")
@@ -99,19 +99,21 @@ def plot_losses(losses, path, window=10):
     figure.savefig(path, dpi=150)
 
 
-def show_adapter(folder, results, reloaded, merged, base, tolerance):
+def show_adapter(folder, results, checks, base, tolerance):
     """Print what was saved, and how far its forms are from the trained model; whether they agree.
 
-    `results` names what was compared. The base model's distance shows what there is to be lost.
+    `results` names what was compared, and `checks` holds the distance of each form. The base
+    model's distance shows what there is to be lost.
     """
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
     console.print(
         f"Largest difference from the trained model's {results}, relative to the largest: "
-        f"reloaded {reloaded:.1e}, merged {merged:.1e} (the base model {base:.1e})",
+        f"{', '.join(f'{form} {distance:.1e}' for form, distance in checks.items())} "
+        f"(the base model {base:.1e})",
         soft_wrap=True,
     )
-    agree = reloaded <= tolerance and merged <= tolerance  # not where one is NaN
+    agree = all(distance <= tolerance for distance in checks.values())  # not where one is NaN
     if not agree:
         console.print(f"Error: these must agree to {tolerance:g}.")
     return agree

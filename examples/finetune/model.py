@@ -65,7 +65,7 @@ def layer(p, x, config):
 def next_token_logits(params, tokens, last, config):
     """Logits for the token after position `last` [batch] of `tokens` [batch, time].
 
-    Attention is causal, so what stands to the right of `last` is padding that changes nothing.
+    Attention is causal, so what is to the right of `last` is padding that changes nothing.
     """
     model = params["model"]
     x = model["embed_tokens"]["embedding"][tokens]

@@ -95,7 +95,7 @@ class Setting(NamedTuple):
         return ("l" if self.stacked else "") + LABELS[name]
 
     def einsum(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        """With explicit axes, the model gathers what lies in pieces, and says how results lie."""
+        """With explicit axes, the model gathers what is sharded, and shards results."""
         if not self.explicit:
             return jnp.einsum(equation, x, w)
         _, labels, out = split(equation)

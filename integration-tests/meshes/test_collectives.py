@@ -1,4 +1,4 @@
-"""What moves between devices: no more than with LoRA written in by hand, and no base weight more
+"""What moves between devices: no more than with hand-written LoRA, and no base weight more
 than in the plain model.
 
 The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,

@@ -44,7 +44,7 @@ def partition_of(array):
 
 
 def assert_beside_base(params, tunable):
-    """Each axis of a factor lies as the base's axis that it runs over, and the rank is whole."""
+    """Each axis of a factor is sharded as the base's axis is, and the rank is whole."""
     is_leaf = lambda leaf: leaf is None or isinstance(leaf, LoraWeight)  # noqa: E731
     leaves = jax.tree.leaves(tunable, is_leaf=is_leaf)
     for base, leaf in zip(jax.tree.leaves(params), leaves, strict=True):

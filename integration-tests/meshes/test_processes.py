@@ -42,7 +42,7 @@ def run_processes(program, count, home, *, seconds=SECONDS):
     for _ in range(3):
         with free_port() as port:
             codes, outputs = _run_once(program, count, port, home, seconds)
-        # JAX's coordinator may say this and crash; that is no matter of the processes.
+        # JAX's coordinator may say this and crash; the processes are not to blame.
         if "Failed to add port to server" not in outputs[0]:
             break
     report = "\n".join(

@@ -110,7 +110,7 @@ class Twin:
         return (output if isinstance(output, torch.Tensor) else output[0]).float().numpy()
 
     def proves(self, params, model, tolerance=1e-5):
-        """Asserts that a model of PEFT's does what these parameters do, and not what the base does.
+        """Asserts that a PEFT model does what these parameters do, and not what the base does.
 
         What they do may not be lost in the tolerance.
         """

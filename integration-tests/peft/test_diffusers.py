@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from peft import get_peft_model_state_dict
 
 import lorax
@@ -170,3 +171,64 @@ def test_we_read_what_diffusers_writes(unet, tmp_path):
     found = load_any(tmp_path / "bare", params, names)
     ours, expected = noise(with_weights(unet, lorax.merge_params(found))), noise(adapted)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# Flux in the names of its own code, and diffusers' own table of them
+
+D, MLP, RANK = 3072, 12288, 2
+ORIGINAL = {  # outputs, inputs
+    "double_blocks_0_img_attn_qkv": (3 * D, D),
+    "double_blocks_0_txt_attn_qkv": (3 * D, D),
+    "double_blocks_3_img_attn_proj": (D, D),
+    "double_blocks_3_txt_attn_proj": (D, D),
+    "double_blocks_3_img_mlp_0": (MLP, D),
+    "double_blocks_3_img_mlp_2": (D, MLP),
+    "double_blocks_3_txt_mlp_0": (MLP, D),
+    "double_blocks_3_txt_mlp_2": (D, MLP),
+    "double_blocks_18_img_mod_lin": (6 * D, D),
+    "double_blocks_18_txt_mod_lin": (6 * D, D),
+    "single_blocks_0_linear1": (3 * D + MLP, D),
+    "single_blocks_7_linear2": (D, D + MLP),
+    "single_blocks_37_modulation_lin": (3 * D, D),
+    "img_in": (D, 64),
+    "txt_in": (D, 4096),
+    "time_in_in_layer": (D, 256),
+    "time_in_out_layer": (D, D),
+    "vector_in_in_layer": (D, 768),
+    "vector_in_out_layer": (D, D),
+    "guidance_in_in_layer": (D, 256),
+    "guidance_in_out_layer": (D, D),
+    "final_layer_linear": (64, D),
+    "final_layer_adaLN_modulation_1": (2 * D, D),
+}
+# The names of which diffusers drops alpha.
+NO_ALPHA = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
+
+
+def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
+    numbers = np.random.default_rng(0)
+    draw = lambda *shape: numbers.normal(size=shape).astype(np.float32)  # noqa: E731
+    tensors = {}
+    for module, (fan_out, fan_in) in ORIGINAL.items():
+        tensors[f"lora_unet_{module}.lora_down.weight"] = draw(RANK, fan_in)
+        tensors[f"lora_unet_{module}.lora_up.weight"] = draw(fan_out, RANK)
+        if not module.startswith(NO_ALPHA):
+            tensors[f"lora_unet_{module}.alpha"] = np.asarray(5, np.float32)
+    file = tmp_path / "style.safetensors"
+    safetensors.numpy.save_file(tensors, file)
+    state = FluxLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=file.name)
+    assert main(["convert", str(file), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    found = open_adapter(tmp_path / "out")
+    assert found.part == "transformer"
+    modules = {layout.module: found.rows[path] for path, layout in found.names.items()}
+    theirs = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
+    assert modules.keys() == theirs and len(theirs) == len(ORIGINAL) + 2 + 2 + 3
+    for module, row in modules.items():
+        # diffusers has no part in the names of what it takes from these layers.
+        begin = next(b for b in ("transformer.", "") if f"{b}{module}.lora_A.weight" in state)
+        a, b = (state[f"{begin}{module}.lora_{x}.weight"].numpy() for x in "AB")
+        if module == "norm_out.linear":
+            a = a[::-1]  # diffusers swaps the halves of this factor, too, and they are of the rank
+        left, right = np.asarray(row.a), row.scale * np.asarray(row.b)
+        some = numbers.normal(size=(4, left.shape[0])).astype(np.float32)
+        np.testing.assert_allclose(some @ left @ right, some @ a.T @ b.T, rtol=2e-3, atol=2e-3)

@@ -1,7 +1,7 @@
 """Flax models of transformers and their adapters in PyTorch, by the names of lorax_hf.
 
-Every parameter goes to PyTorch by its name and back in the outputs: a name that PyTorch has not, or
-a kernel that lies the other way, cannot hide.
+Every parameter goes to PyTorch by its name and back in the outputs: a name that PyTorch does not
+have, or a kernel that is transposed, cannot hide.
 """
 
 import os

@@ -58,7 +58,7 @@ def params_of(net):
     return params | {"table": array(net.table.weight)}
 
 
-# A tensor of PEFT's layer by the name of our factor, and its axes in our order.
+# A tensor of the layer in PEFT by the name of our factor, and its axes in our order.
 
 
 def of_lora(layer):

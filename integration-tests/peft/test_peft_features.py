@@ -8,7 +8,16 @@ import jax
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    FourierFTConfig,
+    GraloraConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RandLoraConfig,
+    get_peft_model,
+)
 
 import lorax
 from lorax import LORA_FULL, DoraSpec, FrozenWeight, LoraSpec
@@ -355,15 +364,42 @@ def test_we_read_pefts_stacks_of_dora(twin, from_peft, case):
 REFUSED = {
     "PiSSA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"),
     "OLoRA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
-    "bias of a factor": LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True),
-    "rows": LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[2, 3]),
     "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
-    "OFT": OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "constrained OFT": OFTConfig(oft_block_size=4, target_modules=["q_proj"], coft=True),
+    "MiSS times the base": MissConfig(r=4, target_modules=["q_proj"], init_weights="bat"),
+    "MiSS repeated": MissConfig(r=4, target_modules=["q_proj"], init_weights="mini", mini_r=4),
+    "GraLoRA with a rest": GraloraConfig(r=4, hybrid_r=2, target_modules=["q_proj"]),
+    "Fourier": FourierFTConfig(n_frequency=8, target_modules=["q_proj"]),
+    "RandLoRA": RandLoraConfig(r=4, target_modules=["q_proj"]),
 }
 
 
 # PEFT says that a bias was not gathered from several devices, in error.
 @pytest.mark.filterwarnings(r"ignore:Adapter 'default'.*lora_B\.bias")
+def test_biases_of_factors_become_those_of_the_model(twin, from_peft):
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], lora_bias=True)
+    _, tunable = from_peft(twin("llama", attention_bias=True), config, again=False)
+    full = {path for path, leaf in tunable.items() if leaf is not None and "bias" in path}
+    assert {path.rpartition(".layers.")[2] for path in full} == {
+        f"{k}.self_attn.q_proj.bias" for k in range(2)
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_the_embedding_are_read_beside_lora(twin, from_peft, tied):
+    config = LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[7, 2])
+
+    def train(model):
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+
+    model = twin("llama", tie_word_embeddings=tied)
+    _, tunable = from_peft(model, config, change=train)
+    [table] = [leaf for leaf in tunable.values() if leaf is not None and leaf.kind == "tokens"]
+    assert table.indices == (7, 2)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_plain_lora_is_refused(twin, tmp_path, case):
     model = twin("llama", attention_bias=True)

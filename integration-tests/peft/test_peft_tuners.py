@@ -14,13 +14,20 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    DeloraConfig,
+    GraloraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
+    OFTConfig,
     PeftModel,
+    TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
 )
+from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,9 +35,9 @@ import lorax
 from lorax_io import (
     AdapterWarning,
     Conv,
+    Embedding,
     Linear,
     Tensor,
-    UnsupportedAdapterError,
     load_peft,
     open_adapter,
     save_peft,
@@ -39,16 +46,23 @@ from lorax_io._command import main
 
 
 class Net(nn.Module):
-    """Two kinds of layers, none of them square, without biases."""
+    """Kinds of layers, none of them square, with or without biases."""
 
-    def __init__(self):
+    def __init__(self, bias):
         super().__init__()
-        self.up = nn.Linear(24, 32, bias=False)
-        self.down = nn.Linear(32, 20, bias=False)
+        self.table = nn.Embedding(11, 24)
+        self.up = nn.Linear(24, 32, bias=bias)
+        self.down = nn.Linear(32, 20, bias=bias)
         self.conv = nn.Conv2d(4, 6, (3, 2), bias=False)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
+
+
+def seeded(**settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specified to not save vera_A")
+        return VeraConfig(save_projection=False, **settings)
 
 
 LINEAR = ["up", "down"]
@@ -71,8 +85,62 @@ CONFIGS = {
     "IA3 of a convolution": IA3Config(target_modules=ALL, feedforward_modules=["conv"]),
     "IA3 of channels out": IA3Config(target_modules=ALL, feedforward_modules=[]),
     "rsLoRA": LoraConfig(r=3, lora_alpha=5, target_modules=ALL, use_rslora=True),
+    "VeRA": VeraConfig(r=5, target_modules=LINEAR, projection_prng_key=3),
+    "VeRA of a seed": seeded(r=5, target_modules=LINEAR, projection_prng_key=2**33 + 7),
+    "OFT": OFTConfig(oft_block_size=8, target_modules=LINEAR),
+    "OFT, exact and shared": OFTConfig(
+        oft_block_size=4, target_modules=LINEAR, block_share=True, use_cayley_neumann=False
+    ),
+    "OFT of a table": OFTConfig(
+        oft_block_size=4, target_modules=["up", "table"], num_cayley_neumann_terms=3
+    ),
+    "OFT of counted blocks": OFTConfig(r=4, oft_block_size=0, target_modules=["down"]),
+    "DeLoRA": DeloraConfig(r=3, target_modules=LINEAR, rank_pattern={"up": 2}),
+    "MiSS": MissConfig(r=8, target_modules=LINEAR),
+    "MiSS with a remainder": MissConfig(r=5, target_modules=LINEAR),
+    "GraLoRA": GraloraConfig(r=6, alpha=5, gralora_k=2, target_modules=LINEAR),
+    "BD-LoRA": LoraConfig(
+        r=6,
+        lora_alpha=5,
+        target_modules=LINEAR,
+        use_rslora=True,
+        use_bdlora=BdLoraConfig(["up"], ["down"], nblocks=2),
+    ),
+    "BD-LoRA beside LoRA": LoraConfig(
+        r=4,
+        lora_alpha=5,
+        target_modules=LINEAR,
+        use_bdlora=BdLoraConfig(None, ["down"], nblocks=4, match_strict=False),
+    ),
+    "trainable tokens": TrainableTokensConfig(target_modules=["table"], token_indices=[5, 1, 9]),
+    "tokens beside LoRA": LoraConfig(
+        r=3, lora_alpha=5, target_modules=LINEAR, trainable_token_indices={"table": [7, 0]}
+    ),
+    "tokens beside DoRA": LoraConfig(
+        r=3, target_modules=LINEAR, use_dora=True, trainable_token_indices={"table": [2]}
+    ),
+    "LoRA of a table": LoraConfig(r=3, lora_alpha=5, target_modules=["up", "table"]),
 }  # fmt: skip
+# With biases that are trained, or changed with the weight beside them.
+BIASED = {
+    "LoRA and biases of its own": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
+    "LoRA and all biases": LoraConfig(r=3, target_modules=["up"], bias="all"),
+    "LoRA with biased factors": LoraConfig(
+        r=3, lora_alpha=5, target_modules=LINEAR, lora_bias=True
+    ),
+    "LoRA with biased factors and biases": LoraConfig(
+        r=4, target_modules=["up"], lora_bias=True, use_rslora=True, bias="all"
+    ),
+    "IA3 of outputs": IA3Config(target_modules=LINEAR, feedforward_modules=["down"]),
+    "VeRA and its biases": VeraConfig(r=5, target_modules=LINEAR, bias="vera_only"),
+    "OFT and all biases": OFTConfig(oft_block_size=4, target_modules=["up"], bias="all"),
+    "DeLoRA and its biases": DeloraConfig(r=3, target_modules=LINEAR, bias="delora_only"),
+    "MiSS and its biases": MissConfig(r=4, target_modules=LINEAR, bias="MiSS_only"),
+    "GraLoRA and its biases": GraloraConfig(r=4, target_modules=LINEAR, bias="gralora_only"),
+}
+CASES = CONFIGS | BIASED
 NAMES = {
+    "table": Embedding("table"),
     "up": Linear("up"),
     "down": Linear("down"),
     "conv": Conv("conv", in_axes=(0, 1, 2), channel_axis=2),
@@ -80,17 +148,32 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def net():
+def nets():
     torch.manual_seed(0)
-    return Net()
+    return {bias: Net(bias) for bias in (False, True)}
+
+
+@pytest.fixture
+def net(nets, request):
+    """Of a case; without biases by default."""
+    callspec = getattr(request.node, "callspec", None)
+    return nets[callspec is not None and callspec.params.get("case") in BIASED]
+
+
+def names_of(net):
+    biases = {
+        name: Tensor(name.removesuffix(".bias")) for name in make_params(net) if "bias" in name
+    }
+    return NAMES | biases
 
 
 def make_params(net):
     """The weights with the axes of JAX's libraries."""
     weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
-    order = {"conv.weight": (2, 3, 1, 0)}
+    order = {"conv.weight": (2, 3, 1, 0), "table.weight": (0, 1)}
+    axes = lambda name, ndim: order.get(name, (1, 0) if ndim > 1 else (0,))  # noqa: E731
     return {
-        name.removesuffix(".weight"): jnp.asarray(array.transpose(order.get(name, (1, 0))))
+        name.removesuffix(".weight"): jnp.asarray(array.transpose(axes(name, array.ndim)))
         for name, array in weights.items()
     }
 
@@ -121,23 +204,30 @@ def assert_close(found, expected, bound=3e-6):
         np.testing.assert_allclose(found[path] / scale, array / scale, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+def save(model, folder):
+    with warnings.catch_warnings():
+        # It takes the biases of factors for factors that were cut.
+        warnings.filterwarnings("ignore", ".*invalid shape.*lora_B.bias")
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_we_read_what_peft_writes(net, tmp_path, case):
-    model = trained(net, CONFIGS[case])
-    model.save_pretrained(tmp_path)
-    pair = load_peft(tmp_path, make_params(net), NAMES)
+    model = trained(net, CASES[case])
+    save(model, tmp_path)
+    pair = load_peft(tmp_path, make_params(net), names_of(net))
     expected = merged_by_peft(model)
     assert any((expected[p] != x).any() for p, x in make_params(net).items())
     assert_close(lorax.merge_params(pair), expected)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_peft_reads_what_we_write(net, tmp_path, case):
-    model = trained(net, CONFIGS[case])
-    model.save_pretrained(tmp_path / "theirs")
+    model = trained(net, CASES[case])
+    save(model, tmp_path / "theirs")
     params = make_params(net)
-    pair = load_peft(tmp_path / "theirs", params, NAMES)
-    save_peft(tmp_path / "ours", pair.tunable, NAMES)
+    pair = load_peft(tmp_path / "theirs", params, names_of(net))
+    save_peft(tmp_path / "ours", pair, names_of(net), params=params)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # PEFT warns of its own code on this Python.
@@ -146,10 +236,10 @@ def test_peft_reads_what_we_write(net, tmp_path, case):
     assert_close(merged_by_peft(again), merged_by_peft(model))
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_the_command_merges_as_peft_does(net, tmp_path, case):
-    model = trained(net, CONFIGS[case])
-    model.save_pretrained(tmp_path / "adapter")
+    model = trained(net, CASES[case])
+    save(model, tmp_path / "adapter")
     base, out = tmp_path / "base.safetensors", tmp_path / "merged"
     save_file(dict(net.state_dict()), base)
     settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
@@ -188,16 +278,6 @@ def test_pruned_adalora_is_read(net, tmp_path):
     pair = load_peft(tmp_path, make_params(net), NAMES)
     assert (pair.tunable["up"].rank, pair.tunable["down"].rank) == (3, 2)
     assert_close(lorax.merge_params(pair), expected)
-
-
-def test_ia3_beside_a_bias_is_refused(tmp_path):
-    net = nn.Sequential(nn.Linear(5, 3))
-    model = trained(net, IA3Config(target_modules=["0"], feedforward_modules=[]))
-    model.save_pretrained(tmp_path)
-    names = {"w": Linear("0"), "b": Tensor("0")}
-    params = {"w": jnp.ones((5, 3)), "b": jnp.ones(3)}
-    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
-        load_peft(tmp_path, params, names)
 
 
 # Values that mean "absent": whatever PEFT reads, we read, with the same scale.

@@ -1,8 +1,13 @@
 """One thread for PyTorch: these models are small, and the tests run side by side."""
 
+import pathlib
+import sys
+
 import jax
 import torch
 
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples/finetune", "benchmarks")]
 torch.set_num_threads(1)
 # These programs run once: their compilation is what takes the time.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import LoraSpec, _contract, init_lora, lora
+from lorax import IA3Spec, LoraSpec, _contract, init_lora, lora
 from lorax._terms import Label
 
 B, I, O, R, S, E, T, K = (  # noqa: E741
@@ -392,6 +392,29 @@ def test_the_gradient_of_b_contracts_one_axis():
     text = jax.jit(jax.grad(loss)).lower(tunable).as_text()
     wide = [line for line in text.splitlines() if "dot_general" in line and "4x8x10xf32" in line]
     assert not any("contracting_dims = [0, 1] x [0, 1]" in line for line in wide), wide
+
+
+def test_what_is_summed_first_is_joined():
+    # As the blocks of MiSS: what meets the factor is another array than the one that others share.
+    fn, operands = contraction([(B, T, K, R), (R, O)], (B, T, O))
+    assert products(fn, *operands) == [sizes([B, T], O)]
+
+
+def test_whole_rows_move_where_the_result_is_transposed():
+    # As the blocks of GraLoRA, whose label is shown between those of the examples and the outputs.
+    fn, operands = contraction([(B, E, I), (E, I, R), (E, R, O)], (B, E, O))
+    assert products(fn, *operands)[-1] == sizes(E, B, O)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_gradient_of_a_gain_sums_over_one_axis_of_examples(on_cpu, monkeypatch):
+    params, x = {"w": jnp.ones((6, 10))}, jnp.ones((4, 8, 6))
+    frozen, tunable = init_lora(params, {"w": IA3Spec()}, jax.random.key(0))
+    fn = lora(lambda p, x: x @ p["w"])
+    monkeypatch.setattr(_contract, "is_for_one_cpu", lambda _: on_cpu)
+    grad = jax.make_jaxpr(jax.grad(lambda tunable: (fn((frozen, tunable), x) ** 2).sum()))
+    sums = [eqn.params["axes"] for eqn in grad(tunable).eqns if eqn.primitive.name == "reduce_sum"]
+    assert sums == [(0, 1, 2), (0,) if on_cpu else (0, 1)]
 
 
 def test_many_directions_and_many_adapters():

@@ -34,13 +34,13 @@ from lorax import (
     merge_params,
     quantize,
 )
-from lorax.bases import quantized_from_settings
+from lorax.bases import NVFP4, Affine, LLMInt8, quantized_from_settings
 from lorax.testing import random_factors
 
 FEW = [Int8(), Int4(32, symmetric=False), NF4(), MXFP4()]
 MORE = [
     Int8(32), Int8(symmetric=False), Int4(), NF4(128, double=False), FP8(), FP8("e5m2"),
-    FP8(block=64, square=True),
+    FP8(block=64, square=True), NVFP4(), LLMInt8(), Affine(), Affine(group=2),
 ]  # fmt: skip
 FORMATS = [*FEW, *(pytest.param(format, marks=pytest.mark.whole) for format in MORE)]
 
@@ -126,7 +126,10 @@ def test_error_and_bits(format):
     weight = N(6, 256, 128)
     held = quantize({"w": weight}, {"w": format})["w"]
     error = float(jnp.linalg.norm(held.array() - weight) / jnp.linalg.norm(weight))
-    most = {"int8": (0.008, 9.0), "int4": (0.1, 5.2), "nf4": (0.1, 4.5), "mxfp4": (0.13, 4.25)}
+    most = {
+        "int8": (0.008, 9.0), "int4": (0.1, 5.2), "nf4": (0.1, 4.5), "mxfp4": (0.13, 4.25),
+        "nvfp4": (0.1, 4.7), "llm_int8": (0.008, 8.2), "affine": (0.09, 6.0),
+    }  # fmt: skip
     error_most, bits_most = most.get(format.name, (0.06, 8.2))
     assert error < error_most and held.bits <= bits_most, (error, held.bits)
     # Bits of one entry are what XLA keeps for it.

@@ -421,11 +421,13 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
         "q": Linear("h.{}.q", shared_axes=(0,)),
         "up": Experts("h.{}.mlp", parameter="up", shared_axes=(0, 1), swapped=False),
         "norm": Tensor("h.{}.norm", parameter="weight", shared_axes=(0,)),
+        "k": Linear("h.{}.k", shared_axes=(0,), numbers=(4, 1)),
     }
     draw = lambda *sizes: np.random.default_rng(0).normal(size=sizes)  # noqa: E731
     q = lora(draw(3, 5, 1), draw(3, 1, 2), in_axes=(1,), out_axes=(2,), shared_axes=(0,))
     up = lora(draw(3, 4, 5, 1), draw(3, 4, 1, 2), in_axes=(2,), out_axes=(3,), shared_axes=(0, 1))
-    tunable = {"q": q, "up": up, "norm": jnp.ones((3, 5))}
+    k = lora(draw(2, 5, 1), draw(2, 1, 3), in_axes=(1,), out_axes=(2,), shared_axes=(0,))
+    tunable = {"q": q, "up": up, "norm": jnp.ones((3, 5)), "k": k}
     save_peft("peft", tunable, names)
     write_names("names.json", names)
     succeed("convert peft a.safetensors --to native --names names.json", capsys)
@@ -440,12 +442,13 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
         ({"q": Tensor("h.0.q")}, "`names` has not"),
         ({"q": Linear("{}.0.q", shared_axes=(0,))}, "`names` has not"),
         ({"q": Linear("h.{}.q", shared_axes=(0,))}, "lacks some of the modules"),
+        ({"q": Linear("h.{}.q", shared_axes=(0,), numbers=(0, 2))}, "lacks `h.2.q`"),
     ],
-    ids=["module", "heads", "layout", "no number", "gap"],
+    ids=["module", "heads", "layout", "no number", "gap", "numbers"],
 )
 def test_convert_refuses_names_that_do_not_fit(names, message, capsys):
     tunable = make_tunable(PLAIN[:1])
-    module = "h.1000000.q" if message.startswith("lacks") else "h.0.q"
+    module = "h.1000000.q" if message.startswith("lacks some") else "h.0.q"
     save_peft("peft", tunable, {"h/0/q/kernel": Linear(module)})
     write_names("names.json", names)
     assert message in fail("convert peft a.safetensors --to native --names names.json", capsys)

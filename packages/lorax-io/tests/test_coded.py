@@ -1,13 +1,19 @@
-"""Bases whose weights are codes: refused by the format's name, and what is plain in them merged."""
+"""Bases whose weights are codes: decoded and merged, or refused by the format's name."""
 
+import json
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax import LoraWeight
+from lorax.bases.nf4 import QUANTILES
+from lorax_io import save_adapter
+
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 EXPERTS = "model.layers.0.mlp.experts"
+OUT, IN = 128, 64
 
 u8 = lambda *shape: np.ones(shape, np.uint8)  # noqa: E731
 i8 = lambda *shape: np.ones(shape, np.int8)  # noqa: E731
@@ -15,62 +21,51 @@ u32 = lambda *shape: np.ones(shape, np.uint32)  # noqa: E731
 i32 = lambda *shape: np.ones(shape, np.int32)  # noqa: E731
 f32 = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
 fp8 = lambda *shape: np.ones(shape, jnp.float8_e4m3fn)  # noqa: E731
+draw = lambda *shape: np.random.default_rng(sum(shape)).normal(size=shape)  # noqa: E731
 
-# The tensors of a module of 64 outputs and 32 inputs in each format, and a word of the message.
-FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "fp8 in blocks": ({"weight": fp8(64, 32), "weight_scale_inv": f32(1, 1)}, "FP8"),
-    "fp8 with a scale": ({"weight": fp8(64, 32), "weight_scale": f32(64, 1)}, "FP8"),
-    "int8 with a scale": ({"weight": i8(64, 32), "weight_scale": f32(64, 1)}, "compressed-tensors"),
+# The tensors of a module of 64 outputs and 32 inputs in formats that are not decoded, and a word of
+# the message.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ComfyUI": ({"weight": fp8(64, 32), "scale_weight": f32()}, "ComfyUI"),
-    "bitsandbytes, 4 bits": (
-        {
-            "weight": u8(1024, 1),
-            "weight.absmax": f32(32),
-            "weight.quant_map": f32(16),
-            "weight.quant_state.bitsandbytes__nf4": u8(80),
-        },
-        "bitsandbytes",
-    ),
-    "bitsandbytes, 8 bits": ({"weight": i8(64, 32), "SCB": f32(64)}, "bitsandbytes"),
-    "GPTQ": (
-        {"qweight": i32(4, 64), "qzeros": i32(1, 8), "scales": f32(1, 64), "g_idx": i32(32)},
-        "GPTQ",
-    ),
-    "AWQ": ({"qweight": i32(32, 8), "qzeros": i32(1, 8), "scales": f32(1, 64)}, "AWQ"),
-    "compressed-tensors": (
-        {"weight_packed": i32(64, 4), "weight_scale": f32(64, 1), "weight_shape": i32(2)},
-        "compressed-tensors",
-    ),
     "HQQ": ({"W_q": u8(32, 32), "scale": f32(64, 1), "zero": f32(64, 1)}, "HQQ"),
     "quanto": ({"weight._data": u8(64, 32), "weight._scale": f32(64, 1)}, "quanto"),
     "MLX": ({"weight": u32(64, 4), "scales": f32(64, 1), "biases": f32(64, 1)}, "MLX"),
+    "ModelOpt": (
+        {"weight": u8(64, 16), "weight_scale": fp8(64, 2), "weight_scale_2": f32()}, "a scale",
+    ),
     "integers": ({"weight": i8(64, 32)}, "int8"),
-}
+    "GPTQ of 3 bits": (
+        {"qweight": i32(3, 64), "qzeros": i32(1, 6), "scales": f32(1, 64)}, "codes of 3.0 bits",
+    ),
+    "AWQ of too few words": (
+        {"qweight": i32(32, 7), "qzeros": i32(1, 8), "scales": f32(1, 64)}, r"(32, 8) would fit",
+    ),
+}  # fmt: skip
 
 
-def write(files, module, tensors, config=None, prefix=""):
+def write(files, module, tensors, config=None, prefix="", folder="base"):
     named = {f"{prefix}{module}.{name}": tensor for name, tensor in tensors.items()}
-    files.base(named | {f"{prefix}{V}.weight": files.draw(64, 32)}, config)
+    files.base(named | {f"{prefix}{V}.weight": files.draw(64, 32)}, config, folder)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", REFUSED)
 @pytest.mark.parametrize(
     "command", ["verify adapter --base base", "merge adapter --base base --out m"]
 )
 def test_codes_are_refused_by_name(shell, files, tmp_path, form, command):
-    tensors, word = FORMATS[form]
+    tensors, word = REFUSED[form]
     write(files, Q, tensors)
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     message = shell.fail(command)
-    assert "quantized" in message and word in message
+    assert word in message
     assert "LORA_FREEZE" not in message
     assert not (tmp_path / "m").exists()
 
 
 def test_codes_are_told_under_another_prefix(shell, files):
-    write(files, Q, FORMATS["GPTQ"][0], prefix="language_model.")
+    write(files, Q, REFUSED["HQQ"][0], prefix="language_model.")
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
-    assert "GPTQ" in shell.fail("verify adapter --base base")
+    assert "HQQ" in shell.fail("verify adapter --base base")
 
 
 def test_config_names_the_method(shell, files):
@@ -81,35 +76,6 @@ def test_config_names_the_method(shell, files):
     assert "fbgemm_fp8" in shell.fail("merge adapter --base base --out m")
 
 
-@pytest.mark.parametrize("form", ["fp8 in blocks", "GPTQ", "bitsandbytes, 4 bits"])
-def test_plain_weights_beside_codes_are_merged(shell, files, form):
-    write(files, Q, FORMATS[form][0], {"quantization_config": {"quant_method": "x"}})
-    files.peft(files.pair(V, 64, 32), target_modules=["v_proj"])
-    shell.succeed("merge adapter --base base --out merged")
-    before, after = files.read("base/model.safetensors"), files.read("merged/model.safetensors")
-    changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert changed == {f"{V}.weight"}
-
-
-def test_a_whole_module_does_not_replace_codes(shell, files):
-    write(files, Q, FORMATS["fp8 in blocks"][0])
-    files.peft(
-        files.pair(V, 64, 32) | {f"{Q}.weight": files.draw(64, 32)},
-        target_modules=["v_proj"],
-        modules_to_save=["q_proj"],
-    )
-    assert "FP8" in shell.fail("merge adapter --base base --out m")
-
-
-def test_experts_in_mxfp4_are_refused(shell, files):
-    files.base(
-        {f"{EXPERTS}.down_proj_blocks": u8(2, 4, 1, 16), f"{EXPERTS}.down_proj_scales": u8(2, 4, 1)}
-    )
-    tensors = {f"{EXPERTS}.lora_A.weight": f32(4, 32), f"{EXPERTS}.lora_B.weight": f32(4, 4)}
-    files.peft(tensors, target_modules=[], target_parameters=["mlp.experts.down_proj"])
-    assert "MXFP4" in shell.fail("merge adapter --base base --out m")
-
-
 def test_8_bit_floats_without_a_scale_are_numbers(shell, files):
     write(files, Q, {"weight": fp8(64, 32)})
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
@@ -118,13 +84,203 @@ def test_8_bit_floats_without_a_scale_are_numbers(shell, files):
     assert merged.dtype == jnp.float8_e4m3fn
 
 
-def test_native_adapters_are_held_to_the_same(shell, files):
-    from lorax import LoraWeight
-    from lorax_io import save_adapter
+# Decoded.
 
-    save_adapter(
-        "a.safetensors",
-        {f"{Q}.weight": LoraWeight(jnp.ones((64, 2)), jnp.ones((2, 32)), rank=2)},
+
+def nf4() -> tuple[dict[str, Any], Any]:
+    codes = np.random.default_rng(0).integers(0, 16, (OUT, IN))
+    scales = np.abs(draw(OUT)).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [OUT, IN]}
+    table = np.asarray(QUANTILES, np.float32)
+    flat = codes.reshape(-1, 2)
+    return {
+        "weight": (flat[:, 0] << 4 | flat[:, 1]).astype(np.uint8)[:, None],
+        "weight.absmax": scales,
+        "weight.quant_map": table,
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(
+            json.dumps(state).encode(), np.uint8
+        ).copy(),
+    }, table[codes] * scales[:, None]
+
+
+def words(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Eight codes of four bits to an int32 along the last axis, the first lowest."""
+    eight = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.int64) << np.arange(0, 32, 4)
+    return eight.sum(-1).astype(np.uint32).view(np.int32)
+
+
+def gptq() -> tuple[dict[str, Any], Any]:
+    random = np.random.default_rng(0)
+    codes, zeros = random.integers(0, 16, (OUT, IN)), random.integers(1, 16, (2, OUT))
+    scales = np.abs(draw(2, OUT)).astype(np.float16)
+    of = np.repeat(np.arange(2), IN // 2)
+    weight = scales[of].T.astype(np.float32) * (codes - zeros[of].T)
+    return {
+        "qweight": np.ascontiguousarray(words(codes).T), "qzeros": words(zeros - 1),
+        "scales": scales, "g_idx": of.astype(np.int32),
+    }, weight  # fmt: skip
+
+
+def packed() -> tuple[dict[str, Any], Any]:
+    codes = np.random.default_rng(0).integers(-8, 8, (OUT, IN))
+    scales = np.abs(draw(OUT, 2)).astype(jnp.bfloat16)
+    weight = codes * np.repeat(scales.astype(np.float32), IN // 2, 1)
+    return {
+        "weight_packed": words(codes + 8), "weight_scale": scales,
+        "weight_shape": np.array([OUT, IN], np.int64),
+    }, weight  # fmt: skip
+
+
+def floats_8(block: bool) -> tuple[dict[str, Any], Any]:
+    codes = draw(OUT, IN).astype(jnp.float8_e4m3fn)
+    shape = (1, 1) if block else (OUT, 1)
+    scales = np.abs(draw(*shape)).astype(np.float32)
+    end = "weight_scale_inv" if block else "weight_scale"
+    return {"weight": codes, end: scales}, codes.astype(np.float32) * scales
+
+
+def int_8() -> tuple[dict[str, Any], Any]:
+    codes = np.random.default_rng(0).integers(-127, 128, (OUT, IN)).astype(np.int8)
+    scales = np.abs(draw(OUT)).astype(np.float32)
+    return {"weight": codes, "SCB": scales}, codes * scales[:, None] / 127
+
+
+DECODED = {
+    "bitsandbytes, 4 bits": nf4,
+    "bitsandbytes, 8 bits": int_8,
+    "GPTQ": gptq,
+    "compressed-tensors": packed,
+    "fp8 in blocks": lambda: floats_8(True),
+    "fp8 with a scale": lambda: floats_8(False),
+}
+CONFIG = {"quantization_config": {"quant_method": "x"}, "model_type": "m"}
+
+
+@pytest.fixture
+def coded(files):
+    """Writes a base with one weight in codes and one in floats; returns the coded one's floats."""
+
+    def written(form, adapted=("q_proj",)):
+        tensors, weight = DECODED[form]()
+        write(files, Q, tensors, CONFIG)
+        pairs = {"q_proj": files.pair(Q, OUT, IN), "v_proj": files.pair(V, 64, 32)}
+        tensors = {name: x for module in adapted for name, x in pairs[module].items()}
+        files.peft(tensors, target_modules=list(adapted))
+        a, b = (pairs["q_proj"][f"{Q}.lora_{side}.weight"] for side in "AB")
+        return weight, 2 * b @ a
+
+    return written
+
+
+@pytest.mark.parametrize("form", DECODED)
+def test_codes_are_decoded_and_merged(shell, files, tmp_path, coded, form):
+    weight, delta = coded(form)
+    assert "fits base" in shell.succeed("verify adapter --base base")
+    shell.succeed("merge adapter --base base --out m")
+    found = files.read("m/model.safetensors")
+    assert found.keys() == {f"{Q}.weight", f"{V}.weight"}
+    merged = found[f"{Q}.weight"].astype(np.float32)
+    digits = float(jnp.finfo(found[f"{Q}.weight"].dtype).eps)
+    np.testing.assert_allclose(merged, weight + delta, rtol=digits, atol=4 * digits)
+    assert np.abs(delta).max() > 0.5
+    assert json.loads((tmp_path / "m/config.json").read_text()) == {"model_type": "m"}
+
+
+@pytest.mark.parametrize("form", DECODED)
+def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form):
+    coded(form, adapted=("v_proj",))
+    shell.succeed("merge adapter --base base --out m")
+    before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {f"{V}.weight"}
+    assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("form", ["fp8 with a scale"])
+def test_the_same_codes_again(shell, files, tmp_path, coded, form):
+    weight, delta = coded(form)
+    shell.succeed("merge adapter --base base --out m --requantize", "coded again")
+    before, found = files.read("base/model.safetensors"), files.read("m/model.safetensors")
+    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
+        n: (x.shape, x.dtype) for n, x in before.items()
+    }
+    decoded = found[f"{Q}.weight"].astype(np.float32) * found[f"{Q}.weight_scale"]
+    error = np.linalg.norm(decoded - weight - delta) / np.linalg.norm(weight + delta)
+    assert 0.001 < error < 0.04
+    assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
+
+
+def test_fp8_in_blocks_again(shell, files):
+    codes, scales = draw(256, 128).astype(jnp.float8_e4m3fn), np.abs(draw(2, 1)).astype(np.float32)
+    write(files, Q, {"weight": codes, "weight_scale_inv": scales})
+    pair = files.pair(Q, 256, 128)
+    files.peft(pair, target_modules=["q_proj"])
+    out = shell.succeed("merge adapter --base base --out m --requantize", "coded again; of all 1")
+    assert "1 of them adapted" in out
+    found = files.read("m/model.safetensors")
+    each = np.repeat(found[f"{Q}.weight_scale_inv"], 128, 0)
+    decoded = found[f"{Q}.weight"].astype(np.float32) * each
+    expected = codes.astype(np.float32) * np.repeat(scales, 128, 0)
+    expected += 2 * pair[f"{Q}.lora_B.weight"] @ pair[f"{Q}.lora_A.weight"]
+    assert 0.001 < np.linalg.norm(decoded - expected) / np.linalg.norm(expected) < 0.04
+
+
+@pytest.mark.parametrize("form", ["bitsandbytes, 4 bits", "GPTQ", "compressed-tensors"])
+def test_packed_codes_are_not_written(shell, tmp_path, coded, form):
+    coded(form)
+    message = shell.fail("merge adapter --base base --out m --requantize")
+    assert "not written, only read" in message
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_index_lists_the_floats(shell, files, tmp_path, coded):
+    coded("GPTQ")
+    base = tmp_path / "base"
+    index = {"weight_map": dict.fromkeys(files.read("base/model.safetensors"), "part.safetensors")}
+    (base / "model.safetensors").rename(base / "part.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    shell.succeed("merge adapter --base base --out m")
+    found = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    tensors = files.read("m/part.safetensors")
+    assert found["weight_map"] == dict.fromkeys(tensors, "part.safetensors")
+    assert found["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+
+
+def test_a_whole_module_replaces_codes(shell, files, coded):
+    coded("fp8 in blocks")
+    whole = files.draw(OUT, IN)
+    files.peft(
+        files.pair(V, 64, 32) | {f"{Q}.weight": whole},
+        target_modules=["v_proj"],
+        modules_to_save=["q_proj"],
     )
-    write(files, Q, FORMATS["fp8 in blocks"][0])
-    assert "FP8" in shell.fail("merge a.safetensors --base base/model.safetensors --out m")
+    shell.succeed("merge adapter --base base --out m")
+    found = files.read("m/model.safetensors")[f"{Q}.weight"]
+    np.testing.assert_array_equal(found, whole.astype(found.dtype))
+
+
+def test_experts_in_mxfp4(shell, files):
+    random = np.random.default_rng(0)
+    files.base(
+        {
+            f"{EXPERTS}.down_proj_blocks": random.integers(0, 256, (2, 4, 1, 16), dtype=np.uint8),
+            f"{EXPERTS}.down_proj_scales": random.integers(120, 130, (2, 4, 1), dtype=np.uint8),
+        }
+    )
+    tensors = {f"{EXPERTS}.lora_A.weight": f32(4, 32), f"{EXPERTS}.lora_B.weight": f32(4, 4)}
+    files.peft(tensors, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    shell.succeed("merge adapter --base base --out m")
+    found = files.read("m/model.safetensors")
+    assert {n: (x.shape, str(x.dtype)) for n, x in found.items()} == {
+        f"{EXPERTS}.down_proj": ((2, 32, 4), "bfloat16")
+    }
+
+
+def test_native_adapters_are_merged_likewise(shell, files, coded):
+    weight, _ = coded("fp8 in blocks")
+    a, b = jnp.full((OUT, 2), 0.5), jnp.ones((2, IN))
+    save_adapter("a.safetensors", {f"{Q}.weight": LoraWeight(a, b, rank=2)})
+    shell.succeed("merge a.safetensors --base base/model.safetensors --out m")
+    merged = files.read("m/model.safetensors")[f"{Q}.weight"].astype(np.float32)
+    np.testing.assert_allclose(merged, weight + 2 * 0.5, rtol=0.01, atol=0.02)

@@ -29,8 +29,11 @@ from lorax_io import (
     Linear,
     Tensor,
     load_adapter,
+    load_base,
+    load_frozen,
     load_peft,
     save_adapter,
+    save_frozen,
     save_merged,
     save_peft,
 )
@@ -191,6 +194,40 @@ def check_a_sharded_adapter_is_the_same_folder(home):
     save_peft(home / "host", make_tunable(), NAMES)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (home / "sharded" / name).read_bytes() == (home / "host" / name).read_bytes()
+
+
+def check_a_frozen_tree_is_read_where_it_is_to_be(home):
+    mesh = make_mesh()
+    formats = {
+        "dense": lorax.Int8(),
+        "table": lorax.Int4(4, along=(1,)),
+        "stack": lorax.NF4(along=(1,)),
+    }
+    shapes, specs = SHAPES | {"stack": (4, 64, 8)}, SPECS | {"table": P(None, "x")}
+    random = np.random.default_rng(0)
+    where = {name: NamedSharding(mesh, specs[name]) for name in formats}
+    params = {n: jax.device_put(random.normal(size=shapes[n]), where[n]) for n in formats}
+    frozen = lorax.quantize(params, formats)
+    save_frozen(home / "sharded", frozen)
+    taken = Spy.watch()
+    for given in ({"like": frozen}, {"params": shapes_of(params)}):
+        assert_same(load_frozen(home / "sharded", **given), frozen, placed=True)
+    split = frozen["stack"].arrays["codes"].sharding.shard_shape((4, 1, 64, 8))
+    assert (*split[:2], 32, split[3]) in taken and (4, 1, 32, 8) not in taken
+    plain = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
+    found = load_frozen(home / "sharded", params=plain, sharding=where)
+    assert_same(found, frozen, placed=True)
+    everywhere = NamedSharding(mesh, P())
+    found = load_frozen(home / "sharded", params=plain, sharding=everywhere)
+    assert all(x.sharding.is_equivalent_to(everywhere, x.ndim) for x in jax.tree.leaves(found))
+    save_frozen(home / "host", jax.device_get(frozen))
+    scale, codes = np.ones((16, 1), np.float32), np.ones((16, 8), np.int8)
+    tensors = {"up.weight": codes, "up.weight_scale": scale}
+    safetensors.numpy.save_file(tensors, home / "base")
+    found = load_base(home / "base", {"up": Linear("up")}, sharding=where["dense"])["up"]
+    split = {name: x.sharding.shard_shape(x.shape) for name, x in found.arrays.items()}
+    assert split == {"codes": (4, 4), "scales": (4,)} and found.sharding == where["dense"]
+    assert (home / "host").read_bytes() == (home / "sharded").read_bytes()
 
 
 @functools.cache

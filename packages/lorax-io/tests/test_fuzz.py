@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
+import lorax
 from lorax import LoraWeight
 from lorax_io import (
     AdapterError,
@@ -22,8 +23,10 @@ from lorax_io import (
     Linear,
     Tensor,
     load_adapter,
+    load_frozen,
     load_peft,
     save_adapter,
+    save_frozen,
     save_peft,
 )
 
@@ -144,6 +147,25 @@ def test_a_damaged_native_file(home, edits):
     damaged.write_bytes(Damage.apply(file.read_bytes(), edits))
     load_or_refuse(lambda: load_adapter(damaged, params=make_params()), tunable)
     load_or_refuse(lambda: load_adapter(damaged, like=tunable), tunable)
+
+
+@given(edits=Damage.edits)
+@examples(150)
+def test_a_damaged_frozen_tree(home, edits):
+    file = home / "sound.frozen"
+    if not file.exists():
+        weight = jnp.asarray(np.random.default_rng(0).normal(size=(64, 5)))
+        save_frozen(file, lorax.quantize({"w": weight, "b": jnp.ones(5)}, {"w": "nf4", "b": None}))
+    params = {"w": jnp.ones((64, 5)), "b": jnp.ones(5)}
+    damaged = home / "damaged.frozen"
+    damaged.write_bytes(Damage.apply(file.read_bytes(), edits))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdapterWarning)
+        try:
+            found = load_frozen(damaged, params=params)
+        except AdapterError:
+            return
+    assert {path: leaf.shape for path, leaf in found.items()} == {"w": (64, 5), "b": (5,)}
 
 
 @given(edits=Damage.edits, name=st.sampled_from(("model.safetensors", "config.json")))

@@ -222,13 +222,9 @@ def test_the_merged_model_is_that_of_the_core(tmp_path, kind):
         np.testing.assert_array_equal(tensors[f"layers.{k}.v.weight"], flat)
 
 
-# `lokr` cuts another axis here than PEFT, and `ia3` is beside a bias: tests of tuners have them.
-PEFT_HAS = (
-    *("lora", "rslora", "dora", "dora-with-gradient", "adalora"),
-    *("loha", "ia3", "ia3-in", "lokr", "lokr-narrow"),
-)
-REFUSED = [(save_diffusers, kind) for kind in OTHERS] + [
-    (save_peft, kind) for kind in OTHERS if kind not in PEFT_HAS
+REFUSED = [
+    *((save_diffusers, kind) for kind in OTHERS if kind != "lora-fa"),
+    (save_peft, "locon"),
 ]
 
 
@@ -242,13 +238,38 @@ def test_a_form_refuses_kinds_that_it_does_not_have(tmp_path, save, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "ia3-in"])
+# `lokr` and `gralora` cut other axes here than PEFT, `ia3` is beside a bias, and `tokens` are rows
+# of tables: tests of tuners have them.
+COMES_BACK = ["lora", "rslora", "dora", "loha", "ia3-in", "vera", "delora", "miss", "bdlora", "oft"]
+
+
+@pytest.mark.parametrize("kind", COMES_BACK)
 def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
     pair, params = make_pair(kind), make_params()
-    save_peft(tmp_path, pair.tunable, NAMES)
+    save_peft(tmp_path, pair, NAMES)
     found = load_peft(tmp_path, params, NAMES)
     assert_same(found.tunable, pair.tunable)
     assert_close(found.frozen, pair.frozen)
+
+
+@pytest.mark.parametrize("kind", ["vera", "delora", "lora-fa"])
+def test_frozen_factors_that_peft_stores_are_asked_for(tmp_path, kind):
+    pair = make_pair(kind)
+    with pytest.raises(AdapterMismatchError, match="the whole pair, `lorax.Pair"):
+        save_peft(tmp_path / "folder", pair.tunable, NAMES)
+    assert not list(tmp_path.iterdir())
+    if kind == "delora":  # norms follow from the base
+        save_peft(tmp_path, pair.tunable, NAMES, params=make_params())
+        assert_same(load_peft(tmp_path, make_params(), NAMES).tunable, pair.tunable)
+
+
+def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
+    """PEFT has LoRA-FA as an optimizer: its files are those of LoRA."""
+    pair = make_pair("lora-fa")
+    save_peft(tmp_path, pair, NAMES)
+    found = load_peft(tmp_path, make_params(), NAMES)
+    assert {row.kind for row in found.tunable.values() if hasattr(row, "kind")} == {"lora"}
+    assert_close(merge_params(found), merge_params(pair))
 
 
 def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
@@ -267,6 +288,19 @@ def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
     ):
         save_peft(tmp_path / "folder", tunable, NAMES)
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_beside_an_adapter_are_left_alone(tmp_path):
+    experts = {name: Experts("moe", parameter=name, shared_axes=(0,)) for name in ("up", "down")}
+    names = {**experts, "q": Linear("q")}
+    params = {"up": jnp.ones((3, 4, 5)), "down": jnp.ones((3, 5, 4)), "q": jnp.ones((4, 6))}
+    spec = {"up": lorax.LORA_FREEZE, "down": lorax.LORA_FREEZE, "q": LoraSpec(2)}
+    tunable = init_lora(params, spec, jax.random.key(0)).tunable
+    save_peft(tmp_path / "folder", tunable, names)
+    found = load_peft(tmp_path / "folder", params, names).tunable
+    assert jax.tree.map(lambda leaf: leaf.tolist(), found) == jax.tree.map(
+        lambda leaf: leaf.tolist(), tunable
+    )
 
 
 def test_experts_have_no_dora_in_peft(tmp_path):

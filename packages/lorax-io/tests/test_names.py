@@ -85,14 +85,17 @@ def file(tmp_path):
 
 
 AXES: dict[str, Any] = {"in_axes": (1, 2), "out_axes": (3, -1), "shared_axes": (0,)}
+STACK: dict[str, Any] = {**AXES, "numbers": (3, 1)}
 LAYOUTS = {
-    "linear": Linear("h.{}.q", **AXES, parameter="w"),
-    "conv1d": Conv1D("h.{}.q", **AXES, parameter="w"),
-    "embedding": Embedding("h.{}.e", **AXES, parameter="w", tied=True),
-    "conv": Conv("h.{}.c", **AXES, parameter="w", channel_axis=2, grouped=True),
+    "linear": Linear("h.{}.q", **STACK, parameter="w"),
+    "conv1d": Conv1D("h.{}.q", **STACK, parameter="w"),
+    "embedding": Embedding("h.{}.e", **STACK, parameter="w", tied=True),
+    "conv": Conv("h.{}.c", **STACK, parameter="w", channel_axis=2, grouped=True),
     "experts": Experts("mlp", **AXES, parameter="w", order=3, out_first=True, swapped=True),
-    "stacked experts": Experts("h.{}.mlp", shared_axes=(0, 1), parameter="up", swapped=False),
-    "tensor": Tensor("h.{}.n", **AXES, parameter="w", flat=True),
+    "stacked experts": Experts(
+        "h.{}.mlp", shared_axes=(0, 1), parameter="up", swapped=False, numbers=(4,)
+    ),
+    "tensor": Tensor("h.{}.n", **STACK, parameter="w", flat=True),
     "plain/é": Linear("é"),
     "default": Tensor("n"),
 }
@@ -162,6 +165,11 @@ def test_other_files_are_refused(file, content, message):
         ("Experts", {"module": "h.{}.q", "shared_axes": [0]}, "one `{}` in its module"),
         ("Experts", {"swapped": 1, "shared_axes": [0]}, "swapped = 1"),
         ("Experts", {"order": "0", "shared_axes": [0]}, 'order = "0"'),
+        ("Linear", {"numbers": [0]}, "a number of its own for each module of its one stack"),
+        ("Linear", {"module": "{}", "shared_axes": [0], "numbers": [1, 1]}, "a number of its own"),
+        ("Linear", {"module": "{}", "shared_axes": [0], "numbers": []}, "numbers = "),
+        ("Linear", {"module": "{}", "shared_axes": [0], "numbers": 2}, "numbers = 2"),
+        ("Linear", {"module": "{}", "shared_axes": [0], "numbers": [-1]}, "numbers = "),
         ("Conv", {"channel_axis": 1.0}, r"channel_axis = 1\.0"),
         ("Embedding", {"tied": None}, "tied = null"),
     ],
@@ -171,6 +179,13 @@ def test_fields_that_a_layout_cannot_have_are_refused(file, layout, fields, mess
     file.write_text(json.dumps({"w": {"layout": layout, "module": "q"} | fields}))
     with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
         read_names(file)
+
+
+def test_there_is_a_number_for_each_module_of_a_stack():
+    layout = Linear("h.{}.q", shared_axes=(0,), numbers=(3, 1))
+    assert layout.at("q", (2, 5, 4)).modules == {(0,): "h.3.q", (1,): "h.1.q"}
+    with pytest.raises(AdapterMismatchError, match=r"numbers 2 modules, and it stacks \[3\]"):
+        _ = layout.at("q", (3, 5, 4)).modules
 
 
 def test_a_module_is_needed(file):

@@ -12,12 +12,27 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import lorax
-from lorax import AdaloraSpec, IA3Spec, LohaSpec, LokrSpec
+from lorax import (
+    AdaloraSpec,
+    BdloraSpec,
+    DeloraSpec,
+    DoraSpec,
+    GraloraSpec,
+    IA3Spec,
+    LohaSpec,
+    LokrSpec,
+    LoraSpec,
+    MissSpec,
+    OftSpec,
+    TokensSpec,
+    VeraSpec,
+)
 from lorax_io import (
     AdapterError,
     AdapterFileError,
     AdapterMismatchError,
     Conv,
+    Embedding,
     Linear,
     Tensor,
     UnsupportedAdapterError,
@@ -33,11 +48,18 @@ NAMES = {
     "heads": Linear("blocks.0.heads", out_axes=(1, 2)),
     "stack": Linear("layers.{}.up", shared_axes=(0,)),
     "conv": Conv("conv", in_axes=(0, 1, 2), channel_axis=2),
+    "table": Embedding("table"),
+    "tables": Embedding("layers.{}.table", shared_axes=(0,)),
+    "inner": Linear("blocks.0.inner", in_axes=(0, 1)),
 }
-SHAPES = {"up": (24, 32), "heads": (24, 4, 5), "stack": (3, 16, 20), "conv": (3, 2, 4, 6)}
+SHAPES = {
+    **{"up": (24, 32), "heads": (24, 4, 5), "stack": (3, 16, 20), "conv": (3, 2, 4, 6)},
+    **{"table": (13, 8), "tables": (3, 11, 6), "inner": (3, 8, 20)},
+}
 CONV: dict[str, Any] = {"in_axes": (0, 1, 2), "out_axes": (3,)}
 HEADS: dict[str, Any] = {"in_axes": (0,), "out_axes": (1, 2)}
 STACK: dict[str, Any] = {"shared_axes": (0,)}
+INNER: dict[str, Any] = {"in_axes": (0, 1), "out_axes": (2,)}
 
 SPECS = {
     "loha": {"up": LohaSpec(3, 5), "stack": LohaSpec(2, 3, **STACK)},
@@ -55,6 +77,38 @@ SPECS = {
         "heads": IA3Spec(**HEADS),
         "conv": IA3Spec("in", gain_axes=(2,), **CONV),
     },
+    "vera": {"up": VeraSpec(5), "stack": VeraSpec(5, **STACK)},
+    "vera, heads": {"heads": VeraSpec(5, **HEADS), "inner": VeraSpec(5, **INNER)},
+    "oft": {"up": OftSpec(4), "stack": OftSpec(4, **STACK)},
+    "oft, heads": {"heads": OftSpec(4, **HEADS), "inner": OftSpec(4, **INNER)},
+    "oft, shared and exact": {
+        "up": OftSpec(4, block_share=True, terms=None),
+        "inner": OftSpec(4, block_share=True, terms=None, **INNER),
+    },
+    "oft of tables": {
+        "table": OftSpec(2, "out", terms=3),
+        "tables": OftSpec(2, "out", terms=3, **STACK),
+    },
+    "delora": {"up": DeloraSpec(3), "stack": DeloraSpec(2, **STACK)},
+    "delora, heads": {"heads": DeloraSpec(3, **HEADS), "inner": DeloraSpec(3, **INNER)},
+    "miss": {"up": MissSpec(5), "stack": MissSpec(5, **STACK)},
+    "miss, heads": {"heads": MissSpec(4, **HEADS), "inner": MissSpec(4, **INNER)},
+    "gralora": {"up": GraloraSpec(6, 5), "stack": GraloraSpec(6, 5, **STACK)},
+    "gralora, heads": {
+        "heads": GraloraSpec(6, 5, split_axes=(0, 1), **HEADS),
+        "up": GraloraSpec(6, 5),
+    },
+    "bdlora": {
+        "up": BdloraSpec(4, 5, side="in"),
+        "stack": BdloraSpec(6, 5, side="out", **STACK),
+    },
+    "bdlora beside lora": {
+        "up": LoraSpec(3, 5),
+        "heads": BdloraSpec(4, 5, side="out", split_axis=1, **HEADS),
+    },
+    "tokens": {"table": TokensSpec([5, 1, 9]), "tables": TokensSpec([5, 1, 9], **STACK)},
+    "tokens beside lora": {"table": TokensSpec([7, 0]), "up": LoraSpec(3, 5)},
+    "tokens beside dora": {"table": TokensSpec([2]), "up": DoraSpec(LoraSpec(3, 5))},
 }
 
 
@@ -63,9 +117,12 @@ def make(spec):
     numbers = np.random.default_rng(3)
     draw = lambda shape: jnp.asarray(numbers.normal(0.5, 0.2, shape), jnp.float32)  # noqa: E731
     params = {path: draw(SHAPES[path]) for path in spec}
-    # None of these kinds keeps anything beside its base. (Shapes alone: nothing is compiled.)
-    shapes = jax.eval_shape(lambda: lorax.init_lora(params, spec, jax.random.key(0)).tunable)
-    return params, lorax.Pair(params, jax.tree.map(lambda x: draw(x.shape), shapes))
+    if not {*map(type, spec.values())} & {VeraSpec, DeloraSpec, TokensSpec, DoraSpec}:
+        # Nothing is kept beside the base. (Shapes alone: nothing is compiled.)
+        shapes = jax.eval_shape(lambda: lorax.init_lora(params, spec, jax.random.key(0)).tunable)
+        return params, lorax.Pair(params, jax.tree.map(lambda x: draw(x.shape), shapes))
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+    return params, lorax.Pair(frozen, jax.tree.map(lambda x: draw(x.shape), tunable))
 
 
 def names_of(spec):
@@ -82,7 +139,7 @@ def assert_close(left, right):
 def test_a_folder_comes_back(files, case):
     params, pair = make(SPECS[case])
     names = names_of(params)
-    save_peft("adapter", pair.tunable, names)
+    save_peft("adapter", pair, names)
     found = load_peft("adapter", params, names)
     assert {p: x.kind for p, x in found.tunable.items()} == {
         p: x.kind for p, x in pair.tunable.items()
@@ -92,10 +149,10 @@ def test_a_folder_comes_back(files, case):
 
 @pytest.mark.parametrize("case", [case for case in SPECS if "heads" not in case])
 def test_the_command_merges_it(shell, files, case):
-    spec = {p: x for p, x in SPECS[case].items() if p != "stack"}
+    spec = {p: x for p, x in SPECS[case].items() if p in ("up", "conv", "table")}
     params, pair = make(spec)
-    save_peft("adapter", pair.tunable, names_of(spec))
-    order = {"conv": (3, 2, 0, 1), "up": (1, 0)}
+    save_peft("adapter", pair, names_of(spec))
+    order = {"conv": (3, 2, 0, 1), "up": (1, 0), "table": (0, 1)}
     base = {
         f"{NAMES[p].module}.weight": np.asarray(x).transpose(order[p]) for p, x in params.items()
     }
@@ -111,12 +168,16 @@ def test_the_command_merges_it(shell, files, case):
 @pytest.mark.parametrize("case", [case for case in SPECS if "conv" not in case])
 def test_the_command_reads_it_without_a_base(shell, files, case):
     params, pair = make(SPECS[case])
-    save_peft("adapter", pair.tunable, names_of(params))
+    save_peft("adapter", pair, names_of(params))
     found = json.loads(shell.succeed("inspect adapter --json"))
-    kind = next(iter(pair.tunable.values())).kind
-    assert {line["kind"] for line in found["parameters"]} == {kind}
+    kinds = {row.kind for row in pair.tunable.values()}
+    assert {line["kind"] for line in found["parameters"]} == kinds
+    if "vera" in kinds:
+        assert "as large as the largest module" in found["needs its base"]
+        shell.fail("convert adapter native.safetensors --to native")
+        return
     shell.succeed("convert adapter native.safetensors --to native")
-    if kind != "ia3":  # gains do not say how long the other side is
+    if kinds <= {"loha", "lokr", "adalora", "delora"}:  # others do not say how long each side is
         shell.succeed("convert native.safetensors again --to peft")
         assert shell("diff adapter again").code == 0
 
@@ -148,23 +209,33 @@ def test_what_peft_does_not_have_is_refused(files, tmp_path, case):
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_a_bias_beside_gains_of_outputs_is_refused(shell, files, side):
+def test_gains_of_outputs_change_the_bias_too(shell, files, side):
     params, pair = make({"up": IA3Spec(side)})
     names = names_of(params) | {"bias": Tensor("blocks.0.up")}
     save_peft("adapter", pair.tunable, names_of(params))
-    base = {"blocks.0.up.weight": files.draw(32, 24), "blocks.0.up.bias": files.draw(32)}
-    files.base(base)
-    params["bias"] = jnp.ones(32)
+    bias = files.draw(32)
+    files.base({"blocks.0.up.weight": files.draw(32, 24), "blocks.0.up.bias": bias})
+    params["bias"] = jnp.asarray(bias)
+    found = load_peft("adapter", params, names)
+    wanted = bias * np.asarray(pair.tunable["up"].gain) if side == "out" else bias
+    np.testing.assert_allclose(lorax.merge_params(found)["bias"], wanted, rtol=1e-6)
+    shell.succeed("merge adapter --base base --out merged")
+    merged = files.read("merged/model.safetensors")["blocks.0.up.bias"]
+    np.testing.assert_allclose(merged, wanted, rtol=1e-6)
+    save_peft("again", found.tunable, names, params=params)
+    assert shell("diff adapter again").code == 0
     if side == "in":
-        load_peft("adapter", params, names)
-        save_peft("again", pair.tunable, names)
-        shell.succeed("merge adapter --base base --out merged")
         return
-    assert "has a bias" in shell.fail("merge adapter --base base --out merged")
-    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
-        load_peft("adapter", params, names)
-    with pytest.raises(UnsupportedAdapterError, match="which has a bias"):
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by what it is"):
+        load_peft("adapter", shapes, names)
+    with pytest.raises(UnsupportedAdapterError, match="and here it is frozen"):
         save_peft("again", pair.tunable, names)
+    other = found.tunable | {"bias": params["bias"] + 1}
+    with pytest.raises(UnsupportedAdapterError, match="is not what PEFT makes of"):
+        save_peft("again", other, names, params=params)
+    with pytest.raises(UnsupportedAdapterError, match="compared with the base"):
+        save_peft("again", found.tunable, names)
 
 
 def spoil(spec, changes=None, config=None):
@@ -220,6 +291,23 @@ KEYS = {
     "ADALORA": ["lora_A", "lora_B", "lora_E", "lora_A.weight"],
     "IA3": ["ia3_l", "ia3_l.weight"],
     "LORA": ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_A"],
+    "VERA": ["vera_lambda_b", "vera_lambda_d", "vera_A"],
+    "OFT": ["oft_R.weight", "oft_embedding_R.weight", "oft_r"],
+    "DELORA": ["delora_A", "delora_B", "delora_lambda", "delora_w_norm"],
+    "MISS": ["miss_block"],
+    "GRALORA": ["gralora_A", "gralora_B", "gralora_A_general.weight"],
+    "TRAINABLE_TOKENS": ["trainable_tokens_delta", "token_adapter.trainable_tokens_delta"],
+}
+COMMON = {"VERA": ["vera_A", "vera_B"]}
+SETTINGS = {
+    "LORA": "r lora_alpha",
+    "ADALORA": "init_r lora_alpha",
+    "LOHA": "r alpha",
+    "LOKR": "r alpha",
+    "GRALORA": "r alpha gralora_k",
+    "VERA": "r",
+    "DELORA": "r",
+    "MISS": "r",
 }
 
 
@@ -236,22 +324,30 @@ def test_random_tensors_are_read_or_refused(tmp_path_factory, kind, data):
             st.sampled_from(KEYS[kind]), st.lists(st.integers(1, 4), max_size=5).map(tuple)
         )
     )
-    config = {"peft_type": kind, "target_modules": ["a"], "feedforward_modules": ["a"]}
-    config |= {key: data.draw(st.integers(1, 3)) for key in ("r", "init_r", "alpha", "lora_alpha")}
+    config: dict[str, Any] = {"peft_type": kind, "target_modules": ["a"], "peft_version": "0.21.2"}
+    config |= {key: data.draw(st.integers(1, 3)) for key in SETTINGS.get(kind, "").split()}
+    if kind == "IA3":
+        config["feedforward_modules"] = ["a"]
+    if kind == "TRAINABLE_TOKENS":
+        config["token_indices"] = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    if kind == "LORA" and data.draw(st.booleans()):
+        config["use_bdlora"] = {
+            "nblocks": data.draw(st.integers(1, 3)),
+            "target_modules_bd_a": ["a"],
+        }
     folder = tmp_path_factory.mktemp("random")
     tensors = {f"base_model.model.a.{key}": ones(*shape) for key, shape in shapes.items()}
+    for key in COMMON.get(kind, ()):
+        shape = data.draw(st.lists(st.integers(1, 6), max_size=3))
+        tensors[f"base_model.{key}"] = ones(*shape)
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-    if kind != "IA3":
-        del config["feedforward_modules"]
-    used = {"LORA": "r lora_alpha", "ADALORA": "init_r lora_alpha", "IA3": ""}.get(kind, "r alpha")
-    for key in {"r", "init_r", "alpha", "lora_alpha"} - {*used.split()}:
-        del config[key]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     base = folder / "base.safetensors"
     for read in (
         lambda: open_adapter(folder),
         lambda: load_peft(folder, {"a": jnp.ones((4, 6))}, {"a": Linear("a")}),
         lambda: load_peft(folder, {"a": jnp.ones((3, 2, 4, 6))}, {"a": Conv("a")}),
+        lambda: load_peft(folder, {"a": jnp.ones((5, 4))}, {"a": Embedding("a")}),
     ):
         try:
             read()

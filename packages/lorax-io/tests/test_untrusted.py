@@ -539,7 +539,7 @@ KINDS = rows(
     ("null peft_type", {"peft_type": "null"}, AdapterFileError, "peft_type = None"),
     *(
         (f"peft_type {kind}", {"peft_type": kind}, UnsupportedAdapterError, "has peft_type = ")
-        for kind in '"lora" "OFT" "VERA" "BOFT" "XLORA" "MISS"'
+        for kind in '"lora" "BOFT" "RANDLORA" "FOURIERFT" "XLORA" "ROAD"'
         ' "PREFIX_TUNING" "PROMPT_TUNING" "" 0 [] {} ["LORA"] true'.split()
     ),
     *(
@@ -549,17 +549,14 @@ KINDS = rows(
     *(
         (f"{key} {value}", {key: value}, UnsupportedAdapterError, rf"\({key}\); read as plain LoRA")
         for key, value in {
-            "lora_bias": "true",
             "layer_replication": "[[0,4],[2,5]]",
             "alora_invocation_tokens": "[1,2]",
             "use_qalora": "true",
-            "use_bdlora": '{"nblocks":2}',
             "kasa_config": '{"beta":1.0}',
             "monteclora_config": '{"a":1}',
             "velora_config": '{"a":1}',
             "arrow_config": '{"top_k":3}',
             "megatron_config": '{"a":1}',
-            "trainable_token_indices": "[0]",
             "ensure_weight_tying": "true",
             "enable_lora": "[true,false,true]",
         }.items()
@@ -567,7 +564,38 @@ KINDS = rows(
 )
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), KINDS)
+MADE_UP = rows(
+    ("biases that are not there", {"lora_bias": "true"}, AdapterFileError, "lacks .*lora_B.bias"),
+    (
+        "rows that are not there",
+        {"trainable_token_indices": "[0]"},
+        AdapterFileError,
+        "the rows of",
+    ),
+    (
+        "rows of a table that are not there",
+        {"trainable_token_indices": '{"embed_tokens":[0]}'},
+        AdapterFileError,
+        "lacks the rows of `embed_tokens`",
+    ),
+    *(
+        (
+            f"token indices {value}",
+            {"trainable_token_indices": value},
+            AdapterFileError,
+            "token ind",
+        )
+        for value in ("3", "[-1]", "[0.5]", "[true]", '{"a":1}', '{"a":[]}', '"all"')
+    ),
+    ("blocks of no module", {"use_bdlora": '{"nblocks":2}'}, AdapterFileError, "on neither side"),
+    *(
+        (f"blocks {value}", {"use_bdlora": value}, AdapterFileError, "it must be an object with nb")
+        for value in ('{"nblocks":0}', '{"nblocks":"2"}', "true", '{"target_modules_bd_a":"q"}')
+    ),
+)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [*KINDS, *MADE_UP])
 def test_what_is_more_than_plain_lora_is_refused(place, changes, error, message):
     place.config.write_text(config_text(changes))
     assert_refused(place, "peft", error, message)
@@ -954,14 +982,20 @@ ADAPTERS = rows(
         "`q/magnitude` holds NaN|lora_magnitude_vector` holds NaN",
     ),
     ("DoRA with a name", {}, {Q + "lora_magnitude_vector.default.weight": floats(3)}, MORE, "DoRA"),
-    ("bias of B", {}, {Q + "lora_B.bias": floats(3)}, MORE, "LoRA with a bias in its factors"),
-    ("bias of B with a name", {}, {Q + "lora_B.default.bias": floats(3)}, MORE, "a bias in its"),
+    ("bias of B", {}, {Q + "lora_B.bias": floats(3)}, MORE, "`lora_bias` of its config"),
+    (
+        "bias of B with a name",
+        {},
+        {Q + "lora_B.default.bias": floats(3)},
+        MORE,
+        "`lora_bias` of its",
+    ),
     (
         "rows of tokens",
         {},
         {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": floats(1, 5)},
         MORE,
-        "replaces rows of the embedding",
+        "trainable tokens",
     ),
     ("AdaLoRA", {}, {Q + "lora_E": floats(2, 1)}, MORE, "AdaLoRA"),
     ("KaSA", {}, {Q + "lora_diag": floats(2)}, MORE, "KaSA"),

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from ._arrays import Held
@@ -35,10 +36,12 @@ class Blocks(NamedTuple):
     """The labels of a weight's axes where entries share scales.
 
     Attributes:
-        out: the labels of each of the weight's axes: block and place within, for an axis in blocks.
+        out: the labels of each of the weight's axes: block and place within, for an axis in blocks;
+            group, block and place within, where blocks are in groups.
         codes: of an array with an entry for each of the weight's.
         scales: of one with an entry for each block.
-        outer: of one with an entry for each block but those along one axis: `[*shared, *out]`.
+        outer: of one with an entry for each group; without groups, for each block but those along
+            one axis: `[*shared, *out]`.
     """
 
     out: tuple[Labels, ...]
@@ -47,25 +50,30 @@ class Blocks(NamedTuple):
     outer: Labels
 
     @classmethod
-    def of(cls, shape: Sequence[int], blocks: Mapping[int, int], along: Sequence[int]) -> Self:
+    def of(
+        cls, shape: Sequence[int], blocks: Mapping[int, Sequence[int]], along: Sequence[int]
+    ) -> Self:
         """The labels for a weight of `shape`.
 
         Args:
             shape: of the weight.
-            blocks: the sizes of the blocks of the axes that are in blocks.
+            blocks: of each axis in blocks, the entries of a block, and before them the blocks of a
+                group where there are groups.
             along: the axes whose entries share scales: in blocks where they have some, else whole.
         """
-        inner = iter(range(len(shape), 2 * len(shape)))
+        inner = iter(range(len(shape), 3 * len(shape)))
         out: list[Labels] = []
         for d, size in enumerate(shape):
-            if d in blocks:
-                out.append((Label(d, size // blocks[d]), Label(next(inner), blocks[d])))
-            else:
-                out.append((Label(d, size),))
+            sizes = blocks.get(d, ())
+            within = tuple(Label(next(inner), part) for part in sizes)
+            out.append((Label(d, size // math.prod(sizes)), *within))
         codes = tuple(label for labels in out for label in labels)
         whole = {d for d in along if d not in blocks}
-        scales = tuple(labels[0] for d, labels in enumerate(out) if d not in whole)
-        outer = tuple(labels[0] for d, labels in enumerate(out) if d not in along)
+        each = [labels[:-1] if d in blocks else labels for d, labels in enumerate(out)]
+        scales = tuple(label for d, labels in enumerate(each) if d not in whole for label in labels)
+        outer = tuple(
+            labels[0] for d, labels in enumerate(out) if d not in along or len(labels) > 2
+        )
         return cls(tuple(out), codes, scales, outer)
 
 
@@ -79,7 +87,7 @@ class Format:
     name: ClassVar[str]
 
     # The names of the arrays, in order; the codes come first.
-    arrays: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "outer")
+    arrays: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "outer", "mins", "outer_mins")
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -88,21 +96,26 @@ class Format:
     def check(self) -> None:
         """Raises `SpecError` for settings that no weight can have."""
 
-    def blocks(self, path: str, shape: tuple[int, ...], along: tuple[int, ...]) -> dict[int, int]:
-        """The axes that are in blocks, and the sizes of these.
+    def blocks(
+        self, path: str, shape: tuple[int, ...], along: tuple[int, ...]
+    ) -> dict[int, tuple[int, ...]]:
+        """The axes that are in blocks; the entries of a block, before them the blocks of a group.
 
         Blocks lie along the last of the axes that share scales which they divide.
         """
         block: int | None = getattr(self, "block", None)
+        group: int | None = getattr(self, "group", None)
         if block is None:
             return {}
+        sizes = (block,) if group is None else (group, block)
+        whole = math.prod(sizes)
         for d in reversed(along):
-            if shape[d] % block == 0:
-                return {d: block}
-        sizes = ", ".join(f"axis {d} has {shape[d]}" for d in along)
+            if shape[d] % whole == 0:
+                return {d: sizes}
+        found = ", ".join(f"axis {d} has {shape[d]}" for d in along)
         raise SpecError(
-            f"`{path}` has shape {shape}, and blocks of {block} divide none of the axes that a "
-            f"scale is shared along: {sizes}. Give it another block, a format without blocks such "
+            f"`{path}` has shape {shape}, and blocks of {whole} divide none of the axes that a "
+            f"scale is shared along: {found}. Give it another block, a format without blocks such "
             "as Int8(), or None to leave it as it is."
         )
 
@@ -113,6 +126,8 @@ class Format:
             "scales": found.scales,
             "zeros": found.scales,
             "outer": found.outer,
+            "mins": found.scales,
+            "outer_mins": found.outer,
         }
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -137,6 +152,12 @@ class Format:
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The entries of the weight, from arrays that broadcast against each other."""
         raise NotImplementedError
+
+    def are_numbers(self, name: str, array: Any) -> bool:
+        """Whether an array, of JAX or of NumPy, stands for numbers that are finite."""
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return True
+        return bool(np.isfinite(np.asarray(array, np.float32)).all())
 
     def settings(self) -> dict[str, Any]:
         """The fields, as JSON, with the name."""
@@ -178,7 +199,8 @@ class QuantizedWeight(Held):
             `scales`; and what else the format has.
         format: the name of the format.
         options: its settings, in order.
-        blocks: the axes in blocks, and the sizes of these.
+        blocks: each axis in blocks, then the entries of a block; between them the blocks of a
+            group, where there are groups.
         along: the axes whose entries share scales.
         stored: the name of the dtype of the weight.
     """
@@ -186,7 +208,7 @@ class QuantizedWeight(Held):
     arrays: dict[str, Any]
     format: str = dataclasses.field(metadata={"static": True})
     options: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    blocks: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+    blocks: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     along: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     stored: str = dataclasses.field(metadata={"static": True})
 
@@ -204,17 +226,16 @@ class QuantizedWeight(Held):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
-        sizes, blocks = list(self.arrays["codes"].shape), dict(self.blocks)
-        shape: list[int] = []
-        while sizes:
-            size = sizes.pop(0)
-            shape.append(size * sizes.pop(0) if len(shape) in blocks else size)
-        return tuple(shape)
+        sizes = iter(self.arrays["codes"].shape)
+        parts = {d: len(within) for d, *within in self.blocks}
+        return tuple(
+            math.prod(next(sizes) for _ in range(1 + parts.get(d, 0))) for d in range(self.ndim)
+        )
 
     @property
     def ndim(self) -> int:
         """The number of axes of the weight."""
-        return len(self.arrays["codes"].shape) - len(self.blocks)
+        return len(self.arrays["codes"].shape) - sum(len(within) for _, *within in self.blocks)
 
     @property
     def size(self) -> int:
@@ -233,7 +254,7 @@ class QuantizedWeight(Held):
 
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
         """The labels of each of the weight's axes, and of each array's."""
-        found = Blocks.of(self.shape, dict(self.blocks), self.along)
+        found = Blocks.of(self.shape, _sizes(self.blocks), self.along)
         labels = self.held.labels(found)
         return found.out, {name: labels[name] for name in self.names}
 
@@ -252,6 +273,18 @@ class QuantizedWeight(Held):
         out, labels = self.labels()
         spec = weight_spec(sharding.spec, out, labels["codes"])
         return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+    def shardings(self, sharding: Sharding) -> dict[str, Sharding]:
+        """Where each array goes if the weight goes there: an axis in blocks is split between them.
+
+        The arrays may be shapes.
+        """
+        if not isinstance(sharding, NamedSharding):
+            return dict.fromkeys(self.names, sharding)
+        mesh, kind = sharding.mesh, sharding.memory_kind
+        out, labels = self.labels()
+        specs = {name: array_spec(mesh, sharding.spec, out, labels[name]) for name in self.names}
+        return {n: NamedSharding(mesh, spec, memory_kind=kind) for n, spec in specs.items()}
 
     @property
     def committed(self) -> bool:
@@ -276,13 +309,17 @@ class QuantizedWeight(Held):
         """All that is not an array, as JSON: `quantized_from_settings` takes it."""
         return {
             **self.held.settings(),
-            "blocks": [list(pair) for pair in self.blocks],
+            "blocks": [list(sizes) for sizes in self.blocks],
             "along": list(self.along),
             "dtype": self.stored,
         }
 
 
 register_with_export(QuantizedWeight)
+
+
+def _sizes(blocks: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
+    return {d: within for d, *within in blocks}
 
 
 def bytes_of(leaf: Any) -> int:
@@ -300,7 +337,7 @@ def blank_of(
 ) -> QuantizedWeight:
     """A quantized weight without arrays."""
     along = normalize(path, len(shape), "along", along)
-    blocks = tuple(sorted(format.blocks(path, shape, along).items()))
+    blocks = tuple((d, *sizes) for d, sizes in sorted(format.blocks(path, shape, along).items()))
     options = tuple(getattr(format, name) for name in fields_of(format))
     return QuantizedWeight({}, format.name, options, blocks, along, jnp.dtype(dtype).name)
 
@@ -312,7 +349,7 @@ def quantized_from_settings(
 
     Args:
         settings: an object of JSON; nobody needs to have checked it.
-        arrays: by name.
+        arrays: by name; or their shapes, as `jax.ShapeDtypeStruct`.
 
     Returns:
         The weight.
@@ -331,7 +368,7 @@ def quantized_from_settings(
     given = dict(settings)
     cls = FORMATS[given.pop("format")]
     blocks, along, dtype = (with_tuples(given.pop(key)) for key in ("blocks", "along", "dtype"))
-    if not is_of(blocks, tuple[tuple[int, int], ...]) or not is_of(along, tuple[int, ...]):
+    if not is_of(blocks, tuple[tuple[int, ...], ...]) or not is_of(along, tuple[int, ...]):
         raise ValueError(f"A quantized weight has blocks={blocks!r} and along={along!r}.")
     names = fields_of(cls)
     if given.keys() != names.keys():
@@ -340,22 +377,24 @@ def quantized_from_settings(
         if not is_of(given[name], hint):
             raise ValueError(f"A format {cls.name!r} has {name}={given[name]!r}.")
     options = tuple(given[name] for name in names)
-    cls(**given)  # checks them
+    format = cls(**given)  # checks them
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
         raise ValueError(f"A quantized weight has dtype={dtype!r}.")
     weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
     codes = arrays["codes"]
-    ndim = len(codes.shape) - len(blocks)
-    if not all(0 <= d < ndim for d in (*along, *(d for d, _ in blocks))) or any(
-        size < 1 for _, size in blocks
-    ):
+    if codes.dtype not in map(jnp.dtype, format.dtypes()):
+        raise ValueError(f"A format {cls.name!r} has codes in {codes.dtype}.")
+    if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
+        raise ValueError(f"A quantized weight has blocks={blocks}.")
+    axes, ndim = [d for d, *_ in blocks], weight.ndim
+    if not all(0 <= d < ndim for d in (*along, *axes)) or len(set(axes)) < len(axes):
         raise ValueError(f"A weight of {ndim} axes has blocks={blocks} and along={along}.")
     _, labels = weight.labels()
     if set(weight.names) != set(arrays):
         raise ValueError(f"A format {cls.name!r} does not have the arrays {sorted(arrays)}.")
     for name, found in labels.items():
-        is_float = jnp.issubdtype(arrays[name].dtype, jnp.floating)
-        if is_float and not bool(jnp.isfinite(arrays[name].astype(jnp.float32)).all()):
+        is_shape = isinstance(arrays[name], jax.ShapeDtypeStruct)
+        if not is_shape and not format.are_numbers(name, arrays[name]):
             raise ValueError(f"{name} has entries that are not finite.")
         sizes = tuple(label.size for label in found)
         if tuple(arrays[name].shape) != sizes:
@@ -385,7 +424,7 @@ def first_array(base: Any) -> Any:
 
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     """The weight whose codes and scales are those of `array`; placed as the array is."""
-    found = Blocks.of(tuple(array.shape), dict(weight.blocks), weight.along)
+    found = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
     labels = weight.held.labels(found)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
@@ -405,11 +444,8 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     options: dict[str, Any] = {}
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
-        mesh = sharding.mesh
-        options["out_shardings"] = {
-            name: NamedSharding(mesh, array_spec(mesh, sharding.spec, found.out, labels[name]))
-            for name in jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
-        }
+        shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        options["out_shardings"] = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
     return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
 
 

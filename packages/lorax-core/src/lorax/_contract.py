@@ -94,8 +94,8 @@ def contract(
                 _precisions(precision, meets, met[left], met[right]),
                 preferred_element_type if last else None,
                 out if last else None,
-                # Of an operand that others share, JAX would keep both forms for the backward pass.
-                joins and operand is not arrays[left] and operand is not arrays[right],
+                joins,
+                operand,
             )
             meeting = met[left] or met[right]
             for k in sorted((left, right), reverse=True):
@@ -110,8 +110,12 @@ def contract(
         return array
 
 
-def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins) -> Operand:
-    """One `dot_general`; `out`, where given, decides which operand comes first."""
+def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins, shared) -> Operand:
+    """One `dot_general`; `out`, where given, decides which operand comes first.
+
+    With `joins`, neighbouring axes are one axis, but not those of an operand that others share:
+    JAX would keep both forms of it for the backward pass.
+    """
     (x, xs), (y, ys) = left, right
     x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
     y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
@@ -122,12 +126,13 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins)
     summed = tuple(label for label in both if label not in elsewhere)
     x_free = tuple(label for label in xs if label not in both)
     y_free = tuple(label for label in ys if label not in both)
-    if out is not None and (*batch, *y_free, *x_free) == out and x_free and y_free:
+    if out is not None and x_free and y_free and x_free[-1] == out[-1]:
+        # Where the axes have to be transposed after all, whole rows move.
         x, xs, x_free, y, ys, y_free = y, ys, y_free, x, xs, x_free
         if isinstance(precision, tuple):
             precision = precision[::-1]
     found = (*batch, *x_free, *y_free)
-    if joins:
+    if joins and shared is not x and shared is not y:
         followers = _followers((xs, ys, found))
         xs, ys, summed, batch = (_join(labels, followers) for labels in (xs, ys, summed, batch))
         x, y = _reshape(x, xs), _reshape(y, ys)

@@ -322,12 +322,21 @@ class FactoredArray:
         return total.astype(self.base.dtype)
 
 
-def times_gain(array: jax.Array, gain: jax.Array) -> jax.Array:
+def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax.Array:
     """An array times a gain, in the dtype of the array.
 
     The gain is float32 or wider. For the backward pass a narrower array is kept as it is. On a mesh
     with explicit axes the gain goes where the array is.
+
+    Args:
+        array: any array.
+        gain: of as many axes; those of size one are broadcast.
+        joins: whether neighbouring axes may be one axis in the product, on one CPU. The gain's
+            gradient is a sum over all that the gain is constant along, and XLA on CPU fuses such a
+            sum only over one axis. Of an array that others share, JAX would keep both forms.
     """
+    if joins and _contract.is_for_one_cpu([array]):
+        return times_gain(*_joined(array, gain)).reshape(array.shape)
     gain = sharded_like(gain, array)
 
     def times(array: jax.Array, gain: jax.Array) -> jax.Array:
@@ -336,6 +345,16 @@ def times_gain(array: jax.Array, gain: jax.Array) -> jax.Array:
     with jax.named_scope("lora"):
         wide = array.dtype == gain.dtype
         return times(array, gain) if wide else jax.checkpoint(times)(array, gain)
+
+
+def _joined(array: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both with one axis for neighbours that the gain is constant along, and for other ones."""
+    axes = itertools.groupby(range(array.ndim), lambda d: gain.shape[d] == 1)
+    runs = [list(run) for _, run in axes]
+    array, gain = (
+        x.reshape([math.prod(x.shape[d] for d in run) for run in runs]) for x in (array, gain)
+    )
+    return array, gain
 
 
 def is_weight(value: Any) -> TypeGuard[FactoredArray]:

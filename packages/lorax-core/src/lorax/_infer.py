@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._adapter import Adapter, AdapterSpec
 from ._arrays import is_array
@@ -49,8 +48,9 @@ def infer_spec(
     convolution, transposed, stacked and expert weights get the right axes, and so do weights that
     `lora` materializes, such as those behind a mask.
 
-    Biases, gains and positions, which are only added or multiplied entry by entry, are left frozen.
-    Every other parameter of two or more axes that is left frozen is named in one warning.
+    Biases, gains, positions and tokens, which are only added to data, multiplied with it entry by
+    entry, or placed beside it, are left frozen, and so is what the function does not read. Every
+    other parameter of two or more axes that is left frozen is named in one warning.
 
     Args:
         fn: a function of the parameters first.
@@ -108,10 +108,12 @@ def infer_spec(
         if leaf is None:
             return None
         if path not in accepted or path not in roles.axes:
-            if path in accepted and path in roles.reasons and not _is_vector(leaf):
+            if path in accepted and path in roles.reasons:
+                told.append(f"`{path}`: {roles.reasons[path]}. {_remedy(leaf)}")
+            elif path in accepted and path in roles.dead and not _is_vector(leaf):
                 told.append(
-                    f"`{path}`: {roles.reasons[path]}. Give it a LoraSpec that names its axes, or "
-                    "LORA_FULL."
+                    f"`{path}`: nothing that the function returns depends on {roles.dead[path]}, "
+                    "which reads it."
                 )
             return LORA_FREEZE
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -162,18 +164,16 @@ def roles_of(
 
     call = Call((None, *args), kwargs, {0: FlatPair(marked, structure)})
     traced = trace(fn, call, known_by_its_path)
-    kinds: list[Any] = []
-    for value in traced.operands:
-        path = value.terms[0].sources[0] if isinstance(value, FactoredArray) else None
-        kinds.append(DATA if path is None else path if path in matrices else None)
-    # NumPy arguments reach the function as they are, and its jaxpr as constants. Where there is no
-    # other data either, the function closes over it.
-    given = [leaf.shape for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, np.ndarray)]
-    closed_over = not given and DATA not in kinds
-    constants = [
-        DATA if closed_over or const.shape in given else None for const in traced.jaxpr.consts
+    consts = [None] * len(traced.jaxpr.consts)
+    paths = [
+        value.terms[0].sources[0] if isinstance(value, FactoredArray) else None
+        for value in traced.operands
     ]
-    return find_roles(traced.jaxpr, [*constants, *kinds])
+    kinds = [
+        DATA if is_data else path if path in matrices else None
+        for path, is_data in zip([*consts, *paths], traced.is_data, strict=True)
+    ]
+    return find_roles(traced.jaxpr, kinds)
 
 
 def _is_matrix(leaf: Any) -> bool:
@@ -183,6 +183,12 @@ def _is_matrix(leaf: Any) -> bool:
 def _is_vector(leaf: Any) -> bool:
     """Whether at most one axis is longer than one, as of a gain of shape (1, out)."""
     return sum(size != 1 for size in leaf.shape) < 2
+
+
+def _remedy(leaf: Any) -> str:
+    if _is_vector(leaf):
+        return "It is a vector, which has no low rank: give it LORA_FULL to train it."
+    return "Give it a LoraSpec that names its axes, or LORA_FULL."
 
 
 def _accepts(where: Pattern | None, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The first factors: `init_lora` and the initialisers it knows by name."""
+"""The first factors: `init_lora` and the initializers it knows by name."""
 
 import math
 import zlib
@@ -18,6 +18,7 @@ from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import SpecError
 from ._pair import Pair, flatten_params
+from ._renamed import takes_old_names
 from ._sharding import factor_sharding
 from ._spec import LORA_FREEZE, LORA_FULL, check_leaf
 from ._terms import Labels
@@ -50,8 +51,9 @@ INITIALIZERS: dict[str, Initializer] = {
 }
 
 
+@takes_old_names(param_tree="params")
 def init_lora(
-    param_tree: Any,
+    params: Any,
     spec: Any,
     rng: jax.Array,
     *,
@@ -66,7 +68,7 @@ def init_lora(
     Each leaf has a key of its own, folded from its path: adding a layer changes no other.
 
     Args:
-        param_tree: the parameters, any pytree; leaves that are not arrays are kept as they are.
+        params: the parameters, any pytree; leaves that are not arrays are kept as they are.
         spec: a tree of the same structure; each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank, or
             the spec of a kind of adapter: `LoraSpec`, `DoraSpec`, ….
         rng: a PRNG key, new style or old.
@@ -78,7 +80,7 @@ def init_lora(
         collected: what `collect_starts` returned, for specs with such an `init`.
 
     Returns:
-        The `Pair` of `frozen` and `tunable`, both with the structure of `param_tree`. Frozen leaves
+        The `Pair` of `frozen` and `tunable`, both with the structure of `params`. Frozen leaves
         are the same buffers, not copies; all of `tunable` is its own, so a training step may donate
         it. Factors are sharded as their base is, axis by axis, and uncommitted where it is. Where
         Flax has boxed a base with its partition (`nn.Partitioned`), the factors have boxes with
@@ -97,7 +99,7 @@ def init_lora(
         ((5, 2), (2, 3), None, None)
     """
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
-    leaves, structure = flatten_params(param_tree)
+    leaves, structure = flatten_params(params)
     specs = flatten_spec(spec, structure)
     checked = [
         check_leaf(path, leaf, leaf_spec)

@@ -35,7 +35,8 @@ class Interpreter:
 
     `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
     it with the next one. `through_custom_derivatives` says whether a weight goes into functions
-    with a derivative of their own, which is then left out.
+    with a derivative of their own, which is then left out. `beside_data` says of an equation that
+    joins arrays whether data are among them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Interpreter:
         self.transformed = {} if transformed is None else transformed
         self.drawn = collections.Counter[Hashable]()
         self.through_custom_derivatives = through_custom_derivatives
+        self.beside_data: Callable[[jex.JaxprEqn], bool] = lambda _: False
 
     def fork(self) -> "Interpreter":
         """One that works alike and has a record of its own."""
@@ -102,6 +104,8 @@ class Interpreter:
         reason = REASONS.get(eqn.primitive, "")
         if rule is not None:
             reason = unfit(rule, len(operands), eqn.params)
+            if not reason and equation.joins_data:
+                reason = "puts it beside data, to be used as the data are"
             if not reason and eqn.primitive not in CARRIERS and not all(map(_is_sum, operands)):
                 reason = "has no rule for a weight with a gain or dropout"
         out = NotImplemented
@@ -156,6 +160,12 @@ def _is_var(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
+# The primitives some of whose result's entries are those of one operand, and some of another.
+_JOINING = frozenset(
+    ["concatenate", "dynamic_update_slice", "scatter", "scatter-add", "select_n", "stack"]
+)
+
+
 class Equation:
     """What a rule may ask of the equation that it handles."""
 
@@ -179,7 +189,7 @@ class Equation:
         decoded for this equation alone.
         """
         coded = [k for k, operand in enumerate(operands) if is_coded(operand)]
-        if coded and _coded.is_deferred(self.eqn, operands):
+        if coded and self._waits(operands):
             waiting = [self._narrowed(k, operand) for k, operand in enumerate(operands)]
             out = operands[coded[0]].deferred(self.eqn, coded[0], waiting)
         elif coded or any(isinstance(operand, FactoredArray) for operand in operands):
@@ -193,6 +203,13 @@ class Equation:
         eqn = self.eqn.replace(params=self.eqn.params | changes)
         return Equation(self.interpreter, eqn, self._operands, self._before_broadcast)
 
+    @functools.cached_property
+    def joins_data(self) -> bool:
+        """Whether this puts a weight beside data, as a concatenation does: it is data then."""
+        name = self.eqn.primitive.name
+        several = sum(isinstance(v, jex.Var) for v in self.eqn.invars) > 1
+        return several and name in _JOINING and self.interpreter.beside_data(self.eqn)
+
     def narrow(self, position: int) -> jax.Array:
         """A plain operand, with a size of one along the axes that it was broadcast to."""
         operand = jnp.asarray(self._operands[position])
@@ -203,6 +220,10 @@ class Equation:
         for size, axis in zip(jnp.shape(source[0]), source[1], strict=True):
             shape[axis] = size
         return jnp.reshape(source[0], shape)
+
+    def _waits(self, operands: Sequence[Any]) -> bool:
+        """Whether this waits on the codes among its operands instead of reading them."""
+        return _coded.is_deferred(self.eqn, operands) and not self.joins_data
 
     def _narrowed(self, position: int, operand: Any) -> Any:
         """An operand as it was before it was broadcast, where it was: what waits is kept."""
@@ -288,7 +309,7 @@ class Equation:
         """
         if not isinstance(value, FactoredArray) or not is_coded(value.base):
             return self.materialize(value, reason)
-        waits = value.is_bare and _coded.is_deferred(self.eqn, [value.base])
+        waits = value.is_bare and self._waits([value.base])
         if not waits:
             self.use(value, "materialized", reason)
         return value.base if value.is_bare else value.unnamed()

@@ -84,7 +84,7 @@ def pay(
         if turn is not None and turns_result:
             result = turned(turn, result, shown, precision=precision)
         for array, places in after:
-            result = times_gain(result, spread(array, places, result.ndim))
+            result = times_gain(result, spread(array, places, result.ndim), joins=True)
         return result
 
     return dataclasses.replace(weight, gains=(), turn=None), operand, pay_result

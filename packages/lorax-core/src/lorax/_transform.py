@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from . import _uses, rules
 from ._arrays import is_array
@@ -18,6 +19,7 @@ from ._factored import FactoredArray, base_of
 from ._interpreter import Interpreter
 from ._pair import Leaf, flatten_pair, split_pair
 from ._registry import RULES
+from .roles import DATA, beside_data
 
 Policy = Literal["warn", "error", "allow"]
 
@@ -191,11 +193,16 @@ def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, A
 
 
 class Traced(NamedTuple):
-    """A function as a jaxpr over its arrays, and the way back to what it returns."""
+    """A function as a jaxpr over its arrays, and the way back to what it returns.
+
+    `is_data` says of each constant and then of each operand whether it is an argument other than
+    parameters.
+    """
 
     jaxpr: jex.ClosedJaxpr
     operands: list[Any]
     rebuild: Callable[[Sequence[jax.Array]], Any]
+    is_data: list[bool]
 
 
 def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | None = None) -> Traced:
@@ -215,6 +222,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
         call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
     )
     dynamic = [_is_dynamic(leaf) for leaf in leaves]
+    data = [not isinstance(leaf, _OfPair) for leaf in leaves]
     leaves = [leaf.value if isinstance(leaf, _OfPair) else leaf for leaf in leaves]
     operands = [leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
     returned: list[Any] = []
@@ -240,7 +248,13 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
         outs = [next(rest) if dyn else out for out, dyn in zip(kept, is_traced, strict=True)]
         return jax.tree.unflatten(out_structure, outs)
 
-    return Traced(jaxpr, operands, rebuild)
+    of_operands = [is_data for is_data, moves in zip(data, dynamic, strict=True) if moves]
+    # NumPy arguments reach the function as they are, and its jaxpr as constants. Where there is no
+    # other data either, the function closes over it.
+    given = [leaf.shape for leaf in leaves if isinstance(leaf, np.ndarray)]
+    closed_over = not given and not any(of_operands)
+    of_consts = [closed_over or const.shape in given for const in jaxpr.consts]
+    return Traced(jaxpr, operands, rebuild, [*of_consts, *of_operands])
 
 
 def traced_as(value: Any) -> Any:
@@ -269,6 +283,8 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
         v.replace_base(jax.tree.map(jnp.asarray, v.base)) if isinstance(v, FactoredArray) else v
         for v in values
     ]
+    kinds = [DATA if is_data else k for k, is_data in enumerate(traced.is_data)]
+    interpreter.beside_data = beside_data(traced.jaxpr, kinds)
     return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
 
 

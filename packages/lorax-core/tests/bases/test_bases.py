@@ -16,7 +16,14 @@ import pytest
 from jax import lax
 
 from lorax import FP8, MXFP4, NF4, Axes, Int4, Int8, LoraSpec, dequantize, init_lora, lora, quantize
-from lorax.bases import FORMATS as REGISTERED, Format, defformat
+from lorax.bases import (
+    FORMATS as REGISTERED,
+    NVFP4,
+    Affine,
+    Format,
+    LLMInt8,
+    defformat,
+)
 from lorax.testing import random_factors
 
 
@@ -58,6 +65,11 @@ FORMATS = {
     "e5m2": FP8("e5m2"),
     "fp8-squares": FP8(block=2, square=True),
     "mxfp4": MXFP4(),
+    "nvfp4": NVFP4(),
+    "affine": Affine(),
+    "affine-groups": Affine(16, group=2),
+    "affine-8-bits": Affine(16, group=2, bits=8, minimum=False),
+    "llm-int8": LLMInt8(),
     "one's own": Halves(),
 }
 

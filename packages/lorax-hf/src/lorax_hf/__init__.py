@@ -1,6 +1,7 @@
 """Lorax for the models of Hugging Face and PyTorch, in the words of PEFT."""
 
 import importlib.metadata
+import inspect
 
 from ._defects import DefectWarning as DefectWarning, Finding as Finding
 from ._doctor import doctor as doctor
@@ -46,3 +47,8 @@ __all__ = [
     "register_op",
     "spec",
 ]
+
+# Tracebacks and reprs show the names that users import.
+for _value in [globals()[_name] for _name in __all__]:
+    if inspect.isclass(_value) or inspect.isfunction(_value):
+        _value.__module__ = __name__

@@ -30,15 +30,15 @@ class Part(Protocol):
 
 def part_of(model: Any) -> Part:
     """The part for a model; an `ImportError` names what to install where it is missing."""
-    if _is_of(model, "torch", "nn.Module"):
+    if _is_of(model, "torch", "nn.Module") or _is_function(model):
         return _part("torch")
     if _is_of(model, "transformers", "PretrainedConfig"):
         return _part("torch" if major("transformers") >= 5 else "flax")
     if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
         return _part("flax")
     raise TypeError(
-        "lorax_hf takes a PyTorch module, a Flax model of transformers, or the config of one, not "
-        f"{type(model).__name__}."
+        "lorax_hf takes a PyTorch module or its function, a Flax model of transformers, or the "
+        f"config of one, not {type(model).__name__}."
     )
 
 
@@ -61,6 +61,11 @@ def installed_parts() -> list[Part]:
 def _part(extra: str) -> Part:
     need(extra)
     return importlib.import_module(f"{__package__}._{extra}._part")  # pyright: ignore[reportReturnType]
+
+
+def _is_function(model: Any) -> bool:
+    """Whether a model is what `from_torch` returns."""
+    return _is_of(model, f"{__package__}._torch._function", "ModuleFunction")
 
 
 def _is_of(model: Any, package: str, name: str) -> bool:

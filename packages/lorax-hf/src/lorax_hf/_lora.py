@@ -9,8 +9,10 @@ def lora(model: Any, **options: Any) -> Any:
     """The model with `(frozen, tunable)` for `params`, in calls and in `generate`.
 
     Args:
-        model: a PyTorch module, or a Flax model of transformers.
-        **options: those of `lorax.lora`: `on_materialize`, `on_unused`.
+        model: a PyTorch module or the function that `from_torch` returns, or a Flax model of
+            transformers.
+        **options: those of `lorax.lora`: `on_materialize`, `on_unused`. For a PyTorch module,
+            `train` and `scan_layers` as well.
 
     Returns:
         The adapted model; the one given is not changed.

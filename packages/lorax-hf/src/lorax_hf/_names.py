@@ -11,7 +11,8 @@ def peft_names(model: Any, params: Any = None) -> dict[str, dict[str, Any]]:
     Plain data, which may go to a file as JSON for the command `lorax` (`--names`).
 
     Args:
-        model: a PyTorch module, a Flax model of transformers, or the config of one.
+        model: a PyTorch module or the function that `from_torch` returns, a Flax model of
+            transformers, or the config of one.
         params: its parameters, of arrays or shapes; by default the model's own.
 
     Returns:

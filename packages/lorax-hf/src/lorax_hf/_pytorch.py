@@ -1,6 +1,6 @@
 """PyTorch modules as JAX functions: `from_torch`, `load_torch`, `generate`, `register_op`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ def from_torch(
     sharding: Placement = None,
     dtype: Any = None,
     train: bool = False,
+    scan_layers: bool | Collection[str] = False,
 ) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
     """A PyTorch module as a pure JAX function of its parameters, and the parameters.
 
@@ -36,6 +37,9 @@ def from_torch(
         dtype: of floating parameters and persistent buffers; by default the module's.
         train: whether dropout and what else is for training is on. The call then takes `rng=`, a
             key of `jax.random`.
+        scan_layers: whether equal layers that follow each other are one `jax.lax.scan`, so that a
+            program does not grow with their number; or the names of the lists of layers. Their
+            parameters are stacked in one array, such as `model.layers.0:30.mlp.up_proj.weight`.
 
     Returns:
         The function, and a flat dict of arrays by PyTorch's names.
@@ -44,6 +48,11 @@ def from_torch(
         ImportError: where PyTorch or torchax is missing or too new; says what to install.
         OperatorError: when called, where torchax lacks an operator.
         QuantizedModuleError: where the module holds quantized weights.
+        ValueError: where no layers can be scanned, and when called, where the module does more with
+            them than calling one after the other; says why.
+
+    Warns:
+        UserWarning: of layers that `scan_layers` leaves out.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_hf, torch
@@ -57,8 +66,8 @@ def from_torch(
     from ._torch._function import ModuleFunction
     from ._torch._parameters import parameters_of
 
-    fn = ModuleFunction(module, train=train, dtype=dtype)
-    return fn, parameters_of(module, sharding, dtype)
+    fn = ModuleFunction(module, train=train, dtype=dtype, scan_layers=scan_layers)
+    return fn, parameters_of(module, fn.members, sharding, dtype)
 
 
 def load_torch(
@@ -68,6 +77,7 @@ def load_torch(
     dtype: Any = None,
     train: bool = False,
     module: Any = None,
+    scan_layers: bool | Collection[str] = False,
 ) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
     """`from_torch` of a folder's model, whose weights never are tensors of PyTorch.
 
@@ -81,10 +91,11 @@ def load_torch(
         dtype: of floating parameters; by default the files'.
         train: as in `from_torch`.
         module: a module on the meta device; by default one of the class in config.json.
+        scan_layers: as in `from_torch`. The largest tensor is then that of all layers.
 
     Returns:
-        The function and the parameters, as from `from_torch`; `fn.module` is the module without
-        weights, for `spec` and `peft_names`.
+        The function and the parameters, as from `from_torch`; `fn` is what `spec` and `peft_names`
+        take, and `fn.module` the module without weights.
 
     Raises:
         FileNotFoundError: where the folder lacks a file.
@@ -106,7 +117,7 @@ def load_torch(
     need("torch")
     from ._torch._load import load
 
-    return load(folder, sharding, dtype, train, module)
+    return load(folder, sharding, dtype, train, module, scan_layers)
 
 
 def generate(
@@ -127,7 +138,7 @@ def generate(
     """Continues prompts with a causal model, in one compiled loop with a cache of constant size.
 
     Args:
-        fn: of `from_torch` or `load_torch`.
+        fn: of `from_torch` or `load_torch`, or a module that `lora` returns.
         params: its parameters, or the pair `(frozen, tunable)`.
         ids: the prompts, integers [batch, length].
         max_new_tokens: how many tokens follow.

@@ -3,6 +3,7 @@
 Each library of models makes rows (`_flax`, `_torch`); everything else is written once, for rows.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,14 @@ def ends_in(ends: Sequence[str], module: str) -> bool:
     return any(module == end or module.endswith(f".{end}") for end in ends)
 
 
-def layer_of(module: str) -> int | None:
-    """The index of the layer that a module is in: the first number in its name."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+def layers_of(module: str) -> range:
+    """The layers that a module is in: the first number in its name, or several (`0:30`, `1:30:2`).
+
+    Empty where it is in none.
+    """
+    for part in module.split("."):
+        if part.isdigit():
+            return range(int(part), int(part) + 1)
+        if re.fullmatch(r"\d+:\d+(:\d+)?", part):
+            return range(*map(int, part.split(":")))
+    return range(0)

@@ -20,7 +20,7 @@ from lorax import (
 from ._choose import Targets, by_pattern, check_patterns, choose, is_named, shown
 from ._doctor import warn_of_defects
 from ._library import described
-from ._rows import Row, layer_of
+from ._rows import Row, layers_of
 
 
 def spec(
@@ -42,7 +42,8 @@ def spec(
     """A spec for `lorax.init_lora`, from the names that a model's modules have in PyTorch.
 
     Args:
-        model: a PyTorch module, a Flax model of transformers, or the config of one.
+        model: a PyTorch module or the function that `from_torch` returns, a Flax model of
+            transformers, or the config of one.
         params: its parameters, of arrays or shapes; by default the model's own.
         rank: of every adapter, for plain LoRA; 8 by default.
         alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`.
@@ -107,7 +108,7 @@ def spec(
         if row.path in in_full:
             return LORA_FULL
         adapted = row.path in chosen and row.path not in left_out and row.axes is not None
-        if not adapted or (wanted is not None and layer_of(row.module) not in wanted):
+        if not adapted or not _is_in(row, wanted):
             return LORA_FREEZE
         assert row.axes is not None
         own_rank = by_pattern(rank_pattern or {}, row.module, kind.size)
@@ -136,9 +137,22 @@ def spec(
     if not any(isinstance(leaf, AdapterSpec) or leaf == LORA_FULL for leaf in leaves):
         raise SpecError(
             f"`exclude` and `layers` leave nothing of targets={shown(targets)}; the layers are "
-            f"{sorted({x for x in map(layer_of, (row.module for row in rows)) if x is not None})}."
+            f"{sorted({layer for row in rows for layer in layers_of(row.module)})}."
         )
     return tree
+
+
+def _is_in(row: Row, wanted: set[int] | None) -> bool:
+    """Whether a weight is in one of the layers that are wanted."""
+    layers = layers_of(row.module)
+    found = wanted is None or not wanted.isdisjoint(layers)
+    if found and wanted is not None and not wanted.issuperset(layers):
+        raise SpecError(
+            f"layers={sorted(wanted)}: `{row.path}` is one parameter for the layers "
+            f"{list(layers)}, since they are scanned. Choose all of them or none, or take the "
+            "function without `scan_layers`."
+        )
+    return found
 
 
 def _with_axes(rows: Mapping[str, Row], chosen: set[str], targets: Targets) -> set[str]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_torch
 import torch
+import transformers
 from torch import nn
 
 import lorax
@@ -442,6 +444,11 @@ def test_quantized_modules_are_refused():
         lorax_hf.from_torch(nn.Sequential(nn.Linear(6, 5), Linear4bit(5, 4)))
     with pytest.raises(lorax_hf.QuantizedModuleError, match="the module holds.*Marked"):
         lorax_hf.from_torch(Marked(6, 5))
+    dequantized = Marked(6, 5)
+    dequantized.config = SimpleNamespace(
+        quantization_config=transformers.GgufConfig(dequantize=True)
+    )
+    lorax_hf.from_torch(dequantized)
     with pytest.raises(lorax_hf.QuantizedModuleError, match="bitsandbytes"):
         lorax_hf.spec(Linear4bit(5, 4), targets="all-linear")
 

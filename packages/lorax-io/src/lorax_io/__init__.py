@@ -1,7 +1,9 @@
 """Lorax adapters on disk: native files and PEFT folders, both ways."""
 
 import importlib.metadata
+import inspect
 
+from ._bases.load_base import load_base as load_base
 from ._bases.merged import save_merged as save_merged
 from ._errors import (
     AdapterError as AdapterError,
@@ -27,6 +29,7 @@ from ._formats.opening import (
     open_adapter as open_adapter,
 )
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
+from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
     Conv as Conv,
@@ -65,6 +68,8 @@ __all__ = [
     "flax_names",
     "load_adapter",
     "load_any",
+    "load_base",
+    "load_frozen",
     "load_pair",
     "load_peft",
     "open_adapter",
@@ -74,6 +79,7 @@ __all__ = [
     "read_names",
     "save_adapter",
     "save_diffusers",
+    "save_frozen",
     "save_gguf",
     "save_kohya",
     "save_merged",
@@ -81,3 +87,8 @@ __all__ = [
     "save_peft",
     "write_names",
 ]
+
+# Tracebacks and reprs show the names that users import.
+for _value in [globals()[_name] for _name in __all__]:
+    if inspect.isclass(_value) or inspect.isfunction(_value):
+        _value.__module__ = __name__

@@ -29,6 +29,8 @@ class Layout:
         out_axes: the axes that make the output.
         shared_axes: the axes with a module, or an expert, for each entry.
         parameter: the tensor's name in the module.
+        numbers: what stands for `{}` in the modules of one stack, such as `(1, 3, 5)` where every
+            other layer is in it; by default 0, 1, 2, ….
     """
 
     module: str
@@ -37,6 +39,7 @@ class Layout:
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
     parameter: str = "weight"
+    numbers: Sequence[int] | None = None
 
     stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that lie within one tensor
     fan_in_fan_out: ClassVar[bool] = False
@@ -305,6 +308,10 @@ def _check_fields(layout: Layout) -> None:
         raise AdapterMismatchError(
             "needs one `{}` in its module for each axis that stacks modules, and no other."
         )
+    if layout.numbers is not None and (
+        stacked != 1 or len({*layout.numbers}) < len(layout.numbers)
+    ):
+        raise AdapterMismatchError("needs a number of its own for each module of its one stack.")
 
 
 def _may_hold(field: str, value: Any) -> bool:
@@ -314,6 +321,9 @@ def _may_hold(field: str, value: Any) -> bool:
         case "in_axes" | "out_axes" | "shared_axes":
             is_axes = isinstance(value, tuple | list) and all(type(axis) is int for axis in value)
             return is_axes or (value is None and field != "shared_axes")
+        case "numbers":
+            is_list = isinstance(value, tuple | list) and len(value) > 0
+            return value is None or (is_list and all(type(n) is int and n >= 0 for n in value))
         case "channel_axis":
             return value is None or type(value) is int
         case "order":

@@ -15,6 +15,8 @@ import numpy as np
 
 from lorax import Adapter, Axes
 
+from ._errors import AdapterMismatchError
+
 if TYPE_CHECKING:
     from ._layouts import Layout
 
@@ -55,7 +57,14 @@ class Place:
     def modules(self) -> dict[tuple[int, ...], str]:
         """The module of each entry of the stack; one, at `()`, where nothing is stacked."""
         entries = itertools.product(*(range(self.shape[d]) for d in self.stack))
-        return {index: self.layout.module.format(*index) for index in entries}
+        numbers = self.layout.numbers
+        sizes = [self.shape[d] for d in self.stack]
+        if numbers is not None and sizes != [len(numbers)]:
+            raise AdapterMismatchError(
+                f"its layout numbers {len(numbers)} modules, and it stacks {sizes}.", self.path
+            )
+        named = lambda index: index if numbers is None else (numbers[index[0]],)  # noqa: E731
+        return {index: self.layout.module.format(*named(index)) for index in entries}
 
     @functools.cached_property
     def whole(self) -> Groups:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import Adapter, SpecError
+from lorax import Adapter, SpecError, dequantize
 
 from ._disk.arrays import sharding_beside
 from ._errors import AdapterMismatchError
@@ -168,5 +168,5 @@ def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> 
     if not isinstance(base, jax.ShapeDtypeStruct):
         where = {name: sharding_beside(base, shapes.axes[name]) for name in derived}
         # Compiled, since a part of the base may be in other processes.
-        derived = jax.jit(lambda base: weight.derived(base), out_shardings=where)(base)
+        derived = jax.jit(lambda base: weight.derived(dequantize(base)), out_shardings=where)(base)
     return {name: held[name] if name in held else derived[name] for name in shapes.held}

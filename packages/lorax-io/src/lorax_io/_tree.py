@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import Adapter, FrozenWeight, Pair, path_string
+from lorax import Adapter, FrozenWeight, Pair, QuantizedWeight, path_string
 
 from ._errors import AdapterError, AdapterMismatchError
 
@@ -106,7 +106,7 @@ def _is_weight(node: Any) -> bool:
 
 
 def _is_leaf(node: Any) -> bool:
-    return node is None or isinstance(node, Adapter | FrozenWeight)
+    return node is None or isinstance(node, Adapter | FrozenWeight | QuantizedWeight)
 
 
 def arrays_of(path: str, leaf: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:

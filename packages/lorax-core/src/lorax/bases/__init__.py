@@ -6,12 +6,19 @@ from .._base import (
     Format as Format,
     QuantizedWeight as QuantizedWeight,
     defformat as defformat,
+    format_of as format_of,
     quantized_from_settings as quantized_from_settings,
 )
 from . import (
+    affine as affine,
     fp8 as fp8,
     int4 as int4,
     int8 as int8,
+    llm_int8 as llm_int8,
     mxfp4 as mxfp4,
     nf4 as nf4,
+    nvfp4 as nvfp4,
 )
+from .affine import Affine as Affine
+from .llm_int8 import LLMInt8 as LLMInt8
+from .nvfp4 import NVFP4 as NVFP4

@@ -6,6 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._contract import wide_dtype
+
+INTEGERS: dict[int, tuple[Any, Any]] = {4: (jnp.int4, jnp.uint4), 8: (jnp.int8, jnp.uint8)}
+"""The signed and the unsigned dtype, by the bits of a code."""
+
 
 def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
     """The largest magnitude of each block, and one for a block of zeros."""
@@ -15,10 +20,11 @@ def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
 
 def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """The scale of an entry, which may be a code itself."""
-    scale = arrays["scales"]
-    if "outer" in arrays:
-        scale = scale.astype(arrays["outer"].dtype) * arrays["outer"]
-    return scale
+    scale, outer = arrays["scales"], arrays.get("outer")
+    if outer is None:
+        return scale.astype(wide_dtype(scale.dtype))
+    dtype = wide_dtype(outer.dtype)
+    return scale.astype(dtype) * outer.astype(dtype)
 
 
 def with_scales_of_scales(

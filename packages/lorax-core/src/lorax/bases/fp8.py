@@ -50,7 +50,9 @@ class FP8(Format):
         if self.square and self.block is None:
             raise SpecError("FP8 has square=True and no block, which is the side of a square.")
 
-    def blocks(self, path: str, shape: tuple[int, ...], along: tuple[int, ...]) -> dict[int, int]:
+    def blocks(
+        self, path: str, shape: tuple[int, ...], along: tuple[int, ...]
+    ) -> dict[int, tuple[int, ...]]:
         """Along the inputs, and for squares along the last output, too."""
         found = super().blocks(path, shape, along)
         if not self.square or self.block is None:

@@ -46,6 +46,10 @@ class MXFP4(Format):
         if type(self.block) is not int or self.block < 1:
             raise SpecError(f"MXFP4 has a block of {self.block!r}; it has a positive number.")
 
+    def are_numbers(self, name: str, array: Any) -> bool:
+        """Whether no power of two is 255, which stands for NaN."""
+        return super().are_numbers(name, array) and (name != "scales" or not (array == 255).any())
+
     def dtypes(self) -> tuple[Any, ...]:
         """The dtype of the codes."""
         return (jnp.uint4,)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import SpecError
+from .leading import leading_vectors
 
 Factors = tuple[jax.Array, jax.Array | None]
 Reduced = dict[str, jax.Array]
@@ -58,8 +59,7 @@ class EvaStart(CollectedStart):
 
         Σ (x − x̄)(x − x̄)ᵀ  =  V diag(s²) Vᵀ,      a = V[:, :rank],  or V[:, :rank] / √s
 
-    Paischer et al. 2024, arXiv:2410.07170. The base stays. All eigenvectors are computed, in a time
-    that grows with `fan_in³`.
+    Paischer et al. 2024, arXiv:2410.07170. The base stays.
 
     Args:
         whiten: whether each component is divided by the root of its singular value.
@@ -87,9 +87,8 @@ class EvaStart(CollectedStart):
         mean = first / jnp.maximum(count, 1)
         # A difference of two sums loses digits where the mean is large beside the variance.
         variance = second - count * mean[:, None] * mean[None]
-        squares, vectors = jnp.linalg.eigh(variance)  # ascending
         kept = min(round(rank * self.rho), len(mean))
-        squares, vectors = jnp.maximum(squares[::-1], 0)[:kept], vectors[:, ::-1][:, :kept]
+        vectors, squares, _ = leading_vectors(variance, kept)
         largest = jnp.argmax(jnp.abs(vectors), 0)
         signs = jnp.sign(vectors[largest, jnp.arange(kept)])
         total = jnp.maximum(jnp.trace(variance), jnp.finfo(variance.dtype).tiny)
@@ -160,10 +159,13 @@ class CordaStart(CollectedStart):
         )
         covariance, inverse, _ = damped(damp)
         seen = jnp.matmul(matrix.T, covariance, precision=highest)  # [out, in]
-        left, values, right = jnp.linalg.svd(seen, full_matrices=False)
-        chosen = slice(rank) if self.method == "ipm" else slice(len(values) - rank, None)
-        back = jnp.matmul(right[chosen], inverse, precision=highest)  # [rank, in]
-        return {"inputs": back.T, "values": values[chosen], "outputs": left[:, chosen].T}
+        if self.method == "ipm":
+            left, values, right = leading_vectors(seen, rank)
+        else:
+            left, values, right = jnp.linalg.svd(seen, full_matrices=False)
+            left, values, right = left[:, -rank:], values[-rank:], right[-rank:]
+        back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
+        return {"inputs": back.T, "values": values, "outputs": left.T}
 
     def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
         """Both sides take the root of the values."""
@@ -226,11 +228,10 @@ class LoraGAStart(CollectedStart):
 
     def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
         """`2 · rank` singular vectors of both sides, and their values."""
-        left, values, right = jnp.linalg.svd(found, full_matrices=False)
-        chosen = slice(2 * rank)
-        kept = {"inputs": left[:, chosen], "values": values[chosen], "outputs": right[chosen]}
+        left, values, right = leading_vectors(found, 2 * rank)
+        kept = {"inputs": left, "values": values, "outputs": right}
         if self.scale == "weight_svd":
-            kept["weight"] = jnp.linalg.norm(matrix, 2)
+            kept["weight"] = leading_vectors(matrix, 1)[1][0]
         return kept
 
     def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:

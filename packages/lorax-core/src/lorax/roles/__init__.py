@@ -13,7 +13,8 @@ Of several uses of a weight the strongest counts (`Strength`), and of equals the
 result goes into the weight itself, such as a norm that divides it, counts if there is no other.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import _compat
@@ -35,7 +36,24 @@ def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
         kinds: what each of its constants and then of its inputs is: a weight by its name, `DATA`,
             or None for neither.
     """
+    return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).found()
+
+
+def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
+    """Whether an equation of a function puts weights beside data, as a concatenation does.
+
+    The function is walked when that is asked first, for most never ask.
+
+    Args:
+        jaxpr: as for `find_roles`.
+        kinds: as for `find_roles`.
+    """
     body, _ = _compat.open_jaxpr(jaxpr)
+    found = functools.cache(lambda: _walked(body, kinds).beside_data)
+    return lambda eqn: id(eqn) in found()
+
+
+def _walked(body: Any, kinds: Sequence[Any]) -> Walk:
     walk = Walk()
     walk.run(
         body,
@@ -44,4 +62,4 @@ def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
             for kind, v in zip(kinds, (*body.constvars, *body.invars), strict=True)
         ],
     )
-    return walk.found()
+    return walk

@@ -50,7 +50,7 @@ def _while(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> list[Value]:
 @rule("cond")
 def _cond(walk: Walk, eqn: jex.JaxprEqn, index: Value, *values: Value) -> list[Value]:
     branches = [walk.run_body(branch, values) for branch in eqn.params["branches"]]
-    outs = [merge(each) for each in zip(*branches, strict=True)]
+    outs = [walk.beside(eqn, each) for each in zip(*branches, strict=True)]
     return [
         merge([out, walk.lost(eqn, index, shape_of(v))])
         for out, v in zip(outs, eqn.outvars, strict=True)

@@ -72,13 +72,16 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
         for name, part in side.value.weights.items():
             inputs, outputs = part.along(side.summed), part.along(side.kept)
             if other.value.data and name not in other.value.parts:
-                if part.joined:
-                    uses |= walk.record(name, Strength.JOINED, inputs, outputs, eqn)
+                if part.joined or part.beside:
+                    uses |= walk.record(name, Strength.JOINED, inputs, outputs, eqn, part.beside)
                 elif not part.links:
                     uses |= walk.record(name, Strength.DATA, inputs, outputs, eqn)
                 elif inputs and not side.batched:
                     uses |= record_chain(walk, name, side.value, inputs, side.kept, eqn)
             elif other.value.weights:
+                if part.beside:
+                    walk.leave_to_data(part)
+                    continue
                 links = {
                     Link(inputs, key, found.along(other.summed))
                     for key, found in other.value.weights.items()

@@ -69,7 +69,7 @@ def _split(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> list[Value]:
 
 @rule("concatenate")
 def _concatenate(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> Value:
-    return merge(resized(value, shape_of(eqn.outvars[0])) for value in values)
+    return walk.beside(eqn, [resized(value, shape_of(eqn.outvars[0])) for value in values])
 
 
 @rule("stack")
@@ -79,7 +79,14 @@ def _stack(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> Value:
     def widened(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
         return (*axes[:axis], blank(len(values)), *axes[axis:])
 
-    return merge(value.move(widened) for value in values)
+    return walk.beside(eqn, [value.move(widened) for value in values])
+
+
+@rule("select_n")
+def _select_n(walk: Walk, eqn: jex.JaxprEqn, which: Value, *cases: Value) -> Value:
+    shape = shape_of(eqn.outvars[0])
+    which = which if shape_of(eqn.invars[0]) else which.move(lambda _: map(blank, shape))
+    return walk.join([which, walk.beside(eqn, cases)], eqn)
 
 
 @rule("unstack")
@@ -125,11 +132,14 @@ def _reduce_scatter(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
     return resized(value, shape_of(eqn.outvars[0]))
 
 
-@rule("dynamic_update_slice", "scatter", "scatter_add", "scatter_mul", "scatter_sub")
+@rule(
+    "dynamic_update_slice", "scatter", "scatter-add", "scatter-mul", "scatter-sub", "scatter-min",
+    "scatter-max",
+)  # fmt: skip
 def _update(walk: Walk, eqn: jex.JaxprEqn, operand: Value, *others: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     spread = [resized(operand, shape)]
     for other, v in zip(others, eqn.invars[1:], strict=True):
-        follows = len(shape_of(v)) == len(shape) and not other.data
+        follows = len(shape_of(v)) == len(shape) and (operand.data or not other.data)
         spread.append(resized(other, shape) if follows else walk.lost(eqn, other, shape))
-    return merge(spread)
+    return walk.beside(eqn, spread) if operand.data else merge(spread)

@@ -33,12 +33,14 @@ class Part:
         links: the products with other weights that the value has come through.
         joined: whether data of the same axes was added to it or multiplied with it.
         transformed: the weight's axes that a Fourier transform has run over.
+        beside: the equations, by identity, that have put the weight beside data.
     """
 
     axes: tuple[Axis, ...]
     links: frozenset[Link] = frozenset()
     joined: bool = False
     transformed: frozenset[int] = frozenset()
+    beside: frozenset[int] = frozenset()
 
     def along(self, axes: Iterable[int]) -> frozenset[int]:
         """The weight's axes that run along `axes` of the value."""
@@ -131,7 +133,7 @@ def _merge_parts(one: Part, two: Part) -> Part:
         x if any(span.axes for span in x) else y for x, y in zip(one.axes, two.axes, strict=True)
     )
     joined, transformed = one.joined or two.joined, one.transformed | two.transformed
-    return Part(axes, one.links | two.links, joined, transformed)
+    return Part(axes, one.links | two.links, joined, transformed, one.beside | two.beside)
 
 
 def broadcasts(sizes: Sequence[Any], shape: Sequence[Any]) -> bool:

@@ -2,14 +2,25 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 
 from .. import _compat
 from .._interpreter import live_equations
-from .values import CONSTANT, DATA, Value, blank, broadcasts, in_all_steps, merge, resized, whole
+from .values import (
+    CONSTANT,
+    DATA,
+    Part,
+    Value,
+    blank,
+    broadcasts,
+    in_all_steps,
+    merge,
+    resized,
+    whole,
+)
 
 
 class Strength(enum.IntEnum):
@@ -36,6 +47,7 @@ class Use:
     inputs: frozenset[int]
     outputs: frozenset[int]
     looks_up: bool = False
+    beside: frozenset[int] = frozenset()
 
 
 class Roles(NamedTuple):
@@ -46,11 +58,13 @@ class Roles(NamedTuple):
         reasons: for other weights that reach a product, a look-up or a primitive that is not
             followed: what keeps their axes from having roles.
         tables: of weights that rows are looked up in, the axes of a row.
+        dead: of weights that only equations read which no output depends on, the first of these.
     """
 
     axes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     reasons: dict[str, str]
     tables: dict[str, tuple[int, ...]]
+    dead: dict[str, str]
 
 
 class Walk:
@@ -61,6 +75,11 @@ class Walk:
         self.reasons: dict[str, str] = {}
         # For each weight, the uses of it whose results have gone into the weight itself.
         self.own: dict[str, int] = {}
+        # The equations that put weights beside data, by identity.
+        self.beside_data: set[int] = set()
+        # The weights that equations have read, and those that one reads which nothing depends on.
+        self.read: set[str] = set()
+        self.dead: dict[str, str] = {}
         self.records = True
         self.line = ""
 
@@ -68,6 +87,8 @@ class Walk:
         """The strongest use of each weight."""
         best: dict[str, tuple[bool, Strength, Use]] = {}
         for k, use in enumerate(self.uses):
+            if not self.beside_data.isdisjoint(use.beside):
+                continue  # It is data by then.
             counts = not self.own.get(use.weight, 0) >> k & 1
             if use.weight not in best or (counts, use.strength) > best[use.weight][:2]:
                 best[use.weight] = (counts, use.strength, use)
@@ -77,7 +98,8 @@ class Walk:
         }
         tables = {use.weight: tuple(sorted(use.outputs)) for use in self.uses if use.looks_up}
         reasons = {name: why for name, why in self.reasons.items() if name not in axes}
-        return Roles(axes, reasons, tables)
+        dead = {name: where for name, where in self.dead.items() if name not in self.read}
+        return Roles(axes, reasons, tables, dead)
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The values that an open jaxpr returns for its constants and inputs."""
@@ -86,12 +108,27 @@ class Walk:
         def read(atom: Any) -> Value:
             return CONSTANT if isinstance(atom, jex.Literal) else values[atom]
 
-        for eqn, finished in live_equations(jaxpr):
+        live = live_equations(jaxpr)
+        if len(live) < len(jaxpr.eqns):
+            self._note_dead(jaxpr, values, {id(eqn) for eqn, _ in live})
+        for eqn, finished in live:
             outs = self.evaluate(eqn, [read(v) for v in eqn.invars])
             values |= zip(eqn.outvars, outs, strict=True)
             for v in finished:
                 del values[v]
         return [read(v) for v in jaxpr.outvars]
+
+    def _note_dead(self, jaxpr: Any, values: Mapping[Any, Value], live: set[int]) -> None:
+        """Keeps what equations read that no output of the function depends on."""
+        for eqn in jaxpr.eqns:
+            if id(eqn) in live:
+                continue
+            for v in eqn.invars:
+                if isinstance(v, jex.Literal) or v not in values:
+                    continue
+                line = _compat.source_line(eqn) or self.line
+                where = f"`{eqn.primitive.name}`{f' at {line}' if line else ''}"
+                self.dead = dict.fromkeys(values[v].weights, where) | self.dead
 
     def run_body(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The same for the body of an equation."""
@@ -105,6 +142,8 @@ class Walk:
             return [CONSTANT] * len(eqn.outvars)
         outer, self.line = self.line, _compat.source_line(eqn) or self.line
         rule, body = RULES.get(eqn.primitive.name), only_body(eqn)
+        if body is None:
+            self.read.update(*(operand.weights for operand in operands))
         if rule is not None:
             outs = rule(self, eqn, *operands)
             outs = outs if isinstance(outs, list) else [outs]
@@ -117,7 +156,7 @@ class Walk:
 
     def record(
         self, weight: str, strength: Strength, inputs: frozenset[int], outputs: frozenset[int],
-        eqn: jex.JaxprEqn,
+        eqn: jex.JaxprEqn, beside: frozenset[int] = frozenset(),
     ) -> int:  # fmt: skip
         """Records a use and returns its bit; 0 where it gives no roles."""
         if not self.records:
@@ -136,7 +175,7 @@ class Walk:
             )
             return 0
         looks_up = eqn.primitive.name in ("gather", "dynamic_slice")
-        self.uses.append(Use(weight, strength, inputs, outputs, looks_up))
+        self.uses.append(Use(weight, strength, inputs, outputs, looks_up, beside))
         return 1 << (len(self.uses) - 1)
 
     def note(self, weight: str, reason: str) -> None:
@@ -200,6 +239,29 @@ class Walk:
             else:
                 parts[name] = dataclasses.replace(part, joined=True)
         return Value(parts, uses)
+
+    def beside(self, eqn: jex.JaxprEqn, operands: Sequence[Value]) -> Value:
+        """One value some of whose entries are those of each operand, as after a concatenation.
+
+        A weight beside activations, as a class token is, is data from there on. Beside data that
+        has met no weight it may be either, and what it meets next decides: see `leave_to_data`.
+        """
+        merged = merge(operands)
+        data = [operand for operand in operands if operand.data]
+        if not data or all(operand.data and operand.weights for operand in operands):
+            return merged
+        if any(operand.uses for operand in data):
+            self.beside_data.add(id(eqn))
+            return Value(whole(DATA, shape_of(eqn.outvars[0])).parts, merged.uses)
+        parts = {
+            key: dataclasses.replace(part, beside=part.beside | {id(eqn)})
+            for key, part in merged.weights.items()
+        }
+        return Value(dict(merged.parts) | parts, merged.uses)
+
+    def leave_to_data(self, part: Part) -> None:
+        """What stands beside data is used as they are: another weight maps both."""
+        self.beside_data |= part.beside
 
     # Loops.
 

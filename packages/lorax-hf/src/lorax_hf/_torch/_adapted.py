@@ -1,27 +1,37 @@
 """A PyTorch module that takes the pair in place of its parameters."""
 
+from collections.abc import Collection
 from typing import Any
 
+import jax
 import torch
 
 import lorax
 
+from .._pytorch import generate
 from ._function import ModuleFunction
+from ._state import refuse_without_values, state_of
 
 
 class AdaptedModule:
     """A module as a JAX function under `lorax.lora`, called as the module is.
 
-    What is not a call is the module's own: `adapted.config`, ….
+    What is neither a call nor `generate` is the module's own: `adapted.config`, ….
     """
 
-    def __init__(self, module: torch.nn.Module, *, train: bool = False, **options: Any) -> None:
+    def __init__(self, module: torch.nn.Module, function: ModuleFunction, **options: Any) -> None:
         self.module = module
-        self._call = lorax.lora(ModuleFunction(module, train=train), **options)
+        self.function = function
+        self.options = options
+        self._call = lorax.lora(function, **options)
 
     def __call__(self, *args: Any, params: Any, **kwargs: Any) -> Any:
         """The module's outputs: `adapted(input_ids, params=(frozen, tunable)).logits`."""
         return self._call(params, *args, **kwargs)
+
+    def generate(self, ids: Any, *, params: Any, **options: Any) -> jax.Array:
+        """`lorax_hf.generate` with the pair in place of the parameters."""
+        return generate(self, params, ids, **options)
 
     def __getattr__(self, name: str) -> Any:
         if name == "module":
@@ -29,8 +39,16 @@ class AdaptedModule:
         return getattr(self.module, name)
 
 
-def adapted(module: Any, **options: Any) -> AdaptedModule:
-    """The module under `lorax.lora`, with its options and `train`."""
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"lora takes a PyTorch module, not a {type(module).__name__}.")
-    return AdaptedModule(module, **options)
+def adapted(
+    model: Any, *, train: bool = False, scan_layers: bool | Collection[str] = False, **options: Any
+) -> AdaptedModule:
+    """The module, or the function of one, under `lorax.lora` with its options."""
+    if isinstance(model, ModuleFunction):
+        if train or scan_layers:
+            raise TypeError("lora: `train` and `scan_layers` are options of `from_torch`.")
+        return AdaptedModule(model.module, model, **options)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
+    refuse_without_values(state_of(model).buffers)
+    function = ModuleFunction(model, train=train, scan_layers=scan_layers)
+    return AdaptedModule(model, function, **options)

@@ -60,22 +60,33 @@ class Files:
         entry = self.entries[name]
         if sharding is None or not entry.shape or 0 in entry.shape:
             return placed(_read(entry), sharding)
-        whole = np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)
-        part = lambda index: np.array(whole[index])  # noqa: E731
-        return jax.make_array_from_callback(entry.shape, sharding, part)
+        return jax.make_array_from_callback(
+            entry.shape, sharding, lambda index: self.part(name, index)
+        )
+
+    def part(self, name: str, index: Any) -> np.ndarray[Any, Any]:
+        """What is at an index of a tensor, as an array of our own."""
+        entry = self.entries[name]
+        if not entry.shape or 0 in entry.shape:
+            return _read(entry)[index]
+        return np.array(np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)[index])
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Memory at an address that JAX takes for its own on a CPU, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _read(entry: Entry) -> np.ndarray[Any, Any]:
-    """An array of our own, at an address that JAX takes for its own on a CPU, without a copy."""
-    size = math.prod(entry.shape) * entry.dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    part = memory[start : start + size]
+    whole = aligned(entry.shape, entry.dtype)
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
-        if file.readinto(memoryview(part)) != size:
+        if file.readinto(memoryview(whole.reshape(-1).view(np.uint8))) != whole.nbytes:
             raise ValueError(f"{entry.file} ends before its last tensor does.")
-    return part.view(entry.dtype).reshape(entry.shape)
+    return whole
 
 
 def _entries(file: Path) -> dict[str, Entry]:

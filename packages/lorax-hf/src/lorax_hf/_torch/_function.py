@@ -18,7 +18,9 @@ from ._constants import Constants
 from ._environment import environment
 from ._gradients import NoGradients
 from ._host import settle_host_choices
+from ._layers import members_of, runs_of, stacked, unstacked
 from ._quantized import refuse_quantized
+from ._scan import scanned
 from ._state import State, state_of, without_weights
 
 
@@ -27,18 +29,31 @@ class ModuleFunction:
 
     Attributes:
         module: a copy of the module without weights.
-        names: of the parameters.
+        runs: its layers that are scanned.
+        members: for each parameter's name, the names of the module's own that it has: itself, or
+            those that it stacks.
         buffers: the tensors that are not parameters, as NumPy arrays by name: constants.
     """
 
-    def __init__(self, module: torch.nn.Module, *, train: bool = False, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        train: bool = False,
+        dtype: Any = None,
+        scan_layers: bool | Collection[str] = False,
+    ) -> None:
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
         refuse_quantized(module)
         environment()
         state = state_of(module)
-        self.names = tuple(state.parameters)
-        self.buffers = _buffers(module, state, dtype)
+        self.runs = runs_of(module, scan_layers)
+        self.members = members_of(state.parameters, self.runs)
+        constants = members_of(state.buffers, self.runs)
+        self.buffers = stacked(_buffers(module, state, dtype), constants, np.stack)
+        self._all = {**constants, **self.members}
+        self._stacks = {name for name, parts in self._all.items() if parts != (name,)}
         self.module = without_weights(module, state).train(train)
         self.__name__ = type(module).__name__
         self._inner = ""  # where the module is in the one that is called
@@ -61,7 +76,10 @@ class ModuleFunction:
         """
         self._check(params)
         env = environment()
-        arrays = {**self.buffers, **{name: params[name] for name in self.names}}
+        runs, arrays = self.runs, {**self.buffers, **params}
+        if self._inner:  # as for `generate`, whose cache is of single layers
+            runs, arrays = [], unstacked(arrays, self._all)
+        stacks = {name: arrays.pop(name) for name in self._stacks & arrays.keys()}
         state = {f"{self._inner}{n}": env.j2t_iso(jnp.asarray(x)) for n, x in arrays.items()}
         with (
             self._lock,
@@ -71,6 +89,7 @@ class ModuleFunction:
             env,
             NoGradients(),
             Constants(env),
+            scanned(self.module, runs, stacks, env),
             torch.enable_grad(),
             warnings.catch_warnings(),
         ):
@@ -93,7 +112,7 @@ class ModuleFunction:
                 f"{self.__name__} takes a dict of parameters by name, as `from_torch` returns it, "
                 f"not {type(params).__name__}."
             )
-        missing, unknown = set(self.names) - params.keys(), params.keys() - set(self.names)
+        missing, unknown = self.members.keys() - params.keys(), params.keys() - self.members.keys()
         if missing or unknown:
             what = [f"lacks {_some(missing)}"] if missing else []
             what += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
@@ -112,10 +131,12 @@ def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.
         for prefix, owner in module.named_modules()
         for name in owner._non_persistent_buffers_set
     }
-    return {
-        name: numpy_of(tensor, None if name in fixed else dtype)
-        for name, tensor in state.buffers.items()
-    }
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, tensor in state.buffers.items():
+        if tensor.device.type == "meta":  # `spec` traces such modules, for the axes alone
+            tensor = torch.zeros_like(tensor, device="cpu")
+        found[name] = numpy_of(tensor, None if name in fixed else dtype)
+    return found
 
 
 def _without_cache(module: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import lorax
 
 from .._errors import StaticCacheError
+from ._adapted import AdaptedModule
 from ._decoder import Decoder
 from ._function import ModuleFunction
 
@@ -29,8 +30,16 @@ def generate(
     fn: Any, params: Any, ids: Any, mask: Any, rng: jax.Array | None, options: Options
 ) -> jax.Array:
     """The prompts and what follows them. [batch, prompt + new]"""
+    lora: Mapping[str, Any] = {}
+    if isinstance(fn, AdaptedModule):
+        if isinstance(params, Mapping):
+            raise TypeError("generate: an adapted module takes the pair `(frozen, tunable)`.")
+        fn, lora = fn.function, fn.options
     if not isinstance(fn, ModuleFunction):
-        raise TypeError("generate takes the function that `from_torch` or `load_torch` returns.")
+        raise TypeError(
+            "generate takes the function that `from_torch` or `load_torch` returns, or the module "
+            "that `lora` does."
+        )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
@@ -39,9 +48,9 @@ def generate(
     if options.do_sample and rng is None:
         raise TypeError("do_sample=True needs `rng=`, a key of `jax.random`.")
     length = ids.shape[1] + options.max_new_tokens
-    key = (length, options)
+    key = (length, options, *sorted(lora.items()))
     if key not in fn.programs:
-        fn.programs[key] = jax.jit(_program(fn, length, options))
+        fn.programs[key] = jax.jit(_program(fn, length, options, lora))
     mask = None if mask is None else jnp.asarray(mask)
     try:
         return fn.programs[key](params, ids, mask, rng)
@@ -52,12 +61,14 @@ def generate(
         ) from error
 
 
-def _program(fn: ModuleFunction, length: int, options: Options) -> Callable[..., jax.Array]:
+def _program(
+    fn: ModuleFunction, length: int, options: Options, lora: Mapping[str, Any]
+) -> Callable[..., jax.Array]:
     decode = fn.around(lambda module: Decoder(module, length))
 
     def run(params: Any, ids: Any, mask: Any, rng: Any) -> jax.Array:
         if not isinstance(params, Mapping):  # a pair
-            step = lorax.lora(decode, on_unused="allow")
+            step = lorax.lora(decode, **{**lora, "on_unused": "allow"})
         else:
             step = decode
         batch, prompt = ids.shape

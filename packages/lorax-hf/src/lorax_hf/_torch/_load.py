@@ -4,9 +4,9 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +14,19 @@ import torch
 
 from .._errors import QuantizedModuleError
 from ._arrays import numpy_of
-from ._files import Files
+from ._files import Files, aligned
 from ._function import ModuleFunction
 from ._place import Placement, placed, sharding_of
 from ._quantized import refuse_quantized
 from ._rows import of_config
 from ._state import state_of, tied_names
 
-Read = Callable[[Any], jax.Array]  # from a sharding to the array in it
+
+class Read(NamedTuple):
+    """How to read a tensor."""
+
+    placed: Callable[[Any], jax.Array]  # from a sharding to the array in it
+    part: Callable[[Any], np.ndarray[Any, Any]]  # from an index to what is there
 
 
 def load(
@@ -30,6 +35,7 @@ def load(
     dtype: Any,
     train: bool,
     module: torch.nn.Module | None,
+    scan_layers: bool | Collection[str],
 ) -> tuple[ModuleFunction, dict[str, jax.Array]]:
     """The function of a folder's model, and its parameters."""
     files = Files(folder)
@@ -37,17 +43,42 @@ def load(
         module = _module_of(files.folder)
     refuse_quantized(module)
     reads = _reads(module, files)
-    state = state_of(module)
     _fill_buffers(module, reads, files.folder)
+    fn = ModuleFunction(module, train=train, dtype=dtype, scan_layers=scan_layers)
+    tensors = state_of(module).parameters
     found: dict[str, jax.Array] = {}
-    for name, tensor in state.parameters.items():
-        wanted = sharding_of(sharding, name, tuple(tensor.shape))
-        array = reads[name](wanted)
+    for name, parts in fn.members.items():
+        tensor = tensors[parts[0]]
+        stacked = parts != (name,)
+        shape = ((len(parts),) if stacked else ()) + tuple(tensor.shape)
+        wanted = sharding_of(sharding, name, shape)
+        if stacked:
+            array = _stacked([reads[part] for part in parts], shape, wanted)
+        else:
+            array = reads[name].placed(wanted)
         if dtype is not None and tensor.is_floating_point():
             array = jax.device_put(array.astype(dtype), wanted)
         # Before the next one is read: JAX copies while the program goes on.
         found[name] = jax.block_until_ready(array)
-    return ModuleFunction(module, train=train, dtype=dtype), found
+    return fn, found
+
+
+def _stacked(reads: list[Read], shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """Tensors of equal layers in one array, of which each device reads its part alone."""
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def part(index: Any) -> np.ndarray[Any, Any]:
+        layers, *inner = index
+        first, *others = reads[layers]
+        array = first.part(tuple(inner))
+        whole = aligned((1 + len(others), *array.shape), array.dtype)
+        whole[0] = array
+        for k, read in enumerate(others, 1):
+            whole[k] = read.part(tuple(inner))
+        return whole
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _module_of(folder: Path) -> torch.nn.Module:
@@ -84,7 +115,9 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
                     f"`{key}` in {files.folder} has the shape {files.entries[key].shape}, and "
                     f"`{name}` of {type(module).__name__} has {wanted[name]}."
                 )
-            reads[first.get(name, name)] = functools.partial(files.placed, key)
+            reads[first.get(name, name)] = Read(
+                functools.partial(files.placed, key), functools.partial(files.part, key)
+            )
         else:
             own = converters.setdefault(name, copy.deepcopy(converter))
             own.add_tensor(name, key, pattern, functools.partial(files.tensor, key))
@@ -92,8 +125,7 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
         # The first of what a converter makes has the name that the module knows.
         pattern, *others = converter.target_patterns
         for target in (name, *(name.replace(pattern, other) for other in others)):
-            read = functools.partial(_converted, module, name, target, converter)
-            reads[first.get(target, target)] = read
+            reads[first.get(target, target)] = _converted(module, name, target, converter)
     needed = {first.get(name, name) for name in wanted}
     if missing := sorted(needed - reads.keys()):
         raise ValueError(
@@ -142,11 +174,15 @@ def _renaming(module: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[s
     return renamed
 
 
-def _converted(module: Any, name: str, target: str, converter: Any, sharding: Any) -> jax.Array:
+def _converted(module: Any, name: str, target: str, converter: Any) -> Read:
     """Several tensors of the files as one parameter, such as the experts of a mixture."""
-    made = copy.deepcopy(converter).convert(name, model=module, config=module.config)
-    tensor = made[target]
-    return placed(numpy_of(tensor[0] if isinstance(tensor, list) else tensor), sharding)
+
+    def whole() -> np.ndarray[Any, Any]:
+        made = copy.deepcopy(converter).convert(name, model=module, config=module.config)
+        tensor = made[target]
+        return numpy_of(tensor[0] if isinstance(tensor, list) else tensor)
+
+    return Read(lambda sharding: placed(whole(), sharding), lambda index: whole()[index])
 
 
 def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
@@ -158,7 +194,7 @@ def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
             if buffer is None or buffer.device.type != "meta":
                 continue
             if path in reads:
-                value = torch.from_numpy(np.array(reads[path](None)))
+                value = torch.from_numpy(np.array(reads[path].part(...)))
                 owner._buffers[name] = value.to(buffer.dtype)
             else:
                 computed.append((path, owner, name))

@@ -3,24 +3,24 @@
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 from ._arrays import numpy_of
+from ._layers import Members
 from ._place import Placement, placed, sharding_of
-from ._state import state_of
+from ._state import refuse_without_values, state_of
 
 
 def parameters_of(
-    module: torch.nn.Module, sharding: Placement = None, dtype: Any = None
+    module: torch.nn.Module, members: Members, sharding: Placement = None, dtype: Any = None
 ) -> dict[str, jax.Array]:
-    """A copy of each parameter, by name."""
+    """A copy of each parameter by name, those of equal layers in one array."""
+    tensors, buffers = state_of(module)
+    refuse_without_values({**tensors, **buffers})
     found: dict[str, jax.Array] = {}
-    for name, tensor in state_of(module).parameters.items():
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"`{name}` is on the meta device and has no values; `lorax_hf.load_torch` reads "
-                "them from files."
-            )
-        wanted = sharding_of(sharding, name, tuple(tensor.shape))
-        found[name] = placed(numpy_of(tensor, dtype), wanted)
+    for name, parts in members.items():
+        arrays = [numpy_of(tensors[part], dtype) for part in parts]
+        array = arrays[0] if parts == (name,) else np.stack(arrays)
+        found[name] = placed(array, sharding_of(sharding, name, array.shape))
     return found

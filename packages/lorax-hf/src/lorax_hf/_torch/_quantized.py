@@ -31,7 +31,9 @@ def refuse_quantized(module: torch.nn.Module) -> None:
         for kind in kinds:
             if any(f"{kind.__module__}.".startswith(f"{package}.") for package in _PACKAGES):
                 _refuse(name, f"{kind.__module__}.{kind.__qualname__}")
-    if getattr(module, "is_quantized", False) is True:
+    # transformers sets it also where the config says to dequantize, as of a GGUF file.
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if getattr(module, "is_quantized", False) is True and not getattr(config, "dequantize", False):
         _refuse("", type(module).__name__)
 
 

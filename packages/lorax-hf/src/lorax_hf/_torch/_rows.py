@@ -13,6 +13,8 @@ from lorax import Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
 from .._ends import HEADS, TOKEN_TABLES
 from .._rows import Described, Row, ends_in
 from ._arrays import dtype_of
+from ._function import ModuleFunction
+from ._layers import Run, Stack, inside, members_of, runs_in
 from ._quantized import refuse_quantized
 from ._state import state_of, tied_names
 from ._targets import DEFAULT_TARGETS
@@ -29,23 +31,36 @@ _MLP = re.compile(
 
 
 def described(model: Any, params: Any = None) -> Described:
-    """The rows of a module or of a config's module, and its parameters by name."""
-    module = model if isinstance(model, torch.nn.Module) else of_config(model)
+    """The rows of a module, of its function, or of a config's module, and its parameters."""
+    module = module_of(model)
     refuse_quantized(module)
-    shapes = {
-        name: jax.ShapeDtypeStruct(tuple(tensor.shape), dtype_of(tensor))
-        for name, tensor in state_of(module).parameters.items()
-    }
+    runs = model.runs if isinstance(model, ModuleFunction) else runs_in(module, params or ())
+    tensors = state_of(module).parameters
+    members = members_of(tensors, runs)
+    shapes = {name: _shape(tensors, name, parts) for name, parts in members.items()}
     if params is not None and set(params) != set(shapes):
         raise SpecError("`params` are not those of the module: their names differ.")
     kind = getattr(getattr(module, "config", None), "model_type", None)
     what = "this module" if kind is None else f"the type {kind!r}"
     return Described(
-        _Rows(module, kind).rows(shapes),
+        list(map(_Rows(module, kind, runs).row, members.items())),
         shapes if params is None else params,
-        _inference(module, shapes),
+        _inference(module, runs, shapes),
         "" if kind in DEFAULT_TARGETS else f"PEFT has no default for {what}",
     )
+
+
+def module_of(model: Any) -> torch.nn.Module:
+    """The module of a function, of a config, or itself."""
+    if isinstance(model, ModuleFunction):
+        return model.module
+    return model if isinstance(model, torch.nn.Module) else of_config(model)
+
+
+def _shape(tensors: Mapping[str, Any], name: str, parts: tuple[str, ...]) -> Any:
+    tensor = tensors[parts[0]]
+    stack = () if parts == (name,) else (len(parts),)
+    return jax.ShapeDtypeStruct((*stack, *tensor.shape), dtype_of(tensor))
 
 
 def of_config(config: Any) -> torch.nn.Module:
@@ -62,20 +77,26 @@ def of_config(config: Any) -> torch.nn.Module:
 class _Rows:
     """What is asked of a module once, for all of its parameters."""
 
-    def __init__(self, module: torch.nn.Module, kind: str | None) -> None:
+    def __init__(self, module: torch.nn.Module, kind: str | None, runs: Sequence[Run]) -> None:
         self.module = module
+        self.stacks = [stack for run in runs for stack in run.stacks]
         self.by_name = dict(module.named_modules())
         self.tied = tied_names(module)
         self.head = self._name_of("get_output_embeddings")
         self.table = self._name_of("get_input_embeddings")
         self.kind = kind
 
-    def rows(self, shapes: Mapping[str, Any]) -> list[Row]:
-        return [self._row(path, tuple(leaf.shape)) for path, leaf in shapes.items()]
+    def row(self, item: tuple[str, tuple[str, ...]]) -> Row:
+        """The row of a parameter, or of equal ones that are stacked."""
+        path, parts = item
+        row = self._row(parts[0])
+        stack = next((each for each in self.stacks if path.startswith(f"{each.name}.")), None)
+        return row if stack is None else _stacked(row, path, stack)
 
-    def _row(self, path: str, shape: tuple[int, ...]) -> Row:
+    def _row(self, path: str) -> Row:
         module, _, name = path.rpartition(".")
         owner = self.by_name[module]
+        shape = tuple(getattr(owner, name).shape)
         weight = weight_of(owner, name)
         if weight is None:
             layout: dict[str, Any] = {"layout": "Tensor", "module": module, "parameter": name}
@@ -132,20 +153,45 @@ class _Rows:
         return next((name for name, owner in self.by_name.items() if owner is found), None)
 
 
+def _stacked(row: Row, path: str, stack: Stack) -> Row:
+    """The row of one layer's parameter as that of its stack, whose axis comes before the others."""
+    layer = stack.layers[0]
+    layout = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
+    for name in ("in_axes", "out_axes", "shared_axes"):
+        if name in layout:
+            layout[name] = [axis + 1 for axis in layout[name]]
+    if "channel_axis" in layout:
+        layout["channel_axis"] += 1
+    layout["module"] = f"{inside(stack.owner)}{{}}{row.module.removeprefix(layer)}"
+    if stack.numbers != range(len(stack.numbers)):
+        layout["numbers"] = list(stack.numbers)
+    return row._replace(
+        path=path,
+        module=f"{stack.name}{row.module.removeprefix(layer)}",
+        shape=(len(stack.numbers), *row.shape),
+        axes=None if row.axes is None else _behind(row.axes),
+        layout=layout,
+    )
+
+
+def _behind(axes: Axes) -> Axes:
+    """Roles of axes that have one more before them, which is shared."""
+    shared, inputs, outputs = (tuple(axis + 1 for axis in role) for role in axes)
+    return Axes((0, *shared), inputs, outputs)
+
+
 def _inference(
-    module: torch.nn.Module, shapes: Mapping[str, Any]
+    module: torch.nn.Module, runs: Sequence[Run], shapes: Mapping[str, Any]
 ) -> Callable[[Sequence[str], Any], Mapping[str, Axes]]:
     """Finds the axes of weights by tracing the module with example inputs."""
 
     def infer(paths: Sequence[str], inputs: Any) -> Mapping[str, Axes]:
-        from ._function import ModuleFunction
-
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         if not isinstance(args, tuple):
             raise TypeError(
                 "spec: `inputs` is a tuple or a dict of what the module is called with."
             )
-        fn = ModuleFunction(module)
+        fn = ModuleFunction(module, scan_layers={run.owner for run in runs})
         # Arrays alone: what else a module returns is not of interest.
         call = lambda params, *args, **kwargs: jax.tree.leaves(fn(params, *args, **kwargs))  # noqa: E731
         with warnings.catch_warnings():

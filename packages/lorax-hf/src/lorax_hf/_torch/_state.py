@@ -1,7 +1,7 @@
 """The parameters and buffers of a module, and a copy of the module without them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,16 @@ def state_of(module: torch.nn.Module) -> State:
             buffers[name] = tensor
             known.add(id(tensor))
     return State(parameters, buffers)
+
+
+def refuse_without_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises where a tensor is on the meta device."""
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"`{name}` is on the meta device and has no values; `lorax_hf.load_torch` reads "
+                "them from files."
+            )
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

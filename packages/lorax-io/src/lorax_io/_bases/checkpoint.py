@@ -1,16 +1,18 @@
 """A base model on disk: one safetensors file, a folder of transformers, a pipeline of diffusers."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from .._disk.files import file_in, regular_file
 from .._disk.tensors import TensorFile, read_json
 from .._errors import AdapterFileError, AdapterNotFoundError
 from .._formats.peft.patterns import suffixes
+from .._places import Array
 
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
@@ -36,11 +38,22 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None  # the model's, where there is one
     by_end: Mapping[str, list[str]]  # the names that end so, after a dot
     copies: Mapping[str, str] = {}  # a head that is the embedding until it is adapted
+    coded: Mapping[str, Any] = {}  # the weights that are decoded when they are read
+    broken: Mapping[str, Exception] = {}  # why others cannot be
 
     @property
     def parts(self) -> set[str]:
         """The folders of a pipeline."""
         return {file.prefix.removesuffix(".") for file in self.files} - {""}
+
+    def read(self, names: Collection[str]) -> dict[str, Array]:
+        """Some of the tensors."""
+        found: dict[str, Array] = {}
+        for path, prefix in self.files if names else ():
+            with TensorFile(path) as file:
+                wanted = [name for name in file.entries if prefix + name in names]
+                found |= {prefix + name: np.array(file.view(name)) for name in wanted}
+        return found
 
     def candidates(self, name: str) -> list[str]:
         """The tensors that may be meant: with or without a prefix that the other lacks."""
@@ -54,7 +67,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The base at a path, of which the headers of all files have been read."""
     files = _files(path)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    by_end: dict[str, list[str]] = collections.defaultdict(list)
     for file_path, prefix in files:
         with TensorFile(file_path) as file:
             for name, entry in file.entries.items():
@@ -62,9 +74,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 if full in shapes:
                     raise AdapterFileError(f"has `{name}`, as another file has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-                for end in suffixes(full)[1:]:
-                    by_end[end].append(full)
-    return Checkpoint(path, files, shapes, _config(path), dict(by_end))
+    return Checkpoint(path, files, shapes, _config(path), by_end(shapes))
+
+
+def by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that end so, after a dot."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        for end in suffixes(name)[1:]:
+            found[end].append(name)
+    return dict(found)
 
 
 def _config(path: Path) -> dict[str, Any] | None:

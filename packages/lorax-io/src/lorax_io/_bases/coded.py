@@ -27,7 +27,7 @@ MARKS: dict[str, str] = {
     "scales": "MLX, or another with `scales`",
 }
 # The same of a parameter that is not called `weight`, such as those of experts.
-_ENDINGS: dict[str, str] = {
+ENDINGS: dict[str, str] = {
     "_blocks": "MXFP4",
     "_scale_inv": "FP8 with a scale for each block",
     "_scale": "FP8, with a scale",
@@ -45,7 +45,7 @@ def coding_of(name: str, names: Container[str], config: Mapping[str, Any] | None
         config: the model's config, where there is one.
     """
     module, _, parameter = name.rpartition(".")
-    begin, known = (f"{module}.", MARKS) if parameter == "weight" else (name, _ENDINGS)
+    begin, known = (f"{module}.", MARKS) if parameter == "weight" else (name, ENDINGS)
     marks = {f"{begin}{mark}": what for mark, what in known.items()}
     found = next((f"{what} (`{mark}`)" for mark, what in marks.items() if mark in names), None)
     method = _method(config)
@@ -77,7 +77,7 @@ def check_plain(
         coding = _method(config)
     if coding is not None:
         raise UnsupportedAdapterError(
-            f"has quantized weights: `{name}` is stored as {coding}. The sum of codes and an "
-            "adapter means nothing. Merge into the model's unquantized weights, and quantize "
-            "the result.",
+            f"has quantized weights: `{name}` is stored as {coding}, which is not decoded here, "
+            "and the sum of codes and an adapter means nothing. Merge into the model's "
+            "unquantized weights, and quantize the result.",
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .._errors import AdapterMismatchError, about
 from .._formats.kohya import resolve
 from .._formats.native import read
-from .._formats.opening import OpenedAdapter, fit
+from .._formats.opening import OpenedAdapter, fit, in_diffusers, is_translated
 from .._formats.peft.patterns import distrusted
 from .._layouts import (
     Conv,
@@ -52,6 +52,8 @@ def fit_adapter(
         allow_missing: whether targets without tensors are a warning, not an error.
     """
     with about(adapter.path):
+        if is_translated((x.module for x in adapter.names.values()), checkpoint.shapes):
+            adapter = in_diffusers(adapter)
         if adapter.config is None:
             return _fit_native(adapter, checkpoint)
         paths = {
@@ -70,15 +72,16 @@ def fit_adapter(
         names = {
             matched[name]: _in_pytorch(
                 adapter.names[path],
-                adapter.rows[path],
+                adapter.rows.get(path),
                 checkpoint.shapes[matched[name]].shape,
                 adapter.config.fan_in_fan_out,
             )
             for name, path in paths.items()
         }
         names |= _biases(names, checkpoint)
-        rows = fit(adapter.path, names, checkpoint.shapes).rows
-        return Fitted(checkpoint, rows, {})
+        base = _with_biases(names, checkpoint)
+        found = fit(adapter.path, names, base, translate=adapter.translated)
+        return Fitted(checkpoint, found.rows, found.held)
 
 
 def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
@@ -89,6 +92,12 @@ def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
         for name, layout in beside.items()
         if name in checkpoint.shapes and name not in names
     }
+
+
+def _with_biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base's shapes, and in place of the shapes of biases the numbers, which are few."""
+    biases = [name for name, x in names.items() if isinstance(x, Tensor) and x.parameter == "bias"]
+    return {**checkpoint.shapes, **checkpoint.read(biases)}
 
 
 def _fit_native(adapter: OpenedAdapter, checkpoint: Checkpoint) -> Fitted:
@@ -108,7 +117,13 @@ def _check_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     with about(checkpoint.path):
         for name in names:
             dtype = checkpoint.shapes[name].dtype
+            _check_broken(checkpoint, name)
             check_plain(name, dtype, checkpoint.shapes, checkpoint.config)
+
+
+def _check_broken(checkpoint: Checkpoint, name: str) -> None:
+    if name in checkpoint.broken:
+        raise checkpoint.broken[name]
 
 
 def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
@@ -165,6 +180,7 @@ def _check_coded(checkpoint: Checkpoint, name: str) -> None:
         for stem in stems:
             if stem == module or stem.endswith(f".{module}") or module.endswith(f".{stem}"):
                 full = f"{stem}.{parameter}"
+                _check_broken(checkpoint, full)
                 check_plain(full, None, checkpoint.shapes, checkpoint.config)
 
 

@@ -1,12 +1,13 @@
 """A base's files with adapters merged into them, and all that stays true of the merged model."""
 
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +16,14 @@ from lorax import Adapter, Pair, merge_params
 
 from .._disk.files import write_text
 from .._disk.progress import track
-from .._disk.tensors import TensorFile, check_finite, read_json, write_tensors
+from .._disk.streams import in_order, write_stream
+from .._disk.tensors import TensorFile, check_finite, read_json
 from .._errors import about, warn
 from .._places import Array
 from .._shapes import complete
 from .._tree import Held, beside
 from .checkpoint import CONFIG_NAME, PIPELINE_NAME, STEMS, Checkpoint
+from .decoding import home_of, without_codes
 from .fit import Fitted
 from .merged import new_folder
 from .ties import is_embedding, is_head, ties, untied
@@ -35,6 +38,7 @@ def merge_files(
     *,
     scales: Sequence[float] | None = None,
     summed: bool = False,
+    requantize: bool = False,
 ) -> None:
     """Writes the base's files with adapters merged, and what is beside them, to a folder.
 
@@ -44,14 +48,24 @@ def merge_files(
         scales: by which the change that each makes is multiplied.
         summed: whether each is merged into the base, and the changes are summed; by default each
             is merged into what the last has left.
+        requantize: whether quantized weights that are adapted are coded again, and others stay as
+            they are. By default all quantized weights become floats, where one is adapted.
     """
     checkpoint = adapters[-1].checkpoint
     scales = [1.0] * len(adapters) if scales is None else scales
     adapted = {name for fitted in adapters for name in fitted.rows}
     _check_replaced(adapters)
     left = set(adapted)
+    touched = adapted & checkpoint.coded.keys()
+    # Weights that are decoded, and the tensors of those that stay or become codes.
+    floats = {} if requantize or not touched else checkpoint.coded
+    again = touched if requantize else set[str]()
+    gone = {name for weight in floats.values() for name in weight.found.names}
+    losses: dict[str, float] = {}
     with about(checkpoint.path):
         config = _merged_config(checkpoint, adapted)
+        if floats:
+            config = without_codes(checkpoint.config if config is None else config)
 
     def merged(path: Path, name: str, view: Array) -> Array:
         changes = [
@@ -72,23 +86,53 @@ def merge_files(
     with new_folder(out) as folder:
         for path, prefix in track(checkpoint.files, "Merging"):
             with TensorFile(path) as file:
-                tensors = {name: file.view(name) for name in file.entries}
-                copies = {n: of for n, of in checkpoint.copies.items() if of in tensors}
-                tensors |= {name: tensors[of] for name, of in copies.items()}
-                changed = {name for name in tensors if prefix + name in adapted}
-                for name in changed:
-                    tensors[name] = merged(path, prefix + name, tensors[name])
-                    left.remove(prefix + name)
                 target = folder / _within(path, checkpoint)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(target, tensors, file.metadata, of_base=tensors.keys() - changed)
+                tensors: dict[str, Lazy] = {
+                    name: Lazy(entry.shape, entry.dtype, functools.partial(file.view, name))
+                    for name, entry in file.entries.items()
+                    if prefix + name not in gone
+                }
+                copies = {n: of for n, of in checkpoint.copies.items() if of in tensors}
+                tensors |= {name: tensors[of] for name, of in copies.items()}
+                for weight in floats.values():
+                    if home_of(weight, file.entries, prefix):
+                        name = weight.name.removeprefix(prefix)
+                        tensors[name] = Lazy(weight.found.shape, weight.dtype, weight.array)
+                for name in again:
+                    if home_of(weight := checkpoint.coded[name], file.entries, prefix):
+                        whole = merged(path, name, weight.array())
+                        coded, losses[name] = weight.again(whole)
+                        left.remove(name)
+                        tensors |= {n.removeprefix(prefix): Lazy.of(x) for n, x in coded.items()}
+
+                def each(
+                    tensors: Mapping[str, Lazy] = tensors, path: Path = path, prefix: str = prefix
+                ) -> Iterator[tuple[str, Array]]:
+                    for name in in_order(tensors):
+                        array, full = tensors[name].read(), prefix + name
+                        if full in adapted and full not in again:
+                            array = merged(path, full, array)
+                            check_finite(full, array)
+                            left.remove(full)
+                        yield name, array
+
+                write_stream(target, tensors, file.metadata, each())
         _copy_companions(checkpoint, folder)
         if config is not None:
             write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         index = folder / f"{STEMS[0]}.safetensors.index.json"
         if checkpoint.copies and index.exists():
             _add_to_index(index, checkpoint)
+        if floats:
+            _index_floats(folder)
     assert not left, left
+    if losses:
+        worst = max(losses, key=lambda name: losses[name])
+        warn(
+            f"the merged weights are coded again; of all {len(losses)}, `{worst}` is farthest from "
+            f"its floats, by {losses[worst]:.2g} of their norm."
+        )
 
 
 def _within(path: Path, checkpoint: Checkpoint) -> Path:
@@ -149,6 +193,34 @@ def _add_to_index(path: Path, checkpoint: Checkpoint) -> None:
         if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
             metadata["total_size"] += math.prod(shape.shape) * shape.dtype.itemsize
     write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _index_floats(folder: Path) -> None:
+    """Lists decoded weights in the index in place of their codes."""
+    for path in folder.rglob("*.safetensors.index.json"):
+        index = read_json(path)
+        found: dict[str, Any] = {}
+        size = 0
+        for name in sorted({*index["weight_map"].values()}):
+            with TensorFile(path.parent / name) as file:
+                found |= dict.fromkeys(file.entries, name)
+                size += sum(entry.end - entry.begin for entry in file.entries.values())
+        metadata = {**(index.get("metadata") or {}), "total_size": size}
+        text = json.dumps(index | {"metadata": metadata, "weight_map": found}, indent=2)
+        write_text(path, text + "\n")
+
+
+class Lazy(NamedTuple):
+    """A tensor that is read when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], Array]
+
+    @classmethod
+    def of(cls, array: Array) -> Self:
+        """One that is there already."""
+        return cls(array.shape, array.dtype, lambda: array)
 
 
 def _merged(name: str, view: Array, row: Any, held: Held) -> Array:

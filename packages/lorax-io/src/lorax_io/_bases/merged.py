@@ -17,7 +17,8 @@ from .._disk.files import regular_file, write_text
 from .._disk.progress import bars, track
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterError, AdapterMismatchError, about, warn
-from .._formats.export import layout_of, whole_tensors
+from .._formats.export import layout_of
+from .._formats.whole import whole_tensors
 from .._layouts import Layouts, Names, as_layouts, tensor_name
 from .._places import Array
 from .._tree import absent, base_of, frozen_leaves, is_array, tunable_rows

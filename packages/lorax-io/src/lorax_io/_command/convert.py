@@ -9,22 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax import Adapter
+from lorax import Adapter, Pair
 
 from .._bases.checkpoint import open_checkpoint
 from .._errors import AdapterError
+from .._formats import flux
 from .._formats.diffusers import save_diffusers
 from .._formats.kohya import resolve, save_kohya
 from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
 from .._formats.native import user_metadata, write
-from .._formats.opening import OpenedAdapter
+from .._formats.opening import OpenedAdapter, in_diffusers
 from .._formats.peft.config import TASK_TYPES, PeftConfig
 from .._formats.peft.folder import save_peft
 from .._layouts import Layouts
 from .._names import flax_names, read_names
-from .._shapes import base_shape
-from .._tree import Row
+from .._shapes import base_shape, padded_shape
+from .._tree import Row, beside
 from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
 from .verify import BASE
 
@@ -77,6 +78,12 @@ def run(args: argparse.Namespace) -> int:
 def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     """Writes an adapter to `args.out`, and says so."""
     format = args.to or adapter.format
+    if adapter.needs_base is not None:
+        raise AdapterError(
+            f"is not converted without its base: {adapter.needs_base}. Load it in Python "
+            "(`lorax_io.load_peft`, with the parameters) and save it, or merge it.",
+            adapter.path,
+        )
     if format not in WRITERS:
         raise AdapterError(
             f"is of the format {format}, which is not written. Choose another with --to: "
@@ -130,6 +137,18 @@ def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _pair(adapter: OpenedAdapter) -> Pair:
+    """The adapter with the frozen factors of its file beside bases of shapes alone."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(
+            padded_shape(row) if isinstance(row, Adapter) else row.shape, np.float32
+        )
+        for path, row in adapter.rows.items()
+    }
+    frozen = {path: beside(shape, adapter.held.get(path)) for path, shape in shapes.items()}
+    return Pair(frozen, adapter.rows)
+
+
 def _to_native(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     metadata = user_metadata(adapter.metadata) if adapter.format == "native" else None
     rows = [Row(path, row) for path, row in sorted(adapter.rows.items())]
@@ -140,7 +159,7 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     config = adapter.config or PeftConfig()
     save_peft(
         args.out,
-        adapter.rows,
+        _pair(adapter),
         _layouts(adapter, args),
         base_model=args.base_model or config.base_model_name_or_path,
         revision=None if args.base_model else config.revision,
@@ -150,30 +169,32 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 
 
 def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    if flux.is_original(layout.module for layout in adapter.names.values()):
+        adapter = in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
         kept = None  # the names of several parts have them
     prefix = kept if args.prefix is None else args.prefix
     save_diffusers(
-        args.out, adapter.rows, _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale
+        args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale
     )
 
 
 def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     prefix = "lora_unet" if args.prefix is None else args.prefix
-    save_kohya(args.out, adapter.rows, _layouts(adapter, args), prefix=prefix)
+    save_kohya(args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix)
 
 
 def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     base = adapter.config.base_model_name_or_path if adapter.config else None
     model = args.base_model or base
-    save_mlx(args.out, adapter.rows, _layouts(adapter, args), model=model)
+    save_mlx(args.out, _pair(adapter), _layouts(adapter, args), model=model)
 
 
 def _to_gguf(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     if args.model_config is None:
         raise AdapterError("needs --model-config, the base's config.json.", args.out)
-    save_gguf(args.out, adapter.rows, _layouts(adapter, args), config=args.model_config)
+    save_gguf(args.out, _pair(adapter), _layouts(adapter, args), config=args.model_config)
 
 
 WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {

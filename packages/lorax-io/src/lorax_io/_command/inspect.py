@@ -78,6 +78,7 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
             "base": config.base_model_name_or_path,
             "task": config.task_type,
         }
+    about["needs its base"] = adapter.needs_base
     about["to load it"] = FORMATS[adapter.format].loads
     if adapter.format == "native":
         about |= user_metadata(adapter.metadata)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._bases.checkpoint import open_checkpoint
+from .._bases.decoding import with_decoded
 from .._bases.fit import Fitted, fit_adapter
 from .._bases.merge_files import merge_files
 from .._errors import AdapterError
@@ -31,13 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge each adapter into the base, and sum the changes; by default each is merged "
         "into what the last has left, which is the same for LoRA",
     )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="write quantized weights that are adapted in the same codes again, and leave others "
+        "as they are; by default all of them become floats",
+    )
     add_naming(parser)
     add_missing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes a base's files with adapters merged into them, and config and tokenizer beside."""
-    checkpoint, rename = open_checkpoint(args.base), renaming(args.rename)
+    checkpoint, rename = with_decoded(open_checkpoint(args.base)), renaming(args.rename)
     scales = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
     if len(scales) != len(args.adapter):
         raise AdapterError(
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         missing = args.allow_missing
         fitted.append(fit_adapter(adapter, checkpoint, rename, allow_missing=missing))
         checkpoint = fitted[-1].checkpoint
-    merge_files(fitted, args.out, scales=scales, summed=args.sum)
+    merge_files(fitted, args.out, scales=scales, summed=args.sum, requantize=args.requantize)
     adapted = {name for found in fitted for name in found.rows}
     print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(adapted)} of them adapted")
     return SAME

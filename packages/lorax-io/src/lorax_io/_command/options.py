@@ -93,7 +93,7 @@ def local(path: str) -> Path:
 
 def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
     """The same adapter with other names for its modules, and paths that follow."""
-    names, rows = dict(adapter.names), dict(adapter.rows)
+    names, rows, held = dict(adapter.names), dict(adapter.rows), dict(adapter.held)
     for path, layout in adapter.names.items():
         module = rename(layout.module)
         if module == layout.module:
@@ -108,9 +108,12 @@ def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
             )
         del names[path]
         names[other] = dataclasses.replace(layout, module=module)
-        rows[other] = rows.pop(path)
+        for found in (rows, held):
+            if path in found:
+                found[other] = found.pop(path)
     if not adapter.names:
         rows = {rename(path): row for path, row in adapter.rows.items()}
+        held = {rename(path): factors for path, factors in adapter.held.items()}
     if len(rows) < len(adapter.rows):
         raise AdapterError("two of its modules would be renamed to one.", adapter.path)
-    return adapter._replace(names=names, rows=rows)
+    return adapter._replace(names=names, rows=rows, held=held)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._bases.checkpoint import open_checkpoint
+from .._bases.decoding import with_decoded
 from .._bases.fit import fit_adapter
 from .options import ADAPTER, SAME, add_naming, opened, renaming
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     adapter = opened(args.adapter, args)
     fits = ""
     if args.base is not None:
-        checkpoint, rename = open_checkpoint(args.base), renaming(args.rename)
+        checkpoint, rename = with_decoded(open_checkpoint(args.base)), renaming(args.rename)
         fit_adapter(adapter, checkpoint, rename, allow_missing=args.allow_missing)
         fits = f", and fits {args.base}"
     print(f"{args.adapter}: {len(adapter.rows)} parameters, all as they should be{fits}")

@@ -14,7 +14,7 @@ from .._disk.files import make_folder
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
 from .._layouts import Layout, Layouts, Names, as_layouts
-from .._tree import tunable_rows
+from .._tree import pair_rows
 from .export import export, layout_of
 from .format import Content, Format
 from .peft.config import PeftConfig
@@ -47,7 +47,8 @@ def save_diffusers(
 
     Args:
         folder: it is made if need be.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path: `Linear` and `Conv` only.
         prefix: the part of the pipeline: "transformer", "unet" or "text_encoder"; "" for the
             model's own `load_lora_adapter(folder, prefix=None)`; None where the names of modules
@@ -72,7 +73,8 @@ def save_diffusers(
     """
     folder = Path(folder)
     with about(folder):
-        rows = {row.path: row.leaf for row in tunable_rows(tunable)}
+        found_rows, held = pair_rows(tunable)
+        rows = {row.path: row.leaf for row in found_rows}
         layouts = as_layouts(names)
         tensors: dict[str, Any] = {}
         config: dict[str, Any] = {}
@@ -82,7 +84,7 @@ def save_diffusers(
             if prefix is None:
                 within = {p: _without(x, begin) for p, x in within.items()}
             part_rows = {path: rows[path] for path in paths if path in rows}
-            found = export(part_rows, within, fold_scale=fold_scale, plain=True)
+            found = export(part_rows, within, fold_scale=fold_scale, plain=True, held=held)
             _check_factors(found.tensors)
             tensors |= {f"{begin}{name}": tensor for name, tensor in found.tensors.items()}
             config |= {f"{begin}{key}": v for key, v in config_to_json(found.config).items()}

@@ -5,6 +5,7 @@ dots nothing in the file says: a base tells (`resolve`).
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,14 +17,14 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Layout, Layouts, Names, as_layouts
+from .._layouts import MAGNITUDE, Layout, Layouts, Names, as_layouts
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR
 from .self_described import self_described
-from .source import Source, stored
+from .source import Source, Stored, stored
 
 _NAME = re.compile(
     r"(?P<part>lora_(?:unet|te[123]?|transformer|prior)|lycoris)_(?P<module>[^.]+)\."
@@ -39,9 +40,15 @@ _FOLDERS = {
     "lora_te3": ("text_encoder_3",),
     "lycoris": ("unet", "transformer"),
 }
+_DORA = ".dora_scale"
 _BEYOND = {
-    "lora_mid.weight": "a core between its factors (LoCon of Tucker's form)",
-    "dora_scale": "magnitudes (DoRA in LyCORIS's form)",
+    "hada_t1": "cores between its factors (LoHa of Tucker's form)",
+    "hada_t2": "cores between its factors (LoHa of Tucker's form)",
+    "lokr_t2": "a core between its factors (LoKr of Tucker's form)",
+    "bias_indices": "sparse biases",
+    "oft_blocks": "rotations in LyCORIS's form (OFT)",
+    "a1.weight": "a product with the base (GLoRA)",
+    "on_input": "gains in LyCORIS's form (IA³)",
     "diff": "whole differences of weights",
     "diff_b": "differences of biases",
     "w_norm": "differences of norms",
@@ -61,7 +68,29 @@ def _read(content: Content) -> Source:
             raise AdapterFileError(f"has `{name}`, whose name does not begin as kohya's do.")
         if (key := name[match.end() :]) in _BEYOND:
             raise UnsupportedAdapterError(f"`{name}` is of an adapter with {_BEYOND[key]}.")
-    return self_described({peft_key(name): tensor for name, tensor in found.items()})
+    if scaled := next((name for name in found if name.endswith(_DORA)), None):
+        others = [name for name in found if ".hada_" in name or ".lokr_" in name]
+        if others:
+            raise UnsupportedAdapterError(
+                f"has `{scaled}` and `{others[0]}`: DoRA of LoHa or LoKr, the norm of which takes "
+                "an array as large as the weight. Merge it with LyCORIS."
+            )
+    return self_described(dict(_in_peft(name, tensor) for name, tensor in found.items()))
+
+
+def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
+    """A tensor under PEFT's key, and magnitudes in PEFT's shape."""
+    if not name.endswith(_DORA):
+        return peft_key(name), tensor
+    shape = tensor.shape
+    if len(shape) < 2 or math.prod(shape) != shape[0]:
+        raise UnsupportedAdapterError(
+            f"has `{name}` of shape {shape}, magnitudes of the inputs; those of the outputs, as in "
+            "DoRA, are read. Merge the adapter with LyCORIS."
+        )
+    flat = shape[:1] if len(shape) == 2 else (1, *shape[:1], *shape[2:])
+    turned = tensor._replace(shape=flat, view=lambda: tensor.view().reshape(flat))
+    return f"{name.removesuffix(_DORA)}.{MAGNITUDE}", turned
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
@@ -126,7 +155,8 @@ def save_kohya(
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path.
         prefix: what names begin with: "lora_unet", or "lora_te1" and the like for text encoders.
 
@@ -147,7 +177,7 @@ def save_kohya(
     with about(path):
         if _NAME.match(f"{prefix}_x.") is None:
             raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
-        found = export(tunable, as_layouts(names))
+        found = export(tunable, as_layouts(names), lycoris=True)
         tensors = _flat(found.tensors, found.config, prefix)
         with one_writer() as writer:
             if writer:
@@ -155,8 +185,10 @@ def save_kohya(
 
 
 def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[str, Any]:
-    if config.peft_type not in ("LORA", "LOHA", "LOKR") or config.use_dora:
-        raise UnsupportedAdapterError("kohya's files have LoRA, LoHa and LoKr alone.")
+    if config.peft_type not in ("LORA", "LOHA", "LOKR"):
+        raise UnsupportedAdapterError("kohya's files have LoRA, DoRA, LoHa and LoKr alone.")
+    if config.use_bdlora or config.trainable_token_indices:
+        raise UnsupportedAdapterError("kohya's files have neither BD-LoRA nor rows of tables.")
     found: dict[str, Any] = {}
     modules: dict[str, str] = {}
     for key, tensor in tensors.items():
@@ -172,10 +204,19 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
                 f"`{module}` and `{modules[name]}` are both called `{name}`."
             )
         end = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-        found[f"{name}.{end.get(match[1], match[1])}"] = tensor
+        if match[1] == MAGNITUDE:
+            window = tensor.shape[2:]
+            found[f"{name}{_DORA}"] = tensor.reshape(tensor.size, 1, *window)
+        else:
+            found[f"{name}.{end.get(match[1], match[1])}"] = tensor
         rank, alpha = config.rank(module), config.alpha(module)
         if config.use_rslora:
             alpha *= rank**0.5
+        if {f"{module}.lokr_w1", f"{module}.lokr_w2"} <= tensors.keys():
+            # There is no rank, and readers do not look at alpha.
+            if match[1] == "lokr_w1":
+                found[f"{name}.lokr_w1"] = (tensor * (alpha / rank)).astype(tensor.dtype)
+            alpha = 1
         found[f"{name}.alpha"] = np.asarray(alpha, np.float32)
     return found
 

@@ -49,7 +49,8 @@ def save_gguf(
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path.
         config: the base model's `config.json`: the file, or what is in it.
 
@@ -97,7 +98,7 @@ def _kind(config: Any) -> tuple[str, bool]:
 def _in_llama_cpp(
     tensors: Mapping[str, Array], kind: str, config: Mapping[str, Any], is_permuted: bool
 ) -> dict[str, Array]:
-    gguf = _import_gguf()
+    gguf = import_gguf()
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     known = gguf.get_tensor_name_map(arch, _count(config, "num_hidden_layers"))
     found: dict[str, Array] = {}
@@ -139,7 +140,7 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 
 def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) -> None:
-    gguf = _import_gguf()
+    gguf = import_gguf()
     with replacing(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, kind)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -158,7 +159,13 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
             raise OSError(f"{path}: what was written does not read back the same")
 
 
-def _import_gguf() -> Any:
+def in_halves(rows: Array, heads: int) -> Array:
+    """What has the order of llama.cpp's rows in that of transformers: a pair half a head apart."""
+    return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def import_gguf() -> Any:
+    """The package that reads and writes the format."""
     try:
         import gguf
     except ImportError as error:

@@ -72,8 +72,7 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
         )
     table = is_embedding(module)
     key = f"lora_embedding_{_ENDS[end]}" if table else f"lora_{_ENDS[end]}.weight"
-    turned = Stored(name, tensor.dtype, tensor.shape[::-1], lambda: tensor.view().T)
-    return f"{module}.{key}", turned
+    return f"{module}.{key}", tensor.turned()
 
 
 def save_mlx(
@@ -83,7 +82,8 @@ def save_mlx(
 
     Args:
         folder: it is made if need be.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path.
         model: the base's name.
 

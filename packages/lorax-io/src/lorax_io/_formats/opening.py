@@ -1,7 +1,7 @@
 """Adapters without their base: opened as what they are, with names and shapes from themselves."""
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError, AdapterNotFoundError, about
 from .._layouts import Layouts, Names, as_layouts
 from .._tree import Held
-from . import kohya, native
+from . import flux, kohya, native
 from .format import Content, Format, Rows
 from .own_names import own_names, own_shapes
 from .peft.config import CONFIG_NAME, PeftConfig
@@ -35,6 +35,8 @@ class OpenedAdapter(NamedTuple):
         config: what is said of all modules; None for a native file.
         held: the frozen factors in the file, by path.
         part: of a pipeline, for diffusers; "" where the file names none.
+        needs_base: why some of it is not here, as there is no base; None where all of it is.
+        translated: whether Flux's own names became those of diffusers.
     """
 
     format: str
@@ -45,6 +47,8 @@ class OpenedAdapter(NamedTuple):
     config: PeftConfig | None = None
     held: Held = {}
     part: str | None = None
+    needs_base: str | None = None
+    translated: bool = False
 
 
 def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
@@ -77,21 +81,50 @@ def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
     return fit(Path(path), None if names is None else as_layouts(names), None)
 
 
-def fit(path: Path, names: Layouts | None, base: Mapping[str, Any] | None) -> OpenedAdapter:
-    """The same on the shapes of parameters; by default on what the factors fit."""
+def is_translated(modules: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether an adapter in Flux's own names is for a base in those of diffusers."""
+    return flux.is_of_diffusers(names) and flux.is_original(modules)
+
+
+def in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
+    """The same adapter of Flux, opened again in the names of diffusers."""
+    return fit(adapter.path, None, None, translate=True)
+
+
+def fit(
+    path: Path,
+    names: Layouts | None,
+    base: Mapping[str, Any] | None,
+    *,
+    translate: bool = False,
+) -> OpenedAdapter:
+    """The same on the shapes of parameters; by default on what the factors fit.
+
+    Args:
+        path: as in `open_adapter`.
+        names: the same.
+        base: the parameters, or shapes of them.
+        translate: whether Flux's own names become those of diffusers.
+    """
     with about(path), content_of(path) as content:
         row = _format_of(content)
         found = row.read(content)
         metadata = content.file.metadata
         if isinstance(found, Rows):
             return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
+        format = row.name
+        if translate:
+            format, found = "diffusers", flux.in_diffusers(found)
         names = own_names(found) if names is None else names
+        alone = base is None
         if base is None:
             base = own_shapes(found, names)
             names = {p: names[p] for p in base}
-        _, rows = restore(found, base, names)
-        rows = {p: leaf for p, leaf in rows.items() if leaf is not None}
-        return OpenedAdapter(row.name, path, rows, names, metadata, found.config, part=found.part)
+        needs_base = found.tuner.needs_base(found.config) if alone else None
+        rows, held, _, _ = restore(found, base, names, alone=alone)
+        held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
+        of_file = (format, path, rows, names, metadata, found.config)
+        return OpenedAdapter(*of_file, held, found.part, needs_base, translate)
 
 
 def load_any(
@@ -134,9 +167,11 @@ def load_any(
         found = row.read(content)
         assert isinstance(found, Source)
         layouts = as_layouts(names)
-        if row is FORMATS["kohya"]:
+        if is_translated(flux.modules_of(found), (x.module for x in layouts.values())):
+            found = flux.in_diffusers(found)
+        elif row is FORMATS["kohya"]:
             layouts = kohya.with_flat_names(layouts, found.tensors)
-        return restore(found, params, layouts, sharding)
+        return restore(found, params, layouts, sharding).pair()
 
 
 def _format_of(content: Content) -> Format:

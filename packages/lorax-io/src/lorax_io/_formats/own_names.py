@@ -13,6 +13,7 @@ from .._layouts import MAGNITUDE, Conv, Embedding, Experts, Layout, Layouts, Lin
 from .._places import RANK
 from .peft.patterns import distrusted, suffixes
 from .peft.tuners import FACTOR
+from .peft.tuners.lora import BIAS
 from .source import Source, shapes_of
 
 
@@ -22,13 +23,15 @@ def own_names(source: Source) -> dict[str, Layout]:
     experts = _experts(source)
     for key in source.tensors:
         match = FACTOR.search(key)
-        if match is not None and match[1] == MAGNITUDE:
-            continue  # beside the factors
+        if key in source.tuner.common or (match is not None and match[1] == MAGNITUDE):
+            continue  # of all modules, or beside the factors
         module = key[: match.start()] if match else key.rpartition(".")[0]
         module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")
         adapted = next((experts[end] for end in suffixes(module) if end in experts), None)
-        if match is None:
+        if match is not None and match[1] == BIAS:
+            names[f"{path}/bias"] = Tensor(module)
+        elif match is None:
             parameter = key.rpartition(".")[2]
             if not key.endswith(".base_layer.weight"):  # of an embedding, and as it is in the base
                 names[f"{path}/{parameter}"] = Tensor(module, parameter=parameter)
@@ -36,7 +39,7 @@ def own_names(source: Source) -> dict[str, Layout]:
             names[f"{path}/{adapted}"] = Experts(
                 module, parameter=adapted, shared_axes=(0,), swapped=False
             )
-        elif match[1].startswith("lora_embedding"):
+        elif match[1] in source.tuner.tables:
             names[f"{path}/embedding"] = Embedding(module)
         elif f"{path}/kernel" not in names:
             shapes = shapes_of(source.tensors, module, source.tuner.marks)
@@ -74,7 +77,8 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
     stack = _stack_sizes(source, layout)
     if stack is None:
         return None
-    module = layout.module.format(*(0 for _ in stack))
+    numbers = layout.numbers or (0,)
+    module = layout.module.format(*(numbers[0] for _ in stack))
 
     # A bias is within a wrapper, and parameters of experts may be within several.
     most = 2 + len(source.config.target_parameters or ())
@@ -82,7 +86,7 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
     marks = () if isinstance(layout, Tensor) else source.tuner.marks
     shapes = next((s for m in wrapped if (s := shapes_of(source.tensors, m, marks))), None)
     if shapes is None:
-        keys = [f"{m}.{layout.parameter}" for m in wrapped]
+        keys = [f"{m}.{layout.parameter}" for m in (*wrapped, f"{module}.lora_B")]
         whole = next((source.tensors[key].shape for key in keys if key in source.tensors), None)
         return None if whole is None else _sized(layout, stack, whole, lambda place: place.whole)
     with distrusted():
@@ -147,8 +151,12 @@ def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
     matches = [match for key in source.tensors if (match := pattern.match(key))]
     if not matches:
         return None
-    indices = zip(*(map(int, match.groups()) for match in matches), strict=True)
-    sizes = tuple(1 + max(group) for group in indices)
+    found = [tuple(map(int, match.groups())) for match in matches]
+    if layout.numbers is not None:
+        if lacking := set(layout.numbers) - {number for (number,) in found}:
+            raise AdapterFileError(f"lacks `{layout.module.format(min(lacking))}`.")
+        return (len(layout.numbers),)
+    sizes = tuple(1 + max(group) for group in zip(*found, strict=True))
     if math.prod(sizes) > len(matches):
         raise AdapterFileError(f"lacks some of the modules `{layout.module}`.")
     return sizes

@@ -17,46 +17,82 @@ from .._layouts import Experts, Layouts
 from .._places import Array, Axed, Factor, Groups, Place, axes_of, packed_shape, unpack
 from .._shapes import blank_rows, complete
 from .._tree import absent, filled, frozen_of, is_array, param_leaves, with_leaves
-from .export import DTYPES
+from .biases import changed_biases
 from .peft.patterns import distrusted
 from .slots import WHOLE, Found, Slot, find, is_of_vocabulary
 from .source import Source, Stored
+from .whole import DTYPES
 
 
-def restore(source: Source, params: Any, names: Layouts, sharding: Any = None) -> Pair:
-    """The pair `(frozen, tunable)`: each leaf where `sharding` says, or where its base is."""
+class Restored(NamedTuple):
+    """An adapter as rows of a tree, with the frozen factors that are beside their bases."""
+
+    rows: dict[str, Any]
+    held: dict[str, dict[str, Any]]
+    leaves: Mapping[str, Any]
+    structure: Any
+
+    def pair(self) -> Pair:
+        """The pair `(frozen, tunable)`, with the frozen factors that follow from the base."""
+        held = {
+            path: complete(path, row, self.leaves[path], self.held.get(path, {}))
+            for path, row in self.rows.items()
+            if isinstance(row, Adapter)
+        }
+        frozen = frozen_of(self.leaves, self.structure, self.rows, held)
+        return Pair(frozen, with_leaves(self.structure, self.leaves, self.rows))
+
+
+def restore(
+    source: Source, params: Any, names: Layouts, sharding: Any = None, *, alone: bool = False
+) -> Restored:
+    """The rows, each leaf where `sharding` says, or where its base is.
+
+    Args:
+        source: the adapter.
+        params: the base's parameters, or their shapes.
+        names: the layouts.
+        sharding: as in `load_peft`.
+        alone: whether the shapes are the adapter's own, so that what needs a base is left out.
+    """
     leaves, structure = param_leaves(params)
     places: dict[str, Place] = {}
     for path, layout in names.items():
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(f"`names` has `{path}`, {absent(path, leaves)}")
         places[path] = layout.at(path, leaves[path].shape)
+    source = source._replace(tensors=source.tuner.spread(source.tensors, source.config, places))
     with distrusted():
         found = find(source, places)
         specs = _specs(source, found, places)
-    weights, _ = blank_rows(leaves, specs)
+        biases = changed_biases(source, places, leaves, alone)
+    weights, held_shapes = blank_rows(leaves, specs)
     readers: dict[str, _Reader] = {}
     for path, slots in found.items():
         readers |= _readers(source, places[path], specs.get(path), slots)
-    rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in found}
-    where = placements(rows, {}, structure, leaves, sharding)
+    for path, views in biases.items():
+        place = places[path]
+        axes, dtype = tuple(range(len(place.shape))), leaves[path].dtype
+        readers[path] = _Reader(place.shape, dtype, axes, place.stack, views, path)
+    paths = dict.fromkeys((*found, *biases))
+    rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in paths}
+    held = {
+        path: {name: shape for name, shape in shapes.items() if f"{path}/{name}" in readers}
+        for path, shapes in held_shapes.items()
+    }
+    where = placements(rows, held, structure, leaves, sharding)
     loaded = {
         name: put(reader.shape, reader.dtype, reader.read, where[name])
         for name, reader in track(readers.items(), "Loading the adapter")
     }
     rows = {path: filled(path, row, loaded) for path, row in rows.items()}
-    held = {
-        path: complete(path, row, leaves[path], {})
-        for path, row in rows.items()
-        if isinstance(row, Adapter)
-    }
-    return Pair(frozen_of(leaves, structure, rows, held), with_leaves(structure, leaves, rows))
+    of = {path: {name: loaded[f"{path}/{name}"] for name in names} for path, names in held.items()}
+    return Restored(rows, of, leaves, structure)
 
 
 def _specs(source: Source, found: Found, places: Mapping[str, Place]) -> dict[str, Adapter]:
     """The adapter, without arrays, of each parameter that has factors."""
     specs: dict[str, Adapter] = {}
-    names = {path: place.layout for path, place in places.items()}
     for path, slots in found.items():
         place, keys = places[path], {slot.key for slot in slots}
         if keys == {WHOLE}:
@@ -66,7 +102,6 @@ def _specs(source: Source, found: Found, places: Mapping[str, Place]) -> dict[st
             raise AdapterFileError(f"has factors and a whole weight for `{path}`.")
         weight = _blank(source, place, slots)
         _check_complete(place, slots, [f.key for f in source.tuner.factors(place, weight)])
-        source.tuner.check(source.config, names, place)
         specs[path] = weight
     return specs
 
@@ -171,9 +206,13 @@ def _readers(
     readers: dict[str, _Reader] = {}
     for key, name, groups in factors:
         axes = axed.of[name]
+        # A frozen factor may be one for all that are stacked.
+        kept = [k for k, d in enumerate(place.stack) if d in axes]
         rest = [d for d in axes if d not in place.stack]
         views = {
-            slot.entry: unpack(_checked(tensor, groups, sizes), rest, groups, sizes)
+            tuple(slot.entry[k] for k in kept): unpack(
+                _checked(tensor, groups, sizes), rest, groups, sizes
+            )
             for slot, tensor in tensors.items()
             if slot.key == key
         }
@@ -183,7 +222,8 @@ def _readers(
                 f"has several types for the modules that `{path}` stacks."
             )
         shape = tuple(sizes[d] for d in axes)
-        readers[name] = _Reader(shape, dtypes.pop(), axes, place.stack, views, name)
+        stack = tuple(place.stack[k] for k in kept)
+        readers[name] = _Reader(shape, dtypes.pop(), axes, stack, views, name)
     return readers
 
 

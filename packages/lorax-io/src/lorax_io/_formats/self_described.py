@@ -43,6 +43,7 @@ def self_described(
         raise UnsupportedAdapterError(f"has factors of {named}; they must be of one kind.")
     ranks = {module: _rank(module, shapes) for module, shapes in modules.items()}
     known = {module: _number(alpha) for module, alpha in alphas.items()}
+    known |= dict.fromkeys((m for m, shapes in modules.items() if _is_full(shapes)), 1)
     known |= {module: (scales or {})[module] * ranks[module] for module in scales or {}}
     each = {module: known.get(module, rank) for module, rank in ranks.items()}
     r, alpha = most_frequent(ranks), most_frequent(each)
@@ -65,9 +66,14 @@ def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         shape = shapes.get(key, ())
         if len(shape) > axis:
             return max(shape[axis], 1)
-    if any(key.startswith("lokr_") for key in shapes):
-        return 1  # both matrices are in full, and alpha does not count
+    if _is_full(shapes):
+        return 1
     raise AdapterFileError(f"has no factor of `{module}` that tells its rank.")
+
+
+def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether both matrices of LoKr are in full: there is no rank, and alpha does not count."""
+    return "lokr_w1" in shapes and "lokr_w2" in shapes
 
 
 _RANK_AXES = {

@@ -4,7 +4,7 @@ The names say which tensors there may be. What a file has beside those is an err
 it lacks: PEFT itself ignores the one, warns of the other, and lets a file replace base weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from .._bases.ties import is_embedding, is_head
@@ -12,8 +12,10 @@ from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapter
 from .._layouts import MAGNITUDE, Embedding, Experts, Layout, tensor_name
 from .._places import Place, packed_shape
 from .._tree import near
+from .biases import is_bias
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR, TUNERS
+from .peft.tuners.lora import BIAS, MID
 from .source import Source, Stored
 from .wrappers import factor_prefix, wrapper_depths
 
@@ -23,13 +25,14 @@ Places = Mapping[str, Place]
 _SAVED_AGAIN = ("embed_tokens", "lm_head")
 # Tensors of kinds of adapters that are told by their keys, not by the config.
 _OTHERS = {
-    "lora_B.bias": "LoRA with a bias in its factors",
-    "trainable_tokens_delta": "one that replaces rows of the embedding",
     "lora_diag": "KaSA",
     "hada_t": "LoHa with a Tucker core",
     "lokr_t2": "LoKr with a Tucker core",
-    "oft_": "OFT",
-    "vera_": "VeRA",
+    ".oft_r.": "OFT as PEFT before 0.15 had it",
+    "gralora_A_general": "GraLoRA with a second product",
+    "gralora_B_general": "GraLoRA with a second product",
+    "boft_": "BOFT",
+    "randlora_": "RandLoRA",
 }
 
 
@@ -47,9 +50,16 @@ Found = dict[str, dict[Slot, Stored]]
 
 def find(source: Source, places: Places) -> Found:
     """The tensors that the names have a place for; all others are errors."""
+    source.tuner.check_keys(source.tensors.keys(), source.config)
     slots = _slots(source, places)
+    biases = {
+        module for place in places.values() if is_bias(place) for module in place.modules.values()
+    }
     found: Found = {}
     for key, tensor in source.tensors.items():
+        if key.endswith(f".{BIAS}"):
+            _check_bias(key, biases, source.config)
+            continue
         if key not in slots:
             _check_needless(source, key, slots, places)
             continue
@@ -69,6 +79,19 @@ def find(source: Source, places: Places) -> Found:
     return found
 
 
+def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
+    module = key.removesuffix(f".{BIAS}")
+    if not config.lora_bias:
+        raise UnsupportedAdapterError(
+            f"has `{key}`, a bias in its factors, and `lora_bias` of its config does not say so."
+        )
+    if module not in biases:
+        raise UnsupportedAdapterError(
+            f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none of its own "
+            "in the base. Merge the adapter in PEFT."
+        )
+
+
 def is_of_vocabulary(key: str, layout: Layout | None = None) -> bool:
     """Whether PEFT saves a tensor where the vocabulary was resized, whatever its config says."""
     module, _, parameter = key.rpartition(".")
@@ -82,10 +105,11 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         (module, place)
         for place in places.values()
         for module in place.modules.values()
-        if isinstance(place.layout, Experts) and is_targeted(source.config, place, module)
+        if isinstance(place.layout, Experts) and source.tuner.targets(source.config, place, module)
     ]
     depths = wrapper_depths(experts)
     wrapped = {module for module, _ in experts}
+    unwrapped = set[str]()
     slots: dict[str, Slot] = {}
     for path, place in places.items():
         adaptable = source.tuner.keys(place, source.config) if place.factors else ()
@@ -93,8 +117,10 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         for index, module in place.modules.items():
             prefix = factor_prefix(place, module, depths)
             keys = {f"{prefix}.{key}": key for key in adaptable}
-            if module in wrapped and place.pattern_name(module) not in depths:
-                keys = {}  # the factors of these experts are of another of their parameters
+            if isinstance(place.layout, Experts) and place.pattern_name(module) not in depths:
+                if module in wrapped | unwrapped:
+                    keys = {}  # the factors of these experts are of another of their parameters
+                unwrapped.add(module)
             keys[tensor_name(module, parameter)] = WHOLE
             if parameter == "bias":
                 keys[f"{module}.base_layer.bias"] = WHOLE
@@ -105,13 +131,6 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
                         f"`names` gives `{slots[key].path}` and `{path}` the same tensor `{key}`."
                     )
     return slots
-
-
-def is_targeted(config: PeftConfig, place: Place, module: str) -> bool | None:
-    """Whether the config says that a module is adapted; None where it does not say."""
-    if isinstance(place.layout, Experts):
-        return config.targets_parameter(place.pattern_name(module))
-    return config.targets(module)
 
 
 def _may_be_whole(config: PeftConfig, key: str) -> bool:
@@ -152,6 +171,8 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
         }
     if not source.config.use_dora:
         kinds[MAGNITUDE] = "DoRA, with a magnitude for each output"
+    has_cores = "is for convolutions alone" if not source.config.is_said else "PEFT does not have"
+    kinds[MID] = f"LoRA with a Tucker core, which {has_cores}"
     for mark, what in kinds.items():
         if key.endswith(mark) if mark.startswith(".") else mark in key:
             raise UnsupportedAdapterError(f"`{tensor.name}` is of an adapter that is {what}.")
@@ -182,7 +203,7 @@ def _check_targets(source: Source, found: Found, places: Places) -> None:
                 )
             if not place.factors or config.saves(module):
                 continue
-            targeted = is_targeted(config, place, module)
+            targeted = source.tuner.targets(config, place, module)
             if targeted is False and keys - {WHOLE}:
                 raise AdapterFileError(
                     f"has factors for `{module}`, which is no target in its config; PEFT would "

@@ -1,28 +1,17 @@
 """An adapter as it was found, in PEFT's words: what every reader of a format makes of its file."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError
-from .._places import Array
 from .peft.config import PeftConfig
 from .peft.tuners import TUNERS, Tuner
+from .stored import Stored as Stored
 
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
 _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
-
-
-class Stored(NamedTuple):
-    """One tensor of a file, as it lies there or in another order of its axes."""
-
-    name: str  # in the file
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    view: Callable[[], Array]
 
 
 class Source(NamedTuple):
@@ -68,11 +57,22 @@ def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def plain_keys(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
-    """The tensors by module and key, without prefix and without the adapter's name."""
+def plain_keys(
+    tensors: Mapping[str, Stored], prefix: str, common: Mapping[str, str] = {}
+) -> dict[str, Stored]:
+    """The tensors by module and key, without prefix and without the adapter's name.
+
+    Args:
+        tensors: as the file has them.
+        prefix: of those that are in a module.
+        common: the keys of those that are in none, by their name.
+    """
     found: dict[str, Stored] = {}
     adapters: set[str] = set()
     for name, tensor in tensors.items():
+        if name in common:
+            found[common[name]] = tensor
+            continue
         if not name.startswith(prefix):
             raise AdapterFileError(
                 f"has `{name}`; every tensor of an adapter begins with `{prefix}`."

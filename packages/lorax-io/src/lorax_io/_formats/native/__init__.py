@@ -6,7 +6,12 @@ axes) is JSON in the file's header, beside what is known of the base. Of a pair,
 beside the bases are tensors too, and the header lists their names.
 """
 
-from .header import read_metadata as read_metadata, user_metadata as user_metadata
+from .header import (
+    FROZEN_KEY as FROZEN_KEY,
+    PREFIX as PREFIX,
+    read_metadata as read_metadata,
+    user_metadata as user_metadata,
+)
 from .load import (
     FORMAT as FORMAT,
     load_adapter as load_adapter,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax import Adapter
+from lorax import Adapter, QuantizedWeight
 
 from ..._disk.arrays import to_host
 from ..._disk.progress import track
@@ -43,10 +43,16 @@ def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, 
         digest = hashlib.sha256()
         for path in track(sorted(arrays.keys() - full.keys()), "Hashing the base"):
             digest.update(path.encode())
-            numbers = np.asarray(to_host(arrays[path]), order="C")
-            digest.update(numbers.reshape(-1).view(np.uint8).data)
+            for array in _parts(arrays[path]):
+                numbers = np.asarray(to_host(array), order="C")
+                digest.update(numbers.reshape(-1).view(np.uint8).data)
         found["content"] = digest.hexdigest()
     return found
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """The array of a base, or those of a quantized one."""
+    return [leaf.arrays[n] for n in leaf.names] if isinstance(leaf, QuantizedWeight) else [leaf]
 
 
 def _hash(lines: Iterable[str]) -> str:
@@ -62,9 +68,10 @@ def check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
         raise AdapterFileError(f"its header has no object under {BASE!r}.")
     # The numbers can be compared only where there are some.
     numbers = all(
-        isinstance(leaf, jax.Array | np.ndarray)
+        isinstance(array, jax.Array | np.ndarray)
         for leaf in param_leaves(params)[0].values()
         if is_array(leaf)
+        for array in _parts(leaf)
     )
     found = fingerprint(params, rows, "content" in saved and numbers)
     other = [key for key, value in found.items() if saved.get(key) != value]

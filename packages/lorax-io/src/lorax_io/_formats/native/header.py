@@ -17,6 +17,7 @@ PREFIX = "lorax."
 FORMAT_KEY, VERSION, ADAPTER, BASE, HELD = (
     PREFIX + key for key in ("format", "version", "adapter", "base", "held")
 )
+FROZEN_KEY = PREFIX + "frozen_format"
 _FORMATS = ("1", "2")
 _SHORT = reprlib.Repr()  # settings of strangers may be nested without end
 _SHORT.maxdict = _SHORT.maxstring = 64
@@ -28,6 +29,8 @@ def check_format(file: TensorFile) -> None:
     found = file.metadata.get(FORMAT_KEY)
     if found in _FORMATS:
         return
+    if FROZEN_KEY in file.metadata:
+        raise AdapterFileError("is a frozen tree, not an adapter; `load_frozen` reads it.")
     raise AdapterFileError(
         "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
         if found is None
@@ -89,7 +92,7 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The `metadata` that `save_adapter` was given.
+    """The `metadata` that `save_adapter` or `save_frozen` was given.
 
     Args:
         path: a native file.
@@ -108,7 +111,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         {'task': 'reviews'}
     """
     with TensorFile(path) as file:
-        check_format(file)
+        if FROZEN_KEY not in file.metadata:
+            check_format(file)
         return user_metadata(file.metadata)
 
 

@@ -52,6 +52,17 @@ class PeftConfig:
     feedforward_modules: Sequence[str] | str | None = None
     decompose_both: bool = False
     decompose_factor: int = -1
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    oft_block_size: int = 0
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    gralora_k: int = 2
+    use_bdlora: Mapping[str, Any] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    token_indices: Sequence[int] = ()
+    lora_bias: bool = False
     peft_version: str | None = None
     is_said: bool = True  # whether there is a config; otherwise it was made from the tensors
     task_type: str | None = None
@@ -94,6 +105,13 @@ class PeftConfig:
         """The same with the heads that PEFT trains for the task, which 0.10 does not list."""
         saved = {*(self.modules_to_save or ()), *HEADS.get(self.task_type, ())}
         return self.replace(modules_to_save=sorted(saved) or None)
+
+    def tokens(self, name: str) -> Sequence[int] | None:
+        """The rows of a table that are trained beside LoRA; None where it is not such a table."""
+        indices = self.trainable_token_indices
+        if isinstance(indices, Mapping):
+            return next((indices[end] for end in suffixes(name) if end in indices), None)
+        return indices or None
 
     def _is_in_layers(self, name: str) -> bool:
         matches = (match(pattern, name) for pattern in self._layers_patterns)

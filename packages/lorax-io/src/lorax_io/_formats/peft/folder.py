@@ -22,9 +22,11 @@ from ..restore import restore
 from ..source import Source, plain_keys, stored, without_copies
 from .config import CONFIG_NAME, TASK_TYPES, PeftConfig
 from .keys import config_to_json, read_config
+from .tuners import TUNERS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+_MODEL = "base_model."  # of what is in no module
+PREFIX = f"{_MODEL}model."
 # PEFT itself reads no metadata: a word of ours in it is safe.
 _OURS = "lorax"
 
@@ -50,7 +52,8 @@ def save_peft(
 
     Args:
         folder: it is made if need be, and other files in it stay as they are.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
+            frozen factors beside the base.
         names: the layout of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
         base_model: the base's name on the Hub, or its folder.
         task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's; it chooses the wrapper's class.
@@ -100,7 +103,11 @@ def save_peft(
 
 def _write(folder: Path, found: Export) -> None:
     make_folder(folder)
-    tensors = {PREFIX + name: tensor for name, tensor in found.tensors.items()}
+    common = TUNERS[found.config.peft_type].common
+    tensors = {
+        f"{_MODEL if name in common else PREFIX}{name}": tensor
+        for name, tensor in found.tensors.items()
+    }
     write_tensors(folder / WEIGHTS_NAME, tensors, _header(found))
     text = json.dumps(config_to_json(found.config), indent=2, sort_keys=True)
     write_text(folder / CONFIG_NAME, text + "\n")
@@ -146,7 +153,7 @@ def load_peft(
         1
     """
     with bars(progress), all_read(params, sharding), open_peft(folder) as source:
-        return restore(source, params, as_layouts(names), sharding)
+        return restore(source, params, as_layouts(names), sharding).pair()
 
 
 @contextlib.contextmanager
@@ -169,7 +176,8 @@ def _config(folder: Path) -> PeftConfig:
 
 def _source(file: TensorFile, config: PeftConfig) -> Source:
     ours = _ours(file, config)
-    tensors = without_copies(plain_keys(stored(file), PREFIX), config)
+    common = {f"{_MODEL}{key}": key for key in TUNERS[config.peft_type].common}
+    tensors = without_copies(plain_keys(stored(file), PREFIX, common), config)
     return Source(tensors, config, ours or {}, ours is not None)
 
 

@@ -53,6 +53,25 @@ _LAYERS = _Key(
 )
 
 
+def _are_tokens(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and all(_is_integer(n) and 0 <= n < 2**31 for n in x)
+
+
+_TOKENS = _Key(_are_tokens, "a list of token indices")
+_COUNT = _Key(lambda x: _is_integer(x) and 0 <= x <= 2**20, "an integer that is not negative")
+_BLOCKS = _Key(
+    lambda x: (
+        isinstance(x, dict)
+        and _is_rank(x.get("nblocks", 1))
+        and all(
+            x.get(f"target_modules_bd_{k}") is None or _is_strings(x[f"target_modules_bd_{k}"])
+            for k in "ab"
+        )
+    ),
+    "an object with nblocks, target_modules_bd_a and target_modules_bd_b",
+)
+
+
 def _patterns(value: _Key) -> _Key:
     return _Key(
         lambda x: isinstance(x, dict) and all(map(value.accepts, x.values())),
@@ -83,6 +102,25 @@ _KEYS: dict[str, _Key] = {
     "feedforward_modules": _or_none(_NAMES),
     "decompose_both": _FLAG,
     "decompose_factor": _Key(_is_integer, "an integer"),
+    "projection_prng_key": _Key(lambda x: _is_integer(x) and 0 <= x < 2**63, "an integer"),
+    "save_projection": _FLAG,
+    "oft_block_size": _COUNT,
+    "block_share": _FLAG,
+    "use_cayley_neumann": _FLAG,
+    "num_cayley_neumann_terms": _Key(lambda x: _is_integer(x) and 2 <= x <= 100, "from 2 to 100"),
+    "gralora_k": _RANK,
+    "use_bdlora": _or_none(_BLOCKS),
+    "trainable_token_indices": _or_none(
+        _Key(
+            lambda x: (
+                _are_tokens(x)
+                or (isinstance(x, dict) and bool(x) and all(map(_are_tokens, x.values())))
+            ),
+            "a list of token indices, or an object of them by module",
+        )
+    ),
+    "token_indices": _TOKENS,
+    "lora_bias": _FLAG_OR_NONE,
 }
 # What every tuner has.
 _COMMON = (
@@ -95,28 +133,11 @@ _HARMLESS = frozenset(("peft_type", "auto_mapping", "inference_mode", "runtime_c
 _ABSENT_IF_EMPTY = frozenset(
     "use_rslora use_dora fan_in_fan_out modules_to_save layers_to_transform layers_pattern"
     " exclude_modules target_parameters init_lora_weights base_model_name_or_path"
+    " use_bdlora lora_bias trainable_token_indices"
     " revision".split()
 )
 # PEFT itself fails on null here; writers of null mean that there is no pattern.
 _ABSENT_IF_NULL = frozenset(("rank_pattern", "alpha_pattern"))
-
-# Keys that make an adapter more than LoRA and DoRA, unless they are null, false or empty.
-_BEYOND = {
-    "lora_bias": "has a bias in its factors",
-    "layer_replication": "repeats layers of its base",
-    "alora_invocation_tokens": "is an activated LoRA, which adapts some tokens only",
-    "use_qalora": "is QA-LoRA",
-    "use_bdlora": "is BD-LoRA, with factors of blocks",
-    "kasa_config": "is KaSA",
-    "monteclora_config": "is MonteCLoRA",
-    "velora_config": "is VeLoRA",
-    "arrow_config": "routes between adapters",
-    "megatron_config": "is for Megatron's layers",
-    "trainable_token_indices": "replaces rows of the embedding",
-    "ensure_weight_tying": "ties the factors of embedding and head",
-    "enable_lora": "adapts parts of fused projections, as PEFT 0.2 does",
-}
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def read_config(path: Path) -> PeftConfig:
@@ -142,9 +163,11 @@ def config_of(values: Any) -> PeftConfig:
     if not isinstance(values, dict):
         raise AdapterFileError("is no JSON object.")
     tuner = _check_kind(values)
-    ignored = {*tuner.harmless, *_HARMLESS}
+    ignored = {*tuner.harmless, *_HARMLESS, tuner.init}
     values = {k: v for k, v in values.items() if k not in ignored and not _is_absent(k, v)}
     values = {tuner.renamed.get(key, key): value for key, value in values.items()}
+    if values.get("bias") == tuner.only_bias:
+        values["bias"] = "lora_only"
     known = (*_COMMON, *tuner.fields)
     said = {field: key for key, field in tuner.renamed.items()}
     for name in (*known, "peft_version"):
@@ -153,11 +176,12 @@ def config_of(values: Any) -> PeftConfig:
                 f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
                 f"{_KEYS[name].what}."
             )
-    if unknown := sorted(values.keys() - {*known, "peft_version"} - _BEYOND.keys()):
+    if unknown := sorted(values.keys() - {*known, "peft_version"} - tuner.beyond.keys()):
         warn(f"keys that this version does not know are ignored: {', '.join(unknown)}.")
     kept = {name: values[name] for name in (*known, "peft_version") if name in values}
-    config = PeftConfig(**kept, peft_type=tuner.peft_type)
+    config = PeftConfig(**{**tuner.defaults, **kept}, peft_type=tuner.peft_type)
     _check_patterns(config)
+    tuner.check_config(config)
     return config
 
 
@@ -172,28 +196,27 @@ def config_to_json(config: PeftConfig) -> dict[str, Any]:
         "use_dora": False,
         "exclude_modules": None,
         "target_parameters": None,
+        "use_bdlora": None,
+        "lora_bias": False,
+        "trainable_token_indices": None,
     }
     said = {field: key for key, field in tuner.renamed.items()}
-    values = {name: getattr(config, name) for name in (*_COMMON, *tuner.fields)}
+    names = [name for name in (*_COMMON, *tuner.fields) if name not in tuner.lacking]
+    values = {name: getattr(config, name) for name in names}
+    if values.get("bias") == "lora_only":
+        values["bias"] = tuner.only_bias
     kept = {
         said.get(name, name): value
         for name, value in values.items()
         if name not in newer or value != newer[name]
     }
-    if config.peft_type not in ("LORA", "IA3"):
-        del kept["fan_in_fan_out"]
-    if config.peft_type == "IA3":
-        del kept["layers_to_transform"], kept["layers_pattern"]
-    init = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}.get(config.peft_type)
-    if config.peft_type == "ADALORA":
-        # PEFT refuses a config without the steps of a training, or with fewer ranks than wanted.
-        kept |= {"target_r": config.r, "total_step": 1, "rank_pattern": None}
     return {
         **kept,
+        **tuner.written(config),
         "peft_type": config.peft_type,
         "auto_mapping": None,
         "inference_mode": True,
-        **({} if init is None else {init: True}),
+        **({} if tuner.init is None else {tuner.init: True}),
     }
 
 
@@ -212,18 +235,14 @@ def _check_kind(values: Mapping[str, Any]) -> Tuner:
         raise (AdapterFileError if kind is None else UnsupportedAdapterError)(
             f"has peft_type = {_brief(kind)}; only adapters of type {', '.join(TUNERS)} are read."
         )
-    for name, what in _BEYOND.items():
+    for name, what in tuner.beyond.items():
         if values.get(name):
             raise UnsupportedAdapterError(
-                f"the adapter {what} ({name}); read as plain LoRA it would be wrong."
+                f"the adapter {what} ({name}); read as plain {tuner.called} it would be wrong. "
+                "Merge it in PEFT (`merge_and_unload`), or load it there."
             )
-    init = values.get("init_lora_weights") or True
-    if init not in _PLAIN_INITS:
-        raise UnsupportedAdapterError(
-            f"has init_lora_weights = {_brief(init)}, which changes the base weights beside the "
-            "adapter. Save it in PEFT with `path_initial_model_for_weight_conversion`, which makes "
-            "plain LoRA of it.",
-        )
+    if tuner.init is not None:
+        tuner.check_start(values.get(tuner.init))
     return tuner
 
 

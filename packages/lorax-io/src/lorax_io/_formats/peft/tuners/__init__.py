@@ -4,14 +4,24 @@ import re
 from typing import Any
 
 from .adalora import Adalora
+from .delora import Delora
+from .gralora import Gralora
 from .ia3 import IA3
 from .loha import Loha
 from .lokr import Lokr
 from .lora import Lora
+from .miss import Miss
+from .oft import Oft
+from .tokens import Tokens
 from .tuner import Module as Module, Scaling as Scaling, Tuner as Tuner
+from .vera import Vera
 
 TUNERS: dict[str, Tuner] = {
-    tuner.peft_type: tuner for tuner in (Lora(), Adalora(), IA3(), Loha(), Lokr())
+    tuner.peft_type: tuner
+    for tuner in (
+        *(Lora(), Adalora(), IA3(), Loha(), Lokr()),
+        *(Vera(), Oft(), Delora(), Miss(), Gralora(), Tokens()),
+    )
 }
 
 # A tensor of any of them: the module, and the key in it.

@@ -8,6 +8,7 @@ from lorax import AdaloraWeight, Adapter
 from ...._errors import AdapterFileError, UnsupportedAdapterError
 from ...._places import RANK, Factor, Place
 from ..config import PeftConfig
+from .lora import Lora
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_flat, most_frequent
 
 # PEFT divides by the first rank and this, whatever rank is left.
@@ -28,6 +29,21 @@ class Adalora(Tuner):
         *("eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
         *("use_rslora", "use_dora", "target_parameters"),
     )
+
+    beyond = {
+        **Lora.beyond,
+        "lora_bias": "has a bias in its factors",
+        "use_bdlora": "has factors of blocks",
+        "trainable_token_indices": "replaces rows of the embedding",
+    }
+    init = Lora.init
+
+    def written(self, config: PeftConfig) -> dict[str, Any]:
+        # PEFT refuses a config without the steps of a training, or with fewer ranks than wanted.
+        return {"target_r": config.r, "total_step": 1, "rank_pattern": None}
+
+    def check_start(self, value: Any) -> None:
+        Lora().check_start(value)
 
     def writes(self, weight: Any) -> bool:
         return isinstance(weight, AdaloraWeight)

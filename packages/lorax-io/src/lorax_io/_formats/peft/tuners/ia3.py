@@ -1,13 +1,14 @@
 """IA³: `ia3_l`, a column of gains of the outputs, or a row of gains of the inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lorax import Adapter, IA3Weight
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError
-from ...._layouts import Layouts, Tensor
-from ...._places import Factor, Place
+from ...._places import Array, Factor, Place
 from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_flat
 
@@ -19,7 +20,9 @@ class IA3(Tuner):
     called = "IA³"
     marks = ("ia3_l",)
     fields = ("feedforward_modules",)
+    lacking = ("layers_to_transform", "layers_pattern")
     harmless = ("init_ia3_weights",)
+    init = "init_ia3_weights"
 
     def writes(self, weight: Any) -> bool:
         return isinstance(weight, IA3Weight)
@@ -61,17 +64,14 @@ class IA3(Tuner):
             return Sides(1, (shape[1], *window))
         return Sides(shape[1] if window else shape[0], (1, *window))
 
-    def check(self, config: PeftConfig, names: Layouts, place: Place) -> None:
+    def bias(
+        self, tensors: Mapping[str, Any], config: PeftConfig, module: str
+    ) -> Callable[[Array], Array] | None:
         """PEFT multiplies the bias of a layer with the gains of its outputs, too."""
-        if all(map(config.is_feedforward, place.modules.values())):
-            return
-        for path, layout in names.items():
-            is_bias = isinstance(layout, Tensor) and layout.parameter == "bias"
-            if is_bias and layout.module == place.layout.module:
-                raise UnsupportedAdapterError(
-                    f"is IA³ of the outputs of `{layout.module}`, which has a bias, `{path}`. PEFT "
-                    "scales the bias, too; an adapter of the weight alone would be wrong."
-                )
+        gain = tensors.get(f"{module}.ia3_l")
+        if gain is None or config.is_feedforward(module):
+            return None
+        return lambda bias: bias * gain.view().astype(np.float64).reshape(bias.shape)
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         inner = sorted(module.name for module in modules if module.weight.side == "in")

@@ -9,7 +9,7 @@ from lorax import Adapter, LokrWeight
 from ...._errors import AdapterFileError, UnsupportedAdapterError
 from ...._places import RANK, Factor, Groups, Place
 from ..config import PeftConfig
-from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_flat
+from .tuner import Module, Shapes, Sides, Tuner, check_flat
 
 # The inner axes of the core's layout: what is left of both axes that are cut, and two ranks.
 _REST_IN, _REST_OUT, _RANK_1, _RANK_2 = RANK, RANK - 1, RANK - 2, RANK - 3
@@ -76,13 +76,11 @@ class Lokr(Tuner):
         first, second = _matrices(shapes, module)
         return Sides(first[0] * second[0], (first[1] * second[1], *second[2:]))
 
-    def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
-        found = super().scaling(modules, fold_scale)
+    def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
         for both in (False, True):
             for factor in _candidates(modules):
                 if all(_is_cut(module, factor, both) for module in modules):
-                    config = found.config.replace(decompose_factor=factor, decompose_both=both)
-                    return Scaling(config)
+                    return config.replace(decompose_factor=factor, decompose_both=both)
         raise UnsupportedAdapterError(
             "is LoKr of blocks that PEFT does not make of these shapes with any one "
             "`decompose_factor`. Use `save_adapter` or `save_merged`."

@@ -1,24 +1,53 @@
-"""LoRA, rsLoRA and DoRA: `lora_A`, `lora_B`, `lora_magnitude_vector`."""
+"""LoRA and its variants: `lora_A`, `lora_B`, `lora_magnitude_vector`, and rows of a table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from lorax import Adapter, DoraWeight, LoraWeight
+import numpy as np
+
+from lorax import (
+    Adapter,
+    BdloraWeight,
+    DoraWeight,
+    LoconWeight,
+    LoraFAWeight,
+    LoraWeight,
+    TokensWeight,
+)
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError
-from ...._layouts import MAGNITUDE
-from ...._places import Factor, Place
+from ...._layouts import MAGNITUDE, Conv, Embedding
+from ...._places import RANK, Array, Factor, Place
 from ..config import PeftConfig
+from ..patterns import suffixes
+from . import bdlora
+from .tokens import MARK, row_factors, rows_of_table
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, alpha_of, most_frequent, pattern
+
+MID = "lora_mid.weight"  # of LyCORIS alone: PEFT has no core between the factors
+_ROWS = f"token_adapter.{MARK}"
+BIAS = "lora_B.bias"
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+_RANK = RANK - 1  # on the other side of a core
 
 
 class Lora(Tuner):
-    """LoRA, and DoRA where the config says so."""
+    """LoRA, and DoRA or BD-LoRA where the config says so."""
 
     peft_type = "LORA"
     called = "LoRA"
-    marks = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE)
-    fields = (*Tuner.fields, "use_rslora", "use_dora", "target_parameters", "bias", "lora_dropout")
+    marks = (
+        *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),
+        *(_ROWS, BIAS, MID),
+    )
+    tables = ("lora_embedding_A", "lora_embedding_B", _ROWS)
+    fields = (
+        *(*Tuner.fields, "use_rslora", "use_dora", "target_parameters", "bias", "lora_dropout"),
+        *("use_bdlora", "trainable_token_indices", "lora_bias"),
+    )
+    lacking = ()
     harmless = (
         "init_lora_weights",
         "eva_config",
@@ -29,19 +58,70 @@ class Lora(Tuner):
         "megatron_core",
         "merge_weights",
     )
+    beyond = {
+        "layer_replication": "repeats layers of its base",
+        "alora_invocation_tokens": "is an activated LoRA, which adapts some tokens only",
+        "use_qalora": "is QA-LoRA",
+        "kasa_config": "is KaSA",
+        "monteclora_config": "is MonteCLoRA",
+        "velora_config": "is VeLoRA",
+        "arrow_config": "routes between adapters",
+        "megatron_config": "is for Megatron's layers",
+        "ensure_weight_tying": "ties the factors of embedding and head",
+        "enable_lora": "adapts parts of fused projections, as PEFT 0.2 does",
+    }
+    init = "init_lora_weights"
     folded = "b"
 
     def writes(self, weight: Any) -> bool:
         plain = weight.delta if isinstance(weight, DoraWeight) else weight
-        return isinstance(plain, LoraWeight)
+        return isinstance(plain, LoraWeight | LoraFAWeight | BdloraWeight | LoconWeight)
+
+    def check_start(self, value: Any) -> None:
+        if value and value not in _PLAIN_INITS:
+            raise UnsupportedAdapterError(
+                f"has init_lora_weights = {value!r:.80}, which changes the base weights beside the "
+                "adapter. Save it in PEFT with `path_initial_model_for_weight_conversion`, which "
+                "makes plain LoRA of it.",
+            )
+
+    def mixes(self, kinds: Collection[str]) -> bool:
+        rest = {*kinds} - {"tokens"}
+        return rest == {"dora"} or rest <= {"lora", "lora_fa", "bdlora", "locon"}
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
-        return tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
+        found = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
+        if isinstance(place.layout, Conv) and not config.is_said:
+            found = (*found, MID)
+        return (*found, _ROWS) if config.trainable_token_indices else found
+
+    def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
+        if isinstance(place.layout, Embedding) and isinstance(config.trainable_token_indices, dict):
+            return config.tokens(module) is not None or super().targets(config, place, module)
+        if isinstance(place.layout, Embedding) and config.trainable_token_indices:
+            return None  # the model's own embedding, whichever that is
+        return super().targets(config, place, module)
 
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
+        if _ROWS in shapes:
+            if more := sorted(shapes.keys() - {_ROWS}):
+                raise UnsupportedAdapterError(
+                    f"has both rows of `{module}` and `{more[0]}` for it; one of both is read."
+                )
+            return rows_of_table(place, config.tokens(module) or (), shapes[_ROWS])
+        if side := bdlora.blocked_side(config, module):
+            return bdlora.blank(place, config, module, side)
         name, (shared, inputs, outputs) = place.pattern_name(module), place.axes
         scaling = "rslora" if config.use_rslora else "standard"
         rank, alpha = config.rank(name), config.alpha(name)
+        if MID in shapes and MAGNITUDE in shapes:
+            raise UnsupportedAdapterError(
+                f"is DoRA with a Tucker core for `{module}`, the norm of which takes an array as "
+                "large as the weight. Merge it with LyCORIS."
+            )
+        if MID in shapes:
+            axes = (place.inputs[0][0], inputs, outputs, shared)
+            return LoconWeight(None, None, None, rank, alpha, *axes)
         plain = LoraWeight(None, None, rank, alpha, scaling, inputs, outputs, shared)
         if not config.use_dora:
             return plain
@@ -53,6 +133,12 @@ class Lora(Tuner):
         return DoraWeight(plain, None)
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
+        if isinstance(weight, TokensWeight):
+            return row_factors(place, _ROWS)
+        if isinstance(weight, BdloraWeight):
+            return bdlora.factors(place, weight)
+        if isinstance(weight, LoconWeight):
+            return _with_core(place, weight)
         found = _factors(place, isinstance(weight, DoraWeight))
         if len(found) < len(weight.factors()):
             raise UnsupportedAdapterError(
@@ -61,7 +147,49 @@ class Lora(Tuner):
             )
         return found
 
+    def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
+        ends = [f".{mark}" for mark in ("lora_B.weight", BIAS, _ROWS)]
+        adapted, biased, tables = (
+            {key.removesuffix(end) for key in keys if key.endswith(end)} for end in ends
+        )
+        if config.lora_bias and (lacking := sorted(adapted - biased)):
+            raise AdapterFileError(
+                f"lacks `{lacking[0]}.{BIAS}`, a bias in the factors, which `lora_bias` of its "
+                "config says that it has."
+            )
+        indices = config.trainable_token_indices
+        named = {end for table in tables for end in suffixes(table)}
+        lacking = sorted({*indices} - named) if isinstance(indices, Mapping) else []
+        if indices and (lacking or not tables):
+            table = lacking[0] if lacking else "the embedding"
+            raise AdapterFileError(
+                f"lacks the rows of `{table}`, which `trainable_token_indices` of its config says "
+                "that it has."
+            )
+
+    def beside(self, modules: Sequence[Module]) -> list[Module]:
+        return [module for module in modules if isinstance(module.weight, TokensWeight)]
+
+    def bias(
+        self, tensors: Mapping[str, Any], config: PeftConfig, module: str
+    ) -> Callable[[Array], Array] | None:
+        """PEFT's second factor may have a bias, which the scale multiplies."""
+        more = tensors.get(f"{module}.{BIAS}")
+        if more is None:
+            return None
+        rank = config.rank(module)
+        scale = config.alpha(module) / (rank**0.5 if config.use_rslora else rank)
+        return lambda bias: bias + scale * more.view().astype(np.float64).reshape(bias.shape)
+
+    def needs_base(self, config: PeftConfig) -> str | None:
+        biases = "its factors have biases, which add to those of the base"
+        return biases if config.lora_bias else None
+
     def sides(self, shapes: Shapes, config: PeftConfig, module: str) -> Sides:
+        if rows := shapes.get(_ROWS):
+            return Sides(rows[-1], (1 + max(config.tokens(module) or [0]),))
+        if side := bdlora.blocked_side(config, module):
+            return Sides(*bdlora.sides(shapes, config, side))
         for first, second in (("lora_A.weight", "lora_B.weight"), self.marks[2:4]):
             if first in shapes or second in shapes:
                 a, b = shapes.get(first, ()), shapes.get(second, ())
@@ -70,10 +198,13 @@ class Lora(Tuner):
                         f"has no two factors of `{module}` that fit each other: their shapes are "
                         f"{a} and {b}. A factor has 2 axes, or 3 to 5 of a convolution."
                     )
-                return Sides(b[0], a[1:])
+                window = shapes[MID][2:] if MID in shapes else a[2:]
+                return Sides(b[0], (a[1], *window))
         raise AdapterFileError(f"lacks the factors of `{module}`, beside its other tensors.")
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
+        tables = {module.name: module.weight for module in self.beside(modules)}
+        modules = [module for module in modules if module.name not in tables]
         plain: dict[str, Any] = {}
         for name, _, weight in modules:
             plain[name] = weight.delta if isinstance(weight, DoraWeight) else weight
@@ -83,13 +214,13 @@ class Lora(Tuner):
         rslora = False
         alphas: dict[str, Any] = dict.fromkeys(ranks, r)
         if not fold_scale:
-            scalings = {x.scaling for x in plain.values() if x.alpha is not None}
-            rslora = scalings == {"rslora"}
+            forms = {name: getattr(x, "scaling", "standard") for name, x in plain.items()}
+            rslora = {forms[name] for name, x in plain.items() if x.alpha is not None} == {"rslora"}
             said = "rslora" if rslora else "standard"
             for name, weight in plain.items():
                 alphas[name] = alpha_of(weight, rslora)
-                if (weight.alpha, weight.scaling) != (alphas[name], said):
-                    unsaid[name] = {"alpha": weight.alpha, "scaling": weight.scaling}
+                if (weight.alpha, forms[name]) != (alphas[name], said):
+                    unsaid[name] = {"alpha": weight.alpha, "scaling": forms[name]}
         alpha = most_frequent(alphas)
         config = PeftConfig(
             r=r,
@@ -99,8 +230,26 @@ class Lora(Tuner):
             alpha_pattern=pattern(alphas, alpha),
             fan_in_fan_out=any(module.place.layout.fan_in_fan_out for module in modules),
             use_dora=any(isinstance(module.weight, DoraWeight) for module in modules),
+            use_bdlora=bdlora.settings(modules),
+            trainable_token_indices={n: list(x.indices) for n, x in tables.items()} or None,
         )
         return Scaling(config, unsaid)
+
+
+def _with_core(place: Place, weight: LoconWeight) -> tuple[Factor, ...]:
+    """A convolution of 1×1, one with the window, and one of 1×1."""
+    if not isinstance(place.layout, Conv) or place.inputs[0] != (weight.channel_axis,):
+        raise UnsupportedAdapterError(
+            f"`{place.path}` has a core between its factors, which is for convolutions, and over "
+            "the axis of their channels."
+        )
+    channel, *window = place.inputs
+    none = tuple(() for _ in window)
+    return (
+        Factor("lora_A.weight", "a", ((RANK,), channel, *none)),
+        Factor(MID, "core", ((_RANK,), (RANK,), *window)),
+        Factor("lora_B.weight", "b", (place.outputs, (_RANK,), *none)),
+    )
 
 
 def _factors(place: Place, dora: bool) -> tuple[Factor, ...]:

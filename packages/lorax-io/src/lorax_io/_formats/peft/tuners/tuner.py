@@ -3,14 +3,14 @@
 import collections
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lorax import Adapter
 
 from ...._errors import UnsupportedAdapterError
-from ...._layouts import Layouts
-from ...._places import Factor, Place
+from ...._layouts import Experts, Layouts, Linear
+from ...._places import Array, Factor, Place
 from ..config import PeftConfig
 from ..patterns import suffixes
 
@@ -46,23 +46,52 @@ class Tuner:
         peft_type: what its configs say.
         called: what people call it.
         marks: what its keys end in; each begins a tensor's name in a module.
+        tables: those of them that only an embedding has.
+        common: tensors of the whole adapter, which are in no module.
         renamed: keys of its config that are fields of `PeftConfig` under another name.
         fields: the fields of `PeftConfig` that its config has beside the common ones.
+        lacking: the common ones that its config does not have.
+        defaults: of PEFT, where they are not those of LoRA.
         harmless: keys that change nothing in the numbers that the tensors give.
+        beyond: keys that change them in a way that is not read, unless they are null or false.
+        init: the key for how the factors begin.
+        only_bias: what a config says where the biases of adapted modules alone are trained.
         folded: the factor that is multiplied where the scale is folded in.
+        tells_shape: whether the tensors of a module tell the shape of its weight.
     """
 
     peft_type: ClassVar[str]
     called: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
+    tables: ClassVar[tuple[str, ...]] = ()
+    common: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
     fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    lacking: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
+    defaults: ClassVar[Mapping[str, Any]] = {}
     harmless: ClassVar[tuple[str, ...]] = ()
+    beyond: ClassVar[Mapping[str, str]] = {}
+    init: ClassVar[str | None] = None
+    only_bias: ClassVar[str] = "lora_only"
     folded: ClassVar[str | None] = None
+    tells_shape: ClassVar[bool] = True
 
     def writes(self, weight: Any) -> bool:
         """Whether an adapter is of this kind."""
         raise NotImplementedError
+
+    def check_start(self, value: Any) -> None:
+        """Refuses a value of `init` that changes what the tensors mean."""
+
+    def check_config(self, config: PeftConfig) -> None:
+        """Warns of what else a config says."""
+
+    def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
+        """Refuses a file that lacks what its config says that is in it."""
+
+    def mixes(self, kinds: Collection[str]) -> bool:
+        """Whether one folder may have adapters of all these kinds of the core."""
+        return len(kinds) == 1
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
         """The keys that a module may have."""
@@ -73,8 +102,46 @@ class Tuner:
         raise NotImplementedError
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
-        """Where the tensors of an adapter are stored."""
+        """Where the tensors of an adapter are stored, those of frozen factors among them."""
         raise NotImplementedError
+
+    def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
+        """Whether the config says that a module is adapted; None where it does not say."""
+        if isinstance(place.layout, Experts):
+            return config.targets_parameter(place.pattern_name(module))
+        return config.targets(module)
+
+    def spread(
+        self, tensors: Mapping[str, Any], config: PeftConfig, places: Mapping[str, Place]
+    ) -> Mapping[str, Any]:
+        """The tensors, with those that modules have in common in each of them."""
+        return tensors
+
+    def gathered(self, parts: Mapping[str, Sequence[tuple[str, Any]]]) -> dict[str, Any]:
+        """The tensors that modules have in common, from the part of each, by path.
+
+        Raises:
+            UnsupportedAdapterError: where the parts are not of one tensor.
+        """
+        return {}
+
+    def beside(self, modules: Sequence[Module]) -> list[Module]:
+        """Those of the modules that are no targets in its config, but have a key of their own."""
+        return []
+
+    def bias(
+        self, tensors: Mapping[str, Any], config: PeftConfig, module: str
+    ) -> Callable[[Array], Array] | None:
+        """What the adapter of a module makes of the bias beside its weight; None for nothing."""
+        return None
+
+    def needs_base(self, config: PeftConfig) -> str | None:
+        """Why an adapter has no meaning without its base; None where it has."""
+        return None
+
+    def written(self, config: PeftConfig) -> dict[str, Any]:
+        """Further keys, without which PEFT does not read a config."""
+        return {}
 
     def sides(self, shapes: Shapes, config: PeftConfig, module: str) -> Sides:
         """The shape of the weight, for a module whose layout nobody gave."""
@@ -83,13 +150,21 @@ class Tuner:
     def check(self, config: PeftConfig, names: Layouts, place: Place) -> None:
         """Refuses what PEFT does beyond the adapter of one parameter."""
 
+    def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
+        """The config with what PEFT alone has to know.
+
+        Raises:
+            UnsupportedAdapterError: where it has no key for it.
+        """
+        return config
+
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         """Rank and scale of every module: the most frequent ones, and patterns for the others."""
-        ranks: dict[str, Any] = {name: weight.rank for name, _, weight in modules}
+        ranks: dict[str, Any] = {module.name: module.weight.rank for module in modules}
         r = most_frequent(ranks)
         alphas = dict.fromkeys(ranks, r)
         if not fold_scale:
-            alphas = {name: alpha_of(weight, False) for name, _, weight in modules}
+            alphas = {module.name: alpha_of(module.weight, False) for module in modules}
         alpha = most_frequent(alphas)
         config = PeftConfig(
             peft_type=self.peft_type,
@@ -111,6 +186,22 @@ def alpha_of(weight: Any, rslora: bool) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
+def the_one(modules: Sequence[Module], called: str, what: str, of: Callable[[Any], Any]) -> Any:
+    """What all modules have alike, where a config has one key for all of them.
+
+    Raises:
+        UnsupportedAdapterError: where they have several.
+    """
+    found = {of(module.weight): module.name for module in modules}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise UnsupportedAdapterError(
+            f"`{first}` has {called} of {what} {one}, and `{second}` of {other}. PEFT has one for "
+            "all modules. Use `save_adapter` or `save_merged`."
+        )
+    return next(iter(found))
+
+
 def most_frequent(values: Mapping[str, Any]) -> Any:
     """The value that most of them have."""
     return collections.Counter(values.values()).most_common(1)[0][0]
@@ -127,6 +218,16 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         for name, value in values.items()
         if value != default
     }
+
+
+def check_linear(place: Place, called: str) -> None:
+    """Refuses layouts that are no linear layer, where PEFT has an adapter of these alone."""
+    check_flat(place, called)
+    if not isinstance(place.layout, Linear):
+        raise UnsupportedAdapterError(
+            f"`{place.path}` has {called}, which PEFT has for linear layers alone, and its layout "
+            f"is {type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
+        )
 
 
 def check_flat(place: Place, called: str) -> None:

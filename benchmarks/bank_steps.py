@@ -1,0 +1,150 @@
+"""Counts and times a training step of many adapters, beside one adapter on all of their rows.
+
+    python benchmarks/bank_steps.py [--rounds N] [--works NAME ...] [--slots N]
+
+The adapters have ranks of 4 to 64 in turn, and scales and rates of their own. In float64, the
+factors of each are compared with those of the same adapter trained alone.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lorax
+from bench import run_milliseconds
+from counts import compiled, paired
+from kinds import spread
+from lorax.testing import random_factors
+from models import Model
+from steps import objective
+from works import gpt
+
+RANKS = (4, 8, 16, 64)
+
+WORKS: dict[str, Callable[..., Model]] = {
+    "GPT": gpt,
+    "GPT, scan + remat": partial(gpt, scan=True, remat=True),
+}
+
+HEADER = "| work | adapters | FLOPs | temporary bytes | time |\n|---|---|---:|---:|---:|"
+
+
+def adapter(model: Model, seed: int, rank: int, alpha: float) -> Any:
+    """Random factors that keep many layers tame."""
+    spec = lorax.infer_spec(
+        model.apply,
+        model.params,
+        model.batch,
+        spec=lorax.LoraSpec(rank, alpha=alpha),
+        where=model.where,
+        skip_small=False,
+    )
+    tunable = lorax.init_lora(model.params, spec, jax.random.key(seed)).tunable
+    tunable = random_factors(tunable, jax.random.key(seed))
+    return jax.tree.map(lambda leaf: leaf / 8, tunable)
+
+
+def adapters(model: Model, slots: int) -> list[Any]:
+    """One for each slot, of other ranks and scales."""
+    made = ((k, RANKS[k % len(RANKS)]) for k in range(slots))
+    return [adapter(model, k, rank, rank * (1 + k / slots)) for k, rank in made]
+
+
+def step_of(model: Model) -> Callable[..., Any]:
+    """A step of gradient descent on (tunable, rows, rate), with the scales of a bank or without."""
+    adapted = lorax.lora(model.apply, on_materialize="error", on_unused="error")
+
+    def loss(tunable, rows, scales):
+        if scales is not None:
+            tunable = lorax.with_scales(tunable, scales)
+        return objective(adapted((model.params, tunable), rows))
+
+    def step(tunable, rows, rate, scales=None):
+        value, grads = jax.value_and_grad(loss)(tunable, rows, scales)
+        return value, jax.tree.map(lambda x, g: x - rate * g, tunable, grads)
+
+    return step
+
+
+def rates_of(slots: int) -> jax.Array:
+    return 1e-3 * (1 + jnp.arange(slots) / slots)
+
+
+def difference(model: Model, slots: int, steps: int = 2) -> float:
+    """The largest of the factors, relative to the largest factor, between together and alone."""
+    trees, rates = adapters(model, slots), rates_of(slots)
+    batches = jax.random.normal(jax.random.key(9), (steps, slots, *model.batch.shape))
+    bank = lorax.stack_adapters(trees)
+    step = step_of(model)
+    together = jax.jit(jax.vmap(step))
+    tunable = bank.tunable
+    for rows in batches:
+        _, tunable = together(tunable, rows, rates, bank.scales)
+    found = lorax.unstack_adapters(dataclasses.replace(bank, tunable=tunable))
+    alone = jax.jit(step)
+    worst = 0.0
+    for k, tree in enumerate(trees):
+        for rows in batches:
+            _, tree = alone(tree, rows[k], rates[k])
+        for one, two in zip(jax.tree.leaves(found[k]), jax.tree.leaves(tree), strict=True):
+            worst = max(worst, float(abs(one - two).max() / abs(two).max()))
+    return worst
+
+
+def table(name: str, slots: int, rounds: int) -> str:
+    """All adapters in one step, and one adapter of the bank's rank on the rows of all."""
+    one_row = WORKS[name](batch=1)
+    step, rates = step_of(one_row), rates_of(slots)
+    bank = lorax.stack_adapters(adapters(one_row, slots))
+    rows = jax.random.normal(jax.random.key(9), (slots, *one_row.batch.shape))
+    wide = adapter(one_row, 0, max(RANKS), max(RANKS))
+    runs = {
+        f"1, rank {max(RANKS)}": (step, (wide, rows.reshape(-1, *rows.shape[2:]), rates[0])),
+        f"{slots}, ranks {RANKS}": (jax.vmap(step), (bank.tunable, rows, rates, bank.scales)),
+    }
+    made = {way: compiled(fn, *args) for way, (fn, args) in runs.items()}
+    calls = {way: partial(made[way], *args) for way, (_, args) in runs.items()}
+    times = paired({way: partial(run_milliseconds, call) for way, call in calls.items()}, rounds)
+    first = next(iter(runs))
+    lines = []
+    for way, run in made.items():
+        flops = run.cost_analysis()["flops"] / made[first].cost_analysis()["flops"]
+        temporary = (
+            run.memory_analysis().temp_size_in_bytes
+            / made[first].memory_analysis().temp_size_in_bytes
+        )
+        cells = f"{flops:.3f} | {temporary:.3f} | {spread(times[way], times[first])}"
+        lines.append(f"| {name} | {way} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="of paired runs; 0 only counts")
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--slots", type=int, default=32)
+    options = parser.parse_args()
+    print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}\n\n{HEADER}", flush=True)
+    for name in options.works:
+        print(table(name, options.slots, options.rounds), flush=True)
+    print("\nFactors after two steps, together against alone, in float64:\n")
+    with jax.enable_x64(True):
+        for name in options.works:
+            small = WORKS[name](batch=1, time=8)
+            worst = difference(to_double(small), options.slots)
+            print(f"- {name}: {worst:.0e}", flush=True)
+
+
+def to_double(model: Model) -> Model:
+    """The model in float64."""
+    double = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)  # noqa: E731
+    return model._replace(params=double(model.params), batch=double(model.batch))
+
+
+if __name__ == "__main__":
+    main()

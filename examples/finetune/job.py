@@ -1,0 +1,134 @@
+"""The job of both programs: score a model, train an adapter, score again, save it and check it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bayes import fit_bayes
+from data import (
+    CALIBRATION,
+    NEGATIVE,
+    POSITIVE,
+    batches,
+    choose,
+    encode,
+    labels,
+    read_reviews,
+    token_of,
+)
+from display import console, plot_losses, timed
+from lorax import QuantizedWeight, count_params, init_lora, lora, merge_params
+from lorax_io import load_peft, save_peft
+from metrics import difference, score
+from training import TRAIN_BATCH, predict, train
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose modules the adapter fits
+TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest logit
+
+
+class Subject(NamedTuple):
+    """A model to teach."""
+
+    params: Any
+    model: Any  # model(params, tokens, last): the logits of the token after position `last`
+    spec: Any
+    names: Any  # where each parameter is in PyTorch
+    form: str = "float32"  # how the parameters are held
+
+
+class Taught(NamedTuple):
+    """What came of it."""
+
+    before: Any
+    after: Any
+    folder: Any  # of the adapter
+    batch: Any  # tokens and last
+    logits: Any  # of the trained model on it
+    reloaded: float  # differences from these logits
+    merged: float
+    base: float
+
+
+class Job:
+    """Sentences to train and to be scored on, the same for every model."""
+
+    def __init__(self, args, sentences, tokenizer):
+        self.args = args
+        self.prompts_of = functools.partial(encode, tokenizer=tokenizer)
+        self.positive, self.negative = token_of(POSITIVE, tokenizer), token_of(NEGATIVE, tokenizer)
+        self.reviews = read_reviews(sentences)
+        size = args.steps * TRAIN_BATCH
+        self.training, calibration, held_out = choose(
+            self.reviews, self.prompts_of, size, args.seed
+        )
+        self.evaluation = held_out[: args.limit_eval] + calibration
+
+    @property
+    def title(self):
+        """Of the table of scores."""
+        return f"On {len(self.evaluation) - CALIBRATION} held-out sentences"
+
+    def naive_bayes(self):
+        """The scores of naive Bayes on the same sentences."""
+        classify = fit_bayes(self.training)
+        baseline = np.array([classify(review.text) for review in self.evaluation])
+        return score(baseline, labels(self.evaluation), CALIBRATION)
+
+    def teach(self, subject, out, seconds):
+        """Train an adapter of a model, and save it in the folder `out`."""
+        params, model, spec, names, form = subject
+        of = "" if form == "float32" else f", {form}"
+        frozen, tunable = init_lora(params, spec, jax.random.key(self.args.seed))
+        adapted = lora(model)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=is_coded))
+        console.print(f"Base: {count_params(params):,} parameters, {form}, {size / 1e6:.0f} MB")
+        console.print(f"Adapter on every q_proj and v_proj: {count_params(tunable):,} parameters")
+
+        @jax.jit
+        def margin(tunable, frozen, tokens, last):
+            logits = adapted((frozen, tunable), tokens, last)
+            return logits[:, self.positive] - logits[:, self.negative]
+
+        def evaluate(tunable, label):
+            with timed(seconds, f"{label.lower()}{of}"):
+                prompts = self.prompts_of(self.evaluation)
+                margins = predict(margin, tunable, frozen, prompts, label)
+            return score(margins, labels(self.evaluation), CALIBRATION)
+
+        # b is zero at first, so the adapted model is the base model, bit for bit.
+        before = evaluate(tunable, "Evaluate before")
+        with timed(seconds, f"train{of}"):
+            prompts, positives = self.prompts_of(self.training), labels(self.training)
+            tunable, losses = train(
+                margin,
+                tunable,
+                frozen,
+                prompts,
+                positives,
+                self.args.learning_rate,
+                self.args.seed,
+            )
+        after = evaluate(tunable, "Evaluate after")
+
+        with (
+            timed(seconds, f"save and check{of}"),
+            console.status("Saving and checking the adapter"),
+        ):
+            out.mkdir(parents=True, exist_ok=True)
+            plot_losses(losses, out / "loss.png")
+            folder = out / "adapter"
+            save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
+            _, *batch = batches(self.prompts_of(self.evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
+            logits = jax.jit(adapted)((frozen, tunable), *batch)
+            again = load_peft(folder, params, names)
+            reloaded = difference(jax.jit(adapted)(again, *batch), logits)
+            merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), logits)
+            base = difference(jax.jit(model)(params, *batch), logits)
+        return Taught(before, after, folder, batch, logits, reloaded, merged, base)
+
+
+def is_coded(node):
+    """Whether a node of a tree is a weight in codes."""
+    return isinstance(node, QuantizedWeight)

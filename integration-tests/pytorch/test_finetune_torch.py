@@ -1,0 +1,50 @@
+"""The parts of examples/finetune/finetune_torch.py, and of benchmarks/torch_step.py."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_gguf
+import torch
+
+import finetune
+import finetune_torch
+import lorax
+import lorax_io
+import torch_step
+from lorax import testing
+
+ARGS = SimpleNamespace(rank=3, alpha=5)
+# PEFT 0.21 asks transformers 5.24 for an attribute that it has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def test_both_models_read_the_same_file(tmp_path):
+    path = tiny_gguf.write(tmp_path / "tiny.gguf")
+    module = finetune_torch.read(path)
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    ours, theirs = finetune.load(path, ARGS)[1], finetune_torch.subject_of(module, ARGS)
+    batch = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32), np.array([4, 2], np.int32)
+    logits = ours.model(ours.params, *batch)
+    assert logits.shape == (2, 11)
+    np.testing.assert_allclose(theirs.model(theirs.params, *batch), logits, rtol=2e-4, atol=2e-4)
+
+    pair = lorax.init_lora(theirs.params, theirs.spec, jax.random.key(0))
+    tunable = testing.random_factors(pair.tunable, jax.random.key(1))
+    folder = tmp_path / "adapter"
+    lorax_io.save_peft(folder, tunable, theirs.names, task_type="CAUSAL_LM")
+    adapted = lorax.lora(theirs.model)((pair.frozen, tunable), *batch)
+    largest = np.abs(adapted).max()
+    assert np.abs(adapted - logits).max() > 0.1 * largest
+    in_peft = finetune_torch.peft_logits(module, folder, batch)
+    np.testing.assert_allclose(in_peft, adapted, atol=1e-4 * largest)
+    ours_too = lorax_io.load_peft(folder, ours.params, ours.names)
+    again = lorax.lora(ours.model)(ours_too, *batch)
+    np.testing.assert_allclose(again, adapted, atol=1e-4 * largest)
+
+
+def test_the_benchmark_compares_equal_steps():
+    rows = torch_step.main(["--layers", "2", "--vocabulary", "64", "--rounds", "1"])
+    assert rows[torch_step.OURS]["flops"] <= 1.01 * rows[torch_step.HAND]["flops"]
+    assert torch_step.PEFT in rows

@@ -1,0 +1,108 @@
+"""A PyTorch module on a mesh: the numbers of one device, and the collectives of a model in JAX."""
+
+import collections
+import functools
+import re
+
+import jax
+import pytest
+import torch
+import transformers
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lorax
+import lorax_hf
+import lorax_io
+import torch_step
+from lorax import testing
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+TARGETS = ["self_attn.q_proj", "self_attn.v_proj"]
+# No two are equal but where eight devices divide them.
+CONFIG = transformers.LlamaConfig(
+    vocab_size=104,
+    hidden_size=48,
+    intermediate_size=88,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    tie_word_embeddings=True,
+)
+BY_HAND = torch_step.by_hand.Config(2, 4, 2, 100_000.0, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def module():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(module, tmp_path_factory):
+    """An adapter, of random factors."""
+    fn, params = lorax_hf.from_torch(module)
+    spec = lorax_hf.spec(fn, rank=2, targets=TARGETS)
+    tunable = lorax.init_lora(params, spec, jax.random.key(0)).tunable
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    path = tmp_path_factory.mktemp("adapter")
+    lorax_io.save_peft(path, tunable, lorax_hf.peft_names(fn), task_type="CAUSAL_LM")
+    return path
+
+
+def whole(name, shape):
+    """All of a parameter on one device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def fully_sharded(name, shape):
+    """Every weight is cut along its outputs, which in a stack come second."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    stack = [None] * (":" in name)
+    cut = [*stack, "data"] if len(shape) == 2 + len(stack) else []
+    return NamedSharding(mesh, PartitionSpec(*cut))
+
+
+def gradient(logits, pair, sharding):
+    """The collectives of the compiled gradient, and its values."""
+    apply = lorax.lora(logits, on_materialize="error", on_unused="error")
+    ids = jax.random.randint(jax.random.key(3), (16, 6), 0, 104)
+    ids = jax.device_put(ids, sharding("ids", ids.shape))
+
+    def loss(tunable, frozen, ids):
+        return torch_step.next_token_loss(apply((frozen, tunable), ids), ids)
+
+    frozen, tunable = pair
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(tunable, frozen, ids).compile()
+    counts = collections.Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text()))
+    return counts, jax.device_get(compiled(tunable, frozen, ids))
+
+
+def of_module(module, folder, sharding, **options):
+    fn, params = lorax_hf.from_torch(module, sharding=sharding, **options)
+    pair = lorax_io.load_peft(folder, params, lorax_hf.peft_names(fn))
+    return gradient(lambda params, ids: fn(params, ids).logits, pair, sharding)
+
+
+def difference(one, other):
+    """Of two trees, relative to the largest entry of each array."""
+    apart = jax.tree.map(lambda x, y: abs(x - y).max() / abs(y).max(), one, other)
+    return max(jax.tree.leaves(apart))
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True}], ids=["unrolled", "scanned"])
+def test_eight_devices_compute_what_one_does(module, folder, options):
+    counts, found = of_module(module, folder, fully_sharded, **options)
+    none, expected = of_module(module, folder, whole, **options)
+    assert counts["all-gather"] > 0 and not none
+    assert difference(found, expected) < 1e-5
+
+
+def test_collectives_are_those_of_a_model_in_jax(module, folder):
+    counts, _ = of_module(module, folder, fully_sharded)
+    params = lorax_hf.from_torch(module, sharding=fully_sharded)[1]
+    tree = torch_step.as_by_hand(params)
+    pair = lorax_io.load_peft(folder, tree, lorax_io.flax_names(tree))
+    hand = functools.partial(torch_step.hand_logits, config=BY_HAND)
+    assert counts == gradient(hand, pair, fully_sharded)[0]

@@ -1,0 +1,36 @@
+"""Arguments under the names that they had in an earlier version."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_old_names(**names: str) -> Callable[[F], F]:
+    """Lets a function take keyword arguments by old names too, with a `DeprecationWarning`.
+
+    Args:
+        names: for each old name, the argument that it is now.
+    """
+
+    def decorate(fn: F) -> F:
+        @functools.wraps(fn)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for old, new in names.items():
+                if old in kwargs:
+                    warnings.warn(
+                        f"{fn.__name__}({old}=…) is called `{new}` now. The old name will go with "
+                        "the next minor version.",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+                    if new in kwargs:
+                        raise TypeError(f"{fn.__name__}() got both `{old}` and `{new}`.")
+                    kwargs[new] = kwargs.pop(old)
+            return fn(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,111 @@
+"""Affine codes: a scale and a minimum for each block, both of which may be codes themselves."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._base import Format, defformat
+from .._contract import wide_dtype
+from .._errors import SpecError
+from . import _scaled
+from .int8 import check_block
+
+TOP = 63  # scales and minimums of the blocks of a group have 6 bits
+
+
+@defformat
+class Affine(Format):
+    """Integers times a scale, above a minimum: Q4_1, Q4_K and their kin in GGUF files.
+
+        W[in, out]  =  codes[in, out] · scales[block, out] + mins[block, out]
+
+    With groups of blocks, `scales` and `mins` are integers, and a group has one number for each:
+
+        W  =  codes · scales[block] · outer[group] + mins[block] · outer_mins[group]
+
+    Args:
+        block: how many entries along the inputs share a scale and a minimum.
+        group: how many blocks share the two numbers; None: scales are numbers.
+        bits: of a code: 4, or 8 for codes of 5 to 8 bits.
+        minimum: whether there are minimums. Without them codes are signed.
+        along: the axes whose entries share scales; None: as `quantize` finds them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import quantize
+        >>> from lorax.bases import Affine
+        >>> held = quantize({"w": jnp.ones((512, 3))}, {"w": Affine(group=8)})["w"]
+        >>> held.arrays["codes"].shape, held.arrays["outer"].shape, held.bits
+        ((2, 8, 32, 3), (2, 3), 4.75)
+    """
+
+    name = "affine"
+
+    block: int = 32
+    group: int | None = None
+    bits: int = 4
+    minimum: bool = True
+    along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Refuses sizes that are none."""
+        check_block(self.block)
+        check_block(self.group)
+        if self.bits not in (4, 8):
+            raise SpecError(f"Affine has codes of {self.bits!r} bits; they have 4 or 8.")
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of the codes."""
+        signed, unsigned = _scaled.INTEGERS[self.bits]
+        return (unsigned,) if self.minimum else (signed,)
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """Rounded to the nearest code between the smallest and the largest of a block."""
+        dtype = self.dtypes()[0]
+        low, top = jnp.zeros((), entries.dtype), jnp.iinfo(dtype).max
+        if self.minimum:
+            low = jnp.minimum(jnp.min(entries, tuple(within), keepdims=True), 0)
+        high = jnp.max(entries if self.minimum else jnp.abs(entries), tuple(within), keepdims=True)
+        arrays = {"scales": _or_one((high - low) / top)}
+        if self.minimum:
+            arrays["mins"] = low
+        if self.group is not None:
+            arrays = _grouped(arrays, across)
+        scale = _scaled.to_scale(arrays)
+        codes = jnp.round((entries - _minimum(arrays, scale.dtype)) / _or_one(scale))
+        return {"codes": jnp.clip(codes, 0 if self.minimum else -top, top).astype(dtype), **arrays}
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Codes times scales, plus minimums."""
+        entries = _scaled.times_scale(arrays)
+        return entries + _minimum(arrays, entries.dtype) if "mins" in arrays else entries
+
+
+def _or_one(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+
+
+def _minimum(arrays: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
+    """The minimum of an entry's block, which may be a code itself."""
+    if "mins" not in arrays:
+        return jnp.zeros((), dtype)
+    found, outer = arrays["mins"].astype(dtype), arrays.get("outer_mins")
+    return found if outer is None else found * outer.astype(dtype)
+
+
+def _grouped(arrays: Mapping[str, jax.Array], across: Sequence[int]) -> dict[str, jax.Array]:
+    """Scales and minimums as 6 bits and one number for each group."""
+    found: dict[str, jax.Array] = {}
+    for name, outer in (("scales", "outer"), ("mins", "outer_mins")):
+        if name in arrays:
+            sign = -1 if name == "mins" else 1  # minimums are not above zero
+            most = jnp.max(jnp.abs(arrays[name]), tuple(across), keepdims=True)
+            unit = _or_one(most.astype(wide_dtype(most.dtype)) / TOP)
+            found[name] = jnp.round(jnp.abs(arrays[name]) / unit).astype(jnp.uint8)
+            found[outer] = sign * unit
+    return found

@@ -1,0 +1,68 @@
+"""NVFP4: floats of four bits, a float of eight for each block of 16, one number for all of them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._base import Format, defformat
+from . import _scaled, _table
+from .int8 import check_block
+from .mxfp4 import TABLE, VALUES
+
+
+@defformat
+class NVFP4(Format):
+    """Floats of four bits times an E4M3 float, divided by one number for each output.
+
+        W[in, out]  =  E2M1(codes[in, out]) · (scales[in / 16, out] / outer[out])
+
+    The number puts the largest scale at the top of E4M3's range. Files of compressed-tensors and
+    of ModelOpt have one number for the whole weight, which stands here once for each output.
+
+    Args:
+        block: how many entries along the inputs share a scale; NVIDIA's have 16.
+        along: the axes whose entries share scales; None: as `quantize` finds them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import quantize
+        >>> held = quantize({"w": jnp.full((512, 3), 1.5)}, {"w": "nvfp4"})["w"]
+        >>> held.bits, held.array()[0].tolist()
+        (4.5625, [1.5, 1.5, 1.5])
+    """
+
+    name = "nvfp4"
+
+    block: int = 16
+    along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Refuses blocks that are none."""
+        check_block(self.block)
+
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtypes of codes and scales."""
+        return jnp.uint4, jnp.float8_e4m3fn
+
+    def encode(
+        self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
+    ) -> dict[str, jax.Array]:
+        """The nearest float of four bits, beside the scale that takes the largest to 6."""
+        largest = _scaled.largest(entries, within) / VALUES[-1]
+        highest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+        outer = highest / jnp.max(largest, tuple(across), keepdims=True)
+        # A scale that E4M3 rounds to zero would take its whole block to zero.
+        lowest = float(jnp.finfo(jnp.float8_e4m3fn).smallest_subnormal)
+        scales = jnp.clip(largest * outer, lowest, highest).astype(jnp.float8_e4m3fn)
+        normal = entries * outer / scales.astype(entries.dtype)
+        codes = _table.nearest(jnp.abs(normal), VALUES) + 8 * (normal < 0).astype(jnp.uint8)
+        return {"codes": codes.astype(jnp.uint4), "scales": scales, "outer": outer}
+
+    def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Floats times scales."""
+        outer = arrays["outer"]
+        scale = arrays["scales"].astype(outer.dtype) / outer
+        return _table.read(arrays["codes"], TABLE, scale.dtype) * scale

@@ -1,0 +1,100 @@
+"""The leading singular vectors of a matrix, without all of the others.
+
+A block Krylov space of a few more vectors than are asked for holds them to rounding, after one pass
+or a few: each starts from the best vectors of the one before. Musco and Musco 2015,
+arXiv:1504.05477.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Blocks of one pass. More of them need fewer passes, and a larger decomposition in each.
+BLOCKS = 8
+# Passes after which the whole matrix is decomposed: some spectra are too flat.
+MOST_PASSES = 12
+# Where a pass holds more than this part of all vectors, the whole matrix is decomposed at once.
+MOST_OF_ALL = 1 / 4
+# What is left of a vector is this many rounding errors of the largest value; the whole
+# decomposition leaves about five.
+ROUNDINGS = 16
+
+Vectors = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def leading_vectors(matrix: jax.Array, rank: int) -> Vectors:
+    """The `rank` largest singular values of a matrix, and their vectors.
+
+    Args:
+        matrix: `[rows, columns]`, in float32 or wider.
+        rank: how many; at most the smaller side.
+
+    Returns:
+        `[rows, rank]`, `[rank]` in descending order, and `[rank, columns]`.
+    """
+    width = rank + max(8, rank // 2)
+    if BLOCKS * width > MOST_OF_ALL * min(matrix.shape):
+        return _of_all(matrix, rank)
+    found = _iterated(matrix, rank, width)
+    kept = found.left[:, :rank], found.values, found.right
+    return jax.lax.cond(
+        found.error <= _tolerance(matrix), lambda: kept, lambda: _of_all(matrix, rank)
+    )
+
+
+def _of_all(matrix: jax.Array, rank: int) -> Vectors:
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def _tolerance(matrix: jax.Array) -> float:
+    return ROUNDINGS * float(jnp.finfo(matrix.dtype).eps)
+
+
+class _Pass(NamedTuple):
+    """What a pass has found: `left` holds more vectors than are asked for."""
+
+    left: jax.Array
+    values: jax.Array
+    right: jax.Array
+    error: jax.Array
+    passes: jax.Array
+
+
+def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
+    rows, columns = matrix.shape
+
+    def step(before: _Pass) -> _Pass:
+        block = jnp.linalg.qr(before.left)[0]  # [rows, width]
+        blocks = [block]
+        for _ in range(BLOCKS - 1):
+            block = _product(matrix, _product(matrix.T, block))
+            for found in blocks:
+                block -= _product(found, _product(found.T, block))
+            block = jnp.linalg.qr(block)[0]
+            blocks.append(block)
+        # Of a matrix of low rank, later blocks are noise that may lie along earlier ones.
+        basis = jnp.linalg.qr(jnp.concatenate(blocks, 1))[0]  # [rows, BLOCKS · width]
+        # matrixᵀ basis  =  right diag(values) innerᵀ
+        projected = _product(matrix.T, basis)
+        right, values, inner = jnp.linalg.svd(projected, full_matrices=False)
+        left = _product(basis, inner[:width].T)
+        rest = _product(matrix, right[:, :rank]) - left[:, :rank] * values[None, :rank]
+        error = jnp.max(jnp.linalg.norm(rest, axis=0)) / values[0]
+        return _Pass(left, values[:rank], right[:, :rank].T, error, before.passes + 1)
+
+    start = _Pass(
+        jax.random.normal(jax.random.key(0), (rows, width), matrix.dtype),
+        jnp.zeros(rank, matrix.dtype),
+        jnp.zeros((rank, columns), matrix.dtype),
+        jnp.asarray(jnp.inf, matrix.dtype),
+        jnp.asarray(0),
+    )
+    return jax.lax.while_loop(
+        lambda found: (found.error > _tolerance(matrix)) & (found.passes < MOST_PASSES), step, start
+    )
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

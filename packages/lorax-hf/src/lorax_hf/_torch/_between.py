@@ -1,0 +1,61 @@
+"""What a module must not use while its layers are scanned, and the errors where it does."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+
+class Between(torch.Tensor):
+    """What a layer returns before the scan is over: a shape, without values."""
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> "Between":
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        return torch.Tensor._make_subclass(Between, empty)
+
+
+_OF_SHAPE = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "device")),
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point),
+}
+
+
+class BetweenRefused(TorchFunctionMode):
+    """Raises where an operator meets what a layer returns before the scan is over."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Between) for leaf in _pytree.tree_leaves((args, kwargs))):
+            if func not in _OF_SHAPE:
+                refuse_between()
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def refuse_between() -> None:
+    raise ValueError(
+        "what single layers return is used, such as for `output_hidden_states`, and is not there "
+        "where layers are scanned. Call the module without it, or take the function without "
+        "`scan_layers`."
+    )
+
+
+class LayerIndex:
+    """Stands for the index of a layer, which is not a number while layers are scanned."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ValueError(
+            f"a layer uses its index, `{self._name}`, such as for a cache, and has none where "
+            "layers are scanned. Call the module without a cache, or take the function without "
+            "`scan_layers`."
+        )
+
+    __index__ = __int__ = __float__ = __bool__ = __hash__ = __eq__ = __ne__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = __str__ = __format__ = _refuse

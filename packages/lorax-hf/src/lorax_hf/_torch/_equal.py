@@ -1,0 +1,106 @@
+"""Whether two layers compute the same function of their parameters and inputs."""
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# What every module has, compared by its entries below or without meaning for a forward pass.
+_COMMON = {*vars(nn.Module()), "_is_hf_initialized"}
+
+
+def difference(one: nn.Module, other: nn.Module, apart: int) -> str | None:
+    """What tells two layers apart, such as "`self_attn.window` is 5, not None"; None if nothing.
+
+    Args:
+        one: a layer.
+        other: a later one.
+        apart: by how much its index is larger. Integers that differ by as much are the index, which
+            `index_names` finds again.
+    """
+    return next(_differences("", one, other, apart), None)
+
+
+def _differences(name: str, one: Any, other: Any, apart: int) -> Iterator[str]:
+    label = f"`{name}`" if name else "it"
+    if type(one) is not type(other):
+        yield f"{label} is a {type(other).__name__}, not a {type(one).__name__}"
+        return
+    if isinstance(one, nn.Module):
+        yield from _of_modules(name, one, other, apart)
+    elif isinstance(one, torch.Tensor):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            yield f"{label} has the shape {tuple(other.shape)}, not {tuple(one.shape)}"
+    elif isinstance(one, dict):
+        yield from _of_members(name, one, other, apart)
+    elif isinstance(one, list | tuple):
+        yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), apart)
+    elif one is not other and not _is_index(one, other, apart) and not _same(one, other):
+        parts = [_parts(each) for each in (one, other)]
+        if parts[0] is None or parts[1] is None:
+            yield f"{label} is {other!r}, not {one!r}"
+        else:
+            yield from _of_members(name, *parts, apart)
+
+
+def _of_modules(name: str, one: nn.Module, other: nn.Module, apart: int) -> Iterator[str]:
+    for members in ("_parameters", "_buffers", "_modules"):
+        yield from _of_members(name, getattr(one, members), getattr(other, members), apart)
+    yield from _of_members(name, _attributes(one), _attributes(other), apart)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        if len(getattr(one, hooks)) != len(getattr(other, hooks)):
+            yield f"`{name or type(one).__name__}` has other hooks"
+
+
+def _of_members(name: str, one: Any, other: Any, apart: int) -> Iterator[str]:
+    prefix = f"{name}." if name else ""
+    for key in [*one, *(key for key in other if key not in one)]:
+        if key not in one or key not in other:
+            yield f"`{prefix}{key}` is in one of them alone"
+        else:
+            yield from _differences(f"{prefix}{key}", one[key], other[key], apart)
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """What an object without an equality of its own consists of; None where that is not known."""
+    if isinstance(value, types.MethodType):
+        return {"__func__": value.__func__}
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return {"code": value.__code__, "defaults": value.__defaults__, "closure": cells}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    bases = type(value).__mro__[:-1]
+    in_python = all("__slots__" not in vars(base) and "__module__" in vars(base) for base in bases)
+    plain = type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__")
+    return vars(value) if in_python and plain and vars(value) else None
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _COMMON}
+
+
+def _is_index(one: Any, other: Any, apart: int) -> bool:
+    return type(one) is int and other - one == apart != 0
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # whatever a class of its own raises, it does not say that they are equal
+        return False
+
+
+def index_names(one: nn.Module, other: nn.Module, apart: int) -> list[tuple[str, str]]:
+    """The attributes that hold a layer's index: the name of the submodule, and of the attribute."""
+    found: list[tuple[str, str]] = []
+    others = dict(other.named_modules())
+    for name, module in one.named_modules():
+        theirs = _attributes(others[name])
+        for key, value in _attributes(module).items():
+            if type(value) is int and _is_index(value, theirs[key], apart):
+                found.append((name, key))
+    return found

@@ -1,0 +1,22 @@
+"""Codings: how other libraries store quantized weights, one module each."""
+
+from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from .coding import Coded as Coded, Decoded as Decoded, Finder, Found as Found, Tensors as Tensors
+
+# The first that finds a weight counts.
+CODINGS: dict[str, Finder] = {
+    "bitsandbytes, 4 bits": bitsandbytes.find_4bit,
+    "bitsandbytes, 8 bits": bitsandbytes.find_8bit,
+    "FP8 with `weight_scale_inv`": fp8.find,
+    "GPTQ or AWQ": gptq.find,
+    "compressed-tensors, packed integers": compressed_tensors.find_packed,
+    "compressed-tensors, NVFP4 or MXFP4": compressed_tensors.find_fp4,
+    "8 bits with `weight_scale`": compressed_tensors.find_scaled,
+    "MXFP4 of experts": mxfp4.find,
+}
+
+
+def find_coded(tensors: Tensors, module: str, parameter: str) -> Found | None:
+    """The codes of a weight, where it has some that can be read."""
+    found = (find(tensors, module, parameter) for find in CODINGS.values())
+    return next((coded for coded in found if coded is not None), None)

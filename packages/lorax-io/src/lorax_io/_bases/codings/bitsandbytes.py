@@ -1,0 +1,120 @@
+"""bitsandbytes: NF4, with scales in 8 bits or not, and LLM.int8.
+
+Blocks of NF4 run over the flattened weight. Where they do not divide its rows, the runs of entries
+that share a scale are shorter, and so are the blocks in memory.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import NF4
+from lorax.bases import LLMInt8
+from lorax.bases.nf4 import QUANTILES
+
+from ..._disk.tensors import parse_json
+from ..._errors import AdapterFileError
+from ..._places import Array
+from .coding import Coded, Decoded, Found, Part, Tensors, expect, need, nibbles, whole
+
+SHORTEST = 8  # entries of a run, below which scales would be as large as the codes
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+
+
+def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
+    """A weight in NF4 or FP4."""
+    weight = f"{module}.{parameter}"
+    state = f"{weight}.quant_state.bitsandbytes__"
+    kind = next((kind for kind in ("nf4", "fp4") if f"{state}{kind}" in tensors), None)
+    if kind is None:
+        return None
+    shape, block, dtype, found = _state(tensors, f"{state}{kind}")
+    size = math.prod(shape)
+    data = need(tensors, weight, dtypes=[np.uint8]).reshape(-1)
+    expect(weight, data, ((size + 1) // 2,))
+    table = expect("quant_map", need(tensors, f"{weight}.quant_map"), (16,)).astype(np.float32)
+    scales, names = _scales(tensors, weight, found, -(-size // block))
+    names = (weight, f"{state}{kind}", f"{weight}.quant_map", *names)
+    width, inputs = math.prod(shape[1:]), shape[-1]
+
+    def codes(rows: Any) -> Array:
+        begin, end = rows.start * width, rows.stop * width
+        entries = nibbles(data[begin // 2 : -(-end // 2)], high_first=True)
+        return entries[begin % 2 : begin % 2 + end - begin].reshape(-1, *shape[1:])
+
+    run = math.gcd(inputs, block)
+    is_known = np.array_equal(table, np.asarray(QUANTILES, np.float32))
+    if is_known and run >= SHORTEST:
+        count = inputs // run
+
+        def scale(rows: Any) -> Array:
+            starts = np.arange(rows.start * (width // run), rows.stop * (width // run)) * run
+            return scales(starts // block).reshape(-1, *shape[1:-1], count)
+
+        ones = (1,) * (len(shape) - 1)
+        parts = {
+            "codes": Part(codes, (*ones, 1), shape, jnp.uint4),
+            "scales": Part(scale, (*ones, run), (*shape[:-1], count), np.dtype(np.float32)),
+        }
+        held = NF4(block=min(max(block, 32), 4096), double=False)
+        return Coded(names, held, parts, shape, dtype, run < block)
+
+    def decoded() -> Array:
+        each = scales(np.arange(size) // block).reshape(shape)
+        return (table[codes(slice(0, shape[0]))] * each).astype(dtype)
+
+    why = f"blocks of {block} cross the rows of {inputs}" if is_known else f"a table of {kind}"
+    return Decoded(names, why, decoded, shape, dtype)
+
+
+def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict[str, Any]]:
+    """The shape, the size of a block and the dtype of a weight, and all else that is said."""
+    try:
+        found = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
+        shape, block, dtype = found["shape"], found["blocksize"], _DTYPES[found["dtype"]]
+        if all(type(n) is int and 0 < n < 2**40 for n in [block, *shape]) and len(shape) > 1:
+            return tuple(shape), block, np.dtype(dtype), found
+    except (UnicodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"its `{name}` is not the state of a weight.") from error
+    raise AdapterFileError(f"its `{name}` is not the state of a weight.")
+
+
+def _scales(
+    tensors: Tensors, weight: str, state: dict[str, Any], count: int
+) -> tuple[Callable[[Array], Array], tuple[str, ...]]:
+    """Gives the scales of some blocks; those in 8 bits are decoded as bitsandbytes does it."""
+    name = f"{weight}.absmax"
+    scales = expect(name, need(tensors, name), (count,))
+    if scales.dtype != np.uint8:
+        return lambda blocks: scales[blocks].astype(np.float32, copy=False), (name,)
+    outer, table = f"{weight}.nested_absmax", f"{weight}.nested_quant_map"
+    values = expect(table, need(tensors, table), (256,)).astype(np.float32)
+    block, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    if type(block) is not int or block < 1 or not isinstance(offset, int | float):
+        raise AdapterFileError(f"the state of `{weight}` has no nested blocks.")
+    each = expect(outer, need(tensors, outer), (-(-count // block),)).astype(np.float32)
+    number = np.float32(offset)
+    decode = lambda blocks: values[scales[blocks]] * each[blocks // block] + number  # noqa: E731
+    return decode, (name, outer, table)
+
+
+def find_8bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
+    """A weight of LLM.int8."""
+    scale, weight = f"{module}.SCB", f"{module}.{parameter}"
+    if parameter != "weight" or scale not in tensors:
+        return None
+    codes = need(tensors, weight, ndim=2, dtypes=[np.int8])
+    scales = need(tensors, scale, ndim=1)[:, None]
+    expect(scale, scales, (codes.shape[0], 1))
+    parts = {"codes": whole(codes, (1, 1)), "scales": whole(scales, (1, codes.shape[1]))}
+    names = [weight, scale]
+    layout = f"{module}.weight_format"
+    if layout in tensors:
+        if tensors.view(layout).any():
+            raise AdapterFileError(f"has `{weight}` in a layout of a GPU. Save it by rows.")
+        names.append(layout)
+    return Coded(tuple(names), LLMInt8(), parts, codes.shape)

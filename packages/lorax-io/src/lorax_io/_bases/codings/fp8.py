@@ -1,0 +1,40 @@
+"""FP8 with a scale for each block of 128 × 128, as in DeepSeek-V3 (`weight_scale_inv`)."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import FP8
+
+from ..._errors import AdapterFileError
+from .coding import Coded, Found, Tensors, expect, need, setting, stored, whole
+
+SIDES = (128, 128)
+
+
+def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
+    """A weight with a scale for each block; the last block of an axis may be cut."""
+    weight = f"{module}.{parameter}"
+    scale = f"{weight}_scale_inv"
+    if scale not in tensors:
+        return None
+    codes = need(tensors, weight, dtypes=[jnp.float8_e4m3fn])
+    scales = need(tensors, scale)
+    sides = setting(tensors, "weight_block_size", SIDES)
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or codes.ndim < 2 or not all(
+        type(side) is int and side > 0 for side in sides
+    ):  # fmt: skip
+        raise AdapterFileError(f"has blocks of {sides!r} for `{weight}` {codes.shape}.")
+    if not jnp.issubdtype(scales.dtype, jnp.floating):
+        raise AdapterFileError(f"has `{scale}` in {scales.dtype}, not floats.")
+    rest = codes.shape[:-2]
+    blocks = tuple(-(-n // side) for n, side in zip(codes.shape[-2:], sides, strict=True))
+    expect(scale, scales, (*rest, *blocks))
+    ones = (1,) * len(rest)
+    parts = {
+        "codes": whole(codes, (*ones, 1, 1)),
+        "scales": whole(scales, (*ones, *sides)),
+    }
+    held = FP8(block=sides[1], square=True)
+    as_is = stored(codes=(weight, codes), scales=(scale, scales))
+    dtype = np.dtype(jnp.bfloat16)
+    return Coded((weight, scale), held, parts, codes.shape, dtype, stored=as_is)

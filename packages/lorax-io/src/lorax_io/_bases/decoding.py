@@ -1,0 +1,133 @@
+"""A checkpoint with quantized weights as one of floats, each decoded when it is read."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import dequantize, quantize
+
+from .._errors import AdapterError, UnsupportedAdapterError, about
+from .._layouts import tensor_name
+from .._places import Array
+from .checkpoint import Checkpoint, by_end
+from .coded import ENDINGS, MARKS
+from .codings import Coded, Decoded, find_coded
+from .parameter import decoded, dtype_of
+from .sources import SafetensorsSource
+
+
+class CodedWeight(NamedTuple):
+    """One quantized weight of a checkpoint."""
+
+    name: str
+    found: Coded | Decoded
+    dtype: Any
+
+    def array(self) -> Array:
+        """Its floats."""
+        return decoded(self.found, self.dtype).astype(self.dtype, copy=False)
+
+    def again(self, array: Array) -> tuple[dict[str, Array], float]:
+        """The tensors of other floats in the same codes, and what these lose, beside their norm.
+
+        Raises:
+            UnsupportedAdapterError: where the codes are packed in another library's way.
+        """
+        found = self.found
+        if isinstance(found, Decoded) or not found.stored:
+            raise UnsupportedAdapterError(
+                f"has `{self.name}` in codes that are not written, only read. Leave "
+                "`--requantize` out: then the merged model is written as floats."
+            )
+        format = _same_blocks(self.name, found)
+        held = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
+        tensors = {
+            name: np.asarray(held.arrays[key]).reshape(shape).astype(dtype)
+            for key, (name, shape, dtype) in found.stored.items()
+        }
+        wide = array.astype(np.float32)
+        lost = np.asarray(dequantize(held), np.float32) - wide
+        return tensors, float(np.linalg.norm(lost) / max(np.linalg.norm(wide), 1e-30))
+
+
+def _same_blocks(name: str, found: Coded) -> Any:
+    """The format whose blocks are those of the file."""
+    shape, grains = found.shape, found.parts["scales"].grains
+    format: Any = found.format
+    if "zeros" in found.parts or len(shape) != 2:
+        raise UnsupportedAdapterError(f"has `{name}` in codes that are not written, only read.")
+    if grains in ((1, shape[1]), shape):
+        return dataclasses.replace(format, along=(1,) if grains[0] == 1 else (0, 1))
+    is_square = grains[0] == grains[1] and not any(n % grains[0] for n in shape)
+    if is_square and format.name == "fp8":
+        return dataclasses.replace(format, block=grains[0], square=True, along=(1,))
+    raise UnsupportedAdapterError(
+        f"has `{name}` of shape {shape} in blocks of {grains}, which are read and not written. "
+        "Leave `--requantize` out: then the merged model is written as floats."
+    )
+
+
+def with_decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in which quantized weights that can be read are weights like others."""
+    broken: dict[str, Exception] = {}
+    found = {weight.name: weight for weight in _coded(checkpoint, broken)}
+    if not found:
+        return checkpoint._replace(broken=broken)
+    parts = {name for weight in found.values() for name in weight.found.names}
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in parts}
+    shapes |= {n: jax.ShapeDtypeStruct(w.found.shape, w.dtype) for n, w in found.items()}
+    return checkpoint._replace(shapes=shapes, by_end=by_end(shapes), coded=found, broken=broken)
+
+
+def _coded(checkpoint: Checkpoint, broken: dict[str, Exception]) -> Iterator[CodedWeight]:
+    """The quantized weights whose codes can be read; what is wrong with others goes to `broken`.
+
+    An adapter that touches none of these may be merged.
+    """
+    places = {place for name in checkpoint.shapes for place in _of(name)}
+    if not places:
+        return
+    with contextlib.ExitStack() as stack, about(checkpoint.path):
+        source = SafetensorsSource(checkpoint, stack)
+        for module, parameter in sorted(places):
+            name = tensor_name(module, parameter)
+            try:
+                found = find_coded(source, module, parameter)
+            except AdapterError as error:
+                broken[name] = error
+                continue
+            if found is not None:
+                yield CodedWeight(name, found, np.dtype(dtype_of(source, found)))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _of(name: str) -> tuple[tuple[str, str], ...]:
+    """The module and the parameter whose mark a tensor is."""
+    found: list[tuple[str, str]] = []
+    for mark in MARKS:
+        if name.endswith(f".{mark}"):
+            found.append((name.removesuffix(f".{mark}"), "weight"))
+    for end in ENDINGS:
+        if name.endswith(end):
+            module, _, parameter = name.removesuffix(end).rpartition(".")
+            found.append((module, parameter))
+    return tuple(found)
+
+
+def home_of(weight: CodedWeight, entries: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a file is the one that a decoded weight is written to: where its codes are."""
+    first = weight.found.names[0]
+    return first.startswith(prefix) and first.removeprefix(prefix) in entries
+
+
+def without_codes(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The config of a model whose weights are floats now."""
+    if config is None:
+        return None
+    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -1,0 +1,238 @@
+"""GGUF files of models, read by the `gguf` package: what each type of block is as codes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import Int4, Int8
+from lorax.bases import Affine, Format
+
+from .._disk.files import regular_file
+from .._errors import AdapterFileError, AdapterMismatchError
+from .._formats.llama_cpp import import_gguf, in_halves
+from .._places import Array
+from .._tree import near
+from .codings import Coded, Decoded
+from .codings.coding import Part
+
+FLOAT32 = np.dtype(np.float32)
+
+
+class Block(NamedTuple):
+    """A type of block: its format, and how bytes of blocks are the arrays of one.
+
+    Attributes:
+        format: how it is decoded.
+        arrays: gives the arrays of some blocks, from their bytes `[…, blocks, bytes]`, each with
+            the entries of a block along its last axis.
+        grains: how many entries of the weight share one of an array.
+        dtypes: of the arrays.
+    """
+
+    format: Format
+    arrays: Callable[[Array], dict[str, Array]]
+    grains: dict[str, int]
+    dtypes: dict[str, Any]
+
+
+HALF = np.dtype(np.float16)
+BYTE = np.dtype(np.uint8)
+
+
+def _half(data: Array) -> Array:
+    """Two bytes as float16."""
+    return np.ascontiguousarray(data).view(np.float16)
+
+
+def _in_order(data: Array) -> Array:
+    """Codes of a block: the low halves of its bytes, then the high ones."""
+    return np.concatenate([data & 15, data >> 4], -1)
+
+
+def _q8_0(data: Array) -> dict[str, Array]:
+    return {
+        "codes": np.ascontiguousarray(data[..., 2:]).view(np.int8),
+        "scales": _half(data[..., :2]),
+    }
+
+
+def _q4_0(data: Array) -> dict[str, Array]:
+    return {"codes": _in_order(data[..., 2:]) ^ 8, "scales": _half(data[..., :2])}
+
+
+def _q4_1(data: Array) -> dict[str, Array]:
+    scales, mins = _half(data[..., :2]), _half(data[..., 2:4])
+    return {"codes": _in_order(data[..., 4:]), "scales": scales, "mins": mins}
+
+
+def _q5_0(data: Array) -> dict[str, Array]:
+    codes = _in_order(data[..., 6:]) | _bits(data[..., 2:6]) << 4
+    return {"codes": codes.view(np.int8) - np.int8(16), "scales": _half(data[..., :2])}
+
+
+def _q5_1(data: Array) -> dict[str, Array]:
+    codes = _in_order(data[..., 8:]) | _bits(data[..., 4:8]) << 4
+    return {"codes": codes, "scales": _half(data[..., :2]), "mins": _half(data[..., 2:4])}
+
+
+def _bits(data: Array) -> Array:
+    return np.unpackbits(data, axis=-1, bitorder="little")
+
+
+def _scales_of_k(data: Array) -> dict[str, Array]:
+    """The scales and minimums of a block of 256, 6 bits each, and its two numbers."""
+    low, mid, high = (data[..., 4 + 4 * k : 8 + 4 * k] for k in range(3))
+    scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], -1)
+    mins = np.concatenate([mid & 63, high >> 4 | mid >> 2 & 48], -1)
+    outer, outer_mins = _half(data[..., :2]), -_half(data[..., 2:4])
+    return {"scales": scales, "outer": outer, "mins": mins, "outer_mins": outer_mins}
+
+
+def _runs(data: Array) -> Array:
+    """Codes of runs of 32 bytes: the low halves of a run, then its high ones."""
+    return _in_order(data.reshape(*data.shape[:-1], -1, 32)).reshape(*data.shape[:-1], -1)
+
+
+def _q4_k(data: Array) -> dict[str, Array]:
+    return {"codes": _runs(data[..., 16:]), **_scales_of_k(data)}
+
+
+def _q5_k(data: Array) -> dict[str, Array]:
+    planes = data[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    high = planes.reshape(*data.shape[:-1], 256)
+    return {"codes": _runs(data[..., 48:]) | high << 4, **_scales_of_k(data)}
+
+
+def _q6_k(data: Array) -> dict[str, Array]:
+    low = data[..., :128].reshape(*data.shape[:-1], 2, 1, 64)
+    low = (low >> np.array([[0], [4]], np.uint8) & 15).reshape(*data.shape[:-1], 256)
+    high = data[..., 128:192].reshape(*data.shape[:-1], 2, 1, 32)
+    high = (high >> np.array([[0], [2], [4], [6]], np.uint8) & 3).reshape(*data.shape[:-1], 256)
+    codes = (low | high << 4).view(np.int8) - np.int8(32)
+    scales = np.ascontiguousarray(data[..., 192:208]).view(np.int8)
+    return {"codes": codes, "scales": scales, "outer": _half(data[..., 208:])}
+
+
+_ONE = {"codes": 1, "scales": 32}
+_TWO = _ONE | {"mins": 32}
+_K = _TWO | {"outer": 256, "outer_mins": 256}
+_HALVES = {"scales": HALF, "mins": HALF}
+_BYTES = {"scales": BYTE, "mins": BYTE, "outer": HALF, "outer_mins": HALF}
+_SIGNED = {"codes": np.dtype(np.int8), "scales": np.dtype(np.int8), "outer": HALF}
+
+BLOCKS: dict[str, Block] = {
+    "Q8_0": Block(Int8(32), _q8_0, _ONE, _HALVES | {"codes": np.dtype(np.int8)}),
+    "Q4_0": Block(Int4(32), _q4_0, _ONE, _HALVES | {"codes": jnp.int4}),
+    "Q4_1": Block(Affine(), _q4_1, _TWO, _HALVES | {"codes": jnp.uint4}),
+    "Q5_0": Block(Int8(32), _q5_0, _ONE, _HALVES | {"codes": np.dtype(np.int8)}),
+    "Q5_1": Block(Affine(bits=8), _q5_1, _TWO, _HALVES | {"codes": BYTE}),
+    "Q4_K": Block(Affine(group=8), _q4_k, _K, _BYTES | {"codes": jnp.uint4}),
+    "Q5_K": Block(Affine(group=8, bits=8), _q5_k, _K, _BYTES | {"codes": BYTE}),
+    "Q6_K": Block(
+        Affine(16, group=16, bits=8, minimum=False),
+        _q6_k, {"codes": 1, "scales": 16, "outer": 256}, _SIGNED,
+    ),
+}  # fmt: skip
+"""The types that keep their codes, by llama.cpp's names. The codes of 5 and 6 bits take 8."""
+
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+
+
+class GGUFSource:
+    """The tensors of a GGUF file, by the names that transformers has for its modules."""
+
+    def __init__(self, path: Path) -> None:
+        gguf = import_gguf()
+        try:
+            reader = gguf.GGUFReader(regular_file(path))
+            self._arch = reader.fields["general.architecture"].contents()
+            self._count = self._field(reader, "block_count")
+            self._heads = self._field(reader, "attention.head_count")
+            self._kv_heads = self._field(reader, "attention.head_count_kv", self._heads)
+            self.names = {tensor.name: tensor for tensor in reader.tensors}
+        except Exception as error:  # it has no error of its own for a damaged file
+            raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
+        self.used: set[str] = set()
+        arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch), None)
+        if arch is None:
+            raise AdapterFileError(f"is of the architecture {self._arch!r}, which gguf lacks.")
+        self._known = gguf.get_tensor_name_map(arch, int(self._count or 1))
+
+    def _field(self, reader: Any, key: str, default: Any = None) -> Any:
+        field = reader.fields.get(f"{self._arch}.{key}")
+        return default if field is None else field.contents()
+
+    def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
+        """A weight, under llama.cpp's own name or that of transformers."""
+        name = self._name(module, parameter)
+        if name not in self.names:
+            return None
+        self.used.add(name)
+        tensor = self.names[name]
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        kind = tensor.tensor_type.name
+        order = self._order(name, shape)
+        if kind in _PLAIN:
+            dtype = np.dtype(_PLAIN[kind])
+            values = tensor.data.view(dtype).reshape(shape)
+            read = lambda rows: values[rows if order is None else order[rows]]  # noqa: E731
+            return Part(read, (1,) * len(shape), shape, dtype)
+        if kind in BLOCKS and len(shape) > 1:
+            return _coded(name, BLOCKS[kind], tensor.data, shape, order)
+
+        def decoded() -> Array:
+            found = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            return found if order is None else found[order]
+
+        why = f"blocks of {kind} are not those of a format"
+        return Decoded((name,), why, decoded, shape, FLOAT32)
+
+    def _name(self, module: str, parameter: str) -> str:
+        own = f"{module}.{parameter}" if module else parameter
+        if own in self.names:
+            return own
+        found = self._known.get_name(own, try_suffixes=(".weight", ".bias"))
+        return own if found is None else found
+
+    def _order(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        """The rows of q and k, of which llama.cpp has the two of a rotated pair side by side."""
+        is_q, is_k = ".attn_q." in name, ".attn_k." in name
+        if not (is_q or is_k) or self._arch not in _PERMUTED:
+            return None
+        heads = self._heads if is_q else self._kv_heads
+        if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
+            raise AdapterMismatchError(f"has {shape[0]} rows for `{name}`, and {heads} heads.")
+        return in_halves(np.arange(shape[0]), heads)
+
+    def lacking(self, name: str) -> str:
+        """Why there is not such a weight."""
+        known = self._name(*name.rpartition(".")[::2])
+        called = "" if known == name else f" (`{known}`)"
+        return f"has no tensor for `{name}`{called}.{near(known, self.names)}"
+
+
+# Those that llama.cpp's converter permutes.
+_PERMUTED = frozenset(["llama", "granite"])
+
+
+def _coded(
+    name: str, block: Block, data: Array, shape: tuple[int, ...], order: Array | None
+) -> Coded:
+    """The codes of a tensor `[…, inputs]`, whose rows may come in another order."""
+    entries = max(block.grains.values())
+    data = data.reshape(*shape[:-1], shape[-1] // entries, -1)
+
+    def part(key: str) -> Part:
+        def read(rows: slice) -> Array:
+            blocks = data[rows if order is None else order[rows]]
+            return block.arrays(np.asarray(blocks))[key].reshape(*blocks.shape[:-2], -1)
+
+        grain = block.grains[key]
+        inner = (*shape[:-1], shape[-1] // grain)
+        return Part(read, (*(1,) * (len(shape) - 1), grain), inner, block.dtypes[key])
+
+    parts = {key: part(key) for key in block.grains}
+    return Coded((name,), block.format, parts, shape, FLOAT32)

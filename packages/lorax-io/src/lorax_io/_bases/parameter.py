@@ -1,0 +1,204 @@
+"""One parameter of a base: its arrays assembled from the tensors of a file, on its devices."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from lorax import QuantizedWeight, dequantize, quantize
+from lorax.bases import Format, format_of
+
+from .._disk.arrays import place as put
+from .._disk.packed import Packed
+from .._errors import AdapterError, warn
+from .._frozen.header import check_numbers
+from .._layouts import Embedding, Tensor
+from .._places import Array, Place, unpack
+from .blocks import (
+    Runs,
+    Target,
+    assemble,
+    blank,
+    check_shape,
+    packing,
+    plain_target,
+    targets,
+    with_along,
+)
+from .codings import Coded, Decoded
+from .codings.coding import Part
+from .sources import Source, Weight, needed
+
+FLOAT = "float"
+
+
+class Told(NamedTuple):
+    """What is said once all is read."""
+
+    shorter: list[str]
+    anew: list[str]
+
+    def warn(self, source: Source) -> None:
+        """Warns of what is not as it is in the file."""
+        if left := sorted(source.names.keys() - source.used):
+            warn(f"has tensors that are in none of `names`{_some(left)}")
+        if self.shorter:
+            warn(
+                "has blocks that do not divide an axis of their parameter, so that blocks in "
+                f"memory are shorter and scales are repeated{_some(self.shorter)}"
+            )
+        if self.anew:
+            warn(f"has weights that are coded anew{_some(self.anew)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
+    return f": {', '.join(names[:8])}{more}."
+
+
+def load_parameter(
+    source: Source,
+    place: Place,
+    dtype: Any,
+    anew: Format | str | None,
+    where: Sharding | None,
+    told: Told,
+) -> Any:
+    """One parameter on its devices."""
+    found: dict[tuple[int, ...], Weight] = {}
+    for index, module in place.modules.items():
+        found[index] = needed(source, module, place.layout.parameter)
+        check_shape(place, module, found[index].shape)
+    first = next(iter(found.values()))
+    if isinstance(first, Coded):
+        coded = {index: row for index, row in found.items() if isinstance(row, Coded)}
+        if len({_kind(row) for row in found.values()}) == 1:
+            return _coded(place, coded, dtype or dtype_of(source, first), where, told)
+    if isinstance(first, Part):
+        parts = {index: row for index, row in found.items() if isinstance(row, Part)}
+        if len({_kind(row) for row in found.values()}) == 1:
+            return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
+    return _anew(source, place, found, dtype, anew, where, told)
+
+
+def _kind(row: Weight) -> Any:
+    """What must be the same in all modules of a stack."""
+    if isinstance(row, Part):
+        return row.dtype
+    if isinstance(row, Decoded):
+        return row.why
+    dtypes = tuple((name, part.dtype, part.grains) for name, part in sorted(row.parts.items()))
+    return row.format, dtypes
+
+
+def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
+    """What a weight is decoded to, where the user does not say."""
+    if coded.dtype is not None:
+        return coded.dtype
+    config = getattr(source, "config", {})
+    said = config.get("dtype", config.get("torch_dtype"))
+    return jnp.dtype(said if said in ("float32", "float16", "bfloat16") else "bfloat16")
+
+
+def _coded(
+    place: Place,
+    found: Mapping[tuple[int, ...], Coded],
+    dtype: Any,
+    where: Sharding | None,
+    told: Told,
+) -> QuantizedWeight:
+    first = next(iter(found.values()))
+    runs = Runs.of(place, first)
+    weight = blank(place.path, place, first, runs, dtype)
+    shardings = {} if where is None else weight.shardings(where)
+    arrays: dict[str, Any] = {}
+    for name, target in targets(weight).items():
+        parts = {index: row.parts[name] for index, row in found.items()}
+        full = f"{place.path}/{name}"
+        arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
+    held = dataclasses.replace(weight, arrays=arrays)
+    if runs.is_shorter or first.is_cut:
+        told.shorter.append(f"`{place.path}` ({held.bits:.2f} bits a weight)")
+    return held
+
+
+def _array(
+    name: str,
+    place: Place,
+    target: Target,
+    parts: Mapping[tuple[int, ...], Part],
+    where: Sharding | None,
+    held: Format | None,
+) -> jax.Array:
+    """One array on its devices; codes of four bits go there as bytes."""
+    packed: Packed | None = packing(place, target)
+    whole = assemble(place, target, parts, packed)
+    check_numbers(name, whole, held if packed is None else None)
+
+    def read(index: Any) -> Array:
+        return whole[index]
+
+    if packed is None:
+        return put(target.shape, whole.dtype, read, where)
+    data = put(packed.bytes_shape, whole.dtype, read, packed.beside(where))
+    return packed.unpack(data, where)
+
+
+def _anew(
+    source: Source,
+    place: Place,
+    found: Mapping[tuple[int, ...], Weight],
+    dtype: Any,
+    anew: Format | str | None,
+    where: Sharding | None,
+    told: Told,
+) -> Any:
+    """A parameter whose codes cannot be kept, decoded and coded in another format."""
+    first = next(row for row in found.values() if not isinstance(row, Part))
+    why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
+    if anew is None:
+        raise AdapterError(
+            f"has codes for `{place.path}` that cannot be kept: {why}. Say how to hold it: "
+            '`anew="nf4"`, or another format, codes it again; `anew="float"` holds it decoded.'
+        )
+    dtype = np.dtype(dtype or (dtype_of(source, first)))
+    target = plain_target(place, dtype)
+    whole = np.empty(target.shape, target.dtype)
+    rest = [d for d in range(len(place.shape)) if d not in place.stack]
+    for index, row in found.items():
+        picks: list[Any] = [slice(None)] * len(place.shape)
+        for d, entry in zip(place.stack, index, strict=True):
+            picks[d] = entry
+        whole[tuple(picks)] = unpack(_floats(row, dtype), rest, place.whole, place.sizes)
+    check_numbers(place.path, whole)
+    array = put(target.shape, whole.dtype, lambda index: whole[index], where)
+    if anew == FLOAT:
+        told.anew.append(f"`{place.path}` (as floats: {why})")
+        return array
+    along = place.axes.outputs if isinstance(place.layout, Embedding) else place.axes.inputs
+    form = with_along(format_of(anew), along)
+    held = quantize({place.path: array}, {place.path: form})[place.path]
+    norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
+    lost = dequantize(held).astype(jnp.float32) - array.astype(jnp.float32)
+    error = float(jnp.linalg.norm(lost.reshape(-1)) / jnp.maximum(norm, 1e-30))
+    told.anew.append(f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})")
+    return held
+
+
+def _floats(row: Weight, dtype: Any) -> Array:
+    """One tensor decoded."""
+    if isinstance(row, Part):
+        return row.read(slice(0, row.shape[0]))
+    return decoded(row, dtype)
+
+
+def decoded(row: Coded | Decoded, dtype: Any) -> Array:
+    """The floats of a tensor, in its own axes."""
+    if isinstance(row, Decoded):
+        return row.read()
+    place = Tensor("").at("the weight", row.shape)
+    return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Told([], []))))

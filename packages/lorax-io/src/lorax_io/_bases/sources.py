@@ -1,0 +1,106 @@
+"""A base's files, opened: safetensors with or without codes, or GGUF."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .._disk.tensors import TensorFile
+from .._errors import AdapterMismatchError
+from .._layouts import tensor_name
+from .._places import Array
+from .._tree import near
+from .checkpoint import Checkpoint, open_checkpoint
+from .coded import MARKS, coding_of
+from .codings import Coded, Decoded, find_coded
+from .codings.coding import Part, whole
+from .gguf import GGUFSource
+
+Weight = Coded | Decoded | Part
+
+
+class Source(Protocol):
+    """The weights of a base by module."""
+
+    used: set[str]
+
+    @property
+    def names(self) -> Mapping[str, Any]:
+        """The tensors by name."""
+        ...
+
+    def find(self, module: str, parameter: str) -> Weight | None:
+        """A weight: codes, or a part that is floats."""
+        ...
+
+    def lacking(self, name: str) -> str:
+        """Why there is not such a weight, as a sentence."""
+        ...
+
+
+class SafetensorsSource:
+    """The tensors of safetensors files, which stay open."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
+        self.config: Mapping[str, Any] = checkpoint.config or {}
+        self.used: set[str] = set()
+        self._checkpoint = checkpoint
+        self.names: dict[str, tuple[TensorFile, str]] = {}
+        for path, prefix in checkpoint.files:
+            file = stack.enter_context(TensorFile(path))
+            self.names |= {prefix + name: (file, name) for name in file.entries}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def view(self, name: str) -> Array:
+        """The tensor as it is in the file."""
+        file, own = self.names[name]
+        return file.view(own)
+
+    def find(self, module: str, parameter: str) -> Weight | None:
+        """A weight, whose module may have a prefix that the checkpoint lacks, or lack one."""
+        module = self._module(module, parameter)
+        found = find_coded(self, module, parameter)
+        if found is not None:
+            self.used.update(found.names)
+            return found
+        name = tensor_name(module, parameter)
+        if name not in self.names:
+            return None
+        self.used.add(name)
+        view = self.view(name)
+        return whole(view, (1,) * view.ndim)
+
+    def _module(self, module: str, parameter: str) -> str:
+        """The checkpoint's name of a module."""
+        ends = [parameter, f"{parameter}_packed", f"{parameter}_blocks", *MARKS]
+        for end in ends:
+            found = self._checkpoint.candidates(tensor_name(module, end))
+            if len(found) == 1:
+                return found[0].removesuffix(end).removesuffix(".")
+        return module
+
+    def lacking(self, name: str) -> str:
+        """Why there is not such a weight."""
+        coding = coding_of(name, self.names, self.config)
+        if coding is not None:
+            return f"has `{name}` as {coding}, which is not read."
+        return f"has no tensor for `{name}`.{near(name, self.names)}"
+
+
+def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
+    """The base at a path: a folder, a safetensors file or a GGUF file."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return GGUFSource(path)
+    return SafetensorsSource(open_checkpoint(path), stack)
+
+
+def needed(source: Source, module: str, parameter: str) -> Weight:
+    """A weight that must be there."""
+    found = source.find(module, parameter)
+    if found is None:
+        raise AdapterMismatchError(source.lacking(tensor_name(module, parameter)))
+    return found

@@ -1,0 +1,75 @@
+"""Biases that an adapter of the weight beside them changes, as a parameter that is trained in full.
+
+The core adapts weights. What PEFT does to a bias it does to the base's own numbers, so these are
+needed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._errors import UnsupportedAdapterError
+from .._layouts import Tensor
+from .._places import Array, Place, unpack
+from .source import Source
+from .whole import whole_tensors
+
+
+def is_bias(place: Place) -> bool:
+    """Whether a parameter is the bias of a module."""
+    return isinstance(place.layout, Tensor) and place.layout.parameter == "bias"
+
+
+def changed_biases(
+    source: Source, places: Mapping[str, Place], leaves: Mapping[str, Any], alone: bool
+) -> dict[str, dict[tuple[int, ...], Array]]:
+    """The new tensors of each bias that is changed, by the entry of its stack.
+
+    Args:
+        source: the adapter.
+        places: of all parameters that it may have.
+        leaves: the base's parameters.
+        alone: whether there is no base, so that these are left out.
+
+    Raises:
+        UnsupportedAdapterError: where the base's numbers are not there.
+    """
+    found: dict[str, dict[tuple[int, ...], Array]] = {}
+    for path, place in places.items():
+        if not is_bias(place) or not any(_is_changed(source, m) for m in place.modules.values()):
+            continue
+        if isinstance(leaves[path], jax.ShapeDtypeStruct):
+            if alone:
+                continue
+            raise UnsupportedAdapterError(
+                f"changes the bias `{path}` by what it is in the base, and was given its shape "
+                "alone. Give the parameters themselves."
+            )
+        own = {module: tensor for module, _, tensor in whole_tensors(place, leaves[path])}
+        rest = [d for d in range(len(place.shape)) if d not in place.stack]
+        found[path] = {
+            index: unpack(
+                _changed(source, module, own[module]).astype(leaves[path].dtype),
+                rest,
+                place.whole,
+                place.sizes,
+            )
+            for index, module in place.modules.items()
+        }
+    return found
+
+
+def _is_changed(source: Source, module: str) -> bool:
+    return source.tuner.bias(source.tensors, source.config, module) is not None
+
+
+def _changed(source: Source, module: str, bias: Array) -> Array:
+    """The bias that PEFT uses: what the file has in its place, or the base's, and its change."""
+    keys = (f"{module}.base_layer.bias", f"{module}.bias")
+    tensor = next((source.tensors[key] for key in keys if key in source.tensors), None)
+    if tensor is not None:
+        bias = tensor.view()
+    change = source.tuner.bias(source.tensors, source.config, module)
+    return bias if change is None else change(bias.astype(np.float64))

@@ -1,0 +1,183 @@
+"""Parameters that are trained in full, as PEFT's tensors: modules that are saved whole, biases."""
+
+import collections
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax import Adapter
+
+from .._disk.arrays import to_host
+from .._errors import AdapterMismatchError, UnsupportedAdapterError
+from .._layouts import Layouts, Tensor
+from .._places import Array, Place, pack
+from .._tree import is_array, param_leaves
+from .peft.config import HEADS, PeftConfig
+from .peft.patterns import prefixes
+from .peft.tuners import Module, Tuner
+from .stored import Stored
+
+# What PEFT reads.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def add_full(
+    tensors: dict[str, Array],
+    rows: Mapping[str, Any],
+    names: Layouts,
+    params: Any,
+    task_type: str | None,
+    modules: Sequence[Module],
+) -> tuple[list[str] | None, str]:
+    """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
+
+    PEFT saves such a module whole, with all that is in it. The bias of an adapted module is the
+    exception: it stands beside the factors.
+    """
+    adapted = {module.name for module in modules}
+    saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
+    bias = "none"
+    for path, leaf in rows.items():
+        if isinstance(leaf, Adapter):
+            continue
+        for name, parameter, tensor in whole_tensors(names[path].at(path, leaf.shape), leaf):
+            if not name:
+                raise UnsupportedAdapterError(
+                    f"`{path}` is trained in full and is in no module, and PEFT saves modules. Use "
+                    "`save_adapter` or `save_merged`.",
+                )
+            if name in adapted and parameter == "bias":
+                bias = "lora_only"
+                add(tensors, f"{name}.base_layer.bias", tensor)
+            elif name in adapted:
+                raise UnsupportedAdapterError(
+                    f"`{path}` is trained in full in the module `{name}`, which has factors too; "
+                    "PEFT has no place for that. Use `save_adapter` or `save_merged`.",
+                )
+            else:
+                saved[names[path].module].add(name)
+                add(tensors, f"{name}.{parameter}", tensor)
+    heads = HEADS.get(task_type, ())
+    _add_rest(tensors, rows, names, params, saved, heads)
+    # Of modules within each other, PEFT wants the outermost alone.
+    in_head = PeftConfig(modules_to_save=heads).saves
+    outer = {
+        name
+        for module, entries in saved.items()
+        if not in_head(module) and saved.keys().isdisjoint(prefixes(module)[:-1])
+        for name in entries
+    }
+    found = [layout.module for layout in names.values() if in_head(layout.module)]
+    outer |= {h for h in heads if any(map(PeftConfig(modules_to_save=[h]).saves, found))}
+    return sorted(outer) or None, bias
+
+
+def _add_rest(
+    tensors: dict[str, Array],
+    rows: Mapping[str, Any],
+    names: Layouts,
+    params: Any,
+    saved: Collection[str],
+    heads: Sequence[str],
+) -> None:
+    """Adds the frozen parameters of modules that are saved whole."""
+    leaves = {} if params is None else param_leaves(params)[0]
+    config, in_head = (PeftConfig(modules_to_save=m) for m in ([*saved, *heads], heads))
+    for path, layout in names.items():
+        module, row = layout.module, rows.get(path)
+        if not config.saves(module) or (row is not None and not isinstance(row, Adapter)):
+            continue
+        if not in_head.saves(module) and not any(outer in saved for outer in prefixes(module)):
+            caught = next(m for m in saved if PeftConfig(modules_to_save=[m]).saves(module))
+            raise UnsupportedAdapterError(
+                f"PEFT would save `{module}` with `{caught}`, since it compares the ends of names "
+                "only. Use `save_adapter` or `save_merged`.",
+            )
+        if row is not None:
+            raise UnsupportedAdapterError(
+                f"`{path}` has factors, and PEFT saves `{module}` whole: for another parameter in "
+                "it, or for `task_type`. Use `save_adapter` or `save_merged`.",
+            )
+        if not is_array(leaves.get(path)):
+            raise AdapterMismatchError(
+                f"PEFT saves the module `{module}` whole, and `{path}` in it is frozen. Give "
+                "`params=`, the base's parameters, or train it in full, too.",
+            )
+        for name, parameter, tensor in whole_tensors(
+            layout.at(path, leaves[path].shape), leaves[path]
+        ):
+            add(tensors, f"{name}.{parameter}", tensor)
+
+
+def whole_tensors(place: Place, leaf: Any) -> list[tuple[str, str, Array]]:
+    """A parameter as PyTorch has it: module, name in the module, and tensor, for each entry."""
+    rest = [d for d in range(len(place.shape)) if d not in place.stack]
+    array = to_host(leaf).transpose([*place.stack, *rest])
+    return [
+        (module, place.layout.parameter, pack(array[index], rest, place.whole))
+        for index, module in place.modules.items()
+    ]
+
+
+def without_changed(
+    rows: Mapping[str, Any],
+    names: Layouts,
+    bases: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    config: PeftConfig,
+    tuner: Tuner,
+) -> dict[str, Any]:
+    """The rows without biases that PEFT changes by itself, which have to be what it makes of them.
+
+    Raises:
+        UnsupportedAdapterError: where one is something else.
+    """
+    stored = {key: Stored.of(key, tensor) for key, tensor in tensors.items()}
+    kept = dict(rows)
+    for path, layout in names.items():
+        if not (isinstance(layout, Tensor) and layout.parameter == "bias"):
+            continue
+        ndim = len(layout.shared_axes) + 1
+        change = tuner.bias(stored, config, layout.module.format(*[0] * ndim))
+        if change is None:
+            continue
+        base, row = bases.get(path), kept.pop(path, None)
+        if row is None or base is None or not has_numbers(base):
+            given = (
+                "is frozen" if row is None else "has to be compared with the base: give `params=`"
+            )
+            raise UnsupportedAdapterError(
+                f"PEFT scales the bias `{path}` with the outputs of `{layout.module}`, and here it "
+                f"{given}. Train it in full as what PEFT makes of it, or use `save_adapter` or "
+                "`save_merged`."
+            )
+        for (module, _, old), (_, _, new) in zip(
+            whole_tensors(layout.at(path, base.shape), base),
+            whole_tensors(layout.at(path, row.shape), row),
+            strict=True,
+        ):
+            change = tuner.bias(stored, config, module)
+            wanted = old if change is None else change(old.astype(np.float64)).astype(new.dtype)
+            if not np.allclose(new, wanted, rtol=1e-5, atol=0):
+                raise UnsupportedAdapterError(
+                    f"the bias `{path}` is not what PEFT makes of that of `{module}`: the base's, "
+                    "times the gains of the outputs. Use `save_adapter` or `save_merged`."
+                )
+    return kept
+
+
+def add(tensors: dict[str, Array], name: str, tensor: Array) -> None:
+    if name in tensors:
+        raise AdapterMismatchError(f"`names` gives two parameters the tensor `{name}`.")
+    if tensor.dtype.name not in DTYPES:
+        raise UnsupportedAdapterError(
+            f"`{name}` is {tensor.dtype}; PEFT reads {', '.join(DTYPES)}. Cast the tree."
+        )
+    # A copy of its own, so that what it was gathered from can go.
+    tensors[name] = np.asarray(tensor, order="C")
+
+
+def has_numbers(leaf: Any) -> bool:
+    return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)

@@ -1,0 +1,158 @@
+"""What the header of a frozen tree says of each base."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lorax import QuantizedWeight
+from lorax.bases import quantized_from_settings
+
+from .._disk.packed import Packed
+from .._disk.streams import parts_of
+from .._disk.tensors import TensorFile, check_width, parse_json
+from .._errors import AdapterError, AdapterFileError
+from .._formats.native import FROZEN_KEY, PREFIX
+
+FORMAT = "1"
+BASES, PACKED = PREFIX + "bases", PREFIX + "packed"
+
+Base = Any  # an array or its shape, a `QuantizedWeight` of these, or None
+
+
+class Entry(NamedTuple):
+    """One leaf of the tree: the base, of arrays or shapes, and the frozen factors beside it."""
+
+    base: Base
+    factors: Mapping[str, Any]
+
+    def arrays(self, path: str) -> dict[str, Any]:
+        """All arrays by the names of their tensors."""
+        found: dict[str, Any] = {}
+        if isinstance(self.base, QuantizedWeight):
+            found = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
+        elif self.base is not None:
+            found = {path: self.base}
+        for name, factor in self.factors.items():
+            if f"{path}/{name}" in found:
+                raise AdapterError(f"two arrays are both called `{path}/{name}`; rename one.")
+            found[f"{path}/{name}"] = factor
+        return found
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the header says of it."""
+        if self.base is None:
+            return None
+        found: dict[str, Any] = {"factors": sorted(self.factors)}
+        if isinstance(self.base, QuantizedWeight):
+            found |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
+        return found
+
+
+def all_arrays(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """The arrays of all entries by name."""
+    found: dict[str, Any] = {}
+    for path, entry in entries.items():
+        arrays = entry.arrays(path)
+        if twice := sorted(found.keys() & arrays.keys()):
+            raise AdapterError(f"two arrays are both called `{twice[0]}`; rename one.")
+        found |= arrays
+    return found
+
+
+def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
+    """The entries, of shapes, and the tensors that are packed; every tensor has its use."""
+    found = file.metadata.get(FROZEN_KEY)
+    if found is None:
+        raise AdapterFileError(
+            "is a safetensors file, but not a frozen tree of `save_frozen`. `load_base` reads the "
+            "checkpoints of other libraries, `load_adapter` adapters."
+        )
+    if found != FORMAT:
+        raise AdapterFileError(
+            f"is a frozen tree of format {found[:20]!r}; this version of lorax-io reads format "
+            f"{FORMAT}. Update it."
+        )
+    packed = {name: Packed.from_settings(name, row) for name, row in _object(file, PACKED).items()}
+    shapes = {name: _shape(file, name, packed) for name in file.entries}
+    entries: dict[str, Entry] = {}
+    for path, row in _object(file, BASES).items():
+        entries[path] = _entry(path, row, shapes)
+    wanted = all_arrays(entries).keys()
+    if extra := sorted((shapes.keys() | packed.keys()) - wanted):
+        raise AdapterFileError(f"has a tensor `{extra[0]}` that its header does not name.")
+    return entries, packed
+
+
+def _object(file: TensorFile, key: str) -> dict[str, Any]:
+    found = parse_json(file.metadata.get(key, ""))
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"its header has no object under {key!r}.")
+    return found
+
+
+def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.ShapeDtypeStruct:
+    dtype, shape, _, _ = file.entries[name]
+    check_width(name, dtype)
+    if name not in packed:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    found = packed[name]
+    if (dtype, shape) != (np.dtype(np.uint8), found.bytes_shape):
+        raise AdapterFileError(
+            f"has `{name}` of {dtype} {shape}; packed, {found.dtype} {found.shape} is uint8 "
+            f"{found.bytes_shape}."
+        )
+    return jax.ShapeDtypeStruct(found.shape, found.dtype)
+
+
+def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Entry:
+    if row is None:
+        return Entry(None, {})
+    if not isinstance(row, dict) or not row.keys() <= {"factors", "arrays", "quantized"}:
+        raise AdapterFileError(f"its header does not say how `{path}` is held.")
+
+    def named(key: str) -> dict[str, jax.ShapeDtypeStruct]:
+        names = row.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise AdapterFileError(f"its header has no list of the {key} of `{path}`.")
+        return {name: shape_of(f"{path}/{name}") for name in names}
+
+    def shape_of(name: str) -> jax.ShapeDtypeStruct:
+        if name not in shapes:
+            raise AdapterFileError(f"lacks the tensor `{name}` of its header.")
+        return shapes[name]
+
+    factors = named("factors")
+    if "quantized" not in row:
+        return Entry(shape_of(path), factors)
+    try:
+        return Entry(quantized_from_settings(row["quantized"], named("arrays")), factors)
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterFileError(
+            f"its header does not fit the quantized weight `{path}`: {error}"
+        ) from error
+
+
+def check_numbers(name: str, array: np.ndarray[Any, Any], held: Any = None) -> None:
+    """Refuses NaN, and infinity where it is not a base's own, as that of a mask.
+
+    Args:
+        name: of the array.
+        array: a part of it, as it is in the file.
+        held: the format of the quantized weight that it belongs to.
+    """
+    for part in parts_of(array):
+        if part.dtype == bool and (part.view(np.uint8) > 1).any():
+            raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
+        if held is not None and not held.are_numbers(name.rpartition("/")[2], part):
+            raise AdapterError(
+                f"`{name}` holds NaN or infinity, so its weight cannot be decoded. Quantize the "
+                "weight again."
+            )
+        if held is None and part.dtype.kind in "fcV":
+            with np.errstate(invalid="ignore"):  # of signalling NaNs
+                if np.isnan(part).any():
+                    raise AdapterError(f"`{name}` holds NaN.")

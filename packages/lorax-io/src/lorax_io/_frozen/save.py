@@ -1,0 +1,116 @@
+"""Writing a frozen tree."""
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import FrozenWeight, QuantizedWeight
+
+from .._disk.arrays import one_writer, to_host
+from .._disk.packed import DTYPES, Packed
+from .._disk.progress import bars, track
+from .._disk.streams import in_order, write_stream
+from .._disk.tensors import check_dtype
+from .._errors import AdapterError, about
+from .._formats.native import FROZEN_KEY, PREFIX
+from .._tree import base_of, frozen_leaves, is_array
+from .header import BASES, FORMAT, PACKED, Entry, all_arrays, check_numbers
+
+
+def save_frozen(
+    path: str | os.PathLike[str],
+    frozen: Any,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes a frozen tree to one safetensors file, whole or not at all.
+
+    Quantized weights are written as they are held, codes of four bits two to a byte. Tensors are
+    gathered and written one after the other. The file is written beside the old one, flushed, read
+    back, compared, and only then put in its place. Every process calls this, the first one writes.
+
+    Args:
+        path: the file.
+        frozen: the first tree of the pair, or parameters, quantized or not.
+        metadata: further strings for the file's header, for `read_metadata`. Keys that begin with
+            `lorax.` are taken.
+        progress: whether a bar is shown on a terminal where it takes long.
+
+    Raises:
+        AdapterError: where two arrays share a name, or an array holds NaN or a type that the
+            format does not have; where a scale of a quantized weight is infinite.
+
+    Example:
+        >>> import jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
+        >>> frozen = lorax.quantize({"kernel": jnp.ones((64, 3))}, {"kernel": "nf4"})
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "base.safetensors")
+        >>> lorax_io.save_frozen(file, frozen)
+        >>> params = {"kernel": jnp.zeros((64, 3))}
+        >>> lorax_io.load_frozen(file, params=params)["kernel"].format
+        'nf4'
+    """
+    with about(path), bars(progress):
+        if taken := [key for key in metadata or {} if key.startswith(PREFIX)]:
+            raise AdapterError(f"metadata keys may not begin with {PREFIX!r}: {taken}.")
+        entries = {leaf_path: _entry(leaf) for leaf_path, leaf in frozen_leaves(frozen)[0].items()}
+        arrays, held = all_arrays(entries), formats(entries)
+        for name, array in arrays.items():
+            _check_array(name, array)
+        packed = {
+            name: Packed.of(array) for name, array in arrays.items() if array.dtype.name in DTYPES
+        }
+        shapes = {name: _stored(name, array, packed) for name, array in arrays.items()}
+        header = {
+            **(metadata or {}),
+            FROZEN_KEY: FORMAT,
+            PREFIX + "version": importlib.metadata.version("lorax-io"),
+            BASES: json.dumps({p: entry.settings() for p, entry in entries.items()}),
+            PACKED: json.dumps({name: row.settings() for name, row in packed.items()}),
+        }
+
+        def tensors() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+            for name in track(in_order(shapes), "Saving the frozen tree"):
+                array = arrays[name]
+                found = to_host(packed[name].pack(array) if name in packed else array)
+                check_numbers(name, found, held.get(name))
+                yield name, found
+
+        with one_writer() as writer:
+            write_stream(path, shapes, header, tensors(), write=writer)
+
+
+def _entry(leaf: Any) -> Entry:
+    factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
+    return Entry(base_of(leaf), factors)
+
+
+def formats(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """The format of each array of a quantized weight, by name."""
+    return {
+        f"{path}/{name}": entry.base.held
+        for path, entry in entries.items()
+        if isinstance(entry.base, QuantizedWeight)
+        for name in entry.base.names
+    }
+
+
+def _check_array(name: str, array: Any) -> None:
+    if not is_array(array):
+        raise AdapterError(f"`{name}` is {type(array).__name__}, not an array.")
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise AdapterError(f"`{name}` holds PRNG keys; save `jax.random.key_data` of them.")
+
+
+def _stored(name: str, array: Any, packed: Mapping[str, Packed]) -> jax.ShapeDtypeStruct:
+    """The shape of a tensor in the file."""
+    if name in packed:
+        return jax.ShapeDtypeStruct(packed[name].bytes_shape, jnp.uint8)
+    check_dtype(name, array.dtype)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -1,0 +1,288 @@
+"""`load_base`: trees, shapes, places, memory, and files that are refused.
+
+That each library's codes are decoded to the bit is tested beside the libraries, in
+`integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
+"""
+
+import re
+import tracemalloc
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorax import Int8, QuantizedWeight, dequantize, init_lora, lora
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    AdapterWarning,
+    Embedding,
+    Experts,
+    Linear,
+    Tensor,
+    load_base,
+    load_frozen,
+    save_frozen,
+)
+
+OUT, IN = 128, 64
+draw = lambda *shape: np.random.default_rng(sum(shape)).normal(size=shape)  # noqa: E731
+
+
+def fp8(out=OUT, inputs=IN, seed=0):
+    codes = (draw(out, inputs) + seed).astype(jnp.float8_e4m3fn)
+    scales = np.abs(draw(out, 1)).astype(np.float32) + 0.1
+    return {"weight": codes, "weight_scale": scales}, codes.astype(np.float32) * scales
+
+
+def save(path, **modules):
+    tensors = {f"{m}.{n}": x for m, found in modules.items() for n, x in found.items()}
+    safetensors.numpy.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    norm = {"weight": draw(7).astype(np.float32)}
+    path = save(tmp_path / "model.safetensors", up=fp8()[0], norm=norm, e=fp8(seed=1)[0])
+    return path
+
+
+NAMES: dict[str, Any] = {
+    "mlp/up/kernel": Linear("up"),
+    "mlp/norm/scale": Tensor("norm", parameter="weight"),
+    "embed": Embedding("e"),
+}
+
+
+def test_a_tree_of_the_paths(file):
+    found = load_base(file, NAMES)
+    assert isinstance(found["mlp"]["up"]["kernel"], QuantizedWeight)
+    assert found["mlp"]["norm"]["scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(dequantize(found)["mlp"]["up"]["kernel"].T, fp8()[1])
+    np.testing.assert_array_equal(dequantize(found)["embed"], fp8(seed=1)[1])
+
+
+def test_the_structure_of_parameters(file):
+    params = {"mlp": [jnp.ones((IN, 4, OUT // 4))], "rest": None}
+    with pytest.warns(AdapterWarning, match=r"in none of `names`: e.weight, e.weight_scale, norm"):
+        found = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
+    assert jax.tree.structure(found["rest"]) == jax.tree.structure(None)
+    kernel = dequantize(found)["mlp"][0].reshape(IN, OUT)
+    np.testing.assert_array_equal(kernel.T, fp8()[1])
+
+
+def test_floats_are_as_they_are(tmp_path):
+    weight = draw(6, 5).astype(jnp.bfloat16)
+    path = save(tmp_path / "f", up={"weight": weight})
+    found = load_base(path, {"up": Linear("up")})["up"]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.T, weight)
+
+
+def test_layers_are_stacked(tmp_path):
+    layers = {f"layers.{k}.up": fp8(seed=k)[0] for k in range(3)}
+    path = save(tmp_path / "f", **layers)
+    found = load_base(path, {"up": Linear("layers.{}.up", shared_axes=[0])})["up"]
+    assert found.shape == (3, IN, OUT) and found.arrays["scales"].shape == (3, OUT)
+    for k in range(3):
+        np.testing.assert_array_equal(dequantize(found)[k].T, fp8(seed=k)[1])
+
+
+def test_experts_are_a_stack_in_a_tensor(tmp_path):
+    codes = draw(3, OUT, IN).astype(jnp.float8_e4m3fn)
+    scales = np.abs(draw(3, 1, 1)).astype(np.float32)
+    path = save(tmp_path / "f", mlp={"up": codes, "up_scale_inv": scales})
+    layout = Experts("mlp", parameter="up", shared_axes=[0], out_first=True)
+    found = load_base(path, {"up": layout})["up"]
+    expected = (codes.astype(np.float32) * scales).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(dequantize(found).swapaxes(1, 2), expected)
+
+
+def test_another_dtype(file):
+    found = load_base(file, NAMES, dtype=jnp.float16)["embed"]
+    assert found.dtype == jnp.float16
+    np.testing.assert_array_equal(dequantize(found), fp8(seed=1)[1].astype(np.float16))
+
+
+def test_a_prefix_that_the_names_have(tmp_path):
+    path = save(tmp_path / "f", **{"language_model.up": fp8()[0]})
+    np.testing.assert_array_equal(
+        dequantize(load_base(path, {"up": Linear("up")}))["up"].T, fp8()[1]
+    )
+
+
+def test_it_is_a_base_for_adapters_and_files(file, tmp_path):
+    frozen = load_base(file, NAMES)
+    kernel = {"kernel": frozen["mlp"]["up"]["kernel"]}
+    pair = init_lora(kernel, {"kernel": 2}, jax.random.key(0))
+    x = jnp.ones((3, IN))
+    out = lora(lambda p, x: x @ p["kernel"])(pair, x)
+    np.testing.assert_allclose(out, x @ fp8()[1].T, rtol=1e-5)
+    save_frozen(tmp_path / "frozen", frozen)
+    again = load_frozen(tmp_path / "frozen", like=frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(frozen)
+
+
+def test_no_more_memory_than_the_largest_weight(tmp_path):
+    """Codes of four bits in another order than they are stored in."""
+    file, side = tmp_path / "model.gguf", 4096
+    bytes_of = side * side // 32 * 18
+    data = np.random.default_rng(0).integers(0, 100, (side, side // 32 * 18), dtype=np.uint8)
+    write_gguf(file, {"blk.0.attn_q.weight": (data, "Q4_0"), "blk.0.attn_k.weight": (data, "Q4_0")})
+    names = {side: Linear(f"model.layers.0.self_attn.{side}_proj") for side in "qk"}
+    load_base(file, names)  # what is imported and traced stays
+    tracemalloc.start()
+    found = load_base(file, names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["q"].bits == 4.5
+    assert peak <= 1.1 * bytes_of, peak / bytes_of
+
+
+# GGUF.
+
+
+def write_gguf(path, tensors, arch="llama"):
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def blocks(kind, out=32, inputs=512):
+    """Blocks of random bytes; every float16 of them is a number."""
+    entries, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (out, inputs // entries * size), dtype=np.uint8)
+    return data & 0xBB  # no exponent is all ones
+
+
+KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_llama_cpp(tmp_path, kind):
+    data = blocks(kind)
+    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, kind)})
+    found = load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})["up"]
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+    assert np.isfinite(expected).all() and isinstance(found, QuantizedWeight)
+    np.testing.assert_array_equal(np.asarray(dequantize(found)).T, expected)
+
+
+def test_heads_that_a_group_does_not_divide(tmp_path):
+    data = blocks("Q4_K")
+    file = write_gguf(tmp_path / "f.gguf", {"blk.0.attn_output.weight": (data, "Q4_K")})
+    params = {"o": jnp.ones((8, 64, 32))}
+    names = {"o": Linear("model.layers.0.self_attn.o_proj", in_axes=[0, 1])}
+    with pytest.warns(AdapterWarning, match=r"shorter .*`o` \(5\.\d\d bits a weight\)"):
+        found = load_base(file, names, params=params)["o"]
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
+    np.testing.assert_array_equal(dequantize(found).reshape(512, 32).T, expected)
+
+
+def test_types_that_no_format_has(tmp_path):
+    data = blocks("Q2_K")
+    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, "Q2_K")})
+    names = {"up": Linear("model.layers.0.mlp.up_proj")}
+    with pytest.raises(AdapterError, match='`up` that cannot be kept: blocks of Q2_K.*anew="nf4"'):
+        load_base(file, names)
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K).T
+    with pytest.warns(AdapterWarning, match=r"anew: `up` as int8, 0\.00\d+ from the file's"):
+        found = load_base(file, names, anew=Int8(32))["up"]
+    error = np.linalg.norm(dequantize(found) - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.01
+    with pytest.warns(AdapterWarning, match=r"anew: `up` \(as floats: blocks of Q2_K"):
+        np.testing.assert_array_equal(load_base(file, names, anew="float")["up"], expected)
+
+
+@pytest.mark.parametrize("size", [4, 100, 2000])
+def test_a_gguf_file_cut_short(tmp_path, size):
+    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (blocks("Q8_0"), "Q8_0")})
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(AdapterFileError, match="is not a GGUF file that can be read"):
+        load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})
+
+
+# Refused.
+
+
+def spoiled(**changes):
+    return {name: x for name, x in (fp8()[0] | changes).items() if x is not None}
+
+
+NAN = np.full((OUT, 1), np.nan, np.float32)
+BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "NaN": (spoiled(weight_scale=NAN), {}, "`up/scales` holds NaN or infinity"),
+    "rows": (spoiled(weight_scale=NAN[:3]), {}, r"`up.weight_scale` of shape \(3, 1\)"),
+    "axes": (spoiled(weight_scale=NAN[:, 0]), {}, r"`up.weight_scale` of shape \(128,\)"),
+    "integers": (spoiled(weight_scale=np.ones((OUT, 1), np.int8)), {}, "in int8, not floats"),
+    "shape": ({"weight": np.ones((3, 4))}, {"params": {"up": jnp.ones((5, 3))}}, "takes"),
+    "no weight": ({"weight_scale_inv": NAN}, {}, "lacks `up.weight`"),
+    "cut blocks": (
+        {"weight": fp8()[0]["weight"], "weight_scale_inv": NAN}, {},
+        r"`up.weight_scale_inv` of shape \(128, 1\); \(1, 1\) would fit",
+    ),
+    "words": (
+        {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.float16),
+         "qzeros": np.ones((2, 8), np.int32)}, {}, "`up.scales`",
+    ),
+    "a group that is not": (
+        {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((2, 64), np.float16),
+         "qzeros": np.ones((2, 8), np.int32), "g_idx": np.arange(64, dtype=np.int32)},
+        {}, "a group in `up.g_idx` that has no scale",
+    ),
+    "state": (
+        {"weight": np.ones((8, 1), np.uint8), "weight.absmax": np.ones(1, np.float32),
+         "weight.quant_map": np.ones(16, np.float32),
+         "weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape": [4]}', np.uint8)},
+        {}, "is not the state of a weight",
+    ),
+    "GPU's order": (
+        {"weight": np.ones((4, 8), np.int8), "SCB": np.ones(4, np.float32),
+         "weight_format": np.array(2, np.uint8)}, {}, "in a layout of a GPU",
+    ),
+    "packed": (
+        {"weight_packed": np.ones((4, 2), np.int32), "weight_scale": np.ones((4, 1), np.float32),
+         "weight_shape": np.array([4, 99])}, {}, r"`up.weight_packed` \(4, 2\) for a weight of",
+    ),
+    "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not read"),
+    "format": (fp8()[0], {"anew": None, "params": {"up": jnp.ones(3)}}, "fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_is_named(tmp_path, what):
+    tensors, options, message = BAD[what]
+    path = save(tmp_path / "model.safetensors", up=tensors)
+    with pytest.raises(AdapterError, match=message):
+        load_base(path, {"up": Linear("up")}, **options)
+
+
+def test_names_and_paths_that_are_none(file):
+    with pytest.raises(AdapterMismatchError, match="has no tensor for `pu.weight`.*mean `up.weig"):
+        load_base(file, {"up": Linear("pu")})
+    with pytest.raises(AdapterMismatchError, match="`names` has `up`, which the parameters"):
+        load_base(file, {"up": Linear("up")}, params={})
+    with pytest.raises(AdapterMismatchError, match="`names` has no layout for `b`"):
+        load_base(file, {"a": Linear("up")}, params={"a": jnp.ones((IN, OUT)), "b": jnp.ones(2)})
+    with pytest.raises(AdapterMismatchError, match="Give `params`"):
+        load_base(file, {"up": Linear("up", in_axes=[0], out_axes=[1, 2])})
+    with pytest.raises(AdapterMismatchError, match="and a parameter above it"):
+        load_base(file, {"up": Linear("up"), "up/e": Embedding("e")})
+    with pytest.raises(AdapterNotFoundError, match=re.escape(str(file.parent / "none"))):
+        load_base(file.parent / "none", NAMES)
