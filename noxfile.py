@@ -81,11 +81,13 @@ def install_locked(session: nox.Session, *args: str) -> None:
 
 @nox.session(tags=DEFAULT)
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format. `nox -s lint -- --fix` mends what it can."""
+    """Ruff: rules and format; zizmor: workflows. `nox -s lint -- --fix` mends what it can."""
     install_locked(session, "--group", "lint")
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
+    # Actions that are not pinned by hash, credentials that are kept, inputs that are run.
+    session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", ".github")
 
 
 @nox.session(tags=DEFAULT)

@@ -1,5 +1,6 @@
 """MkDocs calls these: generated pages, links out of docs/, and the check of the reference."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.plugins import get_plugin_logger
+from mkdocs.plugins import event_priority, get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -25,8 +26,12 @@ PICTURE = re.compile(r"^<!-- picture: (?P<notation>.+) -->$", re.MULTILINE)
 CODE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
+@event_priority(100)  # before mkdocstrings reads the inventories
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Shows the version beside the name, and lists the pages of the kinds."""
+    if os.environ.get("SITE_ONLINE"):
+        handlers = config.plugins["mkdocstrings"].config["handlers"]
+        handlers["python"]["inventories"] = names.UPSTREAM["inventories"]
     config.site_name = f"{config.site_name} {versions.VERSION}"
     for section in config.nav or []:
         if "Kinds" in section:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from website.reference import public_names
 
+UPSTREAM = tomllib.loads(Path(__file__).with_name("upstream.toml").read_text(encoding="utf-8"))
+
 ADDRESSES: dict[str, str] = {
     name: table["url"].format(name=name)
-    for table in tomllib.loads(
-        Path(__file__).with_name("upstream.toml").read_text(encoding="utf-8")
-    ).values()
+    for table in UPSTREAM["names"].values()
     for name in table["names"]
 }
 

@@ -14,8 +14,15 @@ def complete():
     return {name: ["page.md"] for name in reference.public_names()}
 
 
-def test_a_complete_reference_has_no_problems():
+def test_one_page_for_each_name_is_no_problem():
     assert reference.problems(complete()) == []
+
+
+def test_the_reference_is_complete():
+    docs = versions.ROOT / "docs"
+    pages = {str(path): path.read_text(encoding="utf-8") for path in docs.rglob("*.md")}
+    pages |= {page.path: page.markdown() for page in kinds.PAGES}
+    assert reference.problems(reference.documented(pages)) == []
 
 
 def test_a_public_name_without_a_page_is_named():
