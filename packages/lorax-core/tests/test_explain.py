@@ -1,7 +1,11 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import pytest
 
-from lorax import LORA_FULL, explain, init_lora
+from lorax import LORA_FULL, NF4, Int8, LoraSpec, explain, init_lora, lora, quantize
+from lorax._base import bytes_of
 
 PARAMS = {
     "used": jnp.ones((50, 70)),
@@ -98,3 +102,60 @@ def test_a_product_in_a_branch_counts_once():
     pair = init_lora(PARAMS, {"used": 2, "built": 3, "typo": 0, "bias": 0}, jax.random.key(0))
     rows = {row.path: row.uses for row in explain(fn, pair, jnp.ones((5, 50))).rows}
     assert rows == {"used": ("dot_general ×2", "cond"), "built": ("cond",)}
+
+
+def layer(x, weights):
+    up, down = weights
+    return x + jnp.tanh(x @ up) @ down, None
+
+
+def stacked(params, x, layer=layer):
+    return jax.lax.scan(layer, x, (params["up"], params["down"]))[0]
+
+
+def rematerialized(params, x):
+    return stacked(params, x, jax.checkpoint(layer))
+
+
+LAYERS = {"up": jnp.ones((3, 64, 96)) / 64, "down": jnp.ones((3, 96, 64)) / 96}
+SPEC = dict.fromkeys(LAYERS, LoraSpec(2, shared_axes=[0]))
+TOKENS = jnp.ones((40, 64))
+
+
+@pytest.mark.parametrize("format", [None, Int8(), NF4(32)], ids=str)
+@pytest.mark.parametrize("function", [stacked, rematerialized])
+def test_bytes_that_are_kept_are_those_that_a_compiled_forward_pass_returns(function, format):
+    frozen, tunable = init_lora(LAYERS, SPEC, jax.random.key(0))
+    frozen = quantize(frozen, format, fn=function, args=(TOKENS,)) if format else frozen
+
+    def forward(frozen, tunable, x):
+        return jax.vjp(lambda t: lora(function)((frozen, t), x), tunable)
+
+    compiled = jax.jit(forward).lower(frozen, tunable, TOKENS).compile()
+    memory: Any = compiled.memory_analysis()
+    returned = memory.output_size_in_bytes
+    # The result, what it was called with, which a program cannot return without a copy, and a
+    # pointer to each.
+    _, pullback = jax.eval_shape(forward, frozen, tunable, TOKENS)
+    given = [(x.shape, x.dtype) for x in jax.tree.leaves((frozen, tunable, TOKENS))]
+    held = jax.tree.leaves(pullback)
+    copies = sum(bytes_of(x) for x in held if (x.shape, x.dtype) in given)
+    expected = returned - TOKENS.nbytes - copies - 8 * (1 + len(held))
+    kept = explain(function, (frozen, tunable), TOKENS).kept_bytes
+    assert kept is not None and abs(kept - expected) <= 0.05 * expected, (kept, expected)
+
+
+def test_where_there_is_no_backward_pass():
+    def model(params, x):
+        body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ params["w"]))  # noqa: E731
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]
+
+    pair = init_lora({"w": jnp.ones((5, 5))}, {"w": 1}, jax.random.key(0))
+    report = explain(model, pair, jnp.ones((2, 5)))
+    assert report.kept_bytes is None and "while" in report.no_derivative
+    assert "The function has no backward pass: " in str(report)
+
+
+def test_nothing_trained_keeps_nothing():
+    report = explain(model, (PARAMS, dict.fromkeys(PARAMS)), jnp.ones((5, 50)))
+    assert report.kept_bytes == 0

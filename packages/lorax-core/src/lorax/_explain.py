@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 from ._arrays import is_array
 from ._base import QuantizedWeight, bytes_of
@@ -18,7 +19,7 @@ from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
 from ._pair import Leaf
 from ._registry import RULES
-from ._transform import Traced, bind_call, run, trace, traced_as, uses
+from ._transform import Traced, bind_call, lora, run, trace, traced_as, uses
 from ._uses import Use
 
 
@@ -64,6 +65,9 @@ class Explanation:
         adapted: the cost of the same call with adapters, on the weights as they are held.
         frozen_bytes: of the frozen tree.
         tunable_bytes: of the tunable tree.
+        kept_bytes: of what is kept for the backward pass of the trained parameters, without the
+            arguments of the call; None where there is no such pass, or a size is symbolic.
+        no_derivative: what JAX says where there is no backward pass.
         quantized: how many numbers of the base model are held as codes.
         bits: for each of these, scales included; None where there are none.
         decoded: the uses for which a quantized weight without an adapter is made an array, other
@@ -77,6 +81,8 @@ class Explanation:
     adapted: Cost
     frozen_bytes: int = 0
     tunable_bytes: int = 0
+    kept_bytes: int | None = None
+    no_derivative: str = ""
     quantized: int = 0
     bits: float | None = None
     decoded: tuple[tuple[str, str, str], ...] = ()
@@ -101,6 +107,10 @@ class Explanation:
             f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %).",
             f"Bytes: {self.frozen_bytes:,} frozen, {self.tunable_bytes:,} tunable.",
         ]
+        if self.kept_bytes is not None:
+            lines.append(f"Bytes kept for the backward pass: {self.kept_bytes:,}.")
+        if self.no_derivative:
+            lines.append(f"The function has no backward pass: {self.no_derivative}")
         if self.bits is not None:
             lines.append(f"{self.quantized:,} parameters are held in {self.bits:.2f} bits each.")
         for path, primitive, line in self.decoded:
@@ -158,8 +168,9 @@ def explain(
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
-        whether its uses are covered by rules, need the weight in full, or do not exist; and what
-        a call costs beside the base model's, as XLA counts it before optimization.
+        whether its uses are covered by rules, need the weight in full, or do not exist; what a
+        call costs beside the base model's, as XLA counts it before optimization; and the bytes that
+        a backward pass needs.
 
     Raises:
         PairError: where `pair` is no pair.
@@ -192,6 +203,7 @@ def explain(
     rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
     plain = list(map(traced_as, traced.operands))
+    kept, no_derivative = _kept(fn, pair, args, kwargs, through_custom_derivatives)
     return Explanation(
         tuple(rows),
         count_params([leaf.tunable for leaf in call.leaves]),
@@ -200,6 +212,8 @@ def explain(
         _cost(_adapted(traced, through_custom_derivatives), traced.operands),
         frozen_bytes=sum(map(bytes_of, frozen)),
         tunable_bytes=sum(map(bytes_of, tunable)),
+        kept_bytes=kept,
+        no_derivative=no_derivative,
         quantized=quantized,
         bits=8 * sum(map(bytes_of, held)) / quantized if quantized else None,
         decoded=tuple(decoded),
@@ -209,6 +223,56 @@ def explain(
 def _adapted(traced: Traced, through: bool) -> Callable[..., Any]:
     interpreter = Interpreter(RULES, through_custom_derivatives=through)
     return lambda operands: run(interpreter, traced, operands)
+
+
+def _kept(
+    fn: Callable[..., Any], pair: Any, args: Any, kwargs: Any, through: bool
+) -> tuple[int | None, str]:
+    """The bytes of what the derivative by the trained parameters holds, or why it has none."""
+    frozen, tunable = pair
+    trained, structure = jax.tree.flatten(tunable)
+    moves = [is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in trained]
+    rest, whole = jax.tree.flatten((frozen, trained, args, kwargs))
+    dynamic = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in rest]
+    if _is_symbolic([leaf for leaf, traced in zip(rest, dynamic, strict=True) if traced]):
+        return None, ""
+    adapted = lora(
+        fn, on_materialize="allow", on_unused="allow", through_custom_derivatives=through
+    )
+
+    def kept(chosen: list[Any], given: list[Any]) -> list[jax.Array]:
+        arrays = iter(given)
+        filled = [next(arrays) if d else leaf for d, leaf in zip(dynamic, rest, strict=True)]
+        frozen, leaves, args, kwargs = jax.tree.unflatten(whole, filled)
+
+        def outputs(chosen: list[Any]) -> list[jax.Array]:
+            now = iter(chosen)
+            tree = [next(now) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
+            out = adapted((frozen, jax.tree.unflatten(structure, tree)), *args, **kwargs)
+            return [x for x in jax.tree.leaves(out) if _is_inexact(x)]
+
+        outs, pullback = jax.vjp(outputs, chosen)
+        pullback(outs)  # raises where there is no way back
+        return jax.tree.leaves(pullback)
+
+    chosen = [leaf for m, leaf in zip(moves, trained, strict=True) if m]
+    given = [leaf for d, leaf in zip(dynamic, rest, strict=True) if d]
+    try:
+        jaxpr = jax.make_jaxpr(kept)(chosen, given).jaxpr
+    except Exception as error:  # whatever the derivative of somebody's primitive raises
+        return None, str(error).partition("\n")[0]
+    before = {*jaxpr.invars, *jaxpr.constvars}
+    held = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - before
+    return sum(bytes_of(v.aval) for v in held), ""
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_symbolic(operands: Any) -> bool:
+    sizes = itertools.chain(*(leaf.shape for leaf in jax.tree.leaves(operands)))
+    return any(map(jax.export.is_symbolic_dim, sizes))
 
 
 def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
@@ -229,8 +293,7 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
 
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:
-    sizes = itertools.chain(*(leaf.shape for leaf in jax.tree.leaves(operands)))
-    if any(map(jax.export.is_symbolic_dim, sizes)):
+    if _is_symbolic(operands):
         return Cost(None, None)  # A program for any size has no count.
     counted = jax.jit(function).lower(*operands).cost_analysis()
     if not isinstance(counted, dict):
