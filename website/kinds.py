@@ -71,7 +71,8 @@ def formula(name: str) -> str:
 def costs(kinds: list[str]) -> str:
     """Its rows in the tables of docs/kinds.md, which `nox -s kinds` prints."""
     if not kinds:
-        return "The models of [the table](../kinds.md#what-each-costs) have no use for it."
+        table = "[the table](../kinds.md#what-each-costs)"
+        return f"It is not in {table}: its models have no convolution and no new tokens."
     text = (ROOT / "docs" / "kinds.md").read_text(encoding="utf-8")
     section = text.partition("## What each costs")[2].partition("\n## ")[0]
     rows: list[str] = []
