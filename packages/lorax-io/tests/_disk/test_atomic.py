@@ -365,8 +365,13 @@ def test_saving_through_a_link_to_nothing_makes_its_target(tmp_path):
     ("form", "path", "error", "message"),
     [
         ("native", "folder", AdapterFileError, "folder: is a folder; a file is to be written"),
-        ("native", "absent/file", AdapterNotFoundError, "there is no folder .*absent; make it"),
-        ("native", "file/file", AdapterNotFoundError, "there is no folder .*file; make it first"),
+        ("native", "absent/file", AdapterNotFoundError, "there is not a folder .*absent; make it"),
+        (
+            "native",
+            "file/file",
+            AdapterNotFoundError,
+            "there is not a folder .*file; make it first",
+        ),
         ("peft", "file", AdapterFileError, "file: cannot be made a folder"),
         ("peft", "file/folder", AdapterFileError, "folder: cannot be made a folder"),
     ],

@@ -435,10 +435,10 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"q": Linear("h.0.k")}, "`names` has not"),
+        ({"q": Linear("h.0.k")}, "is not in `names`"),
         ({"q": Linear("h.0.q", out_axes=(1, 2))}, "load_peft"),
-        ({"q": Tensor("h.0.q")}, "`names` has not"),
-        ({"q": Linear("{}.0.q", shared_axes=(0,))}, "`names` has not"),
+        ({"q": Tensor("h.0.q")}, "is not in `names`"),
+        ({"q": Linear("{}.0.q", shared_axes=(0,))}, "is not in `names`"),
         ({"q": Linear("h.{}.q", shared_axes=(0,))}, "lacks some of the modules"),
     ],
     ids=["module", "heads", "layout", "no number", "gap"],
