@@ -200,7 +200,7 @@ CONTAINERS = rows(
     ("GGUF", b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
     ("HDF5", b"\x89HDF\r\n", "is an HDF5 file"),
     ("zip, as torch writes it", zip_file(), "is a zip archive"),
-    ("no JSON", container(b"{nothing}"), "invalid JSON in header"),
+    ("not JSON", container(b"{nothing}"), "invalid JSON in header"),
     ("JSON cut short", container(b'{"w": {'), "invalid JSON in header"),
     ("JSON array", container([]), "invalid JSON in header"),
     ("JSON string", container("w"), "invalid JSON in header"),
@@ -426,11 +426,11 @@ NESTED = "[" * 100_000 + "]" * 100_000
 SOUND = json.dumps(CONFIG)
 
 TEXTS = rows(
-    ("no text", b"", "is no JSON"),
-    ("no JSON", b"{peft_type: LORA}", "is no JSON"),
-    ("cut short", SOUND[:-1].encode(), "is no JSON"),
-    ("more after it", (SOUND + "{}").encode(), "is no JSON"),
-    ("NUL after it", (SOUND + "\0").encode(), "is no JSON"),
+    ("no text", b"", "is not (a )?JSON"),
+    ("not JSON", b"{peft_type: LORA}", "is not (a )?JSON"),
+    ("cut short", SOUND[:-1].encode(), "is not (a )?JSON"),
+    ("more after it", (SOUND + "{}").encode(), "is not (a )?JSON"),
+    ("NUL after it", (SOUND + "\0").encode(), "is not (a )?JSON"),
     ("array", b"[]", "is not a JSON object"),
     ("null", b"null", "is not a JSON object"),
     ("string", b'"LORA"', "is not a JSON object"),
@@ -442,7 +442,7 @@ TEXTS = rows(
     ),
     ("no UTF-8", SOUND.encode().replace(b"LORA", b"\xff"), "is not UTF-8 text"),
     ("UTF-16", SOUND.encode("utf-16"), "is not UTF-8 text"),
-    ("byte order mark", b"\xef\xbb\xbf" + SOUND.encode(), "is no JSON"),
+    ("byte order mark", b"\xef\xbb\xbf" + SOUND.encode(), "is not (a )?JSON"),
     ("deep", f'{{"peft_type": {NESTED}}}'.encode(), "is not JSON that can be read"),
     ("deep objects", b'{"a":' * 100_000, "is not JSON that can be read"),
     ("a number of 10^5 digits", b'{"r": %s}' % (b"9" * 100_000), "is not JSON that can be read"),
@@ -662,14 +662,14 @@ def write_pattern(place, key, pattern):
 def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
-    message = "no regular expression|a pattern of 409[78] characters"
+    message = "not a regular expression|a pattern of 409[78] characters"
     assert_refused(place, "peft", AdapterFileError, message)
 
 
 @pytest.mark.parametrize("key", list(PATTERNED)[:-1])
 def test_a_pattern_that_hides_its_place_is_refused(place, key):
     place.write(CONFIG | PATTERNED[key]("(?x)q_proj # and v_proj"), TENSORS)
-    assert_refused(place, "peft", AdapterFileError, "no regular expression in its place")
+    assert_refused(place, "peft", AdapterFileError, "not a regular expression in its place")
 
 
 @pytest.mark.parametrize("key", PATTERNED)
@@ -704,9 +704,9 @@ MANY = [f"m{k}" for k in range(200_000)]
     [
         ({"rank_pattern": {f"({name})": 2 for name in MANY}}, "200000 patterns"),
         ({"rank_pattern": dict.fromkeys(MANY, 2), "r": 3}, r"takes \(3, 5\) at the rank 3"),
-        ({"target_modules": MANY}, "no target in its config"),
+        ({"target_modules": MANY}, "not a target in its config"),
         ({"modules_to_save": [*MANY, "norm"]}, "lacks `model.norm.weight`"),
-        ({"layers_to_transform": [*range(1, 200_000)]}, "no target in its config"),
+        ({"layers_to_transform": [*range(1, 200_000)]}, "not a target in its config"),
     ],
     ids=["patterns", "names with ranks", "targets", "modules to save", "layers"],
 )
@@ -719,7 +719,7 @@ def test_long_lists_are_gone_through_in_time(place, changes, message):
 @pytest.mark.parametrize("pattern", ["layers|x", "(?P<index>layers)|x", "(?x)layers # and x"])
 def test_a_layers_pattern_without_a_number_finds_no_layer(place, pattern):
     place.write(CONFIG | {"layers_pattern": pattern, "layers_to_transform": [0]}, TENSORS)
-    assert_refused(place, "peft", AdapterFileError, "no target in its config")
+    assert_refused(place, "peft", AdapterFileError, "not a target in its config")
 
 
 # Tensors of PEFT.
@@ -1056,7 +1056,7 @@ def test_an_adapter_that_does_not_fit_is_refused(place, changes, tensors, error,
 # What `save_peft` leaves in the header.
 
 OURS = rows(
-    ("no JSON", "scales", "no JSON"),
+    ("not JSON", "scales", "not (a )?JSON"),
     ("array", "[]", "no settings under 'lorax'"),
     ("nothing", "{}", "no settings"),
     ("settings are a list", '{"unsaid": []}', "no settings"),
@@ -1075,7 +1075,7 @@ OURS = rows(
     ("other scales", '{"unsaid": {}, "scales": "0"}', "not the one that was written with these"),
     ("no scales", '{"unsaid": {}}', "not the one that was written with these"),
     ("scales of a list", '{"unsaid": {}, "scales": []}', "not the one that was written with"),
-    ("deep", NESTED, "no JSON"),
+    ("deep", NESTED, "not (a )?JSON"),
 )
 
 
@@ -1125,14 +1125,14 @@ NATIVE = rows(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
         for text in ("3", "", "1.0", "01", "one")
     ),
-    ("no settings", {KEY: None}, {}, FILE, "is no JSON"),
+    ("no settings", {KEY: None}, {}, FILE, "is not (a )?JSON"),
     *(
         (
             f"settings {text[:9]}",
             {KEY: text},
             {},
             FILE,
-            f"is no JSON|no object under '{KEY}'|'q' twice",
+            f"is not (a )?JSON|no object under '{KEY}'|'q' twice",
         )
         for text in ("", "q", "[]", "null", '"q"', "3", NESTED, '{"q": 1, "q": 2}')
     ),
@@ -1222,7 +1222,7 @@ NATIVE = rows(
         "`norm` in float64, which JAX shortens",
     ),
     ("long integers", {}, {"norm": np.ones(5, np.int64)}, MISMATCH, "`norm` in int64, which JAX"),
-    ("base is no JSON", {"lorax.base": "q"}, {}, FILE, "is no JSON"),
+    ("base is not JSON", {"lorax.base": "q"}, {}, FILE, "is not (a )?JSON"),
     ("base is a list", {"lorax.base": "[]"}, {}, FILE, "no object under 'lorax.base'"),
     ("base of nothing", {"lorax.base": "{}"}, {}, MISMATCH, "belongs to another base"),
     (
@@ -1233,7 +1233,7 @@ NATIVE = rows(
         "another base",
     ),
     ("base of other content", {"lorax.base": '{"content": "0"}'}, {}, MISMATCH, "another base"),
-    ("base deep", {"lorax.base": NESTED}, {}, FILE, "is no JSON"),
+    ("base deep", {"lorax.base": NESTED}, {}, FILE, "is not (a )?JSON"),
     *(
         (
             f"adapts {path}",
@@ -1324,7 +1324,13 @@ OTHER_KINDS = rows(
     ("dora without an adapter", kinds(without(DORA, "delta")), MAGNITUDE, FILE, NO_SETTING),
     ("dora of a gain", kinds(DORA | {"delta": IA3}), GAIN | MAGNITUDE, MISMATCH, "is a gain"),
     *(
-        (f"dora of dora {depth}", kinds(deep(depth)), MAGNITUDE, AdapterError, "`q`|is no JSON")
+        (
+            f"dora of dora {depth}",
+            kinds(deep(depth)),
+            MAGNITUDE,
+            AdapterError,
+            "`q`|is not (a )?JSON",
+        )
         for depth in (2, 100, 200, 300, 450, 600, 900)
     ),
     ("lora of lora", kinds(LORA | {"a": LORA}), {}, FILE, NO_SETTING),
@@ -1349,7 +1355,7 @@ OTHER_KINDS = rows(
         kinds(IA3),
         {"q/gain": floats(3)},
         FILE,
-        "a tensor `q/[ab]` that its head",
+        "a tensor `q/[ab]` that is not in its head",
     ),
     ("dora without magnitude", kinds(DORA), {}, FILE, "lacks the tensor `q/magnitude`"),
     (
@@ -1359,9 +1365,9 @@ OTHER_KINDS = rows(
         MISMATCH,
         "`q/magnitude` of shape",
     ),
-    ("held is no JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is no JSON"),
+    ("held is not JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is not (a )?JSON"),
     ("held is a list", kinds(DORA, "[]"), MAGNITUDE, FILE, "no object under 'lorax.held'"),
-    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is no JSON"),
+    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is not (a )?JSON"),
     *(
         (f"held {value}", kinds(DORA, value), MAGNITUDE, FILE, "no frozen factors of `(q|w|norm)`")
         for value in (
@@ -1374,7 +1380,7 @@ OTHER_KINDS = rows(
         )
     ),
     ("held without tensor", kinds(DORA, {"q": ["square"]}), MAGNITUDE, FILE, "lacks the tensor"),
-    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that its header"),
+    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that is not in its head"),
     ("held twice", kinds(DORA, {"q": ["square"] * 2}), SQUARE, FILE, "two uses for `q/square`"),
     ("held and trained", kinds(DORA, {"q": ["a"]}), MAGNITUDE, FILE, "two uses for `q/a`"),
     (

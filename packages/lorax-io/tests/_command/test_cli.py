@@ -240,8 +240,8 @@ def with_nan(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content[:-1], "no safetensors file"),
-        (lambda content: b"", "no safetensors file"),
+        (lambda content: content[:-1], "not a safetensors file"),
+        (lambda content: b"", "not a safetensors file"),
         (with_nan, "NaN or infinity"),
     ],
     ids=["cut short", "empty", "nan"],

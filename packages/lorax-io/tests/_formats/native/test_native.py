@@ -220,7 +220,7 @@ def test_a_base_of_another_structure_is_refused_on_saving(file):
 
 def test_other_files_are_refused(file):
     file.write_text("not a safetensors file, whatever its name")
-    with pytest.raises(AdapterFileError, match="no safetensors file"):
+    with pytest.raises(AdapterFileError, match="not a safetensors file"):
         load_adapter(file, params={"w": jnp.ones(1)})
     safetensors.numpy.save_file({"w": np.ones(1)}, file)
     with pytest.raises(AdapterFileError, match="no native adapter"):
