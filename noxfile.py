@@ -331,6 +331,16 @@ def mlx(session: nox.Session) -> None:
     session.run("python", "integration-tests/mlx/check.py")
 
 
+@nox.session
+def keras(session: nox.Session) -> None:
+    """KerasHub and lorax-io read each other's files, on JAX."""
+    session.install(
+        *editable("lorax-core", "lorax-io"), "-r", "integration-tests/keras/requirements.txt"
+    )
+    session.install("--no-deps", "keras-hub==0.32.0")
+    session.run("python", "integration-tests/keras/check.py")
+
+
 @nox.session(python="3.12")
 def wild(session: nox.Session) -> None:
     """Models of other people's packages. `-- --record` writes docs/wild.md again.

@@ -131,16 +131,16 @@ def test_every_field_of_every_layout_is_tried():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
+        (b"", "is not (a )?JSON"),
+        (b"{", "is not (a )?JSON"),
         (b"\xff\xfe{\0}\0", "is not UTF-8 text"),
-        (b"[" * 100_000, "is no JSON"),
-        (b"[]", "is no JSON object of layouts"),
-        (b'{"w": null}', "is no JSON object of layouts"),
+        (b"[" * 100_000, "is not (a )?JSON"),
+        (b"[]", "is not a JSON object of layouts"),
+        (b'{"w": null}', "is not a JSON object of layouts"),
         (b'{"w": {}, "w": {}}', "the key 'w' twice"),
-        (b'{"w": {"module": "q"}}', "`w` .*`layout` is none of Linear, Conv1D"),
-        (b'{"w": {"layout": "Layout", "module": "q"}}', "`w` .*is none of Linear"),
-        (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is none of Linear"),
+        (b'{"w": {"module": "q"}}', "`w` .*`layout` is not one of Linear, Conv1D"),
+        (b'{"w": {"layout": "Layout", "module": "q"}}', "`w` .*is not one of Linear"),
+        (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is not one of Linear"),
     ],
 )
 def test_other_files_are_refused(file, content, message):

@@ -155,7 +155,7 @@ def test_what_the_rows_spoil_is_sound(place):
     assert tunable["q"].scale == tunable["v"].scale == 2
 
 
-# Containers: what is no safetensors file, for every loader.
+# Containers: what is not a safetensors file, for every loader.
 
 
 def container(header, data=b"", size=None):
@@ -181,7 +181,7 @@ def zip_file():
 
 
 ZEROS = bytes(8)
-NO_FILE = "is no safetensors file"
+NO_FILE = "is not a safetensors file"
 TWICE = b'{"w": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "w": %s}'
 
 CONTAINERS = rows(
@@ -200,7 +200,7 @@ CONTAINERS = rows(
     ("GGUF", b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
     ("HDF5", b"\x89HDF\r\n", "is an HDF5 file"),
     ("zip, as torch writes it", zip_file(), "is a zip archive"),
-    ("no JSON", container(b"{nothing}"), "invalid JSON in header"),
+    ("not JSON", container(b"{nothing}"), "invalid JSON in header"),
     ("JSON cut short", container(b'{"w": {'), "invalid JSON in header"),
     ("JSON array", container([]), "invalid JSON in header"),
     ("JSON string", container("w"), "invalid JSON in header"),
@@ -252,7 +252,11 @@ CONTAINERS = rows(
     ("metadata key twice", container(b'{"__metadata__": {"x": "1", "x": "2"}}'), "'x' twice"),
     ("space before the header", container(b" {}"), "does not begin with '{'"),
     ("newline before the header", container(b"\n{}"), "does not begin with '{'"),
-    ("4-bit floats", container({"w": tensor("F4", (16,))}, ZEROS), "type F4, which JAX has not"),
+    (
+        "4-bit floats",
+        container({"w": tensor("F4", (16,))}, ZEROS),
+        "type F4, which JAX does not have",
+    ),
     ("6-bit floats", container({"w": tensor("F6_E2M3", (4,), end=3)}, ZEROS[:3]), "type F6_E2M3"),
     ("deep header", container(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), NO_FILE),
 )
@@ -397,8 +401,11 @@ def test_a_pickle_is_never_read(place):
     ("spoil", "message"),
     [
         (lambda place: place.config.unlink(), "adapter_config.json: there is no such file"),
-        (lambda place: setattr(place, "folder", place.home / "no"), "is no folder.*pull_from_hub"),
-        (lambda place: setattr(place, "folder", place.weights), "is no folder"),
+        (
+            lambda place: setattr(place, "folder", place.home / "no"),
+            "is not a folder.*pull_from_hub",
+        ),
+        (lambda place: setattr(place, "folder", place.weights), "is not a folder"),
     ],
     ids=["no config", "no folder", "a file"],
 )
@@ -419,14 +426,14 @@ NESTED = "[" * 100_000 + "]" * 100_000
 SOUND = json.dumps(CONFIG)
 
 TEXTS = rows(
-    ("no text", b"", "is no JSON"),
-    ("no JSON", b"{peft_type: LORA}", "is no JSON"),
-    ("cut short", SOUND[:-1].encode(), "is no JSON"),
-    ("more after it", (SOUND + "{}").encode(), "is no JSON"),
-    ("NUL after it", (SOUND + "\0").encode(), "is no JSON"),
-    ("array", b"[]", "is no JSON object"),
-    ("null", b"null", "is no JSON object"),
-    ("string", b'"LORA"', "is no JSON object"),
+    ("no text", b"", "is not (a )?JSON"),
+    ("not JSON", b"{peft_type: LORA}", "is not (a )?JSON"),
+    ("cut short", SOUND[:-1].encode(), "is not (a )?JSON"),
+    ("more after it", (SOUND + "{}").encode(), "is not (a )?JSON"),
+    ("NUL after it", (SOUND + "\0").encode(), "is not (a )?JSON"),
+    ("array", b"[]", "is not a JSON object"),
+    ("null", b"null", "is not a JSON object"),
+    ("string", b'"LORA"', "is not a JSON object"),
     ("key twice", (SOUND[:-1] + ', "r": 4}').encode(), "has the key 'r' twice"),
     (
         "key twice within",
@@ -435,10 +442,10 @@ TEXTS = rows(
     ),
     ("no UTF-8", SOUND.encode().replace(b"LORA", b"\xff"), "is not UTF-8 text"),
     ("UTF-16", SOUND.encode("utf-16"), "is not UTF-8 text"),
-    ("byte order mark", b"\xef\xbb\xbf" + SOUND.encode(), "is no JSON"),
-    ("deep", f'{{"peft_type": {NESTED}}}'.encode(), "is no JSON that can be read"),
-    ("deep objects", b'{"a":' * 100_000, "is no JSON that can be read"),
-    ("a number of 10^5 digits", b'{"r": %s}' % (b"9" * 100_000), "is no JSON that can be read"),
+    ("byte order mark", b"\xef\xbb\xbf" + SOUND.encode(), "is not (a )?JSON"),
+    ("deep", f'{{"peft_type": {NESTED}}}'.encode(), "is not JSON that can be read"),
+    ("deep objects", b'{"a":' * 100_000, "is not JSON that can be read"),
+    ("a number of 10^5 digits", b'{"r": %s}' % (b"9" * 100_000), "is not JSON that can be read"),
     ("17 MiB", SOUND.encode() + b" " * (17 * 2**20), "is larger than"),
     ("many keys, one twice", many_keys(200_000), "'0' twice"),
 )
@@ -655,14 +662,14 @@ def write_pattern(place, key, pattern):
 def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
-    message = "no regular expression|a pattern of 409[78] characters"
+    message = "not a regular expression|a pattern of 409[78] characters"
     assert_refused(place, "peft", AdapterFileError, message)
 
 
 @pytest.mark.parametrize("key", list(PATTERNED)[:-1])
 def test_a_pattern_that_hides_its_place_is_refused(place, key):
     place.write(CONFIG | PATTERNED[key]("(?x)q_proj # and v_proj"), TENSORS)
-    assert_refused(place, "peft", AdapterFileError, "no regular expression in its place")
+    assert_refused(place, "peft", AdapterFileError, "not a regular expression in its place")
 
 
 @pytest.mark.parametrize("key", PATTERNED)
@@ -697,9 +704,9 @@ MANY = [f"m{k}" for k in range(200_000)]
     [
         ({"rank_pattern": {f"({name})": 2 for name in MANY}}, "200000 patterns"),
         ({"rank_pattern": dict.fromkeys(MANY, 2), "r": 3}, r"takes \(3, 5\) at the rank 3"),
-        ({"target_modules": MANY}, "no target in its config"),
+        ({"target_modules": MANY}, "not a target in its config"),
         ({"modules_to_save": [*MANY, "norm"]}, "lacks `model.norm.weight`"),
-        ({"layers_to_transform": [*range(1, 200_000)]}, "no target in its config"),
+        ({"layers_to_transform": [*range(1, 200_000)]}, "not a target in its config"),
     ],
     ids=["patterns", "names with ranks", "targets", "modules to save", "layers"],
 )
@@ -712,7 +719,7 @@ def test_long_lists_are_gone_through_in_time(place, changes, message):
 @pytest.mark.parametrize("pattern", ["layers|x", "(?P<index>layers)|x", "(?x)layers # and x"])
 def test_a_layers_pattern_without_a_number_finds_no_layer(place, pattern):
     place.write(CONFIG | {"layers_pattern": pattern, "layers_to_transform": [0]}, TENSORS)
-    assert_refused(place, "peft", AdapterFileError, "no target in its config")
+    assert_refused(place, "peft", AdapterFileError, "not a target in its config")
 
 
 # Tensors of PEFT.
@@ -742,24 +749,24 @@ ADAPTERS = rows(
     ("other half missing", {}, {V + A: None}, FILE, "lacks `.*v_proj.lora_A.weight`, beside"),
     ("target missing", {}, {V + A: None, V + B: None}, FILE, "lacks the factors of `.*v_proj`"),
     ("no tensor", {}, dict.fromkeys(TENSORS), FILE, "has no tensors: .*ZeRO-3"),
-    ("no target", {"target_modules": ["q_proj"]}, {}, FILE, "`.*v_proj`, which is no target"),
-    ("no target at all", {"target_modules": []}, {}, FILE, "which is no target"),
-    ("other case", {"target_modules": ["Q_PROJ", "v_proj"]}, {}, FILE, "which is no target"),
-    ("excluded", {"exclude_modules": ["v_proj"]}, {}, FILE, "`.*v_proj`, which is no target"),
-    ("other layers", {"layers_to_transform": [1]}, {}, FILE, "which is no target"),
+    ("no target", {"target_modules": ["q_proj"]}, {}, FILE, "`.*v_proj`, which is not a target"),
+    ("no target at all", {"target_modules": []}, {}, FILE, "which is not a target"),
+    ("other case", {"target_modules": ["Q_PROJ", "v_proj"]}, {}, FILE, "which is not a target"),
+    ("excluded", {"exclude_modules": ["v_proj"]}, {}, FILE, "`.*v_proj`, which is not a target"),
+    ("other layers", {"layers_to_transform": [1]}, {}, FILE, "which is not a target"),
     (
         "unknown module",
         {},
         moved((V + A, V.replace("v_", "k_") + A)),
         MISMATCH,
-        "`.*k_proj`, which `names` has not. Did you mean",
+        "`.*k_proj`, which is not in `names`. Did you mean",
     ),
     (
         "unknown tensor",
         {},
         {"base_model.model.other": floats(2)},
         MISMATCH,
-        "is no factor and fits no",
+        "is not a factor and does not fit",
     ),
     ("no prefix", {}, {Q[17:] + A: TENSORS[Q + A]}, FILE, "begins with `base_model.model.`"),
     (
@@ -767,26 +774,26 @@ ADAPTERS = rows(
         {},
         moved((Q + A, Q.replace("base_model.model.", "base_model.") + A)),
         MISMATCH,
-        "which `names` has not. Did you mean",
+        "which is not in `names`. Did you mean",
     ),
     (
         "prefix twice",
         {},
         moved((Q + A, "base_model.model." + Q + A)),
         MISMATCH,
-        "which `names` has not",
+        "which is not in `names`",
     ),
     ("empty name", {}, {"": floats(2)}, FILE, "begins with"),
-    ("prefix alone", {}, {"base_model.model.": floats(2)}, MISMATCH, "is no factor"),
+    ("prefix alone", {}, {"base_model.model.": floats(2)}, MISMATCH, "is not a factor"),
     ("no .weight", {}, moved((Q + A, Q + "lora_A")), MORE, "that is AdaLoRA"),
-    ("no such key", {}, moved((Q + A, Q + "lora_C")), MISMATCH, "is no factor"),
-    ("long name", {}, {"base_model.model." + "x" * 10**6: floats(2)}, MISMATCH, "is no factor"),
+    ("no such key", {}, moved((Q + A, Q + "lora_C")), MISMATCH, "is not a factor"),
+    ("long name", {}, {"base_model.model." + "x" * 10**6: floats(2)}, MISMATCH, "is not a factor"),
     (
         "long module",
         {},
         {"base_model.model." + "x" * 10**6 + "." + A: floats(2)},
         MISMATCH,
-        "which `names` has not",
+        "which is not in `names`",
     ),
     ("long name without prefix", {}, {"x" * 10**6: floats(2)}, FILE, "begins with"),
     (
@@ -872,7 +879,7 @@ ADAPTERS = rows(
         {},
         {"base_model.model.model.norm.base_layer.weight": floats(5)},
         MISMATCH,
-        "is no factor",
+        "is not a factor",
     ),
     (
         "base weight to save, nearly",
@@ -923,7 +930,7 @@ ADAPTERS = rows(
         {"bias": "all"},
         {"base_model.model.a.modules_to_save.weight": floats(5)},
         MISMATCH,
-        "is no factor",
+        "is not a factor",
     ),
     ("saved module missing", {"modules_to_save": ["norm"]}, {}, FILE, "lacks `model.norm.weight`"),
     (
@@ -1009,14 +1016,14 @@ ADAPTERS = rows(
         {},
         moved((Q + A, Q + "lora_embedding_A"), (Q + B, Q + "lora_embedding_B")),
         MISMATCH,
-        "which `names` has not",
+        "which is not in `names`",
     ),
     (
         "factors of a linear layer for an embedding",
         {},
         {"base_model.model.model.embed_tokens." + A: floats(2, 7)},
         MISMATCH,
-        "which `names` has not",
+        "which is not in `names`",
     ),
 )
 
@@ -1049,7 +1056,7 @@ def test_an_adapter_that_does_not_fit_is_refused(place, changes, tensors, error,
 # What `save_peft` leaves in the header.
 
 OURS = rows(
-    ("no JSON", "scales", "no JSON"),
+    ("not JSON", "scales", "not (a )?JSON"),
     ("array", "[]", "no settings under 'lorax'"),
     ("nothing", "{}", "no settings"),
     ("settings are a list", '{"unsaid": []}', "no settings"),
@@ -1068,7 +1075,7 @@ OURS = rows(
     ("other scales", '{"unsaid": {}, "scales": "0"}', "not the one that was written with these"),
     ("no scales", '{"unsaid": {}}', "not the one that was written with these"),
     ("scales of a list", '{"unsaid": {}, "scales": []}', "not the one that was written with"),
-    ("deep", NESTED, "no JSON"),
+    ("deep", NESTED, "not (a )?JSON"),
 )
 
 
@@ -1118,19 +1125,19 @@ NATIVE = rows(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
         for text in ("3", "", "1.0", "01", "one")
     ),
-    ("no settings", {KEY: None}, {}, FILE, "is no JSON"),
+    ("no settings", {KEY: None}, {}, FILE, "is not (a )?JSON"),
     *(
         (
             f"settings {text[:9]}",
             {KEY: text},
             {},
             FILE,
-            f"is no JSON|no object under '{KEY}'|'q' twice",
+            f"is not (a )?JSON|no object under '{KEY}'|'q' twice",
         )
         for text in ("", "q", "[]", "null", '"q"', "3", NESTED, '{"q": 1, "q": 2}')
     ),
     *(
-        (f"settings of q {text}", settings(text), {}, FILE, "says of `q` what is no setting")
+        (f"settings of q {text}", settings(text), {}, FILE, "says of `q` what is not a setting")
         for text in (
             "[]",
             "3",
@@ -1143,7 +1150,13 @@ NATIVE = rows(
         )
     ),
     *(
-        (f"{key} {text[:9]}", settings(**{key: text}), {}, FILE, "says of `q` what is no setting")
+        (
+            f"{key} {text[:9]}",
+            settings(**{key: text}),
+            {},
+            FILE,
+            "says of `q` what is not a setting",
+        )
         for key, texts in {
             "rank": '0 -1 true 2.0 null [2] "2"',
             "alpha": 'true NaN Infinity -Infinity 1e999 "4" [] ' + "9" * 400,
@@ -1173,13 +1186,13 @@ NATIVE = rows(
     ),
     ("missing tensor", {}, {"q/a": None}, FILE, "lacks the tensor `q/a` of its header"),
     ("missing array", {}, {"norm": None}, FILE, "lacks the tensor `norm` of its header"),
-    ("more tensors", {}, {"v": floats(5, 3)}, FILE, "a tensor `v` that its header knows not"),
+    ("more tensors", {}, {"v": floats(5, 3)}, FILE, "a tensor `v` that is not in its header"),
     (
         "whole beside factors",
         {},
         {"q": floats(5, 3)},
         FILE,
-        "a tensor `q` that its header knows not",
+        "a tensor `q` that is not in its header",
     ),
     (
         "one tensor of two",
@@ -1209,7 +1222,7 @@ NATIVE = rows(
         "`norm` in float64, which JAX shortens",
     ),
     ("long integers", {}, {"norm": np.ones(5, np.int64)}, MISMATCH, "`norm` in int64, which JAX"),
-    ("base is no JSON", {"lorax.base": "q"}, {}, FILE, "is no JSON"),
+    ("base is not JSON", {"lorax.base": "q"}, {}, FILE, "is not (a )?JSON"),
     ("base is a list", {"lorax.base": "[]"}, {}, FILE, "no object under 'lorax.base'"),
     ("base of nothing", {"lorax.base": "{}"}, {}, MISMATCH, "belongs to another base"),
     (
@@ -1220,7 +1233,7 @@ NATIVE = rows(
         "another base",
     ),
     ("base of other content", {"lorax.base": '{"content": "0"}'}, {}, MISMATCH, "another base"),
-    ("base deep", {"lorax.base": NESTED}, {}, FILE, "is no JSON"),
+    ("base deep", {"lorax.base": NESTED}, {}, FILE, "is not (a )?JSON"),
     *(
         (
             f"adapts {path}",
@@ -1236,7 +1249,7 @@ NATIVE = rows(
         {KEY: '{"w": {"kind": "full"}}'},
         {"q/a": None, "q/b": None, "norm": None, "w": floats(1)},
         MISMATCH,
-        "trains `w` in full, which the parameters have not",
+        "trains `w` in full, which is not in the parameters",
     ),
     (
         "trains what is no array",
@@ -1290,7 +1303,7 @@ def deep(depth):
     return found
 
 
-NO_SETTING = "says of `q` what is no setting"
+NO_SETTING = "says of `q` what is not a setting"
 SQUARE = MAGNITUDE | {"q/square": floats(3)}
 OTHER_KINDS = rows(
     *(
@@ -1311,7 +1324,13 @@ OTHER_KINDS = rows(
     ("dora without an adapter", kinds(without(DORA, "delta")), MAGNITUDE, FILE, NO_SETTING),
     ("dora of a gain", kinds(DORA | {"delta": IA3}), GAIN | MAGNITUDE, MISMATCH, "is a gain"),
     *(
-        (f"dora of dora {depth}", kinds(deep(depth)), MAGNITUDE, AdapterError, "`q`|is no JSON")
+        (
+            f"dora of dora {depth}",
+            kinds(deep(depth)),
+            MAGNITUDE,
+            AdapterError,
+            "`q`|is not (a )?JSON",
+        )
         for depth in (2, 100, 200, 300, 450, 600, 900)
     ),
     ("lora of lora", kinds(LORA | {"a": LORA}), {}, FILE, NO_SETTING),
@@ -1336,7 +1355,7 @@ OTHER_KINDS = rows(
         kinds(IA3),
         {"q/gain": floats(3)},
         FILE,
-        "a tensor `q/[ab]` that its head",
+        "a tensor `q/[ab]` that is not in its head",
     ),
     ("dora without magnitude", kinds(DORA), {}, FILE, "lacks the tensor `q/magnitude`"),
     (
@@ -1346,9 +1365,9 @@ OTHER_KINDS = rows(
         MISMATCH,
         "`q/magnitude` of shape",
     ),
-    ("held is no JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is no JSON"),
+    ("held is not JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is not (a )?JSON"),
     ("held is a list", kinds(DORA, "[]"), MAGNITUDE, FILE, "no object under 'lorax.held'"),
-    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is no JSON"),
+    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is not (a )?JSON"),
     *(
         (f"held {value}", kinds(DORA, value), MAGNITUDE, FILE, "no frozen factors of `(q|w|norm)`")
         for value in (
@@ -1361,7 +1380,7 @@ OTHER_KINDS = rows(
         )
     ),
     ("held without tensor", kinds(DORA, {"q": ["square"]}), MAGNITUDE, FILE, "lacks the tensor"),
-    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that its header"),
+    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that is not in its head"),
     ("held twice", kinds(DORA, {"q": ["square"] * 2}), SQUARE, FILE, "two uses for `q/square`"),
     ("held and trained", kinds(DORA, {"q": ["a"]}), MAGNITUDE, FILE, "two uses for `q/a`"),
     (

@@ -14,6 +14,7 @@ from ._errors import (
     UnsupportedAdapterError as UnsupportedAdapterError,
 )
 from ._formats.diffusers import save_diffusers as save_diffusers
+from ._formats.keras import save_keras as save_keras
 from ._formats.kohya import save_kohya as save_kohya
 from ._formats.llama_cpp import save_gguf as save_gguf
 from ._formats.mlx import save_mlx as save_mlx
@@ -81,6 +82,7 @@ __all__ = [
     "save_diffusers",
     "save_frozen",
     "save_gguf",
+    "save_keras",
     "save_kohya",
     "save_merged",
     "save_mlx",

@@ -43,7 +43,7 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        AdapterError: where the folder is no adapter, or the Hub refuses it.
+        AdapterError: where the folder is not an adapter, or the Hub refuses it.
 
     Example:
         >>> from lorax_io import push_to_hub

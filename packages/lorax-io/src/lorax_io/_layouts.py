@@ -233,7 +233,7 @@ class Experts(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(Layout):
-    """A parameter that lies in PyTorch as it does here: a bias, a scale, a table of positions.
+    """A parameter that is in PyTorch as it is here: a bias, a scale, a table of positions.
 
     Args:
         flat: whether it is one-dimensional there, such as the bias of several heads.
@@ -289,12 +289,12 @@ def _as_layout(row: Layout | Mapping[str, Any]) -> Layout:
     fields = dict(row)
     kind = LAYOUTS.get(str(fields.pop("layout", None)))
     if kind is None:
-        raise AdapterMismatchError(f"its `layout` is none of {', '.join(LAYOUTS)}: {dict(row)}.")
+        raise AdapterMismatchError(f"its `layout` is not one of {', '.join(LAYOUTS)}: {dict(row)}.")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
         return kind(**values)
     except TypeError as error:
-        raise AdapterMismatchError(f"is no layout: {error}.") from error
+        raise AdapterMismatchError(f"is not a layout: {error}.") from error
 
 
 def _check_fields(layout: Layout) -> None:

@@ -125,7 +125,7 @@ def read_names(path: str | os.PathLike[str]) -> Layouts:
     path = regular_file(path)
     rows = read_json(path)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise AdapterFileError("is no JSON object of layouts by path.", path)
+        raise AdapterFileError("is not a JSON object of layouts by path.", path)
     try:
         return as_layouts(rows)
     except AdapterError as error:

@@ -168,7 +168,7 @@ def leaves_of(params: Any) -> tuple[dict[str, Any], Any]:
 def absent(path: str, leaves: Mapping[str, Any]) -> str:
     if path in leaves:
         return f"which is {type(leaves[path]).__name__} in the parameters, not an array."
-    return f"which the parameters have not.{near(path, leaves)}"
+    return f"which is not in the parameters.{near(path, leaves)}"
 
 
 def near(name: str, names: Any) -> str:

@@ -91,7 +91,7 @@ def _config(path: Path) -> dict[str, Any] | None:
         return None
     found = read_json(file_in(path, CONFIG_NAME))
     if not isinstance(found, dict):
-        raise AdapterFileError("is no JSON object.", path / CONFIG_NAME)
+        raise AdapterFileError("is not a JSON object.", path / CONFIG_NAME)
     return found
 
 

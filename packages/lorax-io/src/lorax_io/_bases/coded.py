@@ -40,7 +40,7 @@ def coding_of(name: str, names: Container[str], config: Mapping[str, Any] | None
     """The format of a base's tensor, where its numbers are codes; None where they are none.
 
     Args:
-        name: of the tensor, which may be absent where another stands in its place.
+        name: of the tensor, which may be absent where another is in its place.
         names: of all tensors.
         config: the model's config, where there is one.
     """

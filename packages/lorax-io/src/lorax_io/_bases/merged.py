@@ -49,7 +49,7 @@ def save_merged(
         frozen: the first tree of the pair; or the whole `lorax.Pair`, and then `names`.
         tunable: the second tree of the pair.
         names: the layout of every parameter, by its path.
-        config: the model's `config.json`: the file, or what is to stand in it. Without one,
+        config: the model's `config.json`: the file, or what is to be in it. Without one,
             transformers does not know what model the weights are of.
         shard_bytes: the largest size of one file, unless one parameter is larger.
         progress: whether a bar is shown on a terminal where it takes long.

@@ -15,6 +15,7 @@ from .._bases.checkpoint import open_checkpoint
 from .._errors import AdapterError
 from .._formats import flux
 from .._formats.diffusers import save_diffusers
+from .._formats.keras import save_keras
 from .._formats.kohya import resolve, save_kohya
 from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
@@ -185,6 +186,10 @@ def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_kohya(args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix)
 
 
+def _to_keras(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    save_keras(args.out, _pair(adapter), _layouts(adapter, args))
+
+
 def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     base = adapter.config.base_model_name_or_path if adapter.config else None
     model = args.base_model or base
@@ -202,6 +207,7 @@ WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
     "peft": _to_peft,
     "diffusers": _to_diffusers,
     "kohya": _to_kohya,
+    "keras": _to_keras,
     "mlx": _to_mlx,
     "gguf": _to_gguf,
 }

@@ -52,7 +52,7 @@ def all_read(*places: Any) -> Generator[None]:
 
     Args:
         places: trees of arrays, shapes or shardings. Processes wait for each other only where one
-            of them says that an array lies in several.
+            of them says that an array is in several.
     """
     leaves = [getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves(places)]
     if all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, Sharding)):

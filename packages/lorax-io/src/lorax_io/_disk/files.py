@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     if path.is_dir():
         raise AdapterFileError("is a folder; a file is to be written there.", path)
     if not path.parent.is_dir():
-        raise AdapterNotFoundError(f"there is no folder {path.parent}; make it first.", path)
+        raise AdapterNotFoundError(f"there is not a folder {path.parent}; make it first.", path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished

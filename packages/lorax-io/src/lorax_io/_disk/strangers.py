@@ -16,7 +16,10 @@ _BEGINS: tuple[tuple[bytes, str], ...] = (
         "torch, and save it with safetensors",
     ),
     (b"GGUF", "is a GGUF file, which is written for llama.cpp and not read"),
-    (b"\x89HDF", "is an HDF5 file, as Keras writes it, which is not read"),
+    (
+        b"\x89HDF",
+        "is an HDF5 file, as Keras writes it; `lorax_io.load_any` reads those of KerasHub",
+    ),
     (b"<!DOCTYPE", "is a web page: the download did not give the file"),
     (b"<html", "is a web page: the download did not give the file"),
 )

@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 class TensorFile:
     """An open safetensors file of which the header has been checked.
 
-    `safetensors` decides what is well-formed; beyond that, a name may stand in the header once,
+    `safetensors` decides what is well-formed; beyond that, a name may be in the header once,
     and types must be JAX's. Tensors are views of the file, so that taking a slice reads its bytes
     and no others, in every type (the library's own NumPy reader knows no 8-bit floats).
     """
@@ -70,7 +70,7 @@ class TensorFile:
             with contextlib.suppress(OSError), open(self.path, "rb") as file:
                 if stranger := what_it_is(file.read(64)):
                     raise AdapterFileError(f"{stranger}.") from error
-            raise AdapterFileError(f"is no safetensors file ({error}).") from error
+            raise AdapterFileError(f"is not a safetensors file ({error}).") from error
         with open(self.path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = _parse_header(file.read(min(size, _LONGEST_HEADER)))
@@ -95,7 +95,7 @@ class TensorFile:
         del self._bytes
 
     def view(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor, as it lies in the file: no bytes are read before it is used."""
+        """A tensor, as it is in the file: no bytes are read before it is used."""
         dtype, shape, begin, end = self.entries[name]
         data = np.frombuffer(self._bytes, np.uint8, end - begin, self._begin + begin)
         return data.view(dtype).reshape(shape)
@@ -122,7 +122,7 @@ def parse_json(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterFileError(f"is no JSON that can be read ({error}).") from error
+        raise AdapterFileError(f"is not JSON that can be read ({error}).") from error
 
 
 def read_json(path: Path) -> Any:
@@ -141,7 +141,7 @@ def is_number(value: Any) -> bool:
 
 def _entry(name: str, value: Any) -> Entry:
     if value["dtype"] not in DTYPES:
-        raise AdapterFileError(f"{name!r} is of type {value['dtype']}, which JAX has not.")
+        raise AdapterFileError(f"{name!r} is of type {value['dtype']}, which JAX does not have.")
     return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
 
 
@@ -160,7 +160,7 @@ def check_width(name: str, dtype: Any) -> None:
 
 
 def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
-    """Refuses NaN and infinity, and what is no bool where there should be some."""
+    """Refuses NaN and infinity, and what is not a bool where there should be some."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
         raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs

@@ -213,4 +213,11 @@ def _configs(content: Content) -> dict[str, PeftConfig]:
     return {part: config_of(values) for part, values in parts.items()}
 
 
-FORMAT = Format("diffusers", "a file for diffusers", _recognizes, _read, files=(WEIGHTS_NAME,))
+FORMAT = Format(
+    "diffusers",
+    "a file for diffusers",
+    _recognizes,
+    _read,
+    files=(WEIGHTS_NAME,),
+    saved="save_diffusers",
+)

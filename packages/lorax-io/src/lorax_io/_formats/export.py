@@ -52,7 +52,7 @@ def export(
         target_modules: ends of module names, to be written instead of full names.
         plain: whether the reader knows plain LoRA alone.
         lycoris: whether it is written in LyCORIS's form, which has cores and any blocks.
-        held: the frozen factors beside the bases, where the tree is no pair that has them.
+        held: the frozen factors beside the bases, where the tree is not a pair that has them.
     """
     found_rows, own = pair_rows(tunable)
     held = own if held is None else held

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._disk.hdf5 import Hdf5File
 from .._disk.tensors import TensorFile
 from .._tree import Held
 from .source import Source
@@ -12,7 +13,7 @@ from .source import Source
 class Content(NamedTuple):
     """What there is to tell a format by."""
 
-    file: TensorFile
+    file: TensorFile | Hdf5File
     folder: Path | None = None  # that has `adapter_config.json`; None where there is none
 
 
@@ -32,6 +33,7 @@ class Format(NamedTuple):
         recognizes: whether a file is of it.
         read: the adapter, in PEFT's words or as rows.
         loads: what loads it onto parameters.
+        saved: the function that writes it; None where none does.
         files: the names that its files have in a folder.
     """
 
@@ -41,3 +43,4 @@ class Format(NamedTuple):
     read: Callable[[Content], Source | Rows]
     loads: str = "lorax_io.load_any(path, params, names)"
     files: tuple[str, ...] = ()
+    saved: str | None = None

@@ -221,4 +221,4 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
     return found
 
 
-FORMAT = Format("kohya", "a file of kohya's", _recognizes, _read)
+FORMAT = Format("kohya", "a file of kohya or LyCORIS", _recognizes, _read, saved="save_kohya")

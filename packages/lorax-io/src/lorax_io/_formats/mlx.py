@@ -144,4 +144,6 @@ def _within_layer(module: str) -> str:
     return rest.partition(".")[2] if found else module
 
 
-FORMAT = Format("mlx", "a folder of mlx-lm", _recognizes, _read, files=(WEIGHTS_NAME,))
+FORMAT = Format(
+    "mlx", "a folder of mlx-lm", _recognizes, _read, files=(WEIGHTS_NAME,), saved="save_mlx"
+)

@@ -9,6 +9,7 @@ from lorax import Pair
 
 from .._disk.arrays import all_read
 from .._disk.files import file_in, regular_file
+from .._disk.hdf5 import Hdf5File, is_hdf5, open_hdf5
 from .._disk.progress import bars
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError, AdapterNotFoundError, about
@@ -32,7 +33,7 @@ class OpenedAdapter(NamedTuple):
         rows: the adapter, or the array, of each parameter by path.
         names: the layouts of PyTorch's modules by path; empty for a native file.
         metadata: the strings of the file's header.
-        config: what is said of all modules; None for a native file.
+        config: what the config says of all modules; None for a native file.
         held: the frozen factors in the file, by path.
         part: of a pipeline, for diffusers; "" where the file names none.
         needs_base: why some of it is not here, as there is no base; None where all of it is.
@@ -109,7 +110,7 @@ def fit(
     with about(path), content_of(path) as content:
         row = _format_of(content)
         found = row.read(content)
-        metadata = content.file.metadata
+        metadata = dict(content.file.metadata)
         if isinstance(found, Rows):
             return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
         format = row.name
@@ -180,8 +181,9 @@ def _format_of(content: Content) -> Format:
             return row
     first = next(iter(content.file.entries), None)
     tensor = "and has no tensors" if first is None else f"with tensors such as `{first}`"
+    kind = "an HDF5 file" if isinstance(content.file, Hdf5File) else "a safetensors file"
     raise AdapterFileError(
-        f"is a safetensors file {tensor}, and of no format that is known: "
+        f"is {kind} {tensor}, and of no format that is known: "
         f"{', '.join(row.what for row in FORMATS.values())}."
     )
 
@@ -189,6 +191,10 @@ def _format_of(content: Content) -> Format:
 @contextlib.contextmanager
 def content_of(path: Path) -> Generator[Content]:
     """What there is at a path: a file, and a config beside it."""
+    if is_hdf5(path):
+        with open_hdf5(path) as file:
+            yield Content(file)
+        return
     file_path = _weights_in(path) if path.is_dir() else regular_file(path)
     folder = file_path.parent
     with TensorFile(file_path) as file:
@@ -209,7 +215,13 @@ def _weights_in(folder: Path) -> Path:
             "is a folder of AdapterHub's `adapters`, with a pickle, which is never read. Save the "
             "adapter in PEFT's form."
         )
-    if pickles := sorted(others & {"adapter_model.bin", "pytorch_lora_weights.bin"}):
+    if marks := sorted(others & {"_CHECKPOINT_METADATA", "_METADATA", "_sharding"}):
+        raise AdapterFileError(
+            f"has `{marks[0]}`, so that it is a checkpoint of Orbax, as tunix, qwix and Flax save "
+            "it: a tree, and not a format of adapters. Restore it with Orbax, and save the tree "
+            "with `save_adapter`."
+        )
+    if pickles := sorted(name for name in others if name.endswith((".bin", ".pt", ".pth"))):
         raise AdapterFileError(
             f"its weights are a pickle, `{pickles[0]}`, which may run code and is never read. Load "
             "them with PEFT where they are trusted, and save them again."

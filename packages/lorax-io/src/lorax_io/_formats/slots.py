@@ -155,10 +155,10 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
         module = key[: match.start()]
         known = [slot_key.removesuffix(match[0]) for slot_key in slots if match[0] in slot_key]
         raise AdapterMismatchError(
-            f"adapts the module `{module}`, which `names` has not.{near(module, known)}"
+            f"adapts the module `{module}`, which is not in `names`.{near(module, known)}"
         )
     raise AdapterMismatchError(
-        f"has `{tensor.name}`, which is no factor and fits no parameter in `names`."
+        f"has `{tensor.name}`, which is not a factor and does not fit a parameter in `names`."
     )
 
 
@@ -206,7 +206,7 @@ def _check_targets(source: Source, found: Found, places: Places) -> None:
             targeted = source.tuner.targets(config, place, module)
             if targeted is False and keys - {WHOLE}:
                 raise AdapterFileError(
-                    f"has factors for `{module}`, which is no target in its config; PEFT would "
+                    f"has factors for `{module}`, which is not a target in its config; PEFT would "
                     "ignore them."
                 )
             if targeted and not keys - {WHOLE}:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from .._disk.hdf5 import Hdf5File
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError
 from .peft.config import PeftConfig
@@ -29,7 +30,7 @@ class Source(NamedTuple):
         return TUNERS[self.config.peft_type]
 
 
-def stored(file: TensorFile) -> dict[str, Stored]:
+def stored(file: TensorFile | Hdf5File) -> dict[str, Stored]:
     """The tensors of a file by name.
 
     Raises:

@@ -3,7 +3,7 @@
 A further format is a module and a row here. The first row that recognizes a file reads it.
 """
 
-from . import diffusers, kohya, mlx, native, original
+from . import diffusers, keras, kohya, mlx, native, original
 from .format import Format
 from .peft import folder as peft
 
@@ -11,6 +11,7 @@ FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         native.FORMAT,
+        keras.FORMAT,
         mlx.FORMAT,
         peft.FORMAT,
         kohya.FORMAT,

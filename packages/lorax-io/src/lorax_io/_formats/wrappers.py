@@ -1,4 +1,4 @@
-"""PEFT's wrappers around modules of experts, which stand in the keys of their factors."""
+"""PEFT's wrappers around modules of experts, which are in the keys of their factors."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from .._places import Place
 
 
 def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
-    """How many of PEFT's wrappers stand around each parameter of experts, by its pattern name.
+    """How many of PEFT's wrappers are around each parameter of experts, by its pattern name.
 
     PEFT wraps a module once for each parameter, the first of them innermost.
 

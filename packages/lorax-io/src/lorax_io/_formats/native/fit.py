@@ -55,7 +55,7 @@ def fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
     wanted, blanks = dict(tunable_rows(like)), header.blanks
     if unknown := sorted(blanks.keys() - wanted.keys()):
         raise AdapterMismatchError(
-            f"has `{unknown[0]}`, which `like` has not.{near(unknown[0], wanted)}"
+            f"has `{unknown[0]}`, which is not in `like`.{near(unknown[0], wanted)}"
         )
     if missing := sorted(wanted.keys() - blanks.keys()):
         raise AdapterMismatchError(

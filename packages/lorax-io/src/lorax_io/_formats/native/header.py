@@ -69,7 +69,7 @@ def read_header(file: TensorFile) -> Header:
     if missing := sorted(wanted - file.entries.keys()):
         raise AdapterFileError(f"lacks the tensor `{missing[0]}` of its header.")
     if extra := sorted(file.entries.keys() - wanted):
-        raise AdapterFileError(f"has a tensor `{extra[0]}` that its header knows not.")
+        raise AdapterFileError(f"has a tensor `{extra[0]}` that is not in its header.")
     return Header(blanks, held)
 
 
@@ -87,7 +87,7 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
         return adapter_from_settings(settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(
-            f"its header says of `{path}` what is no setting: {_SHORT.repr(settings)}."
+            f"its header says of `{path}` what is not a setting: {_SHORT.repr(settings)}."
         ) from error
 
 

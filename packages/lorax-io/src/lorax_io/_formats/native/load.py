@@ -189,6 +189,7 @@ def _recognizes(content: Content) -> bool:
 
 
 def _read_alone(content: Content) -> Rows:
+    assert isinstance(content.file, TensorFile)
     check_any({name: entry.shape for name, entry in content.file.entries.items()})
     return Rows(*load_alone(content.file))
 
@@ -199,6 +200,7 @@ FORMAT = Format(
     _recognizes,
     _read_alone,
     "lorax_io.load_adapter(path, params=params)",
+    saved="save_adapter",
 )
 
 

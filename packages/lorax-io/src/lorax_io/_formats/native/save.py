@@ -58,7 +58,7 @@ def save_adapter(
 
     Raises:
         AdapterError: where two parameters share a path, an array holds NaN, infinity or a type
-            that the format has not, or a kind of adapter needs the pair.
+            that the format does not have, or a kind of adapter needs the pair.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile

@@ -84,7 +84,7 @@ def save_peft(
     folder = Path(folder)
     with about(folder), bars(progress):
         if task_type is not None and task_type not in TASK_TYPES:
-            raise AdapterError(f"task_type={task_type!r} is none of {', '.join(TASK_TYPES)}.")
+            raise AdapterError(f"task_type={task_type!r} is not one of {', '.join(TASK_TYPES)}.")
         found = export(
             tunable,
             as_layouts(names),
@@ -162,7 +162,7 @@ def open_peft(folder: str | os.PathLike[str]) -> Generator[Source]:
     folder = Path(folder)
     if not folder.is_dir():
         hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""
-        raise AdapterNotFoundError(f"is no folder.{hub}", folder)
+        raise AdapterNotFoundError(f"is not a folder.{hub}", folder)
     config = _config(folder)
     with TensorFile(_weights(folder)) as file:
         yield _source(file, config)
@@ -186,7 +186,7 @@ def _recognizes(content: Content) -> bool:
 
 
 def _read(content: Content) -> Source:
-    assert content.folder is not None
+    assert content.folder is not None and isinstance(content.file, TensorFile)
     return _source(content.file, _config(content.folder))
 
 
@@ -197,6 +197,7 @@ FORMAT = Format(
     _read,
     "lorax_io.load_peft(path, params, names)",
     (WEIGHTS_NAME,),
+    "save_peft",
 )
 
 
@@ -232,7 +233,7 @@ def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
         raise AdapterFileError(f"its header has no settings under {_OURS!r}.")
     if found.get("scales") != _scales(config):
         raise AdapterFileError(
-            "is not the one that was written with these weights: another rank or alpha stands in "
+            "is not the one that was written with these weights: another rank or alpha is in "
             "it. A save was cut short, or it was edited by hand; save the adapter again.",
             file.path.parent / CONFIG_NAME,
         )

@@ -161,7 +161,7 @@ def read_config(path: Path) -> PeftConfig:
 def config_of(values: Any) -> PeftConfig:
     """A config from its JSON, checked key by key."""
     if not isinstance(values, dict):
-        raise AdapterFileError("is no JSON object.")
+        raise AdapterFileError("is not a JSON object.")
     tuner = _check_kind(values)
     ignored = {*tuner.harmless, *_HARMLESS, tuner.init}
     values = {k: v for k, v in values.items() if k not in ignored and not _is_absent(k, v)}
@@ -258,7 +258,7 @@ def _check_patterns(config: PeftConfig) -> None:
             regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as error:
             raise AdapterFileError(
-                f"has {_brief(pattern)}, which is no regular expression ({error})."
+                f"has {_brief(pattern)}, which is not a regular expression ({error})."
             ) from error
 
 

@@ -80,7 +80,7 @@ def distrusted() -> Generator[None]:
         ) from error
     except (regex.error, RecursionError) as error:
         raise AdapterFileError(
-            f"a pattern of its config is no regular expression in its place ({error})."
+            f"a pattern of its config is not a regular expression in its place ({error})."
         ) from error
     finally:
         _seconds_left.reset(token)

@@ -126,7 +126,7 @@ class Tuner:
         return {}
 
     def beside(self, modules: Sequence[Module]) -> list[Module]:
-        """Those of the modules that are no targets in its config, but have a key of their own."""
+        """Those of the modules that are not targets in its config, but have a key of their own."""
         return []
 
     def bias(
@@ -221,7 +221,7 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def check_linear(place: Place, called: str) -> None:
-    """Refuses layouts that are no linear layer, where PEFT has an adapter of these alone."""
+    """Refuses layouts other than a linear layer, where PEFT has an adapter of these alone."""
     check_flat(place, called)
     if not isinstance(place.layout, Linear):
         raise UnsupportedAdapterError(

@@ -240,8 +240,8 @@ def with_nan(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content[:-1], "no safetensors file"),
-        (lambda content: b"", "no safetensors file"),
+        (lambda content: content[:-1], "not a safetensors file"),
+        (lambda content: b"", "not a safetensors file"),
         (with_nan, "NaN or infinity"),
     ],
     ids=["cut short", "empty", "nan"],
@@ -437,10 +437,10 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"q": Linear("h.0.k")}, "`names` has not"),
+        ({"q": Linear("h.0.k")}, "is not in `names`"),
         ({"q": Linear("h.0.q", out_axes=(1, 2))}, "load_peft"),
-        ({"q": Tensor("h.0.q")}, "`names` has not"),
-        ({"q": Linear("{}.0.q", shared_axes=(0,))}, "`names` has not"),
+        ({"q": Tensor("h.0.q")}, "is not in `names`"),
+        ({"q": Linear("{}.0.q", shared_axes=(0,))}, "is not in `names`"),
         ({"q": Linear("h.{}.q", shared_axes=(0,))}, "lacks some of the modules"),
         ({"q": Linear("h.{}.q", shared_axes=(0,), numbers=(0, 2))}, "lacks `h.2.q`"),
     ],

@@ -1,0 +1,114 @@
+"""HDF5 files: of arrays alone, each of which is in the file itself."""
+
+import contextlib
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._errors import AdapterFileError, about
+from .files import regular_file, replacing
+
+MAGIC = b"\x89HDF\r\n\x1a\n"
+_MOST = 100_000  # datasets and groups
+
+
+class Entry(NamedTuple):
+    """One array of a file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class Hdf5File:
+    """The arrays of an HDF5 file by path, read as a whole when the file is opened.
+
+    The format has links to other files, arrays that are made of others, and compressed ones that
+    are far larger than the file. Each of them is an error.
+    """
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        h5py = _import_h5py()
+        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
+        with about(path):
+            try:
+                with h5py.File(path, "r") as file:
+                    self._read(h5py, file, "")
+            except AdapterFileError:
+                raise
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+                raise AdapterFileError(f"is not a sound HDF5 file ({error}).") from error
+        self.entries = {name: Entry(x.dtype, x.shape) for name, x in self._arrays.items()}
+
+    def _read(self, h5py: Any, group: Any, begin: str) -> None:
+        for key in group:
+            name = f"{begin}{key}"
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise AdapterFileError(f"has `{name}`, a link. Only arrays in the file are read.")
+            found = group[key]
+            if len(self._arrays) > _MOST or begin.count("/") > 16:
+                raise AdapterFileError("has more groups than an adapter has.")
+            if isinstance(found, h5py.Group):
+                self._read(h5py, found, f"{name}/")
+            elif isinstance(found, h5py.Dataset):
+                self._arrays[name] = _array(name, found)
+            else:
+                raise AdapterFileError(f"has `{name}`, which is not an array.")
+
+    def view(self, name: str) -> np.ndarray[Any, Any]:
+        """An array."""
+        return self._arrays[name]
+
+
+def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
+    dtype = dataset.dtype
+    if dtype.kind not in "fiub" or dataset.is_virtual or dataset.external:
+        raise AdapterFileError(f"has `{name}`, which is not an array of numbers in the file.")
+    size = dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
+    if dataset.chunks is not None or dataset.id.get_storage_size() != size:
+        raise AdapterFileError(f"has `{name}` in a compressed form, or without all of its numbers.")
+    return np.asarray(dataset[()])
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Generator[Hdf5File]:
+    """An HDF5 file that has been read."""
+    file = Hdf5File(path)
+    with about(path):
+        yield file
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is of this format, by its first bytes."""
+    if path.is_dir():
+        return False
+    with open(regular_file(path), "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Replaces a file by these arrays, after it has been read back and found the same."""
+    h5py = _import_h5py()
+    with about(path), replacing(path) as unfinished:
+        with h5py.File(unfinished, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array)
+        written = Hdf5File(unfinished)
+        if written.entries.keys() != arrays.keys() or any(
+            written.view(name).tobytes() != np.asarray(x, order="C").tobytes()
+            for name, x in arrays.items()
+        ):
+            raise OSError(f"{path}: what was written does not read back the same")
+
+
+def _import_h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError('Keras\'s files need h5py: pip install "lorax-io[keras]"') from error
+    return h5py

@@ -1,0 +1,212 @@
+"""KerasHub's files: written and read again, told by their content, and fed with nonsense."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from lorax import LoraSpec
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    Conv,
+    Linear,
+    UnsupportedAdapterError,
+    load_adapter,
+    load_any,
+    open_adapter,
+    save_keras,
+)
+
+h5py = pytest.importorskip("h5py")
+
+AXES: dict[str, Any] = {"in_axes": (0, 1), "out_axes": (2,)}
+PARAMS = {"query": jnp.ones((16, 4, 6)), "out": jnp.ones((24, 5))}
+NAMES = {"query": Linear("11", **AXES), "out": Linear("3")}
+KERNEL = "lora/3/vars/lora_kernel_"
+
+
+def make(alpha=None, rank=3, spec=None):
+    spec = spec or {"query": LoraSpec(rank, alpha, **AXES), "out": LoraSpec(rank, alpha)}
+    frozen, tunable = lorax.init_lora(PARAMS, spec, jax.random.key(0), b_init="gaussian")
+    return lorax.Pair(frozen, tunable)
+
+
+@pytest.mark.parametrize("alpha", [None, 7])
+def test_a_file_comes_back(tmp_path, alpha):
+    pair, file = make(alpha), tmp_path / "a.lora.h5"
+    save_keras(file, pair.tunable, NAMES)
+    found = load_any(file, PARAMS, NAMES)
+    assert {row.scale for row in found.tunable.values()} == {1}
+    for path, weight in lorax.merge_params(pair).items():
+        np.testing.assert_allclose(lorax.merge_params(found)[path], weight, rtol=1e-6)
+    with h5py.File(file) as read:
+        assert read["lora/vars/rank"][()] == 3
+        assert read["lora/11/vars/lora_kernel_a"].shape == (16, 4, 3)
+        assert read["lora/11/vars/lora_kernel_b"].shape == (3, 6)
+    assert not [other for other in tmp_path.iterdir() if other != file]
+
+
+def test_the_command_opens_and_converts_it(shell, files):
+    save_keras("a.lora.h5", make().tunable, NAMES)
+    text = shell.succeed("inspect a.lora.h5")
+    assert "form: keras" in text and "rank: 3" in text and "scale: 1.0" in text
+    shell.succeed("convert a.lora.h5 adapter --to peft")
+    shell.succeed("convert adapter b.lora.h5 --to keras")
+    again = open_adapter("b.lora.h5")
+    assert {layout.module for layout in again.names.values()} == {"11", "3"}
+
+
+REFUSED = {
+    "two ranks": (
+        {"query": LoraSpec(3, **AXES), "out": LoraSpec(2)},
+        NAMES,
+        UnsupportedAdapterError,
+        "one rank",
+    ),
+    "another kind": (
+        {"query": lorax.IA3Spec(**AXES), "out": LoraSpec(2)},
+        NAMES,
+        UnsupportedAdapterError,
+        "plain LoRA",
+    ),
+    "other axes": (
+        {"query": LoraSpec(3, in_axes=(0,), out_axes=(1, 2)), "out": LoraSpec(3)},
+        NAMES,
+        UnsupportedAdapterError,
+        "the last axis of a kernel",
+    ),
+    "a name": (None, NAMES | {"out": Linear("output")}, AdapterMismatchError, "number of a layer"),
+    "a convolution": (None, NAMES | {"out": Conv("3")}, AdapterMismatchError, "not a Linear"),
+    "one number twice": (None, NAMES | {"out": Linear("11")}, AdapterMismatchError, "two param"),
+    "no layout": (None, {"out": Linear("3")}, AdapterMismatchError, "no module for `query`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_format_does_not_have_is_refused(tmp_path, case):
+    spec, names, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        save_keras(tmp_path / "a.lora.h5", make(spec=spec).tunable, names)
+    assert not list(tmp_path.iterdir())
+
+
+def spoil(file, change):
+    save_keras(file, make().tunable, NAMES)
+    with h5py.File(file, "r+") as opened:
+        change(opened)
+
+
+def put(name, array):
+    def change(file):
+        if name in file:
+            del file[name]
+        if array is not None:
+            file[name] = array
+
+    return change
+
+
+def link(target):
+    def change(file):
+        del file[f"{KERNEL}a"]
+        file[f"{KERNEL}a"] = target
+
+    return change
+
+
+def compressed(file):
+    del file[f"{KERNEL}a"]
+    file.create_dataset(f"{KERNEL}a", (24, 3), np.float32, compression="gzip", fillvalue=1)
+
+
+def without_numbers(file):
+    del file[f"{KERNEL}a"]
+    file.create_dataset(f"{KERNEL}a", (24, 3), np.float32)
+
+
+ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+SPOILED = {
+    "no rank": put("lora/vars/rank", None),
+    "a rank of text": put("lora/vars/rank", "3"),
+    "a rank of zero": put("lora/vars/rank", 0),
+    "a rank of a half": put("lora/vars/rank", 2.5),
+    "several ranks": put("lora/vars/rank", np.array([3, 3])),
+    "another rank": put("lora/vars/rank", 2),
+    "one kernel": put(f"{KERNEL}b", None),
+    "no kernels": put("lora/3", None),
+    "a kernel of one axis": put(f"{KERNEL}a", ones(3)),
+    "a second kernel of three axes": put(f"{KERNEL}b", ones(3, 2, 5)),
+    "an empty kernel": put(f"{KERNEL}a", ones(0, 3)),
+    "integers": put(f"{KERNEL}a", np.ones((24, 3), np.int32)),
+    "not finite": put(f"{KERNEL}a", ones(24, 3) * np.inf),
+    "another array": put("lora/3/vars/more", ones(2)),
+    "a layer of text": put("lora/x/vars/lora_kernel_a", ones(24, 3)),
+    "text": put("note", "hello"),
+    "a link to another file": link(h5py.ExternalLink("/etc/passwd", "x")),
+    "a link": link(h5py.SoftLink("/lora/11/vars/lora_kernel_a")),
+    "compressed": compressed,
+    "without its numbers": without_numbers,
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_is_not_sound_is_refused(tmp_path, case):
+    file = tmp_path / "a.lora.h5"
+    spoil(file, SPOILED[case])
+    names = NAMES if case != "no kernels" else {"query": NAMES["query"]}
+    if case == "no kernels":  # of one layer: the other is an adapter by itself
+        assert len(open_adapter(file).rows) == 1
+        return
+    with pytest.raises(AdapterError) as raised:
+        load_any(file, PARAMS, names)
+    assert str(raised.value).startswith(str(file))
+
+
+@pytest.mark.parametrize("end", [0, 4, 8, 100, 1000, -1])
+def test_a_file_that_was_cut_is_refused(tmp_path, end):
+    file = tmp_path / "a.lora.h5"
+    save_keras(file, make().tunable, NAMES)
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(AdapterFileError):
+        open_adapter(file)
+
+
+def test_bytes_that_were_changed_are_read_or_refused(tmp_path):
+    file, numbers = tmp_path / "a.lora.h5", np.random.default_rng(0)
+    save_keras(file, make().tunable, NAMES)
+    data = file.read_bytes()
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in numbers.integers(0, len(data), 3):
+            changed[place] = numbers.integers(0, 256)
+        file.write_bytes(changed)
+        try:
+            load_any(file, PARAMS, NAMES)
+        except AdapterError as error:
+            assert str(error).startswith(str(file))
+
+
+def test_other_files_of_keras_are_told_as_what_they_are(tmp_path):
+    file = tmp_path / "model.weights.h5"
+    with h5py.File(file, "w") as opened:
+        opened["layers/dense/vars/0"] = ones(3, 2)
+    with pytest.raises(AdapterFileError, match="is an HDF5 file with tensors such as `layers/"):
+        open_adapter(file)
+    with pytest.raises(AdapterFileError, match="is an HDF5 file"):
+        load_adapter(file, params=PARAMS)
+
+
+def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "a.lora.h5"
+    save_keras(file, make().tunable, NAMES)
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    for use in (lambda: open_adapter(file), lambda: save_keras(file, make().tunable, NAMES)):
+        with pytest.raises(ImportError, match=r"lorax-io\[keras\]"):
+            use()
+    assert pathlib.Path(file).exists()
