@@ -260,6 +260,10 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"weight_packed": np.ones((4, 2), np.int32), "weight_scale": np.ones((4, 1), np.float32),
          "weight_shape": np.array([4, 99])}, {}, r"`up.weight_packed` \(4, 2\) for a weight of",
     ),
+    "no groups": (
+        {"weight_packed": np.ones((4, 0), np.uint8), "weight_scale": np.ones((4, 1), np.uint8)},
+        {}, r"`up.weight_scale` of shape \(4, 1\) beside a weight of \(4, 0\)",
+    ),
     "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not read"),
     "format": (fp8()[0], {"anew": None, "params": {"up": jnp.ones(3)}}, "fit"),
 }  # fmt: skip

@@ -29,7 +29,7 @@ from .blocks import (
     targets,
     with_along,
 )
-from .codings import Coded, Decoded
+from .codings import Coded, Decoded, fitting
 from .codings.coding import Part
 from .sources import Source, Weight, needed
 
@@ -73,6 +73,19 @@ def load_parameter(
     for index, module in place.modules.items():
         found[index] = needed(source, module, place.layout.parameter)
         check_shape(place, module, found[index].shape)
+    with fitting(place.path):
+        return _loaded(source, place, found, dtype, anew, where, told)
+
+
+def _loaded(
+    source: Source,
+    place: Place,
+    found: Mapping[tuple[int, ...], Weight],
+    dtype: Any,
+    anew: Format | str | None,
+    where: Sharding | None,
+    told: Told,
+) -> Any:
     first = next(iter(found.values()))
     if isinstance(first, Coded):
         coded = {index: row for index, row in found.items() if isinstance(row, Coded)}

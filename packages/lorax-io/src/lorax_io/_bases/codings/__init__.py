@@ -1,7 +1,14 @@
 """Codings: how other libraries store quantized weights, one module each."""
 
 from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
-from .coding import Coded as Coded, Decoded as Decoded, Finder, Found as Found, Tensors as Tensors
+from .coding import (
+    Coded as Coded,
+    Decoded as Decoded,
+    Finder,
+    Found as Found,
+    Tensors as Tensors,
+    fitting as fitting,
+)
 
 # The first that finds a weight counts.
 CODINGS: dict[str, Finder] = {
@@ -18,5 +25,6 @@ CODINGS: dict[str, Finder] = {
 
 def find_coded(tensors: Tensors, module: str, parameter: str) -> Found | None:
     """The codes of a weight, where it has some that can be read."""
-    found = (find(tensors, module, parameter) for find in CODINGS.values())
-    return next((coded for coded in found if coded is not None), None)
+    with fitting(f"{module}.{parameter}"):
+        found = (find(tensors, module, parameter) for find in CODINGS.values())
+        return next((coded for coded in found if coded is not None), None)

@@ -4,11 +4,13 @@ A coding finds the tensors of a weight and says what each array of a format of `
 of. Every array is read by rows, so that no more than some of them are unpacked at a time.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lorax import LoraxError
 from lorax.bases import Format
 
 from ..._errors import AdapterFileError, UnsupportedAdapterError
@@ -91,6 +93,18 @@ Found = Coded | Decoded
 Finder = Callable[[Tensors, str, str], Found | None]
 
 
+@contextlib.contextmanager
+def fitting(name: str) -> Generator[None]:
+    """A block in which tensors of a stranger's file that do not fit each other are its fault."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        if isinstance(error, LoraxError):
+            raise
+        message = f"has tensors of `{name}` that do not fit each other: {error}."
+        raise AdapterFileError(message) from error
+
+
 def whole(array: Array, grains: tuple[int, ...], dtype: Any = None) -> Part:
     """A part that is an array of the file as it is."""
     dtype = array.dtype if dtype is None else dtype
@@ -105,7 +119,7 @@ def stored(**arrays: tuple[str, Array]) -> dict[str, tuple[str, tuple[int, ...],
 def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     """How many entries share a scale along each axis, from the shapes of weight and scales."""
     if len(scales) != len(shape) or any(
-        count < 1 or size % count and count != 1 for size, count in zip(shape, scales, strict=False)
+        not 0 < count <= size or size % count for size, count in zip(shape, scales, strict=False)
     ):
         raise AdapterFileError(f"has `{name}` of shape {scales} beside a weight of {shape}.")
     return tuple(size // count for size, count in zip(shape, scales, strict=True))
