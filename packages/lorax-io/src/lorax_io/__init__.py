@@ -36,6 +36,7 @@ from ._layouts import (
     Layout as Layout,
     Linear as Linear,
     Names as Names,
+    Parameter as Parameter,
     Tensor as Tensor,
 )
 from ._names import (
@@ -60,6 +61,7 @@ __all__ = [
     "Linear",
     "Names",
     "OpenedAdapter",
+    "Parameter",
     "Tensor",
     "UnsupportedAdapterError",
     "flax_names",

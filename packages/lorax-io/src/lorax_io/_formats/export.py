@@ -11,7 +11,7 @@ from lorax import Adapter, DoraWeight
 from .._disk.arrays import to_host
 from .._disk.progress import track
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import Embedding, Experts, Layout, Layouts
+from .._layouts import Embedding, Layout, Layouts
 from .._places import Array, Place, axes_of, pack
 from .._shapes import padded_shape
 from .._tree import is_array, near, param_leaves, tunable_rows
@@ -133,7 +133,7 @@ def layout_of(names: Layouts, path: str) -> Layout:
 
 def _place(layout: Layout, path: str, weight: Adapter) -> Place:
     """Where an adapted parameter is, of which only what its factors run along is known."""
-    place = layout.at(path, padded_shape(weight))
+    place = layout.fitted(weight.axes).at(path, padded_shape(weight))
     if place.axes != weight.axes:
         ours, theirs = weight.axes, place.axes
         raise AdapterMismatchError(
@@ -189,7 +189,7 @@ def _add(tensors: dict[str, Array], name: str, tensor: Array) -> None:
 def _targets(
     modules: Sequence[Module], names: Layouts, ends: Sequence[str] | None
 ) -> dict[str, Any]:
-    parameters = sorted(m.name for m in modules if isinstance(m.place.layout, Experts))
+    parameters = sorted(m.name for m in modules if m.place.layout.by_parameter)
     adapted = {module.name for module in modules} - set(parameters)
     targets = sorted(adapted if ends is None else ends)
     config = PeftConfig(target_modules=targets)

@@ -131,7 +131,7 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def check_flat(place: Place, called: str) -> None:
     """Refuses layouts that PEFT has no such adapter for."""
-    if place.layout.stacked_in_tensor or not place.factors:
+    if place.layout.by_parameter or not place.factors:
         raise UnsupportedAdapterError(
             f"`{place.path}` has {called}, which PEFT does not have for a layout "
             f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
