@@ -52,7 +52,7 @@ def main(arguments=None):
     in_peft = difference(peft_logits(module, theirs.folder, theirs.batch), theirs.logits)
 
     scores = {"before": ours.before, "after": ours.after}
-    scores |= {"transformers: before": theirs.before, "after ": theirs.after}
+    scores |= {"transformers before": theirs.before, "transformers after": theirs.after}
     show_scores(job.title, scores | {"naive Bayes": job.naive_bayes()})
     for model, parts in seconds.items():
         show_seconds(parts, f"Wall time, {model}")

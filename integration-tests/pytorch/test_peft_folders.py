@@ -3,11 +3,20 @@
 A sample of the types that `nox -s sweep-torch` runs, by the same code.
 """
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import peft
 import pytest
+import torch
+import transformers
 from peft.utils import constants
 from sweep.trial import try_model
 
+import lorax
+import lorax_hf
+import lorax_io
+from lorax import testing
 from lorax_hf._torch._targets import DEFAULT_TARGETS
 
 SAMPLE = {
@@ -31,6 +40,51 @@ def test_types(title):
     assert not finding.unlike
     assert finding.merged <= 1e-5
     assert finding.peft is not None and finding.peft <= 1e-4
+
+
+# PEFT 0.21 asks transformers 5.24 for an attribute that it has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("by_us", [True, False], ids=["we write", "PEFT writes"])
+def test_a_router(by_us, tmp_path):
+    """A matrix whose module is of no class that PEFT knows, by `target_parameters`."""
+    config = transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    torch.manual_seed(0)
+    module = transformers.MixtralForCausalLM(config).eval()
+    fn, params = lorax_hf.from_torch(module)
+    names = lorax_hf.peft_names(module)
+    if by_us:
+        ids = jnp.arange(8).reshape(2, 4)
+        spec = lorax_hf.spec(fn, rank=2, targets=["mlp.gate"], inputs=(ids,))
+        pair = lorax.init_lora(params, spec, jax.random.key(0))
+        tunable = testing.random_factors(pair.tunable, jax.random.key(1))
+        lorax_io.save_peft(tmp_path, tunable, names, task_type="CAUSAL_LM")
+    else:
+        options = peft.LoraConfig(
+            r=2, lora_alpha=3, target_modules=[], target_parameters=["mlp.gate.weight"]
+        )
+        theirs = peft.get_peft_model(module, options)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_()
+        theirs.save_pretrained(tmp_path)
+        module = theirs.unload()
+    pair = lorax_io.load_peft(tmp_path, params, names)
+    assert sum(leaf is not None for leaf in jax.tree.leaves(pair.tunable)) == 4
+    merged = lorax.merge_params(*pair)
+    whole = peft.PeftModel.from_pretrained(module, tmp_path).merge_and_unload().state_dict()
+    for name, array in merged.items():
+        np.testing.assert_allclose(array, whole[name].numpy(), atol=1e-5, err_msg=name)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert jnp.abs(merged[gate] - params[gate]).max() > 0.1
 
 
 def test_the_default_targets_are_those_of_peft():

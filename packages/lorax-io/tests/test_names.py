@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, strategies as st
 
+import lorax
 from lorax_io import (
     AdapterFileError,
     AdapterMismatchError,
@@ -18,6 +19,7 @@ from lorax_io import (
     Embedding,
     Experts,
     Linear,
+    Parameter,
     Tensor,
     flax_names,
     read_names,
@@ -95,6 +97,7 @@ LAYOUTS = {
     "stacked experts": Experts(
         "h.{}.mlp", shared_axes=(0, 1), parameter="up", swapped=False, numbers=(4,)
     ),
+    "parameter": Parameter("h.{}.p", **STACK, parameter="w", order=2),
     "tensor": Tensor("h.{}.n", **STACK, parameter="w", flat=True),
     "plain/é": Linear("é"),
     "default": Tensor("n"),
@@ -186,6 +189,16 @@ def test_there_is_a_number_for_each_module_of_a_stack():
     assert layout.at("q", (2, 5, 4)).modules == {(0,): "h.3.q", (1,): "h.1.q"}
     with pytest.raises(AdapterMismatchError, match=r"numbers 2 modules, and it stacks \[3\]"):
         _ = layout.at("q", (3, 5, 4)).modules
+
+
+def test_either_axis_of_a_parameter_may_be_the_input():
+    plain = Parameter("p", parameter="w")
+    turned = plain.fitted(lorax.Axes((), (0,), (1,)))
+    first, second = ([factor[1:] for factor in x.at("p", (5, 3)).factors] for x in (plain, turned))
+    assert first == [("a", ((-1,), (1,))), ("b", ((0,), (-1,)))]
+    assert second == [("b", ((-1,), (1,))), ("a", ((0,), (-1,)))]
+    said = Parameter("p", parameter="w", in_axes=(1,), out_axes=(0,))
+    assert said.fitted(lorax.Axes((), (0,), (1,))) is said
 
 
 def test_a_module_is_needed(file):

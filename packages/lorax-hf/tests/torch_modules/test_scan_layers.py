@@ -86,7 +86,7 @@ def test_names_are_those_of_single_layers(models):
         "layout": "Experts",
         "module": "model.layers.{}.mlp.experts",
         "parameter": "down_proj",
-        "order": 1,
+        "order": 2,
         "in_axes": [2],
         "out_axes": [3],
         "shared_axes": [0, 1],

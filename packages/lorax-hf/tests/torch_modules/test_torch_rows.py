@@ -155,9 +155,15 @@ def test_names():
     assert names["embed.weight"]["layout"] == "Embedding"
     assert names["window.weight"]["channel_axis"] == 1 and "grouped" not in names["window.weight"]
     assert names["groups.weight"]["grouped"] is True
-    for path in ("across.weight", "scores", "head.bias"):
+    for path in ("across.weight", "head.bias"):
         module, _, parameter = path.rpartition(".")
         assert names[path] == {"layout": "Tensor", "module": module, "parameter": parameter}
+    assert names["scores"] == {
+        "layout": "Parameter",
+        "module": "",
+        "parameter": "scores",
+        "order": 0,
+    }
     experts = lorax_hf.peft_names(tiny_torch.causal("mixtral"))
     assert experts[f"{LAYER}mlp.experts.down_proj"] == {
         "layout": "Experts",

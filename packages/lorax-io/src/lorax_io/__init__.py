@@ -40,6 +40,7 @@ from ._layouts import (
     Layout as Layout,
     Linear as Linear,
     Names as Names,
+    Parameter as Parameter,
     Tensor as Tensor,
 )
 from ._names import (
@@ -64,6 +65,7 @@ __all__ = [
     "Linear",
     "Names",
     "OpenedAdapter",
+    "Parameter",
     "Tensor",
     "UnsupportedAdapterError",
     "flax_names",

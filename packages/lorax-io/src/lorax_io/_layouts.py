@@ -1,4 +1,4 @@
-"""How PyTorch stores a parameter: `Linear`, `Embedding`, `Conv`, `Experts`, `Tensor`.
+"""How PyTorch stores a parameter: `Linear`, `Embedding`, `Conv`, `Experts` and others.
 
 A layout says of each axis of a tensor in PyTorch which axes of the parameter it is made of. `at`
 resolves it against one parameter; a `Place` is all that reading and writing need.
@@ -43,6 +43,11 @@ class Layout:
 
     stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that lie within one tensor
     fan_in_fan_out: ClassVar[bool] = False
+    by_parameter: ClassVar[bool] = False  # whether PEFT adapts it through `target_parameters`
+
+    def fitted(self, axes: Axes) -> "Layout":
+        """The same for an adapter with these axes, where the layout leaves them open."""
+        return self
 
     def inputs(self, roles: Axes) -> Groups:
         """The input axes of a tensor in PyTorch: one, and those of a window."""
@@ -210,6 +215,7 @@ class Experts(Layout):
     swapped: bool | None = None
 
     stacked_in_tensor: ClassVar[int] = 1
+    by_parameter: ClassVar[bool] = True
 
     def with_swapped(self, swapped: bool) -> "Experts":
         """The same, where it is known whether PEFT swapped inputs and outputs."""
@@ -228,6 +234,44 @@ class Experts(Layout):
         return (
             Factor("lora_A.weight", first, ((experts, RANK), inputs)),
             Factor("lora_B.weight", second, (outputs, (RANK, experts))),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter(Layout):
+    """A matrix in a module of any other class, such as the router of a mixture of experts.
+
+    PEFT adapts it through `target_parameters`, and takes its last axis for the inputs. Unless
+    `in_axes` and `out_axes` say so, either axis may be the adapter's input: the delta is the same.
+
+    Args:
+        order: where the module has several such parameters, their order in it.
+    """
+
+    order: int = 0
+
+    by_parameter: ClassVar[bool] = True
+
+    def fitted(self, axes: Axes) -> "Parameter":
+        if self.in_axes is not None or self.out_axes is not None:
+            return self
+        return dataclasses.replace(self, in_axes=axes.inputs, out_axes=axes.outputs)
+
+    def _roles(self, path: str, ndim: int) -> Axes:
+        is_open = self.in_axes is None and self.out_axes is None
+        layout = self.fitted(Axes((), (-1,), (-2,))) if is_open else self
+        return super(Parameter, layout)._roles(path, ndim)
+
+    def whole(self, roles: Axes) -> Groups:
+        first, second = sorted((roles.outputs, roles.inputs))
+        return first, second
+
+    def factors(self, roles: Axes) -> tuple[Factor, ...]:
+        first, second = self.whole(roles)
+        of_second, of_first = ("a", "b") if second == roles.inputs else ("b", "a")
+        return (
+            Factor("lora_A.weight", of_second, ((RANK,), second)),
+            Factor("lora_B.weight", of_first, (first, (RANK,))),
         )
 
 
@@ -261,7 +305,8 @@ class Tensor(Layout):
 
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.__name__: layout for layout in (Linear, Conv1D, Embedding, Conv, Experts, Tensor)
+    layout.__name__: layout
+    for layout in (Linear, Conv1D, Embedding, Conv, Experts, Parameter, Tensor)
 }
 
 Layouts = Mapping[str, Layout]

@@ -93,7 +93,7 @@ class Place:
 
     def pattern_name(self, module: str) -> str:
         """The name by which PEFT targets a module, or one parameter of a module of experts."""
-        return f"{module}.{self.layout.parameter}" if self.layout.stacked_in_tensor else module
+        return f"{module}.{self.layout.parameter}" if self.layout.by_parameter else module
 
     def with_layout(self, layout: "Layout") -> "Place":
         """The same parameter in another layout."""

@@ -18,7 +18,7 @@ from ._layers import Run, Stack, inside, members_of, runs_in
 from ._quantized import refuse_quantized
 from ._state import state_of, tied_names
 from ._targets import DEFAULT_TARGETS
-from ._weights import Weight, weight_of
+from ._weights import Weight, order_of, weight_of
 
 # Names of modules, or of classes, that hold the products of attention, and those of feed-forward
 # networks; where both are on the way to a weight, the innermost counts.
@@ -100,6 +100,8 @@ class _Rows:
         weight = weight_of(owner, name)
         if weight is None:
             layout: dict[str, Any] = {"layout": "Tensor", "module": module, "parameter": name}
+            if len(shape) == 2:
+                layout |= {"layout": "Parameter", "order": order_of(owner, name)}
             unsure = sum(size > 1 for size in shape) > 1
             return Row(path, module, shape, None, layout, frozenset(), unsure, type(owner).__name__)
         layout = {**weight.layout, "module": module}

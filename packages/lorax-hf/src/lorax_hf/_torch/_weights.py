@@ -56,9 +56,14 @@ def _experts(module: Any, name: str, parameter: torch.Tensor) -> Weight:
     """A parameter (experts, out, in), or (experts, in, out) where the class says so."""
     transposed = getattr(module, "is_transposed", False)
     axes = Axes((0,), (1,), (2,)) if transposed else Axes((0,), (2,), (1,))
-    stacks = [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
     out_first = {} if transposed else {"out_first": True}
-    return _of("experts", "Experts", axes, parameter=name, order=stacks.index(name), **out_first)
+    order = order_of(module, name)
+    return _of("experts", "Experts", axes, parameter=name, order=order, **out_first)
+
+
+def order_of(module: nn.Module, name: str) -> int:
+    """Where a parameter is among those of its module, which PEFT wraps in this order."""
+    return [key for key, _ in module.named_parameters(recurse=False)].index(name)
 
 
 def _of(kind: str, layout: str, axes: Axes, **more: Any) -> Weight:

@@ -10,7 +10,7 @@ from lorax import Adapter, DoraWeight, Pair, TokensWeight
 from .._disk.arrays import to_host
 from .._disk.progress import track
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import Embedding, Experts, Layout, Layouts
+from .._layouts import Embedding, Layout, Layouts
 from .._places import Array, Factor, Place, axes_of, pack
 from .._shapes import complete, padded_shape
 from .._tree import Held, is_array, near, pair_rows, param_leaves
@@ -183,7 +183,8 @@ def _bases(tunable: Any, params: Any) -> dict[str, Any]:
 
 def _place(layout: Layout, path: str, weight: Adapter, base: Any) -> Place:
     """Where an adapted parameter is; without its base, only what its factors run along is known."""
-    place = layout.at(path, base.shape if is_array(base) else padded_shape(weight))
+    shape = base.shape if is_array(base) else padded_shape(weight)
+    place = layout.fitted(weight.axes).at(path, shape)
     if place.axes != weight.axes:
         ours, theirs = weight.axes, place.axes
         raise AdapterMismatchError(
@@ -228,7 +229,7 @@ def _targets(
 ) -> dict[str, Any]:
     rows = tuner.beside(modules)
     modules = [module for module in modules if module not in rows]
-    parameters = sorted(m.name for m in modules if isinstance(m.place.layout, Experts))
+    parameters = sorted(m.name for m in modules if m.place.layout.by_parameter)
     adapted = {module.name for module in modules} - set(parameters)
     targets = sorted(adapted if ends is None else ends)
     config = PeftConfig(target_modules=targets)

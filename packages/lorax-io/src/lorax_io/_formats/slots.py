@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .._bases.ties import is_embedding, is_head
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import MAGNITUDE, Embedding, Experts, Layout, tensor_name
+from .._layouts import MAGNITUDE, Embedding, Layout, tensor_name
 from .._places import Place, packed_shape
 from .._tree import near
 from .biases import is_bias
@@ -105,7 +105,7 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         (module, place)
         for place in places.values()
         for module in place.modules.values()
-        if isinstance(place.layout, Experts) and source.tuner.targets(source.config, place, module)
+        if place.layout.by_parameter and source.tuner.targets(source.config, place, module)
     ]
     depths = wrapper_depths(experts)
     wrapped = {module for module, _ in experts}
@@ -117,7 +117,7 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         for index, module in place.modules.items():
             prefix = factor_prefix(place, module, depths)
             keys = {f"{prefix}.{key}": key for key in adaptable}
-            if isinstance(place.layout, Experts) and place.pattern_name(module) not in depths:
+            if place.layout.by_parameter and place.pattern_name(module) not in depths:
                 if module in wrapped | unwrapped:
                     keys = {}  # the factors of these experts are of another of their parameters
                 unwrapped.add(module)

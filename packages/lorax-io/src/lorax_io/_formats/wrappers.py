@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterable, Mapping
 
-from .._layouts import Experts
+from .._layouts import Experts, Parameter
 from .._places import Place
 
 
@@ -17,7 +17,7 @@ def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
     """
     of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for module, place in places:
-        if isinstance(place.layout, Experts):
+        if isinstance(place.layout, Experts | Parameter):
             of_module[module][place.layout.order] = place.pattern_name(module)
     return {
         parameters[order]: depth

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from lorax import Adapter
 
 from ...._errors import UnsupportedAdapterError
-from ...._layouts import Experts, Layouts, Linear
+from ...._layouts import Layouts, Linear
 from ...._places import Array, Factor, Place
 from ..config import PeftConfig
 from ..patterns import suffixes
@@ -107,7 +107,7 @@ class Tuner:
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
         """Whether the config says that a module is adapted; None where it does not say."""
-        if isinstance(place.layout, Experts):
+        if place.layout.by_parameter:
             return config.targets_parameter(place.pattern_name(module))
         return config.targets(module)
 
@@ -232,7 +232,7 @@ def check_linear(place: Place, called: str) -> None:
 
 def check_flat(place: Place, called: str) -> None:
     """Refuses layouts that PEFT has no such adapter for."""
-    if place.layout.stacked_in_tensor or not place.factors:
+    if place.layout.by_parameter or not place.factors:
         raise UnsupportedAdapterError(
             f"`{place.path}` has {called}, which PEFT does not have for a layout "
             f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
