@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from . import _contract
-from ._coded import CodedArray, is_coded, reading
+from ._coded import CodedArray, is_coded
 from ._meter import Meter
+from ._reading import reading
 from ._sharding import sharded_like
 from ._terms import Inexpressible, Labels, Term, align, apart
 from ._turn import Turn

@@ -288,6 +288,25 @@ def test_corda_of_the_smallest_and_of_the_largest_values():
     np.testing.assert_allclose((a * values[None]) @ b, PARAMS["out"], atol=1e-4)
 
 
+def test_lora_ga_draws_the_same_vectors_for_both_sides():
+    spec = specs(LoraGAStart("random", "unit")) | {"layers": LORA_FREEZE}
+    collected = collect_starts(loss, PARAMS, spec, BATCHES)
+    kept = {name: np.asarray(x[0]) for name, x in collected["out"].items()}
+    drawn = set()
+    for seed in range(8):
+        key = jax.random.key(seed)
+        frozen, tunable = init_lora(PARAMS, spec, key, collected=collected)
+        picked = np.argmax(np.abs(kept["inputs"].T @ np.asarray(tunable["out"].a)), 0)
+        assert len(set(picked)) == 2
+        np.testing.assert_allclose(tunable["out"].a, kept["inputs"][:, picked], atol=1e-6)
+        expected = kept["values"][picked, None] * kept["outputs"][picked]
+        np.testing.assert_allclose(tunable["out"].b, expected, atol=1e-6)
+        merged = merge_params(frozen, tunable)["out"]
+        np.testing.assert_allclose(merged, PARAMS["out"], atol=1e-5)
+        drawn.add(tuple(picked))
+    assert len(drawn) > 2
+
+
 def test_lora_ga_has_the_vectors_of_the_gradient():
     spec = specs(LoraGAStart(scale="unit"))
     collected = collect_starts(loss, PARAMS, spec, BATCHES)

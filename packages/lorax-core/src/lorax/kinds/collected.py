@@ -34,7 +34,7 @@ class CollectedStart:
         """What is kept of the moments or of the gradient of one matrix."""
         raise NotImplementedError
 
-    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+    def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """The first factors of one matrix; None for a `b` of zeros."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class EvaStart(CollectedStart):
             "ratios": squares / total,
         }
 
-    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+    def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """The first components."""
         a = kept["components"][:, :rank]
         if self.whiten:
@@ -167,13 +167,13 @@ class CordaStart(CollectedStart):
         back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
         return {"inputs": back.T, "values": values, "outputs": left.T}
 
-    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+    def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """Both sides take the root of the values."""
         root = jnp.sqrt(kept["values"] / scale)
         return kept["inputs"] * root[None], root[:, None] * kept["outputs"]
 
 
-Direction = Literal["ArBr", "A2rBr", "ArB2r"]
+Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
 
 
@@ -188,7 +188,8 @@ class LoraGAStart(CollectedStart):
 
     Args:
         direction: which half: "ArB2r" gives the first to `a` and the second to `b`, "A2rBr" the
-            other way about, and "ArBr" every second one, the first of them to `b`.
+            other way about, "ArBr" every second one, the first of them to `b`, and "random" to both
+            the same vectors, drawn with the key of `init_lora`.
         scale: of `b`: "stable" is `fan_out^¼ / √stable_gamma`; "weight_svd" makes its first value
             that of the weight; "gd_scale" divides both factors by the scale of LoRA; "unit" leaves
             them.
@@ -208,9 +209,8 @@ class LoraGAStart(CollectedStart):
 
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
         """Refuses more vectors than a gradient has."""
-        _check_choice(
-            path, "a LoraGAStart of direction", self.direction, ("ArBr", "A2rBr", "ArB2r")
-        )
+        directions = ("ArBr", "A2rBr", "ArB2r", "random")
+        _check_choice(path, "a LoraGAStart of direction", self.direction, directions)
         scales = ("stable", "weight_svd", "gd_scale", "unit")
         _check_choice(path, "a LoraGAStart of scale", self.scale, scales)
         gamma: Any = self.stable_gamma
@@ -234,12 +234,15 @@ class LoraGAStart(CollectedStart):
             kept["weight"] = leading_vectors(matrix, 1)[1][0]
         return kept
 
-    def factors(self, kept: Reduced, rank: int, scale: float) -> Factors:
+    def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """One half of the vectors each."""
+        every = jnp.arange(2 * rank)
+        drawn = jax.random.permutation(key, every)[:rank]
         of_a, of_b = {
-            "ArBr": (slice(1, None, 2), slice(0, None, 2)),
-            "A2rBr": (slice(rank, None), slice(rank)),
-            "ArB2r": (slice(rank), slice(rank, None)),
+            "ArBr": (every[1::2], every[::2]),
+            "A2rBr": (every[rank:], every[:rank]),
+            "ArB2r": (every[:rank], every[rank:]),
+            "random": (drawn, drawn),
         }[self.direction]
         a, values = kept["inputs"][:, of_a], kept["values"][of_b]
         b = values[:, None] * kept["outputs"][of_b]

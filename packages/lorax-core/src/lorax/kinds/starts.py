@@ -97,8 +97,8 @@ def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Sta
     fan_in, fan_out = start.axes.sizes(shape)
     count = math.prod(shape[d] for d in start.axes.shared)
     try:
-        factors = jax.vmap(lambda kept: init.factors(kept, rank, scale))(kept)
-        a, b = factors
+        keys = jax.random.split(start.key, count)
+        a, b = jax.vmap(lambda kept, key: init.factors(kept, rank, scale, key))(kept, keys)
         b = jnp.zeros((count, rank, fan_out)) if b is None else b
         fits = (a.shape, b.shape) == ((count, fan_in, rank), (count, rank, fan_out))
     except (KeyError, TypeError, ValueError):

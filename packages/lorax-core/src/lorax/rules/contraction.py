@@ -29,10 +29,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._coded import reading
 from .._contract import Operand, contract
 from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._paid import pay, with_dropout_on
+from .._reading import reading
 from .._registry import defrule
 from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
 

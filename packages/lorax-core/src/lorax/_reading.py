@@ -1,0 +1,81 @@
+"""Equations that read a weight that is held as codes: it is an array there, and nowhere else.
+
+Under `jax.checkpoint` such an equation keeps the codes for the backward pass, and nothing that was
+made of them; behind a barrier no compiler decodes a weight before its turn.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from . import _compat
+from ._coded import array_of, is_coded
+
+
+def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """An equation on arrays, some of which are decoded for it, and for it alone."""
+    if eqn.effects:
+        return _compat.bind(eqn, *map(array_of, operands))
+    leaves, structure = jax.tree.flatten(tuple(map(_unnamed, operands)))
+    params = tuple(eqn.params.items())
+    try:
+        function = _consumer(eqn.primitive, params, structure)
+    except TypeError:  # a parameter that cannot be hashed
+        function = _consumer.__wrapped__(eqn.primitive, params, structure)
+    return function(*leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _consumer(primitive: Any, params: Any, structure: Any) -> Callable[..., list[Any]]:
+    """One function for all equations that are alike, which JAX then traces once."""
+
+    def function(*operands: Any) -> list[Any]:
+        return _compat.bind_params(primitive, dict(params), *map(array_of, operands))
+
+    return _recomputed(function, f"{primitive.name}_of_codes", structure)
+
+
+def reading(function: Callable[..., Any], *operands: Any) -> Any:
+    """`function(*arrays)`, computed anew in the backward pass where an operand is coded."""
+    if not any(map(is_coded, operands)):
+        return function(*operands)
+    leaves, structure = jax.tree.flatten(tuple(map(_unnamed, operands)))
+    called = lambda *operands: function(*map(array_of, operands))  # noqa: E731
+    return _recomputed(called, "of_codes", structure)(*leaves)
+
+
+def decoded(base: Any) -> jax.Array:
+    """The array of a base, decoded again in the backward pass."""
+    if not is_coded(base):
+        return base
+    leaves, structure = jax.tree.flatten(base.unnamed())
+    return _decoder(structure)(*leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoder(structure: Any) -> Callable[..., jax.Array]:
+    return _recomputed(array_of, "decoded", structure, several=False)
+
+
+def _unnamed(operand: Any) -> Any:
+    return operand.unnamed() if hasattr(operand, "unnamed") else operand
+
+
+def _recomputed(
+    function: Callable[..., Any], name: str, structure: Any, several: bool = True
+) -> Callable[..., Any]:
+    def flat(*leaves: Any) -> Any:
+        # Codes are there from the start: without this a compiler decodes all weights at once.
+        held = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
+        waited = jax.lax.optimization_barrier([leaves[k] for k in held])
+        every = dict(enumerate(leaves)) | dict(zip(held, waited, strict=True))
+        operands = jax.tree.unflatten(structure, list(every.values()))
+        return function(*operands) if several else function(operands)
+
+    flat.__name__ = flat.__qualname__ = name
+    nothing = jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(flat, prevent_cse=True, policy=nothing)

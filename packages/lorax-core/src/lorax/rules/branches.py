@@ -1,0 +1,75 @@
+"""Branches: a weight comes out of a `cond` where every branch returns the same kind of it."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+from .._factored import is_weight
+from .._registry import defrule
+from .calls import with_sources
+
+
+@defrule("cond", gains=True)
+def _cond(eqn, index, *args, branches, branches_platforms=None):
+    if is_weight(index):
+        return NotImplemented
+    args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
+    alike = None
+
+    def finish(inside, outs):
+        # A weight comes out as one where every branch returns the same kind of it.
+        return (
+            outs
+            if alike is None
+            else [
+                out if same else inside.materialize(out)
+                for out, same in zip(outs, alike, strict=True)
+            ]
+        )
+
+    bodies = [eqn.body(branch, finish) for branch in branches]
+    traced = [_traced(body, args) for body in bodies]
+    outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
+    alike = [len(set(kinds)) == 1 for kinds in outs]
+    if not all(alike):
+        traced = [_traced(body, args) for body in bodies]
+    leaves = jax.tree.leaves(args)
+    functions = [function for function, _, _ in traced]
+    if branches_platforms is None:
+        flat = jax.lax.switch(index, functions, *leaves)
+    else:
+        keywords: dict[str, Any] = {}
+        for platforms, function in zip(branches_platforms, functions, strict=True):
+            for platform in platforms or ("default",):
+                keywords[platform] = function
+        flat = jax.lax.platform_dependent(*leaves, **keywords)
+    flat = iter(flat)
+    outs = [
+        jax.tree.unflatten(kind[0], [next(flat) for _ in range(kind[0].num_leaves)])
+        for kind in traced[0][1]
+    ]
+    # Whichever branch is taken, the weight may be the one that any of them returns.
+    names = zip(*(names for _, _, names in traced), strict=True)
+    return with_sources(outs, (tuple(dict.fromkeys(itertools.chain(*each))) for each in names))
+
+
+def _traced(body, args):
+    """A branch as a function of flat arrays, the kinds of its outputs, and their weights."""
+    structure = jax.tree.structure(args)
+    kinds, names = [], []
+
+    def flat(*leaves):
+        outs = body(*jax.tree.unflatten(structure, leaves))
+        names[:] = [found for out in outs if is_weight(out) for found in out.sources]
+        outs = with_sources(outs, itertools.repeat(()))
+        kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
+        return jax.tree.leaves(outs)
+
+    closed = jax.make_jaxpr(flat)(*jax.tree.leaves(args))
+    return jex.jaxpr_as_fun(closed), kinds, names
+
+
+def _shapes(out) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out))
