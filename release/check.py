@@ -13,6 +13,9 @@ from website.versions import PROJECTS, ROOT
 
 from release.notes import notes
 
+# In place of the account that hosts the repository until there is one.
+PLACEHOLDER = "OWNER"
+
 # Files that name the repository, which pyproject.toml of the core defines.
 NAME_THE_REPOSITORY = ["README.md", "mkdocs.yml", "SECURITY.md", "docs/install.md", "docs/index.md"]
 
@@ -51,6 +54,8 @@ def faults(tag: str | None, offline: bool) -> Iterator[str]:
     for name in NAME_THE_REPOSITORY:
         if addresses["Source"] not in (ROOT / name).read_text(encoding="utf-8"):
             yield f"{name} does not name {addresses['Source']}"
+    if tag and f"/{PLACEHOLDER}/" in addresses["Source"]:
+        yield f"{addresses['Source']} does not say which account hosts the repository"
     if tag and tag != f"v{version}":
         yield f"the tag is {tag}, and the version {version}"
     if tag and not notes(version):
