@@ -36,13 +36,13 @@ def static(default: Any = dataclasses.MISSING, **options: Any) -> Any:
 
 
 class Layout(NamedTuple):
-    """How factors lie along the axes of a weight.
+    """How factors run along the axes of a weight.
 
     Attributes:
         out: the labels of each of the weight's axes, most significant first.
         factors: the labels of each trained factor, by its name.
         held: the same of each factor that is frozen.
-        gains: the names of those that multiply the sum and are no part of a delta.
+        gains: the names of those that multiply the sum and are not part of a delta.
     """
 
     out: tuple[Labels, ...]
@@ -65,7 +65,7 @@ def sizes(labels: Sequence[Label]) -> tuple[int, ...]:
 
 
 class Labeled(NamedTuple):
-    """The labels of a weight's axes by their roles; `inner(k, size)` is one that it has not."""
+    """The labels of a weight's axes by their roles; `inner(k, size)` is a label of its own."""
 
     shared: Labels
     inputs: Labels
@@ -101,7 +101,7 @@ class Adapter:
 
     A kind of adapter is a frozen dataclass under `@defkind`. Its fields are factors, adapters
     within it, or settings (`static`); three of these are `in_axes`, `out_axes` and `shared_axes`.
-    It says how its factors lie along the weight in `layout`. Where the weight is the base plus the
+    `layout` says how its factors run along the weight. Where the weight is the base plus the
     einsum of all factors, that is all; other kinds replace `applied`.
     """
 
@@ -123,7 +123,7 @@ class Adapter:
         return 1.0
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`; it depends on settings alone."""
+        """How the factors run along a weight of `shape`; it depends on settings alone."""
         raise NotImplementedError
 
     def check_settings(self, path: str) -> None:

@@ -10,7 +10,7 @@ from ._compat import is_tracer
 
 
 class Held:
-    """A node of a tree that stands for one array, which it holds in another form."""
+    """A node of a tree that represents one array, which it holds in another form."""
 
     def array(self) -> jax.Array:
         """The array."""

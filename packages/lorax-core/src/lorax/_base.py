@@ -101,7 +101,7 @@ class Format:
     ) -> dict[int, tuple[int, ...]]:
         """The axes that are in blocks; the entries of a block, before them the blocks of a group.
 
-        Blocks lie along the last of the axes that share scales which they divide.
+        Blocks run along the last of the axes that share scales which they divide.
         """
         block: int | None = getattr(self, "block", None)
         group: int | None = getattr(self, "group", None)
@@ -154,7 +154,7 @@ class Format:
         raise NotImplementedError
 
     def are_numbers(self, name: str, array: Any) -> bool:
-        """Whether an array, of JAX or of NumPy, stands for numbers that are finite."""
+        """Whether an array, of JAX or of NumPy, represents finite numbers."""
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return True
         return bool(np.isfinite(np.asarray(array, np.float32)).all())
@@ -180,7 +180,7 @@ def defformat(cls: type[Any]) -> type[Any]:
 
 
 def format_of(value: Any) -> Format:
-    """A format, or the one with default settings that a name stands for."""
+    """A format, or the one with default settings of that name."""
     if isinstance(value, Format):
         return value
     if isinstance(value, str) and value in FORMATS:

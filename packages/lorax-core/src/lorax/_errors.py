@@ -18,7 +18,7 @@ class PairError(LoraxError, TypeError):
 
 
 class MaterializeError(LoraxError):
-    """An adapted weight would have to be built in full, and `on_materialize="error"` forbids it."""
+    """An adapted weight would have to be materialized, and `on_materialize="error"` forbids it."""
 
 
 class UnusedAdapterError(LoraxError):
@@ -26,7 +26,7 @@ class UnusedAdapterError(LoraxError):
 
 
 class MaterializeWarning(UserWarning):
-    """An adapted weight is built in full because no rule covers the way it is used."""
+    """An adapted weight is materialized because no rule covers the way it is used."""
 
 
 class UnusedAdapterWarning(UserWarning):

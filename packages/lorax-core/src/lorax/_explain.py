@@ -173,7 +173,7 @@ def explain(
         a backward pass needs.
 
     Raises:
-        PairError: where `pair` is no pair.
+        PairError: where `pair` is not a pair.
 
     Example:
         >>> import jax, jax.numpy as jnp

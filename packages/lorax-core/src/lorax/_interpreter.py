@@ -78,7 +78,7 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def returned(self, value: Value) -> jax.Array:
-        """A value as the function's caller gets it: a weight is built in full, and recorded."""
+        """A value as the function's caller gets it: a weight is materialized, and recorded."""
         if not isinstance(value, FactoredArray):
             return value
         names = dict.fromkeys(name for names in value.sources for name in names)

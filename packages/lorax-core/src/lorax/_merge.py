@@ -279,7 +279,7 @@ def unmerge(params: Any, tunable: Any) -> Any:
 def count_params(tree: Any) -> int:
     """How many numbers the arrays of a tree hold: `count_params(tunable)` is what is trained.
 
-    A quantized weight counts as many as it stands for.
+    A quantized weight counts as many as it represents.
 
     Args:
         tree: the parameters, or one of the trees of a pair.

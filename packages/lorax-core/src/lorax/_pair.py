@@ -93,7 +93,7 @@ def _is_frozen_leaf(node: Any) -> bool:
 
 
 def is_tunable_leaf(node: Any) -> bool:
-    """Whether a node of the tunable tree stands for one parameter."""
+    """Whether a node of the tunable tree represents one parameter."""
     return node is None or isinstance(node, Adapter)
 
 
@@ -193,7 +193,7 @@ def _check_leaf(what: str, leaf: Leaf) -> None:
 
 
 def _layout(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
-    """Where factors lie on a base of this shape; None where it cannot have such an adapter."""
+    """How factors run along a base of this shape; None where it cannot have such an adapter."""
     if sorted(axis for group in weight.axes for axis in group) != list(range(len(shape))):
         return None
     try:

@@ -48,7 +48,7 @@ def quantize(
         where: with one format for all, only parameters whose path it accepts: a glob, a compiled
             regular expression or a callable.
         tables: with one format for all, whether tables in which rows are looked up are quantized,
-            too: embeddings, and a head that is one of them. Blocks lie along the rows.
+            too: embeddings, and a head that is one of them. Blocks run along the rows.
 
     Returns:
         The tree with a `QuantizedWeight` in place of each weight; it is placed as the weight was,

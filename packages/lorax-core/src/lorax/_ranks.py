@@ -19,7 +19,7 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
     As many components as the ranks sum up to are handed out, the one with the largest share first,
     up to `rho` times its rank for each weight. `alpha` changes with the rank, so that the scale
     stays. A stack has one rank: a component of it takes as many as it has entries, and its share is
-    their mean. A weight without any is frozen. This is the redistribution of PEFT's `EvaConfig`.
+    their mean. A weight without any is frozen. This is the redistribution of `peft.EvaConfig`.
 
     Args:
         spec: the spec that `collect_starts` was given; weights with `EvaStart(rho=…)` share ranks.

@@ -53,11 +53,11 @@ def lora(
             traced.
         argnums: the position of the parameters, or several positions, each of which takes a pair.
         argnames: keyword-only parameters that take a pair.
-        on_materialize: what to do where no rule covers the use of a weight, so that it is built
-            in full: "warn", "error" (before anything runs) or "allow".
+        on_materialize: what to do where no rule covers the use of a weight, so that it is
+            materialized: "warn", "error" (before anything runs) or "allow".
         on_unused: what to do about an adapter that no result depends on: the same.
         through_custom_derivatives: a weight that enters a function with a `jax.custom_jvp` or
-            `jax.custom_vjp` rule is built in full. Under True the function is run on the factors
+            `jax.custom_vjp` rule is materialized. Under True the function is run on the factors
             instead, and the call loses that rule: its value is the same, and its derivative is
             the one that JAX finds by differentiating the function itself. That differs where the
             rule is not the derivative (straight-through rounding, clipped or scaled gradients),
@@ -258,7 +258,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
 
 def traced_as(value: Any) -> Any:
-    """What stands for an operand while the function is traced: any weight is an array."""
+    """What replaces an operand while the function is traced: any weight is an array."""
     base = base_of(value)
     return base.struct if is_coded(base) else base
 
@@ -277,7 +277,7 @@ def _is_dynamic(leaf: Any) -> bool:
 
 
 def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> list[jax.Array]:
-    """Runs a traced function on weights; one that it returns is built in full."""
+    """Runs a traced function on weights; one that it returns is materialized."""
     values = [v if isinstance(v, FactoredArray | jax.Array) else jnp.asarray(v) for v in operands]
     values = [
         v.replace_base(jax.tree.map(jnp.asarray, v.base)) if isinstance(v, FactoredArray) else v

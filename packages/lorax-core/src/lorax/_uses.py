@@ -39,7 +39,7 @@ NO_RULE = "has no rule for low-rank factors"
 def announce(
     paths: Sequence[str], uses: Sequence[Use], on_materialize: str, on_unused: str
 ) -> None:
-    """Warns or raises about weights that were built in full and adapters that nothing read."""
+    """Warns or raises about weights that were materialized and adapters that nothing read."""
     # A base that is held as codes and has no adapter is decoded wherever it is read.
     adapted = [use for use in dict.fromkeys(uses) if use.source in paths]
     built = [use for use in adapted if use.kind in ("materialized", "returned")]
@@ -60,13 +60,13 @@ def _built(use: Use) -> str:
     if use.kind == "returned":
         return (
             f"`{use.source}` is returned by the function, so the adapted weight of shape "
-            f"{_shape(use.shape)} is built in full. Return what depends on it instead, or pass "
+            f"{_shape(use.shape)} is materialized. Return what depends on it instead, or pass "
             "on_materialize='allow'."
         )
     return (
         f"`{use.source}` is used by `{use.primitive}` as an array of shape {_shape(use.shape)} at "
         f"{use.line or 'an unknown line'}, which {use.reason or NO_RULE}, so the adapted "
-        "weight is built in full there. Give it LORA_FREEZE or LORA_FULL, merge it with "
+        "weight is materialized there. Give it LORA_FREEZE or LORA_FULL, merge it with "
         "merge_params, or accept the cost with on_materialize='allow'."
     )
 

@@ -40,7 +40,7 @@ class Within(Adapter):
         return self.adapter.summary()
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         return self.adapter.layout(shape)
 
     def factors(self) -> dict[str, Any]:

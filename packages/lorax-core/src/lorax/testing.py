@@ -358,7 +358,7 @@ def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) 
         lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
     except MaterializeError:
         return
-    raise AssertionError("a weight is built in full, or should be, and nothing was said")
+    raise AssertionError("a weight is materialized, or should be, and nothing was said")
 
 
 def _arrays(tree: Any) -> list[jax.Array]:

@@ -128,7 +128,7 @@ def test_the_rule_of_a_call_without_weights_is_kept():
 
 
 def test_a_rule_that_is_no_derivative_is_lost():
-    """Rounding is built in full inside, and then its own derivative is zero."""
+    """Rounding is materialized inside, and then its own derivative is zero."""
 
     def fn(p, x):
         return x @ straight_through(p["w"] * 3)

@@ -29,7 +29,7 @@ class Layout:
         out_axes: the axes that make the output.
         shared_axes: the axes with a module, or an expert, for each entry.
         parameter: the tensor's name in the module.
-        numbers: what stands for `{}` in the modules of one stack, such as `(1, 3, 5)` where every
+        numbers: what replaces `{}` in the modules of one stack, such as `(1, 3, 5)` where every
             other layer is in it; by default 0, 1, 2, ….
     """
 
@@ -41,7 +41,7 @@ class Layout:
     parameter: str = "weight"
     numbers: Sequence[int] | None = None
 
-    stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that lie within one tensor
+    stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that are within one tensor
     fan_in_fan_out: ClassVar[bool] = False
     by_parameter: ClassVar[bool] = False  # whether PEFT adapts it through `target_parameters`
 

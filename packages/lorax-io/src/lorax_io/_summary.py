@@ -116,7 +116,7 @@ def compare(
     first_held: Held | None = None,
     second_held: Held | None = None,
 ) -> list[Difference]:
-    """The parameters that are not the same to the bit, with the frozen factors beside them."""
+    """The parameters that are not the same bit for bit, with the frozen factors beside them."""
     first_held, second_held = first_held or {}, second_held or {}
     found: list[Difference] = []
     for path in sorted(first.keys() | second.keys()):

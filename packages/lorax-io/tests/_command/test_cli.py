@@ -378,7 +378,7 @@ def test_diff_prints_a_table(capsys):
     code, out, _ = lorax_command("diff first.safetensors second.safetensors", capsys)
     assert code == 1 and "numbers" in out and "0.25" in out
     out = succeed("diff first.safetensors first.safetensors", capsys)
-    assert out == "the same 1 parameters, to the bit\n"
+    assert out == "the same 1 parameters, bit for bit\n"
     fail("diff first.safetensors third.safetensors", capsys)
 
 

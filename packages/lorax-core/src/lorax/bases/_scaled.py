@@ -30,7 +30,7 @@ def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
 def with_scales_of_scales(
     scale: jax.Array, across: Sequence[int]
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Scales as 8 bits and one number for each output, and the scales that these stand for."""
+    """Scales as 8 bits and one number for each output, and the scales that these represent."""
     outer = jnp.max(scale, tuple(across), keepdims=True) / 255
     codes = jnp.clip(jnp.round(scale / outer), 1, 255).astype(jnp.uint8)
     return {"scales": codes, "outer": outer}, codes.astype(outer.dtype) * outer

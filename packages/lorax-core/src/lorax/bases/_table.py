@@ -1,4 +1,4 @@
-"""Codes that stand for the entries of a small table.
+"""Codes that are indices into a small table.
 
 A table is read by a gather on CPUs and GPUs, and by a tree of selects on TPUs: each is many times
 slower, or takes memory of the size of the weight, where the other one is used.

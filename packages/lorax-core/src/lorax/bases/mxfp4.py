@@ -47,7 +47,7 @@ class MXFP4(Format):
             raise SpecError(f"MXFP4 has a block of {self.block!r}; it has a positive number.")
 
     def are_numbers(self, name: str, array: Any) -> bool:
-        """Whether no power of two is 255, which stands for NaN."""
+        """Whether no power of two is 255, which means NaN."""
         return super().are_numbers(name, array) and (name != "scales" or not (array == 255).any())
 
     def dtypes(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""NF4: four bits that stand for quantiles of a normal distribution, a scale for each block."""
+"""NF4: four bits that represent quantiles of a normal distribution, a scale for each block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

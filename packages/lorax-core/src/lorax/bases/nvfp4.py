@@ -20,7 +20,7 @@ class NVFP4(Format):
         W[in, out]  =  E2M1(codes[in, out]) · (scales[in / 16, out] / outer[out])
 
     The number puts the largest scale at the top of E4M3's range. Files of compressed-tensors and
-    of ModelOpt have one number for the whole weight, which stands here once for each output.
+    of ModelOpt have one number for the whole weight, which is repeated here for each output.
 
     Args:
         block: how many entries along the inputs share a scale; NVIDIA's have 16.

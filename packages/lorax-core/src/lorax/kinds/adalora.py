@@ -62,7 +62,7 @@ class AdaloraWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         return Layout(axes.out, {"a": a, "e": (*axes.shared, axes.inner(0, self.rank)), "b": b})

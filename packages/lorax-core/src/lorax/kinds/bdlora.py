@@ -68,7 +68,7 @@ class BdloraWeight(Adapter):
         check_scale(path, self.alpha, self.scaling)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         n, part = axes.split(self.split_axis, self.blocks, 0)
         rank = axes.inner(1, self.rank // self.blocks)

@@ -65,7 +65,7 @@ class DeloraWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         held = {"norm": (*axes.shared, *axes.inputs)}

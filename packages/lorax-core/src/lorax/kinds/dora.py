@@ -61,7 +61,7 @@ class DoraWeight(Adapter):
         return getattr(self.delta, "rank", None)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         kept = (*axes.shared, *axes.outputs)
         inner = self.delta.layout(shape)

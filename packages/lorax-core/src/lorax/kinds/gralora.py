@@ -56,7 +56,7 @@ class GraloraWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         i, o = self.split_axes
         n, i_part = axes.split(i, self.blocks, 0)

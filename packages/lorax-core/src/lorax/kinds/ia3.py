@@ -53,7 +53,7 @@ class IA3Weight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the gain lies on a weight of `shape`."""
+        """How the gain runs along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         over = axes.inputs if self.side == "in" else axes.outputs
         if self.gain_axes is not None:

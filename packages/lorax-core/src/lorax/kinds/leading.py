@@ -74,7 +74,7 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
                 block -= _product(found, _product(found.T, block))
             block = jnp.linalg.qr(block)[0]
             blocks.append(block)
-        # Of a matrix of low rank, later blocks are noise that may lie along earlier ones.
+        # Of a matrix of low rank, later blocks are noise that may be along earlier ones.
         basis = jnp.linalg.qr(jnp.concatenate(blocks, 1))[0]  # [rows, BLOCKS · width]
         # matrixᵀ basis  =  right diag(values) innerᵀ
         projected = _product(matrix.T, basis)

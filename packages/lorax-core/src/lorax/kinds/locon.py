@@ -54,7 +54,7 @@ class LoconWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
         window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
@@ -100,7 +100,7 @@ class LoconSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses settings that are none, and channels that are no input."""
+        """Refuses invalid settings, and channels that are not an input."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         if self._channel_axis(path, len(shape), axes) not in axes.inputs:

@@ -52,7 +52,7 @@ class LohaWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         factors = {}
         for k in range(2):

@@ -79,7 +79,7 @@ class LokrWeight(Adapter):
         return super().with_factors({**dict.fromkeys(NAMES), **factors})
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         (i, o), (m, n) = self.split_axes, axes.split(self.split_axes[0], self.blocks[0], 0)
         l, k = axes.split(o, self.blocks[1], 1)  # noqa: E741

@@ -108,7 +108,7 @@ class LoraWeight(Adapter):
         return str(self.rank)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         return Layout(axes.out, {"a": a, "b": b})
@@ -255,7 +255,7 @@ def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) 
 
 
 def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
-    """Refuses what is no rank."""
+    """Refuses an invalid rank."""
     if type(rank) is not int:
         raise SpecError(f"`{path}` has {name} {rank!r}; a {name} is a positive int.")
     if rank < 1:
@@ -266,7 +266,7 @@ def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
 
 
 def check_scale(path: str, alpha: Any, scaling: Any = "standard") -> None:
-    """Refuses what is no alpha and no scaling."""
+    """Refuses an invalid alpha or scaling."""
     if scaling not in ("standard", "rslora"):
         raise SpecError(f"`{path}` has scaling {scaling!r}; it is 'standard' or 'rslora'.")
     if alpha is not None and not (isinstance(alpha, numbers.Real) and math.isfinite(alpha)):

@@ -55,7 +55,7 @@ class LoraFAWeight(Adapter):
         return lora_scale(self.rank, self.alpha, self.scaling)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         return Layout(axes.out, {"b": b}, {"a": a})

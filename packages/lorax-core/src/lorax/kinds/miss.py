@@ -43,7 +43,7 @@ class MissWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the rows lie on a weight of `shape`.
+        """How the rows run along a weight of `shape`.
 
         The input axis is whole blocks of them, which no factor tells apart; or there is a remainder
         and the rows are an inner axis.

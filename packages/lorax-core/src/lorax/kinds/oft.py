@@ -44,7 +44,7 @@ class OftWeight(Adapter):
         R  =  I + 2 Q + 2 Q² + 2 Q³ + Q⁴
 
     Qiu et al. 2023, arXiv:2306.07280; with the series, Qiu et al. 2025, arXiv:2506.19847. The
-    numbers are those of PEFT's `OFTConfig`.
+    numbers are those of `peft.OFTConfig`.
 
     Attributes:
         q: `[*shared, *others, blocks, block_size · (block_size − 1) / 2]`; see `OftSpec`.
@@ -95,7 +95,7 @@ class OftWeight(Adapter):
         return blocks, entry, (*axes.shared, *varying)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the blocks lie on a weight of `shape`."""
+        """How the blocks run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         blocks, entry, varying = self._labels(shape)
         above = axes.inner(1, self.block_size * (self.block_size - 1) // 2)

@@ -54,7 +54,7 @@ class TokensWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the rows lie on a weight of `shape`."""
+        """How the rows run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         rows = (*axes.shared, axes.inner(0, len(self.indices)), *axes.outputs)
         return Layout(axes.out, {"values": rows}, {"replaced": rows})

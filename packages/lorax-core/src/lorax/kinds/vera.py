@@ -46,7 +46,7 @@ class VeraWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Where the factors lie on a weight of `shape`."""
+        """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
         factors = {"lambda_d": (*axes.shared, rank), "lambda_b": (*axes.shared, *axes.outputs)}

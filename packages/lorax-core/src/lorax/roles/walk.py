@@ -260,7 +260,7 @@ class Walk:
         return Value(dict(merged.parts) | parts, merged.uses)
 
     def leave_to_data(self, part: Part) -> None:
-        """What stands beside data is used as they are: another weight maps both."""
+        """What is beside data is used as data: another weight maps both."""
         self.beside_data |= part.beside
 
     # Loops.

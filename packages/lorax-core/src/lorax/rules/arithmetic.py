@@ -34,7 +34,7 @@ def _neg(eqn, weight):
 
 
 def _expand(term: Term, shape) -> Term:
-    """Lets axes of size one stand for the whole of `shape`, as element-wise primitives do."""
+    """Lets axes of size one represent the whole of `shape`, as element-wise primitives do."""
     return term if term.shape == shape else term.broadcast(shape, range(len(shape)))
 
 

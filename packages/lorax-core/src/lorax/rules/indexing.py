@@ -3,7 +3,7 @@
 Every factor that owns an indexed axis is indexed by that axis's part of the indices; the others
 finish the product. Out-of-range indices keep their meaning because it is a matter of each axis
 alone: clipping an axis clips its owners alike, and where the model fills, each owner fills with
-zero, so the term vanishes and the base's fill value stands.
+zero, so the term vanishes and the base's fill value remains.
 """
 
 import dataclasses

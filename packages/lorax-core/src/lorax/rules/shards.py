@@ -23,7 +23,7 @@ def _shard_map(
             continue
         split = [d for d, entry in enumerate(spec) if entry is not None]
         if arg.norm is not None:
-            # A device has a part of what the norm runs over, or is told nothing of the rest.
+            # A device has a part of what the norm runs over, or does not know the rest.
             arg = arg.resolved()
         arg = eqn.with_own_keys(arg, of_body=True)
         pieces = [

@@ -16,7 +16,7 @@ class Preset:
     Attributes:
         attention: the products of its attention.
         mlp: the products of its feed-forward network.
-        default: what PEFT adapts where nothing is said; where PEFT has no default, what it has for
+        default: what PEFT adapts by default; where PEFT has no default, what it has for
             the model's relatives: queries and values.
         kernel: how a `kernel` of two axes is used: "linear" for (in, out), "conv1d" for the
             (out, in) of `FlaxConv1D`.
@@ -121,7 +121,7 @@ PRESETS: dict[str, Preset] = {
     "xlm-roberta": _BERT,
 }
 
-# Models of two models: where each stands in the tree, and the config it has.
+# Models of two models: where each is in the tree, and the config it has.
 COMPOSITES: dict[str, dict[str, str]] = {
     "encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
     "speech-encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},

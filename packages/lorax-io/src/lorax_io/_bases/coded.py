@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._errors import UnsupportedAdapterError
 
-# What stands in the module of a coded weight, beside it or in its place. The first that is there
+# What is in the module of a coded weight, beside it or in its place. The first that is there
 # counts.
 MARKS: dict[str, str] = {
     "weight_scale_inv": "FP8 with a scale for each block",

@@ -82,7 +82,7 @@ def _save_merged(
 ) -> None:
     leaves, _ = frozen_leaves(frozen)
     rows = dict(tunable_rows(tunable))
-    # A base, adapted or not, stands in `leaves`; what is trained in full stands in `rows`.
+    # A base, adapted or not, is in `leaves`; what is trained in full is in `rows`.
     wholes = [rows.get(path) if leaf is None else base_of(leaf) for path, leaf in leaves.items()]
     sizes = {
         path: math.prod(whole.shape) * whole.dtype.itemsize

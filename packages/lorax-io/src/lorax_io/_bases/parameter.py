@@ -37,7 +37,7 @@ FLOAT = "float"
 
 
 class Told(NamedTuple):
-    """What is said once all is read."""
+    """What is reported once all is read."""
 
     shorter: list[str]
     anew: list[str]

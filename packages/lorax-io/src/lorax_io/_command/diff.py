@@ -43,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(printable(path), what, "–" if relative is None else f"{relative:.2g}")
         console().print(table)
     else:
-        print(f"the same {len(first.rows)} parameters, to the bit")
+        print(f"the same {len(first.rows)} parameters, bit for bit")
     return DIFFERENT if found else SAME

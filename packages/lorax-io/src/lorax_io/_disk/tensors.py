@@ -108,7 +108,7 @@ def _parse_header(data: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which no key stands twice."""
+    """JSON in which no key occurs twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -196,7 +196,7 @@ def _write_tensors(
         check_dtype(name, tensor.dtype)
         if name not in of_base:
             check_finite(name, tensor)
-    # C order matters: safetensors 0.8.0 writes memory as it lies, so that a transposed view would
+    # C order matters: safetensors 0.8.0 writes memory as it is, so that a transposed view would
     # come back with its values in the wrong places. (`ascontiguousarray` makes scalars vectors.)
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as unfinished:

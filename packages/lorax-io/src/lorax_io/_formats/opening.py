@@ -55,7 +55,7 @@ class OpenedAdapter(NamedTuple):
 def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
     """Opens an adapter of any format that is known, without its base.
 
-    The format is told by the content. Every number is read and checked.
+    The format is recognized by the content. Every number is read and checked.
 
     Args:
         path: a file, or a folder.

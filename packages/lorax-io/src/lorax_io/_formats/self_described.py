@@ -25,7 +25,7 @@ def self_described(
 
     Args:
         tensors: by module and key, without PEFT's prefix.
-        scales: of modules whose scale is told elsewhere; the others have alpha, or a scale of 1.
+        scales: of modules whose scale is stored elsewhere; the others have alpha, or a scale of 1.
         part: of a pipeline.
     """
     factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")}

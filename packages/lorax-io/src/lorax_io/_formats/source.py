@@ -16,7 +16,7 @@ _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 
 
 class Source(NamedTuple):
-    """Tensors by module and key, and what is said of them."""
+    """Tensors by module and key, and the settings."""
 
     tensors: Mapping[str, Stored]
     config: PeftConfig

@@ -34,7 +34,7 @@ def add_full(
     """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
 
     PEFT saves such a module whole, with all that is in it. The bias of an adapted module is the
-    exception: it stands beside the factors.
+    exception: it is beside the factors.
     """
     adapted = {module.name for module in modules}
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`

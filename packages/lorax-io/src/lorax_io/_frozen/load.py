@@ -30,7 +30,7 @@ def load_frozen(
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
-    """Reads a file of `save_frozen`; the tree is to the bit what was saved.
+    """Reads a file of `save_frozen`; the tree is bit for bit what was saved.
 
     Args:
         path: the file.

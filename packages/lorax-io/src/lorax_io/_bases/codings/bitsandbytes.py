@@ -72,7 +72,7 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
 
 
 def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict[str, Any]]:
-    """The shape, the size of a block and the dtype of a weight, and all else that is said."""
+    """The shape, the size of a block and the dtype of a weight, and the other settings."""
     try:
         found = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
         shape, block, dtype = found["shape"], found["blocksize"], _DTYPES[found["dtype"]]

@@ -43,7 +43,7 @@ def load_adapter(
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
-    """Reads a file of `save_adapter`; the tree is to the bit what was saved.
+    """Reads a file of `save_adapter`; the tree is bit for bit what was saved.
 
     Args:
         path: the file.
@@ -60,7 +60,7 @@ def load_adapter(
 
     Raises:
         AdapterError: where the file is damaged or not native, holds NaN or infinity, or does not
-            fit; nothing is returned in part. Where arrays lie in several processes, an error of
+            fit; nothing is returned in part. Where arrays are in several processes, an error of
             one is an error in all of them.
 
     Example:

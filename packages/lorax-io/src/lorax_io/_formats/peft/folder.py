@@ -56,7 +56,7 @@ def save_peft(
             frozen factors beside the base.
         names: the layout of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
         base_model: the base's name on the Hub, or its folder.
-        task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's; it chooses the wrapper's class.
+        task_type: "CAUSAL_LM", "SEQ_CLS" or another type of PEFT; it chooses the wrapper's class.
         revision: the base's revision.
         params: the base's parameters; needed where a module that PEFT saves whole is frozen in
             part, as may be the head that some task types have.

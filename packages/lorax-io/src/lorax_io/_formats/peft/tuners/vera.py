@@ -128,7 +128,7 @@ def _matrices(
 def _drawn(
     tensors: Mapping[str, Stored], config: PeftConfig, fan_in: int, fan_out: int
 ) -> list[Stored]:
-    """The matrices of a seed, to the bit as PyTorch draws them on a CPU.
+    """The matrices of a seed, bit for bit as PyTorch draws them on a CPU.
 
     They depend on the largest of all modules, so the base has to be the one of the adapter.
     """
