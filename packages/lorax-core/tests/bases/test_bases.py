@@ -310,7 +310,8 @@ def check(format, use):
             return out, grads
 
         got, expected = run(coded), run(plain)
-        if use.moves and adapter["w"] is None:
+        # A compiler may round the product and the sum of codes with minimums once.
+        if use.moves and adapter["w"] is None and not getattr(format, "minimum", False):
             np.testing.assert_array_equal(got[0], expected[0])
         for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape
