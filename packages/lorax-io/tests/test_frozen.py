@@ -224,7 +224,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "packed axis": (packing(axis=5), "does not say how `w/codes` is packed"),
     "packed type": (packing(dtype="int2"), "does not say how `w/codes` is packed"),
     "packed as float": (packing(dtype="int4"), "has codes in int4"),
-    "not packed": (unpacked, "is no JSON that can be read"),
+    "not packed": (unpacked, "is not JSON that can be read"),
     "later": (lambda h: h["__metadata__"].update({"lorax.frozen_format": "9"}), "Update it"),
     "foreign": (lambda h: h.pop("__metadata__"), "not a frozen tree of `save_frozen`"),
     "NaN of a scale": ({"scaled/scales": (4, NAN)}, "`scaled/scales` holds NaN"),
@@ -247,7 +247,7 @@ def test_damage_is_named(file, what):
 @pytest.mark.parametrize("size", [0, 7, 300, -1])
 def test_a_file_cut_short_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(AdapterFileError, match="is no safetensors file"):
+    with pytest.raises(AdapterFileError, match="is not a safetensors file"):
         load_frozen(file, params=PARAMS)
 
 

@@ -101,8 +101,11 @@ def place(
 ) -> jax.Array:
     """An array on the devices of a sharding; `read(index)` is asked for the parts they hold."""
     if sharding is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
-    return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+        array = jnp.asarray(read(tuple(slice(None) for _ in shape)))
+    else:
+        array = jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+    # Until it is there, what was read is held, and more would be read meanwhile.
+    return jax.block_until_ready(array)
 
 
 def sharding_of(array: Any) -> Sharding | None:

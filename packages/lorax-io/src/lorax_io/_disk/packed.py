@@ -72,7 +72,8 @@ class Packed(NamedTuple):
 
     def unpack(self, data: jax.Array, sharding: Sharding | None) -> jax.Array:
         """The array of bytes, where it is to be; they are on its devices."""
-        return _unpacking(self.axis, self.dtype.name, sharding)(data)
+        # Until it is computed, the bytes are held, and more would be read meanwhile.
+        return jax.block_until_ready(_unpacking(self.axis, self.dtype.name, sharding)(data))
 
     def beside(self, sharding: Sharding | None) -> Sharding | None:
         """Where the bytes go for an array that goes there: whole along the packed axis."""
