@@ -282,7 +282,9 @@ def test_what_is_wrong_is_named(tmp_path, what):
 def test_names_and_paths_that_are_none(file):
     with pytest.raises(AdapterMismatchError, match="has no tensor for `pu.weight`.*mean `up.weig"):
         load_base(file, {"up": Linear("pu")})
-    with pytest.raises(AdapterMismatchError, match="`names` has `up`, which is not in the parameters"):
+    with pytest.raises(
+        AdapterMismatchError, match="`names` has `up`, which is not in the parameters"
+    ):
         load_base(file, {"up": Linear("up")}, params={})
     with pytest.raises(AdapterMismatchError, match="`names` has no layout for `b`"):
         load_base(file, {"a": Linear("up")}, params={"a": jnp.ones((IN, OUT)), "b": jnp.ones(2)})
