@@ -34,6 +34,16 @@ from lorax_io import load_peft, save_peft
 torch.set_num_threads(1)
 jax.config.update("jax_disable_most_optimizations", True)
 
+
+@pytest.fixture(autouse=True)
+def _settings_of_jax():
+    """The command changes them for its process."""
+    settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
+    yield
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
 # The kinds of module that LoRA is for: the layout, and the axes of torch's weight in the order in
 # which JAX's libraries have them. All other tensors are `Tensor`.
 KINDS: dict[type[nn.Module], tuple[Any, tuple[int, ...]]] = {

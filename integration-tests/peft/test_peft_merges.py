@@ -4,7 +4,6 @@ import copy
 import json
 import warnings
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -30,14 +29,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
-    yield
-    for name, value in settings.items():
-        jax.config.update(name, value)
 
 
 def make(cls=LlamaForCausalLM, **config):
