@@ -114,7 +114,9 @@ def test_a_kind_without_its_rows_in_the_table_is_an_error():
 def test_this_repository_can_be_released_but_for_a_tag():
     version = versions.VERSION
     assert list(check.faults(None, offline=True)) == []
+    address = versions.PROJECTS["lorax-core"]["urls"]["Source"]
     assert list(check.faults("v0.0.7", offline=True)) == [
+        f"{address} does not say which account hosts the repository",
         f"the tag is v0.0.7, and the version {version}",
         f"CHANGELOG.md has no section [{version}]: rename [Unreleased]",
     ]
