@@ -85,11 +85,12 @@ def costs(kinds: list[str]) -> str:
         [
             "A training step, with LoRA's as 1:",
             "",
-            "| model | kind | trained | FLOPs | temporary bytes | kept bytes |",
-            "|---|---|---:|---:|---:|---:|",
+            "| model | kind | trained | FLOPs | temporary bytes | kept bytes | step | step in PEFT "
+            "| ours / PEFT |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
             "",
-            "`nox -s kinds` counts this; [all kinds](../kinds.md#what-each-costs) in one table.",
+            "`nox -s kinds` prints this; [all kinds](../kinds.md#what-each-costs) in one table.",
         ]
     )
 
