@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 import lorax
 from bench import run_milliseconds
-from counts import compiled, paired
-from kinds import spread
+from counts import compiled, count, paired
+from kinds import ratio
 from lorax.testing import random_factors
 from models import Model
 from steps import objective
@@ -110,15 +110,13 @@ def table(name: str, slots: int, rounds: int) -> str:
     made = {way: compiled(fn, *args) for way, (fn, args) in runs.items()}
     calls = {way: partial(made[way], *args) for way, (_, args) in runs.items()}
     times = paired({way: partial(run_milliseconds, call) for way, call in calls.items()}, rounds)
+    counts = {way: count(run) for way, run in made.items()}
     first = next(iter(runs))
     lines = []
-    for way, run in made.items():
-        flops = run.cost_analysis()["flops"] / made[first].cost_analysis()["flops"]
-        temporary = (
-            run.memory_analysis().temp_size_in_bytes
-            / made[first].memory_analysis().temp_size_in_bytes
-        )
-        cells = f"{flops:.3f} | {temporary:.3f} | {spread(times[way], times[first])}"
+    for way, found in counts.items():
+        flops = found.flops / counts[first].flops
+        temporary = found.temp_bytes / counts[first].temp_bytes
+        cells = f"{flops:.3f} | {temporary:.3f} | {ratio(times[way], times[first])}"
         lines.append(f"| {name} | {way} | {cells} |")
     return "\n".join(lines)
 

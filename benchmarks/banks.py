@@ -18,8 +18,8 @@ import numpy as np
 import lorax
 from adapted import as_factors
 from bench import run_milliseconds
-from counts import compiled, paired
-from kinds import spread
+from counts import compiled, count, paired
+from kinds import ratio
 
 WIDTH, HIDDEN, LAYERS, RANK, ROWS = 1024, 4096, 2, 16, 64
 STEPS = 16
@@ -159,19 +159,18 @@ def table(slots: int, rounds: int, peer: bool) -> str:
         base = counts(runs["none"])
         for way, run in runs.items():
             cells = [f"{x / y:.3f}" for x, y in zip(counts(run), base, strict=True)]
-            cells.append(spread(times[way], times["none"]))
+            cells.append(ratio(times[way], times["none"]))
             lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
         for way in of_peft:
-            cells = ["–", "–", "–", spread(times[way], times["PEFT on torch, none"])]
+            cells = ["–", "–", "–", ratio(times[way], times["PEFT on torch, none"])]
             lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def counts(run: Any) -> tuple[float, float, float]:
     """FLOPs, bytes that are read and written, and temporary bytes of a compiled program."""
-    analysis = run.cost_analysis()
-    temporary = run.memory_analysis().temp_size_in_bytes
-    return analysis["flops"], analysis["bytes accessed"], temporary
+    found = count(run)
+    return found.flops, run.cost_analysis()["bytes accessed"], found.temp_bytes
 
 
 def main() -> None:

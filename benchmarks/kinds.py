@@ -8,7 +8,6 @@ of PEFT.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from adapted import adapt
 from bench import Variant, run_milliseconds, step_milliseconds, variant
 from counts import paired
 from models import Model
+from report import spread
 from steps import floor, start, train
 from works import Program, gpt
 
@@ -100,17 +100,16 @@ def table(model: Model, rounds: int, peer: bool) -> str:
             (f"PEFT: {name}", "PEFT: LoRA"),
             (name, f"PEFT: {name}"),
         ):
-            cells.append(spread(times.get(one), times.get(other)))
+            cells.append(ratio(times.get(one), times.get(other)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def spread(times: list[float] | None, others: list[float] | None) -> str:
+def ratio(times: list[float] | None, others: list[float] | None) -> str:
     """Median, least and most of the ratios, or a dash where one was not measured."""
     if not times or not others:
         return "–"
-    ratios = [x / y for x, y in zip(times, others, strict=True)]
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    return "{} ({}–{})".format(*spread([x / y for x, y in zip(times, others, strict=True)], 2))
 
 
 def peft_steps(model: Model) -> dict[str, Callable[[], Any]]:

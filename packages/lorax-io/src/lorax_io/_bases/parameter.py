@@ -73,29 +73,16 @@ def load_parameter(
     for index, module in place.modules.items():
         found[index] = needed(source, module, place.layout.parameter)
         check_shape(place, module, found[index].shape)
-    with fitting(place.path):
-        return _loaded(source, place, found, dtype, anew, where, told)
-
-
-def _loaded(
-    source: Source,
-    place: Place,
-    found: Mapping[tuple[int, ...], Weight],
-    dtype: Any,
-    anew: Format | str | None,
-    where: Sharding | None,
-    told: Told,
-) -> Any:
     first = next(iter(found.values()))
-    if isinstance(first, Coded):
-        coded = {index: row for index, row in found.items() if isinstance(row, Coded)}
-        if len({_kind(row) for row in found.values()}) == 1:
+    with fitting(place.path):
+        of_one_kind = len({_kind(row) for row in found.values()}) == 1
+        if isinstance(first, Coded) and of_one_kind:
+            coded = {index: row for index, row in found.items() if isinstance(row, Coded)}
             return _coded(place, coded, dtype or dtype_of(source, first), where, told)
-    if isinstance(first, Part):
-        parts = {index: row for index, row in found.items() if isinstance(row, Part)}
-        if len({_kind(row) for row in found.values()}) == 1:
+        if isinstance(first, Part) and of_one_kind:
+            parts = {index: row for index, row in found.items() if isinstance(row, Part)}
             return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
-    return _anew(source, place, found, dtype, anew, where, told)
+        return _anew(source, place, found, dtype, anew, where, told)
 
 
 def _kind(row: Weight) -> Any:
@@ -178,7 +165,7 @@ def _anew(
             f"has codes for `{place.path}` that cannot be kept: {why}. Say how to hold it: "
             '`anew="nf4"`, or another format, codes it again; `anew="float"` holds it decoded.'
         )
-    dtype = np.dtype(dtype or (dtype_of(source, first)))
+    dtype = np.dtype(dtype or dtype_of(source, first))
     target = plain_target(place, dtype)
     whole = np.empty(target.shape, target.dtype)
     rest = [d for d in range(len(place.shape)) if d not in place.stack]
