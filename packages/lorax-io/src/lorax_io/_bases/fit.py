@@ -80,7 +80,8 @@ def fit_adapter(
         }
         names |= _biases(names, checkpoint)
         base = _with_biases(names, checkpoint)
-        found = fit(adapter.path, names, base, translate=adapter.translated)
+        translate, alpha = adapter.translated, adapter.alpha
+        found = fit(adapter.path, names, base, translate=translate, alpha=alpha)
         return Fitted(checkpoint, found.rows, found.held)
 
 
