@@ -235,11 +235,11 @@ def _check_kind(values: Mapping[str, Any]) -> Tuner:
         raise (AdapterFileError if kind is None else UnsupportedAdapterError)(
             f"has peft_type = {_brief(kind)}; only adapters of type {', '.join(TUNERS)} are read."
         )
-    for name, what in tuner.beyond.items():
+    for name, description in tuner.beyond.items():
         if values.get(name):
             raise UnsupportedAdapterError(
-                f"the adapter {what} ({name}); read as plain {tuner.called} it would be wrong. "
-                "Merge it in PEFT (`merge_and_unload`), or load it there."
+                f"the adapter {description} ({name}); read as plain {tuner.called} it would be "
+                "wrong. Merge it in PEFT (`merge_and_unload`), or load it there."
             )
     if tuner.init is not None:
         tuner.check_start(values.get(tuner.init))
