@@ -25,7 +25,7 @@ def choose(rows: Sequence[Row], targets: Targets, option: str) -> set[str]:
     Args:
         rows: those that may be chosen.
         targets: as in `spec`.
-        what: the name of the argument, for errors.
+        option: the name of the argument, for errors.
     """
     if is_named(targets):
         paths = {row.path for row in rows if targets in row.words}

@@ -18,7 +18,7 @@ def difference(one: nn.Module, other: nn.Module, step: int) -> str | None:
     Args:
         one: a layer.
         other: a later one.
-        apart: by how much its index is larger. Integers that differ by as much are the index, which
+        step: by how much its index is larger. Integers that differ by as much are the index, which
             `index_names` finds again.
     """
     return next(_differences("", one, other, step), None)

@@ -142,8 +142,8 @@ _FACTOR = re.compile(r"\.lora_[AB]\.weight$")
 
 def peft_key(key: str) -> str:
     """The key of PEFT for a tensor of any of these forms."""
-    for found, put in _KEYS:
-        key = found.sub(put, key)
+    for pattern, put in _KEYS:
+        key = pattern.sub(put, key)
     return key
 
 
