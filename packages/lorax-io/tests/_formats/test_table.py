@@ -17,7 +17,7 @@ def rows():
     """The table of the page, a row for each format."""
     for name, row in FORMATS.items():
         [loads] = re.findall(r"lorax_io\.(\w+)\(", row.loads)
-        yield name if row.saved else None, row.what, loads, row.saved
+        yield name if row.saved else None, row.description, loads, row.saved
     for name, (description, saved) in ONLY_WRITTEN.items():
         yield name, description, None, saved
 

@@ -103,7 +103,7 @@ def singular_values(matrices: Matrices) -> np.ndarray:
 
 
 def relative_error(actual: Matrices, expected: Matrices) -> float:
-    """`‖found − wanted‖ / ‖wanted‖` in the Frobenius norm, and 0 where both are zero."""
+    """`‖actual − expected‖ / ‖expected‖` in the Frobenius norm, and 0 where both are zero."""
     size = float(np.linalg.norm(_core(expected)[1]))
     error = float(np.linalg.norm(_core(plus([actual, expected.times(-1)]))[1]))
     return error / size if size else math.copysign(math.inf, error) if error else 0.0

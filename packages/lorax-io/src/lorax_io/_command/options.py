@@ -18,9 +18,7 @@ from .._hub import pull_from_hub
 from .._names import read_names
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
-ADAPTER = (
-    f"{', '.join(row.what for row in FORMATS.values())}; or hf://user/name[@revision][/subfolder]"
-)
+ADAPTER = f"{', '.join(row.description for row in FORMATS.values())}; or hf://user/name[@revision][/subfolder]"
 Rename = Callable[[str], str]
 
 _HUB = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<subfolder>.+))?")

@@ -184,7 +184,7 @@ def _format_of(content: Content) -> Format:
     kind = "an HDF5 file" if isinstance(content.file, Hdf5File) else "a safetensors file"
     raise AdapterFileError(
         f"is {kind} {tensor}, and of no format that is known: "
-        f"{', '.join(row.what for row in FORMATS.values())}."
+        f"{', '.join(row.description for row in FORMATS.values())}."
     )
 
 

@@ -21,11 +21,11 @@ class _Key(NamedTuple):
     """What a key of the file may hold."""
 
     accepts: Callable[[Any], bool]
-    what: str
+    description: str
 
 
 def _or_none(key: _Key) -> _Key:
-    return _Key(lambda x: x is None or key.accepts(x), f"{key.what}, or null")
+    return _Key(lambda x: x is None or key.accepts(x), f"{key.description}, or null")
 
 
 def _is_strings(x: Any) -> bool:
@@ -75,7 +75,7 @@ _BLOCKS = _Key(
 def _patterns(value: _Key) -> _Key:
     return _Key(
         lambda x: isinstance(x, dict) and all(map(value.accepts, x.values())),
-        f"an object of names, each with {value.what}",
+        f"an object of names, each with {value.description}",
     )
 
 
@@ -174,7 +174,7 @@ def config_of(values: Any) -> PeftConfig:
         if name in values and not _KEYS[name].accepts(values[name]):
             raise AdapterFileError(
                 f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
-                f"{_KEYS[name].what}."
+                f"{_KEYS[name].description}."
             )
     if unknown := sorted(values.keys() - {*known, "peft_version"} - tuner.beyond.keys()):
         warn(f"keys that this version does not know are ignored: {', '.join(unknown)}.")
