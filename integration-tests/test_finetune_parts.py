@@ -173,8 +173,8 @@ WIDTH, TOKENS = tiny_gguf.WIDTH, tiny_gguf.TOKENS
 def permute_as_llama_cpp(weight, heads):
     """The two rows of a pair, half a head apart, side by side."""
     out, features = weight.shape
-    halves = weight.reshape(heads, 2, out // heads // 2, features)
-    return halves.swapaxes(1, 2).reshape(out, features)
+    pairs = weight.reshape(heads, 2, out // heads // 2, features)
+    return pairs.swapaxes(1, 2).reshape(out, features)
 
 
 def rotate_neighbours(x, theta):

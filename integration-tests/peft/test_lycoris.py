@@ -96,10 +96,10 @@ def with_params(net, params):
     return model
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     for name, array in expected.items():
         bound = 5e-6 * np.abs(array).max()
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=bound, err_msg=name)
+        np.testing.assert_allclose(actual[name], array, rtol=0, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)

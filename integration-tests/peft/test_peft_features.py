@@ -170,13 +170,13 @@ def train_in_full(*ends):
     """Changes the copies of these parameters that PEFT trains."""
 
     def change(model):
-        found = [
+        trained = [
             parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and "lora_" not in name and name.endswith(ends)
         ]
-        assert found
-        for parameter in found:
+        assert trained
+        for parameter in trained:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
     return change
@@ -287,12 +287,12 @@ def test_experts_sides_are_told_by_their_shapes(twin, from_peft, tmp_path):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=3, target_modules=[], target_parameters=parameters)
     _, tunable = from_peft(model, config)
-    unsaid = {
+    layouts = {
         path: dataclasses.replace(layout, swapped=None) if isinstance(layout, Experts) else layout
         for path, layout in model.names.items()
     }
-    _, found = load_peft(tmp_path / "theirs", model.params, unsaid)
-    jax.tree.map(np.testing.assert_array_equal, found, tunable)
+    _, loaded = load_peft(tmp_path / "theirs", model.params, layouts)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tunable)
 
 
 def test_auto_classes_find_the_base(twin, tmp_path):
@@ -302,8 +302,8 @@ def test_auto_classes_find_the_base(twin, tmp_path):
     frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0), b_init="gaussian")
     named = {"base_model": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
     save_peft(tmp_path / "ours", tunable, model.names, **named)
-    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
-    model.proves(lorax.merge_params(frozen, tunable), found)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.proves(lorax.merge_params(frozen, tunable), loaded)
     plain = copy.deepcopy(model.model)
     plain.load_adapter(str(tmp_path / "ours"))
     model.proves(lorax.merge_params(frozen, tunable), plain)

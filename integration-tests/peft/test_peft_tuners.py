@@ -196,11 +196,11 @@ def merged_by_peft(model):
         return make_params(copy.deepcopy(model).merge_and_unload())
 
 
-def assert_close(found, expected, bound=3e-6):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected, bound=3e-6):
+    assert actual.keys() == expected.keys()
     for path, array in expected.items():
         scale = np.abs(array).max()
-        np.testing.assert_allclose(found[path] / scale, array / scale, rtol=0, atol=bound)
+        np.testing.assert_allclose(actual[path] / scale, array / scale, rtol=0, atol=bound)
 
 
 def save(model, folder):
@@ -244,13 +244,13 @@ def test_the_command_merges_as_peft_does(net, tmp_path, case):
     adapter = str(tmp_path / "adapter")
     assert main(["merge", adapter, "--base", str(base), "--out", str(out)]) == 0
     assert main(["inspect", adapter]) == 0
-    found = load_file(out / "base.safetensors")
+    tensors = load_file(out / "base.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = copy.deepcopy(model).merge_and_unload().state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=0, atol=3e-6 * tensor.abs().max().item()
+            tensors[name], tensor, rtol=0, atol=3e-6 * tensor.abs().max().item()
         )
 
 

@@ -226,8 +226,8 @@ def test_an_axis_that_shows_both_sides_is_no_weight():
     b = Made((frozenset(), frozenset({SIDES[1]})), frozenset({SIDES[1]}), True)
     weights = Weights(frozenset(), [49])
 
-    def found(fn):
+    def counted(fn):
         return excess(built(jax.make_jaxpr(fn)(N(7, 2), N(2, 7)), [a, b], weights), Counter())
 
-    assert found(lambda a, b: (a * b.T).sum(1)) == {}
-    assert found(lambda a, b: (a @ b).reshape(49)) == {(7, 7): 1, (49,): 1}
+    assert counted(lambda a, b: (a * b.T).sum(1)) == {}
+    assert counted(lambda a, b: (a @ b).reshape(49)) == {(7, 7): 1, (49,): 1}

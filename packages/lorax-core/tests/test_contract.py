@@ -125,10 +125,10 @@ def all_orders(operands, out):
         rest = [labels for k, labels in enumerate(operands) if k not in (left, right)]
         elsewhere = set(out).union(*rest)
         met = {*operands[left], *operands[right]}
-        found = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
+        product = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
                       if label in elsewhere)  # fmt: skip
-        for steps, made in all_orders([*rest, found], out):
-            yield [(left, right), *steps], [(met, found), *made]
+        for steps, made in all_orders([*rest, product], out):
+            yield [(left, right), *steps], [(met, product), *made]
 
 
 def multiplications(made):

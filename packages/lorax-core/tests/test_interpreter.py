@@ -94,10 +94,10 @@ def test_literals_constants_and_repeated_outputs():
 
 
 def test_several_results():
-    def halves(eqn, value, *, sizes, axis):
+    def split_factors(eqn, value, *, sizes, axis):
         return ["first", "second"]
 
-    rules = {_compat.find_primitive("split"): halves}
+    rules = {_compat.find_primitive("split"): split_factors}
     _, outs = run(lambda w: jax.lax.split(w, (2, 3)), weight(), rules=rules)
     assert outs == ["first", "second"]
 

@@ -318,11 +318,11 @@ def test_a_part_of_what_an_adapter_changes(spec, scale):
     frozen, tunable = init_lora(params, {"w": spec, "b": 0}, jax.random.key(0))
     tunable = random_factors(tunable, jax.random.key(1))
     change = merge_params(frozen, tunable)["w"] - params["w"]
-    found = merge_params(frozen, tunable, scale=scale)
-    np.testing.assert_allclose(found["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
-    assert found["b"] is params["b"]
+    merged = merge_params(frozen, tunable, scale=scale)
+    np.testing.assert_allclose(merged["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
+    assert merged["b"] is params["b"]
     if scale == 0:
-        assert (found["w"] == params["w"]).all()
+        assert (merged["w"] == params["w"]).all()
 
 
 def test_scales_that_are_refused():

@@ -310,9 +310,9 @@ def test_merges_to_floats_and_to_codes():
     )
     again, errors = merge_params(frozen, tunable, requantize=True)
     assert quantized(again) == {"w", "v"} and again["v"] is frozen["v"]
-    found = jnp.linalg.norm(again["w"].array() - merged["w"]) / jnp.linalg.norm(merged["w"])
+    error = jnp.linalg.norm(again["w"].array() - merged["w"]) / jnp.linalg.norm(merged["w"])
     assert errors.keys() == {"w"} and 0 < errors["w"] < 0.01
-    np.testing.assert_allclose(errors["w"], found, rtol=1e-4)
+    np.testing.assert_allclose(errors["w"], error, rtol=1e-4)
     np.testing.assert_array_equal(lorax.materialize(frozen["w"], tunable["w"]), merged["w"])
 
 
@@ -329,17 +329,17 @@ def test_counts_and_explains():
     function = lambda p, ids: model(p | {"up": jnp.sort(p["up"], 0)}, ids)  # noqa: E731
     spec = dict.fromkeys(PARAMS, 0) | {"layers": LoraSpec(2, shared_axes=[0])}
     pair = init_lora(frozen, spec, jax.random.key(0))
-    found = explain(function, pair, IDS)
-    assert found.total == count_params(PARAMS)
-    assert found.tunable_bytes == 4 * count_params(pair.tunable)
+    explanation = explain(function, pair, IDS)
+    assert explanation.total == count_params(PARAMS)
+    assert explanation.tunable_bytes == 4 * count_params(pair.tunable)
     held = [leaf for leaf in frozen.values() if isinstance(leaf, QuantizedWeight)]
     others = sum(leaf.nbytes for leaf in frozen.values() if not isinstance(leaf, QuantizedWeight))
-    assert found.frozen_bytes == sum(leaf.nbytes for leaf in held) + others
-    assert found.quantized == sum(leaf.size for leaf in held)
-    assert found.bits is not None and 4.1 < found.bits < 5
-    assert {(path, primitive) for path, primitive, _ in found.decoded} == {("up", "sort")}
-    assert "`up` is decoded in full for `sort`" in str(found)
-    assert re.search(r"are held in 4\.\d\d bits each", str(found))
+    assert explanation.frozen_bytes == sum(leaf.nbytes for leaf in held) + others
+    assert explanation.quantized == sum(leaf.size for leaf in held)
+    assert explanation.bits is not None and 4.1 < explanation.bits < 5
+    assert {(path, primitive) for path, primitive, _ in explanation.decoded} == {("up", "sort")}
+    assert "`up` is decoded in full for `sort`" in str(explanation)
+    assert re.search(r"are held in 4\.\d\d bits each", str(explanation))
 
 
 def test_an_adapter_on_codes_that_no_rule_covers_is_reported():

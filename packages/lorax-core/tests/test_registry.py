@@ -89,7 +89,7 @@ def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
 
 
 @pytest.mark.parametrize(
-    "operands, parameters, found",
+    "operands, parameters, differences",
     [
         (1, ["axis", "twist"], "the parameter `twist`"),
         (1, ["mode"], "no parameter `axis`"),
@@ -97,10 +97,10 @@ def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
         (2, ["axis"], "2 operands"),
     ],
 )
-def test_what_does_not_fit_is_named_with_both_versions(operands, parameters, found):
+def test_what_does_not_fit_is_named_with_both_versions(operands, parameters, differences):
     assert unfit(toy, operands, parameters) == (
-        f"has {found} in JAX {jax.__version__}, unlike what lorax-core {lorax.__version__} was "
-        "written for"
+        f"has {differences} in JAX {jax.__version__}, unlike what lorax-core "
+        f"{lorax.__version__} was written for"
     )
 
 

@@ -375,8 +375,8 @@ def roles_of(fn, shapes, args, **options):
 )
 @pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
 def test_roles(fn, shapes, args, inputs, outputs):
-    found = roles_of(fn, shapes, args)["w"]
-    assert (found.in_axes, found.out_axes) == (inputs, outputs)
+    roles = roles_of(fn, shapes, args)["w"]
+    assert (roles.in_axes, roles.out_axes) == (inputs, outputs)
 
 
 # What LoRA leaves alone by custom: no adapter, and nothing to say.

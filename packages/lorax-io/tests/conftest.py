@@ -83,8 +83,8 @@ class Files:
         path.mkdir(exist_ok=True)
         tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
         safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-        found = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], **config}
-        (path / "adapter_config.json").write_text(json.dumps(found))
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], **config}
+        (path / "adapter_config.json").write_text(json.dumps(settings))
 
     def base(
         self,
@@ -101,8 +101,8 @@ class Files:
 
     def read(self, file: str) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors of a file, of any type."""
-        with TensorFile(file) as found:
-            return {name: np.array(found.view(name)) for name in found.entries}
+        with TensorFile(file) as opened:
+            return {name: np.array(opened.view(name)) for name in opened.entries}
 
 
 @pytest.fixture

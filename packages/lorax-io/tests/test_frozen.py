@@ -128,9 +128,9 @@ def test_frozen_factors_follow_a_base_that_is_quantized_after_loading(tmp_path):
 
 
 def test_codes_of_four_bits_are_two_to_a_byte(file):
-    with TensorFile(file) as found:
-        assert found.entries["w/codes"].shape == (2, 32, 6)
-        low_high = found.view("w/codes")[1, 3, 5]
+    with TensorFile(file) as saved:
+        assert saved.entries["w/codes"].shape == (2, 32, 6)
+        low_high = saved.view("w/codes")[1, 3, 5]
     codes = np.asarray(FROZEN["w"].arrays["codes"]).astype(int)
     assert low_high == codes[1, 6, 5] + 16 * codes[1, 7, 5]
 
@@ -165,9 +165,9 @@ def test_adapters_and_merged_models_of_a_quantized_base(tmp_path):
     np.testing.assert_array_equal(*out)
     names = {"w": Linear("w"), "norm": Tensor("norm", parameter="weight")}
     save_merged(tmp_path / "m", some(FROZEN), some(TUNABLE), names)
-    with TensorFile(tmp_path / "m" / "model.safetensors") as found:
+    with TensorFile(tmp_path / "m" / "model.safetensors") as merged_file:
         expected = np.asarray(dequantize(FROZEN["w"])).T
-        np.testing.assert_array_equal(found.view("w.weight"), expected)
+        np.testing.assert_array_equal(merged_file.view("w.weight"), expected)
 
 
 # Refused.
@@ -191,24 +191,24 @@ def bases(change):
     """A change to what the header says of bases."""
 
     def header(head):
-        found = json.loads(head["__metadata__"]["lorax.bases"])
-        change(found)
-        head["__metadata__"]["lorax.bases"] = json.dumps(found)
+        entries = json.loads(head["__metadata__"]["lorax.bases"])
+        change(entries)
+        head["__metadata__"]["lorax.bases"] = json.dumps(entries)
 
     return header
 
 
 def packing(**change):
     def header(head):
-        found = json.loads(head["__metadata__"]["lorax.packed"])
-        found["w/codes"] |= change
-        head["__metadata__"]["lorax.packed"] = json.dumps(found)
+        entries = json.loads(head["__metadata__"]["lorax.packed"])
+        entries["w/codes"] |= change
+        head["__metadata__"]["lorax.packed"] = json.dumps(entries)
 
     return header
 
 
 def set_quantized(**change):
-    return bases(lambda found: found["w"]["quantized"].update(change))
+    return bases(lambda entries: entries["w"]["quantized"].update(change))
 
 
 def adapter(settings):
@@ -253,9 +253,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_named(file, what):
-    change, message = DAMAGE[what]
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(file, case):
+    change, message = DAMAGE[case]
     spoil(file, **({"tensors": change} if isinstance(change, dict) else {"header": change}))
     with pytest.raises(AdapterError, match=message) as caught:
         load_frozen(file, params=PARAMS)
@@ -286,9 +286,9 @@ OTHERS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_parameters_are_refused(file, what):
-    params, message = OTHERS[what]
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_parameters_are_refused(file, case):
+    params, message = OTHERS[case]
     with pytest.raises(AdapterError, match=message):
         load_frozen(file, params=params)
 
@@ -326,10 +326,10 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_saved_leaves_the_old_file(file, what):
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_saved_leaves_the_old_file(file, case):
     before = file.read_bytes()
-    tree, message = BAD[what]
+    tree, message = BAD[case]
     with pytest.raises(AdapterError, match=message):
         save_frozen(file, tree)
     assert file.read_bytes() == before

@@ -141,8 +141,8 @@ def metadata_of(file):
 
 
 def test_every_kind_is_here():
-    found = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
-    assert found == set(_adapter.KINDS)
+    kinds = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
+    assert kinds == set(_adapter.KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,9 +150,9 @@ def test_a_pair_comes_back(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair, base=make_params(), hash_base=True)
     params = make_params()
-    found = load_pair(file, params)
-    assert_same(found, pair)
-    assert found.frozen["bias"] is params["bias"]
+    loaded = load_pair(file, params)
+    assert_same(loaded, pair)
+    assert loaded.frozen["bias"] is params["bias"]
     assert_same(load_adapter(file, params=params), pair.tunable)
     assert_same(load_adapter(file, params=pair.frozen | {"scale": params["scale"]}), pair.tunable)
     assert_same(load_adapter(file, like=pair.tunable), pair.tunable)
@@ -172,9 +172,9 @@ def test_a_tunable_tree_that_lacks_frozen_factors_is_refused(file, kind):
 def test_a_tunable_tree_comes_back_and_the_rest_follows_from_the_base(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair.tunable, base=pair.frozen)
-    found = load_pair(file, make_params())
-    assert_same(found.tunable, pair.tunable)
-    assert_close(found.frozen, pair.frozen)
+    loaded = load_pair(file, make_params())
+    assert_same(loaded.tunable, pair.tunable)
+    assert_close(loaded.frozen, pair.frozen)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,9 +250,9 @@ COMES_BACK = ["lora", "rslora", "dora", "loha", "ia3-in", "vera", "delora", "mis
 def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
     pair, params = make_pair(kind), make_params()
     save_peft(tmp_path, pair, NAMES)
-    found = load_peft(tmp_path, params, NAMES)
-    assert_same(found.tunable, pair.tunable)
-    assert_close(found.frozen, pair.frozen)
+    loaded = load_peft(tmp_path, params, NAMES)
+    assert_same(loaded.tunable, pair.tunable)
+    assert_close(loaded.frozen, pair.frozen)
 
 
 @pytest.mark.parametrize("kind", ["vera", "delora", "lora-fa"])
@@ -270,18 +270,18 @@ def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
     """PEFT has LoRA-FA as an optimizer: its files are those of LoRA."""
     pair = make_pair("lora-fa")
     save_peft(tmp_path, pair, NAMES)
-    found = load_peft(tmp_path, make_params(), NAMES)
-    assert {row.kind for row in found.tunable.values() if hasattr(row, "kind")} == {"lora"}
-    assert_close(merge_params(found), merge_params(pair))
+    loaded = load_peft(tmp_path, make_params(), NAMES)
+    assert {row.kind for row in loaded.tunable.values() if hasattr(row, "kind")} == {"lora"}
+    assert_close(merge_params(loaded), merge_params(pair))
 
 
 def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
     pair = make_pair("dora-with-gradient")
     with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
         save_peft(tmp_path, pair.tunable, NAMES)
-    found = load_peft(tmp_path, make_params(), NAMES)
-    assert found.tunable["kernel"].detached
-    assert_close(merge_params(found), merge_params(pair))
+    loaded = load_peft(tmp_path, make_params(), NAMES)
+    assert loaded.tunable["kernel"].detached
+    assert_close(merge_params(loaded), merge_params(pair))
 
 
 def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
@@ -300,8 +300,8 @@ def test_experts_beside_an_adapter_are_left_alone(tmp_path):
     spec = {"up": lorax.LORA_FREEZE, "down": lorax.LORA_FREEZE, "q": LoraSpec(2)}
     tunable = init_lora(params, spec, jax.random.key(0)).tunable
     save_peft(tmp_path / "folder", tunable, names)
-    found = load_peft(tmp_path / "folder", params, names).tunable
-    assert jax.tree.map(lambda leaf: leaf.tolist(), found) == jax.tree.map(
+    loaded = load_peft(tmp_path / "folder", params, names).tunable
+    assert jax.tree.map(lambda leaf: leaf.tolist(), loaded) == jax.tree.map(
         lambda leaf: leaf.tolist(), tunable
     )
 

@@ -106,10 +106,10 @@ LAYOUTS = {
 
 def test_names_come_back(file):
     write_names(file, LAYOUTS)
-    found = read_names(str(file))
-    assert found == LAYOUTS
-    assert list(found) == list(LAYOUTS)  # in their order
-    assert [type(layout) for layout in found.values()] == list(map(type, LAYOUTS.values()))
+    layouts = read_names(str(file))
+    assert layouts == LAYOUTS
+    assert list(layouts) == list(LAYOUTS)  # in their order
+    assert [type(layout) for layout in layouts.values()] == list(map(type, LAYOUTS.values()))
     write_names(file, {})  # it is replaced
     assert read_names(file) == {}
 

@@ -100,10 +100,10 @@ class Place:
         save_adapter(self.native, make_tunable(), base=make_params(), metadata={"task": "x"})
         with safetensors.safe_open(self.native, "numpy") as file:
             metadata = file.metadata()
-        found = safetensors.numpy.load_file(self.native)
-        found = without_none(found | (tensors or {}))
+        own = safetensors.numpy.load_file(self.native)
+        own = without_none(own | (tensors or {}))
         metadata = without_none(metadata | (changes or {}))
-        safetensors.numpy.save_file(found, self.native, metadata)
+        safetensors.numpy.save_file(own, self.native, metadata)
 
     def contents(self):
         files = sorted(self.home.rglob("*"))
@@ -1113,8 +1113,8 @@ LORA = {
 def settings(text=None, **changes):
     """The header's settings, in which those of `q` have been changed."""
     values = LORA | {name: 0 for name in changes}
-    found = {name: json.dumps(value) for name, value in values.items()} | changes
-    fields = ", ".join(f'"{name}": {value}' for name, value in found.items())
+    texts = {name: json.dumps(value) for name, value in values.items()} | changes
+    fields = ", ".join(f'"{name}": {value}' for name, value in texts.items())
     text = text or f"{{{fields}}}"
     return {KEY: f'{{"q": {text}, "norm": {{"kind": "full"}}}}'}
 
@@ -1297,10 +1297,10 @@ def kinds(q, held=None, format="2"):
 
 
 def deep(depth):
-    found = LORA
+    spec = LORA
     for _ in range(depth):
-        found = {"kind": "dora", "detached": True, "delta": found}
-    return found
+        spec = {"kind": "dora", "detached": True, "delta": spec}
+    return spec
 
 
 NO_SETTING = "says of `q` what is not a setting"

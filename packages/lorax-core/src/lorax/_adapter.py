@@ -169,10 +169,10 @@ class Adapter:
 
     def factors(self) -> dict[str, Any]:
         """The trained arrays by name; those of an adapter within it stand among them."""
-        found: dict[str, Any] = {}
+        factors: dict[str, Any] = {}
         for name, value in self._nodes(static=False).items():
-            found |= value.factors() if isinstance(value, Adapter) else {name: value}
-        return found
+            factors |= value.factors() if isinstance(value, Adapter) else {name: value}
+        return factors
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
         """The same adapter with other arrays."""
@@ -186,13 +186,13 @@ class Adapter:
 
     def settings(self) -> dict[str, Any]:
         """All that shapes the weight without being an array, as JSON."""
-        found: dict[str, Any] = {"kind": self.kind}
+        settings: dict[str, Any] = {"kind": self.kind}
         for name, value in self._nodes(static=True).items():
-            found[name] = list(value) if isinstance(value, tuple) else value
+            settings[name] = list(value) if isinstance(value, tuple) else value
         for name, value in self._nodes(static=False).items():
             if isinstance(value, Adapter):
-                found[name] = value.settings()
-        return found
+                settings[name] = value.settings()
+        return settings
 
     def summary(self) -> str:
         """The kind and its size, for a table."""

@@ -205,9 +205,9 @@ class CodedArray:
 
 
 def _primitive(name: str) -> jex.Primitive:
-    found = _compat.find_primitive(name)
-    assert found is not None, name
-    return found
+    primitive = _compat.find_primitive(name)
+    assert primitive is not None, name
+    return primitive
 
 
 def _sharding_of(array: Any) -> Any:

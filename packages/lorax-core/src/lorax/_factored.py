@@ -24,7 +24,7 @@ from ._coded import CodedArray, is_coded
 from ._meter import Meter
 from ._reading import reading
 from ._sharding import sharded_like
-from ._terms import Inexpressible, Labels, Term, align, apart
+from ._terms import Inexpressible, Labels, Term, align, relabeled
 from ._turn import Turn
 
 
@@ -158,7 +158,7 @@ def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
         others = list(others)
     for _ in range(2):  # A later term may split labels that an earlier one shows.
         for k, other in enumerate(others):
-            first, others[k] = align(first, apart(first, other), [(d, d) for d in axes])
+            first, others[k] = align(first, relabeled(first, other), [(d, d) for d in axes])
     return first, others
 
 

@@ -218,12 +218,14 @@ def _place_like(
         held = isinstance(base, QuantizedWeight)
         sharding: Any = base.sharding if held else jax.typeof(base).sharding
         place = jax.sharding.reshard
-        settled = AxisType.Explicit not in sharding.mesh.axis_types  # the compiler places the rest
+        is_placed = (
+            AxisType.Explicit not in sharding.mesh.axis_types
+        )  # the compiler places the rest
     else:
         sharding, place = base.sharding, jax.device_put
         named = isinstance(sharding, NamedSharding)
-        settled = not base.committed or (not named and is_tracer(factor))
-    if settled:
+        is_placed = not base.committed or (not named and is_tracer(factor))
+    if is_placed:
         return factor
     sharding = factor_sharding(sharding, out, labels)
     key = (id(factor), sharding)

@@ -83,12 +83,12 @@ def quantize(
     if fn is not None:
         roles = roles_of(fn, bases, structure, tuple(args), dict(kwargs or {}))
     if isinstance(formats, str | Format):
-        found = _everywhere(bases, format_of(formats), roles, where, tables)
+        blanks = _everywhere(bases, format_of(formats), roles, where, tables)
     else:
-        found = _by_leaf(bases, structure, formats, roles)
+        blanks = _by_leaf(bases, structure, formats, roles)
     made: dict[Any, QuantizedWeight] = {}
     out: list[Any] = []
-    for (_, leaf), (path, base), blank in zip(leaves, bases, found, strict=True):
+    for (_, leaf), (path, base), blank in zip(leaves, bases, blanks, strict=True):
         if blank is None:
             out.append(leaf)
             continue
@@ -152,7 +152,7 @@ def _everywhere(
             "quantize takes `fn` and `args` beside one format for all weights, to find which they "
             "are. Without a function, give it a tree of formats."
         )
-    found: list[QuantizedWeight | None] = []
+    blanks: list[QuantizedWeight | None] = []
     told: list[str] = []
     for path, base in bases:
         is_table, is_weight = path in roles.tables, path in roles.axes
@@ -160,15 +160,15 @@ def _everywhere(
         if not chosen or not _is_float(base):
             if chosen:
                 _refuse_twice(path, base)
-            found.append(None)
+            blanks.append(None)
             continue
         along = roles.tables[path] if is_table else roles.axes[path][0]
         try:
-            found.append(_blank(path, base, along, format))
+            blanks.append(_blank(path, base, along, format))
         except SpecError as error:
             told.append(str(error))
-            found.append(None)
-    if not any(found):
+            blanks.append(None)
+    if not any(blanks):
         chosen = "" if where is None else f" whose path {shown(where)} accepts"
         names = [path for path, base in bases if getattr(base, "ndim", 0) > 1]
         raise SpecError(
@@ -188,7 +188,7 @@ def _everywhere(
             UnquantizedWarning,
             stacklevel=3,
         )
-    return found
+    return blanks
 
 
 def _by_leaf(
@@ -201,10 +201,10 @@ def _by_leaf(
             "The tree of formats must have the structure of the parameters, None where a leaf is "
             f"left as it is. Parameters: {structure}; formats: {other}."
         )
-    found: list[QuantizedWeight | None] = []
+    blanks: list[QuantizedWeight | None] = []
     for (path, base), leaf in zip(bases, leaves, strict=True):
         if leaf is None:
-            found.append(None)
+            blanks.append(None)
             continue
         format = format_of(leaf)
         _refuse_twice(path, base)
@@ -216,8 +216,8 @@ def _by_leaf(
         along = (base.ndim - 2,)  # as in a kernel `[…, in, out]`
         if roles is not None and path in roles.axes:
             along = roles.tables.get(path, roles.axes[path][0])
-        found.append(_blank(path, base, along, format))
-    return found
+        blanks.append(_blank(path, base, along, format))
+    return blanks
 
 
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:

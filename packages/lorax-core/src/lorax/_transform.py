@@ -169,9 +169,9 @@ def bind_call(
     for place in places:
         if isinstance(place, str) and place not in kwargs:
             raise PairError(f"{name} was called without `{place}`, which takes a pair.")
-        what = f"argument {place!r} of {name}"
+        label = f"argument {place!r} of {name}"
         value = args[place] if isinstance(place, int) else kwargs[place]
-        leaves, structure = flatten_pair(*split_pair(value, what), what)
+        leaves, structure = flatten_pair(*split_pair(value, label), label)
         if len(places) > 1:
             leaves = [leaf._replace(path=f"{place}/{leaf.path}") for leaf in leaves]
         pairs[place] = FlatPair(leaves, structure)

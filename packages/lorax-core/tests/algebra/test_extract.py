@@ -40,16 +40,16 @@ SPEC = {
 def test_a_merged_adapter_is_found_again():
     pair = init_lora(BASE, SPEC, jax.random.key(5), b_init="gaussian")
     tuned = merge_params(pair) | {"bias": BASE["bias"] + 1}
-    found, errors = extract_lora(BASE, tuned, SPEC)
+    extracted, errors = extract_lora(BASE, tuned, SPEC)
     assert max(errors.values()) < 1e-5 and errors.keys() == BASE.keys() - {"bias"}
-    for name, value in merge_params(found).items():
+    for name, value in merge_params(extracted).items():
         np.testing.assert_allclose(value, tuned[name], rtol=1e-5, atol=1e-5)
-    assert found.tunable["kernel"].alpha == 3
-    assert found.frozen["kernel"] is BASE["kernel"] and found.frozen["bias"] is None
+    assert extracted.tunable["kernel"].alpha == 3
+    assert extracted.frozen["kernel"] is BASE["kernel"] and extracted.frozen["bias"] is None
     x = random(6, 2, 13)
     model = lora(lambda p, x: x @ p["kernel"] + p["bias"][None], on_unused="allow")
     wanted = x @ tuned["kernel"] + tuned["bias"][None]
-    np.testing.assert_allclose(model(found, x), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(extracted, x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def best(delta, rank):

@@ -49,9 +49,9 @@ def test_the_exact_inverse_is_orthogonal_and_the_series_is_near_to_its_transpose
     q = N(0, 3, 6) / 10
     exact = np.asarray(rotation(q, 4, None)) + np.eye(4)
     np.testing.assert_allclose(exact @ exact.transpose(0, 2, 1), [np.eye(4)] * 3, atol=1e-6)
-    near = np.asarray(rotation(q, 4, 5)) + np.eye(4)
-    np.testing.assert_allclose(near, exact.transpose(0, 2, 1), atol=2e-3)
-    assert np.abs(near - exact).max() > 0.1
+    series = np.asarray(rotation(q, 4, 5)) + np.eye(4)
+    np.testing.assert_allclose(series, exact.transpose(0, 2, 1), atol=2e-3)
+    assert np.abs(series - exact).max() > 0.1
 
 
 @pytest.mark.parametrize("terms", [5, None])

@@ -138,8 +138,8 @@ def test_a_rule_that_is_no_derivative_is_lost():
     for through, largest in ((False, 0.1), (True, 0.0)):
         ours = lora(fn, on_materialize="allow", through_custom_derivatives=through)
         assert np.allclose(ours((frozen, tunable), x), fn(merge_params(frozen, tunable), x))
-        found = jax.grad(lambda t, f=ours: f((frozen, t), x).sum())(tunable)["w"]
-        assert (np.abs(found.a).max() > largest) == (not through)
+        gradient = jax.grad(lambda t, f=ours: f((frozen, t), x).sum())(tunable)["w"]
+        assert (np.abs(gradient.a).max() > largest) == (not through)
     with pytest.raises(AssertionError, match="value and gradient"):
         testing.check(
             fn, merge_params(frozen, tunable), {"w": 2}, x, materializes=True, transforms=False,

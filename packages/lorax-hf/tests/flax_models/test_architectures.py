@@ -22,8 +22,8 @@ def outputs(model):
 
     def run(params, inputs):
         with lorax_hf.clip_mended():
-            found = model(**inputs, params=params, return_dict=True)
-        return {k: v for k, v in found.items() if k != "past_key_values" and hasattr(v, "shape")}
+            output = model(**inputs, params=params, return_dict=True)
+        return {k: v for k, v in output.items() if k != "past_key_values" and hasattr(v, "shape")}
 
     return run
 
@@ -51,10 +51,10 @@ def test_axes_are_those_that_tracing_finds(name):
         warnings.simplefilter("ignore", lorax.UnadaptedWarning)  # a classifier of one class
         traced = lorax.infer_spec(outputs(model), params, inputs, rank=2, skip_small=False)
     ours = spec_of(model, params, rank=2, targets=lambda module: True)
-    found = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
-    said = jax.tree.leaves(ours, is_leaf=is_spec)
-    assert sum(map(is_spec, said)) >= 6
-    for (path, traced_leaf), leaf in zip(found, said, strict=True):
+    traced_leaves = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
+    named_module = jax.tree.leaves(ours, is_leaf=is_spec)
+    assert sum(map(is_spec, named_module)) >= 6
+    for (path, traced_leaf), leaf in zip(traced_leaves, named_module, strict=True):
         if path[-1].key == "weight_v":
             # Weight normalization: PyTorch has a parametrization there, which PEFT does not adapt.
             assert is_spec(traced_leaf) and not is_spec(leaf), path

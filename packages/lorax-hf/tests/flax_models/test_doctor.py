@@ -12,14 +12,14 @@ import transformers
 import lorax_hf
 
 
-def found(kind, **changes):
+def findings(kind, **changes):
     config = tiny.config_of(kind)
     config.update(changes)
     return [finding.what for finding in lorax_hf.doctor(config)]
 
 
 def test_a_model_without_defects():
-    assert found("bert") == []
+    assert findings("bert") == []
 
 
 def test_t5_needs_the_mend():
@@ -29,12 +29,12 @@ def test_t5_needs_the_mend():
         try:
             tiny.make("FlaxT5Model")
         except TypeError as error:
-            assert "a_max" in str(error) and "jnp.clip" in found(kind)[0]
+            assert "a_max" in str(error) and "jnp.clip" in findings(kind)[0]
         else:
-            assert found(kind) == []
+            assert findings(kind) == []
     clip = jnp.clip
     with lorax_hf.clip_mended():
-        assert found(kind) == []
+        assert findings(kind) == []
         tiny.make("FlaxT5Model")
         np.testing.assert_array_equal(jnp.clip(jnp.arange(5), a_min=1, a_max=3), [1, 1, 2, 3, 3])
         np.testing.assert_array_equal(jnp.clip(jnp.arange(5), 1, max=3), [1, 1, 2, 3, 3])
@@ -49,8 +49,8 @@ def test_the_mend_ends_with_an_error():
 
 
 def test_llama_ignores_the_rotary_base():
-    assert any("rotary base" in what for what in found("llama", rope_theta=5e4))
-    assert found("llama") == []
+    assert any("rotary base" in finding for finding in findings("llama", rope_theta=5e4))
+    assert findings("llama") == []
     ids = jnp.arange(6)[None]
     outputs = []
     for theta in (1e4, 1e2):
@@ -61,14 +61,14 @@ def test_llama_ignores_the_rotary_base():
 
 
 def test_llama_has_a_head_of_its_own_where_it_is_tied():
-    assert any("head random" in what for what in found("llama", tie_word_embeddings=True))
+    assert any("head random" in finding for finding in findings("llama", tie_word_embeddings=True))
     config = tiny.config_of("llama")
     config.tie_word_embeddings = True
     assert "lm_head" in transformers.FlaxLlamaForCausalLM(config).params
 
 
 def test_basic_resnets_have_names_of_their_own():
-    assert any("basic" in what for what in found("resnet", layer_type="basic"))
+    assert any("basic" in finding for finding in findings("resnet", layer_type="basic"))
     config = tiny.config_of("resnet")
     config.layer_type = "basic"
     params = transformers.FlaxResNetModel(config).params
@@ -80,7 +80,7 @@ def test_basic_resnets_have_names_of_their_own():
 
 
 def test_electra_takes_ones():
-    assert any("token_type_ids" in what for what in found("electra"))
+    assert any("token_type_ids" in finding for finding in findings("electra"))
     model = transformers.FlaxElectraModel(tiny.config_of("electra"))
     ids = jnp.arange(6)[None]
     ones, zeros = (model(ids, token_type_ids=jnp.full_like(ids, k))[0] for k in (1, 0))

@@ -111,10 +111,10 @@ def test_ranks_alphas_and_scaling(llama):
         rank_pattern={r"0\.self_attn\.q_proj": 3},
         alpha_pattern={"v_proj": 2.5},
     )
-    found = {path.split("/", 1)[1]: (x.rank, x.alpha, x.scaling) for path, x in chosen.items()}
-    assert found["0/self_attn/q_proj/kernel"] == (3, 7, "rslora")
-    assert found["1/self_attn/q_proj/kernel"] == (5, 7, "rslora")
-    assert found["0/self_attn/v_proj/kernel"] == (5, 2.5, "rslora")
+    settings = {path.split("/", 1)[1]: (x.rank, x.alpha, x.scaling) for path, x in chosen.items()}
+    assert settings["0/self_attn/q_proj/kernel"] == (3, 7, "rslora")
+    assert settings["1/self_attn/q_proj/kernel"] == (5, 7, "rslora")
+    assert settings["0/self_attn/v_proj/kernel"] == (5, 2.5, "rslora")
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_a_model_of_two_models_has_the_presets_of_both():
 
 def test_any_kind_of_adapter(llama):
     kind = lorax.DoraSpec(lorax.LoraSpec(3, alpha=6))
-    found = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
-    assert {spec.spec.rank for spec in found.values()} == {2, 3}
-    assert all(isinstance(spec, lorax.DoraSpec) and spec.spec.in_axes for spec in found.values())
+    specs = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
+    assert {spec.spec.rank for spec in specs.values()} == {2, 3}
+    assert all(isinstance(spec, lorax.DoraSpec) and spec.spec.in_axes for spec in specs.values())
     gains = adapted(llama, adapter=lorax.IA3Spec(), targets=["k_proj", "v_proj"])
     assert len(gains) == 4 and all(spec.out_axes for spec in gains.values())
     plain = adapted(llama, adapter=lorax.LoraSpec(3, 6), alpha_pattern={"v_proj": 4})

@@ -116,13 +116,13 @@ def pull_from_hub(
             cache_dir=cache,
             allow_patterns=[f"{inside}{name}" for name in (CONFIG_NAME, *_WEIGHTS)],
         )
-    found = Path(folder, inside)
-    weights = [name for name in _WEIGHTS if (found / name).exists()]
+    local = Path(folder, inside)
+    weights = [name for name in _WEIGHTS if (local / name).exists()]
     if not weights:
         raise AdapterNotFoundError(f"the repository has no `{inside}{WEIGHTS_NAME}`.", repo_id)
-    if weights[0] == WEIGHTS_NAME and not (found / CONFIG_NAME).exists():
+    if weights[0] == WEIGHTS_NAME and not (local / CONFIG_NAME).exists():
         raise AdapterNotFoundError(f"the repository has no `{inside}{CONFIG_NAME}`.", repo_id)
-    return found
+    return local
 
 
 def _import_hub() -> Any:

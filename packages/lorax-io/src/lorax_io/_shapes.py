@@ -114,9 +114,9 @@ def base_shape(weight: Adapter) -> tuple[int, ...] | None:
     if None in sizes:
         return None
     shape = tuple(size for size in sizes if size is not None)
-    found = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
-    if weight.layout(shape).shapes() != found:
-        raise ValueError(f"factors of {found}")
+    shapes = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
+    if weight.layout(shape).shapes() != shapes:
+        raise ValueError(f"factors of {shapes}")
     return shape
 
 

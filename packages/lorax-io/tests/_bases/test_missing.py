@@ -197,9 +197,9 @@ def test_bias_of_all_with_a_head(shell, files, base):
     files.peft(q(files, 0, 1) | head | copies, **settings)
     shell.succeed("verify adapter --base base")
     shell.succeed("convert adapter out.safetensors --to native")
-    found = files.read("out.safetensors")
-    assert sorted(name for name in found if "score" in name) == ["score/bias", "score/weight"]
-    np.testing.assert_array_equal(found["score/bias"], bias)
+    tensors = files.read("out.safetensors")
+    assert sorted(name for name in tensors if "score" in name) == ["score/bias", "score/weight"]
+    np.testing.assert_array_equal(tensors["score/bias"], bias)
     settings["bias"] = "none"
     files.peft(q(files, 0, 1) | head | copies, **settings)
     shell.fail("verify adapter --base base")

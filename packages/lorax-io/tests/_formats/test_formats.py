@@ -132,10 +132,10 @@ def test_file_is_merged(shell, files, case, prefix):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_inspect_says_what_it_is(shell, files, case):
     case.write(files)
-    found = json.loads(shell.succeed("inspect a.safetensors --json"))
-    assert found["form"] == case.form
-    assert (found["rank"], found["scale"]) == ([RANK], [case.scale])
-    assert "load_any" in found["to load it"]
+    report = json.loads(shell.succeed("inspect a.safetensors --json"))
+    assert report["form"] == case.form
+    assert (report["rank"], report["scale"]) == ([RANK], [case.scale])
+    assert "load_any" in report["to load it"]
 
 
 # Several parts of a pipeline
@@ -204,9 +204,9 @@ def test_several_parts_are_written_again_with_a_config_each(shell, files):
     for name, tensor in files.read(file).items():
         np.testing.assert_array_equal(tensor, tensors[name])
     with safetensors.safe_open(file, "numpy") as opened:
-        found = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert (found["unet.r"], found["unet.lora_alpha"]) == (2, 1)
-    assert (found["text_encoder.r"], found["text_encoder.lora_alpha"]) == (3, 6)
+        configs = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (configs["unet.r"], configs["unet.lora_alpha"]) == (2, 1)
+    assert (configs["text_encoder.r"], configs["text_encoder.lora_alpha"]) == (3, 6)
     shell.succeed("diff a.safetensors out")
     shell.succeed("convert a.safetensors peft --to peft --part unet")
     assert files.read("peft/adapter_model.safetensors").keys() == {
@@ -334,8 +334,13 @@ def write_mlx(tensors, **config):
     folder.mkdir(exist_ok=True)
     save(tensors, folder / "adapters.safetensors", {"format": "mlx"})
     settings = {"rank": RANK, "scale": 20.0, "dropout": 0.0}
-    found = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(found))
+    settings_of_file = {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": settings,
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings_of_file))
 
 
 def test_mlx_is_read(shell, files):
@@ -425,10 +430,10 @@ def test_kohya_comes_back(files, scaling):
     tunable = make_tunable(files, scaling)
     save_kohya("k.safetensors", tunable, NAMES)
     assert open_adapter("k.safetensors").format == "kohya"
-    found = load_any("k.safetensors", PARAMS, NAMES)
+    loaded = load_any("k.safetensors", PARAMS, NAMES)
     for path, row in tunable.items():
         ours, theirs = (
-            np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, found.tunable[path])
+            np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, loaded.tunable[path])
         )
         np.testing.assert_allclose(theirs, ours, rtol=1e-5)
     alphas = {k: x for k, x in files.read("k.safetensors").items() if k.endswith(".alpha")}
@@ -443,8 +448,8 @@ def test_mlx_comes_back(files, scaling):
     config = json.loads(pathlib.Path("mlx/adapter_config.json").read_text())
     assert config["lora_parameters"]["keys"] == ["self_attn.q_proj"]
     assert config["model"] == "me/base"
-    found = load_any("mlx", {"q": PARAMS["q"], "embed": jnp.zeros((11, IN))}, names)
-    np.testing.assert_allclose(delta_of(found.tunable["q"]), delta_of(tunable["q"]), rtol=1e-6)
+    loaded = load_any("mlx", {"q": PARAMS["q"], "embed": jnp.zeros((11, IN))}, names)
+    np.testing.assert_allclose(delta_of(loaded.tunable["q"]), delta_of(tunable["q"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("save_as", [save_kohya, save_mlx])
@@ -474,8 +479,8 @@ def test_convert_writes_every_format(shell, files, form):
     shell.succeed(f"convert a.safetensors out --to {form}")
     adapter = open_adapter("out")
     assert adapter.format == form
-    [found] = adapter.rows.values()
-    np.testing.assert_allclose(delta_of(found), delta_of(row), rtol=1e-6)
+    [written] = adapter.rows.values()
+    np.testing.assert_allclose(delta_of(written), delta_of(row), rtol=1e-6)
 
 
 # Names

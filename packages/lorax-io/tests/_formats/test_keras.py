@@ -41,10 +41,10 @@ def make(alpha=None, rank=3, spec=None):
 def test_a_file_comes_back(tmp_path, alpha):
     pair, file = make(alpha), tmp_path / "a.lora.h5"
     save_keras(file, pair.tunable, NAMES)
-    found = load_any(file, PARAMS, NAMES)
-    assert {row.scale for row in found.tunable.values()} == {1}
+    loaded = load_any(file, PARAMS, NAMES)
+    assert {row.scale for row in loaded.tunable.values()} == {1}
     for path, weight in lorax.merge_params(pair).items():
-        np.testing.assert_allclose(lorax.merge_params(found)[path], weight, rtol=1e-6)
+        np.testing.assert_allclose(lorax.merge_params(loaded)[path], weight, rtol=1e-6)
     with h5py.File(file) as read:
         assert read["lora/vars/rank"][()] == 3
         assert read["lora/11/vars/lora_kernel_a"].shape == (16, 4, 3)

@@ -36,7 +36,7 @@ def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
         kinds: what each of its constants and then of its inputs is: a weight by its name, `DATA`,
             or None for neither.
     """
-    return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).found()
+    return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).roles()
 
 
 def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
@@ -49,8 +49,8 @@ def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
         kinds: as for `find_roles`.
     """
     body, _ = _compat.open_jaxpr(jaxpr)
-    found = functools.cache(lambda: _walked(body, kinds).beside_data)
-    return lambda eqn: id(eqn) in found()
+    equations = functools.cache(lambda: _walked(body, kinds).beside_data)
+    return lambda eqn: id(eqn) in equations()
 
 
 def _walked(body: Any, kinds: Sequence[Any]) -> Walk:

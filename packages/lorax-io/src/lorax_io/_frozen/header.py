@@ -40,51 +40,51 @@ class Entry(NamedTuple):
 
     def arrays(self, path: str) -> dict[str, Any]:
         """All arrays by the names of their tensors."""
-        found: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
         if isinstance(self.base, QuantizedWeight):
-            found = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
+            arrays = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
         elif self.base is not None:
-            found = {path: self.base}
+            arrays = {path: self.base}
         for name, factor in self.factors.items():
-            if f"{path}/{name}" in found:
+            if f"{path}/{name}" in arrays:
                 raise AdapterError(f"two arrays are both called `{path}/{name}`; rename one.")
-            found[f"{path}/{name}"] = factor
-        return found
+            arrays[f"{path}/{name}"] = factor
+        return arrays
 
     def settings(self) -> dict[str, Any] | None:
         """What the header says of it."""
         if self.base is None:
             return None
-        found: dict[str, Any] = {"factors": sorted(self.factors)}
+        settings: dict[str, Any] = {"factors": sorted(self.factors)}
         if isinstance(self.base, QuantizedWeight):
-            found |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
+            settings |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
         if self.adapter:
-            found["adapter"] = json.loads(self.adapter)
-        return found
+            settings["adapter"] = json.loads(self.adapter)
+        return settings
 
 
 def all_arrays(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The arrays of all entries by name."""
-    found: dict[str, Any] = {}
+    everything: dict[str, Any] = {}
     for path, entry in entries.items():
         arrays = entry.arrays(path)
-        if twice := sorted(found.keys() & arrays.keys()):
+        if twice := sorted(everything.keys() & arrays.keys()):
             raise AdapterError(f"two arrays are both called `{twice[0]}`; rename one.")
-        found |= arrays
-    return found
+        everything |= arrays
+    return everything
 
 
 def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
     """The entries, of shapes, and the tensors that are packed; every tensor has its use."""
-    found = file.metadata.get(FROZEN_KEY)
-    if found is None:
+    version = file.metadata.get(FROZEN_KEY)
+    if version is None:
         raise AdapterFileError(
             "is a safetensors file, but not a frozen tree of `save_frozen`. `load_base` reads the "
             "checkpoints of other libraries, `load_adapter` adapters."
         )
-    if found != FORMAT:
+    if version != FORMAT:
         raise AdapterFileError(
-            f"is a frozen tree of format {found[:20]!r}; this version of lorax-io reads format "
+            f"is a frozen tree of format {version[:20]!r}; this version of lorax-io reads format "
             f"{FORMAT}. Update it."
         )
     packed = {name: Packed.from_settings(name, row) for name, row in _object(file, PACKED).items()}
@@ -99,10 +99,10 @@ def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
 
 
 def _object(file: TensorFile, key: str) -> dict[str, Any]:
-    found = parse_json(file.metadata.get(key, ""))
-    if not isinstance(found, dict):
+    content = parse_json(file.metadata.get(key, ""))
+    if not isinstance(content, dict):
         raise AdapterFileError(f"its header has no object under {key!r}.")
-    return found
+    return content
 
 
 def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.ShapeDtypeStruct:
@@ -110,13 +110,13 @@ def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.Sha
     check_width(name, dtype)
     if name not in packed:
         return jax.ShapeDtypeStruct(shape, dtype)
-    found = packed[name]
-    if (dtype, shape) != (np.dtype(np.uint8), found.bytes_shape):
+    packing = packed[name]
+    if (dtype, shape) != (np.dtype(np.uint8), packing.bytes_shape):
         raise AdapterFileError(
-            f"has `{name}` of {dtype} {shape}; packed, {found.dtype} {found.shape} is uint8 "
-            f"{found.bytes_shape}."
+            f"has `{name}` of {dtype} {shape}; packed, {packing.dtype} {packing.shape} is uint8 "
+            f"{packing.bytes_shape}."
         )
-    return jax.ShapeDtypeStruct(found.shape, found.dtype)
+    return jax.ShapeDtypeStruct(packing.shape, packing.dtype)
 
 
 def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Entry:

@@ -80,9 +80,9 @@ def save_frozen(
         def tensors() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
             for name in track(in_order(shapes), "Saving the frozen tree"):
                 array = arrays[name]
-                found = to_host(packed[name].pack(array) if name in packed else array)
-                check_numbers(name, found, held.get(name))
-                yield name, found
+                numbers = to_host(packed[name].pack(array) if name in packed else array)
+                check_numbers(name, numbers, held.get(name))
+                yield name, numbers
 
         with one_writer() as writer:
             write_stream(path, shapes, header, tensors(), write=writer)

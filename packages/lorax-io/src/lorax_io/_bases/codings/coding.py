@@ -167,5 +167,5 @@ def check_bits(name: str, bits: Any) -> int:
 
 def setting(tensors: Tensors, key: str, default: Any = None) -> Any:
     """What the config says of the quantization."""
-    found = tensors.config.get("quantization_config")
-    return found.get(key, default) if isinstance(found, dict) else default
+    settings = tensors.config.get("quantization_config")
+    return settings.get(key, default) if isinstance(settings, dict) else default
