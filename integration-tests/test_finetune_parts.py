@@ -239,7 +239,7 @@ def test_padding_changes_nothing(reader):
 def test_tokenizer(reader):
     loaded = tokenizer.load_tokenizer(reader)
     encoded = loaded.encode("ab ab 19c c")
-    # Every digit stands alone, even without the blank before it and though there is "19".
+    # Every digit is a token, even without the blank before it and though there is "19".
     assert encoded.tokens == ["ab", "Ġab", "Ġ", "1", "9", "c", "Ġc"]
     assert encoded.ids == [TOKENS.index(token) for token in encoded.tokens]
     assert loaded.decode(encoded.ids) == "ab ab 19c c"

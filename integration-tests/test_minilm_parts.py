@@ -25,7 +25,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The program as a module, with those that lie beside it."""
+    """The program as a module, with the modules in its folder."""
     sys.path.insert(0, str(FOLDER))
     try:
         return importlib.import_module("minilm")

@@ -1,4 +1,4 @@
-"""What the site is made with: its checks can fail, and its pictures show what they are told."""
+"""What the site is made with: its checks can fail, and its pictures show what they are given."""
 
 import importlib
 from pathlib import Path

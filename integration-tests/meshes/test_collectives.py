@@ -2,7 +2,7 @@
 than in the plain model.
 
 The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,
-leaves out work of LLVM's; the passes that place, join and remove collectives run all the same.
+leaves out work of LLVM's; the passes that place, join and remove collectives still run.
 """
 
 import collections

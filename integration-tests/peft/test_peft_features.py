@@ -1,4 +1,4 @@
-"""What adapters may hold beside plain factors, and how they may lie in a tree: as PEFT has it."""
+"""What adapters may hold beside plain factors, and their places in a tree: as in PEFT."""
 
 import copy
 import dataclasses
@@ -239,7 +239,7 @@ def test_we_read_adapters_of_another_name(twin, from_peft):
     from_peft(twin("llama"), LoraConfig(r=3, target_modules=["q_proj"]), name="other")
 
 
-# What may be said of the scale: rank, alpha and kind of two layers.
+# What a config may hold of the scale: rank, alpha and kind of two layers.
 SCALES = {
     "of one": [(3, None, "standard"), (2, None, "standard")],
     "of one and another": [(3, None, "standard"), (2, 5, "rslora")],

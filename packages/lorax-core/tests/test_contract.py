@@ -265,7 +265,7 @@ def test_wide_dtype(dtype, expected):
     assert _contract.wide_dtype(dtype) == expected
 
 
-# The form: neighbouring axes are one axis, where that is fast
+# The form: neighboring axes are one axis, where that is fast
 
 
 def products(fn, *args):

@@ -336,7 +336,7 @@ def test_counts_and_explains():
     assert explanation.quantized == sum(leaf.size for leaf in held)
     assert explanation.bits is not None and 4.1 < explanation.bits < 5
     assert {(path, primitive) for path, primitive, _ in explanation.decoded} == {("up", "sort")}
-    assert "`up` is decoded in full for `sort`" in str(explanation)
+    assert "`up` is decoded to a whole array for `sort`" in str(explanation)
     assert re.search(r"are held in 4\.\d\d bits each", str(explanation))
 
 
@@ -378,7 +378,7 @@ def test_shapes_alone():
 
 
 def test_vmapped_over_bases():
-    """Members of an ensemble, each with codes of its own."""
+    """Members of an ensemble, each with its own codes."""
     stacked, x = N(0, 3, 64, 8), N(1, 2, 64)
     hold = lambda w: quantize({"w": w}, {"w": NF4(32)})  # noqa: E731
     frozen = jax.vmap(hold)(stacked)

@@ -460,7 +460,7 @@ def test_explicit_meshes_get_the_sharding_of_the_base():
         jax.jit(jax.grad(lambda t: lora(fn)((adapters[0], t), x).sum()))(adapters[1])
 
 
-# What is said
+# Warnings and messages
 
 
 def test_a_weight_that_is_built_is_named_with_its_line():

@@ -1,4 +1,4 @@
-"""Frozen trees on disk: to the bit what was saved, or refused by name."""
+"""Frozen trees on disk: bit for bit what was saved, or an error that names the tensor."""
 
 import dataclasses
 import json

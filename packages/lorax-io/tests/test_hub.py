@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, of which a small one stands on this machine."""
+"""The Hugging Face Hub, of which a small copy runs on this machine."""
 
 import base64
 import hashlib

@@ -1,6 +1,6 @@
 """`load_base`: trees, shapes, places, memory, and files that are refused.
 
-That each library's codes are decoded to the bit is tested beside the libraries, in
+That each library's codes are decoded bit for bit is tested beside the libraries, in
 `integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
 """
 

@@ -276,7 +276,7 @@ def test_a_large_header_with_one_key_twice_is_refused_in_time(place):
     assert_refused(place, "peft", AdapterFileError, "'0' twice")
 
 
-# What lies where a file is expected.
+# What is there where a file is expected.
 
 
 def link(path, target):
@@ -614,7 +614,7 @@ def test_an_unknown_key_is_said(place):
         load_peft(place.folder, make_params(), NAMES)
 
 
-# Patterns: each of these stands wherever a pattern may stand.
+# Patterns: each of these is tried wherever a pattern is allowed.
 
 PATTERNED = {
     "target_modules": lambda pattern: {"target_modules": pattern},
@@ -1252,7 +1252,7 @@ NATIVE = rows(
         "trains `w` in full, which is not in the parameters",
     ),
     (
-        "trains what is no array",
+        "trains what is not an array",
         {KEY: '{"no array": {"kind": "full"}}'},
         {"q/a": None, "q/b": None, "norm": None, "no array": floats(1)},
         MISMATCH,

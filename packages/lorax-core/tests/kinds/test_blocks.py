@@ -222,7 +222,7 @@ def built_in_full(eqn, x, w, **_):
 
 
 def delta_alone(eqn, x, w, **_):
-    """`x W + x Δ`: the base is left alone, and the delta is formed all the same."""
+    """`x W + x Δ`: the base is left alone, and but the delta is formed."""
     eqn.use(w, "product")
     (term,) = w.terms
     return eqn(x, w.base) + eqn(x, term.array(x.dtype))
@@ -258,7 +258,7 @@ def test_the_oracle_catches_a_delta_of_blocks(monkeypatch, spec, stacked, rule):
     assert not testing.weight_sized(function, frozen, tunable, x)
     monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: rule})
     assert testing.weight_sized(function, frozen, tunable, x)
-    with pytest.raises(AssertionError, match="weight in full are built"):
+    with pytest.raises(AssertionError, match="adapted weights are materialized"):
         testing.check(function, params, {"w": spec}, x)
 
 

@@ -1,4 +1,4 @@
-"""Functions with a derivative of their own, on weights."""
+"""Functions with a custom derivative, on weights."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""The known defects: each is there as long as it is said to be, and the mend mends."""
+"""The known defects: each is there as long as it is reported, and the patch fixes it."""
 
 import warnings
 

@@ -320,7 +320,7 @@ def test_gradients_stop_where_torch_stops_them():
 
 
 class Attends(nn.Module):
-    """Attention with weights of its own, as a module calls it."""
+    """Attention with its own weights, as a module calls it."""
 
     def __init__(self, **options):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Merged models as folders: every tensor once, to the bit, or no folder at all."""
+"""Merged models as folders: every tensor once, bit for bit, or no folder at all."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Heads that are the embedding: adapted, they get a weight and a config of their own."""
+"""Heads that are the embedding: adapted, they get their own weight and config."""
 
 import json
 import pathlib

@@ -73,7 +73,7 @@ def make_params(paths=tuple(SHAPES), dtype: Any = np.float32):
 
 
 def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
-    """Factors by hand: `init_lora` compiles for each shape."""
+    """Factors made with NumPy: `init_lora` compiles for each shape."""
     numbers = np.random.default_rng(1)
 
     def row(path):
@@ -196,7 +196,7 @@ def test_the_norm_of_complex_numbers_is_theirs(capsys):
 
 
 def save_torch_base(paths=tuple(SHAPES), prefix="", dtype: Any = np.float32):
-    """The base as PyTorch has it, written by hand."""
+    """A hand-written base in PyTorch's form."""
     params = make_params(paths, dtype)
     tensors = {f"{prefix}{torch_name(path)}": to_torch(path, x) for path, x in params.items()}
     safetensors.numpy.save_file(tensors, "base.safetensors")

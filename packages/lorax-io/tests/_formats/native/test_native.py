@@ -154,7 +154,7 @@ def test_what_cannot_be_saved_is_said(file, tree, message):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        ({"w": jnp.ones(3), "v": jnp.ones(3)}, "lacks `v`, which `like` has"),
+        ({"w": jnp.ones(3), "v": jnp.ones(3)}, "lacks `v`, which is in `like`"),
         ({"v": jnp.ones(3)}, "has `w`, which is not in `like`"),
         ({"w": jnp.ones(4)}, r"`w` of shape \(3,\), but \(4,\) would fit"),
         ({"w": jnp.ones(3, jnp.float16)}, "`w` in float32, but `like` has float16"),
