@@ -305,7 +305,7 @@ def depth(session: nox.Session) -> None:
 
 @nox.session(name="bench-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench_torch(session: nox.Session) -> None:
-    """Times a step of transformers' Llama in JAX, of PEFT on PyTorch, and of a hand-written Llama."""
+    """Times a step of transformers' Llama in JAX, PEFT's on PyTorch, and a hand-written Llama's."""
     install_torch(session, *editable("lorax-io"), "gguf")
     session.install("--requirement", f"{PYTORCH}/requirements.txt")
     session.run("python", "benchmarks/torch_step.py", *session.posargs)
