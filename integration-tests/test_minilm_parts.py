@@ -165,7 +165,7 @@ def test_it_trains_and_saves(minilm, run, tmp_path, capsys):
     assert head["weight"].shape == (32,) and head["bias"].shape == ()
 
 
-def test_an_adapter_that_comes_back_otherwise_fails(minilm, run, monkeypatch):
+def test_changed_adapter_fails(minilm, run, monkeypatch):
     load_peft = minilm.load_peft
 
     def halved(*args):

@@ -220,7 +220,7 @@ def test_a_piece_of_the_base_does_not_count_by_itself():
     assert excess(whole, whole) == {}
 
 
-def test_an_axis_that_shows_both_sides_is_no_weight():
+def test_axis_with_both_sides_is_not_a_weight():
     # The diagonal of a square: a vector, along which both sides vary.
     a = Made((frozenset({SIDES[0]}), frozenset()), frozenset({SIDES[0]}), True)
     b = Made((frozenset(), frozenset({SIDES[1]})), frozenset({SIDES[1]}), True)

@@ -38,7 +38,7 @@ def broken_dot(monkeypatch):
     return replace
 
 
-def test_passes_what_is_right():
+def test_passes_a_correct_function():
     testing.check(model, PARAMS, {"w": 2}, X)
 
 

@@ -262,7 +262,7 @@ def test_the_oracle_catches_a_delta_of_blocks(monkeypatch, spec, stacked, rule):
         testing.check(function, params, {"w": spec}, x)
 
 
-def test_a_remainder_of_miss_is_no_array_of_the_weights_size():
+def test_miss_remainder_is_not_weight_sized():
     # Which rows the inputs meet is data, so that the oracle alone would not see it.
     params, x = {"w": jnp.ones((11, 7))}, jnp.ones((3, 11))
     pair = init_lora(params, {"w": MissSpec(4)}, jax.random.key(0))

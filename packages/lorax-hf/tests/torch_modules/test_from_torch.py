@@ -284,7 +284,7 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("name", RETURNS)
-def test_what_is_returned_has_the_same_structure(name):
+def test_outputs_have_the_same_structure(name):
     fn, params = lorax_hf.from_torch(Returns(RETURNS[name]))
     output = jax.jit(fn)(params, jnp.asarray(X))
     expected = RETURNS[name](jnp.asarray(X))
@@ -460,7 +460,7 @@ def test_quantized_modules_of_other_packages_are_refused(package):
         lorax_hf.from_torch(nn.Sequential(kind(6, 5)))
 
 
-def test_importing_mend_is_undone():
+def test_import_patch_is_undone():
     from torch._ops import OpOverloadPacket
 
     lorax_hf.from_torch(nn.Linear(6, 5))
