@@ -42,7 +42,7 @@ def equal(actual, wanted):
 
 @pytest.mark.filterwarnings("ignore:TensorFlow and JAX classes are deprecated")
 @pytest.mark.parametrize(("name", "way"), [*WAYS, ("blocks", SideBySide), ("scanned", SideBySide)])
-def test_ours_is_what_is_written_by_hand(name, way):
+def test_ours_equals_the_hand_written_model(name, way):
     model = MODELS[name]()
     adapted = adapt(model, 2)
     gradient = lambda fn: jax.jit(jax.value_and_grad(lambda *args: objective(fn(*args))))  # noqa: E731
@@ -60,7 +60,7 @@ def test_one_token():
     assert abs(outputs["base"][0] - outputs["hand-written"][0]).max() > 1e-3
 
 
-def test_the_last_token_sees_what_is_cached():
+def test_last_token_attends_to_the_cache():
     model = SMALL(batch=1)
     x = model.batch
     whole = model.apply(model.params, x)

@@ -116,7 +116,7 @@ def test_a_state_of_another_kind_is_an_error():
 
 
 @pytest.mark.parametrize("first", ["lorax", "flax.serialization"])
-def test_flax_knows_adapters_whatever_is_imported_first(first):
+def test_flax_serializes_adapters_in_any_import_order(first):
     second = ({"lorax", "flax.serialization"} - {first}).pop()
     program = f"""
 import {first}, {second}, numpy as np

@@ -185,7 +185,7 @@ def by_hand(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
     return apply
 
 
-# Its numbers, of NumPy's: the same in every layout and in every process.
+# Its numbers, from NumPy: the same in every layout and in every process.
 
 
 def make_params(stacked: bool) -> Any:
@@ -243,7 +243,7 @@ def adapt(where: Setting) -> Adapted:
 
 
 def names_for_peft(stacked: bool) -> dict[str, Any]:
-    """The layouts of the parameters: attention's heads lie flattened in PyTorch's weights."""
+    """The layouts of the parameters: attention's heads are flattened in PyTorch's weights."""
     inputs = {"o": (0, 1)}
     names: dict[str, Any] = {}
     for layer in [None] if stacked else range(SIZES["l"]):

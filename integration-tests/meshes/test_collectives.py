@@ -2,7 +2,7 @@
 than in the plain model.
 
 The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,
-leaves out work of LLVM's; the passes that place, join and remove collectives run all the same.
+leaves out work of LLVM's; the passes that place, join and remove collectives still run.
 """
 
 import collections
@@ -94,7 +94,7 @@ def weights_among(actual, where):
     return collections.Counter(moved[:2] for moved in moved if moved.entries in sizes)
 
 
-def test_the_counter_sees_what_there_is():
+def test_counter_sees_every_collective():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @jax.shard_map(mesh=mesh, in_specs=P("d"), out_specs=(P(), P("d"), P("d"), P("d"), P("d")))
@@ -141,7 +141,7 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("kind", CHOSEN.values(), ids=CHOSEN)
-def test_nothing_moves_that_would_not_by_hand(kind):
+def test_collectives_equal_the_hand_written_ones(kind):
     where = setting(**kind)
     with where.context():
         adapted = adapt(where)

@@ -1,4 +1,4 @@
-"""What the tests with the real PEFT share: tiny torch models, each as a tree of JAX's too.
+"""What the tests with the real PEFT share: tiny torch models, each also as a tree of JAX arrays.
 
 They need torch and transformers, and run in the nox session `peft`.
 """
@@ -72,7 +72,7 @@ def layout_of(name, module, parameter, ndim):
 
 @dataclasses.dataclass
 class Twin:
-    """A torch model, and its parameters as a tree of JAX's."""
+    """A torch model, and its parameters as a tree of JAX arrays."""
 
     model: nn.Module
     inputs: dict[str, torch.Tensor]

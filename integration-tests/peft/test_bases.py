@@ -1,4 +1,4 @@
-"""Quantized bases as other libraries write them: decoded to the bit as these decode them.
+"""Quantized bases as other libraries write them: decoded bit for bit as these decode them.
 
 bitsandbytes, compressed-tensors, GPTQ (auto-gptq), AWQ (compressed-tensors' converter), MXFP4 of
 transformers and llama.cpp's `gguf` each write a weight and decode it themselves.

@@ -123,7 +123,7 @@ def test_we_read_what_lycoris_writes_and_it_reads_what_we_write(net, tmp_path, c
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_core_does_not_have_is_refused_by_its_name(net, tmp_path, case):
+def test_kinds_missing_in_the_core_raise_by_name(net, tmp_path, case):
     network, _ = trained(net, REFUSED[case])
     file = tmp_path / "theirs.safetensors"
     network.save_weights(str(file), torch.float32, {})

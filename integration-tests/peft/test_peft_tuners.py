@@ -122,7 +122,7 @@ CONFIGS = {
 }  # fmt: skip
 # With biases that are trained, or changed with the weight beside them.
 BIASED = {
-    "LoRA and biases of its own": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
+    "LoRA and its own biases": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
     "LoRA and all biases": LoraConfig(r=3, target_modules=["up"], bias="all"),
     "LoRA with biased factors": LoraConfig(
         r=3, lora_alpha=5, target_modules=LINEAR, lora_bias=True
@@ -167,7 +167,7 @@ def names_of(net):
 
 
 def make_params(net):
-    """The weights with the axes of JAX's libraries."""
+    """The weights with the axes that JAX libraries use."""
     weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
     order = {"conv.weight": (2, 3, 1, 0), "table.weight": (0, 1)}
     axes = lambda name, ndim: order.get(name, (1, 0) if ndim > 1 else (0,))  # noqa: E731
@@ -190,7 +190,7 @@ def trained(net, config):
 
 
 def merged_by_peft(model):
-    """The weights after PEFT's own merge, with the axes of JAX's libraries."""
+    """The weights after PEFT's own merge, with the axes that JAX libraries use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make_params(copy.deepcopy(model).merge_and_unload())

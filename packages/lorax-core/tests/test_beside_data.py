@@ -18,7 +18,7 @@ def attended(p, tokens):
     return tokens
 
 
-# How `left` comes to stand beside data, and the primitive that puts it there.
+# How `left` comes to be beside data, and the primitive that puts it there.
 ROWS = {
     "concatenated": (lambda x, left: jnp.concatenate([left, x]), "concatenate"),
     "stacked": (lambda x, left: jnp.stack([left, x]).sum(0), "stack"),

@@ -81,7 +81,7 @@ def test_weights_of_products_alone():
     assert all(frozen[name] is PARAMS[name] for name in PARAMS.keys() - quantized(frozen))
 
 
-def test_blocks_lie_along_the_inputs():
+def test_blocks_run_along_the_inputs():
     frozen = quantize(PARAMS, NF4(64), fn=model, args=(IDS,))
     assert frozen["up"].arrays["codes"].shape == (128, 1, 64)  # its first use sums over 64
     assert frozen["up"].arrays["scales"].shape == (128, 1)
@@ -141,7 +141,7 @@ def test_error_and_bits(format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_what_a_format_holds_exactly_comes_back(format):
+def test_kinds_a_format_holds_round_trip(format):
     """Quantizing the decoded weight again gives the same weight, up to the rounding of scales."""
     once = quantize({"w": N(7, 128, 64)}, {"w": format})["w"].array()
     again = quantize({"w": once}, {"w": format})["w"].array()
@@ -239,7 +239,7 @@ def test_other_mistakes():
         quantize(tunable, {"w": "int8"})
 
 
-def test_a_quantized_weight_is_not_trained_in_full():
+def test_full_training_of_a_quantized_weight_raises():
     frozen = quantize({"w": N(0, 64, 8)}, {"w": "int8"})
     with pytest.raises(SpecError, match="`w` is quantized, and codes have no gradient"):
         init_lora(frozen, {"w": LORA_FULL}, jax.random.key(0))
@@ -338,7 +338,7 @@ def test_counts_and_explains():
     assert explanation.quantized == sum(leaf.size for leaf in held)
     assert explanation.bits is not None and 4.1 < explanation.bits < 5
     assert {(path, primitive) for path, primitive, _ in explanation.decoded} == {("up", "sort")}
-    assert "`up` is decoded in full for `sort`" in str(explanation)
+    assert "`up` is decoded to a whole array for `sort`" in str(explanation)
     assert re.search(r"are held in 4\.\d\d bits each", str(explanation))
 
 
@@ -349,7 +349,7 @@ def test_an_adapter_on_codes_that_no_rule_covers_is_reported():
         lora(lambda p, x: x @ jnp.sort(p["w"]), on_materialize="error")(pair, N(1, 2, 64))
 
 
-def test_quantizes_what_lies_beside_frozen_factors():
+def test_quantizes_bases_beside_frozen_factors():
     params = {"w": N(0, 64, 8)}
     frozen, tunable = init_lora(params, {"w": DoraSpec(2)}, jax.random.key(0))
     coded = quantize(frozen, {"w": Int8()})
@@ -380,7 +380,7 @@ def test_shapes_alone():
 
 
 def test_vmapped_over_bases():
-    """Members of an ensemble, each with codes of its own."""
+    """Members of an ensemble, each with its own codes."""
     stacked, x = N(0, 3, 64, 8), N(1, 2, 64)
     hold = lambda w: quantize({"w": w}, {"w": NF4(32)})  # noqa: E731
     frozen = jax.vmap(hold)(stacked)

@@ -441,7 +441,7 @@ def test_left_frozen_by_custom_without_a_warning(fn, shape):
     assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
-def test_positions_of_a_batch_are_no_queries():
+def test_positions_of_a_batch_are_not_queries():
     """What is added to data of more axes is a bias of it, even where the sum meets data again."""
 
     def attention(p, x):

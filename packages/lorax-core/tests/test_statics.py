@@ -69,7 +69,7 @@ def test_equal_settings_are_one_structure():
     assert len(traces) == 1
 
 
-def test_what_is_numpys_can_be_exported():
+def test_numpy_leaves_can_be_exported():
     spec = LoraSpec(np.int64(2), np.float32(16), in_axes=np.array([0]))  # pyright: ignore
     pair = init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
     data = jax.export.export(jax.jit(merge_params))(*pair).serialize()

@@ -85,7 +85,7 @@ def test_reshape(shape):
     same(t.reshape(shape), full(t).reshape(shape))
 
 
-def test_reshape_joins_what_it_had_split():
+def test_reshape_joins_labels_it_split():
     t = term(7, 12)
     same(t.reshape((7, 4, 3)).reshape((7, 6, 2)), full(t).reshape(7, 6, 2))
     same(t.reshape((7, 4, 3)).reshape((7, 2, 3, 2)), full(t).reshape(7, 2, 3, 2))
@@ -195,7 +195,7 @@ def test_halves():
     [((5, 3), False), ((1, 3), True), ((5, 1), True)],
     ids=str,
 )
-def test_is_flat_where_one_factor_spans_what_is_left(shape, flat):
+def test_is_flat_where_one_factor_spans_the_rest(shape, flat):
     t = term(5, 3)
     for axis, size in enumerate(shape):
         if size == 1:

@@ -40,7 +40,7 @@ from lorax_io import (
 from lorax_io._disk.tensors import TensorFile
 
 # How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
-# a process of its own, all of them in one, and each test says how its own went.
+# a separate process, all of them in one, and each test says how its own went.
 
 RUN = """
 import importlib.util, sys
@@ -124,7 +124,7 @@ def make_sharded():
 
 
 def make_tunable():
-    """Factors of NumPy's: what JAX compiles for random ones takes longer than all else here."""
+    """Factors from NumPy: what JAX compiles for random ones takes longer than all else here."""
     shapes = jax.eval_shape(lambda: lorax.init_lora(make_params(), TUNED, jax.random.key(0))[1])
     random = np.random.default_rng(1)
     return jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes)
@@ -395,7 +395,7 @@ def join(process, port, home):
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     mesh = jax.make_mesh((2, 2), ("x", "y"))
-    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` lie in both.
+    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` are in both.
     specs = SPECS | {"stack": P("x", None, "y"), "bias": P("x")}
     home = pathlib.Path(home)
     local = make_tunable()

@@ -1,4 +1,4 @@
-"""Frozen trees on disk: to the bit what was saved, or refused by name."""
+"""Frozen trees on disk: bit for bit what was saved, or an error that names the tensor."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_every_format_has_a_row():
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_what_is_loaded_is_what_was_saved(tmp_path, name):
+def test_loaded_equals_saved(tmp_path, name):
     shapes = SHAPES if name == "nf4" else {"w": (4, 6)} if name == "squares" else {"w": (128, 7)}
     params = {key: draw(shape) for key, shape in shapes.items()}
     formats = {key: dataclasses.replace(HELD[name], along=(int(key != "w"),)) for key in params}
@@ -140,7 +140,7 @@ def test_the_same_tree_is_the_same_file(file, tmp_path):
     assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
-def test_parameters_in_another_dtype_are_told(file):
+def test_parameters_in_another_dtype_warn(file):
     with pytest.warns(AdapterWarning, match="`scaled` in bfloat16, not float32"):
         load_frozen(file, params={**PARAMS, "scaled": jnp.ones((64, 5))})
 
@@ -307,7 +307,7 @@ def test_one_of_params_and_like_is_needed(file):
             load_frozen(file, **given)
 
 
-def test_adapters_and_frozen_trees_are_told_apart(file, tmp_path):
+def test_adapter_and_frozen_tree_loaders_reject_each_other(file, tmp_path):
     with pytest.raises(AdapterFileError, match="is a frozen tree, not an adapter; `load_frozen`"):
         load_adapter(file, params=PARAMS)
     save_adapter(tmp_path / "a", TUNABLE)
@@ -327,7 +327,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_saved_leaves_the_old_file(file, case):
+def test_failed_save_leaves_the_old_file(file, case):
     before = file.read_bytes()
     tree, message = BAD[case]
     with pytest.raises(AdapterError, match=message):

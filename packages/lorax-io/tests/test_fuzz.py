@@ -245,7 +245,7 @@ def test_a_random_config(home, changes, sound):
 
 @given(value=VALUES)
 @examples(60)
-def test_a_random_config_that_is_no_config(home, value):
+def test_random_invalid_configs_raise(home, value):
     folder = home / "values"
     if not folder.exists():
         save_peft(folder, make_tunable(), NAMES)
@@ -344,7 +344,7 @@ TREES = st.recursive(
 
 @given(tree=TREES.filter(lambda tree: tree is not None))
 @examples(120)
-def test_random_trees_come_back(home, tree):
+def test_random_trees_round_trip(home, tree):
     file = home / "tree.safetensors"
     save_adapter(file, tree)
     assert_same(load_adapter(file, like=tree), tree)
@@ -406,7 +406,7 @@ def adapters(draw):
 
 @given(adapter=adapters())
 @examples(80)
-def test_random_layouts_come_back(home, adapter):
+def test_random_layouts_round_trip(home, adapter):
     names, tree = adapter
     params = {path: base_of(leaf) for path, leaf in tree.items()}
     save_peft(home / "layouts", tree, names)

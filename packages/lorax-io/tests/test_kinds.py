@@ -146,7 +146,7 @@ def test_every_kind_is_here():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_comes_back(file, kind):
+def test_pair_round_trips(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair, base=make_params(), hash_base=True)
     params = make_params()
@@ -169,7 +169,7 @@ def test_a_tunable_tree_that_lacks_frozen_factors_is_refused(file, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])
-def test_a_tunable_tree_comes_back_and_the_rest_follows_from_the_base(file, kind):
+def test_tunable_tree_round_trips_and_held_factors_follow_from_the_base(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair.tunable, base=pair.frozen)
     loaded = load_pair(file, make_params())
@@ -247,7 +247,7 @@ COMES_BACK = ["lora", "rslora", "dora", "loha", "ia3-in", "vera", "delora", "mis
 
 
 @pytest.mark.parametrize("kind", COMES_BACK)
-def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
+def test_peft_folder_round_trips_with_frozen_factors(tmp_path, kind):
     pair, params = make_pair(kind), make_params()
     save_peft(tmp_path, pair, NAMES)
     loaded = load_peft(tmp_path, params, NAMES)
@@ -275,7 +275,7 @@ def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
     assert_close(merge_params(loaded), merge_params(pair))
 
 
-def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
+def test_norm_with_gradient_warns_that_peft_lacks_it(tmp_path):
     pair = make_pair("dora-with-gradient")
     with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
         save_peft(tmp_path, pair.tunable, NAMES)
@@ -349,7 +349,7 @@ def test_another_kind_is_refused_as_like(file, kind):
         load_adapter(file, like=make_pair(other).tunable)
 
 
-def test_frozen_factors_that_differ_are_said(file, capsys, tmp_path):
+def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
     pair = make_pair("dora")
     save_adapter(file, pair)
     other = tmp_path / "other"

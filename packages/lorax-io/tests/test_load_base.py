@@ -1,6 +1,6 @@
 """`load_base`: trees, shapes, places, memory, and files that are refused.
 
-That each library's codes are decoded to the bit is tested beside the libraries, in
+That each library's codes are decoded bit for bit is tested beside the libraries, in
 `integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
 """
 
@@ -272,7 +272,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_named(tmp_path, case):
+def test_errors_name_the_problem(tmp_path, case):
     tensors, options, message = BAD[case]
     path = save(tmp_path / "model.safetensors", up=tensors)
     with pytest.raises(AdapterError, match=message):

@@ -66,7 +66,7 @@ def sizes(labels: Sequence[Label]) -> tuple[int, ...]:
 
 
 class Labeled(NamedTuple):
-    """The labels of a weight's axes by their roles; `inner(k, size)` is a label of its own."""
+    """The labels of a weight's axes by their roles; `inner(k, size)` is a separate label."""
 
     shared: Labels
     inputs: Labels
@@ -168,7 +168,7 @@ class Adapter:
         }
 
     def factors(self) -> dict[str, Any]:
-        """The trained arrays by name; those of an adapter within it stand among them."""
+        """The trained arrays by name; those of an adapter within it are among them."""
         factors: dict[str, Any] = {}
         for name, value in self._nodes(static=False).items():
             factors |= value.factors() if isinstance(value, Adapter) else {name: value}
@@ -329,7 +329,7 @@ class Start(NamedTuple):
         path: of the parameter.
         base: the parameter.
         axes: the roles of its axes.
-        key: a PRNG key of its own.
+        key: a PRNG key for this weight alone.
         dtype: of the factors.
         common: what `AdapterSpec.common` made for all weights.
         initializers: of the fan-in factors, and of the fan-out factors.

@@ -302,7 +302,7 @@ class QuantizedWeight(Held):
         )  # fmt: skip
 
     def array(self) -> jax.Array:
-        """The weight in full."""
+        """The weight as an array of floats."""
         return self.coded().array()
 
     def settings(self) -> dict[str, Any]:

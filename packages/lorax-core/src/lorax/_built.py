@@ -1,7 +1,7 @@
-"""Which arrays of a program hold an adapted weight in full: the work oracle of `lorax.testing`.
+"""Which arrays of a program hold a whole adapted weight: the work oracle of `lorax.testing`.
 
 The axes of a weight are followed through the equations of a jaxpr, from its base `[in, out]` and
-its factors `a [in, rank]` and `b [rank, out]`. An array holds the weight in full where
+its factors `a [in, rank]` and `b [rank, out]`. An array holds the whole weight where
 
 * the values of both sides went into it: a product of `a` and `b`, with the base or without, and
 * it still shows an axis of the inputs and another of the outputs, or one reshaped from both.
@@ -81,7 +81,7 @@ class Made(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """An array that holds a weight in full; a mere piece of a base does not count by itself."""
+    """An array that holds a whole weight; a mere piece of a base does not count by itself."""
 
     shape: tuple[int, ...]
     counts: bool
@@ -91,7 +91,7 @@ Found = collections.Counter[Whole]
 
 
 def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
-    """The arrays that hold a weight in full, and how often each is made.
+    """The arrays that hold a whole weight, and how often each is made.
 
     Args:
         jaxpr: the program; nested bodies are followed, and what no result depends on is left out.
@@ -149,7 +149,7 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Found:
-    """Those results that hold a weight in full."""
+    """Those results that hold a whole weight."""
     counts: Found = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):

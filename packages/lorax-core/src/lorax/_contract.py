@@ -2,7 +2,7 @@
 
 Rules say *which* labels meet. `contract` decides how: pairwise, in the order of least
 multiplications, each pair as one `dot_general` whose operands are already in the operand's
-dtype, under the named scope `lora`. On one CPU, neighbouring axes are one axis in it.
+dtype, under the named scope `lora`. On one CPU, neighboring axes are one axis in it.
 
 Labels are any hashable with a `size`; each names one axis of an operand.
 """
@@ -113,7 +113,7 @@ def contract(
 def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins, shared) -> Operand:
     """One `dot_general`; `out`, where given, decides which operand comes first.
 
-    With `joins`, neighbouring axes are one axis, but not those of an operand that others share:
+    With `joins`, neighboring axes are one axis, but not those of an operand that others share:
     JAX would keep both forms of it for the backward pass.
     """
     (x, xs), (y, ys) = left, right
@@ -378,7 +378,7 @@ def _divisions(groups: tuple[int, ...]) -> Iterator[int]:
 
 
 class _Mesh:
-    """Sharding of products on a mesh with explicit axes, where `dot_general` must be told.
+    """Sharding of products on a mesh with explicit axes, where `dot_general` needs it.
 
     A label is sharded as the first operand that carries it is, and the result as `like` is. Of two
     labels of one array that are sharded over the same axis of the mesh, the first one is.

@@ -115,7 +115,7 @@ class Explanation:
             lines.append(f"{self.quantized:,} parameters are held in {self.bits:.2f} bits each.")
         for path, primitive, line in self.decoded:
             where = f" at {line}" if line else ""
-            lines.append(f"`{path}` is decoded in full for `{primitive}`{where}.")
+            lines.append(f"`{path}` is decoded to a whole array for `{primitive}`{where}.")
         for name, unit in (("flops", "FLOPs"), ("bytes", "bytes moved")):
             base, adapted = getattr(self.base, name), getattr(self.adapted, name)
             if base and adapted:
@@ -168,7 +168,7 @@ def explain(
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
-        whether its uses are covered by rules, need the weight in full, or do not exist; what a
+        whether its uses are covered by rules, materialize the weight, or do not exist; what a
         call costs beside the base model's, as XLA counts it before optimization; and the bytes that
         a backward pass needs.
 

@@ -62,7 +62,7 @@ def infer_spec(
         spec: instead of these three, the spec of any kind of adapter, without axes.
         where: only parameters whose path it accepts: a glob, a compiled regular expression or a
             callable.
-        shared_axes: axes that have factors of their own for each entry although the trace does not
+        shared_axes: axes that have their own factors for each entry although the trace does not
             show it: of every weight, or a dict from patterns of paths to axes. In the first layer
             of an ensemble made by `jax.vmap` on one input, the members share `a` unless their axis
             is given here.

@@ -65,7 +65,7 @@ def init_lora(
     """Splits parameters into a frozen tree and a tunable one with fresh factors.
 
     `a` is uniform in ±1/√fan_in and `b` is zero, so the adapted model is the base model at first.
-    Each leaf has a key of its own, folded from its path: adding a layer changes no other.
+    Each leaf has its own key, folded from its path: adding a layer changes no other.
 
     Args:
         params: the parameters, any pytree; leaves that are not arrays are kept as they are.

@@ -30,7 +30,7 @@ from ._sharding import devices_of, in_device_memory, placement
 
 
 def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
-    """One weight in full: `base + scale · a @ b` for LoRA.
+    """One materialized weight: `base + scale · a @ b` for LoRA.
 
     Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
 

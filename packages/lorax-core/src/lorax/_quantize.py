@@ -37,7 +37,7 @@ def quantize(
     weight is decoded in the equation that reads it, and again in the backward pass.
 
     Given one format for all, `fn` says which weights are those of products and convolutions, and
-    along which of their axes blocks lie: the inputs. Norms, biases and positions stay as they are.
+    along which of their axes blocks run: the inputs. Norms, biases and positions stay as they are.
 
     Args:
         params: the parameters, or the frozen tree of `init_lora`.

@@ -10,7 +10,7 @@ it names:
 `eqn(*arrays)` evaluates the original equation on plain arrays: the base always goes through it.
 A rule returns the output (a list of them where the primitive has several), or `NotImplemented`
 where this call is not covered, or the algebra of terms raises `Inexpressible`: then the
-interpreter builds the weight in full and says so.
+interpreter materializes the weight and warns.
 
 Parameters are named one by one, on purpose: where a JAX has a parameter that the rule does not
 name, or lacks one that it needs, the weight is materialized and the warning names the parameter.

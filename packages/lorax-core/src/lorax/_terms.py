@@ -106,7 +106,7 @@ class Term:
         """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
 
         Such a term waits for a sum over its axes, as in a norm; a product with it would cost as
-        much as the weight in full.
+        much as the whole weight.
         """
         return self.dense_factor is not None
 
@@ -137,7 +137,7 @@ class Term:
     def array(
         self, dtype, *, precision=None, preferred_element_type=None, meets=None, like=None
     ) -> jax.Array:
-        """The term in full; the keywords are those of `contract`."""
+        """The term as an array; the keywords are those of `contract`."""
         owned = tuple(label for label in self.shown if self.owners(label))
         full = _contract.contract(
             tuple(zip(self.factors, self.labels, strict=True)),
@@ -257,7 +257,7 @@ class Term:
         return (term, labels[0]) if len(labels) == 1 else term.join(labels)
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
-        """Makes one label of neighbours, most significant first, that have the same owners."""
+        """Makes one label of neighbors, most significant first, that have the same owners."""
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
@@ -342,7 +342,7 @@ class Term:
         return term.times(_contract.contract(several, labels, dtype=dtype), labels)
 
     def one_owner(self, label: Label) -> "Term":
-        """Multiplies the owners of `label` into one, where that is no larger than one of them."""
+        """Multiplies the owners of `label` into one, where that is as small as one of them."""
         owners = self.owners(label)
         together = set(itertools.chain(*(self.labels[k] for k in owners)))
         widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)

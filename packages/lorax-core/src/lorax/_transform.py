@@ -65,7 +65,7 @@ def lora(
             differentiated backwards, as of a `while_loop`. Calls without a weight keep their rule.
 
     Returns:
-        A function with the signature of `fn`, except that pairs stand in place of parameters.
+        A function with the signature of `fn`, except that pairs replace parameters.
 
     Raises:
         PairError: when called with something else than a pair.

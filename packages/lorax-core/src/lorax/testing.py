@@ -49,7 +49,7 @@ def check(
     1. Its value, and the gradient of every trained parameter, equal those of `fn` on merged
        parameters, each within `tolerance` of its largest entry.
     2. So they do under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
-    3. No equation makes an array that holds an adapted weight in full where `fn` makes none: see
+    3. No equation makes an array that holds a whole adapted weight where `fn` makes none: see
        `weight_sized`.
 
     Args:
@@ -106,7 +106,7 @@ def check(
         whole = weight_sized(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
-        assert not whole, f"arrays that hold an adapted weight in full are built: {whole}"
+        assert not whole, f"adapted weights are materialized, as arrays of these shapes: {whole}"
     programs = {"value and gradient": _value_and_gradient}
     if transforms:
         programs |= {
@@ -207,7 +207,7 @@ def weight_sized(
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> dict[tuple[int, ...], int]:
-    """Shapes of arrays that hold an adapted weight in full, made by `lora(fn)` and not by `fn`.
+    """Shapes of arrays that hold a whole adapted weight, made by `lora(fn)` and not by `fn`.
 
     The axes of every adapted weight are followed through the equations, nested ones included. An
     array counts where both factors of a weight went into it and it still shows an axis of the
@@ -360,7 +360,7 @@ def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) 
         lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
     except MaterializeError:
         return
-    raise AssertionError("a weight is materialized, or should be, and nothing was said")
+    raise AssertionError("a weight is materialized, or should be, without a warning")
 
 
 def _arrays(tree: Any) -> list[jax.Array]:

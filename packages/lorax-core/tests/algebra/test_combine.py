@@ -189,7 +189,7 @@ def test_trees_that_are_not_adapters_of_one_base():
         combine_adapters({"one": (one, 1), "two": (dora, 1)})
 
 
-def test_parameters_in_full():
+def test_fully_trained_parameters():
     one, two = adapter(0), adapter(1)
     full = one | {"kernel": jnp.ones((11, 7))}
     without = two | {"kernel": None}

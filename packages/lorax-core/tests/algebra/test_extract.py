@@ -84,7 +84,7 @@ def test_the_lowest_rank_that_keeps_the_energy(energy):
     assert capped.tunable["w"].rank == 1
 
 
-def test_what_did_not_change_has_a_zero_adapter():
+def test_unchanged_weights_have_a_zero_adapter():
     pair, errors = extract_lora(BASE, BASE, SPEC, energy=0.9)
     assert errors == {"kernel": 0, "experts": 0, "heads": 0}
     assert not pair.tunable["kernel"].b.any()
@@ -107,7 +107,7 @@ def test_changes_that_the_spec_freezes_are_named():
         extract_lora(BASE, BASE, spec)
 
 
-def test_what_is_refused():
+def test_invalid_arguments_raise():
     with pytest.raises(SpecError, match="`kernel` has a IA3Spec"):
         extract_lora(BASE, BASE, SPEC | {"kernel": IA3Spec()})
     with pytest.raises(ValueError, match="`kernel` is .* in base and .* in tuned"):

@@ -137,12 +137,12 @@ def test_narrow_factors_stay_narrow():
         ([adapter(0, 2, bias=LORA_FULL)], {"slots": 2}, PairError, "parameter in full at `bias`"),
     ],
 )
-def test_what_cannot_be_stacked(trees, options, error, message):
+def test_stack_errors(trees, options, error, message):
     with pytest.raises(error, match=message):
         stack_adapters(trees, **options)
 
 
-def test_what_does_not_fit_a_bank():
+def test_adapters_that_do_not_fit_a_bank_raise():
     bank = stack_adapters([adapter(0, 2, kernel=0)], slots=2)
     bad: tuple[Any, ...] = (-1, 2, 1.0)
     for index in bad:

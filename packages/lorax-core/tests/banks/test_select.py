@@ -179,7 +179,7 @@ def test_weights_of_a_mixture_are_learned():
     np.testing.assert_allclose(jax.grad(loss)(weights), jax.grad(merged)(weights), rtol=1e-5)
 
 
-def test_what_rows_of_mixed_adapters_cost():
+def test_cost_of_rows_with_mixed_adapters():
     """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
     params = {"w": jnp.zeros((256, 192), jnp.float32)}
     trees = [init_lora(params, {"w": 4}, jax.random.key(k)).tunable for k in range(4)]
@@ -276,7 +276,7 @@ def test_a_kind_whose_delta_is_zero_with_its_factors():
         )
 
 
-def test_what_is_refused():
+def test_invalid_arguments_raise():
     bank = bank_of()
     for k in (-2, 4):
         with pytest.raises(IndexError, match=f"no slot {k}; .* 0 to 3, and -1 is the base"):

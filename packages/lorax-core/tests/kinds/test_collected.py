@@ -428,7 +428,7 @@ def test_inputs_of_zeros():
         collect_starts(lambda p, x: x @ p["w"], W, spec, [0 * ROWS])
 
 
-def test_what_is_no_loss():
+def test_non_loss_raises():
     spec = {"w": LoraSpec(2, init="lora_ga")}
     with pytest.raises(ValueError, match=r'init="lora_ga" of `w` .* returned \(7, 6\)'):
         collect_starts(lambda p, x: x @ p["w"], W, spec, [ROWS])
@@ -472,7 +472,7 @@ def test_scales_that_have_no_root():
             init_lora(W, {"w": LoraSpec(2, -1, init=init)}, KEY)
 
 
-def test_what_was_collected_for_another_spec():
+def test_collected_for_another_spec_raises():
     collected = collect_starts(lambda p, x: x @ p["w"], W, EVA, [ROWS])
     with pytest.raises(SpecError, match="rank 3, and what was collected for it belongs to another"):
         init_lora(W, {"w": LoraSpec(3, init="eva")}, KEY, collected=collected)

@@ -72,7 +72,7 @@ def test_is_the_product_of_its_four_factors():
     np.testing.assert_allclose(merged, 1 + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_dtypes_have_parts_of_their_own():
+def test_each_dtype_has_separate_parts():
     params = {"q": jnp.ones((5, 4)), "v": jnp.ones((5, 4), jnp.bfloat16)}
     pair = init_lora(params, dict.fromkeys("qv", VeraSpec(3)), jax.random.key(0))
     assert held(pair)["v"]["a"].dtype == jnp.float32

@@ -219,7 +219,7 @@ def test_convolution(prove, row):
     prove(*row)
 
 
-# Where the groups are examples of their own: one first kernel serves them all, with the window.
+# Where the groups are separate examples: one first kernel serves them all, with the window.
 GROUPED = [
     row
     for row in ROWS

@@ -94,7 +94,7 @@ WITH_A_POOLER_FOR_NOTHING = ("encoder-decoder", "vision-encoder-decoder")
 def test_adapters_are_right(kind):
     with jax.enable_x64(True):
         # In float64, where no rounding needs a tolerance that hides something. Some models compute
-        # parts of themselves in float32 all the same.
+        # parts of themselves in float32 anyway.
         model = make(ONE[kind], dtype=jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
         targets = "default" if kind in ("resnet", "regnet") else "all-linear"

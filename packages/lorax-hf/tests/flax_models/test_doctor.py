@@ -1,4 +1,4 @@
-"""The known defects: each is there as long as it is said to be, and the mend mends."""
+"""The known defects: each is there as long as it is reported, and the patch fixes it."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def test_a_model_without_defects():
     assert findings("bert") == []
 
 
-def test_t5_needs_the_mend():
+def test_t5_needs_the_patch():
     kind = "t5"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 takes it, and complains
@@ -41,7 +41,7 @@ def test_t5_needs_the_mend():
     assert jnp.clip is clip
 
 
-def test_the_mend_ends_with_an_error():
+def test_patch_is_undone_on_error():
     clip = jnp.clip
     with pytest.raises(ValueError, match="mine"), lorax_hf.clip_mended():
         raise ValueError("mine")
@@ -60,14 +60,14 @@ def test_llama_ignores_the_rotary_base():
     np.testing.assert_array_equal(*outputs)
 
 
-def test_llama_has_a_head_of_its_own_where_it_is_tied():
+def test_tied_llama_has_a_random_head():
     assert any("head random" in finding for finding in findings("llama", tie_word_embeddings=True))
     config = tiny.config_of("llama")
     config.tie_word_embeddings = True
     assert "lm_head" in transformers.FlaxLlamaForCausalLM(config).params
 
 
-def test_basic_resnets_have_names_of_their_own():
+def test_basic_resnets_have_separate_names():
     assert any("basic" in finding for finding in findings("resnet", layer_type="basic"))
     config = tiny.config_of("resnet")
     config.layer_type = "basic"
@@ -94,7 +94,7 @@ def test_everything_known_is_returned_without_a_model():
     assert all(finding.remedy for finding in lorax_hf.doctor())
 
 
-def test_a_spec_warns_of_what_concerns_its_model():
+def test_spec_warns_of_defects_of_its_model():
     with pytest.warns(lorax_hf.DefectWarning, match="token_type_ids.*transformers 4.*pass"):
         lorax_hf.spec(tiny.config_of("electra"))
     assert jax.tree.leaves(lorax_hf.spec(tiny.config_of("bert")))

@@ -66,7 +66,7 @@ def test_gpt2_modules_of_the_same_name_are_kept_apart():
     assert (kernel.in_axes, kernel.out_axes) == ((1,), (0,))
 
 
-def test_a_dense_layer_of_gpt2_is_no_conv1d():
+def test_dense_layer_of_gpt2_is_not_conv1d():
     config = tiny.config_of("gpt2")
     config.tie_word_embeddings = False
     config.architectures = ["GPT2LMHeadModel"]
@@ -131,17 +131,17 @@ def test_ranks_alphas_and_scaling(llama):
     ],
     ids=["end", "name", "two", "function", "exclude", "full", "layers", "pattern"],
 )
-def test_what_matches_nothing_is_said(llama, kwargs, message):
+def test_patterns_without_a_match_raise(llama, kwargs, message):
     with pytest.raises(lorax.SpecError, match=message):
         lorax_hf.spec(llama, **kwargs)
 
 
-def test_what_an_architecture_has_not_is_said():
+def test_targets_missing_in_the_architecture_raise():
     with pytest.raises(lorax.SpecError, match="targets='mlp': this architecture has none"):
         lorax_hf.spec(tiny.config_of("resnet"), targets="mlp")
 
 
-def test_a_model_type_without_a_preset_is_said():
+def test_model_type_without_a_preset_raises():
     with pytest.raises(lorax.SpecError, match="no Flax model of the type 'esm'"):
         lorax_hf.spec(transformers.EsmConfig())
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}}
@@ -149,7 +149,7 @@ def test_a_model_type_without_a_preset_is_said():
         lorax_hf.spec(transformers.EsmConfig(), params)
 
 
-def test_something_that_is_no_model_is_said():
+def test_non_model_raises_type_error():
     with pytest.raises(TypeError, match="not dict"):
         lorax_hf.spec({})
 

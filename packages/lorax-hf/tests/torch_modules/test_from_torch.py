@@ -284,7 +284,7 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("name", RETURNS)
-def test_what_is_returned_has_the_same_structure(name):
+def test_outputs_have_the_same_structure(name):
     fn, params = lorax_hf.from_torch(Returns(RETURNS[name]))
     output = jax.jit(fn)(params, jnp.asarray(X))
     expected = RETURNS[name](jnp.asarray(X))
@@ -320,7 +320,7 @@ def test_gradients_stop_where_torch_stops_them():
 
 
 class Attends(nn.Module):
-    """Attention with weights of its own, as a module calls it."""
+    """Attention with its own weights, as a module calls it."""
 
     def __init__(self, **options):
         super().__init__()
@@ -460,7 +460,7 @@ def test_quantized_modules_of_other_packages_are_refused(package):
         lorax_hf.from_torch(nn.Sequential(kind(6, 5)))
 
 
-def test_importing_mend_is_undone():
+def test_import_patch_is_undone():
     from torch._ops import OpOverloadPacket
 
     lorax_hf.from_torch(nn.Linear(6, 5))

@@ -298,7 +298,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_scanned_is_named_when_called(case):
+def test_unscannable_layers_raise_when_called(case):
     run, message = WRONG[case]
     fn, params = lorax_hf.from_torch(Tower([Layer(k) for k in range(3)], run), scan_layers=True)
     with pytest.raises(ValueError, match=message):

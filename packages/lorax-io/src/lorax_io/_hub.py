@@ -144,7 +144,7 @@ def _explained(hub: Any) -> Generator[None]:
         reason = _first_line(error.__cause__ or error)
         raise AdapterError(f"the Hub refuses: {reason}") from error
     # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
-    # connection are no `OSError`.
+    # connection are not an `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
         raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
 

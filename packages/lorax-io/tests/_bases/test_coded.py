@@ -62,7 +62,7 @@ def test_codes_are_refused_by_name(shell, files, tmp_path, form, command):
     assert not (tmp_path / "m").exists()
 
 
-def test_codes_are_told_under_another_prefix(shell, files):
+def test_codes_are_detected_under_another_prefix(shell, files):
     write(files, Q, REFUSED["HQQ"][0], prefix="language_model.")
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     assert "HQQ" in shell.fail("verify adapter --base base")

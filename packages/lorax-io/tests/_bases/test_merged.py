@@ -1,4 +1,4 @@
-"""Merged models as folders: every tensor once, to the bit, or no folder at all."""
+"""Merged models as folders: every tensor once, bit for bit, or no folder at all."""
 
 import json
 from typing import Any
@@ -135,7 +135,7 @@ def test_the_config_is_written_beside_the_weights(folder, tmp_path, form):
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_missing_config_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
+def test_missing_config_raises_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lorax_io._bases.merged.write_tensors", pytest.fail)
     with pytest.raises(AdapterNotFoundError, match="config.json"):
         save_merged(folder, *make_pair(), NAMES, config=tmp_path / "config.json")
@@ -163,7 +163,7 @@ def test_an_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, err
     save_merged(folder, *make_pair(), NAMES)
 
 
-def test_what_a_killed_process_left_is_swept_away(folder, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(folder, tmp_path):
     unfinished = tmp_path / ".merged.unfinished"
     unfinished.mkdir()
     (unfinished / "model-00001-of-00009.safetensors").write_text("half")

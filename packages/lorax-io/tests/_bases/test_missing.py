@@ -109,7 +109,7 @@ LACKING = {
 @pytest.mark.parametrize(
     "command", ["verify adapter --base base", "merge adapter --base base --out m"]
 )
-def test_what_is_missing_is_named(shell, files, base, tmp_path, case, command):
+def test_missing_tensors_are_named(shell, files, base, tmp_path, case, command):
     tensors, config, missing = LACKING[case](files)
     files.peft(tensors, **config)
     message = shell.fail(command)
@@ -117,7 +117,7 @@ def test_what_is_missing_is_named(shell, files, base, tmp_path, case, command):
     assert not (tmp_path / "m").exists()
 
 
-def test_what_is_missing_may_be_allowed(shell, files, base):
+def test_missing_tensors_can_be_allowed(shell, files, base):
     files.peft(q(files, 0), target_modules=["q_proj"])
     warning = f"lacks the tensors of `{Q.format(1)}.weight` of base"
     shell.succeed("verify adapter --base base --allow-missing", warning=warning)

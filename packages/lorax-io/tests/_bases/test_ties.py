@@ -1,4 +1,4 @@
-"""Heads that are the embedding: adapted, they get a weight and a config of their own."""
+"""Heads that are the embedding: adapted, they get their own weight and config."""
 
 import json
 import pathlib
@@ -103,7 +103,7 @@ def test_model_that_scales_a_tied_head_is_refused(shell, files):
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["both tensors", "one tensor"])
-def test_adapted_embedding_of_a_tied_model_is_said(shell, files, head):
+def test_adapted_embedding_of_a_tied_model_warns(shell, files, head):
     write(files, {"tie_word_embeddings": True}, head=head)
     adapt(files, TABLE)
     shell.succeed("merge adapter --base base --out merged", warning="its head is its embedding")
@@ -124,7 +124,7 @@ def save(files, config, **heads):
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"model_type": "x"}])
-def test_save_merged_unties_a_head_of_its_own(files, config):
+def test_save_merged_unties_a_separate_head(files, config):
     with pytest.warns(AdapterWarning, match="tie_word_embeddings = false"):
         tensors = save(files, config)
     assert {f"{HEAD}.weight", f"{TABLE}.weight"} < tensors.keys()

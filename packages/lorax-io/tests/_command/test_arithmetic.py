@@ -157,7 +157,7 @@ def test_an_adapter_of_a_difference_gives_the_fine_tune_again(shell, tuned, tmp_
         np.testing.assert_allclose(merged[name], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_adapter_lacks_is_named(shell, tuned, tmp_path):
+def test_missing_modules_are_named(shell, tuned, tmp_path):
     after = tuned[1] | {
         "model.embed_tokens.weight": tuned[1]["model.embed_tokens.weight"] * 2,
         "model.norm.weight": tuned[1]["model.norm.weight"] * 2,
@@ -184,7 +184,7 @@ def test_matrices_of_conv1d(shell, tuned, tmp_path):
     np.testing.assert_allclose(merged["c_attn.weight"], turned["tuned"], rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_extracted(shell, tuned, tmp_path):
+def test_extract_errors(shell, tuned, tmp_path):
     base, after = tuned
     line = "extract --base base --tuned other --out found --rank 2 --to peft"
     for other, message in (

@@ -73,7 +73,7 @@ def make_params(paths=tuple(SHAPES), dtype: Any = np.float32):
 
 
 def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
-    """Factors by hand: `init_lora` compiles for each shape."""
+    """Factors made with NumPy: `init_lora` compiles for each shape."""
     numbers = np.random.default_rng(1)
 
     def row(path):
@@ -196,7 +196,7 @@ def test_the_norm_of_complex_numbers_is_theirs(capsys):
 
 
 def save_torch_base(paths=tuple(SHAPES), prefix="", dtype: Any = np.float32):
-    """The base as PyTorch has it, written by hand."""
+    """A hand-written base in PyTorch's form."""
     params = make_params(paths, dtype)
     tensors = {f"{prefix}{torch_name(path)}": to_torch(path, x) for path, x in params.items()}
     safetensors.numpy.save_file(tensors, "base.safetensors")
@@ -364,7 +364,7 @@ A, B = np.eye(5, 2, dtype=np.float32), np.eye(2, 3, dtype=np.float32)
         "second only",
     ],
 )
-def test_diff_says_what_differs_and_how_much(first, second, expected, capsys):
+def test_diff_reports_each_difference_and_its_size(first, second, expected, capsys):
     differences = difference(first, second, capsys)
     assert len(differences) == bool(expected)
     for path, description, relative in differences:
@@ -391,7 +391,7 @@ def test_diff_compares_forms(capsys):
 # convert
 
 
-def test_convert_there_and_back_is_the_same_to_the_bit(capsys):
+def test_convert_there_and_back_is_bit_identical(capsys):
     tunable = make_tunable()
     save_adapter("a.safetensors", tunable, metadata={"task": "x"})
     write_names("names.json", NAMES)
@@ -475,7 +475,7 @@ def test_convert_to_diffusers_and_back(capsys):
     assert_same(load_adapter("b.safetensors", like=tunable), tunable)
 
 
-def test_convert_keeps_what_a_peft_folder_says_of_its_base(capsys):
+def test_convert_keeps_the_base_name_of_a_peft_folder(capsys):
     save_peft(
         "a", make_tunable(PLAIN), NAMES, base_model="me/m", revision="v1", task_type="SEQ_CLS"
     )
@@ -529,7 +529,7 @@ def test_merge_is_save_merged_to_rounding(prefix, dtype, capsys):
     assert all((tensors[name] != base[name]).any() for name in tensors if "embed" in name)
 
 
-def test_merge_knows_weights_of_gpt2(capsys):
+def test_merge_recognizes_weights_of_gpt2(capsys):
     paths = ("h/0/q/kernel", "h/0/square/kernel")
     tunable = make_tunable(paths)
     names = {path: Conv1D(NAMES[path].module) for path in paths}
@@ -562,7 +562,7 @@ def test_merge_tells_the_axes_of_experts(out_first, swapped, capsys):
     np.testing.assert_allclose(tensors[torch_name(path)], expected[torch_name(path)], rtol=1e-6)
 
 
-def test_merge_knows_experts_by_the_end_of_their_name(capsys):
+def test_merge_recognizes_experts_by_the_end_of_their_name(capsys):
     path = "h/0/experts/down"
     save_peft("peft", make_tunable((path,)), NAMES)
     change_config(target_parameters=["experts.down"])
@@ -594,7 +594,7 @@ def make_base_folder(files=2):
     return weight_map, texts
 
 
-def test_merge_keeps_the_shards_and_what_stands_beside_them(tmp_path, capsys):
+def test_merge_keeps_the_shards_and_the_other_files(tmp_path, capsys):
     tunable = make_tunable()
     save_peft("peft", tunable, NAMES)
     weight_map, texts = make_base_folder()
@@ -620,7 +620,7 @@ def test_merge_of_a_native_adapter_and_base(capsys):
 
 
 @pytest.mark.parametrize("exists", ["file", "folder"])
-def test_merge_refuses_what_is_there(exists, tmp_path, capsys):
+def test_merge_into_an_existing_folder_raises(exists, tmp_path, capsys):
     save_peft("peft", make_tunable(PLAIN), NAMES)
     save_torch_base(PLAIN)
     out = tmp_path / "merged"

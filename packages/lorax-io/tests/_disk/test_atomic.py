@@ -396,7 +396,7 @@ def test_saving_through_a_link_to_nothing_makes_its_target(tmp_path):
         ("peft", "file/folder", AdapterFileError, "folder: cannot be made a folder"),
     ],
 )
-def test_a_place_that_will_not_do_is_said(tmp_path, form, path, error, message):
+def test_unwritable_path_raises(tmp_path, form, path, error, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("kept")
     with pytest.raises(error, match=message):

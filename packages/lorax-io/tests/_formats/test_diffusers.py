@@ -82,7 +82,7 @@ def test_tensors_and_header_are_of_the_part_of_the_pipeline(tmp_path, prefix):
     assert settings["peft_type"] == "LORA"
 
 
-def test_patterns_stand_in_the_header_even_where_there_are_none(tmp_path):
+def test_patterns_are_in_the_header_even_if_empty(tmp_path):
     """diffusers indexes them without asking whether they are there."""
     tunable = {"to_q": make_tunable()["to_q"]}
     _, header = read(save_diffusers(tmp_path, tunable, NAMES))
@@ -116,7 +116,7 @@ def test_a_folded_scale_is_in_the_numbers(tmp_path):
     ],
     ids=["embedding", "full", "no name", "full matrix"],
 )
-def test_what_diffusers_has_no_place_for_is_refused(tmp_path, row, error, message):
+def test_kinds_diffusers_cannot_hold_raise(tmp_path, row, error, message):
     with pytest.raises(error, match=message):
         save_diffusers(tmp_path / "out", make_tunable(**row), NAMES)
     assert not list(tmp_path.iterdir())

@@ -96,7 +96,7 @@ def delta_of(row, shape=(IN, OUT)):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_file_is_told_by_its_content(files, case):
+def test_file_format_is_detected_by_content(files, case):
     delta = case.write(files)
     adapter = open_adapter("a.safetensors")
     assert (adapter.format, adapter.part) == (case.form, case.part)
@@ -130,7 +130,7 @@ def test_file_is_merged(shell, files, case, prefix):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_inspect_says_what_it_is(shell, files, case):
+def test_inspect_reports_the_format(shell, files, case):
     case.write(files)
     report = json.loads(shell.succeed("inspect a.safetensors --json"))
     assert report["form"] == case.form
@@ -300,7 +300,7 @@ def test_fused_products_stay_for_a_base_that_has_them(shell, files, prefix, ends
 
 
 @pytest.mark.parametrize("case", ["no thirds", "no rest", "lokr", "no module of diffusers"])
-def test_what_of_flux_cannot_be_split_is_refused(shell, files, case):
+def test_unsplittable_flux_modules_raise(shell, files, case):
     flux_file(files, "diffusion_model.", PEFT)
     tensors = files.read("a.safetensors")
     name = f"diffusion_model.{QKV}"
@@ -426,7 +426,7 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_kohya_comes_back(files, scaling):
+def test_kohya_round_trips(files, scaling):
     tunable = make_tunable(files, scaling)
     save_kohya("k.safetensors", tunable, NAMES)
     assert open_adapter("k.safetensors").format == "kohya"
@@ -441,7 +441,7 @@ def test_kohya_comes_back(files, scaling):
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_mlx_comes_back(files, scaling):
+def test_mlx_round_trips(files, scaling):
     tunable = {"q": make_tunable(files, scaling)["q"]}
     names = {"q": Linear(Q), "embed": Embedding("model.embed_tokens")}
     save_mlx("mlx", tunable, names, model="me/base")
@@ -453,7 +453,7 @@ def test_mlx_comes_back(files, scaling):
 
 
 @pytest.mark.parametrize("save_as", [save_kohya, save_mlx])
-def test_what_a_format_has_no_place_for_is_refused(files, tmp_path, save_as):
+def test_kinds_a_format_cannot_hold_raise(files, tmp_path, save_as):
     full = {"q": jnp.ones((IN, OUT)), "stack": make_tunable(files)["stack"]}
     with pytest.raises((UnsupportedAdapterError, AdapterMismatchError)):
         save_as("out", full, NAMES)
@@ -501,7 +501,7 @@ def test_rename_fits_another_prefix(shell, files):
     assert shell("diff adapter out").code == 1
 
 
-def test_rename_still_finds_what_is_missing(shell, files):
+def test_rename_still_reports_missing_tensors(shell, files):
     files.peft(files.pair("lm.layers.0.q_proj", OUT, IN), target_modules=["q_proj"])
     files.base({f"model.lm.layers.{k}.q_proj.weight": files.draw(OUT, IN) for k in range(2)})
     rename = r"--rename ^lm\. model.lm."
@@ -591,18 +591,18 @@ def test_order_counts_where_a_module_is_replaced(shell, files, two):
         ("notes.txt", b"x", "should have one of"),
     ],
 )
-def test_folder_of_something_else_is_told(shell, name, content, message):
+def test_folder_of_another_kind_raises(shell, name, content, message):
     pathlib.Path("folder").mkdir()
     pathlib.Path("folder", name).write_bytes(content)
     assert message in shell.fail("inspect folder")
 
 
-def test_model_is_told(shell, files):
+def test_model_without_an_adapter_raises(shell, files):
     save({f"{Q}.weight": files.draw(OUT, IN)})
     assert "of no format that is known" in shell.fail("inspect a.safetensors")
 
 
-def test_any_name_will_do_for_the_only_file(shell, files):
+def test_a_single_file_may_have_any_name(shell, files):
     pathlib.Path("folder").mkdir()
     save({f"{Q}.lora_A.weight": files.draw(RANK, IN), f"{Q}.lora_B.weight": files.draw(OUT, RANK)},
          "folder/style.safetensors")  # fmt: skip

@@ -35,7 +35,7 @@ class GraloraWeight(Adapter):
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "gralora"

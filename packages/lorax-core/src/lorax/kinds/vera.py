@@ -33,7 +33,7 @@ class VeraWeight(Adapter):
         rank: the inner size.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with vectors of their own for each entry.
+        shared_axes: the weight's axes with their own vectors for each entry.
     """
 
     kind = "vera"

@@ -6,8 +6,9 @@ keep them, linear or not: what `lora` cannot follow it materializes, and the ada
 Where a marked value meets another one in a product, a convolution or a look-up, the axes that are
 summed over or indexed are the weight's inputs, and those that are kept are its outputs.
 
-Data is marked too, so a product with data can be told from one with a constant or with another
-weight, and a bias, which is added to something larger, from a weight that is a sum of others.
+Data is marked too, so a product with data can be distinguished from one with a constant or with
+another weight, and a bias, which is added to something larger, from a weight that is a sum of
+others.
 
 Of several uses of a weight the strongest counts (`Strength`), and of equals the first. A use whose
 result goes into the weight itself, such as a norm that divides it, counts if there is no other.

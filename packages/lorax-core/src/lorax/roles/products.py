@@ -21,7 +21,7 @@ class Side(NamedTuple):
 
     @property
     def batched(self) -> bool:
-        """Whether the product has entries of its own along some of this side's axes."""
+        """Whether the product has separate entries along some of this side's axes."""
         return any(self.sizes[d] != 1 for d in self.batch)
 
     @property

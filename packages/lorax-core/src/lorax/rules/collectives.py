@@ -70,7 +70,7 @@ def _gathered(weight, term, names, groups) -> tuple[Term, Label]:
 
 
 def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
-    """The devices as an axis of their own, or in front of an axis."""
+    """The devices as a separate axis, or in front of an axis."""
     out = list(term.out)
     if tiled:
         out[axis] = (device, *out[axis])

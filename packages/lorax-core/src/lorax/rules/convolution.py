@@ -15,7 +15,7 @@ Sharp edges:
   On one CPU the groups are examples instead, which the first kernel sees as it is: XLA takes
   many times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
-  then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
+  then own. Each entry of the stack has its own first kernel, and its own group in the
   product over the rank. Kernels that differ by a gain over the inputs alone, as of a modulated
   convolution, are such a stack, whose entries share the second kernel.
 * Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
@@ -181,7 +181,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
     rank = tuple(label for label in inner_labels if label not in stack)
     in_first = [any(label in labels for _, labels in first) for label in window]
 
-    # The outputs fall into blocks, each with a first kernel of its own; a group is part of a block
+    # The outputs fall into blocks, each with its own first kernel; a group is part of a block
     # or a block part of a group.
     blocks = outputs[: max((outputs.index(label) + 1 for label in stack), default=0)]
     count = math.prod(label.size for label in blocks)
@@ -266,7 +266,7 @@ def _pad_first(x, lhs_spec, windows):
 
 
 def _as_examples(x, lhs_spec, groups: int):
-    """Every group of features as an example of its own: all those of the first group come first."""
+    """Every group of features as a separate example: all those of the first group come first."""
     batch_axis, feature_axis, *_ = lhs_spec
     shape = list(x.shape)
     shape[feature_axis] //= groups

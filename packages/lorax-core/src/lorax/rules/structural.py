@@ -192,7 +192,7 @@ def _bounds(sizes):
 
 
 def _pieces(eqn, weight, changes):
-    """Several weights from one, each by a change of its own."""
+    """Several weights from one, each by its own change."""
     parts = [weight.moved(change) for change in changes]
     bases = eqn(weight.base)
     return [

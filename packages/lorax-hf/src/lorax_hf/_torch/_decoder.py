@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from .._errors import StaticCacheError
 
 # The layers that a cache of the keys and values of all positions serves. The masks of sliding
-# windows and of chunks are made from positions, so that they need no cache of their own.
+# windows and of chunks are made from positions, so that they need no separate cache.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # What the argument is called: in transformers 5.24, and before.

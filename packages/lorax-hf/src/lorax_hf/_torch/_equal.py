@@ -65,7 +65,7 @@ def _of_members(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
-    """What an object without an equality of its own consists of; None where that is not known."""
+    """What an object without a custom equality consists of; None where that is not known."""
     if isinstance(value, types.MethodType):
         return {"__func__": value.__func__}
     if isinstance(value, types.FunctionType):
@@ -90,7 +90,7 @@ def _is_index(one: Any, other: Any, step: int) -> bool:
 def _same(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # whatever a class of its own raises, it does not say that they are equal
+    except Exception:  # whatever a custom class raises, it does not say that they are equal
         return False
 
 

@@ -2,7 +2,7 @@
 
 The layers 0 to 29 of `model.layers` are one stack, whose parameters are called
 `model.layers.0:30.self_attn.q_proj.weight`. Where kinds of layers alternate, such as sliding and
-full attention, each has a stack of its own, `model.layers.0:30:2…` and `model.layers.1:30:2…`.
+full attention, each has its own stack, `model.layers.0:30:2…` and `model.layers.1:30:2…`.
 """
 
 import re

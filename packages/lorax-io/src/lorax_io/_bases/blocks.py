@@ -141,7 +141,7 @@ def _present(place: Place, target: Target) -> list[list[Any]]:
 def assemble(
     place: Place, target: Target, parts: Mapping[tuple[int, ...], Part], packed: Packed | None
 ) -> Array:
-    """The array in full, from the part of each entry of the stack; packed, where it is so."""
+    """The whole array, from the part of each entry of the stack; packed, where it is so."""
     if packed is None:
         whole = np.empty(target.shape, target.dtype)
     else:

@@ -49,7 +49,7 @@ def extract(
         rank: of each adapter, at most.
         energy: as in `lorax.extract_lora`.
         tolerance: as in `lorax.extract_lora`.
-        targets: the names of modules, matched in full; by default all but embeddings and heads.
+        targets: the names of modules, each a full match; by default all but embeddings and heads.
         fan_in_fan_out: whether matrices are (in, out), as those of transformers' `Conv1D`.
 
     Raises:

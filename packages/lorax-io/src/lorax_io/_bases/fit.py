@@ -31,7 +31,7 @@ from .ties import find_embedding, is_head, ties
 class Fitted(NamedTuple):
     """An adapter on a base."""
 
-    checkpoint: Checkpoint  # with a head where the adapter gives the model one of its own
+    checkpoint: Checkpoint  # with a head where the adapter gives the model a separate one
     rows: dict[str, Any]  # by the names of the base's tensors, and with the axes of those
     held: Held  # the frozen factors that are in the adapter's file
 
@@ -127,7 +127,7 @@ def _check_broken(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The base with a head of its own, where the adapter has one and the base ties it."""
+    """The base with a separate head, where the adapter has one and the base ties it."""
     heads = [
         name
         for name in names

@@ -153,7 +153,7 @@ class GGUFSource:
             self._heads = self._field(reader, "attention.head_count")
             self._kv_heads = self._field(reader, "attention.head_count_kv", self._heads)
             self.names = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # it has no error of its own for a damaged file
+        except Exception as error:  # it has no specific error for a damaged file
             raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
         self.used: set[str] = set()
         arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch), None)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
-    parser.add_argument("--base", type=Path, help=f"for the names of kohya's files: {BASE}")
+    parser.add_argument("--base", type=Path, help=f"for the names in kohya files: {BASE}")
     parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
     add_writing(parser, required=True)
 

@@ -25,7 +25,7 @@ _HUB = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<sub
 
 
 def console(**options: Any) -> Console:
-    """A console that prints text as it is, and tables in full where no terminal bounds them."""
+    """A console that prints text as it is, and uncut tables where no terminal bounds them."""
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 

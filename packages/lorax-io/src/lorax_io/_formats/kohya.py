@@ -94,7 +94,7 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
-    """The base's tensor for a name of kohya's.
+    """The base's tensor for a kohya name.
 
     Args:
         name: a module with `_` for dots, and `.weight`.
@@ -160,7 +160,7 @@ def save_kohya(
         tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
             frozen factors beside the base.
         names: the layout of each parameter, by its path.
-        prefix: what names begin with: "lora_unet", or "lora_te1" and the like for text encoders.
+        prefix: what names begin with: "lora_unet", or "lora_te1", "lora_te2" for text encoders.
 
     Raises:
         AdapterMismatchError: where `names` does not fit the tree, or two modules get one name.

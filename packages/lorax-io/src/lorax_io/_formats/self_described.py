@@ -72,7 +72,7 @@ def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether both matrices of LoKr are in full: there is no rank, and alpha does not count."""
+    """Whether no matrix of LoKr is of low rank: there is no rank, and alpha does not count."""
     return "lokr_w1" in shapes and "lokr_w2" in shapes
 
 

@@ -23,7 +23,7 @@ WHOLE = "whole"
 Places = Mapping[str, Place]
 
 _SAVED_AGAIN = ("embed_tokens", "lm_head")
-# Tensors of kinds of adapters that are told by their keys, not by the config.
+# Tensors of kinds of adapters that are identified by their keys, not by the config.
 _OTHERS = {
     "lora_diag": "KaSA",
     "hada_t": "LoHa with a Tucker core",
@@ -87,7 +87,7 @@ def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
         )
     if module not in biases:
         raise UnsupportedAdapterError(
-            f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none of its own "
+            f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none "
             "in the base. Merge the adapter in PEFT."
         )
 

@@ -175,7 +175,7 @@ def add(tensors: dict[str, Array], name: str, tensor: Array) -> None:
         raise UnsupportedAdapterError(
             f"`{name}` is {tensor.dtype}; PEFT reads {', '.join(DTYPES)}. Cast the tree."
         )
-    # A copy of its own, so that what it was gathered from can go.
+    # A separate copy, so that what it was gathered from can go.
     tensors[name] = np.asarray(tensor, order="C")
 
 

@@ -136,7 +136,7 @@ def assert_close(left, right):
 
 
 @pytest.mark.parametrize("case", SPECS)
-def test_a_folder_comes_back(files, case):
+def test_folder_round_trips(files, case):
     params, pair = make(SPECS[case])
     names = names_of(params)
     save_peft("adapter", pair, names)
@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_peft_does_not_have_is_refused(files, tmp_path, case):
+def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     params, pair = make(REFUSED[case])
     with pytest.raises(UnsupportedAdapterError, match="PEFT"):
         save_peft("adapter", pair.tunable, names_of(params))
@@ -277,7 +277,7 @@ SPOILED = [
     ("spec", "changes", "config", "error"),
     [pytest.param(*row[1:], id=row[0]) for row in SPOILED],
 )
-def test_what_does_not_fit_is_refused(files, spec, changes, config, error):
+def test_mismatches_raise(files, spec, changes, config, error):
     params = spoil(spec, changes, config)
     with pytest.raises(error) as raised:
         load_peft("adapter", params, names_of(params))

@@ -77,7 +77,7 @@ class Decoded(NamedTuple):
     Attributes:
         names: the tensors that it is made of.
         why: what no format has, as a clause.
-        read: gives the weight in full.
+        read: gives the whole weight.
         shape: of the weight.
         dtype: of the decoded weight.
     """

@@ -59,7 +59,7 @@ def fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
         )
     if missing := sorted(wanted.keys() - blanks.keys()):
         raise AdapterMismatchError(
-            f"lacks `{missing[0]}`, which `like` has.{suggestion(missing[0], blanks)}"
+            f"lacks `{missing[0]}`, which is in `like`.{suggestion(missing[0], blanks)}"
         )
     for path, leaf in wanted.items():
         settings = settings_of(blanks[path])

@@ -36,7 +36,7 @@ class Gralora(Tuner):
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
         check_linear(place, self.called)
         shared, inputs, outputs = place.axes
-        # PEFT's blocks are of the side in full; the first axis has them in the same order.
+        # PEFT's blocks are of the whole side; the first axis has them in the same order.
         cut, blocks = (inputs[0], outputs[0]), config.gralora_k
         if config.r % blocks or any(place.sizes[axis] % blocks for axis in cut):
             raise AdapterFileError(

@@ -127,7 +127,7 @@ class Tuner:
         return {}
 
     def beside(self, modules: Sequence[Module]) -> list[Module]:
-        """Those of the modules that are not targets in its config, but have a key of their own."""
+        """Those of the modules that are not targets in its config, but have their own key."""
         return []
 
     def bias(

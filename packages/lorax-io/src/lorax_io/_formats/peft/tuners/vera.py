@@ -89,7 +89,7 @@ class Vera(Tuner):
                 rows, columns = part.shape
                 if not np.array_equal(whole[:rows, :columns], part):
                     raise UnsupportedAdapterError(
-                        f"`{path}` and `{other}` have VeRA with frozen matrices of their own, and "
+                        f"`{path}` and `{other}` have VeRA with their own frozen matrices, and "
                         "PEFT has one pair for all. Use `save_adapter` or `save_merged`."
                     )
             gathered[key] = whole
