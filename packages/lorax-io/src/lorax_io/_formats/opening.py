@@ -117,23 +117,23 @@ def fit(
     """
     with about(path), content_of(path, alpha) as content:
         row = _format_of(content)
-        found = row.read(content)
+        source = row.read(content)
         metadata = dict(content.file.metadata)
-        if isinstance(found, Rows):
-            return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
+        if isinstance(source, Rows):
+            return OpenedAdapter(row.name, path, source.rows, {}, metadata, held=source.held)
         format = row.name
         if translate:
-            format, found = "diffusers", flux.in_diffusers(found)
-        names = own_names(found) if names is None else names
+            format, source = "diffusers", flux.in_diffusers(source)
+        names = own_names(source) if names is None else names
         alone = base is None
         if base is None:
-            base = own_shapes(found, names)
+            base = own_shapes(source, names)
             names = {p: names[p] for p in base}
-        needs_base = found.tuner.needs_base(found.config) if alone else None
-        rows, held, _, _ = restore(found, base, names, alone=alone)
+        needs_base = source.tuner.needs_base(source.config) if alone else None
+        rows, held, _, _ = restore(source, base, names, alone=alone)
         held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
-        of_file = (format, path, rows, names, metadata, found.config)
-        return OpenedAdapter(*of_file, held, found.part, needs_base, translate, alpha)
+        of_file = (format, path, rows, names, metadata, source.config)
+        return OpenedAdapter(*of_file, held, source.part, needs_base, translate, alpha)
 
 
 def load_any(
@@ -180,14 +180,14 @@ def load_any(
         row = _format_of(content)
         if row is FORMATS["native"]:
             return native.load_pair(path, params, sharding=sharding)
-        found = row.read(content)
-        assert isinstance(found, Source)
-        layouts = names_on(found, params) if names is None else as_layouts(names)
-        if is_translated(flux.modules_of(found), (x.module for x in layouts.values())):
-            found = flux.in_diffusers(found)
+        source = row.read(content)
+        assert isinstance(source, Source)
+        layouts = names_on(source, params) if names is None else as_layouts(names)
+        if is_translated(flux.modules_of(source), (x.module for x in layouts.values())):
+            source = flux.in_diffusers(source)
         elif row is FORMATS["kohya"]:
-            layouts = kohya.with_flat_names(layouts, found.tensors)
-        return restore(found, params, layouts, sharding).pair()
+            layouts = kohya.with_flat_names(layouts, source.tensors)
+        return restore(source, params, layouts, sharding).pair()
 
 
 def _format_of(content: Content) -> Format:
@@ -200,7 +200,7 @@ def _format_of(content: Content) -> Format:
     kind = _KINDS[type(content.file)]
     raise AdapterFileError(
         f"is {kind} {tensor}, and of no format that is known: "
-        f"{', '.join(row.what for row in FORMATS.values())}."
+        f"{', '.join(row.description for row in FORMATS.values())}."
     )
 
 
@@ -215,7 +215,9 @@ def _check_alpha(alpha: float | None, row: Format) -> None:
     if alpha is None:
         return
     if not row.takes_alpha:
-        raise AdapterMismatchError(f"was given alpha={alpha}, and {row.what} stores its own.")
+        raise AdapterMismatchError(
+            f"was given alpha={alpha}, and {row.description} stores its own."
+        )
     if not is_number(alpha):
         raise AdapterMismatchError(f"was given alpha={alpha!r}, which is not a finite number.")
 
@@ -262,7 +264,9 @@ def _weights_in(folder: Path) -> Path:
     if len(tensors) == 1:
         return file_in(folder, tensors[0])
     names = [name for row in FORMATS.values() for name in row.files]
-    found = f"several files of tensors, {', '.join(tensors[:3])}; give one" if tensors else "none"
+    contents = (
+        f"several files of tensors, {', '.join(tensors[:3])}; give one" if tensors else "none"
+    )
     raise AdapterNotFoundError(
-        f"should have one of {', '.join(f'`{name}`' for name in names)}, and has {found}."
+        f"should have one of {', '.join(f'`{name}`' for name in names)}, and has {contents}."
     )
