@@ -4,6 +4,7 @@ torchtune pickles these, and writes a folder of PEFT beside them. Alpha is not a
 """
 
 import re
+from typing import Any
 
 from .._disk.files import file_in
 from .._disk.tensors import is_number, read_json
@@ -57,7 +58,7 @@ def _alpha(content: Content) -> float:
     path = file_in(content.folder, CONFIG_NAME)
     with about(path):
         config = read_json(path)
-        alpha = config.get("lora_alpha") if isinstance(config, dict) else None
+        alpha: Any = config.get("lora_alpha") if isinstance(config, dict) else None
         if not is_number(alpha):
             raise AdapterFileError("has no number `lora_alpha`.")
         return float(alpha)
