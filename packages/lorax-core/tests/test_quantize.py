@@ -16,6 +16,7 @@ from lorax import (
     LORA_FULL,
     MXFP4,
     NF4,
+    DeloraSpec,
     DoraSpec,
     IA3Spec,
     Int4,
@@ -24,6 +25,7 @@ from lorax import (
     LoraSpec,
     QuantizedWeight,
     SpecError,
+    TokensSpec,
     UnquantizedWarning,
     VeraSpec,
     count_params,
@@ -386,3 +388,36 @@ def test_vmapped_over_bases():
     got = jax.vmap(run, (0, None))(frozen, x)
     expected = jnp.stack([x @ dequantize(hold(w))["w"] for w in stacked])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+FOLLOWS = {
+    "dora": DoraSpec(LoraSpec(3)),
+    "delora": DeloraSpec(3),
+    "tokens": TokensSpec((1, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWS)
+@pytest.mark.parametrize("format", [Int8(), MXFP4()], ids=str)
+def test_frozen_factors_follow_the_quantized_base(kind, format):
+    params, spec = {"w": N(0, 64, 24)}, {"w": FOLLOWS[kind]}
+    frozen, tunable = init_lora(params, spec, jax.random.key(1))
+    tunable = random_factors(tunable, jax.random.key(2))
+    frozen = quantize(frozen, {"w": format})
+    x = N(3, 5, 64)
+    expected = x @ merge_params(frozen, tunable)["w"]
+    got = lora(lambda params, x: x @ params["w"])((frozen, tunable), x)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # The order of the two calls makes no difference to the frozen tree.
+    other = init_lora(quantize(params, {"w": format}), spec, jax.random.key(1)).frozen
+    assert jax.tree.structure(frozen) == jax.tree.structure(other)
+    for one, two in zip(jax.tree.leaves(frozen), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(one.astype(float), two.astype(float), rtol=1e-5)
+
+
+def test_frozen_factors_of_a_base_that_stays_are_the_same_arrays():
+    frozen, _ = init_lora(
+        {"w": N(0, 64, 24), "v": N(0, 64, 24)}, {"w": DoraSpec(3), "v": 3}, jax.random.key(1)
+    )
+    square = frozen["w"].factors["square"]
+    assert quantize(frozen, {"w": None, "v": Int8()})["w"].factors["square"] is square

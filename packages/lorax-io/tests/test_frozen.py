@@ -116,6 +116,17 @@ def test_all_that_a_frozen_tree_has(file):
     assert read_metadata(file) == {"model": "mine"}
 
 
+def test_frozen_factors_follow_a_base_that_is_quantized_after_loading(tmp_path):
+    params, spec = {"w": jnp.ones((64, 6)) / 3}, {"w": DoraSpec(LoraSpec(2))}
+    frozen = init_lora(params, spec, jax.random.key(0)).frozen
+    save_frozen(tmp_path / "f", frozen)
+    loaded = load_frozen(tmp_path / "f", params=params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(frozen)
+    coded = quantize(loaded, {"w": MXFP4()})["w"]
+    expected = np.sum(np.asarray(coded.base.array()) ** 2, 0)
+    np.testing.assert_allclose(coded.factors["square"], expected, rtol=1e-6)
+
+
 def test_codes_of_four_bits_are_two_to_a_byte(file):
     with TensorFile(file) as saved:
         assert saved.entries["w/codes"].shape == (2, 32, 6)
@@ -200,6 +211,10 @@ def set_quantized(**change):
     return bases(lambda entries: entries["w"]["quantized"].update(change))
 
 
+def adapter(settings):
+    return bases(lambda found: found["scaled"].update(adapter=settings))
+
+
 def unpacked(head):
     del head["__metadata__"]["lorax.packed"]
 
@@ -220,6 +235,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
     "no object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
+    "adapter": (adapter({"kind": "nothing"}), "of which adapter the factors beside `scaled` are"),
+    "no adapter": (adapter([]), "of which adapter the factors beside `scaled` are"),
+    "half an adapter": (adapter({"kind": "dora"}), "of which adapter the factors beside `scaled`"),
     "packed shape": (packing(shape=[2, 64, 7]), "`w/codes` of uint8 .* is uint8"),
     "packed axis": (packing(axis=5), "does not say how `w/codes` is packed"),
     "packed type": (packing(dtype="int2"), "does not say how `w/codes` is packed"),

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 import lorax
 from lorax import (
+    MXFP4,
     AdaloraSpec,
     BdloraSpec,
     DeloraSpec,
@@ -30,8 +31,10 @@ from lorax import (
     TokensSpec,
     VeraSpec,
     _adapter,
+    dequantize,
     init_lora,
     merge_params,
+    quantize,
 )
 from lorax_io import (
     AdapterError,
@@ -356,6 +359,18 @@ def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
     save_adapter(other, Pair(frozen, pair.tunable))
     code, out = run(capsys, "diff", file, other)
     assert code == 1 and out.count("frozen factors") == 1
+
+
+def test_frozen_factors_follow_the_base_that_a_pair_is_loaded_onto(file):
+    """A pair of float weights is loaded onto the same weights in few bits."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (64, 6))}
+    pair = init_lora(params, {"kernel": DoraSpec(LoraSpec(2))}, jax.random.key(1))
+    save_adapter(file, pair)
+    coded = quantize(params, {"kernel": MXFP4()})
+    loaded = load_pair(file, coded).frozen["kernel"].factors["square"]
+    expected = jnp.sum(dequantize(coded)["kernel"] ** 2, 0)
+    assert_close(loaded, expected)
+    assert not np.allclose(loaded, pair.frozen["kernel"].factors["square"], rtol=1e-3)
 
 
 def test_a_damaged_frozen_factor_is_not_saved(file):

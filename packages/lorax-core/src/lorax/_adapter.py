@@ -11,6 +11,7 @@ the work oracle follow from it, and for most kinds so does the delta: the einsum
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -284,10 +285,21 @@ class FrozenWeight:
     Attributes:
         base: the frozen weight.
         factors: arrays by name.
+        settings: those of the adapter as JSON, where some factors follow from the base, so that
+            `quantize` can compute them again.
     """
 
     base: Any
     factors: dict[str, Any]
+    settings: str = static("")
+
+    @classmethod
+    def beside(cls, base: Any, factors: Mapping[str, Any], adapter: "Adapter") -> Any:
+        """The leaf of the frozen tree for an adapter: the base alone where it has no factors."""
+        if not factors:
+            return base
+        follows = type(adapter).derived is not Adapter.derived
+        return cls(base, dict(factors), json.dumps(adapter.settings()) if follows else "")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -201,13 +201,11 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
         pass  # It is placed as its base is.
     elif isinstance(base, jax.Array) and not is_tracer(base):
         moved = jax.device_put(moved, base.sharding)
-    if not held:
-        return moved, adapter
     beside = {
         name: _place_like(factor, base, layout.out, layout.held[name], placed)
         for name, factor in held.items()
     }
-    return FrozenWeight(moved, beside), adapter
+    return FrozenWeight.beside(moved, beside, adapter), adapter
 
 
 def _place_like(

@@ -1,6 +1,8 @@
 """`quantize` and `dequantize`: a tree of weights in few bits, and back."""
 
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapter import FrozenWeight, base_and_held
+from ._adapter import FrozenWeight, adapter_from_settings, base_and_held
 from ._base import Format, QuantizedWeight, blank_of, decoded, encoded, format_of
 from ._compat import is_tracer
 from ._errors import PairError, SpecError, UnquantizedWarning
@@ -95,7 +97,7 @@ def quantize(
             _check(path, base, blank)
             made[key] = encoded(blank, base)
         held = made[key]
-        out.append(FrozenWeight(held, leaf.factors) if isinstance(leaf, FrozenWeight) else held)
+        out.append(_on_base(leaf, held) if isinstance(leaf, FrozenWeight) else held)
     return jax.tree.unflatten(structure, out)
 
 
@@ -118,11 +120,27 @@ def dequantize(tree: Any) -> Any:
     leaves, structure = flatten_params(tree)
 
     def plain(leaf: Any) -> Any:
-        base, held = base_and_held(leaf)
-        array = decoded(base)
-        return FrozenWeight(array, held) if isinstance(leaf, FrozenWeight) else array
+        if isinstance(leaf, FrozenWeight):
+            return dataclasses.replace(leaf, base=decoded(leaf.base))
+        return decoded(leaf)
 
     return jax.tree.unflatten(structure, [plain(leaf) for _, leaf in leaves])
+
+
+def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
+    """The same beside the quantized base; factors that follow from the base are computed again.
+
+    The norms of DoRA are such factors. Those of the floats would scale every output.
+    """
+    factors = dict(leaf.factors)
+    if leaf.settings:
+        adapter = adapter_from_settings(json.loads(leaf.settings))
+        derived = jax.jit(lambda weight: adapter.derived(weight.array()))(base)
+        for name in factors.keys() & derived.keys():
+            old, new = factors[name], derived[name].astype(factors[name].dtype)
+            is_placed = isinstance(old, jax.Array) and not is_tracer(old) and not is_tracer(new)
+            factors[name] = jax.device_put(new, old.sharding) if is_placed else new
+    return dataclasses.replace(leaf, base=base, factors=factors)
 
 
 def _everywhere(

@@ -6,6 +6,7 @@
 It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -189,7 +190,8 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
             return leaf
         gains = adapter.layout(leaf.shape).gains
         of_delta = {name: x for name, x in leaf.factors.items() if name not in gains}
-        return FrozenWeight(leaf.base, leaf.factors | random_factors(of_delta, key))
+        factors = leaf.factors | random_factors(of_delta, key)
+        return dataclasses.replace(leaf, factors=factors)
 
     held_leaves = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
     return jax.tree.unflatten(structure, held_leaves)

@@ -198,13 +198,16 @@ def frozen_of(
     full = {path for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     return jax.tree.unflatten(
         structure,
-        [None if path in full else beside(leaf, held.get(path)) for path, leaf in leaves.items()],
+        [
+            None if path in full else beside(leaf, held.get(path), rows.get(path))
+            for path, leaf in leaves.items()
+        ],
     )
 
 
-def beside(base: Any, held: Mapping[str, Any] | None) -> Any:
+def beside(base: Any, held: Mapping[str, Any] | None, row: Any) -> Any:
     """The leaf of the frozen tree: the base, with the factors beside it where there are some."""
-    return FrozenWeight(base, dict(held)) if held else base
+    return FrozenWeight.beside(base, held, row) if held else base
 
 
 def settings_of(leaf: Any) -> dict[str, Any]:

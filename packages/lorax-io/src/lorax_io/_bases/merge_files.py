@@ -227,5 +227,5 @@ def _merged(name: str, view: Array, row: Any, held: Held) -> Array:
     if not isinstance(row, Adapter):
         return np.asarray(row, order="C").astype(view.dtype)
     base = jnp.asarray(view)
-    leaf = beside(base, complete(name, row, base, held.get(name, {})))
+    leaf = beside(base, complete(name, row, base, held.get(name, {})), row)
     return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])

@@ -146,7 +146,8 @@ def _pair(adapter: OpenedAdapter) -> Pair:
         )
         for path, row in adapter.rows.items()
     }
-    frozen = {path: beside(shape, adapter.held.get(path)) for path, shape in shapes.items()}
+    rows, held = adapter.rows, adapter.held
+    frozen = {path: beside(shapes[path], held.get(path), row) for path, row in rows.items()}
     return Pair(frozen, adapter.rows)
 
 

@@ -1,12 +1,13 @@
 """What the header of a frozen tree says of each base."""
 
+import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
-from lorax import QuantizedWeight
+from lorax import FrozenWeight, LoraxError, QuantizedWeight, adapter_from_settings
 from lorax.bases import quantized_from_settings
 
 from .._disk.packed import Packed
@@ -18,6 +19,8 @@ from .._formats.native import FROZEN_KEY, PREFIX
 FORMAT = "1"
 BASES, PACKED = PREFIX + "bases", PREFIX + "packed"
 
+_KEYS = {"factors", "arrays", "quantized", "adapter"}
+
 Base = Any  # an array or its shape, a `QuantizedWeight` of these, or None
 
 
@@ -26,6 +29,14 @@ class Entry(NamedTuple):
 
     base: Base
     factors: Mapping[str, Any]
+    adapter: str = ""  # `FrozenWeight.settings`
+
+    @classmethod
+    def of(cls, leaf: Any) -> Self:
+        """A leaf as an entry."""
+        if isinstance(leaf, FrozenWeight):
+            return cls(leaf.base, leaf.factors, leaf.settings)
+        return cls(leaf, {})
 
     def arrays(self, path: str) -> dict[str, Any]:
         """All arrays by the names of their tensors."""
@@ -47,6 +58,8 @@ class Entry(NamedTuple):
         settings: dict[str, Any] = {"factors": sorted(self.factors)}
         if isinstance(self.base, QuantizedWeight):
             settings |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
+        if self.adapter:
+            settings["adapter"] = json.loads(self.adapter)
         return settings
 
 
@@ -109,7 +122,7 @@ def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.Sha
 def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Entry:
     if row is None:
         return Entry(None, {})
-    if not isinstance(row, dict) or not row.keys() <= {"factors", "arrays", "quantized"}:
+    if not isinstance(row, dict) or not row.keys() <= _KEYS:
         raise AdapterFileError(f"its header does not say how `{path}` is held.")
 
     def named(key: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,16 +136,29 @@ def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> E
             raise AdapterFileError(f"lacks the tensor `{name}` of its header.")
         return shapes[name]
 
-    factors = named("factors")
+    factors, adapter = named("factors"), _adapter(path, row.get("adapter"))
     if "quantized" not in row:
-        return Entry(shape_of(path), factors)
+        return Entry(shape_of(path), factors, adapter)
     try:
-        return Entry(quantized_from_settings(row["quantized"], named("arrays")), factors)
+        base = quantized_from_settings(row["quantized"], named("arrays"))
+        return Entry(base, factors, adapter)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterFileError(
             f"its header does not fit the quantized weight `{path}`: {error}"
+        ) from error
+
+
+def _adapter(path: str, settings: Any) -> str:
+    """The settings of the adapter that the frozen factors are of, where the header has some."""
+    if settings is None:
+        return ""
+    try:
+        return json.dumps(adapter_from_settings(settings).settings())
+    except (ValueError, TypeError, KeyError, AttributeError, LoraxError) as error:
+        raise AdapterFileError(
+            f"its header does not say of which adapter the factors beside `{path}` are: {error}"
         ) from error
 
 

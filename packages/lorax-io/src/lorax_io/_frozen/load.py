@@ -72,7 +72,10 @@ def load_frozen(
             entries, packed = read_header(file)
             leaves, structure = frozen_leaves(given)
             _check_paths(entries, leaves)
-            (_fit_params if like is None else _fit_like)(entries, leaves)
+            if like is None:
+                _fit_params(entries, leaves)
+            else:
+                entries = _fit_like(entries, leaves)
             said = None if sharding is None else spread(sharding, structure, leaves)
             places: dict[str, Sharding | None] = {}
             for leaf_path, entry in entries.items():
@@ -115,17 +118,19 @@ def _fit_params(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None
         warn(f"has weights in other dtypes than the parameters: {other[0]}{more}.")
 
 
-def _fit_like(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None:
+def _fit_like(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries, with the settings of adapters that `like` has: these change no array."""
+    fit: dict[str, Entry] = {}
     for path, entry in entries.items():
-        leaf = leaves[path]
-        factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-        wanted = Entry(base_of(leaf), factors)
+        wanted = Entry.of(leaves[path])
+        fit[path] = entry = entry._replace(adapter=wanted.adapter)
         for suffix, ours, theirs in (
             ("", entry.settings(), wanted.settings()),
             (" of", _shapes(path, entry), _shapes(path, wanted)),
         ):
             if ours != theirs:
                 raise AdapterMismatchError(f"has `{path}`{suffix} {ours}, but `like` has {theirs}.")
+    return fit
 
 
 def _shapes(path: str, entry: Entry) -> dict[str, str]:
@@ -147,8 +152,7 @@ def _places(
 ) -> dict[str, Sharding | None]:
     """Where each array of a leaf goes."""
     if alike and said is None:
-        factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-        own = Entry(base_of(leaf), factors).arrays(path)
+        own = Entry.of(leaf).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
     return places_of(path, entry, sharding_of(base_of(leaf)) if said is None else said[path])
 
@@ -194,7 +198,7 @@ def _arrays(
 
 
 def _leaf(path: str, entry: Entry, arrays: Mapping[str, jax.Array]) -> Any:
-    base, factors = entry
+    base, factors, adapter = entry
     if base is None:
         return None
     if isinstance(base, QuantizedWeight):
@@ -202,4 +206,4 @@ def _leaf(path: str, entry: Entry, arrays: Mapping[str, jax.Array]) -> Any:
     else:
         base = arrays[path]
     held = {name: arrays[f"{path}/{name}"] for name in factors}
-    return FrozenWeight(base, held) if held else base
+    return FrozenWeight(base, held, adapter) if held else base
