@@ -236,6 +236,8 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
     that passes it a derivative, which would cost a product as large as the weight.
     """
     shown = [label for axis in term.out for label in axis]
+    # Decoded in the order in which the codes are stored, and transposed once at the end: codes are
+    # read in place.
     first = [label for label in term.labels[0] if label in shown]
     order = [*first, *(label for label in shown if label not in first)]
     arrays = [
@@ -260,6 +262,7 @@ def _joined(array: jax.Array, term: Term) -> jax.Array:
     for d, labels in enumerate(term.out):
         if len(labels) != 1:
             count = len(labels)
+            # […, in / 64, 64, …] -> […, in, …]
             size = math.prod(label.size for label in labels)
             array = array.reshape(*array.shape[:d], size, *array.shape[d + count :])
     return array
@@ -274,6 +277,7 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     positions = sorted(range(len(labels)), key=lambda k: order.index(labels[k]))
     if positions != list(range(len(labels))):
         array = jnp.transpose(array, positions)
+    # scales [in / 64, out] -> [in / 64, 1, out], beside codes [in / 64, 64, out]
     missing = [d for d, label in enumerate(order) if label not in labels]
     return jnp.expand_dims(array, missing) if missing else array
 
@@ -322,6 +326,7 @@ def array_spec(
         if entry is None or not axis:
             continue
         names = entry if isinstance(entry, tuple) else (entry,)
+        # A block stays on one device: the axis is divided between blocks, or not at all.
         parts = math.prod(mesh.shape[name] for name in names)
         if axis[0].size % parts == 0:
             entries[axis[0]] = entry

@@ -28,6 +28,7 @@ def read(codes: jax.Array, table: Sequence[float], dtype) -> jax.Array:
         return entries.at[indices].get(**options)
 
     def select(codes: jax.Array) -> jax.Array:
+        # A gather is slow on TPU: a table of 16 is four rounds of selects, one for each bit.
         indices = codes.astype(jnp.int32)
         level = list(values)
         for bit in range(4):
@@ -43,6 +44,7 @@ def read(codes: jax.Array, table: Sequence[float], dtype) -> jax.Array:
 
 def nearest(normal: jax.Array, table: Sequence[float]) -> jax.Array:
     """The position in a table, sorted, of the entry nearest to each number."""
+    # How many midpoints are below a number is the position of the nearest entry.
     edges = [(low + high) / 2 for low, high in zip(table, table[1:], strict=False)]
     position = jnp.zeros(normal.shape, jnp.uint8)
     for edge in edges:
