@@ -19,7 +19,7 @@ from .._frozen.load import spread
 from .._layouts import Layout, Layouts, Names, as_layouts
 from .._places import Place
 from .._tree import absent, is_array, param_leaves
-from .parameter import Told, load_parameter
+from .parameter import Notes, load_parameter
 from .sources import Source, needed, open_source
 
 
@@ -92,13 +92,13 @@ def load_base(
             places = _places(source, layouts, params)
             leaves, structure = _tree(places, params)
             where = _where(sharding, structure, leaves)
-        told = Told([], [])
+        notes = Notes([], [])
         with all_read(params, sharding):
             loaded = {
-                leaf: load_parameter(source, place, dtype, anew, where[leaf], told)
+                leaf: load_parameter(source, place, dtype, anew, where[leaf], notes)
                 for leaf, place in track(places.items(), "Loading the base")
             }
-            told.warn(source)
+            notes.warn(source)
     return jax.tree.unflatten(structure, [loaded.get(leaf) for leaf in leaves])
 
 
