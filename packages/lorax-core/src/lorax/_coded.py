@@ -120,6 +120,7 @@ class CodedArray:
         term, waiting, array = self.term, [], None
         for move, others in zip(self.moves, self.others, strict=True):
             others = tuple(map(array_of, others))
+            # An entry by entry function of one operand: it can wait until the codes are decoded.
             if array is None and move.commutes:
                 waiting.append((move, others))
                 continue
@@ -153,6 +154,8 @@ class CodedArray:
     def deferred(self, eqn: jex.JaxprEqn, position: int, operands: Sequence[Any]) -> list[Any]:
         """The results of an equation, each a base on which the equation waits."""
         others = tuple(x for k, x in enumerate(operands) if k != position)
+        # f(slice(W)) = slice(f(W)) for a function of the entries alone, as a cast or a scalar
+        # multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
         commutes = eqn.primitive.name in _ENTRYWISE and scalar
         params = tuple(eqn.params.items())
@@ -170,6 +173,7 @@ class CodedArray:
 
     def entry(self, index: Any) -> "CodedArray":
         """Entry `index` of a stack, which is picked where the weight is read."""
+        # [layers, *axes] -> [1, *axes] -> [*axes]
         sizes = (1, *self.shape[1:])
         pick = Move(_primitive("dynamic_slice"), (("slice_sizes", sizes),), 0, 0, False)
         drop = Move(_primitive("squeeze"), (("dimensions", (0,)),), 0, 0, False)
