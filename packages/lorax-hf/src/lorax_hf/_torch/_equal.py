@@ -39,11 +39,11 @@ def _differences(name: str, one: Any, other: Any, apart: int) -> Iterator[str]:
     elif isinstance(one, list | tuple):
         yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), apart)
     elif one is not other and not _is_index(one, other, apart) and not _same(one, other):
-        parts = [_parts(each) for each in (one, other)]
-        if parts[0] is None or parts[1] is None:
+        parts, others = _parts(one), _parts(other)
+        if parts is None or others is None:
             yield f"{label} is {other!r}, not {one!r}"
         else:
-            yield from _of_members(name, *parts, apart)
+            yield from _of_members(name, parts, others, apart)
 
 
 def _of_modules(name: str, one: nn.Module, other: nn.Module, apart: int) -> Iterator[str]:
