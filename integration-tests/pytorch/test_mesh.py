@@ -87,8 +87,8 @@ def of_module(module, folder, sharding, **options):
 
 def difference(one, other):
     """Of two trees, relative to the largest entry of each array."""
-    apart = jax.tree.map(lambda x, y: abs(x - y).max() / abs(y).max(), one, other)
-    return max(jax.tree.leaves(apart))
+    errors = jax.tree.map(lambda x, y: abs(x - y).max() / abs(y).max(), one, other)
+    return max(jax.tree.leaves(errors))
 
 
 OPTIONS = {"unrolled": {}, "scanned": {"scan_layers": True}}
@@ -102,10 +102,10 @@ def on_eight(module, folder):
 
 @pytest.mark.parametrize("form", OPTIONS)
 def test_eight_devices_compute_what_one_does(module, folder, on_eight, form):
-    counts, found = on_eight(form)
+    counts, actual = on_eight(form)
     none, expected = of_module(module, folder, whole, **OPTIONS[form])
     assert counts["all-gather"] > 0 and not none
-    assert difference(found, expected) < 1e-5
+    assert difference(actual, expected) < 1e-5
 
 
 def test_collectives_are_those_of_a_model_in_jax(module, folder, on_eight):
@@ -120,10 +120,10 @@ def test_a_scan_has_no_more_collectives_than_one_in_jax(module, folder, on_eight
     """XLA lays out the loop on its own, in either program."""
     fn, params = lorax_hf.from_torch(module, sharding=fully_sharded, scan_layers=True)
     pair = lorax_io.load_peft(folder, params, lorax_hf.peft_names(fn))
-    counts, found = on_eight("scanned")
+    counts, actual = on_eight("scanned")
     hand_counts, expected = gradient(scan_by_hand, pair, fully_sharded)
     assert 0 < counts.total() <= hand_counts.total()
-    assert difference(found, expected) < 1e-5
+    assert difference(actual, expected) < 1e-5
 
 
 def scan_by_hand(params, ids):
