@@ -58,14 +58,6 @@ def own_names(source: Source) -> dict[str, Layout]:
     return names
 
 
-def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> Layout:
-    """A matrix, whose factors have the rank once, or a stack of experts, which have it for each."""
-    shape = shapes_of(source.tensors, wrapped, source.tuner.marks).get("lora_A.weight", ())
-    if shape and shape[0] == source.config.rank(f"{module}.{parameter}"):
-        return Parameter(module, parameter=parameter)  # A stack of one expert looks the same.
-    return Experts(module, parameter=parameter, shared_axes=(0,), swapped=False)
-
-
 def _experts(source: Source) -> dict[str, str]:
     """The adapted parameter of each module of experts, by the end of the module's name."""
     parameters: dict[str, str] = {}
@@ -77,6 +69,14 @@ def _experts(source: Source) -> dict[str, str]:
                 "whose. Give names (`lorax_io.write_names`), with the order of each."
             )
     return parameters
+
+
+def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> Layout:
+    """A matrix, whose factors have the rank once, or a stack of experts, which have it for each."""
+    shape = shapes_of(source.tensors, wrapped, source.tuner.marks).get("lora_A.weight", ())
+    if shape and shape[0] == source.config.rank(f"{module}.{parameter}"):
+        return Parameter(module, parameter=parameter)  # A stack of one expert looks the same.
+    return Experts(module, parameter=parameter, shared_axes=(0,), swapped=False)
 
 
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
