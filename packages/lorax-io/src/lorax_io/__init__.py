@@ -39,7 +39,6 @@ from ._layouts import (
     Experts as Experts,
     Layout as Layout,
     Linear as Linear,
-    Names as Names,
     Parameter as Parameter,
     Tensor as Tensor,
 )
@@ -48,6 +47,7 @@ from ._names import (
     read_names as read_names,
     write_names as write_names,
 )
+from ._plain_layouts import Names as Names
 
 __version__ = importlib.metadata.version("lorax-io")
 

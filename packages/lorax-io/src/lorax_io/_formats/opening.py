@@ -13,7 +13,8 @@ from .._disk.hdf5 import Hdf5File, is_hdf5, open_hdf5
 from .._disk.progress import bars
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError, AdapterNotFoundError, about
-from .._layouts import Layouts, Names, as_layouts
+from .._layouts import Layouts
+from .._plain_layouts import Names, as_layouts
 from .._tree import Held
 from . import flux, kohya, native
 from .format import Content, Format, Rows
