@@ -63,14 +63,7 @@ _read_p.def_abstract_eval(lambda codes, *, table, dtype: codes.update(dtype=dtyp
 mlir.register_lowering(_read_p, mlir.lower_fun(_by_gather, multiple_results=False))
 mlir.register_lowering(_read_p, mlir.lower_fun(_by_selects, multiple_results=False), platform="tpu")
 batching.defvectorized(_read_p)
-
-
-def _without_tangent(codes: Any, _: Any, **settings: Any) -> Any:
-    out = _read_p.bind(*codes, **settings)
-    return out, ad.Zero.from_primal_value(out)
-
-
-ad.primitive_jvps[_read_p] = _without_tangent
+ad.defjvp(_read_p, None)  # codes have no derivative
 
 
 def nearest(normal: jax.Array, table: Sequence[float]) -> jax.Array:

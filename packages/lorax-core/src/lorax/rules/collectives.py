@@ -73,7 +73,7 @@ def _gathered(weight, term, names, groups) -> tuple[Term, Label]:
 
 
 def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
-    """The devices as an axis of their own, or in front of an axis."""
+    """The devices as a separate axis, or in front of an axis."""
     out = list(term.out)
     if tiled:
         out[axis] = (device, *out[axis])
@@ -110,7 +110,7 @@ def _all_gather(
         return _show(term, device, all_gather_dimension, tiled)
 
     base = moved_base(eqn, weight, names, gathered)
-    return eqn.settle(weight.moved(gathered).replace_base(base))
+    return eqn.rows_or_weight(weight.moved(gathered).replace_base(base))
 
 
 @defrule("psum", "psum_invariant")
@@ -139,7 +139,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
         return _with_devices(term, varying, size, gather)[0]
 
     outs = [
-        eqn.settle(FactoredArray(base, tuple(summed(weight, t) for t in weight.terms)))
+        eqn.rows_or_weight(FactoredArray(base, tuple(summed(weight, t) for t in weight.terms)))
         if isinstance(weight, FactoredArray)
         else base
         for weight, base in zip(operands, bases if several else [bases], strict=True)
@@ -158,7 +158,7 @@ def _reduce_scatter(
         if not summed.owners(device):
             summed = summed.scale(axis_size)
         terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))
-    return eqn.settle(FactoredArray(eqn(summed_base(eqn, weight)), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(summed_base(eqn, weight)), tuple(terms)))
 
 
 @defrule("all_to_all")
@@ -177,7 +177,7 @@ def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_g
         return _show(term, device, concat_axis, True)
 
     base = moved_base(eqn, weight, names, exchange)
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 @defrule("ppermute")
@@ -197,4 +197,4 @@ def _ppermute(eqn, weight, *, axis_name, perm):
     size = _size(names, None)
     send = lambda term: sent(term, axis_name, perm, size)  # noqa: E731
     base = moved_base(eqn, weight, names, send, makes_zeros=len(perm) < size)
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
