@@ -2,7 +2,7 @@
 
     python benchmarks/bank_steps.py [--rounds N] [--works NAME ...] [--slots N]
 
-The adapters have ranks of 4 to 64 in turn, and scales and rates of their own. In float64, the
+The adapters have ranks of 4 to 64 in turn, and their own scales and rates. In float64, the
 factors of each are compared with those of the same adapter trained alone.
 """
 

@@ -77,11 +77,11 @@ def test_each_row_has_its_own_adapter():
     bank = bank_of()
     index = jnp.array([2, 0, -1, 1, 0])
     row = lambda tokens, k: lora(model)((PARAMS, select_adapters(bank, k)), tokens)  # noqa: E731
-    found = jax.jit(jax.vmap(row))(TOKENS, index)
+    output = jax.jit(jax.vmap(row))(TOKENS, index)
     back = unstack_adapters(bank)
     for k, (tokens, slot) in enumerate(zip(TOKENS, index, strict=True)):
         params = PARAMS if slot < 0 else merge_params(PARAMS, back[slot])
-        np.testing.assert_allclose(found[k], model(params, tokens), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(output[k], model(params, tokens), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["eager", "inside"])
@@ -153,8 +153,8 @@ def test_a_mixture_of_one_is_that_one():
     def same(tokens, k):
         return lora(model)((PARAMS, select_adapters(bank, k)), tokens)
 
-    found, wanted = (jax.vmap(fn)(TOKENS, index) for fn in (row, same))
-    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+    mixed, wanted = (jax.vmap(fn)(TOKENS, index) for fn in (row, same))
+    np.testing.assert_allclose(mixed, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_a_mixture_are_learned():
@@ -179,7 +179,7 @@ def test_weights_of_a_mixture_are_learned():
     np.testing.assert_allclose(jax.grad(loss)(weights), jax.grad(merged)(weights), rtol=1e-5)
 
 
-def test_what_rows_of_mixed_adapters_cost():
+def test_cost_of_rows_with_mixed_adapters():
     """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
     params = {"w": jnp.zeros((256, 192), jnp.float32)}
     trees = [init_lora(params, {"w": 4}, jax.random.key(k)).tunable for k in range(4)]
@@ -225,12 +225,12 @@ def test_many_trained_at_once_are_each_as_if_alone():
     tunable = bank.tunable
     for rows in batches:
         tunable = together(tunable, rows, rates, bank.scales)
-    found = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
+    trained = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
     alone = jax.jit(step)
     for k, tree in enumerate(trees):
         for rows in batches:
             tree = alone(tree, rows[k], rates[k])
-        for one, two in zip(jax.tree.leaves(found[k]), jax.tree.leaves(tree), strict=True):
+        for one, two in zip(jax.tree.leaves(trained[k]), jax.tree.leaves(tree), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
     # What was padded is still zero.
     assert not tunable["table"].a[3, :, 1:].any() and not tunable["table"].b[3, 1:].any()
@@ -268,15 +268,15 @@ def test_a_kind_whose_delta_is_zero_with_its_factors():
     dense = lambda params, x: x @ params["w"]  # noqa: E731
     for k, tree in enumerate(trees):
         wanted = x @ merge_params(params, tree)["w"]
-        found = lora(dense)((params, select_adapters(bank, k)), x)
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        output = lora(dense)((params, select_adapters(bank, k)), x)
+        np.testing.assert_allclose(output, wanted, rtol=1e-6)
     for k in (-1, 2):
         np.testing.assert_array_equal(
             lora(dense)((params, select_adapters(bank, k)), x), dense(params, x)
         )
 
 
-def test_what_is_refused():
+def test_invalid_arguments_raise():
     bank = bank_of()
     for k in (-2, 4):
         with pytest.raises(IndexError, match=f"no slot {k}; .* 0 to 3, and -1 is the base"):
@@ -285,14 +285,14 @@ def test_what_is_refused():
         with pytest.raises(TypeError, match=r"scalar integer|not a valid JAX type|dtype"):
             select_adapters(bank, k)
     params = {"w": jnp.ones((6, 5)), "bias": jnp.ones(5)}
-    for spec, what in (
+    for spec, contents in (
         ({"w": DoraSpec(LoraSpec(2)), "bias": 0}, "dora adapters at `w`"),
         ({"w": 2, "bias": LORA_FULL}, "full parameters at `bias`"),
     ):
         other = stack_adapters([init_lora(params, spec, jax.random.key(0)).tunable])
-        with pytest.raises(PairError, match=f"{what}.*jax.vmap"):
+        with pytest.raises(PairError, match=f"{contents}.*jax.vmap"):
             select_adapters(other, 0)
-        with pytest.raises(PairError, match=f"{what}.*jax.vmap"):
+        with pytest.raises(PairError, match=f"{contents}.*jax.vmap"):
             mix_adapters(other, jnp.ones(1))
     for weights in (jnp.ones(3), jnp.ones((5, 4)), jnp.ones(4, int)):
         with pytest.raises(ValueError, match="one for each of the 4 slots"):

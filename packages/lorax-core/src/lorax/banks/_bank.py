@@ -122,8 +122,8 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
     leaves, structure = flatten_adapters(bank.tunable)
 
     def tree(slot: int) -> Any:
-        found = [restored(bank.records.get(path), node, slot) for path, node in leaves]
-        return jax.tree.unflatten(structure, found)
+        restored_leaves = [restored(bank.records.get(path), node, slot) for path, node in leaves]
+        return jax.tree.unflatten(structure, restored_leaves)
 
     is_full = any(node is not None and not isinstance(node, Adapter) for _, node in leaves)
     present = [record.is_present for record in bank.records.values()]
@@ -214,9 +214,11 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
     return set_adapter(bank, index, nothing)
 
 
-def _check_slot(what: str, bank: AdapterBank, index: Any) -> None:
+def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
     if not isinstance(index, int | np.integer) or not 0 <= index < bank.slots:
-        raise IndexError(f"{what}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}.")
+        raise IndexError(
+            f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."
+        )
 
 
 @jax.jit

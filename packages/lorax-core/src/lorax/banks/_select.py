@@ -184,14 +184,14 @@ def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mixed, bank.tunable, is_leaf=is_tunable_leaf)
 
 
-def _check_additive(what: str, bank: AdapterBank) -> None:
+def _check_additive(function: str, bank: AdapterBank) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(bank.tunable, is_leaf=is_tunable_leaf)
     for path, node in leaves:
         if node is not None and not is_additive(node):
-            found = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
+            contents = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
             raise PairError(
-                f"{what}: the bank has {found} at `{path_string(path)}`, and zeros in their place "
-                "are not the base. Map over `bank.tunable` with jax.vmap instead."
+                f"{function}: the bank has {contents} at `{path_string(path)}`, and zeros in their "
+                "place are not the base. Map over `bank.tunable` with jax.vmap instead."
             )
 
 

@@ -31,7 +31,7 @@ class LohaWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "loha"
