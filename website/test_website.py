@@ -101,6 +101,12 @@ def test_a_picture_has_a_box_for_each_array():
     assert ">s</text>" in drawn
 
 
+def test_a_picture_can_label_axes():
+    drawn = pictures.svg("W[in,out|i,o] + a[in,r|i,r]* b[r,out]*")
+    assert drawn.count('class="label"') == 4
+    assert drawn.count(">i</text>") == 2
+
+
 def test_each_kind_has_a_page_and_a_formula():
     names = {name for page in kinds.PAGES for name in page.names}
     specs = {name.removeprefix("lorax.") for name in reference.public_names()}

@@ -2,7 +2,8 @@
 # # Fine-tune a language model
 #
 # `nox -s finetune` teaches SmolLM2-135M-Instruct to judge movie reviews, with LoRA of rank 8 on its
-# query and value projections, in 60 steps of 16 sentences. This is what that command plots:
+# query and value projections, in 60 steps of 16 sentences. With `-- --plot FILE.svg` it
+# draws this:
 #
 # ![Loss and accuracy of 60 steps. Held-out accuracy rises from 0.786 to 0.879.](language_model.svg)
 #
