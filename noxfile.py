@@ -283,8 +283,11 @@ def torch(session: nox.Session) -> None:
         # The sample of the sweep is the sweep's own code.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
-        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/_pytorch.py"]
+        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/__init__.py"]
         session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
+        # The session `types` is without PyTorch.
+        session.install("--group", "types")
+        session.run("pyright", "--project", f"{PYTORCH}/pyrightconfig.json")
 
 
 @nox.session(name="sweep-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")

@@ -41,7 +41,6 @@ from ._layouts import (
     Experts as Experts,
     Layout as Layout,
     Linear as Linear,
-    Names as Names,
     Parameter as Parameter,
     Tensor as Tensor,
 )
@@ -50,6 +49,7 @@ from ._names import (
     read_names as read_names,
     write_names as write_names,
 )
+from ._plain_layouts import Names as Names
 
 __version__ = importlib.metadata.version("lorax-io")
 

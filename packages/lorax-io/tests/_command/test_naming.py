@@ -32,6 +32,6 @@ def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
     assert "is not a pattern" in shell.fail(f"convert adapter out --to native {rename}")
 
 
-def test_rename_to_one_name_is_refused(shell, files):
+def test_rename_to_one_name_raises(shell, files):
     files.peft(files.pair("a", OUT, IN) | files.pair("b", OUT, IN), target_modules=["a", "b"])
     assert "renamed" in shell.fail("convert adapter out --to native --rename [ab] c")

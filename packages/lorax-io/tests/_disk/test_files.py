@@ -80,7 +80,7 @@ def test_non_file_raises(place, which, spoil, error, message):
 
 @pytest.mark.parametrize("which", ["config", "weights"])
 @pytest.mark.parametrize("spoil", [moved_out, moved_through])
-def test_a_link_that_leaves_the_folder_is_refused(place, which, spoil):
+def test_a_link_that_leaves_the_folder_raises(place, which, spoil):
     spoil(getattr(place, which))
     assert_refused(place, "peft", AdapterFileError, "is a link to .*, outside its folder")
 
@@ -118,7 +118,7 @@ def test_the_cache_of_the_hub_is_read(place):
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].rank == 2
 
 
-def test_a_link_that_leaves_the_cache_of_the_hub_is_refused(place):
+def test_a_link_that_leaves_the_cache_of_the_hub_raises(place):
     make_cache(place)
     outside = place.home / "outside"
     place.weights.resolve().rename(outside)

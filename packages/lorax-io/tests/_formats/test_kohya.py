@@ -20,7 +20,7 @@ def test_underscores_are_resolved_by_the_base(shell, files):
 
 
 @pytest.mark.parametrize("names", [["a.b_c", "a_b.c"], ["x.a.b.c", "y.a.b.c"], ["a.b"]])
-def test_underscores_that_may_be_several_are_refused(shell, files, names):
+def test_underscores_that_may_be_several_raise(shell, files, names):
     save({"lora_unet_a_b_c.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a_b_c.lora_up.weight": files.draw(OUT, RANK)})  # fmt: skip
     save({f"{name}.weight": files.draw(OUT, IN) for name in names}, "base.safetensors")
@@ -31,7 +31,7 @@ def test_underscores_that_may_be_several_are_refused(shell, files, names):
 @pytest.mark.parametrize(
     "key", ["lora_mid.weight", "hada_t1", "oft_blocks", "diff", "diff_b", "w_norm"]
 )
-def test_more_than_lora_of_kohya_is_refused(files, key):
+def test_more_than_lora_of_kohya_raises(files, key):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           f"lora_unet_a.{key}": files.draw(OUT, 1)})  # fmt: skip

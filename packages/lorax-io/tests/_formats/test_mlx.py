@@ -78,7 +78,7 @@ def test_full_fine_tuning_of_mlx_is_read(shell, files):
         ({"lora_parameters": None}, AdapterError),
     ],
 )
-def test_other_configs_of_mlx_are_refused(files, config, error):
+def test_other_configs_of_mlx_raise(files, config, error):
     write_mlx({f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}, **config)
     with pytest.raises(error):
         open_adapter("mlx")

@@ -351,12 +351,12 @@ def test_a_copy_of_an_embedding_is_left_out(place):
     assert load_peft(place.folder, make_params(), NAMES)[1]["embed"].rank == 2
 
 
-def test_a_copy_of_an_embedding_with_more_tokens_is_refused(place):
+def test_a_copy_of_an_embedding_with_more_tokens_raises(place):
     place.write(CONFIG | {"target_modules": ["embed_tokens"]}, embedding((9, 5)))
     assert_refused(place, "peft", MISMATCH, r"of shape \(9, 5\), where the base has \(7, 5\)")
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused(place, changes, tensors, error, message):
+def test_an_adapter_that_does_not_fit_raises(place, changes, tensors, error, message):
     place.write(CONFIG | changes, without_none(TENSORS | tensors))
     assert_refused(place, "peft", error, message)

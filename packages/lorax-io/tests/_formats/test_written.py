@@ -85,7 +85,7 @@ def test_mlx_has_one_rank_and_scale(files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_modules_of_one_flat_name_are_refused(files):
+def test_two_modules_of_one_flat_name_raise(files):
     row = make_tunable(files)["q"]
     with pytest.raises(AdapterMismatchError, match="are both called `lora_unet_a_b`"):
         save_kohya("k", {"x": row, "y": row}, {"x": Linear("a.b"), "y": Linear("a_b")})

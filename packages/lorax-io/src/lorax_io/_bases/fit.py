@@ -17,6 +17,7 @@ from .._layouts import (
     Layout,
     Layouts,
     Linear,
+    Parameter,
     Tensor,
     tensor_name,
 )
@@ -191,6 +192,8 @@ def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out
         return layout
     if isinstance(layout, Embedding):
         return dataclasses.replace(layout, in_axes=(0,), out_axes=(1,))
+    if isinstance(layout, Parameter):
+        return dataclasses.replace(layout, in_axes=(1,), out_axes=(0,))
     if len(shape) > 2 and not isinstance(layout, Experts):
         rest = tuple(range(1, len(shape)))
         return Conv(layout.module, in_axes=rest, out_axes=(0,), channel_axis=1)

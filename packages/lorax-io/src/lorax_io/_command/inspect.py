@@ -72,7 +72,7 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
         "part": adapter.part,
     }
     if config is not None:
-        targets = config.target_modules if config.is_said else None
+        targets = config.target_modules if config.is_given else None
         about |= {
             "targets": targets if isinstance(targets, str) else sorted(targets or []),
             "saved in full": sorted(config.modules_to_save or []),

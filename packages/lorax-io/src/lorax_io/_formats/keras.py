@@ -16,7 +16,8 @@ from .._disk.arrays import one_writer, to_host
 from .._disk.hdf5 import Hdf5File, write_hdf5
 from .._disk.tensors import check_finite
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Linear, Names, as_layouts
+from .._layouts import Linear
+from .._plain_layouts import Names, as_layouts
 from .._tree import pair_rows
 from .export import layout_of
 from .format import Content, Format

@@ -17,7 +17,8 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import MAGNITUDE, Layout, Layouts, Names, as_layouts
+from .._layouts import MAGNITUDE, Layout, Layouts
+from .._plain_layouts import Names, as_layouts
 from . import flux
 from .diffusers import peft_key
 from .export import export

@@ -14,7 +14,8 @@ from .._disk.orbax import OrbaxTree, is_orbax, open_orbax, tree_of
 from .._disk.progress import bars
 from .._disk.tensors import TensorFile, is_number
 from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about
-from .._layouts import Layouts, Names, as_layouts
+from .._layouts import Layouts
+from .._plain_layouts import Names, as_layouts
 from .._tree import Held
 from . import flux, kohya, native, tunix
 from .format import Content, Format, Rows

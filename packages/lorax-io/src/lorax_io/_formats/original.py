@@ -13,7 +13,7 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import UnsupportedAdapterError, about
-from .._layouts import Names, as_layouts
+from .._plain_layouts import Names, as_layouts
 from . import flux
 from .diffusers import peft_key
 from .export import export

@@ -10,7 +10,17 @@ import jax
 import numpy as np
 
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import MAGNITUDE, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from .._layouts import (
+    MAGNITUDE,
+    Conv,
+    Embedding,
+    Experts,
+    Layout,
+    Layouts,
+    Linear,
+    Parameter,
+    Tensor,
+)
 from .._places import RANK
 from .._tree import absent, is_array, param_leaves
 from .peft.patterns import distrusted, suffixes
@@ -40,9 +50,8 @@ def own_names(source: Source) -> dict[str, Layout]:
             if not key.endswith(".base_layer.weight"):  # of an embedding, and as it is in the base
                 names[f"{path}/{parameter}"] = Tensor(module, parameter=parameter)
         elif adapted is not None:
-            names[f"{path}/{adapted}"] = Experts(
-                module, parameter=adapted, shared_axes=(0,), swapped=False
-            )
+            of = key[: match.start()]
+            names[f"{path}/{adapted}"] = _of_parameter(source, of, module, adapted)
         elif match[1] in source.tuner.tables:
             names[f"{path}/embedding"] = Embedding(module)
         elif f"{path}/kernel" not in names:
@@ -83,6 +92,14 @@ def _experts(source: Source) -> dict[str, str]:
                 "whose. Give names (`lorax_io.write_names`), with the order of each."
             )
     return parameters
+
+
+def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> Layout:
+    """A matrix, whose factors have the rank once, or a stack of experts, which have it for each."""
+    shape = shapes_of(source.tensors, wrapped, source.tuner.marks).get("lora_A.weight", ())
+    if shape and shape[0] == source.config.rank(f"{module}.{parameter}"):
+        return Parameter(module, parameter=parameter)  # A stack of one expert looks the same.
+    return Experts(module, parameter=parameter, shared_axes=(0,), swapped=False)
 
 
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:

@@ -170,7 +170,7 @@ OTHER_KINDS = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), OTHER_KINDS)
-def test_a_native_file_of_another_kind_that_does_not_fit_is_refused(
+def test_a_native_file_of_another_kind_that_does_not_fit_raises(
     place, changes, tensors, error, message
 ):
     place.write_native(changes, tensors)
@@ -190,7 +190,7 @@ def fit_to_itself(path):
     load_pair(path, {"q": jnp.ones((2, 2)), "norm": jnp.ones(5)})
 
 
-def test_a_frozen_factor_with_nan_is_refused(place):
+def test_a_frozen_factor_with_nan_raises(place):
     place.write_native(kinds(DORA, {"q": ["square"]}), MAGNITUDE | {"q/square": floats(3) * np.nan})
     with pytest.raises(AdapterError, match="`q/square` holds NaN"):
         load_pair(place.native, make_params())
@@ -219,7 +219,7 @@ def test_parameters_with_one_path_raise(place):
         load_peft(place.folder, params, {})
 
 
-def test_bools_of_other_bits_are_refused(place):
+def test_bools_of_other_bits_raise(place):
     save_adapter(place.native, {"w": jnp.ones(4, bool)})
     data = place.native.read_bytes()
     place.native.write_bytes(data[:-1] + b"\x02")

@@ -171,6 +171,6 @@ NATIVE = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), NATIVE)
-def test_a_native_file_that_does_not_fit_is_refused(place, changes, tensors, error, message):
+def test_a_native_file_that_does_not_fit_raises(place, changes, tensors, error, message):
     place.write_native(changes, tensors)
     assert_refused(place, "native", error, message)

@@ -47,7 +47,7 @@ TEXTS = rows(
 )
 
 
-def test_a_config_that_may_not_be_read_is_refused(place, monkeypatch):
+def test_a_config_that_may_not_be_read_raises(place, monkeypatch):
     def forbid(path, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -101,7 +101,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("key", "value"), TYPES)
-def test_a_key_with_another_type_is_refused(place, key, value):
+def test_a_key_with_another_type_raises(place, key, value):
     place.config.write_text(config_text({key: value}))
     assert_refused(place, "peft", AdapterFileError, f"has {key} = .*; it must be ")
 

@@ -60,7 +60,7 @@ def write_pattern(place, key, pattern):
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", BAD_PATTERNS.values(), ids=BAD_PATTERNS)
-def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
+def test_a_pattern_that_is_none_raises(place, monkeypatch, key, pattern):
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     message = "not a regular expression|a pattern of 409[78] characters"
@@ -68,21 +68,21 @@ def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
 
 
 @pytest.mark.parametrize("key", list(PATTERNED)[:-1])
-def test_a_pattern_that_hides_its_place_is_refused(place, key):
+def test_a_pattern_that_hides_its_place_raises(place, key):
     place.write(CONFIG | PATTERNED[key]("(?x)q_proj # and v_proj"), TENSORS)
     assert_refused(place, "peft", AdapterFileError, "not a regular expression in its place")
 
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
-def test_a_pattern_that_takes_too_long_is_refused(place, monkeypatch, key, pattern):
+def test_a_pattern_that_takes_too_long_raises(place, monkeypatch, key, pattern):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS_EACH", 0.1)
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     assert_refused(place, "peft", AdapterFileError, "take too long to match")
 
 
-def test_patterns_that_take_too_long_together_are_refused(place, monkeypatch):
+def test_patterns_that_take_too_long_together_raise(place, monkeypatch):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
@@ -111,7 +111,7 @@ MANY = [f"m{k}" for k in range(200_000)]
     ],
     ids=["patterns", "names with ranks", "targets", "modules to save", "layers"],
 )
-def test_long_lists_are_gone_through_in_time(place, changes, message):
+def test_long_lists_take_linear_time(place, changes, message):
     place.write(CONFIG | changes, TENSORS)
     error = AdapterMismatchError if "takes" in message else AdapterFileError
     assert_refused(place, "peft", error, message)
