@@ -4,7 +4,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import safetensors.numpy
 
 import lorax
@@ -63,15 +62,3 @@ def make_tunable(files, scaling="standard"):
             in_axes=(1,), out_axes=(2,), shared_axes=(0,),
         ),
     }  # fmt: skip
-
-
-@pytest.fixture
-def two(files):
-    deltas = []
-    for name in ("one", "two"):
-        pair = files.pair(Q, OUT, IN)
-        files.peft(pair, name, target_modules=["q_proj"])
-        deltas.append(2 * pair[f"{Q}.lora_B.weight"] @ pair[f"{Q}.lora_A.weight"])
-    base = files.draw(OUT, IN)
-    files.base({f"{Q}.weight": base})
-    return base, *deltas

@@ -6,6 +6,18 @@ import pytest
 from formats_of_files import IN, OUT, Q
 
 
+@pytest.fixture
+def two(files):
+    deltas = []
+    for name in ("one", "two"):
+        pair = files.pair(Q, OUT, IN)
+        files.peft(pair, name, target_modules=["q_proj"])
+        deltas.append(2 * pair[f"{Q}.lora_B.weight"] @ pair[f"{Q}.lora_A.weight"])
+    base = files.draw(OUT, IN)
+    files.base({f"{Q}.weight": base})
+    return base, *deltas
+
+
 @pytest.mark.parametrize(
     ("line", "scales"),
     [
