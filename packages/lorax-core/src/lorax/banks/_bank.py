@@ -87,6 +87,7 @@ def stack_adapters(
     for path, *nodes in zip(
         [path for path, _ in leaves], *([node for _, node in each] for each, _ in flat), strict=True
     ):
+        # Free slots are zeros, which are the base.
         nodes += [None] * (slots - len(nodes))
         blank = blank_of(path, nodes, rank)
         stacked.append(
@@ -125,6 +126,7 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
         restored_leaves = [restored(bank.records.get(path), node, slot) for path, node in leaves]
         return jax.tree.unflatten(structure, restored_leaves)
 
+    # A parameter in place of an adapter is in every slot, so no slot is free.
     is_full = any(node is not None and not isinstance(node, Adapter) for _, node in leaves)
     present = [record.is_present for record in bank.records.values()]
     return [
@@ -175,6 +177,7 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
             )
         rows.append(None if node is None else padded_to(path, emptied(node), new))
         if path in records:
+            # The records of the old bank stay as they are.
             record = jax.tree.map(np.copy, records[path])
             for value, entry in zip(
                 jax.tree.leaves(record), jax.tree.leaves(records_of([new])), strict=True
@@ -184,6 +187,7 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
         if path in scales:
             scales[path] = jnp.asarray(records[path].scale())
     row = jax.tree.unflatten(structure, rows)
+    # The index is traced, so one compiled program serves all slots.
     return AdapterBank(_replaced(bank.tunable, np.int32(index), row), scales, records)
 
 

@@ -62,6 +62,7 @@ class TokensWeight(Adapter):
     def derived(self, base: Any) -> dict[str, Any]:
         """The base's own rows."""
         (axis,) = self.in_axes
+        # […, vocabulary, …] -> […, k, …]
         rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis)
         order = (*self.shared_axes, axis, *self.out_axes)
         return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]

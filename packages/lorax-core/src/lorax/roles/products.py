@@ -48,6 +48,7 @@ class Side(NamedTuple):
         Beside a constant, which maps an axis to another one as a resize does, the summed axes are
         carried over to the axes that the constant keeps.
         """
+        # The axes that the product keeps, at their places in the result.
         axes = list(map(blank, shape))
         for d, position in (*self.kept.items(), *self.batch.items()):
             axes[position] = part.axes[d]

@@ -170,8 +170,10 @@ def fitted(axes: Sequence[Axis], shape: Sequence[Any]) -> tuple[Axis, ...]:
 def _fit(axis: Axis, size: Any) -> Axis:
     if same(math.prod(span.size for span in axis), size):
         return axis
+    # A single entry that is repeated shows nothing along the new axis.
     if len(axis) == 1 and same(axis[0].size, 1):
         return blank(size)
+    # Cut or padded: all that ran along the axis still does.
     return (Span(size, frozenset[int]().union(*(span.axes for span in axis))),)
 
 
@@ -188,13 +190,16 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
         left = size
         while not same(left, 1) and rest:
             span = rest.pop(0)
+            # The span fits: [4, 6] -> [24] takes both.
             if same(left, span.size) or divides(span.size, left):
                 axis.append(span)
                 left = 1 if same(left, span.size) else left // span.size
+            # The span is longer: [24] -> [4, 6] leaves the low part to the next axis.
             elif divides(left, span.size):
                 axis.append(span._replace(size=left))
                 rest.insert(0, span._replace(size=span.size // left))
                 left = 1
+            # Neither divides the other, so the span and the next one are one from here on.
             elif rest:
                 rest[0] = Span(span.size * rest[0].size, span.axes | rest[0].axes)
             else:

@@ -89,6 +89,7 @@ class Walk:
         for k, use in enumerate(self.uses):
             if not self.beside_data.isdisjoint(use.beside):
                 continue  # It is data by then.
+            # Bit k of `own`: the result of use k went into the weight itself, as a norm does.
             counts = not self.own.get(use.weight, 0) >> k & 1
             if use.weight not in best or (counts, use.strength) > best[use.weight][:2]:
                 best[use.weight] = (counts, use.strength, use)
@@ -108,6 +109,7 @@ class Walk:
         def read(atom: Any) -> Value:
             return CONSTANT if isinstance(atom, jex.Literal) else values[atom]
 
+        # What no output depends on is not a use.
         live = live_equations(jaxpr)
         if len(live) < len(jaxpr.eqns):
             self._note_dead(jaxpr, values, {id(eqn) for eqn, _ in live})
@@ -150,6 +152,7 @@ class Walk:
         elif body is not None:
             outs = self.run_body(body, operands)
         else:
+            # Without a rule, an equation is taken to act entry by entry.
             outs = [self.entrywise(eqn, operands, shape_of(v)) for v in eqn.outvars]
         self.line = outer
         return [resized(out, shape_of(v)) for out, v in zip(outs, eqn.outvars, strict=True)]

@@ -109,7 +109,7 @@ def place(
 
 
 def sharding_of(array: Any) -> Sharding | None:
-    """Where an array was put; None where nobody has said."""
+    """Where an array was put; None where it was not placed."""
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 

@@ -1,4 +1,4 @@
-"""Files that are taken for adapters and are something else, told by how they begin."""
+"""Files that are mistaken for adapters, identified by how they begin."""
 
 _BEGINS: tuple[tuple[bytes, str], ...] = (
     (
