@@ -32,7 +32,7 @@ def check_format(file: TensorFile) -> None:
     if FROZEN_KEY in file.metadata:
         raise AdapterFileError("is a frozen tree, not an adapter; `load_frozen` reads it.")
     raise AdapterFileError(
-        "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
+        "is a safetensors file, but not a native adapter; `load_peft` reads the folders of PEFT."
         if version is None
         else f"is a native adapter of format {version!r}; this version of lorax-io reads formats 1 "
         "and 2. Update it.",
