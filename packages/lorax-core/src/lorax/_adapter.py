@@ -1,4 +1,4 @@
-"""What an adapter is: a few labelled factors beside a base, and settings. One class for each kind.
+"""An adapter: a few labelled factors beside a base, and settings. One class for each kind.
 
 Everything outside `kinds/` handles adapters through this file, and knows no kind:
 
@@ -325,7 +325,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 class Start(NamedTuple):
-    """What a kind makes its first factors from.
+    """The inputs from which a kind makes its first factors.
 
     Attributes:
         path: of the parameter.
@@ -446,7 +446,7 @@ class AdapterSpec:
         return self
 
     def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
-        """What all weights of one key share, made once from their shapes and axes."""
+        """The value that all weights of one key share, made once from their shapes and axes."""
 
     def start(self, start: Start) -> Started:
         """The first factors."""

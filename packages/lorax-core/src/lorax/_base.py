@@ -1,4 +1,4 @@
-"""What a quantized base is: labelled arrays, and a function of one entry of each. One format each.
+"""A quantized base: labelled arrays, and a function of one entry of each. One format each.
 
 Everything outside `bases/` handles quantized bases through this file, and knows no format:
 

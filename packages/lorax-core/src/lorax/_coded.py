@@ -106,7 +106,7 @@ class CodedArray:
 
     @property
     def struct(self) -> jax.ShapeDtypeStruct:
-        """What replaces the weight while a function is traced."""
+        """The shape that replaces the weight while a function is traced."""
         sharding = _sharding_of(self.term.factors[0])
         if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)

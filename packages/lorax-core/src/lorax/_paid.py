@@ -122,7 +122,7 @@ def _fold(key: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 def _mapped(data: jax.Array, impl: str, of_key: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """What a function makes of each key; its axes come last."""
+    """A function's result for each key; its axes come last."""
     keys = jax.random.wrap_key_data(data, impl=impl)
     for _ in range(keys.ndim):
         of_key = jax.vmap(of_key)

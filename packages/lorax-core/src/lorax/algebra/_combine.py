@@ -124,7 +124,7 @@ def combine_adapters(
 
 
 class _Part(NamedTuple):
-    """What one tree has for a weight."""
+    """The leaf of one tree for a weight."""
 
     name: str
     weight: float
@@ -277,7 +277,7 @@ def _merge(
             for part in parts
         ]
         kept = [jax.random.bernoulli(key, options.density, stacked.shape[1:]) for key in keys]
-        # What is kept is divided by its share, so that the expected value of an entry stays.
+        # Kept entries are divided by their share, so that the expected value of an entry stays.
         stacked = np.where(np.stack(kept), stacked / options.density, 0)
     # [adapters, entries, m, n] ⊙ [adapters, 1, 1, 1]
     weighted = stacked * weights[:, None, None, None]

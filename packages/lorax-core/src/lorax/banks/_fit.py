@@ -17,7 +17,7 @@ from ..kinds.lora import LoraWeight, lora_scale
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What the adapters of one path were before they were padded, by slot.
+    """The ranks and scales of one path's adapters before they were padded, by slot.
 
     `alpha` is NaN where it is None. Arrays, and not settings: another adapter in a slot leaves
     compiled programs as they are.

@@ -145,7 +145,7 @@ class DoraSpec(AdapterSpec):
 
     @property
     def collects(self) -> Any:
-        """What the spec within collects."""
+        """The start whose statistics the inner spec collects."""
         return self.spec.collects
 
     @property
@@ -176,7 +176,7 @@ class DoraSpec(AdapterSpec):
         return self.spec.common_key
 
     def common(self, weights: Any, key: jax.Array) -> Any:
-        """What the spec within shares."""
+        """The value that weights of the inner spec share."""
         return self.spec.common(weights, key)
 
     def start(self, start: Start) -> Started:

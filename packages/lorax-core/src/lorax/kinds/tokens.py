@@ -68,7 +68,7 @@ class TokensWeight(Adapter):
         return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """What the rows are more than those of the base, at their places."""
+        """The difference of the rows to those of the base, at their places."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rows = layout.factors["values"]
         if not all(0 <= index < shape[self.in_axes[0]] for index in self.indices):

@@ -43,7 +43,7 @@ class Side(NamedTuple):
         )
 
     def place(self, part: Part, shape: Sequence[Any], carried: "Side | None" = None) -> Part:
-        """What the result shows of a part.
+        """The part that the result shows.
 
         Beside a constant, which maps an axis to another one as a resize does, the summed axes are
         carried over to the axes that the constant keeps.

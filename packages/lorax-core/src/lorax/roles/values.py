@@ -1,4 +1,4 @@
-"""What is known of a value: the weights that it shows, axis by axis. It knows no primitive."""
+"""The weights that a value shows, axis by axis. This module does not know any primitive."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a value shows of one weight: the spans of each of the value's axes.
+    """The part of one weight that a value shows: the spans of each of the value's axes.
 
     Attributes:
         axes: the spans.
@@ -66,7 +66,7 @@ DATA = object()
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of a value.
+    """The weights and the data that a value shows.
 
     Attributes:
         parts: what it shows of each weight, and of data.
@@ -118,7 +118,7 @@ def merge(values: Iterable[Value]) -> Value:
 
 
 def in_all_steps(before: Value, after: Value) -> Value:
-    """What a carried value is both before and after a step; data, if it is that in either.
+    """A carried value, as it is both before and after a step; data, if it is data in either.
 
     A carried weight that a step replaces, such as a learned initial state, is not followed.
     """

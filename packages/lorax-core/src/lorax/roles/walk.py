@@ -24,7 +24,7 @@ from .values import (
 
 
 class Strength(enum.IntEnum):
-    """What a use says about the roles of a weight's axes, weakest first."""
+    """How strongly a use determines the roles of a weight's axes, weakest first."""
 
     CONSTANT = 1
     """The other operand is a constant, such as the matrix that resizes an image."""
@@ -51,7 +51,7 @@ class Use:
 
 
 class Roles(NamedTuple):
-    """What a function does with its weights.
+    """The roles of a function's weights.
 
     Attributes:
         axes: the axes of inputs and of outputs, for each weight that has both.
@@ -109,7 +109,7 @@ class Walk:
         def read(atom: Any) -> Value:
             return CONSTANT if isinstance(atom, jex.Literal) else values[atom]
 
-        # What no output depends on is not a use.
+        # An equation that no output depends on is not a use.
         live = live_equations(jaxpr)
         if len(live) < len(jaxpr.eqns):
             self._note_dead(jaxpr, values, {id(eqn) for eqn, _ in live})
@@ -263,7 +263,7 @@ class Walk:
         return Value(dict(merged.parts) | parts, merged.uses)
 
     def leave_to_data(self, part: Part) -> None:
-        """What is beside data is used as data: another weight maps both."""
+        """Treats a weight beside data as data: another weight maps both."""
         self.beside_data |= part.beside
 
     # Loops.

@@ -41,7 +41,7 @@ def _forwarded(jaxpr) -> list[int | None]:
             inner = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
         elif name in ("scan", "while"):
             first, body = _loop_body(eqn)
-            # What a loop carries without change is the loop's own input.
+            # A value that a loop carries without change is the loop's own input.
             kept = _untouched(body, first)
             start = len(eqn.invars) - len(kept) if name == "while" else first
             inner = [start + k if same else None for k, same in enumerate(kept)]

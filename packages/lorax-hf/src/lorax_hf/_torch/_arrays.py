@@ -54,7 +54,7 @@ def in_jax(env: Any, value: Any) -> Any:
 
 
 def out_of_jax(value: Any) -> Any:
-    """What a module returns: tensors become arrays, and its classes of outputs JAX pytrees."""
+    """A module's result in JAX: tensors become arrays, and its classes of outputs JAX pytrees."""
     if isinstance(value, torch.Tensor):
         return value.jax() if hasattr(value, "jax") else jnp.asarray(numpy_of(value))
     if value is None or isinstance(value, bool | int | float | complex | str | jax.Array):

@@ -1,4 +1,4 @@
-"""What a format is: a row of the table that opening, converting and the messages are made from."""
+"""The definition of a format: a row of the table behind opening, converting and the messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from .source import Source
 
 
 class Content(NamedTuple):
-    """What there is to tell a format by."""
+    """The content of a file, by which its format is detected."""
 
     file: TensorFile | Hdf5File
     folder: Path | None = None  # that has `adapter_config.json`; None where there is none

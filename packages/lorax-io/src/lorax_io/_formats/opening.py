@@ -190,7 +190,7 @@ def _format_of(content: Content) -> Format:
 
 @contextlib.contextmanager
 def content_of(path: Path) -> Generator[Content]:
-    """What there is at a path: a file, and a config beside it."""
+    """The content of a path: a file, and a config beside it."""
     if is_hdf5(path):
         with open_hdf5(path) as file:
             yield Content(file)

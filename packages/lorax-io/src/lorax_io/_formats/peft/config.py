@@ -166,7 +166,7 @@ class PeftConfig:
         return list(map(regex.compile, texts or [r".*?\.[^.]*\.(?P<index>\d+)\."]))
 
     def scaling_text(self) -> str:
-        """What rank and scale of every module follow from, in one form."""
+        """The settings that give rank and scale of every module, as one text."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
 

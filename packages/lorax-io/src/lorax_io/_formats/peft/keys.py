@@ -18,7 +18,7 @@ _MOST_PATTERNS = 10_000
 
 
 class _Key(NamedTuple):
-    """What a key of the file may hold."""
+    """The values that a key of the file may have."""
 
     accepts: Callable[[Any], bool]
     description: str
@@ -122,7 +122,7 @@ _KEYS: dict[str, _Key] = {
     "token_indices": _TOKENS,
     "lora_bias": _FLAG_OR_NONE,
 }
-# What every tuner has.
+# The keys of every tuner.
 _COMMON = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision"),
