@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, Sharding
 
 from ._arrays import Held
 from ._axes import normalize
@@ -341,14 +341,44 @@ def bytes_of(leaf: Any) -> int:
     return math.ceil(bits * math.prod(leaf.shape) / 8)
 
 
-def blank_of(
-    path: str, shape: tuple[int, ...], along: Sequence[int], format: Format, dtype: Any
-) -> QuantizedWeight:
-    """A quantized weight without arrays."""
+def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
+    """A quantized weight without arrays, for an array or its shape."""
+    shape = tuple(base.shape)
     along = normalize(path, len(shape), "along", along)
     blocks = tuple((d, *sizes) for d, sizes in sorted(format.blocks(path, shape, along).items()))
+    _check_parts(path, base, blocks)
     options = tuple(getattr(format, name) for name in fields_of(format))
-    return QuantizedWeight({}, format.name, options, blocks, along, jnp.dtype(dtype).name)
+    return QuantizedWeight({}, format.name, options, blocks, along, base.dtype.name)
+
+
+def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
+    """Refuses blocks that parts over explicit mesh axes would cut.
+
+    Over automatic axes such codes are whole everywhere; a type that says so would be another one
+    than the function was written for.
+    """
+    is_shape = isinstance(base, jax.ShapeDtypeStruct)
+    sharding = base.sharding if is_shape else jax.typeof(base).sharding
+    if not isinstance(sharding, NamedSharding):
+        return
+    mesh = sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    split = dict(enumerate(sharding.spec))
+    for d, *within in blocks:
+        entry = split.get(d) or ()
+        names = entry if isinstance(entry, tuple) else (entry,)
+        names = tuple(name for name in names if kinds[name] is AxisType.Explicit)
+        parts = math.prod(mesh.shape[name] for name in names)
+        size, block = base.shape[d], math.prod(within)
+        if size // block % parts == 0:
+            continue
+        part = size // parts
+        raise SpecError(
+            f"`{path}` has shape {tuple(base.shape)}, and its axis {d} is {parts} parts of {part} "
+            f"over the explicit mesh axis {', '.join(map(repr, names))}, which blocks of {block} "
+            f"do not divide. Give it a block that divides {part}, a format without blocks such as "
+            f"Int8(), or None; or reshard it so that axis {d} is whole."
+        )
 
 
 def quantized_from_settings(

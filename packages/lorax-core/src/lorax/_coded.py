@@ -138,6 +138,9 @@ class CodedArray:
     def _decoded(self, term: Term, waiting: Iterable[tuple[Move, tuple[Any, ...]]]) -> jax.Array:
         array = decode(term, self.names, self.format, self.stored)
         for move, others in waiting:
+            if others:  # numbers from outside of a `shard_map`
+                axes = _compat.varying_axes(array)
+                others = tuple(_compat.varied(number, axes) for number in others)
             array = _bound(move, array, others)
         return array
 

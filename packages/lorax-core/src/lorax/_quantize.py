@@ -223,8 +223,7 @@ def _by_leaf(
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
     """The weight without arrays; a format may say itself which axes share scales."""
     given = getattr(format, "along", None)
-    shape = tuple(base.shape)
-    return blank_of(path, shape, along if given is None else given, format, base.dtype)
+    return blank_of(path, base, along if given is None else given, format)
 
 
 def _is_float(base: Any) -> bool:

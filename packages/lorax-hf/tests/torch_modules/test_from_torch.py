@@ -394,6 +394,9 @@ def test_wrong_arguments_are_named():
         fn({"weight": params["weight"]}, jnp.asarray(X))
     with pytest.raises(ValueError, match="has `scale`, which the module does not have"):
         fn({**params, "scale": params["bias"]}, jnp.asarray(X))
+    coded = {**params, "weight": lorax.quantize({"w": params["weight"]}, {"w": "int8"})["w"]}
+    with pytest.raises(TypeError, match="`weight` is held in few bits.*`lorax.lora\\(fn\\)`"):
+        fn(coded, jnp.asarray(X))
     with pytest.raises(TypeError, match="a dict of parameters by name.*not list"):
         fn(list(params.values()), jnp.asarray(X))
     with pytest.raises(ValueError, match="`weight` is on the meta device.*load_torch"):

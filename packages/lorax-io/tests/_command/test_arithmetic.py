@@ -198,15 +198,6 @@ def test_extract_errors(shell, tuned, tmp_path):
         assert not (tmp_path / "found").exists()
 
 
-def test_weights_that_are_codes_raise(shell, tuned, tmp_path):
-    scale = {"model.q.weight_scale_inv": np.ones((1, 1), np.float32)}
-    for name, tensors in zip(("base", "tuned"), tuned, strict=True):
-        narrow = tensors["model.q.weight"].astype(ml_dtypes.float8_e4m3fn)
-        write(tmp_path / f"{name}8" / "model.safetensors", scale | {"model.q.weight": narrow})
-    message = shell.fail("extract --base base8 --tuned tuned8 --out found --rank 2 --to peft")
-    assert "quantized" in message
-
-
 def test_narrow_checkpoints(shell, tuned, tmp_path):
     for name, tensors in zip(("base", "tuned"), tuned, strict=True):
         narrow = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}

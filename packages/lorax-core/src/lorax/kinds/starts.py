@@ -141,8 +141,7 @@ def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
             "lose. Call init_lora on the floats: it makes the codes, too."
         )
     base = start.array(weight, "the weight itself")
-    shape = tuple(base.shape)
-    held = encoded(blank_of(start.path, shape, start.axes.inputs, format, base.dtype), base)
+    held = encoded(blank_of(start.path, base, start.axes.inputs, format), base)
     wide = start.dtype
     # W − decode(codes): the factors hold the largest part of what the codes lose.
     lost = base.astype(wide) - decoded(held).astype(wide)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import PartitionSpec
 
 from .._coded import array_spec, is_coded
 from .._factored import FactoredArray, is_weight
@@ -69,7 +70,10 @@ def _base_spec(base, mesh, spec):
         axis = base.term.out[d]
         if entry is not None and all(entry not in part for part in specs):
             raise Inexpressible(f"splits {axis[0].size} blocks of codes over the axis {entry!r}")
-    return dataclasses.replace(base, term=dataclasses.replace(base.term, factors=specs))
+    # What waits and moves no axis has numbers for operands, the same on all devices.
+    others = jax.tree.map(lambda _: PartitionSpec(), base.others)
+    term = dataclasses.replace(base.term, factors=specs)
+    return dataclasses.replace(base, term=term, others=others)
 
 
 def _local(weight: FactoredArray) -> FactoredArray:

@@ -16,8 +16,9 @@ from .._disk.arrays import all_read, sharding_of
 from .._disk.progress import bars, track
 from .._errors import AdapterMismatchError, about
 from .._frozen.load import spread
-from .._layouts import Layout, Layouts, Names, as_layouts
+from .._layouts import Layout, Layouts
 from .._places import Place
+from .._plain_layouts import Names, as_layouts
 from .._tree import absent, is_array, param_leaves
 from .parameter import Notes, load_parameter
 from .sources import Source, needed, open_source

@@ -67,6 +67,7 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
         "parameters trained": sum(math.prod(s) for line in lines for s in line.shapes),
         "kinds": _counted([line.kind for line in lines]),
         "rank": _values([line.rank for line in lines]),
+        "alpha": _values([line.alpha for line in lines]),
         "scale": _values([line.scale for line in lines]),
         "part": adapter.part,
     }
