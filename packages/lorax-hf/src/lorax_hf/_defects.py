@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lorax import LoraxWarning
+
 
 class Finding(NamedTuple):
     """One defect."""
@@ -24,7 +26,7 @@ class Finding(NamedTuple):
         return self.problem
 
 
-class DefectWarning(UserWarning):
+class DefectWarning(LoraxWarning):
     """The installed transformers is known to be wrong for this model."""
 
 
