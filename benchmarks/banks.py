@@ -120,11 +120,13 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
 
         return jax.vmap(row)(x, index)
 
+    interleaved = lorax.interleave_adapters(bank)
     return {
         "none": Served(base, (x, params)),
         "one": Served(one, (x, params, trees[0])),
         f"{slots}, `select_adapters`": Served(selected, (x, params, bank, index)),
         f"{slots}, `mix_adapters`": Served(mixed, (x, params, bank, index)),
+        f"{slots}, `mix_adapters`, interleaved": Served(mixed, (x, params, interleaved, index)),
         f"{slots}, hand-written `vmap`": Served(
             by_hand, (x, params, as_factors(bank.tunable), index)
         ),

@@ -352,7 +352,10 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     of_x = {*inputs, *outputs[:of_groups]}
     factors = list(zip(term.factors, term.labels, strict=True))
     along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
-    bonds = {label for _, labels in along for label in labels} - of_x - {*window, *outputs}
+    owned = {label for _, labels in along for label in labels}
+    if math.prod(label.size for label in owned) > math.prod(term.shape):
+        raise Inexpressible("needs a kernel of its factors along the window that is larger than it")
+    bonds = owned - of_x - {*window, *outputs}
     before, after = [], []
     for factor in factors:
         if set(window).isdisjoint(factor[1]):
