@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["nox[uv]>=2026.2.9"]
 # ///
-"""Every check of this repository, each in an environment of its own.
+"""Every check of this repository, each in its own environment.
 
 `pip install nox && nox` runs those that any machine can run in reasonable time. nox sees from the
 header above that it needs uv as well, and fetches it from PyPI where it is not installed.
@@ -198,7 +198,7 @@ def install_compiler(session: nox.Session, backend: str, version: str) -> None:
 
 
 def compile_only(backend: str) -> dict[str, str]:
-    """The environment for compiling where there is no such device."""
+    """The environment for compiling without such a device."""
     env = {"JAX_PLATFORMS": "cpu"}
     if backend == "tpu":
         # It asks a cloud's metadata server what TPU it is on, unless it is given one.
@@ -305,7 +305,7 @@ def depth(session: nox.Session) -> None:
 
 @nox.session(name="bench-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench_torch(session: nox.Session) -> None:
-    """Times a step of transformers' Llama in JAX, with PEFT on PyTorch, and of a Llama by hand."""
+    """Times a step of transformers' Llama in JAX, PEFT's on PyTorch, and a hand-written Llama's."""
     install_torch(session, *editable("lorax-io"), "gguf")
     session.install("--requirement", f"{PYTORCH}/requirements.txt")
     session.run("python", "benchmarks/torch_step.py", *session.posargs)

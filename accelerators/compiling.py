@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# What has a name of its own in the compiled text and yet no memory of its own, or only a place
+# What has a name in the compiled text and yet no memory itself, or only a place
 # nearer to the processor for what is in memory already.
 NO_ARRAY = {"parameter", "get-tuple-element", "bitcast", "tuple", "copy-start", "copy-done"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

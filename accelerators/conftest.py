@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-# For `targets` and its neighbours, and for the models that the benchmarks have.
+# For `targets` and its neighbors, and for the models that the benchmarks have.
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks")]
 
 from compiling import Facts  # noqa: E402

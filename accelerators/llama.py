@@ -103,7 +103,7 @@ def loss(logits, tokens):
     return jnp.mean(jax.nn.logsumexp(scores, -1) - chosen.astype(jnp.float32))
 
 
-# How the weights lie on a mesh of `data` by `model`, by the name of the weight.
+# How the weights are sharded over a mesh of `data` by `model`, by the name of the weight.
 
 ALL = ("data", "model")
 COLUMN, ROW = P(None, None, "model"), P(None, "model")

@@ -4,7 +4,7 @@
 
 32 layers of 4096, rank 16 on every linear, one sequence of 1024 tokens, rematerialised, the layers
 in few bits, embedding and head in bfloat16. Prints what the chip needs at once, beside the same
-step as an expert would write it: a product with a derivative of its own, which decodes again.
+step as an expert would write it: a product with a custom derivative, which decodes again.
 """
 
 import argparse

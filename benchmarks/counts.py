@@ -52,11 +52,11 @@ T = TypeVar("T")
 
 
 def paired(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each measures in each round; a ratio within a round is of neighbours in time."""
+    """What each measures in each round; a ratio within a round is of neighbors in time."""
     taken: dict[str, list[T]] = {name: [] for name in measures}
     order = random.Random(0)
     for _ in range(rounds):
-        # Who went before leaves caches, memory and threads in a state of its own. In turns, that
+        # Who went before leaves caches, memory and threads in another state. In turns, that
         # would always be the same one.
         for name in order.sample(list(measures), len(measures)):
             taken[name].append(measures[name]())

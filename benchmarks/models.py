@@ -177,7 +177,7 @@ def mlp(sizes=(128, 512, 512, 10), batch=256) -> Model:
     return Model(forward, params, jax.random.normal(last, (batch, sizes[0])))
 
 
-def convnet(images=4, pixels=16, channels=32, colours=16) -> Model:
+def convnet(images=4, pixels=16, channels=32, colors=16) -> Model:
     """A plain, a depthwise, a pointwise and a grouped convolution."""
 
     def forward(way, f, p, x):
@@ -188,13 +188,13 @@ def convnet(images=4, pixels=16, channels=32, colours=16) -> Model:
         return way.dense(f["head"], p["head"], x.mean((1, 2)))
 
     shapes = {
-        "stem": (5, 5, colours, channels),
+        "stem": (5, 5, colors, channels),
         "depthwise": (3, 3, 1, channels),
         "pointwise": (1, 1, channels, 2 * channels),
         "grouped": (3, 3, channels, 2 * channels),
         "head": (2 * channels, 10),
     }
-    batch = jax.random.normal(jax.random.key(1), (images, pixels, pixels, colours))
+    batch = jax.random.normal(jax.random.key(1), (images, pixels, pixels, colors))
     return Model(forward, kernels(jax.random.key(0), shapes), batch)
 
 

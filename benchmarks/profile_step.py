@@ -65,7 +65,7 @@ def in_jax(program: Program, steps: int) -> Mapping[str, float]:
                 if event.name in known:
                     opcode, scope = known[event.name]
                     if opcode in ("call", "while", "conditional"):
-                        continue  # what is within has events of its own
+                        continue  # what is within has its own events
                     spent[kind(scope)] += event.duration_ns / 1e6 / steps
     return spent
 

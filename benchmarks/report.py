@@ -111,7 +111,7 @@ def show_goals(works: Any) -> None:
     CONSOLE.print(table)
 
 
-COLOURS = {"ours": "#c2410c", "hand-written, flat": "#0f766e", "floor": "#94a3b8"}
+COLORS = {"ours": "#c2410c", "hand-written, flat": "#0f766e", "floor": "#94a3b8"}
 
 
 def plot(found: Any, path: pathlib.Path) -> None:
@@ -129,9 +129,9 @@ def plot(found: Any, path: pathlib.Path) -> None:
         names = list(work["variants"])[::-1]
         for y, variant in enumerate(names):
             values = ratios(work, variant, "hand-written") or []
-            colour = COLOURS.get(variant, "#334155")
-            panel.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.5)
-            panel.plot(statistics.median(values), y, "o", color=colour, markersize=5)
+            color = COLORS.get(variant, "#334155")
+            panel.plot([min(values), max(values)], [y, y], color=color, linewidth=1.5)
+            panel.plot(statistics.median(values), y, "o", color=color, markersize=5)
         panel.axvline(1, color="#cbd5e1", linewidth=1, zorder=0)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
@@ -182,7 +182,7 @@ def markdown(found: Any) -> Iterator[str]:
     yield ""
     for name, work in works.items():
         for variant, error in work["errors"].items():
-            # A library's message may have code of its own in it.
+            # A library's message may have its own code in it.
             code = error.startswith("`")
             shown = f"`` {error[1:-1]} ``" if code and "`" in error[1:-1] else error
             yield f"- {name}, {variant}: {shown}"

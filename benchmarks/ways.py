@@ -46,7 +46,7 @@ class Plain:
         return x @ w.T
 
     def experts(self, _, w, x):
-        """Every expert has rows of its own."""
+        """Every expert has its own rows."""
         return jnp.einsum("end,edf->enf", x, w)
 
 

@@ -77,7 +77,7 @@ def scaled(tree: Any, k: int) -> Any:
 
 
 def in_turn(lora: Lora, batch: Any) -> Program:
-    """A training step of each of several adapters, on examples of its own."""
+    """A training step of each of several adapters, on its own examples."""
     trained = train(lora.apply)
     calls = [
         (start(scaled(lora.factors, k)), lora.frozen, scaled(batch, k)) for k in range(ADAPTERS)

@@ -13,7 +13,7 @@ import lorax
 from lorax import testing
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for what several of them read
-# For the meshes; it must be said before the first array exists.
+# For the meshes; it must be set before the first array exists.
 jax.config.update("jax_num_cpu_devices", 8)
 # These models are small and run a few times: their compilation is what takes the time.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -47,7 +47,7 @@ FRAMEWORKS = {
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_trees_of_every_framework_come_back(tmp_path, framework):
+def test_trees_of_every_framework_round_trip(tmp_path, framework):
     file = tmp_path / "adapter.safetensors"
     params = FRAMEWORKS[framework]()
     spec = lorax.simple_spec(params, lambda path, leaf: 2, tune_vectors=True)

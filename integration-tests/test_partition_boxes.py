@@ -66,7 +66,7 @@ def make_pair():
     return lorax.init_lora(make_params(), make_spec(), jax.random.key(1))
 
 
-def test_factors_have_the_partition_of_their_own_axes():
+def test_factors_have_the_partition_of_their_axes():
     frozen, tunable = make_pair()
     specs = nn.get_partition_spec(tunable)
     first, stack, last = specs["Dense_0"], specs["ScanLayer_0"]["Dense_0"], specs["DenseGeneral_0"]

@@ -71,8 +71,8 @@ def by_flax_train_state(training, _):
     tunable, state = training
     make = lambda tunable: TrainState.create(apply_fn=model, params=tunable, tx=OPTIMIZER)  # noqa: E731
     data = serialization.to_bytes(make(tunable).replace(opt_state=state))
-    found: Any = serialization.from_bytes(make(fresh(1)[1]), data)
-    return found.params, found.opt_state
+    restored: Any = serialization.from_bytes(make(fresh(1)[1]), data)
+    return restored.params, restored.opt_state
 
 
 def by_orbax(training, folder):
@@ -116,7 +116,7 @@ def test_a_state_of_another_kind_is_an_error():
 
 
 @pytest.mark.parametrize("first", ["lorax", "flax.serialization"])
-def test_flax_knows_adapters_whatever_is_imported_first(first):
+def test_flax_serializes_adapters_in_any_import_order(first):
     second = ({"lorax", "flax.serialization"} - {first}).pop()
     program = f"""
 import {first}, {second}, numpy as np

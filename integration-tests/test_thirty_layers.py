@@ -15,7 +15,7 @@ def test_it_trains_and_merges():
     environment = {**os.environ, "JAX_CAPTURED_CONSTANTS_WARN_BYTES": "20000"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    losses = [float(found) for found in re.findall(r"loss (\S+)", done.stdout)]
+    losses = [float(number) for number in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 4 and losses[-1] < losses[0]
     (difference,) = re.findall(r"differ by (\S+)", done.stdout)
     assert float(difference) < 1e-5

@@ -56,7 +56,7 @@ FOUND = Finding("p: m", weights=3, factored=1, materialized={"w": "`mul` has no 
 
 
 @pytest.mark.parametrize(
-    "found, fault, expected",
+    "actual, fault, expected",
     [
         (FOUND, None, []),
         (Finding("p: m", weights=3, factored=2), None, ["factored: 2 instead of 1", "`w`: no"]),
@@ -67,13 +67,13 @@ FOUND = Finding("p: m", weights=3, factored=1, materialized={"w": "`mul` has no 
         (FOUND, "x", ["no longer fails"]),
     ],
 )
-def test_difference_is_reported(found, fault, expected, tmp_path, monkeypatch):
+def test_difference_is_reported(actual, fault, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(verdict, "FILE", tmp_path / "expected.json")
     model = Model("p", "m", lambda: pytest.fail("not built"), False, False, fault)
     monkeypatch.setitem(verdict.CATALOG, model.title, model)
     assert verdict.record([model], [FOUND]) == [FOUND]
     assert verdict.recorded() == {"p: m": FOUND}
-    differences = [str(difference) for difference in verdict.differences([model], [found])]
-    for what in expected:
-        assert any(what in difference for difference in differences), differences
+    differences = [str(difference) for difference in verdict.differences([model], [actual])]
+    for text in expected:
+        assert any(text in difference for difference in differences), differences
     assert bool(differences) == bool(expected)

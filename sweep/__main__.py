@@ -1,4 +1,4 @@
-"""Runs every model, each in a process of its own, and writes the table.
+"""Runs every model, each in its own process, and writes the table.
 
 python -m sweep [--only TEXT] [--record]
 """

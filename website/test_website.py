@@ -1,4 +1,4 @@
-"""What the site is made with: its checks can fail, and its pictures show what they are told."""
+"""What the site is made with: its checks can fail, and its pictures show what they are given."""
 
 import importlib
 from pathlib import Path
@@ -14,7 +14,7 @@ def complete():
     return {name: ["page.md"] for name in reference.public_names()}
 
 
-def test_one_page_for_each_name_is_no_problem():
+def test_one_page_for_each_name_passes():
     assert reference.problems(complete()) == []
 
 

@@ -1,6 +1,6 @@
 """Runs every model, prints the table, and compares it with `wild/expected.json`.
 
-Each model runs in a process of its own, so that one that crashes or hangs is a row of the table.
+Each model runs in its own process, so that one that crashes or hangs is a row of the table.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def run(models: Sequence[Model], console: Console) -> list[Finding]:
 
 
 def trial(model: Model) -> Finding:
-    """One model in a process of its own."""
+    """One model in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "finding.json")
         command = [sys.executable, "-m", "wild.trial", model.title, str(file)]

@@ -35,7 +35,7 @@ def nnx(module: Any, call: Callable[..., Any], *args: Any) -> Subject:
     graph, params, rest = flax_nnx.split(module, flax_nnx.Param, ...)
 
     def fn(params: Any, *args: Any) -> Any:
-        # A module may count the random keys that it takes, in variables of its own.
+        # A module may count the random keys that it takes, in its own variables.
         fresh = jax.tree.map(lambda leaf: leaf, rest)
         return call(flax_nnx.merge(graph, params, fresh), *args)
 

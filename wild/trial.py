@@ -1,4 +1,4 @@
-"""One model through Lorax, in a process of its own.
+"""One model through Lorax, in its own process.
 
     python -m wild.trial "discretax: S5" FILE
 

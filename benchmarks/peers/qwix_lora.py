@@ -190,7 +190,7 @@ def in_linen(tree: Any, kernels: list[str]) -> Any:
 
 
 def on_linen(library: Library, provider: Any, factors: Any, params: Any, batch: Any) -> Lora:
-    """Its new parameters lie beside the kernels."""
+    """Its new parameters are beside the kernels."""
     call = library.call
     net = qwix.apply_lora_to_model(library.module, provider)
     shapes = jax.eval_shape(lambda: call(net.init, jax.random.key(0), batch))["params"]

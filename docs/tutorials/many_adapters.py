@@ -2,7 +2,7 @@
 # # Several adapters over one base
 #
 # Four tasks, one base, one program. We train four adapters of different ranks in one compiled step,
-# then serve a batch in which each row has an adapter of its own, and at last mix two of them.
+# then serve a batch in which each row has its own adapter, and at last mix two of them.
 
 # %% [markdown]
 # ## A base and four tasks

@@ -7,7 +7,7 @@
 # %% [markdown]
 # ## A model in JAX
 #
-# One attention layer, with the shapes that JAX code likes: heads are axes of their own, and kernels
+# One attention layer, with the shapes that JAX code likes: heads are separate axes, and kernels
 # have the inputs first.
 
 # %%

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Adapt a model of your own, and prove it
+# # Adapt your own model, and prove it
 #
 # The model here is one that no library has: a small state-space model with a scan over time, a
 # convolution before it, a gain on a weight, and a head that is tied to an embedding. It is plain
@@ -77,15 +77,15 @@ frozen, tunable = init_lora(params, spec, jax.random.key(2))
 print(explain(model, (frozen, tunable), ids))
 
 # %% [markdown]
-# Each weight is "covered": none is formed in full. If one were, this table would name it and the
+# Each weight is "covered": none is materialized. If one were, this table would name it and the
 # line of the model.
 #
 # ## Prove it
 #
 # `lorax.testing.check` gives the factors random numbers and compares outputs and gradients with
 # those of the merged model, under `jit`, `vmap` and `checkpoint` too. Then it follows the axes of
-# every adapted weight through the program, and fails if any array holds one in full. Put this one
-# line into the tests of your project.
+# every adapted weight through the program, and fails if any array holds a whole weight. Put this
+# one line into the tests of your project.
 
 # %%
 from lorax.testing import check

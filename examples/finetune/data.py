@@ -16,7 +16,7 @@ CALIBRATION = 160  # sentences, neither trained on nor held out, that set a thre
 
 
 class Review(NamedTuple):
-    """A sentence, and whether its readers found it favourable."""
+    """A sentence, and whether its readers found it favorable."""
 
     text: str
     positive: bool

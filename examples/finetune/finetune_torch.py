@@ -1,4 +1,4 @@
-"""The job of finetune.py once more, with the Llama of transformers 5 in place of our own.
+"""The job of finetune.py once more, with the Llama of transformers 5 in place of ours.
 
 transformers reads the same file into its PyTorch module, which `lorax_hf.from_torch` runs in JAX.
 Both models are taught with the same sentences and seeds, and scored in one table. PEFT then loads
@@ -62,7 +62,7 @@ def main(arguments=None):
 
 
 def read(path):
-    """The module of a GGUF file, its weights de-quantised."""
+    """The module of a GGUF file, its weights dequantized."""
     options = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
     return NextToken.from_pretrained(
         path.parent, gguf_file=path.name, quantization_config=options, dtype=torch.float32

@@ -92,7 +92,7 @@ _PLACES = {
 
 
 def load_llama(reader):
-    """Parameters, de-quantised to float32, and configuration from an open `gguf.GGUFReader`."""
+    """Parameters, dequantized to float32, and configuration from an open `gguf.GGUFReader`."""
     config = Config(
         layers=reader.fields["llama.block_count"].contents(),
         heads=reader.fields["llama.attention.head_count"].contents(),

@@ -5,7 +5,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 
 def load_tokenizer(reader):
-    """Build the tokenizer from an open `gguf.GGUFReader`; it adds no token of its own."""
+    """Build the tokenizer from an open `gguf.GGUFReader`; it adds no tokens itself."""
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = reader.fields["tokenizer.ggml.merges"].contents()
     return build_tokenizer(tokens, merges)

@@ -48,9 +48,9 @@ def copy_of(backbone):
     return other
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     bound = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
 
 
 base = make_backbone()
@@ -88,8 +88,8 @@ def one(kernel, x):
     return jnp.einsum(equation, x, kernel)
 
 
-found = lorax.lora(one)((pair.frozen[name], pair.tunable[name]), x)
-assert_close(found, one(lorax.merge_params(pair)[name], x))
+output = lorax.lora(one)((pair.frozen[name], pair.tunable[name]), x)
+assert_close(output, one(lorax.merge_params(pair)[name], x))
 
 save_keras(home / "ours.lora.h5", pair.tunable, names)
 again = copy_of(base)

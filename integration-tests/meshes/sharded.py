@@ -102,18 +102,18 @@ class Setting(NamedTuple):
         w = jax.sharding.reshard(w, self.activation(labels))
         return jnp.einsum(equation, x, w, out_sharding=self.activation(out))
 
-    def settled(self, x: jax.Array, labels: str) -> jax.Array:
+    def constrained(self, x: jax.Array, labels: str) -> jax.Array:
         """With automatic axes, the model says where its activations are to be."""
         return x if self.explicit else jax.lax.with_sharding_constraint(x, self.activation(labels))
 
 
 def setting(layout: str, *, explicit: bool, stacked: bool) -> Setting:
-    found = LAYOUTS[layout]
-    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(found.mesh)
-    sizes = tuple(found.mesh.values())
+    chosen = LAYOUTS[layout]
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(chosen.mesh)
+    sizes = tuple(chosen.mesh.values())
     devices = jax.devices()[: math.prod(sizes)]
-    mesh = jax.make_mesh(sizes, tuple(found.mesh), axis_types=kinds, devices=devices)
-    return Setting(found, mesh, explicit, stacked)
+    mesh = jax.make_mesh(sizes, tuple(chosen.mesh), axis_types=kinds, devices=devices)
+    return Setting(chosen, mesh, explicit, stacked)
 
 
 SETTINGS = {
@@ -155,7 +155,7 @@ def plain(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
 
     def dense(name, w, x):
         equation = EQUATIONS[name]
-        return where.settled(where.einsum(equation, x, w), split(equation)[2])
+        return where.constrained(where.einsum(equation, x, w), split(equation)[2])
 
     return functools.partial(blocks, dense, where.stacked)
 
@@ -171,7 +171,7 @@ def by_hand(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
         middle = "".join(label for label in x_labels if label not in inputs) + "r"
         low = where.einsum(f"{x_labels},{inputs}r->{middle}", x, a)
         delta = where.einsum(f"{middle},r{outputs}->{out}", low, b)
-        return where.settled(where.einsum(EQUATIONS[name], x, base) + delta, out)
+        return where.constrained(where.einsum(EQUATIONS[name], x, base) + delta, out)
 
     def both(base, new):
         if isinstance(new, LoraWeight):
@@ -185,7 +185,7 @@ def by_hand(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
     return apply
 
 
-# Its numbers, of NumPy's: the same in every layout and in every process.
+# Its numbers, from NumPy: the same in every layout and in every process.
 
 
 def make_params(stacked: bool) -> Any:
@@ -243,7 +243,7 @@ def adapt(where: Setting) -> Adapted:
 
 
 def names_for_peft(stacked: bool) -> dict[str, Any]:
-    """The layouts of the parameters: attention's heads lie flattened in PyTorch's weights."""
+    """The layouts of the parameters: attention's heads are flattened in PyTorch's weights."""
     inputs = {"o": (0, 1)}
     names: dict[str, Any] = {}
     for layer in [None] if stacked else range(SIZES["l"]):
@@ -262,7 +262,7 @@ def loss_of(model: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., jax.A
     return lambda tunable, frozen, x, y: jnp.mean((model((frozen, tunable), x) - y) ** 2)
 
 
-def train(where: Setting, found: Adapted, steps: int = 3) -> tuple[Any, list[float]]:
+def train(where: Setting, actual: Adapted, steps: int = 3) -> tuple[Any, list[float]]:
     """The tunable tree after some steps, and the losses on the way."""
     optimizer = optax.adam(1e-2)
     loss = loss_of(lorax.lora(plain(where), on_materialize="error", on_unused="error"))
@@ -273,8 +273,8 @@ def train(where: Setting, found: Adapted, steps: int = 3) -> tuple[Any, list[flo
         updates, state = optimizer.update(grads, state, tunable)
         return optax.apply_updates(tunable, updates), state, value
 
-    tunable, state, losses = found.tunable, optimizer.init(found.tunable), []
+    tunable, state, losses = actual.tunable, optimizer.init(actual.tunable), []
     for _ in range(steps):
-        tunable, state, value = step(tunable, state, found.frozen, *found.batch)
+        tunable, state, value = step(tunable, state, actual.frozen, *actual.batch)
         losses.append(float(value))
     return tunable, losses

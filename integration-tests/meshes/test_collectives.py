@@ -2,7 +2,7 @@
 than in the plain model.
 
 The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,
-leaves out work of LLVM's; the passes that place, join and remove collectives run all the same.
+leaves out work of LLVM's; the passes that place, join and remove collectives still run.
 """
 
 import collections
@@ -47,7 +47,7 @@ class Moved(NamedTuple):
 
 def collectives(compiled):
     """Each collective of a compiled program: all that it makes. Of a loop, the body counts once."""
-    found = []
+    moved = []
     for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
             result, kind = match.groups()
@@ -56,18 +56,18 @@ def collectives(compiled):
                 for bits, sizes in ARRAY.findall(result)
             ]
             assert arrays, line
-            found.append([Moved(kind, entries, entries * bits // 8) for bits, entries in arrays])
-    return found
+            moved.append([Moved(kind, entries, entries * bits // 8) for bits, entries in arrays])
+    return moved
 
 
 def compiled(function, *args):
     return collectives(jax.jit(function).lower(*args).compile())
 
 
-def counts(found):
+def counts(actual):
     """How many collectives of each kind there are, and how many bytes they make."""
     total = collections.Counter()
-    for arrays in found:
+    for arrays in actual:
         total[arrays[0].kind] += 1
         total[f"{arrays[0].kind} bytes"] += sum(moved.bytes for moved in arrays)
     return total
@@ -88,13 +88,13 @@ def cuts(where):
     return {1, *where.layout.mesh.values(), where.mesh.size}
 
 
-def weights_among(found, where):
-    moved = [moved for arrays in found for moved in arrays]
+def weights_among(actual, where):
+    moved = [moved for arrays in actual for moved in arrays]
     sizes = weight_sizes(where)
     return collections.Counter(moved[:2] for moved in moved if moved.entries in sizes)
 
 
-def test_the_counter_sees_what_there_is():
+def test_counter_sees_every_collective():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @jax.shard_map(mesh=mesh, in_specs=P("d"), out_specs=(P(), P("d"), P("d"), P("d"), P("d")))
@@ -107,8 +107,8 @@ def test_the_counter_sees_what_there_is():
             jax.lax.ppermute(x[:2], "d", [(k, (k + 1) % 8) for k in range(8)]),
         )
 
-    found = counts(compiled(move, np.ones((40, 8), np.float32)))
-    assert found == {
+    counted = counts(compiled(move, np.ones((40, 8), np.float32)))
+    assert counted == {
         **dict.fromkeys(KINDS, 1),
         "all-reduce bytes": 4 * 5 * 8,
         "all-gather bytes": 4 * 8 * 3 * 8,
@@ -141,25 +141,25 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("kind", CHOSEN.values(), ids=CHOSEN)
-def test_nothing_moves_that_would_not_by_hand(kind):
+def test_collectives_equal_the_hand_written_ones(kind):
     where = setting(**kind)
     with where.context():
-        found = adapt(where)
-        pair, (x, y) = (found.frozen, found.tunable), found.batch
+        adapted = adapt(where)
+        pair, (x, y) = (adapted.frozen, adapted.tunable), adapted.batch
         model, hand = plain(where), by_hand(where)
         ours = lorax.lora(model, on_materialize="error")
 
         forward = compiled(ours, pair, x)
         assert counts(forward) <= counts(compiled(hand, pair, x))
         assert weights_among(forward, where) <= weights_among(
-            compiled(model, found.params, x), where
+            compiled(model, adapted.params, x), where
         )
 
         gradient = compiled(jax.value_and_grad(loss_of(ours)), *pair[::-1], x, y)
         by_hands = compiled(jax.value_and_grad(loss_of(hand)), *pair[::-1], x, y)
         assert counts(gradient) <= counts(by_hands)
         # The plain model's gradient, to the input: through every layer, and of no weight.
-        through = compiled(jax.value_and_grad(plain_loss(model)), x, found.params, y)
+        through = compiled(jax.value_and_grad(plain_loss(model)), x, adapted.params, y)
         assert weights_among(gradient, where) <= weights_among(through, where)
 
 
@@ -170,10 +170,10 @@ def plain_loss(model):
 def test_weights_that_are_merged_in_the_step_are_seen_to_move():
     where = setting("fully sharded and tensor", explicit=True, stacked=False)
     with where.context():
-        found = adapt(where)
-        x, y = found.batch
+        adapted = adapt(where)
+        x, y = adapted.batch
         merged = lambda pair, x: plain(where)(lorax.merge_params(*pair), x)  # noqa: E731
         step = jax.value_and_grad(loss_of(merged))
-        gradient = compiled(step, found.tunable, found.frozen, x, y)
-        through = compiled(jax.value_and_grad(plain_loss(plain(where))), x, found.params, y)
+        gradient = compiled(step, adapted.tunable, adapted.frozen, x, y)
+        through = compiled(jax.value_and_grad(plain_loss(plain(where))), x, adapted.params, y)
         assert not weights_among(gradient, where) <= weights_among(through, where)

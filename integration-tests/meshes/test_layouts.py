@@ -17,23 +17,23 @@ TOLERANCE = 1e-4
 each_setting = pytest.mark.parametrize("kind", SETTINGS.values(), ids=SETTINGS)
 
 
-def pairs(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    return zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+def pairs(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    return zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True)
 
 
-def assert_close(found, wanted):
-    for x, y in pairs(found, wanted):
+def assert_close(actual, wanted):
+    for x, y in pairs(actual, wanted):
         np.testing.assert_allclose(x, y, rtol=0, atol=TOLERANCE * np.abs(y).max())
 
 
-def assert_equal(found, wanted):
-    for x, y in pairs(found, wanted):
+def assert_equal(actual, wanted):
+    for x, y in pairs(actual, wanted):
         np.testing.assert_array_equal(x, y)
 
 
-def assert_places(found, wanted):
-    for x, y in pairs(found, wanted):
+def assert_places(actual, wanted):
+    for x, y in pairs(actual, wanted):
         assert x.committed and x.sharding.is_equivalent_to(y.sharding, y.ndim)
 
 
@@ -64,10 +64,10 @@ def assert_beside_base(params, tunable):
 def on_one_device(stacked):
     """The adapter that it starts with, the losses, the trained adapter and the merged model."""
     where = setting("one device", explicit=False, stacked=stacked)
-    found = adapt(where)
-    tunable, losses = train(where, found)
-    merged = lorax.merge_params(found.frozen, tunable)
-    return jax.device_get((found.tunable, losses, tunable, merged))
+    adapted = adapt(where)
+    tunable, losses = train(where, adapted)
+    merged = lorax.merge_params(adapted.frozen, tunable)
+    return jax.device_get((adapted.tunable, losses, tunable, merged))
 
 
 @each_setting
@@ -75,24 +75,24 @@ def test_an_adapter_is_made_trained_merged_saved_and_loaded(kind, tmp_path):
     started, losses, trained, merged = on_one_device(kind["stacked"])
     where = setting(**kind)
     with where.context():
-        found = adapt(where)
-        assert_equal(found.tunable, started)
-        assert_beside_base(found.params, found.tunable)
+        adapted = adapt(where)
+        assert_equal(adapted.tunable, started)
+        assert_beside_base(adapted.params, adapted.tunable)
 
-        tunable, found_losses = train(where, found)
+        tunable, found_losses = train(where, adapted)
         np.testing.assert_allclose(found_losses, losses, rtol=TOLERANCE)
         assert losses[-1] < 0.9 * losses[0]
         assert_close(tunable, trained)
-        assert_places(tunable, found.tunable)
+        assert_places(tunable, adapted.tunable)
 
-        found_merged = lorax.merge_params(found.frozen, tunable)
+        found_merged = lorax.merge_params(adapted.frozen, tunable)
         assert_close(found_merged, merged)
-        assert_places(found_merged, found.params)
+        assert_places(found_merged, adapted.params)
 
-        save_adapter(tmp_path / "adapter", tunable, base=found.params, hash_base=True)
-        loaded = load_adapter(tmp_path / "adapter", params=found.params)
+        save_adapter(tmp_path / "adapter", tunable, base=adapted.params, hash_base=True)
+        loaded = load_adapter(tmp_path / "adapter", params=adapted.params)
         assert_equal(loaded, tunable)
-        assert_places(loaded, found.tunable)
+        assert_places(loaded, adapted.tunable)
 
 
 EXPLICIT = {name: kind for name, kind in SETTINGS.items() if kind["explicit"]}
@@ -115,8 +115,8 @@ def test_a_folder_of_peft_is_loaded_where_its_base_lies(kind, tmp_path):
     where = setting(**kind)
     names = names_for_peft(where.stacked)
     with where.context():
-        found = adapt(where)
-        save_peft(tmp_path / "folder", found.tunable, names)
-        _, loaded = load_peft(tmp_path / "folder", found.params, names)
-        assert_equal(loaded, found.tunable)
-        assert_places(loaded, found.tunable)
+        adapted = adapt(where)
+        save_peft(tmp_path / "folder", adapted.tunable, names)
+        _, loaded = load_peft(tmp_path / "folder", adapted.params, names)
+        assert_equal(loaded, adapted.tunable)
+        assert_places(loaded, adapted.tunable)

@@ -112,7 +112,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("code", ["pass", "sys.exit(3)"], ids=["hang", "failure"])
-def test_a_hang_is_an_error_with_what_every_process_said(code, tmp_path):
+def test_hang_raises_with_the_output_of_every_process(code, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(LASTING.format(code))
     with pytest.raises(AssertionError) as error:

@@ -31,25 +31,25 @@ def run(where: Setting, home: pathlib.Path) -> list[float]:
     """
     names = names_for_peft(where.stacked)
     with where.context():
-        found = adapt(where)
-        tunable, losses = train(where, found)
-        save_adapter(home / "adapter", tunable, base=found.params, hash_base=True)
+        adapted = adapt(where)
+        tunable, losses = train(where, adapted)
+        save_adapter(home / "adapter", tunable, base=adapted.params, hash_base=True)
         save_peft(home / "folder", tunable, names)
-        loaded = load_adapter(home / "adapter", params=found.params)
+        loaded = load_adapter(home / "adapter", params=adapted.params)
         assert_same(loaded, tunable)
-        _, again = load_peft(home / "folder", found.params, names)
+        _, again = load_peft(home / "folder", adapted.params, names)
         assert_same(again, tunable)
-        merged = lorax.merge_params(found.frozen, loaded)
-        x, y = found.batch
+        merged = lorax.merge_params(adapted.frozen, loaded)
+        x, y = adapted.batch
         model = plain(where)
         loss = jax.jit(lambda params, x, y: jnp.mean((model(params, x) - y) ** 2))
         return [*losses, float(loss(merged, x, y))]
 
 
-def assert_same(found: Any, wanted: Any) -> None:
+def assert_same(actual: Any, wanted: Any) -> None:
     """The same numbers on the same devices, of those that this process has."""
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         parts = {shard.device: shard for shard in y.addressable_shards}
         assert parts.keys() == {shard.device for shard in x.addressable_shards}
         for shard in x.addressable_shards:

@@ -46,9 +46,9 @@ def outputs(model):
 
 def weights(model):
     """The weights by PyTorch's names, and parameters with JAX's order of axes."""
-    found = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    arrays = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     modules = [f"model.layers.{k}.{key}" for k in range(LAYERS) for key in KEYS]
-    params = {module: jnp.asarray(found[f"{module}.weight"].T) for module in modules}
+    params = {module: jnp.asarray(arrays[f"{module}.weight"].T) for module in modules}
     return params, {module: Linear(module) for module in modules}
 
 
@@ -63,10 +63,10 @@ def merged_outputs(pair):
     return outputs(model)
 
 
-def check_close(found, expected, base, what):
-    apart = np.abs(found - expected).max() / np.abs(expected - base).max()
-    assert apart < 1e-4, f"{what}: apart by {apart}"
-    print(f"{what}: apart by {apart:.1e} of what the adapter changes")
+def check_close(actual, expected, base, label):
+    error = np.abs(actual - expected).max() / np.abs(expected - base).max()
+    assert error < 1e-4, f"{label}: apart by {error}"
+    print(f"{label}: apart by {error:.1e} of what the adapter changes")
 
 
 def check_ours(home, scaling):
@@ -77,8 +77,8 @@ def check_ours(home, scaling):
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(1), b_init=random)
     save_mlx(home, tunable, names)
     model = load_adapters(make_model(), str(home))
-    found, base = outputs(model), outputs(make_model())
-    check_close(found, merged_outputs(lorax.Pair(frozen, tunable)), base, f"ours, {scaling}")
+    actual, base = outputs(model), outputs(make_model())
+    check_close(actual, merged_outputs(lorax.Pair(frozen, tunable)), base, f"ours, {scaling}")
 
 
 def check_theirs(home, dora):

@@ -1,4 +1,4 @@
-"""What the tests with the real PEFT share: tiny torch models, each as a tree of JAX's too.
+"""What the tests with the real PEFT share: tiny torch models, each also as a tree of JAX arrays.
 
 They need torch and transformers, and run in the nox session `peft`.
 """
@@ -72,7 +72,7 @@ def layout_of(name, module, parameter, ndim):
 
 @dataclasses.dataclass
 class Twin:
-    """A torch model, and its parameters as a tree of JAX's."""
+    """A torch model, and its parameters as a tree of JAX arrays."""
 
     model: nn.Module
     inputs: dict[str, torch.Tensor]
@@ -87,14 +87,14 @@ class Twin:
         }
         # A tensor that a model has twice is one parameter. One of no module stays out.
         paths = [path for path, _ in self.model.named_parameters() if "." in path]
-        found = {path: layouts[path] for path in paths}
-        for path in layouts.keys() - found.keys():
+        chosen = {path: layouts[path] for path in paths}
+        for path in layouts.keys() - chosen.keys():
             shared = self.model.get_parameter(path)
             first = next(p for p, tensor in self.model.named_parameters() if tensor is shared)
-            layout, order = found[first]
+            layout, order = chosen[first]
             tied_head = layout.tied or path == "lm_head.weight"
-            found[first] = (dataclasses.replace(layout, tied=tied_head), order)
-        return found
+            chosen[first] = (dataclasses.replace(layout, tied=tied_head), order)
+        return chosen
 
     @property
     def names(self):

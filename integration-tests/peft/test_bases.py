@@ -1,4 +1,4 @@
-"""Quantized bases as other libraries write them: decoded to the bit as these decode them.
+"""Quantized bases as other libraries write them: decoded bit for bit as these decode them.
 
 bitsandbytes, compressed-tensors, GPTQ (auto-gptq), AWQ (compressed-tensors' converter), MXFP4 of
 transformers and llama.cpp's `gguf` each write a weight and decode it themselves.
@@ -95,10 +95,10 @@ def llm_int8() -> Written:
 
 def compressed(form: str, args: dict[str, Any], dtype: Any = torch.bfloat16):
     def write() -> Written:
-        found = QuantizationArgs(**args)
-        scheme = QuantizationScheme(targets=["Linear"], weights=found)
+        weight_args = QuantizationArgs(**args)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weight_args)
         weight = draw(OUT, IN, dtype=dtype)
-        state = {"weight": weight, **scales_of(weight, found)}
+        state = {"weight": weight, **scales_of(weight, weight_args)}
         compressor = BaseCompressor.get_value_from_registry(form)
         tensors = compressor.compress(state, scheme)
         decoded = compressor.decompress(dict(tensors), scheme)["weight"]
@@ -184,11 +184,11 @@ def awq() -> Written:
         "scales": draw(IN // 64, OUT, dtype=torch.float16).abs() / 8,
     }
     converter = AutoAWQConverter(group_size=64, targets=["re:.*"])
-    found = converter.process({f"m.{name}": tensor for name, tensor in tensors.items()})
+    converted = converter.process({f"m.{name}": tensor for name, tensor in tensors.items()})
     args = QuantizationArgs(num_bits=4, strategy="group", group_size=64, symmetric=False)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    local = {name.removeprefix("m."): tensor for name, tensor in found.items()}
+    local = {name.removeprefix("m."): tensor for name, tensor in converted.items()}
     weight = compressor.decompress(local, scheme)["weight"]
     return Written(tensors, weight, {"quantization_config": {"quant_method": "awq", "bits": 4}})
 
@@ -292,10 +292,10 @@ def test_heads_and_layers(tmp_path, case):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     params = {"q": shape(2, IN, OUT // 8, 8), "o": shape(2, IN // 8, 8, OUT)}
     with pytest.warns(AdapterWarning, match="shorter and scales are repeated: `o`"):
-        found = dequantize(load_base(tmp_path, names, params=params))
+        floats = dequantize(load_base(tmp_path, names, params=params))
     for layer in range(2):
-        assert_same(found["q"][layer].reshape(IN, OUT).T, written.weight)
-        assert_same(found["o"][layer].reshape(IN, OUT).T, written.weight)
+        assert_same(floats["q"][layer].reshape(IN, OUT).T, written.weight)
+        assert_same(floats["o"][layer].reshape(IN, OUT).T, written.weight)
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (7, 80)])
@@ -328,8 +328,8 @@ def test_groups_of_gptq_in_another_order(tmp_path):
 
 
 def _zeros(packed: torch.Tensor) -> torch.Tensor:
-    found = packed[:, :, None] >> torch.arange(0, 32, 4) & 15
-    return (found.reshape(packed.shape[0], OUT) + 1) & 15
+    nibbles = packed[:, :, None] >> torch.arange(0, 32, 4) & 15
+    return (nibbles.reshape(packed.shape[0], OUT) + 1) & 15
 
 
 def test_experts_in_mxfp4(tmp_path):
@@ -341,12 +341,12 @@ def test_experts_in_mxfp4(tmp_path):
     tensors = {"mlp.experts.down_proj_blocks": blocks, "mlp.experts.down_proj_scales": scales}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     layout = Experts("mlp.experts", parameter="down_proj", shared_axes=[0])
-    found = load_base(tmp_path, {"down": layout})
-    assert found["down"].bits == 4.25
+    loaded = load_base(tmp_path, {"down": layout})
+    assert loaded["down"].bits == 4.25
     theirs = convert_moe_packed_tensors(blocks, scales)
     shape = (3, 128, 40)
     theirs = theirs if theirs.shape == shape else theirs.transpose(1, 2)
-    assert_same(dequantize(found)["down"], theirs)
+    assert_same(dequantize(loaded)["down"], theirs)
 
 
 # llama.cpp.
@@ -361,11 +361,11 @@ def random_blocks(kind: Any, out: int, inputs: int, seed: int) -> np.ndarray[Any
     entries, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(seed)
     data = random.integers(0, 256, (out, inputs // entries, size), dtype=np.uint8)
-    halves = random.normal(size=(out, inputs // entries, 2)).astype(np.float16).view(np.uint8)
+    scales = random.normal(size=(out, inputs // entries, 2)).astype(np.float16).view(np.uint8)
     if kind.name == "Q6_K":
-        data[..., -2:] = halves[..., :2]
+        data[..., -2:] = scales[..., :2]
     else:
-        data[..., :4] = halves
+        data[..., :4] = scales
     return data.reshape(out, -1)
 
 
@@ -403,6 +403,6 @@ def test_blocks_of_llama_cpp(tmp_path, kind):
     np.testing.assert_array_equal(frozen["norm"], norm)
     for name, weight in expected.items():
         assert frozen[name].bits == TYPES[kind]
-        found = np.asarray(dequantize(frozen[name])).T
+        floats = np.asarray(dequantize(frozen[name])).T
         assert np.isfinite(weight).all()
-        np.testing.assert_array_equal(bits(found + 0), bits(weight + 0))
+        np.testing.assert_array_equal(bits(floats + 0), bits(weight + 0))

@@ -112,5 +112,5 @@ def test_the_same_delta(theirs, ours, options, weights, model, same_masks):
     combined, _ = combine_adapters(given, ours, key=jax.random.key(0), **options)
     for name, layer in layers(model).items():
         wanted = layer.get_delta_weight("both").detach().numpy().T
-        found = materialize(jnp.zeros(SIZES[name]), combined[name])
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-6)
+        delta = materialize(jnp.zeros(SIZES[name]), combined[name])
+        np.testing.assert_allclose(delta, wanted, rtol=1e-4, atol=2e-6)

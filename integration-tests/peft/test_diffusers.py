@@ -135,8 +135,8 @@ def test_diffusers_reads_our_file_in_kohyas_form(unet, tmp_path):
     save_kohya(tmp_path / "style.safetensors", pair.tunable, names)
     ours = noise(with_weights(unet, lorax.merge_params(pair)))
     assert np.abs(ours - noise(unet)).max() > 1e-2 * np.abs(ours).max()
-    found = noise(loaded_by_diffusers(unet, tmp_path / "style.safetensors"))
-    np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    theirs = noise(loaded_by_diffusers(unet, tmp_path / "style.safetensors"))
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
 
 
 def test_the_command_merges_kohyas_file_into_a_model_of_diffusers(unet, tmp_path):
@@ -163,8 +163,8 @@ def test_we_read_what_diffusers_writes(unet, tmp_path):
     params = {path: pair.frozen[path] for path in names}
     for folder, part in (("bare", ""), ("parts", "unet")):
         assert open_adapter(tmp_path / folder).part == part
-    found = load_any(tmp_path / "bare", params, names)
-    ours, expected = noise(with_weights(unet, lorax.merge_params(found))), noise(adapted)
+    loaded = load_any(tmp_path / "bare", params, names)
+    ours, expected = noise(with_weights(unet, lorax.merge_params(loaded))), noise(adapted)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -213,9 +213,9 @@ def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
     safetensors.numpy.save_file(tensors, file)
     state = FluxLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=file.name)
     assert main(["convert", str(file), str(tmp_path / "out"), "--to", "diffusers"]) == 0
-    found = open_adapter(tmp_path / "out")
-    assert found.part == "transformer"
-    modules = {layout.module: found.rows[path] for path, layout in found.names.items()}
+    opened = open_adapter(tmp_path / "out")
+    assert opened.part == "transformer"
+    modules = {layout.module: opened.rows[path] for path, layout in opened.names.items()}
     theirs = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
     assert modules.keys() == theirs and len(theirs) == len(ORIGINAL) + 2 + 2 + 3
     for module, row in modules.items():

@@ -48,10 +48,10 @@ def outputs(model, params, inputs):
         return first(model(**inputs, params=params))
 
 
-def first(found):
+def first(actual):
     """The first of the outputs; of a pair of encoders their embeddings, not how alike they are."""
-    pair = [found[name] for name in ("text_embeds", "image_embeds") if name in found]
-    return np.concatenate([np.asarray(x) for x in pair or [found[0]]], axis=-1)
+    pair = [actual[name] for name in ("text_embeds", "image_embeds") if name in actual]
+    return np.concatenate([np.asarray(x) for x in pair or [actual[0]]], axis=-1)
 
 
 def in_torch(model, inputs):

@@ -70,15 +70,15 @@ def loha(layer):
 
 
 def lokr(layer):
-    found = {}
+    factors = {}
     for n in (1, 2):
         whole = getattr(layer, f"lokr_w{n}")
         if "default" in whole:  # [out, in, *window]
-            found[f"w{n}"] = torch.movedim(whole["default"], 0, -1)
+            factors[f"w{n}"] = torch.movedim(whole["default"], 0, -1)
         else:
-            found[f"a{n}"] = getattr(layer, f"lokr_w{n}_b")["default"].T
-            found[f"b{n}"] = getattr(layer, f"lokr_w{n}_a")["default"].T
-    return found
+            factors[f"a{n}"] = getattr(layer, f"lokr_w{n}_b")["default"].T
+            factors[f"b{n}"] = getattr(layer, f"lokr_w{n}_a")["default"].T
+    return factors
 
 
 def loha_with_cores(layer):

@@ -62,8 +62,8 @@ def batches(count, fall=0.6):
 
 
 def params_of(net):
-    found = {name: array(getattr(net, name).weight).T for name in LAYERS}
-    return found | {f"{name} bias": array(getattr(net, name).bias) for name in LAYERS}
+    kernels = {name: array(getattr(net, name).weight).T for name in LAYERS}
+    return kernels | {f"{name} bias": array(getattr(net, name).bias) for name in LAYERS}
 
 
 def collected(net, init, data, function=ours, rank=RANK):
@@ -72,13 +72,13 @@ def collected(net, init, data, function=ours, rank=RANK):
         name: LoraSpec(rank, ALPHA, init=init) if name in LAYERS else lorax.LORA_FREEZE
         for name in params
     }
-    found = lorax.collect_starts(function, params, spec, [array(x) for x in data])
-    return params, spec, found
+    starts = lorax.collect_starts(function, params, spec, [array(x) for x in data])
+    return params, spec, starts
 
 
 def started(net, init, data, function=ours):
-    params, spec, found = collected(net, init, data, function)
-    return lorax.init_lora(params, spec, jax.random.key(0), collected=found)
+    params, spec, starts = collected(net, init, data, function)
+    return lorax.init_lora(params, spec, jax.random.key(0), collected=starts)
 
 
 def close(got, expected, tolerance=1e-4):
@@ -139,9 +139,9 @@ def test_whitened_eva(net):
 def test_ranks_of_eva(net):
     data = batches(1, fall=1.0)
     model = eva(net, data, rank=4, rho=2.0)
-    params, spec, found = collected(net, EvaStart(rho=2.0), data, rank=4)
-    spec = lorax.eva_ranks(spec, found)
-    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0), collected=found)
+    params, spec, starts = collected(net, EvaStart(rho=2.0), data, rank=4)
+    spec = lorax.eva_ranks(spec, starts)
+    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0), collected=starts)
     ranks = {name: tunable[name].rank for name in LAYERS}
     assert sum(ranks.values()) == 8 and len(set(ranks.values())) == 2
     for name in LAYERS:

@@ -201,17 +201,17 @@ def with_factors_of(model, row, pair):
     """The pair with PEFT's numbers; our own must have their shapes."""
     frozen, tunable = dict(pair.frozen), dict(pair.tunable)
     for name in row.names:
-        found = {
+        factors = {
             key: ORDERS[order](array(tensor))
             for key, (tensor, order) in row.factors(layer_of(model, name)).items()
         }
         held = getattr(frozen[name], "factors", {})
-        assert found.keys() == tunable[name].factors().keys() | held.keys()
+        assert factors.keys() == tunable[name].factors().keys() | held.keys()
         for key, factor in (tunable[name].factors() | held).items():
-            assert factor.shape == found[key].shape, key
-        tunable[name] = tunable[name].with_factors(found)
+            assert factor.shape == factors[key].shape, key
+        tunable[name] = tunable[name].with_factors(factors)
         if held:
-            beside = {key: found[key] for key in held}
+            beside = {key: factors[key] for key in held}
             frozen[name] = lorax.FrozenWeight(frozen[name].base, beside)
     return lorax.Pair(frozen, tunable)
 

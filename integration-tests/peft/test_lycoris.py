@@ -97,10 +97,10 @@ def with_params(net, params):
     return model
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     for name, array in expected.items():
         bound = 5e-6 * np.abs(array).max()
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=bound, err_msg=name)
+        np.testing.assert_allclose(actual[name], array, rtol=0, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,7 +126,7 @@ def test_we_read_what_lycoris_writes_and_it_reads_what_we_write(net, tmp_path, c
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_core_does_not_have_is_refused_by_its_name(net, tmp_path, case):
+def test_kinds_missing_in_the_core_raise_by_name(net, tmp_path, case):
     network, _ = trained(net, REFUSED[case])
     file = tmp_path / "theirs.safetensors"
     network.save_weights(str(file), torch.float32, {})

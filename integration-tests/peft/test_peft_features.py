@@ -1,4 +1,4 @@
-"""What adapters may hold beside plain factors, and how they may lie in a tree: as PEFT has it."""
+"""What adapters may hold beside plain factors, and their places in a tree: as in PEFT."""
 
 import copy
 import dataclasses
@@ -169,13 +169,13 @@ def train_in_full(*ends):
     """Changes the copies of these parameters that PEFT trains."""
 
     def change(model):
-        found = [
+        trained = [
             parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and "lora_" not in name and name.endswith(ends)
         ]
-        assert found
-        for parameter in found:
+        assert trained
+        for parameter in trained:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
     return change
@@ -238,7 +238,7 @@ def test_we_read_adapters_of_another_name(twin, from_peft):
     from_peft(twin("llama"), LoraConfig(r=3, target_modules=["q_proj"]), name="other")
 
 
-# What may be said of the scale: rank, alpha and kind of two layers.
+# What a config may hold of the scale: rank, alpha and kind of two layers.
 SCALES = {
     "of one": [(3, None, "standard"), (2, None, "standard")],
     "of one and another": [(3, None, "standard"), (2, 5, "rslora")],
@@ -272,7 +272,7 @@ def test_we_read_pefts_tied_embeddings_where_it_merges(twin, from_peft):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_types_come_back_to_the_bit(twin, from_peft, tmp_path, dtype):
+def test_narrow_types_round_trip_bit_for_bit(twin, from_peft, tmp_path, dtype):
     model = twin("llama")
     half = dataclasses.replace(model, model=copy.deepcopy(model.model).to(dtype))
     config = LoraConfig(r=3, target_modules=["q_proj", "down_proj", "embed_tokens"])
@@ -281,17 +281,17 @@ def test_narrow_types_come_back_to_the_bit(twin, from_peft, tmp_path, dtype):
     assert {str(x.dtype) for x in adapters} == {str(dtype).removeprefix("torch.")}
 
 
-def test_experts_sides_are_told_by_their_shapes(twin, from_peft, tmp_path):
+def test_sides_of_experts_follow_from_their_shapes(twin, from_peft, tmp_path):
     model = twin("gptoss")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=3, target_modules=[], target_parameters=parameters)
     _, tunable = from_peft(model, config)
-    unsaid = {
+    layouts = {
         path: dataclasses.replace(layout, swapped=None) if isinstance(layout, Experts) else layout
         for path, layout in model.names.items()
     }
-    _, found = load_peft(tmp_path / "theirs", model.params, unsaid)
-    jax.tree.map(np.testing.assert_array_equal, found, tunable)
+    _, loaded = load_peft(tmp_path / "theirs", model.params, layouts)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tunable)
 
 
 def test_auto_classes_find_the_base(twin, tmp_path):
@@ -301,8 +301,8 @@ def test_auto_classes_find_the_base(twin, tmp_path):
     frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0), b_init="gaussian")
     named = {"base_model": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
     save_peft(tmp_path / "ours", tunable, model.names, **named)
-    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
-    model.proves(lorax.merge_params(frozen, tunable), found)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.proves(lorax.merge_params(frozen, tunable), loaded)
     plain = copy.deepcopy(model.model)
     plain.load_adapter(str(tmp_path / "ours"))
     model.proves(lorax.merge_params(frozen, tunable), plain)
@@ -399,7 +399,7 @@ def test_rows_of_the_embedding_are_read_beside_lora(twin, from_peft, tied):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_plain_lora_is_refused(twin, tmp_path, case):
+def test_kinds_other_than_plain_lora_raise(twin, tmp_path, case):
     model = twin("llama", attention_bias=True)
     get_peft_model(copy.deepcopy(model.model), REFUSED[case]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedAdapterError):

@@ -40,13 +40,13 @@ def adapted(model, folder, config, **options):
     """PEFT's model with random factors, and its folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_peft_model(copy.deepcopy(model), config)
+        peft_model = get_peft_model(copy.deepcopy(model), config)
         numbers = torch.Generator().manual_seed(1)
-        for parameter in found.parameters():
+        for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=numbers) / 10
-        found.save_pretrained(folder, **options)
-    return found.eval()
+        peft_model.save_pretrained(folder, **options)
+    return peft_model.eval()
 
 
 def logits(model):
@@ -60,8 +60,8 @@ def merged(tmp_path, cls=AutoModelForCausalLM):
     return cls.from_pretrained(out).eval()
 
 
-def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["one tensor", "both tensors"])
@@ -75,9 +75,9 @@ def test_a_head_that_was_tied_is_kept(tmp_path, both):
         save_file(tensors | head, file, {"format": "pt"})
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "lm_head"])
     model = adapted(base, tmp_path / "adapter", config)
-    found = merged(tmp_path)
-    assert found.config.tie_word_embeddings is False
-    assert_close(logits(found), logits(model))
+    merged_model = merged(tmp_path)
+    assert merged_model.config.tie_word_embeddings is False
+    assert_close(logits(merged_model), logits(model))
     assert np.abs(logits(base) - logits(model)).max() > 1e-3
 
 

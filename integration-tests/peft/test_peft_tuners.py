@@ -127,7 +127,7 @@ CONFIGS = {
 }  # fmt: skip
 # With biases that are trained, or changed with the weight beside them.
 BIASED = {
-    "LoRA and biases of its own": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
+    "LoRA and its own biases": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
     "LoRA and all biases": LoraConfig(r=3, target_modules=["up"], bias="all"),
     "LoRA with biased factors": LoraConfig(
         r=3, lora_alpha=5, target_modules=LINEAR, lora_bias=True
@@ -172,7 +172,7 @@ def names_of(net):
 
 
 def make_params(net):
-    """The weights with the axes of JAX's libraries."""
+    """The weights with the axes that JAX libraries use."""
     weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
     order = {"conv.weight": (2, 3, 1, 0), "table.weight": (0, 1)}
     axes = lambda name, ndim: order.get(name, (1, 0) if ndim > 1 else (0,))  # noqa: E731
@@ -195,17 +195,17 @@ def trained(net, config):
 
 
 def merged_by_peft(model):
-    """The weights after PEFT's own merge, with the axes of JAX's libraries."""
+    """The weights after PEFT's own merge, with the axes that JAX libraries use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make_params(copy.deepcopy(model).merge_and_unload())
 
 
-def assert_close(found, expected, bound=3e-6):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected, bound=3e-6):
+    assert actual.keys() == expected.keys()
     for path, array in expected.items():
         scale = np.abs(array).max()
-        np.testing.assert_allclose(found[path] / scale, array / scale, rtol=0, atol=bound)
+        np.testing.assert_allclose(actual[path] / scale, array / scale, rtol=0, atol=bound)
 
 
 def save(model, folder):
@@ -249,13 +249,13 @@ def test_the_command_merges_as_peft_does(net, tmp_path, case):
     adapter = str(tmp_path / "adapter")
     assert main(["merge", adapter, "--base", str(base), "--out", str(out)]) == 0
     assert main(["inspect", adapter]) == 0
-    found = load_file(out / "base.safetensors")
+    tensors = load_file(out / "base.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = copy.deepcopy(model).merge_and_unload().state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=0, atol=3e-6 * tensor.abs().max().item()
+            tensors[name], tensor, rtol=0, atol=3e-6 * tensor.abs().max().item()
         )
 
 

@@ -87,16 +87,16 @@ def of_module(module, folder, sharding, **options):
 
 def difference(one, other):
     """Of two trees, relative to the largest entry of each array."""
-    apart = jax.tree.map(lambda x, y: abs(x - y).max() / abs(y).max(), one, other)
-    return max(jax.tree.leaves(apart))
+    errors = jax.tree.map(lambda x, y: abs(x - y).max() / abs(y).max(), one, other)
+    return max(jax.tree.leaves(errors))
 
 
 @pytest.mark.parametrize("options", [{}, {"scan_layers": True}], ids=["unrolled", "scanned"])
 def test_eight_devices_compute_what_one_does(module, folder, options):
-    counts, found = of_module(module, folder, fully_sharded, **options)
+    counts, actual = of_module(module, folder, fully_sharded, **options)
     none, expected = of_module(module, folder, whole, **options)
     assert counts["all-gather"] > 0 and not none
-    assert difference(found, expected) < 1e-5
+    assert difference(actual, expected) < 1e-5
 
 
 def test_collectives_are_those_of_a_model_in_jax(module, folder):

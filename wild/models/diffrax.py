@@ -1,4 +1,4 @@
-"""Differential equations with a network in them; a solver hides it in derivatives of its own."""
+"""Differential equations with a network in them; a solver hides it in custom derivatives."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from lorax import testing
 # A silent upcast or a silent broadcast in a rule is a bug: JAX raises instead.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# For shard_map and explicit meshes; it must be said before the first array exists.
+# For shard_map and explicit meshes; it must be set before the first array exists.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 4)
 # Almost all the time of these tests is XLA compiling tiny programs.

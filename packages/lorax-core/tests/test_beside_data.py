@@ -18,7 +18,7 @@ def attended(p, tokens):
     return tokens
 
 
-# How `left` comes to stand beside data, and the primitive that puts it there.
+# How `left` comes to be beside data, and the primitive that puts it there.
 ROWS = {
     "concatenated": (lambda x, left: jnp.concatenate([left, x]), "concatenate"),
     "stacked": (lambda x, left: jnp.stack([left, x]).sum(0), "stack"),
@@ -51,12 +51,12 @@ def test_only_the_token_is_built(row):
     join, primitive = ROWS[row]
     model = model_of(join)
     pair = init_lora(params(), dict.fromkeys(SHAPES, 2), jax.random.key(1))
-    found = {r.path: (r.status, r.uses) for r in explain(model, pair, X).rows}
-    if primitive == "stack" and "concatenate" in str(found):
+    rows = {r.path: (r.status, r.uses) for r in explain(model, pair, X).rows}
+    if primitive == "stack" and "concatenate" in str(rows):
         primitive = "concatenate"  # JAX < 0.10
-    assert found["left"] == ("materialized", (primitive,))
-    assert found["w"] == ("covered", ("dot_general ×2",))
-    assert found["embed"] == ("covered", ("dot_general",))
+    assert rows["left"] == ("materialized", (primitive,))
+    assert rows["w"] == ("covered", ("dot_general ×2",))
+    assert rows["embed"] == ("covered", ("dot_general",))
     with pytest.warns(MaterializeWarning, match=rf"`left` is used by `{primitive}` .*beside data"):
         lora(model)(pair, X)
 
@@ -74,8 +74,8 @@ def test_beside_data_that_has_met_no_weight():
         return attended(p, jnp.concatenate([p["left"], x]))
 
     pair = init_lora(params(), {"embed": 0, "w": 2, "left": 2}, jax.random.key(1))
-    found = {r.path: r.status for r in explain(model, pair, jnp.ones((4, 11))).rows}
-    assert found == {"left": "materialized", "w": "covered"}
+    statuses = {r.path: r.status for r in explain(model, pair, jnp.ones((4, 11))).rows}
+    assert statuses == {"left": "materialized", "w": "covered"}
 
 
 def test_beside_another_argument_that_is_used_as_a_weight():
@@ -88,5 +88,7 @@ def test_beside_another_argument_that_is_used_as_a_weight():
 def test_codes_beside_data_are_decoded_there():
     join, _ = ROWS["concatenated"]
     frozen = quantize(params(), dict.fromkeys(SHAPES, "int8"))
-    found = explain(model_of(join), (frozen, dict.fromkeys(SHAPES)), X)
-    assert [(path, primitive) for path, primitive, _ in found.decoded] == [("left", "concatenate")]
+    explanation = explain(model_of(join), (frozen, dict.fromkeys(SHAPES)), X)
+    assert [(path, primitive) for path, primitive, _ in explanation.decoded] == [
+        ("left", "concatenate")
+    ]

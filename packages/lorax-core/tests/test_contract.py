@@ -125,10 +125,10 @@ def all_orders(operands, out):
         rest = [labels for k, labels in enumerate(operands) if k not in (left, right)]
         elsewhere = set(out).union(*rest)
         met = {*operands[left], *operands[right]}
-        found = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
+        product = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
                       if label in elsewhere)  # fmt: skip
-        for steps, made in all_orders([*rest, found], out):
-            yield [(left, right), *steps], [(met, found), *made]
+        for steps, made in all_orders([*rest, product], out):
+            yield [(left, right), *steps], [(met, product), *made]
 
 
 def multiplications(made):
@@ -214,7 +214,7 @@ def test_only_the_last_product_has_the_preferred_type():
     assert dots == [jnp.bfloat16, jnp.float32]
 
 
-def test_products_stand_under_a_scope_of_their_own():
+def test_products_are_in_the_lora_scope():
     operands = arrays((B, I), (I, R), (R, O))
     fn = lambda *factors: _contract.contract(  # noqa: E731
         [(f, n) for f, (_, n) in zip(factors, operands, strict=True)],
@@ -265,7 +265,7 @@ def test_wide_dtype(dtype, expected):
     assert _contract.wide_dtype(dtype) == expected
 
 
-# The form: neighbouring axes are one axis, where that is fast
+# The form: neighboring axes are one axis, where that is fast
 
 
 def products(fn, *args):
@@ -371,7 +371,7 @@ def test_no_axes_are_joined_on_a_mesh(kind, around):
     assert products(around(fn), adapters, x) == alone
 
 
-def test_no_axes_are_joined_for_shapes_that_lie_on_a_mesh():
+def test_no_axes_are_joined_for_shapes_on_a_mesh():
     # As when compiling ahead of time for a topology that this host does not have.
     fn, adapters, x, _, sharding = adapted(AxisType.Auto)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -394,7 +394,7 @@ def test_the_gradient_of_b_contracts_one_axis():
     assert not any("contracting_dims = [0, 1] x [0, 1]" in line for line in wide), wide
 
 
-def test_what_is_summed_first_is_joined():
+def test_axes_summed_first_are_joined():
     # As the blocks of MiSS: what meets the factor is another array than the one that others share.
     fn, operands = contraction([(B, T, K, R), (R, O)], (B, T, O))
     assert products(fn, *operands) == [sizes([B, T], O)]

@@ -108,7 +108,7 @@ def test_a_rate_that_is_not_one_is_refused(rate):
         with_dropout({}, KEY, rate)
 
 
-def test_weights_have_masks_of_their_own():
+def test_weights_have_their_own_masks():
     frozen, tunable = showing(64, 64)
     frozen, tunable = ({"one": tree["w"], "two": tree["w"]} for tree in (frozen, tunable))
     masks = masks_of(
@@ -134,7 +134,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_each_use_has_a_mask_of_its_own(name):
+def test_each_use_has_its_own_mask(name):
     masks = masks_of(TWICE[name], *showing(64, 64), jnp.ones((4, 64)))
     assert 0.4 < masks.mean() < 0.6
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
@@ -152,7 +152,7 @@ STACKED = {
 
 
 @pytest.mark.parametrize("name", STACKED)
-def test_each_entry_of_a_stack_has_a_mask_of_its_own(name):
+def test_each_entry_of_a_stack_has_its_own_mask(name):
     masks = masks_of(STACKED[name], *showing(2, 64, 64), jnp.ones((4, 64)))
     assert masks.shape == (2, 4, 64) and 0.4 < masks.mean() < 0.6
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
@@ -235,7 +235,7 @@ def test_over_batches_of_adapters_and_data():
         np.testing.assert_allclose(got[k], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_where_the_weight_is_built_dropout_is_lost_and_said():
+def test_materialized_weight_loses_dropout_and_warns():
     frozen, tunable = pair_of({"w": N(0, 5, 5)})
     with pytest.warns(UserWarning, match="`tanh` .* is not linear in the weight"):
         lora(lambda p, x: x @ jnp.tanh(p["w"]))(

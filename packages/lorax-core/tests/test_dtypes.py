@@ -170,7 +170,7 @@ def test_a_result_in_integers_builds_the_weight():
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_what_meets_the_weight_is_not_copied_in_another_dtype(left):
+def test_operands_are_not_copied_to_another_dtype(left):
     # It would be kept for the backward pass in both.
     params, x = {"w": draw(0, (11, 7), jnp.float32)}, draw(1, (3, 11), jnp.bfloat16)
     pair = init_lora(params, {"w": 2}, jax.random.key(0))

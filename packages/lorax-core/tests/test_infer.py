@@ -216,7 +216,7 @@ MEMBERS = {"in": jnp.ones((3, 11, 13)), "out": jnp.ones((3, 13, 17))}
 
 
 @pytest.mark.parametrize("shared", [(0,), {"*in": (-3,)}, {re.compile("n$"): [0], "*": [0]}])
-def test_members_of_an_ensemble_have_factors_of_their_own(shared):
+def test_members_of_an_ensemble_have_their_own_factors(shared):
     x = jnp.ones((2, 11))
     assert infer_spec(ENSEMBLE, MEMBERS, x, rank=2)["in"].out_axes == (0, 2)
     spec = infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes=shared)

@@ -157,7 +157,7 @@ def test_full_leaves_stay_where_they_are(kind, memory):
         assert not buffers(tunable) & buffers(v)
 
 
-def test_full_leaves_that_are_not_jax_arrays_stay_what_they_are():
+def test_full_leaves_that_are_not_jax_arrays_keep_their_type():
     array, shape = np.ones(3, np.float32), jax.ShapeDtypeStruct((3,), jnp.float32)
     spec = [LORA_FULL, LORA_FULL]
     _, tunable = init_lora([array, shape], spec, key())

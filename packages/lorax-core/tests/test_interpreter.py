@@ -94,15 +94,15 @@ def test_literals_constants_and_repeated_outputs():
 
 
 def test_several_results():
-    def halves(eqn, value, *, sizes, axis):
+    def split_factors(eqn, value, *, sizes, axis):
         return ["first", "second"]
 
-    rules = {_compat.find_primitive("split"): halves}
+    rules = {_compat.find_primitive("split"): split_factors}
     _, outs = run(lambda w: jax.lax.split(w, (2, 3)), weight(), rules=rules)
     assert outs == ["first", "second"]
 
 
-def test_a_rule_may_ask_what_an_operand_was_broadcast_from():
+def test_rule_can_get_the_operand_before_its_broadcast():
     """Under `jit` bodies and outside: what it was made of is kept as long as the broadcast."""
     shapes = []
 
@@ -120,7 +120,7 @@ def test_a_rule_may_ask_what_an_operand_was_broadcast_from():
     assert shapes == [((5, 3), (5, 1)), ((5, 3), (1, 1)), ((5, 3), (5, 3))]
 
 
-def test_what_is_returned_is_an_array():
+def test_outputs_are_arrays():
     interpreter, (out,) = run(lambda w: w.T, weight())
     assert np.allclose(interpreter.returned(out), 4.0)
     assert [use.kind for use in interpreter.uses] == ["returned"]

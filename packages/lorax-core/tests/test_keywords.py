@@ -39,16 +39,16 @@ def test_an_option_that_is_also_a_keyword_of_the_function_raises():
     ],
     ids=["partial", "nested", "lambda", "kwargs", "not-given"],
 )
-def test_what_is_settled_passes(fn, expected):
+def test_bound_keywords_pass(fn, expected):
     assert ours(fn, PARAMS, X, rank=4) == expected
 
 
-def test_an_outer_partial_of_another_keyword_does_not_settle():
+def test_an_outer_partial_of_another_keyword_raises():
     with pytest.raises(TypeError, match=r"functools.partial\(fn, rank=\.\.\.\)"):
         ours(functools.partial(ranked, x=X), PARAMS, rank=4)
 
 
-def test_a_positional_parameter_is_no_keyword():
+def test_positional_parameter_is_not_a_keyword():
     assert ours(positional, PARAMS, X, rank=4)[1] == 4
 
 
@@ -66,7 +66,7 @@ def scaled(params, x, *, tolerance=1.0, pair=1.0, fn=1.0, spec=1.0):
     return tolerance * pair * fn * spec * (x @ params["w"])
 
 
-def test_check_refuses_what_could_be_meant_for_either():
+def test_check_refuses_ambiguous_arguments():
     with pytest.raises(TypeError, match="`tolerance` is an option of check"):
         testing.check(scaled, PARAMS, {"w": 2}, X, tolerance=1e-3)
     fn = functools.partial(scaled, tolerance=2.0)

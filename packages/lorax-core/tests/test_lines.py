@@ -22,9 +22,9 @@ def told(fn):
         warnings.simplefilter("always", MaterializeWarning)
         jax.jit(lora(fn, on_unused="allow"))(pair, X)
     first = inspect.getsourcelines(fn)[1]
-    found = [re.match(rf"`(\w)` .* at {__file__}:(\d+)", str(w.message)) for w in caught]
-    assert found and all(found), [str(w.message) for w in caught]
-    return [(match[1], int(match[2]) - first) for match in found if match]
+    matches = [re.match(rf"`(\w)` .* at {__file__}:(\d+)", str(w.message)) for w in caught]
+    assert matches and all(matches), [str(w.message) for w in caught]
+    return [(match[1], int(match[2]) - first) for match in matches if match]
 
 
 # All of these jit their insides, or consist of several equations.

@@ -212,7 +212,7 @@ def test_an_uncommitted_base_merges_under_the_mesh(kind):
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_what_was_never_placed_stays_uncommitted(donate):
+def test_uncommitted_arrays_stay_uncommitted(donate):
     frozen, tunable = pair()
     merged = merge_params(frozen, tunable, donate=donate)
     assert not merged["w"].committed and not merged["v"].committed
@@ -289,7 +289,7 @@ def test_a_base_in_host_memory_stays_there(donate):
         ),
     ],
 )
-def test_what_is_no_pair_is_an_error(frozen, tunable, message):
+def test_non_pair_raises(frozen, tunable, message):
     with pytest.raises(PairError, match=message):
         merge_params(frozen, tunable)
 
@@ -313,16 +313,16 @@ def test_a_pair_may_be_in_place_of_its_two_trees():
 @pytest.mark.parametrize(
     "spec", [LoraSpec(2, alpha=3), DoraSpec(LoraSpec(2)), IA3Spec()], ids=lambda s: type(s).__name__
 )
-def test_a_part_of_what_an_adapter_changes(spec, scale):
+def test_merge_scales_the_delta(spec, scale):
     params = {"w": jnp.arange(20.0).reshape(5, 4) / 7, "b": jnp.ones(4)}
     frozen, tunable = init_lora(params, {"w": spec, "b": 0}, jax.random.key(0))
     tunable = random_factors(tunable, jax.random.key(1))
     change = merge_params(frozen, tunable)["w"] - params["w"]
-    found = merge_params(frozen, tunable, scale=scale)
-    np.testing.assert_allclose(found["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
-    assert found["b"] is params["b"]
+    merged = merge_params(frozen, tunable, scale=scale)
+    np.testing.assert_allclose(merged["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
+    assert merged["b"] is params["b"]
     if scale == 0:
-        assert (found["w"] == params["w"]).all()
+        assert (merged["w"] == params["w"]).all()
 
 
 def test_scales_that_are_refused():

@@ -206,7 +206,7 @@ def test_chains(case, data):
 @settings(max_examples=12)
 @given(st.data())
 def test_merging_axes(data):
-    """Neighbours that the same factors own merge, in whatever order the factors hold them."""
+    """Neighbors that the same factors own merge, in whatever order the factors hold them."""
     order = data.draw(st.permutations(range(4)))
     merged = data.draw(st.integers(0, 2))
     spec = data.draw(roles(4))

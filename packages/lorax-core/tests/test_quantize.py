@@ -16,6 +16,7 @@ from lorax import (
     LORA_FULL,
     MXFP4,
     NF4,
+    DeloraSpec,
     DoraSpec,
     IA3Spec,
     Int4,
@@ -24,6 +25,7 @@ from lorax import (
     LoraSpec,
     QuantizedWeight,
     SpecError,
+    TokensSpec,
     UnquantizedWarning,
     VeraSpec,
     count_params,
@@ -79,7 +81,7 @@ def test_weights_of_products_alone():
     assert all(frozen[name] is PARAMS[name] for name in PARAMS.keys() - quantized(frozen))
 
 
-def test_blocks_lie_along_the_inputs():
+def test_blocks_run_along_the_inputs():
     frozen = quantize(PARAMS, NF4(64), fn=model, args=(IDS,))
     assert frozen["up"].arrays["codes"].shape == (128, 1, 64)  # its first use sums over 64
     assert frozen["up"].arrays["scales"].shape == (128, 1)
@@ -139,7 +141,7 @@ def test_error_and_bits(format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_what_a_format_holds_exactly_comes_back(format):
+def test_kinds_a_format_holds_round_trip(format):
     """Quantizing the decoded weight again gives the same weight, up to the rounding of scales."""
     once = quantize({"w": N(7, 128, 64)}, {"w": format})["w"].array()
     again = quantize({"w": once}, {"w": format})["w"].array()
@@ -237,7 +239,7 @@ def test_other_mistakes():
         quantize(tunable, {"w": "int8"})
 
 
-def test_a_quantized_weight_is_not_trained_in_full():
+def test_full_training_of_a_quantized_weight_raises():
     frozen = quantize({"w": N(0, 64, 8)}, {"w": "int8"})
     with pytest.raises(SpecError, match="`w` is quantized, and codes have no gradient"):
         init_lora(frozen, {"w": LORA_FULL}, jax.random.key(0))
@@ -308,9 +310,9 @@ def test_merges_to_floats_and_to_codes():
     )
     again, errors = merge_params(frozen, tunable, requantize=True)
     assert quantized(again) == {"w", "v"} and again["v"] is frozen["v"]
-    found = jnp.linalg.norm(again["w"].array() - merged["w"]) / jnp.linalg.norm(merged["w"])
+    error = jnp.linalg.norm(again["w"].array() - merged["w"]) / jnp.linalg.norm(merged["w"])
     assert errors.keys() == {"w"} and 0 < errors["w"] < 0.01
-    np.testing.assert_allclose(errors["w"], found, rtol=1e-4)
+    np.testing.assert_allclose(errors["w"], error, rtol=1e-4)
     np.testing.assert_array_equal(lorax.materialize(frozen["w"], tunable["w"]), merged["w"])
 
 
@@ -327,17 +329,17 @@ def test_counts_and_explains():
     function = lambda p, ids: model(p | {"up": jnp.sort(p["up"], 0)}, ids)  # noqa: E731
     spec = dict.fromkeys(PARAMS, 0) | {"layers": LoraSpec(2, shared_axes=[0])}
     pair = init_lora(frozen, spec, jax.random.key(0))
-    found = explain(function, pair, IDS)
-    assert found.total == count_params(PARAMS)
-    assert found.tunable_bytes == 4 * count_params(pair.tunable)
+    explanation = explain(function, pair, IDS)
+    assert explanation.total == count_params(PARAMS)
+    assert explanation.tunable_bytes == 4 * count_params(pair.tunable)
     held = [leaf for leaf in frozen.values() if isinstance(leaf, QuantizedWeight)]
     others = sum(leaf.nbytes for leaf in frozen.values() if not isinstance(leaf, QuantizedWeight))
-    assert found.frozen_bytes == sum(leaf.nbytes for leaf in held) + others
-    assert found.quantized == sum(leaf.size for leaf in held)
-    assert found.bits is not None and 4.1 < found.bits < 5
-    assert {(path, primitive) for path, primitive, _ in found.decoded} == {("up", "sort")}
-    assert "`up` is decoded in full for `sort`" in str(found)
-    assert re.search(r"are held in 4\.\d\d bits each", str(found))
+    assert explanation.frozen_bytes == sum(leaf.nbytes for leaf in held) + others
+    assert explanation.quantized == sum(leaf.size for leaf in held)
+    assert explanation.bits is not None and 4.1 < explanation.bits < 5
+    assert {(path, primitive) for path, primitive, _ in explanation.decoded} == {("up", "sort")}
+    assert "`up` is decoded to a whole array for `sort`" in str(explanation)
+    assert re.search(r"are held in 4\.\d\d bits each", str(explanation))
 
 
 def test_an_adapter_on_codes_that_no_rule_covers_is_reported():
@@ -347,7 +349,7 @@ def test_an_adapter_on_codes_that_no_rule_covers_is_reported():
         lora(lambda p, x: x @ jnp.sort(p["w"]), on_materialize="error")(pair, N(1, 2, 64))
 
 
-def test_quantizes_what_lies_beside_frozen_factors():
+def test_quantizes_bases_beside_frozen_factors():
     params = {"w": N(0, 64, 8)}
     frozen, tunable = init_lora(params, {"w": DoraSpec(2)}, jax.random.key(0))
     coded = quantize(frozen, {"w": Int8()})
@@ -378,7 +380,7 @@ def test_shapes_alone():
 
 
 def test_vmapped_over_bases():
-    """Members of an ensemble, each with codes of its own."""
+    """Members of an ensemble, each with its own codes."""
     stacked, x = N(0, 3, 64, 8), N(1, 2, 64)
     hold = lambda w: quantize({"w": w}, {"w": NF4(32)})  # noqa: E731
     frozen = jax.vmap(hold)(stacked)
@@ -386,3 +388,36 @@ def test_vmapped_over_bases():
     got = jax.vmap(run, (0, None))(frozen, x)
     expected = jnp.stack([x @ dequantize(hold(w))["w"] for w in stacked])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+FOLLOWS = {
+    "dora": DoraSpec(LoraSpec(3)),
+    "delora": DeloraSpec(3),
+    "tokens": TokensSpec((1, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWS)
+@pytest.mark.parametrize("format", [Int8(), MXFP4()], ids=str)
+def test_frozen_factors_follow_the_quantized_base(kind, format):
+    params, spec = {"w": N(0, 64, 24)}, {"w": FOLLOWS[kind]}
+    frozen, tunable = init_lora(params, spec, jax.random.key(1))
+    tunable = random_factors(tunable, jax.random.key(2))
+    frozen = quantize(frozen, {"w": format})
+    x = N(3, 5, 64)
+    expected = x @ merge_params(frozen, tunable)["w"]
+    got = lora(lambda params, x: x @ params["w"])((frozen, tunable), x)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # The order of the two calls makes no difference to the frozen tree.
+    other = init_lora(quantize(params, {"w": format}), spec, jax.random.key(1)).frozen
+    assert jax.tree.structure(frozen) == jax.tree.structure(other)
+    for one, two in zip(jax.tree.leaves(frozen), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(one.astype(float), two.astype(float), rtol=1e-5)
+
+
+def test_frozen_factors_of_a_base_that_stays_are_the_same_arrays():
+    frozen, _ = init_lora(
+        {"w": N(0, 64, 24), "v": N(0, 64, 24)}, {"w": DoraSpec(3), "v": 3}, jax.random.key(1)
+    )
+    square = frozen["w"].factors["square"]
+    assert quantize(frozen, {"w": None, "v": Int8()})["w"].factors["square"] is square

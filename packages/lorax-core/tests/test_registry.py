@@ -89,7 +89,7 @@ def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
 
 
 @pytest.mark.parametrize(
-    "operands, parameters, found",
+    "operands, parameters, differences",
     [
         (1, ["axis", "twist"], "the parameter `twist`"),
         (1, ["mode"], "no parameter `axis`"),
@@ -97,10 +97,10 @@ def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
         (2, ["axis"], "2 operands"),
     ],
 )
-def test_what_does_not_fit_is_named_with_both_versions(operands, parameters, found):
+def test_rule_mismatch_names_both_versions(operands, parameters, differences):
     assert unfit(toy, operands, parameters) == (
-        f"has {found} in JAX {jax.__version__}, unlike what lorax-core {lorax.__version__} was "
-        "written for"
+        f"has {differences} in JAX {jax.__version__}, unlike what lorax-core "
+        f"{lorax.__version__} was written for"
     )
 
 
@@ -131,7 +131,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_an_equation_with_a_new_parameter_gets_the_weight_and_that_is_told(monkeypatch, name):
+def test_equation_with_a_new_parameter_materializes_and_warns(monkeypatch, name):
     parameter, fn = PROGRAMS[name]
     primitive = _compat.find_primitive(name)
     assert primitive is not None
@@ -157,7 +157,7 @@ def test_an_equation_with_a_new_parameter_gets_the_weight_and_that_is_told(monke
         lorax.lora(model, on_materialize="error")((frozen, tunable), x)
 
 
-def test_a_scan_that_does_not_count_what_it_carries_gets_the_weight(monkeypatch):
+def test_scan_without_carry_count_materializes_the_weight(monkeypatch):
     def split(params):
         raise KeyError("num_consts")
 

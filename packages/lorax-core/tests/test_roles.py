@@ -375,8 +375,8 @@ def roles_of(fn, shapes, args, **options):
 )
 @pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
 def test_roles(fn, shapes, args, inputs, outputs):
-    found = roles_of(fn, shapes, args)["w"]
-    assert (found.in_axes, found.out_axes) == (inputs, outputs)
+    roles = roles_of(fn, shapes, args)["w"]
+    assert (roles.in_axes, roles.out_axes) == (inputs, outputs)
 
 
 # What LoRA leaves alone by custom: no adapter, and nothing to say.
@@ -441,7 +441,7 @@ def test_left_frozen_by_custom_without_a_warning(fn, shape):
     assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
-def test_positions_of_a_batch_are_no_queries():
+def test_positions_of_a_batch_are_not_queries():
     """What is added to data of more axes is a bias of it, even where the sum meets data again."""
 
     def attention(p, x):

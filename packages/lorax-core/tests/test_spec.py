@@ -49,7 +49,7 @@ def test_simple_spec_tunes_vectors_but_no_integers():
     init(spec, PARAMS)
 
 
-def test_simple_spec_treats_what_is_leaf_says_as_one():
+def test_simple_spec_honors_is_leaf():
     spec = simple_spec(PARAMS, is_leaf=lambda node: isinstance(node, list))
     assert spec["h"] == LORA_FREEZE
 
@@ -126,7 +126,7 @@ def test_a_parameter_that_takes_no_rank_is_an_error_that_names_it(param, message
         init({"deep": [{"w": 2}]}, {"deep": [{"w": param}]})
 
 
-def test_integers_cannot_be_trained_in_full():
+def test_full_training_of_integers_raises():
     with pytest.raises(SpecError, match="`w` holds int32"):
         init({"w": LORA_FULL}, {"w": jnp.ones(5, jnp.int32)})
 

@@ -69,12 +69,12 @@ def test_equal_settings_are_one_structure():
     assert len(traces) == 1
 
 
-def test_what_is_numpys_can_be_exported():
+def test_numpy_leaves_can_be_exported():
     spec = LoraSpec(np.int64(2), np.float32(16), in_axes=np.array([0]))  # pyright: ignore
     pair = init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
     data = jax.export.export(jax.jit(merge_params))(*pair).serialize()
-    found = jax.export.deserialize(bytearray(data))
-    assert found.in_tree == jax.tree.structure((tuple(pair), {}))
+    exported = jax.export.deserialize(bytearray(data))
+    assert exported.in_tree == jax.tree.structure((tuple(pair), {}))
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_specs_and_adapters_are_copied_and_pickled(again):
     spec = LoraSpec(2, alpha, "rslora", [1], [0])
     assert again(spec) == spec
     _, tunable = init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
-    found = again(tunable)
-    assert jax.tree.structure(found) == jax.tree.structure(tunable)
-    jax.tree.map(np.testing.assert_array_equal, found, tunable)
+    copied = again(tunable)
+    assert jax.tree.structure(copied) == jax.tree.structure(tunable)
+    jax.tree.map(np.testing.assert_array_equal, copied, tunable)
 
 
 @pytest.mark.parametrize("content", [None, object(), "x", 3, jax.ShapeDtypeStruct((2,), jnp.int4)])

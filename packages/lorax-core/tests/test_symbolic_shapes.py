@@ -150,7 +150,7 @@ ROWS = {
 
 
 def symbolic(row):
-    """The argument as a shape; each call has a scope of its own, as in a program that exports."""
+    """The argument as a shape; each call has its own scope, as in a program that exports."""
     *_, shape = ROWS[row]
     dtype = jnp.int32 if shape == "b, t" else jnp.float32
     return jax.ShapeDtypeStruct(export.symbolic_shape(shape), dtype)

@@ -13,10 +13,10 @@ from lorax._terms import (
     Label,
     Term,
     align,
-    apart,
     entrywise,
     operand,
     product,
+    relabeled,
 )
 
 
@@ -85,7 +85,7 @@ def test_reshape(shape):
     same(t.reshape(shape), full(t).reshape(shape))
 
 
-def test_reshape_joins_what_it_had_split():
+def test_reshape_joins_labels_it_split():
     t = term(7, 12)
     same(t.reshape((7, 4, 3)).reshape((7, 6, 2)), full(t).reshape(7, 6, 2))
     same(t.reshape((7, 4, 3)).reshape((7, 2, 3, 2)), full(t).reshape(7, 2, 3, 2))
@@ -184,10 +184,10 @@ def test_scale_by_a_wider_number_widens_the_factor():
 def test_halves():
     t = term(5, 3)
     (i,), (o,) = t.out
-    first, second, bonds = t.halves([i], [o])
-    assert len(first) == len(second) == 1 and [label.size for label in bonds] == [2]
+    first, second, inner_labels = t.split_factors([i], [o])
+    assert len(first) == len(second) == 1 and [label.size for label in inner_labels] == [2]
     with pytest.raises(Inexpressible):
-        t.halves([i, o], [o])
+        t.split_factors([i, o], [o])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_halves():
     [((5, 3), False), ((1, 3), True), ((5, 1), True)],
     ids=str,
 )
-def test_is_flat_where_one_factor_spans_what_is_left(shape, flat):
+def test_is_flat_where_one_factor_spans_the_rest(shape, flat):
     t = term(5, 3)
     for axis, size in enumerate(shape):
         if size == 1:
@@ -247,7 +247,7 @@ def test_align_and_product(sizes):
     left = term(*mine, 5, inputs=range(len(mine))).reshape((6, 5))
     right = term(7, *theirs, seed=1).reshape((7, 6))
     expected = np.einsum("io,vi->ov", full(left), full(right))
-    l, r = align(left, apart(left, right), [(0, 1)])  # noqa: E741
+    l, r = align(left, relabeled(left, right), [(0, 1)])  # noqa: E741
     same(product(l, r, (l.out[1], r.out[0])), expected)
 
 
@@ -255,13 +255,13 @@ def test_align_of_sizes_that_do_not_divide():
     left = term(4, 3, 5, inputs=(0, 1)).reshape((12, 5))
     right = term(7, 6, 2, inputs=(0,)).reshape((7, 12))
     with pytest.raises(Inexpressible):
-        align(left, apart(left, right), [(0, 1)])
+        align(left, relabeled(left, right), [(0, 1)])
 
 
 def test_product_with_an_axis_that_nobody_owns():
     left = term(5, 3).broadcast((7, 5, 3), (1, 2))
     right = operand(jnp.ones((2, 4)))
-    out = product(left, apart(left, right), (left.out[1],))
+    out = product(left, relabeled(left, right), (left.out[1],))
     # Summed over the axis of 7 and over o; `right` keeps 2 and 4, which are summed as well.
     same(out, full(left).sum((0, 2)) * 8)
 
@@ -269,17 +269,17 @@ def test_product_with_an_axis_that_nobody_owns():
 def test_labels_stay_apart():
     left, right = term(5, 3), term(5, 3, seed=1)
     used = {label for names in left.labels for label in names}
-    moved = {label for names in apart(left, right).labels for label in names}
+    moved = {label for names in relabeled(left, right).labels for label in names}
     assert used.isdisjoint(moved)
-    same(apart(left, right), full(right))
+    same(relabeled(left, right), full(right))
 
 
 def test_factored_array_sums_in_float32():
     base = jnp.full((5, 3), 256.0, jnp.bfloat16)
     t = term(5, 3)
-    halves = dataclasses.replace(t, factors=tuple(jnp.full_like(f, 0.5) for f in t.factors))
+    split_factors = dataclasses.replace(t, factors=tuple(jnp.full_like(f, 0.5) for f in t.factors))
     # Each term is 0.5, which bfloat16 cannot add to 256; four of them make a step of 2.
-    value = FactoredArray(base, (halves,) * 4)
+    value = FactoredArray(base, (split_factors,) * 4)
     assert value.array().dtype == jnp.bfloat16 and (value.array() == 258).all()
 
 

@@ -94,7 +94,7 @@ def test_python_values_reach_the_function_as_they_are():
     assert seen["size"] == 3 and isinstance(seen["shape"], np.ndarray)
 
 
-def test_outputs_keep_what_is_no_array():
+def test_outputs_keep_non_array_leaves():
     def fn(params, x):
         return {
             "y": x @ params["w"],
@@ -110,7 +110,7 @@ def test_outputs_keep_what_is_no_array():
     assert out["n"] == 3 and isinstance(out["np"], np.ndarray) and out["y"].shape == (3, 7)
 
 
-def test_leaves_of_the_parameters_that_are_no_arrays():
+def test_parameter_leaves_that_are_not_arrays():
     def fn(params, x):
         return params["act"](x @ params["w"]) * params["scale"]
 
@@ -244,7 +244,7 @@ def test_outside_jit_a_jitted_function_is_transformed_by_the_first_call_only(mon
     assert counts == [2, 1]  # the function and its jitted part, then the function alone
 
 
-def test_what_a_shared_function_does_is_reported_for_every_caller():
+def test_uses_in_a_shared_function_are_reported_for_every_caller():
     @jax.jit
     def layer(w, x):
         return x @ jnp.sin(w)
@@ -460,7 +460,7 @@ def test_explicit_meshes_get_the_sharding_of_the_base():
         jax.jit(jax.grad(lambda t: lora(fn)((adapters[0], t), x).sum()))(adapters[1])
 
 
-# What is said
+# Warnings and messages
 
 
 def test_a_weight_that_is_built_is_named_with_its_line():
@@ -564,7 +564,7 @@ def test_an_unknown_mode_is_an_error(bad):
         ((), "the call has no such argument"),
     ],
 )
-def test_what_is_no_pair_is_an_error(args, message):
+def test_non_pair_raises(args, message):
     with pytest.raises(PairError, match=message):
         lora(model)(*args)
 

@@ -49,10 +49,16 @@ def test_the_package_imports_without_either_part():
     [("flax", "flax"), ("transformers", "flax"), ("torch", "torch"), ("torchax", "torch")],
 )
 def test_a_missing_package_names_its_extra(monkeypatch, missing, extra):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
 
     def without(name, *rest):
-        return None if name == missing else found("json") if name in _PARTS else found(name, *rest)
+        return (
+            None
+            if name == missing
+            else find_spec("json")
+            if name in _PARTS
+            else find_spec(name, *rest)
+        )
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(ImportError, match=rf"needs {missing} for .*lorax-hf\[{extra}\]"):

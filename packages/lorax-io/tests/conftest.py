@@ -1,4 +1,4 @@
-"""What tests of the command share: a place of their own, the command, and adapters as files."""
+"""What tests of the command share: a separate folder, the command, and adapters as files."""
 
 import json
 import pathlib
@@ -52,7 +52,7 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
-    """The command in a folder of its own; the settings of JAX that it changes go with it."""
+    """The command in a separate folder; the settings of JAX that it changes go with it."""
     monkeypatch.chdir(tmp_path)
     before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
     yield Shell(capsys)
@@ -61,7 +61,7 @@ def shell(tmp_path, monkeypatch, capsys):
 
 
 class Files:
-    """Adapters and bases, written by hand as other libraries write them."""
+    """Hand-written adapters and bases in the forms of other libraries."""
 
     def __init__(self) -> None:
         self._numbers = np.random.default_rng(7)
@@ -83,8 +83,8 @@ class Files:
         path.mkdir(exist_ok=True)
         tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
         safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-        found = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], **config}
-        (path / "adapter_config.json").write_text(json.dumps(found))
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], **config}
+        (path / "adapter_config.json").write_text(json.dumps(settings))
 
     def base(
         self,
@@ -101,8 +101,8 @@ class Files:
 
     def read(self, file: str) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors of a file, of any type."""
-        with TensorFile(file) as found:
-            return {name: np.array(found.view(name)) for name in found.entries}
+        with TensorFile(file) as opened:
+            return {name: np.array(opened.view(name)) for name in opened.entries}
 
 
 @pytest.fixture

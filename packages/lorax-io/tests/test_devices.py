@@ -40,7 +40,7 @@ from lorax_io import (
 from lorax_io._disk.tensors import TensorFile
 
 # How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
-# a process of its own, all of them in one, and each test says how its own went.
+# a separate process, all of them in one, and each test says how its own went.
 
 RUN = """
 import importlib.util, sys
@@ -124,7 +124,7 @@ def make_sharded():
 
 
 def make_tunable():
-    """Factors of NumPy's: what JAX compiles for random ones takes longer than all else here."""
+    """Factors from NumPy: what JAX compiles for random ones takes longer than all else here."""
     shapes = jax.eval_shape(lambda: lorax.init_lora(make_params(), TUNED, jax.random.key(0))[1])
     random = np.random.default_rng(1)
     return jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes)
@@ -215,18 +215,18 @@ def check_a_frozen_tree_is_read_where_it_is_to_be(home):
     split = frozen["stack"].arrays["codes"].sharding.shard_shape((4, 1, 64, 8))
     assert (*split[:2], 32, split[3]) in taken and (4, 1, 32, 8) not in taken
     plain = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
-    found = load_frozen(home / "sharded", params=plain, sharding=where)
-    assert_same(found, frozen, placed=True)
+    loaded = load_frozen(home / "sharded", params=plain, sharding=where)
+    assert_same(loaded, frozen, placed=True)
     everywhere = NamedSharding(mesh, P())
-    found = load_frozen(home / "sharded", params=plain, sharding=everywhere)
-    assert all(x.sharding.is_equivalent_to(everywhere, x.ndim) for x in jax.tree.leaves(found))
+    loaded = load_frozen(home / "sharded", params=plain, sharding=everywhere)
+    assert all(x.sharding.is_equivalent_to(everywhere, x.ndim) for x in jax.tree.leaves(loaded))
     save_frozen(home / "host", jax.device_get(frozen))
     scale, codes = np.ones((16, 1), np.float32), np.ones((16, 8), np.int8)
     tensors = {"up.weight": codes, "up.weight_scale": scale}
     safetensors.numpy.save_file(tensors, home / "base")
-    found = load_base(home / "base", {"up": Linear("up")}, sharding=where["dense"])["up"]
-    split = {name: x.sharding.shard_shape(x.shape) for name, x in found.arrays.items()}
-    assert split == {"codes": (4, 4), "scales": (4,)} and found.sharding == where["dense"]
+    loaded = load_base(home / "base", {"up": Linear("up")}, sharding=where["dense"])["up"]
+    split = {name: x.sharding.shard_shape(x.shape) for name, x in loaded.arrays.items()}
+    assert split == {"codes": (4, 4), "scales": (4,)} and loaded.sharding == where["dense"]
     assert (home / "host").read_bytes() == (home / "sharded").read_bytes()
 
 
@@ -258,18 +258,18 @@ def check_factors_are_placed_as_shapes_say(home):
 def check_factors_without_a_place_are_where_jax_puts_them(home):
     _, tunable, loaders, _ = saved()
     for load in loaders:
-        found = load(make_params())
-        assert_same(found, tunable)
-        assert {x.sharding for x in jax.tree.leaves(found)} == {jnp.zeros(1).sharding}
+        loaded = load(make_params())
+        assert_same(loaded, tunable)
+        assert {x.sharding for x in jax.tree.leaves(loaded)} == {jnp.zeros(1).sharding}
 
 
 def check_factors_of_a_base_on_one_device_are_there(home):
     _, tunable, loaders, _ = saved()
     there = SingleDeviceSharding(jax.devices()[5])
     for load in loaders:
-        found = load(jax.device_put(make_params(), there))
-        assert_same(found, tunable)
-        assert {x.sharding for x in jax.tree.leaves(found)} == {there}
+        loaded = load(jax.device_put(make_params(), there))
+        assert_same(loaded, tunable)
+        assert {x.sharding for x in jax.tree.leaves(loaded)} == {there}
 
 
 def check_one_sharding_is_for_all(home):
@@ -277,27 +277,27 @@ def check_one_sharding_is_for_all(home):
     mesh = make_mesh()
     for load in loaders:
         for where in (NamedSharding(mesh, P()), SingleDeviceSharding(jax.devices()[3])):
-            found = load(params, sharding=where)
-            assert_same(found, tunable)
-            assert {x.sharding for x in jax.tree.leaves(found)} == {where}
+            loaded = load(params, sharding=where)
+            assert_same(loaded, tunable)
+            assert {x.sharding for x in jax.tree.leaves(loaded)} == {where}
 
 
 def check_a_tree_of_shardings_may_be_a_prefix(home):
     params, tunable, loaders, _ = saved()
     mesh = make_mesh()
     everywhere = NamedSharding(mesh, P())
-    halves, there = NamedSharding(mesh, P("x")), SingleDeviceSharding(jax.devices()[3])
+    split, there = NamedSharding(mesh, P("x")), SingleDeviceSharding(jax.devices()[3])
     where: dict[str, Any] = {name: everywhere for name in SHAPES}
-    where |= {"bias": halves, "whole": there}
+    where |= {"bias": split, "whole": there}
     where["dense"] = LoraWeight(
-        halves, there, rank=2, alpha=4, in_axes=(0,), out_axes=(1,), shared_axes=()
+        split, there, rank=2, alpha=4, in_axes=(0,), out_axes=(1,), shared_axes=()
     )
     for load in loaders:
-        found = load(params, sharding=where)
-        assert_same(found, tunable)
-        assert found["dense"].a.sharding == found["bias"].sharding == halves
-        assert found["dense"].b.sharding == found["whole"].a.sharding == there
-        assert found["heads"].a.sharding == found["stack"].b.sharding == everywhere
+        loaded = load(params, sharding=where)
+        assert_same(loaded, tunable)
+        assert loaded["dense"].a.sharding == loaded["bias"].sharding == split
+        assert loaded["dense"].b.sharding == loaded["whole"].a.sharding == there
+        assert loaded["heads"].a.sharding == loaded["stack"].b.sharding == everywhere
 
 
 def check_a_tree_like_it_says_where(home):
@@ -305,8 +305,8 @@ def check_a_tree_like_it_says_where(home):
     assert_same(native(like=tunable), tunable, placed=True)
     assert_same(native(like=shapes_of(tunable)), tunable, placed=True)
     there = SingleDeviceSharding(jax.devices()[6])
-    found = native(like=tunable, sharding=there)
-    assert {x.sharding for x in jax.tree.leaves(found)} == {there}
+    loaded = native(like=tunable, sharding=there)
+    assert {x.sharding for x in jax.tree.leaves(loaded)} == {there}
 
 
 def check_each_part_is_read_by_itself(home):
@@ -333,11 +333,11 @@ def check_a_base_that_was_never_placed_merges_with_factors_on_a_mesh(home):
     everywhere = jax.device_put(tunable, NamedSharding(make_mesh(), P()))
     for k, trained in enumerate((tunable, everywhere, {name: on_mesh[name] for name in some})):
         save_merged(home / str(k), frozen, trained, names)
-    expected, *found = (
+    expected, *others = (
         safetensors.numpy.load_file(home / str(k) / "model.safetensors") for k in range(3)
     )
     assert len(expected) == 3
-    for tensors in found:
+    for tensors in others:
         for name, tensor in expected.items():
             np.testing.assert_allclose(tensors[name], tensor, rtol=1e-6, atol=1e-6)
 
@@ -346,14 +346,14 @@ CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
 
 
 def run_checks():
-    found: dict[str, Any] = {"memory": measure(pathlib.Path(tempfile.mkdtemp()))}
+    outcomes: dict[str, Any] = {"memory": measure(pathlib.Path(tempfile.mkdtemp()))}
     for name in CHECKS:
         try:
             globals()[name](pathlib.Path(tempfile.mkdtemp()))
-            found[name] = "passed"
+            outcomes[name] = "passed"
         except BaseException:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+            outcomes[name] = traceback.format_exc()
+    print(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module")
@@ -395,22 +395,22 @@ def join(process, port, home):
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     mesh = jax.make_mesh((2, 2), ("x", "y"))
-    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` lie in both.
+    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` are in both.
     specs = SPECS | {"stack": P("x", None, "y"), "bias": P("x")}
     home = pathlib.Path(home)
     local = make_tunable()
-    found: dict[str, Any] = {"same": True, "errors": []}
+    outcome: dict[str, Any] = {"same": True, "errors": []}
 
     shapes = placed(mesh, make_params(), specs)
     taken = Spy.watch()
     tunable = load_adapter(home / "one file", params=shapes)
-    found["read"] = 4 * sum(map(math.prod, taken))
-    found["needed"] = sum(
+    outcome["read"] = 4 * sum(map(math.prod, taken))
+    outcome["needed"] = sum(
         shard.data.nbytes for x in jax.tree.leaves(tunable) for shard in x.addressable_shards
     )
     taken = Spy.watch()
     again = load_peft(home / "one folder", shapes, NAMES)[1]
-    found["read by peft"] = 4 * sum(map(math.prod, taken))
+    outcome["read by peft"] = 4 * sum(map(math.prod, taken))
     for tree in (tunable, again):
         assert jax.tree.structure(tree) == jax.tree.structure(local)
         for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(local), strict=True):
@@ -427,7 +427,7 @@ def join(process, port, home):
     base = make_global(mesh, make_params(), specs)
     save_adapter(home / "two file", tunable, base=base, hash_base=True)
     save_peft(home / "two folder", tunable, NAMES)
-    found["exists"] = (home / "two file").exists() and (home / "two folder").exists()
+    outcome["exists"] = (home / "two file").exists() and (home / "two folder").exists()
 
     if int(process) == 0:
 
@@ -441,9 +441,9 @@ def join(process, port, home):
     ):
         try:
             save()
-            found["same"] = False
+            outcome["same"] = False
         except AdapterError as error:
-            found["errors"].append(str(error))
+            outcome["errors"].append(str(error))
 
     # Of a file that one process cannot read, no other returns its part.
     if int(process) == 1:
@@ -460,10 +460,10 @@ def join(process, port, home):
     ):
         try:
             load()
-            found["same"] = False
+            outcome["same"] = False
         except AdapterError as error:
-            found["errors"].append(str(error))
-    print(json.dumps(found), flush=True)
+            outcome["errors"].append(str(error))
+    print(json.dumps(outcome), flush=True)
     jax.distributed.shutdown()
 
 
@@ -480,11 +480,11 @@ def test_two_processes(tmp_path):
     port = free_port()
     processes = [start(join, k, port, tmp_path, devices=2) for k in range(2)]
     first, second = map(finish, processes)
-    for found in (first, second):
-        assert found["same"] and found["exists"]
+    for outcome in (first, second):
+        assert outcome["same"] and outcome["exists"]
         # Each device's part, of which parts that both devices of a process hold count twice.
-        assert 0 < found["read"] <= found["needed"]
-        assert 0 < found["read by peft"] <= found["needed"]
+        assert 0 < outcome["read"] <= outcome["needed"]
+        assert 0 < outcome["read by peft"] <= outcome["needed"]
     for name in ("file", "folder/adapter_config.json", "folder/adapter_model.safetensors"):
         assert (tmp_path / f"two {name}").read_bytes() == (tmp_path / f"one {name}").read_bytes()
     assert ["No space left" in error for error in first["errors"][:2]] == [True, True]
@@ -526,21 +526,21 @@ def measure(home):
     params = {path: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for path in tunable}
     sizes = [x.nbytes for x in jax.tree.leaves(tunable)]
     save_adapter(home / "small", {"w": np.ones(3)})  # imports are done
-    found = {
+    peaks = {
         "native": peak_of(lambda: save_adapter(home / "file", tunable)),
         "peft": peak_of(lambda: save_peft(home / "folder", tunable, names)),
     }
-    found["load"] = peak_of(lambda: load_adapter(home / "file", params=params))
-    return {**found, "adapter": sum(sizes), "tensor": max(sizes)}
+    peaks["load"] = peak_of(lambda: load_adapter(home / "file", params=params))
+    return {**peaks, "adapter": sum(sizes), "tensor": max(sizes)}
 
 
 def test_memory(checked, capsys):
-    found = checked["memory"]
+    peaks = checked["memory"]
     with capsys.disabled():
-        print("\nNumPy's peak in MiB:", {k: round(v / 2**20, 1) for k, v in found.items()})
-    assert found["adapter"] == 2 * COUNT * SIDE * RANK * 4
-    most = found["adapter"] + found["tensor"] + MARGIN
-    assert found["native"] <= most
+        print("\nNumPy's peak in MiB:", {k: round(v / 2**20, 1) for k, v in peaks.items()})
+    assert peaks["adapter"] == 2 * COUNT * SIDE * RANK * 4
+    most = peaks["adapter"] + peaks["tensor"] + MARGIN
+    assert peaks["native"] <= most
     # The factors of one weight are gathered beside what is written.
-    assert found["peft"] <= most + 2 * found["tensor"]
-    assert found["load"] <= most
+    assert peaks["peft"] <= most + 2 * peaks["tensor"]
+    assert peaks["load"] <= most

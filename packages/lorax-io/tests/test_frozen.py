@@ -1,4 +1,4 @@
-"""Frozen trees on disk: to the bit what was saved, or refused by name."""
+"""Frozen trees on disk: bit for bit what was saved, or an error that names the tensor."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_every_format_has_a_row():
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_what_is_loaded_is_what_was_saved(tmp_path, name):
+def test_loaded_equals_saved(tmp_path, name):
     shapes = SHAPES if name == "nf4" else {"w": (4, 6)} if name == "squares" else {"w": (128, 7)}
     params = {key: draw(shape) for key, shape in shapes.items()}
     formats = {key: dataclasses.replace(HELD[name], along=(int(key != "w"),)) for key in params}
@@ -116,10 +116,21 @@ def test_all_that_a_frozen_tree_has(file):
     assert read_metadata(file) == {"model": "mine"}
 
 
+def test_frozen_factors_follow_a_base_that_is_quantized_after_loading(tmp_path):
+    params, spec = {"w": jnp.ones((64, 6)) / 3}, {"w": DoraSpec(LoraSpec(2))}
+    frozen = init_lora(params, spec, jax.random.key(0)).frozen
+    save_frozen(tmp_path / "f", frozen)
+    loaded = load_frozen(tmp_path / "f", params=params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(frozen)
+    coded = quantize(loaded, {"w": MXFP4()})["w"]
+    expected = np.sum(np.asarray(coded.base.array()) ** 2, 0)
+    np.testing.assert_allclose(coded.factors["square"], expected, rtol=1e-6)
+
+
 def test_codes_of_four_bits_are_two_to_a_byte(file):
-    with TensorFile(file) as found:
-        assert found.entries["w/codes"].shape == (2, 32, 6)
-        low_high = found.view("w/codes")[1, 3, 5]
+    with TensorFile(file) as saved:
+        assert saved.entries["w/codes"].shape == (2, 32, 6)
+        low_high = saved.view("w/codes")[1, 3, 5]
     codes = np.asarray(FROZEN["w"].arrays["codes"]).astype(int)
     assert low_high == codes[1, 6, 5] + 16 * codes[1, 7, 5]
 
@@ -129,7 +140,7 @@ def test_the_same_tree_is_the_same_file(file, tmp_path):
     assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
-def test_parameters_in_another_dtype_are_told(file):
+def test_parameters_in_another_dtype_warn(file):
     with pytest.warns(AdapterWarning, match="`scaled` in bfloat16, not float32"):
         load_frozen(file, params={**PARAMS, "scaled": jnp.ones((64, 5))})
 
@@ -154,9 +165,9 @@ def test_adapters_and_merged_models_of_a_quantized_base(tmp_path):
     np.testing.assert_array_equal(*out)
     names = {"w": Linear("w"), "norm": Tensor("norm", parameter="weight")}
     save_merged(tmp_path / "m", some(FROZEN), some(TUNABLE), names)
-    with TensorFile(tmp_path / "m" / "model.safetensors") as found:
+    with TensorFile(tmp_path / "m" / "model.safetensors") as merged_file:
         expected = np.asarray(dequantize(FROZEN["w"])).T
-        np.testing.assert_array_equal(found.view("w.weight"), expected)
+        np.testing.assert_array_equal(merged_file.view("w.weight"), expected)
 
 
 # Refused.
@@ -180,24 +191,28 @@ def bases(change):
     """A change to what the header says of bases."""
 
     def header(head):
-        found = json.loads(head["__metadata__"]["lorax.bases"])
-        change(found)
-        head["__metadata__"]["lorax.bases"] = json.dumps(found)
+        entries = json.loads(head["__metadata__"]["lorax.bases"])
+        change(entries)
+        head["__metadata__"]["lorax.bases"] = json.dumps(entries)
 
     return header
 
 
 def packing(**change):
     def header(head):
-        found = json.loads(head["__metadata__"]["lorax.packed"])
-        found["w/codes"] |= change
-        head["__metadata__"]["lorax.packed"] = json.dumps(found)
+        entries = json.loads(head["__metadata__"]["lorax.packed"])
+        entries["w/codes"] |= change
+        head["__metadata__"]["lorax.packed"] = json.dumps(entries)
 
     return header
 
 
 def set_quantized(**change):
-    return bases(lambda found: found["w"]["quantized"].update(change))
+    return bases(lambda entries: entries["w"]["quantized"].update(change))
+
+
+def adapter(settings):
+    return bases(lambda found: found["scaled"].update(adapter=settings))
 
 
 def unpacked(head):
@@ -220,6 +235,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
     "no object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
+    "adapter": (adapter({"kind": "nothing"}), "of which adapter the factors beside `scaled` are"),
+    "no adapter": (adapter([]), "of which adapter the factors beside `scaled` are"),
+    "half an adapter": (adapter({"kind": "dora"}), "of which adapter the factors beside `scaled`"),
     "packed shape": (packing(shape=[2, 64, 7]), "`w/codes` of uint8 .* is uint8"),
     "packed axis": (packing(axis=5), "does not say how `w/codes` is packed"),
     "packed type": (packing(dtype="int2"), "does not say how `w/codes` is packed"),
@@ -235,9 +253,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_named(file, what):
-    change, message = DAMAGE[what]
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(file, case):
+    change, message = DAMAGE[case]
     spoil(file, **({"tensors": change} if isinstance(change, dict) else {"header": change}))
     with pytest.raises(AdapterError, match=message) as caught:
         load_frozen(file, params=PARAMS)
@@ -268,9 +286,9 @@ OTHERS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_parameters_are_refused(file, what):
-    params, message = OTHERS[what]
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_parameters_are_refused(file, case):
+    params, message = OTHERS[case]
     with pytest.raises(AdapterError, match=message):
         load_frozen(file, params=params)
 
@@ -289,7 +307,7 @@ def test_one_of_params_and_like_is_needed(file):
             load_frozen(file, **given)
 
 
-def test_adapters_and_frozen_trees_are_told_apart(file, tmp_path):
+def test_adapter_and_frozen_tree_loaders_reject_each_other(file, tmp_path):
     with pytest.raises(AdapterFileError, match="is a frozen tree, not an adapter; `load_frozen`"):
         load_adapter(file, params=PARAMS)
     save_adapter(tmp_path / "a", TUNABLE)
@@ -308,10 +326,10 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_saved_leaves_the_old_file(file, what):
+@pytest.mark.parametrize("case", BAD)
+def test_failed_save_leaves_the_old_file(file, case):
     before = file.read_bytes()
-    tree, message = BAD[what]
+    tree, message = BAD[case]
     with pytest.raises(AdapterError, match=message):
         save_frozen(file, tree)
     assert file.read_bytes() == before

@@ -131,10 +131,10 @@ def load_or_refuse(load, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         try:
-            found = load()
+            loaded = load()
         except AdapterError:
             return
-    assert_alike(found, expected)
+    assert_alike(loaded, expected)
 
 
 @given(edits=Damage.edits)
@@ -162,10 +162,10 @@ def test_a_damaged_frozen_tree(home, edits):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         try:
-            found = load_frozen(damaged, params=params)
+            loaded = load_frozen(damaged, params=params)
         except AdapterError:
             return
-    assert {path: leaf.shape for path, leaf in found.items()} == {"w": (64, 5), "b": (5,)}
+    assert {path: leaf.shape for path, leaf in loaded.items()} == {"w": (64, 5), "b": (5,)}
 
 
 @given(edits=Damage.edits, name=st.sampled_from(("model.safetensors", "config.json")))
@@ -245,7 +245,7 @@ def test_a_random_config(home, changes, sound):
 
 @given(value=VALUES)
 @examples(60)
-def test_a_random_config_that_is_no_config(home, value):
+def test_random_invalid_configs_raise(home, value):
     folder = home / "values"
     if not folder.exists():
         save_peft(folder, make_tunable(), NAMES)
@@ -261,11 +261,11 @@ def test_random_settings_of_a_native_file(home, changes):
     save_adapter(file, tunable)
     size = int.from_bytes(file.read_bytes()[:8], "little")
     header, data = json.loads(file.read_bytes()[8 : 8 + size]), file.read_bytes()[8 + size :]
-    found = json.loads(header["__metadata__"]["lorax.adapter"])
+    settings = json.loads(header["__metadata__"]["lorax.adapter"])
     for name, value in changes.items():
-        is_row = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = found[name] | value if is_row else value
-    header["__metadata__"]["lorax.adapter"] = json.dumps(found)
+        is_row = isinstance(value, dict) and isinstance(settings.get(name), dict)
+        settings[name] = settings[name] | value if is_row else value
+    header["__metadata__"]["lorax.adapter"] = json.dumps(settings)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     load_or_refuse(lambda: load_adapter(file, params=make_params()), tunable)
@@ -344,7 +344,7 @@ TREES = st.recursive(
 
 @given(tree=TREES.filter(lambda tree: tree is not None))
 @examples(120)
-def test_random_trees_come_back(home, tree):
+def test_random_trees_round_trip(home, tree):
     file = home / "tree.safetensors"
     save_adapter(file, tree)
     assert_same(load_adapter(file, like=tree), tree)
@@ -406,7 +406,7 @@ def adapters(draw):
 
 @given(adapter=adapters())
 @examples(80)
-def test_random_layouts_come_back(home, adapter):
+def test_random_layouts_round_trip(home, adapter):
     names, tree = adapter
     params = {path: base_of(leaf) for path, leaf in tree.items()}
     save_peft(home / "layouts", tree, names)
@@ -435,8 +435,8 @@ def test_random_layouts_keep_their_delta_with_the_scale_folded(home, adapter):
     save_peft(home / "folded", rescaled, names, fold_scale=True)
     _, tunable = load_peft(home / "folded", params, names)
     for path, leaf in rescaled.items():
-        found = tunable[path]
-        np.testing.assert_array_equal(found.a, leaf.a)
+        loaded = tunable[path]
+        np.testing.assert_array_equal(loaded.a, leaf.a)
         np.testing.assert_allclose(
-            np.float64(found.b) * found.scale, np.float64(leaf.b) * leaf.scale, rtol=1e-6
+            np.float64(loaded.b) * loaded.scale, np.float64(leaf.b) * leaf.scale, rtol=1e-6
         )

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, of which a small one stands on this machine."""
+"""The Hugging Face Hub, of which a small copy runs on this machine."""
 
 import base64
 import hashlib
@@ -168,7 +168,7 @@ def test_message_and_branch_are_the_users(hub, adapter):
     assert ("HEAD", f"/me/old/resolve/v1/{CARD}") in hub.calls
 
 
-def test_a_card_says_what_the_config_says(hub, adapter):
+def test_card_repeats_the_config(hub, adapter):
     push_to_hub(adapter.folder, "me/new", **hub.options)
     card = hub.repos["me/new"][CARD].decode()
     begin, header, text = card.split("---\n")
@@ -178,7 +178,7 @@ def test_a_card_says_what_the_config_says(hub, adapter):
 
 
 @pytest.mark.parametrize("base", [None, "/home/me/base", "./base", "base"])
-def test_a_card_names_no_base_that_the_hub_has_not(hub, adapter, base):
+def test_card_omits_a_base_missing_on_the_hub(hub, adapter, base):
     save_peft(adapter.folder, adapter.tunable, NAMES, base_model=base)
     push_to_hub(adapter.folder, "me/new", **hub.options)
     assert b"base_model:" not in hub.repos["me/new"][CARD]
@@ -218,14 +218,14 @@ def replace_weights(folder):
     ],
     ids=["no config", "no weights", "bad config", "bad weights", "a model"],
 )
-def test_what_is_no_adapter_is_refused_before_any_call(hub, adapter, spoil, error):
+def test_non_adapter_raises_before_any_call(hub, adapter, spoil, error):
     spoil(adapter.folder)
     with pytest.raises(error):
         push_to_hub(adapter.folder, "me/new", **hub.options)
     assert hub.calls == []
 
 
-def test_what_was_pushed_is_pulled_to_the_bit(hub, adapter):
+def test_pushed_adapter_is_pulled_bit_for_bit(hub, adapter):
     push_to_hub(adapter.folder, "me/a", **hub.options)
     hub.repos["me/a"] |= {"adapter_model.bin": b"a pickle", "code.py": b"evil()"}
     hub.calls.clear()
@@ -237,7 +237,7 @@ def test_what_was_pushed_is_pulled_to_the_bit(hub, adapter):
     jax.tree.map(np.testing.assert_array_equal, tunable, adapter.tunable)
 
 
-def test_what_is_in_the_cache_stays_and_is_not_fetched_again(hub, adapter):
+def test_cached_files_are_not_fetched_again(hub, adapter):
     push_to_hub(adapter.folder, "me/a", **hub.options)
     first = pull_from_hub("me/a", **hub.pull_options)
     hub.calls.clear()
@@ -262,13 +262,13 @@ def test_a_repository_without_an_adapter_is_none(hub, adapter, lacking):
         pull_from_hub("me/a", **hub.pull_options)
 
 
-def test_a_repository_that_is_not_there_is_said(hub):
+def test_missing_repository_raises(hub):
     with pytest.raises(AdapterNotFoundError, match="^me/none: the Hub has it not: 404"):
         pull_from_hub("me/none", **hub.pull_options)
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_what_the_hub_refuses_is_said(hub, adapter, code):
+def test_hub_refusals_raise(hub, adapter, code):
     hub.refusal = code, None
     for call in (
         lambda: push_to_hub(adapter.folder, "me/a", **hub.options),
@@ -280,7 +280,7 @@ def test_what_the_hub_refuses_is_said(hub, adapter, code):
     assert hub.commits == []
 
 
-def test_a_gated_repository_is_no_plain_error(hub):
+def test_gated_repository_error_explains_access(hub):
     hub.repos["me/a"] = {}
     hub.refusal = 403, "GatedRepo"
     with pytest.raises(AdapterError, match="^me/a: the Hub .*403"):
@@ -297,7 +297,7 @@ def test_a_name_that_no_repository_has_is_refused(hub, adapter, repo):
             call()
 
 
-def test_a_hub_that_does_not_answer_is_said(adapter, tmp_path):
+def test_unreachable_hub_raises(adapter, tmp_path):
     options: dict[str, Any] = {"endpoint": "http://127.0.0.1:1", "token": "test"}
     with pytest.raises(AdapterError, match="^me/a: the Hub"):
         push_to_hub(adapter.folder, "me/a", **options)
@@ -305,7 +305,7 @@ def test_a_hub_that_does_not_answer_is_said(adapter, tmp_path):
         pull_from_hub("me/a", cache=tmp_path, **options)
 
 
-def test_what_the_hub_needs_is_said(adapter, monkeypatch):
+def test_missing_hub_package_raises(adapter, monkeypatch):
     assert huggingface_hub  # it is here, and hidden for this test
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: push_to_hub(adapter.folder, "me/a"), lambda: pull_from_hub("me/a")):

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 import lorax
 from lorax import (
+    MXFP4,
     AdaloraSpec,
     BdloraSpec,
     DeloraSpec,
@@ -30,8 +31,10 @@ from lorax import (
     TokensSpec,
     VeraSpec,
     _adapter,
+    dequantize,
     init_lora,
     merge_params,
+    quantize,
 )
 from lorax_io import (
     AdapterError,
@@ -138,18 +141,18 @@ def metadata_of(file):
 
 
 def test_every_kind_is_here():
-    found = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
-    assert found == set(_adapter.KINDS)
+    kinds = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
+    assert kinds == set(_adapter.KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_comes_back(file, kind):
+def test_pair_round_trips(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair, base=make_params(), hash_base=True)
     params = make_params()
-    found = load_pair(file, params)
-    assert_same(found, pair)
-    assert found.frozen["bias"] is params["bias"]
+    loaded = load_pair(file, params)
+    assert_same(loaded, pair)
+    assert loaded.frozen["bias"] is params["bias"]
     assert_same(load_adapter(file, params=params), pair.tunable)
     assert_same(load_adapter(file, params=pair.frozen | {"scale": params["scale"]}), pair.tunable)
     assert_same(load_adapter(file, like=pair.tunable), pair.tunable)
@@ -166,12 +169,12 @@ def test_a_tunable_tree_that_lacks_frozen_factors_is_refused(file, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])
-def test_a_tunable_tree_comes_back_and_the_rest_follows_from_the_base(file, kind):
+def test_tunable_tree_round_trips_and_held_factors_follow_from_the_base(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair.tunable, base=pair.frozen)
-    found = load_pair(file, make_params())
-    assert_same(found.tunable, pair.tunable)
-    assert_close(found.frozen, pair.frozen)
+    loaded = load_pair(file, make_params())
+    assert_same(loaded.tunable, pair.tunable)
+    assert_close(loaded.frozen, pair.frozen)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,12 +247,12 @@ COMES_BACK = ["lora", "rslora", "dora", "loha", "ia3-in", "vera", "delora", "mis
 
 
 @pytest.mark.parametrize("kind", COMES_BACK)
-def test_a_folder_of_peft_comes_back_with_what_is_frozen(tmp_path, kind):
+def test_peft_folder_round_trips_with_frozen_factors(tmp_path, kind):
     pair, params = make_pair(kind), make_params()
     save_peft(tmp_path, pair, NAMES)
-    found = load_peft(tmp_path, params, NAMES)
-    assert_same(found.tunable, pair.tunable)
-    assert_close(found.frozen, pair.frozen)
+    loaded = load_peft(tmp_path, params, NAMES)
+    assert_same(loaded.tunable, pair.tunable)
+    assert_close(loaded.frozen, pair.frozen)
 
 
 @pytest.mark.parametrize("kind", ["vera", "delora", "lora-fa"])
@@ -267,18 +270,18 @@ def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
     """PEFT has LoRA-FA as an optimizer: its files are those of LoRA."""
     pair = make_pair("lora-fa")
     save_peft(tmp_path, pair, NAMES)
-    found = load_peft(tmp_path, make_params(), NAMES)
-    assert {row.kind for row in found.tunable.values() if hasattr(row, "kind")} == {"lora"}
-    assert_close(merge_params(found), merge_params(pair))
+    loaded = load_peft(tmp_path, make_params(), NAMES)
+    assert {row.kind for row in loaded.tunable.values() if hasattr(row, "kind")} == {"lora"}
+    assert_close(merge_params(loaded), merge_params(pair))
 
 
-def test_a_norm_with_gradient_is_said_to_be_lost_in_peft(tmp_path):
+def test_norm_with_gradient_warns_that_peft_lacks_it(tmp_path):
     pair = make_pair("dora-with-gradient")
     with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
         save_peft(tmp_path, pair.tunable, NAMES)
-    found = load_peft(tmp_path, make_params(), NAMES)
-    assert found.tunable["kernel"].detached
-    assert_close(merge_params(found), merge_params(pair))
+    loaded = load_peft(tmp_path, make_params(), NAMES)
+    assert loaded.tunable["kernel"].detached
+    assert_close(merge_params(loaded), merge_params(pair))
 
 
 def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
@@ -297,8 +300,8 @@ def test_experts_beside_an_adapter_are_left_alone(tmp_path):
     spec = {"up": lorax.LORA_FREEZE, "down": lorax.LORA_FREEZE, "q": LoraSpec(2)}
     tunable = init_lora(params, spec, jax.random.key(0)).tunable
     save_peft(tmp_path / "folder", tunable, names)
-    found = load_peft(tmp_path / "folder", params, names).tunable
-    assert jax.tree.map(lambda leaf: leaf.tolist(), found) == jax.tree.map(
+    loaded = load_peft(tmp_path / "folder", params, names).tunable
+    assert jax.tree.map(lambda leaf: leaf.tolist(), loaded) == jax.tree.map(
         lambda leaf: leaf.tolist(), tunable
     )
 
@@ -346,7 +349,7 @@ def test_another_kind_is_refused_as_like(file, kind):
         load_adapter(file, like=make_pair(other).tunable)
 
 
-def test_frozen_factors_that_differ_are_said(file, capsys, tmp_path):
+def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
     pair = make_pair("dora")
     save_adapter(file, pair)
     other = tmp_path / "other"
@@ -356,6 +359,18 @@ def test_frozen_factors_that_differ_are_said(file, capsys, tmp_path):
     save_adapter(other, Pair(frozen, pair.tunable))
     code, out = run(capsys, "diff", file, other)
     assert code == 1 and out.count("frozen factors") == 1
+
+
+def test_frozen_factors_follow_the_base_that_a_pair_is_loaded_onto(file):
+    """A pair of float weights is loaded onto the same weights in few bits."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (64, 6))}
+    pair = init_lora(params, {"kernel": DoraSpec(LoraSpec(2))}, jax.random.key(1))
+    save_adapter(file, pair)
+    coded = quantize(params, {"kernel": MXFP4()})
+    loaded = load_pair(file, coded).frozen["kernel"].factors["square"]
+    expected = jnp.sum(dequantize(coded)["kernel"] ** 2, 0)
+    assert_close(loaded, expected)
+    assert not np.allclose(loaded, pair.frozen["kernel"].factors["square"], rtol=1e-3)
 
 
 def test_a_damaged_frozen_factor_is_not_saved(file):

@@ -1,6 +1,6 @@
 """`load_base`: trees, shapes, places, memory, and files that are refused.
 
-That each library's codes are decoded to the bit is tested beside the libraries, in
+That each library's codes are decoded bit for bit is tested beside the libraries, in
 `integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
 """
 
@@ -42,7 +42,7 @@ def fp8(out=OUT, inputs=IN, seed=0):
 
 
 def save(path, **modules):
-    tensors = {f"{m}.{n}": x for m, found in modules.items() for n, x in found.items()}
+    tensors = {f"{m}.{n}": x for m, parameters in modules.items() for n, x in parameters.items()}
     safetensors.numpy.save_file(tensors, path)
     return path
 
@@ -62,37 +62,37 @@ NAMES: dict[str, Any] = {
 
 
 def test_a_tree_of_the_paths(file):
-    found = load_base(file, NAMES)
-    assert isinstance(found["mlp"]["up"]["kernel"], QuantizedWeight)
-    assert found["mlp"]["norm"]["scale"].dtype == jnp.float32
-    np.testing.assert_array_equal(dequantize(found)["mlp"]["up"]["kernel"].T, fp8()[1])
-    np.testing.assert_array_equal(dequantize(found)["embed"], fp8(seed=1)[1])
+    loaded = load_base(file, NAMES)
+    assert isinstance(loaded["mlp"]["up"]["kernel"], QuantizedWeight)
+    assert loaded["mlp"]["norm"]["scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(dequantize(loaded)["mlp"]["up"]["kernel"].T, fp8()[1])
+    np.testing.assert_array_equal(dequantize(loaded)["embed"], fp8(seed=1)[1])
 
 
 def test_the_structure_of_parameters(file):
     params = {"mlp": [jnp.ones((IN, 4, OUT // 4))], "rest": None}
     with pytest.warns(AdapterWarning, match=r"in none of `names`: e.weight, e.weight_scale, norm"):
-        found = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
-    assert jax.tree.structure(found["rest"]) == jax.tree.structure(None)
-    kernel = dequantize(found)["mlp"][0].reshape(IN, OUT)
+        loaded = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
+    assert jax.tree.structure(loaded["rest"]) == jax.tree.structure(None)
+    kernel = dequantize(loaded)["mlp"][0].reshape(IN, OUT)
     np.testing.assert_array_equal(kernel.T, fp8()[1])
 
 
 def test_floats_are_as_they_are(tmp_path):
     weight = draw(6, 5).astype(jnp.bfloat16)
     path = save(tmp_path / "f", up={"weight": weight})
-    found = load_base(path, {"up": Linear("up")})["up"]
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found.T, weight)
+    loaded = load_base(path, {"up": Linear("up")})["up"]
+    assert loaded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded.T, weight)
 
 
 def test_layers_are_stacked(tmp_path):
     layers = {f"layers.{k}.up": fp8(seed=k)[0] for k in range(3)}
     path = save(tmp_path / "f", **layers)
-    found = load_base(path, {"up": Linear("layers.{}.up", shared_axes=[0])})["up"]
-    assert found.shape == (3, IN, OUT) and found.arrays["scales"].shape == (3, OUT)
+    loaded = load_base(path, {"up": Linear("layers.{}.up", shared_axes=[0])})["up"]
+    assert loaded.shape == (3, IN, OUT) and loaded.arrays["scales"].shape == (3, OUT)
     for k in range(3):
-        np.testing.assert_array_equal(dequantize(found)[k].T, fp8(seed=k)[1])
+        np.testing.assert_array_equal(dequantize(loaded)[k].T, fp8(seed=k)[1])
 
 
 def test_experts_are_a_stack_in_a_tensor(tmp_path):
@@ -100,15 +100,15 @@ def test_experts_are_a_stack_in_a_tensor(tmp_path):
     scales = np.abs(draw(3, 1, 1)).astype(np.float32)
     path = save(tmp_path / "f", mlp={"up": codes, "up_scale_inv": scales})
     layout = Experts("mlp", parameter="up", shared_axes=[0], out_first=True)
-    found = load_base(path, {"up": layout})["up"]
+    loaded = load_base(path, {"up": layout})["up"]
     expected = (codes.astype(np.float32) * scales).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(dequantize(found).swapaxes(1, 2), expected)
+    np.testing.assert_array_equal(dequantize(loaded).swapaxes(1, 2), expected)
 
 
 def test_another_dtype(file):
-    found = load_base(file, NAMES, dtype=jnp.float16)["embed"]
-    assert found.dtype == jnp.float16
-    np.testing.assert_array_equal(dequantize(found), fp8(seed=1)[1].astype(np.float16))
+    loaded = load_base(file, NAMES, dtype=jnp.float16)["embed"]
+    assert loaded.dtype == jnp.float16
+    np.testing.assert_array_equal(dequantize(loaded), fp8(seed=1)[1].astype(np.float16))
 
 
 def test_a_prefix_that_the_names_have(tmp_path):
@@ -141,10 +141,10 @@ def test_no_more_memory_than_the_largest_weight(tmp_path):
     names = {side: Linear(f"model.layers.0.self_attn.{side}_proj") for side in "qk"}
     load_base(file, names)  # what is imported and traced stays
     tracemalloc.start()
-    found = load_base(file, names)
+    loaded = load_base(file, names)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found["q"].bits == 4.5
+    assert loaded["q"].bits == 4.5
     assert peak <= 1.1 * bytes_of, peak / bytes_of
 
 
@@ -180,10 +180,10 @@ KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 def test_blocks_of_llama_cpp(tmp_path, kind):
     data = blocks(kind)
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, kind)})
-    found = load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})["up"]
+    loaded = load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})["up"]
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
-    assert np.isfinite(expected).all() and isinstance(found, QuantizedWeight)
-    np.testing.assert_array_equal(np.asarray(dequantize(found)).T, expected)
+    assert np.isfinite(expected).all() and isinstance(loaded, QuantizedWeight)
+    np.testing.assert_array_equal(np.asarray(dequantize(loaded)).T, expected)
 
 
 def test_heads_that_a_group_does_not_divide(tmp_path):
@@ -192,9 +192,9 @@ def test_heads_that_a_group_does_not_divide(tmp_path):
     params = {"o": jnp.ones((8, 64, 32))}
     names = {"o": Linear("model.layers.0.self_attn.o_proj", in_axes=[0, 1])}
     with pytest.warns(AdapterWarning, match=r"shorter .*`o` \(5\.\d\d bits a weight\)"):
-        found = load_base(file, names, params=params)["o"]
+        loaded = load_base(file, names, params=params)["o"]
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
-    np.testing.assert_array_equal(dequantize(found).reshape(512, 32).T, expected)
+    np.testing.assert_array_equal(dequantize(loaded).reshape(512, 32).T, expected)
 
 
 def test_types_that_no_format_has(tmp_path):
@@ -205,8 +205,8 @@ def test_types_that_no_format_has(tmp_path):
         load_base(file, names)
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K).T
     with pytest.warns(AdapterWarning, match=r"anew: `up` as int8, 0\.00\d+ from the file's"):
-        found = load_base(file, names, anew=Int8(32))["up"]
-    error = np.linalg.norm(dequantize(found) - expected) / np.linalg.norm(expected)
+        loaded = load_base(file, names, anew=Int8(32))["up"]
+    error = np.linalg.norm(dequantize(loaded) - expected) / np.linalg.norm(expected)
     assert 0 < error < 0.01
     with pytest.warns(AdapterWarning, match=r"anew: `up` \(as floats: blocks of Q2_K"):
         np.testing.assert_array_equal(load_base(file, names, anew="float")["up"], expected)
@@ -271,9 +271,9 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_what_is_wrong_is_named(tmp_path, what):
-    tensors, options, message = BAD[what]
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_problem(tmp_path, case):
+    tensors, options, message = BAD[case]
     path = save(tmp_path / "model.safetensors", up=tensors)
     with pytest.raises(AdapterError, match=message):
         load_base(path, {"up": Linear("up")}, **options)

@@ -76,7 +76,7 @@ def test_layouts_that_are_given_come_first():
     ],
     ids=["conv", "matrix", "biases", "scalar", "name", "unknown"],
 )
-def test_what_no_convention_tells_is_asked_for(params, layouts, message):
+def test_ambiguous_axes_raise(params, layouts, message):
     with pytest.raises(AdapterMismatchError, match=message):
         flax_names(params, layouts)
 
@@ -104,17 +104,17 @@ LAYOUTS = {
 }
 
 
-def test_names_come_back(file):
+def test_names_round_trip(file):
     write_names(file, LAYOUTS)
-    found = read_names(str(file))
-    assert found == LAYOUTS
-    assert list(found) == list(LAYOUTS)  # in their order
-    assert [type(layout) for layout in found.values()] == list(map(type, LAYOUTS.values()))
+    layouts = read_names(str(file))
+    assert layouts == LAYOUTS
+    assert list(layouts) == list(LAYOUTS)  # in their order
+    assert [type(layout) for layout in layouts.values()] == list(map(type, LAYOUTS.values()))
     write_names(file, {})  # it is replaced
     assert read_names(file) == {}
 
 
-def test_only_what_is_not_the_default_is_written(file):
+def test_only_non_default_fields_are_written(file):
     write_names(file, {"w": Linear("q"), "b": Tensor("q"), "s": Tensor("n", parameter="weight")})
     assert json.loads(file.read_text()) == {
         "w": {"layout": "Linear", "module": "q"},
@@ -168,8 +168,12 @@ def test_other_files_are_refused(file, content, message):
         ("Experts", {"module": "h.{}.q", "shared_axes": [0]}, "one `{}` in its module"),
         ("Experts", {"swapped": 1, "shared_axes": [0]}, "swapped = 1"),
         ("Experts", {"order": "0", "shared_axes": [0]}, 'order = "0"'),
-        ("Linear", {"numbers": [0]}, "a number of its own for each module of its one stack"),
-        ("Linear", {"module": "{}", "shared_axes": [0], "numbers": [1, 1]}, "a number of its own"),
+        ("Linear", {"numbers": [0]}, "a number for each module of its one stack"),
+        (
+            "Linear",
+            {"module": "{}", "shared_axes": [0], "numbers": [1, 1]},
+            "a number for each module",
+        ),
         ("Linear", {"module": "{}", "shared_axes": [0], "numbers": []}, "numbers = "),
         ("Linear", {"module": "{}", "shared_axes": [0], "numbers": 2}, "numbers = 2"),
         ("Linear", {"module": "{}", "shared_axes": [0], "numbers": [-1]}, "numbers = "),
@@ -207,13 +211,13 @@ def test_a_module_is_needed(file):
         read_names(file)
 
 
-def test_a_missing_file_is_said(file):
+def test_missing_file_raises(file):
     with pytest.raises(AdapterNotFoundError, match="no such file"):
         read_names(file)
 
 
 @given(st.dictionaries(st.text(), st.text().filter(lambda name: not {*"{}"} & {*name})))
-def test_any_text_comes_back(tmp_path_factory, modules):
+def test_any_text_round_trips(tmp_path_factory, modules):
     file = tmp_path_factory.getbasetemp() / "any names.json"
     names = {path: Linear(module) for path, module in modules.items()}
     write_names(file, names)

@@ -100,10 +100,10 @@ class Place:
         save_adapter(self.native, make_tunable(), base=make_params(), metadata={"task": "x"})
         with safetensors.safe_open(self.native, "numpy") as file:
             metadata = file.metadata()
-        found = safetensors.numpy.load_file(self.native)
-        found = without_none(found | (tensors or {}))
+        own = safetensors.numpy.load_file(self.native)
+        own = without_none(own | (tensors or {}))
         metadata = without_none(metadata | (changes or {}))
-        safetensors.numpy.save_file(found, self.native, metadata)
+        safetensors.numpy.save_file(own, self.native, metadata)
 
     def contents(self):
         files = sorted(self.home.rglob("*"))
@@ -147,7 +147,7 @@ def rows(*table):
     return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
-def test_what_the_rows_spoil_is_sound(place):
+def test_unmodified_fixture_loads(place):
     place.write_native()
     assert read_metadata(place.native) == {"task": "x"}
     assert load_adapter(place.native, params=make_params())["q"].rank == 2
@@ -264,7 +264,7 @@ CONTAINERS = rows(
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("data", "message"), CONTAINERS)
-def test_what_is_no_safetensors_file_is_refused(place, loader, data, message):
+def test_non_safetensors_file_raises(place, loader, data, message):
     (place.weights if loader == "peft" else place.native).write_bytes(data)
     assert_refused(place, loader, AdapterFileError, message)
 
@@ -276,7 +276,7 @@ def test_a_large_header_with_one_key_twice_is_refused_in_time(place):
     assert_refused(place, "peft", AdapterFileError, "'0' twice")
 
 
-# What lies where a file is expected.
+# What is there where a file is expected.
 
 
 def link(path, target):
@@ -338,7 +338,7 @@ PLACES = rows(
 @pytest.mark.skipif(os.name != "posix", reason="has other files")
 @pytest.mark.parametrize("which", ["native", "config", "weights"])
 @pytest.mark.parametrize(("spoil", "error", "message"), PLACES)
-def test_what_is_no_file_is_refused(place, which, spoil, error, message):
+def test_non_file_raises(place, which, spoil, error, message):
     place.write_native()
     spoil(getattr(place, which))
     assert_refused(place, "native" if which == "native" else "peft", error, message)
@@ -409,7 +409,7 @@ def test_a_pickle_is_never_read(place):
     ],
     ids=["no config", "no folder", "a file"],
 )
-def test_what_is_no_folder_of_peft_is_refused(place, spoil, message):
+def test_non_peft_folder_raises(place, spoil, message):
     spoil(place)
     assert_refused(place, "peft", AdapterNotFoundError, message)
 
@@ -460,7 +460,7 @@ def test_a_config_that_may_not_be_read_is_refused(place, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "message"), TEXTS)
-def test_a_config_that_is_no_object_is_refused(place, text, message):
+def test_config_that_is_not_an_object_raises(place, text, message):
     place.config.write_bytes(text)
     assert_refused(place, "peft", AdapterFileError, message)
 
@@ -603,18 +603,18 @@ MADE_UP = rows(
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [*KINDS, *MADE_UP])
-def test_what_is_more_than_plain_lora_is_refused(place, changes, error, message):
+def test_more_than_plain_lora_raises(place, changes, error, message):
     place.config.write_text(config_text(changes))
     assert_refused(place, "peft", error, message)
 
 
-def test_an_unknown_key_is_said(place):
+def test_unknown_key_raises(place):
     place.config.write_text(config_text({"temperature": "1"}))
     with pytest.warns(AdapterWarning, match="does not know are ignored: temperature"):
         load_peft(place.folder, make_params(), NAMES)
 
 
-# Patterns: each of these stands wherever a pattern may stand.
+# Patterns: each of these is tried wherever a pattern is allowed.
 
 PATTERNED = {
     "target_modules": lambda pattern: {"target_modules": pattern},
@@ -1080,7 +1080,7 @@ OURS = rows(
 
 
 @pytest.mark.parametrize(("text", "message"), OURS)
-def test_a_header_that_save_peft_has_not_written_is_refused(place, text, message):
+def test_header_not_written_by_save_peft_raises(place, text, message):
     place.write(CONFIG, TENSORS, {"format": "pt", "lorax": text})
     assert_refused(place, "peft", AdapterFileError, message)
 
@@ -1113,8 +1113,8 @@ LORA = {
 def settings(text=None, **changes):
     """The header's settings, in which those of `q` have been changed."""
     values = LORA | {name: 0 for name in changes}
-    found = {name: json.dumps(value) for name, value in values.items()} | changes
-    fields = ", ".join(f'"{name}": {value}' for name, value in found.items())
+    texts = {name: json.dumps(value) for name, value in values.items()} | changes
+    fields = ", ".join(f'"{name}": {value}' for name, value in texts.items())
     text = text or f"{{{fields}}}"
     return {KEY: f'{{"q": {text}, "norm": {{"kind": "full"}}}}'}
 
@@ -1252,7 +1252,7 @@ NATIVE = rows(
         "trains `w` in full, which is not in the parameters",
     ),
     (
-        "trains what is no array",
+        "trains what is not an array",
         {KEY: '{"no array": {"kind": "full"}}'},
         {"q/a": None, "q/b": None, "norm": None, "no array": floats(1)},
         MISMATCH,
@@ -1297,10 +1297,10 @@ def kinds(q, held=None, format="2"):
 
 
 def deep(depth):
-    found = LORA
+    spec = LORA
     for _ in range(depth):
-        found = {"kind": "dora", "detached": True, "delta": found}
-    return found
+        spec = {"kind": "dora", "detached": True, "delta": spec}
+    return spec
 
 
 NO_SETTING = "says of `q` what is not a setting"
@@ -1434,20 +1434,20 @@ def test_a_frozen_factor_with_nan_is_refused(place):
         load_pair(place.native, make_params())
 
 
-def test_the_rows_of_other_kinds_spoil_what_is_sound(place):
+def test_unmodified_fixtures_of_other_kinds_load(place):
     place.write_native(kinds(DORA, {"q": ["square"]}), SQUARE)
     assert load_pair(place.native, make_params()).tunable["q"].kind == "dora"
     place.write_native(kinds(IA3), GAIN)
     assert load_pair(place.native, make_params()).tunable["q"].kind == "ia3"
 
 
-def test_a_folder_of_peft_is_no_native_file(place):
+def test_peft_folder_is_not_a_native_file(place):
     place.native = place.weights
     assert_refused(place, "native", AdapterFileError, "no native adapter; `load_peft` reads")
     assert_refused(place, "metadata", AdapterFileError, "no native adapter; `load_peft` reads")
 
 
-def test_parameters_of_one_path_are_told_apart(place):
+def test_parameters_with_one_path_raise(place):
     """Their paths are all that a file knows of them."""
     save_adapter(place.native, {"w": {"v": floats(2)}})
     params = {"w": {"v": floats(2)}, "w/v": floats(3)}

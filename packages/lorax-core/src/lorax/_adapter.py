@@ -11,6 +11,7 @@ the work oracle follow from it, and for most kinds so does the delta: the einsum
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -68,7 +69,7 @@ def sizes(labels: Sequence[Label]) -> tuple[int, ...]:
 
 
 class Labeled(NamedTuple):
-    """The labels of a weight's axes by their roles; `inner(k, size)` is a label of its own."""
+    """The labels of a weight's axes by their roles; `inner(k, size)` is a separate label."""
 
     shared: Labels
     inputs: Labels
@@ -178,11 +179,11 @@ class Adapter:
         }
 
     def factors(self) -> dict[str, Any]:
-        """The trained arrays by name; those of an adapter within it stand among them."""
-        found: dict[str, Any] = {}
+        """The trained arrays by name; those of an adapter within it are among them."""
+        factors: dict[str, Any] = {}
         for name, value in self._nodes(static=False).items():
-            found |= value.factors() if isinstance(value, Adapter) else {name: value}
-        return found
+            factors |= value.factors() if isinstance(value, Adapter) else {name: value}
+        return factors
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
         """The same adapter with other arrays."""
@@ -196,13 +197,13 @@ class Adapter:
 
     def settings(self) -> dict[str, Any]:
         """All that shapes the weight without being an array, as JSON."""
-        found: dict[str, Any] = {"kind": self.kind}
+        settings: dict[str, Any] = {"kind": self.kind}
         for name, value in self._nodes(static=True).items():
-            found[name] = list(value) if isinstance(value, tuple) else value
+            settings[name] = list(value) if isinstance(value, tuple) else value
         for name, value in self._nodes(static=False).items():
             if isinstance(value, Adapter):
-                found[name] = value.settings()
-        return found
+                settings[name] = value.settings()
+        return settings
 
     def summary(self) -> str:
         """The kind and its size, for a table."""
@@ -295,10 +296,21 @@ class FrozenWeight:
     Attributes:
         base: the frozen weight.
         factors: arrays by name.
+        settings: those of the adapter as JSON, where some factors follow from the base, so that
+            `quantize` can compute them again.
     """
 
     base: Any
     factors: dict[str, Any]
+    settings: str = static("")
+
+    @classmethod
+    def beside(cls, base: Any, factors: Mapping[str, Any], adapter: "Adapter") -> Any:
+        """The leaf of the frozen tree for an adapter: the base alone where it has no factors."""
+        if not factors:
+            return base
+        follows = type(adapter).derived is not Adapter.derived
+        return cls(base, dict(factors), json.dumps(adapter.settings()) if follows else "")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -328,7 +340,7 @@ class Start(NamedTuple):
         path: of the parameter.
         base: the parameter.
         axes: the roles of its axes.
-        key: a PRNG key of its own.
+        key: a PRNG key for this weight alone.
         dtype: of the factors.
         common: what `AdapterSpec.common` made for all weights.
         initializers: of the fan-in factors, and of the fan-out factors.

@@ -112,22 +112,22 @@ class Format:
         for d in reversed(along):
             if shape[d] % whole == 0:
                 return {d: sizes}
-        found = ", ".join(f"axis {d} has {shape[d]}" for d in along)
+        axis_sizes = ", ".join(f"axis {d} has {shape[d]}" for d in along)
         raise SpecError(
             f"`{path}` has shape {shape}, and blocks of {whole} divide none of the axes that a "
-            f"scale is shared along: {found}. Give it another block, a format without blocks such "
-            "as Int8(), or None to leave it as it is."
+            f"scale is shared along: {axis_sizes}. Give it another block, a format without blocks "
+            "such as Int8(), or None to leave it as it is."
         )
 
-    def labels(self, found: Blocks) -> dict[str, Labels]:
+    def labels(self, blocks: Blocks) -> dict[str, Labels]:
         """The labels of each array that such a weight may have."""
         return {
-            "codes": found.codes,
-            "scales": found.scales,
-            "zeros": found.scales,
-            "outer": found.outer,
-            "mins": found.scales,
-            "outer_mins": found.outer,
+            "codes": blocks.codes,
+            "scales": blocks.scales,
+            "zeros": blocks.scales,
+            "outer": blocks.outer,
+            "mins": blocks.scales,
+            "outer_mins": blocks.outer,
         }
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -254,9 +254,9 @@ class QuantizedWeight(Held):
 
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
         """The labels of each of the weight's axes, and of each array's."""
-        found = Blocks.of(self.shape, _sizes(self.blocks), self.along)
-        labels = self.held.labels(found)
-        return found.out, {name: labels[name] for name in self.names}
+        blocks = Blocks.of(self.shape, _sizes(self.blocks), self.along)
+        labels = self.held.labels(blocks)
+        return blocks.out, {name: labels[name] for name in self.names}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -302,7 +302,7 @@ class QuantizedWeight(Held):
         )  # fmt: skip
 
     def array(self) -> jax.Array:
-        """The weight in full."""
+        """The weight as an array of floats."""
         return self.coded().array()
 
     def settings(self) -> dict[str, Any]:
@@ -392,11 +392,11 @@ def quantized_from_settings(
     _, labels = weight.labels()
     if set(weight.names) != set(arrays):
         raise ValueError(f"A format {cls.name!r} does not have the arrays {sorted(arrays)}.")
-    for name, found in labels.items():
+    for name, axis_labels in labels.items():
         is_shape = isinstance(arrays[name], jax.ShapeDtypeStruct)
         if not is_shape and not format.are_numbers(name, arrays[name]):
             raise ValueError(f"{name} has entries that are not finite.")
-        sizes = tuple(label.size for label in found)
+        sizes = tuple(label.size for label in axis_labels)
         if tuple(arrays[name].shape) != sizes:
             raise ValueError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
     return weight
@@ -424,22 +424,22 @@ def first_array(base: Any) -> Any:
 
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     """The weight whose codes and scales are those of `array`; placed as the array is."""
-    found = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
-    labels = weight.held.labels(found)
+    blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
+    labels = weight.held.labels(blocks)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
         entries, axis = array.astype(wide_dtype(array.dtype)), 0
-        for group in found.out:  # one axis after the other, as explicit meshes want it
+        for group in blocks.out:  # one axis after the other, as explicit meshes want it
             if len(group) > 1:
                 sizes = [label.size for label in group]
                 entries = entries.reshape(*entries.shape[:axis], *sizes, *entries.shape[axis + 1 :])
             axis += len(group)
         within, across = (
-            tuple(k for k, label in enumerate(found.codes) if label not in kept)
-            for kept in (found.scales, found.outer)
+            tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
+            for kept in (blocks.scales, blocks.outer)
         )
         arrays = weight.held.encode(entries, within, across)
-        return {name: _without(x, found.codes, labels[name]) for name, x in arrays.items()}
+        return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
     options: dict[str, Any] = {}
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)

@@ -1,6 +1,6 @@
 """Boxes: nodes of one array in which Flax keeps the partition of a parameter beside it.
 
-The box of a base names the base's axes. Its factors have other axes, so each has a box of its own.
+The box of a base names the base's axes. Its factors have other axes, so each has its own box.
 Flax is not imported: a box is what has the methods of `flax.core.meta.AxisMetadata` and the
 `names` of `flax.linen.Partitioned`, or is a `flax.nnx.Variable` with a partition.
 """

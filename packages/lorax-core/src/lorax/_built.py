@@ -1,7 +1,7 @@
-"""Which arrays of a program hold an adapted weight in full: the work oracle of `lorax.testing`.
+"""Which arrays of a program hold a whole adapted weight: the work oracle of `lorax.testing`.
 
 The axes of a weight are followed through the equations of a jaxpr, from its base `[in, out]` and
-its factors `a [in, rank]` and `b [rank, out]`. An array holds the weight in full where
+its factors `a [in, rank]` and `b [rank, out]`. An array holds the whole weight where
 
 * the values of both sides went into it: a product of `a` and `b`, with the base or without, and
 * it still shows an axis of the inputs and another of the outputs, or one reshaped from both.
@@ -81,7 +81,7 @@ class Made(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """An array that holds a weight in full; a mere piece of a base does not count by itself."""
+    """An array that holds a whole weight; a mere piece of a base does not count by itself."""
 
     shape: tuple[int, ...]
     counts: bool
@@ -91,7 +91,7 @@ Found = collections.Counter[Whole]
 
 
 def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
-    """The arrays that hold a weight in full, and how often each is made.
+    """The arrays that hold a whole weight, and how often each is made.
 
     Args:
         jaxpr: the program; nested bodies are followed, and what no result depends on is left out.
@@ -103,13 +103,13 @@ def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
 
 def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
     """How often arrays that count are made, of each shape, beyond what is expected."""
-    found: dict[tuple[int, ...], int] = {}
+    extra: dict[tuple[int, ...], int] = {}
     for shape in {whole.shape for whole in got}:
         count, pieces = (got[Whole(shape, counts)] for counts in (True, False))
         allowed = sum(expected[Whole(shape, counts)] for counts in (True, False))
         if (most := min(count, count + pieces - allowed)) > 0:
-            found[shape] = most
-    return found
+            extra[shape] = most
+    return extra
 
 
 def _follow(
@@ -117,7 +117,7 @@ def _follow(
 ) -> tuple[list[Made | None], Found]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-    found: Found = collections.Counter()
+    counts: Found = collections.Counter()
 
     def read(atom: Any) -> Made | None:
         return None if isinstance(atom, jex.Literal) else made.get(atom)
@@ -129,12 +129,12 @@ def _follow(
         inside = _bodies(eqn, operands, weights)
         if inside is None:
             outs = _results(eqn, operands)
-            found += _whole(eqn.outvars, outs, weights)
+            counts += _whole(eqn.outvars, outs, weights)
         else:
             outs, more = inside
-            found += more
+            counts += more
         made |= zip(eqn.outvars, outs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars], found
+    return [read(atom) for atom in jaxpr.outvars], counts
 
 
 def _live(jaxpr: Any) -> list[Any]:
@@ -149,12 +149,12 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Found:
-    """Those results that hold a weight in full."""
-    found: Found = collections.Counter()
+    """Those results that hold a whole weight."""
+    counts: Found = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
-            found[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
-    return found
+            counts[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
+    return counts
 
 
 def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
@@ -187,19 +187,19 @@ def _bodies(
     if name == "scan":
         consts, carried = _compat.scan_split(params)
         steps = [_pick(made, 0) for made in operands[consts + carried :]]
-        outs, found = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, weights)
+        outs, counts = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, weights)
         outs = outs[:carried] + [_stack(made, 0) for made in outs[carried:]]
         # The scan itself makes what it stacks.
-        return outs, found + _whole(eqn.outvars[carried:], outs[carried:], weights)
+        return outs, counts + _whole(eqn.outvars[carried:], outs[carried:], weights)
     if name == "while":
         tested, consts = params["cond_nconsts"], params["body_nconsts"]
-        outs, found = _loop(params["body_jaxpr"], operands[tested:], consts, [], weights)
+        outs, counts = _loop(params["body_jaxpr"], operands[tested:], consts, [], weights)
         _, asked = _follow(params["cond_jaxpr"], [*operands[:tested], *outs], weights)
-        return outs, found + asked
+        return outs, counts + asked
     if name == "cond":
         several = [_follow(branch, operands[1:], weights) for branch in params["branches"]]
         outs = [_union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
-        return outs, sum((found for _, found in several), collections.Counter())
+        return outs, sum((counts for _, counts in several), collections.Counter())
     bodies = [value for value in params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
     if len(bodies) == 1:
         body = getattr(bodies[0], "jaxpr", bodies[0])
@@ -223,10 +223,10 @@ def _loop(
     """The outputs of a loop's body, once what it carries no longer changes."""
     constants, carry = operands[:consts], operands[consts:]
     while True:
-        outs, found = _follow(body, [*constants, *carry, *steps], weights)
+        outs, counts = _follow(body, [*constants, *carry, *steps], weights)
         after = [_union(each) for each in zip(carry, outs[: len(carry)], strict=True)]
         if after == carry:
-            return [*after, *outs[len(carry) :]], found
+            return [*after, *outs[len(carry) :]], counts
         carry = after
 
 

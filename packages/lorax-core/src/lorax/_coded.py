@@ -63,7 +63,7 @@ class Spread:
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def array(self) -> jax.Array:
-        """The array in full."""
+        """The decoded array."""
         return jax.lax.broadcast_in_dim(self.source, self.shape, self.axes)
 
 
@@ -116,7 +116,7 @@ class CodedArray:
         )
 
     def array(self) -> jax.Array:
-        """The weight in full: decoded where it is asked for, all that waits played on it."""
+        """The weight as an array of floats, with every pending move applied to it."""
         term, waiting, array = self.term, [], None
         for move, others in zip(self.moves, self.others, strict=True):
             others = tuple(map(array_of, others))
@@ -205,9 +205,9 @@ class CodedArray:
 
 
 def _primitive(name: str) -> jex.Primitive:
-    found = _compat.find_primitive(name)
-    assert found is not None, name
-    return found
+    primitive = _compat.find_primitive(name)
+    assert primitive is not None, name
+    return primitive
 
 
 def _sharding_of(array: Any) -> Any:

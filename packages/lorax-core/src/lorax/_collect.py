@@ -88,7 +88,7 @@ def collect_starts(
         raise ValueError("collect_starts was given no batch.")
     if at_once is not None and at_once < 1:
         raise ValueError(f"collect_starts: at_once is {at_once}; it is at least 1.")
-    found: Collected = {}
+    collected: Collected = {}
     for is_gradient in (False, True):
         several = [w for w in wanted if (w.spec.collects.source == "gradients") == is_gradient]
         step = max(len(several), 1) if at_once is None else at_once
@@ -98,9 +98,9 @@ def collect_starts(
             model = _Model(fn, leaves, structure, group, through_custom_derivatives)
             totals = _summed(lambda *x, d=derivative, m=model: d(m, *x), model, batches)
             for weight, total in zip(group, totals, strict=True):
-                found[weight.path] = weight.reduced(total, len(batches))
+                collected[weight.path] = weight.reduced(total, len(batches))
     # In the order of the parameters.
-    return {weight.path: found[weight.path] for weight in wanted}
+    return {weight.path: collected[weight.path] for weight in wanted}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +144,19 @@ class _Wanted:
         matrices = self.axes.matrices(jnp.asarray(decoded(self.base))).astype(self.wide)
         entries, fan_in, _ = matrices.shape
         if self.is_gradient:
-            found: Any = self.axes.matrices(total) / batches
+            collected: Any = self.axes.matrices(total) / batches
         else:
             second, first, count = total
             self._check_count(count, rank if start.source == "inputs" else 1)
             second = second.reshape(entries, fan_in, fan_in)
-            found = second, first.reshape(entries, fan_in), count.reshape(entries)
+            collected = second, first.reshape(entries, fan_in), count.reshape(entries)
         reduce = lambda each: start.reduced(*each, rank)  # noqa: E731
         # One after the other: side by side, every entry would take the time of the slowest.
-        kept = jax.jit(lambda *each: jax.lax.map(reduce, each))(matrices, found)
+        kept = jax.jit(lambda *each: jax.lax.map(reduce, each))(matrices, collected)
         if not all(bool(jnp.isfinite(x).all()) for x in kept.values()):
-            what = "gradients" if self.is_gradient else "inputs"
+            label = "gradients" if self.is_gradient else "inputs"
             raise SpecError(
-                f"`{self.path}` has {start}, and the {what} of an entry are all zero, or not "
+                f"`{self.path}` has {start}, and the {label} of an entry are all zero, or not "
                 "finite, in these batches. Give collect_starts other batches, or give it another "
                 "init."
             )
@@ -236,8 +236,8 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
                     for dynamic, leaf in zip(moves, rest, strict=True)
                 ]
                 params, batch = jax.tree.unflatten(tree, filled)
-                found = derivative(params, batch)
-                return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, found)
+                new = derivative(params, batch)
+                return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new)
 
             compiled[key] = jax.jit(step, donate_argnums=0)
         arrays = [leaf for dynamic, leaf in zip(moves, leaves, strict=True) if dynamic]

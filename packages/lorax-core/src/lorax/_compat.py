@@ -99,7 +99,7 @@ def is_tracer(value: Any) -> bool:
 
 
 def varying_axes(array: Any) -> frozenset[Any]:
-    """The manual mesh axes that a value varies over; none are told under `check_vma=False`.
+    """The manual mesh axes that a value varies over; none are known under `check_vma=False`.
 
     JAX 0.10 put them under `manual_axis_type`; before, they were `vma` of the type itself.
     """
@@ -111,7 +111,7 @@ def source_line(eqn: jex.JaxprEqn) -> str:
     """`file:line (function)` of the user's code behind an equation; no public name gives it.
 
     Empty where a library made the equation. JAX 0.8 remembers the body of a jitted function with
-    the frames of whoever called it first, so the search ends where the tracing of a body begins.
+    the frames of its first caller, so the search ends where the tracing of a body begins.
     """
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():

@@ -2,7 +2,7 @@
 
 Rules say *which* labels meet. `contract` decides how: pairwise, in the order of least
 multiplications, each pair as one `dot_general` whose operands are already in the operand's
-dtype, under the named scope `lora`. On one CPU, neighbouring axes are one axis in it.
+dtype, under the named scope `lora`. On one CPU, neighboring axes are one axis in it.
 
 Labels are any hashable with a `size`; each names one axis of an operand.
 """
@@ -83,9 +83,9 @@ def contract(
         met = [k == meets for k in range(len(arrays))]
         for left, right in _path(tuple(labels), out, meets):
             last = len(arrays) == 2
-            rest = [found for k, found in enumerate(labels) if k not in (left, right)]
+            rest = [pair_labels for k, pair_labels in enumerate(labels) if k not in (left, right)]
             elsewhere = {*out}.union(*rest)
-            array, found = _pair(
+            array, pair_labels = _pair(
                 (arrays[left], labels[left]),
                 (arrays[right], labels[right]),
                 elsewhere,
@@ -101,19 +101,19 @@ def contract(
             for k in sorted((left, right), reverse=True):
                 del arrays[k], labels[k], met[k]
             arrays.append(array)
-            labels.append(found)
+            labels.append(pair_labels)
             met.append(meeting)
-        array, found = _sum_out(arrays[0], labels[0], set(out), dtype)
+        array, pair_labels = _sum_out(arrays[0], labels[0], set(out), dtype)
         array = array.astype(dtype) if len(operands) == 1 else array
-        if found != out:
-            array = jnp.transpose(array, [found.index(label) for label in out])
+        if pair_labels != out:
+            array = jnp.transpose(array, [pair_labels.index(label) for label in out])
         return array
 
 
 def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins, shared) -> Operand:
     """One `dot_general`; `out`, where given, decides which operand comes first.
 
-    With `joins`, neighbouring axes are one axis, but not those of an operand that others share:
+    With `joins`, neighboring axes are one axis, but not those of an operand that others share:
     JAX would keep both forms of it for the backward pass.
     """
     (x, xs), (y, ys) = left, right
@@ -131,9 +131,9 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
         x, xs, x_free, y, ys, y_free = y, ys, y_free, x, xs, x_free
         if isinstance(precision, tuple):
             precision = precision[::-1]
-    found = (*batch, *x_free, *y_free)
+    out_labels = (*batch, *x_free, *y_free)
     if joins and shared is not x and shared is not y:
-        followers = _followers((xs, ys, found))
+        followers = _followers((xs, ys, out_labels))
         xs, ys, summed, batch = (_join(labels, followers) for labels in (xs, ys, summed, batch))
         x, y = _reshape(x, xs), _reshape(y, ys)
     dimension_numbers = (
@@ -146,9 +146,9 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
         dimension_numbers,
         precision=precision,
         preferred_element_type=preferred,
-        **mesh.out_sharding(found),
+        **mesh.out_sharding(out_labels),
     )
-    return _reshape(result, found), found
+    return _reshape(result, out_labels), out_labels
 
 
 def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
@@ -204,7 +204,7 @@ def _join(labels: tuple[Any, ...], followers: Mapping[Any, Any]) -> tuple[Any, .
 
 
 def _reshape(array: jax.Array, labels: Sequence[Any]) -> jax.Array:
-    return array if array.ndim == len(labels) else array.reshape([found.size for found in labels])
+    return array if array.ndim == len(labels) else array.reshape([label.size for label in labels])
 
 
 def _precisions(precision, meets, left_met: bool, right_met: bool):
@@ -242,7 +242,7 @@ def _path(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int 
     weight's inputs and its outputs, or all of its axes: that would be the delta itself.
     """
     numbers = {label: k for k, label in enumerate(dict.fromkeys(itertools.chain(*labels)))}
-    sets = tuple(sum(1 << numbers[label] for label in set(found)) for found in labels)
+    sets = tuple(sum(1 << numbers[label] for label in set(owned)) for owned in labels)
     shown = sum(1 << numbers[label] for label in set(out))
     return _ordered(sets, tuple(nominal(label.size) for label in numbers), shown, meets)
 
@@ -281,21 +281,23 @@ class _Search:
         self.labels, self.sizes, self.out = labels, sizes, out
         self.met = 0 if meets is None else 1 << meets
         # Of the weight whose factors are multiplied, where something meets it.
-        self.inputs = self.outputs = self.shown = self.bonds = 0
+        self.inputs = self.outputs = self.shown = self.inner = 0
         if meets is not None:
             seen = labels[meets]
             owned = functools.reduce(
-                operator.or_, (found for k, found in enumerate(labels) if k != meets), 0
+                operator.or_,
+                (own for k, own in enumerate(labels) if k != meets),
+                0,
             )
             self.inputs, self.outputs, self.shown = seen & ~out, out & ~seen, owned & (seen | out)
-            self.bonds = owned & ~(seen | out)
+            self.inner = owned & ~(seen | out)
         self.size = functools.cache(self._size)
-        self.found = functools.cache(self._found)
+        self.labels_of = functools.cache(self._labels_of)
 
     def _size(self, labels: int) -> int:
         return math.prod(size for k, size in enumerate(self.sizes) if labels >> k & 1)
 
-    def _found(self, group: int) -> int:
+    def _labels_of(self, group: int) -> int:
         """The labels of a group: its operand's, or those of its product that are needed later."""
         inside, elsewhere = 0, self.out
         for k, labels in enumerate(self.labels):
@@ -309,19 +311,22 @@ class _Search:
 
     def cost(self, left: int, right: int) -> tuple[int, int] | None:
         """Multiplications and entries of one product, or None where it is not to be made."""
-        found = self.found(left | right)
+        product_labels = self.labels_of(left | right)
         if not (left | right) & self.met and (
-            self._is_built(left, right, found) or self._scales_a_bond(left, right)
+            self._is_built(left, right, product_labels) or self._scales_a_bond(left, right)
         ):
             return None
-        return self.size(self.found(left) | self.found(right)), self.size(found)
+        return self.size(self.labels_of(left) | self.labels_of(right)), self.size(product_labels)
 
-    def _is_built(self, left: int, right: int, found: int) -> bool:
+    def _is_built(self, left: int, right: int, product_labels: int) -> bool:
         """Whether the product of two factors would be the weight's delta, or a part as large."""
-        if self.inputs & found and self.outputs & found:
+        if self.inputs & product_labels and self.outputs & product_labels:
             # A scale of one of them leaves the other as large as it is.
-            return all(found & ~self.found(factor) for factor in (left, right))
-        missing = (self.shown & ~labels for labels in (found, self.found(left), self.found(right)))
+            return all(product_labels & ~self.labels_of(factor) for factor in (left, right))
+        missing = (
+            self.shown & ~labels
+            for labels in (product_labels, self.labels_of(left), self.labels_of(right))
+        )
         return [bool(labels) for labels in missing] == [False, True, True]
 
     def _scales_a_bond(self, left: int, right: int) -> bool:
@@ -330,8 +335,8 @@ class _Search:
         What meets the weight is as narrow there, so the scale costs next to nothing. For its own
         gradient then that narrow product is kept, and not all that meets the weight.
         """
-        few, many = sorted(map(self.found, (left, right)), key=int.bit_count)
-        return not few & ~(self.bonds & many) and few not in (0, many)
+        few, many = sorted(map(self.labels_of, (left, right)), key=int.bit_count)
+        return not few & ~(self.inner & many) and few not in (0, many)
 
     def cheapest_pair(self, groups: Sequence[int]) -> tuple[int, int]:
         """The two of many groups whose product costs least; what meets the weight meets any."""
@@ -345,7 +350,7 @@ class _Search:
         for count in range(2, len(groups) + 1):
             for chosen in itertools.combinations(groups, count):
                 whole = sum(chosen)
-                for left in _halves(chosen):
+                for left in _divisions(chosen):
                     right = whole ^ left
                     cost = self.cost(left, right) if left in costs and right in costs else None
                     if cost is None:
@@ -364,7 +369,7 @@ class _Search:
         return steps(sum(groups))
 
 
-def _halves(groups: tuple[int, ...]) -> Iterator[int]:
+def _divisions(groups: tuple[int, ...]) -> Iterator[int]:
     """One part of each way to divide groups in two, the larger parts first."""
     first, *rest = groups
     for count in reversed(range(len(rest))):
@@ -373,7 +378,7 @@ def _halves(groups: tuple[int, ...]) -> Iterator[int]:
 
 
 class _Mesh:
-    """Sharding of products on a mesh with explicit axes, where `dot_general` must be told.
+    """Sharding of products on a mesh with explicit axes, where `dot_general` needs it.
 
     A label is sharded as the first operand that carries it is, and the result as `like` is. Of two
     labels of one array that are sharded over the same axis of the mesh, the first one is.

@@ -18,12 +18,12 @@ from ._within import Within
 
 
 def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
-    """Adapters that drop entries of their input, each with keys of its own.
+    """Adapters that drop entries of their input, each with its own keys.
 
         x @ W  +  scale · (drop(x) @ a) @ b,    drop(x) = mask ⊙ x / (1 − rate)
 
     The base sees all of `x`. The keys are data, so call it inside the loss, with another key in
-    each step; for evaluation, leave it out. Every entry of the shared axes has a mask of its own,
+    each step; for evaluation, leave it out. Every entry of the shared axes has its own mask,
     as each layer of a `scan`; so has every use of a weight. Under `jax.checkpoint` the mask is the
     same again. Where there is no delta or no input, nothing is dropped: for IA³, for rows that are
     looked up, and for parameters in full.

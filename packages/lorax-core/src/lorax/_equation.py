@@ -186,7 +186,7 @@ class Equation:
         self.use(value, "materialized", reason)
         return value.array()
 
-    def settle(
+    def rows_or_weight(
         self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False
     ) -> Value:
         """A weight, or an array where its pieces no longer have anything to keep apart.

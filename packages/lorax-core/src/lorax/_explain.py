@@ -115,7 +115,7 @@ class Explanation:
             lines.append(f"{self.quantized:,} parameters are held in {self.bits:.2f} bits each.")
         for path, primitive, line in self.decoded:
             where = f" at {line}" if line else ""
-            lines.append(f"`{path}` is decoded in full for `{primitive}`{where}.")
+            lines.append(f"`{path}` is decoded to a whole array for `{primitive}`{where}.")
         for name, unit in (("flops", "FLOPs"), ("bytes", "bytes moved")):
             base, adapted = getattr(self.base, name), getattr(self.adapted, name)
             if base and adapted:
@@ -168,7 +168,7 @@ def explain(
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
-        whether its uses are covered by rules, need the weight in full, or do not exist; what a
+        whether its uses are covered by rules, materialize the weight, or do not exist; what a
         call costs beside the base model's, as XLA counts it before optimization; and the bytes that
         a backward pass needs.
 
@@ -186,21 +186,21 @@ def explain(
     """
     call = bind_call(fn, (0,), (), (pair, *args), kwargs)
     traced = trace(fn, call)
-    found: dict[str, list[Use]] = collections.defaultdict(list)
+    uses_of: dict[str, list[Use]] = collections.defaultdict(list)
     for use in uses(traced, through_custom_derivatives):
-        found[str(use.source)].append(use)
+        uses_of[str(use.source)].append(use)
     bare = {leaf.path for leaf in call.leaves if leaf.is_weight and not leaf.is_adapted}
     decoded = dict.fromkeys(
         (path, use.primitive, use.line)
         for path in bare
-        for use in found[path]
+        for use in uses_of[path]
         if use.kind in ("materialized", "returned")
     )
     held = [leaf.frozen for leaf in call.leaves if isinstance(leaf.frozen, QuantizedWeight)]
     quantized = sum(weight.size for weight in held)
     frozen = [x for leaf in call.leaves for x in (leaf.frozen, *leaf.held.values()) if is_array(x)]
     tunable = [x for x in jax.tree.leaves([leaf.tunable for leaf in call.leaves]) if is_array(x)]
-    rows = [_row(leaf, found[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
+    rows = [_row(leaf, uses_of[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
     plain = list(map(traced_as, traced.operands))
     kept, no_derivative = _kept(fn, pair, args, kwargs, through_custom_derivatives)

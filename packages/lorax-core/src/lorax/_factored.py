@@ -24,7 +24,7 @@ from ._coded import CodedArray, is_coded
 from ._meter import Meter
 from ._reading import reading
 from ._sharding import sharded_like
-from ._terms import Inexpressible, Labels, Term, align, apart
+from ._terms import Inexpressible, Labels, Term, align, relabeled
 from ._turn import Turn
 
 
@@ -62,7 +62,7 @@ class Norm:
         return Term((magnitude / jnp.sqrt(square),), (kept,), term.out, term.sources)
 
     def of_sum(self, total: jax.Array) -> Term:
-        """The gain beside a weight that is there in full."""
+        """The gain beside a weight that is an array."""
         shown = self.term.shown
         kept = tuple(label for label in shown if self.term.owners(label))
         summed = tuple(k for k, label in enumerate(shown) if label not in kept)
@@ -90,7 +90,7 @@ class Norm:
             of_term = functools.partial(cross, labels=term.labels)
             square += 2 * reading(of_term, base, *conjugated[k].factors)
             for j, other in enumerate(conjugated[: k + 1]):
-                # The other term has the same axes, and a rank of its own.
+                # The other term has the same axes, and its own rank.
                 inner = {label for labels in other.labels for label in labels} - {*aligned.shown}
                 first = 1 + max(
                     label.id for one in (term, other, aligned) for label in _labels(one)
@@ -158,7 +158,7 @@ def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
         others = list(others)
     for _ in range(2):  # A later term may split labels that an earlier one shows.
         for k, other in enumerate(others):
-            first, others[k] = align(first, apart(first, other), [(d, d) for d in axes])
+            first, others[k] = align(first, relabeled(first, other), [(d, d) for d in axes])
     return first, others
 
 
@@ -283,7 +283,7 @@ class FactoredArray:
         return dataclasses.replace(self, base=base)
 
     def array(self) -> jax.Array:
-        """The weight in full: computed in float32 or wider, then cast to the base's dtype."""
+        """The materialized weight: computed in float32 or wider, then cast to the base's dtype."""
         wide = _contract.wide_dtype(self.base.dtype)
         total = self.base.astype(wide)
         # A merged weight is computed once and used often: spend the precision.
@@ -332,7 +332,7 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
     Args:
         array: any array.
         gain: of as many axes; those of size one are broadcast.
-        joins: whether neighbouring axes may be one axis in the product, on one CPU. The gain's
+        joins: whether neighboring axes may be one axis in the product, on one CPU. The gain's
             gradient is a sum over all that the gain is constant along, and XLA on CPU fuses such a
             sum only over one axis. Of an array that others share, JAX would keep both forms.
     """
@@ -349,7 +349,7 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
 
 
 def _joined(array: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both with one axis for neighbours that the gain is constant along, and for other ones."""
+    """Both with one axis for neighbors that the gain is constant along, and for other ones."""
     axes = itertools.groupby(range(array.ndim), lambda d: gain.shape[d] == 1)
     runs = [list(run) for _, run in axes]
     array, gain = (

@@ -33,7 +33,7 @@ def _static_from_bytes(data: bytes) -> Any:
 def register_with_flax(cls: type) -> None:
     """Teaches `flax.serialization` the class, where Flax has been imported.
 
-    Flax looks classes up in a table of its own, and the core does not import Flax. So every new
+    Flax looks classes up in its own table, and the core does not import Flax. So every new
     adapter asks, and each `jax.tree.map` makes new ones: they are known before a state is saved.
     """
     flax: Any = sys.modules.get("flax.serialization")

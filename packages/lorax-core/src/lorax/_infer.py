@@ -62,7 +62,7 @@ def infer_spec(
         spec: instead of these three, the spec of any kind of adapter, without axes.
         where: only parameters whose path it accepts: a glob, a compiled regular expression or a
             callable.
-        shared_axes: axes that have factors of their own for each entry although the trace does not
+        shared_axes: axes that have their own factors for each entry although the trace does not
             show it: of every weight, or a dict from patterns of paths to axes. In the first layer
             of an ensemble made by `jax.vmap` on one input, the members share `a` unless their axis
             is given here.
@@ -203,7 +203,7 @@ def _shared_axes(shared_axes: SharedAxes, paths: Sequence[str]) -> dict[str, tup
     """The axes that the user wants shared, for each path; the first pattern that matches counts."""
     if not isinstance(shared_axes, Mapping):
         return dict.fromkeys(paths, tuple(shared_axes))
-    found: dict[str, tuple[int, ...]] = {}
+    axes_of: dict[str, tuple[int, ...]] = {}
     for pattern, axes in shared_axes.items():
         matched = [path for path in paths if matches(pattern, path)]
         if not matched:
@@ -211,8 +211,8 @@ def _shared_axes(shared_axes: SharedAxes, paths: Sequence[str]) -> dict[str, tup
                 f"shared_axes: {shown(pattern)} matches no parameter of two or more axes; there "
                 f"are {some(paths)}."
             )
-        found = dict.fromkeys(matched, tuple(axes)) | found
-    return found
+        axes_of = dict.fromkeys(matched, tuple(axes)) | axes_of
+    return axes_of
 
 
 def _axes(

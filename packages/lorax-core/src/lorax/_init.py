@@ -65,7 +65,7 @@ def init_lora(
     """Splits parameters into a frozen tree and a tunable one with fresh factors.
 
     `a` is uniform in ±1/√fan_in and `b` is zero, so the adapted model is the base model at first.
-    Each leaf has a key of its own, folded from its path: adding a layer changes no other.
+    Each leaf has its own key, folded from its path: adding a layer changes no other.
 
     Args:
         params: the parameters, any pytree; leaves that are not arrays are kept as they are.
@@ -201,13 +201,11 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
         pass  # It is placed as its base is.
     elif isinstance(base, jax.Array) and not is_tracer(base):
         moved = jax.device_put(moved, base.sharding)
-    if not held:
-        return moved, adapter
     beside = {
         name: _place_like(factor, base, layout.out, layout.held[name], placed)
         for name, factor in held.items()
     }
-    return FrozenWeight(moved, beside), adapter
+    return FrozenWeight.beside(moved, beside, adapter), adapter
 
 
 def _place_like(
@@ -220,12 +218,14 @@ def _place_like(
         held = isinstance(base, QuantizedWeight)
         sharding: Any = base.sharding if held else jax.typeof(base).sharding
         place = jax.sharding.reshard
-        settled = AxisType.Explicit not in sharding.mesh.axis_types  # the compiler places the rest
+        is_placed = (
+            AxisType.Explicit not in sharding.mesh.axis_types
+        )  # the compiler places the rest
     else:
         sharding, place = base.sharding, jax.device_put
         named = isinstance(sharding, NamedSharding)
-        settled = not base.committed or (not named and is_tracer(factor))
-    if settled:
+        is_placed = not base.committed or (not named and is_tracer(factor))
+    if is_placed:
         return factor
     sharding = factor_sharding(sharding, out, labels)
     key = (id(factor), sharding)

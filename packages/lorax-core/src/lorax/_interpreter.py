@@ -27,7 +27,7 @@ class Interpreter:
 
     `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
     it with the next one. `through_custom_derivatives` says whether a weight goes into functions
-    with a derivative of their own, which is then left out. `beside_data` says of an equation that
+    with a custom derivative, which is then left out. `beside_data` says of an equation that
     joins arrays whether data are among them.
     """
 
@@ -46,7 +46,7 @@ class Interpreter:
         self.beside_data: Callable[[jex.JaxprEqn], bool] = lambda _: False
 
     def fork(self) -> "Interpreter":
-        """One that works alike and has a record of its own."""
+        """One that works alike and has its own record."""
         other = copy.copy(self)
         other.uses = []
         other.drawn = collections.Counter()

@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function of `fn`, its arguments and its keywords that has options of its own.
+    """For a function of `fn`, its arguments and its keywords that has its own options.
 
     An option that is given while `fn` names a keyword like it could be meant for either, and raises
     a `TypeError`. A keyword that a `functools.partial` has bound is settled. Where `fn` takes

@@ -30,7 +30,7 @@ from ._sharding import devices_of, in_device_memory, placement
 
 
 def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
-    """One weight in full: `base + scale · a @ b` for LoRA.
+    """One materialized weight: `base + scale · a @ b` for LoRA.
 
     Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
 
@@ -80,12 +80,12 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
     return jax.jit(function, out_shardings=sharding, donate_argnums=(0,) if donate else ())
 
 
-def _apply(function: Any, what: str, leaf: Leaf, donate: bool = False) -> jax.Array:
+def _apply(change: Any, function: str, leaf: Leaf, donate: bool = False) -> jax.Array:
     frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
     arrays = [first_array(frozen), *jax.tree.leaves((held, tunable))]
     if any(map(is_tracer, arrays)):
-        return function(frozen, held, tunable)
-    _check_devices(what, leaf.path, arrays)
+        return change(frozen, held, tunable)
+    _check_devices(function, leaf.path, arrays)
     base, held, tunable = jax.tree.map(in_device_memory, (frozen, held, tunable))
     sharding = placement(base)
     # A base that nobody placed goes where its factors are, as in `base + a @ b`.
@@ -94,21 +94,21 @@ def _apply(function: Any, what: str, leaf: Leaf, donate: bool = False) -> jax.Ar
     stays = sharding is not None or not elsewhere
     donate = donate and isinstance(frozen, jax.Array)
     # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
-    value = _compiled(function, sharding, donate and stays)(base, held, tunable)
+    value = _compiled(change, sharding, donate and stays)(base, held, tunable)
     if donate and not frozen.is_deleted():
         frozen.delete()
     moved = first_array(base) is not first_array(frozen)
     return jax.device_put(value, frozen.sharding) if moved else value
 
 
-def _check_devices(what: str, path: str, arrays: Sequence[Any]) -> None:
+def _check_devices(function: str, path: str, arrays: Sequence[Any]) -> None:
     """Names the weight whose factors are committed to other devices than its base."""
     base, *factors = (devices_of(array) if placement(array) else set() for array in arrays)
     for factor in factors:
         if base and factor and base != factor:
             raise PairError(
-                f"{what}: the base at `{path}` is committed to {_brief(base)}, and its factors are "
-                f"committed to {_brief(factor)}. Move one of them with `jax.device_put`."
+                f"{function}: the base at `{path}` is committed to {_brief(base)}, and its factors "
+                f"are committed to {_brief(factor)}. Move one of them with `jax.device_put`."
             )
 
 

@@ -105,9 +105,9 @@ class Meter:
             if self.is_scaled:
                 largest = jnp.abs(jnp.max(rows))
                 rows = rows / jnp.where(largest == 0, 1, largest).astype(rows.dtype)
-            found = summed(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
+            sums = summed(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
             second, first, count = (
-                x.astype(zero.dtype) for x, zero in zip(found, zeros, strict=True)
+                x.astype(zero.dtype) for x, zero in zip(sums, zeros, strict=True)
             )
             return second, first, count
 
@@ -145,9 +145,9 @@ def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) 
 
     def summed(several: list[tuple[jax.Array, Labels]], labels: Labels) -> jax.Array:
         # A squeeze has dropped labels of one entry.
-        met = tuple(x for x in labels if any(x in found for _, found in several))
-        found = contract(several, met, dtype=array.dtype, precision=_HIGHEST)
-        return found.reshape([label.size for label in labels])
+        met = tuple(x for x in labels if any(x in owned for _, owned in several))
+        total = contract(several, met, dtype=array.dtype, precision=_HIGHEST)
+        return total.reshape([label.size for label in labels])
 
     return (
         summed([(array, left), (array, right)], second),

@@ -76,15 +76,15 @@ jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
 ABSENT: Any = object()
 
 
-def two_trees(frozen: Any, tunable: Any, what: str) -> tuple[Any, Any]:
+def two_trees(frozen: Any, tunable: Any, function: str) -> tuple[Any, Any]:
     """The trees of a call that was given a pair, or both trees."""
     if tunable is not ABSENT:
         return frozen, tunable
     if isinstance(frozen, Pair):
         return frozen
     raise PairError(
-        f"{what} takes a pair, as `init_lora` returns it, or its two trees, and was given "
-        f"{type(frozen).__name__}: {what}(frozen, tunable)."
+        f"{function} takes a pair, as `init_lora` returns it, or its two trees, and was given "
+        f"{type(frozen).__name__}: {function}(frozen, tunable)."
     )
 
 
@@ -114,14 +114,14 @@ def flatten_tunable(tunable: Any, params: Any, structure: Any) -> tuple[list[Any
     return [bare(leaf) for leaf in leaves], other
 
 
-def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]:
+def flatten_pair(frozen: Any, tunable: Any, function: str) -> tuple[list[Leaf], Any]:
     """The leaves of both trees side by side, and the structure of the parameters."""
     left, structure = flatten_params(frozen)
     right, other = flatten_tunable(tunable, frozen, structure)
     if structure != other:
-        _check_order(frozen, tunable, what)
+        _check_order(frozen, tunable, function)
         raise PairError(
-            f"{what}: frozen and tunable must both have the structure of the parameters, as "
+            f"{function}: frozen and tunable must both have the structure of the parameters, as "
             f"`init_lora` returns them, but frozen is {_brief(structure)} and tunable is "
             f"{_brief(other)}."
         )
@@ -129,20 +129,20 @@ def flatten_pair(frozen: Any, tunable: Any, what: str) -> tuple[list[Leaf], Any]
     for (path, leaf), new in zip(left, right, strict=True):
         base, held = base_and_held(leaf)
         leaves.append(Leaf(path, base, new, held))
-        _check_leaf(what, leaves[-1])
+        _check_leaf(function, leaves[-1])
     return leaves, structure
 
 
-def _check_order(frozen: Any, tunable: Any, what: str) -> None:
+def _check_order(frozen: Any, tunable: Any, function: str) -> None:
     if not has_adapters(frozen):
         return
     if has_adapters(tunable):
         raise PairError(
-            f"{what}: both trees have adapters. A pair is (frozen, tunable), as `init_lora` "
+            f"{function}: both trees have adapters. A pair is (frozen, tunable), as `init_lora` "
             "returns it, and frozen has arrays alone."
         )
     raise PairError(
-        f"{what}: frozen and tunable are swapped: the first tree has the adapters. A pair is "
+        f"{function}: frozen and tunable are swapped: the first tree has the adapters. A pair is "
         "(frozen, tunable), as `init_lora` returns it."
     )
 
@@ -158,37 +158,38 @@ def _brief(structure: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-def _check_leaf(what: str, leaf: Leaf) -> None:
+def _check_leaf(function: str, leaf: Leaf) -> None:
     path, base, new, held = leaf
     if not leaf.is_adapted:
         if base is not None and new is not None:
             raise PairError(
-                f"{what}: `{path}` is in frozen and in tunable. A parameter is in one of them and "
-                "None in the other; only an adapter needs its base beside it."
+                f"{function}: `{path}` is in frozen and in tunable. A parameter is in one of them "
+                "and None in the other; only an adapter needs its base beside it."
             )
         return
     if not is_array(base):
         raise PairError(
-            f"{what}: tunable has an adapter at `{path}`, but frozen has "
+            f"{function}: tunable has an adapter at `{path}`, but frozen has "
             f"{type(base).__name__} there instead of its base weight."
         )
     # Under vmap and in trees of shapes or specs, leaves may be anything with a shape.
     shape = _shape(base)
-    found = {name: _shape(factor) for name, factor in new.factors().items()}
+    shapes = {name: _shape(factor) for name, factor in new.factors().items()}
     beside = {name: _shape(factor) for name, factor in held.items()}
     layout = _layout(new, shape)
     if layout is not None:
         needed = {name: sizes(labels) for name, labels in layout.held.items()}
         if needed.keys() - beside.keys():
             raise PairError(
-                f"{what}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside its "
-                "base in frozen. Pass the frozen tree of the same `init_lora` as the adapter."
+                f"{function}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside "
+                "its base in frozen. Pass the frozen tree of the same `init_lora` as the adapter."
             )
-        if found == layout.shapes() and needed == {name: beside[name] for name in needed}:
+        if shapes == layout.shapes() and needed == {name: beside[name] for name in needed}:
             return
+    settings = ", ".join(f"{name}={value}" for name, value in new.settings().items())
     raise PairError(
-        f"{what}: the adapter at `{path}` has {_listed({**found, **beside})}, which do not fit a "
-        f"base of shape {shape} with {', '.join(f'{k}={v}' for k, v in new.settings().items())}."
+        f"{function}: the adapter at `{path}` has {_listed({**shapes, **beside})}, which do not "
+        f"fit a base of shape {shape} with {settings}."
     )
 
 
@@ -213,12 +214,12 @@ def _listed(shapes: Mapping[str, Any]) -> str:
     return " and ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
-def split_pair(value: Any, what: str) -> tuple[Any, Any]:
+def split_pair(value: Any, label: str) -> tuple[Any, Any]:
     """The two trees of a pair."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
     raise PairError(
-        f"{what} must be the pair (frozen, tunable) from `init_lora`, but it is "
+        f"{label} must be the pair (frozen, tunable) from `init_lora`, but it is "
         f"{type(value).__name__}."
     )
 

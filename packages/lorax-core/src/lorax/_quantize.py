@@ -1,6 +1,8 @@
 """`quantize` and `dequantize`: a tree of weights in few bits, and back."""
 
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapter import FrozenWeight, base_and_held
+from ._adapter import FrozenWeight, adapter_from_settings, base_and_held
 from ._base import Format, QuantizedWeight, blank_of, decoded, encoded, format_of
 from ._compat import is_tracer
 from ._errors import PairError, SpecError, UnquantizedWarning
@@ -35,7 +37,7 @@ def quantize(
     weight is decoded in the equation that reads it, and again in the backward pass.
 
     Given one format for all, `fn` says which weights are those of products and convolutions, and
-    along which of their axes blocks lie: the inputs. Norms, biases and positions stay as they are.
+    along which of their axes blocks run: the inputs. Norms, biases and positions stay as they are.
 
     Args:
         params: the parameters, or the frozen tree of `init_lora`.
@@ -81,12 +83,12 @@ def quantize(
     if fn is not None:
         roles = roles_of(fn, bases, structure, tuple(args), dict(kwargs or {}))
     if isinstance(formats, str | Format):
-        found = _everywhere(bases, format_of(formats), roles, where, tables)
+        blanks = _everywhere(bases, format_of(formats), roles, where, tables)
     else:
-        found = _by_leaf(bases, structure, formats, roles)
+        blanks = _by_leaf(bases, structure, formats, roles)
     made: dict[Any, QuantizedWeight] = {}
     out: list[Any] = []
-    for (_, leaf), (path, base), blank in zip(leaves, bases, found, strict=True):
+    for (_, leaf), (path, base), blank in zip(leaves, bases, blanks, strict=True):
         if blank is None:
             out.append(leaf)
             continue
@@ -95,7 +97,7 @@ def quantize(
             _check(path, base, blank)
             made[key] = encoded(blank, base)
         held = made[key]
-        out.append(FrozenWeight(held, leaf.factors) if isinstance(leaf, FrozenWeight) else held)
+        out.append(_on_base(leaf, held) if isinstance(leaf, FrozenWeight) else held)
     return jax.tree.unflatten(structure, out)
 
 
@@ -118,11 +120,27 @@ def dequantize(tree: Any) -> Any:
     leaves, structure = flatten_params(tree)
 
     def plain(leaf: Any) -> Any:
-        base, held = base_and_held(leaf)
-        array = decoded(base)
-        return FrozenWeight(array, held) if isinstance(leaf, FrozenWeight) else array
+        if isinstance(leaf, FrozenWeight):
+            return dataclasses.replace(leaf, base=decoded(leaf.base))
+        return decoded(leaf)
 
     return jax.tree.unflatten(structure, [plain(leaf) for _, leaf in leaves])
+
+
+def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
+    """The same beside the quantized base; factors that follow from the base are computed again.
+
+    The norms of DoRA are such factors. Those of the floats would scale every output.
+    """
+    factors = dict(leaf.factors)
+    if leaf.settings:
+        adapter = adapter_from_settings(json.loads(leaf.settings))
+        derived = jax.jit(lambda weight: adapter.derived(weight.array()))(base)
+        for name in factors.keys() & derived.keys():
+            old, new = factors[name], derived[name].astype(factors[name].dtype)
+            is_placed = isinstance(old, jax.Array) and not is_tracer(old) and not is_tracer(new)
+            factors[name] = jax.device_put(new, old.sharding) if is_placed else new
+    return dataclasses.replace(leaf, base=base, factors=factors)
 
 
 def _everywhere(
@@ -134,7 +152,7 @@ def _everywhere(
             "quantize takes `fn` and `args` beside one format for all weights, to find which they "
             "are. Without a function, give it a tree of formats."
         )
-    found: list[QuantizedWeight | None] = []
+    blanks: list[QuantizedWeight | None] = []
     told: list[str] = []
     for path, base in bases:
         is_table, is_weight = path in roles.tables, path in roles.axes
@@ -142,15 +160,15 @@ def _everywhere(
         if not chosen or not _is_float(base):
             if chosen:
                 _refuse_twice(path, base)
-            found.append(None)
+            blanks.append(None)
             continue
         along = roles.tables[path] if is_table else roles.axes[path][0]
         try:
-            found.append(_blank(path, base, along, format))
+            blanks.append(_blank(path, base, along, format))
         except SpecError as error:
             told.append(str(error))
-            found.append(None)
-    if not any(found):
+            blanks.append(None)
+    if not any(blanks):
         chosen = "" if where is None else f" whose path {shown(where)} accepts"
         names = [path for path, base in bases if getattr(base, "ndim", 0) > 1]
         raise SpecError(
@@ -170,7 +188,7 @@ def _everywhere(
             UnquantizedWarning,
             stacklevel=3,
         )
-    return found
+    return blanks
 
 
 def _by_leaf(
@@ -183,10 +201,10 @@ def _by_leaf(
             "The tree of formats must have the structure of the parameters, None where a leaf is "
             f"left as it is. Parameters: {structure}; formats: {other}."
         )
-    found: list[QuantizedWeight | None] = []
+    blanks: list[QuantizedWeight | None] = []
     for (path, base), leaf in zip(bases, leaves, strict=True):
         if leaf is None:
-            found.append(None)
+            blanks.append(None)
             continue
         format = format_of(leaf)
         _refuse_twice(path, base)
@@ -198,8 +216,8 @@ def _by_leaf(
         along = (base.ndim - 2,)  # as in a kernel `[…, in, out]`
         if roles is not None and path in roles.axes:
             along = roles.tables.get(path, roles.axes[path][0])
-        found.append(_blank(path, base, along, format))
-    return found
+        blanks.append(_blank(path, base, along, format))
+    return blanks
 
 
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:

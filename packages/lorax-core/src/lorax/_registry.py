@@ -10,7 +10,7 @@ it names:
 `eqn(*arrays)` evaluates the original equation on plain arrays: the base always goes through it.
 A rule returns the output (a list of them where the primitive has several), or `NotImplemented`
 where this call is not covered, or the algebra of terms raises `Inexpressible`: then the
-interpreter builds the weight in full and says so.
+interpreter materializes the weight and warns.
 
 Parameters are named one by one, on purpose: where a JAX has a parameter that the rule does not
 name, or lacks one that it needs, the weight is materialized and the warning names the parameter.
@@ -43,8 +43,8 @@ REASONS: dict[Primitive, str] = {}
 
 def defreason(reason: str, *names: str) -> None:
     """Says why the primitives called `names`, those that this JAX has, materialize a weight."""
-    found = map(_compat.find_primitive, names)
-    REASONS.update(dict.fromkeys((primitive for primitive in found if primitive), reason))
+    primitives = map(_compat.find_primitive, names)
+    REASONS.update(dict.fromkeys((primitive for primitive in primitives if primitive), reason))
 
 
 def defrule(*names: str, gains: bool = False) -> Callable[[Rule], Rule]:
@@ -90,9 +90,12 @@ def _unfit(rule: Rule, operands: int, parameters: tuple[str, ...]) -> str:
         for p in named
         if p.default is p.empty and p.name not in parameters
     ]
-    found = " and ".join(unknown + missing) or f"{operands} operands"
+    differences = " and ".join(unknown + missing) or f"{operands} operands"
     version = importlib.metadata.version("lorax-core")
-    return f"has {found} in JAX {jax.__version__}, unlike what lorax-core {version} was written for"
+    return (
+        f"has {differences} in JAX {jax.__version__}, unlike what lorax-core {version} was "
+        "written for"
+    )
 
 
 def _with_parameters(rule: Rule, parameters: Iterable[inspect.Parameter]) -> Rule:
@@ -114,7 +117,7 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
         if not isinstance(weight, FactoredArray) or any(map(is_weight, others)):
             return NotImplemented
         moved = weight.moved(lambda term: change(term, *others, **params))
-        return eqn.settle(moved.replace_base(eqn(weight.base, *others)))
+        return eqn.rows_or_weight(moved.replace_base(eqn(weight.base, *others)))
 
     named = inspect.signature(change).parameters.values()
     keywords = [p for p in named if p.kind is p.KEYWORD_ONLY]
@@ -147,7 +150,7 @@ def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:
     """
 
     def rule(eqn, weight, **params):
-        return eqn.settle(weight.replace_base(eqn(weight.base)))
+        return eqn.rows_or_weight(weight.replace_base(eqn(weight.base)))
 
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     named = [inspect.Parameter(p, keyword_only) for p in parameters]

@@ -106,7 +106,7 @@ class Term:
         """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
 
         Such a term waits for a sum over its axes, as in a norm; a product with it would cost as
-        much as the weight in full.
+        much as the whole weight.
         """
         return self.dense_factor is not None
 
@@ -137,7 +137,7 @@ class Term:
     def array(
         self, dtype, *, precision=None, preferred_element_type=None, meets=None, like=None
     ) -> jax.Array:
-        """The term in full; the keywords are those of `contract`."""
+        """The term as an array; the keywords are those of `contract`."""
         owned = tuple(label for label in self.shown if self.owners(label))
         full = _contract.contract(
             tuple(zip(self.factors, self.labels, strict=True)),
@@ -257,7 +257,7 @@ class Term:
         return (term, labels[0]) if len(labels) == 1 else term.join(labels)
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
-        """Makes one label of neighbours, most significant first, that have the same owners."""
+        """Makes one label of neighbors, most significant first, that have the same owners."""
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
@@ -315,7 +315,7 @@ class Term:
             self, factors=(*self.factors, factor), labels=(*self.labels, labels)
         )
 
-    def halves(
+    def split_factors(
         self, inputs: Sequence[Label], outputs: Sequence[Label]
     ) -> "tuple[list[_contract.Operand], list[_contract.Operand], Labels]":
         """The factors that own an input, the others, and the labels that join the two."""
@@ -326,8 +326,8 @@ class Term:
         second_labels = set(itertools.chain(*(labels for _, labels in second)))
         if not first_labels.keys().isdisjoint(outputs) or not second_labels.issuperset(outputs):
             raise Inexpressible
-        bonds = tuple(label for label in first_labels if label in second_labels)
-        return first, second, bonds
+        inner_labels = tuple(label for label in first_labels if label in second_labels)
+        return first, second, inner_labels
 
     def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
         """Makes one factor of several, the last of the term, with `labels` on its axes."""
@@ -342,7 +342,7 @@ class Term:
         return term.times(_contract.contract(several, labels, dtype=dtype), labels)
 
     def one_owner(self, label: Label) -> "Term":
-        """Multiplies the owners of `label` into one, where that is no larger than one of them."""
+        """Multiplies the owners of `label` into one, where that is as small as one of them."""
         owners = self.owners(label)
         together = set(itertools.chain(*(self.labels[k] for k in owners)))
         widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
@@ -415,7 +415,7 @@ def operand(array: Any) -> Term:
     return Term((array,), (labels,), tuple((label,) for label in labels))
 
 
-def apart(left: Term, right: Term) -> Term:
+def relabeled(left: Term, right: Term) -> Term:
     """`right` with labels that `left` does not use."""
     offset = left.fresh(0).id
     used = {*right.shown, *itertools.chain(*right.labels)}
@@ -441,9 +441,9 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
             if mine.size != theirs.size:
                 if mine.size % theirs.size == 0:
-                    left, right = _split_apart(left, mine, theirs.size, right)
+                    left, right = _split_with_new_labels(left, mine, theirs.size, right)
                 elif theirs.size % mine.size == 0:
-                    right, left = _split_apart(right, theirs, mine.size, left)
+                    right, left = _split_with_new_labels(right, theirs, mine.size, left)
                 else:
                     raise Inexpressible
             elif theirs.is_index:
@@ -460,7 +460,7 @@ def _show(term: Term, axis: int, size: int, *, other: Term) -> Term:
     return dataclasses.replace(term, out=out)
 
 
-def _split_apart(term: Term, label: Label, size: int, other: Term) -> tuple[Term, Term]:
+def _split_with_new_labels(term: Term, label: Label, size: int, other: Term) -> tuple[Term, Term]:
     """Splits a label of `term` without touching the label names of `other`."""
     term, (high, low) = term.split(label, size)
     start = max(term.fresh(0).id, other.fresh(0).id)
@@ -485,5 +485,5 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
 def entrywise(left: Term, right: Term) -> Term:
     """The term of the product of two weights of one shape, entry by entry."""
     axes = [(d, d) for d in range(len(left.out))]
-    left, right = align(left, apart(left, right), axes)
+    left, right = align(left, relabeled(left, right), axes)
     return product(left, right, left.out)

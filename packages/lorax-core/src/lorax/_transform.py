@@ -65,7 +65,7 @@ def lora(
             differentiated backwards, as of a `while_loop`. Calls without a weight keep their rule.
 
     Returns:
-        A function with the signature of `fn`, except that pairs stand in place of parameters.
+        A function with the signature of `fn`, except that pairs replace parameters.
 
     Raises:
         PairError: when called with something else than a pair.
@@ -169,9 +169,9 @@ def bind_call(
     for place in places:
         if isinstance(place, str) and place not in kwargs:
             raise PairError(f"{name} was called without `{place}`, which takes a pair.")
-        what = f"argument {place!r} of {name}"
+        label = f"argument {place!r} of {name}"
         value = args[place] if isinstance(place, int) else kwargs[place]
-        leaves, structure = flatten_pair(*split_pair(value, what), what)
+        leaves, structure = flatten_pair(*split_pair(value, label), label)
         if len(places) > 1:
             leaves = [leaf._replace(path=f"{place}/{leaf.path}") for leaf in leaves]
         pairs[place] = FlatPair(leaves, structure)

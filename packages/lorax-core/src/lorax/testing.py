@@ -6,6 +6,7 @@
 It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -48,7 +49,7 @@ def check(
     1. Its value, and the gradient of every trained parameter, equal those of `fn` on merged
        parameters, each within `tolerance` of its largest entry.
     2. So they do under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
-    3. No equation makes an array that holds an adapted weight in full where `fn` makes none: see
+    3. No equation makes an array that holds a whole adapted weight where `fn` makes none: see
        `weight_sized`.
 
     Args:
@@ -105,7 +106,7 @@ def check(
         whole = weight_sized(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
-        assert not whole, f"arrays that hold an adapted weight in full are built: {whole}"
+        assert not whole, f"adapted weights are materialized, as arrays of these shapes: {whole}"
     programs = {"value and gradient": _value_and_gradient}
     if transforms:
         programs |= {
@@ -189,10 +190,11 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
             return leaf
         gains = adapter.layout(leaf.shape).gains
         of_delta = {name: x for name, x in leaf.factors.items() if name not in gains}
-        return FrozenWeight(leaf.base, leaf.factors | random_factors(of_delta, key))
+        factors = leaf.factors | random_factors(of_delta, key)
+        return dataclasses.replace(leaf, factors=factors)
 
-    found = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
-    return jax.tree.unflatten(structure, found)
+    held_leaves = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
+    return jax.tree.unflatten(structure, held_leaves)
 
 
 @refuses_ambiguous_keywords
@@ -205,7 +207,7 @@ def weight_sized(
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> dict[tuple[int, ...], int]:
-    """Shapes of arrays that hold an adapted weight in full, made by `lora(fn)` and not by `fn`.
+    """Shapes of arrays that hold a whole adapted weight, made by `lora(fn)` and not by `fn`.
 
     The axes of every adapted weight are followed through the equations, nested ones included. An
     array counts where both factors of a weight went into it and it still shows an axis of the
@@ -333,18 +335,18 @@ def _of_factors(
     A gain is data: with it a copy of the base counts, which the base shows by itself.
     """
     labels = layout.held if held else layout.factors
-    found: list[Made | None] = []
+    made: list[Made | None] = []
     for name in factors:
         if name in layout.gains:
-            found.append(None)
+            made.append(None)
             continue
         both = frozenset((k, sides[x]) for x in labels[name] if x in sides)
         axes = tuple(
             frozenset({(k, sides[x])} if x in sides else {SHARED} if x in shared else ())
             for x in labels[name]
         )
-        found.append(Made(axes, both, not _spans(layout, sides)))
-    return found
+        made.append(Made(axes, both, not _spans(layout, sides)))
+    return made
 
 
 def _spans(layout: Layout, sides: Mapping[Label, str]) -> bool:
@@ -358,7 +360,7 @@ def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) 
         lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
     except MaterializeError:
         return
-    raise AssertionError("a weight is materialized, or should be, and nothing was said")
+    raise AssertionError("a weight is materialized, or should be, without a warning")
 
 
 def _arrays(tree: Any) -> list[jax.Array]:
@@ -432,25 +434,25 @@ def _compare(name: str, got: Any, expected: Any, tolerance: float | None) -> Non
     assert len(got) == len(expected), f"{name}: {len(got)} results instead of {len(expected)}"
     bound = _bound(expected) if tolerance is None else tolerance
     for k, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        what = f"{name}, result {k}"
+        label = f"{name}, result {k}"
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
-            f"{what}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}"
+            f"{label}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}"
         )
         if jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key):
             ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
         inexact = jnp.issubdtype(theirs.dtype, jnp.inexact)
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         if not inexact:
-            assert (ours == theirs).all(), f"{what} differs"
+            assert (ours == theirs).all(), f"{label} differs"
             continue
         wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
         ours, theirs = ours.astype(wide), theirs.astype(wide)
-        assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{what}: NaNs differ"
+        assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ"
         ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
         largest = np.max(np.abs(theirs), initial=0.0)
         error = np.max(np.abs(ours - theirs), initial=0.0)
         assert error <= bound * max(largest, 1e-30), (
-            f"{what}: differs by {error:.3g} where the largest entry is {largest:.3g} "
+            f"{label}: differs by {error:.3g} where the largest entry is {largest:.3g} "
             f"(relative {error / max(largest, 1e-30):.2g}, allowed {bound:.2g})"
         )
 

@@ -34,9 +34,9 @@ def deltas(tunable):
     return merge_params(frozen, tunable)
 
 
-def assert_close(found, wanted, tolerance=2e-6):
+def assert_close(actual, wanted, tolerance=2e-6):
     for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=tolerance)
+        np.testing.assert_allclose(actual[name], wanted[name], rtol=1e-5, atol=tolerance)
 
 
 def test_concatenation_is_the_exact_sum_also_of_other_ranks_and_scales():
@@ -69,8 +69,8 @@ def test_svd_is_the_best_of_its_rank():
         wanted = matrices(exact[name], spec)
         values = np.linalg.svd(wanted, compute_uv=False)
         least = np.sqrt((values[:, 2:] ** 2).sum() / (values**2).sum())
-        found = matrices(deltas(combined)[name], spec)
-        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        delta = matrices(deltas(combined)[name], spec)
+        error = np.linalg.norm(delta - wanted) / np.linalg.norm(wanted)
         assert error == pytest.approx(least, rel=1e-4)
         assert errors[name] == pytest.approx(error, rel=1e-4)
         assert combined[name].rank == 2
@@ -86,8 +86,8 @@ def test_linear_says_how_far_it_is_from_the_sum():
     combined, errors = combine_adapters({"one": (one, 0.6), "two": (two, -0.4)}, "linear")
     exact = jax.tree.map(lambda x, y: 0.6 * x - 0.4 * y, deltas(one), deltas(two))
     for name in SHAPES:
-        found = np.asarray(deltas(combined)[name], np.float64)
-        error = np.linalg.norm(found - exact[name]) / np.linalg.norm(exact[name])
+        delta = np.asarray(deltas(combined)[name], np.float64)
+        error = np.linalg.norm(delta - exact[name]) / np.linalg.norm(exact[name])
         assert errors[name] == pytest.approx(error, rel=1e-4) and error > 0.1
 
 
@@ -189,7 +189,7 @@ def test_trees_that_are_not_adapters_of_one_base():
         combine_adapters({"one": (one, 1), "two": (dora, 1)})
 
 
-def test_parameters_in_full():
+def test_fully_trained_parameters():
     one, two = adapter(0), adapter(1)
     full = one | {"kernel": jnp.ones((11, 7))}
     without = two | {"kernel": None}

@@ -40,16 +40,16 @@ SPEC = {
 def test_a_merged_adapter_is_found_again():
     pair = init_lora(BASE, SPEC, jax.random.key(5), b_init="gaussian")
     tuned = merge_params(pair) | {"bias": BASE["bias"] + 1}
-    found, errors = extract_lora(BASE, tuned, SPEC)
+    extracted, errors = extract_lora(BASE, tuned, SPEC)
     assert max(errors.values()) < 1e-5 and errors.keys() == BASE.keys() - {"bias"}
-    for name, value in merge_params(found).items():
+    for name, value in merge_params(extracted).items():
         np.testing.assert_allclose(value, tuned[name], rtol=1e-5, atol=1e-5)
-    assert found.tunable["kernel"].alpha == 3
-    assert found.frozen["kernel"] is BASE["kernel"] and found.frozen["bias"] is None
+    assert extracted.tunable["kernel"].alpha == 3
+    assert extracted.frozen["kernel"] is BASE["kernel"] and extracted.frozen["bias"] is None
     x = random(6, 2, 13)
     model = lora(lambda p, x: x @ p["kernel"] + p["bias"][None], on_unused="allow")
     wanted = x @ tuned["kernel"] + tuned["bias"][None]
-    np.testing.assert_allclose(model(found, x), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(extracted, x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def best(delta, rank):
@@ -84,7 +84,7 @@ def test_the_lowest_rank_that_keeps_the_energy(energy):
     assert capped.tunable["w"].rank == 1
 
 
-def test_what_did_not_change_has_a_zero_adapter():
+def test_unchanged_weights_have_a_zero_adapter():
     pair, errors = extract_lora(BASE, BASE, SPEC, energy=0.9)
     assert errors == {"kernel": 0, "experts": 0, "heads": 0}
     assert not pair.tunable["kernel"].b.any()
@@ -107,7 +107,7 @@ def test_changes_that_the_spec_freezes_are_named():
         extract_lora(BASE, BASE, spec)
 
 
-def test_what_is_refused():
+def test_invalid_arguments_raise():
     with pytest.raises(SpecError, match="`kernel` has a IA3Spec"):
         extract_lora(BASE, BASE, SPEC | {"kernel": IA3Spec()})
     with pytest.raises(ValueError, match="`kernel` is .* in base and .* in tuned"):

@@ -42,10 +42,10 @@ def test_the_best_of_a_rank_with_the_same_scale():
     resized, errors = resize_adapter(tunable, 2)
     for name in ("kernel", "stack"):
         exact = np.asarray(materialize(PARAMS[name], tunable[name]), np.float64)
-        found = np.asarray(materialize(PARAMS[name], resized[name]), np.float64)
+        delta = np.asarray(materialize(PARAMS[name], resized[name]), np.float64)
         values = np.linalg.svd(exact, compute_uv=False)
         least = np.sqrt((values[..., 2:] ** 2).sum() / (values**2).sum())
-        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        error = np.linalg.norm(delta - exact) / np.linalg.norm(exact)
         assert error == pytest.approx(least, rel=1e-4)
         assert errors[name] == pytest.approx(least, rel=1e-4)
         assert resized[name].scale == pytest.approx(tunable[name].scale)
@@ -152,8 +152,8 @@ def test_kinds_that_are_products_of_two_factors(shape, spec, rank):
     converted = as_lora(pair)
     assert converted["w"].rank == rank and converted["w"].kind == "lora"
     wanted = merge_params(pair)["w"]
-    found = merge_params(params, converted)["w"]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    merged = merge_params(params, converted)["w"]
+    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def some():
     ]
 
 
-def assert_same(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def assert_same(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for one, two in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         assert one.dtype == two.dtype
         np.testing.assert_array_equal(one, two)
 
@@ -64,8 +64,8 @@ def test_there_and_back_bit_for_bit():
     np.testing.assert_allclose(bank.scales["kernel"], [0.05, 16.3 / 3**0.5, 1, 1, 1, 1], rtol=1e-6)
     back = unstack_adapters(bank)
     assert back[4:] == [None, None]
-    for found, wanted in zip(back, some(), strict=False):
-        assert_same(found, wanted)
+    for actual, wanted in zip(back, some(), strict=False):
+        assert_same(actual, wanted)
 
 
 def test_padding_and_missing_targets_are_zeros():
@@ -99,8 +99,8 @@ def test_other_kinds_and_full_parameters_of_equal_settings():
         "bias": LORA_FULL,
     }
     trees = [adapter(seed, 2, stack=MissSpec(3, shared_axes=[0]), **kinds) for seed in range(3)]
-    for found, wanted in zip(unstack_adapters(stack_adapters(trees)), trees, strict=True):
-        assert_same(found, wanted)
+    for actual, wanted in zip(unstack_adapters(stack_adapters(trees)), trees, strict=True):
+        assert_same(actual, wanted)
 
 
 def test_narrow_factors_stay_narrow():
@@ -137,12 +137,12 @@ def test_narrow_factors_stay_narrow():
         ([adapter(0, 2, bias=LORA_FULL)], {"slots": 2}, PairError, "parameter in full at `bias`"),
     ],
 )
-def test_what_cannot_be_stacked(trees, options, error, message):
+def test_stack_errors(trees, options, error, message):
     with pytest.raises(error, match=message):
         stack_adapters(trees, **options)
 
 
-def test_what_does_not_fit_a_bank():
+def test_adapters_that_do_not_fit_a_bank_raise():
     bank = stack_adapters([adapter(0, 2, kernel=0)], slots=2)
     bad: tuple[Any, ...] = (-1, 2, 1.0)
     for index in bad:

@@ -91,11 +91,11 @@ def test_each_row_has_its_own_adapter():
     bank = bank_of()
     index = jnp.array([2, 0, -1, 1, 0])
     row = lambda tokens, k: lora(model)((PARAMS, select_adapters(bank, k)), tokens)  # noqa: E731
-    found = jax.jit(jax.vmap(row))(TOKENS, index)
+    output = jax.jit(jax.vmap(row))(TOKENS, index)
     back = unstack_adapters(bank)
     for k, (tokens, slot) in enumerate(zip(TOKENS, index, strict=True)):
         params = PARAMS if slot < 0 else merge_params(PARAMS, back[slot])
-        np.testing.assert_allclose(found[k], model(params, tokens), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(output[k], model(params, tokens), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["eager", "inside"])
@@ -167,8 +167,8 @@ def test_a_mixture_of_one_is_that_one():
     def same(tokens, k):
         return lora(model)((PARAMS, select_adapters(bank, k)), tokens)
 
-    found, wanted = (jax.vmap(fn)(TOKENS, index) for fn in (row, same))
-    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+    mixed, wanted = (jax.vmap(fn)(TOKENS, index) for fn in (row, same))
+    np.testing.assert_allclose(mixed, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_a_mixture_are_learned():
@@ -226,7 +226,7 @@ def test_an_interleaved_bank_of_another_kind_is_the_bank(kind):
     np.testing.assert_array_equal(one, two)
 
 
-def test_what_an_interleaved_bank_is_not():
+def test_an_interleaved_bank_is_only_mixed():
     bank = interleave_adapters(bank_of())
     for call in (
         lambda: select_adapters(bank, 0),  # pyright: ignore[reportArgumentType]
@@ -263,7 +263,7 @@ def test_decoding_with_an_interleaved_bank_copies_no_factor():
     assert copied >= 2 * bank.tunable["w"].a.nbytes
 
 
-def test_what_rows_of_mixed_adapters_cost():
+def test_cost_of_rows_with_mixed_adapters():
     """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
     params = {"w": jnp.zeros((256, 192), jnp.float32)}
     trees = [init_lora(params, {"w": 4}, jax.random.key(k)).tunable for k in range(4)]
@@ -309,12 +309,12 @@ def test_many_trained_at_once_are_each_as_if_alone():
     tunable = bank.tunable
     for rows in batches:
         tunable = together(tunable, rows, rates, bank.scales)
-    found = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
+    trained = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
     alone = jax.jit(step)
     for k, tree in enumerate(trees):
         for rows in batches:
             tree = alone(tree, rows[k], rates[k])
-        for one, two in zip(jax.tree.leaves(found[k]), jax.tree.leaves(tree), strict=True):
+        for one, two in zip(jax.tree.leaves(trained[k]), jax.tree.leaves(tree), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
     # What was padded is still zero.
     assert not tunable["table"].a[3, :, 1:].any() and not tunable["table"].b[3, 1:].any()
@@ -449,7 +449,7 @@ def test_a_kind_that_multiplies_is_not_mixed(kind):
         mix_adapters(bank, jnp.ones(3))
 
 
-def test_what_is_refused():
+def test_invalid_arguments_raise():
     bank = bank_of()
     for k in (-2, 4):
         with pytest.raises(IndexError, match=f"no slot {k}; .* 0 to 3, and -1 is the base"):

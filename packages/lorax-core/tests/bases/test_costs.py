@@ -49,10 +49,10 @@ def programs(function, format, tokens=TOKENS):
     def loss(tunable, frozen, x):
         return jnp.mean(lora(function)((frozen, tunable), x) ** 2)
 
-    found: list[Any] = []
+    compiled: list[Any] = []
     for frozen in (coded, params):
-        found.append(jax.jit(jax.grad(loss)).lower(tunable, frozen, x).compile())
-    return found
+        compiled.append(jax.jit(jax.grad(loss)).lower(tunable, frozen, x).compile())
+    return compiled
 
 
 WHOLE = pytest.mark.whole

@@ -129,7 +129,7 @@ def test_gathers_codes_and_not_floats():
     assert made and not [line for line in made if "f32[128,4]" in line or "f32[2,64,4]" in line]
 
 
-def test_more_parts_than_blocks_is_said():
+def test_more_parts_than_blocks_materializes():
     mesh = mesh_of(AxisType.Auto)
     coded = quantize({"w": W}, {"w": NF4(128)})
     pair = init_lora(coded, {"w": 2}, jax.random.key(0))

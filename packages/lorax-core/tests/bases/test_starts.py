@@ -20,7 +20,7 @@ def error_of(pair):
 
 
 @pytest.mark.parametrize(("init", "format"), [("loftq", "nf4"), ("loftq:int4", "int4")])
-def test_loftq_makes_codes_and_adds_what_they_lose(init, format):
+def test_loftq_makes_codes_and_adds_their_error(init, format):
     spec = LoraSpec(8, alpha=4, init=init, **STACK)
     pair = init_lora({"w": W}, {"w": spec}, jax.random.key(0))
     assert isinstance(pair.frozen["w"], lorax.QuantizedWeight)

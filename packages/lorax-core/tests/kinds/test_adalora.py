@@ -105,30 +105,30 @@ def trained(factor):
 def run(pruner, steps):
     tunable, _ = trained(1)
     state = pruner.init(tunable)
-    found = []
+    masks = []
     for step in range(steps):
         _, grads = trained(1 + step)
         tunable, state = jax.jit(pruner.update)(tunable, grads, state, step)
-        found.append(tunable["w"].e.tolist())
-    return tunable, found
+        masks.append(tunable["w"].e.tolist())
+    return tunable, masks
 
 
 def test_the_least_important_ranks_go_first_and_the_budget_is_kept():
-    tunable, found = run(adalora_pruner(1, 8, t_init=2, t_final=2), 10)
+    tunable, masks = run(adalora_pruner(1, 8, t_init=2, t_final=2), 10)
     # All four until step 2, then floor(3 · (left / 4)³ + 1) of them.
-    assert [sum(map(bool, e)) for e in found] == [4, 4, 4, 2, 1, 1, 1, 1, 1, 1]
-    assert found[3] == [0, 0, 1, 1] and found[-1] == [0, 0, 0, 1]
+    assert [sum(map(bool, e)) for e in masks] == [4, 4, 4, 2, 1, 1, 1, 1, 1, 1]
+    assert masks[3] == [0, 0, 1, 1] and masks[-1] == [0, 0, 0, 1]
     assert (tunable["full"] == 1).all() and tunable["frozen"] is None
 
 
 def test_between_two_masks_nothing_is_set_to_zero():
-    _, found = run(adalora_pruner(1, 8, every=5), 9)
-    assert [sum(map(bool, e)) for e in found][:8] == [4, 4, 4, 4, 4, 1, 1, 1]
+    _, masks = run(adalora_pruner(1, 8, every=5), 9)
+    assert [sum(map(bool, e)) for e in masks][:8] == [4, 4, 4, 4, 4, 1, 1, 1]
 
 
 def test_a_budget_of_all_ranks_keeps_them():
-    _, found = run(adalora_pruner(4, 4), 6)
-    assert found == [[1, 1, 1, 1]] * 6
+    _, masks = run(adalora_pruner(4, 4), 6)
+    assert masks == [[1, 1, 1, 1]] * 6
 
 
 def test_a_tree_without_adalora_is_left_alone():

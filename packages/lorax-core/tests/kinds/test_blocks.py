@@ -222,7 +222,7 @@ def built_in_full(eqn, x, w, **_):
 
 
 def delta_alone(eqn, x, w, **_):
-    """`x W + x Δ`: the base is left alone, and the delta is formed all the same."""
+    """`x W + x Δ`: the base is left alone, and but the delta is formed."""
     eqn.use(w, "product")
     (term,) = w.terms
     return eqn(x, w.base) + eqn(x, term.array(x.dtype))
@@ -258,11 +258,11 @@ def test_the_oracle_catches_a_delta_of_blocks(monkeypatch, spec, stacked, rule):
     assert not testing.weight_sized(function, frozen, tunable, x)
     monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: rule})
     assert testing.weight_sized(function, frozen, tunable, x)
-    with pytest.raises(AssertionError, match="weight in full are built"):
+    with pytest.raises(AssertionError, match="adapted weights are materialized"):
         testing.check(function, params, {"w": spec}, x)
 
 
-def test_a_remainder_of_miss_is_no_array_of_the_weights_size():
+def test_miss_remainder_is_not_weight_sized():
     # Which rows the inputs meet is data, so that the oracle alone would not see it.
     params, x = {"w": jnp.ones((11, 7))}, jnp.ones((3, 11))
     pair = init_lora(params, {"w": MissSpec(4)}, jax.random.key(0))

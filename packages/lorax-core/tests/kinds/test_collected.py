@@ -42,8 +42,8 @@ def moments_of(function, params, spec, *args):
     leaves, structure = flatten_params(params)
     wanted = _wanted(leaves, jax.tree.leaves(spec))
     model = _Model(function, leaves, structure, wanted, False)
-    (found,) = _summed(functools.partial(_moments, model), model, [args])
-    return found
+    (moments,) = _summed(functools.partial(_moments, model), model, [args])
+    return moments
 
 
 def conv(params, x, **keywords):
@@ -212,10 +212,10 @@ def scanned(params, x):
 
 def inputs_of(params, x):
     """What meets each layer."""
-    found = [x @ params["in"]]
+    inputs = [x @ params["in"]]
     for w in params["layers"]:
-        found.append(found[-1] + jnp.tanh(found[-1] @ w))
-    return found
+        inputs.append(inputs[-1] + jnp.tanh(inputs[-1] @ w))
+    return inputs
 
 
 def loss(params, x):
@@ -276,13 +276,13 @@ def test_a_base_that_moves(init, dora):
 
 def test_corda_of_the_smallest_and_of_the_largest_values():
     """Both are made of `W = C⁻¹ V diag(s) Uᵀ`, of which no vector is in both."""
-    found = {}
+    layers = {}
     for method in ("ipm", "kpm"):
         collected = collect_starts(
             scanned, PARAMS, specs(CordaStart(method)), BATCHES
         )  # fmt: skip
-        found[method] = collected["layers"]
-    assert (found["ipm"]["values"].min(1) > found["kpm"]["values"].max(1)).all()
+        layers[method] = collected["layers"]
+    assert (layers["ipm"]["values"].min(1) > layers["kpm"]["values"].max(1)).all()
     whole = collect_starts(scanned, PARAMS, specs("corda", 4) | {"layers": LORA_FREEZE}, BATCHES)
     a, values, b = (whole["out"][name][0] for name in ("inputs", "values", "outputs"))
     np.testing.assert_allclose((a * values[None]) @ b, PARAMS["out"], atol=1e-4)
@@ -363,11 +363,11 @@ def test_ranks_follow_the_variance():
         "stack": [[0.2, 0.1], [0.4, 0.1]],
     }
     collected = {path: {"ratios": jnp.asarray(x)} for path, x in ratios.items()}
-    found = eva_ranks(spec, collected)
+    ranked = eva_ranks(spec, collected)
     # Seven to hand out: a, b, a, the stack for two, a; and b.
-    assert (found["a"].rank, found["a"].alpha) == (3, 6)
-    assert (found["b"].spec.rank, found["stack"].rank) == (2, 1)
-    assert found["b"].spec.alpha == 4 and found["c"] == LORA_FREEZE and found["other"] == 3
+    assert (ranked["a"].rank, ranked["a"].alpha) == (3, 6)
+    assert (ranked["b"].spec.rank, ranked["stack"].rank) == (2, 1)
+    assert ranked["b"].spec.alpha == 4 and ranked["c"] == LORA_FREEZE and ranked["other"] == 3
     with pytest.raises(SpecError, match="The spec has no `c`"):
         eva_ranks({name: spec[name] for name in ("a", "b", "stack")}, collected)
 
@@ -428,7 +428,7 @@ def test_inputs_of_zeros():
         collect_starts(lambda p, x: x @ p["w"], W, spec, [0 * ROWS])
 
 
-def test_what_is_no_loss():
+def test_non_loss_raises():
     spec = {"w": LoraSpec(2, init="lora_ga")}
     with pytest.raises(ValueError, match=r'init="lora_ga" of `w` .* returned \(7, 6\)'):
         collect_starts(lambda p, x: x @ p["w"], W, spec, [ROWS])
@@ -472,7 +472,7 @@ def test_scales_that_have_no_root():
             init_lora(W, {"w": LoraSpec(2, -1, init=init)}, KEY)
 
 
-def test_what_was_collected_for_another_spec():
+def test_collected_for_another_spec_raises():
     collected = collect_starts(lambda p, x: x @ p["w"], W, EVA, [ROWS])
     with pytest.raises(SpecError, match="rank 3, and what was collected for it belongs to another"):
         init_lora(W, {"w": LoraSpec(3, init="eva")}, KEY, collected=collected)
@@ -493,9 +493,11 @@ def test_a_quantized_base_is_read_as_its_floats(init):
     held = quantize(params, {"layers": NF4(32), "head": Int8()})
     spec = {"layers": LoraSpec(2, init=init, shared_axes=[0]), "head": LoraSpec(2, init=init)}
     batches = [N(2, 7, 32), N(3, 7, 32)]
-    found, wanted = (collect_starts(loss, tree, spec, batches) for tree in (held, dequantize(held)))
+    actual, wanted = (
+        collect_starts(loss, tree, spec, batches) for tree in (held, dequantize(held))
+    )
     for path, arrays in wanted.items():
         for name, array in arrays.items():
-            np.testing.assert_allclose(found[path][name], array, rtol=1e-4, atol=1e-5)
-    frozen, _ = init_lora(held, spec, KEY, collected=found)
+            np.testing.assert_allclose(actual[path][name], array, rtol=1e-4, atol=1e-5)
+    frozen, _ = init_lora(held, spec, KEY, collected=actual)
     assert isinstance(frozen["layers"], QuantizedWeight)

@@ -28,7 +28,7 @@ def test_is_the_product_of_normalized_factors():
     frozen, tunable = start(STACKED)
     weight = random_factors(tunable, jax.random.key(1))["w"]
     merged = merge_params(frozen, {"w": weight})["w"]
-    for k in range(2):  # Each entry has a length and norms of its own.
+    for k in range(2):  # Each entry has its own length and norms.
         a, b = weight.a[k], weight.b[k]
         a, b = (
             a / jnp.linalg.norm(a, axis=0, keepdims=True),

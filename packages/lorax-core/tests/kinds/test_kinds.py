@@ -371,7 +371,7 @@ def test_of_shapes_alone(kind):
     assert jax.eval_shape(lora(function), shapes, *args).shape == (3, 6)
 
 
-def test_a_gain_that_has_no_place_is_said():
+def test_gain_without_a_place_materializes():
     function, params, spec, args = of_use("convolution", "ia3-in")
     pair = init_lora(params, spec, jax.random.key(0))
     with pytest.raises(MaterializeError, match="leave no place for its gain"):

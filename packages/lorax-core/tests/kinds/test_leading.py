@@ -32,10 +32,10 @@ SPECTRA = {
 def test_beside_the_whole_decomposition(values):
     assert min(ROWS, COLUMNS) * MOST_OF_ALL >= BLOCKS * WIDTH
     matrix = of_values(values)
-    left, found, right = jax.jit(leading_vectors, static_argnums=1)(matrix, RANK)
+    left, largest, right = jax.jit(leading_vectors, static_argnums=1)(matrix, RANK)
     assert int(_iterated(matrix, RANK, WIDTH).passes) < MOST_PASSES
     expected_left, expected, expected_right = jnp.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(found, expected[:RANK], rtol=1e-5)
+    np.testing.assert_allclose(largest, expected[:RANK], rtol=1e-5)
     for ours, theirs in ((left.T, expected_left.T), (right, expected_right)):
         for one, other in zip(ours, theirs, strict=False):
             assert abs(float(one @ other)) > 1 - 1e-5
@@ -45,20 +45,20 @@ def test_beside_the_whole_decomposition(values):
 def test_noise_whose_values_are_close():
     """Random matrices have no gap; what is found is as good as the whole decomposition."""
     matrix = jax.random.normal(jax.random.key(1), (ROWS, COLUMNS))
-    left, found, right = leading_vectors(matrix, RANK)
+    left, values, right = leading_vectors(matrix, RANK)
     expected = jnp.linalg.svd(matrix, compute_uv=False)[:RANK]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(matrix @ right.T, left * found[None], atol=1e-4 * float(found[0]))
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(matrix @ right.T, left * values[None], atol=1e-4 * float(values[0]))
 
 
 def test_equal_values_are_left_to_the_whole_decomposition():
     matrix = jnp.eye(ROWS) + 1e-3 * jax.random.normal(jax.random.key(2), (ROWS, ROWS)) / ROWS
-    _, found, _ = leading_vectors(matrix, RANK)
+    _, values, _ = leading_vectors(matrix, RANK)
     expected = jnp.linalg.svd(matrix, compute_uv=False)[:RANK]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def test_zeros_give_zeros():
     """A gradient that is zero everywhere; the caller says what is wrong with it."""
-    _, found, _ = leading_vectors(jnp.zeros((ROWS, COLUMNS)), RANK)
-    assert not found.any()
+    _, values, _ = leading_vectors(jnp.zeros((ROWS, COLUMNS)), RANK)
+    assert not values.any()

@@ -40,8 +40,8 @@ def test_the_input_is_not_kept():
 
 
 def test_vera_keeps_one_activation_of_its_rank():
-    found = kept(VeraSpec(3))
-    assert [shape for shape in found if TOKENS in shape] == [(TOKENS, 3)]
+    shapes = kept(VeraSpec(3))
+    assert [shape for shape in shapes if TOKENS in shape] == [(TOKENS, 3)]
 
 
 def test_begins_as_lora_does():

@@ -50,9 +50,9 @@ def test_the_exact_inverse_is_orthogonal_and_the_series_is_near_to_its_transpose
     q = N(0, 3, 6) / 10
     exact = np.asarray(rotation(q, 4, None)) + np.eye(4)
     np.testing.assert_allclose(exact @ exact.transpose(0, 2, 1), [np.eye(4)] * 3, atol=1e-6)
-    near = np.asarray(rotation(q, 4, 5)) + np.eye(4)
-    np.testing.assert_allclose(near, exact.transpose(0, 2, 1), atol=2e-3)
-    assert np.abs(near - exact).max() > 0.1
+    series = np.asarray(rotation(q, 4, 5)) + np.eye(4)
+    np.testing.assert_allclose(series, exact.transpose(0, 2, 1), atol=2e-3)
+    assert np.abs(series - exact).max() > 0.1
 
 
 @pytest.mark.parametrize("terms", [5, None])
@@ -140,7 +140,7 @@ PARTS = {
 @pytest.mark.parametrize(
     "use, size", [*((use, 4) for use in PARTS), ("flipped", 8), ("scanned rows", 8)]
 )
-def test_a_part_of_a_block_is_said_and_right(use, size):
+def test_part_of_a_block_materializes(use, size):
     spec = {"w": OftSpec(size)}
     testing.check(PARTS[use], {"w": N(0, 8, 6)}, spec, N(1, 3, 8), transforms=False,
                   materializes=True)  # fmt: skip
@@ -161,7 +161,7 @@ def test_whole_blocks_are_not_built(use):
     testing.check(use, {"w": N(0, 8, 6)}, {"w": OftSpec(4)}, N(1, 3, 8), transforms=False)
 
 
-def test_groups_that_whole_blocks_lie_in():
+def test_groups_that_contain_whole_blocks():
     def conv(params, x):
         return lax.conv_general_dilated(
             x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -37,7 +37,7 @@ def test_rows_run_along_the_input_axis():
     np.testing.assert_array_equal(merge_params(frozen, tunable)["table"], TABLE.T)
 
 
-def test_tables_of_a_stack_have_rows_of_their_own():
+def test_tables_of_a_stack_have_their_own_rows():
     _, tunable = start(TokensSpec([4, 0], shared_axes=[0]), jnp.stack([TABLE, -TABLE]))
     assert tunable["table"].values.shape == (2, 2, 2)
     np.testing.assert_array_equal(tunable["table"].values[1], -TABLE[jnp.array([4, 0])])

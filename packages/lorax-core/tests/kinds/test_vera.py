@@ -23,23 +23,23 @@ def held(pair):
 
 def test_all_weights_of_one_rank_share_one_pair():
     specs = dict.fromkeys(SHAPES, VeraSpec(3)) | {"heads": VeraSpec(3, in_axes=[0])}
-    found = held(start(specs))
-    assert found["q"]["a"] is found["v"]["a"] and found["q"]["b"] is found["v"]["b"]
-    assert found["q"]["a"] is found["up"]["a"]
+    factors = held(start(specs))
+    assert factors["q"]["a"] is factors["v"]["a"] and factors["q"]["b"] is factors["v"]["b"]
+    assert factors["q"]["a"] is factors["up"]["a"]
     # Smaller ones are parts of the larger.
-    np.testing.assert_array_equal(found["q"]["a"], found["down"]["a"][:5])
-    np.testing.assert_array_equal(found["q"]["b"], found["up"]["b"][:, :4])
-    np.testing.assert_array_equal(found["q"]["b"], found["heads"]["b"].reshape(3, 4))
+    np.testing.assert_array_equal(factors["q"]["a"], factors["down"]["a"][:5])
+    np.testing.assert_array_equal(factors["q"]["b"], factors["up"]["b"][:, :4])
+    np.testing.assert_array_equal(factors["q"]["b"], factors["heads"]["b"].reshape(3, 4))
 
 
 def test_other_first_values_and_norms_share_it_too():
-    found = held(start({"q": VeraSpec(3), "v": DoraSpec(VeraSpec(3, d_initial=1.0))}))
-    assert found["q"]["a"] is found["v"]["a"]
+    factors = held(start({"q": VeraSpec(3), "v": DoraSpec(VeraSpec(3, d_initial=1.0))}))
+    assert factors["q"]["a"] is factors["v"]["a"]
 
 
 def test_another_rank_has_another_pair():
-    found = held(start({"q": VeraSpec(3), "v": VeraSpec(2)}))
-    assert found["q"]["a"].shape == (5, 3) and found["v"]["a"].shape == (5, 2)
+    factors = held(start({"q": VeraSpec(3), "v": VeraSpec(2)}))
+    assert factors["q"]["a"].shape == (5, 3) and factors["v"]["a"].shape == (5, 2)
 
 
 def test_layers_of_a_stack_share_it():
@@ -55,8 +55,8 @@ def test_first_values():
 
 
 def test_the_matrices_are_uniform_within_kaimings_bound():
-    found = held(start({"w": VeraSpec(64)}, {"w": (96, 128)}))["w"]
-    for matrix, fan_in in ((found["a"], 96), (found["b"], 64)):
+    factors = held(start({"w": VeraSpec(64)}, {"w": (96, 128)}))["w"]
+    for matrix, fan_in in ((factors["a"], 96), (factors["b"], 64)):
         bound = np.sqrt(6 / fan_in)
         assert 0.99 * bound < jnp.abs(matrix).max() <= bound
         np.testing.assert_allclose(matrix.std(), bound / np.sqrt(3), rtol=0.02)
@@ -72,7 +72,7 @@ def test_is_the_product_of_its_four_factors():
     np.testing.assert_allclose(merged, 1 + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_dtypes_have_parts_of_their_own():
+def test_each_dtype_has_separate_parts():
     params = {"q": jnp.ones((5, 4)), "v": jnp.ones((5, 4), jnp.bfloat16)}
     pair = init_lora(params, dict.fromkeys("qv", VeraSpec(3)), jax.random.key(0))
     assert held(pair)["v"]["a"].dtype == jnp.float32
@@ -87,10 +87,10 @@ def test_weights_sharded_alike_share_it_on_a_mesh():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
     params = {name: jax.device_put(jnp.ones((5, 4)), sharding) for name in "qv"}
-    found = held(init_lora(params, dict.fromkeys("qv", VeraSpec(3)), jax.random.key(0)))
-    assert found["q"]["b"] is found["v"]["b"]
-    assert found["q"]["b"].sharding.is_equivalent_to(sharding, 2)
-    assert found["q"]["a"].sharding.is_fully_replicated
+    factors = held(init_lora(params, dict.fromkeys("qv", VeraSpec(3)), jax.random.key(0)))
+    assert factors["q"]["b"] is factors["v"]["b"]
+    assert factors["q"]["b"].sharding.is_equivalent_to(sharding, 2)
+    assert factors["q"]["a"].sharding.is_fully_replicated
 
 
 BAD = {

@@ -88,7 +88,7 @@ def test_collectives(name, split):
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("split", ["inputs", "outputs"])
 @pytest.mark.parametrize("name", {**CHANGES, **IN_GROUPS})
-def test_collectives_where_nothing_is_known_of_what_varies(name, split):
+def test_collectives_without_known_varying_axes(name, split):
     prove_on_devices((CHANGES | IN_GROUPS)[name], split, check_vma=False)
 
 
@@ -113,7 +113,7 @@ def test_stacked_all_to_all_between_two_axes(split, split_axis, concat_axis):
 
 
 @pytest.mark.devices(4)
-def test_fully_sharded_by_hand():
+def test_hand_written_full_sharding():
     """Each device holds a quarter of every kernel and gathers it where it is used."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 

@@ -219,7 +219,7 @@ def test_convolution(prove, row):
     prove(*row)
 
 
-# Where the groups are examples of their own: one first kernel serves them all, with the window.
+# Where the groups are separate examples: one first kernel serves them all, with the window.
 GROUPED = [
     row
     for row in ROWS
@@ -244,13 +244,13 @@ def test_groups_are_examples_on_one_cpu(layout, on_cpu, monkeypatch):
     spec = {"w": LoraSpec(3, in_axes=[0, 1, 2])}
     frozen, tunable = init_lora({"w": jnp.ones((3, 2, 2, 15))}, spec, jax.random.key(0))
     jaxpr = jax.make_jaxpr(lora(fn))((frozen, tunable), jnp.ones(shape))
-    found = [
+    convolutions = [
         (eqn.params["feature_group_count"], eqn.outvars[0].aval.shape)
         for eqn in jaxpr.eqns
         if eqn.primitive.name == "conv_general_dilated"
     ]
     delta = (1, (10, 8, 9, 3)) if on_cpu else (5, (2, 8, 9, 15))
-    assert sorted(found) == sorted([(5, (2, 8, 9, 15)), delta])
+    assert sorted(convolutions) == sorted([(5, (2, 8, 9, 15)), delta])
 
 
 @pytest.mark.parametrize("spec", [WINDOW_LAST, SEPARABLE], ids=["last", "separable"])

@@ -1,4 +1,4 @@
-"""Functions with a derivative of their own, on weights."""
+"""Functions with a custom derivative, on weights."""
 
 import functools
 from typing import Any
@@ -127,7 +127,7 @@ def test_the_rule_of_a_call_without_weights_is_kept():
     assert np.allclose(got.a, expected.a, atol=1e-4) and np.allclose(got.b, expected.b, atol=1e-4)
 
 
-def test_a_rule_that_is_no_derivative_is_lost():
+def test_custom_rule_that_is_not_a_derivative_is_lost():
     """Rounding is materialized inside, and then its own derivative is zero."""
 
     def fn(p, x):
@@ -138,8 +138,8 @@ def test_a_rule_that_is_no_derivative_is_lost():
     for through, largest in ((False, 0.1), (True, 0.0)):
         ours = lora(fn, on_materialize="allow", through_custom_derivatives=through)
         assert np.allclose(ours((frozen, tunable), x), fn(merge_params(frozen, tunable), x))
-        found = jax.grad(lambda t, f=ours: f((frozen, t), x).sum())(tunable)["w"]
-        assert (np.abs(found.a).max() > largest) == (not through)
+        gradient = jax.grad(lambda t, f=ours: f((frozen, t), x).sum())(tunable)["w"]
+        assert (np.abs(gradient.a).max() > largest) == (not through)
     with pytest.raises(AssertionError, match="value and gradient"):
         testing.check(
             fn, merge_params(frozen, tunable), {"w": 2}, x, materializes=True, transforms=False,

@@ -187,7 +187,7 @@ def test_indexing(prove, row):
 
 
 @pytest.mark.parametrize("mode", [None, "promise_in_bounds", "clip", "fill"])
-def test_out_of_range_indices_pick_what_the_model_picks(mode):
+def test_out_of_range_indices_act_as_in_the_model(mode):
     # For the mode of `w[ids]` JAX leaves gradients at such indices undefined, so values alone.
     params = {"w": jax.random.normal(jax.random.key(0), (19, 5))}
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(1))

@@ -43,7 +43,7 @@ def cosine_head(p, x):
 
 
 def codebook(p, x):
-    """The distances of vector quantisation to codes [code, feature]."""
+    """The distances of vector quantization to codes [code, feature]."""
     codes = p["w"]
     return (x**2).sum(1, keepdims=True) - 2 * x @ codes.T + (codes**2).sum(-1)[None]
 

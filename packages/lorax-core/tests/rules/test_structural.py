@@ -242,7 +242,7 @@ def test_stop_gradient():
 
 
 def test_an_eight_bit_base_does_not_round_the_factors():
-    # A merged weight in 8 bits rounds the delta away, so it is no measure for this one.
+    # A merged weight in 8 bits rounds the delta away, so it does not measure this one.
     w = jax.random.normal(jax.random.key(2), (11, 7)).astype(F8)
     frozen, tunable = adapted({"w": w}, {"w": 2})
     x = jax.random.normal(jax.random.key(3), (3, 11))

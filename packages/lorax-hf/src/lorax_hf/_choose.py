@@ -19,27 +19,29 @@ def is_named(targets: Targets) -> bool:
     return isinstance(targets, str) and targets in NAMED
 
 
-def choose(rows: Sequence[Row], targets: Targets, what: str) -> set[str]:
+def choose(rows: Sequence[Row], targets: Targets, option: str) -> set[str]:
     """The paths that targets mean among these rows.
 
     Args:
         rows: those that may be chosen.
         targets: as in `spec`.
-        what: the name of the argument, for errors.
+        option: the name of the argument, for errors.
     """
     if is_named(targets):
-        found = {row.path for row in rows if targets in row.words}
-        if not found:
-            raise SpecError(f"{what}={targets!r}: this architecture has none. {_known(rows)}")
-        return found
-    accepts = _accepts(rows, targets, what)
-    found = {row.path for row in rows if accepts(row.module)}
-    if not found:
-        raise SpecError(f"{what}={shown(targets)} matches no module. {_near(str(targets), rows)}")
-    return found
+        paths = {row.path for row in rows if targets in row.words}
+        if not paths:
+            raise SpecError(f"{option}={targets!r}: this architecture has none. {_known(rows)}")
+        return paths
+    accepts = _accepts(rows, targets, option)
+    paths = {row.path for row in rows if accepts(row.module)}
+    if not paths:
+        raise SpecError(
+            f"{option}={shown(targets)} matches no module. {_suggestion(str(targets), rows)}"
+        )
+    return paths
 
 
-def _accepts(rows: Sequence[Row], targets: Targets, what: str) -> Callable[[str], Any]:
+def _accepts(rows: Sequence[Row], targets: Targets, option: str) -> Callable[[str], Any]:
     if isinstance(targets, str):
         return re.compile(targets).fullmatch
     if isinstance(targets, re.Pattern):
@@ -48,15 +50,15 @@ def _accepts(rows: Sequence[Row], targets: Targets, what: str) -> Callable[[str]
         return targets
     for end in targets:
         if not any(ends_in((end,), row.module) for row in rows):
-            raise SpecError(f"{what}: no module is called {end!r}. {_near(end, rows)}")
+            raise SpecError(f"{option}: no module is called {end!r}. {_suggestion(end, rows)}")
     return lambda module: ends_in(tuple(targets), module)
 
 
-def check_patterns(rows: Sequence[Row], what: str, patterns: Mapping[str, Any]) -> None:
+def check_patterns(rows: Sequence[Row], option: str, patterns: Mapping[str, Any]) -> None:
     """Raises `SpecError` where a pattern matches the end of no module's name."""
     for key in patterns:
         if not any(_matches(key, row.module) for row in rows):
-            raise SpecError(f"{what}: no module ends in {key!r}. {_near(key, rows)}")
+            raise SpecError(f"{option}: no module ends in {key!r}. {_suggestion(key, rows)}")
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -77,9 +79,9 @@ def _known(rows: Sequence[Row]) -> str:
     return f"Its modules end in: {', '.join(_ends(rows))}."
 
 
-def _near(name: str, rows: Sequence[Row]) -> str:
-    found = difflib.get_close_matches(name.rpartition(".")[2], _ends(rows), n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, found))}? " if found else ""
+def _suggestion(name: str, rows: Sequence[Row]) -> str:
+    matches = difflib.get_close_matches(name.rpartition(".")[2], _ends(rows), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, matches))}? " if matches else ""
     return f"{hint}{_known(rows)}"
 
 

@@ -16,11 +16,11 @@ EXTRAS = {
 
 def need(extra: str) -> None:
     """Raises `ImportError`, with what to install, unless the packages of an extra are there."""
-    what, modules = EXTRAS[extra]
+    purpose, modules = EXTRAS[extra]
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"lorax_hf needs {' and '.join(missing)} for {what}: {_install(extra)}",
+            f"lorax_hf needs {' and '.join(missing)} for {purpose}: {_install(extra)}",
             name=missing[0],
         )
     if extra == "flax":

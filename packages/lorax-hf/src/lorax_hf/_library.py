@@ -49,13 +49,13 @@ def described(model: Any, params: Any = None) -> Described:
 
 def installed_parts() -> list[Part]:
     """The parts whose packages are installed."""
-    found: list[Part] = []
+    parts: list[Part] = []
     for extra in EXTRAS:
         try:
-            found.append(_part(extra))
+            parts.append(_part(extra))
         except ImportError:
             continue
-    return found
+    return parts
 
 
 def _part(extra: str) -> Part:

@@ -91,8 +91,8 @@ def spec(
         raise SpecError(f'targets="default": {no_default}. Name the modules, or a kind of them.')
     warn_of_defects(model)
     if inputs is not None:
-        found = infer([row.path for row in rows if row.unsure], inputs)
-        rows = [row._replace(axes=found.get(row.path, row.axes), unsure=False) for row in rows]
+        axes = infer([row.path for row in rows if row.unsure], inputs)
+        rows = [row._replace(axes=axes.get(row.path, row.axes), unsure=False) for row in rows]
     by_path = {row.path: row for row in rows}
     weights = [row for row in rows if row.axes is not None or row.unsure]
     chosen = _with_axes(by_path, choose(weights, targets, "targets"), targets)
@@ -145,14 +145,14 @@ def spec(
 def _is_in(row: Row, wanted: set[int] | None) -> bool:
     """Whether a weight is in one of the layers that are wanted."""
     layers = layers_of(row.module)
-    found = wanted is None or not wanted.isdisjoint(layers)
-    if found and wanted is not None and not wanted.issuperset(layers):
+    chosen = wanted is None or not wanted.isdisjoint(layers)
+    if chosen and wanted is not None and not wanted.issuperset(layers):
         raise SpecError(
             f"layers={sorted(wanted)}: `{row.path}` is one parameter for the layers "
             f"{list(layers)}, since they are scanned. Choose all of them or none, or take the "
             "function without `scan_layers`."
         )
-    return found
+    return chosen
 
 
 def _with_axes(rows: Mapping[str, Row], chosen: set[str], targets: Targets) -> set[str]:

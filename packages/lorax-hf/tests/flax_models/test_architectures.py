@@ -22,8 +22,8 @@ def outputs(model):
 
     def run(params, inputs):
         with lorax_hf.clip_mended():
-            found = model(**inputs, params=params, return_dict=True)
-        return {k: v for k, v in found.items() if k != "past_key_values" and hasattr(v, "shape")}
+            output = model(**inputs, params=params, return_dict=True)
+        return {k: v for k, v in output.items() if k != "past_key_values" and hasattr(v, "shape")}
 
     return run
 
@@ -51,10 +51,10 @@ def test_axes_are_those_that_tracing_finds(name):
         warnings.simplefilter("ignore", lorax.UnadaptedWarning)  # a classifier of one class
         traced = lorax.infer_spec(outputs(model), params, inputs, rank=2, skip_small=False)
     ours = spec_of(model, params, rank=2, targets=lambda module: True)
-    found = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
-    said = jax.tree.leaves(ours, is_leaf=is_spec)
-    assert sum(map(is_spec, said)) >= 6
-    for (path, traced_leaf), leaf in zip(found, said, strict=True):
+    traced_leaves = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
+    named_module = jax.tree.leaves(ours, is_leaf=is_spec)
+    assert sum(map(is_spec, named_module)) >= 6
+    for (path, traced_leaf), leaf in zip(traced_leaves, named_module, strict=True):
         if path[-1].key == "weight_v":
             # Weight normalization: PyTorch has a parametrization there, which PEFT does not adapt.
             assert is_spec(traced_leaf) and not is_spec(leaf), path
@@ -94,7 +94,7 @@ WITH_A_POOLER_FOR_NOTHING = ("encoder-decoder", "vision-encoder-decoder")
 def test_adapters_are_right(kind):
     with jax.enable_x64(True):
         # In float64, where no rounding needs a tolerance that hides something. Some models compute
-        # parts of themselves in float32 all the same.
+        # parts of themselves in float32 anyway.
         model = make(ONE[kind], dtype=jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
         targets = "default" if kind in ("resnet", "regnet") else "all-linear"

@@ -1,4 +1,4 @@
-"""The known defects: each is there as long as it is said to be, and the mend mends."""
+"""The known defects: each is there as long as it is reported, and the patch fixes it."""
 
 import warnings
 
@@ -12,36 +12,36 @@ import transformers
 import lorax_hf
 
 
-def found(kind, **changes):
+def findings(kind, **changes):
     config = tiny.config_of(kind)
     config.update(changes)
     return [finding.what for finding in lorax_hf.doctor(config)]
 
 
 def test_a_model_without_defects():
-    assert found("bert") == []
+    assert findings("bert") == []
 
 
-def test_t5_needs_the_mend():
+def test_t5_needs_the_patch():
     kind = "t5"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 takes it, and complains
         try:
             tiny.make("FlaxT5Model")
         except TypeError as error:
-            assert "a_max" in str(error) and "jnp.clip" in found(kind)[0]
+            assert "a_max" in str(error) and "jnp.clip" in findings(kind)[0]
         else:
-            assert found(kind) == []
+            assert findings(kind) == []
     clip = jnp.clip
     with lorax_hf.clip_mended():
-        assert found(kind) == []
+        assert findings(kind) == []
         tiny.make("FlaxT5Model")
         np.testing.assert_array_equal(jnp.clip(jnp.arange(5), a_min=1, a_max=3), [1, 1, 2, 3, 3])
         np.testing.assert_array_equal(jnp.clip(jnp.arange(5), 1, max=3), [1, 1, 2, 3, 3])
     assert jnp.clip is clip
 
 
-def test_the_mend_ends_with_an_error():
+def test_patch_is_undone_on_error():
     clip = jnp.clip
     with pytest.raises(ValueError, match="mine"), lorax_hf.clip_mended():
         raise ValueError("mine")
@@ -49,8 +49,8 @@ def test_the_mend_ends_with_an_error():
 
 
 def test_llama_ignores_the_rotary_base():
-    assert any("rotary base" in what for what in found("llama", rope_theta=5e4))
-    assert found("llama") == []
+    assert any("rotary base" in finding for finding in findings("llama", rope_theta=5e4))
+    assert findings("llama") == []
     ids = jnp.arange(6)[None]
     outputs = []
     for theta in (1e4, 1e2):
@@ -60,15 +60,15 @@ def test_llama_ignores_the_rotary_base():
     np.testing.assert_array_equal(*outputs)
 
 
-def test_llama_has_a_head_of_its_own_where_it_is_tied():
-    assert any("head random" in what for what in found("llama", tie_word_embeddings=True))
+def test_tied_llama_has_a_random_head():
+    assert any("head random" in finding for finding in findings("llama", tie_word_embeddings=True))
     config = tiny.config_of("llama")
     config.tie_word_embeddings = True
     assert "lm_head" in transformers.FlaxLlamaForCausalLM(config).params
 
 
-def test_basic_resnets_have_names_of_their_own():
-    assert any("basic" in what for what in found("resnet", layer_type="basic"))
+def test_basic_resnets_have_separate_names():
+    assert any("basic" in finding for finding in findings("resnet", layer_type="basic"))
     config = tiny.config_of("resnet")
     config.layer_type = "basic"
     params = transformers.FlaxResNetModel(config).params
@@ -80,7 +80,7 @@ def test_basic_resnets_have_names_of_their_own():
 
 
 def test_electra_takes_ones():
-    assert any("token_type_ids" in what for what in found("electra"))
+    assert any("token_type_ids" in finding for finding in findings("electra"))
     model = transformers.FlaxElectraModel(tiny.config_of("electra"))
     ids = jnp.arange(6)[None]
     ones, zeros = (model(ids, token_type_ids=jnp.full_like(ids, k))[0] for k in (1, 0))
@@ -94,7 +94,7 @@ def test_everything_known_is_returned_without_a_model():
     assert all(finding.remedy for finding in lorax_hf.doctor())
 
 
-def test_a_spec_warns_of_what_concerns_its_model():
+def test_spec_warns_of_defects_of_its_model():
     with pytest.warns(lorax_hf.DefectWarning, match="token_type_ids.*transformers 4.*pass"):
         lorax_hf.spec(tiny.config_of("electra"))
     assert jax.tree.leaves(lorax_hf.spec(tiny.config_of("bert")))

@@ -80,11 +80,11 @@ def test_parameters_are_needed(gpt2):
 )
 def test_it_is_copied_and_pickled(gpt2, again):
     model, adapted, pair, _ = gpt2
-    found = again(adapted)
-    assert (found.model is model) == (again is copy.copy)
-    assert found.config.to_dict() == model.config.to_dict()
-    np.testing.assert_array_equal(found(IDS, params=pair).logits, adapted(IDS, params=pair).logits)
-    assert found._options == adapted._options != {}
+    copied = again(adapted)
+    assert (copied.model is model) == (again is copy.copy)
+    assert copied.config.to_dict() == model.config.to_dict()
+    np.testing.assert_array_equal(copied(IDS, params=pair).logits, adapted(IDS, params=pair).logits)
+    assert copied._options == adapted._options != {}
 
 
 def test_an_unknown_attribute_is_named(gpt2):

@@ -66,7 +66,7 @@ def test_gpt2_modules_of_the_same_name_are_kept_apart():
     assert (kernel.in_axes, kernel.out_axes) == ((1,), (0,))
 
 
-def test_a_dense_layer_of_gpt2_is_no_conv1d():
+def test_dense_layer_of_gpt2_is_not_conv1d():
     config = tiny.config_of("gpt2")
     config.tie_word_embeddings = False
     config.architectures = ["GPT2LMHeadModel"]
@@ -111,10 +111,10 @@ def test_ranks_alphas_and_scaling(llama):
         rank_pattern={r"0\.self_attn\.q_proj": 3},
         alpha_pattern={"v_proj": 2.5},
     )
-    found = {path.split("/", 1)[1]: (x.rank, x.alpha, x.scaling) for path, x in chosen.items()}
-    assert found["0/self_attn/q_proj/kernel"] == (3, 7, "rslora")
-    assert found["1/self_attn/q_proj/kernel"] == (5, 7, "rslora")
-    assert found["0/self_attn/v_proj/kernel"] == (5, 2.5, "rslora")
+    settings = {path.split("/", 1)[1]: (x.rank, x.alpha, x.scaling) for path, x in chosen.items()}
+    assert settings["0/self_attn/q_proj/kernel"] == (3, 7, "rslora")
+    assert settings["1/self_attn/q_proj/kernel"] == (5, 7, "rslora")
+    assert settings["0/self_attn/v_proj/kernel"] == (5, 2.5, "rslora")
 
 
 @pytest.mark.parametrize(
@@ -131,17 +131,17 @@ def test_ranks_alphas_and_scaling(llama):
     ],
     ids=["end", "name", "two", "function", "exclude", "full", "layers", "pattern"],
 )
-def test_what_matches_nothing_is_said(llama, kwargs, message):
+def test_patterns_without_a_match_raise(llama, kwargs, message):
     with pytest.raises(lorax.SpecError, match=message):
         lorax_hf.spec(llama, **kwargs)
 
 
-def test_what_an_architecture_has_not_is_said():
+def test_targets_missing_in_the_architecture_raise():
     with pytest.raises(lorax.SpecError, match="targets='mlp': this architecture has none"):
         lorax_hf.spec(tiny.config_of("resnet"), targets="mlp")
 
 
-def test_a_model_type_without_a_preset_is_said():
+def test_model_type_without_a_preset_raises():
     with pytest.raises(lorax.SpecError, match="no Flax model of the type 'esm'"):
         lorax_hf.spec(transformers.EsmConfig())
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}}
@@ -149,7 +149,7 @@ def test_a_model_type_without_a_preset_is_said():
         lorax_hf.spec(transformers.EsmConfig(), params)
 
 
-def test_something_that_is_no_model_is_said():
+def test_non_model_raises_type_error():
     with pytest.raises(TypeError, match="not dict"):
         lorax_hf.spec({})
 
@@ -173,9 +173,9 @@ def test_a_model_of_two_models_has_the_presets_of_both():
 
 def test_any_kind_of_adapter(llama):
     kind = lorax.DoraSpec(lorax.LoraSpec(3, alpha=6))
-    found = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
-    assert {spec.spec.rank for spec in found.values()} == {2, 3}
-    assert all(isinstance(spec, lorax.DoraSpec) and spec.spec.in_axes for spec in found.values())
+    specs = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
+    assert {spec.spec.rank for spec in specs.values()} == {2, 3}
+    assert all(isinstance(spec, lorax.DoraSpec) and spec.spec.in_axes for spec in specs.values())
     gains = adapted(llama, adapter=lorax.IA3Spec(), targets=["k_proj", "v_proj"])
     assert len(gains) == 4 and all(spec.out_axes for spec in gains.values())
     plain = adapted(llama, adapter=lorax.LoraSpec(3, 6), alpha_pattern={"v_proj": 4})

@@ -114,7 +114,7 @@ def config_of(kind: str) -> Any:
 
 def classes() -> dict[str, str]:
     """The name of every Flax class, with its model type."""
-    found: dict[str, str] = {}
+    model_types: dict[str, str] = {}
     for package in pkgutil.iter_modules(models.__path__):
         name = f"transformers.models.{package.name}.modeling_flax_{package.name}"
         path = pathlib.Path(models.__path__[0], package.name, f"{name.rpartition('.')[2]}.py")
@@ -124,8 +124,8 @@ def classes() -> dict[str, str]:
         for kind in module.__all__:
             cls = getattr(module, kind)
             if kind.startswith("Flax") and "PreTrained" not in kind:
-                found[kind] = cls.config_class.model_type
-    return found
+                model_types[kind] = cls.config_class.model_type
+    return model_types
 
 
 def make(name: str, **options: Any) -> Any:

@@ -30,8 +30,8 @@ def both(module, *arrays, **options):
     return expected, jax.jit(fn)(params, *map(jnp.asarray, arrays))
 
 
-def close(found, expected, tolerance=1e-5):
-    np.testing.assert_allclose(found, expected.numpy(), rtol=tolerance, atol=tolerance)
+def close(actual, expected, tolerance=1e-5):
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=tolerance, atol=tolerance)
 
 
 class Own(nn.Module):
@@ -65,8 +65,8 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 def test_values(name):
     module = tiny_torch.randomized(MODULES[name]())
-    expected, found = both(module, X)
-    close(found, expected)
+    expected, output = both(module, X)
+    close(output, expected)
 
 
 @pytest.mark.parametrize("kind", tiny_torch.CAUSAL)
@@ -75,10 +75,10 @@ def test_models_of_transformers(kind):
     fn, params = lorax_hf.from_torch(model)
     with torch.no_grad():
         expected = model(torch.from_numpy(tiny_torch.IDS), use_cache=False).logits
-    found = jax.jit(fn)(params, input_ids=jnp.asarray(tiny_torch.IDS))
-    assert type(found).__name__ == type(model(torch.from_numpy(tiny_torch.IDS))).__name__
-    assert list(found) == ["logits"]
-    close(found.logits, expected)
+    output = jax.jit(fn)(params, input_ids=jnp.asarray(tiny_torch.IDS))
+    assert type(output).__name__ == type(model(torch.from_numpy(tiny_torch.IDS))).__name__
+    assert list(output) == ["logits"]
+    close(output.logits, expected)
 
 
 def test_gradients_are_those_of_torch():
@@ -86,12 +86,12 @@ def test_gradients_are_those_of_torch():
     fn, params = lorax_hf.from_torch(model)
     ids = tiny_torch.IDS
     weights = np.sin(np.arange(2 * 7 * 199)).reshape(2, 7, 199).astype(np.float32)
-    found = jax.grad(lambda p: (fn(p, jnp.asarray(ids)).logits * weights).sum())(params)
+    gradient = jax.grad(lambda p: (fn(p, jnp.asarray(ids)).logits * weights).sum())(params)
     (model(torch.from_numpy(ids)).logits * torch.from_numpy(weights)).sum().backward()
-    assert found.keys() == dict(model.named_parameters()).keys()
+    assert gradient.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         scale = parameter.grad.abs().max()
-        close(found[name] / scale.item(), parameter.grad / scale, 1e-4)
+        close(gradient[name] / scale.item(), parameter.grad / scale, 1e-4)
 
 
 def test_tied_parameters_are_one_array_and_one_adapter():
@@ -150,10 +150,10 @@ def test_an_error_leaves_the_module_as_it_was():
 def test_the_module_may_be_changed_and_deleted():
     module = nn.Linear(6, 5)
     fn, params = lorax_hf.from_torch(module)
-    found = fn(params, jnp.asarray(X))
+    output = fn(params, jnp.asarray(X))
     with torch.no_grad():
         module.weight.zero_()
-    np.testing.assert_array_equal(fn(params, jnp.asarray(X)), found)
+    np.testing.assert_array_equal(fn(params, jnp.asarray(X)), output)
     weight = weakref.ref(module.weight)
     del module
     gc.collect()
@@ -204,8 +204,8 @@ def test_batch_statistics_in_training_are_warned_of():
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     with pytest.warns(UserWarning, match="`1` normalizes by the statistics of the batch"):
         fn, params = lorax_hf.from_torch(module, train=True)
-    found = jax.jit(fn)(params, jnp.asarray(X))
-    close(found, module.train()(torch.from_numpy(X)).detach(), 1e-4)
+    output = jax.jit(fn)(params, jnp.asarray(X))
+    close(output, module.train()(torch.from_numpy(X)).detach(), 1e-4)
 
 
 def test_layers_dropped_in_python_are_turned_off():
@@ -224,12 +224,12 @@ def test_dtypes(dtype):
     assert {array.dtype for array in params.values()} == {jnp.dtype(dtype)}
     # Rotary tables are in no file, and stay in float32 as they do in PyTorch.
     assert fn.buffers["model.rotary_emb.inv_freq"].dtype == np.float32
-    found = jax.jit(fn)(params, jnp.asarray(tiny_torch.IDS)).logits
-    assert found.dtype == dtype
+    output = jax.jit(fn)(params, jnp.asarray(tiny_torch.IDS)).logits
+    assert output.dtype == dtype
     name = {jnp.bfloat16: torch.bfloat16, jnp.float16: torch.float16}[dtype]
     with torch.no_grad():
         expected = model.to(name)(torch.from_numpy(tiny_torch.IDS), use_cache=False).logits
-    close(found.astype(jnp.float32), expected.float(), 0.02)
+    close(output.astype(jnp.float32), expected.float(), 0.02)
     again, same = lorax_hf.from_torch(model)
     assert {array.dtype for array in same.values()} == {jnp.dtype(dtype)}
     for key in params:
@@ -241,12 +241,12 @@ def test_shardings():
     split = jax.sharding.NamedSharding(mesh, jax.P("x"))
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     module = nn.Linear(6, 5)
-    ways = {
+    shardings = {
         "all": split,
         "dict": {"weight": split, "bias": split},
         "function": lambda name, shape: split if len(shape) == 2 else whole,
     }
-    for way, sharding in ways.items():
+    for way, sharding in shardings.items():
         _, params = lorax_hf.from_torch(module, sharding=sharding)
         assert params["weight"].sharding == split
         assert params["bias"].sharding == (whole if way == "function" else split)
@@ -284,12 +284,12 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("name", RETURNS)
-def test_what_is_returned_has_the_same_structure(name):
+def test_outputs_have_the_same_structure(name):
     fn, params = lorax_hf.from_torch(Returns(RETURNS[name]))
-    found = jax.jit(fn)(params, jnp.asarray(X))
+    output = jax.jit(fn)(params, jnp.asarray(X))
     expected = RETURNS[name](jnp.asarray(X))
-    assert type(found) is type(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert type(output) is type(expected)
+    for one, other in zip(jax.tree.leaves(output), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -314,13 +314,13 @@ def test_gradients_stop_where_torch_stops_them():
 
     for make, slope in ((straight_through, 1.0), (without, None)):
         fn, params = lorax_hf.from_torch(Returns(make))
-        found = jax.grad(lambda p, f=fn: f(p, jnp.asarray(X)).sum())(params)["weight"]
+        gradient = jax.grad(lambda p, f=fn: f(p, jnp.asarray(X)).sum())(params)["weight"]
         expected = X.sum(0) if slope else (X**2 * X).sum(0)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 class Attends(nn.Module):
-    """Attention with weights of its own, as a module calls it."""
+    """Attention with its own weights, as a module calls it."""
 
     def __init__(self, **options):
         super().__init__()
@@ -349,8 +349,8 @@ def test_attention(name):
     module = Attends(**options)
     x = np.sin(np.arange(24.0, dtype=np.float32)).reshape(1, 4, 6)
     given = [x] if mask is None else [x, mask]
-    expected, found = both(module, *given)
-    close(found, expected)
+    expected, output = both(module, *given)
+    close(output, expected)
     fn, params = lorax_hf.from_torch(module)
     weigh = np.cos(np.arange(24, dtype=np.float32)).reshape(1, 2, 4, 3)
     ours = jax.grad(lambda p: (fn(p, *map(jnp.asarray, given)) * weigh).sum())(params)["weight"]
@@ -365,8 +365,8 @@ class Named(nn.Linear):
 
 def test_a_product_whose_arguments_have_names():
     module = tiny_torch.randomized(Named(6, 5))
-    expected, found = both(module, X)
-    close(found, expected)
+    expected, output = both(module, X)
+    close(output, expected)
     fn, params = lorax_hf.from_torch(module)
     spec = lorax_hf.spec(module, rank=2, targets=lambda name: True)
     testing.check(fn, params, spec, jnp.asarray(X), transforms=False)
@@ -376,11 +376,11 @@ def test_padding_has_no_gradient_and_its_table_stays_factored():
     module = nn.Embedding(11, 6, padding_idx=2)
     fn, params = lorax_hf.from_torch(module)
     ids = jnp.array([[1, 2, 2, 5], [7, 2, 1, 1]])
-    found = jax.grad(lambda p: fn(p, ids).sum())(params)["weight"]
+    gradient = jax.grad(lambda p: fn(p, ids).sum())(params)["weight"]
     module(torch.tensor(np.asarray(ids))).sum().backward()
-    close(found, module.weight.grad)
+    close(gradient, module.weight.grad)
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(found[2], found[1])
+        np.testing.assert_array_equal(gradient[2], gradient[1])
     spec = {"weight": lorax.LoraSpec(2, in_axes=(0,), out_axes=(1,))}
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
     lorax.lora(fn, on_materialize="error")((frozen, tunable), ids)
@@ -460,7 +460,7 @@ def test_quantized_modules_of_other_packages_are_refused(package):
         lorax_hf.from_torch(nn.Sequential(kind(6, 5)))
 
 
-def test_importing_mend_is_undone():
+def test_import_patch_is_undone():
     from torch._ops import OpOverloadPacket
 
     lorax_hf.from_torch(nn.Linear(6, 5))

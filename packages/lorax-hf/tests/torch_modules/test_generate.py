@@ -22,23 +22,23 @@ MODELS = {
 
 def torch_greedy(model, ids, new, **options):
     with torch.no_grad():
-        found = model.generate(
+        tokens = model.generate(
             torch.from_numpy(ids),
             max_new_tokens=new,
             min_new_tokens=None,
             do_sample=False,
             **{"pad_token_id": 0, "eos_token_id": -1, **options},
         )
-    return found.numpy()
+    return tokens.numpy()
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_tokens_are_those_of_torch(kind):
     model = tiny_torch.randomized_causal(kind, **MODELS[kind])
     fn, params = lorax_hf.from_torch(model)
-    found = lorax_hf.generate(fn, params, jnp.asarray(IDS), max_new_tokens=9)
-    np.testing.assert_array_equal(found, torch_greedy(model, IDS, 9))
-    assert len(np.unique(np.asarray(found)[:, 7:])) > 3
+    tokens = lorax_hf.generate(fn, params, jnp.asarray(IDS), max_new_tokens=9)
+    np.testing.assert_array_equal(tokens, torch_greedy(model, IDS, 9))
+    assert len(np.unique(np.asarray(tokens)[:, 7:])) > 3
 
 
 def test_padded_prompts_and_ends():
@@ -56,9 +56,9 @@ def test_padded_prompts_and_ends():
         fn, params, ids, max_new_tokens=8, attention_mask=mask, **options
     )
     np.testing.assert_array_equal(run(), plain)
-    found = np.asarray(run(eos_token_id=end, pad_token_id=3))
-    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
-    assert (found[0, 11:] == 3).all()
+    tokens = np.asarray(run(eos_token_id=end, pad_token_id=3))
+    np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+    assert (tokens[0, 11:] == 3).all()
     assert (np.asarray(run(eos_token_id=end))[0, 11:] == end).all()
 
 
@@ -69,10 +69,10 @@ def test_an_adapter_generates_what_the_merged_model_does():
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
     tunable = testing.random_factors(tunable, jax.random.key(1))
     ids = jnp.asarray(IDS)
-    found = lorax_hf.generate(fn, (frozen, tunable), ids, max_new_tokens=6)
+    tokens = lorax_hf.generate(fn, (frozen, tunable), ids, max_new_tokens=6)
     merged = lorax.merge_params(frozen, tunable)
-    np.testing.assert_array_equal(found, lorax_hf.generate(fn, merged, ids, max_new_tokens=6))
-    assert (found != lorax_hf.generate(fn, params, ids, max_new_tokens=6)).any()
+    np.testing.assert_array_equal(tokens, lorax_hf.generate(fn, merged, ids, max_new_tokens=6))
+    assert (tokens != lorax_hf.generate(fn, params, ids, max_new_tokens=6)).any()
 
 
 def test_sampling_follows_the_distribution():
@@ -83,10 +83,10 @@ def test_sampling_follows_the_distribution():
     key = jax.random.key(0)
 
     def drawn(**options):
-        found = lorax_hf.generate(
+        tokens = lorax_hf.generate(
             fn, params, ids, max_new_tokens=1, do_sample=True, temperature=0.7, rng=key, **options
         )
-        return np.bincount(np.asarray(found[:, -1]), minlength=199) / len(ids)
+        return np.bincount(np.asarray(tokens[:, -1]), minlength=199) / len(ids)
 
     expected = np.asarray(jax.nn.softmax(logits))
     assert np.abs(drawn() - expected).max() < 0.05

@@ -73,8 +73,8 @@ def test_the_number_of_equations_does_not_grow():
 
 def test_inputs_of_spec_are_traced_with_the_scan(models):
     fn, params = lorax_hf.from_torch(models["mixtral"], scan_layers=True)
-    found = lorax_hf.spec(fn, rank=2, targets=["mlp.gate"], inputs=(IDS,))
-    assert found["model.layers.0:2.mlp.gate.weight"] == lorax.LoraSpec(
+    spec = lorax_hf.spec(fn, rank=2, targets=["mlp.gate"], inputs=(IDS,))
+    assert spec["model.layers.0:2.mlp.gate.weight"] == lorax.LoraSpec(
         2, None, "standard", (2,), (1,), (0,)
     )
 
@@ -202,8 +202,8 @@ def test_runs_of_layers():
         left = [name for name in params if re.match(r"layers\.\d+\.", name)]
         assert bool(left) == bool(caught)
         with torch.no_grad():
-            found = tower(torch.from_numpy(np.array(X))).numpy()
-        np.testing.assert_allclose(fn(params, X), found, rtol=2e-6)
+            output = tower(torch.from_numpy(np.array(X))).numpy()
+        np.testing.assert_allclose(fn(params, X), output, rtol=2e-6)
 
 
 def test_layers_that_are_left_out_are_warned_of():
@@ -254,11 +254,11 @@ def changed(layers, x):
 
 
 def collected(layers, x):
-    found = []
+    inputs = []
     for layer in layers:
         x = layer(x)
-        found.append(x)
-    return found
+        inputs.append(x)
+    return inputs
 
 
 def masks(layers, x):
@@ -298,7 +298,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_scanned_is_named_when_called(case):
+def test_unscannable_layers_raise_when_called(case):
     run, message = WRONG[case]
     fn, params = lorax_hf.from_torch(Tower([Layer(k) for k in range(3)], run), scan_layers=True)
     with pytest.raises(ValueError, match=message):
@@ -333,13 +333,13 @@ def test_a_folder_is_loaded_into_stacks(models, tmp_path):
         mesh = jax.make_mesh((1,), ("x",))
         placed = jax.sharding.NamedSharding(mesh, jax.P())
         for sharding in (None, placed):
-            fn, found = lorax_hf.load_torch(
+            fn, params = lorax_hf.load_torch(
                 tmp_path / kind, scan_layers=True, sharding=sharding, dtype=jnp.float32
             )
-            assert found.keys() == expected.keys()
-            for name in found:
-                np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-                assert sharding is None or found[name].sharding == sharding
+            assert params.keys() == expected.keys()
+            for name in params:
+                np.testing.assert_array_equal(params[name], expected[name], err_msg=name)
+                assert sharding is None or params[name].sharding == sharding
             assert fn.members.keys() == expected.keys()
 
 
@@ -353,9 +353,9 @@ def test_generate_takes_stacks():
     frozen, tunable = lorax.init_lora(stacks, spec, jax.random.key(0))
     pair = frozen, testing.random_factors(tunable, jax.random.key(1))
     adapted = lorax_hf.lora(scan, on_materialize="error")
-    found = adapted.generate(IDS, params=pair, max_new_tokens=4)
+    tokens = adapted.generate(IDS, params=pair, max_new_tokens=4)
     merged = lorax.merge_params(*pair)
-    np.testing.assert_array_equal(found, lorax_hf.generate(scan, merged, IDS, max_new_tokens=4))
+    np.testing.assert_array_equal(tokens, lorax_hf.generate(scan, merged, IDS, max_new_tokens=4))
 
 
 def test_names_of_members():

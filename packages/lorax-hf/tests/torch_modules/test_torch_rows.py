@@ -26,8 +26,8 @@ def adapted(model, **options):
 
 def ends(model, **options):
     """The last names of the modules, or of the experts' parameters, in layer 0 or in none."""
-    found = {path.removesuffix(".weight") for path in adapted(model, **options)}
-    return {path.rpartition(".")[2] for path in found if ".0." in path or ".1." not in path}
+    modules = {path.removesuffix(".weight") for path in adapted(model, **options)}
+    return {path.rpartition(".")[2] for path in modules if ".0." in path or ".1." not in path}
 
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -84,10 +84,10 @@ def test_all_options_are_those_of_flax_models():
         alpha_pattern={"v_proj": 2},
     )
     assert chosen.pop("lm_head.weight") == lorax.LORA_FULL
-    found = {
+    specs = {
         path.split(".")[-2]: (leaf.rank, leaf.alpha, leaf.scaling) for path, leaf in chosen.items()
     }
-    assert found == {
+    assert specs == {
         "q_proj": (3, 7, "rslora"),
         "k_proj": (5, 7, "rslora"),
         "v_proj": (5, 2, "rslora"),
@@ -125,10 +125,10 @@ def test_axes_are_those_that_a_trace_finds():
     fn, params = lorax_hf.from_torch(module)
     traced = lorax.infer_spec(fn, params, jnp.asarray(IDS), rank=2, skip_small=False)
     inputs = (jax.ShapeDtypeStruct(IDS.shape, jnp.int32),)
-    found = lorax_hf.spec(module, rank=2, targets=lambda name: True, inputs=inputs)
-    assert found == traced
-    assert found["across.weight"].out_axes == (1,) and found["turned.weight"].out_axes == (1,)
-    testing.check(fn, params, found, jnp.asarray(IDS), transforms=False)
+    spec = lorax_hf.spec(module, rank=2, targets=lambda name: True, inputs=inputs)
+    assert spec == traced
+    assert spec["across.weight"].out_axes == (1,) and spec["turned.weight"].out_axes == (1,)
+    testing.check(fn, params, spec, jnp.asarray(IDS), transforms=False)
 
 
 def test_weights_of_unknown_axes_are_named():
@@ -216,10 +216,10 @@ def test_the_adapted_module_is_called_as_the_module_is():
     adapted = lorax_hf.lora(model, on_materialize="error", on_unused="error")
     ids = jnp.asarray(tiny_torch.IDS)
     mask = jnp.ones_like(ids)
-    found = adapted(ids, attention_mask=mask, params=(frozen, tunable)).logits
+    logits = adapted(ids, attention_mask=mask, params=(frozen, tunable)).logits
     fn, _ = lorax_hf.from_torch(model)
     expected = fn(lorax.merge_params(frozen, tunable), ids, attention_mask=mask).logits
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(logits, expected, atol=2e-4)
     assert adapted.config is model.config
     with pytest.raises(TypeError, match="params"):
         adapted(ids)

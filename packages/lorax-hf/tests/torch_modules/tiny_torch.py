@@ -1,4 +1,4 @@
-"""Tiny models of transformers 5, and of our own, with inputs for them."""
+"""Tiny models of transformers 5, and custom ones, with inputs for them."""
 
 from typing import Any
 

@@ -116,13 +116,13 @@ def pull_from_hub(
             cache_dir=cache,
             allow_patterns=[f"{inside}{name}" for name in (CONFIG_NAME, *_WEIGHTS)],
         )
-    found = Path(folder, inside)
-    weights = [name for name in _WEIGHTS if (found / name).exists()]
+    local = Path(folder, inside)
+    weights = [name for name in _WEIGHTS if (local / name).exists()]
     if not weights:
         raise AdapterNotFoundError(f"the repository has no `{inside}{WEIGHTS_NAME}`.", repo_id)
-    if weights[0] == WEIGHTS_NAME and not (found / CONFIG_NAME).exists():
+    if weights[0] == WEIGHTS_NAME and not (local / CONFIG_NAME).exists():
         raise AdapterNotFoundError(f"the repository has no `{inside}{CONFIG_NAME}`.", repo_id)
-    return found
+    return local
 
 
 def _import_hub() -> Any:
@@ -144,7 +144,7 @@ def _explained(hub: Any) -> Generator[None]:
         reason = _first_line(error.__cause__ or error)
         raise AdapterError(f"the Hub refuses: {reason}") from error
     # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
-    # connection are no `OSError`.
+    # connection are not an `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
         raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
 

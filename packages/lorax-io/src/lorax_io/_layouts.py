@@ -356,7 +356,7 @@ def _check_fields(layout: Layout) -> None:
     if layout.numbers is not None and (
         stacked != 1 or len({*layout.numbers}) < len(layout.numbers)
     ):
-        raise AdapterMismatchError("needs a number of its own for each module of its one stack.")
+        raise AdapterMismatchError("needs a number for each module of its one stack.")
 
 
 def _may_hold(field: str, value: Any) -> bool:

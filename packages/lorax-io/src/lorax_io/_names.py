@@ -87,13 +87,13 @@ def write_names(path: str | os.PathLike[str], names: Names) -> None:
         'layers.0.q_proj'
     """
     rows = {
-        name: {"layout": type(layout).__name__, **_said(layout)}
+        name: {"layout": type(layout).__name__, **_changed_fields(layout)}
         for name, layout in as_layouts(names).items()
     }
     write_text(Path(path), json.dumps(rows, indent=1) + "\n")
 
 
-def _said(layout: Layout) -> dict[str, Any]:
+def _changed_fields(layout: Layout) -> dict[str, Any]:
     """The fields that are not at their default."""
     return {
         field.name: getattr(layout, field.name)

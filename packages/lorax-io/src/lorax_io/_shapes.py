@@ -114,9 +114,9 @@ def base_shape(weight: Adapter) -> tuple[int, ...] | None:
     if None in sizes:
         return None
     shape = tuple(size for size in sizes if size is not None)
-    found = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
-    if weight.layout(shape).shapes() != found:
-        raise ValueError(f"factors of {found}")
+    shapes = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
+    if weight.layout(shape).shapes() != shapes:
+        raise ValueError(f"factors of {shapes}")
     return shape
 
 
@@ -155,18 +155,28 @@ def _check_lacking(
 
 
 def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> dict[str, Any]:
-    """The frozen factors beside a base: those that are held, and those that follow from it.
+    """The frozen factors beside a base: those that follow from it, and the held ones.
+
+    Those of a file may follow from another base, such as the floats that this one was quantized
+    from; so they are computed again.
 
     Raises:
         AdapterMismatchError: where one is neither.
     """
     shapes = shapes_beside(path, weight, base)
-    if shapes.held.keys() <= held.keys():
-        return {name: held[name] for name in shapes.held}
     lacking = shapes.held.keys() - held.keys()
-    derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base)
-    if not isinstance(base, jax.ShapeDtypeStruct):
-        where = {name: sharding_beside(base, shapes.axes[name]) for name in derived}
-        # Compiled, since a part of the base may be in other processes.
-        derived = jax.jit(lambda base: weight.derived(dequantize(base)), out_shardings=where)(base)
-    return {name: held[name] if name in held else derived[name] for name in shapes.held}
+    derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base) if lacking else {}
+    if shapes.held and not isinstance(base, jax.ShapeDtypeStruct):
+        where = {name: sharding_beside(base, axes) for name, axes in shapes.axes.items()}
+        derived = _derived(weight, base, where)
+    return {name: derived[name] if name in derived else held[name] for name in shapes.held}
+
+
+def _derived(weight: Adapter, base: Any, where: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What follows from a base; compiled, since a part of it may be in other processes."""
+
+    def derived(base: Any) -> dict[str, Any]:
+        return weight.derived(dequantize(base))
+
+    names = jax.eval_shape(derived, base)
+    return jax.jit(derived, out_shardings={name: where[name] for name in names})(base)

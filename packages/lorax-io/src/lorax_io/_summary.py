@@ -48,15 +48,15 @@ def _line(path: str, row: Any) -> Line:
 
 def norm(weight: Adapter) -> float:
     """The Frobenius norm of a delta of two factors; for other kinds, of all factors together."""
-    halves = _halves(weight)
-    return _size(weight.factors().values()) if halves is None else _product_norm(*halves)
+    factors = _two_factors(weight)
+    return _size(weight.factors().values()) if factors is None else _product_norm(*factors)
 
 
 def _size(arrays: Any) -> float:
     return math.sqrt(sum(float(np.linalg.norm(_wide(array))) ** 2 for array in arrays))
 
 
-def _halves(weight: Adapter) -> tuple[Array, Array] | None:
+def _two_factors(weight: Adapter) -> tuple[Array, Array] | None:
     """A delta of two factors as matrices, (entries, m, inner) and (entries, inner, n).
 
     Returns:
@@ -118,16 +118,16 @@ def compare(
 ) -> list[Difference]:
     """The parameters that are not the same bit for bit, with the frozen factors beside them."""
     first_held, second_held = first_held or {}, second_held or {}
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for path in sorted(first.keys() | second.keys()):
         if path not in second:
-            found.append(Difference(path, "only in the first", None))
+            differences.append(Difference(path, "only in the first", None))
         elif path not in first:
-            found.append(Difference(path, "only in the second", None))
+            differences.append(Difference(path, "only in the second", None))
         else:
             held = first_held.get(path, {}), second_held.get(path, {})
-            found += _compare_rows(path, first[path], second[path], held)
-    return found
+            differences += _compare_rows(path, first[path], second[path], held)
+    return differences
 
 
 def _compare_rows(path: str, first: Any, second: Any, held: Any) -> list[Difference]:
@@ -160,7 +160,7 @@ def _distance(first: Any, second: Any) -> float | None:
     if isinstance(first, Adapter) and isinstance(second, Adapter):
         if first.kind != second.kind or _base(first) != _base(second):
             return None
-        ours, theirs = _halves(first), _halves(second)
+        ours, theirs = _two_factors(first), _two_factors(second)
         if ours is not None and theirs is not None:
             both = np.concatenate([ours[0], theirs[0]], 2), np.concatenate([ours[1], -theirs[1]], 1)
             return _ratio(_product_norm(*both), _product_norm(*ours))
@@ -176,7 +176,7 @@ def _base(weight: Adapter) -> tuple[Any, Any]:
     return weight.axes, base_sizes(weight)
 
 
-def _ratio(apart: float, size: float) -> float | None:
-    if apart == 0:
+def _ratio(distance: float, size: float) -> float | None:
+    if distance == 0:
         return 0.0
-    return apart / size if size else None
+    return distance / size if size else None

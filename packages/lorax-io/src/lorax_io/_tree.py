@@ -158,25 +158,25 @@ def leaves_of(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree of parameters or adapters by path, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_leaf)
     rows = [_row(path, leaf) for path, leaf in leaves]
-    found = {row.path: row.leaf for row in rows}
-    if len(found) < len(leaves):
+    by_path = {row.path: row.leaf for row in rows}
+    if len(by_path) < len(leaves):
         [(path, _)] = Counter(row.path for row in rows).most_common(1)
         raise AdapterError(f"two parameters are both called `{path}`; rename one.", "the tree")
-    return found, structure
+    return by_path, structure
 
 
 def absent(path: str, leaves: Mapping[str, Any]) -> str:
     if path in leaves:
         return f"which is {type(leaves[path]).__name__} in the parameters, not an array."
-    return f"which is not in the parameters.{near(path, leaves)}"
+    return f"which is not in the parameters.{suggestion(path, leaves)}"
 
 
-def near(name: str, names: Any) -> str:
+def suggestion(name: str, names: Any) -> str:
     """A sentence with the name that may have been meant, or the empty string."""
     import difflib  # only ever wanted on the way to an error
 
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 def with_leaves(structure: Any, paths: Any, rows: Mapping[str, Any]) -> Any:
@@ -198,13 +198,16 @@ def frozen_of(
     full = {path for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     return jax.tree.unflatten(
         structure,
-        [None if path in full else beside(leaf, held.get(path)) for path, leaf in leaves.items()],
+        [
+            None if path in full else beside(leaf, held.get(path), rows.get(path))
+            for path, leaf in leaves.items()
+        ],
     )
 
 
-def beside(base: Any, held: Mapping[str, Any] | None) -> Any:
+def beside(base: Any, held: Mapping[str, Any] | None, row: Any) -> Any:
     """The leaf of the frozen tree: the base, with the factors beside it where there are some."""
-    return FrozenWeight(base, dict(held)) if held else base
+    return FrozenWeight.beside(base, held, row) if held else base
 
 
 def settings_of(leaf: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_codes_are_refused_by_name(shell, files, tmp_path, form, command):
     assert not (tmp_path / "m").exists()
 
 
-def test_codes_are_told_under_another_prefix(shell, files):
+def test_codes_are_detected_under_another_prefix(shell, files):
     write(files, Q, REFUSED["HQQ"][0], prefix="language_model.")
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     assert "HQQ" in shell.fail("verify adapter --base base")
@@ -177,10 +177,10 @@ def test_codes_are_decoded_and_merged(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
     assert "fits base" in shell.succeed("verify adapter --base base")
     shell.succeed("merge adapter --base base --out m")
-    found = files.read("m/model.safetensors")
-    assert found.keys() == {f"{Q}.weight", f"{V}.weight"}
-    merged = found[f"{Q}.weight"].astype(np.float32)
-    digits = float(jnp.finfo(found[f"{Q}.weight"].dtype).eps)
+    tensors = files.read("m/model.safetensors")
+    assert tensors.keys() == {f"{Q}.weight", f"{V}.weight"}
+    merged = tensors[f"{Q}.weight"].astype(np.float32)
+    digits = float(jnp.finfo(tensors[f"{Q}.weight"].dtype).eps)
     np.testing.assert_allclose(merged, weight + delta, rtol=digits, atol=4 * digits)
     assert np.abs(delta).max() > 0.5
     assert json.loads((tmp_path / "m/config.json").read_text()) == {"model_type": "m"}
@@ -201,11 +201,11 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
 def test_the_same_codes_again(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
     shell.succeed("merge adapter --base base --out m --requantize", "coded again")
-    before, found = files.read("base/model.safetensors"), files.read("m/model.safetensors")
-    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
+    before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
+    assert {n: (x.shape, x.dtype) for n, x in after.items()} == {
         n: (x.shape, x.dtype) for n, x in before.items()
     }
-    decoded = found[f"{Q}.weight"].astype(np.float32) * found[f"{Q}.weight_scale"]
+    decoded = after[f"{Q}.weight"].astype(np.float32) * after[f"{Q}.weight_scale"]
     error = np.linalg.norm(decoded - weight - delta) / np.linalg.norm(weight + delta)
     assert 0.001 < error < 0.04
     assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
@@ -218,9 +218,9 @@ def test_fp8_in_blocks_again(shell, files):
     files.peft(pair, target_modules=["q_proj"])
     out = shell.succeed("merge adapter --base base --out m --requantize", "coded again; of all 1")
     assert "1 of them adapted" in out
-    found = files.read("m/model.safetensors")
-    each = np.repeat(found[f"{Q}.weight_scale_inv"], 128, 0)
-    decoded = found[f"{Q}.weight"].astype(np.float32) * each
+    tensors = files.read("m/model.safetensors")
+    each = np.repeat(tensors[f"{Q}.weight_scale_inv"], 128, 0)
+    decoded = tensors[f"{Q}.weight"].astype(np.float32) * each
     expected = codes.astype(np.float32) * np.repeat(scales, 128, 0)
     expected += 2 * pair[f"{Q}.lora_B.weight"] @ pair[f"{Q}.lora_A.weight"]
     assert 0.001 < np.linalg.norm(decoded - expected) / np.linalg.norm(expected) < 0.04
@@ -241,10 +241,10 @@ def test_an_index_lists_the_floats(shell, files, tmp_path, coded):
     (base / "model.safetensors").rename(base / "part.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     shell.succeed("merge adapter --base base --out m")
-    found = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     tensors = files.read("m/part.safetensors")
-    assert found["weight_map"] == dict.fromkeys(tensors, "part.safetensors")
-    assert found["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    assert index["weight_map"] == dict.fromkeys(tensors, "part.safetensors")
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
 
 
 def test_a_whole_module_replaces_codes(shell, files, coded):
@@ -256,8 +256,8 @@ def test_a_whole_module_replaces_codes(shell, files, coded):
         modules_to_save=["q_proj"],
     )
     shell.succeed("merge adapter --base base --out m")
-    found = files.read("m/model.safetensors")[f"{Q}.weight"]
-    np.testing.assert_array_equal(found, whole.astype(found.dtype))
+    tensors = files.read("m/model.safetensors")[f"{Q}.weight"]
+    np.testing.assert_array_equal(tensors, whole.astype(tensors.dtype))
 
 
 def test_experts_in_mxfp4(shell, files):
@@ -271,8 +271,8 @@ def test_experts_in_mxfp4(shell, files):
     tensors = {f"{EXPERTS}.lora_A.weight": f32(4, 32), f"{EXPERTS}.lora_B.weight": f32(4, 4)}
     files.peft(tensors, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     shell.succeed("merge adapter --base base --out m")
-    found = files.read("m/model.safetensors")
-    assert {n: (x.shape, str(x.dtype)) for n, x in found.items()} == {
+    merged = files.read("m/model.safetensors")
+    assert {n: (x.shape, str(x.dtype)) for n, x in merged.items()} == {
         f"{EXPERTS}.down_proj": ((2, 32, 4), "bfloat16")
     }
 

@@ -1,4 +1,4 @@
-"""Merged models as folders: every tensor once, to the bit, or no folder at all."""
+"""Merged models as folders: every tensor once, bit for bit, or no folder at all."""
 
 import json
 from typing import Any
@@ -65,11 +65,11 @@ def expected_tensors(frozen, tunable):
     }
 
 
-def assert_tensors(found, expected):
-    assert found.keys() == expected.keys()
+def assert_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        assert actual[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(actual[name], tensor, err_msg=name)
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def test_one_file_holds_the_merged_model(folder, dtype):
     pair = make_pair(dtype)
     save_merged(folder, *pair, NAMES)
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
-    found = safetensors.numpy.load_file(folder / "model.safetensors")
-    assert_tensors(found, expected_tensors(*pair))
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert_tensors(tensors, expected_tensors(*pair))
     with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-    assert not np.array_equal(found["gpt2.weight"], pair[0]["gpt2"])
+    assert not np.array_equal(tensors["gpt2.weight"], pair[0]["gpt2"])
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 300, 500, 10**9])
@@ -118,8 +118,8 @@ def test_the_largest_parameter_does_not_bound_the_others(folder):
     params = {"a": draw(2, 3), "b large": draw(20, 30), "c": draw(2, 3)}
     names = {path: Linear(path) for path in params}
     save_merged(folder, params, dict.fromkeys(params), names, shard_bytes=50)
-    found = [safetensors.numpy.load_file(file).keys() for file in sorted(folder.glob("*-of-*"))]
-    assert found == [{"a.weight"}, {"b large.weight"}, {"c.weight"}]
+    shards = [safetensors.numpy.load_file(file).keys() for file in sorted(folder.glob("*-of-*"))]
+    assert shards == [{"a.weight"}, {"b large.weight"}, {"c.weight"}]
 
 
 CONFIG = {"model_type": "llama", "vocab_size": 7, "é": None}
@@ -135,7 +135,7 @@ def test_the_config_is_written_beside_the_weights(folder, tmp_path, form):
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_missing_config_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
+def test_missing_config_raises_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lorax_io._bases.merged.write_tensors", pytest.fail)
     with pytest.raises(AdapterNotFoundError, match="config.json"):
         save_merged(folder, *make_pair(), NAMES, config=tmp_path / "config.json")
@@ -163,7 +163,7 @@ def test_an_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, err
     save_merged(folder, *make_pair(), NAMES)
 
 
-def test_what_a_killed_process_left_is_swept_away(folder, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(folder, tmp_path):
     unfinished = tmp_path / ".merged.unfinished"
     unfinished.mkdir()
     (unfinished / "model-00001-of-00009.safetensors").write_text("half")

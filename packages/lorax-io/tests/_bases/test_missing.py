@@ -109,7 +109,7 @@ LACKING = {
 @pytest.mark.parametrize(
     "command", ["verify adapter --base base", "merge adapter --base base --out m"]
 )
-def test_what_is_missing_is_named(shell, files, base, tmp_path, case, command):
+def test_missing_tensors_are_named(shell, files, base, tmp_path, case, command):
     tensors, config, missing = LACKING[case](files)
     files.peft(tensors, **config)
     message = shell.fail(command)
@@ -117,7 +117,7 @@ def test_what_is_missing_is_named(shell, files, base, tmp_path, case, command):
     assert not (tmp_path / "m").exists()
 
 
-def test_what_is_missing_may_be_allowed(shell, files, base):
+def test_missing_tensors_can_be_allowed(shell, files, base):
     files.peft(q(files, 0), target_modules=["q_proj"])
     warning = f"lacks the tensors of `{Q.format(1)}.weight` of base"
     shell.succeed("verify adapter --base base --allow-missing", warning=warning)
@@ -197,9 +197,9 @@ def test_bias_of_all_with_a_head(shell, files, base):
     files.peft(q(files, 0, 1) | head | copies, **settings)
     shell.succeed("verify adapter --base base")
     shell.succeed("convert adapter out.safetensors --to native")
-    found = files.read("out.safetensors")
-    assert sorted(name for name in found if "score" in name) == ["score/bias", "score/weight"]
-    np.testing.assert_array_equal(found["score/bias"], bias)
+    tensors = files.read("out.safetensors")
+    assert sorted(name for name in tensors if "score" in name) == ["score/bias", "score/weight"]
+    np.testing.assert_array_equal(tensors["score/bias"], bias)
     settings["bias"] = "none"
     files.peft(q(files, 0, 1) | head | copies, **settings)
     shell.fail("verify adapter --base base")

@@ -1,4 +1,4 @@
-"""Heads that are the embedding: adapted, they get a weight and a config of their own."""
+"""Heads that are the embedding: adapted, they get their own weight and config."""
 
 import json
 import pathlib
@@ -57,9 +57,9 @@ def test_adapted_head_is_untied(shell, files, head, config):
     np.testing.assert_array_equal(merged[f"{TABLE}.weight"], base[f"{TABLE}.weight"])
     expected = base[f"{TABLE}.weight"] + delta
     np.testing.assert_allclose(merged[f"{HEAD}.weight"], expected, rtol=1e-6)
-    found = config_of("merged")
-    assert found["tie_word_embeddings"] is False
-    assert found.get("text_config", {}).get("tie_word_embeddings", False) is False
+    written = config_of("merged")
+    assert written["tie_word_embeddings"] is False
+    assert written.get("text_config", {}).get("tie_word_embeddings", False) is False
     assert config_of("base") == config
 
 
@@ -80,11 +80,11 @@ def test_new_head_is_in_the_index(shell, files):
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     adapt(files)
     shell.succeed("merge adapter --base base --out merged", warning="tie_word_embeddings")
-    found = json.loads(pathlib.Path("merged/model.safetensors.index.json").read_text())
-    assert found["weight_map"] == weight_map | {
+    index = json.loads(pathlib.Path("merged/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == weight_map | {
         f"{HEAD}.weight": "model-00001-of-00001.safetensors"
     }
-    assert found["metadata"]["total_size"] == 340 + 11 * 5 * 4
+    assert index["metadata"]["total_size"] == 340 + 11 * 5 * 4
 
 
 @pytest.mark.parametrize("config", [None, {"tie_word_embeddings": False}], ids=["none", "untied"])
@@ -103,7 +103,7 @@ def test_model_that_scales_a_tied_head_is_refused(shell, files):
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["both tensors", "one tensor"])
-def test_adapted_embedding_of_a_tied_model_is_said(shell, files, head):
+def test_adapted_embedding_of_a_tied_model_warns(shell, files, head):
     write(files, {"tie_word_embeddings": True}, head=head)
     adapt(files, TABLE)
     shell.succeed("merge adapter --base base --out merged", warning="its head is its embedding")
@@ -124,10 +124,10 @@ def save(files, config, **heads):
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"model_type": "x"}])
-def test_save_merged_unties_a_head_of_its_own(files, config):
+def test_save_merged_unties_a_separate_head(files, config):
     with pytest.warns(AdapterWarning, match="tie_word_embeddings = false"):
-        found = save(files, config)
-    assert {f"{HEAD}.weight", f"{TABLE}.weight"} < found.keys()
+        tensors = save(files, config)
+    assert {f"{HEAD}.weight", f"{TABLE}.weight"} < tensors.keys()
     assert config_of("merged") == config | {"tie_word_embeddings": False}
 
 

@@ -43,9 +43,9 @@ def read(folder) -> Any:
     return load_peft(folder, params, NAMES)[1]
 
 
-def assert_close(found, wanted, tolerance=1e-5):
+def assert_close(actual, wanted, tolerance=1e-5):
     for path in wanted:
-        np.testing.assert_allclose(found[path], wanted[path], rtol=1e-4, atol=tolerance)
+        np.testing.assert_allclose(actual[path], wanted[path], rtol=1e-4, atol=tolerance)
 
 
 def test_the_weighted_sum_in_the_format_of_the_first(shell):
@@ -76,12 +76,12 @@ def test_other_methods_and_another_format(shell, options):
     settings = {k: numbers.get(k, str)(v) for k, v in settings.items()}
     adapters = {"1. one": (read("one"), 1.0), "2. two": (read("two"), 1.0)}
     wanted, _ = lorax.combine_adapters(adapters, **settings, key=key)
-    found = open_adapter("both.safetensors").rows
+    combined_rows = open_adapter("both.safetensors").rows
     paths = {"model/q/kernel": "q/kernel", "model/v/kernel": "v/kernel"}
-    assert found.keys() == paths.keys()
+    assert combined_rows.keys() == paths.keys()
     # Random entries are drawn by path.
     if "dare" not in options:
-        assert_close(deltas({paths[p]: w for p, w in found.items()}), deltas(wanted))
+        assert_close(deltas({paths[p]: w for p, w in combined_rows.items()}), deltas(wanted))
 
 
 def test_adapters_that_have_nothing_in_common(shell):
@@ -113,9 +113,9 @@ def test_a_lower_rank(shell):
     _, two = save_two()
     assert "from the original" in shell.succeed("resize two small --rank 1")
     wanted, _ = lorax.resize_adapter(two, 1)
-    found = read("small")
-    assert found["q/kernel"].rank == 1
-    assert_close(deltas(found), deltas(wanted))
+    resized = read("small")
+    assert resized["q/kernel"].rank == 1
+    assert_close(deltas(resized), deltas(wanted))
     shell.succeed("combine one two --out both")
     shell.succeed("resize both again --tolerance 1e-6")
     assert read("again")["q/kernel"].rank == 5  # all that the matrix has
@@ -157,7 +157,7 @@ def test_an_adapter_of_a_difference_gives_the_fine_tune_again(shell, tuned, tmp_
         np.testing.assert_allclose(merged[name], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_adapter_lacks_is_named(shell, tuned, tmp_path):
+def test_missing_modules_are_named(shell, tuned, tmp_path):
     after = tuned[1] | {
         "model.embed_tokens.weight": tuned[1]["model.embed_tokens.weight"] * 2,
         "model.norm.weight": tuned[1]["model.norm.weight"] * 2,
@@ -184,7 +184,7 @@ def test_matrices_of_conv1d(shell, tuned, tmp_path):
     np.testing.assert_allclose(merged["c_attn.weight"], turned["tuned"], rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_extracted(shell, tuned, tmp_path):
+def test_extract_errors(shell, tuned, tmp_path):
     base, after = tuned
     line = "extract --base base --tuned other --out found --rank 2 --to peft"
     for other, message in (
@@ -212,5 +212,5 @@ def test_narrow_checkpoints(shell, tuned, tmp_path):
         narrow = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
         write(tmp_path / f"{name}16" / "model.safetensors", narrow)
     shell.succeed("extract --base base16 --tuned tuned16 --out found --rank 4 --to peft")
-    found = open_adapter("found").rows["model/q/kernel"]
-    assert found.rank == 4 and found.a.dtype == np.float32
+    extracted = open_adapter("found").rows["model/q/kernel"]
+    assert extracted.rank == 4 and extracted.a.dtype == np.float32

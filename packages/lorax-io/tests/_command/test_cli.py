@@ -73,7 +73,7 @@ def make_params(paths=tuple(SHAPES), dtype: Any = np.float32):
 
 
 def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
-    """Factors by hand: `init_lora` compiles for each shape."""
+    """Factors made with NumPy: `init_lora` compiles for each shape."""
     numbers = np.random.default_rng(1)
 
     def row(path):
@@ -146,12 +146,12 @@ def save_each(paths=PLAIN, metadata=None):
 )
 def test_inspect_prints_every_form(adapter, about, capsys):
     tunable = save_each(metadata={"task": "reviews"})
-    found = json.loads(succeed(f"inspect {adapter} --json", capsys))
+    report = json.loads(succeed(f"inspect {adapter} --json", capsys))
     table = succeed(f"inspect {adapter}", capsys)
-    assert found.items() >= about.items()
-    assert found["parameters trained"] == lorax.count_params(tunable)
-    assert [line["path"] for line in found["parameters"]] == sorted(PLAIN)
-    for line in found["parameters"]:
+    assert report.items() >= about.items()
+    assert report["parameters trained"] == lorax.count_params(tunable)
+    assert [line["path"] for line in report["parameters"]] == sorted(PLAIN)
+    for line in report["parameters"]:
         weight = tunable[line["path"]]
         delta = lorax.materialize(jnp.zeros(SHAPES[line["path"]]), weight)
         assert (line["kind"], line["dtype"]) == ("lora", "float32")
@@ -196,7 +196,7 @@ def test_the_norm_of_complex_numbers_is_theirs(capsys):
 
 
 def save_torch_base(paths=tuple(SHAPES), prefix="", dtype: Any = np.float32):
-    """The base as PyTorch has it, written by hand."""
+    """A hand-written base in PyTorch's form."""
     params = make_params(paths, dtype)
     tensors = {f"{prefix}{torch_name(path)}": to_torch(path, x) for path, x in params.items()}
     safetensors.numpy.save_file(tensors, "base.safetensors")
@@ -318,9 +318,9 @@ def difference(first, second, capsys):
     line = "diff first.safetensors second.safetensors"
     code, out, err = lorax_command(f"{line} --json", capsys)
     assert (lorax_command(line, capsys)[0], err) == (code, "")
-    found = json.loads(out, parse_constant=pytest.fail)
-    assert code == (1 if found else 0)
-    return [tuple(row.values()) for row in found]
+    rows = json.loads(out, parse_constant=pytest.fail)
+    assert code == (1 if rows else 0)
+    return [tuple(row.values()) for row in rows]
 
 
 EXPERT_AXES = {"in_axes": (1,), "out_axes": (2,), "shared_axes": (0,)}
@@ -364,11 +364,11 @@ A, B = np.eye(5, 2, dtype=np.float32), np.eye(2, 3, dtype=np.float32)
         "second only",
     ],
 )
-def test_diff_says_what_differs_and_how_much(first, second, expected, capsys):
-    found = difference(first, second, capsys)
-    assert len(found) == bool(expected)
-    for path, what, relative in found:
-        assert expected[0] == path and expected[1] in what
+def test_diff_reports_each_difference_and_its_size(first, second, expected, capsys):
+    differences = difference(first, second, capsys)
+    assert len(differences) == bool(expected)
+    for path, description, relative in differences:
+        assert expected[0] == path and expected[1] in description
         assert relative == (None if expected[2] is None else pytest.approx(expected[2], abs=1e-6))
 
 
@@ -391,7 +391,7 @@ def test_diff_compares_forms(capsys):
 # convert
 
 
-def test_convert_there_and_back_is_the_same_to_the_bit(capsys):
+def test_convert_there_and_back_is_bit_identical(capsys):
     tunable = make_tunable()
     save_adapter("a.safetensors", tunable, metadata={"task": "x"})
     write_names("names.json", NAMES)
@@ -475,7 +475,7 @@ def test_convert_to_diffusers_and_back(capsys):
     assert_same(load_adapter("b.safetensors", like=tunable), tunable)
 
 
-def test_convert_keeps_what_a_peft_folder_says_of_its_base(capsys):
+def test_convert_keeps_the_base_name_of_a_peft_folder(capsys):
     save_peft(
         "a", make_tunable(PLAIN), NAMES, base_model="me/m", revision="v1", task_type="SEQ_CLS"
     )
@@ -499,13 +499,13 @@ def merged_by_library(tunable, dtype: Any = np.float32):
     return safetensors.numpy.load_file("expected/model.safetensors")
 
 
-def assert_tensors(found, expected, rounding=0.0):
-    assert found.keys() == expected.keys()
+def assert_tensors(actual, expected, rounding=0.0):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
+        assert actual[name].dtype == tensor.dtype
         bound = rounding * np.abs(tensor.astype(np.float64)).max()
         np.testing.assert_allclose(
-            found[name].astype(np.float64), tensor, rtol=0, atol=bound, err_msg=name
+            actual[name].astype(np.float64), tensor, rtol=0, atol=bound, err_msg=name
         )
 
 
@@ -523,13 +523,13 @@ def test_merge_is_save_merged_to_rounding(prefix, dtype, capsys):
     expected = merged_by_library(tunable, dtype=jnp.dtype(dtype))
     out = succeed("merge peft --base base.safetensors --out merged", capsys)
     assert out == "merged: 8 tensors, 8 of them adapted\n"
-    found = safetensors.numpy.load_file("merged/base.safetensors")
-    assert_tensors(found, {prefix + name: x for name, x in expected.items()}, ROUNDING)
+    tensors = safetensors.numpy.load_file("merged/base.safetensors")
+    assert_tensors(tensors, {prefix + name: x for name, x in expected.items()}, ROUNDING)
     # What is merged is another model: the test would pass for copies otherwise.
-    assert all((found[name] != base[name]).any() for name in found if "embed" in name)
+    assert all((tensors[name] != base[name]).any() for name in tensors if "embed" in name)
 
 
-def test_merge_knows_weights_of_gpt2(capsys):
+def test_merge_recognizes_weights_of_gpt2(capsys):
     paths = ("h/0/q/kernel", "h/0/square/kernel")
     tunable = make_tunable(paths)
     names = {path: Conv1D(NAMES[path].module) for path in paths}
@@ -539,8 +539,8 @@ def test_merge_knows_weights_of_gpt2(capsys):
     safetensors.numpy.save_file(tensors, "base.safetensors")
     save_merged("expected", params, tunable, names)
     succeed("merge peft --base base.safetensors --out merged", capsys)
-    found = safetensors.numpy.load_file("merged/base.safetensors")
-    assert_tensors(found, safetensors.numpy.load_file("expected/model.safetensors"), ROUNDING)
+    merged = safetensors.numpy.load_file("merged/base.safetensors")
+    assert_tensors(merged, safetensors.numpy.load_file("expected/model.safetensors"), ROUNDING)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -557,12 +557,12 @@ def test_merge_tells_the_axes_of_experts(out_first, swapped, capsys):
     base = params[path].swapaxes(1, 2) if out_first else params[path]
     safetensors.numpy.save_file({torch_name(path): base.copy()}, "base.safetensors")
     succeed("merge peft --base base.safetensors --out merged", capsys)
-    found = safetensors.numpy.load_file("merged/base.safetensors")
+    tensors = safetensors.numpy.load_file("merged/base.safetensors")
     expected = safetensors.numpy.load_file("expected/model.safetensors")
-    np.testing.assert_allclose(found[torch_name(path)], expected[torch_name(path)], rtol=1e-6)
+    np.testing.assert_allclose(tensors[torch_name(path)], expected[torch_name(path)], rtol=1e-6)
 
 
-def test_merge_knows_experts_by_the_end_of_their_name(capsys):
+def test_merge_recognizes_experts_by_the_end_of_their_name(capsys):
     path = "h/0/experts/down"
     save_peft("peft", make_tunable((path,)), NAMES)
     change_config(target_parameters=["experts.down"])
@@ -594,7 +594,7 @@ def make_base_folder(files=2):
     return weight_map, texts
 
 
-def test_merge_keeps_the_shards_and_what_stands_beside_them(tmp_path, capsys):
+def test_merge_keeps_the_shards_and_the_other_files(tmp_path, capsys):
     tunable = make_tunable()
     save_peft("peft", tunable, NAMES)
     weight_map, texts = make_base_folder()
@@ -604,8 +604,8 @@ def test_merge_keeps_the_shards_and_what_stands_beside_them(tmp_path, capsys):
     copied = {name: text for name, text in texts.items() if name != "pytorch_model.bin"}
     assert {file.name for file in out.iterdir()} == {*copied, *weight_map.values()}
     assert {name: (out / name).read_text() for name in copied} == copied
-    found = {name: safetensors.numpy.load_file(out / file) for name, file in weight_map.items()}
-    assert_tensors({name: shard[name] for name, shard in found.items()}, expected, ROUNDING)
+    shards = {name: safetensors.numpy.load_file(out / file) for name, file in weight_map.items()}
+    assert_tensors({name: shard[name] for name, shard in shards.items()}, expected, ROUNDING)
     with safetensors.safe_open(out / weight_map["norm.weight"], "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -615,12 +615,12 @@ def test_merge_of_a_native_adapter_and_base(capsys):
     save_adapter("a.safetensors", tunable, base=frozen)
     safetensors.numpy.save_file(make_params(), "base.safetensors")
     succeed("merge a.safetensors --base base.safetensors --out merged", capsys)
-    found = safetensors.numpy.load_file("merged/base.safetensors")
-    assert_tensors(found, jax.tree.map(np.asarray, lorax.merge_params(frozen, tunable)))
+    tensors = safetensors.numpy.load_file("merged/base.safetensors")
+    assert_tensors(tensors, jax.tree.map(np.asarray, lorax.merge_params(frozen, tunable)))
 
 
 @pytest.mark.parametrize("exists", ["file", "folder"])
-def test_merge_refuses_what_is_there(exists, tmp_path, capsys):
+def test_merge_into_an_existing_folder_raises(exists, tmp_path, capsys):
     save_peft("peft", make_tunable(PLAIN), NAMES)
     save_torch_base(PLAIN)
     out = tmp_path / "merged"

@@ -62,10 +62,10 @@ def which_native(path):
 
 
 def which_base(path):
-    [found] = {
+    [base] = {
         float(x) for w in load_frozen(path, params=make_params()).values() for x in np.unique(w)
     }
-    return int(found)
+    return int(base)
 
 
 def which_folder(path):
@@ -73,9 +73,11 @@ def which_folder(path):
 
 
 def which_tree(tunable):
-    found = {float(x) for weight in tunable.values() for x in (weight.alpha, *np.unique(weight.a))}
-    assert len(found) == 1
-    return int(found.pop())
+    numbers = {
+        float(x) for weight in tunable.values() for x in (weight.alpha, *np.unique(weight.a))
+    }
+    assert len(numbers) == 1
+    return int(numbers.pop())
 
 
 # Killed.
@@ -174,16 +176,16 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path, save, which, times):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
-    found = []
+    outcomes = []
     for state in kill(save_folder, tmp_path, "", 80):
         put(tmp_path, state)
         try:
-            found.append(which_folder(tmp_path))
+            outcomes.append(which_folder(tmp_path))
         except AdapterFileError as error:
             assert "is not the one that was written with these weights" in str(error)
-            found.append("refused")
-    assert {1, 2} <= set(found) <= {1, 2, "refused"}
-    assert found.count(1) == found.count(2) == 1
+            outcomes.append("refused")
+    assert {1, 2} <= set(outcomes) <= {1, 2, "refused"}
+    assert outcomes.count(1) == outcomes.count(2) == 1
 
 
 def test_new_weights_beside_the_old_config_are_refused(tmp_path, monkeypatch):
@@ -394,7 +396,7 @@ def test_saving_through_a_link_to_nothing_makes_its_target(tmp_path):
         ("peft", "file/folder", AdapterFileError, "folder: cannot be made a folder"),
     ],
 )
-def test_a_place_that_will_not_do_is_said(tmp_path, form, path, error, message):
+def test_unwritable_path_raises(tmp_path, form, path, error, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("kept")
     with pytest.raises(error, match=message):
@@ -421,8 +423,8 @@ def test_nothing_is_written_where_the_tree_cannot_be(tmp_path):
 
 def test_the_same_adapter_is_the_same_file(tmp_path):
     for save, path in ((save_native, "file"), (save_folder, "folder/adapter_model.safetensors")):
-        found = set()
+        contents = set()
         for _ in range(8):
             save(tmp_path / path.partition("/")[0], 1)
-            found.add((tmp_path / path).read_bytes())
-        assert len(found) == 1
+            contents.add((tmp_path / path).read_bytes())
+        assert len(contents) == 1

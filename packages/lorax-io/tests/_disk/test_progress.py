@@ -57,10 +57,10 @@ def test_a_bar_may_be_turned_off(tmp_path, started):
         started.clear()
 
 
-def test_without_rich_there_is_no_bar(tmp_path, monkeypatch):
+def test_no_progress_bar_without_rich(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "_PATIENCE", -1.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    found = calls(tmp_path)
-    found["save_adapter"]()
-    assert found["load_adapter"]()["q"].rank == 2
+    made = calls(tmp_path)
+    made["save_adapter"]()
+    assert made["load_adapter"]()["q"].rank == 2

@@ -75,14 +75,14 @@ def test_tensors_and_header_are_of_the_part_of_the_pipeline(tmp_path, prefix):
     assert header["format"] == "pt"
     config = json.loads(header["lora_adapter_metadata"])
     assert all(key.startswith(f"{prefix}.") for key in config)
-    found = {key.removeprefix(f"{prefix}."): value for key, value in config.items()}
-    assert (found["r"], found["lora_alpha"], found["target_modules"]) == (2, 4, MODULES)
-    assert found["rank_pattern"] == {"blocks.0.attn.to_v": 3}
-    assert found["alpha_pattern"] == {"blocks.0.attn.to_v": 9}
-    assert found["peft_type"] == "LORA"
+    settings = {key.removeprefix(f"{prefix}."): value for key, value in config.items()}
+    assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (2, 4, MODULES)
+    assert settings["rank_pattern"] == {"blocks.0.attn.to_v": 3}
+    assert settings["alpha_pattern"] == {"blocks.0.attn.to_v": 9}
+    assert settings["peft_type"] == "LORA"
 
 
-def test_patterns_stand_in_the_header_even_where_there_are_none(tmp_path):
+def test_patterns_are_in_the_header_even_if_empty(tmp_path):
     """diffusers indexes them without asking whether they are there."""
     tunable = {"to_q": make_tunable()["to_q"]}
     _, header = read(save_diffusers(tmp_path, tunable, NAMES))
@@ -116,7 +116,7 @@ def test_a_folded_scale_is_in_the_numbers(tmp_path):
     ],
     ids=["embedding", "full", "no name", "full matrix"],
 )
-def test_what_diffusers_has_no_place_for_is_refused(tmp_path, row, error, message):
+def test_kinds_diffusers_cannot_hold_raise(tmp_path, row, error, message):
     with pytest.raises(error, match=message):
         save_diffusers(tmp_path / "out", make_tunable(**row), NAMES)
     assert not list(tmp_path.iterdir())
@@ -148,8 +148,8 @@ def test_names_without_a_part_stay_whole(shell, files, modules):
     """`model.save_lora_adapter` writes neither tensors nor header with a part."""
     write_file({k: x for m in modules for k, x in files.pair(m, 6, 5).items()}, config_for())
     shell.succeed("convert pytorch_lora_weights.safetensors peft --to peft")
-    found = files.read("peft/adapter_model.safetensors")
-    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in found}
+    tensors = files.read("peft/adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     assert names == set(modules)
     shell.succeed("convert pytorch_lora_weights.safetensors out --to diffusers")
     again = files.read("out/pytorch_lora_weights.safetensors")
@@ -162,9 +162,9 @@ def test_convert_keeps_the_part(shell, files, part):
     write_file(pair, {f"{part}.{k}": v for k, v in config_for().items()})
     line = "convert pytorch_lora_weights.safetensors out --to diffusers --fold-scale"
     shell.succeed(line)
-    found = files.read("out/pytorch_lora_weights.safetensors")
-    assert found.keys() == pair.keys()
+    tensors = files.read("out/pytorch_lora_weights.safetensors")
+    assert tensors.keys() == pair.keys()
     factor = f"{part}.down.to_q.lora_B.weight"
-    np.testing.assert_array_equal(found[factor], 2 * pair[factor])
+    np.testing.assert_array_equal(tensors[factor], 2 * pair[factor])
     shell.succeed(f"{line} --prefix other")
     assert all(k.startswith("other.") for k in files.read("out/pytorch_lora_weights.safetensors"))

@@ -96,7 +96,7 @@ def delta_of(row, shape=(IN, OUT)):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_file_is_told_by_its_content(files, case):
+def test_file_format_is_detected_by_content(files, case):
     delta = case.write(files)
     adapter = open_adapter("a.safetensors")
     assert (adapter.format, adapter.part) == (case.form, case.part)
@@ -130,12 +130,12 @@ def test_file_is_merged(shell, files, case, prefix):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_inspect_says_what_it_is(shell, files, case):
+def test_inspect_reports_the_format(shell, files, case):
     case.write(files)
-    found = json.loads(shell.succeed("inspect a.safetensors --json"))
-    assert found["form"] == case.form
-    assert (found["rank"], found["scale"]) == ([RANK], [case.scale])
-    assert "load_any" in found["to load it"]
+    report = json.loads(shell.succeed("inspect a.safetensors --json"))
+    assert report["form"] == case.form
+    assert (report["rank"], report["scale"]) == ([RANK], [case.scale])
+    assert "load_any" in report["to load it"]
 
 
 # Several parts of a pipeline
@@ -204,9 +204,9 @@ def test_several_parts_are_written_again_with_a_config_each(shell, files):
     for name, tensor in files.read(file).items():
         np.testing.assert_array_equal(tensor, tensors[name])
     with safetensors.safe_open(file, "numpy") as opened:
-        found = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert (found["unet.r"], found["unet.lora_alpha"]) == (2, 1)
-    assert (found["text_encoder.r"], found["text_encoder.lora_alpha"]) == (3, 6)
+        configs = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (configs["unet.r"], configs["unet.lora_alpha"]) == (2, 1)
+    assert (configs["text_encoder.r"], configs["text_encoder.lora_alpha"]) == (3, 6)
     shell.succeed("diff a.safetensors out")
     shell.succeed("convert a.safetensors peft --to peft --part unet")
     assert files.read("peft/adapter_model.safetensors").keys() == {
@@ -298,7 +298,7 @@ def test_fused_products_stay_for_a_base_that_has_them(shell, files, prefix, ends
 
 
 @pytest.mark.parametrize("case", ["no thirds", "no rest", "lokr", "no module of diffusers"])
-def test_what_of_flux_cannot_be_split_is_refused(shell, files, case):
+def test_unsplittable_flux_modules_raise(shell, files, case):
     flux_file(files, "diffusion_model.", PEFT)
     tensors = files.read("a.safetensors")
     name = f"diffusion_model.{QKV}"
@@ -332,8 +332,13 @@ def write_mlx(tensors, **config):
     folder.mkdir(exist_ok=True)
     save(tensors, folder / "adapters.safetensors", {"format": "mlx"})
     settings = {"rank": RANK, "scale": 20.0, "dropout": 0.0}
-    found = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(found))
+    settings_of_file = {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": settings,
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings_of_file))
 
 
 def test_mlx_is_read(shell, files):
@@ -419,14 +424,14 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_kohya_comes_back(files, scaling):
+def test_kohya_round_trips(files, scaling):
     tunable = make_tunable(files, scaling)
     save_kohya("k.safetensors", tunable, NAMES)
     assert open_adapter("k.safetensors").format == "kohya"
-    found = load_any("k.safetensors", PARAMS, NAMES)
+    loaded = load_any("k.safetensors", PARAMS, NAMES)
     for path, row in tunable.items():
         ours, theirs = (
-            np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, found.tunable[path])
+            np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, loaded.tunable[path])
         )
         np.testing.assert_allclose(theirs, ours, rtol=1e-5)
     alphas = {k: x for k, x in files.read("k.safetensors").items() if k.endswith(".alpha")}
@@ -434,19 +439,19 @@ def test_kohya_comes_back(files, scaling):
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_mlx_comes_back(files, scaling):
+def test_mlx_round_trips(files, scaling):
     tunable = {"q": make_tunable(files, scaling)["q"]}
     names = {"q": Linear(Q), "embed": Embedding("model.embed_tokens")}
     save_mlx("mlx", tunable, names, model="me/base")
     config = json.loads(pathlib.Path("mlx/adapter_config.json").read_text())
     assert config["lora_parameters"]["keys"] == ["self_attn.q_proj"]
     assert config["model"] == "me/base"
-    found = load_any("mlx", {"q": PARAMS["q"], "embed": jnp.zeros((11, IN))}, names)
-    np.testing.assert_allclose(delta_of(found.tunable["q"]), delta_of(tunable["q"]), rtol=1e-6)
+    loaded = load_any("mlx", {"q": PARAMS["q"], "embed": jnp.zeros((11, IN))}, names)
+    np.testing.assert_allclose(delta_of(loaded.tunable["q"]), delta_of(tunable["q"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("save_as", [save_kohya, save_mlx])
-def test_what_a_format_has_no_place_for_is_refused(files, tmp_path, save_as):
+def test_kinds_a_format_cannot_hold_raise(files, tmp_path, save_as):
     full = {"q": jnp.ones((IN, OUT)), "stack": make_tunable(files)["stack"]}
     with pytest.raises((UnsupportedAdapterError, AdapterMismatchError)):
         save_as("out", full, NAMES)
@@ -472,8 +477,8 @@ def test_convert_writes_every_format(shell, files, form):
     shell.succeed(f"convert a.safetensors out --to {form}")
     adapter = open_adapter("out")
     assert adapter.format == form
-    [found] = adapter.rows.values()
-    np.testing.assert_allclose(delta_of(found), delta_of(row), rtol=1e-6)
+    [written] = adapter.rows.values()
+    np.testing.assert_allclose(delta_of(written), delta_of(row), rtol=1e-6)
 
 
 # Names
@@ -494,7 +499,7 @@ def test_rename_fits_another_prefix(shell, files):
     assert shell("diff adapter out").code == 1
 
 
-def test_rename_still_finds_what_is_missing(shell, files):
+def test_rename_still_reports_missing_tensors(shell, files):
     files.peft(files.pair("lm.layers.0.q_proj", OUT, IN), target_modules=["q_proj"])
     files.base({f"model.lm.layers.{k}.q_proj.weight": files.draw(OUT, IN) for k in range(2)})
     rename = r"--rename ^lm\. model.lm."
@@ -584,18 +589,18 @@ def test_order_counts_where_a_module_is_replaced(shell, files, two):
         ("notes.txt", b"x", "should have one of"),
     ],
 )
-def test_folder_of_something_else_is_told(shell, name, content, message):
+def test_folder_of_another_kind_raises(shell, name, content, message):
     pathlib.Path("folder").mkdir()
     pathlib.Path("folder", name).write_bytes(content)
     assert message in shell.fail("inspect folder")
 
 
-def test_model_is_told(shell, files):
+def test_model_without_an_adapter_raises(shell, files):
     save({f"{Q}.weight": files.draw(OUT, IN)})
     assert "of no format that is known" in shell.fail("inspect a.safetensors")
 
 
-def test_any_name_will_do_for_the_only_file(shell, files):
+def test_a_single_file_may_have_any_name(shell, files):
     pathlib.Path("folder").mkdir()
     save({f"{Q}.lora_A.weight": files.draw(RANK, IN), f"{Q}.lora_B.weight": files.draw(OUT, RANK)},
          "folder/style.safetensors")  # fmt: skip

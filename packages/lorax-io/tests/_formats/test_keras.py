@@ -38,13 +38,13 @@ def make(alpha=None, rank=3, spec=None):
 
 
 @pytest.mark.parametrize("alpha", [None, 7])
-def test_a_file_comes_back(tmp_path, alpha):
+def test_file_round_trips(tmp_path, alpha):
     pair, file = make(alpha), tmp_path / "a.lora.h5"
     save_keras(file, pair.tunable, NAMES)
-    found = load_any(file, PARAMS, NAMES)
-    assert {row.scale for row in found.tunable.values()} == {1}
+    loaded = load_any(file, PARAMS, NAMES)
+    assert {row.scale for row in loaded.tunable.values()} == {1}
     for path, weight in lorax.merge_params(pair).items():
-        np.testing.assert_allclose(lorax.merge_params(found)[path], weight, rtol=1e-6)
+        np.testing.assert_allclose(lorax.merge_params(loaded)[path], weight, rtol=1e-6)
     with h5py.File(file) as read:
         assert read["lora/vars/rank"][()] == 3
         assert read["lora/11/vars/lora_kernel_a"].shape == (16, 4, 3)
@@ -89,7 +89,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_format_does_not_have_is_refused(tmp_path, case):
+def test_features_missing_in_the_format_raise(tmp_path, case):
     spec, names, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         save_keras(tmp_path / "a.lora.h5", make(spec=spec).tunable, names)
@@ -156,7 +156,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_is_not_sound_is_refused(tmp_path, case):
+def test_damaged_files_raise(tmp_path, case):
     file = tmp_path / "a.lora.h5"
     spoil(file, SPOILED[case])
     names = NAMES if case != "no kernels" else {"query": NAMES["query"]}
@@ -192,7 +192,7 @@ def test_bytes_that_were_changed_are_read_or_refused(tmp_path):
             assert str(error).startswith(str(file))
 
 
-def test_other_files_of_keras_are_told_as_what_they_are(tmp_path):
+def test_other_keras_files_are_named_in_the_error(tmp_path):
     file = tmp_path / "model.weights.h5"
     with h5py.File(file, "w") as opened:
         opened["layers/dense/vars/0"] = ones(3, 2)

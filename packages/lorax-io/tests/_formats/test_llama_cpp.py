@@ -107,7 +107,7 @@ def test_other_configs_are_refused(files, tmp_path, config, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_llama_cpp_has_no_place_for_is_refused(files, tmp_path):
+def test_kinds_llama_cpp_cannot_hold_raise(files, tmp_path):
     row = make(files)["lm_head"]
     for layout in (Linear("model.other"), Embedding("model.embed_tokens"), Conv("conv")):
         with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)):
@@ -126,7 +126,7 @@ def test_the_command_writes_it(shell, files):
     assert "GGUF" in shell.fail("inspect a.gguf")
 
 
-def test_without_gguf_it_is_said(files, monkeypatch):
+def test_missing_gguf_package_raises(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"lorax-io\[gguf\]"):
         save_gguf("a.gguf", make(files), NAMES, config=CONFIG)

@@ -17,17 +17,17 @@ def rows():
     """The table of the page, a row for each format."""
     for name, row in FORMATS.items():
         [loads] = re.findall(r"lorax_io\.(\w+)\(", row.loads)
-        yield name if row.saved else None, row.what, loads, row.saved
-    for name, (what, saved) in ONLY_WRITTEN.items():
-        yield name, what, None, saved
+        yield name if row.saved else None, row.description, loads, row.saved
+    for name, (description, saved) in ONLY_WRITTEN.items():
+        yield name, description, None, saved
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="the documentation is not in the sdist")
 def test_the_page_has_the_table_of_the_code():
     code = lambda text: f"`{text}`" if text else ""  # noqa: E731
     lines = [
-        f"| {what} | {code(name)} | {code(loads)} | {code(saved)} |"
-        for name, what, loads, saved in rows()
+        f"| {description} | {code(name)} | {code(loads)} | {code(saved)} |"
+        for name, description, loads, saved in rows()
     ]
     text = DOCS.read_text()
     table = text[text.index("| format |") :].partition("\n\n")[0].splitlines()[2:]

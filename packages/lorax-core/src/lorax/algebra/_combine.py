@@ -174,20 +174,20 @@ def _combined(
     matrices = [Matrices.of(part.leaf) for part in parts]
     wanted = plus(m.times(part.weight) for m, part in zip(matrices, parts, strict=True))
     if options.method == "concatenate":
-        found = wanted
+        product = wanted
     else:
         rank = options.rank or max(part.leaf.rank for part in parts)
         if options.method == "svd":
-            found = truncated(wanted, rank)
+            product = truncated(wanted, rank)
         elif options.method.endswith("_svd"):
-            found = _of_deltas(path, parts, matrices, rank, options)
+            product = _of_deltas(path, parts, matrices, rank, options)
         else:
-            found = _of_factors(path, parts, options)
+            product = _of_factors(path, parts, options)
     dtype = jnp.result_type(*(x for part in parts for x in (part.leaf.a, part.leaf.b)))
     plain = dataclasses.replace(
         like, a=like.a.astype(dtype), b=like.b.astype(dtype), alpha=None, scaling="standard"
     )
-    combined = found.into(plain)
+    combined = product.into(plain)
     errors[path] = relative_error(Matrices.of(combined), wanted)
     return combined
 

@@ -33,7 +33,7 @@ class Extraction(NamedTuple):
     errors: dict[str, float]
 
 
-# A decomposition in full is cheaper than a random one that finds more than a quarter of it.
+# A whole decomposition is cheaper than a random one that finds more than a quarter of it.
 _PAYS = 4
 _OVERSAMPLED = 10
 _POWERS = 4

@@ -102,10 +102,10 @@ def singular_values(matrices: Matrices) -> np.ndarray:
     return np.linalg.svd(_core(matrices)[1], compute_uv=False)
 
 
-def relative_error(found: Matrices, wanted: Matrices) -> float:
-    """`‖found − wanted‖ / ‖wanted‖` in the Frobenius norm, and 0 where both are zero."""
-    size = float(np.linalg.norm(_core(wanted)[1]))
-    error = float(np.linalg.norm(_core(plus([found, wanted.times(-1)]))[1]))
+def relative_error(actual: Matrices, expected: Matrices) -> float:
+    """`‖actual − expected‖ / ‖expected‖` in the Frobenius norm, and 0 where both are zero."""
+    size = float(np.linalg.norm(_core(expected)[1]))
+    error = float(np.linalg.norm(_core(plus([actual, expected.times(-1)]))[1]))
     return error / size if size else math.copysign(math.inf, error) if error else 0.0
 
 
@@ -137,13 +137,13 @@ def rank_for(values: Any, square: Any, energy: float) -> int:
     return int(ranks.max())
 
 
-def energy_of(what: str, energy: float | None, tolerance: float | None) -> float | None:
+def energy_of(function: str, energy: float | None, tolerance: float | None) -> float | None:
     """The share of the energy that is kept; a tolerance is the error that is allowed."""
     for name, value in (("energy", energy), ("tolerance", tolerance)):
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{what}: {name} is {value!r}; it is a number from 0 to 1.")
+            raise ValueError(f"{function}: {name} is {value!r}; it is a number from 0 to 1.")
     if energy is not None and tolerance is not None:
-        raise ValueError(f"{what}: give energy or tolerance; energy is 1 − tolerance².")
+        raise ValueError(f"{function}: give energy or tolerance; energy is 1 − tolerance².")
     return energy if tolerance is None else 1 - tolerance**2
 
 
@@ -194,7 +194,7 @@ def _product(factors: Sequence[tuple[np.ndarray, Labels]], wanted: Labels) -> np
     operands: list[Any] = []
     for factor, own in factors:
         operands += [factor, [number[label] for label in own]]
-    found = [number[label] for label in wanted if label in owned]
-    array = np.einsum(*operands, found, optimize=True) if operands else np.ones(())
+    out_numbers = [number[label] for label in wanted if label in owned]
+    array = np.einsum(*operands, out_numbers, optimize=True) if operands else np.ones(())
     shape = [label.size if label in owned else 1 for label in wanted]
     return np.broadcast_to(array.reshape(shape), [label.size for label in wanted])

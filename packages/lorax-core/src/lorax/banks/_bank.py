@@ -140,8 +140,8 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
     leaves, structure = flatten_adapters(bank.tunable)
 
     def tree(slot: int) -> Any:
-        found = [restored(bank.records.get(path), node, slot) for path, node in leaves]
-        return jax.tree.unflatten(structure, found)
+        restored_leaves = [restored(bank.records.get(path), node, slot) for path, node in leaves]
+        return jax.tree.unflatten(structure, restored_leaves)
 
     is_full = any(node is not None and not isinstance(node, Adapter) for _, node in leaves)
     present = [record.is_present for record in bank.records.values()]
@@ -267,19 +267,21 @@ def interleave_adapters(bank: AdapterBank) -> InterleavedBank:
     return InterleavedBank(tree, bank.scales, bank.slots)
 
 
-def check_bank(what: str, bank: Any, *others: type) -> None:
+def check_bank(function: str, bank: Any, *others: type) -> None:
     """Refuses what is not a bank, or not in an order that the function takes."""
     if not isinstance(bank, (AdapterBank, *others)):
         raise TypeError(
-            f"{what} takes a bank, as `stack_adapters` returns it, and was given "
+            f"{function} takes a bank, as `stack_adapters` returns it, and was given "
             f"{type(bank).__name__}."
         )
 
 
-def _check_slot(what: str, bank: AdapterBank, index: Any) -> None:
-    check_bank(what, bank)
+def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
+    check_bank(function, bank)
     if not isinstance(index, int | np.integer) or not 0 <= index < bank.slots:
-        raise IndexError(f"{what}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}.")
+        raise IndexError(
+            f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."
+        )
 
 
 @jax.jit

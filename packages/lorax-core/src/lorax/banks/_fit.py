@@ -57,13 +57,13 @@ def is_free(neutral: Mapping[str, Neutral] | None) -> TypeGuard[Mapping[str, flo
 
 def blank_of(path: str, nodes: Sequence[Any], rank: int | None) -> Any:
     """The node that all others are padded to: of the highest rank, and with a scale of 1."""
-    found = [node for node in nodes if node is not None]
-    if not found:
+    present = [node for node in nodes if node is not None]
+    if not present:
         return None
-    if not all(isinstance(node, LoraWeight) for node in found):
-        return found[0]
-    highest = max([node.rank for node in found] + ([] if rank is None else [rank]))
-    first = _unscaled(found[0])
+    if not all(isinstance(node, LoraWeight) for node in present):
+        return present[0]
+    highest = max([node.rank for node in present] + ([] if rank is None else [rank]))
+    first = _unscaled(present[0])
     shared = len(first.shared_axes)
     a = jax.ShapeDtypeStruct((*first.a.shape[:-1], highest), first.a.dtype)
     outputs = first.b.shape[shared + 1 :]
@@ -100,12 +100,12 @@ def padded_to(path: str, blank: Any, node: Any) -> Any:
         )
     if isinstance(node, LoraWeight) and isinstance(blank, LoraWeight):
         return _with_rank(path, blank, node)
-    found, wanted = (_settings(each) for each in (node, blank))
-    if found != wanted:
+    actual, expected = (_settings(each) for each in (node, blank))
+    if actual != expected:
         raise PairError(
-            f"A bank has {_listed(wanted)} at `{path}`, and the adapter has {_listed(found)}. Only "
-            "plain LoRA is stacked with other ranks and scales; `as_lora` turns other kinds into "
-            "it where that is exact."
+            f"A bank has {_listed(expected)} at `{path}`, and the adapter has {_listed(actual)}. "
+            "Only plain LoRA is stacked with other ranks and scales; `as_lora` turns other kinds "
+            "into it where that is exact."
         )
     return node
 
@@ -138,11 +138,11 @@ def _with_rank(path: str, blank: LoraWeight, node: LoraWeight) -> LoraWeight:
         b=_pad(node.b, shared, missing),
         rank=blank.rank,
     )
-    found, wanted = _settings(padded), _settings(blank)
-    if found != wanted:
+    actual, expected = _settings(padded), _settings(blank)
+    if actual != expected:
         raise PairError(
-            f"A bank has {_listed(wanted)} at `{path}`, and the adapter has {_listed(found)}; all "
-            "belong to one base and have one dtype."
+            f"A bank has {_listed(expected)} at `{path}`, and the adapter has {_listed(actual)}; "
+            "all belong to one base and have one dtype."
         )
     return padded
 

@@ -230,11 +230,11 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mixed, bank.tunable, is_leaf=is_tunable_leaf)
 
 
-def _refused(what: str, path: Any, node: Any, why: str) -> PairError:
-    found = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
+def _refused(function: str, path: Any, node: Any, reason: str) -> PairError:
+    contents = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
     return PairError(
-        f"{what}: the bank has {found} at `{path_string(path)}`, which have {why}. Map over "
-        "`bank.tunable` with jax.vmap instead."
+        f"{function}: the bank has {contents} at `{path_string(path)}`, which have {reason}. Map "
+        "over `bank.tunable` with jax.vmap instead."
     )
 
 

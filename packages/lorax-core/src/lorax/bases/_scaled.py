@@ -14,8 +14,8 @@ INTEGERS: dict[int, tuple[Any, Any]] = {4: (jnp.int4, jnp.uint4), 8: (jnp.int8, 
 
 def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
     """The largest magnitude of each block, and one for a block of zeros."""
-    found = jnp.max(jnp.abs(entries), tuple(within), keepdims=True)
-    return jnp.where(found == 0, jnp.ones_like(found), found)
+    largest_entry = jnp.max(jnp.abs(entries), tuple(within), keepdims=True)
+    return jnp.where(largest_entry == 0, jnp.ones_like(largest_entry), largest_entry)
 
 
 def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:

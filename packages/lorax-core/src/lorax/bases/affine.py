@@ -94,18 +94,18 @@ def _minimum(arrays: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
     """The minimum of an entry's block, which may be a code itself."""
     if "mins" not in arrays:
         return jnp.zeros((), dtype)
-    found, outer = arrays["mins"].astype(dtype), arrays.get("outer_mins")
-    return found if outer is None else found * outer.astype(dtype)
+    minimum, outer = arrays["mins"].astype(dtype), arrays.get("outer_mins")
+    return minimum if outer is None else minimum * outer.astype(dtype)
 
 
 def _grouped(arrays: Mapping[str, jax.Array], across: Sequence[int]) -> dict[str, jax.Array]:
     """Scales and minimums as 6 bits and one number for each group."""
-    found: dict[str, jax.Array] = {}
+    grouped: dict[str, jax.Array] = {}
     for name, outer in (("scales", "outer"), ("mins", "outer_mins")):
         if name in arrays:
             sign = -1 if name == "mins" else 1  # minimums are not above zero
             most = jnp.max(jnp.abs(arrays[name]), tuple(across), keepdims=True)
             unit = _or_one(most.astype(wide_dtype(most.dtype)) / TOP)
-            found[name] = jnp.round(jnp.abs(arrays[name]) / unit).astype(jnp.uint8)
-            found[outer] = sign * unit
-    return found
+            grouped[name] = jnp.round(jnp.abs(arrays[name]) / unit).astype(jnp.uint8)
+            grouped[outer] = sign * unit
+    return grouped

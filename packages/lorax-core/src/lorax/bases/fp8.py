@@ -54,11 +54,11 @@ class FP8(Format):
         self, path: str, shape: tuple[int, ...], along: tuple[int, ...]
     ) -> dict[int, tuple[int, ...]]:
         """Along the inputs, and for squares along the last output, too."""
-        found = super().blocks(path, shape, along)
+        blocks = super().blocks(path, shape, along)
         if not self.square or self.block is None:
-            return found
+            return blocks
         others = [d for d in range(len(shape)) if d not in along]
-        return found | super().blocks(path, shape, tuple(others[-1:]))
+        return blocks | super().blocks(path, shape, tuple(others[-1:]))
 
     def dtypes(self) -> tuple[Any, ...]:
         """The dtype of the codes."""

@@ -1,6 +1,6 @@
 """Kinds of adapters, one module each: the spec, the adapter, and its first factors.
 
-What a kind of one's own is made of can be imported from here.
+The parts of a custom kind can be imported from here.
 """
 
 from .._adapter import (

@@ -14,10 +14,10 @@ def resolve_split(
     if given is None:
         return axes.inputs[-1], axes.outputs[-1]
     # In the order of the weight, whichever side comes first there.
-    found = normalize(path, ndim, "split_axes", given)
-    inputs = [d for d in found if d in axes.inputs]
-    outputs = [d for d in found if d in axes.outputs]
-    if len(found) != 2 or len(inputs) != 1:
+    split_axes = normalize(path, ndim, "split_axes", given)
+    inputs = [d for d in split_axes if d in axes.inputs]
+    outputs = [d for d in split_axes if d in axes.outputs]
+    if len(split_axes) != 2 or len(inputs) != 1:
         raise SpecError(
             f"`{path}` has {a_kind(spec)} with split_axes={tuple(given)}; give one of its "
             f"input axes {axes.inputs} and one of its output axes {axes.outputs}."

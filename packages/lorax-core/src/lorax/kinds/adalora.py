@@ -42,7 +42,7 @@ class AdaloraWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "adalora"
@@ -151,8 +151,8 @@ def adalora_orthogonality(tunable: Any) -> jax.Array:
         a, b = _matrices(weight)
         for matrix in (a, b):  # [entries, rank, rest]
             gram = jnp.einsum("nri,nsi->nrs", matrix, matrix.conj(), precision="highest")
-            apart = gram - jnp.eye(weight.rank, dtype=gram.dtype)[None]
-            square = jnp.sum(jnp.abs(apart) ** 2, (1, 2))
+            residual = gram - jnp.eye(weight.rank, dtype=gram.dtype)[None]
+            square = jnp.sum(jnp.abs(residual) ** 2, (1, 2))
             # A root has no gradient at zero.
             is_zero = square == 0
             root = jnp.sqrt(jnp.where(is_zero, 1.0, square))
@@ -301,8 +301,8 @@ def adalora_pruner(
 
         now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), factors, slopes)
         importance = averaged(beta1, state.importance, now)
-        apart = jax.tree.map(lambda x, mean: jnp.abs(x - mean), now, importance)
-        return AdaloraState(importance, averaged(beta2, state.uncertainty, apart), state.kept)
+        deviation = jax.tree.map(lambda x, mean: jnp.abs(x - mean), now, importance)
+        return AdaloraState(importance, averaged(beta2, state.uncertainty, deviation), state.kept)
 
     return AdaloraPruner(init, update)
 

@@ -39,7 +39,7 @@ class BdloraWeight(Adapter):
         split_axis: the axis that is cut.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "bdlora"
@@ -136,11 +136,11 @@ class BdloraSpec(AdapterSpec):
                 f"`{path}` has a BdloraSpec with split_axis={self.split_axis}, but the axes of "
                 f"side {self.side!r} are {side}."
             )
-        for what, size in {"its rank": self.rank, f"its axis {axis}": shape[axis]}.items():
+        for label, size in {"its rank": self.rank, f"its axis {axis}": shape[axis]}.items():
             if size % self.blocks != 0:
                 raise SpecError(
                     f"`{path}` has a BdloraSpec with blocks={self.blocks}, which does not divide "
-                    f"{what}, {size}. Take blocks that divide the rank and the axis that is cut."
+                    f"{label}, {size}. Take blocks that divide the rank and the axis that is cut."
                 )
 
     def _split_axis(self, path: str, ndim: int, axes: Axes) -> int:

@@ -30,7 +30,7 @@ class CollectedStart:
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
         """Raises `SpecError` where a matrix cannot have such factors."""
 
-    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+    def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """What is kept of the moments or of the gradient of one matrix."""
         raise NotImplementedError
 
@@ -39,10 +39,10 @@ class CollectedStart:
         raise NotImplementedError
 
 
-def _check_rank(path: str, init: str, rank: int, most: int, what: str) -> None:
+def _check_rank(path: str, init: str, rank: int, most: int, source: str) -> None:
     if rank > most:
         raise SpecError(
-            f"`{path}` has rank {rank} and init={init!r}, which takes its factors from {what} of "
+            f"`{path}` has rank {rank} and init={init!r}, which takes its factors from {source} of "
             f"rank {most} at most. Lower the rank, or leave `init` out."
         )
 
@@ -81,9 +81,9 @@ class EvaStart(CollectedStart):
         if not _is_number(self.rho) or self.rho < 1:
             raise SpecError(f"`{path}` has an EvaStart with rho={self.rho!r}; it is at least 1.")
 
-    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+    def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """The largest components, their singular values, and their share of the variance."""
-        second, first, count = found
+        second, first, count = collected
         mean = first / jnp.maximum(count, 1)
         # A difference of two sums loses digits where the mean is large beside the variance.
         variance = second - count * mean[:, None] * mean[None]
@@ -137,9 +137,9 @@ class CordaStart(CollectedStart):
         _check_rank(path, "corda", rank, min(fan_in, fan_out), "a matrix")
         _check_positive(path, "corda", scale)
 
-    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+    def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """`rank` singular vectors of both sides, and their values."""
-        second, _, count = found
+        second, _, count = collected
         mean = second / jnp.maximum(count, 1)
         identity = jnp.eye(len(mean), dtype=mean.dtype)
         weight = jnp.mean(jnp.diag(mean))
@@ -226,9 +226,9 @@ class LoraGAStart(CollectedStart):
         if self.scale == "gd_scale":
             _check_positive(path, "lora_ga", scale)
 
-    def reduced(self, matrix: jax.Array, found: Any, rank: int) -> Reduced:
+    def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """`2 · rank` singular vectors of both sides, and their values."""
-        left, values, right = leading_vectors(found, 2 * rank)
+        left, values, right = leading_vectors(collected, 2 * rank)
         kept = {"inputs": left, "values": values, "outputs": right}
         if self.scale == "weight_svd":
             kept["weight"] = leading_vectors(matrix, 1)[1][0]

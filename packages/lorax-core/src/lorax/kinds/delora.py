@@ -1,4 +1,4 @@
-"""DeLoRA: a product of two normalized factors, so that its length is a number of its own.
+"""DeLoRA: a product of two normalized factors, so that its length is a separate number.
 
 delta[in, out]  =  norm[in] · Σ_r a[in, r] · g[r] · b[r, out]
 
@@ -52,7 +52,7 @@ class DeloraWeight(Adapter):
         rank: the inner size.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "delora"

@@ -163,7 +163,7 @@ class DoraSpec(AdapterSpec):
         return dataclasses.replace(self, spec=self.spec.with_size(rank))
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses an adapter whose norm would take the weight in full."""
+        """Refuses an adapter whose norm would materialize the weight."""
         self.spec.check(path, shape, axes)
         if not self.spec.has_narrow_delta:
             raise SpecError(

@@ -35,7 +35,7 @@ class GraloraWeight(Adapter):
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "gralora"
@@ -111,11 +111,11 @@ class GraloraSpec(AdapterSpec):
             f"axis {d} of its shape {tuple(shape)}": shape[d]
             for d in self._split(shape, axes, path)
         }
-        for what, size in {"its rank": self.rank, **sizes}.items():
+        for label, size in {"its rank": self.rank, **sizes}.items():
             if size % self.blocks:
                 raise SpecError(
                     f"`{path}` has a GraloraSpec with blocks={self.blocks}, which does not divide "
-                    f"{what}, {size}. Take blocks that divide the rank and both axes that are cut."
+                    f"{label}, {size}. Take blocks that divide the rank and both axes that are cut."
                 )
 
     def _split(self, shape: tuple[int, ...], axes: Axes, path: str = "") -> tuple[int, int]:

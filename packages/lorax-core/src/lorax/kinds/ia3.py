@@ -33,7 +33,7 @@ class IA3Weight(Adapter):
     """The gain of one weight.
 
     `W[in, out] · gain[out]`, or `W[in, out] · gain[in]` where `side` is "in"; each entry of the
-    shared axes has a gain of its own. Liu et al. 2022, arXiv:2205.05638.
+    shared axes has its own gain. Liu et al. 2022, arXiv:2205.05638.
 
     Attributes:
         gain: `[*shared, *out]`, or `[*shared, *in]`.
@@ -41,7 +41,7 @@ class IA3Weight(Adapter):
         gain_axes: the axes of that side that it varies along; None means all of them.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with a gain of their own for each entry.
+        shared_axes: the weight's axes with their own gain for each entry.
     """
 
     kind = "ia3"
@@ -82,7 +82,7 @@ class IA3Spec(AdapterSpec):
         side: "out", as for keys and values, or "in", as for the last product of an MLP.
         gain_axes: the axes of that side that the gain varies along; None means all of them. On the
             input side of a convolution give the axis of the channels: a gain along the window, too,
-            takes the kernel in full.
+            takes the whole kernel.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.

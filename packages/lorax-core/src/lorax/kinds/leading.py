@@ -36,10 +36,10 @@ def leading_vectors(matrix: jax.Array, rank: int) -> Vectors:
     width = rank + max(8, rank // 2)
     if BLOCKS * width > MOST_OF_ALL * min(matrix.shape):
         return _of_all(matrix, rank)
-    found = _iterated(matrix, rank, width)
-    kept = found.left[:, :rank], found.values, found.right
+    last = _iterated(matrix, rank, width)
+    kept = last.left[:, :rank], last.values, last.right
     return jax.lax.cond(
-        found.error <= _tolerance(matrix), lambda: kept, lambda: _of_all(matrix, rank)
+        last.error <= _tolerance(matrix), lambda: kept, lambda: _of_all(matrix, rank)
     )
 
 
@@ -70,8 +70,8 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
         blocks = [block]
         for _ in range(BLOCKS - 1):
             block = _product(matrix, _product(matrix.T, block))
-            for found in blocks:
-                block -= _product(found, _product(found.T, block))
+            for earlier in blocks:
+                block -= _product(earlier, _product(earlier.T, block))
             block = jnp.linalg.qr(block)[0]
             blocks.append(block)
         # Of a matrix of low rank, later blocks are noise that may be along earlier ones.
@@ -92,7 +92,7 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
         jnp.asarray(0),
     )
     return jax.lax.while_loop(
-        lambda found: (found.error > _tolerance(matrix)) & (found.passes < MOST_PASSES), step, start
+        lambda last: (last.error > _tolerance(matrix)) & (last.passes < MOST_PASSES), step, start
     )
 
 

@@ -33,7 +33,7 @@ class LoconWeight(Adapter):
         channel_axis: the input axis of the channels; the other input axes are the window.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "locon"

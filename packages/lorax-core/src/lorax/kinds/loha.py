@@ -40,7 +40,7 @@ class LohaWeight(Adapter):
         channel_axis: in Tucker's form the input axis of the channels, and None in the other.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "loha"

@@ -46,7 +46,7 @@ class LokrWeight(Adapter):
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "lokr"
@@ -116,7 +116,7 @@ class LokrSpec(AdapterSpec):
     others. The second matrix has low rank where `rank` is less than half of its longer side.
 
     Args:
-        rank: of a matrix of low rank; a high one leaves the second matrix in full.
+        rank: of a matrix of low rank; with a high one the second matrix is a full one.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
         factor: into how many blocks both axes are cut; −1 means as nearly square as each can be.
         decompose_both: whether the first matrix, too, has low rank where it is large enough.

@@ -71,7 +71,7 @@ class LoraWeight(Adapter):
         scaling: "standard" or "rslora".
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry: stacked layers,
+        shared_axes: the weight's axes with their own factors for each entry: stacked layers,
             experts.
 
     Example:
@@ -125,7 +125,7 @@ class LoraSpec(AdapterSpec):
         in_axes: the axes that meet the input; None means every axis but the outputs.
         out_axes: the axes that make the output; None means the rest, or the last axis where
             `in_axes` is None too.
-        shared_axes: axes with factors of their own for each entry, such as the layers of a
+        shared_axes: axes with their own factors for each entry, such as the layers of a
             `scan` or the experts of a mixture.
         init: the first factors, where they are not those of `init_lora`: "pissa" or "olora", which
             take them from the weight, so that its base in the frozen tree moves by as much;

@@ -36,7 +36,7 @@ class LoraFAWeight(Adapter):
         scaling: "standard" or "rslora".
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with factors of their own for each entry.
+        shared_axes: the weight's axes with their own factors for each entry.
     """
 
     kind = "lora_fa"

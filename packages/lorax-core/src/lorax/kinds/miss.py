@@ -41,7 +41,7 @@ class MissWeight(Adapter):
         rank: how many rows there are.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with rows of their own for each entry.
+        shared_axes: the weight's axes with their own rows for each entry.
     """
 
     kind = "miss"

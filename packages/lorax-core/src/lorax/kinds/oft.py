@@ -64,7 +64,7 @@ class OftWeight(Adapter):
         eps: the bound of constrained OFT, or None.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with blocks of their own for each entry.
+        shared_axes: the weight's axes with their own blocks for each entry.
     """
 
     kind = "oft"
@@ -96,7 +96,7 @@ class OftWeight(Adapter):
         size = shape[self.channel_axis]
         if size != 1 and size % self.block_size != 0:
             raise SpecError(f"blocks of {self.block_size} do not divide its axis of size {size}")
-        # A base of ones has no block, but labels all the same.
+        # A base of ones has no block, but it has labels.
         blocks = Label(self.channel_axis, size // self.block_size)
         entry = axes.inner(0, self.block_size)
         side = axes.inputs if self.side == "in" else axes.outputs
@@ -216,8 +216,8 @@ class OftSpec(AdapterSpec):
         side: "in", or "out" as PEFT has it for an embedding, whose rows are turned.
         channel_axis: the axis of that side that is cut into blocks, which the other axes of the
             side share. Give the channels of a convolution: blocks that differ along its window take
-            the kernel in full. By default it is the last axis of the side, and every entry of the
-            others has blocks of its own.
+            the whole kernel. By default it is the last axis of the side, and every entry of the
+            others has its own blocks.
         block_share: whether all blocks are one.
         terms: of the Neumann series for the inverse in the Cayley transform, at least 2; None
             solves for it.

@@ -43,7 +43,7 @@ class TokensWeight(Adapter):
         indices: which entries of the input axis these are.
         in_axes: the one axis of the weight along which rows are counted.
         out_axes: the other axes.
-        shared_axes: the weight's axes with rows of their own for each entry.
+        shared_axes: the weight's axes with their own rows for each entry.
     """
 
     kind = "tokens"

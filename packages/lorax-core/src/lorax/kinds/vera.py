@@ -33,7 +33,7 @@ class VeraWeight(Adapter):
         rank: the inner size.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
-        shared_axes: the weight's axes with vectors of their own for each entry.
+        shared_axes: the weight's axes with their own vectors for each entry.
     """
 
     kind = "vera"
@@ -70,16 +70,16 @@ class _Matrices:
 
     def part(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """The first rows of `a`, or the first columns of `b`, as a factor of `shape`."""
-        found = (name, shape, jnp.dtype(dtype))
-        if found not in self._parts:
+        key = (name, shape, jnp.dtype(dtype))
+        if key not in self._parts:
             whole = self._whole[name]
             rows, columns = whole.shape
             if name == "a":
                 rows = math.prod(shape[:-1])
             else:
                 columns = math.prod(shape[1:])
-            self._parts[found] = whole[:rows, :columns].astype(dtype).reshape(shape)
-        return self._parts[found]
+            self._parts[key] = whole[:rows, :columns].astype(dtype).reshape(shape)
+        return self._parts[key]
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

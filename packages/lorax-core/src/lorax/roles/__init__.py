@@ -6,8 +6,9 @@ keep them, linear or not: what `lora` cannot follow it materializes, and the ada
 Where a marked value meets another one in a product, a convolution or a look-up, the axes that are
 summed over or indexed are the weight's inputs, and those that are kept are its outputs.
 
-Data is marked too, so a product with data can be told from one with a constant or with another
-weight, and a bias, which is added to something larger, from a weight that is a sum of others.
+Data is marked too, so a product with data can be distinguished from one with a constant or with
+another weight, and a bias, which is added to something larger, from a weight that is a sum of
+others.
 
 Of several uses of a weight the strongest counts (`Strength`), and of equals the first. A use whose
 result goes into the weight itself, such as a norm that divides it, counts if there is no other.
@@ -36,7 +37,7 @@ def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
         kinds: what each of its constants and then of its inputs is: a weight by its name, `DATA`,
             or None for neither.
     """
-    return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).found()
+    return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).roles()
 
 
 def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
@@ -49,8 +50,8 @@ def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
         kinds: as for `find_roles`.
     """
     body, _ = _compat.open_jaxpr(jaxpr)
-    found = functools.cache(lambda: _walked(body, kinds).beside_data)
-    return lambda eqn: id(eqn) in found()
+    equations = functools.cache(lambda: _walked(body, kinds).beside_data)
+    return lambda eqn: id(eqn) in equations()
 
 
 def _walked(body: Any, kinds: Sequence[Any]) -> Walk:

@@ -21,7 +21,7 @@ class Side(NamedTuple):
 
     @property
     def batched(self) -> bool:
-        """Whether the product has entries of its own along some of this side's axes."""
+        """Whether the product has separate entries along some of this side's axes."""
         return any(self.sizes[d] != 1 for d in self.batch)
 
     @property
@@ -83,9 +83,9 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
                     walk.leave_to_data(part)
                     continue
                 links = {
-                    Link(inputs, key, found.along(other.summed))
-                    for key, found in other.value.weights.items()
-                    if inputs and found.along(other.summed)
+                    Link(inputs, key, mapped.along(other.summed))
+                    for key, mapped in other.value.weights.items()
+                    if inputs and mapped.along(other.summed)
                 }
                 part = dataclasses.replace(part, links=part.links | links)
                 parts[name] = side.place(part, shape)
@@ -190,4 +190,4 @@ def _ungrouped(axes: Sequence[Axis], axis: int, groups: int) -> list[Axis]:
             break
         groups //= span.size
         spans[k] = span._replace(axes=frozenset())
-    return [tuple(spans) if d == axis else found for d, found in enumerate(axes)]
+    return [tuple(spans) if d == axis else other for d, other in enumerate(axes)]

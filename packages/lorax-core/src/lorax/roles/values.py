@@ -181,7 +181,7 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
     spans = [span for axis in axes for span in axis]
     ones = [span for span in spans if same(span.size, 1)]
     rest = [span for span in spans if not same(span.size, 1)]
-    found: list[Axis] = []
+    regrouped: list[Axis] = []
     for size in shape:
         axis = [ones.pop(0)] if same(size, 1) and ones else []
         left = size
@@ -198,8 +198,8 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
                 rest[0] = Span(span.size * rest[0].size, span.axes | rest[0].axes)
             else:
                 axis.append(span)
-        found.append(tuple(axis) or blank(size))
-    return found
+        regrouped.append(tuple(axis) or blank(size))
+    return regrouped
 
 
 def without(axes: Sequence[Axis], dropped: Iterable[int]) -> list[Axis]:

@@ -83,7 +83,7 @@ class Walk:
         self.records = True
         self.line = ""
 
-    def found(self) -> Roles:
+    def roles(self) -> Roles:
         """The strongest use of each weight."""
         best: dict[str, tuple[bool, Strength, Use]] = {}
         for k, use in enumerate(self.uses):
@@ -272,10 +272,10 @@ class Walk:
         records, self.records = self.records, False
         while True:
             outs = step(carry)
-            settled = [in_all_steps(*pair) for pair in zip(carry, outs, strict=False)]
-            if settled == list(carry):
+            widened = [in_all_steps(*pair) for pair in zip(carry, outs, strict=False)]
+            if widened == list(carry):
                 break
-            carry = settled
+            carry = widened
         self.records = records
         return step(carry)
 

@@ -55,7 +55,7 @@ def _fft(eqn, weight, *, fft_type, fft_lengths):
         if fft_type == types.IRFFT:
             term = _transformed(term, *last, fft_type, _as_complex(dtype))
         terms.append(term)
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 def _as_complex(dtype) -> Callable[[jax.Array], jax.Array]:

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from .._contract import product_dtype, wide_dtype
 from .._factored import FactoredArray, base_of, is_weight
 from .._registry import defreason, defrule
-from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
+from .._terms import (
+    Inexpressible,
+    Label,
+    Term,
+    align,
+    check_size,
+    operand,
+    product,
+    relabeled,
+)
 from . import norms
 
 
@@ -19,7 +28,7 @@ def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
     base = eqn(weight.base)
     of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
     terms = [norms.gathered(term, axes) if of_product else term for term in weight.terms]
-    return eqn.settle(
+    return eqn.rows_or_weight(
         FactoredArray(base, tuple(term.drop(axes) for term in terms)),
         meets=[term.dense_factor for term in terms],
         finished=of_product,
@@ -46,7 +55,7 @@ def _sum(eqn, left, right, sign: int):
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
         if is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
             check_size(len(terms))
-    return eqn.settle(FactoredArray(eqn(base_of(left), base_of(right)), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(base_of(left), base_of(right)), tuple(terms)))
 
 
 def _sources(weight: FactoredArray) -> set[Hashable]:
@@ -74,7 +83,7 @@ def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
     term = _expand(term, shape)
     if len(varying) > 1 and len(varying) == sum(size != 1 for size in shape):
         raise Inexpressible(reason)
-    factor = apart(term, operand(array.reshape([array.shape[axis] for axis in varying])))
+    factor = relabeled(term, operand(array.reshape([array.shape[axis] for axis in varying])))
     term, factor = align(term, factor, [(axis, k) for k, axis in enumerate(varying)])
     return product(term, factor, term.out)
 
@@ -98,11 +107,11 @@ def _scaled(eqn, weight, array, base, reason: str):
         blank = Term((jnp.ones((), array.dtype),), ((),), tuple((x,) for x in labels),
                      weight.turn.term.sources)  # fmt: skip
         gain = times(blank, array, shape, reason)
-        return eqn.settle(dataclasses.replace(weight, gains=(*weight.gains, gain)))
+        return eqn.rows_or_weight(dataclasses.replace(weight, gains=(*weight.gains, gain)))
     terms = [times(term, array, shape, reason) for term in weight.terms]
     check_size(0, max((len(term.factors) for term in terms), default=0))
     scaled = weight.moved(lambda piece: _expand(piece, shape)).replace_terms(terms)
-    return eqn.settle(scaled.replace_base(base()))
+    return eqn.rows_or_weight(scaled.replace_base(base()))
 
 
 @defrule("mul", gains=True)

@@ -62,7 +62,7 @@ def _traced(body, args):
 
     def flat(*leaves):
         outs = body(*jax.tree.unflatten(structure, leaves))
-        names[:] = [found for out in outs if is_weight(out) for found in out.sources]
+        names[:] = [sources for out in outs if is_weight(out) for sources in out.sources]
         outs = with_sources(outs, itertools.repeat(()))
         kinds[:] = [(jax.tree.structure(out), _shapes(out)) for out in outs]
         return jax.tree.leaves(outs)

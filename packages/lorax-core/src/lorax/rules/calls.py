@@ -66,9 +66,10 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         for use in call.body.uses
         for source in sources[cast(int, use.source)]
     )
-    found = [names for out in outs if is_weight(out) for names in out.sources]
+    out_sources = [names for out in outs if is_weight(out) for names in out.sources]
     return with_sources(
-        outs, iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in found])
+        outs,
+        iter([tuple(s for k in local for s in sources[cast(int, k)]) for local in out_sources]),
     )
 
 

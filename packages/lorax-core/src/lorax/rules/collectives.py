@@ -70,7 +70,7 @@ def _gathered(weight, term, names, groups) -> tuple[Term, Label]:
 
 
 def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
-    """The devices as an axis of their own, or in front of an axis."""
+    """The devices as a separate axis, or in front of an axis."""
     out = list(term.out)
     if tiled:
         out[axis] = (device, *out[axis])
@@ -108,7 +108,7 @@ def _all_gather(
 
     base = weight.base
     base = base.changed(gathered) if is_coded(base) else eqn(base)
-    return eqn.settle(weight.moved(gathered).replace_base(base))
+    return eqn.rows_or_weight(weight.moved(gathered).replace_base(base))
 
 
 @defrule("psum", "psum_invariant")
@@ -137,7 +137,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
         return _with_devices(term, varying, size, gather)[0]
 
     outs = [
-        eqn.settle(FactoredArray(base, tuple(summed(weight, t) for t in weight.terms)))
+        eqn.rows_or_weight(FactoredArray(base, tuple(summed(weight, t) for t in weight.terms)))
         if isinstance(weight, FactoredArray)
         else base
         for weight, base in zip(operands, bases if several else [bases], strict=True)
@@ -156,7 +156,7 @@ def _reduce_scatter(
         if not summed.owners(device):
             summed = summed.scale(axis_size)
         terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("all_to_all")
@@ -168,7 +168,7 @@ def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_g
         term, device = _gathered(weight, term, names, axis_index_groups)
         term = _own_part(term, split_axis, names, axis_index_groups, True)
         terms.append(_show(term, device, concat_axis, True))
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("ppermute")
@@ -183,4 +183,4 @@ def _ppermute(eqn, weight, *, axis_name, perm):
             for k, factor in enumerate(term.factors)
         )
         terms.append(dataclasses.replace(term, factors=factors))
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))

@@ -52,10 +52,10 @@ def _part(term: Term, part) -> Term:
 @defrule("real")
 def _real(eqn, weight):
     terms = [_part(term, jnp.real) if _is_complex(term) else term for term in weight.terms]
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
 
 
 @defrule("imag")
 def _imag(eqn, weight):
     terms = [_part(term, jnp.imag) for term in weight.terms if _is_complex(term)]
-    return eqn.settle(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))

@@ -34,14 +34,23 @@ from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._paid import pay, with_dropout_on
 from .._reading import reading
 from .._registry import defrule
-from .._terms import Inexpressible, Label, Term, align, apart, check_size, operand, product
+from .._terms import (
+    Inexpressible,
+    Label,
+    Term,
+    align,
+    check_size,
+    operand,
+    product,
+    relabeled,
+)
 
 
 def _dot(left: Term, right: Term, dimension_numbers) -> Term:
     """The term of `dot_general(left, right)`."""
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     pairs = (*zip(l_sum, r_sum, strict=True), *zip(l_batch, r_batch, strict=True))
-    left, right = align(left, apart(left, right), pairs)
+    left, right = align(left, relabeled(left, right), pairs)
     l_used, r_used = {*l_sum, *l_batch}, {*r_sum, *r_batch}
     out = (
         *(left.out[d] for d in l_batch),
@@ -114,7 +123,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
         check_size(0, max(len(term.factors) for term in terms))
         meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
         meets += [None] * (len(left.terms) * len(right.terms))
-        return eqn.settle(FactoredArray(base, tuple(terms)), meets=meets)
+        return eqn.rows_or_weight(FactoredArray(base, tuple(terms)), meets=meets)
     check_size(len(left.terms) + len(right.terms))
     terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
     # The other way about, the two are exchanged, and what each keeps is exchanged back.
@@ -127,7 +136,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
     for term in right.terms:
         absorbed = _absorb(term, alone, exchanged, dtype, **keywords)
         terms.append(absorbed.permute(order))
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywords) -> Term:
@@ -146,17 +155,17 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     for label in gone:
         term = term.own(label)
     factors = list(zip(term.factors, term.labels, strict=True))
-    near = [factor for factor in factors if not set(gone).isdisjoint(factor[1])]
-    far = [factor for factor in factors if set(gone).isdisjoint(factor[1])]
+    meeting = [factor for factor in factors if not set(gone).isdisjoint(factor[1])]
+    others = [factor for factor in factors if set(gone).isdisjoint(factor[1])]
     kept = [axis for d, axis in enumerate(term.out) if d not in (*summed, *batch)]
-    needed = {label for labels in (*kept, *(labels for _, labels in far)) for label in labels}
-    met = dict.fromkeys(label for _, labels in near for label in labels)
-    bonds = tuple(label for label in met if label in needed and label not in shared)
+    needed = {label for labels in (*kept, *(labels for _, labels in others)) for label in labels}
+    met = dict.fromkeys(label for _, labels in meeting for label in labels)
+    inner_labels = tuple(label for label in met if label in needed and label not in shared)
 
     # What is near, as [*bonds, *shared, *gone], meets the weight: [*shared, *bonds, *new].
-    first, second = len(bonds), len(bonds) + len(shared)
-    axes = (*((label,) for label in (*bonds, *shared)), *(term.out[d] for d in summed))
-    arrays, owned = zip(*near, strict=True)
+    first, second = len(inner_labels), len(inner_labels) + len(shared)
+    axes = (*((label,) for label in (*inner_labels, *shared)), *(term.out[d] for d in summed))
+    arrays, owned = zip(*meeting, strict=True)
     part = Term(arrays, owned, axes)
     numbers = (
         (range(second, len(axes)), w_summed),
@@ -165,14 +174,14 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
 
     def near_met(base: jax.Array, *arrays: jax.Array) -> jax.Array:
         left = dataclasses.replace(part, factors=arrays)
-        return _dot(left, operand(base), numbers).array(dtype, meets=len(near), **keywords)
+        return _dot(left, operand(base), numbers).array(dtype, meets=len(meeting), **keywords)
 
     absorbed = reading(near_met, weight.base, *arrays)
     for other in weight.terms:
-        meets = 0 if len(near) == 1 else None
+        meets = 0 if len(meeting) == 1 else None
         absorbed = _dot(part, other, numbers).added_to(absorbed, dtype, meets=meets, **keywords)
     new = tuple(term.fresh(size, skip=k) for k, size in enumerate(absorbed.shape[second:]))
-    factors, labels = zip(*far, (absorbed, (*shared, *bonds, *new)), strict=True)
+    factors, labels = zip(*others, (absorbed, (*shared, *inner_labels, *new)), strict=True)
     out = (*((label,) for label in shared), *kept, *((label,) for label in new))
     return dataclasses.replace(term, factors=factors, labels=labels, out=out)
 
@@ -211,14 +220,14 @@ def _ragged_dot_general(
             continue
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
         inputs, group, outputs = labels[: len(r_sum)], labels[len(r_sum)], labels[-len(kept) :]
-        first, second, bonds = fused.halves(inputs, outputs)
-        bonds = [label for label in bonds if label != group]
-        deltas.append((first, second, inputs, bonds, outputs, group))
+        first, second, inner_labels = fused.split_factors(inputs, outputs)
+        inner_labels = [label for label in inner_labels if label != group]
+        deltas.append((first, second, inputs, inner_labels, outputs, group))
     free = [d for d in range(left.ndim) if d not in l_sum]
     dtype = eqn.product_dtype(left, right.base)
     base = eqn(met, right.base, group_sizes)
 
-    def delta_of(rows, first, second, inputs, bonds, outputs, group):
+    def delta_of(rows, first, second, inputs, inner_labels, outputs, group):
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
             owned = any(group in labels for _, labels in half)
@@ -232,11 +241,13 @@ def _ragged_dot_general(
             return jax.lax.ragged_dot_general(x, kernel, group_sizes, ragged_numbers, **keywords)
 
         with jax.named_scope("lora"):
-            middle = multiply(rows.astype(dtype), l_sum, ragged[0], first, inputs, bonds, None)
+            middle = multiply(
+                rows.astype(dtype), l_sum, ragged[0], first, inputs, inner_labels, None
+            )
             summed = list(range(len(free), middle.ndim))
             ragged_axis = free.index(ragged[0])
             delta = multiply(
-                middle, summed, ragged_axis, second, bonds, outputs, preferred_element_type
+                middle, summed, ragged_axis, second, inner_labels, outputs, preferred_element_type
             )
         return delta.reshape(base.shape).astype(base.dtype)
 
@@ -336,8 +347,8 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
     """Rows by one factor after another; what a factor does not meet is more rows to it."""
     row, labels = steps.row, (steps.row, *steps.inputs)
     later = [{*steps.outputs}]
-    for _, found in reversed(steps.factors):
-        later.append(later[-1] | {*found})
+    for _, factor_labels in reversed(steps.factors):
+        later.append(later[-1] | {*factor_labels})
     later.reverse()
 
     def size(labels):
@@ -350,15 +361,15 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
         x = x.reshape([label.size for label in labels])
         kept = tuple(label for label in labels if label == row or label in later[0])
         x, labels = arranged(x, labels, kept), kept
-        for (factor, found), needed in zip(steps.factors, later[1:], strict=True):
-            both = [label for label in labels if label in found]
+        for (factor, factor_labels), needed in zip(steps.factors, later[1:], strict=True):
+            both = [label for label in labels if label in factor_labels]
             batch = tuple(label for label in both if label in needed)
             summed = tuple(label for label in both if label not in needed)
-            rest = tuple(label for label in labels if label not in found and label != row)
-            owned = steps.group in found
-            new = tuple(x for x in found if x not in both and x != steps.group)
+            rest = tuple(label for label in labels if label not in factor_labels and label != row)
+            owned = steps.group in factor_labels
+            new = tuple(x for x in factor_labels if x not in both and x != steps.group)
             axes = (*batch, *((steps.group,) if owned else ()), *summed, *new)
-            kernel = arranged(factor.astype(x.dtype), found, axes)
+            kernel = arranged(factor.astype(x.dtype), factor_labels, axes)
             x = arranged(x, labels, (*batch, row, *rest, *summed))
             x = x.reshape(size(batch), -1, size(summed))
             kernel = kernel.reshape(

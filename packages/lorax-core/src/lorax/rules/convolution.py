@@ -15,7 +15,7 @@ Sharp edges:
   On one CPU the groups are examples instead, which the first kernel sees as it is: XLA takes
   many times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
-  then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
+  then own. Each entry of the stack has its own first kernel, and its own group in the
   product over the rank. Kernels that differ by a gain over the inputs alone, as of a modulated
   convolution, are such a stack, whose entries share the second kernel.
 * Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
@@ -173,13 +173,15 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         term = term.own(label)
     beside_inputs = {label for labels in term.labels if inner in labels for label in labels}
     stack = [label for label in outputs if label in beside_inputs]
-    first, second, bonds = term.halves([inner], [label for label in outputs if label not in stack])
-    if not set(bonds).isdisjoint(window):
+    first, second, inner_labels = term.split_factors(
+        [inner], [label for label in outputs if label not in stack]
+    )
+    if not set(inner_labels).isdisjoint(window):
         raise Inexpressible
-    rank = tuple(label for label in bonds if label not in stack)
+    rank = tuple(label for label in inner_labels if label not in stack)
     in_first = [any(label in labels for _, labels in first) for label in window]
 
-    # The outputs fall into blocks, each with a first kernel of its own; a group is part of a block
+    # The outputs fall into blocks, each with its own first kernel; a group is part of a block
     # or a block part of a group.
     blocks = outputs[: max((outputs.index(label) + 1 for label in stack), default=0)]
     count = math.prod(label.size for label in blocks)
@@ -264,13 +266,13 @@ def _pad_first(x, lhs_spec, windows):
 
 
 def _as_examples(x, lhs_spec, groups: int):
-    """Every group of features as an example of its own: all those of the first group come first."""
+    """Every group of features as a separate example: all those of the first group come first."""
     batch_axis, feature_axis, *_ = lhs_spec
     shape = list(x.shape)
     shape[feature_axis] //= groups
-    apart = x.reshape(*shape[:feature_axis], groups, *shape[feature_axis:])
+    grouped = x.reshape(*shape[:feature_axis], groups, *shape[feature_axis:])
     shape[batch_axis] *= groups
-    return jnp.moveaxis(apart, feature_axis, batch_axis).reshape(shape)
+    return jnp.moveaxis(grouped, feature_axis, batch_axis).reshape(shape)
 
 
 def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferred):
@@ -281,9 +283,9 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
     group, bond = Label(0, count), Label(1, rank)
     out, batch = Label(2, out_size // count), Label(3, x.shape[batch_axis] // batch_groups)
     axes: list[tuple[Label, ...]] = [(Label(4 + d, size),) for d, size in enumerate(x.shape)]
-    found: list[tuple[Label, ...]] = list(axes)
+    out_axes: list[tuple[Label, ...]] = list(axes)
     axes[batch_axis], axes[feature_axis] = (batch,), (bond,)
-    found[batch_axis], found[feature_axis] = (batch,), (out,)
+    out_axes[batch_axis], out_axes[feature_axis] = (batch,), (out,)
     if groups > 1:
         axes[feature_axis] = (group, bond)
     if batch_groups > 1:
@@ -291,7 +293,7 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
     kernel_axes = (out, bond)
     if count > 1:
         kernel_axes = (group, out, bond)
-        found[feature_axis] = (group, out)
+        out_axes[feature_axis] = (group, out)
     flat = [label for axis in axes for label in axis]
     term = Term(
         (
@@ -299,7 +301,7 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
             kernel.reshape([label.size for label in kernel_axes]),
         ),
         (tuple(flat), kernel_axes),
-        tuple(found),
+        tuple(out_axes),
     )
     return term.array(x.dtype, precision=precision, preferred_element_type=preferred)
 
@@ -355,11 +357,11 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     owned = {label for _, labels in along for label in labels}
     if math.prod(label.size for label in owned) > math.prod(term.shape):
         raise Inexpressible("needs a kernel of its factors along the window that is larger than it")
-    bonds = owned - of_x - {*window, *outputs}
+    inner_labels = owned - of_x - {*window, *outputs}
     before, after = [], []
     for factor in factors:
         if set(window).isdisjoint(factor[1]):
-            joins = not bonds.isdisjoint(factor[1]) and not of_x.isdisjoint(factor[1])
+            joins = not inner_labels.isdisjoint(factor[1]) and not of_x.isdisjoint(factor[1])
             (before if joins and set(outputs[of_groups:]).isdisjoint(factor[1]) else after).append(
                 factor
             )
@@ -406,11 +408,11 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
         spec = jax.lax.ConvDimensionNumbers(axes, (last, spatial, *range(spatial)), axes)
         x = _conv(x, kernel, spec, windows, size(groups), 1, precision, None)
         fresh = [plan.term.fresh(n, skip=k + len(place)) for k, n in enumerate(x.shape[1:-1])]
-        found = (place[0], *rest, *fresh, *groups, *new)
-        x = x.reshape([label.size for label in found])
+        axes = (place[0], *rest, *fresh, *groups, *new)
+        x = x.reshape([label.size for label in axes])
         out = (place[0], *fresh, *plan.outputs)
         keywords["preferred_element_type"] = preferred
-        x = contract([(x, found), *plan.after], out, meets=0, **keywords)
+        x = contract([(x, axes), *plan.after], out, meets=0, **keywords)
         x = x.reshape(*x.shape[:last], -1)
     layout = {out_spec[0]: 0, out_spec[1]: last} | {d: k for k, d in enumerate(out_spec[2:], 1)}
     return jnp.transpose(x, [layout[d] for d in range(x.ndim)])

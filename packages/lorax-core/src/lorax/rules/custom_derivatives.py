@@ -1,4 +1,4 @@
-"""Functions with a derivative of their own: `custom_jvp` and `custom_vjp`.
+"""Functions with a custom derivative: `custom_jvp` and `custom_vjp`.
 
 Such a function is an array in, an array out: a weight that enters it is built, unless the user asks
 to run through it. Then the function itself is run on weights, and its own derivative is left out.
@@ -11,7 +11,7 @@ from .._terms import Inexpressible
 def _run_through(eqn, body, args):
     if not eqn.interpreter.through_custom_derivatives:
         raise Inexpressible(
-            "has a derivative rule of its own (lora runs through the function instead where it is "
+            "has a custom derivative rule (lora runs through the function instead where it is "
             "given through_custom_derivatives=True)"
         )
     return eqn.body(body)(*args)

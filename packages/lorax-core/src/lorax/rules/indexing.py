@@ -51,16 +51,16 @@ def _gather(
         return NotImplemented
 
     def looked_up(term: Term) -> Term:
-        apart = _apart(term, indices, dimension_numbers, slice_sizes, mode)
-        found = _gather_term(*apart, mode)
-        return found if apart[0] is term else _rows(found)
+        arguments = _split_indices(term, indices, dimension_numbers, slice_sizes, mode)
+        picked = _gather_term(*arguments, mode)
+        return picked if arguments[0] is term else _rows(picked)
 
     moved = weight.moved(looked_up)
     # One index alone picks a layer or an expert; an array of them looks rows up.
     left = [size for d, size in enumerate(eqn.out_shape) if d in dimension_numbers.offset_dims]
     are_rows = indices.ndim > 1 and sum(size != 1 for size in left) < 2
     finished = weight.is_bare and are_rows
-    return eqn.settle(moved.replace_base(eqn(weight.base, indices)), finished=finished)
+    return eqn.rows_or_weight(moved.replace_base(eqn(weight.base, indices)), finished=finished)
 
 
 @defmove("gather")
@@ -80,18 +80,18 @@ def _gather_codes(
     if fills and fill_value is not None and fill_value == fill_value:
         raise Inexpressible("fills with a number")
     clip = jax.lax.GatherScatterMode.CLIP if fills else mode
-    found = _gather_term(*_apart(term, indices, numbers, slice_sizes, clip), clip)
+    looked_up = _gather_term(*_split_indices(term, indices, numbers, slice_sizes, clip), clip)
     if not fills:
-        return found
+        return looked_up
     limits = [term.shape[d] - slice_sizes[d] for d in numbers.start_index_map]
     limits = jnp.asarray(limits, indices.dtype).reshape((1,) * (indices.ndim - 1) + (-1,))
     in_range = jnp.all((indices >= 0) & (indices <= limits), -1)  # [*batch]
-    batch = [d for d in range(len(found.out)) if d not in numbers.offset_dims]
+    batch = [d for d in range(len(looked_up.out)) if d not in numbers.offset_dims]
     gain = jnp.where(in_range, jnp.float32(1), jnp.float32(jnp.nan))
-    return found.times(gain, tuple(found.out[d][0] for d in batch))
+    return looked_up.times(gain, tuple(looked_up.out[d][0] for d in batch))
 
 
-def _apart(term: Term, indices, numbers, slice_sizes, mode):
+def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
     """The same look-up where each indexed axis that different factors own is several axes.
 
     Row 7 of blocks of 3 is row 1 of block 2. Every axis has its own column of the indices.

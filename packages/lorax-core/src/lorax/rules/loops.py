@@ -232,7 +232,7 @@ def _unstack_base(base):
         factors, labels = list(term.factors), list(term.labels)
         for k, part in zip(owners, slices, strict=True):
             factors[k] = part
-            labels[k] = tuple(found for found in labels[k] if found != label)
+            labels[k] = tuple(other for other in labels[k] if other != label)
         entry = dataclasses.replace(
             term, factors=tuple(factors), labels=tuple(labels), out=term.out[1:]
         )

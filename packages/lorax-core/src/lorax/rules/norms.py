@@ -3,7 +3,7 @@
     Σ (W + Δ)²  =  Σ W²  +  2 Σ W ⊙ Δ  +  Σ Δ ⊙ Δ
 
 A term of the product holds the base, or the other weight's factors, as further factors, and the
-sum that follows contracts them factor by factor. Whatever else reads the product gets it in full.
+sum that follows contracts them factor by factor. Any other use of the product gets it as an array.
 """
 
 import jax.extend.core as jex

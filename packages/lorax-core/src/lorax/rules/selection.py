@@ -34,7 +34,7 @@ def _select_n(eqn, which, *cases):
     for k, case in enumerate(cases):
         mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
         terms += [times(term, mask, eqn.out_shape, _FULL) for term in terms_of(case)]
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 # Updates in place.
@@ -61,7 +61,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
 
             term = _written(term, d, shape[d], write)
         terms.append(term)
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 @defrule("scatter", "scatter_add", "scatter_sub", "scatter_mul")
@@ -91,7 +91,7 @@ def _scatter(
         term = term.scale(-1) if name == "scatter-sub" else term
         terms.append(_scattered(term, weight.shape, indices, dimension_numbers, mode))
     base = eqn(base_of(weight), indices, base_of(updates))
-    return eqn.settle(FactoredArray(base, tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:

@@ -65,7 +65,7 @@ def _base_spec(base, mesh, spec):
     specs = tuple(array_spec(mesh, spec, base.term.out, labels) for labels in base.term.labels)
     for d, entry in enumerate(spec):
         axis = base.term.out[d]
-        if entry is not None and all(entry not in found for found in specs):
+        if entry is not None and all(entry not in part for part in specs):
             raise Inexpressible(f"splits {axis[0].size} blocks of codes over the axis {entry!r}")
     return dataclasses.replace(base, term=dataclasses.replace(base.term, factors=specs))
 

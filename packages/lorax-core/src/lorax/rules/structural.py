@@ -48,7 +48,7 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
     )
     if not jnp.issubdtype(new_dtype, jnp.inexact) or loses_imaginary:
         return NotImplemented
-    return eqn.settle(weight.replace_base(eqn(weight.base)))
+    return eqn.rows_or_weight(weight.replace_base(eqn(weight.base)))
 
 
 @defrule("stop_gradient", gains=True)
@@ -192,10 +192,12 @@ def _bounds(sizes):
 
 
 def _pieces(eqn, weight, changes):
-    """Several weights from one, each by a change of its own."""
+    """Several weights from one, each by its own change."""
     parts = [weight.moved(change) for change in changes]
     bases = eqn(weight.base)
-    return [eqn.settle(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)]
+    return [
+        eqn.rows_or_weight(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)
+    ]
 
 
 def _splits(*, sizes, axis):
@@ -250,7 +252,7 @@ def _pad(eqn, weight, value, *, padding_config):
         for axis, config in enumerate(padding_config):
             term = pad_axis(term, axis, *config)
         terms.append(term)
-    return eqn.settle(FactoredArray(eqn(weight.base, value), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(weight.base, value), tuple(terms)))
 
 
 @defrule("concatenate")
@@ -265,7 +267,7 @@ def _concatenate(eqn, *operands, dimension):
         bases.append(operand.base)
         low, high = sum(sizes[:k]), sum(sizes[k + 1 :])
         terms += [pad_axis(term, dimension, low, high) for term in operand.terms]
-    return eqn.settle(FactoredArray(eqn(*bases), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(*bases), tuple(terms)))
 
 
 @defrule("stack")
@@ -282,4 +284,4 @@ def _stack(eqn, *operands, axis):
             out = (*term.out[:axis], new, *term.out[axis:])
             stacked = dataclasses.replace(term, out=out)
             terms.append(pad_axis(stacked, axis, k, len(operands) - 1 - k))
-    return eqn.settle(FactoredArray(eqn(*bases), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(*bases), tuple(terms)))

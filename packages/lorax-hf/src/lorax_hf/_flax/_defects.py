@@ -35,7 +35,7 @@ DEFECTS = (
     Defect(
         Finding(
             ("resnet",),
-            'the blocks of FlaxResNet with layer_type="basic" have names of their own, so that '
+            'the blocks of FlaxResNet with layer_type="basic" have their own names, so that '
             "`from_pt=True` loads none of them and says nothing",
             "rename `layer/layer_0` to `layer/0` as the weights are converted; compare outputs",
         ),

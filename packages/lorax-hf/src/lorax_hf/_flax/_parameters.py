@@ -20,7 +20,7 @@ _TORCH_NAMES = {
     "scale": "weight",
     "mean": "running_mean",
     "var": "running_var",
-    # Weight normalisation, which PyTorch has as a parametrisation.
+    # Weight normalization, which PyTorch has as a parametrization.
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }

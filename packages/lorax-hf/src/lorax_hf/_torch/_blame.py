@@ -37,15 +37,15 @@ def errors_named(module: torch.nn.Module) -> Generator[None]:
 def _running(module: torch.nn.Module, error: BaseException) -> str:
     """The innermost submodule in the traceback of an error."""
     names = {id(owner): name for name, owner in module.named_modules()}
-    found, traceback = module, error.__traceback__
+    innermost, traceback = module, error.__traceback__
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")
         if id(owner) in names:
-            found = owner
+            innermost = owner
         traceback = traceback.tb_next
-    name = names[id(found)]
+    name = names[id(innermost)]
     where = f"`{name}`" if name else "the module"
-    return f"{where} ({type(found).__name__})"
+    return f"{where} ({type(innermost).__name__})"
 
 
 def _as_given(operator: str) -> str:

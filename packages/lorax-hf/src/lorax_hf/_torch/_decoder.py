@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from .._errors import StaticCacheError
 
 # The layers that a cache of the keys and values of all positions serves. The masks of sliding
-# windows and of chunks are made from positions, so that they need no cache of their own.
+# windows and of chunks are made from positions, so that they need no separate cache.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # What the argument is called: in transformers 5.24, and before.
@@ -40,13 +40,13 @@ class Decoder(torch.nn.Module):
         options = {"attention_mask": mask, "position_ids": positions}
         given = {name: value for name, value in options.items() if name in self.takes}
         given[self.cache] = Cache(layers=layers)
-        found = self.model(ids, use_cache=True, **given)
+        output = self.model(ids, use_cache=True, **given)
         if not all(layer.is_initialized for layer in layers):
             raise StaticCacheError(
                 f"{type(self.model).__name__} does not use the cache it is given."
             )
         after = [(layer.keys, layer.values, layer.cumulative_length) for layer in layers]
-        return found.logits[:, -1], after
+        return output.logits[:, -1], after
 
 
 def _cache_argument(model: Any) -> str:
@@ -60,10 +60,10 @@ def _cache_argument(model: Any) -> str:
     taken = inspect.signature(model.forward).parameters
     argument = next((cache for cache in _CACHES if cache in taken), None)
     if argument is None or model._is_stateful or kinds - _ATTENTION:
-        what = ", ".join(sorted(kinds - _ATTENTION)) or "its layers"
+        states = ", ".join(sorted(kinds - _ATTENTION)) or "its layers"
         raise StaticCacheError(
             f"{name} ({model.config.model_type}) keeps a state other than keys and values "
-            f"({what}), for which there is no cache of constant size. Call `fn` on the whole "
+            f"({states}), for which there is no cache of constant size. Call `fn` on the whole "
             "sequence for each token, or generate in PyTorch."
         )
     return argument

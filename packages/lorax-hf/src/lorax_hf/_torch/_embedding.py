@@ -16,11 +16,11 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> jax.Array:
-    found = jnp.take(table, ids, axis=0)  # [*ids, features]
+    rows = jnp.take(table, ids, axis=0)  # [*ids, features]
     if padding_idx == -1:
-        return found
+        return rows
     is_padding = (ids == padding_idx % table.shape[0])[..., None]  # [*ids, 1]
-    return jnp.where(is_padding, jax.lax.stop_gradient(found), found)
+    return jnp.where(is_padding, jax.lax.stop_gradient(rows), rows)
 
 
 OPERATORS = {torch.ops.aten.embedding: _embedding}

@@ -18,13 +18,13 @@ def environment() -> Any:
         with missing_overloads_allowed():
             import torchax
 
-            found = torchax.default_env()
+            env = torchax.default_env()
     except Exception as error:
         raise ImportError(f"torchax cannot be imported. {_installed()}") from error
     for mend in (_attention, _grouped_mm, _embedding, _gradients, _linear):
         for op, function in mend.OPERATORS.items():
-            _put(found, op, function)
-    return found
+            _put(env, op, function)
+    return env
 
 
 def register(op: Any, function: Callable[..., Any]) -> None:

@@ -12,60 +12,60 @@ from torch import nn
 _COMMON = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
-def difference(one: nn.Module, other: nn.Module, apart: int) -> str | None:
+def difference(one: nn.Module, other: nn.Module, step: int) -> str | None:
     """What tells two layers apart, such as "`self_attn.window` is 5, not None"; None if nothing.
 
     Args:
         one: a layer.
         other: a later one.
-        apart: by how much its index is larger. Integers that differ by as much are the index, which
+        step: by how much its index is larger. Integers that differ by as much are the index, which
             `index_names` finds again.
     """
-    return next(_differences("", one, other, apart), None)
+    return next(_differences("", one, other, step), None)
 
 
-def _differences(name: str, one: Any, other: Any, apart: int) -> Iterator[str]:
+def _differences(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
     label = f"`{name}`" if name else "it"
     if type(one) is not type(other):
         yield f"{label} is a {type(other).__name__}, not a {type(one).__name__}"
         return
     if isinstance(one, nn.Module):
-        yield from _of_modules(name, one, other, apart)
+        yield from _of_modules(name, one, other, step)
     elif isinstance(one, torch.Tensor):
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             yield f"{label} has the shape {tuple(other.shape)}, not {tuple(one.shape)}"
     elif isinstance(one, dict):
-        yield from _of_members(name, one, other, apart)
+        yield from _of_members(name, one, other, step)
     elif isinstance(one, list | tuple):
-        yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), apart)
-    elif one is not other and not _is_index(one, other, apart) and not _same(one, other):
+        yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), step)
+    elif one is not other and not _is_index(one, other, step) and not _same(one, other):
         parts = [_parts(each) for each in (one, other)]
         if parts[0] is None or parts[1] is None:
             yield f"{label} is {other!r}, not {one!r}"
         else:
-            yield from _of_members(name, *parts, apart)
+            yield from _of_members(name, *parts, step)
 
 
-def _of_modules(name: str, one: nn.Module, other: nn.Module, apart: int) -> Iterator[str]:
+def _of_modules(name: str, one: nn.Module, other: nn.Module, step: int) -> Iterator[str]:
     for members in ("_parameters", "_buffers", "_modules"):
-        yield from _of_members(name, getattr(one, members), getattr(other, members), apart)
-    yield from _of_members(name, _attributes(one), _attributes(other), apart)
+        yield from _of_members(name, getattr(one, members), getattr(other, members), step)
+    yield from _of_members(name, _attributes(one), _attributes(other), step)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         if len(getattr(one, hooks)) != len(getattr(other, hooks)):
             yield f"`{name or type(one).__name__}` has other hooks"
 
 
-def _of_members(name: str, one: Any, other: Any, apart: int) -> Iterator[str]:
+def _of_members(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
     prefix = f"{name}." if name else ""
     for key in [*one, *(key for key in other if key not in one)]:
         if key not in one or key not in other:
             yield f"`{prefix}{key}` is in one of them alone"
         else:
-            yield from _differences(f"{prefix}{key}", one[key], other[key], apart)
+            yield from _differences(f"{prefix}{key}", one[key], other[key], step)
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
-    """What an object without an equality of its own consists of; None where that is not known."""
+    """What an object without a custom equality consists of; None where that is not known."""
     if isinstance(value, types.MethodType):
         return {"__func__": value.__func__}
     if isinstance(value, types.FunctionType):
@@ -83,24 +83,24 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _COMMON}
 
 
-def _is_index(one: Any, other: Any, apart: int) -> bool:
-    return type(one) is int and other - one == apart != 0
+def _is_index(one: Any, other: Any, step: int) -> bool:
+    return type(one) is int and other - one == step != 0
 
 
 def _same(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # whatever a class of its own raises, it does not say that they are equal
+    except Exception:  # whatever a custom class raises, it does not say that they are equal
         return False
 
 
-def index_names(one: nn.Module, other: nn.Module, apart: int) -> list[tuple[str, str]]:
+def index_names(one: nn.Module, other: nn.Module, step: int) -> list[tuple[str, str]]:
     """The attributes that hold a layer's index: the name of the submodule, and of the attribute."""
-    found: list[tuple[str, str]] = []
+    names: list[tuple[str, str]] = []
     others = dict(other.named_modules())
     for name, module in one.named_modules():
         theirs = _attributes(others[name])
         for key, value in _attributes(module).items():
-            if type(value) is int and _is_index(value, theirs[key], apart):
-                found.append((name, key))
-    return found
+            if type(value) is int and _is_index(value, theirs[key], step):
+                names.append((name, key))
+    return names

@@ -65,7 +65,7 @@ class Files:
         )
 
     def part(self, name: str, index: Any) -> np.ndarray[Any, Any]:
-        """What is at an index of a tensor, as an array of our own."""
+        """What is at an index of a tensor, as a new array."""
         entry = self.entries[name]
         if not entry.shape or 0 in entry.shape:
             return _read(entry)[index]
@@ -96,15 +96,15 @@ def _entries(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name, row in header.items():
         if row["dtype"] not in _DTYPES:
             raise ValueError(
                 f"`{name}` in {file} is of the type {row['dtype']}, which is not read."
             )
         dtype, shape = np.dtype(_DTYPES[row["dtype"]]), tuple(row["shape"])
-        found[name] = Entry(file, dtype, shape, 8 + length + row["data_offsets"][0])
-    return found
+        entries[name] = Entry(file, dtype, shape, 8 + length + row["data_offsets"][0])
+    return entries
 
 
 def _files(folder: Path) -> list[Path]:
@@ -116,16 +116,16 @@ def _files(folder: Path) -> list[Path]:
     if (folder / _INDEX).exists():
         try:
             entries = json.loads((folder / _INDEX).read_text())["weight_map"]
-            found = sorted({folder / file for file in entries.values()})
+            files = sorted({folder / file for file in entries.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _INDEX} is not an index of safetensors files.") from error
-        outside = [file for file in found if file.parent != folder]
-        missing = [file for file in found if not file.is_file()]
+        outside = [file for file in files if file.parent != folder]
+        missing = [file for file in files if not file.is_file()]
         if wrong := sorted(map(str, outside + missing)):
             raise FileNotFoundError(
                 f"{folder / _INDEX} names {wrong[0]}, which is not in the folder."
             )
-        return found
+        return files
     if not (folder / _SINGLE).is_file():
         raise FileNotFoundError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; files of another format are read by "

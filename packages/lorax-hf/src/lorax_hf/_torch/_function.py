@@ -17,7 +17,7 @@ from ._blame import errors_named
 from ._constants import Constants
 from ._environment import environment
 from ._gradients import NoGradients
-from ._host import settle_host_choices
+from ._host import turn_off_host_choices
 from ._layers import members_of, runs_of, stacked, unstacked
 from ._quantized import refuse_quantized
 from ._scan import scanned
@@ -61,7 +61,7 @@ class ModuleFunction:
         self._lock = threading.RLock()
         _without_cache(self.module)
         if train:
-            settle_host_choices(self.module)
+            turn_off_host_choices(self.module)
 
     def __call__(
         self, params: Any, /, *args: Any, rng: jax.Array | None = None, **kwargs: Any
@@ -96,8 +96,10 @@ class ModuleFunction:
             # PyTorch's integers have 64 bits, which JAX has only under `jax_enable_x64`.
             warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
             args, kwargs = in_jax(env, args), in_jax(env, kwargs)
-            found = torch.func.functional_call(self.module, state, args, kwargs, tie_weights=True)
-            return out_of_jax(found)
+            returned = torch.func.functional_call(
+                self.module, state, args, kwargs, tie_weights=True
+            )
+            return out_of_jax(returned)
 
     def around(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> "ModuleFunction":
         """The function of a module that has this one as `model`, of the same parameters."""
@@ -114,9 +116,9 @@ class ModuleFunction:
             )
         missing, unknown = self.members.keys() - params.keys(), params.keys() - self.members.keys()
         if missing or unknown:
-            what = [f"lacks {_some(missing)}"] if missing else []
-            what += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
-            raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(what)}.")
+            problems = [f"lacks {_some(missing)}"] if missing else []
+            problems += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
+            raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(problems)}.")
 
 
 def _some(names: Collection[str]) -> str:
@@ -131,12 +133,12 @@ def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.
         for prefix, owner in module.named_modules()
         for name in owner._non_persistent_buffers_set
     }
-    found: dict[str, np.ndarray[Any, Any]] = {}
+    buffers: dict[str, np.ndarray[Any, Any]] = {}
     for name, tensor in state.buffers.items():
         if tensor.device.type == "meta":  # `spec` traces such modules, for the axes alone
             tensor = torch.zeros_like(tensor, device="cpu")
-        found[name] = numpy_of(tensor, None if name in fixed else dtype)
-    return found
+        buffers[name] = numpy_of(tensor, None if name in fixed else dtype)
+    return buffers
 
 
 def _without_cache(module: torch.nn.Module) -> None:

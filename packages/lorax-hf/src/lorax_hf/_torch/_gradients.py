@@ -18,8 +18,8 @@ class NoGradients(TorchFunctionMode):
     """Stops the gradient of everything that is computed under `torch.no_grad`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        return found if torch.is_grad_enabled() else _pytree.tree_map(_stopped, found)
+        result = func(*args, **(kwargs or {}))
+        return result if torch.is_grad_enabled() else _pytree.tree_map(_stopped, result)
 
 
 def _stopped(value: Any) -> Any:

@@ -15,23 +15,23 @@ def _grouped_mm(
     out_dtype: Any = None,
 ) -> jax.Array:
     if offs is None:
-        found = jnp.matmul(rows, kernels)  # [groups, rows, out]
+        out = jnp.matmul(rows, kernels)  # [groups, rows, out]
     elif rows.ndim == 2 and kernels.ndim == 3:
         # `offs` are the ends of the groups of rows.  [rows, in] x [groups, in, out]
         sizes = jnp.diff(offs, prepend=jnp.zeros((1,), offs.dtype)).astype(jnp.int32)
-        found = jax.lax.ragged_dot(rows, kernels, sizes)  # [rows, out]
+        out = jax.lax.ragged_dot(rows, kernels, sizes)  # [rows, out]
     else:
         raise NotImplementedError(
             f"_grouped_mm of operands of {rows.ndim} and {kernels.ndim} axes with offsets; "
             "`lorax_hf.register_op` takes another implementation."
         )
     if bias is not None:
-        found = found + bias
+        out = out + bias
     if out_dtype is None:
-        return found
+        return out
     from torchax.ops.mappings import t2j_dtype
 
-    return found.astype(t2j_dtype(out_dtype))
+    return out.astype(t2j_dtype(out_dtype))
 
 
 OPERATORS = {torch.ops.aten._grouped_mm: _grouped_mm}

@@ -13,7 +13,7 @@ _DRAWN_IN_PYTHON = {
 }
 
 
-def settle_host_choices(module: torch.nn.Module) -> None:
+def turn_off_host_choices(module: torch.nn.Module) -> None:
     """Turns off what is drawn in Python, and warns of it and of batch statistics."""
     drawn: set[str] = set()
     for owner in module.modules():

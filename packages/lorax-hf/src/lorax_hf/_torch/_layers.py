@@ -2,7 +2,7 @@
 
 The layers 0 to 29 of `model.layers` are one stack, whose parameters are called
 `model.layers.0:30.self_attn.q_proj.weight`. Where kinds of layers alternate, such as sliding and
-full attention, each has a stack of its own, `model.layers.0:30:2…` and `model.layers.1:30:2…`.
+full attention, each has its own stack, `model.layers.0:30:2…` and `model.layers.1:30:2…`.
 """
 
 import re
@@ -39,7 +39,7 @@ def inside(module: str) -> str:
     return f"{module}." if module else ""
 
 
-def said(module: str) -> str:
+def named_module(module: str) -> str:
     """A module in a message."""
     return f"`{module}`" if module else "the module"
 
@@ -71,15 +71,15 @@ Members = Mapping[str, tuple[str, ...]]
 def members_of(names: Iterable[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
     """The names of tensors, stacked ones under the name of their stack, with what each holds."""
     stacks = {layer: stack for run in runs for stack in run.stacks for layer in stack.layers}
-    found: dict[str, tuple[str, ...]] = {}
+    members: dict[str, tuple[str, ...]] = {}
     for name in names:
         layer = next((prefix for prefix in _prefixes(name) if prefix in stacks), None)
         if layer is None:
-            found[name] = (name,)
+            members[name] = (name,)
         else:
             stack, rest = stacks[layer], name[len(layer) :]
-            found[f"{stack.name}{rest}"] = tuple(f"{each}{rest}" for each in stack.layers)
-    return found
+            members[f"{stack.name}{rest}"] = tuple(f"{each}{rest}" for each in stack.layers)
+    return members
 
 
 def stacked(arrays: Mapping[str, Any], members: Members, stack: Callable[[Any], Any]) -> Any:
@@ -92,13 +92,13 @@ def stacked(arrays: Mapping[str, Any], members: Members, stack: Callable[[Any], 
 
 def unstacked(arrays: Mapping[str, Any], members: Members) -> dict[str, Any]:
     """The arrays that `stacked` was given."""
-    found: dict[str, Any] = {}
+    arrays_by_name: dict[str, Any] = {}
     for name, parts in members.items():
         if parts == (name,):
-            found[name] = arrays[name]
+            arrays_by_name[name] = arrays[name]
         else:
-            found |= {part: arrays[name][k] for k, part in enumerate(parts)}
-    return found
+            arrays_by_name |= {part: arrays[name][k] for k, part in enumerate(parts)}
+    return arrays_by_name
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def runs_in(module: nn.Module, names: Iterable[str]) -> list[Run]:
     """The runs whose stacks these names of parameters are of; none where no name is of a stack."""
-    owners = {found[1] or "" for name in names if (found := _STACK.match(name))}
+    owners = {match[1] or "" for name in names if (match := _STACK.match(name))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `from_torch` has warned
         return runs_of(module, owners)
@@ -148,8 +148,8 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
         if named is None and not any(_has_parts(layer) for layer in layers):
             continue
         if named is None or path in named:
-            found, why[path] = _runs(path, list(layers), tied)
-            runs += found
+            of_path, why[path] = _runs(path, list(layers), tied)
+            runs += of_path
     failed = [path for path in named or () if not any(run.owner == path for run in runs)]
     if failed or not runs:
         reasons = [why[path] for path in failed or why if why[path]]
@@ -162,8 +162,8 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
         rest = [number for number in range(len(lists[path])) if number not in numbers]
         if rest:
             warnings.warn(
-                f"scan_layers: the layers {', '.join(map(str, rest))} of {said(path)} are not "
-                f"scanned. {why[path]}",
+                f"scan_layers: the layers {', '.join(map(str, rest))} of {named_module(path)} are "
+                f"not scanned. {why[path]}",
                 stacklevel=5,
             )
     return runs
@@ -219,6 +219,6 @@ def _kinds(path: str, layers: list[nn.Module], tied: set[str]) -> tuple[list[int
         same = next((k for k, reason in reasons.items() if reason is None), number)
         if same == number and first and not why:
             reason = reasons[first[0]]
-            why = f"Layer {number} of {said(path)} differs from layer {first[0]}: {reason}."
+            why = f"Layer {number} of {named_module(path)} differs from layer {first[0]}: {reason}."
         kinds.append(same)
     return kinds, why

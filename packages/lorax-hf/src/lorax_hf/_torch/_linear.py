@@ -6,8 +6,8 @@ import torch
 
 
 def _linear(input: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    found = jnp.einsum("...i,oi->...o", input, weight) if weight.ndim == 2 else input @ weight
-    return found if bias is None else found + bias  # [*batch, out]
+    out = jnp.einsum("...i,oi->...o", input, weight) if weight.ndim == 2 else input @ weight
+    return out if bias is None else out + bias  # [*batch, out]
 
 
 OPERATORS = {torch.nn.functional.linear: _linear}

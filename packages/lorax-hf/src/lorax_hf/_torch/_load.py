@@ -46,7 +46,7 @@ def load(
     _fill_buffers(module, reads, files.folder)
     fn = ModuleFunction(module, train=train, dtype=dtype, scan_layers=scan_layers)
     tensors = state_of(module).parameters
-    found: dict[str, jax.Array] = {}
+    params: dict[str, jax.Array] = {}
     for name, parts in fn.members.items():
         tensor = tensors[parts[0]]
         stacked = parts != (name,)
@@ -59,8 +59,8 @@ def load(
         if dtype is not None and tensor.is_floating_point():
             array = jax.device_put(array.astype(dtype), wanted)
         # Before the next one is read: JAX copies while the program goes on.
-        found[name] = jax.block_until_ready(array)
-    return fn, found
+        params[name] = jax.block_until_ready(array)
+    return fn, params
 
 
 def _stacked(reads: list[Read], shape: tuple[int, ...], sharding: Any) -> jax.Array:

@@ -18,9 +18,9 @@ def parameters_of(
     """A copy of each parameter by name, those of equal layers in one array."""
     tensors, buffers = state_of(module)
     refuse_without_values({**tensors, **buffers})
-    found: dict[str, jax.Array] = {}
+    parameters: dict[str, jax.Array] = {}
     for name, parts in members.items():
         arrays = [numpy_of(tensors[part], dtype) for part in parts]
         array = arrays[0] if parts == (name,) else np.stack(arrays)
-        found[name] = placed(array, sharding_of(sharding, name, array.shape))
-    return found
+        parameters[name] = placed(array, sharding_of(sharding, name, array.shape))
+    return parameters

@@ -41,12 +41,12 @@ def described(model: Any, params: Any = None) -> Described:
     if params is not None and set(params) != set(shapes):
         raise SpecError("`params` are not those of the module: their names differ.")
     kind = getattr(getattr(module, "config", None), "model_type", None)
-    what = "this module" if kind is None else f"the type {kind!r}"
+    subject = "this module" if kind is None else f"the type {kind!r}"
     return Described(
         list(map(_Rows(module, kind, runs).row, members.items())),
         shapes if params is None else params,
         _inference(module, runs, shapes),
-        "" if kind in DEFAULT_TARGETS else f"PEFT has no default for {what}",
+        "" if kind in DEFAULT_TARGETS else f"PEFT has no default for {subject}",
     )
 
 
@@ -149,10 +149,10 @@ class _Rows:
 
     def _name_of(self, method: str) -> str | None:
         try:
-            found = getattr(self.module, method)()
+            embedding = getattr(self.module, method)()
         except (AttributeError, NotImplementedError):
             return None
-        return next((name for name, owner in self.by_name.items() if owner is found), None)
+        return next((name for name, owner in self.by_name.items() if owner is embedding), None)
 
 
 def _stacked(row: Row, path: str, stack: Stack) -> Row:
@@ -199,11 +199,11 @@ def _inference(
         with warnings.catch_warnings():
             # What it leaves out stays without axes, which `spec` reports where it is asked for.
             warnings.simplefilter("ignore", UnadaptedWarning)
-            found = infer_spec(call, dict(shapes), *args, rank=1, skip_small=False, **kwargs)
+            specs = infer_spec(call, dict(shapes), *args, rank=1, skip_small=False, **kwargs)
         return {
             path: Axes(leaf.shared_axes, leaf.in_axes, leaf.out_axes)
             for path in paths
-            if isinstance(leaf := found[path], LoraSpec)
+            if isinstance(leaf := specs[path], LoraSpec)
         }
 
     return infer

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from ._between import Between, BetweenRefused, LayerIndex
 from ._equal import index_names
-from ._layers import Run, said
+from ._layers import Run, named_module
 
 
 @contextlib.contextmanager
@@ -129,10 +129,10 @@ class _Loop:
                 self.result = self._scan()
         else:
             self._check_alike(place, call)
-        found = self.result
+        value = self.result
         if place < len(self.layers) - 1:
-            found = self.before = Between.of(tuple(self.x.shape), self.x.dtype)
-        returned = self.returns[kind](found)
+            value = self.before = Between.of(tuple(self.x.shape), self.x.dtype)
+        returned = self.returns[kind](value)
         self.done += 1
         if self.done == len(self.layers):
             self._begin()  # A module may run its layers several times.
@@ -148,8 +148,8 @@ class _Loop:
                 x = self._layer(kind, x, arrays[kind], own)
             return x, None
 
-        found, _ = jax.lax.scan(body, self.x.jax(), (self.arrays, keys))
-        return self.env.j2t_iso(found)
+        last, _ = jax.lax.scan(body, self.x.jax(), (self.arrays, keys))
+        return self.env.j2t_iso(last)
 
     def _find_returns(self, kind: int) -> None:
         """What a layer returns, found without computing it."""
@@ -161,8 +161,8 @@ class _Loop:
         args, kwargs = self.calls[kind].with_x(self.env.j2t_iso(x))
         state = {name: self.env.j2t_iso(array) for name, array in arrays.items()}
         with self._drawing_from(key):
-            found = torch.func.functional_call(self.alone[kind], state, args, kwargs)
-        (first, *others), structure = _pytree.tree_flatten(found)
+            returned = torch.func.functional_call(self.alone[kind], state, args, kwargs)
+        (first, *others), structure = _pytree.tree_flatten(returned)
         if not _is_tensor(first):
             raise self._error(kind, f"returns a {type(first).__name__}, not a tensor")
         # What a layer only hands on is what it was given; what else it returns stays in the scan.
@@ -188,8 +188,10 @@ class _Loop:
             for name, value in call.kwargs.items()
             if not _is_alike(value, first.kwargs.get(name), call.x)
         ]
-        what = ", ".join(named) or "arguments"
-        raise self._error(place, f"is called with other {what} than layer {self.run.numbers[kind]}")
+        names = ", ".join(named) or "arguments"
+        raise self._error(
+            place, f"is called with other {names} than layer {self.run.numbers[kind]}"
+        )
 
     def _key(self) -> Any:
         """The key of a layer's random numbers, if the module has one."""
@@ -209,11 +211,11 @@ class _Loop:
         finally:
             content.prng = before
 
-    def _error(self, place: int, what: str) -> Exception:
+    def _error(self, place: int, problem: str) -> Exception:
         return ValueError(
-            f"layer {self.run.numbers[place]} of {said(self.run.owner)} {what}, so that the layers "
-            "cannot be scanned. Take the function without `scan_layers`, or name in it the other "
-            "lists of layers."
+            f"layer {self.run.numbers[place]} of {named_module(self.run.owner)} {problem}, so "
+            "that the layers cannot be scanned. Take the function without "
+            "`scan_layers`, or name in it the other lists of layers."
         )
 
 

@@ -83,8 +83,7 @@ class Target(NamedTuple):
 
 def blank(path: str, place: Place, coded: Coded, runs: Runs, dtype: Any) -> QuantizedWeight:
     """The quantized weight, of shapes."""
-    found = Blocks.of(place.shape, runs.blocks, runs.along)
-    labels = coded.format.labels(found)
+    labels = coded.format.labels(Blocks.of(place.shape, runs.blocks, runs.along))
     arrays = {
         name: jax.ShapeDtypeStruct([label.size for label in labels[name]], part.dtype)
         for name, part in coded.parts.items()
@@ -108,8 +107,8 @@ def targets(weight: QuantizedWeight) -> dict[str, Target]:
 
 def plain_target(place: Place, dtype: Any) -> Target:
     """The one array of a parameter of floats."""
-    found = Blocks.of(place.shape, {}, ())
-    return Target(found.codes, found.out, dtype)
+    blocks = Blocks.of(place.shape, {}, ())
+    return Target(blocks.codes, blocks.out, dtype)
 
 
 def packing(place: Place, target: Target) -> Packed | None:
@@ -142,7 +141,7 @@ def _present(place: Place, target: Target) -> list[list[Any]]:
 def assemble(
     place: Place, target: Target, parts: Mapping[tuple[int, ...], Part], packed: Packed | None
 ) -> Array:
-    """The array in full, from the part of each entry of the stack; packed, where it is so."""
+    """The whole array, from the part of each entry of the stack; packed, where it is so."""
     if packed is None:
         whole = np.empty(target.shape, target.dtype)
     else:

@@ -48,12 +48,12 @@ class Checkpoint(NamedTuple):
 
     def read(self, names: Collection[str]) -> dict[str, Array]:
         """Some of the tensors."""
-        found: dict[str, Array] = {}
+        tensors: dict[str, Array] = {}
         for path, prefix in self.files if names else ():
             with TensorFile(path) as file:
                 wanted = [name for name in file.entries if prefix + name in names]
-                found |= {prefix + name: np.array(file.view(name)) for name in wanted}
-        return found
+                tensors |= {prefix + name: np.array(file.view(name)) for name in wanted}
+        return tensors
 
     def candidates(self, name: str) -> list[str]:
         """The tensors that may be meant: with or without a prefix that the other lacks."""
@@ -79,20 +79,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def by_end(names: Iterable[str]) -> dict[str, list[str]]:
     """The names that end so, after a dot."""
-    found: dict[str, list[str]] = collections.defaultdict(list)
+    names_by_end: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         for end in suffixes(name)[1:]:
-            found[end].append(name)
-    return dict(found)
+            names_by_end[end].append(name)
+    return dict(names_by_end)
 
 
 def _config(path: Path) -> dict[str, Any] | None:
     if not (path.is_dir() and (path / CONFIG_NAME).exists()):
         return None
-    found = read_json(file_in(path, CONFIG_NAME))
-    if not isinstance(found, dict):
+    config = read_json(file_in(path, CONFIG_NAME))
+    if not isinstance(config, dict):
         raise AdapterFileError("is not a JSON object.", path / CONFIG_NAME)
-    return found
+    return config
 
 
 def _files(path: Path) -> list[BaseFile]:
@@ -100,10 +100,14 @@ def _files(path: Path) -> list[BaseFile]:
         return [BaseFile(regular_file(path), "")]
     if (path / PIPELINE_NAME).exists():
         parts = sorted(part for part in path.iterdir() if part.is_dir())
-        found = {part: _weights(part) for part in parts}
-        if not any(found.values()):
+        files_by_part = {part: _weights(part) for part in parts}
+        if not any(files_by_part.values()):
             raise AdapterNotFoundError("is a pipeline without safetensors files.", path)
-        return [BaseFile(file, f"{part.name}.") for part, files in found.items() for file in files]
+        return [
+            BaseFile(file, f"{part.name}.")
+            for part, files in files_by_part.items()
+            for file in files
+        ]
     if files := _weights(path):
         return [BaseFile(file, "") for file in files]
     names = ", ".join(f"`{stem}.safetensors`" for stem in STEMS)
@@ -115,9 +119,9 @@ def _weights(folder: Path) -> list[Path]:
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
-            found = read_json(file_in(folder, index.name))
+            content = read_json(file_in(folder, index.name))
             try:
-                return [file_in(folder, name) for name in sorted({*found["weight_map"].values()})]
+                return [file_in(folder, name) for name in sorted({*content["weight_map"].values()})]
             except (KeyError, TypeError, AttributeError) as error:
                 raise AdapterFileError("has no `weight_map`.", index) from error
         if (folder / f"{stem}.safetensors").exists():

@@ -46,15 +46,15 @@ def coding_of(name: str, names: Container[str], config: Mapping[str, Any] | None
     """
     module, _, parameter = name.rpartition(".")
     begin, known = (f"{module}.", MARKS) if parameter == "weight" else (name, ENDINGS)
-    marks = {f"{begin}{mark}": what for mark, what in known.items()}
-    found = next((f"{what} (`{mark}`)" for mark, what in marks.items() if mark in names), None)
+    marks = {f"{begin}{mark}": coding for mark, coding in known.items()}
+    label = next((f"{coding} (`{mark}`)" for mark, coding in marks.items() if mark in names), None)
     method = _method(config)
-    return f"{method}: {found}" if found and method else found
+    return f"{method}: {label}" if label and method else label
 
 
 def _method(config: Mapping[str, Any] | None) -> str | None:
-    found = (config or {}).get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    settings = (config or {}).get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
     return method if isinstance(method, str) else None
 
 

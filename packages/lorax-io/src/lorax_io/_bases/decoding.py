@@ -26,12 +26,12 @@ class CodedWeight(NamedTuple):
     """One quantized weight of a checkpoint."""
 
     name: str
-    found: Coded | Decoded
+    coded: Coded | Decoded
     dtype: Any
 
     def array(self) -> Array:
         """Its floats."""
-        return decoded(self.found, self.dtype).astype(self.dtype, copy=False)
+        return decoded(self.coded, self.dtype).astype(self.dtype, copy=False)
 
     def again(self, array: Array) -> tuple[dict[str, Array], float]:
         """The tensors of other floats in the same codes, and what these lose, beside their norm.
@@ -39,28 +39,28 @@ class CodedWeight(NamedTuple):
         Raises:
             UnsupportedAdapterError: where the codes are packed in another library's way.
         """
-        found = self.found
-        if isinstance(found, Decoded) or not found.stored:
+        coded = self.coded
+        if isinstance(coded, Decoded) or not coded.stored:
             raise UnsupportedAdapterError(
                 f"has `{self.name}` in codes that are not written, only read. Leave "
                 "`--requantize` out: then the merged model is written as floats."
             )
-        format = _same_blocks(self.name, found)
+        format = _same_blocks(self.name, coded)
         held = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
         tensors = {
             name: np.asarray(held.arrays[key]).reshape(shape).astype(dtype)
-            for key, (name, shape, dtype) in found.stored.items()
+            for key, (name, shape, dtype) in coded.stored.items()
         }
         wide = array.astype(np.float32)
         lost = np.asarray(dequantize(held), np.float32) - wide
         return tensors, float(np.linalg.norm(lost) / max(np.linalg.norm(wide), 1e-30))
 
 
-def _same_blocks(name: str, found: Coded) -> Any:
+def _same_blocks(name: str, coded: Coded) -> Any:
     """The format whose blocks are those of the file."""
-    shape, grains = found.shape, found.parts["scales"].grains
-    format: Any = found.format
-    if "zeros" in found.parts or len(shape) != 2:
+    shape, grains = coded.shape, coded.parts["scales"].grains
+    format: Any = coded.format
+    if "zeros" in coded.parts or len(shape) != 2:
         raise UnsupportedAdapterError(f"has `{name}` in codes that are not written, only read.")
     if grains in ((1, shape[1]), shape):
         return dataclasses.replace(format, along=(1,) if grains[0] == 1 else (0, 1))
@@ -76,13 +76,13 @@ def _same_blocks(name: str, found: Coded) -> Any:
 def with_decoded(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint in which quantized weights that can be read are weights like others."""
     broken: dict[str, Exception] = {}
-    found = {weight.name: weight for weight in _coded(checkpoint, broken)}
-    if not found:
+    weights = {weight.name: weight for weight in _coded(checkpoint, broken)}
+    if not weights:
         return checkpoint._replace(broken=broken)
-    parts = {name for weight in found.values() for name in weight.found.names}
+    parts = {name for weight in weights.values() for name in weight.coded.names}
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in parts}
-    shapes |= {n: jax.ShapeDtypeStruct(w.found.shape, w.dtype) for n, w in found.items()}
-    return checkpoint._replace(shapes=shapes, by_end=by_end(shapes), coded=found, broken=broken)
+    shapes |= {n: jax.ShapeDtypeStruct(w.coded.shape, w.dtype) for n, w in weights.items()}
+    return checkpoint._replace(shapes=shapes, by_end=by_end(shapes), coded=weights, broken=broken)
 
 
 def _coded(checkpoint: Checkpoint, broken: dict[str, Exception]) -> Iterator[CodedWeight]:
@@ -98,31 +98,31 @@ def _coded(checkpoint: Checkpoint, broken: dict[str, Exception]) -> Iterator[Cod
         for module, parameter in sorted(places):
             name = tensor_name(module, parameter)
             try:
-                found = find_coded(source, module, parameter)
+                coded = find_coded(source, module, parameter)
             except AdapterError as error:
                 broken[name] = error
                 continue
-            if found is not None:
-                yield CodedWeight(name, found, np.dtype(dtype_of(source, found)))
+            if coded is not None:
+                yield CodedWeight(name, coded, np.dtype(dtype_of(source, coded)))
 
 
 @functools.lru_cache(maxsize=2**16)
 def _of(name: str) -> tuple[tuple[str, str], ...]:
     """The module and the parameter whose mark a tensor is."""
-    found: list[tuple[str, str]] = []
+    places: list[tuple[str, str]] = []
     for mark in MARKS:
         if name.endswith(f".{mark}"):
-            found.append((name.removesuffix(f".{mark}"), "weight"))
+            places.append((name.removesuffix(f".{mark}"), "weight"))
     for end in ENDINGS:
         if name.endswith(end):
             module, _, parameter = name.removesuffix(end).rpartition(".")
-            found.append((module, parameter))
-    return tuple(found)
+            places.append((module, parameter))
+    return tuple(places)
 
 
 def home_of(weight: CodedWeight, entries: Mapping[str, Any], prefix: str) -> bool:
     """Whether a file is the one that a decoded weight is written to: where its codes are."""
-    first = weight.found.names[0]
+    first = weight.coded.names[0]
     return first.startswith(prefix) and first.removeprefix(prefix) in entries
 
 

@@ -49,7 +49,7 @@ def extract(
         rank: of each adapter, at most.
         energy: as in `lorax.extract_lora`.
         tolerance: as in `lorax.extract_lora`.
-        targets: the names of modules, matched in full; by default all but embeddings and heads.
+        targets: the names of modules, each a full match; by default all but embeddings and heads.
         fan_in_fan_out: whether matrices are (in, out), as those of transformers' `Conv1D`.
 
     Raises:
@@ -58,7 +58,7 @@ def extract(
     """
     _check_same(base, tuned)
     places = _places(base)
-    found = Extracted({}, {}, {})
+    extracted = Extracted({}, {}, {})
     left: list[str] = []
     for file_path, prefix in track(tuned.files, "Extracting"):
         with TensorFile(file_path) as file:
@@ -79,8 +79,8 @@ def extract(
                             check_plain(full, dtype, checkpoint.shapes, checkpoint.config)
                     check_finite(full, after)
                     layout = _layout(module, after.ndim, fan_in_fan_out)
-                    _add(found, layout, before, after, rank, energy, tolerance)
-    if not found.rows:
+                    _add(extracted, layout, before, after, rank, energy, tolerance)
+    if not extracted.rows:
         raise AdapterMismatchError(
             "differs from the base in no module that is adapted.", tuned.path
         )
@@ -91,13 +91,14 @@ def extract(
             f"differs from the base in {listed}{more}, and the adapter lacks these changes. Name "
             "modules with --targets, or merge into a base that has these tensors."
         )
-    return found
+    return extracted
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
     for name in sorted(base.shapes.keys() | tuned.shapes.keys()):
         shapes = [
-            found.shapes[name].shape if name in found.shapes else None for found in (base, tuned)
+            checkpoint.shapes[name].shape if name in checkpoint.shapes else None
+            for checkpoint in (base, tuned)
         ]
         if shapes[0] != shapes[1]:
             one, other = ("is not there" if shape is None else f"is {shape}" for shape in shapes)
@@ -132,7 +133,7 @@ def _layout(module: str, ndim: int, fan_in_fan_out: bool) -> Layout:
 
 
 def _add(
-    found: Extracted,
+    extracted: Extracted,
     layout: Layout,
     before: Any,
     after: Any,
@@ -148,6 +149,6 @@ def _add(
     (_, tunable), errors = extract_lora(
         {path: before}, {path: after}, {path: LoraSpec(rank)}, energy=energy, tolerance=tolerance
     )
-    found.rows[path] = tunable[path]
-    found.names[path] = layout
-    found.errors[path] = errors[path]
+    extracted.rows[path] = tunable[path]
+    extracted.names[path] = layout
+    extracted.errors[path] = errors[path]

@@ -21,7 +21,7 @@ from .._layouts import (
     tensor_name,
 )
 from .._shapes import base_sizes
-from .._tree import Held, near
+from .._tree import Held, suggestion
 from .checkpoint import Checkpoint
 from .coded import MARKS, check_plain, coding_of
 from .missing import check_lacking, lacking
@@ -31,7 +31,7 @@ from .ties import find_embedding, is_head, ties
 class Fitted(NamedTuple):
     """An adapter on a base."""
 
-    checkpoint: Checkpoint  # with a head where the adapter gives the model one of its own
+    checkpoint: Checkpoint  # with a head where the adapter gives the model a separate one
     rows: dict[str, Any]  # by the names of the base's tensors, and with the axes of those
     held: Held  # the frozen factors that are in the adapter's file
 
@@ -80,8 +80,8 @@ def fit_adapter(
         }
         names |= _biases(names, checkpoint)
         base = _with_biases(names, checkpoint)
-        found = fit(adapter.path, names, base, translate=adapter.translated)
-        return Fitted(checkpoint, found.rows, found.held)
+        opened = fit(adapter.path, names, base, translate=adapter.translated)
+        return Fitted(checkpoint, opened.rows, opened.held)
 
 
 def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
@@ -105,12 +105,12 @@ def _fit_native(adapter: OpenedAdapter, checkpoint: Checkpoint) -> Fitted:
         if name not in checkpoint.shapes:
             raise AdapterMismatchError(
                 f"adapts `{name}`, and {checkpoint.path} has no tensor of that name."
-                f"{near(name, checkpoint.shapes)} For a base of PyTorch, convert it first: "
+                f"{suggestion(name, checkpoint.shapes)} For a base of PyTorch, convert it first: "
                 "`lorax convert --to peft`."
             )
     _check_plain(checkpoint, adapter.rows)
-    found = read(adapter.path, checkpoint.shapes, with_held=True)
-    return Fitted(checkpoint, found.rows, adapter.held)
+    loaded = read(adapter.path, checkpoint.shapes, with_held=True)
+    return Fitted(checkpoint, loaded.rows, adapter.held)
 
 
 def _check_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -127,7 +127,7 @@ def _check_broken(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The base with a head of its own, where the adapter has one and the base ties it."""
+    """The base with a separate head, where the adapter has one and the base ties it."""
     heads = [
         name
         for name in names
@@ -160,14 +160,14 @@ def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str
     part = adapter.part
     if part and f"{part}.{name}" in checkpoint.shapes:
         return f"{part}.{name}"
-    found = checkpoint.candidates(name)
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    candidates = checkpoint.candidates(name)
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
         _check_coded(checkpoint, name)
     raise AdapterMismatchError(
         f"adapts `{name}`, and {checkpoint.path} has no tensor of that name."
-        f"{near(name, checkpoint.shapes)}"
+        f"{suggestion(name, checkpoint.shapes)}"
     )
 
 

@@ -12,9 +12,9 @@ from lorax.bases import Affine, Format
 
 from .._disk.files import regular_file
 from .._errors import AdapterFileError, AdapterMismatchError
-from .._formats.llama_cpp import import_gguf, in_halves
+from .._formats.llama_cpp import half_order, import_gguf
 from .._places import Array
-from .._tree import near
+from .._tree import suggestion
 from .codings import Coded, Decoded
 from .codings.coding import Part
 
@@ -153,7 +153,7 @@ class GGUFSource:
             self._heads = self._field(reader, "attention.head_count")
             self._kv_heads = self._field(reader, "attention.head_count_kv", self._heads)
             self.names = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # it has no error of its own for a damaged file
+        except Exception as error:  # it has no specific error for a damaged file
             raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
         self.used: set[str] = set()
         arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch), None)
@@ -184,8 +184,8 @@ class GGUFSource:
             return _coded(name, BLOCKS[kind], tensor.data, shape, order)
 
         def decoded() -> Array:
-            found = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-            return found if order is None else found[order]
+            array = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            return array if order is None else array[order]
 
         why = f"blocks of {kind} are not those of a format"
         return Decoded((name,), why, decoded, shape, FLOAT32)
@@ -194,8 +194,8 @@ class GGUFSource:
         own = f"{module}.{parameter}" if module else parameter
         if own in self.names:
             return own
-        found = self._known.get_name(own, try_suffixes=(".weight", ".bias"))
-        return own if found is None else found
+        known = self._known.get_name(own, try_suffixes=(".weight", ".bias"))
+        return own if known is None else known
 
     def _order(self, name: str, shape: tuple[int, ...]) -> Array | None:
         """The rows of q and k, of which llama.cpp has the two of a rotated pair side by side."""
@@ -205,13 +205,13 @@ class GGUFSource:
         heads = self._heads if is_q else self._kv_heads
         if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
             raise AdapterMismatchError(f"has {shape[0]} rows for `{name}`, and {heads} heads.")
-        return in_halves(np.arange(shape[0]), heads)
+        return half_order(np.arange(shape[0]), heads)
 
     def lacking(self, name: str) -> str:
         """Why there is not such a weight."""
         known = self._name(*name.rpartition(".")[::2])
         called = "" if known == name else f" (`{known}`)"
-        return f"has no tensor for `{name}`{called}.{near(known, self.names)}"
+        return f"has no tensor for `{name}`{called}.{suggestion(known, self.names)}"
 
 
 # Those that llama.cpp's converter permutes.

@@ -38,8 +38,8 @@ def load_base(
     Reads safetensors (a file, or a folder of transformers) and GGUF files (with
     `pip install "lorax-io[gguf]"`), whose weights are floats or codes of bitsandbytes, GPTQ, AWQ,
     compressed-tensors, FP8 with `weight_scale_inv`, MXFP4, or the types of llama.cpp. A weight is
-    decoded bit for bit as its library decodes it, and never held as floats in full; weights are
-    read one after the other.
+    decoded bit for bit as its library decodes it, and never held as a whole array of floats;
+    weights are read one after the other.
 
     Blocks run along an axis of the parameter. Where those of the file do not divide it, such as
     the features of a head, blocks in memory are shorter and scales are repeated; the warning says

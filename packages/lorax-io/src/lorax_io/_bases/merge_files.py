@@ -60,7 +60,7 @@ def merge_files(
     # Weights that are decoded, and the tensors of those that stay or become codes.
     floats = {} if requantize or not touched else checkpoint.coded
     again = touched if requantize else set[str]()
-    gone = {name for weight in floats.values() for name in weight.found.names}
+    gone = {name for weight in floats.values() for name in weight.coded.names}
     losses: dict[str, float] = {}
     with about(checkpoint.path):
         config = _merged_config(checkpoint, adapted)
@@ -98,7 +98,7 @@ def merge_files(
                 for weight in floats.values():
                     if home_of(weight, file.entries, prefix):
                         name = weight.name.removeprefix(prefix)
-                        tensors[name] = Lazy(weight.found.shape, weight.dtype, weight.array)
+                        tensors[name] = Lazy(weight.coded.shape, weight.dtype, weight.array)
                 for name in again:
                     if home_of(weight := checkpoint.coded[name], file.entries, prefix):
                         whole = merged(path, name, weight.array())
@@ -199,14 +199,14 @@ def _index_floats(folder: Path) -> None:
     """Lists decoded weights in the index in place of their codes."""
     for path in folder.rglob("*.safetensors.index.json"):
         index = read_json(path)
-        found: dict[str, Any] = {}
+        weight_map: dict[str, Any] = {}
         size = 0
         for name in sorted({*index["weight_map"].values()}):
             with TensorFile(path.parent / name) as file:
-                found |= dict.fromkeys(file.entries, name)
+                weight_map |= dict.fromkeys(file.entries, name)
                 size += sum(entry.end - entry.begin for entry in file.entries.values())
         metadata = {**(index.get("metadata") or {}), "total_size": size}
-        text = json.dumps(index | {"metadata": metadata, "weight_map": found}, indent=2)
+        text = json.dumps(index | {"metadata": metadata, "weight_map": weight_map}, indent=2)
         write_text(path, text + "\n")
 
 
@@ -227,5 +227,5 @@ def _merged(name: str, view: Array, row: Any, held: Held) -> Array:
     if not isinstance(row, Adapter):
         return np.asarray(row, order="C").astype(view.dtype)
     base = jnp.asarray(view)
-    leaf = beside(base, complete(name, row, base, held.get(name, {})))
+    leaf = beside(base, complete(name, row, base, held.get(name, {})), row)
     return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])

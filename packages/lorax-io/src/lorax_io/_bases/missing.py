@@ -52,21 +52,21 @@ def lacking(
     prefixes = Prefixes.of(matched.items())
     present = set(matched.values())
     kinds = {_kind(name): name for name in sorted(present)}
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in shapes.keys() - present:
         for known in prefixes.of_adapter(name):
             module, _, parameter = known.rpartition(".")
             if saved and config.saves(module):
-                found[name] = "`modules_to_save` of its config has it"
+                reasons[name] = "`modules_to_save` of its config has it"
             elif config.targets_parameter(known):
-                found[name] = "it is among the `target_parameters` of its config"
+                reasons[name] = "it is among the `target_parameters` of its config"
             elif parameter == "weight" and len(shapes[name].shape) > 1:
                 targeted = config.targets(module)
                 if targeted:
-                    found[name] = "it is a target in its config"
+                    reasons[name] = "it is a target in its config"
                 elif targeted is None and _kind(name) in kinds:
-                    found[name] = f"`{kinds[_kind(name)]}` is adapted"
-    return found
+                    reasons[name] = f"`{kinds[_kind(name)]}` is adapted"
+    return reasons
 
 
 def _kind(name: str) -> str:
@@ -74,17 +74,17 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def check_lacking(base: object, found: Mapping[str, str], allowed: bool = False) -> None:
+def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = False) -> None:
     """Refuses an adapter that lacks some of its tensors, or warns where that is allowed.
 
     Raises:
         AdapterFileError: naming the first of them.
     """
-    if not found:
+    if not reasons:
         return
-    name = min(found, key=_in_order)
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    message = f"lacks the tensors of `{name}` of {base}{more}: {found[name]}."
+    name = min(reasons, key=_in_order)
+    more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    message = f"lacks the tensors of `{name}` of {base}{more}: {reasons[name]}."
     if not allowed:
         raise AdapterFileError(
             f"{message} The file was cut, or not all of the adapter was gathered when it was "

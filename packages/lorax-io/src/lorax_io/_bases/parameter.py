@@ -69,20 +69,20 @@ def load_parameter(
     told: Told,
 ) -> Any:
     """One parameter on its devices."""
-    found: dict[tuple[int, ...], Weight] = {}
+    weights: dict[tuple[int, ...], Weight] = {}
     for index, module in place.modules.items():
-        found[index] = needed(source, module, place.layout.parameter)
-        check_shape(place, module, found[index].shape)
-    first = next(iter(found.values()))
+        weights[index] = needed(source, module, place.layout.parameter)
+        check_shape(place, module, weights[index].shape)
+    first = next(iter(weights.values()))
     with fitting(place.path):
-        of_one_kind = len({_kind(row) for row in found.values()}) == 1
+        of_one_kind = len({_kind(row) for row in weights.values()}) == 1
         if isinstance(first, Coded) and of_one_kind:
-            coded = {index: row for index, row in found.items() if isinstance(row, Coded)}
+            coded = {index: row for index, row in weights.items() if isinstance(row, Coded)}
             return _coded(place, coded, dtype or dtype_of(source, first), where, told)
         if isinstance(first, Part) and of_one_kind:
-            parts = {index: row for index, row in found.items() if isinstance(row, Part)}
+            parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
             return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
-        return _anew(source, place, found, dtype, anew, where, told)
+        return _anew(source, place, weights, dtype, anew, where, told)
 
 
 def _kind(row: Weight) -> Any:
@@ -106,24 +106,24 @@ def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
 
 def _coded(
     place: Place,
-    found: Mapping[tuple[int, ...], Coded],
+    weights: Mapping[tuple[int, ...], Coded],
     dtype: Any,
     where: Sharding | None,
     told: Told,
 ) -> QuantizedWeight:
-    first = next(iter(found.values()))
+    first = next(iter(weights.values()))
     runs = Runs.of(place, first)
-    weight = blank(place.path, place, first, runs, dtype)
-    shardings = {} if where is None else weight.shardings(where)
+    held_blank = blank(place.path, place, first, runs, dtype)
+    shardings = {} if where is None else held_blank.shardings(where)
     arrays: dict[str, Any] = {}
-    for name, target in targets(weight).items():
-        parts = {index: row.parts[name] for index, row in found.items()}
+    for name, target in targets(held_blank).items():
+        parts = {index: row.parts[name] for index, row in weights.items()}
         full = f"{place.path}/{name}"
         arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
-    held = dataclasses.replace(weight, arrays=arrays)
+    result = dataclasses.replace(held_blank, arrays=arrays)
     if runs.is_shorter or first.is_cut:
-        told.shorter.append(f"`{place.path}` ({held.bits:.2f} bits a weight)")
-    return held
+        told.shorter.append(f"`{place.path}` ({result.bits:.2f} bits a weight)")
+    return result
 
 
 def _array(
@@ -151,14 +151,14 @@ def _array(
 def _anew(
     source: Source,
     place: Place,
-    found: Mapping[tuple[int, ...], Weight],
+    weights: Mapping[tuple[int, ...], Weight],
     dtype: Any,
     anew: Format | str | None,
     where: Sharding | None,
     told: Told,
 ) -> Any:
     """A parameter whose codes cannot be kept, decoded and coded in another format."""
-    first = next(row for row in found.values() if not isinstance(row, Part))
+    first = next(row for row in weights.values() if not isinstance(row, Part))
     why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
     if anew is None:
         raise AdapterError(
@@ -169,7 +169,7 @@ def _anew(
     target = plain_target(place, dtype)
     whole = np.empty(target.shape, target.dtype)
     rest = [d for d in range(len(place.shape)) if d not in place.stack]
-    for index, row in found.items():
+    for index, row in weights.items():
         picks: list[Any] = [slice(None)] * len(place.shape)
         for d, entry in zip(place.stack, index, strict=True):
             picks[d] = entry

@@ -9,7 +9,7 @@ from .._disk.tensors import TensorFile
 from .._errors import AdapterMismatchError
 from .._layouts import tensor_name
 from .._places import Array
-from .._tree import near
+from .._tree import suggestion
 from .checkpoint import Checkpoint, open_checkpoint
 from .coded import MARKS, coding_of
 from .codings import Coded, Decoded, find_coded
@@ -61,10 +61,10 @@ class SafetensorsSource:
     def find(self, module: str, parameter: str) -> Weight | None:
         """A weight, whose module may have a prefix that the checkpoint lacks, or lack one."""
         module = self._module(module, parameter)
-        found = find_coded(self, module, parameter)
-        if found is not None:
-            self.used.update(found.names)
-            return found
+        coded = find_coded(self, module, parameter)
+        if coded is not None:
+            self.used.update(coded.names)
+            return coded
         name = tensor_name(module, parameter)
         if name not in self.names:
             return None
@@ -76,9 +76,9 @@ class SafetensorsSource:
         """The checkpoint's name of a module."""
         ends = [parameter, f"{parameter}_packed", f"{parameter}_blocks", *MARKS]
         for end in ends:
-            found = self._checkpoint.candidates(tensor_name(module, end))
-            if len(found) == 1:
-                return found[0].removesuffix(end).removesuffix(".")
+            candidates = self._checkpoint.candidates(tensor_name(module, end))
+            if len(candidates) == 1:
+                return candidates[0].removesuffix(end).removesuffix(".")
         return module
 
     def lacking(self, name: str) -> str:
@@ -86,7 +86,7 @@ class SafetensorsSource:
         coding = coding_of(name, self.names, self.config)
         if coding is not None:
             return f"has `{name}` as {coding}, which is not read."
-        return f"has no tensor for `{name}`.{near(name, self.names)}"
+        return f"has no tensor for `{name}`.{suggestion(name, self.names)}"
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
@@ -100,7 +100,7 @@ def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
 
 def needed(source: Source, module: str, parameter: str) -> Weight:
     """A weight that must be there."""
-    found = source.find(module, parameter)
-    if found is None:
+    weight = source.find(module, parameter)
+    if weight is None:
         raise AdapterMismatchError(source.lacking(tensor_name(module, parameter)))
-    return found
+    return weight

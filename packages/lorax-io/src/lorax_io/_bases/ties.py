@@ -28,8 +28,8 @@ def is_head(module: str) -> bool:
 
 def find_embedding(names: Iterable[str]) -> str | None:
     """The one table of tokens among the names of tensors."""
-    found = [name for name in names if is_embedding(name.removesuffix(".weight"))]
-    return found[0] if len(found) == 1 else None
+    embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
 def ties(config: Mapping[str, Any] | None) -> bool | None:
@@ -52,11 +52,11 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
             f"with `{_KEY}` scales its outputs: no config gives this head its own weight and keeps "
             "the scale. Use the adapter unmerged.",
         )
-    found = {**config, _KEY: False}
+    changed = {**config, _KEY: False}
     for name, part in config.items():
         if isinstance(part, dict) and _KEY in part:
-            found[name] = {**part, _KEY: False}
-    return found
+            changed[name] = {**part, _KEY: False}
+    return changed
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

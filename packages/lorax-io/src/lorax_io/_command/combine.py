@@ -81,7 +81,7 @@ def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
     first = adapters[0]
     for adapter in adapters[1:]:
         if not first.rows.keys() & adapter.rows.keys():
-            one, other = (min(found.rows, default="nothing") for found in (first, adapter))
+            one, other = (min(each.rows, default="nothing") for each in (first, adapter))
             raise AdapterError(
                 f"adapts no parameter that {first.path} adapts: such as `{other}` here and `{one}` "
                 "there. Give both the same names with --names or --rename.",

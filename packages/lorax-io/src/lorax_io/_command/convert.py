@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
-    parser.add_argument("--base", type=Path, help=f"for the names of kohya's files: {BASE}")
+    parser.add_argument("--base", type=Path, help=f"for the names in kohya files: {BASE}")
     parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
     add_writing(parser, required=True)
 
@@ -97,11 +97,11 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 
 def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:
     """The adapter with the base's names for its modules."""
-    found = {
+    base_names = {
         layout.module: resolve(f"{layout.module}.weight", base.shapes, base.parts)
         for layout in adapter.names.values()
     }
-    return renamed(adapter, lambda module: found[module].removesuffix(".weight"))
+    return renamed(adapter, lambda module: base_names[module].removesuffix(".weight"))
 
 
 def _one_part(adapter: OpenedAdapter, part: str) -> OpenedAdapter:
@@ -113,16 +113,16 @@ def _one_part(adapter: OpenedAdapter, part: str) -> OpenedAdapter:
         return adapter
     names = {path: adapter.names[path] for path in paths}
     rows = {path: adapter.rows[path] for path in paths}
-    found = adapter._replace(names=names, rows=rows, part=part)
-    return renamed(found, lambda module: module.removeprefix(begin))
+    of_part = adapter._replace(names=names, rows=rows, part=part)
+    return renamed(of_part, lambda module: module.removeprefix(begin))
 
 
 def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
     if adapter.names:
         return adapter.names
-    found = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    layouts = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
     rename = renaming(args.rename)
-    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in found.items()}
+    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in layouts.items()}
 
 
 def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +146,8 @@ def _pair(adapter: OpenedAdapter) -> Pair:
         )
         for path, row in adapter.rows.items()
     }
-    frozen = {path: beside(shape, adapter.held.get(path)) for path, shape in shapes.items()}
+    rows, held = adapter.rows, adapter.held
+    frozen = {path: beside(shapes[path], held.get(path), row) for path, row in rows.items()}
     return Pair(frozen, adapter.rows)
 
 

@@ -33,15 +33,17 @@ def run(args: argparse.Namespace) -> int:
     """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
     rename = renaming(args.rename)
     first, second = (renamed(opened(path, args), rename) for path in (args.first, args.second))
-    found = compare(first.rows, second.rows, first.held, second.held)
+    differences = compare(first.rows, second.rows, first.held, second.held)
     if args.json:
-        print(json.dumps([difference._asdict() for difference in found], indent=1))
-    elif found:
+        print(json.dumps([difference._asdict() for difference in differences], indent=1))
+    elif differences:
         right = Column("delta, relative", justify="right")
         table = Table(Column("path", overflow="fold"), "what differs", right)
-        for path, what, relative in found:
-            table.add_row(printable(path), what, "–" if relative is None else f"{relative:.2g}")
+        for path, description, relative in differences:
+            table.add_row(
+                printable(path), description, "–" if relative is None else f"{relative:.2g}"
+            )
         console().print(table)
     else:
         print(f"the same {len(first.rows)} parameters, bit for bit")
-    return DIFFERENT if found else SAME
+    return DIFFERENT if differences else SAME

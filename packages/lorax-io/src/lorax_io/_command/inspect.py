@@ -62,7 +62,7 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
     config = adapter.config
     about: dict[str, Any] = {
         "form": adapter.format,
-        "what": FORMATS[adapter.format].what,
+        "what": FORMATS[adapter.format].description,
         "written by": _writer(adapter),
         "parameters trained": sum(math.prod(s) for line in lines for s in line.shapes),
         "kinds": _counted([line.kind for line in lines]),

@@ -58,6 +58,6 @@ def run(args: argparse.Namespace) -> int:
         fitted.append(fit_adapter(adapter, checkpoint, rename, allow_missing=missing))
         checkpoint = fitted[-1].checkpoint
     merge_files(fitted, args.out, scales=scales, summed=args.sum, requantize=args.requantize)
-    adapted = {name for found in fitted for name in found.rows}
+    adapted = {name for each in fitted for name in each.rows}
     print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(adapted)} of them adapted")
     return SAME

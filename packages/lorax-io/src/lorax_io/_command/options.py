@@ -18,16 +18,14 @@ from .._hub import pull_from_hub
 from .._names import read_names
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
-ADAPTER = (
-    f"{', '.join(row.what for row in FORMATS.values())}; or hf://user/name[@revision][/subfolder]"
-)
+ADAPTER = f"{', '.join(row.description for row in FORMATS.values())}; or hf://user/name[@revision][/subfolder]"
 Rename = Callable[[str], str]
 
 _HUB = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<subfolder>.+))?")
 
 
 def console(**options: Any) -> Console:
-    """A console that prints text as it is, and tables in full where no terminal bounds them."""
+    """A console that prints text as it is, and uncut tables where no terminal bounds them."""
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
@@ -37,9 +35,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], what: str) -> None:
+def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: str) -> None:
     """Prints the rank of each adapter, and how far its delta is from what was asked for."""
-    right = [Column(title, justify="right") for title in ("rank", f"error, {what}")]
+    right = [Column(title, justify="right") for title in ("rank", f"error, {label}")]
     table = Table(Column("path", overflow="fold"), *right)
     for path, error in errors.items():
         table.add_row(printable(path), str(rows[path].rank), f"{error:.2g}")
@@ -108,9 +106,9 @@ def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
             )
         del names[path]
         names[other] = dataclasses.replace(layout, module=module)
-        for found in (rows, held):
-            if path in found:
-                found[other] = found.pop(path)
+        for table in (rows, held):
+            if path in table:
+                table[other] = table.pop(path)
     if not adapter.names:
         rows = {rename(path): row for path, row in adapter.rows.items()}
         held = {rename(path): factors for path, factors in adapter.held.items()}

@@ -27,7 +27,7 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
         array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     if array.is_fully_replicated or len(shards) == 1:
-        # `shard.data` is an array of its own: its copy is not kept beside the array, as that of
+        # `shard.data` is a separate array: its copy is not kept beside the array, as that of
         # `np.asarray(array)` would be.
         return np.asarray(array.addressable_shards[0].data)
     whole = np.empty(array.shape, array.dtype)
@@ -134,7 +134,7 @@ def placements(
     """Where to put the arrays of the rows, by name.
 
     Args:
-        rows: of shapes, which have shardings of their own.
+        rows: of shapes, which have their own shardings.
         held: the frozen factors beside the bases, which a tree of shardings has no place for.
         structure: of the tree.
         paths: of its leaves.

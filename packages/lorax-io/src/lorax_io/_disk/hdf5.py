@@ -50,13 +50,13 @@ class Hdf5File:
             name = f"{begin}{key}"
             if not isinstance(group.get(key, getlink=True), h5py.HardLink):
                 raise AdapterFileError(f"has `{name}`, a link. Only arrays in the file are read.")
-            found = group[key]
+            item = group[key]
             if len(self._arrays) > _MOST or begin.count("/") > 16:
                 raise AdapterFileError("has more groups than an adapter has.")
-            if isinstance(found, h5py.Group):
-                self._read(h5py, found, f"{name}/")
-            elif isinstance(found, h5py.Dataset):
-                self._arrays[name] = _array(name, found)
+            if isinstance(item, h5py.Group):
+                self._read(h5py, item, f"{name}/")
+            elif isinstance(item, h5py.Dataset):
+                self._arrays[name] = _array(name, item)
             else:
                 raise AdapterFileError(f"has `{name}`, which is not an array.")
 

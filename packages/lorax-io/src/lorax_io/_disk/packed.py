@@ -44,16 +44,16 @@ class Packed(NamedTuple):
         return {"dtype": self.dtype.name, "shape": list(self.shape), "axis": self.axis}
 
     @classmethod
-    def from_settings(cls, name: str, found: Any) -> Self:
+    def from_settings(cls, name: str, settings: Any) -> Self:
         """What `settings` returned, checked."""
-        if isinstance(found, dict) and found.keys() == {"dtype", "shape", "axis"}:
-            shape, axis = found["shape"], found["axis"]
+        if isinstance(settings, dict) and settings.keys() == {"dtype", "shape", "axis"}:
+            shape, axis = settings["shape"], settings["axis"]
             is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
             is_axis = axis is None or (
                 type(axis) is int and is_shape and 0 <= axis < len(shape) and shape[axis] % 2 == 0
             )
-            if is_shape and is_axis and found["dtype"] in [*DTYPES]:
-                return cls(DTYPES[found["dtype"]], tuple(shape), axis)
+            if is_shape and is_axis and settings["dtype"] in [*DTYPES]:
+                return cls(DTYPES[settings["dtype"]], tuple(shape), axis)
         raise AdapterFileError(f"its header does not say how `{name}` is packed.")
 
     def pack(self, array: Any) -> jax.Array:

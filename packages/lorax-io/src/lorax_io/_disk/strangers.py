@@ -25,6 +25,6 @@ _BEGINS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def what_it_is(begin: bytes) -> str | None:
+def identified(begin: bytes) -> str | None:
     """What a file is that begins so, as a clause; None where nothing is known."""
-    return next((what for mark, what in _BEGINS if begin.startswith(mark)), None)
+    return next((description for mark, description in _BEGINS if begin.startswith(mark)), None)

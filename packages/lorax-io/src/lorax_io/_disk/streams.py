@@ -46,9 +46,9 @@ def write_stream(
                 data = np.asarray(tensor, order="C").reshape(-1).view(np.uint8).data
                 sums[name] = zlib.crc32(data)
                 file.write(data)
-        with TensorFile(unfinished) as found:
-            same = found.metadata == dict(metadata) and found.entries.keys() == sums.keys()
-            if not same or any(sums[name] != _sum_of(found.view(name)) for name in sums):
+        with TensorFile(unfinished) as written:
+            same = written.metadata == dict(metadata) and written.entries.keys() == sums.keys()
+            if not same or any(sums[name] != _sum_of(written.view(name)) for name in sums):
                 raise OSError(f"{path}: what was written does not read back the same")
 
 
@@ -85,7 +85,7 @@ def parts_of(tensor: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _sum_of(tensor: np.ndarray[Any, Any]) -> int:
-    found = 0
+    checksum = 0
     for part in parts_of(tensor):
-        found = zlib.crc32(part.view(np.uint8).data, found)
-    return found
+        checksum = zlib.crc32(part.view(np.uint8).data, checksum)
+    return checksum

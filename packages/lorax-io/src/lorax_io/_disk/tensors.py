@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, about
 from .files import regular_file, replacing
-from .strangers import what_it_is
+from .strangers import identified
 
 # JAX's types by the format's name, which has no place for 2- and 4-bit integers and complex128.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -68,7 +68,7 @@ class TensorFile:
                 pass
         except (safetensors.SafetensorError, OSError, UnicodeError) as error:
             with contextlib.suppress(OSError), open(self.path, "rb") as file:
-                if stranger := what_it_is(file.read(64)):
+                if stranger := identified(file.read(64)):
                     raise AdapterFileError(f"{stranger}.") from error
             raise AdapterFileError(f"is not a safetensors file ({error}).") from error
         with open(self.path, "rb") as file:
@@ -111,11 +111,11 @@ def parse_json(text: str) -> Any:
     """JSON in which no key occurs twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise AdapterFileError(f"has the key {twice!r} twice.")
-        return found
+        return parsed
 
     try:
         return json.loads(text, object_pairs_hook=unique)

@@ -36,7 +36,7 @@ def changed_biases(
     Raises:
         UnsupportedAdapterError: where the base's numbers are not there.
     """
-    found: dict[str, dict[tuple[int, ...], Array]] = {}
+    changed: dict[str, dict[tuple[int, ...], Array]] = {}
     for path, place in places.items():
         if not is_bias(place) or not any(_is_changed(source, m) for m in place.modules.values()):
             continue
@@ -49,7 +49,7 @@ def changed_biases(
             )
         own = {module: tensor for module, _, tensor in whole_tensors(place, leaves[path])}
         rest = [d for d in range(len(place.shape)) if d not in place.stack]
-        found[path] = {
+        changed[path] = {
             index: unpack(
                 _changed(source, module, own[module]).astype(leaves[path].dtype),
                 rest,
@@ -58,7 +58,7 @@ def changed_biases(
             )
             for index, module in place.modules.items()
         }
-    return found
+    return changed
 
 
 def _is_changed(source: Source, module: str) -> bool:

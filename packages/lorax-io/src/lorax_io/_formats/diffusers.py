@@ -84,10 +84,10 @@ def save_diffusers(
             if prefix is None:
                 within = {p: _without(x, begin) for p, x in within.items()}
             part_rows = {path: rows[path] for path in paths if path in rows}
-            found = export(part_rows, within, fold_scale=fold_scale, plain=True, held=held)
-            _check_factors(found.tensors)
-            tensors |= {f"{begin}{name}": tensor for name, tensor in found.tensors.items()}
-            config |= {f"{begin}{key}": v for key, v in config_to_json(found.config).items()}
+            exported = export(part_rows, within, fold_scale=fold_scale, plain=True, held=held)
+            _check_factors(exported.tensors)
+            tensors |= {f"{begin}{name}": tensor for name, tensor in exported.tensors.items()}
+            config |= {f"{begin}{key}": v for key, v in config_to_json(exported.config).items()}
         header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
         with one_writer() as writer:
             if writer:
@@ -126,8 +126,8 @@ def _without(layout: Layout, begin: str) -> Layout:
 
 # Names of one layer in files of several years, and what PEFT calls them.
 _KEYS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(found), put)
-    for found, put in (
+    (re.compile(pattern), put)
+    for pattern, put in (
         (r"\.processor\.to_out_lora\.(down|up)\.weight$", r".to_out.0.lora.\1.weight"),
         (r"\.processor\.(\w+)_lora\.(down|up)\.weight$", r".\1.lora.\2.weight"),
         (r"\.self_attn\.to_([qkv])_lora\.(down|up)\.weight$", r".self_attn.\1_proj.lora.\2.weight"),
@@ -142,8 +142,8 @@ _FACTOR = re.compile(r"\.lora_[AB]\.weight$")
 
 def peft_key(key: str) -> str:
     """The key of PEFT for a tensor of any of these forms."""
-    for found, put in _KEYS:
-        key = found.sub(put, key)
+    for pattern, put in _KEYS:
+        key = pattern.sub(put, key)
     return key
 
 
@@ -157,13 +157,13 @@ def _recognizes(content: Content) -> bool:
 
 
 def _read(content: Content) -> Source:
-    found = stored(content.file)
+    tensors = stored(content.file)
     configs = _configs(content)
-    parts = {*configs} if configs else {_part(name) for name in found}
+    parts = {*configs} if configs else {_part(name) for name in tensors}
     # A file of one part is of that part; the names of several keep them.
     part = next(iter(parts)) if len(parts) == 1 else None
     prefix = f"{part}." if part else ""
-    tensors = _renamed(plain_keys(found, prefix))
+    tensors = _renamed(plain_keys(tensors, prefix))
     if part is not None and configs:
         return Source(tensors, configs[part], part=part)
     scales: dict[str, float] = {}
@@ -182,13 +182,15 @@ def _scale(config: PeftConfig, module: str) -> float:
 
 
 def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    renamed: dict[str, Stored] = {}
     for key, tensor in tensors.items():
         name = peft_key(key)
-        if name in found:
-            raise AdapterFileError(f"has `{tensor.name}` and `{found[name].name}`, which are one.")
-        found[name] = tensor
-    return found
+        if name in renamed:
+            raise AdapterFileError(
+                f"has `{tensor.name}` and `{renamed[name].name}`, which are one."
+            )
+        renamed[name] = tensor
+    return renamed
 
 
 def _part(name: str) -> str:
@@ -201,13 +203,13 @@ def _configs(content: Content) -> dict[str, PeftConfig]:
     """The configs of the parts in a header; of "" where it is of a model by itself."""
     if METADATA_KEY not in content.file.metadata:
         return {}
-    found = parse_json(content.file.metadata[METADATA_KEY])
-    if not isinstance(found, dict):
+    header = parse_json(content.file.metadata[METADATA_KEY])
+    if not isinstance(header, dict):
         raise AdapterFileError(f"its header has no object under {METADATA_KEY!r}.")
-    if "peft_type" in found or "r" in found:
-        return {"": config_of(found)}
+    if "peft_type" in header or "r" in header:
+        return {"": config_of(header)}
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in found.items():
+    for key, value in header.items():
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = value
     return {part: config_of(values) for part, values in parts.items()}

@@ -13,7 +13,7 @@ from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
 from .._layouts import Embedding, Layout, Layouts
 from .._places import Array, Factor, Place, axes_of, pack
 from .._shapes import complete, padded_shape
-from .._tree import Held, is_array, near, pair_rows, param_leaves
+from .._tree import Held, is_array, pair_rows, param_leaves, suggestion
 from .peft.config import PeftConfig
 from .peft.patterns import suffixes
 from .peft.tuners import TUNERS, Module, Tuner, tuner_of
@@ -26,7 +26,8 @@ class Export(NamedTuple):
 
     tensors: dict[str, Array]  # by module and key: `model.layers.0.q_proj.lora_A.weight`
     config: PeftConfig
-    unsaid: Mapping[str, Mapping[str, Any]]  # alpha and scaling, where the config has another form
+    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    original_scaling: Mapping[str, Mapping[str, Any]]
 
 
 def export(
@@ -75,7 +76,7 @@ def export(
         for name in place.modules.values()
     ]
     modules = [Module(place.pattern_name(name), place, weight) for name, place, weight in stacks]
-    config, unsaid = tuner.scaling(modules, fold_scale)
+    config, original_scaling = tuner.scaling(modules, fold_scale)
     if not lycoris:
         config = tuner.in_peft(config, modules)
     tensors: dict[str, Array] = {}
@@ -103,7 +104,9 @@ def export(
             f"trains the bias of an adapted module, and {tuner.called} has no key for it in PEFT. "
             "Freeze it, or use `save_adapter` or `save_merged`."
         )
-    return Export(tensors, config.replace(**targets, modules_to_save=saved, bias=bias), unsaid)
+    return Export(
+        tensors, config.replace(**targets, modules_to_save=saved, bias=bias), original_scaling
+    )
 
 
 def _one_tuner(adapted: Mapping[str, Any], plain: bool, lycoris: bool) -> Tuner:
@@ -170,7 +173,7 @@ def layout_of(names: Layouts, path: str) -> Layout:
     """The layout of a parameter."""
     if path not in names:
         raise AdapterMismatchError(
-            f"`names` has no module for `{path}`.{near(path, names)} Add its layout."
+            f"`names` has no module for `{path}`.{suggestion(path, names)} Add its layout."
         )
     return names[path]
 
@@ -209,12 +212,12 @@ def _tensors(
             f"the head shares the embedding `{place.path}`. PEFT adapts the look-up alone until "
             "the adapter is merged, so that its outputs differ from these."
         )
-    found = axes_of(weight, place.shape).of
+    axes_by_name = axes_of(weight, place.shape).of
     for index, module in place.modules.items():
         at = dict(zip(place.stack, index, strict=True))
         for factor in factors:
             # A frozen factor may be one for all that are stacked.
-            axes = found[factor.name]
+            axes = axes_by_name[factor.name]
             inner = [axis for axis in axes if axis not in at]
             array = arrays[factor.name][tuple(at[axis] for axis in axes if axis in at)]
             yield module, factor.key, pack(array, inner, factor.groups)

@@ -124,12 +124,12 @@ def in_diffusers(source: Source) -> Source:
     tensors: dict[str, Stored] = {}
     scales: dict[str, float] = {}
     for module in sorted(modules_of(source)):
-        found = _rule(module)
-        if found is None:
+        match = _rule(module)
+        if match is None:
             raise UnsupportedAdapterError(
                 f"adapts `{module}`, for which the Flux of diffusers has no module."
             )
-        names, rule = found
+        names, rule = match
         config = source.config
         scales |= dict.fromkeys(names, config.alpha(module) / config.rank(module))
         own = {

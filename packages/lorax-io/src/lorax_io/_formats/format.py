@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
     Attributes:
         name: for the command.
-        what: for messages and help.
+        description: for messages and help.
         recognizes: whether a file is of it.
         read: the adapter, in PEFT's words or as rows.
         loads: what loads it onto parameters.
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     """
 
     name: str
-    what: str
+    description: str
     recognizes: Callable[[Content], bool]
     read: Callable[[Content], Source | Rows]
     loads: str = "lorax_io.load_any(path, params, names)"

@@ -33,9 +33,9 @@ def _recognizes(content: Content) -> bool:
 
 def _read(content: Content) -> Source:
     tensors: dict[str, Stored] = {}
-    found = stored(content.file)
-    rank = _rank(found.pop(_RANK))
-    for name, tensor in found.items():
+    kernels = stored(content.file)
+    rank = _rank(kernels.pop(_RANK))
+    for name, tensor in kernels.items():
         match = _KERNEL.fullmatch(name)
         if match is None:
             raise AdapterFileError(f"has `{name}`, which KerasHub does not write.")

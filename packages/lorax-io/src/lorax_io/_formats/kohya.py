@@ -58,21 +58,21 @@ def _recognizes(content: Content) -> bool:
 
 
 def _read(content: Content) -> Source:
-    found = stored(content.file)
-    for name in found:
+    tensors = stored(content.file)
+    for name in tensors:
         match = _NAME.match(name)
         if match is None:
             raise AdapterFileError(f"has `{name}`, whose name does not begin as kohya's do.")
         if (key := name[match.end() :]) in _BEYOND:
             raise UnsupportedAdapterError(f"`{name}` is of an adapter with {_BEYOND[key]}.")
-    if scaled := next((name for name in found if name.endswith(_DORA)), None):
-        others = [name for name in found if ".hada_" in name or ".lokr_" in name]
+    if scaled := next((name for name in tensors if name.endswith(_DORA)), None):
+        others = [name for name in tensors if ".hada_" in name or ".lokr_" in name]
         if others:
             raise UnsupportedAdapterError(
                 f"has `{scaled}` and `{others[0]}`: DoRA of LoHa or LoKr, the norm of which takes "
                 "an array as large as the weight. Merge it with LyCORIS."
             )
-    return self_described(dict(_in_peft(name, tensor) for name, tensor in found.items()))
+    return self_described(dict(_in_peft(name, tensor) for name, tensor in tensors.items()))
 
 
 def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
@@ -91,7 +91,7 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
-    """The base's tensor for a name of kohya's.
+    """The base's tensor for a kohya name.
 
     Args:
         name: a module with `_` for dots, and `.weight`.
@@ -109,32 +109,34 @@ def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
     for module in _modules(known, parameter):
         flat.setdefault(module.replace(".", "_"), set()).add(module)
     ends = [f"{folder}_{match['module']}" for folder in folders] or [match["module"]]
-    found = {module for end in ends for module in flat.get(end, ())}
-    if not found and not folders:
+    candidates = {module for end in ends for module in flat.get(end, ())}
+    if not candidates and not folders:
         inner = [text for text in flat if text.endswith(f"_{ends[0]}")]
-        found = {module for text in inner for module in flat[text]}
-    if len(found) != 1:
-        several = f"several, as `{min(found)}` and `{max(found)}`" if found else "none"
+        candidates = {module for text in inner for module in flat[text]}
+    if len(candidates) != 1:
+        several = (
+            f"several, as `{min(candidates)}` and `{max(candidates)}`" if candidates else "none"
+        )
         raise AdapterMismatchError(
             f"adapts `{name}`, and of the base's modules {several} would have that name with `_` "
             "for each `.`. Give the base that the adapter was made for: a pipeline's folder for "
             "the names of diffusers, the model's single file for those of the original code."
         )
-    return f"{found.pop()}.{parameter}"
+    return f"{candidates.pop()}.{parameter}"
 
 
 def with_flat_names(names: Layouts, keys: Iterable[str]) -> dict[str, Layout]:
     """Layouts with the names that a file has for their modules; others as they are."""
     begins = {match["part"] for key in keys if (match := _NAME.match(key))}
     known = {key[: match.end() - 1] for key in keys if (match := _NAME.match(key))}
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     for path, layout in names.items():
         flat = {f"{begin}_{layout.module.replace('.', '_')}" for begin in begins}
         here = sorted(flat & known) or [name for name in sorted(flat) if "{}" in name][:1]
         if len(here) > 1:
             raise AdapterMismatchError(f"has `{here[0]}` and `{here[1]}` for `{path}`.")
-        found[path] = dataclasses.replace(layout, module=here[0]) if here else layout
-    return found
+        layouts[path] = dataclasses.replace(layout, module=here[0]) if here else layout
+    return layouts
 
 
 def _modules(known: Iterable[str], parameter: str) -> list[str]:
@@ -155,7 +157,7 @@ def save_kohya(
         tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
             frozen factors beside the base.
         names: the layout of each parameter, by its path.
-        prefix: what names begin with: "lora_unet", or "lora_te1" and the like for text encoders.
+        prefix: what names begin with: "lora_unet", or "lora_te1", "lora_te2" for text encoders.
 
     Raises:
         AdapterMismatchError: where `names` does not fit the tree, or two modules get one name.
@@ -174,8 +176,8 @@ def save_kohya(
     with about(path):
         if _NAME.match(f"{prefix}_x.") is None:
             raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
-        found = export(tunable, as_layouts(names), lycoris=True)
-        tensors = _flat(found.tensors, found.config, prefix)
+        exported = export(tunable, as_layouts(names), lycoris=True)
+        tensors = _flat(exported.tensors, exported.config, prefix)
         with one_writer() as writer:
             if writer:
                 write_tensors(Path(path), tensors, {"format": "pt"})
@@ -186,7 +188,7 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
         raise UnsupportedAdapterError("kohya's files have LoRA, DoRA, LoHa and LoKr alone.")
     if config.use_bdlora or config.trainable_token_indices:
         raise UnsupportedAdapterError("kohya's files have neither BD-LoRA nor rows of tables.")
-    found: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     modules: dict[str, str] = {}
     for key, tensor in tensors.items():
         match = FACTOR.search(key)
@@ -203,19 +205,19 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
         end = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
         if match[1] == MAGNITUDE:
             window = tensor.shape[2:]
-            found[f"{name}{_DORA}"] = tensor.reshape(tensor.size, 1, *window)
+            renamed[f"{name}{_DORA}"] = tensor.reshape(tensor.size, 1, *window)
         else:
-            found[f"{name}.{end.get(match[1], match[1])}"] = tensor
+            renamed[f"{name}.{end.get(match[1], match[1])}"] = tensor
         rank, alpha = config.rank(module), config.alpha(module)
         if config.use_rslora:
             alpha *= rank**0.5
         if {f"{module}.lokr_w1", f"{module}.lokr_w2"} <= tensors.keys():
             # There is no rank, and readers do not look at alpha.
             if match[1] == "lokr_w1":
-                found[f"{name}.lokr_w1"] = (tensor * (alpha / rank)).astype(tensor.dtype)
+                renamed[f"{name}.lokr_w1"] = (tensor * (alpha / rank)).astype(tensor.dtype)
             alpha = 1
-        found[f"{name}.alpha"] = np.asarray(alpha, np.float32)
-    return found
+        renamed[f"{name}.alpha"] = np.asarray(alpha, np.float32)
+    return renamed
 
 
 FORMAT = Format("kohya", "a file of kohya or LyCORIS", _recognizes, _read, saved="save_kohya")

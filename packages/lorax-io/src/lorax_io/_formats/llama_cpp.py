@@ -76,14 +76,14 @@ def save_gguf(
         values = config if isinstance(config, Mapping) else read_json(regular_file(config))
         kind, is_permuted = _kind(values)
         layouts = as_layouts(names)
-        found = export(tunable, layouts, plain=True)
-        one = found.config
+        exported = export(tunable, layouts, plain=True)
+        one = exported.config
         if one.rank_pattern or one.alpha_pattern or one.use_rslora:
-            found = export(tunable, layouts, plain=True, fold_scale=True)
-        tensors = _in_llama_cpp(found.tensors, kind, values, is_permuted)
+            exported = export(tunable, layouts, plain=True, fold_scale=True)
+        tensors = _in_llama_cpp(exported.tensors, kind, values, is_permuted)
         with one_writer() as writer:
             if writer:
-                _write(Path(path), kind, float(found.config.lora_alpha), tensors)
+                _write(Path(path), kind, float(exported.config.lora_alpha), tensors)
 
 
 def _kind(config: Any) -> tuple[str, bool]:
@@ -101,7 +101,7 @@ def _in_llama_cpp(
     gguf = import_gguf()
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     known = gguf.get_tensor_name_map(arch, _count(config, "num_hidden_layers"))
-    found: dict[str, Array] = {}
+    renamed: dict[str, Array] = {}
     for key, tensor in tensors.items():
         match = FACTOR.search(key)
         if match is None or match[1] not in _ENDS or tensor.ndim != 2:
@@ -115,8 +115,8 @@ def _in_llama_cpp(
         wide = tensor if tensor.dtype == np.float16 else tensor.astype(np.float32)
         if is_permuted and match[1] == "lora_B.weight":
             wide = _in_pairs(wide, name, config)
-        found[f"{name}.{_ENDS[match[1]]}"] = np.ascontiguousarray(wide)
-    return found
+        renamed[f"{name}.{_ENDS[match[1]]}"] = np.ascontiguousarray(wide)
+    return renamed
 
 
 def _in_pairs(tensor: Array, name: str, config: Mapping[str, Any]) -> Array:
@@ -133,10 +133,10 @@ def _in_pairs(tensor: Array, name: str, config: Mapping[str, Any]) -> Array:
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    found = config.get(key, default)
-    if type(found) is not int or not 1 <= found <= 2**16:
-        raise AdapterMismatchError(f"the model's config has {key} = {found!r}, not a count.")
-    return found
+    count = config.get(key, default)
+    if type(count) is not int or not 1 <= count <= 2**16:
+        raise AdapterMismatchError(f"the model's config has {key} = {count!r}, not a count.")
+    return count
 
 
 def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) -> None:
@@ -152,14 +152,14 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(unfinished).tensors}
-        if found.keys() != tensors.keys() or not all(
-            np.array_equal(found[name], tensor) for name, tensor in tensors.items()
+        written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(unfinished).tensors}
+        if written.keys() != tensors.keys() or not all(
+            np.array_equal(written[name], tensor) for name, tensor in tensors.items()
         ):
             raise OSError(f"{path}: what was written does not read back the same")
 
 
-def in_halves(rows: Array, heads: int) -> Array:
+def half_order(rows: Array, heads: int) -> Array:
     """What has the order of llama.cpp's rows in that of transformers: a pair half a head apart."""
     return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 

@@ -34,15 +34,15 @@ def _recognizes(content: Content) -> bool:
 
 def _read(content: Content) -> Source:
     assert content.folder is not None
-    found = stored(content.file)
+    own = stored(content.file)
     with about(content.folder / CONFIG_NAME):
         config = read_json(file_in(content.folder, CONFIG_NAME))
         kind, scale = config["fine_tune_type"], _scale(config)
-    tensors = dict(_in_peft(name, tensor) for name, tensor in found.items())
+    tensors = dict(_in_peft(name, tensor) for name, tensor in own.items())
     if kind == "full":
-        modules = sorted({name.rpartition(".")[0] for name in found})
+        modules = sorted({name.rpartition(".")[0] for name in own})
         whole = PeftConfig(target_modules=[], modules_to_save=modules, is_said=False)
-        return Source(found, whole)
+        return Source(own, whole)
     if kind not in ("lora", "dora"):
         raise UnsupportedAdapterError(
             f"has fine_tune_type = {kind!r}; lora, dora and full are read."
@@ -103,11 +103,11 @@ def save_mlx(
     """
     folder = Path(folder)
     with about(folder):
-        found = export(tunable, as_layouts(names))
-        config = found.config
+        exported = export(tunable, as_layouts(names))
+        config = exported.config
         if config.peft_type != "LORA" or config.rank_pattern or config.alpha_pattern:
             raise UnsupportedAdapterError("mlx-lm has LoRA and DoRA of one rank and scale alone.")
-        tensors = dict(_in_mlx(key, tensor) for key, tensor in found.tensors.items())
+        tensors = dict(_in_mlx(key, tensor) for key, tensor in exported.tensors.items())
         keys = sorted({_within_layer(name.rpartition(".")[0]) for name in tensors})
         divisor = config.r**0.5 if config.use_rslora else config.r
         settings = {
@@ -140,8 +140,8 @@ def _in_mlx(key: str, tensor: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any
 
 def _within_layer(module: str) -> str:
     """A module's name within its layer, as `keys` has it."""
-    _, found, rest = module.partition(".layers.")
-    return rest.partition(".")[2] if found else module
+    _, separator, rest = module.partition(".layers.")
+    return rest.partition(".")[2] if separator else module
 
 
 FORMAT = Format(

@@ -109,23 +109,23 @@ def fit(
     """
     with about(path), content_of(path) as content:
         row = _format_of(content)
-        found = row.read(content)
+        source = row.read(content)
         metadata = dict(content.file.metadata)
-        if isinstance(found, Rows):
-            return OpenedAdapter(row.name, path, found.rows, {}, metadata, held=found.held)
+        if isinstance(source, Rows):
+            return OpenedAdapter(row.name, path, source.rows, {}, metadata, held=source.held)
         format = row.name
         if translate:
-            format, found = "diffusers", flux.in_diffusers(found)
-        names = own_names(found) if names is None else names
+            format, source = "diffusers", flux.in_diffusers(source)
+        names = own_names(source) if names is None else names
         alone = base is None
         if base is None:
-            base = own_shapes(found, names)
+            base = own_shapes(source, names)
             names = {p: names[p] for p in base}
-        needs_base = found.tuner.needs_base(found.config) if alone else None
-        rows, held, _, _ = restore(found, base, names, alone=alone)
+        needs_base = source.tuner.needs_base(source.config) if alone else None
+        rows, held, _, _ = restore(source, base, names, alone=alone)
         held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
-        of_file = (format, path, rows, names, metadata, found.config)
-        return OpenedAdapter(*of_file, held, found.part, needs_base, translate)
+        of_file = (format, path, rows, names, metadata, source.config)
+        return OpenedAdapter(*of_file, held, source.part, needs_base, translate)
 
 
 def load_any(
@@ -165,14 +165,14 @@ def load_any(
         row = _format_of(content)
         if row is FORMATS["native"]:
             return native.load_pair(path, params, sharding=sharding)
-        found = row.read(content)
-        assert isinstance(found, Source)
+        source = row.read(content)
+        assert isinstance(source, Source)
         layouts = as_layouts(names)
-        if is_translated(flux.modules_of(found), (x.module for x in layouts.values())):
-            found = flux.in_diffusers(found)
+        if is_translated(flux.modules_of(source), (x.module for x in layouts.values())):
+            source = flux.in_diffusers(source)
         elif row is FORMATS["kohya"]:
-            layouts = kohya.with_flat_names(layouts, found.tensors)
-        return restore(found, params, layouts, sharding).pair()
+            layouts = kohya.with_flat_names(layouts, source.tensors)
+        return restore(source, params, layouts, sharding).pair()
 
 
 def _format_of(content: Content) -> Format:
@@ -184,7 +184,7 @@ def _format_of(content: Content) -> Format:
     kind = "an HDF5 file" if isinstance(content.file, Hdf5File) else "a safetensors file"
     raise AdapterFileError(
         f"is {kind} {tensor}, and of no format that is known: "
-        f"{', '.join(row.what for row in FORMATS.values())}."
+        f"{', '.join(row.description for row in FORMATS.values())}."
     )
 
 
@@ -232,7 +232,9 @@ def _weights_in(folder: Path) -> Path:
     if len(tensors) == 1:
         return file_in(folder, tensors[0])
     names = [name for row in FORMATS.values() for name in row.files]
-    found = f"several files of tensors, {', '.join(tensors[:3])}; give one" if tensors else "none"
+    contents = (
+        f"several files of tensors, {', '.join(tensors[:3])}; give one" if tensors else "none"
+    )
     raise AdapterNotFoundError(
-        f"should have one of {', '.join(f'`{name}`' for name in names)}, and has {found}."
+        f"should have one of {', '.join(f'`{name}`' for name in names)}, and has {contents}."
     )

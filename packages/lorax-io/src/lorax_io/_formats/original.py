@@ -17,8 +17,8 @@ def _recognizes(content: Content) -> bool:
 
 
 def _read(content: Content) -> Source:
-    found = plain_keys(stored(content.file), PREFIX)
-    return self_described({peft_key(key): tensor for key, tensor in found.items()})
+    tensors = plain_keys(stored(content.file), PREFIX)
+    return self_described({peft_key(key): tensor for key, tensor in tensors.items()})
 
 
 FORMAT = Format("original", "a file of ai-toolkit or ComfyUI", _recognizes, _read)

@@ -51,23 +51,23 @@ def own_names(source: Source) -> dict[str, Layout]:
 
 def _experts(source: Source) -> dict[str, str]:
     """The adapted parameter of each module of experts, by the end of the module's name."""
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for target in source.config.target_parameters or ():
         module, _, parameter = target.rpartition(".")
-        if found.setdefault(module, parameter) != parameter:
+        if parameters.setdefault(module, parameter) != parameter:
             raise UnsupportedAdapterError(
                 f"adapts several parameters of `{module}`, and does not say which factors are "
                 "whose. Give names (`lorax_io.write_names`), with the order of each."
             )
-    return found
+    return parameters
 
 
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
     """The shapes of the parameters that an adapter has tensors of."""
-    found = {path: _own_shape(source, layout) for path, layout in names.items()}
+    shapes = {path: _own_shape(source, layout) for path, layout in names.items()}
     return {
         path: jax.ShapeDtypeStruct(shape, np.float32)
-        for path, shape in found.items()
+        for path, shape in shapes.items()
         if shape is not None
     }
 
@@ -120,12 +120,12 @@ def _sized(layout: Layout, stack: tuple[int, ...], shape: tuple[int, ...], group
     """The parameter's shape from a tensor's, each of whose axes is one of the parameter's."""
     try:
         place = layout.at(layout.module, (1,) * (len(stack) + len(shape)))
-        found = groups(place)
+        axis_groups = groups(place)
     except AdapterMismatchError as error:  # The parameter has more axes than its tensors.
-        raise _not_said(layout.module) from error
+        raise _unknown_sizes(layout.module) from error
     sizes = dict(zip(place.stack, stack, strict=True))
-    if len(found) == len(shape):
-        for size, group in zip(shape, found, strict=True):
+    if len(axis_groups) == len(shape):
+        for size, group in zip(shape, axis_groups, strict=True):
             if len(group) == 1:
                 sizes[group[0]] = size
     return tuple(_unsure(layout.module, sizes, len(place.shape)))
@@ -133,11 +133,11 @@ def _sized(layout: Layout, stack: tuple[int, ...], shape: tuple[int, ...], group
 
 def _unsure(module: str, sizes: Mapping[int, int], ndim: int) -> list[int]:
     if sorted(sizes) != list(range(ndim)):
-        raise _not_said(module)
+        raise _unknown_sizes(module)
     return [sizes[axis] for axis in sorted(sizes)]
 
 
-def _not_said(module: str) -> AdapterMismatchError:
+def _unknown_sizes(module: str) -> AdapterMismatchError:
     return AdapterMismatchError(
         f"does not say how large each of the axes is that are one in `{module}`. Load it in Python "
         "(`lorax_io.load_peft`), with the parameters."
@@ -151,12 +151,12 @@ def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
     matches = [match for key in source.tensors if (match := pattern.match(key))]
     if not matches:
         return None
-    found = [tuple(map(int, match.groups())) for match in matches]
+    numbers = [tuple(map(int, match.groups())) for match in matches]
     if layout.numbers is not None:
-        if lacking := set(layout.numbers) - {number for (number,) in found}:
+        if lacking := set(layout.numbers) - {number for (number,) in numbers}:
             raise AdapterFileError(f"lacks `{layout.module.format(min(lacking))}`.")
         return (len(layout.numbers),)
-    sizes = tuple(1 + max(group) for group in zip(*found, strict=True))
+    sizes = tuple(1 + max(group) for group in zip(*numbers, strict=True))
     if math.prod(sizes) > len(matches):
         raise AdapterFileError(f"lacks some of the modules `{layout.module}`.")
     return sizes

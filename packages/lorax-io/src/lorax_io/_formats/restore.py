@@ -63,18 +63,18 @@ def restore(
         places[path] = layout.at(path, leaves[path].shape)
     source = source._replace(tensors=source.tuner.spread(source.tensors, source.config, places))
     with distrusted():
-        found = find(source, places)
-        specs = _specs(source, found, places)
+        slots_of = find(source, places)
+        specs = _specs(source, slots_of, places)
         biases = changed_biases(source, places, leaves, alone)
     weights, held_shapes = blank_rows(leaves, specs)
     readers: dict[str, _Reader] = {}
-    for path, slots in found.items():
+    for path, slots in slots_of.items():
         readers |= _readers(source, places[path], specs.get(path), slots)
     for path, views in biases.items():
         place = places[path]
         axes, dtype = tuple(range(len(place.shape))), leaves[path].dtype
         readers[path] = _Reader(place.shape, dtype, axes, place.stack, views, path)
-    paths = dict.fromkeys((*found, *biases))
+    paths = dict.fromkeys((*slots_of, *biases))
     rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in paths}
     held = {
         path: {name: shape for name, shape in shapes.items() if f"{path}/{name}" in readers}
@@ -90,10 +90,10 @@ def restore(
     return Restored(rows, of, leaves, structure)
 
 
-def _specs(source: Source, found: Found, places: Mapping[str, Place]) -> dict[str, Adapter]:
+def _specs(source: Source, slots_of: Found, places: Mapping[str, Place]) -> dict[str, Adapter]:
     """The adapter, without arrays, of each parameter that has factors."""
     specs: dict[str, Adapter] = {}
-    for path, slots in found.items():
+    for path, slots in slots_of.items():
         place, keys = places[path], {slot.key for slot in slots}
         if keys == {WHOLE}:
             _check_complete(place, slots, [WHOLE])
@@ -111,8 +111,8 @@ def _blank(source: Source, place: Place, slots: Mapping[Slot, Stored]) -> Adapte
     shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for slot, tensor in slots.items():
         shapes.setdefault(slot.entry, {})[slot.key] = tensor.shape
-    found = [
-        _said(
+    blanks = [
+        _with_original_scaling(
             source,
             place.pattern_name(module),
             source.tuner.blank(place, source.config, module, shapes.get(entry, {})),
@@ -120,23 +120,24 @@ def _blank(source: Source, place: Place, slots: Mapping[Slot, Stored]) -> Adapte
         for entry, module in place.modules.items()
         if entry in shapes
     ]
-    if any(other != found[0] for other in found):
+    if any(other != blanks[0] for other in blanks):
         raise UnsupportedAdapterError(
             f"has other ranks or alphas for some modules that `{place.path}` stacks; they must be "
             "the same in all of them."
         )
-    return found[0]
+    return blanks[0]
 
 
-def _said(source: Source, name: str, weight: Any) -> Adapter:
+def _with_original_scaling(source: Source, name: str, weight: Any) -> Adapter:
     """The adapter with alpha and scaling as `save_peft` was given them."""
-    said = source.unsaid.get(name)
-    if said is None or not isinstance(weight, LoraWeight):
+    settings = source.original_scaling.get(name)
+    if settings is None or not isinstance(weight, LoraWeight):
         return weight
-    found = LoraWeight(None, None, weight.rank, said["alpha"], said["scaling"], *_sides(weight))
-    if not math.isclose(found.scale, weight.scale, rel_tol=1e-9):
+    form = settings["alpha"], settings["scaling"]
+    original = LoraWeight(None, None, weight.rank, *form, *_sides(weight))
+    if not math.isclose(original.scale, weight.scale, rel_tol=1e-9):
         raise AdapterFileError(f"its header and its config disagree on the scale of `{name}`.")
-    return found
+    return original
 
 
 def _sides(weight: Adapter) -> tuple[Any, Any, Any]:
@@ -195,8 +196,8 @@ def _readers(
         axed = Axed({path: tuple(range(len(place.shape)))}, {})
         factors: tuple[Factor, ...] = (Factor(WHOLE, path, place.whole),)
     else:
-        found = axes_of(spec, place.shape)
-        axed = Axed({f"{path}/{name}": axes for name, axes in found.of.items()}, found.sizes)
+        axes_in = axes_of(spec, place.shape)
+        axed = Axed({f"{path}/{name}": axes for name, axes in axes_in.of.items()}, axes_in.sizes)
         place = _with_sides(source, place, tensors)
         factors = tuple(
             factor._replace(name=f"{path}/{factor.name}")

@@ -36,8 +36,8 @@ def self_described(
             modules.setdefault(key[: match.start()], {})[match[1]] = tensor.shape
     if lonely := sorted(alphas.keys() - modules.keys()):
         raise AdapterFileError(f"has `{alphas[lonely[0]].name}`, and no factors beside it.")
-    found = {key for shapes in modules.values() for key in shapes}
-    kinds = [kind for kind, tuner in TUNERS.items() if found & {*tuner.marks}]
+    keys = {key for shapes in modules.values() for key in shapes}
+    kinds = [kind for kind, tuner in TUNERS.items() if keys & {*tuner.marks}]
     if len(kinds) != 1:
         named = " and ".join(TUNERS[kind].called for kind in kinds) or "no kind that is known"
         raise UnsupportedAdapterError(f"has factors of {named}; they must be of one kind.")
@@ -54,7 +54,7 @@ def self_described(
         rank_pattern=pattern(ranks, r),
         alpha_pattern=pattern(each, alpha),
         target_modules=sorted(modules),
-        use_dora=MAGNITUDE in found,
+        use_dora=MAGNITUDE in keys,
         is_said=False,
     )
     return Source(factors, config, part=part)
@@ -72,7 +72,7 @@ def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether both matrices of LoKr are in full: there is no rank, and alpha does not count."""
+    """Whether no matrix of LoKr is of low rank: there is no rank, and alpha does not count."""
     return "lokr_w1" in shapes and "lokr_w2" in shapes
 
 

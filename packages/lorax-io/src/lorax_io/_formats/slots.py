@@ -11,7 +11,7 @@ from .._bases.ties import is_embedding, is_head
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, warn
 from .._layouts import MAGNITUDE, Embedding, Layout, tensor_name
 from .._places import Place, packed_shape
-from .._tree import near
+from .._tree import suggestion
 from .biases import is_bias
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR, TUNERS
@@ -23,7 +23,7 @@ WHOLE = "whole"
 Places = Mapping[str, Place]
 
 _SAVED_AGAIN = ("embed_tokens", "lm_head")
-# Tensors of kinds of adapters that are told by their keys, not by the config.
+# Tensors of kinds of adapters that are identified by their keys, not by the config.
 _OTHERS = {
     "lora_diag": "KaSA",
     ".oft_r.": "OFT as PEFT before 0.15 had it",
@@ -53,7 +53,7 @@ def find(source: Source, places: Places) -> Found:
     biases = {
         module for place in places.values() if is_bias(place) for module in place.modules.values()
     }
-    found: Found = {}
+    slots_of: Found = {}
     for key, tensor in source.tensors.items():
         if key.endswith(f".{BIAS}"):
             _check_bias(key, biases, source.config)
@@ -72,9 +72,9 @@ def find(source: Source, places: Places) -> Found:
                 f"has the whole of `{key}`, which its config does not list. PEFT saves it so where "
                 "the vocabulary was resized; it replaces that of the base."
             )
-        found.setdefault(slot.path, {})[slot] = tensor
-    _check_targets(source, found, places)
-    return found
+        slots_of.setdefault(slot.path, {})[slot] = tensor
+    _check_targets(source, slots_of, places)
+    return slots_of
 
 
 def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
@@ -85,7 +85,7 @@ def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
         )
     if module not in biases:
         raise UnsupportedAdapterError(
-            f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none of its own "
+            f"has `{key}`, a bias in the factors of `{module}`, and `{module}` has none "
             "in the base. Merge the adapter in PEFT."
         )
 
@@ -153,7 +153,7 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
         module = key[: match.start()]
         known = [slot_key.removesuffix(match[0]) for slot_key in slots if match[0] in slot_key]
         raise AdapterMismatchError(
-            f"adapts the module `{module}`, which is not in `names`.{near(module, known)}"
+            f"adapts the module `{module}`, which is not in `names`.{suggestion(module, known)}"
         )
     raise AdapterMismatchError(
         f"has `{tensor.name}`, which is not a factor and does not fit a parameter in `names`."
@@ -171,9 +171,11 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
         kinds[MAGNITUDE] = "DoRA, with a magnitude for each output"
     has_cores = "is for convolutions alone" if not source.config.is_said else "PEFT does not have"
     kinds[MID] = f"LoRA with a Tucker core, which {has_cores}"
-    for mark, what in kinds.items():
+    for mark, description in kinds.items():
         if key.endswith(mark) if mark.startswith(".") else mark in key:
-            raise UnsupportedAdapterError(f"`{tensor.name}` is of an adapter that is {what}.")
+            raise UnsupportedAdapterError(
+                f"`{tensor.name}` is of an adapter that is {description}."
+            )
 
 
 def _check_copy(tensor: Stored, module: str, place: Place) -> None:
@@ -188,11 +190,11 @@ def _check_copy(tensor: Stored, module: str, place: Place) -> None:
         )
 
 
-def _check_targets(source: Source, found: Found, places: Places) -> None:
+def _check_targets(source: Source, slots_of: Found, places: Places) -> None:
     """What the config says is adapted, and what has tensors, are the same modules."""
     config = source.config
     for path, place in places.items():
-        keys = {slot.key for slot in found.get(path, ())}
+        keys = {slot.key for slot in slots_of.get(path, ())}
         for module in place.modules.values():
             if config.saves(module) and keys != {WHOLE}:
                 raise AdapterFileError(

@@ -20,7 +20,8 @@ class Source(NamedTuple):
 
     tensors: Mapping[str, Stored]
     config: PeftConfig
-    unsaid: Mapping[str, Mapping[str, Any]] = {}  # alpha and scaling, where the config has another
+    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    original_scaling: Mapping[str, Mapping[str, Any]] = {}
     written_here: bool = False  # so that experts are not swapped unless the layout says so
     part: str | None = None  # of a pipeline, for diffusers
 
@@ -51,10 +52,10 @@ def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
     """
     empty = [name for name, shape in tensors.items() if 0 in shape]
     if empty or not tensors:
-        what = f"has a tensor without numbers, `{empty[0]}`" if empty else "has no tensors"
+        problem = f"has a tensor without numbers, `{empty[0]}`" if empty else "has no tensors"
         raise AdapterFileError(
-            f"{what}: the adapter was not gathered when it was saved, as happens under DeepSpeed's "
-            "ZeRO-3. Save it again from a gathered state."
+            f"{problem}: the adapter was not gathered when it was saved, as happens under "
+            "DeepSpeed's ZeRO-3. Save it again from a gathered state."
         )
 
 
@@ -68,11 +69,11 @@ def plain_keys(
         prefix: of those that are in a module.
         common: the keys of those that are in none, by their name.
     """
-    found: dict[str, Stored] = {}
+    renamed: dict[str, Stored] = {}
     adapters: set[str] = set()
     for name, tensor in tensors.items():
         if name in common:
-            found[common[name]] = tensor
+            renamed[common[name]] = tensor
             continue
         if not name.startswith(prefix):
             raise AdapterFileError(
@@ -82,11 +83,11 @@ def plain_keys(
         if match := _ADAPTER_NAME.search(key):
             adapters.add(match[2])
             key = key.replace(match[0], f".{match[1]}", 1)
-        if key in found or len(adapters) > 1:
-            other = found.get(key, next(iter(found.values()))).name
+        if key in renamed or len(adapters) > 1:
+            other = renamed.get(key, next(iter(renamed.values()))).name
             raise AdapterFileError(f"has `{name}` and `{other}`: two adapters in one file.")
-        found[key] = tensor
-    return found
+        renamed[key] = tensor
+    return renamed
 
 
 def without_copies(tensors: Mapping[str, Stored], config: PeftConfig) -> dict[str, Stored]:

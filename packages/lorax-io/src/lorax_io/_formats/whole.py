@@ -69,8 +69,8 @@ def add_full(
         if not in_head(module) and saved.keys().isdisjoint(prefixes(module)[:-1])
         for name in entries
     }
-    found = [layout.module for layout in names.values() if in_head(layout.module)]
-    outer |= {h for h in heads if any(map(PeftConfig(modules_to_save=[h]).saves, found))}
+    head_modules = [layout.module for layout in names.values() if in_head(layout.module)]
+    outer |= {h for h in heads if any(map(PeftConfig(modules_to_save=[h]).saves, head_modules))}
     return sorted(outer) or None, bias
 
 
@@ -175,7 +175,7 @@ def add(tensors: dict[str, Array], name: str, tensor: Array) -> None:
         raise UnsupportedAdapterError(
             f"`{name}` is {tensor.dtype}; PEFT reads {', '.join(DTYPES)}. Cast the tree."
         )
-    # A copy of its own, so that what it was gathered from can go.
+    # A separate copy, so that what it was gathered from can go.
     tensors[name] = np.asarray(tensor, order="C")
 
 

@@ -1,12 +1,13 @@
 """What the header of a frozen tree says of each base."""
 
+import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
-from lorax import QuantizedWeight
+from lorax import FrozenWeight, LoraxError, QuantizedWeight, adapter_from_settings
 from lorax.bases import quantized_from_settings
 
 from .._disk.packed import Packed
@@ -18,6 +19,8 @@ from .._formats.native import FROZEN_KEY, PREFIX
 FORMAT = "1"
 BASES, PACKED = PREFIX + "bases", PREFIX + "packed"
 
+_KEYS = {"factors", "arrays", "quantized", "adapter"}
+
 Base = Any  # an array or its shape, a `QuantizedWeight` of these, or None
 
 
@@ -26,52 +29,62 @@ class Entry(NamedTuple):
 
     base: Base
     factors: Mapping[str, Any]
+    adapter: str = ""  # `FrozenWeight.settings`
+
+    @classmethod
+    def of(cls, leaf: Any) -> Self:
+        """A leaf as an entry."""
+        if isinstance(leaf, FrozenWeight):
+            return cls(leaf.base, leaf.factors, leaf.settings)
+        return cls(leaf, {})
 
     def arrays(self, path: str) -> dict[str, Any]:
         """All arrays by the names of their tensors."""
-        found: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
         if isinstance(self.base, QuantizedWeight):
-            found = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
+            arrays = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
         elif self.base is not None:
-            found = {path: self.base}
+            arrays = {path: self.base}
         for name, factor in self.factors.items():
-            if f"{path}/{name}" in found:
+            if f"{path}/{name}" in arrays:
                 raise AdapterError(f"two arrays are both called `{path}/{name}`; rename one.")
-            found[f"{path}/{name}"] = factor
-        return found
+            arrays[f"{path}/{name}"] = factor
+        return arrays
 
     def settings(self) -> dict[str, Any] | None:
         """What the header says of it."""
         if self.base is None:
             return None
-        found: dict[str, Any] = {"factors": sorted(self.factors)}
+        settings: dict[str, Any] = {"factors": sorted(self.factors)}
         if isinstance(self.base, QuantizedWeight):
-            found |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
-        return found
+            settings |= {"arrays": list(self.base.names), "quantized": self.base.settings()}
+        if self.adapter:
+            settings["adapter"] = json.loads(self.adapter)
+        return settings
 
 
 def all_arrays(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The arrays of all entries by name."""
-    found: dict[str, Any] = {}
+    everything: dict[str, Any] = {}
     for path, entry in entries.items():
         arrays = entry.arrays(path)
-        if twice := sorted(found.keys() & arrays.keys()):
+        if twice := sorted(everything.keys() & arrays.keys()):
             raise AdapterError(f"two arrays are both called `{twice[0]}`; rename one.")
-        found |= arrays
-    return found
+        everything |= arrays
+    return everything
 
 
 def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
     """The entries, of shapes, and the tensors that are packed; every tensor has its use."""
-    found = file.metadata.get(FROZEN_KEY)
-    if found is None:
+    version = file.metadata.get(FROZEN_KEY)
+    if version is None:
         raise AdapterFileError(
             "is a safetensors file, but not a frozen tree of `save_frozen`. `load_base` reads the "
             "checkpoints of other libraries, `load_adapter` adapters."
         )
-    if found != FORMAT:
+    if version != FORMAT:
         raise AdapterFileError(
-            f"is a frozen tree of format {found[:20]!r}; this version of lorax-io reads format "
+            f"is a frozen tree of format {version[:20]!r}; this version of lorax-io reads format "
             f"{FORMAT}. Update it."
         )
     packed = {name: Packed.from_settings(name, row) for name, row in _object(file, PACKED).items()}
@@ -86,10 +99,10 @@ def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
 
 
 def _object(file: TensorFile, key: str) -> dict[str, Any]:
-    found = parse_json(file.metadata.get(key, ""))
-    if not isinstance(found, dict):
+    content = parse_json(file.metadata.get(key, ""))
+    if not isinstance(content, dict):
         raise AdapterFileError(f"its header has no object under {key!r}.")
-    return found
+    return content
 
 
 def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.ShapeDtypeStruct:
@@ -97,19 +110,19 @@ def _shape(file: TensorFile, name: str, packed: Mapping[str, Packed]) -> jax.Sha
     check_width(name, dtype)
     if name not in packed:
         return jax.ShapeDtypeStruct(shape, dtype)
-    found = packed[name]
-    if (dtype, shape) != (np.dtype(np.uint8), found.bytes_shape):
+    packing = packed[name]
+    if (dtype, shape) != (np.dtype(np.uint8), packing.bytes_shape):
         raise AdapterFileError(
-            f"has `{name}` of {dtype} {shape}; packed, {found.dtype} {found.shape} is uint8 "
-            f"{found.bytes_shape}."
+            f"has `{name}` of {dtype} {shape}; packed, {packing.dtype} {packing.shape} is uint8 "
+            f"{packing.bytes_shape}."
         )
-    return jax.ShapeDtypeStruct(found.shape, found.dtype)
+    return jax.ShapeDtypeStruct(packing.shape, packing.dtype)
 
 
 def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Entry:
     if row is None:
         return Entry(None, {})
-    if not isinstance(row, dict) or not row.keys() <= {"factors", "arrays", "quantized"}:
+    if not isinstance(row, dict) or not row.keys() <= _KEYS:
         raise AdapterFileError(f"its header does not say how `{path}` is held.")
 
     def named(key: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,16 +136,29 @@ def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> E
             raise AdapterFileError(f"lacks the tensor `{name}` of its header.")
         return shapes[name]
 
-    factors = named("factors")
+    factors, adapter = named("factors"), _adapter(path, row.get("adapter"))
     if "quantized" not in row:
-        return Entry(shape_of(path), factors)
+        return Entry(shape_of(path), factors, adapter)
     try:
-        return Entry(quantized_from_settings(row["quantized"], named("arrays")), factors)
+        base = quantized_from_settings(row["quantized"], named("arrays"))
+        return Entry(base, factors, adapter)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterFileError(
             f"its header does not fit the quantized weight `{path}`: {error}"
+        ) from error
+
+
+def _adapter(path: str, settings: Any) -> str:
+    """The settings of the adapter that the frozen factors are of, where the header has some."""
+    if settings is None:
+        return ""
+    try:
+        return json.dumps(adapter_from_settings(settings).settings())
+    except (ValueError, TypeError, KeyError, AttributeError, LoraxError) as error:
+        raise AdapterFileError(
+            f"its header does not say of which adapter the factors beside `{path}` are: {error}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from .._disk.packed import Packed
 from .._disk.progress import bars, track
 from .._disk.tensors import TensorFile
 from .._errors import AdapterMismatchError, warn
-from .._tree import base_of, frozen_leaves, is_array, near, with_leaves
+from .._tree import base_of, frozen_leaves, is_array, suggestion, with_leaves
 from .header import Entry, all_arrays, check_numbers, read_header
 from .save import formats
 
@@ -72,7 +72,10 @@ def load_frozen(
             entries, packed = read_header(file)
             leaves, structure = frozen_leaves(given)
             _check_paths(entries, leaves)
-            (_fit_params if like is None else _fit_like)(entries, leaves)
+            if like is None:
+                _fit_params(entries, leaves)
+            else:
+                entries = _fit_like(entries, leaves)
             said = None if sharding is None else spread(sharding, structure, leaves)
             places: dict[str, Sharding | None] = {}
             for leaf_path, entry in entries.items():
@@ -87,11 +90,12 @@ def _check_paths(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> Non
     if unknown := sorted(entries.keys() - leaves.keys()):
         raise AdapterMismatchError(
             f"has `{unknown[0]}`, which the tree that was given does not have."
-            f"{near(unknown[0], leaves)}"
+            f"{suggestion(unknown[0], leaves)}"
         )
     if missing := sorted(leaves.keys() - entries.keys()):
         raise AdapterMismatchError(
-            f"lacks `{missing[0]}`, which the tree that was given has.{near(missing[0], entries)}"
+            f"lacks `{missing[0]}`, which the tree that was given has."
+            f"{suggestion(missing[0], entries)}"
         )
 
 
@@ -103,9 +107,9 @@ def _fit_params(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None
         if entry.base is None:
             continue
         if not is_array(leaf) or tuple(leaf.shape) != tuple(entry.base.shape):
-            what = f"shape {tuple(leaf.shape)}" if is_array(leaf) else f"{type(leaf).__name__}"
+            actual = f"shape {tuple(leaf.shape)}" if is_array(leaf) else f"{type(leaf).__name__}"
             raise AdapterMismatchError(
-                f"has `{path}` of shape {tuple(entry.base.shape)}; the parameters have {what}."
+                f"has `{path}` of shape {tuple(entry.base.shape)}; the parameters have {actual}."
             )
         if leaf.dtype != entry.base.dtype:
             other.append(f"`{path}` in {entry.base.dtype}, not {leaf.dtype}")
@@ -114,17 +118,19 @@ def _fit_params(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None
         warn(f"has weights in other dtypes than the parameters: {other[0]}{more}.")
 
 
-def _fit_like(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None:
+def _fit_like(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries, with the settings of adapters that `like` has: these change no array."""
+    fit: dict[str, Entry] = {}
     for path, entry in entries.items():
-        leaf = leaves[path]
-        factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-        wanted = Entry(base_of(leaf), factors)
-        for what, ours, theirs in (
+        wanted = Entry.of(leaves[path])
+        fit[path] = entry = entry._replace(adapter=wanted.adapter)
+        for suffix, ours, theirs in (
             ("", entry.settings(), wanted.settings()),
             (" of", _shapes(path, entry), _shapes(path, wanted)),
         ):
             if ours != theirs:
-                raise AdapterMismatchError(f"has `{path}`{what} {ours}, but `like` has {theirs}.")
+                raise AdapterMismatchError(f"has `{path}`{suffix} {ours}, but `like` has {theirs}.")
+    return fit
 
 
 def _shapes(path: str, entry: Entry) -> dict[str, str]:
@@ -137,8 +143,8 @@ def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str
     blanks = jax.tree.unflatten(structure, range(len(leaves)))
     if isinstance(sharding, Sharding):
         return dict.fromkeys(leaves, sharding)
-    found = jax.tree.leaves(jax.tree.broadcast(sharding, blanks))
-    return dict(zip(leaves, found, strict=True))
+    shardings = jax.tree.leaves(jax.tree.broadcast(sharding, blanks))
+    return dict(zip(leaves, shardings, strict=True))
 
 
 def _places(
@@ -146,24 +152,23 @@ def _places(
 ) -> dict[str, Sharding | None]:
     """Where each array of a leaf goes."""
     if alike and said is None:
-        factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-        own = Entry(base_of(leaf), factors).arrays(path)
+        own = Entry.of(leaf).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
     return places_of(path, entry, sharding_of(base_of(leaf)) if said is None else said[path])
 
 
 def places_of(path: str, entry: Entry, sharding: Sharding | None) -> dict[str, Sharding | None]:
     """Where each array of a leaf goes, if its weight goes there."""
-    found: dict[str, Sharding | None] = dict.fromkeys(entry.arrays(path), sharding)
+    places: dict[str, Sharding | None] = dict.fromkeys(entry.arrays(path), sharding)
     if sharding is None or entry.base is None:
-        return found
+        return places
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
-        found |= {f"{path}/{name}": everywhere for name in entry.factors}
+        places |= {f"{path}/{name}": everywhere for name in entry.factors}
     if isinstance(entry.base, QuantizedWeight):
         split = entry.base.shardings(sharding)
-        found |= {f"{path}/{name}": where for name, where in split.items()}
-    return found
+        places |= {f"{path}/{name}": where for name, where in split.items()}
+    return places
 
 
 def _arrays(
@@ -193,7 +198,7 @@ def _arrays(
 
 
 def _leaf(path: str, entry: Entry, arrays: Mapping[str, jax.Array]) -> Any:
-    base, factors = entry
+    base, factors, adapter = entry
     if base is None:
         return None
     if isinstance(base, QuantizedWeight):
@@ -201,4 +206,4 @@ def _leaf(path: str, entry: Entry, arrays: Mapping[str, jax.Array]) -> Any:
     else:
         base = arrays[path]
     held = {name: arrays[f"{path}/{name}"] for name in factors}
-    return FrozenWeight(base, held) if held else base
+    return FrozenWeight(base, held, adapter) if held else base

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import FrozenWeight, QuantizedWeight
+from lorax import QuantizedWeight
 
 from .._disk.arrays import one_writer, to_host
 from .._disk.packed import DTYPES, Packed
@@ -19,7 +19,7 @@ from .._disk.streams import in_order, write_stream
 from .._disk.tensors import check_dtype
 from .._errors import AdapterError, about
 from .._formats.native import FROZEN_KEY, PREFIX
-from .._tree import base_of, frozen_leaves, is_array
+from .._tree import frozen_leaves, is_array
 from .header import BASES, FORMAT, PACKED, Entry, all_arrays, check_numbers
 
 
@@ -59,7 +59,9 @@ def save_frozen(
     with about(path), bars(progress):
         if taken := [key for key in metadata or {} if key.startswith(PREFIX)]:
             raise AdapterError(f"metadata keys may not begin with {PREFIX!r}: {taken}.")
-        entries = {leaf_path: _entry(leaf) for leaf_path, leaf in frozen_leaves(frozen)[0].items()}
+        entries = {
+            leaf_path: Entry.of(leaf) for leaf_path, leaf in frozen_leaves(frozen)[0].items()
+        }
         arrays, held = all_arrays(entries), formats(entries)
         for name, array in arrays.items():
             _check_array(name, array)
@@ -78,17 +80,12 @@ def save_frozen(
         def tensors() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
             for name in track(in_order(shapes), "Saving the frozen tree"):
                 array = arrays[name]
-                found = to_host(packed[name].pack(array) if name in packed else array)
-                check_numbers(name, found, held.get(name))
-                yield name, found
+                numbers = to_host(packed[name].pack(array) if name in packed else array)
+                check_numbers(name, numbers, held.get(name))
+                yield name, numbers
 
         with one_writer() as writer:
             write_stream(path, shapes, header, tensors(), write=writer)
-
-
-def _entry(leaf: Any) -> Entry:
-    factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-    return Entry(base_of(leaf), factors)
 
 
 def formats(entries: Mapping[str, Entry]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("fit", ["params", "shapes", "like", "like shapes"])
-def test_what_is_loaded_is_what_was_saved(file, fit):
+def test_loaded_equals_saved(file, fit):
     tunable = make_tunable(alpha=8)
     save_adapter(file, tunable, base=make_params())
     like = make_tunable(alpha=8, seed=1)
@@ -87,7 +87,7 @@ def test_every_dtype_comes_back(file, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float4_e2m1fn", "float8_e3m4"])
-def test_dtypes_that_the_format_has_not_are_refused(file, dtype):
+def test_dtypes_missing_in_the_format_raise(file, dtype):
     with pytest.raises(AdapterError, match=f"`w` is {dtype}, which a safetensors file cannot"):
         save_adapter(file, {"w": jnp.zeros(3, dtype)})
     assert not file.exists()
@@ -111,7 +111,7 @@ def test_values_survive_any_memory_order(file, array):
     np.testing.assert_array_equal(load_adapter(file, like={"w": array})["w"], array)
 
 
-def test_an_empty_adapter_comes_back(file):
+def test_empty_adapter_round_trips(file):
     save_adapter(file, {"w": None})
     assert load_adapter(file, params={"w": jnp.ones(3)}) == {"w": None}
 
@@ -122,7 +122,7 @@ def test_tensors_are_named_by_path(file):
     assert set(safetensors.numpy.load_file(file)) == names
 
 
-def test_metadata_comes_back(file):
+def test_metadata_round_trips(file):
     save_adapter(file, make_tunable(), metadata={"base": "tiny"})
     assert read_metadata(file) == {"base": "tiny"}
     with pytest.raises(AdapterError, match=r"lorax\.format"):
@@ -145,7 +145,7 @@ def test_metadata_comes_back(file):
     ],
     ids=["same path", "nan", "infinity", "no array", "keys", "reserved", "same tensor"],
 )
-def test_what_cannot_be_saved_is_said(file, tree, message):
+def test_unsavable_trees_raise(file, tree, message):
     with pytest.raises(AdapterError, match=message):
         save_adapter(file, tree)
     assert not list(file.parent.iterdir())
@@ -154,7 +154,7 @@ def test_what_cannot_be_saved_is_said(file, tree, message):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        ({"w": jnp.ones(3), "v": jnp.ones(3)}, "lacks `v`, which `like` has"),
+        ({"w": jnp.ones(3), "v": jnp.ones(3)}, "lacks `v`, which is in `like`"),
         ({"v": jnp.ones(3)}, "has `w`, which is not in `like`"),
         ({"w": jnp.ones(4)}, r"`w` of shape \(3,\), but \(4,\) would fit"),
         ({"w": jnp.ones(3, jnp.float16)}, "`w` in float32, but `like` has float16"),
@@ -195,7 +195,7 @@ def test_another_base_is_refused(file, params, message):
         load_adapter(file, params=params)
 
 
-def test_the_same_base_in_another_dtype_is_said(file):
+def test_same_base_in_another_dtype_warns(file):
     save_adapter(file, make_tunable(), base=make_params())
     params = changed(make_params(), kernel=jnp.ones((5, 3), jnp.bfloat16))
     with pytest.warns(AdapterWarning, match="other dtypes"):

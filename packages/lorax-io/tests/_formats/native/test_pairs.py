@@ -68,7 +68,7 @@ def test_a_pair_is_merged_as_its_trees(tmp_path, pair):
         save_merged(tmp_path / "none", pair)
 
 
-def test_a_tree_of_two_parts_is_no_pair(tmp_path, pair):
+def test_tree_of_two_parts_is_not_a_pair(tmp_path, pair):
     frozen, tunable = pair
     other = lorax.init_lora(PARAMS, {"q": 0, "bias": lorax.LORA_FULL}, jax.random.key(0))[1]
     for tree in [(other, tunable), (tunable, tunable), [frozen, tunable], (tunable, None)]:

@@ -147,15 +147,15 @@ def assert_close(left, right):
 
 
 @pytest.mark.parametrize("case", SPECS)
-def test_a_folder_comes_back(files, case):
+def test_folder_round_trips(files, case):
     params, pair = make(SPECS[case])
     names = names_of(params)
     save_peft("adapter", pair, names)
-    found = load_peft("adapter", params, names)
-    assert {p: x.kind for p, x in found.tunable.items()} == {
+    loaded = load_peft("adapter", params, names)
+    assert {p: x.kind for p, x in loaded.tunable.items()} == {
         p: x.kind for p, x in pair.tunable.items()
     }
-    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
+    assert_close(lorax.merge_params(loaded), lorax.merge_params(pair))
 
 
 @pytest.mark.parametrize("case", [case for case in SPECS if "heads" not in case])
@@ -172,19 +172,19 @@ def test_the_command_merges_it(shell, files, case):
     shell.succeed("merge adapter --base base --out merged")
     merged = files.read("merged/model.safetensors")
     for path, array in lorax.merge_params(pair).items():
-        found = merged[f"{NAMES[path].module}.weight"]
-        np.testing.assert_allclose(found, array.transpose(order[path]), rtol=2e-5, atol=2e-6)
+        tensor = merged[f"{NAMES[path].module}.weight"]
+        np.testing.assert_allclose(tensor, array.transpose(order[path]), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in SPECS if "conv" not in case])
 def test_the_command_reads_it_without_a_base(shell, files, case):
     params, pair = make(SPECS[case])
     save_peft("adapter", pair, names_of(params))
-    found = json.loads(shell.succeed("inspect adapter --json"))
+    report = json.loads(shell.succeed("inspect adapter --json"))
     kinds = {row.kind for row in pair.tunable.values()}
-    assert {line["kind"] for line in found["parameters"]} == kinds
+    assert {line["kind"] for line in report["parameters"]} == kinds
     if "vera" in kinds:
-        assert "as large as the largest module" in found["needs its base"]
+        assert "as large as the largest module" in report["needs its base"]
         shell.fail("convert adapter native.safetensors --to native")
         return
     shell.succeed("convert adapter native.safetensors --to native")
@@ -196,9 +196,9 @@ def test_the_command_reads_it_without_a_base(shell, files, case):
 def test_scales_are_folded_where_there_is_a_factor_for_it(files):
     params, pair = make({"up": LohaSpec(3, 5)})
     save_peft("adapter", pair.tunable, names_of(params), fold_scale=True)
-    found = load_peft("adapter", params, names_of(params))
-    assert found.tunable["up"].scale == 1
-    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
+    loaded = load_peft("adapter", params, names_of(params))
+    assert loaded.tunable["up"].scale == 1
+    assert_close(lorax.merge_params(loaded), lorax.merge_params(pair))
 
 
 REFUSED = {
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_peft_does_not_have_is_refused(files, tmp_path, case):
+def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     params, pair = make(REFUSED[case])
     with pytest.raises(UnsupportedAdapterError, match="PEFT"):
         save_peft("adapter", pair.tunable, names_of(params))
@@ -235,13 +235,13 @@ def test_gains_of_outputs_change_the_bias_too(shell, files, side):
     bias = files.draw(32)
     files.base({"blocks.0.up.weight": files.draw(32, 24), "blocks.0.up.bias": bias})
     params["bias"] = jnp.asarray(bias)
-    found = load_peft("adapter", params, names)
+    loaded = load_peft("adapter", params, names)
     wanted = bias * np.asarray(pair.tunable["up"].gain) if side == "out" else bias
-    np.testing.assert_allclose(lorax.merge_params(found)["bias"], wanted, rtol=1e-6)
+    np.testing.assert_allclose(lorax.merge_params(loaded)["bias"], wanted, rtol=1e-6)
     shell.succeed("merge adapter --base base --out merged")
     merged = files.read("merged/model.safetensors")["blocks.0.up.bias"]
     np.testing.assert_allclose(merged, wanted, rtol=1e-6)
-    save_peft("again", found.tunable, names, params=params)
+    save_peft("again", loaded.tunable, names, params=params)
     assert shell("diff adapter again").code == 0
     if side == "in":
         return
@@ -250,11 +250,11 @@ def test_gains_of_outputs_change_the_bias_too(shell, files, side):
         load_peft("adapter", shapes, names)
     with pytest.raises(UnsupportedAdapterError, match="and here it is frozen"):
         save_peft("again", pair.tunable, names)
-    other = found.tunable | {"bias": params["bias"] + 1}
+    other = loaded.tunable | {"bias": params["bias"] + 1}
     with pytest.raises(UnsupportedAdapterError, match="is not what PEFT makes of"):
         save_peft("again", other, names, params=params)
     with pytest.raises(UnsupportedAdapterError, match="compared with the base"):
-        save_peft("again", found.tunable, names)
+        save_peft("again", loaded.tunable, names)
 
 
 def spoil(spec, changes=None, config=None):
@@ -313,7 +313,7 @@ def test_a_core_of_a_weight_without_a_window_is_refused(files, spec):
     ("spec", "changes", "config", "error"),
     [pytest.param(*row[1:], id=row[0]) for row in SPOILED],
 )
-def test_what_does_not_fit_is_refused(files, spec, changes, config, error):
+def test_mismatches_raise(files, spec, changes, config, error):
     params = spoil(spec, changes, config)
     with pytest.raises(error) as raised:
         load_peft("adapter", params, names_of(params))
@@ -399,5 +399,5 @@ def test_a_native_file_of_each_kind_converts(shell, files):
         json.dumps({"up": {"layout": "Linear", "module": "blocks.0.up"}})
     )
     shell.succeed("convert a.safetensors adapter --to peft --names names.json")
-    found = load_peft("adapter", params, names_of(params))
-    assert_close(lorax.merge_params(found), lorax.merge_params(pair))
+    loaded = load_peft("adapter", params, names_of(params))
+    assert_close(lorax.merge_params(loaded), lorax.merge_params(pair))

@@ -26,5 +26,5 @@ CODINGS: dict[str, Finder] = {
 def find_coded(tensors: Tensors, module: str, parameter: str) -> Found | None:
     """The codes of a weight, where it has some that can be read."""
     with fitting(f"{module}.{parameter}"):
-        found = (find(tensors, module, parameter) for find in CODINGS.values())
-        return next((coded for coded in found if coded is not None), None)
+        candidates = (find(tensors, module, parameter) for find in CODINGS.values())
+        return next((coded for coded in candidates if coded is not None), None)

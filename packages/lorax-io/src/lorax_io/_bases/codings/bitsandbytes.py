@@ -32,12 +32,12 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
     kind = next((kind for kind in ("nf4", "fp4") if f"{state}{kind}" in tensors), None)
     if kind is None:
         return None
-    shape, block, dtype, found = _state(tensors, f"{state}{kind}")
+    shape, block, dtype, settings = _state(tensors, f"{state}{kind}")
     size = math.prod(shape)
     data = need(tensors, weight, dtypes=[np.uint8]).reshape(-1)
     expect(weight, data, ((size + 1) // 2,))
     table = expect("quant_map", need(tensors, f"{weight}.quant_map"), (16,)).astype(np.float32)
-    scales, names = _scales(tensors, weight, found, -(-size // block))
+    scales, names = _scales(tensors, weight, settings, -(-size // block))
     names = (weight, f"{state}{kind}", f"{weight}.quant_map", *names)
     width, inputs = math.prod(shape[1:]), shape[-1]
 
@@ -74,10 +74,10 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
 def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict[str, Any]]:
     """The shape, the size of a block and the dtype of a weight, and the other settings."""
     try:
-        found = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
-        shape, block, dtype = found["shape"], found["blocksize"], _DTYPES[found["dtype"]]
+        settings = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
+        shape, block, dtype = settings["shape"], settings["blocksize"], _DTYPES[settings["dtype"]]
         if all(type(n) is int and 0 < n < 2**40 for n in [block, *shape]) and len(shape) > 1:
-            return tuple(shape), block, np.dtype(dtype), found
+            return tuple(shape), block, np.dtype(dtype), settings
     except (UnicodeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise AdapterFileError(f"its `{name}` is not the state of a weight.") from error
     raise AdapterFileError(f"its `{name}` is not the state of a weight.")

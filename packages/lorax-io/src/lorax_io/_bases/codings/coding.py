@@ -77,7 +77,7 @@ class Decoded(NamedTuple):
     Attributes:
         names: the tensors that it is made of.
         why: what no format has, as a clause.
-        read: gives the weight in full.
+        read: gives the whole weight.
         shape: of the weight.
         dtype: of the decoded weight.
     """
@@ -167,5 +167,5 @@ def check_bits(name: str, bits: Any) -> int:
 
 def setting(tensors: Tensors, key: str, default: Any = None) -> Any:
     """What the config says of the quantization."""
-    found = tensors.config.get("quantization_config")
-    return found.get(key, default) if isinstance(found, dict) else default
+    settings = tensors.config.get("quantization_config")
+    return settings.get(key, default) if isinstance(settings, dict) else default

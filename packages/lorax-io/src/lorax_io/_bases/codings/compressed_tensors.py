@@ -74,8 +74,8 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> Found | None:
         if scales.shape[0] != outputs:
             raise AdapterFileError(f"has `{zero}` beside one scale for all of `{packed}`.")
         expect(zero, zeros, (-(-outputs * bits // 32), count))
-        found = from_words(zeros.T, bits)[:, :outputs].T
-        parts["zeros"] = whole(np.ascontiguousarray(found), grains, unsigned)
+        zero_points = from_words(zeros.T, bits)[:, :outputs].T
+        parts["zeros"] = whole(np.ascontiguousarray(zero_points), grains, unsigned)
         names.append(zero)
     held = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
     return Coded(tuple(names), held, parts, (outputs, inputs), scales.dtype)

@@ -61,10 +61,10 @@ def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
     def zero_points(rows: slice) -> Array:  # [outputs, groups]
         if is_awq:
             return _of_awq(zeros, rows)
-        found = from_words(zeros, bits)[:, rows].T
+        stored = from_words(zeros, bits)[:, rows].T
         if setting(tensors, "checkpoint_format") == "gptq_v2":
-            return found
-        return (found + 1) & (2**bits - 1)  # stored less one
+            return stored
+        return (stored + 1) & (2**bits - 1)  # stored less one
 
     dtype = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
     held = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
@@ -96,6 +96,6 @@ def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
 def _of_awq(words: Any, rows: slice) -> Array:
     """Some rows of codes that are packed along them, eight to a word."""
     first, last = rows.start // 8, -(-rows.stop // 8)
-    found = from_words(words[:, first:last], 4)
-    found = found.reshape(*found.shape[:1], -1, 8)[..., _ORDER].reshape(found.shape[0], -1)
-    return found[:, rows.start - 8 * first : rows.stop - 8 * first].T
+    codes = from_words(words[:, first:last], 4)
+    codes = codes.reshape(*codes.shape[:1], -1, 8)[..., _ORDER].reshape(codes.shape[0], -1)
+    return codes[:, rows.start - 8 * first : rows.stop - 8 * first].T

@@ -35,7 +35,7 @@ def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, 
     if absent_rows := sorted(rows.keys() - leaves.keys()):
         raise AdapterMismatchError(f"adapts `{absent_rows[0]}`, {absent(absent_rows[0], leaves)}")
     arrays = {path: leaf for path, leaf in {**leaves, **full}.items() if is_array(leaf)}
-    found = {
+    hashes = {
         "shapes": _hash(f"{path} {list(arrays[path].shape)}" for path in sorted(arrays)),
         "dtypes": _hash(f"{path} {arrays[path].dtype}" for path in sorted(arrays)),
     }
@@ -46,8 +46,8 @@ def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, 
             for array in _parts(arrays[path]):
                 numbers = np.asarray(to_host(array), order="C")
                 digest.update(numbers.reshape(-1).view(np.uint8).data)
-        found["content"] = digest.hexdigest()
-    return found
+        hashes["content"] = digest.hexdigest()
+    return hashes
 
 
 def _parts(leaf: Any) -> list[Any]:
@@ -73,8 +73,8 @@ def check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
         if is_array(leaf)
         for array in _parts(leaf)
     )
-    found = fingerprint(params, rows, "content" in saved and numbers)
-    other = [key for key, value in found.items() if saved.get(key) != value]
+    hashes = fingerprint(params, rows, "content" in saved and numbers)
+    other = [key for key, value in hashes.items() if saved.get(key) != value]
     if other == ["dtypes"]:
         warn("was saved for a base of the same shapes in other dtypes.")
     elif other:

@@ -17,8 +17,8 @@ from ..._tree import (
     absent,
     all_arrays,
     is_array,
-    near,
     settings_of,
+    suggestion,
     tunable_rows,
 )
 from .header import Header
@@ -55,11 +55,11 @@ def fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
     wanted, blanks = dict(tunable_rows(like)), header.blanks
     if unknown := sorted(blanks.keys() - wanted.keys()):
         raise AdapterMismatchError(
-            f"has `{unknown[0]}`, which is not in `like`.{near(unknown[0], wanted)}"
+            f"has `{unknown[0]}`, which is not in `like`.{suggestion(unknown[0], wanted)}"
         )
     if missing := sorted(wanted.keys() - blanks.keys()):
         raise AdapterMismatchError(
-            f"lacks `{missing[0]}`, which `like` has.{near(missing[0], blanks)}"
+            f"lacks `{missing[0]}`, which is in `like`.{suggestion(missing[0], blanks)}"
         )
     for path, leaf in wanted.items():
         settings = settings_of(blanks[path])

@@ -26,15 +26,15 @@ FIRST_KINDS = ("full", "lora")  # all that the first format has
 
 def check_format(file: TensorFile) -> None:
     """Refuses other files, and formats of later versions."""
-    found = file.metadata.get(FORMAT_KEY)
-    if found in _FORMATS:
+    version = file.metadata.get(FORMAT_KEY)
+    if version in _FORMATS:
         return
     if FROZEN_KEY in file.metadata:
         raise AdapterFileError("is a frozen tree, not an adapter; `load_frozen` reads it.")
     raise AdapterFileError(
         "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
-        if found is None
-        else f"is a native adapter of format {found!r}; this version of lorax-io reads formats 1 "
+        if version is None
+        else f"is a native adapter of format {version!r}; this version of lorax-io reads formats 1 "
         "and 2. Update it.",
     )
 
@@ -52,8 +52,8 @@ class Header(NamedTuple):
 def read_header(file: TensorFile) -> Header:
     """What the header says of each parameter, with a tensor for each of its names."""
     check_format(file)
-    found = _object(file, ADAPTER)
-    blanks = {path: _read_settings(path, settings) for path, settings in found.items()}
+    settings_of = _object(file, ADAPTER)
+    blanks = {path: _read_settings(path, settings) for path, settings in settings_of.items()}
     held = _object(file, HELD) if HELD in file.metadata else {}
     for path, names in held.items():
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -74,10 +74,10 @@ def read_header(file: TensorFile) -> Header:
 
 
 def _object(file: TensorFile, key: str) -> dict[str, Any]:
-    found = parse_json(file.metadata.get(key, ""))
-    if not isinstance(found, dict):
+    content = parse_json(file.metadata.get(key, ""))
+    if not isinstance(content, dict):
         raise AdapterFileError(f"its header has no object under {key!r}.")
-    return found
+    return content
 
 
 def _read_settings(path: str, settings: Any) -> Adapter | None:

@@ -76,8 +76,8 @@ def load_adapter(
         raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
     if like is None:
         with bars(progress):
-            found = read(path, params, sharding, with_held=False)
-        return with_leaves(found.structure, found.leaves, found.rows)
+            loaded = read(path, params, sharding, with_held=False)
+        return with_leaves(loaded.structure, loaded.leaves, loaded.rows)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars(progress))
         with all_read(like, sharding):
@@ -121,10 +121,10 @@ def load_pair(
         [5.0, 5.0, 5.0]
     """
     with bars(progress):
-        found = read(path, params, sharding, with_held=True)
+        loaded = read(path, params, sharding, with_held=True)
     return Pair(
-        frozen_of(found.leaves, found.structure, found.rows, found.held),
-        with_leaves(found.structure, found.leaves, found.rows),
+        frozen_of(loaded.leaves, loaded.structure, loaded.rows, loaded.held),
+        with_leaves(loaded.structure, loaded.leaves, loaded.rows),
     )
 
 

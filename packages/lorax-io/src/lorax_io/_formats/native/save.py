@@ -97,7 +97,7 @@ def write(
     if taken := [key for key in metadata or {} if key.startswith(PREFIX)]:
         raise AdapterError(f"metadata keys may not begin with {PREFIX!r}: {taken}.")
     settings = {row.path: settings_of(row.leaf) for row in rows}
-    is_first = not held and all(found["kind"] in FIRST_KINDS for found in settings.values())
+    is_first = not held and all(each["kind"] in FIRST_KINDS for each in settings.values())
     header = {
         **(metadata or {}),
         FORMAT_KEY: "1" if is_first else "2",

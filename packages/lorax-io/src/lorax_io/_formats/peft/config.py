@@ -118,9 +118,9 @@ class PeftConfig:
 
     def _is_in_layers(self, name: str) -> bool:
         matches = (match(pattern, name) for pattern in self._layers_patterns)
-        found = next((found for found in matches if found), None)
+        first = next((each for each in matches if each), None)
         # A pattern may hide this group, or hold one of its name that matched no number.
-        index = (found.groupdict().get("index") if found else None) or ""
+        index = (first.groupdict().get("index") if first else None) or ""
         return index.isdecimal() and int(index) in self._layers
 
     # Each list and pattern in the form to look names up in: a file may have very many of them.

@@ -29,6 +29,7 @@ _MODEL = "base_model."  # of what is in no module
 PREFIX = f"{_MODEL}model."
 # PEFT itself reads no metadata: a word of ours in it is safe.
 _OURS = "lorax"
+_ORIGINAL = "unsaid"  # the key of `original_scaling` there; files that exist have it
 
 
 def save_peft(
@@ -85,7 +86,7 @@ def save_peft(
     with about(folder), bars(progress):
         if task_type is not None and task_type not in TASK_TYPES:
             raise AdapterError(f"task_type={task_type!r} is not one of {', '.join(TASK_TYPES)}.")
-        found = export(
+        exported = export(
             tunable,
             as_layouts(names),
             params=params,
@@ -93,23 +94,23 @@ def save_peft(
             target_modules=target_modules,
             fold_scale=fold_scale,
         )
-        config = found.config.replace(
+        config = exported.config.replace(
             base_model_name_or_path=base_model, task_type=task_type, revision=revision
         )
         with one_writer() as writer:
             if writer:
-                _write(folder, found._replace(config=config))
+                _write(folder, exported._replace(config=config))
 
 
-def _write(folder: Path, found: Export) -> None:
+def _write(folder: Path, exported: Export) -> None:
     make_folder(folder)
-    common = TUNERS[found.config.peft_type].common
+    common = TUNERS[exported.config.peft_type].common
     tensors = {
         f"{_MODEL if name in common else PREFIX}{name}": tensor
-        for name, tensor in found.tensors.items()
+        for name, tensor in exported.tensors.items()
     }
-    write_tensors(folder / WEIGHTS_NAME, tensors, _header(found))
-    text = json.dumps(config_to_json(found.config), indent=2, sort_keys=True)
+    write_tensors(folder / WEIGHTS_NAME, tensors, _header(exported))
+    text = json.dumps(config_to_json(exported.config), indent=2, sort_keys=True)
     write_text(folder / CONFIG_NAME, text + "\n")
 
 
@@ -214,8 +215,8 @@ def _weights(folder: Path) -> Path:
         raise
 
 
-def _header(found: Export) -> dict[str, str]:
-    ours = {"scales": _scales(found.config), "unsaid": dict(found.unsaid)}
+def _header(exported: Export) -> dict[str, str]:
+    ours = {"scales": _scales(exported.config), _ORIGINAL: dict(exported.original_scaling)}
     return {"format": "pt", _OURS: json.dumps(ours, sort_keys=True)}
 
 
@@ -227,20 +228,22 @@ def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
     """What `save_peft` left in the header; None where another program wrote the file."""
     if _OURS not in file.metadata:
         return None
-    found = parse_json(file.metadata[_OURS])
-    unsaid = found.get("unsaid") if isinstance(found, dict) else None
-    if not isinstance(unsaid, dict) or not all(map(_is_unsaid, unsaid.values())):
+    header = parse_json(file.metadata[_OURS])
+    original_scaling = header.get(_ORIGINAL) if isinstance(header, dict) else None
+    if not isinstance(original_scaling, dict) or not all(
+        map(_is_scaling, original_scaling.values())
+    ):
         raise AdapterFileError(f"its header has no settings under {_OURS!r}.")
-    if found.get("scales") != _scales(config):
+    if header.get("scales") != _scales(config):
         raise AdapterFileError(
             "is not the one that was written with these weights: another rank or alpha is in "
             "it. A save was cut short, or it was edited by hand; save the adapter again.",
             file.path.parent / CONFIG_NAME,
         )
-    return unsaid
+    return original_scaling
 
 
-def _is_unsaid(value: Any) -> bool:
+def _is_scaling(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {"alpha", "scaling"}

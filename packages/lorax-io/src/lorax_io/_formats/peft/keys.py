@@ -21,11 +21,11 @@ class _Key(NamedTuple):
     """What a key of the file may hold."""
 
     accepts: Callable[[Any], bool]
-    what: str
+    description: str
 
 
 def _or_none(key: _Key) -> _Key:
-    return _Key(lambda x: x is None or key.accepts(x), f"{key.what}, or null")
+    return _Key(lambda x: x is None or key.accepts(x), f"{key.description}, or null")
 
 
 def _is_strings(x: Any) -> bool:
@@ -75,7 +75,7 @@ _BLOCKS = _Key(
 def _patterns(value: _Key) -> _Key:
     return _Key(
         lambda x: isinstance(x, dict) and all(map(value.accepts, x.values())),
-        f"an object of names, each with {value.what}",
+        f"an object of names, each with {value.description}",
     )
 
 
@@ -177,7 +177,7 @@ def config_of(values: Any) -> PeftConfig:
         if name in values and not _KEYS[name].accepts(values[name]):
             raise AdapterFileError(
                 f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
-                f"{_KEYS[name].what}."
+                f"{_KEYS[name].description}."
             )
     if unknown := sorted(values.keys() - {*known, "peft_version"} - tuner.beyond.keys()):
         warn(f"keys that this version does not know are ignored: {', '.join(unknown)}.")
@@ -238,11 +238,11 @@ def _check_kind(values: Mapping[str, Any]) -> Tuner:
         raise (AdapterFileError if kind is None else UnsupportedAdapterError)(
             f"has peft_type = {_brief(kind)}; only adapters of type {', '.join(TUNERS)} are read."
         )
-    for name, what in tuner.beyond.items():
+    for name, description in tuner.beyond.items():
         if values.get(name):
             raise UnsupportedAdapterError(
-                f"the adapter {what} ({name}); read as plain {tuner.called} it would be wrong. "
-                "Merge it in PEFT (`merge_and_unload`), or load it there."
+                f"the adapter {description} ({name}); read as plain {tuner.called} it would be "
+                "wrong. Merge it in PEFT (`merge_and_unload`), or load it there."
             )
     if tuner.init is not None:
         tuner.check_start(values.get(tuner.init))

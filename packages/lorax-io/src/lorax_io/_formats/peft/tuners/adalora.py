@@ -50,12 +50,12 @@ class Adalora(Tuner):
 
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
         # A rank that was pruned is not in the file.
-        found = shapes.get("lora_E", ())
-        if len(found) != 2:
-            raise AdapterFileError(f"has `lora_E` of `{module}` of shape {found}, not (rank, 1).")
-        alpha = config.lora_alpha * found[0] / (config.r + _MORE)
+        shape = shapes.get("lora_E", ())
+        if len(shape) != 2:
+            raise AdapterFileError(f"has `lora_E` of `{module}` of shape {shape}, not (rank, 1).")
+        alpha = config.lora_alpha * shape[0] / (config.r + _MORE)
         shared, inputs, outputs = place.axes
-        return AdaloraWeight(None, None, None, found[0], alpha, inputs, outputs, shared)
+        return AdaloraWeight(None, None, None, shape[0], alpha, inputs, outputs, shared)
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
         check_flat(place, self.called)

@@ -18,14 +18,14 @@ _KEYS = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 def blocked_side(config: PeftConfig, module: str) -> Any:
     """The side of a module that is cut into blocks, by any part of its name; None for neither."""
     blocks = config.use_bdlora or {}
-    found = [side for side, key in _KEYS.items() if any(x in module for x in blocks.get(key) or ())]
-    if len(found) > 1:
+    sides = [side for side, key in _KEYS.items() if any(x in module for x in blocks.get(key) or ())]
+    if len(sides) > 1:
         raise AdapterFileError(f"has `{module}` among the modules of both sides of BD-LoRA.")
-    if config.use_bdlora and not found and blocks.get("match_strict", True):
+    if config.use_bdlora and not sides and blocks.get("match_strict", True):
         raise AdapterFileError(
             f"adapts `{module}`, which is on neither side of `use_bdlora` of its config."
         )
-    return found[0] if found else None
+    return sides[0] if sides else None
 
 
 def blank(place: Place, config: PeftConfig, module: str, side: Any) -> Adapter:
@@ -80,14 +80,14 @@ def settings(modules: Sequence[Module]) -> dict[str, Any] | None:
     cut = [module for module in modules if isinstance(module.weight, BdloraWeight)]
     if not cut:
         return None
-    blocks = the_one(cut, "BD-LoRA", "blocks", lambda weight: weight.blocks)
+    count = the_one(cut, "BD-LoRA", "blocks", lambda weight: weight.blocks)
     of_side = {s: sorted(m.name for m in cut if m.weight.side == s) for s in _KEYS}
-    found = {
-        "nblocks": blocks,
+    blocks = {
+        "nblocks": count,
         "match_strict": len(cut) == len(modules),
         **{_KEYS[side]: names or None for side, names in of_side.items()},
     }
-    config = PeftConfig(use_bdlora=found)
+    config = PeftConfig(use_bdlora=blocks)
     for module in modules:
         side = getattr(module.weight, "side", None)
         caught = [s for s, names in of_side.items() if any(name in module.name for name in names)]
@@ -97,4 +97,4 @@ def settings(modules: Sequence[Module]) -> dict[str, Any] | None:
                 "would cut it likewise. Use `save_adapter` or `save_merged`."
             )
         assert blocked_side(config, module.name) == side
-    return found
+    return blocks

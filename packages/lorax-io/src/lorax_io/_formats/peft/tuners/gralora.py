@@ -36,7 +36,7 @@ class Gralora(Tuner):
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
         check_linear(place, self.called)
         shared, inputs, outputs = place.axes
-        # PEFT's blocks are of the side in full; the first axis has them in the same order.
+        # PEFT's blocks are of the whole side; the first axis has them in the same order.
         cut, blocks = (inputs[0], outputs[0]), config.gralora_k
         if config.r % blocks or any(place.sizes[axis] % blocks for axis in cut):
             raise AdapterFileError(
@@ -70,7 +70,7 @@ class Gralora(Tuner):
         return Sides(b[0] * b[2], (a[0] * a[1],))
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
-        one = lambda what, of: the_one(modules, self.called, what, of)  # noqa: E731
+        one = lambda label, of: the_one(modules, self.called, label, of)  # noqa: E731
         rank = one("rank", lambda weight: weight.rank)
         alpha = rank if fold_scale else one("alpha", lambda weight: alpha_of(weight, False))
         blocks = one("blocks", lambda weight: weight.blocks)

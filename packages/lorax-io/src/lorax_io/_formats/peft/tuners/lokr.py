@@ -21,7 +21,7 @@ _REST_IN, _REST_OUT, _RANK_1, _RANK_2, _RANK_OUT = (RANK - k for k in range(5))
 
 
 class Lokr(Tuner):
-    """The Kronecker product of two matrices, each in full or of low rank."""
+    """The Kronecker product of two matrices, each whole or of low rank."""
 
     peft_type = "LOKR"
     called = "LoKr"
@@ -110,7 +110,7 @@ def _matrix(
 
 def _matrices(shapes: Shapes, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of both matrices, (out, in, *window)."""
-    found: list[tuple[int, ...]] = []
+    matrices: list[tuple[int, ...]] = []
     for key in ("lokr_w1", "lokr_w2"):
         whole = shapes.get(key, ())
         a, b = shapes.get(f"{key}_a", ()), shapes.get(f"{key}_b", ())
@@ -119,9 +119,9 @@ def _matrices(shapes: Shapes, module: str) -> tuple[tuple[int, ...], tuple[int, 
             core = shapes["lokr_t2"]
             shape = (a[1], b[1], *core[2:]) if len(a) == len(b) == 2 else ()
         if not 2 <= len(shape) <= 5:
-            raise AdapterFileError(f"has no matrix `{key}` for `{module}`, in full or of low rank.")
-        found.append(shape)
-    return found[0], found[1]
+            raise AdapterFileError(f"has no matrix `{key}` for `{module}`, whole or of low rank.")
+        matrices.append(shape)
+    return matrices[0], matrices[1]
 
 
 def _candidates(modules: Sequence[Module]) -> Iterable[int]:

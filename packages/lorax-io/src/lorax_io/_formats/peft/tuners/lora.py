@@ -90,10 +90,10 @@ class Lora(Tuner):
         return rest == {"dora"} or rest <= {"lora", "lora_fa", "bdlora", "locon"}
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
-        found = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
+        keys = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
         if isinstance(place.layout, Conv) and not config.is_said:
-            found = (*found, MID)
-        return (*found, _ROWS) if config.trainable_token_indices else found
+            keys = (*keys, MID)
+        return (*keys, _ROWS) if config.trainable_token_indices else keys
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
         if isinstance(place.layout, Embedding) and isinstance(config.trainable_token_indices, dict):
@@ -139,13 +139,13 @@ class Lora(Tuner):
             return bdlora.factors(place, weight)
         if isinstance(weight, LoconWeight):
             return _with_core(place, weight)
-        found = _factors(place, isinstance(weight, DoraWeight))
-        if len(found) < len(weight.factors()):
+        factors = _factors(place, isinstance(weight, DoraWeight))
+        if len(factors) < len(weight.factors()):
             raise UnsupportedAdapterError(
                 f"`{place.path}` has DoRA, which PEFT does not have for a layout "
                 f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
             )
-        return found
+        return factors
 
     def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
         ends = [f".{mark}" for mark in ("lora_B.weight", BIAS, _ROWS)]
@@ -210,7 +210,7 @@ class Lora(Tuner):
             plain[name] = weight.delta if isinstance(weight, DoraWeight) else weight
         ranks = {name: weight.rank for name, weight in plain.items()}
         r = most_frequent(ranks)
-        unsaid: dict[str, dict[str, Any]] = {}
+        original_scaling: dict[str, dict[str, Any]] = {}
         rslora = False
         alphas: dict[str, Any] = dict.fromkeys(ranks, r)
         if not fold_scale:
@@ -220,7 +220,7 @@ class Lora(Tuner):
             for name, weight in plain.items():
                 alphas[name] = alpha_of(weight, rslora)
                 if (weight.alpha, forms[name]) != (alphas[name], said):
-                    unsaid[name] = {"alpha": weight.alpha, "scaling": forms[name]}
+                    original_scaling[name] = {"alpha": weight.alpha, "scaling": forms[name]}
         alpha = most_frequent(alphas)
         config = PeftConfig(
             r=r,
@@ -233,7 +233,7 @@ class Lora(Tuner):
             use_bdlora=bdlora.settings(modules),
             trainable_token_indices={n: list(x.indices) for n, x in tables.items()} or None,
         )
-        return Scaling(config, unsaid)
+        return Scaling(config, original_scaling)
 
 
 def _with_core(place: Place, weight: LoconWeight) -> tuple[Factor, ...]:

@@ -100,7 +100,7 @@ class Oft(Tuner):
         return Sides(size, (1,)) if _TABLE in shapes else Sides(1, (size,))
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
-        one = lambda what, of: the_one(modules, self.called, what, of)  # noqa: E731
+        one = lambda label, of: the_one(modules, self.called, label, of)  # noqa: E731
         terms = one("terms", lambda weight: weight.terms)
         eps = one("bound eps", lambda weight: weight.eps)
         bound: dict[str, Any] = {} if eps is None else {"coft": True, "eps": eps}

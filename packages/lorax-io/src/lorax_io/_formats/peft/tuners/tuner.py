@@ -29,7 +29,8 @@ class Scaling(NamedTuple):
     """What a config says of all modules together."""
 
     config: PeftConfig
-    unsaid: Mapping[str, Mapping[str, Any]] = {}  # alpha and scaling, where it has another form
+    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    original_scaling: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Sides(NamedTuple):
@@ -126,7 +127,7 @@ class Tuner:
         return {}
 
     def beside(self, modules: Sequence[Module]) -> list[Module]:
-        """Those of the modules that are not targets in its config, but have a key of their own."""
+        """Those of the modules that are not targets in its config, but have their own key."""
         return []
 
     def bias(
@@ -186,20 +187,20 @@ def alpha_of(weight: Any, rslora: bool) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def the_one(modules: Sequence[Module], called: str, what: str, of: Callable[[Any], Any]) -> Any:
+def the_one(modules: Sequence[Module], called: str, label: str, of: Callable[[Any], Any]) -> Any:
     """What all modules have alike, where a config has one key for all of them.
 
     Raises:
         UnsupportedAdapterError: where they have several.
     """
-    found = {of(module.weight): module.name for module in modules}
-    if len(found) > 1:
-        (one, first), (other, second), *_ = found.items()
+    owners = {of(module.weight): module.name for module in modules}
+    if len(owners) > 1:
+        (one, first), (other, second), *_ = owners.items()
         raise UnsupportedAdapterError(
-            f"`{first}` has {called} of {what} {one}, and `{second}` of {other}. PEFT has one for "
+            f"`{first}` has {called} of {label} {one}, and `{second}` of {other}. PEFT has one for "
             "all modules. Use `save_adapter` or `save_merged`."
         )
-    return next(iter(found))
+    return next(iter(owners))
 
 
 def most_frequent(values: Mapping[str, Any]) -> Any:

@@ -75,25 +75,25 @@ class Vera(Tuner):
             return tensors
         most = [max(sizes) for sizes in zip(*fans.values(), strict=True)]
         a, b = _matrices(tensors, config, *most)
-        found = {key: tensor for key, tensor in tensors.items() if key not in _MATRICES}
+        spread = {key: tensor for key, tensor in tensors.items() if key not in _MATRICES}
         for module, (fan_in, fan_out) in fans.items():
-            found[f"{module}.vera_A"] = a.part(config.r, fan_in)
-            found[f"{module}.vera_B"] = b.part(fan_out, config.r)
-        return found
+            spread[f"{module}.vera_A"] = a.part(config.r, fan_in)
+            spread[f"{module}.vera_B"] = b.part(fan_out, config.r)
+        return spread
 
     def gathered(self, parts: Mapping[str, Sequence[tuple[str, Any]]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        gathered: dict[str, Any] = {}
         for key, axis in zip(_MATRICES, (1, 0), strict=True):
             path, whole = max(parts[key], key=lambda part: part[1].shape[axis])
             for other, part in parts[key]:
                 rows, columns = part.shape
                 if not np.array_equal(whole[:rows, :columns], part):
                     raise UnsupportedAdapterError(
-                        f"`{path}` and `{other}` have VeRA with frozen matrices of their own, and "
+                        f"`{path}` and `{other}` have VeRA with their own frozen matrices, and "
                         "PEFT has one pair for all. Use `save_adapter` or `save_merged`."
                     )
-            found[key] = whole
-        return found
+            gathered[key] = whole
+        return gathered
 
     def needs_base(self, config: PeftConfig) -> str | None:
         return "its frozen matrices are as large as the largest module of the base"
