@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 import lorax
-from bench import run_milliseconds
 from counts import compiled, count, paired
 from kinds import ratio
 from lorax.testing import random_factors
 from models import Model, blocks
 from steps import objective
+from variants import run_milliseconds
 from works import gpt
 
 RANKS = (4, 8, 16, 64)

@@ -17,9 +17,9 @@ import numpy as np
 
 import lorax
 from adapted import as_factors
-from bench import run_milliseconds
 from counts import compiled, count, paired
 from kinds import ratio
+from variants import run_milliseconds
 
 WIDTH, HIDDEN, LAYERS, RANK, ROWS = 1024, 4096, 2, 16, 64
 STEPS = 16
