@@ -79,6 +79,7 @@ class _Scaled(Within):
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         weight = self.adapter.applied(base, held, source)
+        # The scale follows from rank and alpha. It is an array here, and not to be trained.
         number = jax.lax.stop_gradient(self.number)
         return dataclasses.replace(weight, terms=tuple(term.scale(number) for term in weight.terms))
 
@@ -138,6 +139,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         if neutral is None:
             raise _refused("select_adapters", path, node, "numbers of its own with no adapter")
         fills = {name: 0.0 if callable(fill) else fill for name, fill in neutral.items()}
+        # [slots, *axes] -> [*axes], and past the end the numbers of the base.
         row = node.with_factors(
             {
                 name: factor.at[place].get(mode="fill", fill_value=fills[name])
@@ -258,6 +260,7 @@ class _Mixed(Within):
 
     def _slot(self, layout: Layout) -> Label:
         used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        # A label that nothing in the layout uses yet.
         return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
 
     def applied(
@@ -265,6 +268,8 @@ class _Mixed(Within):
     ) -> FactoredArray:
         slot = self._slot(self.adapter.layout(base.shape))
         if type(self.adapter).term is Adapter.term:
+            # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed as the
+            # rank is.
             term = self.term(base.shape, held or {}, source)
             weights = self.weights * self.adapter.scale
         else:

@@ -56,6 +56,8 @@ class LoconWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # a [channels, left] · core [*window, left, right] · b [right, *out] -> [*window, channels,
+        # *out]
         channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
         window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
         left, right = axes.inner(0, self.rank), axes.inner(1, self.rank)

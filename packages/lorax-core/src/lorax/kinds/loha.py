@@ -80,6 +80,8 @@ class LohaWeight(Adapter):
             channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
             window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
         factors = {}
+        # Δ = (a1 b1) ⊙ (a2 b2): both share the labels of the weight, and each has its own rank
+        # label.
         for k in range(2):
             left = right = axes.inner(k, self.rank)
             if self.channel_axis is not None:
@@ -146,6 +148,7 @@ class LohaSpec(AdapterSpec):
         if weight.channel_axis is not None:
             fan_in = shape[weight.channel_axis]
         random, zero = start.initializers
+        # One zero factor makes Δ zero. The others let the gradient of a2 through.
         shapes = weight.layout(shape).shapes()
         factors = {}
         for (name, sizes), key in zip(
