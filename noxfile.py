@@ -295,6 +295,8 @@ def sweep_torch(session: nox.Session) -> None:
     """Every type of PyTorch models that a tiny config builds. `-- --record` writes the table."""
     install_torch(session)
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
+    # torchvision asks for PyTorch with CUDA, and timm for torchvision.
+    session.install("--no-deps", "timm==1.0.31", "torchvision==0.28.0")
     env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     session.run("python", "-m", "sweep", *session.posargs, env=env)
 

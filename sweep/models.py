@@ -180,14 +180,15 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 
 
+# timm imports torchvision for its data. The wheel of that on PyPI has operators for CUDA alone, and
+# is imported where two of them have names; the models call none.
+_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+for _operator in ("nms", "qnms"):
+    _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def _timm(kind: str) -> Subject:
-    # timm imports torchvision for its data, whose wheel on PyPI has operators for CUDA alone: it is
-    # imported where two of them have names, and the models call none.
-    named = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        named.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
-    return Subject(
-        timm.create_model(kind, num_classes=7, **TIMM[kind]), {"x": _wave((1, 3, 32, 32))}
-    )
+    module = timm.create_model(kind, num_classes=7, **TIMM[kind])
+    return Subject(module, {"x": _wave((1, 3, 32, 32))})
