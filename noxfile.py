@@ -346,6 +346,15 @@ def keras(session: nox.Session) -> None:
     session.run("python", "integration-tests/keras/check.py")
 
 
+@nox.session(python=OLDEST_PYTHON)
+def tunix(session: nox.Session) -> None:
+    """tunix and lorax-io read each other's checkpoints, of models with LoRA of qwix."""
+    session.install("-r", "integration-tests/tunix/requirements.txt")
+    # tunix asks for an older safetensors than lorax-io does.
+    session.install("--no-deps", "safetensors>=0.8", *editable("lorax-core", "lorax-io"))
+    session.run("python", "integration-tests/tunix/check.py", env={"JAX_PLATFORMS": "cpu"})
+
+
 @nox.session(python="3.12")
 def wild(session: nox.Session) -> None:
     """Models of other people's packages. `-- --record` writes docs/wild.md again.

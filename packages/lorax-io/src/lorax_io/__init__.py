@@ -30,6 +30,7 @@ from ._formats.opening import (
     open_adapter as open_adapter,
 )
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
+from ._formats.tunix import save_tunix as save_tunix
 from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
@@ -89,6 +90,7 @@ __all__ = [
     "save_merged",
     "save_mlx",
     "save_peft",
+    "save_tunix",
     "write_names",
 ]
 

@@ -81,7 +81,8 @@ def fit_adapter(
         }
         names |= _biases(names, checkpoint)
         base = _with_biases(names, checkpoint)
-        opened = fit(adapter.path, names, base, translate=adapter.translated)
+        translate, alpha = adapter.translated, adapter.alpha
+        opened = fit(adapter.path, names, base, translate=translate, alpha=alpha)
         return Fitted(checkpoint, opened.rows, opened.held)
 
 

@@ -90,8 +90,7 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
             "DoRA, are read. Merge the adapter with LyCORIS."
         )
     flat = shape[:1] if len(shape) == 2 else (1, *shape[:1], *shape[2:])
-    turned = tensor._replace(shape=flat, view=lambda: tensor.view().reshape(flat))
-    return f"{name.removesuffix(_DORA)}.{MAGNITUDE}", turned
+    return f"{name.removesuffix(_DORA)}.{MAGNITUDE}", tensor.shaped(flat)
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ def _read(content: Content) -> Source:
     tensors = dict(_in_peft(name, tensor) for name, tensor in own.items())
     if kind == "full":
         modules = sorted({name.rpartition(".")[0] for name in own})
-        whole = PeftConfig(target_modules=[], modules_to_save=modules, is_said=False)
+        whole = PeftConfig(target_modules=[], modules_to_save=modules, is_given=False)
         return Source(own, whole)
     if kind not in ("lora", "dora"):
         raise UnsupportedAdapterError(

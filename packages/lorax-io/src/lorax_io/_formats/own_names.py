@@ -1,5 +1,6 @@
 """Names and shapes of an adapter that it gives itself, where there is no base to fit it to."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from .._layouts import (
     Tensor,
 )
 from .._places import RANK
+from .._tree import absent, is_array, param_leaves
 from .peft.patterns import distrusted, suffixes
 from .peft.tuners import FACTOR
 from .peft.tuners.lora import BIAS
@@ -29,6 +31,8 @@ from .source import Source, shapes_of
 
 def own_names(source: Source) -> dict[str, Layout]:
     """A parameter for each module, by the names of Flax."""
+    if source.own:
+        return {path: own.layout for path, own in source.own.items()}
     names: dict[str, Layout] = {}
     experts = _experts(source)
     for key in source.tensors:
@@ -58,6 +62,25 @@ def own_names(source: Source) -> dict[str, Layout]:
     return names
 
 
+def names_on(source: Source, params: Any) -> dict[str, Layout]:
+    """The layouts of the parameters that a file itself names, by the shapes of these."""
+    if not source.own:
+        raise AdapterMismatchError("has the names of modules. Give `names`, their layouts by path.")
+    leaves, _ = param_leaves(params)
+    found: dict[str, Layout] = {}
+    for path, own in source.own.items():
+        leaf: Any = leaves.get(path)
+        if not is_array(leaf):
+            raise AdapterMismatchError(f"adapts `{path}`, {absent(path, leaves)}")
+        axes = own.axes(leaf.shape)
+        if axes is None:
+            raise AdapterMismatchError(
+                f"has factors of `{path}` for axes {own.shape}, and it has {tuple(leaf.shape)}."
+            )
+        found[path] = dataclasses.replace(own.layout, in_axes=axes[0], out_axes=axes[1])
+    return found
+
+
 def _experts(source: Source) -> dict[str, str]:
     """The adapted parameter of each module of experts, by the end of the module's name."""
     parameters: dict[str, str] = {}
@@ -81,7 +104,12 @@ def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> 
 
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
     """The shapes of the parameters that an adapter has tensors of."""
-    shapes = {path: _own_shape(source, layout) for path, layout in names.items()}
+    shapes = {
+        path: own.shape
+        if (own := source.own.get(path)) is not None and own.layout == layout
+        else _own_shape(source, layout)
+        for path, layout in names.items()
+    }
     return {
         path: jax.ShapeDtypeStruct(shape, np.float32)
         for path, shape in shapes.items()
