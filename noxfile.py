@@ -296,8 +296,10 @@ def sweep_torch(session: nox.Session) -> None:
     install_torch(session)
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
     # torchvision asks for PyTorch with CUDA, and timm for torchvision.
-    session.install("--no-deps", "timm==1.0.31", "torchvision==0.28.0")
-    env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    timm = str(Path(session.create_tmp(), "timm").absolute())
+    into = ["--upgrade", "--no-deps", "--target", timm]
+    session.install(*into, "timm==1.0.31", "torchvision==0.28.0")
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", "TIMM": timm}
     session.run("python", "-m", "sweep", *session.posargs, env=env)
 
 

@@ -1,6 +1,8 @@
 """The models of the sweep: a title, and how each is built."""
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -180,14 +182,14 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 
 
-# timm imports torchvision for its data. The wheel of that on PyPI has operators for CUDA alone, and
-# is imported where two of them have names; the models call none.
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-for _operator in ("nms", "qnms"):
-    _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def _timm(kind: str) -> Subject:
+    # In a folder of their own, so that transformers runs without them in every other process.
+    sys.path.append(os.environ["TIMM"])
+    # timm imports torchvision for its data. The wheel of that on PyPI has operators for CUDA alone,
+    # and is imported where two of them have names; the models call none.
+    torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        torchvision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
     module = timm.create_model(kind, num_classes=7, **TIMM[kind])
