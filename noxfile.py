@@ -283,7 +283,7 @@ def torch(session: nox.Session) -> None:
         # The sample of the sweep is the sweep's own code.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
-        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/_pytorch.py"]
+        pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/__init__.py"]
         session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
         # The session `types` is without PyTorch.
         session.install("--group", "types")

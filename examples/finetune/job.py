@@ -18,7 +18,7 @@ from data import (
     read_reviews,
     token_of,
 )
-from display import console, plot_losses, timed
+from display import console, plot_curve, timed
 from lorax import QuantizedWeight, count_params, dequantize, init_lora, lora, merge_params
 from lorax_io import load_peft, save_peft
 from metrics import difference, score
@@ -101,7 +101,7 @@ class Job:
         before = evaluate(tunable, "Evaluate before")
         with timed(seconds, f"train{of}"):
             prompts, positives = self.prompts_of(self.training), labels(self.training)
-            tunable, losses = train(
+            tunable, curve = train(
                 margin,
                 tunable,
                 frozen,
@@ -117,7 +117,8 @@ class Job:
             console.status("Saving and checking the adapter"),
         ):
             out.mkdir(parents=True, exist_ok=True)
-            plot_losses(losses, out / "loss.png")
+            held_out = {"before": before.accuracy, "after": after.accuracy}
+            plot_curve(curve, self.args.plot or out / "curve.svg", held_out)
             folder = out / "adapter"
             save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
             _, *batch = batches(self.prompts_of(self.evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]

@@ -235,12 +235,16 @@ def test_factors_follow_their_base_to_another_device():
             assert factor.devices() == base.devices() and factor.committed
 
 
-def test_the_old_name_of_params():
+def test_old_names_of_arguments():
     params, key = {"w": jnp.ones((5, 3))}, jax.random.key(0)
     by_old_name: Any = {"param_tree": params, "spec": {"w": 2}, "rng": key}
-    with pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is called `params`"):
+    with (
+        pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is called `params`"),
+        pytest.warns(DeprecationWarning, match=r"init_lora\(rng=…\) is called `key`"),
+    ):
         old = init_lora(**by_old_name)
     new = init_lora(params, {"w": 2}, key)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, old, new))
+    del by_old_name["rng"]
     with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="both `param_tree` and"):
-        init_lora(params=params, **by_old_name)
+        init_lora(params=params, key=key, **by_old_name)

@@ -303,8 +303,9 @@ def test_count_params_counts_arrays():
 def test_a_pair_may_be_in_place_of_its_two_trees():
     pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
     assert (merge_params(pair)["w"] == merge_params(*pair)["w"]).all()
+    assert (merge_params(tuple(pair))["w"] == merge_params(*pair)["w"]).all()
     with pytest.raises(PairError, match=r"takes a pair, as `init_lora` returns it, or its two tre"):
-        merge_params(tuple(pair))
+        merge_params(pair.frozen)
     with pytest.raises(PairError, match="unmerge: the first tree has adapters"):
         unmerge(*reversed(pair))
 

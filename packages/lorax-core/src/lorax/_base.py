@@ -176,7 +176,25 @@ def fields_of(format: Any) -> dict[str, Any]:
 
 
 def defformat(cls: type[Any]) -> type[Any]:
-    """Registers a class of formats: a frozen dataclass, one row of `FORMATS`."""
+    """Registers a class of formats: it becomes a frozen dataclass, and `quantize` takes its name.
+
+    Args:
+        cls: a subclass of `Format`. Its `name` is the one that specs and files have for it.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: where there is a format of that name.
+
+    Example:
+        >>> from lorax.bases import Format, defformat
+        >>> @defformat
+        ... class Doubles(Format):
+        ...     name = "doubles"
+        >>> Doubles() == Doubles()
+        True
+    """
     cls = dataclasses.dataclass(frozen=True)(cls)
     if cls.name in FORMATS:
         raise ValueError(f"There is a format {cls.name!r} already: {FORMATS[cls.name]}.")
@@ -185,7 +203,22 @@ def defformat(cls: type[Any]) -> type[Any]:
 
 
 def format_of(value: Any) -> Format:
-    """A format, or the one with default settings of that name."""
+    """A format, or the one with default settings of that name.
+
+    Args:
+        value: a format, or its name.
+
+    Returns:
+        The format.
+
+    Raises:
+        SpecError: for anything else.
+
+    Example:
+        >>> from lorax.bases import format_of
+        >>> format_of("nf4").name
+        'nf4'
+    """
     if isinstance(value, Format):
         return value
     if isinstance(value, str) and value in FORMATS:

@@ -367,7 +367,20 @@ def _joined(array: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def is_weight(value: Any) -> TypeGuard[FactoredArray]:
-    """Whether a value is a weight and not a plain array."""
+    """Whether a value is a weight and not a plain array.
+
+    Args:
+        value: an operand of a rule.
+
+    Returns:
+        Whether it is a `FactoredArray`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax.rules import FactoredArray, is_weight
+        >>> is_weight(jnp.ones(3)), is_weight(FactoredArray(jnp.ones(3), ()))
+        (False, True)
+    """
     return isinstance(value, FactoredArray)
 
 

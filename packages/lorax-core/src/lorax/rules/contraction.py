@@ -24,12 +24,13 @@ Sharp edges:
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._contract import Operand, contract
+from .._contract import Operand, contract, product_dtype
 from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._paid import pay, with_dropout_on
 from .._reading import reading
@@ -45,8 +46,12 @@ from .._terms import (
     relabeled,
 )
 
+# As `jax.lax.dot_general` has them: the axes that are summed over, and those of a batch.
+Sequences = tuple[Sequence[int], Sequence[int]]
+DimensionNumbers = tuple[Sequences, Sequences]
 
-def _dot(left: Term, right: Term, dimension_numbers) -> Term:
+
+def _dot(left: Term, right: Term, dimension_numbers: DimensionNumbers) -> Term:
     """The term of `dot_general(left, right)`."""
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     pairs = (*zip(l_sum, r_sum, strict=True), *zip(l_batch, r_batch, strict=True))
@@ -59,6 +64,40 @@ def _dot(left: Term, right: Term, dimension_numbers) -> Term:
         *(axis for d, axis in enumerate(right.out) if d not in r_used),
     )
     return product(left, right, out)
+
+
+def add_product(
+    out: jax.Array, x: jax.Array, weight: FactoredArray, dimension_numbers: DimensionNumbers
+) -> jax.Array:
+    """What a rule returns for a product: `out + Σ einsum(x, factors of the term)`.
+
+    Args:
+        out: the product with the base, `[*batch, *kept of x, *kept of the weight]`.
+        x: what the weight is multiplied by, on its left.
+        weight: the weight, without gains, dropout or a pending norm.
+        dimension_numbers: those of `jax.lax.dot_general(x, weight)`.
+
+    Returns:
+        The product with the adapted weight, in the dtype of `out`. Factors are multiplied in the
+        order that forms no array as large as the weight.
+
+    Raises:
+        Inexpressible: where a term is not a product of small factors.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax.rules import FactoredArray, add_product
+        >>> base, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+        >>> columns = (((1,), (0,)), ((), ()))  # axis 1 of x meets axis 0 of the weight
+        >>> add_product(x @ base, x, FactoredArray(base, ()), columns).shape
+        (4, 2)
+    """
+    if not weight.is_sum or any(term.is_dense for term in weight.terms):
+        raise Inexpressible("multiplies by more than a base and terms of small factors")
+    dtype = product_dtype(x.dtype, weight.base.dtype, out=out.dtype)
+    for term in weight.terms:
+        out = _dot(operand(x), term, dimension_numbers).added_to(out, dtype, meets=0)
+    return out
 
 
 @defrule("dot_general", gains=True)

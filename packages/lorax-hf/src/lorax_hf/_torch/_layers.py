@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from .._errors import ModuleWarning
 from ._equal import difference
 from ._state import tied_names
 
@@ -164,6 +165,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
             warnings.warn(
                 f"scan_layers: the layers {', '.join(map(str, rest))} of {named_module(path)} are "
                 f"not scanned. {why[path]}",
+                ModuleWarning,
                 stacklevel=5,
             )
     return runs

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import torch
 
-from .._errors import QuantizedModuleError
+from .._errors import ModuleWarning, QuantizedModuleError
 from ._arrays import numpy_of
 from ._files import Files, aligned
 from ._function import ModuleFunction
@@ -137,6 +137,7 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
     if unused:
         warnings.warn(
             f"{files.folder} has {_some(unused)}, which {type(module).__name__} does not have.",
+            ModuleWarning,
             stacklevel=5,
         )
     return reads

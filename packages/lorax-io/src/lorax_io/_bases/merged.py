@@ -69,7 +69,7 @@ def save_merged(
         >>> [file.name for file in folder.iterdir()]
         ['model.safetensors']
     """
-    if isinstance(frozen, Pair) and (tunable is None or names is None):
+    if isinstance(frozen, tuple | list) and len(frozen) == 2 and (tunable is None or names is None):
         names = tunable if names is None else names
         frozen, tunable = frozen
     if names is None:

@@ -24,8 +24,8 @@ from .save import formats
 
 def load_frozen(
     path: str | os.PathLike[str],
-    *,
     params: Any = None,
+    *,
     like: Any = None,
     sharding: Any = None,
     progress: bool = True,
