@@ -178,7 +178,6 @@ TIMM: dict[str, dict[str, Any]] = {
         **{"img_size": 32, "window_size": 4, "embed_dim": 24},
         **{"depths": (1, 1), "num_heads": (2, 4)},
     },
-    "mixer_s16_224": {"img_size": 32, "num_blocks": 2},
 }
 
 
