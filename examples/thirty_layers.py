@@ -30,7 +30,7 @@ def main(dim, steps):
     lora_spec = [RANK] * LAYERS
     lora_model = lora(model)
     frozen_params, tunable_params = init_lora(
-        params=params, spec=lora_spec, rng=jax.random.PRNGKey(0)
+        params=params, spec=lora_spec, key=jax.random.PRNGKey(0)
     )
     print(f"{count_params(params):,} parameters, of which the adapter trains")
     print(f"{count_params(tunable_params):,}; so Adam keeps two numbers for each of those only")

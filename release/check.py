@@ -19,6 +19,9 @@ PLACEHOLDER = "OWNER"
 # Files that name the repository, which pyproject.toml of the core defines.
 NAME_THE_REPOSITORY = ["README.md", "mkdocs.yml", "SECURITY.md", "docs/install.md", "docs/index.md"]
 
+# Those that name the site: its own configuration, and the last line of each error and warning.
+NAME_THE_DOCUMENTATION = ["mkdocs.yml", "packages/lorax-core/src/lorax/_errors.py"]
+
 
 def main() -> None:
     """Prints each fault, and exits with 1 where there is one."""
@@ -54,6 +57,9 @@ def faults(tag: str | None, offline: bool) -> Iterator[str]:
     for name in NAME_THE_REPOSITORY:
         if addresses["Source"] not in (ROOT / name).read_text(encoding="utf-8"):
             yield f"{name} does not name {addresses['Source']}"
+    for name in NAME_THE_DOCUMENTATION:
+        if f'"{addresses["Documentation"]}"' not in (ROOT / name).read_text(encoding="utf-8"):
+            yield f"{name} does not name {addresses['Documentation']}"
     if tag and f"/{PLACEHOLDER}/" in addresses["Source"]:
         yield f"{addresses['Source']} does not say which account hosts the repository"
     if tag and tag != f"v{version}":

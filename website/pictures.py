@@ -1,8 +1,9 @@
 """Draws an adapted weight as boxes: `W[in,out] + s · a[in,r]* b[r,out]*`.
 
 A box is `name[rows,columns]`; a star means that it is trained, and a pattern in braces says which
-of its entries there are: `{diagonal}`, `{blocks}`, `{grid}`, `{rows}`, `{stripes}`. What is between
-boxes is text. The colors are those of the page, so a picture follows light and dark.
+of its entries there are: `{diagonal}`, `{blocks}`, `{grid}`, `{rows}`, `{stripes}`. `a[in,r|i,r]`
+also labels the axes: beside the rows, and above the columns. What is between boxes is text. The
+colors are those of the page, so a picture follows light and dark.
 """
 
 import re
@@ -12,10 +13,10 @@ from typing import NamedTuple
 
 # Lengths of sides. Any two that differ in a model differ here.
 SIDES = {"1": 9, "r": 26, "R": 44, "in": 96, "out": 132, "m": 40, "l": 52, "n": 60, "k": 78}
-GAP, HEIGHT, MARGIN = 10, 132, 4
+GAP, HEIGHT, MARGIN, LABEL = 10, 132, 4, 14
 
 BOX = re.compile(
-    r"(?P<name>\S+?)\[(?P<rows>\w+),(?P<columns>\w+)\](?:\{(?P<pattern>\w+)\})?(?P<trained>\*?)"
+    r"(?P<name>\S+?)\[(?P<rows>\w+),(?P<columns>\w+)(?:\|(?P<row>\w),(?P<column>\w))?\](?:\{(?P<pattern>\w+)\})?(?P<trained>\*?)"
 )
 
 
@@ -66,6 +67,7 @@ def svg(notation: str) -> str:
             width = 9.5 * len(token)
             parts.append(text(x + width / 2, HEIGHT / 2, token, "operator"))
         else:
+            x += LABEL if token["row"] else 0
             width = SIDES[token["columns"]]
             kind = "trained" if token["trained"] else "frozen"
             kinds.add("trained" if token["pattern"] == "rows" else kind)
@@ -108,7 +110,11 @@ def box(x: float, token: dict[str, str], kind: str) -> str:
     above = width < 10 * len(token["name"]) or height < 20 or token["pattern"] in WITH_LABEL_ABOVE
     at = y - 9 if above else y + height / 2
     role = "name" if above else "name inside"
-    return outline + inside + text(x + width / 2, at, token["name"], role)
+    labels = ""
+    if token["row"]:
+        labels += text(x - LABEL / 2, y + height / 2, token["row"], "label")
+        labels += text(x + width / 2, y - 9, token["column"], "label")
+    return outline + inside + labels + text(x + width / 2, at, token["name"], role)
 
 
 def text(x: float, y: float, content: str, role: str) -> str:

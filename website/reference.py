@@ -5,7 +5,10 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 
-MODULES = ["lorax", "lorax.testing", "lorax_hf", "lorax_io"]
+MODULES = [
+    *["lorax", "lorax.testing", "lorax.rules", "lorax.kinds", "lorax.bases"],
+    *["lorax_hf", "lorax_io"],
+]
 
 # A line of mkdocstrings, which renders the docstring of one name.
 DIRECTIVE = re.compile(r"^::: (lorax\S*)$", re.MULTILINE)

@@ -1,12 +1,15 @@
 """What the site is made with: its checks can fail, and its pictures show what they are given."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 from release import check
 
+import lorax
 import lorax_io
+from lorax._errors import remedies
 from website import kinds, links, names, pictures, reference, versions
 
 
@@ -98,6 +101,12 @@ def test_a_picture_has_a_box_for_each_array():
     assert ">s</text>" in drawn
 
 
+def test_a_picture_can_label_axes():
+    drawn = pictures.svg("W[in,out|i,o] + a[in,r|i,r]* b[r,out]*")
+    assert drawn.count('class="label"') == 4
+    assert drawn.count(">i</text>") == 2
+
+
 def test_each_kind_has_a_page_and_a_formula():
     names = {name for page in kinds.PAGES for name in page.names}
     specs = {name.removeprefix("lorax.") for name in reference.public_names()}
@@ -106,7 +115,7 @@ def test_each_kind_has_a_page_and_a_formula():
     assert kinds.formula("IA3Weight")
 
 
-def test_a_kind_without_its_rows_in_the_table_is_an_error():
+def test_a_kind_without_its_rows_in_the_table_raises():
     with pytest.raises(AssertionError, match="docs/kinds.md"):
         kinds.costs(["no such kind"])
 
@@ -137,10 +146,16 @@ def test_our_names_are_links_where_they_can_mean_nothing_else():
         assert names.linked(kept) == kept
 
 
-def test_each_warning_and_error_is_in_troubleshooting():
+SECTION = re.compile(r"^### (\w+)$", re.MULTILINE)
+
+
+def test_troubleshooting_has_a_section_for_each_warning_and_error_and_for_nothing_else():
     page = (versions.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    ours = []
     for name in reference.public_names():
         module, _, short = name.rpartition(".")
         value = getattr(importlib.import_module(module), short)
-        if isinstance(value, type) and issubclass(value, Exception):
-            assert short in page, name
+        if isinstance(value, type) and issubclass(value, lorax.LoraxError | lorax.LoraxWarning):
+            assert remedies(value).endswith(f"/troubleshooting/#{short.lower()}")
+            ours.append(short)
+    assert sorted(SECTION.findall(page)) == sorted(ours)

@@ -47,7 +47,9 @@ def run(source: Path) -> NotebookNode:
 
 def unrun(notebook: NotebookNode) -> NotebookNode:
     """The notebook as a reader starts with it: without outputs, after a cell that installs."""
-    install = nbformat.v4.new_code_cell(f"%pip install --quiet optax {INSTALL}")
+    install = nbformat.v4.new_code_cell(
+        f"%pip install --quiet optax flax matplotlib scikit-learn {INSTALL}"
+    )
     cells = [
         nbformat.v4.new_code_cell(cell.source)
         if cell.cell_type == "code"

@@ -17,6 +17,7 @@ def parse_args(about, arguments=None, *, out, steps, bases=()):
     path = {"type": pathlib.Path, "metavar": "DIR"}
     add("--cache", **path, default=cache_folder(), help="where downloads are kept")
     add("--out", **path, default=out, help="where the adapter and the plot go")
+    add("--plot", type=pathlib.Path, metavar="FILE", help="where the plot goes instead")
     count = {"type": int, "metavar": "N"}
     add("--steps", **count, default=steps, help=f"training steps of {TRAIN_BATCH} sentences")
     add("--rank", **count, default=8, help="rank of the adapter")

@@ -1,9 +1,10 @@
-"""What the run shows: progress bars, tables, and the plot of the loss."""
+"""What the run shows: progress bars, tables, and the plot of a run."""
 
 import contextlib
 import time
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
@@ -85,18 +86,30 @@ def show_seconds(seconds, title="Wall time"):
     console.print(table)
 
 
-def plot_losses(losses, path, window=10):
-    """Each step's loss, and the mean of the last `window` steps."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color="0.75", label="one step")
-    if len(losses) >= window:
-        mean = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (nats)", title="Training loss", ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def plot_curve(curve, path, held_out, window=10):
+    """The loss and the accuracy of each step, and their means over the last `window` steps.
+
+    `held_out` has accuracies on sentences that no step sees, by what they are called.
+    """
+    # White, so that a page with a dark background shows it too.
+    figure = Figure(figsize=(8, 3.2), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    steps = np.arange(1, len(curve.losses) + 1)
+    for panel, values in zip(panels, curve, strict=True):
+        panel.plot(steps, values, ".", color="0.75", label="one step")
+        if len(values) >= window:
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            panel.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
+    for color, (name, accuracy) in zip(("C2", "C1"), held_out.items(), strict=True):
+        label = f"held out, {name}: {accuracy:.3f}"
+        panels[1].axhline(accuracy, color=color, linestyle="--", linewidth=1, label=label)
+    panels[0].set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
+    panels[1].set(xlabel="step", ylabel="accuracy", ylim=(None, 1.02))
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize="small")
+    with rc_context({"svg.hashsalt": "lorax"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def show_adapter(folder, results, checks, base, tolerance):

@@ -18,8 +18,8 @@ from data import (
     read_reviews,
     token_of,
 )
-from display import console, plot_losses, timed
-from lorax import QuantizedWeight, count_params, init_lora, lora, merge_params
+from display import console, plot_curve, timed
+from lorax import QuantizedWeight, count_params, dequantize, init_lora, lora, merge_params
 from lorax_io import load_peft, save_peft
 from metrics import difference, score
 from training import TRAIN_BATCH, predict, train
@@ -101,7 +101,7 @@ class Job:
         before = evaluate(tunable, "Evaluate before")
         with timed(seconds, f"train{of}"):
             prompts, positives = self.prompts_of(self.training), labels(self.training)
-            tunable, losses = train(
+            tunable, curve = train(
                 margin,
                 tunable,
                 frozen,
@@ -117,16 +117,23 @@ class Job:
             console.status("Saving and checking the adapter"),
         ):
             out.mkdir(parents=True, exist_ok=True)
-            plot_losses(losses, out / "loss.png")
+            held_out = {"before": before.accuracy, "after": after.accuracy}
+            plot_curve(curve, self.args.plot or out / "curve.svg", held_out)
             folder = out / "adapter"
             save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
             _, *batch = batches(self.prompts_of(self.evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
-            logits = jax.jit(adapted)((frozen, tunable), *batch)
-            again = load_peft(folder, params, names)
-            reloaded = difference(jax.jit(adapted)(again, *batch), logits)
-            merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), logits)
-            base = difference(jax.jit(model)(params, *batch), logits)
-        return Taught(before, after, folder, batch, logits, reloaded, merged, base)
+            forms = forms_of(subject, (frozen, tunable), folder, batch)
+        return Taught(before, after, folder, batch, *forms)
+
+
+def forms_of(subject, pair, folder, batch):
+    """A pair's logits, and how far those of the adapter's other forms and of the base are."""
+    model, adapted = jax.jit(subject.model), jax.jit(lora(subject.model))
+    logits = adapted(pair, *batch)
+    reloaded = adapted(load_peft(folder, subject.params, subject.names), *batch)
+    merged = model(merge_params(*pair), *batch)
+    base = model(dequantize(subject.params), *batch)
+    return logits, *(difference(form, logits) for form in (reloaded, merged, base))
 
 
 def is_coded(node):

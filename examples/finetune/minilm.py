@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import lorax_hf
 from arguments import parse_args
 from data import CALIBRATION, batches, choose, encode, labels, read_reviews
-from display import console, download, plot_losses, show_adapter, show_scores, show_seconds, timed
+from display import console, download, plot_curve, show_adapter, show_scores, show_seconds, timed
 from download import MINILM, REVIEWS, DownloadError
 from lorax import count_params, init_lora, merge_params
 from lorax_io import load_peft, save_peft
@@ -84,7 +84,7 @@ def main(arguments=None):
 
     with timed(seconds, "train"):
         tunable = {"adapter": adapter, "head": head}
-        tunable, losses = train(
+        tunable, curve = train(
             margin, tunable, frozen, prompts, positive, args.learning_rate, args.seed
         )
     adapter, head = tunable["adapter"], tunable["head"]
@@ -93,7 +93,11 @@ def main(arguments=None):
     trained = linear(head, embeddings)
 
     with timed(seconds, "save and check"), console.status("Saving and checking the adapter"):
-        plot_losses(losses, args.out / "loss.png")
+        held_out = {
+            name: score(margins, labels(evaluation), CALIBRATION).accuracy
+            for name, margins in (("frozen probe", probe), ("LoRA", trained))
+        }
+        plot_curve(curve, args.plot or args.out / "curve.svg", held_out)
         folder, names = args.out / "adapter", lorax_hf.peft_names(model)
         save_peft(folder, adapter, names, base_model=BASE, task_type="FEATURE_EXTRACTION")
         save_file(dict(head), args.out / "head.safetensors")

@@ -4,6 +4,8 @@ A margin is a function `margin(tunable, frozen, tokens, last) -> [batch]`. That 
 adapter and its base is not known here: gradients and optimizer state are those of `tunable`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,31 +17,40 @@ from display import steps_bar
 TRAIN_BATCH, EVAL_BATCH = 16, 40
 
 
+class Curve(NamedTuple):
+    """What each step saw of its own sentences, before it."""
+
+    losses: list[float]
+    accuracies: list[float]
+
+
 def train(margin, tunable, frozen, prompts, positive, learning_rate, seed):
-    """One pass of Adam over the prompts; returns the trained tree and the loss of every step."""
+    """One pass of Adam over the prompts; returns the trained tree and the `Curve`."""
     steps = batches(prompts, TRAIN_BATCH)
     steps = [steps[i] for i in np.random.default_rng(seed).permutation(len(steps))]
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, len(steps)))
 
     def loss(tunable, frozen, tokens, last, sign):
         # Cross-entropy between two answers is the softplus of the margin of the wrong one.
-        return jnp.mean(jax.nn.softplus(-sign * margin(tunable, frozen, tokens, last)))
+        right = sign * margin(tunable, frozen, tokens, last)
+        return jnp.mean(jax.nn.softplus(-right)), jnp.mean(right > 0)
 
     @jax.jit
     def step(tunable, state, frozen, *batch):
-        value, gradient = jax.value_and_grad(loss)(tunable, frozen, *batch)
+        seen, gradient = jax.value_and_grad(loss, has_aux=True)(tunable, frozen, *batch)
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(tunable, updates), state, value
+        return optax.apply_updates(tunable, updates), state, seen
 
     state = optimizer.init(tunable)
-    losses = []
+    curve = Curve([], [])
     with steps_bar("Train", len(steps)) as advance:
         for rows, tokens, last in steps:
             sign = np.where(positive[rows], 1.0, -1.0).astype(np.float32)
-            tunable, state, value = step(tunable, state, frozen, tokens, last, sign)
-            losses.append(float(value))
-            advance(f"loss {np.mean(losses[-10:]):.3f}")
-    return tunable, losses
+            tunable, state, seen = step(tunable, state, frozen, tokens, last, sign)
+            for values, value in zip(curve, seen, strict=True):
+                values.append(float(value))
+            advance(f"loss {np.mean(curve.losses[-10:]):.3f}")
+    return tunable, curve
 
 
 def predict(function, tunable, frozen, prompts, label):

@@ -72,7 +72,7 @@ def test_initialisers_by_function_see_the_matrix_of_one_entry():
     init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init=jax.nn.initializers.he_normal())
 
 
-def test_an_unknown_initialiser_is_an_error():
+def test_an_unknown_initialiser_raises():
     with pytest.raises(SpecError, match="a_init='unifrom' is not known; it is one of 'uniform'"):
         init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init="unifrom")
 
@@ -235,12 +235,16 @@ def test_factors_follow_their_base_to_another_device():
             assert factor.devices() == base.devices() and factor.committed
 
 
-def test_the_old_name_of_params():
+def test_old_names_of_arguments():
     params, key = {"w": jnp.ones((5, 3))}, jax.random.key(0)
     by_old_name: Any = {"param_tree": params, "spec": {"w": 2}, "rng": key}
-    with pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is called `params`"):
+    with (
+        pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is called `params`"),
+        pytest.warns(DeprecationWarning, match=r"init_lora\(rng=…\) is called `key`"),
+    ):
         old = init_lora(**by_old_name)
     new = init_lora(params, {"w": 2}, key)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, old, new))
+    del by_old_name["rng"]
     with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="both `param_tree` and"):
-        init_lora(params=params, **by_old_name)
+        init_lora(params=params, key=key, **by_old_name)

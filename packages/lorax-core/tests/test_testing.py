@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import lorax
 from lorax import _transform, init_lora, testing
 from lorax._factored import FactoredArray
 from lorax._registry import RULES
@@ -62,7 +63,7 @@ def test_catches_a_wrong_gradient(broken_dot):
         testing.check(model, PARAMS, {"w": 2}, X)
 
 
-def test_catches_a_weight_that_is_built_without_a_word(broken_dot):
+def test_check_fails_for_a_silently_materialized_weight(broken_dot):
     broken_dot(rule(lambda eqn, x, w: eqn(x, w.array())))
     with pytest.raises(AssertionError, match=r"as arrays of these shapes: .*\(7, 5\)"):
         testing.check(model, PARAMS, {"w": 2}, X)
@@ -102,3 +103,34 @@ def test_matrix_units_may_round(broken_dot, monkeypatch, platform, precision, pa
         else:
             with pytest.raises(AssertionError, match="differs by"):
                 testing.check(model, PARAMS, {"w": 2}, X, transforms=False)
+
+
+FORMS = {
+    "a Pair": lambda pair: (pair,),
+    "a tuple": lambda pair: (tuple(pair),),
+    "two trees": lambda pair: (pair.frozen, pair.tunable),
+}
+
+
+@pytest.mark.parametrize(
+    "as_params", [lambda w, v: {0: w, 1: v}, lambda w, v: [w, v]], ids=["dict", "list"]
+)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_functions_of_a_model_take_a_pair_or_its_two_trees(as_params, form):
+    params = as_params(jnp.ones((3, 2)), jnp.ones((4, 2)))
+    pair = init_lora(params, as_params(1, lorax.LORA_FULL), jax.random.key(0))
+    call = (*form(pair), jnp.ones((4, 3)))
+
+    def model(params, x):
+        return x @ params[0] + params[1]
+
+    assert testing.weight_sized(model, *call) == {}
+    assert [row.uses for row in lorax.explain(model, *call).rows] == [("dot_general",), ()]
+
+
+@pytest.mark.parametrize("function", [testing.weight_sized, lorax.explain])
+@pytest.mark.parametrize("given", [(), ({"w": jnp.ones((5, 3))},)], ids=["nothing", "another tree"])
+def test_functions_of_a_model_refuse_plain_parameters(function, given):
+    params = {"w": jnp.ones((3, 2)), "v": jnp.ones(2)}
+    with pytest.raises(lorax.PairError, match=r"must be the pair|the structure of the parameters"):
+        function(lambda params, x: x @ params["w"], params, *given, jnp.ones((4, 3)))

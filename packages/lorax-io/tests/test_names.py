@@ -146,7 +146,7 @@ def test_every_field_of_every_layout_is_tried():
         (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is not one of Linear"),
     ],
 )
-def test_other_files_are_refused(file, content, message):
+def test_other_files_raise(file, content, message):
     file.write_bytes(content)
     with pytest.raises(AdapterFileError, match=message):
         read_names(file)
@@ -182,7 +182,7 @@ def test_other_files_are_refused(file, content, message):
     ],
     ids=str,
 )
-def test_fields_that_a_layout_cannot_have_are_refused(file, layout, fields, message):
+def test_fields_that_a_layout_cannot_have_raise(file, layout, fields, message):
     file.write_text(json.dumps({"w": {"layout": layout, "module": "q"} | fields}))
     with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
         read_names(file)

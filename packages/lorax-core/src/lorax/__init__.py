@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from . import bases, kinds, rules
 from ._adapter import (
     Adapter as Adapter,
     AdapterSpec as AdapterSpec,
@@ -16,6 +17,7 @@ from ._difference import adapter_difference as adapter_difference
 from ._dropout import with_dropout as with_dropout
 from ._errors import (
     LoraxError as LoraxError,
+    LoraxWarning as LoraxWarning,
     MaterializeError as MaterializeError,
     MaterializeWarning as MaterializeWarning,
     PairError as PairError,
@@ -141,6 +143,7 @@ __all__ = [
     "LoraSpec",
     "LoraWeight",
     "LoraxError",
+    "LoraxWarning",
     "MXFP4",
     "MaterializeError",
     "MaterializeWarning",
@@ -197,6 +200,9 @@ __all__ = [
 ]
 
 # Tracebacks and reprs show the names that users import.
+for _module in (bases, kinds, rules):
+    for _name in _module.__all__:
+        getattr(_module, _name).__module__ = _module.__name__
 for _value in [globals()[_name] for _name in __all__]:
     if hasattr(_value, "__module__"):
         _value.__module__ = __name__

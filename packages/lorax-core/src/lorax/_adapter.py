@@ -32,7 +32,20 @@ KINDS: "dict[str, type[Adapter]]" = {}
 
 
 def static(default: Any = dataclasses.MISSING, **options: Any) -> Any:
-    """A field of an adapter that is a setting and not an array."""
+    """A field of an adapter that is a setting and not an array.
+
+    Args:
+        default: its value where none is given.
+        **options: as in `dataclasses.field`.
+
+    Returns:
+        The field.
+
+    Example:
+        >>> from lorax.kinds import static
+        >>> static(4).default
+        4
+    """
     return dataclasses.field(metadata={"static": True}, default=default, **options)
 
 
@@ -85,11 +98,13 @@ class Labeled(NamedTuple):
 
     def inner(self, k: int, size: int) -> Label:
         """Inner axis number k, such as the rank."""
+        # The weight's axes have the labels 0, 1, …; inner labels come behind them.
         return Label(sum(map(len, self)) + k, size)
 
     def split(self, axis: int, count: int, k: int) -> Labels:
         """Two labels for one axis: `count` blocks, and inner axis number k runs within each."""
         size = self.out[axis][0].size
+        # [size] -> [count, size / count]; the blocks keep the label of the axis.
         return Label(axis, count), self.inner(k, size // count)
 
     def out_with(self, names: Mapping[int, Labels]) -> tuple[Labels, ...]:
@@ -253,7 +268,30 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
 
 
 def defkind(cls: type[Any]) -> type[Any]:
-    """Registers a class of adapters: a frozen dataclass, a pytree, one row of `KINDS`."""
+    """Registers a class of adapters: it becomes a frozen dataclass, a pytree, and a kind of files.
+
+    Args:
+        cls: a subclass of `lorax.Adapter`. Its `kind` is the name that files have for it.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: where there is a kind of that name.
+
+    Example:
+        >>> import lorax
+        >>> from lorax.kinds import defkind, static
+        >>> @defkind
+        ... class GainOfAll(lorax.Adapter):
+        ...     kind = "gain of all"
+        ...     gain: object
+        ...     in_axes: tuple = static((0,))
+        ...     out_axes: tuple = static((1,))
+        ...     shared_axes: tuple = static(())
+        >>> GainOfAll(2.0).settings()
+        {'in_axes': (0,), 'out_axes': (1,), 'shared_axes': ()}
+    """
     cls = dataclasses.dataclass(frozen=True)(cls)
     jax.tree_util.register_dataclass(cls)
     register_with_export(cls)
@@ -269,7 +307,28 @@ def make_term(
     out: tuple[Labels, ...],
     source: Hashable,
 ) -> Term:
-    """The term of factors that have names."""
+    """The term of factors that have names.
+
+    Args:
+        factors: the arrays, by name.
+        labels: the labels of each one's axes, by name.
+        out: the labels that each of the weight's axes shows.
+        source: of which weight it is, as `applied` is given it.
+
+    Returns:
+        The term `einsum(*factors)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax import Axes
+        >>> from lorax.kinds import Labeled, make_term
+        >>> axes = Labeled.of(Axes((), (0,), (1,)), (3, 2))
+        >>> rank = axes.inner(0, 1)
+        >>> labels = {"a": (*axes.inputs, rank), "b": (rank, *axes.outputs)}
+        >>> factors = {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}
+        >>> make_term(factors, labels, axes.out, None).shape
+        (3, 2)
+    """
     sources = () if source is None else (source,)
     return Term(tuple(factors.values()), tuple(labels[name] for name in factors), out, sources)
 
@@ -364,6 +423,7 @@ class Start(NamedTuple):
         if not shared:
             # An initializer may return an array that is kept elsewhere.
             return own(init(key, matrix, self.dtype)).reshape(shape)
+        # entries × [fan_in, rank] -> [*shared, *in, rank]
         keys = jax.random.split(key, math.prod(shared))
         return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
 

@@ -131,6 +131,8 @@ class QuantizedWeight(Held):
         """The weight as `lora` handles it; `source` is what it is called in messages."""
         out, labels = self.labels()
         names, dtype = self.names, self.dtype
+        # Codes and scales are factors with labels, so a slice or a transpose moves them like a
+        # term.
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
         sources = () if source is None else (source,)
         return CodedArray(
@@ -298,8 +300,10 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
         for group in blocks.out:  # one axis after the other, as explicit meshes want it
             if len(group) > 1:
                 sizes = [label.size for label in group]
+                # […, in, …] -> […, in / block, block, …]
                 entries = entries.reshape(*entries.shape[:axis], *sizes, *entries.shape[axis + 1 :])
             axis += len(group)
+        # within: the axes that a scale is shared along; across: those that an outer scale is.
         within, across = (
             tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
             for kept in (blocks.scales, blocks.outer)
@@ -317,4 +321,5 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
 
 def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:
     """An array without the axes that it lacks, which have one entry."""
+    # [in / 64, 1, out] -> [in / 64, out]
     return jnp.squeeze(array, [k for k, label in enumerate(codes) if label not in labels])

@@ -50,16 +50,21 @@ class Blocks(NamedTuple):
                 group where there are groups.
             along: the axes whose entries share scales: in blocks where they have some, else whole.
         """
+        # Axis d has the label d; labels within its blocks come behind those of all axes.
         inner = iter(range(len(shape), 3 * len(shape)))
         out: list[Labels] = []
         for d, size in enumerate(shape):
             sizes = blocks.get(d, ())
             within = tuple(Label(next(inner), part) for part in sizes)
+            # [in] in blocks of 64 is [in / 64, 64]; in groups of 4 such blocks, [in / 256, 4, 64].
             out.append((Label(d, size // math.prod(sizes)), *within))
         codes = tuple(label for labels in out for label in labels)
         whole = {d for d in along if d not in blocks}
         each = [labels[:-1] if d in blocks else labels for d, labels in enumerate(out)]
+        # One scale for each block, and none along an axis that shares them whole: codes
+        # [in / 64, 64, out] have scales [in / 64, out], and without blocks [out].
         scales = tuple(label for d, labels in enumerate(each) if d not in whole for label in labels)
+        # Scales of scales: one for each group, or for each output where there are no groups.
         outer = tuple(
             labels[0] for d, labels in enumerate(out) if d not in along or len(labels) > 2
         )
@@ -160,7 +165,25 @@ def fields_of(format: Any) -> dict[str, Any]:
 
 
 def defformat(cls: type[Any]) -> type[Any]:
-    """Registers a class of formats: a frozen dataclass, one row of `FORMATS`."""
+    """Registers a class of formats: it becomes a frozen dataclass, and `quantize` takes its name.
+
+    Args:
+        cls: a subclass of `Format`. Its `name` is the one that specs and files have for it.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: where there is a format of that name.
+
+    Example:
+        >>> from lorax.bases import Format, defformat
+        >>> @defformat
+        ... class Doubles(Format):
+        ...     name = "doubles"
+        >>> Doubles() == Doubles()
+        True
+    """
     cls = dataclasses.dataclass(frozen=True)(cls)
     if cls.name in FORMATS:
         raise ValueError(f"There is a format {cls.name!r} already: {FORMATS[cls.name]}.")
@@ -169,7 +192,22 @@ def defformat(cls: type[Any]) -> type[Any]:
 
 
 def format_of(value: Any) -> Format:
-    """A format, or the one with default settings of that name."""
+    """A format, or the one with default settings of that name.
+
+    Args:
+        value: a format, or its name.
+
+    Returns:
+        The format.
+
+    Raises:
+        SpecError: for anything else.
+
+    Example:
+        >>> from lorax.bases import format_of
+        >>> format_of("nf4").name
+        'nf4'
+    """
     if isinstance(value, Format):
         return value
     if isinstance(value, str) and value in FORMATS:

@@ -1,12 +1,40 @@
 """What Lorax raises and warns with.
 
 An error class exists where a caller may want to catch that case alone; each message says what
-happened (path, primitive, shapes), why, and what to do.
+happened (path, primitive, shapes), why, and what to do. The last line that a user sees is the
+address of its section in the documentation.
 """
+
+# As `[project.urls]` has it, which `nox -s release-check` compares.
+DOCUMENTATION = "https://OWNER.github.io/lorax/"
+
+_PACKAGES = ("lorax", "lorax_hf", "lorax_io")
+
+
+def remedies(category: type) -> str:
+    """Where the documentation has the causes and the remedies of an error or a warning."""
+    # A class of somebody else has the address of ours that it derives from.
+    ours = next(c for c in category.__mro__ if c.__module__.partition(".")[0] in _PACKAGES)
+    return f"See {DOCUMENTATION}troubleshooting/#{ours.__name__.lower()}"
 
 
 class LoraxError(Exception):
-    """Base class of every error that Lorax raises on purpose."""
+    """Base class of every error that Lorax raises on purpose.
+
+    The address of its remedies is a note, `__notes__`, so that it ends the traceback and is not
+    repeated where one message quotes another.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(remedies(type(self)))
+
+
+class LoraxWarning(UserWarning):
+    """Base class of every warning of Lorax; the last line of its text is where its remedies are."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{remedies(type(self))}"
 
 
 class SpecError(LoraxError, ValueError):
@@ -25,23 +53,23 @@ class UnusedAdapterError(LoraxError):
     """An adapter that no result depends on, and `on_unused="error"` forbids it."""
 
 
-class MaterializeWarning(UserWarning):
+class MaterializeWarning(LoraxWarning):
     """An adapted weight is materialized because no rule covers the way it is used."""
 
 
-class UnusedAdapterWarning(UserWarning):
+class UnusedAdapterWarning(LoraxWarning):
     """An adapter that no result depends on: its factors get zero gradients and train nothing."""
 
 
-class UnadaptedWarning(UserWarning):
+class UnadaptedWarning(LoraxWarning):
     """Weights that `infer_spec` leaves without an adapter, each with the reason and the remedy."""
 
 
-class UnquantizedWarning(UserWarning):
+class UnquantizedWarning(LoraxWarning):
     """Weights that `quantize` leaves as they are, each with the reason and the remedy."""
 
 
-class RankWarning(UserWarning):
+class RankWarning(LoraxWarning):
     """A rank larger than that of the matrix it adapts: the adapter has more numbers than it."""
 
 

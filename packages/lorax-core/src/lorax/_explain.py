@@ -17,7 +17,7 @@ from ._base import QuantizedWeight, bytes_of
 from ._interpreter import Interpreter
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import count_params
-from ._pair import Leaf
+from ._pair import Leaf, pair_of_call
 from ._registry import RULES
 from ._transform import Traced, bind_call, lora, run, trace, traced_as, uses
 from ._uses import Use
@@ -151,7 +151,7 @@ class Explanation:
 @refuses_ambiguous_keywords
 def explain(
     fn: Callable[..., Any],
-    pair: tuple[Any, Any],
+    pair: Any,
     /,
     *args: Any,
     through_custom_derivatives: bool = False,
@@ -161,7 +161,8 @@ def explain(
 
     Args:
         fn: a function of the parameters first, as it is before `lora`.
-        pair: `(frozen, tunable)`; arrays may be `jax.ShapeDtypeStruct`.
+        pair: the pair `(frozen, tunable)`, or its two trees, one after the other; arrays may be
+            `jax.ShapeDtypeStruct`.
         *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
         through_custom_derivatives: as in `lora`.
         **kwargs: what `fn` is called with.
@@ -184,6 +185,7 @@ def explain(
         >>> {row.path: row.status for row in report.rows}
         {'typo': 'never used', 'w': 'covered'}
     """
+    pair, args = pair_of_call((pair, *args), "explain")
     call = bind_call(fn, (0,), (), (pair, *args), kwargs)
     traced = trace(fn, call)
     uses_of: dict[str, list[Use]] = collections.defaultdict(list)
@@ -286,10 +288,10 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
     elif kinds & {"materialized", "returned"}:
         status = "materialized"
     counts = collections.Counter(use.primitive for use in leaf_uses)
-    told = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
+    counted = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
     rank = getattr(adapter, "rank", None)
     shape = leaf.frozen.shape
-    return Row(leaf.path, shape, rank, adapter.summary(), count_params(adapter), status, told)
+    return Row(leaf.path, shape, rank, adapter.summary(), count_params(adapter), status, counted)
 
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:

@@ -51,11 +51,11 @@ INITIALIZERS: dict[str, Initializer] = {
 }
 
 
-@takes_old_names(param_tree="params")
+@takes_old_names(param_tree="params", rng="key")
 def init_lora(
     params: Any,
     spec: Any,
-    rng: jax.Array,
+    key: jax.Array,
     *,
     a_init: str | Initializer = "uniform",
     b_init: str | Initializer = "zeros",
@@ -71,7 +71,7 @@ def init_lora(
         params: the parameters, any pytree; leaves that are not arrays are kept as they are.
         spec: a tree of the same structure; each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank, or
             the spec of a kind of adapter: `LoraSpec`, `DoraSpec`, ….
-        rng: a PRNG key, new style or old.
+        key: a PRNG key, new style or old.
         a_init: of the factors that meet the input: "uniform", "gaussian", "orthogonal", "zeros",
             or a function `(key, shape, dtype) -> array` as in `jax.nn.initializers`. It makes the
             matrix `[fan_in, rank]` of each entry of the shared axes.
@@ -107,18 +107,18 @@ def init_lora(
     ]
     collected = {} if collected is None else collected
     _check_collected(collected, leaves, checked)
-    common = _common(leaves, checked, rng)
+    common = _common(leaves, checked, key)
     placed: dict[Any, Any] = {}
     frozen: list[Any] = []
     tunable: list[Any] = []
     for (path, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):
             kind, axes = leaf_spec
-            key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+            of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))
             wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
             shared = common[kind.common_key]
             given = collected.get(path)
-            start = Start(path, leaf, axes, key, wide, shared, initializers, given)
+            start = Start(path, leaf, axes, of_path, wide, shared, initializers, given)
             base, weight = _placed(kind.start(start), leaf, placed)
             frozen.append(base)
             tunable.append(weight)
@@ -144,7 +144,7 @@ def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) ->
         )
 
 
-def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[Hashable, Any]:
+def _common(leaves: Any, checked: Any, key: jax.Array) -> dict[Hashable, Any]:
     """What the weights of one key share, by the key."""
     groups: dict[Hashable, tuple[AdapterSpec, list[tuple[tuple[int, ...], Axes]]]] = {}
     for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
@@ -152,7 +152,7 @@ def _common(leaves: Any, checked: Any, rng: jax.Array) -> dict[Hashable, Any]:
             kind, axes = leaf_spec
             _, weights = groups.setdefault(kind.common_key, (kind, []))
             weights.append((tuple(leaf.shape), axes))
-    return {key: kind.common(weights, rng) for key, (kind, weights) in groups.items()}
+    return {group: kind.common(weights, key) for group, (kind, weights) in groups.items()}
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:

@@ -76,16 +76,27 @@ jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
 ABSENT: Any = object()
 
 
-def two_trees(frozen: Any, tunable: Any, function: str) -> tuple[Any, Any]:
+def two_trees(frozen: Any, tunable: Any, function: str) -> Pair:
     """The trees of a call that was given a pair, or both trees."""
     if tunable is not ABSENT:
-        return frozen, tunable
-    if isinstance(frozen, Pair):
-        return frozen
+        return Pair(frozen, tunable)
+    if _is_two(frozen):
+        return Pair(*frozen)
     raise PairError(
         f"{function} takes a pair, as `init_lora` returns it, or its two trees, and was given "
         f"{type(frozen).__name__}: {function}(frozen, tunable)."
     )
+
+
+def pair_of_call(args: tuple[Any, ...], function: str) -> tuple[Pair, tuple[Any, ...]]:
+    """The trees of a call whose arguments begin with a pair, or with both trees; and the others."""
+    first, *others = args
+    is_pair = isinstance(first, Pair) or not others
+    if not is_pair and (has_adapters(others[0]) or not _is_two(first)):
+        _, structure = flatten_params(first)
+        if has_adapters(others[0]) or flatten_tunable(others[0], first, structure)[1] == structure:
+            return Pair(first, others[0]), tuple(others[1:])
+    return Pair(*split_pair(first, f"{function}: the argument after the function")), tuple(others)
 
 
 def _is_frozen_leaf(node: Any) -> bool:
@@ -216,12 +227,16 @@ def _listed(shapes: Mapping[str, Any]) -> str:
 
 def split_pair(value: Any, label: str) -> tuple[Any, Any]:
     """The two trees of a pair."""
-    if isinstance(value, tuple | list) and len(value) == 2:
+    if _is_two(value):
         return value[0], value[1]
     raise PairError(
         f"{label} must be the pair (frozen, tunable) from `init_lora`, but it is "
         f"{type(value).__name__}."
     )
+
+
+def _is_two(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def combine(leaves: list[Leaf], structure: Any, adapted: Callable[[Leaf], Any]) -> Any:

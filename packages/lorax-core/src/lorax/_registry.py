@@ -47,19 +47,55 @@ def defreason(reason: str, *names: str) -> None:
     REASONS.update(dict.fromkeys((primitive for primitive in primitives if primitive), reason))
 
 
-def defrule(*names: str, gains: bool = False) -> Callable[[Rule], Rule]:
-    """Registers one rule for the primitives called `names` that this JAX has.
+def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the function below as the rule of some primitives.
 
-    `gains` says that the rule also takes weights with gains, a pending norm or dropout; such a
-    weight is materialized elsewhere.
+    A rule gets the equation, its operands, and the equation's parameters by name. An operand is an
+    array, or a `FactoredArray` where a weight is used. The rule returns what the primitive returns:
+    arrays, or a `FactoredArray` where the result is a weight still; a list of them where the
+    primitive has several results. It evaluates the base through the equation itself,
+    `eqn(x, weight.base)`, and adds what the terms contribute. Where it does not cover a call, it
+    returns `NotImplemented`, and the weight is materialized with a warning.
+
+    Args:
+        primitives: JAX's primitives, or the names of those that JAX exports. A name that the
+            installed JAX does not have is skipped.
+        gains: whether the rule also takes weights with gains, a pending norm or dropout, as those
+            of DoRA and IA³. Elsewhere such a weight is materialized.
+
+    Returns:
+        A decorator, which returns the rule as it is.
+
+    Raises:
+        ValueError: where a primitive has a rule already.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.extend.core import Primitive
+        >>> from lorax import init_lora, lora
+        >>> from lorax.rules import add_product, defrule, is_weight
+        >>> matmul = Primitive("my_matmul")  # as a kernel of your own might be
+        >>> _ = matmul.def_impl(jnp.matmul)
+        >>> _ = matmul.def_abstract_eval(lambda x, w: jax.typeof(jnp.ones((4, 2))))
+        >>> @defrule(matmul)
+        ... def rule(eqn, x, weight):
+        ...     if is_weight(x):
+        ...         return NotImplemented
+        ...     eqn.use(weight, "product")
+        ...     return add_product(eqn(x, weight.base), x, weight, (((1,), (0,)), ((), ())))
+        >>> pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+        >>> lora(lambda params, x: matmul.bind(x, params["w"]))(pair, jnp.ones((4, 3))).shape
+        (4, 2)
     """
 
     def register(rule: Rule) -> Rule:
-        for name in names:
-            primitive = _compat.find_primitive(name)
+        for given in primitives:
+            is_name = isinstance(given, str)
+            primitive = _compat.find_primitive(given) if is_name else given
             if primitive is None:
                 continue
             if primitive in RULES:
+                name = primitive.name
                 raise ValueError(f"There is a rule for `{name}` already: {RULES[primitive]}.")
             RULES[primitive] = rule
             if gains:

@@ -36,6 +36,7 @@ def operand(array: Any) -> Term:
 
 def relabeled(left: Term, right: Term) -> Term:
     """`right` with labels that `left` does not use."""
+    # All labels of `right` move behind the last one of `left`.
     offset = left.fresh(0).id
     used = {*right.shown, *itertools.chain(*right.labels)}
     return right.rename({label: (label._replace(id=label.id + offset),) for label in used})
@@ -57,9 +58,11 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
                 else:
                     left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
                 continue
+            # The most significant labels that are not paired yet.
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
             if mine.size != theirs.size:
                 if mine.size % theirs.size == 0:
+                    # 6 beside 2: the 6 becomes (2, 3), and in the next round the two 2s are a pair.
                     left, right = _split_with_new_labels(left, mine, theirs.size, right)
                 elif theirs.size % mine.size == 0:
                     right, left = _split_with_new_labels(right, theirs, mine.size, left)
@@ -97,6 +100,7 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
     )
     shown = set(term.shown)
     lost = {label for label in (*left.shown, *right.shown) if label not in shown}
+    # A sum over a label along which both sides are constant: their number times one entry.
     repeats = math.prod(label.size for label in lost if not term.owners(label))
     return term.scale(repeats) if repeats != 1 else term
 

@@ -23,7 +23,14 @@ from ._errors import MaterializeError
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
 from ._merge import merge_params
-from ._pair import Leaf, combine, flatten_pair, flatten_params, flatten_tunable
+from ._pair import (
+    Leaf,
+    combine,
+    flatten_pair,
+    flatten_params,
+    flatten_tunable,
+    pair_of_call,
+)
 from ._terms import Label
 from ._transform import lora
 
@@ -200,8 +207,7 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
 @refuses_ambiguous_keywords
 def weight_sized(
     fn: Callable[..., Any],
-    frozen: Any,
-    tunable: Any,
+    pair: Any,
     /,
     *args: Any,
     through_custom_derivatives: bool = False,
@@ -217,8 +223,7 @@ def weight_sized(
 
     Args:
         fn: a function of the parameters first.
-        frozen: the frozen tree of the pair.
-        tunable: the tunable tree of the pair.
+        pair: the pair `(frozen, tunable)`, or its two trees, one after the other.
         *args: what `fn` is called with.
         through_custom_derivatives: as in `lora`.
         **kwargs: what `fn` is called with.
@@ -231,13 +236,14 @@ def weight_sized(
         >>> import jax, jax.numpy as jnp
         >>> from lorax import init_lora
         >>> from lorax.testing import weight_sized
-        >>> frozen, tunable = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
+        >>> pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
         >>> x = jnp.ones((4, 3))
-        >>> weight_sized(lambda params, x: x @ params["w"], frozen, tunable, x)
+        >>> weight_sized(lambda params, x: x @ params["w"], pair, x)
         {}
-        >>> sorted(weight_sized(lambda params, x: x @ jnp.tanh(params["w"]), frozen, tunable, x))
+        >>> sorted(weight_sized(lambda params, x: x @ jnp.tanh(params["w"]), pair, x))
         [(3, 2)]
     """
+    (frozen, tunable), args = pair_of_call((pair, *args), "weight_sized")
     leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
     adapters = [leaf.tunable for leaf in leaves if leaf.is_adapted]
     bases = [leaf.frozen for leaf in leaves if leaf.is_adapted]

@@ -1,10 +1,12 @@
 """Lorax for the models of Hugging Face and PyTorch, in the words of PEFT."""
 
 import importlib.metadata
+import inspect
 
 from ._defects import DefectWarning as DefectWarning, Finding as Finding
 from ._doctor import doctor as doctor
 from ._errors import (
+    ModuleWarning as ModuleWarning,
     OperatorError as OperatorError,
     QuantizedModuleError as QuantizedModuleError,
     StaticCacheError as StaticCacheError,
@@ -31,6 +33,7 @@ __all__ = [
     "COMPOSITES",
     "DefectWarning",
     "Finding",
+    "ModuleWarning",
     "OperatorError",
     "PRESETS",
     "Preset",
@@ -46,3 +49,8 @@ __all__ = [
     "register_op",
     "spec",
 ]
+
+# Tracebacks and reprs show the names that users import.
+for _value in [globals()[_name] for _name in __all__]:
+    if inspect.isclass(_value) or inspect.isfunction(_value):
+        _value.__module__ = __name__

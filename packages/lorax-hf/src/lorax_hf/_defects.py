@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lorax import LoraxWarning
+
 
 class Finding(NamedTuple):
     """One defect."""
@@ -12,7 +14,7 @@ class Finding(NamedTuple):
     remedy: str
 
 
-class DefectWarning(UserWarning):
+class DefectWarning(LoraxWarning):
     """The installed transformers is known to be wrong for this model."""
 
 

@@ -1,6 +1,6 @@
 """What is wrong with a PyTorch module, where a caller may want to catch that case alone."""
 
-from lorax import LoraxError
+from lorax import LoraxError, LoraxWarning
 
 
 class OperatorError(LoraxError, NotImplementedError):
@@ -13,3 +13,7 @@ class StaticCacheError(LoraxError, NotImplementedError):
 
 class QuantizedModuleError(LoraxError, TypeError):
     """A PyTorch module whose weights are quantized, which cannot be run in JAX."""
+
+
+class ModuleWarning(LoraxWarning):
+    """A PyTorch module or its files are not used as they are in PyTorch."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Generator
 from pathlib import Path
 
-from lorax import LoraxError
+from lorax import LoraxError, LoraxWarning
 
 _LONGEST = 1000  # characters of a message: names in a file may be of megabytes
 
@@ -60,7 +60,7 @@ class UnsupportedAdapterError(AdapterError):
     """An adapter that cannot be had in this form: its kind is not read or written there."""
 
 
-class AdapterWarning(UserWarning):
+class AdapterWarning(LoraxWarning):
     """Something in an adapter that was left out or may not be as it was."""
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from ._disk.files import regular_file, write_text
 from ._disk.tensors import read_json
 from ._errors import AdapterError, AdapterFileError, AdapterMismatchError
-from ._layouts import Embedding, Layout, Layouts, Linear, Names, Tensor, as_layouts
+from ._layouts import Embedding, Layout, Layouts, Linear, Tensor
+from ._plain_layouts import Names, as_layouts
 from ._tree import is_array, param_leaves
 
 

@@ -52,7 +52,7 @@ def write(files, module, tensors, config=None, prefix="", folder="base"):
 @pytest.mark.parametrize(
     "command", ["verify adapter --base base", "merge adapter --base base --out m"]
 )
-def test_codes_are_refused_by_name(shell, files, tmp_path, form, command):
+def test_codes_raise_by_name(shell, files, tmp_path, form, command):
     tensors, word = REFUSED[form]
     write(files, Q, tensors)
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
@@ -222,7 +222,7 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
 
 
 @pytest.mark.parametrize("form", ["fp8 with a scale"])
-def test_the_same_codes_again(shell, files, tmp_path, coded, form):
+def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
     shell.succeed("merge adapter --base base --out m --requantize", "coded again")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
@@ -235,7 +235,7 @@ def test_the_same_codes_again(shell, files, tmp_path, coded, form):
     assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
 
 
-def test_fp8_in_blocks_again(shell, files):
+def test_requantize_fp8_in_blocks(shell, files):
     codes, scales = draw(256, 128).astype(jnp.float8_e4m3fn), np.abs(draw(2, 1)).astype(np.float32)
     write(files, Q, {"weight": codes, "weight_scale_inv": scales})
     pair = files.pair(Q, 256, 128)

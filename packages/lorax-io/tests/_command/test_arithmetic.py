@@ -84,7 +84,7 @@ def test_other_methods_and_another_format(shell, options):
         assert_close(deltas({paths[p]: w for p, w in combined_rows.items()}), deltas(wanted))
 
 
-def test_adapters_that_have_nothing_in_common(shell):
+def test_disjoint_adapters(shell):
     save_two()
     save_adapter("other.safetensors", {"x": adapter(0)["q/kernel"]})
     assert "adapts no parameter that one adapts" in shell.fail(
@@ -104,7 +104,7 @@ def test_adapters_that_have_nothing_in_common(shell):
         ("extract --base a --tuned b --out x --rank 2 --to peft --targets (", "regular expression"),
     ],
 )
-def test_settings_that_are_refused(shell, line, message):
+def test_settings_that_raise(shell, line, message):
     save_two()
     assert message in shell.fail(line)
 

@@ -24,3 +24,5 @@ from . import (
 from .affine import Affine as Affine
 from .llm_int8 import LLMInt8 as LLMInt8
 from .nvfp4 import NVFP4 as NVFP4
+
+__all__ = ["Affine", "Blocks", "Format", "LLMInt8", "NVFP4", "defformat", "format_of"]

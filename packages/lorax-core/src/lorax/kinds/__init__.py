@@ -31,3 +31,5 @@ from . import (
     tokens as tokens,
     vera as vera,
 )
+
+__all__ = ["Labeled", "Layout", "Start", "Started", "defkind", "make_term", "static"]

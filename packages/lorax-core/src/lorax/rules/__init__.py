@@ -1,5 +1,12 @@
-"""One file for each family of primitives; importing the package fills the rule table."""
+"""One file for each family of primitives; importing the package fills the rule table.
 
+What a rule of one's own is made of can be imported from here.
+"""
+
+from .._equation import Equation as Equation
+from .._factored import FactoredArray as FactoredArray, is_weight as is_weight
+from .._registry import defrule as defrule
+from .._terms import Inexpressible as Inexpressible, Label as Label, Term as Term
 from . import (
     along_axis as along_axis,
     arithmetic as arithmetic,
@@ -17,3 +24,15 @@ from . import (
     shards as shards,
     structural as structural,
 )
+from .contraction import add_product as add_product
+
+__all__ = [
+    "Equation",
+    "FactoredArray",
+    "Inexpressible",
+    "Label",
+    "Term",
+    "add_product",
+    "defrule",
+    "is_weight",
+]

@@ -63,6 +63,7 @@ def _with_devices(term: Term, varying, size: int, gather) -> tuple[Term, Label]:
     device = term.fresh(size)
     factors, labels = list(term.factors), list(term.labels)
     for k in varying:
+        # factor [*labels] -> [device, *labels]; one that is equal on all devices is not gathered.
         factors[k], labels[k] = gather(factors[k]), (device, *labels[k])
     return dataclasses.replace(term, factors=tuple(factors), labels=tuple(labels)), device
 
@@ -76,6 +77,7 @@ def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
     """The devices as a separate axis, or in front of an axis."""
     out = list(term.out)
     if tiled:
+        # [devices · size]: device by device, so its label is the most significant one.
         out[axis] = (device, *out[axis])
     else:
         out.insert(axis, (device,))
@@ -86,6 +88,7 @@ def _own_part(term: Term, axis: int, names, groups, tiled: bool) -> Term:
     """This device's part of an axis, which is its one entry where it is not tiled."""
     term, (label,) = term.fuse_all([axis])
     part = label.size // _size(names, groups)
+    # Part d of an axis [devices · part] begins at d · part.
     start = _position(names, groups) * part
 
     def change(factor: jax.Array, k: int) -> jax.Array:
@@ -131,11 +134,13 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
     def summed(weight, term):
         varying = _varying(weight, term, axes)
         if not varying:
+            # Equal on all devices: the sum is their number times one.
             return term.scale(size)
         if len(varying) == 1:
             (k,) = varying
             factors = (*term.factors[:k], alone(term.factors[k]), *term.factors[k + 1 :])
             return dataclasses.replace(term, factors=factors)
+        # Σ_d a_d @ b_d  =  [a_1 … a_n] @ [b_1; …; b_n]: the devices are a label that no axis shows.
         return _with_devices(term, varying, size, gather)[0]
 
     outs = [

@@ -22,6 +22,8 @@ def _shard_map(
             leaves.append(arg)
             specs.append(spec)
             continue
+        # A factor is split over the devices as the axes that it owns are, and is whole on each
+        # otherwise.
         split = [d for d, entry in enumerate(spec) if entry is not None]
         if arg.norm is not None:
             # A device has a part of what the norm runs over, or does not know the rest.
@@ -86,6 +88,7 @@ def _local(weight: FactoredArray) -> FactoredArray:
 
 def _local_term(term, shape):
     """A shard of a term; where it is known, `shape` is that of the weight."""
+    # Within the body every label has the size of a shard: [in / devices] where the mesh splits it.
     sizes = {x[0]: size for x, size in zip(term.out, shape, strict=bool(shape)) if len(x) == 1}
     sizes |= {
         label: size

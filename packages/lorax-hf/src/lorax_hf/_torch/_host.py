@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from .._errors import ModuleWarning
+
 # Attributes of modules and configs, and the value under which nothing is drawn in Python.
 _DRAWN_IN_PYTHON = {
     "layerdrop": 0.0,
@@ -27,6 +29,7 @@ def turn_off_host_choices(module: torch.nn.Module) -> None:
             f"{', '.join(sorted(drawn))} of {type(module).__name__} draws random numbers in "
             "Python, once for every call of a compiled program: turned off. Set it so in the "
             "config to silence this.",
+            ModuleWarning,
             stacklevel=4,
         )
     normalized = [
@@ -39,6 +42,7 @@ def turn_off_host_choices(module: torch.nn.Module) -> None:
             f"with train=True, `{normalized[0]}`{_more(normalized)} normalizes by the statistics "
             "of the batch, and its running statistics, which are not parameters, stay as they are. "
             "Without train=True it normalizes by its running statistics.",
+            ModuleWarning,
             stacklevel=4,
         )
 

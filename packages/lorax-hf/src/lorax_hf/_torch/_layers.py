@@ -8,10 +8,11 @@ full attention, each has its own stack, `model.layers.0:30:2…` and `model.laye
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from .._errors import ModuleWarning
 from ._equal import difference
 from ._state import tied_names
 
@@ -164,12 +165,13 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
             warnings.warn(
                 f"scan_layers: the layers {', '.join(map(str, rest))} of {named_module(path)} are "
                 f"not scanned. {why[path]}",
+                ModuleWarning,
                 stacklevel=5,
             )
     return runs
 
 
-def _is_list(module: nn.Module) -> bool:
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
 
 

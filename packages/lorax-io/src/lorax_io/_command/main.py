@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = args.run(args)
         except (LoraxError, OSError, ImportError) as error:
             errors.print(f"lorax: {error}")
+            for note in getattr(error, "__notes__", ()):
+                errors.print(note)
             code = FAILED
     # An adapter may be opened twice.
     for message in dict.fromkeys(str(warning.message) for warning in caught):

@@ -37,8 +37,8 @@ from .header import FORMAT_KEY, read_header
 
 def load_adapter(
     path: str | os.PathLike[str],
-    *,
     params: Any = None,
+    *,
     like: Any = None,
     sharding: Any = None,
     progress: bool = True,
