@@ -285,6 +285,9 @@ def torch(session: nox.Session) -> None:
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
         pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/__init__.py"]
         session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
+        # The session `types` is without PyTorch.
+        session.install("--group", "types")
+        session.run("pyright", "--project", f"{PYTORCH}/pyrightconfig.json")
 
 
 @nox.session(name="sweep-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
@@ -339,6 +342,15 @@ def keras(session: nox.Session) -> None:
     )
     session.install("--no-deps", "keras-hub==0.32.0")
     session.run("python", "integration-tests/keras/check.py")
+
+
+@nox.session(python=OLDEST_PYTHON)
+def tunix(session: nox.Session) -> None:
+    """tunix and lorax-io read each other's checkpoints, of models with LoRA of qwix."""
+    session.install("-r", "integration-tests/tunix/requirements.txt")
+    # tunix asks for an older safetensors than lorax-io does.
+    session.install("--no-deps", "safetensors>=0.8", *editable("lorax-core", "lorax-io"))
+    session.run("python", "integration-tests/tunix/check.py", env={"JAX_PLATFORMS": "cpu"})
 
 
 @nox.session(python="3.12")

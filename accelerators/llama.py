@@ -12,16 +12,19 @@ from programs import Model
 
 
 class Size(NamedTuple):
-    """The sizes of a model."""
+    """The sizes of a model; with `chunk`, so many queries meet all keys at once."""
 
     layers: int
     width: int
     hidden: int
     heads: int
     vocabulary: int
+    kv_heads: int | None = None
+    chunk: int | None = None
 
 
 SEVEN_BILLION = Size(layers=32, width=4096, hidden=11008, heads=32, vocabulary=32000)
+EIGHT_BILLION = Size(32, 4096, 14336, heads=32, vocabulary=128256, kv_heads=8, chunk=512)
 # 5 and 7 are factors of the weights' sizes, and not both of an activation's, however it is divided.
 SMALL = Size(layers=4, width=5 * 64, hidden=7 * 128, heads=4, vocabulary=1024)
 
@@ -29,7 +32,8 @@ SMALL = Size(layers=4, width=5 * 64, hidden=7 * 128, heads=4, vocabulary=1024)
 def shapes(size: Size, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """The shapes of the parameters."""
     square, wide = (size.width, size.width), (size.width, size.hidden)
-    kernels = {"q": square, "k": square, "v": square, "o": square}
+    keys = (size.width, size.width * (size.kv_heads or size.heads) // size.heads)
+    kernels = {"q": square, "k": keys, "v": keys, "o": square}
     kernels |= {"gate": wide, "up": wide, "down": wide[::-1]}
     norms = {"norm1": (size.width,), "norm2": (size.width,)}
     tree = {
@@ -58,29 +62,54 @@ def rotate(x):
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
 
 
-def block(dense: Callable[..., Any], heads: int, layer: Any, x):
+def attention(q, k, v, chunk: int | None):
+    """Causal attention, by chunks of queries where there are some: scores are computed again."""
+    if chunk is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    batch, length, heads, channels = q.shape
+
+    def some(queries, start):
+        mask = start + jnp.arange(chunk)[:, None] >= jnp.arange(length)
+        return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
+
+    chunks = jnp.moveaxis(q.reshape(batch, -1, chunk, heads, channels), 1, 0)
+    starts = jnp.arange(0, length, chunk)
+    mixed = jax.lax.map(lambda pair: jax.checkpoint(some)(*pair), (chunks, starts))
+    return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
+
+
+def block(dense: Callable[..., Any], size: Size, layer: Any, x):
     """One layer; `dense(layer, name, x)` is a product with the layer's weight of that name."""
     scales = layer[0] if isinstance(layer, tuple) else layer
     h = norm(scales["norm1"], x)
-    q, k, v = (dense(layer, name, h).reshape(*h.shape[:2], heads, -1) for name in "qkv")
-    mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    channels = size.width // size.heads
+    q, k, v = (dense(layer, name, h).reshape(*h.shape[:2], -1, channels) for name in "qkv")
+    mixed = attention(rotate(q), rotate(k), v, size.chunk)
     x = x + dense(layer, "o", mixed.reshape(h.shape))
     h = norm(scales["norm2"], x)
     h = jax.nn.silu(dense(layer, "gate", h)) * dense(layer, "up", h)
     return x + dense(layer, "down", h)
 
 
-def run(dense: Callable[..., Any], heads: int, params: Any, layers: Any, tokens):
-    step = jax.checkpoint(functools.partial(block, dense, heads))
+def run(dense: Callable[..., Any], size: Size, params: Any, layers: Any, tokens):
+    """The logits; by chunks, the mean loss, as all logits at once are larger than the model."""
+    step = jax.checkpoint(functools.partial(block, dense, size))
     x = params["embedding"][tokens]
     x, _ = jax.lax.scan(lambda x, layer: (step(layer, x), None), x, layers)
-    return norm(params["norm"], x) @ params["head"]
+    x = norm(params["norm"], x)
+    if size.chunk is None:
+        return x @ params["head"]
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    rows = (x.reshape(-1, size.chunk, size.width), targets.reshape(-1, size.chunk))
+    scored = jax.checkpoint(lambda x, targets: _losses(x @ params["head"], targets))
+    losses = jax.lax.map(lambda pair: scored(*pair), rows).reshape(tokens.shape)
+    return jnp.mean(losses[:, :-1])
 
 
 def model(size: Size) -> Callable[[Any, Any], Any]:
     """`forward(params, tokens) -> logits`."""
     dense = lambda layer, name, x: x @ layer[name]  # noqa: E731
-    return lambda params, tokens: run(dense, size.heads, params, params["layers"], tokens)
+    return lambda params, tokens: run(dense, size, params, params["layers"], tokens)
 
 
 def by_hand(size: Size) -> Callable[[Any, Any, Any], Any]:
@@ -92,15 +121,18 @@ def by_hand(size: Size) -> Callable[[Any, Any, Any], Any]:
         return x @ params[name] + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
     return lambda factors, params, tokens: run(
-        dense, size.heads, params, (params["layers"], factors["layers"]), tokens
+        dense, size, params, (params["layers"], factors["layers"]), tokens
     )
 
 
-def loss(logits, tokens):
-    """The mean loss of each token, given those before it."""
-    chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
-    scores = logits[:, :-1].astype(jnp.float32)
-    return jnp.mean(jax.nn.logsumexp(scores, -1) - chosen.astype(jnp.float32))
+def _losses(logits, targets):
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits.astype(jnp.float32), -1) - chosen.astype(jnp.float32)
+
+
+def loss(found, tokens):
+    """The mean loss of each token, given those before it; what is a loss already, as it is."""
+    return jnp.mean(_losses(found[:, :-1], tokens[:, 1:])) if found.ndim else found
 
 
 # How the weights are sharded over a mesh of `data` by `model`, by the name of the weight.

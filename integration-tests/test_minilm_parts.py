@@ -96,13 +96,13 @@ KERNEL = "encoder.layer.1.attention.self.query.weight"
     ],
     ids=["missing", "extra"],
 )
-def test_other_weights_are_refused(minilm, folder, edit, message):
+def test_other_weights_raise(minilm, folder, edit, message):
     change(folder, edit)
     with pytest.raises(minilm.LoadError, match=message):
         minilm.load(folder)
 
 
-def test_weights_of_another_model_are_refused(minilm, model, folder):
+def test_weights_of_another_model_raise(minilm, model, folder):
     change(folder, lambda tensors: tensors.update({KERNEL: tensors[KERNEL].T.copy()}))
     with pytest.raises(minilm.LoadError, match=f"differs from the model in {KERNEL}"):
         minilm.check_weights(model, folder / "model.safetensors")

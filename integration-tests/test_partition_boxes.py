@@ -94,7 +94,7 @@ def test_boxed_parameters_are_adapted_and_merged():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), back, frozen)
 
 
-def test_another_structure_is_still_an_error():
+def test_another_structure_still_raises():
     frozen, tunable = make_pair()
     tunable = {**tunable, "DenseGeneral_0": {"kernel": None}}
     with pytest.raises(lorax.PairError, match="structure of the parameters"):

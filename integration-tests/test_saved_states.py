@@ -109,7 +109,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_a_state_of_another_kind_is_an_error():
+def test_a_state_of_another_kind_raises():
     weight = lorax.LoraWeight(np.ones((3, 1)), np.ones((1, 2)), 1)
     with pytest.raises(ValueError, match=r"the state has \['a', 'bias'\]"):
         serialization.from_state_dict({"w": weight}, {"w": {"a": weight.a, "bias": weight.b}})

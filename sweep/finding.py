@@ -17,4 +17,6 @@ class Finding:
     merged: float | None = None  # adapted against merged
     peft: float | None = None  # adapted in JAX against PEFT on torch, from the saved folder
     no_peft: str = ""  # why PEFT has no such adapter
+    # Modules that PEFT is compared without, and why.
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     seconds: float = 0.0

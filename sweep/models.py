@@ -40,7 +40,11 @@ def titles() -> list[str]:
     for group, (_, types) in GROUPS.items():
         for kind in sorted(types):
             found.setdefault(kind, f"{group}: {kind}")
-    return [*found.values(), *(f"diffusers: {name}" for name in DIFFUSERS)]
+    return [
+        *found.values(),
+        *(f"diffusers: {name}" for name in DIFFUSERS),
+        *(f"timm: {name}" for name in TIMM),
+    ]
 
 
 def build(title: str) -> Subject:
@@ -49,6 +53,8 @@ def build(title: str) -> Subject:
     torch.manual_seed(0)
     if group == "diffusers":
         subject = DIFFUSERS[kind]()
+    elif group == "timm":
+        subject = _timm(kind)
     else:
         cls = getattr(transformers, GROUPS[group][0])
         module = cls.from_config(tiny_config(kind))
@@ -160,3 +166,28 @@ DIFFUSERS: dict[str, Callable[[], Subject]] = {
     "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,
 }
+
+# The classes of timm at a tiny size.
+TIMM: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2},
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "stem_width": 8},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "swin_tiny_patch4_window7_224": {
+        **{"img_size": 32, "window_size": 4, "embed_dim": 24},
+        **{"depths": (1, 1), "num_heads": (2, 4)},
+    },
+    "mixer_s16_224": {"img_size": 32, "num_blocks": 2},
+}
+
+
+def _timm(kind: str) -> Subject:
+    # timm imports torchvision for its data, whose wheel on PyPI has operators for CUDA alone: it is
+    # imported where two of them have names, and the models call none.
+    named = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        named.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm
+
+    return Subject(
+        timm.create_model(kind, num_classes=7, **TIMM[kind]), {"x": _wave((1, 3, 32, 32))}
+    )

@@ -75,6 +75,9 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     for finding in rows:
         if finding.peft is not None and finding.peft > CLOSE:
             yield f"- {finding.title}: differs by {_error(finding.peft)}"
+    for finding in rows:
+        for why, names in _by_reason(finding.left_out).items():
+            yield f"- {finding.title}, compared without {', '.join(names)}: {why}"
     reasons: dict[str, list[str]] = collections.defaultdict(list)
     for finding in rows:
         if finding.no_peft:
@@ -93,6 +96,15 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
         f"**Not tried**: {len(left)} types whose config does not take the tiny sizes, or which "
         f"take more inputs than the sweep makes: {', '.join(left)}."
     )
+
+
+def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """The modules that are left out for each reason, those of all layers as one."""
+    found: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for name, why in left_out.items():
+        name = re.sub(r"\.[0-9]+\.", ".*.", name)
+        found[why][f"`{name}`"] = None
+    return {why: list(names) for why, names in found.items()}
 
 
 def _is_of_torch(finding: Finding) -> bool:

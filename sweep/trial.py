@@ -99,28 +99,65 @@ def _peft(
 
     import lorax_io
 
-    exclude = _TAKEN_FOR_EXPERTS if _is_converted_by_peft(module) else None
-    specs = [_spec(module, "experts"), _spec(module, "all-linear", exclude)]
-    known = [spec for spec in specs if spec is not None]
-    if not known:
-        finding.no_peft = "no linear layer"
-        return
-    spec = {name: next((s[name] for s in known if s[name] != 0), 0) for name in params}
-    frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
-    tunable = loaded(tunable)
+    linear = _spec(module, "all-linear") or {}
+    unused = [n for n in _not_called(module, tensors, quiet) if linear.get(f"{n}.weight", 0) != 0]
+    finding.left_out = dict.fromkeys(unused, _NOT_CALLED)
+    for _ in range(2):
+        converted = _is_converted_by_peft(module)
+
+        def exclude(name: str, converted: bool = converted) -> bool:
+            taken = converted and _TAKEN_FOR_EXPERTS.search(name) is not None
+            return taken or name in finding.left_out
+
+        specs = [_spec(module, "experts"), _spec(module, "all-linear", exclude)]
+        known = [spec for spec in specs if spec is not None]
+        if not known:
+            finding.no_peft = "no linear layer"
+            return
+        spec = {name: next((s[name] for s in known if s[name] != 0), 0) for name in params}
+        frozen, tunable = lorax.init_lora(params, spec, jax.random.key(2))
+        tunable = loaded(tunable)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            lorax_io.save_peft(folder, tunable, lorax_hf.peft_names(module))
+            try:
+                theirs = PeftModel.from_pretrained(copy.deepcopy(module), folder).eval()
+                with torch.no_grad():
+                    expected = main_output(theirs(**tensors, **quiet)).float().numpy()
+            except Exception as error:
+                text = " ".join(str(error).split())
+                finding.no_peft = f"{type(error).__name__} in PEFT: {text}"[:200]
+                return
+        lost = {name for w in told for name in _LOST.findall(str(w.message))} - {*finding.left_out}
+        if not lost:
+            break
+        finding.left_out |= dict.fromkeys(sorted(lost), _NOT_LOADED)
     adapted = lorax.lora(run, on_materialize="allow", on_unused="allow")
     ours = jax.jit(adapted)((frozen, tunable), **arrays)
-    with tempfile.TemporaryDirectory() as folder:
-        lorax_io.save_peft(folder, tunable, lorax_hf.peft_names(module))
-        try:
-            theirs = PeftModel.from_pretrained(copy.deepcopy(module), folder).eval()
-            with torch.no_grad():
-                expected = main_output(theirs(**tensors, **quiet)).float().numpy()
-        except Exception as error:
-            text = " ".join(str(error).split())
-            finding.no_peft = f"{type(error).__name__} in PEFT: {text}"[:200]
-            return
     finding.peft = relative_error(ours, expected)
+
+
+_NOT_CALLED = (
+    "the model reads the weight and does not call the module, so that PEFT's adapter has no effect "
+    "until it is merged"
+)
+_NOT_LOADED = "PEFT does not find the factors in the folder"
+# In PEFT's warning of keys that it misses.
+_LOST = re.compile(r"'base_model\.model\.([^']+?)\.lora_[AB]\.default\.weight'")
+
+
+def _not_called(module: Any, tensors: Any, quiet: Any) -> list[str]:
+    """The linear layers of a module that its forward pass does not call."""
+    rest = {name for name, each in module.named_modules() if isinstance(each, torch.nn.Linear)}
+    hooks = [
+        each.register_forward_hook(lambda *_, name=name: rest.discard(name))
+        for name, each in module.named_modules()
+    ]
+    with torch.no_grad():
+        module(**tensors, **quiet)
+    for hook in hooks:
+        hook.remove()
+    return sorted(rest)
 
 
 def _is_converted_by_peft(module: Any) -> bool:
@@ -150,6 +187,8 @@ def loaded(tunable: Any) -> Any:
 
 def main_output(found: Any) -> Any:
     """The logits, or the first floating array that a model returns."""
+    if hasattr(found, "shape"):
+        return found
     for name in ("logits", "logits_per_image"):
         if getattr(found, name, None) is not None:
             return getattr(found, name)

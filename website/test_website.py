@@ -121,7 +121,7 @@ def test_each_kind_has_a_page_and_a_formula():
     assert kinds.formula("IA3Weight")
 
 
-def test_a_kind_without_its_rows_in_the_table_is_an_error():
+def test_a_kind_without_its_rows_in_the_table_raises():
     with pytest.raises(AssertionError, match="docs/kinds.md"):
         kinds.costs(["no such kind"])
 

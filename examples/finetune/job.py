@@ -19,7 +19,7 @@ from data import (
     token_of,
 )
 from display import console, plot_curve, timed
-from lorax import QuantizedWeight, count_params, init_lora, lora, merge_params
+from lorax import QuantizedWeight, count_params, dequantize, init_lora, lora, merge_params
 from lorax_io import load_peft, save_peft
 from metrics import difference, score
 from training import TRAIN_BATCH, predict, train
@@ -122,12 +122,18 @@ class Job:
             folder = out / "adapter"
             save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
             _, *batch = batches(self.prompts_of(self.evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
-            logits = jax.jit(adapted)((frozen, tunable), *batch)
-            again = load_peft(folder, params, names)
-            reloaded = difference(jax.jit(adapted)(again, *batch), logits)
-            merged = difference(jax.jit(model)(merge_params(frozen, tunable), *batch), logits)
-            base = difference(jax.jit(model)(params, *batch), logits)
-        return Taught(before, after, folder, batch, logits, reloaded, merged, base)
+            forms = forms_of(subject, (frozen, tunable), folder, batch)
+        return Taught(before, after, folder, batch, *forms)
+
+
+def forms_of(subject, pair, folder, batch):
+    """A pair's logits, and how far those of the adapter's other forms and of the base are."""
+    model, adapted = jax.jit(subject.model), jax.jit(lora(subject.model))
+    logits = adapted(pair, *batch)
+    reloaded = adapted(load_peft(folder, subject.params, subject.names), *batch)
+    merged = model(merge_params(*pair), *batch)
+    base = model(dequantize(subject.params), *batch)
+    return logits, *(difference(form, logits) for form in (reloaded, merged, base))
 
 
 def is_coded(node):

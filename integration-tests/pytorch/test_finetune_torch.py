@@ -10,6 +10,7 @@ import torch
 
 import finetune
 import finetune_torch
+import job
 import lorax
 import lorax_io
 import torch_step
@@ -37,11 +38,31 @@ def test_both_models_read_the_same_file(tmp_path):
     adapted = lorax.lora(theirs.model)((pair.frozen, tunable), *batch)
     largest = np.abs(adapted).max()
     assert np.abs(adapted - logits).max() > 0.1 * largest
-    in_peft = finetune_torch.peft_logits(module, folder, batch)
+    in_peft = finetune_torch.peft_logits(module, SimpleNamespace(folder=folder, batch=batch))
     np.testing.assert_allclose(in_peft, adapted, atol=1e-4 * largest)
     ours_too = lorax_io.load_peft(folder, ours.params, ours.names)
     again = lorax.lora(ours.model)(ours_too, *batch)
     np.testing.assert_allclose(again, adapted, atol=1e-4 * largest)
+
+
+def test_a_base_in_few_bits(tmp_path):
+    module = finetune_torch.read(tiny_gguf.write(tmp_path / "tiny.gguf"))
+    in_floats = finetune_torch.subject_of(module, ARGS)
+    subject = finetune_torch.in_codes(in_floats, "int8")
+    batch = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32), np.array([4, 2], np.int32)
+    frozen, tunable = lorax.init_lora(subject.params, subject.spec, jax.random.key(0))
+    tunable = testing.random_factors(tunable, jax.random.key(1))
+    folder = tmp_path / "adapter"
+    lorax_io.save_peft(folder, tunable, subject.names, task_type="CAUSAL_LM")
+    logits, reloaded, merged, base = job.forms_of(subject, (frozen, tunable), folder, batch)
+    assert max(reloaded, merged) < 1e-4 < 0.1 < base
+
+    floats = lorax.dequantize(subject.params)
+    changed = {name for name in floats if (floats[name] != in_floats.params[name]).any()}
+    assert changed == {name for name in floats if "_proj" in name}
+    finetune_torch.with_values(module, floats)
+    in_peft = finetune_torch.peft_logits(module, SimpleNamespace(folder=folder, batch=batch))
+    np.testing.assert_allclose(in_peft, logits, atol=1e-4 * np.abs(logits).max())
 
 
 def test_the_benchmark_compares_equal_steps():

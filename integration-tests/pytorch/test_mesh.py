@@ -91,18 +91,49 @@ def difference(one, other):
     return max(jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True}], ids=["unrolled", "scanned"])
-def test_eight_devices_compute_what_one_does(module, folder, options):
-    counts, actual = of_module(module, folder, fully_sharded, **options)
-    none, expected = of_module(module, folder, whole, **options)
+OPTIONS = {"unrolled": {}, "scanned": {"scan_layers": True}}
+
+
+@pytest.fixture(scope="module")
+def on_eight(module, folder):
+    """The collectives and values of the module's gradient on eight devices, by its options."""
+    return functools.cache(lambda form: of_module(module, folder, fully_sharded, **OPTIONS[form]))
+
+
+@pytest.mark.parametrize("form", OPTIONS)
+def test_eight_devices_compute_what_one_does(module, folder, on_eight, form):
+    counts, actual = on_eight(form)
+    none, expected = of_module(module, folder, whole, **OPTIONS[form])
     assert counts["all-gather"] > 0 and not none
     assert difference(actual, expected) < 1e-5
 
 
-def test_collectives_are_those_of_a_model_in_jax(module, folder):
-    counts, _ = of_module(module, folder, fully_sharded)
+def test_collectives_are_those_of_a_model_in_jax(module, folder, on_eight):
     params = lorax_hf.from_torch(module, sharding=fully_sharded)[1]
     tree = torch_step.as_by_hand(params)
     pair = lorax_io.load_peft(folder, tree, lorax_io.flax_names(tree))
     hand = functools.partial(torch_step.hand_logits, config=BY_HAND)
-    assert counts == gradient(hand, pair, fully_sharded)[0]
+    assert on_eight("unrolled")[0] == gradient(hand, pair, fully_sharded)[0]
+
+
+def test_a_scan_has_no_more_collectives_than_one_in_jax(module, folder, on_eight):
+    """XLA lays out the loop on its own, in either program."""
+    fn, params = lorax_hf.from_torch(module, sharding=fully_sharded, scan_layers=True)
+    pair = lorax_io.load_peft(folder, params, lorax_hf.peft_names(fn))
+    counts, actual = on_eight("scanned")
+    hand_counts, expected = gradient(scan_by_hand, pair, fully_sharded)
+    assert 0 < counts.total() <= hand_counts.total()
+    assert difference(actual, expected) < 1e-5
+
+
+def scan_by_hand(params, ids):
+    """The logits of the example's own Llama, its layers a scan over the same stacked arrays."""
+    table, stack = params["model.embed_tokens.weight"], "model.layers.0:2."
+    layers = {name.removeprefix(stack): x for name, x in params.items() if name.startswith(stack)}
+
+    def body(x, arrays):
+        return torch_step.by_hand.layer(torch_step.as_by_hand(arrays), x, BY_HAND), None
+
+    x, _ = jax.lax.scan(body, table[ids], layers)
+    x = torch_step.by_hand.rms_norm(x, params["model.norm.weight"], BY_HAND.norm_eps)
+    return x @ table.T

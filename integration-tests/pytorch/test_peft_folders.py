@@ -3,11 +3,15 @@
 A sample of the types that `nox -s sweep-torch` runs, by the same code.
 """
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from peft.utils import constants
@@ -37,7 +41,7 @@ def test_types(title):
     assert not finding.fault
     assert finding.forward <= 1e-5
     assert finding.weights == finding.factored >= SAMPLE[title]
-    assert not finding.unlike
+    assert not finding.unlike and not finding.left_out
     assert finding.merged <= 1e-5
     assert finding.peft is not None and finding.peft <= 1e-4
 
@@ -56,6 +60,7 @@ def test_a_router(by_us, tmp_path):
         num_key_value_heads=2,
         num_local_experts=3,
     )
+    folder = tmp_path / "adapter"
     torch.manual_seed(0)
     module = transformers.MixtralForCausalLM(config).eval()
     fn, params = lorax_hf.from_torch(module)
@@ -65,7 +70,7 @@ def test_a_router(by_us, tmp_path):
         spec = lorax_hf.spec(fn, rank=2, targets=["mlp.gate"], inputs=(ids,))
         pair = lorax.init_lora(params, spec, jax.random.key(0))
         tunable = testing.random_factors(pair.tunable, jax.random.key(1))
-        lorax_io.save_peft(tmp_path, tunable, names, task_type="CAUSAL_LM")
+        lorax_io.save_peft(folder, tunable, names, task_type="CAUSAL_LM")
     else:
         options = peft.LoraConfig(
             r=2, lora_alpha=3, target_modules=[], target_parameters=["mlp.gate.weight"]
@@ -75,13 +80,23 @@ def test_a_router(by_us, tmp_path):
             for name, parameter in theirs.named_parameters():
                 if "lora_" in name:
                     parameter.normal_()
-        theirs.save_pretrained(tmp_path)
+        theirs.save_pretrained(folder)
         module = theirs.unload()
-    pair = lorax_io.load_peft(tmp_path, params, names)
+    pair = lorax_io.load_peft(folder, params, names)
     assert sum(leaf is not None for leaf in jax.tree.leaves(pair.tunable)) == 4
     merged = lorax.merge_params(*pair)
-    whole = peft.PeftModel.from_pretrained(module, tmp_path).merge_and_unload().state_dict()
+    base = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    safetensors.numpy.save_file(base, tmp_path / "base.safetensors")
+    whole = peft.PeftModel.from_pretrained(module, folder).merge_and_unload().state_dict()
     for name, array in merged.items():
+        np.testing.assert_allclose(array, whole[name].numpy(), atol=1e-5, err_msg=name)
+    # The command is not told the names.
+    command = [sys.executable, "-m", "lorax_io._cli", "merge", "adapter"]
+    subprocess.run(
+        [*command, "--base", "base.safetensors", "--out", "merged"], cwd=tmp_path, check=True
+    )
+    alone = safetensors.numpy.load_file(tmp_path / "merged" / "base.safetensors")
+    for name, array in alone.items():
         np.testing.assert_allclose(array, whole[name].numpy(), atol=1e-5, err_msg=name)
     gate = "model.layers.1.mlp.gate.weight"
     assert jnp.abs(merged[gate] - params[gate]).max() > 0.1

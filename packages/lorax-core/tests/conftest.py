@@ -15,7 +15,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # For shard_map and explicit meshes; it must be set before the first array exists.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
-    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_num_cpu_devices", 8)
 # Almost all the time of these tests is XLA compiling tiny programs.
 jax.config.update("jax_disable_most_optimizations", True)
 

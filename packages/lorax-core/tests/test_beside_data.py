@@ -47,7 +47,7 @@ def model_of(join):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_only_the_token_is_built(row):
+def test_only_the_token_is_materialized(row):
     join, primitive = ROWS[row]
     model = model_of(join)
     pair = init_lora(params(), dict.fromkeys(SHAPES, 2), jax.random.key(1))

@@ -92,7 +92,7 @@ def test_an_adapter_inside_the_base_box_is_taken_too():
 
 
 @pytest.mark.parametrize("lost", ["w", "v", "o"])
-def test_another_structure_is_still_an_error(lost):
+def test_another_structure_still_raises(lost):
     frozen, tunable = init_lora(make_params(), SPEC, KEY)
     del tunable[lost]
     with pytest.raises(PairError, match="structure of the parameters"):

@@ -103,7 +103,7 @@ def test_without_it_nothing_changes():
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan"), "0.1", True])
-def test_a_rate_that_is_not_one_is_refused(rate):
+def test_a_rate_that_is_not_one_raises(rate):
     with pytest.raises(ValueError, match="the rate is"):
         with_dropout({}, KEY, rate)
 

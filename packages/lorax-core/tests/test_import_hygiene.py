@@ -13,7 +13,7 @@ assert not brought, brought
 """
 
 
-def test_lorax_brings_in_nothing_but_jax():
+def test_lorax_imports_only_jax():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )

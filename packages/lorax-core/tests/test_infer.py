@@ -159,7 +159,7 @@ def test_where_narrows(where):
     assert spec["in"]["w"].rank == 2 and spec["out"] == LORA_FREEZE
 
 
-def test_where_that_accepts_no_weight_is_an_error():
+def test_where_that_accepts_no_weight_raises():
     with pytest.raises(SpecError, match="no weight whose path 'inn/.*`in/w`"):
         infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where="inn/*")
 

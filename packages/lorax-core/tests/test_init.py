@@ -72,7 +72,7 @@ def test_initialisers_by_function_see_the_matrix_of_one_entry():
     init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init=jax.nn.initializers.he_normal())
 
 
-def test_an_unknown_initialiser_is_an_error():
+def test_an_unknown_initialiser_raises():
     with pytest.raises(SpecError, match="a_init='unifrom' is not known; it is one of 'uniform'"):
         init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init="unifrom")
 

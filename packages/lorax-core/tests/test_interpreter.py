@@ -46,7 +46,7 @@ def test_rules_are_applied_in_order():
     assert not interpreter.uses
 
 
-def test_a_primitive_without_a_rule_gets_the_weight_and_that_is_recorded():
+def test_a_primitive_without_a_rule_materializes_and_is_recorded():
     interpreter, (out,) = run(lambda w: jnp.sin(w), weight())
     assert np.allclose(out, np.sin(4.0))
     (use,) = interpreter.uses

@@ -220,7 +220,7 @@ def test_uncommitted_arrays_stay_uncommitted(donate):
 
 
 @pytest.mark.devices(4)
-def test_a_placed_base_stays_where_it_is_whatever_its_factors_do():
+def test_a_placed_base_keeps_its_place():
     mesh, weight = mesh_of(AxisType.Auto), factors()
     placed = NamedSharding(mesh, P(None, "x"))
     for sharding in (placed, jax.sharding.SingleDeviceSharding(jax.devices()[2])):
@@ -235,7 +235,7 @@ def test_a_placed_base_stays_where_it_is_whatever_its_factors_do():
 @pytest.mark.parametrize(
     ("function", "name"), [(merge_params, "merge_params"), (unmerge, "unmerge")]
 )
-def test_other_devices_than_the_base_are_an_error(function, name):
+def test_other_devices_than_the_base_raise(function, name):
     base = {"layer": {"w": jax.device_put(jnp.ones((4, 8)), jax.devices()[0])}}
     tunable = {"layer": {"w": spread(factors(), mesh_of(AxisType.Auto))}}
     message = (
@@ -326,7 +326,7 @@ def test_merge_scales_the_delta(spec, scale):
         assert (merged["w"] == params["w"]).all()
 
 
-def test_scales_that_are_refused():
+def test_scales_that_raise():
     frozen, tunable = init_lora({"w": jnp.eye(3)}, {"w": LORA_FULL}, jax.random.key(0))
     with pytest.raises(PairError, match="scale is 0.5, and `w` is trained in full"):
         merge_params(frozen, tunable, scale=0.5)

@@ -156,7 +156,7 @@ def test_blocks_of_zeros_stay_zero(format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_is_made_again_from_its_settings(format):
+def test_settings_round_trip(format):
     held = quantize({"w": N(9, 128, 64)}, {"w": format})["w"]
     again = quantized_from_settings(json.loads(json.dumps(held.settings())), held.arrays)
     assert jax.tree.structure(again) == jax.tree.structure(held)

@@ -40,7 +40,7 @@ def registered_names() -> Iterator[str]:
                 yield from (str(e.value) for e in node.iter.elts if isinstance(e, ast.Constant))
 
 
-def test_a_second_rule_for_a_primitive_is_an_error():
+def test_a_second_rule_for_a_primitive_raises():
     with pytest.raises(ValueError, match="a rule for `dot_general` already"):
         defrule("dot_general")(lambda eqn, *operands: None)
 

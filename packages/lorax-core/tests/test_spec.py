@@ -75,7 +75,7 @@ def test_rules_first_match_wins():
         ([("*", 0), ("head", 2)], "'head' decides no parameter: earlier rules .* `head`"),
     ],
 )
-def test_a_rule_that_decides_nothing_is_an_error(rules, message):
+def test_a_rule_that_decides_nothing_raises(rules, message):
     with pytest.raises(SpecError, match=message):
         spec_from_rules(PARAMS, rules)
 
@@ -103,7 +103,7 @@ def test_a_rule_that_decides_nothing_is_an_error(rules, message):
         (LoraSpec(2, in_axes=(True,)), "not among them"),
     ],
 )
-def test_a_spec_that_does_not_fit_is_an_error_that_names_the_path(leaf, message):
+def test_a_spec_that_does_not_fit_raises_that_names_the_path(leaf, message):
     with pytest.raises(SpecError, match=message):
         init({"w": leaf})
 
@@ -119,7 +119,7 @@ def test_a_spec_that_does_not_fit_is_an_error_that_names_the_path(leaf, message)
         (3.0, "is float, not an array"),
     ],
 )
-def test_a_parameter_that_takes_no_rank_is_an_error_that_names_it(param, message):
+def test_a_parameter_that_takes_no_rank_raises_that_names_it(param, message):
     with pytest.raises(SpecError, match="`deep/0/w` (has|is|holds) ?.*"):
         init({"deep": [{"w": 2}]}, {"deep": [{"w": param}]})
     with pytest.raises(SpecError, match=message):
@@ -139,7 +139,7 @@ def test_rank_above_that_of_the_matrix_is_legal_and_warned_of(leaf):
 
 
 @pytest.mark.parametrize("spec", [{}, {"w": 2, "v": 0}, [2], 2, {"w": {"kernel": 2}}])
-def test_a_spec_of_another_structure_is_an_error(spec):
+def test_a_spec_of_another_structure_raises(spec):
     with pytest.raises(SpecError, match="must have the structure of the parameters"):
         init(spec)
 

@@ -36,7 +36,7 @@ def test_rank_becomes_an_int(rank):
 
 
 @pytest.mark.parametrize("rank", [2.0, np.float32(2), True, np.bool_(True), "2", [2]], ids=repr)
-def test_a_rank_that_is_not_an_integer_is_refused(rank):
+def test_a_rank_that_is_not_an_integer_raises(rank):
     for spec in (LoraSpec(rank), *([] if isinstance(rank, list) else [rank])):
         with pytest.raises(SpecError, match="`w` has"):
             init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
@@ -53,7 +53,7 @@ def test_axes_become_tuples_of_ints(axes):
 
 @pytest.mark.parametrize("axes", [1, "01", np.int64(1)], ids=repr)
 @pytest.mark.parametrize("name", ["in_axes", "out_axes", "shared_axes"])
-def test_axes_that_are_not_a_sequence_are_refused(name, axes):
+def test_axes_that_are_not_a_sequence_raise(name, axes):
     with pytest.raises(SpecError, match=f"LoraSpec has {name}=.*1.*; axes are a sequence"):
         LoraSpec(2, **{name: axes})
 

@@ -229,7 +229,7 @@ def test_explain_has_everything_but_costs():
     assert "FLOPs" not in str(report) and "covered" in str(report)
 
 
-def test_a_weight_that_is_built_is_reported_with_its_symbolic_shape():
+def test_a_materialized_weight_is_reported_with_its_symbolic_shape():
     model = lambda p, x: jnp.tanh(jnp.broadcast_to(p["w"], (x.shape[0], 8, 6)))  # noqa: E731
     pair = init_lora({"w": jnp.ones((8, 6))}, {"w": 2}, jax.random.key(0))
     with pytest.warns(UserWarning, match=r"`tanh` as an array of shape \(b, 8, 6\)"):

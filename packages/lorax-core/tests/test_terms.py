@@ -61,7 +61,7 @@ def test_drop_sums():
     same(t.drop([0, 2]), full(t).sum((0, 2)))
 
 
-def test_drop_of_an_axis_that_nobody_owns():
+def test_drop_of_an_axis_without_an_owner():
     t = term(5, 3).broadcast((7, 5, 3), (1, 2))
     same(t.drop([0]), full(t).sum(0))
 
@@ -181,7 +181,7 @@ def test_scale_by_a_wider_number_widens_the_factor():
     assert narrow.scale(jnp.float32(3)).factors[1].dtype == jnp.float32
 
 
-def test_halves():
+def test_split_factors():
     t = term(5, 3)
     (i,), (o,) = t.out
     first, second, inner_labels = t.split_factors([i], [o])
@@ -266,7 +266,7 @@ def test_product_with_an_axis_that_nobody_owns():
     same(out, full(left).sum((0, 2)) * 8)
 
 
-def test_labels_stay_apart():
+def test_relabeled_labels_are_distinct():
     left, right = term(5, 3), term(5, 3, seed=1)
     used = {label for names in left.labels for label in names}
     moved = {label for names in relabeled(left, right).labels for label in names}

@@ -63,7 +63,7 @@ def test_catches_a_wrong_gradient(broken_dot):
         testing.check(model, PARAMS, {"w": 2}, X)
 
 
-def test_catches_a_weight_that_is_built_without_a_word(broken_dot):
+def test_check_fails_for_a_silently_materialized_weight(broken_dot):
     broken_dot(rule(lambda eqn, x, w: eqn(x, w.array())))
     with pytest.raises(AssertionError, match=r"as arrays of these shapes: .*\(7, 5\)"):
         testing.check(model, PARAMS, {"w": 2}, X)

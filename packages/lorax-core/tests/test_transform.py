@@ -463,7 +463,7 @@ def test_explicit_meshes_get_the_sharding_of_the_base():
 # Warnings and messages
 
 
-def test_a_weight_that_is_built_is_named_with_its_line():
+def test_a_materialized_weight_is_named_with_its_line():
     def fn(params, x):
         return x @ jnp.sin(params["w"])
 
@@ -497,14 +497,14 @@ def test_allow_mode_says_nothing():
         lora(lambda p, x: x @ jnp.sin(p["w"]), on_materialize="allow")(pair(), X)
 
 
-def test_a_weight_that_is_returned_is_built_and_named():
+def test_a_returned_weight_is_materialized_and_named():
     adapters = pair()
     with pytest.warns(MaterializeWarning, match="`w` is returned by the function"):
         out = lora(lambda p, x: (x @ p["w"], p))(adapters, X)
     assert equal(out[1]["w"], merge_params(*adapters)["w"])
 
 
-def test_an_adapter_that_nothing_reads_is_named():
+def test_an_unused_adapter_is_named():
     with pytest.warns(UnusedAdapterWarning, match="depends on the adapter of `w`"):
         lora(lambda p, x: x * 2)(pair(), X)
     with pytest.raises(UnusedAdapterError, match="`w`"):
@@ -539,7 +539,7 @@ def test_an_adapter_that_only_an_effect_reads_is_used():
     assert seen == [(3, 7)]
 
 
-def test_many_adapters_that_nothing_reads_are_one_warning():
+def test_many_unused_adapters_are_one_warning():
     adapters = init_lora([ones(5, 7)] * 11, [2] * 11, jax.random.key(0))
     with pytest.warns(UnusedAdapterWarning) as caught:
         lora(lambda p, x: x @ p[0])(adapters, X)
@@ -548,7 +548,7 @@ def test_many_adapters_that_nothing_reads_are_one_warning():
 
 
 @pytest.mark.parametrize("bad", ["loud", None, True])
-def test_an_unknown_mode_is_an_error(bad):
+def test_an_unknown_mode_raises(bad):
     with pytest.raises(ValueError, match="it is 'warn', 'error' or 'allow'"):
         lora(model, on_materialize=bad)
 

@@ -17,7 +17,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 @pytest.mark.parametrize("version", ["5.0.0", "5.0.0rc1", "11.2"])
-def test_versions_without_flax_are_refused(version):
+def test_versions_without_flax_raise(version):
     message = re.escape(version) + r" has no Flax models.*lorax-hf\[flax\].*lorax-hf\[torch\]"
     with pytest.raises(ImportError, match=message):
         _extras.refuse_transformers_5(version)
@@ -88,6 +88,6 @@ def _names(requirements):
 
 
 @pytest.mark.parametrize("call", [lorax_hf.spec, lorax_hf.peft_names, lorax_hf.lora])
-def test_something_that_is_not_a_model_is_refused(call):
+def test_something_that_is_not_a_model_raises(call):
     with pytest.raises(TypeError, match="PyTorch module.*Flax model.*not int"):
         call(3)

@@ -263,13 +263,13 @@ def test_damage_is_named(file, case):
 
 
 @pytest.mark.parametrize("size", [0, 7, 300, -1])
-def test_a_file_cut_short_is_refused(file, size):
+def test_a_file_cut_short_raises(file, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(AdapterFileError, match="is not a safetensors file"):
         load_frozen(file, params=PARAMS)
 
 
-def test_a_power_that_is_none_is_refused(tmp_path):
+def test_a_power_that_is_none_raises(tmp_path):
     frozen = quantize({"w": draw((64, 2))}, {"w": MXFP4()})
     save_frozen(tmp_path / "f", frozen)
     spoil(tmp_path / "f", tensors={"w/scales": (1, b"\xff")})
@@ -287,13 +287,13 @@ OTHERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_parameters_are_refused(file, case):
+def test_other_parameters_raise(file, case):
     params, message = OTHERS[case]
     with pytest.raises(AdapterError, match=message):
         load_frozen(file, params=params)
 
 
-def test_another_format_than_that_of_like_is_refused(file):
+def test_another_format_than_that_of_like_raises(file):
     like = FROZEN | quantize({"w": PARAMS["w"]}, {"w": NF4(32)})
     with pytest.raises(AdapterMismatchError, match="has `w`.*'block': 64.*but `like`"):
         load_frozen(file, like=like)

@@ -288,7 +288,7 @@ def test_gated_repository_error_explains_access(hub):
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "", "me/--"])
-def test_a_name_that_no_repository_has_is_refused(hub, adapter, repo):
+def test_a_name_that_no_repository_has_raises(hub, adapter, repo):
     for call in (
         lambda: push_to_hub(adapter.folder, repo, **hub.options),
         lambda: pull_from_hub(repo, **hub.pull_options),

@@ -162,7 +162,7 @@ def test_pair_round_trips(file, kind):
 
 
 @pytest.mark.parametrize("kind", HELD)
-def test_a_tunable_tree_that_lacks_frozen_factors_is_refused(file, kind):
+def test_a_tunable_tree_that_lacks_frozen_factors_raises(file, kind):
     with pytest.raises(AdapterError, match="lacks `kernel/a`, .* Save the whole pair"):
         save_adapter(file, make_pair(kind).tunable)
     assert not file.exists()
@@ -342,7 +342,7 @@ def test_the_command_line_reads_pefts_dora(tmp_path, file, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_kind_is_refused_as_like(file, kind):
+def test_another_kind_raises_as_like(file, kind):
     save_adapter(file, make_pair(kind))
     other = "ia3" if kind == "lora" else "lora"
     with pytest.raises(AdapterMismatchError, match="`kernel` with.*but `like` has"):

@@ -72,13 +72,19 @@ def test_layouts_that_are_given_come_first():
         ({"c": {"bias": jnp.ones((5, 3))}}, {}, "has 2 axes and the name `bias`"),
         ({"c": {"scale": jnp.ones(())}}, {}, "has 0 axes"),
         ({"c": {"gamma": jnp.ones(3)}}, {}, "the name `gamma`"),
-        ({"kernel": jnp.ones((5, 3))}, {"kernal": Linear("x")}, "^kernal: is in `layouts` and not"),
+        ({"kernel": jnp.ones((5, 3))}, {"kernal": Linear("x")}, "^kernal: is in `names` and not"),
     ],
     ids=["conv", "matrix", "biases", "scalar", "name", "unknown"],
 )
 def test_ambiguous_axes_raise(params, layouts, message):
     with pytest.raises(AdapterMismatchError, match=message):
         flax_names(params, layouts)
+
+
+def test_the_old_name_of_the_argument():
+    given = {"kernel": Linear("lm_head", in_axes=(0,))}
+    with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is called `names`"):
+        assert flax_names(make_params(), layouts=given) == flax_names(make_params(), given)
 
 
 @pytest.fixture
@@ -146,7 +152,7 @@ def test_every_field_of_every_layout_is_tried():
         (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is not one of Linear"),
     ],
 )
-def test_other_files_are_refused(file, content, message):
+def test_other_files_raise(file, content, message):
     file.write_bytes(content)
     with pytest.raises(AdapterFileError, match=message):
         read_names(file)
@@ -182,7 +188,7 @@ def test_other_files_are_refused(file, content, message):
     ],
     ids=str,
 )
-def test_fields_that_a_layout_cannot_have_are_refused(file, layout, fields, message):
+def test_fields_that_a_layout_cannot_have_raise(file, layout, fields, message):
     file.write_text(json.dumps({"w": {"layout": layout, "module": "q"} | fields}))
     with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
         read_names(file)

@@ -269,7 +269,7 @@ def test_non_safetensors_file_raises(place, loader, data, message):
     assert_refused(place, loader, AdapterFileError, message)
 
 
-def test_a_large_header_with_one_key_twice_is_refused_in_time(place):
+def test_a_large_header_with_one_key_twice_raises_in_time(place):
     entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     entries = [entry % (k % 99_999) for k in range(100_000)]
     place.weights.write_bytes(container(b"{" + b",".join(entries) + b"}"))
@@ -346,7 +346,7 @@ def test_non_file_raises(place, which, spoil, error, message):
 
 @pytest.mark.parametrize("which", ["config", "weights"])
 @pytest.mark.parametrize("spoil", [moved_out, moved_through])
-def test_a_link_that_leaves_the_folder_is_refused(place, which, spoil):
+def test_a_link_that_leaves_the_folder_raises(place, which, spoil):
     spoil(getattr(place, which))
     assert_refused(place, "peft", AdapterFileError, "is a link to .*, outside its folder")
 
@@ -384,7 +384,7 @@ def test_the_cache_of_the_hub_is_read(place):
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].rank == 2
 
 
-def test_a_link_that_leaves_the_cache_of_the_hub_is_refused(place):
+def test_a_link_that_leaves_the_cache_of_the_hub_raises(place):
     make_cache(place)
     outside = place.home / "outside"
     place.weights.resolve().rename(outside)
@@ -451,7 +451,7 @@ TEXTS = rows(
 )
 
 
-def test_a_config_that_may_not_be_read_is_refused(place, monkeypatch):
+def test_a_config_that_may_not_be_read_raises(place, monkeypatch):
     def forbid(path, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -503,7 +503,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("key", "value"), TYPES)
-def test_a_key_with_another_type_is_refused(place, key, value):
+def test_a_key_with_another_type_raises(place, key, value):
     place.config.write_text(config_text({key: value}))
     assert_refused(place, "peft", AdapterFileError, f"has {key} = .*; it must be ")
 
@@ -659,7 +659,7 @@ def write_pattern(place, key, pattern):
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", BAD_PATTERNS.values(), ids=BAD_PATTERNS)
-def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
+def test_a_pattern_that_is_none_raises(place, monkeypatch, key, pattern):
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     message = "not a regular expression|a pattern of 409[78] characters"
@@ -667,21 +667,21 @@ def test_a_pattern_that_is_none_is_refused(place, monkeypatch, key, pattern):
 
 
 @pytest.mark.parametrize("key", list(PATTERNED)[:-1])
-def test_a_pattern_that_hides_its_place_is_refused(place, key):
+def test_a_pattern_that_hides_its_place_raises(place, key):
     place.write(CONFIG | PATTERNED[key]("(?x)q_proj # and v_proj"), TENSORS)
     assert_refused(place, "peft", AdapterFileError, "not a regular expression in its place")
 
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
-def test_a_pattern_that_takes_too_long_is_refused(place, monkeypatch, key, pattern):
+def test_a_pattern_that_takes_too_long_raises(place, monkeypatch, key, pattern):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS_EACH", 0.1)
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     assert_refused(place, "peft", AdapterFileError, "take too long to match")
 
 
-def test_patterns_that_take_too_long_together_are_refused(place, monkeypatch):
+def test_patterns_that_take_too_long_together_raise(place, monkeypatch):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
@@ -710,7 +710,7 @@ MANY = [f"m{k}" for k in range(200_000)]
     ],
     ids=["patterns", "names with ranks", "targets", "modules to save", "layers"],
 )
-def test_long_lists_are_gone_through_in_time(place, changes, message):
+def test_long_lists_take_linear_time(place, changes, message):
     place.write(CONFIG | changes, TENSORS)
     error = AdapterMismatchError if "takes" in message else AdapterFileError
     assert_refused(place, "peft", error, message)
@@ -1042,13 +1042,13 @@ def test_a_copy_of_an_embedding_is_left_out(place):
     assert load_peft(place.folder, make_params(), NAMES)[1]["embed"].rank == 2
 
 
-def test_a_copy_of_an_embedding_with_more_tokens_is_refused(place):
+def test_a_copy_of_an_embedding_with_more_tokens_raises(place):
     place.write(CONFIG | {"target_modules": ["embed_tokens"]}, embedding((9, 5)))
     assert_refused(place, "peft", MISMATCH, r"of shape \(9, 5\), where the base has \(7, 5\)")
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused(place, changes, tensors, error, message):
+def test_an_adapter_that_does_not_fit_raises(place, changes, tensors, error, message):
     place.write(CONFIG | changes, without_none(TENSORS | tensors))
     assert_refused(place, "peft", error, message)
 
@@ -1269,7 +1269,7 @@ NATIVE = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), NATIVE)
-def test_a_native_file_that_does_not_fit_is_refused(place, changes, tensors, error, message):
+def test_a_native_file_that_does_not_fit_raises(place, changes, tensors, error, message):
     place.write_native(changes, tensors)
     assert_refused(place, "native", error, message)
 
@@ -1408,7 +1408,7 @@ OTHER_KINDS = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), OTHER_KINDS)
-def test_a_native_file_of_another_kind_that_does_not_fit_is_refused(
+def test_a_native_file_of_another_kind_that_does_not_fit_raises(
     place, changes, tensors, error, message
 ):
     place.write_native(changes, tensors)
@@ -1428,7 +1428,7 @@ def fit_to_itself(path):
     load_pair(path, {"q": jnp.ones((2, 2)), "norm": jnp.ones(5)})
 
 
-def test_a_frozen_factor_with_nan_is_refused(place):
+def test_a_frozen_factor_with_nan_raises(place):
     place.write_native(kinds(DORA, {"q": ["square"]}), MAGNITUDE | {"q/square": floats(3) * np.nan})
     with pytest.raises(AdapterError, match="`q/square` holds NaN"):
         load_pair(place.native, make_params())
@@ -1457,7 +1457,7 @@ def test_parameters_with_one_path_raise(place):
         load_peft(place.folder, params, {})
 
 
-def test_bools_of_other_bits_are_refused(place):
+def test_bools_of_other_bits_raise(place):
     save_adapter(place.native, {"w": jnp.ones(4, bool)})
     data = place.native.read_bytes()
     place.native.write_bytes(data[:-1] + b"\x02")

@@ -98,11 +98,13 @@ class Labeled(NamedTuple):
 
     def inner(self, k: int, size: int) -> Label:
         """Inner axis number k, such as the rank."""
+        # The weight's axes have the labels 0, 1, …; inner labels come behind them.
         return Label(sum(map(len, self)) + k, size)
 
     def split(self, axis: int, count: int, k: int) -> Labels:
         """Two labels for one axis: `count` blocks, and inner axis number k runs within each."""
         size = self.out[axis][0].size
+        # [size] -> [count, size / count]; the blocks keep the label of the axis.
         return Label(axis, count), self.inner(k, size // count)
 
     def out_with(self, names: Mapping[int, Labels]) -> tuple[Labels, ...]:
@@ -421,6 +423,7 @@ class Start(NamedTuple):
         if not shared:
             # An initializer may return an array that is kept elsewhere.
             return own(init(key, matrix, self.dtype)).reshape(shape)
+        # entries × [fan_in, rank] -> [*shared, *in, rank]
         keys = jax.random.split(key, math.prod(shared))
         return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
 

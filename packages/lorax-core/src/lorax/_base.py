@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, Sharding
 
 from ._arrays import Held
 from ._axes import normalize
@@ -61,16 +61,21 @@ class Blocks(NamedTuple):
                 group where there are groups.
             along: the axes whose entries share scales: in blocks where they have some, else whole.
         """
+        # Axis d has the label d; labels within its blocks come behind those of all axes.
         inner = iter(range(len(shape), 3 * len(shape)))
         out: list[Labels] = []
         for d, size in enumerate(shape):
             sizes = blocks.get(d, ())
             within = tuple(Label(next(inner), part) for part in sizes)
+            # [in] in blocks of 64 is [in / 64, 64]; in groups of 4 such blocks, [in / 256, 4, 64].
             out.append((Label(d, size // math.prod(sizes)), *within))
         codes = tuple(label for labels in out for label in labels)
         whole = {d for d in along if d not in blocks}
         each = [labels[:-1] if d in blocks else labels for d, labels in enumerate(out)]
+        # One scale for each block, and none along an axis that shares them whole: codes
+        # [in / 64, 64, out] have scales [in / 64, out], and without blocks [out].
         scales = tuple(label for d, labels in enumerate(each) if d not in whole for label in labels)
+        # Scales of scales: one for each group, or for each output where there are no groups.
         outer = tuple(
             labels[0] for d, labels in enumerate(out) if d not in along or len(labels) > 2
         )
@@ -328,6 +333,8 @@ class QuantizedWeight(Held):
         """The weight as `lora` handles it; `source` is what it is called in messages."""
         out, labels = self.labels()
         names, dtype = self.names, self.dtype
+        # Codes and scales are factors with labels, so a slice or a transpose moves them like a
+        # term.
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
         sources = () if source is None else (source,)
         return CodedArray(
@@ -365,14 +372,44 @@ def bytes_of(leaf: Any) -> int:
     return math.ceil(bits * math.prod(leaf.shape) / 8)
 
 
-def blank_of(
-    path: str, shape: tuple[int, ...], along: Sequence[int], format: Format, dtype: Any
-) -> QuantizedWeight:
-    """A quantized weight without arrays."""
+def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
+    """A quantized weight without arrays, for an array or its shape."""
+    shape = tuple(base.shape)
     along = normalize(path, len(shape), "along", along)
     blocks = tuple((d, *sizes) for d, sizes in sorted(format.blocks(path, shape, along).items()))
+    _check_parts(path, base, blocks)
     options = tuple(getattr(format, name) for name in fields_of(format))
-    return QuantizedWeight({}, format.name, options, blocks, along, jnp.dtype(dtype).name)
+    return QuantizedWeight({}, format.name, options, blocks, along, base.dtype.name)
+
+
+def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
+    """Refuses blocks that parts over explicit mesh axes would cut.
+
+    Over automatic axes such codes are whole everywhere; a type that says so would be another one
+    than the function was written for.
+    """
+    is_shape = isinstance(base, jax.ShapeDtypeStruct)
+    sharding = base.sharding if is_shape else jax.typeof(base).sharding
+    if not isinstance(sharding, NamedSharding):
+        return
+    mesh = sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    split = dict(enumerate(sharding.spec))
+    for d, *within in blocks:
+        entry = split.get(d) or ()
+        names = entry if isinstance(entry, tuple) else (entry,)
+        names = tuple(name for name in names if kinds[name] is AxisType.Explicit)
+        parts = math.prod(mesh.shape[name] for name in names)
+        size, block = base.shape[d], math.prod(within)
+        if size // block % parts == 0:
+            continue
+        part = size // parts
+        raise SpecError(
+            f"`{path}` has shape {tuple(base.shape)}, and its axis {d} is {parts} parts of {part} "
+            f"over the explicit mesh axis {', '.join(map(repr, names))}, which blocks of {block} "
+            f"do not divide. Give it a block that divides {part}, a format without blocks such as "
+            f"Int8(), or None; or reshard it so that axis {d} is whole."
+        )
 
 
 def quantized_from_settings(
@@ -465,8 +502,10 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
         for group in blocks.out:  # one axis after the other, as explicit meshes want it
             if len(group) > 1:
                 sizes = [label.size for label in group]
+                # […, in, …] -> […, in / block, block, …]
                 entries = entries.reshape(*entries.shape[:axis], *sizes, *entries.shape[axis + 1 :])
             axis += len(group)
+        # within: the axes that a scale is shared along; across: those that an outer scale is.
         within, across = (
             tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
             for kept in (blocks.scales, blocks.outer)
@@ -484,4 +523,5 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
 
 def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:
     """An array without the axes that it lacks, which have one entry."""
+    # [in / 64, 1, out] -> [in / 64, out]
     return jnp.squeeze(array, [k for k, label in enumerate(codes) if label not in labels])

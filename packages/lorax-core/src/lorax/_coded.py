@@ -120,6 +120,7 @@ class CodedArray:
         term, waiting, array = self.term, [], None
         for move, others in zip(self.moves, self.others, strict=True):
             others = tuple(map(array_of, others))
+            # An entry by entry function of one operand: it can wait until the codes are decoded.
             if array is None and move.commutes:
                 waiting.append((move, others))
                 continue
@@ -135,6 +136,9 @@ class CodedArray:
     def _decoded(self, term: Term, waiting: Iterable[tuple[Move, tuple[Any, ...]]]) -> jax.Array:
         array = decode(term, self.names, self.format, self.stored)
         for move, others in waiting:
+            if others:  # numbers from outside of a `shard_map`
+                axes = _compat.varying_axes(array)
+                others = tuple(_compat.varied(number, axes) for number in others)
             array = _bound(move, array, others)
         return array
 
@@ -153,6 +157,8 @@ class CodedArray:
     def deferred(self, eqn: jex.JaxprEqn, position: int, operands: Sequence[Any]) -> list[Any]:
         """The results of an equation, each a base on which the equation waits."""
         others = tuple(x for k, x in enumerate(operands) if k != position)
+        # f(slice(W)) = slice(f(W)) for a function of the entries alone, as a cast or a scalar
+        # multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
         commutes = eqn.primitive.name in _ENTRYWISE and scalar
         params = tuple(eqn.params.items())
@@ -170,6 +176,7 @@ class CodedArray:
 
     def entry(self, index: Any) -> "CodedArray":
         """Entry `index` of a stack, which is picked where the weight is read."""
+        # [layers, *axes] -> [1, *axes] -> [*axes]
         sizes = (1, *self.shape[1:])
         pick = Move(_primitive("dynamic_slice"), (("slice_sizes", sizes),), 0, 0, False)
         drop = Move(_primitive("squeeze"), (("dimensions", (0,)),), 0, 0, False)
@@ -236,6 +243,8 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
     that passes it a derivative, which would cost a product as large as the weight.
     """
     shown = [label for axis in term.out for label in axis]
+    # Decoded in the order in which the codes are stored, and transposed once at the end: codes are
+    # read in place.
     first = [label for label in term.labels[0] if label in shown]
     order = [*first, *(label for label in shown if label not in first)]
     arrays = [
@@ -260,6 +269,7 @@ def _joined(array: jax.Array, term: Term) -> jax.Array:
     for d, labels in enumerate(term.out):
         if len(labels) != 1:
             count = len(labels)
+            # […, in / 64, 64, …] -> […, in, …]
             size = math.prod(label.size for label in labels)
             array = array.reshape(*array.shape[:d], size, *array.shape[d + count :])
     return array
@@ -274,6 +284,7 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     positions = sorted(range(len(labels)), key=lambda k: order.index(labels[k]))
     if positions != list(range(len(labels))):
         array = jnp.transpose(array, positions)
+    # scales [in / 64, out] -> [in / 64, 1, out], beside codes [in / 64, 64, out]
     missing = [d for d, label in enumerate(order) if label not in labels]
     return jnp.expand_dims(array, missing) if missing else array
 
@@ -322,6 +333,7 @@ def array_spec(
         if entry is None or not axis:
             continue
         names = entry if isinstance(entry, tuple) else (entry,)
+        # A block stays on one device: the axis is divided between blocks, or not at all.
         parts = math.prod(mesh.shape[name] for name in names)
         if axis[0].size % parts == 0:
             entries[axis[0]] = entry

@@ -107,6 +107,15 @@ def varying_axes(array: Any) -> frozenset[Any]:
     return typed.vma if hasattr(typed, "vma") else typed.manual_axis_type.varying
 
 
+def varied(array: Any, axes: frozenset[Any]) -> Any:
+    """The same value, varying over these manual mesh axes; `pcast` was `pvary` before JAX 0.9."""
+    missing = tuple(axes - varying_axes(array))
+    if not missing:
+        return array
+    pvary = getattr(jax.lax, "pvary", None)
+    return jax.lax.pcast(array, missing, to="varying") if pvary is None else pvary(array, missing)
+
+
 def source_line(eqn: jex.JaxprEqn) -> str:
     """`file:line (function)` of the user's code behind an equation; no public name gives it.
 

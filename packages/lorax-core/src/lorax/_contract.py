@@ -20,6 +20,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+# An array and a label for each of its axes: a [in, rank] is (a, (i, r)).
 Operand = tuple[jax.Array, tuple[Any, ...]]
 
 
@@ -75,6 +76,7 @@ def contract(
         The array of `out`'s axes.
     """
     with jax.named_scope("lora"):
+        # A factor is small, so it is cast. What meets the weight is as large as an activation.
         arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
@@ -82,6 +84,7 @@ def contract(
         operand = None if meets is None else arrays[meets]
         met = [k == meets for k in range(len(arrays))]
         for left, right in _path(tuple(labels), out, meets):
+            # Only the last product has the axes and the dtype of the result.
             last = len(arrays) == 2
             rest = [pair_labels for k, pair_labels in enumerate(labels) if k not in (left, right)]
             elsewhere = {*out}.union(*rest)
@@ -98,14 +101,17 @@ def contract(
                 operand,
             )
             meeting = met[left] or met[right]
+            # x [n, i], a [i, r], b [r, o]  ->  b [r, o], x·a [n, r]  ->  x·a·b [n, o]
             for k in sorted((left, right), reverse=True):
                 del arrays[k], labels[k], met[k]
             arrays.append(array)
             labels.append(pair_labels)
             met.append(meeting)
+        # A single operand has met no other: it is summed and cast here.
         array, pair_labels = _sum_out(arrays[0], labels[0], set(out), dtype)
         array = array.astype(dtype) if len(operands) == 1 else array
         if pair_labels != out:
+            # [*pair_labels] -> [*out]
             array = jnp.transpose(array, [pair_labels.index(label) for label in out])
         return array
 
@@ -117,10 +123,13 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     JAX would keep both forms of it for the backward pass.
     """
     (x, xs), (y, ys) = left, right
+    # A label that only one side has and nothing needs is summed first: less to multiply.
     x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
     y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
     if preferred is None and x.dtype != y.dtype:
         preferred = dtype
+    # x [*batch, *x_free, *summed] · y [*batch, *summed, *y_free] -> [*batch, *x_free, *y_free],
+    # where the axes of x and y may be in any order.
     both = [label for label in xs if label in ys]
     batch = tuple(label for label in both if label in elsewhere)
     summed = tuple(label for label in both if label not in elsewhere)
@@ -133,6 +142,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
             precision = precision[::-1]
     out_labels = (*batch, *x_free, *y_free)
     if joins and shared is not x and shared is not y:
+        # x [batch, seq, in] · a [in, rank]: batch and seq are one axis of batch · seq entries.
         followers = _followers((xs, ys, out_labels))
         xs, ys, summed, batch = (_join(labels, followers) for labels in (xs, ys, summed, batch))
         x, y = _reshape(x, xs), _reshape(y, ys)
@@ -148,6 +158,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
         preferred_element_type=preferred,
         **mesh.out_sharding(out_labels),
     )
+    # What was joined is several axes again: [batch · seq, rank] -> [batch, seq, rank].
     return _reshape(result, out_labels), out_labels
 
 
@@ -185,6 +196,7 @@ def _followers(sequences: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
 
     A reshape can make the two one axis of every array, and nothing moves.
     """
+    # Two labels can be joined only if every array that has one has both, in this order.
     uses = collections.Counter(itertools.chain(*sequences))
     pairs = collections.Counter(itertools.chain(*map(itertools.pairwise, sequences)))
     return {one: two for (one, two), count in pairs.items() if count == uses[one] == uses[two]}
@@ -241,6 +253,7 @@ def _path(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int 
     the weight (`meets`), factors are not multiplied with each other into something that spans the
     weight's inputs and its outputs, or all of its axes: that would be the delta itself.
     """
+    # A set of labels is an integer, whose bit k is label k: set operations are `&` and `|`.
     numbers = {label: k for k, label in enumerate(dict.fromkeys(itertools.chain(*labels)))}
     sets = tuple(sum(1 << numbers[label] for label in set(owned)) for owned in labels)
     shown = sum(1 << numbers[label] for label in set(out))
@@ -264,6 +277,7 @@ def _ordered(
             del groups[k]
         groups.append(left | right)
 
+    # Too many for a search over all orders: the cheapest product first, until few are left.
     while len(groups) > MOST_ORDERED:
         take(*search.cheapest_pair(groups))
     for left, right in search.best_tree(tuple(groups)):
@@ -281,6 +295,8 @@ class _Search:
         self.labels, self.sizes, self.out = labels, sizes, out
         self.met = 0 if meets is None else 1 << meets
         # Of the weight whose factors are multiplied, where something meets it.
+        # x [n, i] · a [i, r] · b [r, o] -> [n, o] has the inputs {i}, the outputs {o}, shows {i,
+        # o}, and has the inner labels {r}.
         self.inputs = self.outputs = self.shown = self.inner = 0
         if meets is not None:
             seen = labels[meets]
@@ -307,29 +323,33 @@ class _Search:
                 inside |= labels
             else:
                 elsewhere |= labels
+        # A label that nothing outside of the group has is summed within it.
         return inside & elsewhere
 
     def cost(self, left: int, right: int) -> tuple[int, int] | None:
         """Multiplications and entries of one product, or None where it is not to be made."""
         product_labels = self.labels_of(left | right)
         if not (left | right) & self.met and (
-            self._is_built(left, right, product_labels) or self._scales_a_bond(left, right)
+            self._is_built(left, right, product_labels) or self._scales_inner_labels(left, right)
         ):
             return None
+        # x [n, i] · a [i, r] -> [n, r] takes n · i · r multiplications, and has n · r entries.
         return self.size(self.labels_of(left) | self.labels_of(right)), self.size(product_labels)
 
     def _is_built(self, left: int, right: int, product_labels: int) -> bool:
         """Whether the product of two factors would be the weight's delta, or a part as large."""
+        # a [i, r] · b [r, o] -> [i, o] is the delta.
         if self.inputs & product_labels and self.outputs & product_labels:
             # A scale of one of them leaves the other as large as it is.
             return all(product_labels & ~self.labels_of(factor) for factor in (left, right))
+        # Or two factors of which neither has all of the weight's axes, and their product has.
         missing = (
             self.shown & ~labels
             for labels in (product_labels, self.labels_of(left), self.labels_of(right))
         )
         return [bool(labels) for labels in missing] == [False, True, True]
 
-    def _scales_a_bond(self, left: int, right: int) -> bool:
+    def _scales_inner_labels(self, left: int, right: int) -> bool:
         """Whether one factor scales the other along labels that join factors, such as the rank.
 
         What meets the weight is as narrow there, so the scale costs next to nothing. For its own
@@ -345,6 +365,8 @@ class _Search:
 
     def best_tree(self, groups: tuple[int, ...]) -> list[tuple[int, int]]:
         """The products of the cheapest order, inner ones first, by a search over subsets."""
+        # The best tree of a set of operands has the best trees of two parts of it as branches, so
+        # sets are done from small to large.
         costs: dict[int, tuple[int, int]] = {group: (0, 0) for group in groups}
         splits: dict[int, tuple[int, int]] = {}
         for count in range(2, len(groups) + 1):
@@ -371,6 +393,7 @@ class _Search:
 
 def _divisions(groups: tuple[int, ...]) -> Iterator[int]:
     """One part of each way to divide groups in two, the larger parts first."""
+    # The first group is in every part, for (A, B) and (B, A) are one division.
     first, *rest = groups
     for count in reversed(range(len(rest))):
         for others in itertools.combinations(rest, count):
@@ -407,6 +430,7 @@ class _Mesh:
         taken: set[Any] = set()
         for label in labels:
             entry = self.entries.get(label)
+            # An axis of the mesh can shard only one axis of an array.
             names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
             spec.append(None if names & taken else entry)
             taken |= names

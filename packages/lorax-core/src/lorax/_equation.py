@@ -81,6 +81,7 @@ class Equation:
         source = self._before_broadcast(self.eqn.invars[position])
         if source is None or isinstance(source[0], FactoredArray):
             return operand
+        # [out] broadcast to [batch, in, out] -> [1, 1, out]
         shape = [1] * operand.ndim
         for size, axis in zip(jnp.shape(source[0]), source[1], strict=True):
             shape[axis] = size
@@ -118,6 +119,7 @@ class Equation:
         if not isinstance(value, FactoredArray) or value.keys is None:
             return value
         drawn, source = self.interpreter.drawn, value.keys.term.sources
+        # Even numbers are uses of the weight itself, odd ones bodies that use it.
         number = 2 * drawn[source] + of_body
         drawn[source] += 1
         return dataclasses.replace(value, keys=fold_keys(value.keys, number))

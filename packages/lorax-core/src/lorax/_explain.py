@@ -288,10 +288,10 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
     elif kinds & {"materialized", "returned"}:
         status = "materialized"
     counts = collections.Counter(use.primitive for use in leaf_uses)
-    told = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
+    counted = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
     rank = getattr(adapter, "rank", None)
     shape = leaf.frozen.shape
-    return Row(leaf.path, shape, rank, adapter.summary(), count_params(adapter), status, told)
+    return Row(leaf.path, shape, rank, adapter.summary(), count_params(adapter), status, counted)
 
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:

@@ -57,6 +57,7 @@ class Norm:
         """The magnitude over the root of `square`; an output whose weights are all zero stays."""
         if self.detached:
             square = jax.lax.stop_gradient(square)
+        # An output without a weight would divide by zero, and so would its gradient.
         square = jnp.where(square > 0, square, jnp.ones_like(square))
         magnitude = _along(term, 0, kept, square.dtype)
         return Term((magnitude / jnp.sqrt(square),), (kept,), term.out, term.sources)
@@ -66,6 +67,7 @@ class Norm:
         shown = self.term.shown
         kept = tuple(label for label in shown if self.term.owners(label))
         summed = tuple(k for k, label in enumerate(shown) if label not in kept)
+        # The weight's shape -> [*shown] -> [*kept]
         entries = total.reshape([label.size for label in shown])
         return self._gain(self.term, jnp.sum(_squared(entries), summed), kept)
 
@@ -85,9 +87,11 @@ class Norm:
             return product((base.reshape(sizes), aligned.shown), *met, meets=0)
 
         conjugated = [_conjugate(term) for term in terms]
+        # ‖W + Σ_j t_j‖²  =  ‖W‖²  +  2 Re Σ_j ⟨W, t_j⟩  +  Σ_jk ⟨t_j, t_k⟩, each [*kept]
         square = _along(aligned, 1, kept, wide)
         for k, term in enumerate(terms):
             of_term = functools.partial(cross, labels=term.labels)
+            # ⟨W, t⟩: the factors meet the base as they would meet an operand.
             square += 2 * reading(of_term, base, *conjugated[k].factors)
             for j, other in enumerate(conjugated[: k + 1]):
                 # The other term has the same axes, and its own rank.
@@ -97,6 +101,8 @@ class Norm:
                 )
                 names = {x: (x._replace(id=first + n),) for n, x in enumerate(sorted(inner))}
                 renamed = other.rename(names)
+                # ⟨t_j, t_k⟩: small factors alone. Off the diagonal it is there twice, as its own
+                # conjugate.
                 gram = product(
                     *zip(term.factors, term.labels, strict=True),
                     *zip(renamed.factors, renamed.labels, strict=True),
@@ -338,6 +344,7 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
     """
     if joins and _contract.is_for_one_cpu([array]):
         return times_gain(*_joined(array, gain)).reshape(array.shape)
+    # [*axes] ⊙ [*axes, 1 where it is constant]
     gain = sharded_like(gain, array)
 
     def times(array: jax.Array, gain: jax.Array) -> jax.Array:
@@ -350,6 +357,7 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
 
 def _joined(array: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both with one axis for neighbors that the gain is constant along, and for other ones."""
+    # array [batch, seq, out], gain [1, 1, out]  ->  [batch · seq, out], [1, out]
     axes = itertools.groupby(range(array.ndim), lambda d: gain.shape[d] == 1)
     runs = [list(run) for _, run in axes]
     array, gain = (

@@ -102,22 +102,22 @@ def infer_spec(
     roles = roles_of(fn, leaves, structure, args, kwargs)
     accepted = [path for path, leaf in leaves if _is_matrix(leaf) and _accepts(where, path)]
     shared = _shared_axes(shared_axes, accepted)
-    told: list[str] = []
+    notes: list[str] = []
 
     def decide(path: str, leaf: Any) -> Any:
         if leaf is None:
             return None
         if path not in accepted or path not in roles.axes:
             if path in accepted and path in roles.reasons:
-                told.append(f"`{path}`: {roles.reasons[path]}. {_remedy(leaf)}")
+                notes.append(f"`{path}`: {roles.reasons[path]}. {_remedy(leaf)}")
             elif path in accepted and path in roles.dead and not _is_vector(leaf):
-                told.append(
+                notes.append(
                     f"`{path}`: nothing that the function returns depends on {roles.dead[path]}, "
                     "which reads it."
                 )
             return LORA_FREEZE
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            told.append(f"`{path}`: {_no_gradient(leaf)}. Dequantize it before it is adapted.")
+            notes.append(f"`{path}`: {_no_gradient(leaf)}. Dequantize it before it is adapted.")
             return LORA_FREEZE
         axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
         fan_in, fan_out = axes.sizes(leaf.shape)
@@ -128,20 +128,20 @@ def infer_spec(
         count = own.count(tuple(leaf.shape), axes)
         if skip_small and count >= math.prod(leaf.shape):
             entries = math.prod(leaf.shape[d] for d in axes.shared)
-            told.append(
+            notes.append(
                 f"`{path}`: an adapter{of_rank} has {count // entries} numbers for {fan_in} inputs "
                 f"× {fan_out} outputs. Give it LORA_FULL, or pass skip_small=False."
             )
             return LORA_FREEZE
         if own.size != kind.size:
-            told.append(f"`{path}`: gets rank {own.size}, the highest that it can have.")
+            notes.append(f"`{path}`: gets rank {own.size}, the highest that it can have.")
         return own
 
     decided = [decide(path, leaf) for path, leaf in leaves]
     if not any(isinstance(leaf, AdapterSpec) for leaf in decided):
-        raise SpecError(_nothing_found(leaves, where, told))
-    if told:
-        lines = "\n".join(f"  {line}" for line in told)
+        raise SpecError(_nothing_found(leaves, where, notes))
+    if notes:
+        lines = "\n".join(f"  {line}" for line in notes)
         warnings.warn(
             f"infer_spec leaves weights without the adapter that was asked for:\n{lines}\nLeave "
             "such weights out with `where` to silence this.",
@@ -226,7 +226,7 @@ def _axes(
 
 
 def _nothing_found(
-    leaves: Sequence[tuple[str, Any]], where: Pattern | None, told: Sequence[str]
+    leaves: Sequence[tuple[str, Any]], where: Pattern | None, notes: Sequence[str]
 ) -> str:
     """The message of an inference that adapts nothing."""
     chosen = "" if where is None else f" whose path {shown(where)} accepts"
@@ -242,4 +242,4 @@ def _nothing_found(
     ]
     if integers:
         message += f" Of them, {', '.join(integers[:8])} have no gradient."
-    return "\n  ".join([message, *told])
+    return "\n  ".join([message, *notes])

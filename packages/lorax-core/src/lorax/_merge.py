@@ -64,6 +64,7 @@ def _merged_by(scale: float) -> Callable[..., jax.Array]:
         return _merged
 
     def merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+        # In float32 or wider: a delta far below the base would be rounded away in bfloat16.
         wide = decoded(base).astype(wide_dtype(base.dtype))
         change = weight.applied(wide, held).array() - wide
         return (wide + scale * change).astype(base.dtype)

@@ -56,6 +56,7 @@ class Meter:
         count = len(inputs)
         rows = tuple(Label(first + k, label.size) for k, label in enumerate(inputs))
         columns = tuple(Label(first + count + k, label.size) for k, label in enumerate(inputs))
+        # second [*shared, in, in], first [*shared, in], count [*shared]: Σ x xᵀ, Σ x and Σ 1
         labels = ((*shared, *rows, *columns), (*shared, *rows), shared)
         return cls(Term(tuple(zeros), labels, out, (source,)), inputs, is_scaled)
 
@@ -98,6 +99,7 @@ class Meter:
         summed = _moments if group_sizes is None else _moments_of_groups
         zeros = self.term.factors
         # Whichever is smaller is kept for the backward pass. A step of a loop keeps its own.
+        # The operand [n, in], or its moments [in, in].
         keeps_rows = operand.size <= sum(zero.size for zero in zeros)
 
         def moments(operand: jax.Array, group_sizes: jax.Array | None) -> Moments:
@@ -120,6 +122,7 @@ class Meter:
             return operand, kept
 
         def backward(kept: Any, cotangent: Any) -> Any:
+            # The "gradient" of the zeros is the moments: nothing else flows into them.
             return cotangent, moments(*kept) if keeps_rows else kept, None
 
         through.defvjp(forward, backward)
@@ -138,6 +141,7 @@ def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) 
     array, out, _ = arranged(term, rows, places)
     flat = tuple(label for labels in out for label in labels)
     as_rows, as_columns = _renamed(term, inputs)
+    # x [n, rows] · x [n, columns] -> [rows, columns], by two names for the same axis
     left = tuple(as_rows.get(label, label) for label in flat)
     right = tuple(as_columns.get(label, label) for label in flat)
     second, first, shared = term.labels
@@ -167,6 +171,7 @@ def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, on
     numbers = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
     def summed(right: jax.Array, labels: Labels) -> jax.Array:
+        # rows [n, in] · right [n, out], summed over the rows of each group -> [groups, in, out]
         product = jax.lax.ragged_dot_general(rows, right, group_sizes, numbers, precision=_HIGHEST)
         return product.reshape([label.size for label in labels])
 

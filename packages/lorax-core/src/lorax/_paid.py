@@ -61,6 +61,8 @@ def pay(
     wide = wide_dtype(weight.base.dtype)
     after: list[tuple[jax.Array, list[int]]] = []
     for gain in weight.gains:
+        # x · (g ⊙ W)  =  g ⊙ (x · W) for a gain along outputs, and (g ⊙ x) · W for one along
+        # inputs.
         axes = varying(gain)
         array = entries(_gain_array(gain, axes, wide), axes)
         if all(d in shown for d in axes):
@@ -68,6 +70,7 @@ def pay(
         elif all(d in met for d in axes) and _is_inexact(operand):
             places = [met[d] for d in axes]
             sizes = [operand.shape[d] for d in places]
+            # A convolution's groups repeat the inputs, so the gain repeats as well.
             array = jnp.tile(array, [n // m for n, m in zip(sizes, array.shape, strict=True)])
             operand = times_gain(operand, spread(array, places, operand.ndim))
         else:
@@ -100,6 +103,7 @@ def spread(array: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     shape = [1] * ndim
     for k, axis in enumerate(axes):
         shape[axis] = array.shape[k]
+    # [k-th at axes[k]] -> sorted by axis -> ones elsewhere
     return jnp.transpose(array, order).reshape(shape)
 
 
@@ -172,6 +176,7 @@ def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.A
         of_key = jax.vmap(of_key)
     with jax.named_scope("lora"):
         noise = jnp.moveaxis(of_key(data), range(len(places)), places)
+        # Uniform over 2³² numbers, so `rate` of them are below rate · 2³².
         mask = sharded_like(noise >= np.uint32(keys.rate * 2**32), operand)
         kept = operand * jnp.asarray(1 / (1 - keys.rate), operand.dtype)
         return jnp.where(mask, kept, jnp.zeros_like(operand))

@@ -153,7 +153,7 @@ def _everywhere(
             "are. Without a function, give it a tree of formats."
         )
     blanks: list[QuantizedWeight | None] = []
-    told: list[str] = []
+    reasons: list[str] = []
     for path, base in bases:
         is_table, is_weight = path in roles.tables, path in roles.axes
         chosen = is_weight and (tables or not is_table) and (where is None or matches(where, path))
@@ -166,7 +166,7 @@ def _everywhere(
         try:
             blanks.append(_blank(path, base, along, format))
         except SpecError as error:
-            told.append(str(error))
+            reasons.append(str(error))
             blanks.append(None)
     if not any(blanks):
         chosen = "" if where is None else f" whose path {shown(where)} accepts"
@@ -176,12 +176,12 @@ def _everywhere(
                 [
                     f"quantize finds no weight{chosen} of a product or a convolution that it can "
                     f"hold as {format}. Parameters of two or more axes: {some(names) or 'none'}.",
-                    *told,
+                    *reasons,
                 ]
             )
         )
-    if told:
-        lines = "\n".join(f"  {line}" for line in told)
+    if reasons:
+        lines = "\n".join(f"  {line}" for line in reasons)
         warnings.warn(
             f"quantize leaves weights as they are:\n{lines}\nLeave such weights out with `where` "
             "to silence this.",
@@ -223,8 +223,7 @@ def _by_leaf(
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
     """The weight without arrays; a format may say itself which axes share scales."""
     given = getattr(format, "along", None)
-    shape = tuple(base.shape)
-    return blank_of(path, shape, along if given is None else given, format, base.dtype)
+    return blank_of(path, base, along if given is None else given, format)
 
 
 def _is_float(base: Any) -> bool:

@@ -55,8 +55,12 @@ class Term:
     """`einsum(*factors)` with `labels[k]` on the axes of factor k and `out[d]` on weight axis d."""
 
     factors: tuple[jax.Array, ...]
+    # Of LoRA: ((i, r), (r, o)) on a [in, rank] and b [rank, out]; r is summed, for no axis shows
+    # it.
     labels: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
+    # Of LoRA: ((i,), (o,)) for a weight [in, out], and ((i, o),) once a reshape made it [in · out].
     out: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
+    # The parameters that the term comes from, for messages: the algebra does not read them.
     sources: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True}, default=())
 
     @property
@@ -80,6 +84,7 @@ class Term:
         Then nothing is gained by keeping the factors apart, unless the term is dense.
         """
         owned = self._owned
+        # Such as a row that was looked up, a [rank] and b [rank, out]: b alone spans [out].
         spans = any(owned <= set(labels) for labels in self.labels)
         return spans and not self.is_dense and not self._repeats
 
@@ -114,6 +119,7 @@ class Term:
     def dense_factor(self) -> int | None:
         """The position of the factor that makes a term dense."""
         owned = self._owned
+        # base [i, o] · a [i, r] · b [r, o]: the base spans all, a and b only together.
         spans = [owned <= set(labels) for labels in self.labels]
         rest = [
             owned.intersection(labels)
@@ -139,6 +145,7 @@ class Term:
     ) -> jax.Array:
         """The term as an array; the keywords are those of `contract`."""
         owned = tuple(label for label in self.shown if self.owners(label))
+        # [*owned]: labels without an owner are left to the broadcast.
         full = _contract.contract(
             tuple(zip(self.factors, self.labels, strict=True)),
             owned,
@@ -149,9 +156,11 @@ class Term:
             like=like if owned == self.shown and len(owned) == len(self.out) else None,
         )
         if owned != self.shown:
+            # [*owned] -> [*shown]: the entries repeat along a label that no factor owns.
             sizes = tuple(label.size for label in self.shown)
             positions = tuple(i for i, label in enumerate(self.shown) if label in owned)
             full = jax.lax.broadcast_in_dim(full, sizes, positions)
+        # [*shown] -> the weight's shape: all labels of an axis are one axis.
         return full.reshape(self.shape) if full.shape != self.shape else full
 
     def added_to(
@@ -173,6 +182,8 @@ class Term:
         dropped = set(axes)
         kept = tuple(axis for d, axis in enumerate(self.out) if d not in dropped)
         gone = itertools.chain(*(self.out[d] for d in dropped))
+        # What a factor owns is summed by the einsum, now that no axis shows it. Along any other
+        # label the entries are equal, so their sum is one of them times their number.
         repeats = math.prod(label.size for label in gone if not self.owners(label))
         term = dataclasses.replace(self, out=kept)
         return term.scale(repeats) if repeats != 1 else term
@@ -184,6 +195,8 @@ class Term:
         for d, size in enumerate(shape):
             axis = self.out[sources[d]] if d in sources else ()
             if math.prod(label.size for label in axis) != size:
+                # A new or stretched axis: the term is constant along it, so no factor owns its
+                # label.
                 axis, skip = (self.fresh(size, skip=skip),), skip + 1
             out.append(axis)
         return dataclasses.replace(self, out=tuple(out))
@@ -194,6 +207,7 @@ class Term:
         rest = [label for label in self.shown if label.size != 1]
         # Any of them fits any axis of size one: in order, a kernel's one input stays its input.
         ones = [label for label in self.shown if label.size == 1]
+        # [6, 4] -> [24]: out ((i,), (o,)) becomes ((i, o),), and the factors stay as they are.
         for size in shape:
             axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
@@ -201,9 +215,12 @@ class Term:
                 # Remainders say what is a multiple of what for symbolic sizes as well, and `<` not.
                 if size % label.size != 0:
                     if label.size % size != 0:
+                        # [6, 4] -> [8, 3]: neither of 6 and 8 divides the other. One label of 24
+                        # can be cut.
                         term, label = term.join((label, rest.pop(0)))
                         rest.insert(0, label)
                         continue
+                    # [24] -> [8, 3]: the high part fills this axis, and the low part goes on.
                     term, (label, low) = term.split(label, size)
                     rest.insert(0, low)
                 axis.append(label)
@@ -240,6 +257,7 @@ class Term:
         high, low = self.fresh(size), self.fresh(low_size, skip=1)
 
         def change(factor: jax.Array, axis: int) -> jax.Array:
+            # […, size · low, …] -> […, size, low, …], row-major as every reshape of JAX
             return factor.reshape(*factor.shape[:axis], size, low_size, *factor.shape[axis + 1 :])
 
         term, new = self.along(label, change, label.size)
@@ -266,9 +284,11 @@ class Term:
         for k in set(itertools.chain(*owners)):
             rest = tuple(label for label in self.labels[k] if label not in labels)
             order = [self.labels[k].index(label) for label in (*labels, *rest)]
+            # […] -> [*labels, *rest] -> [new, *rest]
             moved = jnp.transpose(self.factors[k], order)
             factors[k] = moved.reshape(new.size, *moved.shape[len(labels) :])
             factor_labels[k] = (new, *rest)
+        # In `out`, the first of the labels gives way to the new one, and the others to nothing.
         names: dict[Label, Labels] = dict.fromkeys(labels, ()) | {labels[0]: (new,)}
         out = tuple(
             tuple(itertools.chain(*(names.get(label, (label,)) for label in axis)))
@@ -307,6 +327,7 @@ class Term:
         """Lets a factor of ones carry `label` where no factor does."""
         if self.owners(label):
             return self
+        # Ones change no entry, and then the label can be contracted like any other.
         return self.times(jnp.ones(label.size, self.factors[0].dtype), (label,))
 
     def times(self, factor: jax.Array, labels: Labels) -> "Term":
@@ -324,6 +345,8 @@ class Term:
             (second if set(inputs).isdisjoint(factor[1]) else first).append(factor)
         first_labels = dict.fromkeys(itertools.chain(*(labels for _, labels in first)))
         second_labels = set(itertools.chain(*(labels for _, labels in second)))
+        # The two are a [in, *inner] and b [*inner, out]: what owns an input must not show an
+        # output.
         if not first_labels.keys().isdisjoint(outputs) or not second_labels.issuperset(outputs):
             raise Inexpressible
         inner_labels = tuple(label for label in first_labels if label in second_labels)
@@ -332,6 +355,7 @@ class Term:
     def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
         """Makes one factor of several, the last of the term, with `labels` on its axes."""
         several = [(self.factors[k], self.labels[k]) for k in positions]
+        # The product becomes a factor, so it is as wide as its widest part.
         dtype = functools.reduce(_contract.product_dtype, (factor.dtype for factor, _ in several))
         rest = [k for k in range(len(self.factors)) if k not in positions]
         term = dataclasses.replace(
@@ -359,8 +383,10 @@ class Term:
         others = [j for j, f in enumerate(factors) if j != k and jnp.iscomplexobj(f)]
         for skip, j in enumerate(others):
             part = self.fresh(2, skip=skip)
+            # f [*f] -> [part, *f]
             factors[j] = jnp.stack([factors[j].real, factors[j].imag])
             dtype = _contract.product_dtype(factors[k].dtype, jnp.complex64)
+            # k [*k] -> [part, *k] with 1 and i: the sum over `part` is f · k.
             factors[k] = jnp.stack([factors[k].astype(dtype), factors[k].astype(dtype) * 1j])
             labels[j], labels[k] = (part, *labels[j]), (part, *labels[k])
         return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
@@ -371,6 +397,8 @@ class Term:
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
+            # A Python number takes the factor's dtype. An array has its own, and strict promotion
+            # would refuse to mix them.
             dtype = _contract.product_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
@@ -401,6 +429,7 @@ def _base_plus(
         meets=meets,
         like=base,
     )
+    # [*shape] + [*shape]
     return base + delta.astype(base.dtype)
 
 
@@ -417,6 +446,7 @@ def operand(array: Any) -> Term:
 
 def relabeled(left: Term, right: Term) -> Term:
     """`right` with labels that `left` does not use."""
+    # All labels of `right` move behind the last one of `left`.
     offset = left.fresh(0).id
     used = {*right.shown, *itertools.chain(*right.labels)}
     return right.rename({label: (label._replace(id=label.id + offset),) for label in used})
@@ -438,9 +468,11 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
                 else:
                     left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
                 continue
+            # The most significant labels that are not paired yet.
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
             if mine.size != theirs.size:
                 if mine.size % theirs.size == 0:
+                    # 6 beside 2: the 6 becomes (2, 3), and in the next round the two 2s are a pair.
                     left, right = _split_with_new_labels(left, mine, theirs.size, right)
                 elif theirs.size % mine.size == 0:
                     right, left = _split_with_new_labels(right, theirs, mine.size, left)
@@ -478,6 +510,7 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
     )
     shown = set(term.shown)
     lost = {label for label in (*left.shown, *right.shown) if label not in shown}
+    # A sum over a label along which both sides are constant: their number times one entry.
     repeats = math.prod(label.size for label in lost if not term.owners(label))
     return term.scale(repeats) if repeats != 1 else term
 

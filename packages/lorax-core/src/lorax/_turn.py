@@ -34,12 +34,14 @@ def arranged(
         The array with an axis for each label, the labels of each of its axes before, and the
         numbers of labels that nothing has.
     """
+    # The labels on each axis of the array.
     axes = {places[d]: term.out[d] for d in places}
     fresh = itertools.count(term.fresh(1).id)
     out: list[Labels] = []
     for axis, size in enumerate(array.shape):
         labels = axes.get(axis, ())
         repeats = size // math.prod(label.size for label in labels)
+        # A convolution's groups repeat the axis, group by group: the most significant label.
         out.append((Label(next(fresh), repeats), *labels) if repeats != 1 else labels)
     flat = [label.size for labels in out for label in labels]
     return array.reshape(flat), out, fresh
@@ -95,6 +97,7 @@ class Turn:
         weight, and a result, meet the columns.
         """
         (matrix, *more), ((*blocks, row, column), *rest) = self.term.factors, self.term.labels
+        # R[row, column]: x · R meets rows, R · W and R · result meet columns.
         names = {row: self.label, column: other} if by_rows else {row: other, column: self.label}
         return [(matrix, (*blocks, names[row], names[column])), *zip(more, rest, strict=True)]
 
@@ -113,6 +116,7 @@ class Turn:
         met, out, fresh = arranged(self.term, array, places)
         other = Label(next(fresh), self.label.size)
         flat = tuple(label for labels in out for label in labels)
+        # array + array · (R − 1): the matrix is stored without its identity.
         operands = [(met, flat), *self.factors(by_rows=by_rows, other=other)]
         arrays, labels = zip(*operands, strict=True)
         turned = tuple(
@@ -127,6 +131,7 @@ class Turn:
         matrix, *more = self.term.factors
         around = tuple(range(matrix.ndim - 2))
         identity = jnp.expand_dims(jnp.eye(self.label.size, dtype=matrix.dtype), around)
+        # (1 + M)⁻¹ = 1 + inverse, [*blocks, n, n]
         inverse = jnp.linalg.inv(identity + matrix) - identity
         term = dataclasses.replace(self.term, factors=(inverse, *more))
         return dataclasses.replace(self, term=term)

@@ -108,12 +108,12 @@ def test_a_zero_delta():
         ({"energy": 0.5, "tolerance": 0.5}, "energy is 1 − tolerance²"),
     ],
 )
-def test_settings_that_are_refused(arguments, message):
+def test_settings_that_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         resize_adapter(adapter(), **arguments)
 
 
-def test_other_kinds_are_refused_by_path():
+def test_other_kinds_raise_by_path():
     _, tunable = init_lora({"w": jnp.ones((4, 3))}, {"w": IA3Spec()}, jax.random.key(0))
     with pytest.raises(PairError, match="`w` is ia3.*as_lora"):
         resize_adapter(tunable, 2)

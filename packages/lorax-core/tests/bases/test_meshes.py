@@ -83,6 +83,10 @@ def gathered(mesh, p, x):
     return jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=P("a", "b"))(x, p["w"])
 
 
+def split_after_a_number(mesh, p, x):
+    return split(mesh, {"w": p["w"] * jnp.sin(x[0, 0])}, x)
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("use", "spec"),
@@ -91,6 +95,7 @@ def gathered(mesh, p, x):
         (constrained_after_a_move, P("a", None)),
         (placed, P(None, "a")),
         (split, None),
+        (split_after_a_number, None),
         (gathered, None),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -117,6 +122,18 @@ def test_under_explicit_axes(use, format):
     with jax.set_mesh(mesh):
         x = jax.device_put(X, P(None, "a"))
         compare(EXPLICIT[use], *weights(mesh, format), x)
+
+
+def test_parts_that_blocks_do_not_divide_are_named():
+    placed = jax.device_put(W, NamedSharding(mesh_of(AxisType.Explicit), P(("a", "b"))))
+    says = r"`w` has shape \(128, 8\), .* 4 parts of 32 over .* 'a', 'b', which blocks of 64 do not"
+    with pytest.raises(lorax.SpecError, match=says):
+        quantize({"w": placed}, {"w": NF4(64)})
+    with pytest.raises(lorax.SpecError, match=says):
+        init_lora({"w": placed}, {"w": lorax.LoraSpec(2, init="loftq")}, jax.random.key(0))
+    within = quantize({"w": placed}, {"w": NF4(32)})["w"]
+    assert within.sharding.spec == P(("a", "b"), None)
+    assert dequantize({"w": within})["w"].sharding.spec == P(("a", "b"), None)
 
 
 def test_gathers_codes_and_not_floats():

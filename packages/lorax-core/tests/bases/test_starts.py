@@ -33,7 +33,7 @@ def test_loftq_makes_codes_and_adds_their_error(init, format):
     assert error_of(pair) < 0.8 * alone
 
 
-def test_loftq_of_codes_is_refused():
+def test_loftq_of_codes_raises():
     coded = lorax.quantize({"w": W}, {"w": "nf4"})
     with pytest.raises(lorax.SpecError, match="`w` is quantized, and init='loftq' takes"):
         init_lora(coded, {"w": LoraSpec(2, init="loftq", **STACK)}, jax.random.key(0))

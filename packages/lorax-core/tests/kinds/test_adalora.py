@@ -68,13 +68,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_are_refused(row):
+def test_bad_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         start(spec)
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
         start(AdaloraSpec(2), (5,))
 
@@ -121,7 +121,7 @@ def test_the_least_important_ranks_go_first_and_the_budget_is_kept():
     assert (tunable["full"] == 1).all() and tunable["frozen"] is None
 
 
-def test_between_two_masks_nothing_is_set_to_zero():
+def test_ranks_are_kept_between_two_masks():
     _, masks = run(adalora_pruner(1, 8, every=5), 9)
     assert [sum(map(bool, e)) for e in masks][:8] == [4, 4, 4, 4, 4, 1, 1, 1]
 
@@ -153,6 +153,6 @@ def test_entries_of_a_stack_share_the_budget():
     ("target", "total", "more"),
     [(0, 9, {}), (1, 9, {"t_init": 9}), (1, 9, {"t_final": -1}), (1, 9, {"every": 0})],
 )
-def test_a_schedule_that_does_not_fit_is_refused(target, total, more):
+def test_a_schedule_that_does_not_fit_raises(target, total, more):
     with pytest.raises(ValueError, match="adalora_pruner takes target_rank and every from 1"):
         adalora_pruner(target, total, **more)

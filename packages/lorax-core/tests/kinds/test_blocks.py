@@ -201,7 +201,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_with_its_path(case):
+def test_bad_input_raises_with_its_path(case):
     spec, message = BAD[case]
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((8, 6))}, {"w": spec}, jax.random.key(0))

@@ -64,17 +64,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_are_refused(row):
+def test_bad_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         start(spec)
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
         start(DeloraSpec(2), jnp.ones(5))
 
 
-def test_shapes_alone_are_refused():
+def test_shapes_alone_raise():
     with pytest.raises(SpecError, match="needs the norms of the weight, .* under jax.eval_shape"):
         start(DeloraSpec(2), jax.ShapeDtypeStruct((5, 3), jnp.float32))  # pyright: ignore

@@ -310,7 +310,7 @@ def test_the_base_at_the_start(kind, use):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_made_again_from_its_settings(kind):
+def test_settings_round_trip(kind):
     _, params, spec, _ = of_use("batched", kind)
     weight = init_lora(params, spec, jax.random.key(0)).tunable["w"]
     again = lorax.adapter_from_settings(json.loads(json.dumps(weight.settings())))
@@ -373,7 +373,7 @@ def test_gain_without_a_place_materializes():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_that_no_spec_allows_are_refused(kind):
+def test_settings_that_no_spec_allows_raise(kind):
     _, params, spec, _ = of_use("right", kind)
     settings = init_lora(params, spec, jax.random.key(0)).tunable["w"].settings()
     inner = settings.get("delta", settings)
@@ -386,7 +386,7 @@ def test_settings_that_no_spec_allows_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["gralora", "lokr", "oft"])
-def test_a_base_that_blocks_do_not_divide_is_refused(kind):
+def test_a_base_that_blocks_do_not_divide_raises(kind):
     function, params, spec, _ = of_use("right", kind)
     tunable = init_lora(params, spec, jax.random.key(0)).tunable
     with pytest.raises(lorax.PairError, match="the adapter at `w` has .* do not fit a base"):

@@ -71,7 +71,7 @@ def test_the_frozen_factor_has_no_gradient():
     assert (grads["w"].factors["a"] == 0).all()
 
 
-def test_without_its_frozen_factor_it_is_refused():
+def test_without_its_frozen_factor_it_raises():
     frozen, tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(2)}, jax.random.key(0))
     with pytest.raises(PairError, match=r"adapter at `w` needs a \(5, 2\) beside its base"):
         lora(model)(({"w": frozen["w"].base}, tunable), jnp.ones((2, 5)))
@@ -86,13 +86,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_are_refused(row):
+def test_bad_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((5, 3))}, {"w": spec}, jax.random.key(0))
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
         init_lora({"w": jnp.ones(3)}, {"w": LoraFASpec(2)}, jax.random.key(0))
 

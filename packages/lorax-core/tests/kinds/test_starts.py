@@ -85,7 +85,7 @@ def test_bad_input(spec, message):
         init_lora(PARAMS, {"w": spec}, KEY)
 
 
-def test_a_difference_of_other_trees_is_refused():
+def test_a_difference_of_other_trees_raises():
     _, tunable = init_lora(PARAMS, {"w": 2}, KEY)
     _, other = init_lora(PARAMS, {"w": 3}, KEY)
     with pytest.raises(PairError, match="differ in structure"):

@@ -70,23 +70,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_indices_are_refused(row):
+def test_bad_indices_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=f"^`table` has a .*{message}"):
         start(spec)
 
 
-def test_several_input_axes_are_refused():
+def test_several_input_axes_raise():
     with pytest.raises(SpecError, match=r"`table` .* input axes \(0, 1\).* Give it in_axes=\[0\]"):
         start(TokensSpec([1]), jnp.ones((6, 2, 2)))
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(SpecError, match="`table` has 1 dimension, so it cannot take TokensSpec"):
         start(TokensSpec([1]), jnp.ones(6))
 
 
-def test_shapes_alone_are_refused():
+def test_shapes_alone_raise():
     shape = jax.ShapeDtypeStruct((6, 2), jnp.float32)
     with pytest.raises(SpecError, match="needs the rows of the table, .* under jax.eval_shape"):
         start(TokensSpec([1]), shape)  # pyright: ignore

@@ -103,12 +103,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_are_refused(row):
+def test_bad_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         start({"q": spec})
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(SpecError, match="`q` has 1 dimension, so it cannot take VeraSpec"):
         start({"q": VeraSpec(3)}, {"q": (5,)})

@@ -442,7 +442,7 @@ def test_opaque_bodies_get_the_weight_and_say_so(fn, primitive):
     assert np.allclose(got, fn(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_ref_beside_the_weight():
+def test_a_function_with_a_ref_and_a_weight():
     if not hasattr(jax, "new_ref"):
         pytest.skip("no refs in this JAX")
 
@@ -496,7 +496,7 @@ def test_one_body_called_many_times_is_transformed_once():
     assert len({id(eqn.params["jaxpr"]) for eqn in calls}) == 1
 
 
-def test_bodies_with_other_weights_are_transformed_apart():
+def test_bodies_with_other_weights_are_transformed_separately():
     fn = lambda p, x: layer(p["c"], layer(p["b"], layer(p["a"], x)))  # noqa: E731
     shapes = dict.fromkeys("abc", (11, 11))
     _, transformed = both_jaxprs(fn, shapes, {"a": 2, "b": 3, "c": 0}, X)

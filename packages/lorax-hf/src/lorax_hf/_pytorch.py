@@ -1,12 +1,15 @@
 """PyTorch modules as JAX functions: `from_torch`, `load_torch`, `generate`, `register_op`."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Sharding
 
 from ._extras import need
+
+if TYPE_CHECKING:
+    from ._torch._function import ModuleFunction
 
 Placement = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -18,7 +21,7 @@ def from_torch(
     dtype: Any = None,
     train: bool = False,
     scan_layers: bool | Collection[str] = False,
-) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+) -> tuple["ModuleFunction", dict[str, jax.Array]]:
     """A PyTorch module as a pure JAX function of its parameters, and the parameters.
 
     The function is called as the module is, `fn(params, *args, **kwargs)`, with JAX arrays for
@@ -78,7 +81,7 @@ def load_torch(
     train: bool = False,
     module: Any = None,
     scan_layers: bool | Collection[str] = False,
-) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+) -> tuple["ModuleFunction", dict[str, jax.Array]]:
     """`from_torch` of a folder's model, whose weights never are tensors of PyTorch.
 
     The module is built without memory, and each tensor of the safetensors files is read onto its

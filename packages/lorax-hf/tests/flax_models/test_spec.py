@@ -192,6 +192,6 @@ def test_any_kind_of_adapter(llama):
         ({"alpha_pattern": {"q_proj": 2}}, "is for LoraSpec, not for IA3Spec"),
     ],
 )
-def test_settings_beside_an_adapter_are_refused(llama, options, message):
+def test_settings_beside_an_adapter_raise(llama, options, message):
     with pytest.raises(TypeError, match=message):
         lorax_hf.spec(llama, adapter=lorax.IA3Spec(), **options)

@@ -394,6 +394,9 @@ def test_wrong_arguments_are_named():
         fn({"weight": params["weight"]}, jnp.asarray(X))
     with pytest.raises(ValueError, match="has `scale`, which the module does not have"):
         fn({**params, "scale": params["bias"]}, jnp.asarray(X))
+    coded = {**params, "weight": lorax.quantize({"w": params["weight"]}, {"w": "int8"})["w"]}
+    with pytest.raises(TypeError, match="`weight` is held in few bits.*`lorax.lora\\(fn\\)`"):
+        fn(coded, jnp.asarray(X))
     with pytest.raises(TypeError, match="a dict of parameters by name.*not list"):
         fn(list(params.values()), jnp.asarray(X))
     with pytest.raises(ValueError, match="`weight` is on the meta device.*load_torch"):
@@ -433,7 +436,7 @@ def test_a_missing_operator_is_named_and_added():
     np.testing.assert_allclose(fn(params, jnp.asarray(X)), 2 * (abs(X) + 1), rtol=1e-6)
 
 
-def test_quantized_modules_are_refused():
+def test_quantized_modules_raise():
     class Linear4bit(nn.Linear):
         __module__ = "bitsandbytes.nn.modules"
 
@@ -454,7 +457,7 @@ def test_quantized_modules_are_refused():
 
 
 @pytest.mark.parametrize("package", ["gptqmodel.nn", "torch.ao.nn.quantized.dynamic", "hqq.core"])
-def test_quantized_modules_of_other_packages_are_refused(package):
+def test_quantized_modules_of_other_packages_raise(package):
     kind = type("Packed", (nn.Linear,), {"__module__": package})
     with pytest.raises(lorax_hf.QuantizedModuleError, match=f"`0` holds.*{package}.Packed"):
         lorax_hf.from_torch(nn.Sequential(kind(6, 5)))

@@ -139,7 +139,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_models_are_refused(name):
+def test_other_models_raise(name):
     make, message = REFUSED[name]
     fn, params = lorax_hf.from_torch(make())
     with pytest.raises(lorax_hf.StaticCacheError, match=message):

@@ -128,7 +128,7 @@ def test_a_damaged_index_is_named(tmp_path):
             lorax_hf.load_torch(tmp_path)
 
 
-def test_quantized_files_are_refused(tmp_path):
+def test_quantized_files_raise(tmp_path):
     saved("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

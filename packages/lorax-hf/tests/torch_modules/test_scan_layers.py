@@ -305,7 +305,7 @@ def test_unscannable_layers_raise_when_called(case):
         fn(params, X)
 
 
-def test_caches_and_hidden_states_are_refused(models):
+def test_caches_and_hidden_states_raise(models):
     fn, params = lorax_hf.from_torch(models["llama"], scan_layers=True)
     with pytest.raises(ValueError, match=r"uses its index, `self_attn.layer_idx`.*a cache"):
         fn(params, IDS, use_cache=True)
@@ -314,7 +314,7 @@ def test_caches_and_hidden_states_are_refused(models):
     fn(params, IDS)
 
 
-def test_modules_without_equal_layers_are_refused():
+def test_modules_without_equal_layers_raise():
     cases = [
         (nn.Linear(3, 3), True, "Linear has no equal layers.*It has no list of layers"),
         (Tower([Layer(0), Layer(1, 5)], in_turn), True, "Layer 1 of `layers` differs from layer 0"),

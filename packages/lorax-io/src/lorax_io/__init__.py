@@ -30,6 +30,7 @@ from ._formats.opening import (
     open_adapter as open_adapter,
 )
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
+from ._formats.tunix import save_tunix as save_tunix
 from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
 from ._layouts import (
@@ -39,7 +40,6 @@ from ._layouts import (
     Experts as Experts,
     Layout as Layout,
     Linear as Linear,
-    Names as Names,
     Parameter as Parameter,
     Tensor as Tensor,
 )
@@ -48,6 +48,7 @@ from ._names import (
     read_names as read_names,
     write_names as write_names,
 )
+from ._plain_layouts import Names as Names
 
 __version__ = importlib.metadata.version("lorax-io")
 
@@ -89,6 +90,7 @@ __all__ = [
     "save_merged",
     "save_mlx",
     "save_peft",
+    "save_tunix",
     "write_names",
 ]
 

@@ -52,7 +52,7 @@ def write(files, module, tensors, config=None, prefix="", folder="base"):
 @pytest.mark.parametrize(
     "command", ["verify adapter --base base", "merge adapter --base base --out m"]
 )
-def test_codes_are_refused_by_name(shell, files, tmp_path, form, command):
+def test_codes_raise_by_name(shell, files, tmp_path, form, command):
     tensors, word = REFUSED[form]
     write(files, Q, tensors)
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
@@ -187,6 +187,30 @@ def test_codes_are_decoded_and_merged(shell, files, tmp_path, coded, form):
 
 
 @pytest.mark.parametrize("form", DECODED)
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_the_difference_to_codes_is_extracted(shell, files, coded, form, which):
+    """Either side of `extract` may be codes; the other one is floats here."""
+    weight, delta = coded(form)
+    held = files.read("base/model.safetensors")
+    floats = {f"{Q}.weight": np.asarray(weight + delta, np.float32)}
+    files.base(floats | {f"{V}.weight": held[f"{V}.weight"]}, None, "floats")
+    sides = ("base", "floats") if which == "base" else ("floats", "base")
+    shell.succeed("extract --base {} --tuned {} --out x --rank 4 --to peft".format(*sides))
+    tensors = files.read("x/adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{Q}.lora_{side}.weight"] for side in "AB")
+    # The file has its weight in the dtype that it is decoded to.
+    atol = 0.05 * np.abs(delta).max()
+    np.testing.assert_allclose(b @ a, delta if which == "base" else -delta, rtol=0, atol=atol)
+
+
+def test_codes_that_cannot_be_read_are_refused_by_extract(shell, files):
+    tensors, word = REFUSED["GPTQ of 3 bits"]
+    write(files, Q, tensors)
+    files.base({f"{Q}.weight": f32(64, 32), f"{V}.weight": f32(64, 32)}, None, "tuned")
+    assert word in shell.fail("extract --base base --tuned tuned --out x --rank 4 --to peft")
+
+
+@pytest.mark.parametrize("form", DECODED)
 def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form):
     coded(form, adapted=("v_proj",))
     shell.succeed("merge adapter --base base --out m")
@@ -198,7 +222,7 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
 
 
 @pytest.mark.parametrize("form", ["fp8 with a scale"])
-def test_the_same_codes_again(shell, files, tmp_path, coded, form):
+def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
     shell.succeed("merge adapter --base base --out m --requantize", "coded again")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
@@ -211,7 +235,7 @@ def test_the_same_codes_again(shell, files, tmp_path, coded, form):
     assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
 
 
-def test_fp8_in_blocks_again(shell, files):
+def test_requantize_fp8_in_blocks(shell, files):
     codes, scales = draw(256, 128).astype(jnp.float8_e4m3fn), np.abs(draw(2, 1)).astype(np.float32)
     write(files, Q, {"weight": codes, "weight_scale_inv": scales})
     pair = files.pair(Q, 256, 128)

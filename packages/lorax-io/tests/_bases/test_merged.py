@@ -172,7 +172,7 @@ def test_leftovers_of_a_killed_process_are_removed(folder, tmp_path):
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
 
 
-def test_an_empty_folder_is_filled_and_others_are_refused(folder):
+def test_an_empty_folder_is_filled_and_others_raise(folder):
     folder.mkdir()
     save_merged(folder, *make_pair(), NAMES)
     before = (folder / "model.safetensors").read_bytes()
@@ -202,14 +202,14 @@ def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
     ],
     ids=["no layout", "same tensor", "same layer", "no base", "not in the base"],
 )
-def test_a_model_that_would_be_wrong_is_refused(folder, tmp_path, pair, names, message):
+def test_a_model_that_would_be_wrong_raises(folder, tmp_path, pair, names, message):
     frozen, tunable = pair
     with pytest.raises(AdapterMismatchError, match=message):
         save_merged(folder, frozen, tunable, names)
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_none_are_refused(folder, tmp_path):
+def test_numbers_that_are_none_raise(folder, tmp_path):
     frozen, tunable = make_pair()
     tunable["norm"] = jnp.array([1.0, np.nan])
     with pytest.raises(AdapterError, match=r"`norm.weight` holds NaN"):
@@ -217,7 +217,7 @@ def test_numbers_that_are_none_are_refused(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mask_of_the_base_may_hold_infinity(folder):
+def test_mask_of_the_base_with_infinity(folder):
     frozen, tunable = make_pair()
     frozen["mask"] = jnp.array([0.0, -np.inf])
     tunable["mask"] = None

@@ -152,13 +152,13 @@ EMPTY = {
 
 @pytest.mark.parametrize("case", EMPTY)
 @pytest.mark.parametrize("command", ["inspect", "verify", "convert --to native {} out", "diff {}"])
-def test_empty_adapter_is_refused(shell, files, case, command):
+def test_empty_adapter_raises(shell, files, case, command):
     files.peft(EMPTY[case](files), target_modules=["q_proj"])
     words = command.format("adapter") if "{}" in command else f"{command} adapter"
     assert "ZeRO-3" in shell.fail(f"{words} adapter" if words.startswith("diff") else words)
 
 
-def test_empty_native_adapter_is_refused(shell, files):
+def test_empty_native_adapter_raises(shell, files):
     from lorax_io import save_adapter
 
     save_adapter("a.safetensors", {})
@@ -213,7 +213,7 @@ SHAPES = [(), (2,), (2, 5, 1, 1, 1, 1)]
     "key", ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"]
 )
 @pytest.mark.parametrize("command", ["inspect adapter", "verify adapter --base base"])
-def test_factors_of_any_shape_are_refused(shell, files, base, key, shape, command):
+def test_factors_of_any_shape_raise(shell, files, base, key, shape, command):
     tensors = q(files, 0, 1)
     if "embedding" in key:
         tensors |= {f"{TABLE}.lora_embedding_A": files.draw(2, 11)}
@@ -228,7 +228,7 @@ def test_factors_of_any_shape_are_refused(shell, files, base, key, shape, comman
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bases_of_any_shape_are_refused(shell, files, shape):
+def test_bases_of_any_shape_raise(shell, files, shape):
     files.base({f"{Q.format(0)}.weight": files.draw(*shape)})
     files.peft(q(files, 0), target_modules=["q_proj"])
     shell.fail("verify adapter --base base")

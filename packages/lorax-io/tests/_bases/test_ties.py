@@ -88,14 +88,14 @@ def test_new_head_is_in_the_index(shell, files):
 
 
 @pytest.mark.parametrize("config", [None, {"tie_word_embeddings": False}], ids=["none", "untied"])
-def test_base_without_a_head_is_refused(shell, files, config):
+def test_base_without_a_head_raises(shell, files, config):
     write(files, config, head=False)
     adapt(files)
     message = shell.fail("merge adapter --base base --out merged")
     assert "its embedding as its head" in message
 
 
-def test_model_that_scales_a_tied_head_is_refused(shell, files):
+def test_model_that_scales_a_tied_head_raises(shell, files):
     write(files, {"tie_word_embeddings": True, "model_type": "t5"}, head=False)
     adapt(files)
     assert "scales its outputs" in shell.fail("merge adapter --base base --out merged")

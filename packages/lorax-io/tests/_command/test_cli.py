@@ -20,6 +20,7 @@ from lorax_io import (
     Embedding,
     Experts,
     Linear,
+    Parameter,
     Tensor,
     load_adapter,
     load_peft,
@@ -40,6 +41,7 @@ SHAPES = {
     "h/0/q/bias": (3,),
     "h/0/square/kernel": (5, 5),
     "h/0/experts/down": (4, 5, 3),
+    "h/0/router/weight": (4, 5),
     "norm/weight": (5,),
     "head/kernel": (5, 7),
 }
@@ -50,6 +52,7 @@ NAMES = {
     "h/0/q/bias": Tensor("h.0.q"),
     "h/0/square/kernel": Linear("h.0.square"),
     "h/0/experts/down": Experts("h.0.experts", parameter="down", shared_axes=(0,)),
+    "h/0/router/weight": Parameter("h.0.router", in_axes=(1,), out_axes=(0,)),
     "norm/weight": Tensor("norm", parameter="weight"),
     "head/kernel": Linear("head"),
 }
@@ -522,7 +525,7 @@ def test_merge_is_save_merged_to_rounding(prefix, dtype, capsys):
     base = save_torch_base(prefix=prefix, dtype=jnp.dtype(dtype))
     expected = merged_by_library(tunable, dtype=jnp.dtype(dtype))
     out = succeed("merge peft --base base.safetensors --out merged", capsys)
-    assert out == "merged: 8 tensors, 8 of them adapted\n"
+    assert out == "merged: 9 tensors, 9 of them adapted\n"
     tensors = safetensors.numpy.load_file("merged/base.safetensors")
     assert_tensors(tensors, {prefix + name: x for name, x in expected.items()}, ROUNDING)
     # What is merged is another model: the test would pass for copies otherwise.

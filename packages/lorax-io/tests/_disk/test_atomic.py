@@ -188,7 +188,7 @@ def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
     assert outcomes.count(1) == outcomes.count(2) == 1
 
 
-def test_new_weights_beside_the_old_config_are_refused(tmp_path, monkeypatch):
+def test_new_weights_beside_the_old_config_raise(tmp_path, monkeypatch):
     """What a kill between the two files leaves."""
     save_folder(tmp_path, 1)
     monkeypatch.setattr("lorax_io._formats.peft.folder.write_text", lambda path, text: None)
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, form, name, f
     assert which(path) == 2
 
 
-def test_a_disk_that_is_full_at_the_config_leaves_a_folder_that_is_refused(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_config_leaves_a_folder_that_raises(tmp_path, monkeypatch):
     save_folder(tmp_path, 1)
     names = set(tmp_path.iterdir())
     with monkeypatch.context() as patch, pytest.raises(Full):

@@ -122,7 +122,7 @@ def test_kinds_diffusers_cannot_hold_raise(tmp_path, row, error, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_without_factors_is_refused(tmp_path):
+def test_an_adapter_without_factors_raises(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="no parameter has factors"):
         save_diffusers(tmp_path, {"norm": None}, NAMES)
 

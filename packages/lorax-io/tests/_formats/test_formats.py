@@ -228,7 +228,7 @@ def test_underscores_are_resolved_by_the_base(shell, files):
 
 
 @pytest.mark.parametrize("names", [["a.b_c", "a_b.c"], ["x.a.b.c", "y.a.b.c"], ["a.b"]])
-def test_underscores_that_may_be_several_are_refused(shell, files, names):
+def test_underscores_that_may_be_several_raise(shell, files, names):
     save({"lora_unet_a_b_c.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a_b_c.lora_up.weight": files.draw(OUT, RANK)})  # fmt: skip
     save({f"{name}.weight": files.draw(OUT, IN) for name in names}, "base.safetensors")
@@ -239,7 +239,7 @@ def test_underscores_that_may_be_several_are_refused(shell, files, names):
 @pytest.mark.parametrize(
     "key", ["lora_mid.weight", "hada_t1", "oft_blocks", "diff", "diff_b", "w_norm"]
 )
-def test_more_than_lora_of_kohya_is_refused(files, key):
+def test_more_than_lora_of_kohya_raises(files, key):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           f"lora_unet_a.{key}": files.draw(OUT, 1)})  # fmt: skip
@@ -386,7 +386,7 @@ def test_full_fine_tuning_of_mlx_is_read(shell, files):
         ({"lora_parameters": None}, AdapterError),
     ],
 )
-def test_other_configs_of_mlx_are_refused(files, config, error):
+def test_other_configs_of_mlx_raise(files, config, error):
     write_mlx({f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}, **config)
     with pytest.raises(error):
         open_adapter("mlx")
@@ -466,7 +466,7 @@ def test_mlx_has_one_rank_and_scale(files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_modules_of_one_flat_name_are_refused(files):
+def test_two_modules_of_one_flat_name_raise(files):
     row = make_tunable(files)["q"]
     with pytest.raises(AdapterMismatchError, match="are both called `lora_unet_a_b`"):
         save_kohya("k", {"x": row, "y": row}, {"x": Linear("a.b"), "y": Linear("a_b")})
@@ -514,7 +514,7 @@ def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
     assert "is not a pattern" in shell.fail(f"convert adapter out --to native {rename}")
 
 
-def test_rename_to_one_name_is_refused(shell, files):
+def test_rename_to_one_name_raises(shell, files):
     files.peft(files.pair("a", OUT, IN) | files.pair("b", OUT, IN), target_modules=["a", "b"])
     assert "renamed" in shell.fail("convert adapter out --to native --rename [ab] c")
 

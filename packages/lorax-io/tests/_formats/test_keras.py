@@ -169,7 +169,7 @@ def test_damaged_files_raise(tmp_path, case):
 
 
 @pytest.mark.parametrize("end", [0, 4, 8, 100, 1000, -1])
-def test_a_file_that_was_cut_is_refused(tmp_path, end):
+def test_a_file_that_was_cut_raises(tmp_path, end):
     file = tmp_path / "a.lora.h5"
     save_keras(file, make().tunable, NAMES)
     file.write_bytes(file.read_bytes()[:end])

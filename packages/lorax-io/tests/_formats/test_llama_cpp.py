@@ -101,7 +101,7 @@ def test_several_scales_are_folded(files):
         ({"num_hidden_layers": 1}, AdapterMismatchError, "no tensor for `model.layers.1"),
     ],
 )
-def test_other_configs_are_refused(files, tmp_path, config, error, message):
+def test_other_configs_raise(files, tmp_path, config, error, message):
     with pytest.raises(error, match=message):
         save_gguf("a.gguf", make(files), NAMES, config=CONFIG | config)
     assert list(tmp_path.iterdir()) == []

@@ -172,6 +172,7 @@ def _combined(
         _check_part(path, part, parts[0])
     like: LoraWeight = parts[0].leaf
     matrices = [Matrices.of(part.leaf) for part in parts]
+    # Σ_k w_k Δ_k exactly: [a1 a2 …] · [w1 b1; w2 b2; …], of the sum of the ranks
     wanted = plus(m.times(part.weight) for m, part in zip(matrices, parts, strict=True))
     if options.method == "concatenate":
         product = wanted

@@ -141,10 +141,12 @@ def _closest(
 ) -> tuple[LoraWeight, float]:
     wide = wide_dtype(before.dtype)
     fan_in, fan_out = axes.sizes(before.shape)
+    # A matrix [in, out] has no more singular values than its shorter side.
     most = min(spec.rank, fan_in, fan_out)
     order = (*axes.shared, *axes.inputs, *axes.outputs)
 
     def matrices(array: Any) -> jax.Array:
+        # [axes of the weight] -> [*shared, *in, *out] -> [entries, in, out]
         return jnp.transpose(jnp.asarray(array), order).reshape(-1, fan_in, fan_out).astype(wide)
 
     with jax.default_matmul_precision("highest"):
@@ -160,6 +162,7 @@ def _closest(
     blank = resized.blank(before.shape, axes)
     shapes = blank.layout(before.shape).shapes()
     scale = lora_scale(rank, spec.alpha, spec.scaling)
+    # scale · a @ (b / scale) is the delta.
     factors = {"a": a.reshape(shapes["a"]), "b": (b / scale).reshape(shapes["b"])}
     return blank.with_factors(factors), error / size if size else 0.0
 
@@ -183,6 +186,7 @@ def _randomized(delta: jax.Array, width: int, key: jax.Array) -> tuple[jax.Array
     """The singular value decomposition within the range that random directions span."""
     sketch = delta @ jax.random.normal(key, (delta.shape[1], width), delta.dtype)  # [in, width]
     basis = jnp.linalg.qr(sketch)[0]
+    # Each power sharpens the range: (ΔΔᵀ)^k sketch grows along the largest singular vectors.
     for _ in range(_POWERS):
         back = jnp.linalg.qr(delta.T @ basis)[0]  # [out, width]
         basis = jnp.linalg.qr(delta @ back)[0]  # [in, width]

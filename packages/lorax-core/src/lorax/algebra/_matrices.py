@@ -86,12 +86,15 @@ def _beside(value: np.ndarray, like: Any) -> jax.Array:
 
 def plus(matrices: Iterable[Matrices]) -> Matrices:
     """The sum of deltas, whose rank is the sum of their ranks."""
+    # [a1 a2] @ [b1; b2]  =  a1 b1 + a2 b2
     a, b = zip(*matrices, strict=True)
     return Matrices(np.concatenate(a, 2), np.concatenate(b, 1))
 
 
 def _core(matrices: Matrices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Q_a, the core and Q_b of `a b = Q_a core Q_bᵀ`."""
+    # a b = Q_a R_a R_bᵀ Q_bᵀ: the core R_a R_bᵀ is only as large as the rank, and has the singular
+    # values of the product.
     q_a, r_a = np.linalg.qr(matrices.a)  # [entries, in, k] [entries, k, rank]
     q_b, r_b = np.linalg.qr(np.swapaxes(matrices.b, 1, 2))  # [entries, out, l] [entries, l, rank]
     return q_a, r_a @ np.swapaxes(r_b, 1, 2), q_b
@@ -105,6 +108,7 @@ def singular_values(matrices: Matrices) -> np.ndarray:
 def relative_error(actual: Matrices, expected: Matrices) -> float:
     """`‖actual − expected‖ / ‖expected‖` in the Frobenius norm, and 0 where both are zero."""
     size = float(np.linalg.norm(_core(expected)[1]))
+    # The norm of the core is that of the product, so no [in, out] is formed.
     error = float(np.linalg.norm(_core(plus([actual, expected.times(-1)]))[1]))
     return error / size if size else math.copysign(math.inf, error) if error else 0.0
 
@@ -130,6 +134,7 @@ def rank_for(values: Any, square: Any, energy: float) -> int:
         square: the sum of all their squares: [entries].
         energy: the share of it, from 0 to 1.
     """
+    # The energy of rank k is Σ σ² of the first k values, over that of all.
     squares = np.asarray(values, np.float64) ** 2
     kept = np.cumsum(squares, axis=1)  # [entries, k]
     enough = kept >= energy * np.asarray(square, np.float64)[:, None] * (1 - 1e-12)
@@ -163,6 +168,8 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
     def on_a_side(own: Labels) -> tuple[bool, Labels]:
         """Whether a factor goes to the left, and its labels there."""
         met, made = ([x for x in own if x in group] for group in (inputs, outputs))
+        # A factor of inputs goes to the left matrix, one of outputs to the right. One with both
+        # goes to the side where it is larger, and its other labels are copied.
         is_left = bool(met) and (not made or _count(made) < _count(met))
         moved = made if is_left else met
         for label in moved:
@@ -174,8 +181,10 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
         is_left, labels = on_a_side(own)
         sides[is_left].append((_double(factor), labels))
     for label, copy in copies.items():
+        # The identity joins a label with its copy, which becomes a part of the rank.
         sides[label in inputs].append((np.eye(label.size), (label, copy)))
     on_left, on_right = ({x for _, own in sides[side] for x in own} for side in (True, False))
+    # Labels of both sides that no axis shows: their product is the rank.
     rank = tuple(sorted(on_left & on_right - {*shared, *inputs, *outputs}))
     entries, fan_in, fan_out, width = map(_count, (shared, inputs, outputs, rank))
     a = _product(sides[True], (*shared, *inputs, *rank))
@@ -195,6 +204,7 @@ def _product(factors: Sequence[tuple[np.ndarray, Labels]], wanted: Labels) -> np
     for factor, own in factors:
         operands += [factor, [number[label] for label in own]]
     out_numbers = [number[label] for label in wanted if label in owned]
+    # [*owned] -> broadcast to [*wanted]
     array = np.einsum(*operands, out_numbers, optimize=True) if operands else np.ones(())
     shape = [label.size if label in owned else 1 for label in wanted]
     return np.broadcast_to(array.reshape(shape), [label.size for label in wanted])

@@ -139,8 +139,10 @@ def _converted(leaf: Leaf) -> LoraWeight:
     adapted = leaf.applied()
     if not adapted.is_sum:
         raise refuse("multiplies the weight")
+    # [entries, in, rank] and [entries, rank, out], where the ranks of all terms are added up.
     matrices = plus(matrices_of_term(term, weight.axes) for term in adapted.terms)
     rank, most = matrices.a.shape[2], min(weight.axes.sizes(leaf.frozen.shape))
+    # A delta of full rank is no smaller as two factors than as the weight itself.
     if rank >= most:
         raise refuse(f"has a delta of rank {rank} on a weight whose rank is {most}")
     dtype = jnp.result_type(*weight.factors().values())

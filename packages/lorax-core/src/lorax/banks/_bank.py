@@ -223,9 +223,11 @@ def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
 
 @jax.jit
 def _stacked(nodes: Sequence[Any]) -> Any:
+    # slots × [*axes] -> [slots, *axes]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *nodes)
 
 
 @jax.jit
 def _replaced(stacked: Any, index: Any, row: Any) -> Any:
+    # [slots, *axes] with [*axes] at one slot
     return jax.tree.map(lambda array, new: array.at[index].set(new), stacked, row)

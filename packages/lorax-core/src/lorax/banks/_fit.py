@@ -57,6 +57,7 @@ def blank_of(path: str, nodes: Sequence[Any], rank: int | None) -> Any:
         return None
     if not all(isinstance(node, LoraWeight) for node in present):
         return present[0]
+    # a [*shared, *in, highest] and b [*shared, highest, *out]: a lower rank is padded with zeros.
     highest = max([node.rank for node in present] + ([] if rank is None else [rank]))
     first = _unscaled(present[0])
     shared = len(first.shared_axes)
@@ -114,6 +115,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def _with_rank(path: str, blank: LoraWeight, node: LoraWeight) -> LoraWeight:
     shared = len(node.shared_axes)
+    # [a 0] @ [b; 0]  =  a @ b: the padding adds nothing, and gets no gradient.
     missing = blank.rank - node.rank
     if missing < 0:
         raise PairError(
@@ -163,6 +165,7 @@ def restored(record: Records | None, node: Any, slot: int) -> Any:
     shared = len(row.shared_axes)
     return dataclasses.replace(
         row,
+        # Without the padding: a [*shared, *in, rank], b [*shared, rank, *out].
         a=row.a[..., :rank],
         b=jax.lax.slice_in_dim(row.b, 0, rank, axis=shared),
         rank=rank,

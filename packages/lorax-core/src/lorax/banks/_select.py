@@ -78,6 +78,7 @@ class _Scaled(Within):
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         weight = self.adapter.applied(base, held, source)
+        # The scale follows from rank and alpha. It is an array here, and not to be trained.
         number = jax.lax.stop_gradient(self.number)
         return dataclasses.replace(weight, terms=tuple(term.scale(number) for term in weight.terms))
 
@@ -128,6 +129,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     _check_additive("select_adapters", bank)
     # What has no slot is past the end: negative indices would count from there.
     place = jnp.where(index < 0, bank.slots, index)
+    # [slots, *axes] -> [*axes], zeros past the end: Δ = 0, the base.
     tree = jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), bank.tunable)
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
@@ -212,6 +214,7 @@ class _Mixed(Within):
 
     def _slot(self, layout: Layout) -> Label:
         used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        # A label that nothing in the layout uses yet.
         return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
 
     def applied(
@@ -219,6 +222,8 @@ class _Mixed(Within):
     ) -> FactoredArray:
         term = self.term(base.shape, held or {}, source)
         slot = self._slot(self.adapter.layout(base.shape))
+        # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed as the rank
+        # is.
         weights = self.weights * self.adapter.scale
         term = dataclasses.replace(
             term, factors=(weights, *term.factors), labels=((slot,), *term.labels)

@@ -20,6 +20,7 @@ def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
 
 def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """The scale of an entry, which may be a code itself."""
+    # scale, or code of a scale · outer
     scale, outer = arrays["scales"], arrays.get("outer")
     if outer is None:
         return scale.astype(wide_dtype(scale.dtype))
@@ -31,6 +32,7 @@ def with_scales_of_scales(
     scale: jax.Array, across: Sequence[int]
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Scales as 8 bits and one number for each output, and the scales that these represent."""
+    # The largest scale is code 255. No code is 0, for a scale of zero would lose its block.
     outer = jnp.max(scale, tuple(across), keepdims=True) / 255
     codes = jnp.clip(jnp.round(scale / outer), 1, 255).astype(jnp.uint8)
     return {"scales": codes, "outer": outer}, codes.astype(outer.dtype) * outer
@@ -42,15 +44,18 @@ def integers(
     """Rounded codes of so many bits; the range of a block is its own where not symmetric."""
     signed, unsigned = dtypes
     if symmetric:
+        # Codes −7 … 7 of 4 bits: −8 would have no counterpart, and zero stays exactly zero.
         top = 2 ** (bits - 1) - 1
         scale = largest(entries, within) / top
         codes = jnp.clip(jnp.round(entries / scale), -top, top).astype(signed)
         return {"codes": codes, "scales": scale}
     top = 2**bits - 1
     zero = jnp.zeros((), entries.dtype)
+    # The range of a block always holds zero, so that a code represents it exactly.
     low = jnp.minimum(jnp.min(entries, tuple(within), keepdims=True), zero)
     high = jnp.maximum(jnp.max(entries, tuple(within), keepdims=True), zero)
     scale = jnp.where(high == low, jnp.ones_like(high), (high - low) / top)
+    # entry = (code − zeros) · scale
     zeros = jnp.clip(jnp.round(-low / scale), 0, top)
     codes = jnp.clip(jnp.round(entries / scale) + zeros, 0, top).astype(unsigned)
     return {"codes": codes, "scales": scale, "zeros": zeros.astype(unsigned)}

@@ -76,6 +76,8 @@ class Affine(Format):
             arrays["mins"] = low
         if self.group is not None:
             arrays = _grouped(arrays, across)
+        # entry = code · scale + minimum; the scale as it will be decoded, so its rounding is in the
+        # codes
         scale = _scaled.to_scale(arrays)
         codes = jnp.round((entries - _minimum(arrays, scale.dtype)) / _or_one(scale))
         return {"codes": jnp.clip(codes, 0 if self.minimum else -top, top).astype(dtype), **arrays}
@@ -104,6 +106,7 @@ def _grouped(arrays: Mapping[str, jax.Array], across: Sequence[int]) -> dict[str
     for name, outer in (("scales", "outer"), ("mins", "outer_mins")):
         if name in arrays:
             sign = -1 if name == "mins" else 1  # minimums are not above zero
+            # scale = code of 6 bits · outer, one outer number for each group
             most = jnp.max(jnp.abs(arrays[name]), tuple(across), keepdims=True)
             unit = _or_one(most.astype(wide_dtype(most.dtype)) / TOP)
             grouped[name] = jnp.round(jnp.abs(arrays[name]) / unit).astype(jnp.uint8)

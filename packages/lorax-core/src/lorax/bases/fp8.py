@@ -57,6 +57,8 @@ class FP8(Format):
         blocks = super().blocks(path, shape, along)
         if not self.square or self.block is None:
             return blocks
+        # A square block is [block, block]: along the inputs, and along the last axis of the
+        # outputs.
         others = [d for d in range(len(shape)) if d not in along]
         return blocks | super().blocks(path, shape, tuple(others[-1:]))
 
@@ -70,6 +72,7 @@ class FP8(Format):
         """Rounded to the nearest float of eight bits."""
         dtype = KINDS[self.kind]
         top = float(jnp.finfo(dtype).max)
+        # The largest entry of a block becomes the largest float of eight bits.
         scale = _scaled.largest(entries, within) / top
         return {"codes": jnp.clip(entries / scale, -top, top).astype(dtype), "scales": scale}
 

@@ -51,5 +51,6 @@ class LLMInt8(Format):
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Codes times magnitudes, then the step between codes."""
+        # In this order and with this constant, the floats are bit for bit those of bitsandbytes.
         scale = arrays["scales"].astype(wide_dtype(arrays["scales"].dtype))
         return (arrays["codes"].astype(scale.dtype) * scale) * STEP

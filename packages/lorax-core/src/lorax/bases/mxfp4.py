@@ -63,6 +63,7 @@ class MXFP4(Format):
         power = jnp.clip(exponent - 1 - 2, -BIAS, BIAS)
         normal = entries / jnp.exp2(power.astype(entries.dtype))
         position = _table.nearest(jnp.abs(normal), VALUES)
+        # Bit 3 is the sign, as the second half of TABLE has the negative values.
         codes = position + 8 * (normal < 0).astype(jnp.uint8)
         return {
             "codes": codes.astype(jnp.uint4), "scales": (power + BIAS).astype(jnp.uint8)
@@ -71,6 +72,7 @@ class MXFP4(Format):
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Floats times powers of two, made of their bits; 255 is not a number."""
         bits = arrays["scales"].astype(jnp.uint32)
+        # The bits of float32 from its exponent: 2^(bits − 127), which for bits = 0 is subnormal.
         power = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
         power = jnp.where(bits == 255, jnp.uint32(0x7FC00000), power)
         scale = jax.lax.bitcast_convert_type(power, jnp.float32)

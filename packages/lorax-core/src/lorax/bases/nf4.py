@@ -66,6 +66,7 @@ class NF4(Format):
         scale = _scaled.largest(entries, within)
         arrays = {"scales": scale}
         if self.double:
+            # The codes are chosen for the scales as they will be decoded.
             arrays, scale = _scaled.with_scales_of_scales(scale, across)
         codes = _table.nearest(entries / scale, QUANTILES).astype(jnp.uint4)
         return {"codes": codes, **arrays}

@@ -53,10 +53,12 @@ class NVFP4(Format):
         """The nearest float of four bits, beside the scale that takes the largest to 6."""
         largest = _scaled.largest(entries, within) / VALUES[-1]
         highest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+        # The largest scale of an output becomes the largest E4M3 float, 448.
         outer = highest / jnp.max(largest, tuple(across), keepdims=True)
         # A scale that E4M3 rounds to zero would take its whole block to zero.
         lowest = float(jnp.finfo(jnp.float8_e4m3fn).smallest_subnormal)
         scales = jnp.clip(largest * outer, lowest, highest).astype(jnp.float8_e4m3fn)
+        # entry = code · scale / outer
         normal = entries * outer / scales.astype(entries.dtype)
         codes = _table.nearest(jnp.abs(normal), VALUES) + 8 * (normal < 0).astype(jnp.uint8)
         return {"codes": codes.astype(jnp.uint4), "scales": scales, "outer": outer}

@@ -65,6 +65,7 @@ class AdaloraWeight(Adapter):
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
+        # Δ = scale · a [in, rank] · diag(e [rank]) · b [rank, out], as U · diag(σ) · Vᵀ
         return Layout(axes.out, {"a": a, "e": (*axes.shared, axes.inner(0, self.rank)), "b": b})
 
 
@@ -119,6 +120,7 @@ class AdaloraSpec(AdapterSpec):
         a, b = draw_two(start, self.rank, _normal, _normal)
         weight = self.blank(start.base.shape, start.axes)
         shape = weight.layout(start.base.shape).shapes()["e"]
+        # e is zero, so Δ is; a and b are not, so e has a gradient.
         return Started(weight.with_factors({"a": a, "e": jnp.zeros(shape, start.dtype), "b": b}))
 
 
@@ -150,6 +152,7 @@ def adalora_orthogonality(tunable: Any) -> jax.Array:
     for _, weight in _weights(tunable):
         a, b = _matrices(weight)
         for matrix in (a, b):  # [entries, rank, rest]
+            # [entries, rank, rest] · [entries, rank, rest]ᵀ -> [entries, rank, rank]
             gram = jnp.einsum("nri,nsi->nrs", matrix, matrix.conj(), precision="highest")
             residual = gram - jnp.eye(weight.rank, dtype=gram.dtype)[None]
             square = jnp.sum(jnp.abs(residual) ** 2, (1, 2))
@@ -176,6 +179,7 @@ def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
     wide = wide_dtype(weight.a.dtype)
     entries = math.prod(weight.a.shape[:shared])
     a = weight.a.astype(wide).reshape(entries, -1, weight.rank)
+    # [*shared, *in, rank] -> [entries, rank, in], and [*shared, rank, *out] -> [entries, rank, out]
     return jnp.swapaxes(a, 1, 2), weight.b.astype(wide).reshape(entries, weight.rank, -1)
 
 
@@ -272,6 +276,7 @@ def adalora_pruner(
         kept = state.kept
         if factors:
             kept = _most_important(dict(_weights(tunable)), state, budget(tunable, step))
+        # The mask is renewed on a schedule, and stays as it is after the last renewal.
         renews = (step > t_init) & (step % every == 0) & (step < end) | (step == end)
         kept = {path: jnp.where(renews, kept[path], old) for path, old in state.kept.items()}
 
@@ -289,6 +294,7 @@ def adalora_pruner(
         weights = [weight for _, weight in _weights(tunable)]
         ranks = sum(weight.e.size for weight in weights)
         target = target_rank * sum(weight.e.size // weight.rank for weight in weights)
+        # A cubic schedule: 1 until t_init, 0 from `end` on.
         left = jnp.clip((end - step) / (end - t_init), 0, 1)
         return jnp.int32(jnp.floor((ranks - target) * left**3 + target))
 
@@ -299,6 +305,7 @@ def adalora_pruner(
             mix = lambda old, new: jnp.where(is_open, beta * old + (1 - beta) * new, old)  # noqa: E731
             return jax.tree.map(mix, average, new)
 
+        # |w · ∂L/∂w| of each entry: how much the loss would change without it, to first order
         now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), factors, slopes)
         importance = averaged(beta1, state.importance, now)
         deviation = jax.tree.map(lambda x, mean: jnp.abs(x - mean), now, importance)
@@ -314,11 +321,14 @@ def _most_important(
     scores: dict[str, jax.Array] = {}
     for path, weight in weights.items():
         parts = state.importance[path], state.uncertainty[path]
+        # Importance times uncertainty, each smoothed over the steps.
         score = {name: parts[0][name] * parts[1][name] for name in parts[0]}
         a, b = _matrices(weight.with_factors(score))
+        # A rank counts as its entry of e, and the means of its column of a and its row of b.
         means = a.mean(2) + b.mean(2)  # [entries, rank]
         scores[path] = score["e"].astype(means.dtype) + means.reshape(weight.e.shape)
     ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores.values()]))
+    # A threshold over all weights together: ranks move to the weights that need them.
     left_out = ordered.size - budget
     least = jnp.where(left_out > 0, ordered[jnp.maximum(left_out - 1, 0)], -jnp.inf)
     return {path: score > least for path, score in scores.items()}

@@ -70,10 +70,13 @@ class BdloraWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # The axis that is cut is [n, part], and the rank is [n, rank / n].
         n, part = axes.split(self.split_axis, self.blocks, 0)
         rank = axes.inner(1, self.rank // self.blocks)
         inputs = tuple(part if label.id == self.split_axis else label for label in axes.inputs)
         outputs = tuple(part if label.id == self.split_axis else label for label in axes.outputs)
+        # Side "in": a [n, part, rank / n] has blocks, b [n, rank / n, out] has none. Side "out":
+        # the other way about. Devices that hold one block each need no exchange between the two.
         a = (n, *inputs) if self.side == "in" else (*inputs, n)
         factors = {
             "a": (*axes.shared, *a, rank),
@@ -175,8 +178,10 @@ class BdloraSpec(AdapterSpec):
         for (name, matrix), init, key in zip(
             matrices.items(), start.initializers, keys, strict=True
         ):
+            # A block-diagonal factor is as many small matrices as it has blocks.
             count = shared * (self.blocks if name == cut else 1)
             draw = lambda key: init(key, matrix, start.dtype)  # noqa: B023, E731
+            # [count, *matrix] -> the factor's axes
             drawn = jax.vmap(draw)(jax.random.split(key, count))
             factors[name] = drawn.reshape(shapes[name])
         return Started(weight.with_factors(factors))

@@ -83,12 +83,15 @@ class EvaStart(CollectedStart):
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """The largest components, their singular values, and their share of the variance."""
+        # Sums over all inputs x: second Σ x xᵀ [in, in], first Σ x [in], and how many there were.
         second, first, count = collected
         mean = first / jnp.maximum(count, 1)
         # A difference of two sums loses digits where the mean is large beside the variance.
         variance = second - count * mean[:, None] * mean[None]
         kept = min(round(rank * self.rho), len(mean))
         vectors, squares, _ = leading_vectors(variance, kept)
+        # A vector is known up to its sign: the largest entry is made positive, so that it is
+        # unique.
         largest = jnp.argmax(jnp.abs(vectors), 0)
         signs = jnp.sign(vectors[largest, jnp.arange(kept)])
         total = jnp.maximum(jnp.trace(variance), jnp.finfo(variance.dtype).tiny)
@@ -140,12 +143,15 @@ class CordaStart(CollectedStart):
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """`rank` singular vectors of both sides, and their values."""
         second, _, count = collected
+        # [in, in]
         mean = second / jnp.maximum(count, 1)
         identity = jnp.eye(len(mean), dtype=mean.dtype)
         weight = jnp.mean(jnp.diag(mean))
         highest = jax.lax.Precision.HIGHEST
 
         def damped(damp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            # Too few inputs leave it singular. More is added to its diagonal until
+            # the inverse is accurate.
             covariance = mean + weight * damp * identity
             inverse = jnp.linalg.inv(covariance)
             error = jnp.linalg.norm(jnp.matmul(covariance, inverse, precision=highest) - identity)
@@ -163,12 +169,14 @@ class CordaStart(CollectedStart):
             left, values, right = leading_vectors(seen, rank)
         else:
             left, values, right = jnp.linalg.svd(seen, full_matrices=False)
+            # The directions in which the inputs see least of the weight.
             left, values, right = left[:, -rank:], values[-rank:], right[-rank:]
         back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
         return {"inputs": back.T, "values": values, "outputs": left.T}
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """Both sides take the root of the values."""
+        # scale · a b  =  (V C⁻¹)ᵀ diag(values) Uᵀ, the part of W that the factors take over
         root = jnp.sqrt(kept["values"] / scale)
         return kept["inputs"] * root[None], root[:, None] * kept["outputs"]
 
@@ -236,6 +244,8 @@ class LoraGAStart(CollectedStart):
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """One half of the vectors each."""
+        # 2 · rank singular vectors of the gradient: a takes rank of the left ones, b rank of the
+        # right.
         every = jnp.arange(2 * rank)
         drawn = jax.random.permutation(key, every)[:rank]
         of_a, of_b = {
@@ -245,6 +255,7 @@ class LoraGAStart(CollectedStart):
             "random": (drawn, drawn),
         }[self.direction]
         a, values = kept["inputs"][:, of_a], kept["values"][of_b]
+        # [rank] ⊙ [rank, out]
         b = values[:, None] * kept["outputs"][of_b]
         if self.scale == "stable":
             b = b * (b.shape[1] ** 0.25 / math.sqrt(self.stable_gamma))

@@ -80,10 +80,13 @@ class DeloraWeight(Adapter):
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
         shared = len(axes.shared)
+        # ‖a[:, r]‖² · ‖b[r, :]‖², each [*shared, rank]
         square = _clamped(self.a, (*range(shared), self.a.ndim - 1))
         square *= _clamped(self.b, range(shared + 1))
+        # length [*shared] / (rank · ‖a_r‖ ‖b_r‖) [*shared, rank]
         gain = self.length.astype(square.dtype)[..., None] / (self.rank * jnp.sqrt(square))
         factors = {
+            # Δ = norm [in] ⊙ a [in, rank] · diag(gain [rank]) · b [rank, out]
             "norm": jax.lax.stop_gradient(held["norm"]),
             "a": self.a,
             "gain": gain,

@@ -64,6 +64,7 @@ class DoraWeight(Adapter):
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         kept = (*axes.shared, *axes.outputs)
+        # W' = magnitude [*out] ⊙ (W + Δ) / ‖W + Δ‖ [*out], the norm over the inputs
         inner = self.delta.layout(shape)
         if inner.gains:
             raise SpecError(f"DoRA normalizes a sum, and a {self.delta.kind} adapter is a gain.")
@@ -86,6 +87,8 @@ class DoraWeight(Adapter):
         weight = self.delta.applied(base, held, source)
         axes = Labeled.of(self.axes, base.shape)
         kept = (*axes.shared, *axes.outputs)
+        # `square` is ‖W‖², [*shared, *out]: computed once, so that a step computes only what Δ
+        # adds.
         factors = {"magnitude": self.magnitude, "square": jax.lax.stop_gradient(held["square"])}
         term = make_term(factors, dict.fromkeys(factors, kept), axes.out, source)
         fan_in, _ = self.axes.sizes(base.shape)
@@ -181,9 +184,12 @@ class DoraSpec(AdapterSpec):
         given = start.array(self, "the norms of the weight")
         inner = self.spec.start(start)
         base = given if inner.base is None else inner.base
+        # Of the base as it is from now on: a start such as PiSSA moves a part of it into the
+        # factors.
         square = norm_squared(base, _kept(start.axes))
         adapted = inner.adapter.applied(base, inner.held).array()
         magnitude = jnp.sqrt(norm_squared(adapted, _kept(start.axes)))
+        # A norm is real, also of a complex weight.
         if not jnp.issubdtype(start.dtype, jnp.complexfloating):
             magnitude = magnitude.astype(start.dtype)
         weight = DoraWeight(inner.adapter, magnitude, self.detached)

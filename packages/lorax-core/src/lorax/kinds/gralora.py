@@ -61,6 +61,8 @@ class GraloraWeight(Adapter):
         i, o = self.split_axes
         n, i_part = axes.split(i, self.blocks, 0)
         m, o_part = axes.split(o, self.blocks, 1)
+        # Inputs [n, i_part], outputs [m, o_part]: block (n, m) of Δ is a[n, :, m] · b[m, n], of
+        # rank / n.
         rank = axes.inner(2, self.rank // self.blocks)
         inputs = (i_part if label.id == i else label for label in axes.inputs)
         outputs = (o_part if label.id == o else label for label in axes.outputs)
@@ -140,6 +142,8 @@ class GraloraSpec(AdapterSpec):
         for (name, matrix), init, key in zip(
             matrices.items(), start.initializers, keys, strict=True
         ):
+            # One matrix [in / n, rank] of `a` for each block of inputs, and [rank, out / n] of `b`
+            # for each block of outputs; the rank is then cut for the blocks of the other side.
             count = math.prod(shared) * self.blocks
             draw = lambda key: init(key, matrix, start.dtype)  # noqa: B023, E731
             drawn = jax.vmap(draw)(jax.random.split(key, count))

@@ -65,6 +65,7 @@ class IA3Weight(Adapter):
     ) -> FactoredArray:
         """The base under one gain."""
         layout = self.layout(base.shape)
+        # W' = W ⊙ gain, [*out] or [*in] broadcast over the rest
         gain = make_term(self.factors(), layout.factors, layout.out, source)
         return FactoredArray(base, (), (gain,))
 

@@ -37,6 +37,7 @@ def leading_vectors(matrix: jax.Array, rank: int) -> Vectors:
     if BLOCKS * width > MOST_OF_ALL * min(matrix.shape):
         return _of_all(matrix, rank)
     last = _iterated(matrix, rank, width)
+    # [rows, width] -> [rows, rank]: the others are there only to make the first ones converge.
     kept = last.left[:, :rank], last.values, last.right
     return jax.lax.cond(
         last.error <= _tolerance(matrix), lambda: kept, lambda: _of_all(matrix, rank)
@@ -66,6 +67,8 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
     rows, columns = matrix.shape
 
     def step(before: _Pass) -> _Pass:
+        # Subspace iteration on a Krylov basis [block, A Aᵀ block, …], each orthogonal to those
+        # before.
         block = jnp.linalg.qr(before.left)[0]  # [rows, width]
         blocks = [block]
         for _ in range(BLOCKS - 1):
@@ -80,6 +83,7 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
         projected = _product(matrix.T, basis)
         right, values, inner = jnp.linalg.svd(projected, full_matrices=False)
         left = _product(basis, inner[:width].T)
+        # ‖A v − σ u‖ of each vector: zero for exact singular vectors.
         rest = _product(matrix, right[:, :rank]) - left[:, :rank] * values[None, :rank]
         error = jnp.max(jnp.linalg.norm(rest, axis=0)) / values[0]
         return _Pass(left, values[:rank], right[:, :rank].T, error, before.passes + 1)

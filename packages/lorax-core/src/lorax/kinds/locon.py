@@ -56,6 +56,8 @@ class LoconWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # a [channels, left] · core [*window, left, right] · b [right, *out] -> [*window, channels,
+        # *out]
         channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
         window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
         left, right = axes.inner(0, self.rank), axes.inner(1, self.rank)
@@ -129,6 +131,7 @@ class LoconSpec(AdapterSpec):
         channels = shape[weight.channel_axis]
         random, zero = start.initializers
         keys = jax.random.split(start.key, 3)
+        # The fan-in of the core is what it sums over: the window and its left rank.
         window = fan_in // channels
         matrices = {
             "a": (channels, self.rank),

@@ -55,6 +55,8 @@ class LohaWeight(Adapter):
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         factors = {}
+        # Δ = (a1 b1) ⊙ (a2 b2): both share the labels of the weight, and each has its own rank
+        # label.
         for k in range(2):
             rank = axes.inner(k, self.rank)
             factors[f"a{k + 1}"] = (*axes.shared, *axes.inputs, rank)
@@ -109,6 +111,7 @@ class LohaSpec(AdapterSpec):
         weight = self.blank(shape, start.axes)
         fan_in, fan_out = start.axes.sizes(shape)
         random, zero = start.initializers
+        # One zero among the four makes Δ zero. The other three let the gradient of a2 through.
         inits = {"a1": random, "b1": random, "a2": zero, "b2": random}
         shapes = weight.layout(shape).shapes()
         factors = {}

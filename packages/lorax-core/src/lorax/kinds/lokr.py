@@ -81,6 +81,7 @@ class LokrWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # The input axis is [m, n] and the output axis [l, k]: W1 [m, l] ⊗ W2 [n, k].
         (i, o), (m, n) = self.split_axes, axes.split(self.split_axes[0], self.blocks[0], 0)
         l, k = axes.split(o, self.blocks[1], 1)  # noqa: E741
         inputs = tuple(n if label.id == i else label for label in axes.inputs)
@@ -170,6 +171,7 @@ class LokrSpec(AdapterSpec):
         factors = {}
         for name, key in zip(shapes, jax.random.split(start.key, len(shapes)), strict=True):
             sizes = shapes[name][shared:]
+            # As a matrix [rows, columns]: the rows are its inputs, or the rank where it is a b.
             rows = 1 if name[0] == "b" else ins[name[1]]
             matrix = math.prod(sizes[:rows]), math.prod(sizes[rows:])
             init = zero if name in ("w1", "b1") else random
@@ -181,4 +183,5 @@ def _blocks(size: int, factor: int) -> int:
     """The number of blocks: the factor, or the largest divisor that is not above the root."""
     if factor > 0:
         return factor
+    # 1 divides every size, so there always is one.
     return next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)

@@ -84,7 +84,9 @@ class LoraWeight(Adapter):
 
     kind = "lora"
 
+    # [*shared, *in, rank]: meets the input first, and is random at first.
     a: Any
+    # [*shared, rank, *out]: gives the output, and is zero at first.
     b: Any
     rank: int = static()
     alpha: float | None = static(None)
@@ -213,6 +215,7 @@ class LoraSpec(AdapterSpec):
 def at_same_scale(weight: LoraWeight, a: Any, b: Any) -> LoraWeight:
     """The weight with factors of another rank; alpha follows, so that its scale stays."""
     rank = a.shape[-1]
+    # The scale is alpha / rank, or alpha / √rank, so alpha grows as the rank or as its root.
     growth = rank / weight.rank
     if weight.scaling == "rslora":
         growth = math.sqrt(growth)
@@ -222,6 +225,7 @@ def at_same_scale(weight: LoraWeight, a: Any, b: Any) -> LoraWeight:
 
 def two_factors(axes: Labeled, rank: int) -> tuple[Labels, Labels]:
     """The labels of `a` and `b`, which inner axis 0 joins."""
+    # a [*shared, *in, rank] · b [*shared, rank, *out] -> [*shared, *in, *out]
     inner = axes.inner(0, rank)
     return (*axes.shared, *axes.inputs, inner), (*axes.shared, inner, *axes.outputs)
 
@@ -234,6 +238,7 @@ def draw_two(
     a, b = map(sizes, two_factors(Labeled.of(axes, shape), rank))
     fan_in, fan_out = axes.sizes(shape)
     keys = jax.random.split(start.key)
+    # Drawn as matrices, so that an initializer sees the fan-in and the fan-out, and then reshaped.
     return (
         start.draw(keys[0], a_init, (fan_in, rank), a),
         start.draw(keys[1], b_init, (rank, fan_out), b),

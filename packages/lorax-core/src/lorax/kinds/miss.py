@@ -50,9 +50,12 @@ class MissWeight(Adapter):
         """
         axes = Labeled.of(self.axes, shape)
         last = axes.inputs[-1]
+        # d [rank, out], repeated along the inputs: input i meets row i mod rank.
         if last.size % self.rank:
             rows, out = axes.inner(0, self.rank), axes.out
         else:
+            # [several, rows] with d [rows, out]: no factor owns `several`, so d is the same in each
+            # block.
             several, rows = axes.split(last.id, last.size // self.rank, 0)
             out = axes.out_with({last.id: (several, rows)})
         return Layout(out, {"d": (*axes.shared, rows, *axes.outputs)})
@@ -64,6 +67,7 @@ class MissWeight(Adapter):
         last, rows = axes.inputs[-1], axes.inner(0, self.rank)
         if last.size % self.rank == 0:
             return term
+        # [in, rank], one where the input meets the row
         meets = jnp.arange(last.size)[:, None] % self.rank == jnp.arange(self.rank)[None]
         return term.times(meets.astype(self.d.dtype), (last, rows))
 

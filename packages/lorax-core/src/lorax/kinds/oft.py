@@ -90,6 +90,7 @@ class OftWeight(Adapter):
         blocks = Label(self.channel_axis, size // self.block_size)
         entry = axes.inner(0, self.block_size)
         side = axes.inputs if self.side == "in" else axes.outputs
+        # Blocks vary along the other axes of the side, unless the user chose one axis alone.
         others = () if self.alone else tuple(x for x in side if x.id != self.channel_axis)
         varying = () if self.block_share else (*others, blocks)
         return blocks, entry, (*axes.shared, *varying)
@@ -98,6 +99,7 @@ class OftWeight(Adapter):
         """How the blocks run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         blocks, entry, varying = self._labels(shape)
+        # q [*varying, n (n − 1) / 2]: the entries above the diagonal of a skew-symmetric Q [n, n].
         above = axes.inner(1, self.block_size * (self.block_size - 1) // 2)
         out = axes.out_with({self.channel_axis: (blocks, entry)})
         return Layout(out, {"q": (*varying, above)}, gains=frozenset({"q"}))
@@ -122,6 +124,7 @@ def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
     """`R − I` of each block, `[*varying, size, size]`, from what is above the diagonal of `Q`."""
     q = q.astype(wide_dtype(q.dtype))
     rows, columns = np.triu_indices(size, 1)
+    # places[i, j] is the position in q of the entry (i, j), and of (j, i) with the other sign.
     places = np.zeros((size, size), np.int32)
     places[rows, columns] = places[columns, rows] = np.arange(rows.size)
     sign = np.triu(np.ones((size, size)), 1) - np.tril(np.ones((size, size)), -1)
@@ -130,8 +133,10 @@ def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
     if terms is None:  # (I − Q)(I + Q)⁻¹ − I, which turns the other way, as PEFT's does.
         across = jnp.swapaxes(jnp.expand_dims(jnp.eye(size, dtype=q.dtype), around) + skew, -1, -2)
         return jnp.swapaxes(jnp.linalg.solve(across, 2 * skew), -1, -2)
+    # R = (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + 2Q³ + …, cut off
     if terms == 2:
         return 2 * skew
+    # PEFT adds the last power once, not twice; the series is the same otherwise.
     power, total, last = skew, 2 * skew, max(terms - 1, 3)
     for k in range(2, last + 1):
         power = jnp.matmul(power, skew, precision=jax.lax.Precision.HIGHEST)

@@ -23,6 +23,7 @@ Factors = tuple[jax.Array, jax.Array]
 
 def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
     """The largest singular values and their vectors (Meng et al. 2024, arXiv:2404.02948)."""
+    # W = U diag(σ) Vᵀ; scale · a b = the first `rank` parts of it, with √σ on both sides.
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale).astype(matrix.dtype)
     return left[:, :rank] * root[None], root[:, None] * right[:rank]
@@ -30,6 +31,7 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors
 
 def olora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
     """The first columns of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775)."""
+    # Wᵀ = Q R, so W = Rᵀ Qᵀ: a [in, rank] from Rᵀ, b [rank, out] from Qᵀ
     q, r = jnp.linalg.qr(matrix.T)
     return r[:rank].T, q[:, :rank].T
 
@@ -38,6 +40,7 @@ def orthogonal(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Fa
     """Both factors random, through orthogonal halves of the rank, so that their product is zero."""
     q_key, a_key, b_key = jax.random.split(key, 3)
     q = jnp.linalg.qr(jax.random.normal(q_key, (rank, rank), matrix.dtype))[0]
+    # a = A q[even], b = q[odd]ᵀ B: rows of an orthogonal q are orthogonal, so a b = A 0 B = 0.
     half = rank // 2
     a = jax.random.normal(a_key, (matrix.shape[0], half), matrix.dtype) @ q[0::2]
     b = q[1::2].T @ jax.random.normal(b_key, (half, matrix.shape[1]), matrix.dtype)
@@ -138,9 +141,9 @@ def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
             "lose. Call init_lora on the floats: it makes the codes, too."
         )
     base = start.array(weight, "the weight itself")
-    shape = tuple(base.shape)
-    held = encoded(blank_of(start.path, shape, start.axes.inputs, format, base.dtype), base)
+    held = encoded(blank_of(start.path, base, start.axes.inputs, format), base)
     wide = start.dtype
+    # W − decode(codes): the factors hold the largest part of what the codes lose.
     lost = base.astype(wide) - decoded(held).astype(wide)
     a, b = _factors_of("pissa", lost, start, weight)
     return Started(_with_factors(start, weight, a, b), {}, held)

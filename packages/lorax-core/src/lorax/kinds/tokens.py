@@ -76,6 +76,7 @@ class TokensWeight(Adapter):
                 f"{shape[self.in_axes[0]]} of its table. The adapter belongs to another base."
             )
         (vocabulary,), chosen = axes.inputs, axes.inner(0, len(self.indices))
+        # onehot [k, vocabulary] · (values − replaced) [k, *out]: zero in all other rows.
         more = self.values - jax.lax.stop_gradient(held["replaced"])
         onehot = jax.nn.one_hot(jnp.asarray(self.indices), vocabulary.size, dtype=more.dtype)
         labels = {"onehot": (chosen, vocabulary), "more": rows}

@@ -49,6 +49,8 @@ class VeraWeight(Adapter):
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
+        # Δ = a [in, rank] · diag(lambda_d) · b [rank, out] · diag(lambda_b), where a and b are
+        # frozen
         factors = {"lambda_d": (*axes.shared, rank), "lambda_b": (*axes.shared, *axes.outputs)}
         return Layout(axes.out, factors, {"a": (*axes.inputs, rank), "b": (rank, *axes.outputs)})
 
@@ -62,6 +64,8 @@ class _Matrices:
     def __init__(self, key: jax.Array, fan_in: int, rank: int, fan_out: int):
         of_a, of_b = jax.random.split(key)
         # Kaiming's bound for the fan-in of each.
+        # a [fan_in, rank], b [rank, fan_out] of the largest weight; smaller ones take a corner of
+        # each.
         self._whole = {
             "a": math.sqrt(6 / fan_in) * _uniform(of_a, (fan_in, rank)),
             "b": math.sqrt(6 / rank) * _uniform(of_b, (rank, fan_out)),
@@ -156,6 +160,7 @@ class VeraSpec(AdapterSpec):
         shapes = layout.shapes()
         factors = {
             "lambda_d": jnp.full(shapes["lambda_d"], self.d_initial, start.dtype),
+            # Zero, so that Δ is zero at first. lambda_d must not be zero, or both gradients are.
             "lambda_b": jnp.zeros(shapes["lambda_b"], start.dtype),
         }
         held = {

@@ -16,12 +16,14 @@ def _scan(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> list[Value]:
     consts, carry, stacked = (
         values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
     )  # fmt: skip
+    # [layers, *axes] -> [*axes]: the axis of the layers is on neither side of a product.
     slices = [value.move(lambda axes: axes[1:]) for value in stacked]
     body = eqn.params["jaxpr"]
     outs = walk.loop(lambda carry: walk.run_body(body, [*consts, *carry, *slices]), carry)
 
     def restack(value: Value, size: Any) -> Value:
         def widened(key: Any, part: Part) -> Part:
+            # What a step returns is stacked again along a new axis.
             first = Span(size, frozenset((0,)) if key is DATA else frozenset())
             return part.move(lambda axes: ((first,), *axes))
 

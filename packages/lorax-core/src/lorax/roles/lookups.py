@@ -26,6 +26,7 @@ def _gather(walk: Walk, eqn: jex.JaxprEqn, table: Value, indices: Value) -> Valu
             numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
         )
     }
+    # Axes of which an index picks one entry: inputs, if the index is data or there are many.
     picked = [d for d in numbers.start_index_map if same(sizes[d], 1)]
     many = any(not same(size, 1) for size in index_sizes)
     value = _looked_up(walk, eqn, table, picked, kept, many, indices)
@@ -80,6 +81,8 @@ def _looked_up(
             parts[key] = left
             continue
         outputs = left.along(range(len(shape)))
+        # A row [embed] of a table is used up by the look-up: what follows works on data. A matrix
+        # that is picked from a stack, as that of an expert, is still a weight.
         is_row = len(left.shown) < 2
         strength = Strength.DATA if is_row and indices.data else Strength.WEIGHTS
         if is_row or outputs:

@@ -59,6 +59,8 @@ class Side(NamedTuple):
 
 def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequence[Any]) -> Value:
     """The value of a product that sums over some axes of both sides."""
+    # x [batch, in] · w [in, out]: the axes of w that are summed are its inputs, the others its
+    # outputs.
     uses = left.value.uses | right.value.uses
     # Whichever of two weights runs along axes that neither has is what the other one maps.
     left_is_mapped = left.has_more_axes or not right.has_more_axes
@@ -114,6 +116,8 @@ def record_chain(
     while entries:
         name, inputs = entries.pop()
         part = value.weights[name]
+        # In x · (a · b), a is used by x through its inputs; where it meets b are its outputs, and b
+        # is followed from there.
         linked = frozenset[int]().union(*(link.axes for link in part.links))
         outputs = (part.along(kept) | linked) - inputs
         uses |= walk.record(name, Strength.CHAIN, inputs, outputs, eqn)
@@ -142,6 +146,7 @@ def _product(
     batch = range(len(l_batch))
     l_free = [d for d in range(len(l_sizes)) if d not in (*l_sum, *l_batch)]
     r_free = [d for d in range(len(r_sizes)) if d not in (*r_sum, *r_batch, *groups)]
+    # The result is [*batch, *left's own, *right's own].
     l_kept = {d: len(l_batch) + k for k, d in enumerate(l_free)}
     r_kept = {d: len(l_batch) + len(l_free) + k for k, d in enumerate(r_free)}
     return meet(
@@ -168,6 +173,7 @@ def _ragged_dot(
 def _convolution(walk: Walk, eqn: jex.JaxprEqn, left: Value, right: Value) -> Value:
     numbers = eqn.params["dimension_numbers"]
     batch, features, *space = numbers.lhs_spec
+    # rhs_spec is (out, in, *window): all but the first are inputs of the kernel.
     outputs, *inputs = numbers.rhs_spec
     out_batch, out_features, *out_space = numbers.out_spec
     l_sizes, r_sizes = (shape_of(v) for v in eqn.invars)
@@ -186,6 +192,7 @@ def _ungrouped(axes: Sequence[Axis], axis: int, groups: int) -> list[Axis]:
     """Along the output axis, a weight's axis that runs over the groups belongs to both sides."""
     spans = list(axes[axis])
     for k, span in enumerate(spans[:-1]):
+        # As many leading parts of the output axis as make up the number of groups.
         if not divides(span.size, groups):
             break
         groups //= span.size

@@ -32,6 +32,7 @@ def _squeeze(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(walk: Walk, eqn: jex.JaxprEqn, value: Value, *_: Value) -> Value:
     def spread(axes: Sequence[Axis]) -> list[Axis]:
+        # New and stretched axes show nothing.
         out = list(map(blank, shape_of(eqn.outvars[0])))
         for axis, position in zip(axes, eqn.params["broadcast_dimensions"], strict=True):
             out[position] = axis
@@ -54,6 +55,7 @@ def _reduce_sum(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
     summed = eqn.params["axes"]
     parts, uses = dict(value.parts), value.uses
     for name, part in value.weights.items():
+        # (w * x).sum(0) sums the same axis of w and of data: its inputs, as in a product.
         meets_data = value.data is not None and not value.data.shown.isdisjoint(summed)
         inputs, outputs = part.along(summed), part.along(part.shown.difference(summed))
         if meets_data and inputs and outputs and not part.joined and not part.links:
@@ -85,6 +87,7 @@ def _stack(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> Value:
 @rule("select_n")
 def _select_n(walk: Walk, eqn: jex.JaxprEqn, which: Value, *cases: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
+    # A scalar condition has no axes: it is constant along all of the result's.
     which = which if shape_of(eqn.invars[0]) else which.move(lambda _: map(blank, shape))
     return walk.join([which, walk.beside(eqn, cases)], eqn)
 
@@ -100,6 +103,8 @@ def _fft(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
     parts = {
         key: dataclasses.replace(
             part,
+            # A Fourier transform runs along the last axes, whose entries are frequencies from here
+            # on.
             transformed=part.transformed | part.along(range(len(part.axes) - last, len(part.axes))),
         )
         for key, part in value.parts.items()

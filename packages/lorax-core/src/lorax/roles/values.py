@@ -96,6 +96,7 @@ CONSTANT = Value()
 
 def whole(key: Any, shape: Sequence[Any]) -> Value:
     """A weight, or data, as it enters the function."""
+    # [in, out] is ((in: {0}),), ((out: {1}),): axis d of the value shows axis d of the weight.
     axes = tuple((Span(size, frozenset((d,))),) for d, size in enumerate(shape))
     return Value({key: Part(axes)})
 

@@ -21,6 +21,7 @@ def _sole_owner(term: Term, axis: int) -> tuple[Term, Label, int]:
     try:
         term, label = term.fuse(axis)
         term = term.own(label)
+        # C (a ⊙ c) is not (C a) ⊙ c: two owners are one factor first.
         if len(term.owners(label)) > 1:
             term = term.one_owner(label)
     except Inexpressible:
@@ -74,6 +75,7 @@ def _transformed(term: Term, axis: int, length: int, fft_type, cast) -> Term:
         term = term.complex_in(owner)
 
     def change(factor: jax.Array, k: int) -> jax.Array:
+        # […, length, …] -> […, length] -> […, size] -> […, size, …]
         moved = jnp.moveaxis(cast(factor), k, -1)
         return jnp.moveaxis(jax.lax.fft(moved, fft_type, (length,)), -1, k)
 

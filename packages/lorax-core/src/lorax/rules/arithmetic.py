@@ -27,6 +27,7 @@ def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
     """A sum over a product of weights is what the product was made for."""
     base = eqn(weight.base)
     of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
+    # Σ (W ⊙ Δ) as in a norm: the sum contracts the factors with W, and no [in, out] is formed.
     terms = [norms.gathered(term, axes) if of_product else term for term in weight.terms]
     return eqn.rows_or_weight(
         FactoredArray(base, tuple(term.drop(axes) for term in terms)),
@@ -38,6 +39,7 @@ def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
 @defrule("neg", gains=True)
 def _neg(eqn, weight):
     weight = weight.resolved()
+    # −(g ⊙ (W + Σ t))  =  g ⊙ (−W − Σ t): gains stay as they are.
     terms = tuple(term.scale(-1) for term in weight.terms)
     return weight.replace_terms(terms).replace_base(eqn(weight.base))
 
@@ -53,6 +55,7 @@ def _sum(eqn, left, right, sign: int):
     if is_weight(right):
         moved = [_expand(term, shape) for term in right.terms]
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
+        # W + W has the same term twice, and a loop of such sums would double the terms each time.
         if is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
             check_size(len(terms))
     return eqn.rows_or_weight(FactoredArray(eqn(base_of(left), base_of(right)), tuple(terms)))
@@ -78,11 +81,13 @@ def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
     An array that varies along all of them leaves no rank; `reason` says so.
     """
     if array.size == 1:
+        # (a @ b) · c  =  (c a) @ b for a number c
         return _expand(term, shape).scale(array.reshape(()))
     varying = [axis for axis, size in enumerate(array.shape) if size != 1]
     term = _expand(term, shape)
     if len(varying) > 1 and len(varying) == sum(size != 1 for size in shape):
         raise Inexpressible(reason)
+    # array [1, out] -> factor [out]: Δ ⊙ array is the einsum of a, b and one factor more.
     factor = relabeled(term, operand(array.reshape([array.shape[axis] for axis in varying])))
     term, factor = align(term, factor, [(axis, k) for k, axis in enumerate(varying)])
     return product(term, factor, term.out)
@@ -104,12 +109,14 @@ def _scaled(eqn, weight, array, base, reason: str):
         if shape != weight.shape:
             raise Inexpressible
         labels = tuple(Label(d, size) for d, size in enumerate(shape))
+        # g ⊙ (turn · W): the array cannot move through the matrix, so it is a gain behind it.
         blank = Term((jnp.ones((), array.dtype),), ((),), tuple((x,) for x in labels),
                      weight.turn.term.sources)  # fmt: skip
         gain = times(blank, array, shape, reason)
         return eqn.rows_or_weight(dataclasses.replace(weight, gains=(*weight.gains, gain)))
     terms = [times(term, array, shape, reason) for term in weight.terms]
     check_size(0, max((len(term.factors) for term in terms), default=0))
+    # (W + Σ t) ⊙ c  =  W ⊙ c  +  Σ (t ⊙ c)
     scaled = weight.moved(lambda piece: _expand(piece, shape)).replace_terms(terms)
     return eqn.rows_or_weight(scaled.replace_base(base()))
 

@@ -32,7 +32,9 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     bodies = [eqn.body(branch, finish) for branch in branches]
     traced = [_traced(body, args) for body in bodies]
     outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
+    # Of one kind: the same structure of base and terms, with the same shapes and dtypes.
     alike = [len(set(kinds)) == 1 for kinds in outs]
+    # Traced again, now that it is known which outputs have to be arrays.
     if not all(alike):
         traced = [_traced(body, args) for body in bodies]
     leaves = jax.tree.leaves(args)

@@ -112,6 +112,7 @@ def _jit(
         if compiler_options_kvs:
             options["compiler_options"] = dict(compiler_options_kvs)
         owner = [k for k, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+        # One argument of the equation is several leaves here: a base, and its factors behind it.
         first = {k: i for i, k in reversed(list(enumerate(owner)))}
         if any(donated_invars):
             options["donate_argnums"] = [first[k] for k, gone in enumerate(donated_invars) if gone]

@@ -10,6 +10,8 @@ more label, the device, which each collective then shows, sums over or steps alo
 
 Factors that are the same on all devices stay as they are. JAX knows which are, except under
 `check_vma=False` and under a named `vmap`; there all are gathered.
+
+`_coded_collectives` has what becomes of a base that is held as codes.
 """
 
 import dataclasses
@@ -21,9 +23,10 @@ import jax.numpy as jnp
 
 from .. import _compat
 from .._coded import is_coded
-from .._factored import FactoredArray, base_of
+from .._factored import FactoredArray
 from .._registry import defrule
 from .._terms import Label, Term
+from ._coded_collectives import exchanged, moved_base, sent, summed_base
 
 
 def _names(axis_name) -> tuple[Any, ...]:
@@ -60,6 +63,7 @@ def _with_devices(term: Term, varying, size: int, gather) -> tuple[Term, Label]:
     device = term.fresh(size)
     factors, labels = list(term.factors), list(term.labels)
     for k in varying:
+        # factor [*labels] -> [device, *labels]; one that is equal on all devices is not gathered.
         factors[k], labels[k] = gather(factors[k]), (device, *labels[k])
     return dataclasses.replace(term, factors=tuple(factors), labels=tuple(labels)), device
 
@@ -73,6 +77,7 @@ def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
     """The devices as a separate axis, or in front of an axis."""
     out = list(term.out)
     if tiled:
+        # [devices · size]: device by device, so its label is the most significant one.
         out[axis] = (device, *out[axis])
     else:
         out.insert(axis, (device,))
@@ -83,6 +88,7 @@ def _own_part(term: Term, axis: int, names, groups, tiled: bool) -> Term:
     """This device's part of an axis, which is its one entry where it is not tiled."""
     term, (label,) = term.fuse_all([axis])
     part = label.size // _size(names, groups)
+    # Part d of an axis [devices · part] begins at d · part.
     start = _position(names, groups) * part
 
     def change(factor: jax.Array, k: int) -> jax.Array:
@@ -106,8 +112,7 @@ def _all_gather(
         term, device = _with_devices(term, varying, axis_size, gather)
         return _show(term, device, all_gather_dimension, tiled)
 
-    base = weight.base
-    base = base.changed(gathered) if is_coded(base) else eqn(base)
+    base = moved_base(eqn, weight, names, gathered)
     return eqn.rows_or_weight(weight.moved(gathered).replace_base(base))
 
 
@@ -117,7 +122,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
     if any(isinstance(axis, int) for axis in axes):
         return NotImplemented
     size = _size(axes, axis_index_groups)
-    bases = eqn(*map(base_of, operands))
+    bases = eqn(*(summed_base(eqn, operand) for operand in operands))
     several = eqn.eqn.primitive.multiple_results  # JAX < 0.10
     alone = lambda factor: eqn(factor)[0] if several else eqn(factor)  # noqa: E731
 
@@ -129,11 +134,13 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
     def summed(weight, term):
         varying = _varying(weight, term, axes)
         if not varying:
+            # Equal on all devices: the sum is their number times one.
             return term.scale(size)
         if len(varying) == 1:
             (k,) = varying
             factors = (*term.factors[:k], alone(term.factors[k]), *term.factors[k + 1 :])
             return dataclasses.replace(term, factors=factors)
+        # Σ_d a_d @ b_d  =  [a_1 … a_n] @ [b_1; …; b_n]: the devices are a label that no axis shows.
         return _with_devices(term, varying, size, gather)[0]
 
     outs = [
@@ -156,7 +163,7 @@ def _reduce_scatter(
         if not summed.owners(device):
             summed = summed.scale(axis_size)
         terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))
-    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
+    return eqn.rows_or_weight(FactoredArray(eqn(summed_base(eqn, weight)), tuple(terms)))
 
 
 @defrule("all_to_all")
@@ -168,7 +175,14 @@ def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_g
         term, device = _gathered(weight, term, names, axis_index_groups)
         term = _own_part(term, split_axis, names, axis_index_groups, True)
         terms.append(_show(term, device, concat_axis, True))
-    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
+
+    def exchange(term: Term) -> Term:
+        size = _size(names, axis_index_groups)
+        term, device = exchanged(term, split_axis, size, axis_name, axis_index_groups)
+        return _show(term, device, concat_axis, True)
+
+    base = moved_base(eqn, weight, names, exchange)
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
 
 
 @defrule("ppermute")
@@ -177,10 +191,15 @@ def _ppermute(eqn, weight, *, axis_name, perm):
     terms = []
     for term in weight.terms:
         smallest = min(range(len(term.factors)), key=lambda k: term.factors[k].size)
-        sent = _varying(weight, term, _names(axis_name)) or [smallest]
+        going = _varying(weight, term, _names(axis_name)) or [smallest]
         factors = tuple(
-            jax.lax.ppermute(factor, axis_name, perm) if k in sent else factor
+            jax.lax.ppermute(factor, axis_name, perm) if k in going else factor
             for k, factor in enumerate(term.factors)
         )
         terms.append(dataclasses.replace(term, factors=factors))
-    return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))
+
+    names = _names(axis_name)
+    size = _size(names, None)
+    send = lambda term: sent(term, axis_name, perm, size)  # noqa: E731
+    base = moved_base(eqn, weight, names, send, makes_zeros=len(perm) < size)
+    return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))

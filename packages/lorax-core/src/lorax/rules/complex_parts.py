@@ -21,6 +21,7 @@ def _complex(eqn, real, imag):
     base = eqn(*parts)
     terms = [*real.terms] if isinstance(real, FactoredArray) else []
     if isinstance(imag, FactoredArray):
+        # complex(R + Σ s, I + Σ t)  =  complex(R, I)  +  Σ s  +  Σ i t
         terms += [term.scale(jnp.asarray(1j, base.dtype)) for term in imag.terms]
     return FactoredArray(base, tuple(terms))
 
@@ -57,5 +58,6 @@ def _real(eqn, weight):
 
 @defrule("imag")
 def _imag(eqn, weight):
+    # The imaginary part of a real term is zero, so it is dropped.
     terms = [_part(term, jnp.imag) for term in weight.terms if _is_complex(term)]
     return eqn.rows_or_weight(FactoredArray(eqn(weight.base), tuple(terms)))

@@ -56,6 +56,7 @@ def _dot(left: Term, right: Term, dimension_numbers: DimensionNumbers) -> Term:
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     pairs = (*zip(l_sum, r_sum, strict=True), *zip(l_batch, r_batch, strict=True))
     left, right = align(left, relabeled(left, right), pairs)
+    # [*batch, *left's own, *right's own], the order in which `dot_general` has its result
     l_used, r_used = {*l_sum, *l_batch}, {*r_sum, *r_batch}
     out = (
         *(left.out[d] for d in l_batch),
@@ -119,11 +120,13 @@ def _dot_general(
     on_left = is_weight(left)
     weight, met = (left, right) if on_left else (right, left)
     weight, met, batched, finish = _paid(eqn, weight, met, dimension_numbers, on_left, precision)
+    # x [*n, in] · W [in, out]: the equation as it is in the user's function.
     base = eqn(weight.base, met) if on_left else eqn(met, weight.base)
 
     def with_terms(met):
         total = base
         for term in weight.terms:
+            # x [*n, in] · a [in, rank] · b [rank, out] -> [*n, out]
             sides = (term, operand(met)) if on_left else (operand(met), term)
             term = _dot(*sides, dimension_numbers)
             meets = len(term.factors) - 1 if on_left else 0
@@ -141,8 +144,11 @@ def _paid(eqn, weight, met, dimension_numbers, is_left, precision):
     batched = dict(zip(*batch, strict=True))
     used = (*summed[0], *batch[0])
     kept = [d for d in range(len(weight.shape)) if d not in used]
+    # The result is [*batch, *left's own, *right's own], so the axes that the weight keeps begin
+    # behind those of what it meets, or before them.
     first = len(batched) + (0 if is_left else met.ndim - len(used))
     shown = {d: k for k, d in enumerate(batch[0])} | {d: first + k for k, d in enumerate(kept)}
+    # The axis of the operand that meets each axis of the weight.
     places = dict(zip(*summed, strict=True)) | batched
     if is_left and isinstance(precision, tuple):
         precision = precision[::-1]
@@ -155,6 +161,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
     """The weight that two weights make."""
     summed, batch = dimension_numbers
     if not summed[0]:  # Nothing to absorb: every pair of terms is a term.
+        # (W + Σ s) ⊗ (V + Σ t)  =  W ⊗ V  +  Σ s ⊗ V  +  Σ W ⊗ t  +  ΣΣ s ⊗ t
         check_size((len(left.terms) + 1) * (len(right.terms) + 1) - 1)
         terms = [_dot(term, operand(right.base), dimension_numbers) for term in left.terms]
         terms += [_dot(operand(left.base), term, dimension_numbers) for term in right.terms]
@@ -163,6 +170,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
         meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
         meets += [None] * (len(left.terms) * len(right.terms))
         return eqn.rows_or_weight(FactoredArray(base, tuple(terms)), meets=meets)
+    # (W + Σ s) · (V + Σ t)  =  W · V  +  Σ s · (V + Σ t)  +  Σ W · t
     check_size(len(left.terms) + len(right.terms))
     terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
     # The other way about, the two are exchanged, and what each keeps is exchanged back.
@@ -170,6 +178,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
     if isinstance(keywords["precision"], tuple):
         keywords = keywords | {"precision": keywords["precision"][::-1]}
     shared, kept = len(batch[0]), len(right.shape) - len(summed[1])
+    # [*shared, *right's own, *left's own] -> [*shared, *left's own, *right's own]
     order = [*range(shared), *range(kept, base.ndim), *range(shared, kept)]
     alone = FactoredArray(left.base, ())
     for term in right.terms:
@@ -201,7 +210,7 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     met = dict.fromkeys(label for _, labels in meeting for label in labels)
     inner_labels = tuple(label for label in met if label in needed and label not in shared)
 
-    # What is near, as [*bonds, *shared, *gone], meets the weight: [*shared, *bonds, *new].
+    # The factors that meet, as [*inner, *shared, *gone], meet the weight: [*shared, *inner, *new].
     first, second = len(inner_labels), len(inner_labels) + len(shared)
     axes = (*((label,) for label in (*inner_labels, *shared)), *(term.out[d] for d in summed))
     arrays, owned = zip(*meeting, strict=True)
@@ -211,11 +220,12 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
         (range(first, second), w_batch),
     )
 
-    def near_met(base: jax.Array, *arrays: jax.Array) -> jax.Array:
+    def meeting_times(base: jax.Array, *arrays: jax.Array) -> jax.Array:
         left = dataclasses.replace(part, factors=arrays)
         return _dot(left, operand(base), numbers).array(dtype, meets=len(meeting), **keywords)
 
-    absorbed = reading(near_met, weight.base, *arrays)
+    # b [rank, gone] · W [gone, new] -> [rank, new], and the same of the terms of W.
+    absorbed = reading(meeting_times, weight.base, *arrays)
     for other in weight.terms:
         meets = 0 if len(meeting) == 1 else None
         absorbed = _dot(part, other, numbers).added_to(absorbed, dtype, meets=meets, **keywords)
@@ -269,6 +279,7 @@ def _ragged_dot_general(
     def delta_of(rows, first, second, inputs, inner_labels, outputs, group):
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
+            # A factor that all experts share meets all rows in an ordinary product.
             owned = any(group in labels for _, labels in half)
             kernel_axes = ((group,) if owned else ()) + (*inputs, *outputs)
             kernel = contract(half, kernel_axes, dtype=dtype)
@@ -280,11 +291,13 @@ def _ragged_dot_general(
             return jax.lax.ragged_dot_general(x, kernel, group_sizes, ragged_numbers, **keywords)
 
         with jax.named_scope("lora"):
+            # rows [*free, in] · first [(group), in, inner] -> [*free, inner]
             middle = multiply(
                 rows.astype(dtype), l_sum, ragged[0], first, inputs, inner_labels, None
             )
             summed = list(range(len(free), middle.ndim))
             ragged_axis = free.index(ragged[0])
+            # [*free, inner] · second [(group), inner, out] -> [*free, out]
             delta = multiply(
                 middle, summed, ragged_axis, second, inner_labels, outputs, preferred_element_type
             )
@@ -318,6 +331,7 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
     def entries(array, axes):
         if group not in axes:
             return array
+        # […, group, …] -> […, row, …]: each row takes the entry of its expert.
         return jnp.repeat(array, group_sizes, axes.index(group), total_repeat_length=count)
 
     def turned(turn, array, places, *, by_rows=False, precision=None):
@@ -385,6 +399,7 @@ def _steps(term: Term, rows, l_sum, r_sum, group_axis: int) -> _Steps:
 def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
     """Rows by one factor after another; what a factor does not meet is more rows to it."""
     row, labels = steps.row, (steps.row, *steps.inputs)
+    # later[k]: the labels of factor k, of all behind it, and of the outputs.
     later = [{*steps.outputs}]
     for _, factor_labels in reversed(steps.factors):
         later.append(later[-1] | {*factor_labels})
@@ -409,6 +424,8 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
             new = tuple(x for x in factor_labels if x not in both and x != steps.group)
             axes = (*batch, *((steps.group,) if owned else ()), *summed, *new)
             kernel = arranged(factor.astype(x.dtype), factor_labels, axes)
+            # x [batch, row · rest, summed] · kernel [batch, (group), summed, new] -> [batch, row ·
+            # rest, new]
             x = arranged(x, labels, (*batch, row, *rest, *summed))
             x = x.reshape(size(batch), -1, size(summed))
             kernel = kernel.reshape(
@@ -416,6 +433,7 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
             )
             keywords = {"precision": precision, "preferred_element_type": preferred}
             if owned:
+                # Every row is `rest` rows now, one behind the other, all of the same expert.
                 sizes = group_sizes * size(rest)
                 dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, **keywords)
             else:

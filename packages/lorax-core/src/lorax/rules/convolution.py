@@ -76,6 +76,8 @@ def _conv_general_dilated(
     eqn.use(kernel, "product")
     _check_groups(kernel, rhs_spec[0], max(feature_group_count, batch_group_count))
     lhs_spec, out_spec = dimension_numbers.lhs_spec, dimension_numbers.out_spec
+    # The kernel's axis of inputs meets the features of x; its axis of outputs is that of the
+    # result.
     met, shown = {rhs_spec[1]: lhs_spec[1]}, {rhs_spec[0]: out_spec[1]}
     if kernel.meter is not None:
         if batch_group_count > 1:
@@ -101,6 +103,7 @@ def _conv_general_dilated(
         )  # fmt: skip
 
     def with_terms(x):
+        # conv(x, W + Σ t)  =  conv(x, W) + Σ conv(conv(x, first of t), second of t)
         total, x = base, x.astype(dtype)
         for stage in stages:
             total = total + delta_of(x, stage).astype(total.dtype)
@@ -116,6 +119,7 @@ def _metered(kernel: FactoredArray, x, windows, numbers, groups: int):
     channels = kernel.shape[in_axis]
 
     def spread(x):
+        # [batch, groups · channels · window, *places]
         patches = jax.lax.conv_general_dilated_patches(
             x,
             window,
@@ -128,6 +132,8 @@ def _metered(kernel: FactoredArray, x, windows, numbers, groups: int):
             ),
             precision=jax.lax.Precision.HIGHEST,
         )
+        # [batch, *places, groups · channels · window] -> [batch, *places, groups, channels,
+        # *window]
         patches = jnp.moveaxis(patches, numbers.lhs_spec[1], -1)
         return patches.reshape(*patches.shape[:-1], groups, channels, *window)
 
@@ -142,6 +148,7 @@ def _check_groups(kernel: FactoredArray, out_axis: int, groups: int) -> None:
     if turn is None or turn.axis != out_axis:
         return
     labels = turn.term.out[out_axis]
+    # Behind the label of the block, the labels step within one of its entries.
     block = math.prod(label.size for label in labels[labels.index(turn.label) :])
     if kernel.shape[out_axis] // groups % block != 0:
         raise Inexpressible("has groups that cut a block of its kernel in two")
@@ -171,6 +178,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         outputs = (label,)
     for label in outputs:
         term = term.own(label)
+    # Output labels in a factor with the inputs: a stack of first kernels, one for each entry.
     beside_inputs = {label for labels in term.labels if inner in labels for label in labels}
     stack = [label for label in outputs if label in beside_inputs]
     first, second, inner_labels = term.split_factors(
@@ -178,6 +186,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
     )
     if not set(inner_labels).isdisjoint(window):
         raise Inexpressible
+    # first [*stack, in, rank, *window] and second [*outputs, rank, *window]
     rank = tuple(label for label in inner_labels if label not in stack)
     in_first = [any(label in labels for _, labels in first) for label in window]
 
@@ -193,12 +202,14 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         math.prod(label.size for label in labels)
         for labels in ((*blocks, *rank, inner, *mine), (*outputs, *rank, *others))
     ]
+    # A first kernel for each block can be as large as the weight, and then nothing is gained.
     if stack and max(sizes) >= math.prod(term.shape):
         raise Inexpressible("needs a kernel for each group that are together as large as it")
 
     def kernel(half, outputs, inputs, owned):
         factors, labels = zip(*half, strict=True)
         spatial = ((label,) if own else () for label, own in zip(window, owned, strict=True))
+        # [*factors] -> [out, in, *window], with a window of one where the half does not own it
         return Term(factors, labels, (outputs, inputs, *spatial)).array(dtype)
 
     repeats = max(groups // count, 1)
@@ -218,6 +229,7 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
     def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
         mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
+        # [out, in, *window] -> the order of axes in the user's kernel
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
         kernel = jnp.transpose(kernel, layout)
         return _conv(x, kernel, spec, mine, groups, batch_groups, precision, preferred)
@@ -225,9 +237,13 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
     with jax.named_scope("lora"):
         if blocks == 1 < repeats and all(in_first) and is_for_one_cpu([x]):
             x, groups, batch_groups, repeats = _as_examples(x, lhs_spec, groups), 1, groups, 1
+        # [blocks · rank, in, *window] -> [blocks · repeats · rank, in, *window]: every group of a
+        # block has the kernel of the block.
         repeated = jnp.tile(first.reshape(blocks, -1), (1, repeats)).reshape(-1, *first.shape[1:])
         all_groups = blocks * repeats
+        # x [batch, in, *places] -> [batch, groups · rank, *places]
         middle = conv(x, repeated, lhs_spec, in_first, groups, 1, None)
+        # The window, or a part of it, is in the second kernel: it is a convolution as well.
         if not all(in_first):
             in_second = [not own for own in in_first]
             return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
@@ -272,6 +288,7 @@ def _as_examples(x, lhs_spec, groups: int):
     shape[feature_axis] //= groups
     grouped = x.reshape(*shape[:feature_axis], groups, *shape[feature_axis:])
     shape[batch_axis] *= groups
+    # [batch, groups · in] -> [groups, batch, in] -> [groups · batch, in]
     return jnp.moveaxis(grouped, feature_axis, batch_axis).reshape(shape)
 
 
@@ -280,19 +297,20 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
     batch_axis, feature_axis, *_ = out_spec
     out_size, rank = kernel.shape[:2]
     count = max(groups, batch_groups)
-    group, bond = Label(0, count), Label(1, rank)
+    # x [batch, group, rank, *places] · kernel [group, out, rank] -> [batch, group, out, *places]
+    group, inner = Label(0, count), Label(1, rank)
     out, batch = Label(2, out_size // count), Label(3, x.shape[batch_axis] // batch_groups)
     axes: list[tuple[Label, ...]] = [(Label(4 + d, size),) for d, size in enumerate(x.shape)]
     out_axes: list[tuple[Label, ...]] = list(axes)
-    axes[batch_axis], axes[feature_axis] = (batch,), (bond,)
+    axes[batch_axis], axes[feature_axis] = (batch,), (inner,)
     out_axes[batch_axis], out_axes[feature_axis] = (batch,), (out,)
     if groups > 1:
-        axes[feature_axis] = (group, bond)
+        axes[feature_axis] = (group, inner)
     if batch_groups > 1:
         axes[batch_axis] = (group, batch)
-    kernel_axes = (out, bond)
+    kernel_axes = (out, inner)
     if count > 1:
-        kernel_axes = (group, out, bond)
+        kernel_axes = (group, out, inner)
         out_axes[feature_axis] = (group, out)
     flat = [label for axis in axes for label in axis]
     term = Term(
@@ -341,6 +359,7 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     out_axis, in_axis, *spatial = rhs_spec
     term, window = term.fuse_all(spatial)
     count, of_groups = groups, 0
+    # The first output labels run over the groups: as many labels as make the number of groups.
     while count > 1:
         label = term.out[out_axis][of_groups]
         if count % label.size:
@@ -351,8 +370,11 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     for label in term.out[out_axis]:
         term = term.own(label)
     inputs, outputs = term.out[in_axis], term.out[out_axis]
+    # The input x has the labels of a group's inputs and of the groups themselves.
     of_x = {*inputs, *outputs[:of_groups]}
     factors = list(zip(term.factors, term.labels, strict=True))
+    # Factors of the window are the convolution itself. What joins x to them is multiplied before,
+    # and all the rest after it.
     along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
     inner_labels = {label for _, labels in along for label in labels} - of_x - {*window, *outputs}
     before, after = [], []
@@ -372,6 +394,7 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
     # As [batch, *spatial, features].
     x = jnp.transpose(x, [lhs_spec[0], *lhs_spec[2:], lhs_spec[1]])
     place = [plan.term.fresh(size, skip=k) for k, size in enumerate(x.shape[:-1])]
+    # [batch, *spatial, *groups, *inputs]
     met = (*place, *plan.groups, *plan.inputs)
     x = x.reshape([label.size for label in met])
     keywords: dict[str, Any] = {"dtype": x.dtype, "precision": precision}
@@ -394,6 +417,8 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
         return math.prod(label.size for label in labels)
 
     with jax.named_scope("lora"):
+        # x as [batch · rest, *spatial, groups · summed], the kernel as [*window, summed, groups ·
+        # new], and the result as [batch · rest, *spatial, groups · new]
         order = (place[0], *rest, *place[1:], *groups, *summed)
         x = contract([(x, met), *plan.before], order, meets=0, **keywords)
         x = x.reshape(size((place[0], *rest)), *x.shape[1 + len(rest) :][:spatial], -1)
@@ -401,12 +426,15 @@ def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
         kernel = contract(plan.along, (*window, *summed, *groups, *new), dtype=x.dtype)
         kernel = kernel.reshape(*kernel.shape[:spatial], size(summed), size((*groups, *new)))
         last = spatial + 1
+        # (batch, features, *spatial) of x and of the result; (out, in, *window) of the kernel.
         axes = (0, last, *range(1, last))
         spec = jax.lax.ConvDimensionNumbers(axes, (last, spatial, *range(spatial)), axes)
         x = _conv(x, kernel, spec, windows, size(groups), 1, precision, None)
         fresh = [plan.term.fresh(n, skip=k + len(place)) for k, n in enumerate(x.shape[1:-1])]
         axes = (place[0], *rest, *fresh, *groups, *new)
         x = x.reshape([label.size for label in axes])
+        # -> [batch, *spatial, *outputs] -> [batch, *spatial, out], and then the user's order of
+        # axes
         out = (place[0], *fresh, *plan.outputs)
         keywords["preferred_element_type"] = preferred
         x = contract([(x, axes), *plan.after], out, meets=0, **keywords)

@@ -22,6 +22,7 @@ def _dynamic_slice(term: Term, *starts, slice_sizes) -> Term:
     for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
         if size == term.shape[axis]:
             continue
+        # (a @ b)[start : start + size]  =  a[start : start + size] @ b
         term, label = term.fuse(axis)
 
         def change(factor, k, start=start, size=size):
@@ -83,10 +84,12 @@ def _gather_codes(
     looked_up = _gather_term(*_split_indices(term, indices, numbers, slice_sizes, clip), clip)
     if not fills:
         return looked_up
+    # The last start at which the slice is still inside.
     limits = [term.shape[d] - slice_sizes[d] for d in numbers.start_index_map]
     limits = jnp.asarray(limits, indices.dtype).reshape((1,) * (indices.ndim - 1) + (-1,))
     in_range = jnp.all((indices >= 0) & (indices <= limits), -1)  # [*batch]
     batch = [d for d in range(len(looked_up.out)) if d not in numbers.offset_dims]
+    # [*batch]: one more factor, so that codes are still decoded only for rows that are used
     gain = jnp.where(in_range, jnp.float32(1), jnp.float32(jnp.nan))
     return looked_up.times(gain, tuple(looked_up.out[d][0] for d in batch))
 
@@ -118,6 +121,7 @@ def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
         indices = indices.astype(jnp.int32)
     columns, indexed = [], []
     for column, d in enumerate(numbers.start_index_map):
+        # index [*batch] -> one column for each label: index // unit, then the remainder
         index = indices[..., column]
         if mode == jax.lax.GatherScatterMode.CLIP:
             index = jnp.clip(index, 0, term.shape[d] - 1)
@@ -142,6 +146,7 @@ def _rows(term: Term) -> Term:
     if sum(any(not label.is_index for label in axis) for axis in term.out) > 1:
         return term
     owned = tuple(label for label in term.shown if term.owners(label))
+    # [*batch, …] · … -> [*batch, features]
     return term.multiplied(range(len(term.factors)), owned)
 
 
@@ -151,10 +156,12 @@ def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
     )
     indexed = dict(zip(numbers.start_index_map, range(indices.shape[-1]), strict=True))
     for axis, size in enumerate(slice_sizes):
+        # An axis without indices is only cut to the size of the slice, from its start.
         if axis not in paired and axis not in indexed:
             term = cut(term, axis, 0, size)
     term, _ = term.fuse_all((*paired, *indexed))
     label_of = {axis: term.out[axis][0] for axis in (*paired, *indexed)}
+    # The result has the axes of `indices`, [*batch], and those of a slice, [*windows].
     batch: list[Label] = []
     for d, size in enumerate(indices.shape[:-1]):
         axis = next((axis for axis, position in paired.items() if position == d), None)
@@ -175,6 +182,7 @@ def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
         for axis, labels in enumerate(term.out)
         if axis not in numbers.collapsed_slice_dims and axis not in paired
     ]
+    # `offset_dims` are the places of the slice's axes in the result; the batch has the others.
     out, rest = [], [(label,) for label in batch]
     for d in range(len(shown) + len(rest)):
         out.append(shown.pop(0) if d in numbers.offset_dims else rest.pop(0))
@@ -191,6 +199,7 @@ def _gather_factor(
 ):
     """One factor by the part of the indices that runs over the axes it owns."""
     mine = {axis: labels.index(label_of[axis]) for axis in indexed if label_of[axis] in labels}
+    # E [vocab, embed] = a [vocab, rank] · b [rank, embed]: of the look-up, only a has the axis.
     if not mine:
         return factor, labels
     batching = {axis: labels.index(label_of[axis]) for axis in paired if label_of[axis] in labels}
@@ -199,6 +208,7 @@ def _gather_factor(
         sizes[k] = slice_sizes[axis]
     for k in batching.values():
         sizes[k] = 1
+    # A collapsed axis has one entry in the slice, and no axis in the result.
     gone = tuple(k for axis, k in mine.items() if axis in collapsed)
     kept = [k for k in range(factor.ndim) if k not in gone and k not in batching.values()]
     names = {k: windows[axis] for axis, k in mine.items()}
@@ -214,5 +224,6 @@ def _gather_factor(
     columns = [indexed[axis] for axis in mine]
     part = indices if columns == list(range(indices.shape[-1])) else indices[..., columns]
     with jax.named_scope("lora"):
+        # a [vocab, rank] by indices [*batch, 1] -> [*batch, rank]
         rows = jax.lax.gather(factor, part, numbers, sizes, mode=mode, fill_value=0)
     return rows, (*batch, *(names.get(k, labels[k]) for k in kept))

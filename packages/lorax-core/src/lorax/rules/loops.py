@@ -192,6 +192,7 @@ def _unstack(eqn, weight):
     count = len(leaves)
     for term, label in owned:
         for k in term.owners(label):
+            # […, layers, …] -> [layers, …]: a scan slices the first axis.
             leaves.append(jnp.moveaxis(term.factors[k], term.labels[k].index(label), 0))
 
     def rebuild(slices):
@@ -204,6 +205,8 @@ def _unstack(eqn, weight):
                 next(rest) if label in labels else factor
                 for factor, labels in zip(term.factors, term.labels, strict=True)
             )
+            # A step has one entry of the stack, so the label is gone from factors and from the
+            # shape.
             labels = tuple(tuple(name for name in names if name != label) for names in term.labels)
             terms.append(
                 dataclasses.replace(term, factors=factors, labels=labels, out=term.out[1:])
@@ -247,6 +250,7 @@ def _restack(value):
         return value
     pieces = []
     for piece in value.pieces:
+        # [*labels] -> [steps, *labels] for every factor, since the scan stacked each of them.
         new: Label = piece.fresh(value.base.shape[0])
         labels = tuple((new, *labels) for labels in piece.labels)
         pieces.append(dataclasses.replace(piece, labels=labels, out=((new,), *piece.out)))

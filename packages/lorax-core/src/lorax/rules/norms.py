@@ -18,6 +18,7 @@ NOT_LINEAR = "is not linear in the weight"
 def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
     """The product of two weights of one shape."""
     _refuse_products(left, right)
+    # (W + Σ s) ⊙ (V + Σ t)  =  W ⊙ V  +  Σ s ⊙ V  +  Σ W ⊙ t  +  ΣΣ s ⊙ t
     check_size((len(left.terms) + 1) * (len(right.terms) + 1) - 1)
     terms = [entrywise(term, operand(right.base)) for term in left.terms]
     terms += [entrywise(term, operand(left.base)) for term in right.terms]
@@ -28,6 +29,7 @@ def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
 def square(base, weight: FactoredArray) -> FactoredArray:
     """The square of a weight, beside the square `base` of its base."""
     _refuse_products(weight)
+    # n terms beside W, n squares and n (n − 1) / 2 pairs
     check_size(len(weight.terms) * (len(weight.terms) + 3) // 2)
     terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
     for k, term in enumerate(weight.terms):
@@ -46,6 +48,8 @@ def gathered(term: Term, axes) -> Term:
         owners = [k for k in term.owners(label) if k != dense]
         if dense is not None and len(owners) > 1:
             labels = dict.fromkeys(name for k in owners for name in term.labels[k])
+            # Σ_i base[i, o] · a[i, r] · b[r, o] has one owner of i beside the base. With two, as in
+            # a[i, r] · c[i, s], they become one factor [i, r, s].
             term = term.multiplied(owners, tuple(labels))
     return term
 

@@ -32,6 +32,7 @@ def _select_n(eqn, which, *cases):
     dtype = wide_dtype(base.dtype)
     terms = []
     for k, case in enumerate(cases):
+        # where(which == k)  =  Σ_k mask_k ⊙ case_k
         mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
         terms += [times(term, mask, eqn.out_shape, _FULL) for term in terms_of(case)]
     return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
@@ -50,6 +51,8 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
     kept = [d for d, size in enumerate(shape) if size != window[d]]
     terms = []
     if terms_of(weight):
+        # 1 where the weight stays, and 0 in the window. An axis that is replaced whole has one
+        # entry.
         ones = jnp.ones([size if d in kept else 1 for d, size in enumerate(shape)], base.dtype)
         zeros = jnp.zeros([size if d in kept else 1 for d, size in enumerate(window)], base.dtype)
         terms += _masked(weight, jax.lax.dynamic_update_slice(ones, zeros, starts))
@@ -59,6 +62,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
             def write(room, factor, k, start=starts[d]):
                 return jax.lax.dynamic_update_slice_in_dim(room, factor, start, k)
 
+            # The update's term, written into zeros of the weight's shape.
             term = _written(term, d, shape[d], write)
         terms.append(term)
     return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
@@ -85,6 +89,8 @@ def _scatter(
     terms = list(terms_of(weight))
     if terms and name in ("scatter", "scatter-mul"):
         zero = jnp.zeros((1,) * len(updates.shape), base_of(updates).dtype)
+        # `scatter` leaves 0 of the old entries, `scatter_mul` the factor that it multiplies them
+        # by.
         narrow = zero if name == "scatter" else eqn.narrow(2)
         terms = _masked(weight, _mask(eqn, weight, indices, updates.shape, narrow))
     for term in terms_of(updates):
@@ -109,6 +115,7 @@ def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
     windows = [d for d in range(len(weight.shape)) if d not in outside]
     room, update = list(weight.shape), list(shape)
     for d, k in zip(windows, numbers.update_window_dims, strict=True):
+        # The window covers the axis and starts at its begin, so the mask is constant along it.
         covered = room[d] == update[k] and d not in numbers.scatter_dims_to_operand_dims
         if covered and narrow.shape[k] == 1:
             room[d] = update[k] = 1
@@ -144,6 +151,7 @@ def _written(term: Term, axis: int, size: int, write) -> Term:
     term, label = term.fuse(axis)
 
     def change(factor: jax.Array, k: int) -> jax.Array:
+        # […, window, …] -> […, size, …]
         room = jnp.zeros((*factor.shape[:k], size, *factor.shape[k + 1 :]), factor.dtype)
         return write(room, factor, k)
 

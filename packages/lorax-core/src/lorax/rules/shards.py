@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import PartitionSpec
 
 from .._coded import array_spec, is_coded
 from .._factored import FactoredArray, is_weight
@@ -21,6 +22,8 @@ def _shard_map(
             leaves.append(arg)
             specs.append(spec)
             continue
+        # A factor is split over the devices as the axes that it owns are, and is whole on each
+        # otherwise.
         split = [d for d, entry in enumerate(spec) if entry is not None]
         if arg.norm is not None:
             # A device has a part of what the norm runs over, or does not know the rest.
@@ -67,7 +70,10 @@ def _base_spec(base, mesh, spec):
         axis = base.term.out[d]
         if entry is not None and all(entry not in part for part in specs):
             raise Inexpressible(f"splits {axis[0].size} blocks of codes over the axis {entry!r}")
-    return dataclasses.replace(base, term=dataclasses.replace(base.term, factors=specs))
+    # What waits and moves no axis has numbers for operands, the same on all devices.
+    others = jax.tree.map(lambda _: PartitionSpec(), base.others)
+    term = dataclasses.replace(base.term, factors=specs)
+    return dataclasses.replace(base, term=term, others=others)
 
 
 def _local(weight: FactoredArray) -> FactoredArray:
@@ -82,6 +88,7 @@ def _local(weight: FactoredArray) -> FactoredArray:
 
 def _local_term(term, shape):
     """A shard of a term; where it is known, `shape` is that of the weight."""
+    # Within the body every label has the size of a shard: [in / devices] where the mesh splits it.
     sizes = {x[0]: size for x, size in zip(term.out, shape, strict=bool(shape)) if len(x) == 1}
     sizes |= {
         label: size

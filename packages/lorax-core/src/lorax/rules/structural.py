@@ -46,6 +46,7 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
     loses_imaginary = jnp.issubdtype(old, jnp.complexfloating) and not jnp.issubdtype(
         new_dtype, jnp.complexfloating
     )
+    # To integers, or from complex to real: the cast of a sum is not the sum of the casts.
     if not jnp.issubdtype(new_dtype, jnp.inexact) or loses_imaginary:
         return NotImplemented
     return eqn.rows_or_weight(weight.replace_base(eqn(weight.base)))
@@ -53,6 +54,7 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
 
 @defrule("stop_gradient", gains=True)
 def _stop_gradient(eqn, weight):
+    # The user stops the gradient of the adapted weight, so that of its factors stops, too.
     return jax.tree.map(jax.lax.stop_gradient, weight.replace_base(eqn(weight.base)))
 
 
@@ -68,6 +70,7 @@ def _placed(eqn, weight, sharding, place):
     def placed_codes(term: Term) -> Term:
         if not isinstance(sharding, NamedSharding):
             return placed(term)
+        # Codes and scales have blocks as axes: a partition has to divide whole blocks.
         specs = [array_spec(sharding.mesh, sharding.spec, term.out, x) for x in term.labels]
         factors = tuple(
             place(factor, NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
@@ -101,6 +104,7 @@ def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
 def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     placed = []
     coded = [is_coded(base_of(weight)) for weight in weights]
+    # One equation places several values; its bases are arrays or codes, and it takes one kind.
     if any(coded) and not all(coded):
         raise Inexpressible("places arrays beside a base that is held as codes")
     outs = weights if all(coded) else eqn(*map(base_of, weights))
@@ -121,6 +125,7 @@ defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
 
 def _reshape(term: Term, *, new_sizes, dimensions, sharding) -> Term:
     order = range(len(term.out)) if dimensions is None else dimensions
+    # `dimensions`, where given, is the order of the axes before the reshape.
     return term.permute(order).reshape(new_sizes)
 
 
@@ -137,6 +142,7 @@ defstructural("broadcast_in_dim", _broadcast)
 def _flip(term: Term, *, dimensions) -> Term:
     for axis in dimensions:
         for label in term.out[axis]:
+            # Row-major: an axis of several labels is reversed by reversing each of them.
             term, _ = term.along(label, lambda f, k: jnp.flip(f, k), label.size)
     return term
 
@@ -146,6 +152,7 @@ defstructural("rev", _flip)
 
 def _tile(term: Term, *, reps) -> Term:
     """Repeating an axis puts a label that nobody owns in front of it."""
+    # [a, b] tiled twice is [a, b, a, b]: the repeat is the most significant label.
     repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
     out = tuple(
         (repeat, *axis) if repeat.size != 1 else axis
@@ -169,6 +176,7 @@ def cut(term: Term, axis: int, start: int, limit: int, stride: int = 1) -> Term:
         term, label, unit = term.leading(axis, (start, limit))
     else:
         (term, label), unit = term.fuse(axis), 1
+    # A label of 6 steps of 3 entries each: the axis cut at 9 is the label cut at 3.
     start, limit = start // unit, limit // unit
     return term.along(
         label,
@@ -194,6 +202,7 @@ def _bounds(sizes):
 def _pieces(eqn, weight, changes):
     """Several weights from one, each by its own change."""
     parts = [weight.moved(change) for change in changes]
+    # The equation splits the base once, and each term is cut for each of the pieces.
     bases = eqn(weight.base)
     return [
         eqn.rows_or_weight(part.replace_base(base)) for part, base in zip(parts, bases, strict=True)
@@ -232,6 +241,7 @@ def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> T
         term, label, unit = term.leading(axis, (low, high))
     else:
         (term, label), unit = term.fuse(axis), 1
+    # Zeros around it: the term is no longer constant along the axis, so a factor has to own it.
     term = term.own(label)
     low, high = low // unit, high // unit
 
@@ -239,6 +249,7 @@ def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> T
         config = [(low, high, interior) if d == k else (0, 0, 0) for d in range(factor.ndim)]
         return jax.lax.pad(factor, jnp.zeros((), factor.dtype), config)
 
+    # [low zeros, entries with `interior` zeros between them, high zeros]
     size = label.size + low + high + interior * max(label.size - 1, 0)
     return term.along(label, change, size)[0]
 
@@ -265,6 +276,7 @@ def _concatenate(eqn, *operands, dimension):
             bases.append(operand)
             continue
         bases.append(operand.base)
+        # concat(W1 + Δ1, W2 + Δ2)  =  concat(W1, W2)  +  [Δ1; 0]  +  [0; Δ2]
         low, high = sum(sizes[:k]), sum(sizes[k + 1 :])
         terms += [pad_axis(term, dimension, low, high) for term in operand.terms]
     return eqn.rows_or_weight(FactoredArray(eqn(*bases), tuple(terms)))
@@ -280,6 +292,7 @@ def _stack(eqn, *operands, axis):
             continue
         bases.append(operand.base)
         for term in operand.terms:
+            # [*axes] -> [1, *axes] -> [operands, *axes], zero in all entries but the k-th
             new: tuple[Label, ...] = (term.fresh(1),)
             out = (*term.out[:axis], new, *term.out[axis:])
             stacked = dataclasses.replace(term, out=out)

@@ -56,7 +56,8 @@ def in_jax(env: Any, value: Any) -> Any:
 def out_of_jax(value: Any) -> Any:
     """What a module returns: tensors become arrays, and its classes of outputs JAX pytrees."""
     if isinstance(value, torch.Tensor):
-        return value.jax() if hasattr(value, "jax") else jnp.asarray(numpy_of(value))
+        array_of = getattr(value, "jax", None)  # of torchax
+        return jnp.asarray(numpy_of(value)) if array_of is None else array_of()
     if value is None or isinstance(value, bool | int | float | complex | str | jax.Array):
         return value
     return _mapped(value, out_of_jax, _refuse)

@@ -39,7 +39,7 @@ class Decoder(torch.nn.Module):
                 layer.keys, layer.values, layer.cumulative_length = keys, values, used
         options = {"attention_mask": mask, "position_ids": positions}
         given = {name: value for name, value in options.items() if name in self.takes}
-        given[self.cache] = Cache(layers=layers)
+        given[self.cache] = Cache(layers=list(layers))
         output = self.model(ids, use_cache=True, **given)
         if not all(layer.is_initialized for layer in layers):
             raise StaticCacheError(

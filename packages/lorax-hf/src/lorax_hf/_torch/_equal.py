@@ -39,11 +39,11 @@ def _differences(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
     elif isinstance(one, list | tuple):
         yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), step)
     elif one is not other and not _is_index(one, other, step) and not _same(one, other):
-        parts = [_parts(each) for each in (one, other)]
-        if parts[0] is None or parts[1] is None:
+        parts, others = _parts(one), _parts(other)
+        if parts is None or others is None:
             yield f"{label} is {other!r}, not {one!r}"
         else:
-            yield from _of_members(name, *parts, step)
+            yield from _of_members(name, parts, others, step)
 
 
 def _of_modules(name: str, one: nn.Module, other: nn.Module, step: int) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _read(entry: Entry) -> np.ndarray[Any, Any]:
     whole = aligned(entry.shape, entry.dtype)
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
-        if file.readinto(memoryview(whole.reshape(-1).view(np.uint8))) != whole.nbytes:
+        if file.readinto(whole.reshape(-1).view(np.uint8).data) != whole.nbytes:
             raise ValueError(f"{entry.file} ends before its last tensor does.")
     return whole
 

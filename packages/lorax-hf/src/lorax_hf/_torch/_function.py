@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from lorax import QuantizedWeight
+
 from ._arrays import in_jax, numpy_of, out_of_jax
 from ._blame import errors_named
 from ._constants import Constants
@@ -37,7 +39,7 @@ class ModuleFunction:
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: Any,
         *,
         train: bool = False,
         dtype: Any = None,
@@ -119,6 +121,12 @@ class ModuleFunction:
             problems = [f"lacks {_some(missing)}"] if missing else []
             problems += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
             raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(problems)}.")
+        if coded := [name for name in params if isinstance(params[name], QuantizedWeight)]:
+            raise TypeError(
+                f"{self.__name__} takes arrays, and {_some(coded)} {'are' if coded[1:] else 'is'} "
+                "held in few bits. `lorax.lora(fn)` takes such a tree as the frozen part of the "
+                "pair; or give `fn` what `lorax.dequantize` returns for it."
+            )
 
 
 def _some(names: Collection[str]) -> str:
@@ -144,8 +152,9 @@ def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.
 def _without_cache(module: torch.nn.Module) -> None:
     """Models of transformers return no cache unless the call asks for one."""
     for owner in module.modules():
-        if getattr(getattr(owner, "config", None), "use_cache", None):
-            owner.config.use_cache = False
+        config: Any = getattr(owner, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
 
 
 @contextlib.contextmanager

@@ -65,10 +65,11 @@ def _program(
     fn: ModuleFunction, length: int, options: Options, lora: Mapping[str, Any]
 ) -> Callable[..., jax.Array]:
     decode = fn.around(lambda module: Decoder(module, length))
+    lora = {**lora, "on_unused": "allow"}
 
     def run(params: Any, ids: Any, mask: Any, rng: Any) -> jax.Array:
         if not isinstance(params, Mapping):  # a pair
-            step = lorax.lora(decode, **{**lora, "on_unused": "allow"})
+            step = lorax.lora(decode, **lora)
         else:
             step = decode
         batch, prompt = ids.shape
@@ -82,7 +83,7 @@ def _program(
 
         def chosen(logits: Any, done: Any, index: Any) -> tuple[Any, Any]:
             token = _next(logits, None if keys is None else keys[index], options).astype(ids.dtype)
-            if options.eos_token_id is None:
+            if options.eos_token_id is None or options.pad_token_id is None:
                 return token, done
             token = jnp.where(done, options.pad_token_id, token).astype(ids.dtype)
             return token, done | (token == options.eos_token_id)

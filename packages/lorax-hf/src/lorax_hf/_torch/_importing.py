@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 from torch._ops import OpOverloadPacket
 
@@ -16,13 +17,13 @@ def missing_overloads_allowed() -> Generator[None]:
     """
     original = OpOverloadPacket.__getattr__
 
-    def overload(self: OpOverloadPacket, name: str) -> object:
+    def overload(self: Any, key: str) -> Any:
         try:
-            return original(self, name)
+            return original(self, key)
         except AttributeError:
-            if name.startswith("__"):
+            if key.startswith("__"):
                 raise
-            return (self._qualified_op_name, name)
+            return (self._qualified_op_name, key)
 
     OpOverloadPacket.__getattr__ = overload
     try:

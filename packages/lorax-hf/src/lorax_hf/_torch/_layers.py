@@ -8,7 +8,7 @@ full attention, each has its own stack, `model.layers.0:30:2…` and `model.laye
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -171,7 +171,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
     return runs
 
 
-def _is_list(module: nn.Module) -> bool:
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
 
 

@@ -99,7 +99,8 @@ def _module_of(folder: Path) -> torch.nn.Module:
 
 def _reads(module: Any, files: Files) -> dict[str, Read]:
     """How to read each parameter and persistent buffer; every one is checked, and none is read."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state: Mapping[str, torch.Tensor] = module.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     first = {other: name for name, others in tied_names(module).items() for other in others}
     renamed = _renaming(module, wanted)
     reads: dict[str, Read] = {}
@@ -161,15 +162,16 @@ def _renaming(module: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[s
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    tensors = dict(wanted)
     mapping = get_model_conversion_mapping(module)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = module.base_model_prefix
 
     def renamed(key: str) -> tuple[str, Any, Any]:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, tensors)
         if name not in wanted and key in wanted:
-            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+            name, pattern = rename_source_key(key, [], [], prefix, tensors)
         return name, pattern, next((c for c in converters if pattern in c.source_patterns), None)
 
     return renamed
@@ -213,14 +215,14 @@ def _computed(
     module: Any, computed: list[tuple[str, torch.nn.Module, str]], fill: int
 ) -> dict[str, torch.Tensor]:
     for _, owner, name in computed:
-        owner._buffers[name] = torch.full_like(owner._buffers[name], fill, device="cpu")
+        owner._buffers[name] = torch.full_like(owner.get_buffer(name), fill, device="cpu")
     models = {prefix: each for prefix, each in module.named_modules() if _initializes(each)}
     with torch.no_grad():
         for path, owner, _ in computed:
             inside = [prefix for prefix in models if not prefix or path.startswith(f"{prefix}.")]
             if inside:
                 models[max(inside, key=len)]._init_weights(owner)
-    return {path: owner._buffers[name].clone() for path, owner, name in computed}
+    return {path: owner.get_buffer(name).clone() for path, owner, name in computed}
 
 
 def _initializes(module: torch.nn.Module) -> bool:

@@ -158,7 +158,7 @@ class _Rows:
 def _stacked(row: Row, path: str, stack: Stack) -> Row:
     """The row of one layer's parameter as that of its stack, whose axis comes before the others."""
     layer = stack.layers[0]
-    layout = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
+    layout: dict[str, Any] = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
     for name in ("in_axes", "out_axes", "shared_axes"):
         if name in layout:
             layout[name] = [axis + 1 for axis in layout[name]]
@@ -201,7 +201,7 @@ def _inference(
             warnings.simplefilter("ignore", UnadaptedWarning)
             specs = infer_spec(call, dict(shapes), *args, rank=1, skip_small=False, **kwargs)
         return {
-            path: Axes(leaf.shared_axes, leaf.in_axes, leaf.out_axes)
+            path: leaf.axes(path, shapes[path].ndim)
             for path in paths
             if isinstance(leaf := specs[path], LoraSpec)
         }

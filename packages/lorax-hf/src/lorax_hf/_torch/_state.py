@@ -16,7 +16,9 @@ class State(NamedTuple):
 
 def state_of(module: torch.nn.Module) -> State:
     """Parameters are what PyTorch registers as such; every other tensor is a buffer."""
-    parameters = {names[0]: parameter for names, parameter in _named(module)}
+    parameters: dict[str, torch.Tensor] = {
+        names[0]: parameter for names, parameter in _named(module)
+    }
     for name, parameter in parameters.items():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise TypeError(

@@ -1,5 +1,6 @@
 """The adapter that comes closest to what fine-tuning has made of a checkpoint, tensor by tensor."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from .._disk.progress import track
 from .._disk.tensors import TensorFile, check_finite
 from .._errors import AdapterMismatchError, about, warn
 from .._layouts import Conv, Conv1D, Layout, Linear
+from .._places import Array
 from .checkpoint import Checkpoint
 from .coded import check_plain
+from .decoding import with_decoded
 from .ties import is_embedding, is_head
 
 _END = ".weight"
@@ -41,7 +44,7 @@ def extract(
 ) -> Extracted:
     """The LoRA adapters of linear layers and convolutions that comes closest to `tuned`.
 
-    One tensor of each checkpoint is in memory at a time.
+    One tensor of each checkpoint is in memory at a time. Quantized weights are decoded.
 
     Args:
         base: before fine-tuning.
@@ -54,32 +57,32 @@ def extract(
 
     Raises:
         AdapterMismatchError: where the two are not one model, or nothing is adapted.
-        UnsupportedAdapterError: where weights are quantized.
+        UnsupportedAdapterError: where weights are in codes that cannot be read.
     """
+    base, tuned = with_decoded(base), with_decoded(tuned)
     _check_same(base, tuned)
-    places = _places(base)
+    places = _places(base), _places(tuned)
     extracted = Extracted({}, {}, {})
     left: list[str] = []
-    for file_path, prefix in track(tuned.files, "Extracting"):
-        with TensorFile(file_path) as file:
-            for name in track(list(file.entries), "Extracting"):
-                full = prefix + name
-                after = file.view(name)
-                with TensorFile(places[full][0]) as other:
-                    before = other.view(places[full][1])
-                    if np.array_equal(before, after):
-                        continue
-                    module = full.removesuffix(_END)
-                    if not _is_target(full, after.ndim, targets):
-                        left.append(full)
-                        continue
-                    for checkpoint in (base, tuned):
-                        with about(checkpoint.path):
-                            dtype = checkpoint.shapes[full].dtype
-                            check_plain(full, dtype, checkpoint.shapes, checkpoint.config)
-                    check_finite(full, after)
-                    layout = _layout(module, after.ndim, fan_in_fan_out)
-                    _add(extracted, layout, before, after, rank, energy, tolerance)
+    for full in track(list(tuned.shapes), "Extracting"):
+        with contextlib.ExitStack() as stack:
+            before, after = (
+                _tensor(checkpoint, full, where, stack)
+                for checkpoint, where in zip((base, tuned), places, strict=True)
+            )
+            if np.array_equal(before, after):
+                continue
+            module = full.removesuffix(_END)
+            if not _is_target(full, after.ndim, targets):
+                left.append(full)
+                continue
+            for checkpoint in (base, tuned):
+                with about(checkpoint.path):
+                    dtype = checkpoint.shapes[full].dtype
+                    check_plain(full, dtype, checkpoint.shapes, checkpoint.config)
+            check_finite(full, after)
+            layout = _layout(module, after.ndim, fan_in_fan_out)
+            _add(extracted, layout, before, after, rank, energy, tolerance)
     if not extracted.rows:
         raise AdapterMismatchError(
             "differs from the base in no module that is adapted.", tuned.path
@@ -94,7 +97,25 @@ def extract(
     return extracted
 
 
+def _tensor(
+    checkpoint: Checkpoint,
+    name: str,
+    places: Mapping[str, tuple[Path, str]],
+    stack: contextlib.ExitStack,
+) -> Array:
+    """A tensor as it is in its file, or decoded."""
+    if name in checkpoint.coded:
+        with about(checkpoint.path):
+            return checkpoint.coded[name].array()
+    path, own = places[name]
+    return stack.enter_context(TensorFile(path)).view(own)
+
+
 def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
+    for checkpoint in (base, tuned):
+        for name in sorted(checkpoint.broken.keys() & (base.shapes.keys() | tuned.shapes.keys())):
+            with about(checkpoint.path):
+                raise checkpoint.broken[name]
     for name in sorted(base.shapes.keys() | tuned.shapes.keys()):
         shapes = [
             checkpoint.shapes[name].shape if name in checkpoint.shapes else None

@@ -17,6 +17,7 @@ from .._layouts import (
     Layout,
     Layouts,
     Linear,
+    Parameter,
     Tensor,
     tensor_name,
 )
@@ -80,7 +81,8 @@ def fit_adapter(
         }
         names |= _biases(names, checkpoint)
         base = _with_biases(names, checkpoint)
-        opened = fit(adapter.path, names, base, translate=adapter.translated)
+        translate, alpha = adapter.translated, adapter.alpha
+        opened = fit(adapter.path, names, base, translate=translate, alpha=alpha)
         return Fitted(checkpoint, opened.rows, opened.held)
 
 
@@ -190,6 +192,8 @@ def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out
         return layout
     if isinstance(layout, Embedding):
         return dataclasses.replace(layout, in_axes=(0,), out_axes=(1,))
+    if isinstance(layout, Parameter):
+        return dataclasses.replace(layout, in_axes=(1,), out_axes=(0,))
     if len(shape) > 2 and not isinstance(layout, Experts):
         rest = tuple(range(1, len(shape)))
         return Conv(layout.module, in_axes=rest, out_axes=(0,), channel_axis=1)

@@ -16,10 +16,11 @@ from .._disk.arrays import all_read, sharding_of
 from .._disk.progress import bars, track
 from .._errors import AdapterMismatchError, about
 from .._frozen.load import spread
-from .._layouts import Layout, Layouts, Names, as_layouts
+from .._layouts import Layout, Layouts
 from .._places import Place
+from .._plain_layouts import Names, as_layouts
 from .._tree import absent, is_array, param_leaves
-from .parameter import Told, load_parameter
+from .parameter import Notes, load_parameter
 from .sources import Source, needed, open_source
 
 
@@ -92,13 +93,13 @@ def load_base(
             places = _places(source, layouts, params)
             leaves, structure = _tree(places, params)
             where = _where(sharding, structure, leaves)
-        told = Told([], [])
+        notes = Notes([], [])
         with all_read(params, sharding):
             loaded = {
-                leaf: load_parameter(source, place, dtype, anew, where[leaf], told)
+                leaf: load_parameter(source, place, dtype, anew, where[leaf], notes)
                 for leaf, place in track(places.items(), "Loading the base")
             }
-            told.warn(source)
+            notes.warn(source)
     return jax.tree.unflatten(structure, [loaded.get(leaf) for leaf in leaves])
 
 

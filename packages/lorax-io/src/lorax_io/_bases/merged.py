@@ -19,8 +19,9 @@ from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterError, AdapterMismatchError, about, warn
 from .._formats.export import layout_of
 from .._formats.whole import whole_tensors
-from .._layouts import Layouts, Names, as_layouts, tensor_name
+from .._layouts import Layouts, tensor_name
 from .._places import Array
+from .._plain_layouts import Names, as_layouts
 from .._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
 from .ties import is_embedding, is_head, ties, untied
 

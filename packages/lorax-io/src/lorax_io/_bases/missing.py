@@ -47,7 +47,7 @@ def lacking(
         matched: the base's name of each that the adapter has.
         saved: whether `modules_to_save` counts.
     """
-    if not config.is_said:
+    if not config.is_given:
         return {}
     prefixes = Prefixes.of(matched.items())
     present = set(matched.values())

@@ -36,7 +36,7 @@ from .sources import Source, Weight, needed
 FLOAT = "float"
 
 
-class Told(NamedTuple):
+class Notes(NamedTuple):
     """What is reported once all is read."""
 
     shorter: list[str]
@@ -66,7 +66,7 @@ def load_parameter(
     dtype: Any,
     anew: Format | str | None,
     where: Sharding | None,
-    told: Told,
+    notes: Notes,
 ) -> Any:
     """One parameter on its devices."""
     weights: dict[tuple[int, ...], Weight] = {}
@@ -78,11 +78,11 @@ def load_parameter(
         of_one_kind = len({_kind(row) for row in weights.values()}) == 1
         if isinstance(first, Coded) and of_one_kind:
             coded = {index: row for index, row in weights.items() if isinstance(row, Coded)}
-            return _coded(place, coded, dtype or dtype_of(source, first), where, told)
+            return _coded(place, coded, dtype or dtype_of(source, first), where, notes)
         if isinstance(first, Part) and of_one_kind:
             parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
             return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
-        return _anew(source, place, weights, dtype, anew, where, told)
+        return _anew(source, place, weights, dtype, anew, where, notes)
 
 
 def _kind(row: Weight) -> Any:
@@ -100,8 +100,8 @@ def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
     if coded.dtype is not None:
         return coded.dtype
     config = getattr(source, "config", {})
-    said = config.get("dtype", config.get("torch_dtype"))
-    return jnp.dtype(said if said in ("float32", "float16", "bfloat16") else "bfloat16")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    return jnp.dtype(stored if stored in ("float32", "float16", "bfloat16") else "bfloat16")
 
 
 def _coded(
@@ -109,7 +109,7 @@ def _coded(
     weights: Mapping[tuple[int, ...], Coded],
     dtype: Any,
     where: Sharding | None,
-    told: Told,
+    notes: Notes,
 ) -> QuantizedWeight:
     first = next(iter(weights.values()))
     runs = Runs.of(place, first)
@@ -122,7 +122,7 @@ def _coded(
         arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
     result = dataclasses.replace(held_blank, arrays=arrays)
     if runs.is_shorter or first.is_cut:
-        told.shorter.append(f"`{place.path}` ({result.bits:.2f} bits a weight)")
+        notes.shorter.append(f"`{place.path}` ({result.bits:.2f} bits a weight)")
     return result
 
 
@@ -155,7 +155,7 @@ def _anew(
     dtype: Any,
     anew: Format | str | None,
     where: Sharding | None,
-    told: Told,
+    notes: Notes,
 ) -> Any:
     """A parameter whose codes cannot be kept, decoded and coded in another format."""
     first = next(row for row in weights.values() if not isinstance(row, Part))
@@ -177,7 +177,7 @@ def _anew(
     check_numbers(place.path, whole)
     array = put(target.shape, whole.dtype, lambda index: whole[index], where)
     if anew == FLOAT:
-        told.anew.append(f"`{place.path}` (as floats: {why})")
+        notes.anew.append(f"`{place.path}` (as floats: {why})")
         return array
     along = place.axes.outputs if isinstance(place.layout, Embedding) else place.axes.inputs
     form = with_along(format_of(anew), along)
@@ -185,7 +185,7 @@ def _anew(
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
     lost = dequantize(held).astype(jnp.float32) - array.astype(jnp.float32)
     error = float(jnp.linalg.norm(lost.reshape(-1)) / jnp.maximum(norm, 1e-30))
-    told.anew.append(f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})")
+    notes.anew.append(f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})")
     return held
 
 
@@ -201,4 +201,4 @@ def decoded(row: Coded | Decoded, dtype: Any) -> Array:
     if isinstance(row, Decoded):
         return row.read()
     place = Tensor("").at("the weight", row.shape)
-    return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Told([], []))))
+    return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Notes([], []))))

@@ -34,8 +34,8 @@ def find_embedding(names: Iterable[str]) -> str | None:
 
 def ties(config: Mapping[str, Any] | None) -> bool | None:
     """Whether a model's config ties its head to its embedding; None where it does not say."""
-    said = [part[_KEY] for part in _parts(config or {}) if _KEY in part]
-    return any(said) if said else None
+    tied_values = [part[_KEY] for part in _parts(config or {}) if _KEY in part]
+    return any(tied_values) if tied_values else None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

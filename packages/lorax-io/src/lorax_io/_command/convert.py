@@ -23,6 +23,7 @@ from .._formats.native import user_metadata, write
 from .._formats.opening import OpenedAdapter, in_diffusers
 from .._formats.peft.config import TASK_TYPES, PeftConfig
 from .._formats.peft.folder import save_peft
+from .._formats.tunix import save_tunix
 from .._layouts import Layouts
 from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
@@ -31,7 +32,7 @@ from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
 from .verify import BASE
 
 HELP = "an adapter in another form"
-OUT = "file, or folder for PEFT, diffusers and mlx-lm"
+OUT = "file, or folder for PEFT, diffusers, mlx-lm and tunix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +192,10 @@ def _to_keras(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_keras(args.out, _pair(adapter), _layouts(adapter, args))
 
 
+def _to_tunix(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    save_tunix(args.out, _pair(adapter))
+
+
 def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     base = adapter.config.base_model_name_or_path if adapter.config else None
     model = args.base_model or base
@@ -209,6 +214,7 @@ WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
     "diffusers": _to_diffusers,
     "kohya": _to_kohya,
     "keras": _to_keras,
+    "tunix": _to_tunix,
     "mlx": _to_mlx,
     "gguf": _to_gguf,
 }

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="matrices are (in, out), as those of transformers' Conv1D in GPT-2",
     )
     add_writing(parser, required=True)
-    parser.set_defaults(names=None, rename=[])
+    parser.set_defaults(names=None, rename=[], alpha=None)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -67,11 +67,12 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
         "parameters trained": sum(math.prod(s) for line in lines for s in line.shapes),
         "kinds": _counted([line.kind for line in lines]),
         "rank": _values([line.rank for line in lines]),
+        "alpha": _values([line.alpha for line in lines]),
         "scale": _values([line.scale for line in lines]),
         "part": adapter.part,
     }
     if config is not None:
-        targets = config.target_modules if config.is_said else None
+        targets = config.target_modules if config.is_given else None
         about |= {
             "targets": targets if isinstance(targets, str) else sorted(targets or []),
             "saved in full": sorted(config.modules_to_save or []),

@@ -45,7 +45,7 @@ def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: st
 
 
 def add_naming(parser: argparse.ArgumentParser) -> None:
-    """Adds the options `--names` and `--rename`."""
+    """Adds the options that say what an adapter's modules are called, and its alpha."""
     parser.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
     parser.add_argument(
         "--rename",
@@ -54,6 +54,9 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("PATTERN", "REPLACEMENT"),
         help="another name for each module that a regular expression finds; may be repeated",
+    )
+    parser.add_argument(
+        "--alpha", type=float, help="of adapters in formats that do not store it, as tunix's"
     )
 
 
@@ -78,7 +81,7 @@ def renaming(pairs: Sequence[Sequence[str]]) -> Rename:
 def opened(path: str, args: argparse.Namespace) -> OpenedAdapter:
     """The adapter of an argument, on the Hub or here, with the names that were given."""
     names = None if args.names is None else read_names(args.names)
-    return open_adapter(local(path), names)
+    return open_adapter(local(path), names, alpha=args.alpha)
 
 
 def local(path: str) -> Path:

@@ -13,7 +13,8 @@ from .._disk.arrays import one_writer
 from .._disk.files import make_folder
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Layout, Layouts, Names, as_layouts
+from .._layouts import Layout, Layouts
+from .._plain_layouts import Names, as_layouts
 from .._tree import pair_rows
 from .export import export, layout_of
 from .format import Content, Format

@@ -4,17 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._disk.hdf5 import Hdf5File
-from .._disk.tensors import TensorFile
 from .._tree import Held
-from .source import Source
+from .source import Source, Tensors
 
 
 class Content(NamedTuple):
     """What there is to tell a format by."""
 
-    file: TensorFile | Hdf5File
+    file: Tensors
     folder: Path | None = None  # that has `adapter_config.json`; None where there is none
+    alpha: float | None = None  # as the caller gave it
 
 
 class Rows(NamedTuple):
@@ -35,6 +34,7 @@ class Format(NamedTuple):
         loads: what loads it onto parameters.
         saved: the function that writes it; None where none does.
         files: the names that its files have in a folder.
+        takes_alpha: whether its files lack alpha, so that the caller gives it.
     """
 
     name: str
@@ -44,3 +44,4 @@ class Format(NamedTuple):
     loads: str = "lorax_io.load_any(path, params, names)"
     files: tuple[str, ...] = ()
     saved: str | None = None
+    takes_alpha: bool = False

@@ -16,7 +16,8 @@ from .._disk.arrays import one_writer, to_host
 from .._disk.hdf5 import Hdf5File, write_hdf5
 from .._disk.tensors import check_finite
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Linear, Names, as_layouts
+from .._layouts import Linear
+from .._plain_layouts import Names, as_layouts
 from .._tree import pair_rows
 from .export import layout_of
 from .format import Content, Format
@@ -45,13 +46,8 @@ def _read(content: Content) -> Source:
             raise AdapterFileError(f"has `{name}` of shape {shape}, for a rank of {rank}.")
         # A kernel has all axes of the layer's but the last, and the rank.
         flat = (math.prod(shape[:-1]), shape[-1])
-        whole = tensor._replace(shape=flat, view=_flattened(tensor, flat))
-        tensors[f"{layer}.lora_{match['side'].upper()}.weight"] = whole.turned()
+        tensors[f"{layer}.lora_{match['side'].upper()}.weight"] = tensor.shaped(flat).turned()
     return self_described(tensors)
-
-
-def _flattened(tensor: Stored, shape: tuple[int, int]) -> Any:
-    return lambda: tensor.view().reshape(shape)
 
 
 def _rank(tensor: Stored) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import MAGNITUDE, Layout, Layouts, Names, as_layouts
+from .._layouts import MAGNITUDE, Layout, Layouts
+from .._plain_layouts import Names, as_layouts
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
@@ -89,8 +90,7 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
             "DoRA, are read. Merge the adapter with LyCORIS."
         )
     flat = shape[:1] if len(shape) == 2 else (1, *shape[:1], *shape[2:])
-    turned = tensor._replace(shape=flat, view=lambda: tensor.view().reshape(flat))
-    return f"{name.removesuffix(_DORA)}.{MAGNITUDE}", turned
+    return f"{name.removesuffix(_DORA)}.{MAGNITUDE}", tensor.shaped(flat)
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:

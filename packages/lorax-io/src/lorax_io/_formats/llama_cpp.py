@@ -14,8 +14,8 @@ from .._disk.arrays import one_writer
 from .._disk.files import regular_file, replacing
 from .._disk.tensors import read_json
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Names, as_layouts
 from .._places import Array
+from .._plain_layouts import Names, as_layouts
 from .export import export
 from .peft.tuners import FACTOR
 

@@ -13,7 +13,8 @@ from .._disk.arrays import one_writer
 from .._disk.files import file_in, make_folder, write_text
 from .._disk.tensors import is_number, read_json, write_tensors
 from .._errors import AdapterFileError, UnsupportedAdapterError, about
-from .._layouts import MAGNITUDE, Names, as_layouts
+from .._layouts import MAGNITUDE
+from .._plain_layouts import Names, as_layouts
 from .export import export
 from .format import Content, Format
 from .peft.config import CONFIG_NAME, PeftConfig
@@ -41,7 +42,7 @@ def _read(content: Content) -> Source:
     tensors = dict(_in_peft(name, tensor) for name, tensor in own.items())
     if kind == "full":
         modules = sorted({name.rpartition(".")[0] for name in own})
-        whole = PeftConfig(target_modules=[], modules_to_save=modules, is_said=False)
+        whole = PeftConfig(target_modules=[], modules_to_save=modules, is_given=False)
         return Source(own, whole)
     if kind not in ("lora", "dora"):
         raise UnsupportedAdapterError(

@@ -10,14 +10,16 @@ from lorax import Pair
 from .._disk.arrays import all_read
 from .._disk.files import file_in, regular_file
 from .._disk.hdf5 import Hdf5File, is_hdf5, open_hdf5
+from .._disk.orbax import OrbaxTree, is_orbax, open_orbax, tree_of
 from .._disk.progress import bars
-from .._disk.tensors import TensorFile
-from .._errors import AdapterFileError, AdapterNotFoundError, about
-from .._layouts import Layouts, Names, as_layouts
+from .._disk.tensors import TensorFile, is_number
+from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about
+from .._layouts import Layouts
+from .._plain_layouts import Names, as_layouts
 from .._tree import Held
-from . import flux, kohya, native
+from . import flux, kohya, native, tunix
 from .format import Content, Format, Rows
-from .own_names import own_names, own_shapes
+from .own_names import names_on, own_names, own_shapes
 from .peft.config import CONFIG_NAME, PeftConfig
 from .restore import restore
 from .source import Source
@@ -38,6 +40,7 @@ class OpenedAdapter(NamedTuple):
         part: of a pipeline, for diffusers; "" where the file names none.
         needs_base: why some of it is not here, as there is no base; None where all of it is.
         translated: whether Flux's own names became those of diffusers.
+        alpha: as it was given, for a format that does not store it.
     """
 
     format: str
@@ -50,9 +53,12 @@ class OpenedAdapter(NamedTuple):
     part: str | None = None
     needs_base: str | None = None
     translated: bool = False
+    alpha: float | None = None
 
 
-def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
+def open_adapter(
+    path: Any, names: Names | None = None, *, alpha: float | None = None
+) -> OpenedAdapter:
     """Opens an adapter of any format that is known, without its base.
 
     The format is recognized by the content. Every number is read and checked.
@@ -61,6 +67,7 @@ def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
         path: a file, or a folder.
         names: the layouts of the parameters that are to come of PyTorch's modules, as in
             `load_peft`; by default each module is a parameter, with a path by the names of Flax.
+        alpha: of the adapter, for formats that do not store it: tunix and torchtune.
 
     Returns:
         The `OpenedAdapter`: its format, its settings, and its adapters by path.
@@ -79,7 +86,7 @@ def open_adapter(path: Any, names: Names | None = None) -> OpenedAdapter:
         >>> adapter.format, adapter.rows["bias"].tolist()
         ('native', [1.0, 1.0, 1.0])
     """
-    return fit(Path(path), None if names is None else as_layouts(names), None)
+    return fit(Path(path), None if names is None else as_layouts(names), None, alpha=alpha)
 
 
 def is_translated(modules: Iterable[str], names: Iterable[str]) -> bool:
@@ -98,6 +105,7 @@ def fit(
     base: Mapping[str, Any] | None,
     *,
     translate: bool = False,
+    alpha: float | None = None,
 ) -> OpenedAdapter:
     """The same on the shapes of parameters; by default on what the factors fit.
 
@@ -106,8 +114,9 @@ def fit(
         names: the same.
         base: the parameters, or shapes of them.
         translate: whether Flux's own names become those of diffusers.
+        alpha: as in `open_adapter`.
     """
-    with about(path), content_of(path) as content:
+    with about(path), content_of(path, alpha) as content:
         row = _format_of(content)
         source = row.read(content)
         metadata = dict(content.file.metadata)
@@ -125,11 +134,17 @@ def fit(
         rows, held, _, _ = restore(source, base, names, alone=alone)
         held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
         of_file = (format, path, rows, names, metadata, source.config)
-        return OpenedAdapter(*of_file, held, source.part, needs_base, translate)
+        return OpenedAdapter(*of_file, held, source.part, needs_base, translate, alpha)
 
 
 def load_any(
-    path: Any, params: Any, names: Names, *, sharding: Any = None, progress: bool = True
+    path: Any,
+    params: Any,
+    names: Names | None = None,
+    *,
+    alpha: float | None = None,
+    sharding: Any = None,
+    progress: bool = True,
 ) -> Pair:
     """Reads an adapter of any format that is known: the pair `(frozen, tunable)` for `lora(model)`.
 
@@ -137,7 +152,8 @@ def load_any(
         path: a file, or a folder.
         params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
         names: the layout of each parameter that the adapter may have, by its path; a native file
-            needs none.
+            and a checkpoint of tunix, which have paths of their own, need none.
+        alpha: as in `open_adapter`.
         sharding: where to put the arrays, as in `load_peft`.
         progress: whether a bar is shown on a terminal where it takes long.
 
@@ -161,13 +177,13 @@ def load_any(
     with contextlib.ExitStack() as stack:
         for door in (bars(progress), all_read(params, sharding), about(path)):
             stack.enter_context(door)
-        content = stack.enter_context(content_of(path))
+        content = stack.enter_context(content_of(path, alpha))
         row = _format_of(content)
         if row is FORMATS["native"]:
             return native.load_pair(path, params, sharding=sharding)
         source = row.read(content)
         assert isinstance(source, Source)
-        layouts = as_layouts(names)
+        layouts = names_on(source, params) if names is None else as_layouts(names)
         if is_translated(flux.modules_of(source), (x.module for x in layouts.values())):
             source = flux.in_diffusers(source)
         elif row is FORMATS["kohya"]:
@@ -178,29 +194,52 @@ def load_any(
 def _format_of(content: Content) -> Format:
     for row in FORMATS.values():
         if row.recognizes(content):
+            _check_alpha(content.alpha, row)
             return row
     first = next(iter(content.file.entries), None)
     tensor = "and has no tensors" if first is None else f"with tensors such as `{first}`"
-    kind = "an HDF5 file" if isinstance(content.file, Hdf5File) else "a safetensors file"
+    kind = _KINDS[type(content.file)]
     raise AdapterFileError(
         f"is {kind} {tensor}, and of no format that is known: "
         f"{', '.join(row.description for row in FORMATS.values())}."
     )
 
 
+_KINDS = {
+    TensorFile: "a safetensors file",
+    Hdf5File: "an HDF5 file",
+    OrbaxTree: "a checkpoint of Orbax",
+}
+
+
+def _check_alpha(alpha: float | None, row: Format) -> None:
+    if alpha is None:
+        return
+    if not row.takes_alpha:
+        raise AdapterMismatchError(
+            f"was given alpha={alpha}, and {row.description} stores its own."
+        )
+    if not is_number(alpha):
+        raise AdapterMismatchError(f"was given alpha={alpha!r}, which is not a finite number.")
+
+
 @contextlib.contextmanager
-def content_of(path: Path) -> Generator[Content]:
+def content_of(path: Path, alpha: float | None) -> Generator[Content]:
     """What there is at a path: a file, and a config beside it."""
+    if is_orbax(path):
+        with open_orbax(tree_of(path, tunix.TREE), tunix.is_factor) as file:
+            yield Content(file, alpha=alpha)
+        return
     if is_hdf5(path):
         with open_hdf5(path) as file:
-            yield Content(file)
+            yield Content(file, alpha=alpha)
         return
     file_path = _weights_in(path) if path.is_dir() else regular_file(path)
     folder = file_path.parent
     with TensorFile(file_path) as file:
         named = file_path.name in (*FORMATS["peft"].files, *FORMATS["mlx"].files)
         has_config = named and (folder / CONFIG_NAME).exists()
-        yield Content(file, folder if has_config else None)
+        yield Content(file, folder if has_config else None, alpha)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -214,12 +253,6 @@ def _weights_in(folder: Path) -> Path:
         raise AdapterFileError(
             "is a folder of AdapterHub's `adapters`, with a pickle, which is never read. Save the "
             "adapter in PEFT's form."
-        )
-    if marks := sorted(others & {"_CHECKPOINT_METADATA", "_METADATA", "_sharding"}):
-        raise AdapterFileError(
-            f"has `{marks[0]}`, so that it is a checkpoint of Orbax, as tunix, qwix and Flax save "
-            "it: a tree, and not a format of adapters. Restore it with Orbax, and save the tree "
-            "with `save_adapter`."
         )
     if pickles := sorted(name for name in others if name.endswith((".bin", ".pt", ".pth"))):
         raise AdapterFileError(

@@ -1,5 +1,6 @@
 """Names and shapes of an adapter that it gives itself, where there is no base to fit it to."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -9,8 +10,19 @@ import jax
 import numpy as np
 
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import MAGNITUDE, Conv, Embedding, Experts, Layout, Layouts, Linear, Tensor
+from .._layouts import (
+    MAGNITUDE,
+    Conv,
+    Embedding,
+    Experts,
+    Layout,
+    Layouts,
+    Linear,
+    Parameter,
+    Tensor,
+)
 from .._places import RANK
+from .._tree import absent, is_array, param_leaves
 from .peft.patterns import distrusted, suffixes
 from .peft.tuners import FACTOR
 from .peft.tuners.lora import BIAS
@@ -19,6 +31,8 @@ from .source import Source, shapes_of
 
 def own_names(source: Source) -> dict[str, Layout]:
     """A parameter for each module, by the names of Flax."""
+    if source.own:
+        return {path: own.layout for path, own in source.own.items()}
     names: dict[str, Layout] = {}
     experts = _experts(source)
     for key in source.tensors:
@@ -36,9 +50,8 @@ def own_names(source: Source) -> dict[str, Layout]:
             if not key.endswith(".base_layer.weight"):  # of an embedding, and as it is in the base
                 names[f"{path}/{parameter}"] = Tensor(module, parameter=parameter)
         elif adapted is not None:
-            names[f"{path}/{adapted}"] = Experts(
-                module, parameter=adapted, shared_axes=(0,), swapped=False
-            )
+            of = key[: match.start()]
+            names[f"{path}/{adapted}"] = _of_parameter(source, of, module, adapted)
         elif match[1] in source.tuner.tables:
             names[f"{path}/embedding"] = Embedding(module)
         elif f"{path}/kernel" not in names:
@@ -47,6 +60,25 @@ def own_names(source: Source) -> dict[str, Layout]:
                 _, inputs = source.tuner.sides(shapes, source.config, module)
             names[f"{path}/kernel"] = Linear(module) if len(inputs) == 1 else Conv(module)
     return names
+
+
+def names_on(source: Source, params: Any) -> dict[str, Layout]:
+    """The layouts of the parameters that a file itself names, by the shapes of these."""
+    if not source.own:
+        raise AdapterMismatchError("has the names of modules. Give `names`, their layouts by path.")
+    leaves, _ = param_leaves(params)
+    found: dict[str, Layout] = {}
+    for path, own in source.own.items():
+        leaf: Any = leaves.get(path)
+        if not is_array(leaf):
+            raise AdapterMismatchError(f"adapts `{path}`, {absent(path, leaves)}")
+        axes = own.axes(leaf.shape)
+        if axes is None:
+            raise AdapterMismatchError(
+                f"has factors of `{path}` for axes {own.shape}, and it has {tuple(leaf.shape)}."
+            )
+        found[path] = dataclasses.replace(own.layout, in_axes=axes[0], out_axes=axes[1])
+    return found
 
 
 def _experts(source: Source) -> dict[str, str]:
@@ -62,9 +94,22 @@ def _experts(source: Source) -> dict[str, str]:
     return parameters
 
 
+def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> Layout:
+    """A matrix, whose factors have the rank once, or a stack of experts, which have it for each."""
+    shape = shapes_of(source.tensors, wrapped, source.tuner.marks).get("lora_A.weight", ())
+    if shape and shape[0] == source.config.rank(f"{module}.{parameter}"):
+        return Parameter(module, parameter=parameter)  # A stack of one expert looks the same.
+    return Experts(module, parameter=parameter, shared_axes=(0,), swapped=False)
+
+
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
     """The shapes of the parameters that an adapter has tensors of."""
-    shapes = {path: _own_shape(source, layout) for path, layout in names.items()}
+    shapes = {
+        path: own.shape
+        if (own := source.own.get(path)) is not None and own.layout == layout
+        else _own_shape(source, layout)
+        for path, layout in names.items()
+    }
     return {
         path: jax.ShapeDtypeStruct(shape, np.float32)
         for path, shape in shapes.items()

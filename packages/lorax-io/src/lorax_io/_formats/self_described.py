@@ -55,7 +55,7 @@ def self_described(
         alpha_pattern=pattern(each, alpha),
         target_modules=sorted(modules),
         use_dora=MAGNITUDE in keys,
-        is_said=False,
+        is_given=False,
     )
     return Source(factors, config, part=part)
 

@@ -171,7 +171,7 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
         }
     if not source.config.use_dora:
         kinds[MAGNITUDE] = "DoRA, with a magnitude for each output"
-    has_cores = "is for convolutions alone" if not source.config.is_said else "PEFT does not have"
+    has_cores = "is for convolutions alone" if not source.config.is_given else "PEFT does not have"
     kinds[MID] = f"LoRA with a Tucker core, which {has_cores}"
     for mark, description in kinds.items():
         if key.endswith(mark) if mark.startswith(".") else mark in key:

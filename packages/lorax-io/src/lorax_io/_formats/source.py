@@ -1,18 +1,31 @@
 """An adapter as it was found, in PEFT's words: what every reader of a format makes of its file."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._disk.hdf5 import Hdf5File
+from .._disk.orbax import OrbaxTree
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError
+from .._layouts import Layout
 from .peft.config import PeftConfig
 from .peft.tuners import TUNERS, Tuner
 from .stored import Stored as Stored
 
+Tensors = TensorFile | Hdf5File | OrbaxTree  # what arrays are read from
+
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
 _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
+
+
+class Own(NamedTuple):
+    """A parameter that a file names by its path in a tree."""
+
+    layout: Layout
+    shape: tuple[int, ...]  # that it has, but for the order of its axes
+    # The axes of a shape that are inputs and outputs; None where it is another.
+    axes: Callable[[Sequence[int]], tuple[tuple[int, ...], tuple[int, ...]] | None]
 
 
 class Source(NamedTuple):
@@ -24,6 +37,7 @@ class Source(NamedTuple):
     original_scaling: Mapping[str, Mapping[str, Any]] = {}
     written_here: bool = False  # so that experts are not swapped unless the layout says so
     part: str | None = None  # of a pipeline, for diffusers
+    own: Mapping[str, Own] = {}  # by path, where the file has paths and not modules
 
     @property
     def tuner(self) -> Tuner:
@@ -31,7 +45,7 @@ class Source(NamedTuple):
         return TUNERS[self.config.peft_type]
 
 
-def stored(file: TensorFile | Hdf5File) -> dict[str, Stored]:
+def stored(file: Tensors) -> dict[str, Stored]:
     """The tensors of a file by name.
 
     Raises:

@@ -1,5 +1,6 @@
 """One tensor of a file, which is read when it is needed."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,13 @@ class Stored(NamedTuple):
     def turned(self) -> "Stored":
         """The same with its axes in reverse order."""
         return self._replace(shape=self.shape[::-1], view=lambda: self.view().T)
+
+    def shaped(self, shape: tuple[int, ...]) -> "Stored":
+        """The same with other axes; one of them may be −1, for all that is left."""
+        known = math.prod(size for size in shape if size != -1)
+        left = math.prod(self.shape) // known
+        whole = tuple(left if size == -1 else size for size in shape)
+        return self._replace(shape=whole, view=lambda: self.view().reshape(whole))
 
     def part(self, *sizes: int) -> "Stored":
         """The first entries along each axis."""

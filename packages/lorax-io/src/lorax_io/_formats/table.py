@@ -3,7 +3,7 @@
 A further format is a module and a row here. The first row that recognizes a file reads it.
 """
 
-from . import diffusers, keras, kohya, mlx, native, original
+from . import diffusers, keras, kohya, mlx, native, original, tunix
 from .format import Format
 from .peft import folder as peft
 
@@ -12,6 +12,7 @@ FORMATS: dict[str, Format] = {
     for row in (
         native.FORMAT,
         keras.FORMAT,
+        tunix.FORMAT,
         mlx.FORMAT,
         peft.FORMAT,
         kohya.FORMAT,

@@ -76,10 +76,10 @@ def load_frozen(
                 _fit_params(entries, leaves)
             else:
                 entries = _fit_like(entries, leaves)
-            said = None if sharding is None else spread(sharding, structure, leaves)
+            wanted = None if sharding is None else spread(sharding, structure, leaves)
             places: dict[str, Sharding | None] = {}
             for leaf_path, entry in entries.items():
-                places |= _places(leaf_path, entry, leaves[leaf_path], said, like is not None)
+                places |= _places(leaf_path, entry, leaves[leaf_path], wanted, like is not None)
         with all_read(given, sharding):
             arrays = _arrays(file, entries, packed, places)
     rows = {path: _leaf(path, entry, arrays) for path, entry in entries.items()}
@@ -148,13 +148,13 @@ def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str
 
 
 def _places(
-    path: str, entry: Entry, leaf: Any, said: Mapping[str, Any] | None, alike: bool
+    path: str, entry: Entry, leaf: Any, wanted: Mapping[str, Any] | None, alike: bool
 ) -> dict[str, Sharding | None]:
     """Where each array of a leaf goes."""
-    if alike and said is None:
+    if alike and wanted is None:
         own = Entry.of(leaf).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
-    return places_of(path, entry, sharding_of(base_of(leaf)) if said is None else said[path])
+    return places_of(path, entry, sharding_of(base_of(leaf)) if wanted is None else wanted[path])
 
 
 def places_of(path: str, entry: Entry, sharding: Sharding | None) -> dict[str, Sharding | None]:

@@ -162,13 +162,13 @@ def test_unsavable_trees_raise(file, tree, message):
     ],
     ids=["missing", "renamed", "shape", "dtype", "kind"],
 )
-def test_another_tree_is_refused(file, like, message):
+def test_another_tree_raises(file, like, message):
     save_adapter(file, {"w": jnp.ones(3)})
     with pytest.raises(AdapterMismatchError, match=message):
         load_adapter(file, like=like)
 
 
-def test_another_alpha_is_refused(file):
+def test_another_alpha_raises(file):
     save_adapter(file, make_tunable(alpha=8))
     with pytest.raises(AdapterMismatchError, match="`dense/kernel`.*'alpha': 8.*'alpha': 4"):
         load_adapter(file, like=make_tunable(alpha=4))
@@ -189,7 +189,7 @@ def changed(params, **dense):
     ],
     ids=["shape", "none", "path", "elsewhere", "numbers"],
 )
-def test_another_base_is_refused(file, params, message):
+def test_another_base_raises(file, params, message):
     save_adapter(file, make_tunable(), base=make_params(), hash_base=True)
     with pytest.raises(AdapterMismatchError, match=message):
         load_adapter(file, params=params)
@@ -211,14 +211,14 @@ def test_the_frozen_tree_is_a_base_too(file):
     assert_same(load_adapter(file, params=params), tunable)
 
 
-def test_a_base_of_another_structure_is_refused_on_saving(file):
+def test_a_base_of_another_structure_raises_on_saving(file):
     with pytest.raises(
         AdapterMismatchError, match="`dense/kernel`, which is not in the parameters"
     ):
         save_adapter(file, make_tunable(), base={"stack": jnp.ones((2, 3, 5, 7))})
 
 
-def test_other_files_are_refused(file):
+def test_other_files_raise(file):
     file.write_text("not a safetensors file, whatever its name")
     with pytest.raises(AdapterFileError, match="not a safetensors file"):
         load_adapter(file, params={"w": jnp.ones(1)})

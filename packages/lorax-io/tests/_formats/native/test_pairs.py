@@ -38,13 +38,13 @@ SAVES = {
 
 @pytest.mark.parametrize("order", [1, -1], ids=["pair", "swapped"])
 @pytest.mark.parametrize("save", SAVES)
-def test_a_pair_is_refused_where_the_tunable_tree_is_asked_for(tmp_path, pair, save, order):
+def test_a_pair_raises_where_the_tunable_tree_is_asked_for(tmp_path, pair, save, order):
     with pytest.raises(AdapterError, match=r"was given the pair \(frozen, tunable\); give it the"):
         SAVES[save](tmp_path / "adapter", tuple(pair)[::order])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pair_of_one_parameter_is_refused(tmp_path):
+def test_a_pair_of_one_parameter_raises(tmp_path):
     pair = lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))
     with pytest.raises(AdapterError, match="was given the pair"):
         save_adapter(tmp_path / "adapter", tuple(pair))
@@ -77,7 +77,7 @@ def test_tree_of_two_parts_is_not_a_pair(tmp_path, pair):
         assert jax.tree.structure(loaded) == jax.tree.structure(tree)
 
 
-def test_a_tunable_tree_is_refused_where_the_base_is_asked_for(tmp_path, pair):
+def test_a_tunable_tree_raises_where_the_base_is_asked_for(tmp_path, pair):
     frozen, tunable = pair
     save_adapter(tmp_path / "adapter", tunable)
     save_peft(tmp_path / "peft", tunable, NAMES)
@@ -105,7 +105,7 @@ def test_a_tunable_tree_is_refused_where_the_base_is_asked_for(tmp_path, pair):
         (Linear("m.q", in_axes=[0, -2]), "names an axis twice"),
     ],
 )
-def test_axes_that_the_parameter_does_not_have_are_refused(tmp_path, pair, layout, message):
+def test_axes_that_the_parameter_does_not_have_raise(tmp_path, pair, layout, message):
     frozen, tunable = pair
     names = {"q": layout, "bias": Tensor("m.q")}
     save_peft(tmp_path / "peft", tunable, NAMES)
@@ -136,7 +136,7 @@ def test_a_channel_axis_may_be_counted_from_the_end(tmp_path, channel_axis):
     "channel_axis, message",
     [(3, r"channel_axis=3 is not among its in_axes=\(0, 1, 2\)"), (4, "its channel_axis=4")],
 )
-def test_a_channel_axis_that_is_not_an_input_is_refused(tmp_path, channel_axis, message):
+def test_a_channel_axis_that_is_not_an_input_raises(tmp_path, channel_axis, message):
     names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}
     with pytest.raises(AdapterMismatchError, match=message):
         save_peft(tmp_path / "peft", conv_pair()[1], names)

@@ -64,7 +64,7 @@ class PeftConfig:
     token_indices: Sequence[int] = ()
     lora_bias: bool = False
     peft_version: str | None = None
-    is_said: bool = True  # whether there is a config; otherwise it was made from the tensors
+    is_given: bool = True  # whether there is a config; otherwise it was made from the tensors
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

@@ -15,7 +15,7 @@ from ..._disk.files import file_in, make_folder, write_text
 from ..._disk.progress import bars
 from ..._disk.tensors import TensorFile, is_number, parse_json, write_tensors
 from ..._errors import AdapterError, AdapterFileError, AdapterNotFoundError, about
-from ..._layouts import Names, as_layouts
+from ..._plain_layouts import Names, as_layouts
 from ..export import Export, export
 from ..format import Content, Format
 from ..restore import restore

@@ -169,11 +169,11 @@ def config_of(values: Any) -> PeftConfig:
     if values.get("bias") == tuner.only_bias:
         values["bias"] = "lora_only"
     known = (*_COMMON, *tuner.fields)
-    said = {field: key for key, field in tuner.renamed.items()}
+    key_of = {field: key for key, field in tuner.renamed.items()}
     for name in (*known, "peft_version"):
         if name in values and not _KEYS[name].accepts(values[name]):
             raise AdapterFileError(
-                f"has {said.get(name, name)} = {_brief(values[name])}; it must be "
+                f"has {key_of.get(name, name)} = {_brief(values[name])}; it must be "
                 f"{_KEYS[name].description}."
             )
     if unknown := sorted(values.keys() - {*known, "peft_version"} - tuner.beyond.keys()):
@@ -200,13 +200,13 @@ def config_to_json(config: PeftConfig) -> dict[str, Any]:
         "lora_bias": False,
         "trainable_token_indices": None,
     }
-    said = {field: key for key, field in tuner.renamed.items()}
+    key_of = {field: key for key, field in tuner.renamed.items()}
     names = [name for name in (*_COMMON, *tuner.fields) if name not in tuner.lacking]
     values = {name: getattr(config, name) for name in names}
     if values.get("bias") == "lora_only":
         values["bias"] = tuner.only_bias
     kept = {
-        said.get(name, name): value
+        key_of.get(name, name): value
         for name, value in values.items()
         if name not in newer or value != newer[name]
     }

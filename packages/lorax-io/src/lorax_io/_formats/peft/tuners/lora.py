@@ -91,7 +91,7 @@ class Lora(Tuner):
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
         keys = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
-        if isinstance(place.layout, Conv) and not config.is_said:
+        if isinstance(place.layout, Conv) and not config.is_given:
             keys = (*keys, MID)
         return (*keys, _ROWS) if config.trainable_token_indices else keys
 
@@ -216,10 +216,10 @@ class Lora(Tuner):
         if not fold_scale:
             forms = {name: getattr(x, "scaling", "standard") for name, x in plain.items()}
             rslora = {forms[name] for name, x in plain.items() if x.alpha is not None} == {"rslora"}
-            said = "rslora" if rslora else "standard"
+            form = "rslora" if rslora else "standard"
             for name, weight in plain.items():
                 alphas[name] = alpha_of(weight, rslora)
-                if (weight.alpha, forms[name]) != (alphas[name], said):
+                if (weight.alpha, forms[name]) != (alphas[name], form):
                     original_scaling[name] = {"alpha": weight.alpha, "scaling": forms[name]}
         alpha = most_frequent(alphas)
         config = PeftConfig(

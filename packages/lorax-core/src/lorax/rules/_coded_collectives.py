@@ -1,0 +1,108 @@
+"""What a collective makes of a base that is held as codes.
+
+One that only moves entries between devices moves codes and scales, each by itself. One that adds up
+the entries of several devices makes floats of them first.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _compat
+from .._coded import CodedArray, is_coded
+from .._factored import FactoredArray
+from .._terms import Inexpressible, Label, Term
+
+# What may wait on a base that comes out as zeros on some devices.
+_OF_ZERO_ZERO = frozenset(
+    ["convert_element_type", "copy", "name", "neg", "reduce_precision", "stop_gradient"]
+)
+
+
+def moved_base(
+    eqn: Any,
+    weight: FactoredArray,
+    names: Any,
+    change: Callable[[Term], Term],
+    makes_zeros: bool = False,
+) -> Any:
+    """The base after a move between the devices along `names`.
+
+    Codes and scales are as `change` makes them. Where they cannot be moved, the base is decoded,
+    and that is recorded.
+    """
+    base = weight.base
+    if not is_coded(base):
+        return eqn(base)
+    try:
+        _check_alike(base, names)
+        if makes_zeros and not {move.primitive.name for move in base.moves if move.commutes} <= (
+            _OF_ZERO_ZERO
+        ):
+            raise Inexpressible("leaves zeros on some devices, of which a number is still made")
+        return base.changed(change)
+    except Inexpressible as reason:
+        eqn.use(weight, "materialized", str(reason) or "moves parts of which codes have none")
+        return eqn(base)
+
+
+def summed_base(eqn: Any, weight: Any) -> Any:
+    """The base of a weight that is summed over devices; codes are decoded, and that is recorded."""
+    if not isinstance(weight, FactoredArray):
+        return weight
+    if is_coded(weight.base):
+        eqn.use(weight, "materialized", "adds up floats of several devices")
+    return weight.base
+
+
+def _check_alike(base: CodedArray, names: Any) -> None:
+    """Refuses numbers that wait to be applied to the entries, and may differ between devices."""
+    is_known = _compat.varying_axes(base.first).issuperset(names)
+    for move, others in zip(base.moves, base.others, strict=True):
+        for other in others if move.commutes else ():
+            differs = not is_known or not _compat.varying_axes(other).isdisjoint(names)
+            if _compat.is_tracer(other) and differs:
+                raise Inexpressible(
+                    "moves entries to which each device may have applied a number of its own"
+                )
+
+
+def exchanged(term: Term, axis: int, size: int, name: Any, groups: Any) -> tuple[Term, Label]:
+    """The parts of an axis that all devices have for this one, along one more label.
+
+    Arrays that do not run along the axis are gathered.
+    """
+    label = term.out[axis][0] if term.out[axis] else Label(-1, 1)
+    if label.size % size:
+        raise Inexpressible(f"splits {label.size} blocks of codes over {size} devices")
+    part = term.fresh(label.size // size)
+    device = term.fresh(size, skip=1)
+
+    def exchange(array: jax.Array, labels: Sequence[Label]) -> jax.Array:
+        if label not in labels:
+            return jax.lax.all_gather(array, name, axis_index_groups=groups)
+        split = 1 + labels.index(label)
+        options: dict[str, Any] = {"axis_index_groups": groups, "tiled": True}
+        return jax.lax.all_to_all(array[None], name, split, 0, **options)
+
+    arrays = tuple(map(exchange, term.factors, term.labels))
+    moved = dataclasses.replace(term.rename({label: (part,)}), factors=arrays)
+    return dataclasses.replace(moved, labels=tuple((device, *x) for x in moved.labels)), device
+
+
+def sent(term: Term, name: Any, perm: Sequence[tuple[int, int]], size: int) -> Term:
+    """Arrays sent from device to device.
+
+    A device that nothing is sent to keeps its own, times zero: codes of zero need not mean zero.
+    """
+    arrays = tuple(jax.lax.ppermute(array, name, perm) for array in term.factors)
+    if len(perm) == size:
+        return dataclasses.replace(term, factors=arrays)
+    is_target = np.isin(np.arange(size), [target for _, target in perm])
+    has_got = jnp.asarray(is_target)[jax.lax.axis_index(name)]
+    kept = tuple(jnp.where(has_got, *both) for both in zip(arrays, term.factors, strict=True))
+    return dataclasses.replace(term, factors=kept).times(has_got.astype(jnp.float32), ())

@@ -1,0 +1,252 @@
+"""Checkpoints of tunix and qwix: Orbax trees with `w_lora_a` and `w_lora_b` beside a `w`.
+
+`w_lora_a` has the axes of `w` that meet the input, and the rank; `w_lora_b` the rank, and all other
+axes. Alpha is in the model's own rules and not in the file.
+"""
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax import LoraWeight
+
+from .._disk.arrays import one_writer, to_host
+from .._disk.orbax import OrbaxTree, write_orbax
+from .._disk.tensors import check_finite, is_number
+from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about, warn
+from .._layouts import Linear
+from .._tree import pair_rows
+from .format import Content, Format
+from .self_described import self_described
+from .source import Own, Source, Stored, check_any
+
+TREE = "model_params"  # of the trees of a step, the one that tunix saves the model in
+ALPHA = "lora_alpha"
+_FACTOR = re.compile(r"(?P<path>.+)_lora_(?P<side>[ab])(?:/value)?")
+
+
+def is_factor(name: str) -> bool:
+    """Whether an array of a tree is a factor."""
+    return _FACTOR.fullmatch(name) is not None
+
+
+def _recognizes(content: Content) -> bool:
+    return isinstance(content.file, OrbaxTree) and any(map(is_factor, content.file.entries))
+
+
+class _Pair(NamedTuple):
+    """The two factors of a parameter."""
+
+    a: Stored  # [*in, rank]
+    b: Stored  # [rank, *out]
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a parameter with its inputs first."""
+        return (*self.a.shape[:-1], *self.b.shape[1:])
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        count = len(self.a.shape) - 1
+        return tuple(range(count)), tuple(range(count, len(self.shape)))
+
+
+def _read(content: Content) -> Source:
+    assert isinstance(content.file, OrbaxTree)
+    pairs = _pairs(content.file)
+    modules = _modules(pairs)
+    tensors: dict[str, Stored] = {}
+    own: dict[str, Own] = {}
+    for path, pair in pairs.items():
+        module, (inputs, outputs) = modules[path], pair.layout
+        flat_a, flat_b = (math.prod(pair.a.shape[:-1]), pair.rank), (pair.rank, -1)
+        tensors[f"{module}.lora_A.weight"] = pair.a.shaped(flat_a).turned()
+        tensors[f"{module}.lora_B.weight"] = pair.b.shaped(flat_b).turned()
+        layout = Linear(module, in_axes=inputs, out_axes=outputs)
+        own[path] = Own(layout, pair.shape, lambda shape, x=pair: _axes(x, shape))
+    alpha = content.alpha if content.alpha is not None else _stored_alpha(content.file)
+    ranks = {modules[path]: pair.rank for path, pair in pairs.items()}
+    scales = {module: alpha / rank for module, rank in ranks.items()}
+    return self_described(tensors, scales=scales)._replace(own=own)
+
+
+def _pairs(file: OrbaxTree) -> dict[str, _Pair]:
+    found: dict[str, dict[str, Stored]] = {}
+    others: list[str] = []
+    for name, entry in file.entries.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            others.append(name)
+            continue
+        factors = found.setdefault(match["path"], {})
+        if match["side"] in factors:
+            raise AdapterFileError(f"has `{name}` twice, with `value` and without.")
+        factors[match["side"]] = Stored(name, *entry, lambda name=name: file.view(name))
+    check_any({f.name: f.shape for factors in found.values() for f in factors.values()})
+    if others:
+        warn(
+            f"has {len(others)} arrays beside the factors, such as `{others[0]}`, which are the "
+            "model's own. They are not read."
+        )
+    return {path: _pair(path, factors) for path, factors in sorted(found.items())}
+
+
+def _pair(path: str, factors: Mapping[str, Stored]) -> _Pair:
+    if lacking := sorted({"a", "b"} - factors.keys()):
+        raise AdapterFileError(f"lacks `{path}_lora_{lacking[0]}`.")
+    pair = _Pair(factors["a"], factors["b"])
+    if min(len(pair.a.shape), len(pair.b.shape)) < 2 or pair.a.shape[-1] != pair.rank:
+        raise UnsupportedAdapterError(
+            f"has factors of `{path}` of shapes {pair.a.shape} and {pair.b.shape}, where the last "
+            "axis of the first and the first of the second are the rank. Factors of a batch of "
+            "weights are not read."
+        )
+    return pair
+
+
+def _modules(paths: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """The module of each parameter: what it is in, or itself where that has several."""
+    within = [path.rpartition("/")[0] for path in paths]
+    found = {
+        path: (owner if owner and within.count(owner) == 1 else path).replace("/", ".")
+        for path, owner in zip(paths, within, strict=True)
+    }
+    if len({*found.values()}) < len(found):
+        raise AdapterFileError("has two parameters that get one name with `.` between keys.")
+    return found
+
+
+def _stored_alpha(file: OrbaxTree) -> float:
+    text = file.metadata.get(ALPHA)
+    if text is None:
+        raise UnsupportedAdapterError(
+            "is a checkpoint of tunix or qwix, which does not have the alpha of its rules. Give "
+            "it: `alpha=` in Python, `--alpha` in the command."
+        )
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not is_number(alpha):
+        raise AdapterFileError(f"has {ALPHA} = {text!r} in its metadata, which is not a number.")
+    return alpha
+
+
+def _axes(pair: _Pair, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The axes of a parameter that meet the input, and the others; None where the shape is another.
+
+    Of several ways that fit, as for a square matrix, the one with the inputs first is it.
+    """
+    fits = [
+        (inputs, outputs)
+        for inputs, outputs in _splits(len(shape))
+        if _fits([shape[d] for d in inputs], pair.a.shape[:-1])
+        and _fits([shape[d] for d in outputs], pair.b.shape[1:])
+    ]
+    first = [(inputs, outputs) for inputs, outputs in fits if max(inputs) < min(outputs)]
+    if len(fits) > 1 and len(first) != 1:
+        raise AdapterMismatchError(
+            f"has factors of shapes {pair.a.shape} and {pair.b.shape}, which fit {tuple(shape)} in "
+            "several ways. Give the parameter's layout in `names`."
+        )
+    return next(iter(first or fits), None)
+
+
+def _splits(ndim: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for count in range(1, min(ndim, 8)):
+        for inputs in itertools.combinations(range(ndim), count):
+            yield inputs, tuple(d for d in range(ndim) if d not in inputs)
+
+
+def _fits(sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether axes are those of a factor, each by itself or all as one."""
+    return tuple(sizes) == tuple(shape) or (len(shape) == 1 and math.prod(sizes) == shape[0])
+
+
+def save_tunix(
+    folder: str | os.PathLike[str], tunable: Any, *, alpha: float | None = None, step: int = 0
+) -> None:
+    """Writes a checkpoint that tunix restores onto a model with LoRA of qwix.
+
+    `CheckpointManager(folder).maybe_restore(model, restore_only_lora_params=True)` reads it. Paths
+    are those of the tree: the model's own. Needs `pip install "lorax-io[orbax]"`.
+
+    Args:
+        folder: of the checkpoint; it is made if need be.
+        tunable: the second tree of `lorax.init_lora`.
+        alpha: of the model's rules, which the file has not: `b` is multiplied by what its scale
+            has beyond `alpha / rank`. By default that of the tree, where it is one.
+        step: the number of the step.
+
+    Raises:
+        AdapterError: where there is such a step already.
+        UnsupportedAdapterError: where the tree is not plain LoRA of weights without shared axes, or
+            has several alphas and none is given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
+        >>> from lorax_io import open_adapter, save_tunix
+        >>> params = {"layers": {"0": {"q_proj": {"w": jnp.ones((5, 3))}}}}
+        >>> spec = {"layers": {"0": {"q_proj": {"w": lorax.LoraSpec(2, alpha=4)}}}}
+        >>> frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "checkpoint")
+        >>> save_tunix(folder, tunable)
+        >>> open_adapter(folder).rows["layers/0/q_proj/w"].scale
+        2.0
+    """
+    folder = Path(folder)
+    with about(folder):
+        rows = {row.path: row.leaf for row in pair_rows(tunable)[0]}
+        for path, weight in rows.items():
+            if not isinstance(weight, LoraWeight) or weight.axes.shared:
+                raise UnsupportedAdapterError(
+                    f"tunix has plain LoRA of weights without shared axes alone, and `{path}` has "
+                    "another adapter. Use `save_adapter`."
+                )
+        alpha = _one_alpha(rows) if alpha is None else alpha
+        tree: dict[str, Any] = {}
+        for path, weight in rows.items():
+            a, b = to_host(weight.a), to_host(weight.b)
+            gain = weight.scale * weight.rank / alpha
+            b = b if gain == 1 else (b.astype(np.float64) * gain).astype(b.dtype)
+            for side, array in (("a", a), ("b", b)):
+                check_finite(path, array)
+                *keys, name = path.split("/")
+                inner = tree
+                for key in keys:
+                    inner = inner.setdefault(key, {})
+                inner[f"{name}_lora_{side}"] = {"value": np.asarray(array, order="C")}
+        with one_writer() as writer:
+            if writer:
+                write_orbax(folder, step, TREE, tree, {ALPHA: alpha, "lorax": "1"})
+
+
+def _one_alpha(rows: Mapping[str, LoraWeight]) -> float:
+    alphas = {weight.scale * weight.rank for weight in rows.values()}
+    if len(alphas) != 1:
+        raise UnsupportedAdapterError(
+            f"has {'no adapters' if not alphas else 'several alphas'}, and tunix one for all "
+            "modules of a rule. Give `alpha`, and each `b` is scaled to it."
+        )
+    return alphas.pop()
+
+
+FORMAT = Format(
+    "tunix",
+    "a checkpoint of tunix or qwix",
+    _recognizes,
+    _read,
+    "lorax_io.load_any(path, params, alpha=alpha)",
+    saved="save_tunix",
+    takes_alpha=True,
+)
