@@ -132,7 +132,7 @@ def make_tunable():
 
 def placed_by_init(params, tunable):
     """The tree on the devices, each array where `init_lora` puts it."""
-    init = functools.partial(lorax.init_lora, a_init="zeros", rng=jax.random.key(0))
+    init = functools.partial(lorax.init_lora, a_init="zeros", key=jax.random.key(0))
     blank = init(params, TUNED)[1]
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tunable, blank)
 
