@@ -301,7 +301,7 @@ def defkind(cls: type[Any]) -> type[Any]:
         ...     out_axes: tuple = static((1,))
         ...     shared_axes: tuple = static(())
         >>> GainOfAll(2.0).settings()
-        {'in_axes': (0,), 'out_axes': (1,), 'shared_axes': ()}
+        {'kind': 'gain of all', 'in_axes': [0], 'out_axes': [1], 'shared_axes': []}
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     jax.tree_util.register_dataclass(cls)
