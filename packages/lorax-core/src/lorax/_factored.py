@@ -24,7 +24,8 @@ from ._coded import CodedArray, is_coded
 from ._meter import Meter
 from ._reading import reading
 from ._sharding import sharded_like
-from ._terms import Inexpressible, Labels, Term, align, relabeled
+from ._term_products import align, relabeled
+from ._terms import Inexpressible, Labels, Term
 from ._turn import Turn
 
 

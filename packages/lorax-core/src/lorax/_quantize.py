@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import FrozenWeight, adapter_from_settings, base_and_held
-from ._base import Format, QuantizedWeight, blank_of, decoded, encoded, format_of
+from ._base import QuantizedWeight, blank_of, decoded, encoded
+from ._base_format import Format, format_of
 from ._compat import is_tracer
 from ._errors import PairError, SpecError, UnquantizedWarning
 from ._infer import roles_of

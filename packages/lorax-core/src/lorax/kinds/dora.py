@@ -15,6 +15,7 @@ from .._adapter import (
     AdapterSpec,
     Labeled,
     Layout,
+    Neutral,
     Start,
     Started,
     defkind,
@@ -78,6 +79,13 @@ class DoraWeight(Adapter):
             **self.delta.derived(base),
             "square": norm_squared(jnp.asarray(base), _kept(self.axes)),
         }
+
+    def neutral(self) -> dict[str, Neutral] | None:
+        """Those of the adapter within, and the norms of the base as magnitudes."""
+        inner = self.delta.neutral()
+        if inner is None:
+            return None
+        return {**inner, "magnitude": lambda held: jnp.sqrt(held["square"])}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None

@@ -25,7 +25,7 @@ from .._adapter import (
     static,
 )
 from .._axes import Axes
-from .._base import format_of
+from .._base_format import format_of
 from .._errors import RankWarning, SpecError, a_kind
 from .._terms import Labels
 from .collected import COLLECTED, CollectedStart

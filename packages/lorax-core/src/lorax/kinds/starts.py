@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from .._adapter import Start, Started
 from .._arrays import Held
-from .._base import Format, blank_of, decoded, encoded, format_of
+from .._base import blank_of, decoded, encoded
+from .._base_format import Format, format_of
 from .._errors import SpecError
 from .collected import CollectedStart
 

@@ -15,6 +15,7 @@ from .._adapter import (
     AdapterSpec,
     Labeled,
     Layout,
+    Neutral,
     Start,
     Started,
     defkind,
@@ -66,6 +67,10 @@ class TokensWeight(Adapter):
         rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis)
         order = (*self.shared_axes, axis, *self.out_axes)
         return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]
+
+    def neutral(self) -> dict[str, Neutral]:
+        """The base's own rows."""
+        return {"values": lambda held: held["replaced"]}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """The difference of the rows to those of the base, at their places."""

@@ -35,16 +35,8 @@ from .._factored import FactoredArray, base_of, is_weight, terms_of
 from .._paid import pay, with_dropout_on
 from .._reading import reading
 from .._registry import defrule
-from .._terms import (
-    Inexpressible,
-    Label,
-    Term,
-    align,
-    check_size,
-    operand,
-    product,
-    relabeled,
-)
+from .._term_products import align, check_size, operand, product, relabeled
+from .._terms import Inexpressible, Label, Term
 
 # As `jax.lax.dot_general` has them: the axes that are summed over, and those of a batch.
 Sequences = tuple[Sequence[int], Sequence[int]]

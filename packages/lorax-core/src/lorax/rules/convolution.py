@@ -376,7 +376,10 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     # Factors of the window are the convolution itself. Those that join x to them are multiplied
     # before it, and all others after it.
     along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
-    inner_labels = {label for _, labels in along for label in labels} - of_x - {*window, *outputs}
+    owned = {label for _, labels in along for label in labels}
+    if math.prod(label.size for label in owned) > math.prod(term.shape):
+        raise Inexpressible("needs a kernel of its factors along the window that is larger than it")
+    inner_labels = owned - of_x - {*window, *outputs}
     before, after = [], []
     for factor in factors:
         if set(window).isdisjoint(factor[1]):

@@ -26,8 +26,6 @@ _SAVED_AGAIN = ("embed_tokens", "lm_head")
 # Tensors of kinds of adapters that are identified by their keys, not by the config.
 _OTHERS = {
     "lora_diag": "KaSA",
-    "hada_t": "LoHa with a Tucker core",
-    "lokr_t2": "LoKr with a Tucker core",
     ".oft_r.": "OFT as PEFT before 0.15 had it",
     "gralora_A_general": "GraLoRA with a second product",
     "gralora_B_general": "GraLoRA with a second product",
