@@ -357,6 +357,15 @@ def tunix(session: nox.Session) -> None:
     session.run("python", "integration-tests/tunix/check.py", env={"JAX_PLATFORMS": "cpu"})
 
 
+@nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
+def torchtune(session: nox.Session) -> None:
+    """torchtune's adapters, in its own names and in PEFT's, are read as torchtune computes them."""
+    session.install("-r", "integration-tests/torchtune/requirements.txt")
+    session.install("--no-deps", "torchao==0.13.0", "torchtune==0.6.1")
+    session.install("--no-deps", *editable("lorax-core", "lorax-io"))
+    session.run("python", "integration-tests/torchtune/check.py", env={"JAX_PLATFORMS": "cpu"})
+
+
 @nox.session(python="3.12")
 def wild(session: nox.Session) -> None:
     """Models of other people's packages. `-- --record` writes docs/wild.md again.

@@ -227,3 +227,34 @@ def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
         left, right = np.asarray(row.a), row.scale * np.asarray(row.b)
         some = numbers.normal(size=(4, left.shape[0])).astype(np.float32)
         np.testing.assert_allclose(some @ left @ right, some @ a.T @ b.T, rtol=2e-3, atol=2e-3)
+
+
+def test_parts_of_flux_are_fused_as_diffusers_splits_them(tmp_path):
+    """Adapters of q, k and v with factors of their own, one file of Flux's names, and diffusers."""
+    numbers = np.random.default_rng(1)
+    draw = lambda *shape: numbers.normal(size=shape).astype(np.float32)  # noqa: E731
+    double, single = "transformer_blocks.0.", "single_transformer_blocks.0."
+    sizes = {
+        **{f"{double}attn.to_{x}": D for x in "qkv"},
+        **{f"{double}attn.add_{x}_proj": D for x in "qkv"},
+        **{f"{double}attn.{x}": D for x in ("to_out.0", "to_add_out")},
+        **{f"{single}attn.to_{x}": D for x in "qkv"},
+        f"{single}proj_mlp": 4 * D,
+    }
+    tensors, expected = {}, {}
+    for module, fan_out in sizes.items():
+        a, b = draw(RANK, D), draw(fan_out, RANK)
+        tensors |= {f"transformer.{module}.lora_A.weight": a}
+        tensors |= {f"transformer.{module}.lora_B.weight": b}
+        expected[module] = b @ a
+    safetensors.numpy.save_file(tensors, tmp_path / "diffusers.safetensors")
+    file = tmp_path / "style.safetensors"
+    assert (
+        main(["convert", str(tmp_path / "diffusers.safetensors"), str(file), "--to", "kohya"]) == 0
+    )
+    state = FluxLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=file.name)
+    modules = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
+    assert modules == expected.keys()
+    for module, delta in expected.items():
+        a, b = (state[f"transformer.{module}.lora_{x}.weight"].numpy() for x in "AB")
+        np.testing.assert_allclose(b @ a, delta, rtol=2e-3, atol=2e-3)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import safetensors.numpy
 
 from lorax_io._command import main
 from lorax_io._disk.tensors import TensorFile
+
+# What test files share is in modules beside this one.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 PREFIX = "base_model.model."
 
@@ -50,14 +54,40 @@ class Shell:
         return err
 
 
-@pytest.fixture
-def shell(tmp_path, monkeypatch, capsys):
-    """The command in a separate folder; the settings of JAX that it changes go with it."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _settings():
+    """The settings of JAX that the command changes are restored after the test."""
     before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
-    yield Shell(capsys)
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    """The command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Where an adapter is to be."""
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One folder for all examples of a test of random files."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A sound native file and folder of PEFT."""
+    from untrusted import Place
+
+    return Place(tmp_path)
 
 
 class Files:

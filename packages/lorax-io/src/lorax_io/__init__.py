@@ -29,6 +29,7 @@ from ._formats.opening import (
     load_any as load_any,
     open_adapter as open_adapter,
 )
+from ._formats.original import save_original as save_original
 from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
 from ._formats.tunix import save_tunix as save_tunix
 from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
@@ -89,6 +90,7 @@ __all__ = [
     "save_kohya",
     "save_merged",
     "save_mlx",
+    "save_original",
     "save_peft",
     "save_tunix",
     "write_names",

@@ -62,12 +62,8 @@ PLAIN = ("h/0/q/kernel", "h/0/square/kernel")
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path, monkeypatch):
-    """Every path is of the test's own folder, and the command's settings of JAX go with it."""
+    """Every path is of the test's own folder."""
     monkeypatch.chdir(tmp_path)
-    before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def make_params(paths=tuple(SHAPES), dtype: Any = np.float32):

@@ -1,6 +1,11 @@
 """KerasHub's files: written and read again, told by their content, and fed with nonsense."""
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -210,3 +215,45 @@ def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
         with pytest.raises(ImportError, match=r"lorax-io\[keras\]"):
             use()
     assert pathlib.Path(file).exists()
+
+
+SAVE = """
+import sys, jax.numpy as jnp, lorax
+from lorax_io import Linear, save_keras
+row = lambda k: lorax.LoraWeight(jnp.full((512, 8), k), jnp.full((8, 512), k), rank=8)
+print("ready", flush=True)
+for k in range(100_000):
+    save_keras(sys.argv[1], {"w": row(float(k))}, {"w": Linear("3")})
+    print(k, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("seconds", [0.0, 0.003, 0.011])
+def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path, seconds):
+    file = tmp_path / "a.lora.h5"
+    command = [sys.executable, "-c", SAVE, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        done = [int(process.stdout.readline()) for _ in range(3)]
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    [row] = open_adapter(file).rows.values()
+    numbers = np.unique(np.concatenate([np.ravel(row.a), np.ravel(row.b)]))
+    assert numbers.size == 1 and numbers[0] >= done[-1]
+    assert all(x == file or x.name.startswith(".a.lora.h5.") for x in tmp_path.iterdir())
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.lora.h5"
+    save_keras(file, make().tunable, NAMES)
+    before = file.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_keras(file, make(7).tunable, NAMES)
+    assert file.read_bytes() == before and [*tmp_path.iterdir()] == [file]

@@ -21,6 +21,7 @@ from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
 from .._formats.native import user_metadata, write
 from .._formats.opening import OpenedAdapter, in_diffusers
+from .._formats.original import save_original
 from .._formats.peft.config import TASK_TYPES, PeftConfig
 from .._formats.peft.folder import save_peft
 from .._formats.tunix import save_tunix
@@ -188,6 +189,10 @@ def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_kohya(args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix)
 
 
+def _to_original(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
+    save_original(args.out, _pair(adapter), _layouts(adapter, args))
+
+
 def _to_keras(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_keras(args.out, _pair(adapter), _layouts(adapter, args))
 
@@ -213,6 +218,7 @@ WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
     "peft": _to_peft,
     "diffusers": _to_diffusers,
     "kohya": _to_kohya,
+    "original": _to_original,
     "keras": _to_keras,
     "tunix": _to_tunix,
     "mlx": _to_mlx,

@@ -19,14 +19,15 @@ from .stored import Stored
 Rows = list[slice]
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """The modules of diffusers that one of the original is, and the rows of each."""
 
     modules: tuple[str, ...]
     rows: Callable[[int, int], list[Rows]]  # of its outputs and its inputs
 
 
-def _whole(fan_out: int, fan_in: int) -> list[Rows]:
+def whole(fan_out: int, fan_in: int) -> list[Rows]:
+    """All rows of one module."""
     return [[slice(0, fan_out)]]
 
 
@@ -38,7 +39,7 @@ def _with_rest(fan_out: int, fan_in: int) -> list[Rows]:
     return _cut(fan_out, [fan_in, fan_in, fan_in, fan_out - 3 * fan_in])
 
 
-def _swapped(fan_out: int, fan_in: int) -> list[Rows]:
+def swapped(fan_out: int, fan_in: int) -> list[Rows]:
     """The original has shift and scale, diffusers has scale and shift."""
     half = fan_out // 2
     return [[slice(half, fan_out), slice(0, half)]]
@@ -75,29 +76,36 @@ _ONES = {
     r"final_layer.linear": "proj_out",
 }
 _QKV = ("to_q", "to_k", "to_v")
-_RULES: dict[str, _Rule] = {
-    **{name: _Rule((module,), _whole) for name, module in _ONES.items()},
-    r"double_blocks.(\d+).img_attn.qkv": _Rule(tuple(f"{_DOUBLE}.attn.{x}" for x in _QKV), _thirds),
-    r"double_blocks.(\d+).txt_attn.qkv": _Rule(
+RULES: dict[str, Rule] = {
+    **{name: Rule((module,), whole) for name, module in _ONES.items()},
+    r"double_blocks.(\d+).img_attn.qkv": Rule(tuple(f"{_DOUBLE}.attn.{x}" for x in _QKV), _thirds),
+    r"double_blocks.(\d+).txt_attn.qkv": Rule(
         tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), _thirds
     ),
-    r"single_blocks.(\d+).linear1": _Rule(
+    r"single_blocks.(\d+).linear1": Rule(
         (*(f"{_SINGLE}.attn.{x}" for x in _QKV), f"{_SINGLE}.proj_mlp"), _with_rest
     ),
-    r"final_layer.adaLN_modulation.1": _Rule(("norm_out.linear",), _swapped),
+    r"final_layer.adaLN_modulation.1": Rule(("norm_out.linear",), swapped),
 }
 # The names with dots, and with `_` for each, as kohya's are.
-_PATTERNS = [(re.compile(name.replace(".", r"[._]")), rule) for name, rule in _RULES.items()]
+_PATTERNS = [(re.compile(name.replace(".", r"[._]")), rule) for name, rule in RULES.items()]
 _KOHYA = "lora_unet_"
 # Tensors of which each row is for an output; all others are the same for all of them.
 _BY_OUTPUT = ("lora_B.weight", MAGNITUDE, "hada_w1_a", "hada_w2_a")
 
 
-def _rule(module: str) -> tuple[tuple[str, ...], _Rule] | None:
+def _rule(module: str) -> tuple[tuple[str, ...], Rule] | None:
     for pattern, rule in _PATTERNS:
         if match := pattern.fullmatch(module.removeprefix(_KOHYA)):
             return tuple(name.format(*match.groups()) for name in rule.modules), rule
     return None
+
+
+def rule_of(module: str) -> Rule:
+    """The rule of a module that there is."""
+    found = _rule(module)
+    assert found is not None, module
+    return found[1]
 
 
 def is_original(modules: Iterable[str]) -> bool:
@@ -137,7 +145,7 @@ def in_diffusers(source: Source) -> Source:
             for key, tensor in source.tensors.items()
             if key.startswith(f"{module}.")
         }
-        if rule.rows is _whole:
+        if rule.rows is whole:
             tensors |= {f"{names[0]}.{key}": tensor for key, tensor in own.items()}
             continue
         for name, rows in zip(names, rule.rows(*_sizes(source, module, own)), strict=True):

@@ -19,9 +19,11 @@ from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
 from .._layouts import MAGNITUDE, Layout, Layouts
 from .._plain_layouts import Names, as_layouts
+from . import flux
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
+from .fused import in_original
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR
 from .self_described import self_described
@@ -150,7 +152,8 @@ def save_kohya(
     """Writes a file for kohya's scripts, A1111 and ComfyUI.
 
     Each module has `lora_down`, `lora_up` and `alpha`, so that any rank, alpha and scaling is
-    kept. LoHa and LoKr have the keys of LyCORIS.
+    kept. LoHa and LoKr have the keys of LyCORIS. Flux in the names of diffusers gets those of its
+    own code, its products of q, k and v fused.
 
     Args:
         path: the file.
@@ -177,7 +180,10 @@ def save_kohya(
         if _NAME.match(f"{prefix}_x.") is None:
             raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
         exported = export(tunable, as_layouts(names), lycoris=True)
-        tensors = _flat(exported.tensors, exported.config, prefix)
+        tensors, config = exported.tensors, exported.config
+        if prefix == "lora_unet" and flux.is_of_diffusers(tensors):
+            tensors, config = in_original(tensors, config)
+        tensors = _flat(tensors, config, prefix)
         with one_writer() as writer:
             if writer:
                 write_tensors(Path(path), tensors, {"format": "pt"})

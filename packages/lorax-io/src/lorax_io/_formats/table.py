@@ -3,7 +3,7 @@
 A further format is a module and a row here. The first row that recognizes a file reads it.
 """
 
-from . import diffusers, keras, kohya, mlx, native, original, tunix
+from . import diffusers, keras, kohya, mlx, native, original, torchtune, tunix
 from .format import Format
 from .peft import folder as peft
 
@@ -14,6 +14,7 @@ FORMATS: dict[str, Format] = {
         keras.FORMAT,
         tunix.FORMAT,
         mlx.FORMAT,
+        torchtune.FORMAT,
         peft.FORMAT,
         kohya.FORMAT,
         original.FORMAT,

@@ -1,0 +1,157 @@
+"""Flux of diffusers in the names of its own code: modules of q, k and v become one product.
+
+Parts with the same first factor keep their rank. Others are blocks of a product of all ranks,
+which is the same sum: `[b_q 0; 0 b_k] @ [a_q; a_k]`. A part without an adapter has rows of zeros.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .._errors import AdapterMismatchError, UnsupportedAdapterError
+from .._layouts import MAGNITUDE
+from .._places import Array
+from . import flux
+from .peft.config import PeftConfig
+from .peft.patterns import distrusted
+from .peft.tuners import FACTOR
+from .peft.tuners.tuner import most_frequent, pattern
+
+A, B = "lora_A.weight", "lora_B.weight"
+_GROUP = r"(\d+)"
+_MLP = 4  # of diffusers' Flux, how many times as wide as its inputs `proj_mlp` is
+
+
+class _Part(NamedTuple):
+    """What is adapted of a module of diffusers."""
+
+    tensors: Mapping[str, Array]  # by key
+    scale: float
+
+
+def in_original(
+    tensors: Mapping[str, Array], config: PeftConfig
+) -> tuple[dict[str, Array], PeftConfig]:
+    """Exported tensors and their config with the modules of Flux's own code.
+
+    Args:
+        tensors: by module and key, in the names of diffusers.
+        config: of these.
+
+    Raises:
+        UnsupportedAdapterError: where they are another kind than LoRA and DoRA, or a module has no
+            name there.
+    """
+    if config.peft_type != "LORA" or config.use_bdlora:
+        raise UnsupportedAdapterError(
+            "is of a kind that does not become one product of q, k and v: LoRA and DoRA do. Save "
+            "it with `save_peft` or `save_adapter`."
+        )
+    groups: dict[str, dict[int, _Part]] = {}
+    for module, part in _parts(tensors, config).items():
+        name, position = _place(module)
+        groups.setdefault(name, {})[position] = part
+    made: dict[str, Array] = {}
+    alphas: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    for name, parts in groups.items():
+        own, scale = _fused(name, parts)
+        made |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        ranks[name] = own[A].shape[0]
+        alphas[name] = scale * ranks[name]
+    r, alpha = most_frequent(ranks), most_frequent(alphas)
+    patterns = {"rank_pattern": pattern(ranks, r), "alpha_pattern": pattern(alphas, alpha)}
+    targets = sorted(groups)
+    return made, config.replace(
+        r=r, lora_alpha=alpha, use_rslora=False, target_modules=targets, **patterns
+    )
+
+
+def _parts(tensors: Mapping[str, Array], config: PeftConfig) -> dict[str, _Part]:
+    own: dict[str, dict[str, Array]] = {}
+    for key, tensor in tensors.items():
+        match = FACTOR.search(key)
+        if match is None or match[1] not in (A, B, MAGNITUDE):
+            raise UnsupportedAdapterError(f"has `{key}`, which these files have no place for.")
+        own.setdefault(key[: match.start()], {})[match[1]] = tensor
+    parts: dict[str, _Part] = {}
+    with distrusted():
+        for module, found in own.items():
+            rank, alpha = config.rank(module), config.alpha(module)
+            parts[module] = _Part(found, alpha / (rank**0.5 if config.use_rslora else rank))
+    return parts
+
+
+def _place(module: str) -> tuple[str, int]:
+    """The module of Flux's own code, and which of its parts this one is."""
+    for name, rule in flux.RULES.items():
+        for position, part in enumerate(rule.modules):
+            if match := re.fullmatch(re.escape(part).replace(r"\{\}", _GROUP), module):
+                return name.replace(_GROUP, "{}").format(*match.groups()), position
+    raise UnsupportedAdapterError(
+        f"adapts `{module}`, for which Flux's own code has no module. Save it with "
+        "`save_diffusers`."
+    )
+
+
+def _fused(name: str, parts: Mapping[int, _Part]) -> tuple[dict[str, Array], float]:
+    """The factors of a module of its own code, and their scale."""
+    rule = flux.rule_of(name)
+    first = parts[min(parts)]
+    if rule.rows is flux.whole:
+        return dict(first.tensors), first.scale
+    if rule.rows is flux.swapped:
+        rows = _order(rule.rows(len(first.tensors[B]), 0)[0])
+        by_output = {key: x[rows] for key, x in first.tensors.items() if key != A}
+        return {A: first.tensors[A], **by_output}, first.scale
+    sizes = _sizes(name, parts, len(rule.modules))
+    found = _product(parts, sizes, first.scale)
+    if any(MAGNITUDE in part.tensors for part in parts.values()):
+        if len(parts) < len(sizes):
+            raise UnsupportedAdapterError(
+                f"is DoRA of some parts of `{name}`, and the magnitudes of the others are those of "
+                "the base. Merge it into the base."
+            )
+        found[MAGNITUDE] = np.concatenate([parts[k].tensors[MAGNITUDE] for k in sorted(parts)])
+    return found, first.scale
+
+
+def _order(rows: Sequence[slice]) -> Array:
+    return np.concatenate([np.arange(part.start, part.stop) for part in rows])
+
+
+def _sizes(name: str, parts: Mapping[int, _Part], count: int) -> list[int]:
+    """The outputs of each part, of those without an adapter too."""
+    known = {k: part.tensors[B].shape[0] for k, part in parts.items()}
+    inputs = {part.tensors[A].shape[1] for part in parts.values()}
+    if len(inputs) > 1:
+        raise AdapterMismatchError(f"has parts of `{name}` with {sorted(inputs)} inputs.")
+    width = inputs.pop()
+    expected = [width] * 3 + [_MLP * width] * (count - 3)
+    if 3 in known:
+        expected[3] = known[3]
+    for k, size in known.items():
+        if size != expected[k]:
+            raise AdapterMismatchError(
+                f"has a part of `{name}` with {size} outputs and {width} inputs; Flux has "
+                f"{expected[k]} outputs there."
+            )
+    return expected
+
+
+def _product(parts: Mapping[int, _Part], sizes: Sequence[int], scale: float) -> dict[str, Array]:
+    factors = [(part.tensors[A], part.tensors[B], part.scale / scale) for part in parts.values()]
+    dtype = np.result_type(*(b.dtype for _, b, _ in factors))
+    same = all(np.array_equal(a, factors[0][0]) for a, _, _ in factors)
+    a = factors[0][0] if same else np.concatenate([a for a, _, _ in factors])
+    b = np.zeros((sum(sizes), a.shape[0]), dtype)
+    ends = np.cumsum([0, *sizes]).tolist()
+    column = 0
+    for k, (of_a, of_b, gain) in zip(parts, factors, strict=True):
+        width = of_a.shape[0]
+        value = of_b if gain == 1 else (of_b.astype(np.float64) * gain).astype(dtype)
+        b[ends[k] : ends[k + 1], column : column + width] = value
+        column += 0 if same else width
+    return {A: a, B: b}

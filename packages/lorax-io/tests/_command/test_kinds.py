@@ -1,0 +1,87 @@
+"""Kinds of adapters and the command."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from kinds_of_adapters import HELD, KINDS, NAMES, assert_close, assert_same, make_pair, make_params
+
+import lorax
+from lorax import (
+    Pair,
+    merge_params,
+)
+from lorax_io import (
+    load_adapter,
+    save_adapter,
+    save_peft,
+)
+from lorax_io._command import main
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, out
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [(kind, True) for kind in KINDS] + [(kind, False) for kind in KINDS if kind not in HELD],
+)
+def test_the_command_line_reads_it(tmp_path, file, capsys, kind, whole):
+    pair, params = make_pair(kind), make_params()
+    saved = pair if whole else pair.tunable
+    base, other, again = (tmp_path / name for name in ("base.safetensors", "other", "again"))
+    safetensors.numpy.save_file({k: np.asarray(x) for k, x in params.items()}, base)
+    save_adapter(file, saved)
+    changed = jax.tree.map(lambda x: x * 1.5, pair.tunable)
+    save_adapter(other, pair._replace(tunable=changed) if whole else changed)
+
+    code, out = run(capsys, "inspect", file)
+    assert code == 0 and pair.tunable["kernel"].kind in out
+    assert run(capsys, "verify", file, "--base", base) == (
+        0,
+        f"{file}: 3 parameters, OK, fits {base}\n",
+    )
+    assert run(capsys, "diff", file, file)[0] == 0
+    code, out = run(capsys, "diff", file, other)
+    assert code == 1 and out.count("numbers") == 3
+    assert run(capsys, "convert", file, again, "--to", "native")[0] == 0
+    assert again.read_bytes() == file.read_bytes()
+
+    run(capsys, "merge", file, "--base", base, "--out", tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
+    assert_close(merged, jax.tree.map(np.asarray, merge_params(pair)))
+
+
+def test_the_command_line_reads_pefts_dora(tmp_path, file, capsys):
+    pair, params = make_pair("dora"), make_params()
+    folder, base = tmp_path / "peft", tmp_path / "base.safetensors"
+    save_peft(folder, {"kernel": pair.tunable["kernel"]}, NAMES)
+    safetensors.numpy.save_file({"q.weight": np.asarray(params["kernel"].T, order="C")}, base)
+    assert "dora" in run(capsys, "inspect", folder)[1]
+    assert "1 parameters" in run(capsys, "verify", folder, "--base", base)[1]
+    run(capsys, "convert", folder, file, "--to", "native")
+    loaded = load_adapter(file, params={"q": {"kernel": params["kernel"]}})
+    assert_same(loaded["q"]["kernel"], pair.tunable["kernel"])
+    again = tmp_path / "again"
+    run(capsys, "convert", file, again, "--to", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    run(capsys, "merge", folder, "--base", base, "--out", tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
+    assert_close(merged["q.weight"], np.asarray(merge_params(pair)["kernel"].T))
+
+
+def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
+    pair = make_pair("dora")
+    save_adapter(file, pair)
+    other = tmp_path / "other"
+    frozen = dict(pair.frozen)
+    weight = frozen["kernel"]
+    frozen["kernel"] = lorax.FrozenWeight(weight.base, {"square": weight.factors["square"] * 2})
+    save_adapter(other, Pair(frozen, pair.tunable))
+    code, out = run(capsys, "diff", file, other)
+    assert code == 1 and out.count("frozen factors") == 1

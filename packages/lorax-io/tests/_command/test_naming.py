@@ -1,0 +1,37 @@
+"""`--rename`: other names for modules."""
+
+import pytest
+from formats_of_files import IN, OUT
+
+
+def test_rename_fits_another_prefix(shell, files):
+    module = "language_model.model.layers.0.self_attn.q_proj"
+    files.peft(files.pair(module, OUT, IN), target_modules=[module])
+    base = "model.language_model.layers.0.self_attn.q_proj"
+    files.base({f"{base}.weight": files.draw(OUT, IN)})
+    assert "has no tensor of that name" in shell.fail("verify adapter --base base")
+    rename = r"--rename ^language_model\.model\. model.language_model."
+    shell.succeed(f"verify adapter --base base {rename}")
+    shell.succeed(f"merge adapter --base base --out merged {rename}")
+    shell.succeed(f"convert adapter out --to peft {rename}")
+    shell.succeed("verify out --base base")
+    assert shell(f"diff adapter out {rename}").code == 0
+    assert shell("diff adapter out").code == 1
+
+
+def test_rename_still_reports_missing_tensors(shell, files):
+    files.peft(files.pair("lm.layers.0.q_proj", OUT, IN), target_modules=["q_proj"])
+    files.base({f"model.lm.layers.{k}.q_proj.weight": files.draw(OUT, IN) for k in range(2)})
+    rename = r"--rename ^lm\. model.lm."
+    assert "layers.1.q_proj" in shell.fail(f"verify adapter --base base {rename}")
+
+
+@pytest.mark.parametrize("rename", ["--rename ( x", r"--rename a \2"])
+def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
+    files.peft(files.pair("a", OUT, IN), target_modules=["a"])
+    assert "is not a pattern" in shell.fail(f"convert adapter out --to native {rename}")
+
+
+def test_rename_to_one_name_raises(shell, files):
+    files.peft(files.pair("a", OUT, IN) | files.pair("b", OUT, IN), target_modules=["a", "b"])
+    assert "renamed" in shell.fail("convert adapter out --to native --rename [ab] c")

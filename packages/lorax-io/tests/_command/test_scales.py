@@ -1,0 +1,50 @@
+"""Several adapters in one merge, with scales."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from formats_of_files import IN, OUT, Q
+
+
+@pytest.mark.parametrize(
+    ("line", "scales"),
+    [
+        ("one two --base base", (1, 1)),
+        ("one two --base base --sum", (1, 1)),
+        ("one two --base base --scale 0.5 -2", (0.5, -2)),
+        ("one two --base base --scale 0.25 --sum", (0.25, 0.25)),
+        ("one --base base --scale 3", (3, 0)),
+    ],
+)
+def test_adapters_are_merged_with_their_scales(shell, files, two, line, scales):
+    base, first, second = two
+    shell.succeed(f"merge {line} --out merged")
+    merged = files.read("merged/model.safetensors")[f"{Q}.weight"]
+    expected = base + scales[0] * first + scales[1] * second
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-6)
+
+
+def test_half_precision_is_rounded_once(shell, files, two):
+    base, first, second = two
+    files.base({f"{Q}.weight": base.astype(ml_dtypes.bfloat16)})
+    shell.succeed("merge one two --base base --out merged")
+    merged = files.read("merged/model.safetensors")[f"{Q}.weight"]
+    wide = base.astype(ml_dtypes.bfloat16).astype(np.float32) + first + second
+    np.testing.assert_allclose(merged.astype(np.float32), wide, rtol=2**-8)
+
+
+def test_scales_are_one_or_one_for_each(shell, two):
+    assert "2 adapters, and there are 3 scales" in shell.fail(
+        "merge one two --base base --out merged --scale 1 2 3"
+    )
+
+
+def test_order_counts_where_a_module_is_replaced(shell, files, two):
+    _, first, _ = two
+    head = files.draw(OUT, IN)
+    files.peft({f"{Q}.weight": head}, "whole", target_modules=[], modules_to_save=["q_proj"])
+    shell.succeed("merge one whole --base base --out m", warning="after another adapter")
+    np.testing.assert_allclose(files.read("m/model.safetensors")[f"{Q}.weight"], head, rtol=1e-6)
+    shell.succeed("merge whole one --base base --out n")
+    merged = files.read("n/model.safetensors")[f"{Q}.weight"]
+    np.testing.assert_allclose(merged, head + first, rtol=0, atol=2e-6)

@@ -1,0 +1,52 @@
+"""What `save_peft` leaves in the header, changed."""
+
+import json
+
+import pytest
+import safetensors.numpy
+from untrusted import CONFIG, LAYER, NAMES, NESTED, TENSORS, assert_refused, make_tunable, rows
+
+from lorax_io import (
+    AdapterFileError,
+    save_peft,
+)
+
+OURS = rows(
+    ("not JSON", "scales", "not (a )?JSON"),
+    ("array", "[]", "no settings under 'lorax'"),
+    ("nothing", "{}", "no settings"),
+    ("settings are a list", '{"unsaid": []}', "no settings"),
+    ("settings of a number", '{"unsaid": {"q": 4}}', "no settings"),
+    ("alpha alone", '{"unsaid": {"q": {"alpha": 4}}}', "no settings"),
+    *(
+        (
+            f"alpha {a}",
+            f'{{"unsaid": {{"q": {{"alpha": {a}, "scaling": "rslora"}}}}}}',
+            "no settings",
+        )
+        for a in ("true", "NaN", "Infinity", '"4"', "[]", "9" * 400)
+    ),
+    ("scaling", '{"unsaid": {"q": {"alpha": 4, "scaling": "other"}}}', "no settings"),
+    ("scaling of a list", '{"unsaid": {"q": {"alpha": 4, "scaling": []}}}', "no settings"),
+    ("other scales", '{"unsaid": {}, "scales": "0"}', "not the one that was written with these"),
+    ("no scales", '{"unsaid": {}}', "not the one that was written with these"),
+    ("scales of a list", '{"unsaid": {}, "scales": []}', "not the one that was written with"),
+    ("deep", NESTED, "not (a )?JSON"),
+)
+
+
+@pytest.mark.parametrize(("text", "message"), OURS)
+def test_header_not_written_by_save_peft_raises(place, text, message):
+    place.write(CONFIG, TENSORS, {"format": "pt", "lorax": text})
+    assert_refused(place, "peft", AdapterFileError, message)
+
+
+def test_header_and_config_agree_on_the_scale(place):
+    save_peft(place.folder, make_tunable() | {"norm": None}, NAMES)
+    tensors = safetensors.numpy.load_file(place.weights)
+    with safetensors.safe_open(place.weights, "numpy") as file:
+        metadata = file.metadata()
+    ours = json.loads(metadata["lorax"])
+    ours["unsaid"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
+    safetensors.numpy.save_file(tensors, place.weights, metadata | {"lorax": json.dumps(ours)})
+    assert_refused(place, "peft", AdapterFileError, "disagree on the scale of `.*q_proj`")

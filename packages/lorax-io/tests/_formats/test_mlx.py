@@ -1,0 +1,84 @@
+"""mlx-lm's folders are read."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from formats_of_files import (
+    IN,
+    OUT,
+    RANK,
+    Q,
+    delta_of,
+    save,
+)
+
+from lorax_io import (
+    AdapterError,
+    UnsupportedAdapterError,
+    open_adapter,
+)
+
+
+def write_mlx(tensors, **config):
+    folder = pathlib.Path("mlx")
+    folder.mkdir(exist_ok=True)
+    save(tensors, folder / "adapters.safetensors", {"format": "mlx"})
+    settings = {"rank": RANK, "scale": 20.0, "dropout": 0.0}
+    settings_of_file = {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": settings,
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings_of_file))
+
+
+def test_mlx_is_read(shell, files):
+    a, b = files.draw(IN, RANK), files.draw(RANK, OUT)
+    write_mlx({f"{Q}.lora_a": a, f"{Q}.lora_b": b})
+    adapter = open_adapter("mlx")
+    assert adapter.format == "mlx"
+    [row] = adapter.rows.values()
+    np.testing.assert_allclose(delta_of(row), 20 * (a @ b).T, rtol=1e-5)
+    files.base({f"{Q}.weight": files.draw(OUT, IN)})
+    shell.succeed("merge mlx --base base --out merged")
+    expected = files.read("base/model.safetensors")[f"{Q}.weight"] + 20 * (a @ b).T
+    merged = files.read("merged/model.safetensors")[f"{Q}.weight"]
+    np.testing.assert_allclose(merged, expected, rtol=1e-5)
+
+
+def test_embeddings_and_dora_of_mlx_are_read(files):
+    table = "model.embed_tokens"
+    a, b = files.draw(11, RANK), files.draw(RANK, IN)
+    write_mlx({f"{table}.lora_a": a, f"{table}.lora_b": b})
+    [row] = open_adapter("mlx").rows.values()
+    np.testing.assert_allclose(delta_of(row, (11, IN)), 20 * (a @ b).T, rtol=1e-5)
+    q = {f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}
+    write_mlx(q | {f"{Q}.m": files.draw(OUT)}, fine_tune_type="dora")
+    [row] = open_adapter("mlx").rows.values()
+    assert row.kind == "dora" and row.magnitude.shape == (OUT,)
+
+
+def test_full_fine_tuning_of_mlx_is_read(shell, files):
+    weight = files.draw(OUT, IN)
+    write_mlx({f"{Q}.weight": weight}, fine_tune_type="full")
+    files.base({f"{Q}.weight": files.draw(OUT, IN)})
+    shell.succeed("merge mlx --base base --out merged")
+    np.testing.assert_array_equal(files.read("merged/model.safetensors")[f"{Q}.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"fine_tune_type": "prefix"}, UnsupportedAdapterError),
+        ({"lora_parameters": {}}, AdapterError),
+        ({"lora_parameters": {"scale": "20"}}, AdapterError),
+        ({"lora_parameters": None}, AdapterError),
+    ],
+)
+def test_other_configs_of_mlx_raise(files, config, error):
+    write_mlx({f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}, **config)
+    with pytest.raises(error):
+        open_adapter("mlx")

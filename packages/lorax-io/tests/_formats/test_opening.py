@@ -1,0 +1,38 @@
+"""What is not an adapter is told as what it is."""
+
+import pathlib
+
+import pytest
+from formats_of_files import IN, OUT, RANK, Q, save
+
+from lorax_io import (
+    open_adapter,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_adapter.bin", b"x", "AdapterHub"),
+        ("adapter_model.bin", b"x", "a pickle"),
+        ("pytorch_lora_weights.bin", b"x", "a pickle"),
+        ("config.json", b"{}", "folder of a model"),
+        ("notes.txt", b"x", "should have one of"),
+    ],
+)
+def test_folder_of_another_kind_raises(shell, name, content, message):
+    pathlib.Path("folder").mkdir()
+    pathlib.Path("folder", name).write_bytes(content)
+    assert message in shell.fail("inspect folder")
+
+
+def test_model_without_an_adapter_raises(shell, files):
+    save({f"{Q}.weight": files.draw(OUT, IN)})
+    assert "of no format that is known" in shell.fail("inspect a.safetensors")
+
+
+def test_a_single_file_may_have_any_name(shell, files):
+    pathlib.Path("folder").mkdir()
+    save({f"{Q}.lora_A.weight": files.draw(RANK, IN), f"{Q}.lora_B.weight": files.draw(OUT, RANK)},
+         "folder/style.safetensors")  # fmt: skip
+    assert open_adapter("folder").format == "diffusers"

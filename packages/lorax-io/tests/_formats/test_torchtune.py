@@ -1,0 +1,76 @@
+"""Files in torchtune's own names: told by their keys, and alpha asked for."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorax_io import AdapterError, AdapterWarning, Linear, load_any, open_adapter
+
+MODULES = {"layers.0.attn.output_proj": (6, 4), "layers.0.mlp.w1": (5, 4)}
+NAMES = {name: Linear(name) for name in MODULES}
+
+
+def tensors(files, modules=MODULES):
+    return {
+        f"{name}.lora_{side}.weight": files.draw(*shape)
+        for name, (fan_out, fan_in) in modules.items()
+        for side, shape in (("a", (2, fan_in)), ("b", (fan_out, 2)))
+    }
+
+
+def save(file, found, config=None):
+    safetensors.numpy.save_file(found, file)
+    if config is not None:
+        file.with_name("adapter_config.json").write_text(json.dumps(config))
+
+
+def test_its_factors_are_read_with_the_alpha_that_is_given(tmp_path, shell, files):
+    found = tensors(files)
+    save(tmp_path / "a.safetensors", found)
+    params = {name: np.zeros(shape[::-1], np.float32) for name, shape in MODULES.items()}
+    pair = load_any(tmp_path / "a.safetensors", params, NAMES, alpha=3)
+    for name, row in pair.tunable.items():
+        assert (row.rank, row.scale) == (2, 1.5)
+        a, b = (found[f"{name}.lora_{side}.weight"] for side in "ab")
+        np.testing.assert_array_equal(row.a, a.T)
+        np.testing.assert_array_equal(row.b, b.T)
+    text = shell.succeed("inspect a.safetensors --alpha 3")
+    assert "form: torchtune" in text and "scale: 1.5" in text
+    assert "`alpha=` in Python, `--alpha`" in shell.fail("inspect a.safetensors")
+
+
+def test_alpha_is_in_the_config_beside_it(tmp_path, files):
+    file = tmp_path / "adapter_model.safetensors"
+    save(file, tensors(files), {"r": 2, "lora_alpha": 5, "target_modules": ["o_proj"]})
+    for path in (tmp_path, file):
+        opened = open_adapter(path)
+        assert opened.format == "torchtune"
+        assert {row.scale for row in opened.rows.values()} == {2.5}
+    save(file, tensors(files), {"r": 2})
+    with pytest.raises(AdapterError, match="no number `lora_alpha`"):
+        open_adapter(tmp_path)
+
+
+def test_rows_of_rotated_modules_warn(tmp_path, files):
+    save(tmp_path / "a.safetensors", tensors(files, {"layers.0.attn.q_proj": (6, 4)}))
+    with pytest.warns(AdapterWarning, match="folder of PEFT that torchtune writes"):
+        open_adapter(tmp_path / "a.safetensors", alpha=2)
+
+
+SPOILED = {
+    "another tensor": ({"layers.0.norm.scale": (4,)}, "is not a factor of torchtune"),
+    "another rank": ({"layers.0.mlp.w1.lora_a.weight": (3, 4)}, "w1"),
+    "one factor": ({"layers.0.mlp.w2.lora_a.weight": (2, 4)}, "w2"),
+    "a vector": ({"layers.0.mlp.w1.lora_a.weight": (4,)}, "w1"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_is_not_sound_is_refused(tmp_path, files, case):
+    changed, message = SPOILED[case]
+    found = tensors(files) | {name: files.draw(*shape) for name, shape in changed.items()}
+    save(tmp_path / "a.safetensors", found)
+    with pytest.raises(AdapterError, match=message):
+        open_adapter(tmp_path / "a.safetensors", alpha=2)

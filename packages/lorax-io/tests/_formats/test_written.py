@@ -1,0 +1,102 @@
+"""Every format that is written comes back, and refuses what it does not have."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats_of_files import (
+    ATTN,
+    IN,
+    OUT,
+    Q,
+    delta_of,
+    make_tunable,
+)
+
+import lorax
+from lorax_io import (
+    AdapterMismatchError,
+    Conv,
+    Embedding,
+    Linear,
+    UnsupportedAdapterError,
+    load_any,
+    open_adapter,
+    save_adapter,
+    save_kohya,
+    save_mlx,
+    save_original,
+)
+
+NAMES = {
+    "q": Linear(f"{ATTN}.to_q"),
+    "conv": Conv("conv_in", in_axes=(0, 1, 2), channel_axis=2),
+    "stack": Linear("layers.{}.k", shared_axes=(0,)),
+}
+
+
+PARAMS = {
+    "q": jnp.zeros((IN, OUT)),
+    "conv": jnp.zeros((3, 2, 4, 7)),
+    "stack": jnp.zeros((3, IN, OUT)),
+}
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_kohya_round_trips(files, scaling):
+    tunable = make_tunable(files, scaling)
+    save_kohya("k.safetensors", tunable, NAMES)
+    assert open_adapter("k.safetensors").format == "kohya"
+    loaded = load_any("k.safetensors", PARAMS, NAMES)
+    for path, row in tunable.items():
+        ours, theirs = (
+            np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, loaded.tunable[path])
+        )
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    alphas = {k: x for k, x in files.read("k.safetensors").items() if k.endswith(".alpha")}
+    assert len(alphas) == 5 and all(x.shape == () for x in alphas.values())
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_mlx_round_trips(files, scaling):
+    tunable = {"q": make_tunable(files, scaling)["q"]}
+    names = {"q": Linear(Q), "embed": Embedding("model.embed_tokens")}
+    save_mlx("mlx", tunable, names, model="me/base")
+    config = json.loads(pathlib.Path("mlx/adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == ["self_attn.q_proj"]
+    assert config["model"] == "me/base"
+    loaded = load_any("mlx", {"q": PARAMS["q"], "embed": jnp.zeros((11, IN))}, names)
+    np.testing.assert_allclose(delta_of(loaded.tunable["q"]), delta_of(tunable["q"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("save_as", [save_kohya, save_original, save_mlx])
+def test_kinds_a_format_cannot_hold_raise(files, tmp_path, save_as):
+    full = {"q": jnp.ones((IN, OUT)), "stack": make_tunable(files)["stack"]}
+    with pytest.raises((UnsupportedAdapterError, AdapterMismatchError)):
+        save_as("out", full, NAMES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mlx_has_one_rank_and_scale(files, tmp_path):
+    with pytest.raises(UnsupportedAdapterError, match="one rank and scale"):
+        save_mlx("out", make_tunable(files), NAMES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_modules_of_one_flat_name_raise(files):
+    row = make_tunable(files)["q"]
+    with pytest.raises(AdapterMismatchError, match="are both called `lora_unet_a_b`"):
+        save_kohya("k", {"x": row, "y": row}, {"x": Linear("a.b"), "y": Linear("a_b")})
+
+
+@pytest.mark.parametrize("form", ["kohya", "original", "mlx", "diffusers", "peft"])
+def test_convert_writes_every_format(shell, files, form):
+    row = make_tunable(files)["q"]
+    save_adapter("a.safetensors", {"blocks/0/to_q/kernel": row})
+    shell.succeed(f"convert a.safetensors out --to {form}")
+    adapter = open_adapter("out")
+    assert adapter.format == form
+    [written] = adapter.rows.values()
+    np.testing.assert_allclose(delta_of(written), delta_of(row), rtol=1e-6)
