@@ -1120,7 +1120,7 @@ def settings(text=None, **changes):
 
 
 NATIVE = rows(
-    ("no format", {"lorax.format": None}, {}, FILE, "no native adapter; `load_peft` reads"),
+    ("no format", {"lorax.format": None}, {}, FILE, "not a native adapter; `load_peft` reads"),
     *(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
         for text in ("3", "", "1.0", "01", "one")
@@ -1443,8 +1443,8 @@ def test_unmodified_fixtures_of_other_kinds_load(place):
 
 def test_peft_folder_is_not_a_native_file(place):
     place.native = place.weights
-    assert_refused(place, "native", AdapterFileError, "no native adapter; `load_peft` reads")
-    assert_refused(place, "metadata", AdapterFileError, "no native adapter; `load_peft` reads")
+    assert_refused(place, "native", AdapterFileError, "not a native adapter; `load_peft` reads")
+    assert_refused(place, "metadata", AdapterFileError, "not a native adapter; `load_peft` reads")
 
 
 def test_parameters_with_one_path_raise(place):

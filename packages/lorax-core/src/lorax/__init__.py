@@ -58,7 +58,9 @@ from .algebra import (
 )
 from .banks import (
     AdapterBank as AdapterBank,
+    InterleavedBank as InterleavedBank,
     drop_adapter as drop_adapter,
+    interleave_adapters as interleave_adapters,
     mix_adapters as mix_adapters,
     select_adapters as select_adapters,
     set_adapter as set_adapter,
@@ -95,7 +97,7 @@ from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
 from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
-from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight
+from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight, project_oft as project_oft
 from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
 from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
@@ -129,6 +131,7 @@ __all__ = [
     "IA3Weight",
     "Int4",
     "Int8",
+    "InterleavedBank",
     "LORA_FREEZE",
     "LORA_FULL",
     "LoconSpec",
@@ -181,11 +184,13 @@ __all__ = [
     "extract_lora",
     "infer_spec",
     "init_lora",
+    "interleave_adapters",
     "lora",
     "materialize",
     "merge_params",
     "mix_adapters",
     "path_string",
+    "project_oft",
     "quantize",
     "resize_adapter",
     "select_adapters",

@@ -1,4 +1,4 @@
-"""What an adapter is: a few labelled factors beside a base, and settings. One class for each kind.
+"""An adapter: a few labelled factors beside a base, and settings. One class for each kind.
 
 Everything outside `kinds/` handles adapters through this file, and knows no kind:
 
@@ -26,6 +26,9 @@ from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
 from ._statics import is_of, make_plain, with_tuples
 from ._terms import Label, Labels, Term
+
+Neutral = float | Callable[[Mapping[str, Any]], Any]
+"""A number for all entries of a factor, or a function of the frozen factors."""
 
 KINDS: "dict[str, type[Adapter]]" = {}
 """The classes of adapters, by the name that files know them by."""
@@ -148,6 +151,14 @@ class Adapter:
             value = getattr(self, name, None)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise SpecError(f"`{path}` has {name} {value}; it is positive.")
+
+    def neutral(self) -> Mapping[str, Neutral] | None:
+        """The trained factors with which the weight is its base; None where nobody says.
+
+        Zeros, where the weight is the base plus the einsum of all factors.
+        """
+        is_einsum = type(self).applied is Adapter.applied and type(self).term is Adapter.term
+        return dict.fromkeys(self.factors(), 0.0) if is_einsum else None
 
     def derived(self, base: Any) -> dict[str, Any]:
         """The frozen factors that follow from the base, so that a file need not have them."""
@@ -290,7 +301,7 @@ def defkind(cls: type[Any]) -> type[Any]:
         ...     out_axes: tuple = static((1,))
         ...     shared_axes: tuple = static(())
         >>> GainOfAll(2.0).settings()
-        {'in_axes': (0,), 'out_axes': (1,), 'shared_axes': ()}
+        {'kind': 'gain of all', 'in_axes': [0], 'out_axes': [1], 'shared_axes': []}
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     jax.tree_util.register_dataclass(cls)
@@ -382,7 +393,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 class Start(NamedTuple):
-    """What a kind makes its first factors from.
+    """The inputs from which a kind makes its first factors.
 
     Attributes:
         path: of the parameter.
@@ -503,7 +514,7 @@ class AdapterSpec:
         return self
 
     def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
-        """What all weights of one key share, made once from their shapes and axes."""
+        """The value that all weights of one key share, made once from their shapes and axes."""
 
     def start(self, start: Start) -> Started:
         """The first factors."""

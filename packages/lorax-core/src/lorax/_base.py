@@ -62,6 +62,7 @@ class QuantizedWeight(Held):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
+        # codes [in / 64, 64, out] -> (in, out): as many axes of the codes as the axis has parts
         sizes = iter(self.arrays["codes"].shape)
         parts = {d: len(within) for d, *within in self.blocks}
         return tuple(
@@ -107,6 +108,7 @@ class QuantizedWeight(Held):
         if not isinstance(sharding, NamedSharding):
             return sharding
         out, labels = self.labels()
+        # An axis of the weight is sharded as the first label of its codes is.
         spec = weight_spec(sharding.spec, out, labels["codes"])
         return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 

@@ -31,7 +31,7 @@ def is_box(node: Any) -> bool:
 
 
 def content(node: Any) -> Any:
-    """What is in a box; any other node as it is."""
+    """The content of a box; any other node as it is."""
     if not is_box(node):
         return node
     [child] = jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)

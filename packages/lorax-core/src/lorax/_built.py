@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What an array is made of.
+    """The weights and factors that an array is made of.
 
     `axes` holds the sides that each axis shows, `sides` all that went in, and `picked` those of
     which one entry was picked: stacked again, the entries show the side. `factors` says whether a
@@ -87,10 +87,10 @@ class Whole(NamedTuple):
     counts: bool
 
 
-Found = collections.Counter[Whole]
+Counts = collections.Counter[Whole]
 
 
-def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
+def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Counts:
     """The arrays that hold a whole weight, and how often each is made.
 
     Args:
@@ -101,7 +101,7 @@ def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
     return _follow(jaxpr, inputs, weights)[1]
 
 
-def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
+def excess(got: Counts, expected: Counts) -> dict[tuple[int, ...], int]:
     """How often arrays that count are made, of each shape, beyond what is expected."""
     extra: dict[tuple[int, ...], int] = {}
     for shape in {whole.shape for whole in got}:
@@ -114,10 +114,10 @@ def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
 
 def _follow(
     jaxpr: Any, inputs: Sequence[Made | None], weights: Weights
-) -> tuple[list[Made | None], Found]:
+) -> tuple[list[Made | None], Counts]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-    counts: Found = collections.Counter()
+    counts: Counts = collections.Counter()
 
     def read(atom: Any) -> Made | None:
         return None if isinstance(atom, jex.Literal) else made.get(atom)
@@ -148,9 +148,9 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Found:
+def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Counts:
     """Those results that hold a whole weight."""
-    counts: Found = collections.Counter()
+    counts: Counts = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
             counts[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
@@ -181,8 +181,8 @@ def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
 
 def _bodies(
     eqn: Any, operands: list[Made | None], weights: Weights
-) -> tuple[list[Made | None], Found] | None:
-    """What comes out of the bodies of an equation; None where there is none to follow."""
+) -> tuple[list[Made | None], Counts] | None:
+    """The outputs of an equation's bodies; None where there is no body to follow."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         consts, carried = _compat.scan_split(params)
@@ -219,7 +219,7 @@ def _loop(
     consts: int,
     steps: list[Made | None],
     weights: Weights,
-) -> tuple[list[Made | None], Found]:
+) -> tuple[list[Made | None], Counts]:
     """The outputs of a loop's body, once what it carries no longer changes."""
     constants, carry = operands[:consts], operands[consts:]
     while True:

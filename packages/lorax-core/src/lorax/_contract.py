@@ -76,7 +76,8 @@ def contract(
         The array of `out`'s axes.
     """
     with jax.named_scope("lora"):
-        # A factor is small, so it is cast. What meets the weight is as large as an activation.
+        # A factor is small, so it is cast. The operand that meets the weight can be large, so it is
+        # not.
         arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
         mesh = _Mesh(operands, out, like)
@@ -158,7 +159,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
         preferred_element_type=preferred,
         **mesh.out_sharding(out_labels),
     )
-    # What was joined is several axes again: [batch · seq, rank] -> [batch, seq, rank].
+    # Joined axes are separated again: [batch · seq, rank] -> [batch, seq, rank].
     return _reshape(result, out_labels), out_labels
 
 
@@ -237,7 +238,7 @@ def _sum_out(array, labels, kept, dtype) -> Operand:
 # Up to so many operands every order is looked at: about 3ⁿ / 2 splits, a hundredth of a second.
 MOST_ORDERED = 8
 
-# What a symbolic size of `jax.export` counts as where costs are compared.
+# The value of a symbolic size of `jax.export` where costs are compared.
 NOMINAL_SIZE = 1024
 
 

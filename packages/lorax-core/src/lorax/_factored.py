@@ -234,7 +234,7 @@ class FactoredArray:
 
     @property
     def sources(self) -> list[tuple[Hashable, ...]]:
-        """What each piece is called, and before them a base that is held as codes."""
+        """The names of each piece, after those of a base that is held as codes."""
         of_base = [self.base.sources] if is_coded(self.base) else []
         return of_base + [piece.sources for piece in self.pieces]
 

@@ -154,7 +154,7 @@ def infer_spec(
 def roles_of(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> Roles:
-    """What a function does with its parameters, found by tracing it."""
+    """The roles of a function's parameters, found by tracing it."""
     marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}

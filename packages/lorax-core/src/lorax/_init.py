@@ -145,7 +145,7 @@ def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) ->
 
 
 def _common(leaves: Any, checked: Any, key: jax.Array) -> dict[Hashable, Any]:
-    """What the weights of one key share, by the key."""
+    """The values that the weights of one key share, by the key."""
     groups: dict[Hashable, tuple[AdapterSpec, list[tuple[tuple[int, ...], Axes]]]] = {}
     for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):

@@ -1,4 +1,4 @@
-"""What to do with each parameter: the spec tree, and ways to make one.
+"""The spec tree, which says how each parameter is trained, and functions that make one.
 
 A spec is a tree with the structure of the parameters whose leaves are `LORA_FREEZE`, `LORA_FULL`,
 a rank of plain LoRA, or the spec of another kind of adapter, such as a `DoraSpec`.

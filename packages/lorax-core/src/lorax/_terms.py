@@ -182,8 +182,8 @@ class Term:
         dropped = set(axes)
         kept = tuple(axis for d, axis in enumerate(self.out) if d not in dropped)
         gone = itertools.chain(*(self.out[d] for d in dropped))
-        # What a factor owns is summed by the einsum, now that no axis shows it. Along any other
-        # label the entries are equal, so their sum is one of them times their number.
+        # A label that a factor owns is summed by the einsum, now that no axis shows it. Along any
+        # other label the entries are equal, so their sum is one of them times their number.
         repeats = math.prod(label.size for label in gone if not self.owners(label))
         term = dataclasses.replace(self, out=kept)
         return term.scale(repeats) if repeats != 1 else term

@@ -468,7 +468,7 @@ _MATRIX_UNITS = {"gpu": 2.0**-10, "tpu": 2.0**-7}
 
 
 def _bound(results: Any) -> float:
-    """What rounding may do: 100 units of it, and 8 where a unit is already coarse."""
+    """The error that rounding may cause: 100 units of it, and 8 where a unit is already coarse."""
     widths = [jnp.finfo(r.dtype) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)]
     precision: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = precision in ("float32", "highest")

@@ -7,6 +7,7 @@ from .._adapter import (
     KINDS as KINDS,
     Labeled as Labeled,
     Layout as Layout,
+    Neutral as Neutral,
     Start as Start,
     Started as Started,
     adapter_from_settings as adapter_from_settings,

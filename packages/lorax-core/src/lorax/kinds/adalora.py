@@ -184,7 +184,7 @@ def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
 
 
 class AdaloraState(NamedTuple):
-    """What a pruner remembers of each AdaLoRA weight, by its path.
+    """A pruner's averages for each AdaLoRA weight, by its path.
 
     Attributes:
         importance: the moving average of |factor · gradient|, for each entry of the factors.

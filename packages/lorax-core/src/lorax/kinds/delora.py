@@ -19,6 +19,7 @@ from .._adapter import (
     AdapterSpec,
     Labeled,
     Layout,
+    Neutral,
     Start,
     Started,
     defkind,
@@ -74,6 +75,10 @@ class DeloraWeight(Adapter):
     def derived(self, base: Any) -> dict[str, Any]:
         """The norms."""
         return {"norm": _norm(base, self.axes)}
+
+    def neutral(self) -> dict[str, Neutral]:
+        """Zeros: the delta has no length."""
+        return {"a": 0.0, "b": 0.0, "length": 0.0}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """The factors, and what makes their product as long as `length` says."""

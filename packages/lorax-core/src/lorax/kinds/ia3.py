@@ -14,6 +14,7 @@ from .._adapter import (
     AdapterSpec,
     Labeled,
     Layout,
+    Neutral,
     Start,
     Started,
     defkind,
@@ -59,6 +60,10 @@ class IA3Weight(Adapter):
         if self.gain_axes is not None:
             over = tuple(label for label in over if label.id in self.gain_axes)
         return Layout(axes.out, {"gain": (*axes.shared, *over)}, gains=frozenset({"gain"}))
+
+    def neutral(self) -> dict[str, Neutral]:
+        """A gain of one."""
+        return {"gain": 1.0}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None

@@ -78,7 +78,7 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
 
 
 def _factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Factors:
-    """What a function of `STARTS` makes of `base`, for each entry of the shared axes."""
+    """Factors of `base` by a function of `STARTS`, for each entry of the shared axes."""
     matrices = start.axes.matrices(jnp.asarray(base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 

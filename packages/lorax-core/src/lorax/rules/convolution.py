@@ -373,10 +373,13 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
     # The input x has the labels of a group's inputs and of the groups themselves.
     of_x = {*inputs, *outputs[:of_groups]}
     factors = list(zip(term.factors, term.labels, strict=True))
-    # Factors of the window are the convolution itself. What joins x to them is multiplied before,
-    # and all the rest after it.
+    # Factors of the window are the convolution itself. Those that join x to them are multiplied
+    # before it, and all others after it.
     along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
-    inner_labels = {label for _, labels in along for label in labels} - of_x - {*window, *outputs}
+    owned = {label for _, labels in along for label in labels}
+    if math.prod(label.size for label in owned) > math.prod(term.shape):
+        raise Inexpressible("needs a kernel of its factors along the window that is larger than it")
+    inner_labels = owned - of_x - {*window, *outputs}
     before, after = [], []
     for factor in factors:
         if set(window).isdisjoint(factor[1]):
@@ -388,7 +391,7 @@ def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
 
 
 def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
-    """What labels meet the window alone are features there; all others are examples."""
+    """Labels that meet only the window are features there; all others are examples."""
     lhs_spec, out_spec = numbers.lhs_spec, numbers.out_spec
     spatial = len(windows)
     # As [batch, *spatial, features].
