@@ -3,12 +3,8 @@
 import importlib.metadata
 
 from . import bases, kinds, rules
-from ._adapter import (
-    Adapter as Adapter,
-    AdapterSpec as AdapterSpec,
-    FrozenWeight as FrozenWeight,
-    adapter_from_settings as adapter_from_settings,
-)
+from ._adapter import Adapter as Adapter, adapter_from_settings as adapter_from_settings
+from ._adapter_spec import AdapterSpec as AdapterSpec
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
 from ._base import QuantizedWeight as QuantizedWeight
@@ -29,6 +25,7 @@ from ._errors import (
     UnusedAdapterWarning as UnusedAdapterWarning,
 )
 from ._explain import Explanation as Explanation, explain as explain
+from ._frozen_weight import FrozenWeight as FrozenWeight
 from ._infer import infer_spec as infer_spec
 from ._init import init_lora as init_lora
 from ._merge import (

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from ._adapter import Adapter, base_and_held
+from ._adapter import Adapter
+from ._frozen_weight import base_and_held
 
 # Flax 0.12 renamed `sharding_names`.
 _NNX_KEYS = ("out_sharding", "sharding_names")

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import AdapterSpec, Labeled
+from ._adapter import Labeled
+from ._adapter_spec import AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes
 from ._base import as_base, decoded

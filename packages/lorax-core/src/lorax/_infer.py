@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import Adapter, AdapterSpec
+from ._adapter import Adapter
+from ._adapter_spec import AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes, normalize, resolve_axes
 from ._base import as_base

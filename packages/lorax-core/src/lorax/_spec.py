@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import AdapterSpec
+from ._adapter_spec import AdapterSpec
 from ._arrays import Held, is_array, path_string
 from ._axes import Axes
 from ._errors import SpecError

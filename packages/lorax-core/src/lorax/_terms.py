@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _compat, _contract
+from . import _compat, _contract, _order
 
 
 class Inexpressible(Exception):
@@ -393,7 +393,7 @@ class Term:
 
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
-        sizes = [math.prod(map(_contract.nominal, factor.shape)) for factor in self.factors]
+        sizes = [math.prod(map(_order.nominal, factor.shape)) for factor in self.factors]
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):

@@ -8,13 +8,12 @@ from .._adapter import (
     Labeled as Labeled,
     Layout as Layout,
     Neutral as Neutral,
-    Start as Start,
-    Started as Started,
     adapter_from_settings as adapter_from_settings,
     defkind as defkind,
     make_term as make_term,
     static as static,
 )
+from .._adapter_spec import Start as Start, Started as Started
 from . import (
     adalora as adalora,
     bdlora as bdlora,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Initializer, Start
+from .._adapter_spec import Initializer, Start
 from .._axes import Axes, normalize
 from .._errors import SpecError, a_kind
 

@@ -14,21 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Neutral,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
-from .._factored import norm_squared
+from .._norm import norm_squared
 from .._terms import Term
 from .lora import check_rank, draw_two, two_factors, warn_of_high_rank
 

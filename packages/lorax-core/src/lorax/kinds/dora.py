@@ -10,21 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Neutral,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError, a_kind
-from .._factored import FactoredArray, Norm, norm_squared
+from .._factored import FactoredArray
+from .._norm import Norm, norm_squared
 
 
 @defkind

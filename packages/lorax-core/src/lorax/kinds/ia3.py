@@ -9,18 +9,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Neutral,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes, normalize
 from .._errors import SpecError
 from .._factored import FactoredArray

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from ._tucker import channel_axis_of, draw_core
 from .lora import check_rank, check_scale, lora_scale

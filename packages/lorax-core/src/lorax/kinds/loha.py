@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from ._tucker import channels_of_core, check_tucker, draw_core, draw_outputs
 from .lora import check_rank, check_scale, lora_scale

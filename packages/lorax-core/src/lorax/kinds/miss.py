@@ -9,17 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Neutral,
-    Start,
-    Started,
-    defkind,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
 from .._terms import Term

@@ -13,18 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Neutral,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes, normalize
 from .._contract import wide_dtype
 from .._errors import SpecError

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Start, Started
+from .._adapter_spec import Start, Started
 from .._arrays import Held
 from .._base import blank_of, decoded, encoded
 from .._base_format import Format, format_of
