@@ -295,7 +295,11 @@ def sweep_torch(session: nox.Session) -> None:
     """Every type of PyTorch models that a tiny config builds. `-- --record` writes the table."""
     install_torch(session)
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
-    env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    # torchvision asks for PyTorch with CUDA, and timm for torchvision.
+    timm = str(Path(session.create_tmp(), "timm").absolute())
+    into = ["--upgrade", "--no-deps", "--target", timm]
+    session.install(*into, "timm==1.0.31", "torchvision==0.28.0")
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", "TIMM": timm}
     session.run("python", "-m", "sweep", *session.posargs, env=env)
 
 

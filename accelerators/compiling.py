@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +30,12 @@ class Facts(NamedTuple):
     floats: collections.Counter[int]  # of these, arrays of floats of two bytes or more
 
 
-def compiled(fn: Callable[..., Any], *shapes: Any) -> Facts:
-    """Compiles `fn` for the devices that the shardings of `shapes` name."""
-    executable = jax.jit(fn).lower(*shapes).compile()
+def compiled(fn: Callable[..., Any], *shapes: Any, donated: Sequence[int] = ()) -> Facts:
+    """Compiles `fn` for the devices that the shardings of `shapes` name.
+
+    `donated` are the arguments whose memory the results may take.
+    """
+    executable = jax.jit(fn, donate_argnums=donated).lower(*shapes).compile()
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
     kinds, arrays, floats = _instructions(executable.as_text())
     return Facts(

@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 SEVEN_BILLION = Size(layers=32, width=4096, hidden=11008, heads=32, vocabulary=32000)
-EIGHT_BILLION = Size(32, 4096, 14336, heads=32, vocabulary=128256, kv_heads=8, chunk=512)
+EIGHT_BILLION = Size(32, 4096, 14336, heads=32, vocabulary=128256, kv_heads=8, chunk=256)
 # 5 and 7 are factors of the weights' sizes, and not both of an activation's, however it is divided.
 SMALL = Size(layers=4, width=5 * 64, hidden=7 * 128, heads=4, vocabulary=1024)
 

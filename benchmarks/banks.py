@@ -17,9 +17,9 @@ import numpy as np
 
 import lorax
 from adapted import as_factors
-from bench import run_milliseconds
 from counts import compiled, count, paired
 from kinds import ratio
+from variants import run_milliseconds
 
 WIDTH, HIDDEN, LAYERS, RANK, ROWS = 1024, 4096, 2, 16, 64
 STEPS = 16
@@ -120,11 +120,13 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
 
         return jax.vmap(row)(x, index)
 
+    interleaved = lorax.interleave_adapters(bank)
     return {
         "none": Served(base, (x, params)),
         "one": Served(one, (x, params, trees[0])),
         f"{slots}, `select_adapters`": Served(selected, (x, params, bank, index)),
         f"{slots}, `mix_adapters`": Served(mixed, (x, params, bank, index)),
+        f"{slots}, `mix_adapters`, interleaved": Served(mixed, (x, params, interleaved, index)),
         f"{slots}, hand-written `vmap`": Served(
             by_hand, (x, params, as_factors(bank.tunable), index)
         ),

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import lorax
 import models
 from adapted import adapt
-from bench import Variant, step_milliseconds, variant
 from counts import paired, trace_seconds
 from lorax.bases import Format
 from models import Model
 from steps import start, train
+from variants import Variant, step_milliseconds, variant
 from works import Program, gpt
 
 RANK = 16

@@ -1,10 +1,11 @@
 """Training steps with LoRA: ours beside hand-written LoRA, and beside other libraries.
 
     python benchmarks/bench.py [--works NAME …] [--rounds N] [--no-peers]
-                               [--json FILE] [--plot FILE]
+                               [--no-kinds] [--json FILE] [--plot FILE]
 
 Every round runs each variant, in a random order, and a ratio is of two times of the same round:
-what else the machine does then weighs on both.
+what else the machine does then weighs on both. At the end each kind of adapter is compared with
+LoRA, here and in PEFT, as `python benchmarks/kinds.py` prints it.
 """
 
 import argparse
@@ -15,59 +16,25 @@ import os
 import pathlib
 import platform
 import resource
-import time
 import traceback
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import kinds
 import lorax
 import report
 from adapted import adapt
-from counts import compiled, count, first_call, paired, residual_bytes
-from steps import NotCompared, State
-from works import WORKS, Lora, Program, Work
+from counts import first_call, paired
+from steps import NotCompared
+from variants import Variant, step_milliseconds, variant
+from works import WORKS, Lora, Work
 
 OTHERS = ("floor", "full fine-tuning", "base")  # they compute something else
 OF_MEMORY = ("GLIBC_TUNABLES", "LD_PRELOAD")  # who hands it out, and how
-
-
-class Variant(NamedTuple):
-    """One row: what is counted, and how it is run."""
-
-    run: Callable[[], Any]
-    counts: dict[str, float]
-    program: Program | None  # none of PyTorch
-
-
-def variant(program: Program) -> Variant:
-    """Compiled, and counted over all of its calls."""
-    first = program.calls[0]
-    trains = isinstance(first[0], State)
-    executable = compiled(program.fn, *first, donate_argnums=(0,) if trains else ())
-    counts: dict[str, float] = count(executable)._asdict()
-    counts["flops"] *= len(program.calls)
-    if program.loss is not None:
-        factors = first[0].factors if trains else first[0]
-        counts["residual_bytes"] = residual_bytes(program.loss, factors, *first[1:])
-    if not trains:
-        return Variant(lambda: [executable(*args) for args in program.calls], counts, program)
-    # As in a training loop, a step gives its state to the next one and is given that memory back.
-    states = [jax.tree.map(jnp.copy, state) for state, *_ in program.calls]
-
-    def run():
-        made = []
-        for k, (_, *rest) in enumerate(program.calls):
-            value, states[k] = executable(states[k], *rest)
-            made.append((value, states[k]))
-        return made
-
-    return Variant(run, counts, program)
 
 
 def numbers(out: Any) -> list[np.ndarray]:
@@ -133,20 +100,6 @@ def passed_through(error: Exception, package: str) -> bool:
 AT_LEAST = 200  # milliseconds of a measurement: a shorter one is mostly what else the machine does
 
 
-def step_milliseconds(variant: Variant, times: int = 1) -> float:
-    """The mean of so many, one right after the other, and after one that does not count."""
-    return run_milliseconds(variant.run, times)
-
-
-def run_milliseconds(run: Callable[[], Any], times: int = 1) -> float:
-    """The same of any function."""
-    jax.block_until_ready(run())
-    start = time.perf_counter()
-    for _ in range(times):
-        jax.block_until_ready(run())
-    return 1e3 * (time.perf_counter() - start) / times
-
-
 def page_faults(variant: Variant) -> int:
     """Of a step that is not the first: memory that the system hands out anew, page by page."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -209,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of steps")
     parser.add_argument("--first-calls", type=int, default=3, help="rounds of first calls")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-kinds", dest="kinds", action="store_false")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write a file")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the steps")
     options = parser.parse_args()
@@ -224,6 +178,8 @@ def main() -> None:
         if options.json:  # after each: a long run that is cut short leaves what it has
             options.json.write_text(json.dumps(found, indent=2) + "\n")
     report.show_goals(found["works"])
+    if options.kinds:
+        kinds.show(rounds=options.rounds, peer=options.peers)
     if options.plot:
         report.plot(found, options.plot)
 

@@ -3,7 +3,8 @@
     python benchmarks/costs.py [--json FILE]
 
 FLOPs, temporary bytes and HLO instructions are XLA's own analysis of the compiled programs: they
-are exact, and the same on every run. Trace time is a ratio of paired runs.
+are exact, and the same on every run. Trace time is a ratio of paired runs. At the end each kind of
+adapter is counted beside LoRA, as `python benchmarks/kinds.py --rounds 0` does.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import kinds
 import lorax
 import models
 import table
@@ -134,6 +136,7 @@ def main() -> None:
             flush=True,
         )
         by_depth.append(found._asdict())
+    kinds.show()
     if options.json:
         about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rank": RANK}
         rows_found = [table.as_dict(row) for row in rows]

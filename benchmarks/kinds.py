@@ -8,7 +8,7 @@ of PEFT.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ import jax
 
 import lorax
 from adapted import adapt
-from bench import Variant, run_milliseconds, step_milliseconds, variant
 from counts import paired
 from models import Model
 from report import spread
 from steps import floor, start, train
+from variants import Variant, run_milliseconds, step_milliseconds, variant
 from works import Program, gpt
 
 RANK, RATE = 16, 0.05
@@ -125,9 +125,15 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="without PEFT")
     options = parser.parse_args()
-    print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, rank {RANK}, beside LoRA")
-    for name in options.works:
-        print(f"\n{name}\n\n{table(WORKS[name](), options.rounds, options.peer)}", flush=True)
+    print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
+    show(options.works, options.rounds, options.peer)
+
+
+def show(works: Iterable[str] = WORKS, rounds: int = 0, peer: bool = False) -> None:
+    """Prints the tables; without rounds there are counts alone."""
+    print(f"\nKinds of adapters, rank {RANK}, beside LoRA", flush=True)
+    for name in works:
+        print(f"\n{name}\n\n{table(WORKS[name](), rounds, peer)}", flush=True)
 
 
 if __name__ == "__main__":

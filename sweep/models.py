@@ -1,6 +1,8 @@
 """The models of the sweep: a title, and how each is built."""
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -176,18 +178,18 @@ TIMM: dict[str, dict[str, Any]] = {
         **{"img_size": 32, "window_size": 4, "embed_dim": 24},
         **{"depths": (1, 1), "num_heads": (2, 4)},
     },
-    "mixer_s16_224": {"img_size": 32, "num_blocks": 2},
 }
 
 
 def _timm(kind: str) -> Subject:
-    # timm imports torchvision for its data, whose wheel on PyPI has operators for CUDA alone: it is
-    # imported where two of them have names, and the models call none.
-    named = torch.library.Library("torchvision", "FRAGMENT")
+    # In a folder of their own, so that transformers runs without them in every other process.
+    sys.path.append(os.environ["TIMM"])
+    # timm imports torchvision for its data. The wheel of that on PyPI has operators for CUDA alone,
+    # and is imported where two of them have names; the models call none.
+    torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        named.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
-    return Subject(
-        timm.create_model(kind, num_classes=7, **TIMM[kind]), {"x": _wave((1, 3, 32, 32))}
-    )
+    module = timm.create_model(kind, num_classes=7, **TIMM[kind])
+    return Subject(module, {"x": _wave((1, 3, 32, 32))})

@@ -78,7 +78,9 @@ def _try(title: str, finding: Finding, stage: list[str]) -> None:
         warnings.simplefilter("always")
         adapted = jax.jit(lorax.lora(run))((frozen, tunable), **arrays)
     built = [w for w in told if issubclass(w.category, lorax.MaterializeWarning)]
-    finding.built = {str(w.message).split("`")[1]: str(w.message)[:300] for w in built}
+    finding.built = {
+        str(w.message).split("`")[1]: str(w.message).splitlines()[0][:300] for w in built
+    }
     finding.factored = finding.weights - len(finding.built)
     merged = jax.jit(run)(lorax.merge_params(frozen, tunable), **arrays)
     finding.merged = relative_error(adapted, merged)

@@ -64,6 +64,10 @@ def svg(notation: str) -> str:
     kinds: set[str] = set()
     for token in tokens(notation):
         if isinstance(token, str):
+            if set("[]{}|*") & set(token):
+                raise ValueError(
+                    f"{token!r} is not a box: name[rows,columns|row,column]{{pattern}}*"
+                )
             width = 9.5 * len(token)
             parts.append(text(x + width / 2, HEIGHT / 2, token, "operator"))
         else:

@@ -107,6 +107,12 @@ def test_a_picture_can_label_axes():
     assert drawn.count(">i</text>") == 2
 
 
+@pytest.mark.parametrize("box", ["W[in]", "W[in,out|i]", "a[in,r]{stars", "a*"])
+def test_a_picture_of_what_is_not_a_box_is_an_error(box: str):
+    with pytest.raises(ValueError, match="is not a box"):
+        pictures.svg(f"x + {box}")
+
+
 def test_each_kind_has_a_page_and_a_formula():
     names = {name for page in kinds.PAGES for name in page.names}
     specs = {name.removeprefix("lorax.") for name in reference.public_names()}

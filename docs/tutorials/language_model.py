@@ -233,7 +233,7 @@ for panel, values, name in zip(panels, np.array(curve).T, ("loss (nats)", "accur
     panel.spines[["top", "right"]].set_visible(False)
 panels[1].axhline(before, color="C2", linestyle="--", label="held out, before")
 panels[1].axhline(after, color="C1", linestyle="--", label="held out, after")
-panels[1].legend(frameon=False)
+_ = panels[1].legend(frameon=False)
 # %% [markdown]
 # ## Save, load, merge
 #

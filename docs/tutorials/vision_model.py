@@ -156,7 +156,7 @@ panel.plot(*full_curve.T, label="full fine-tuning")
 panel.plot(*lora_curve.T, label="LoRA, rank 4")
 panel.set(xlabel="step", ylabel="accuracy on new images, held out", ylim=(0, 1.02))
 panel.spines[["top", "right"]].set_visible(False)
-panel.legend(frameon=False)
+_ = panel.legend(frameon=False)
 # %% [markdown]
 # ## Merge
 #

@@ -81,6 +81,25 @@ def lokr(layer):
     return factors
 
 
+def loha_with_cores(layer):
+    """A core of theirs is [rank of the outputs, rank of the inputs, height, width]."""
+    found = {}
+    for k in (1, 2):
+        found[f"a{k}"] = getattr(layer, f"hada_w{k}_b")["default"].T
+        found[f"b{k}"] = getattr(layer, f"hada_w{k}_a")["default"]
+        found[f"core{k}"] = getattr(layer, f"hada_t{k}")["default"].permute(2, 3, 1, 0)
+    return found
+
+
+def lokr_with_a_core(layer):
+    return {
+        "w1": torch.movedim(layer.lokr_w1["default"], 0, -1),
+        "a2": layer.lokr_w2_b["default"].T,
+        "core": layer.lokr_t2["default"].permute(2, 3, 1, 0),
+        "b2": layer.lokr_w2_a["default"],
+    }
+
+
 def miss(layer):
     return {"d": layer.miss_block["default"]}
 
@@ -103,6 +122,18 @@ CASES = {
     "loha": ("dense", peft.LoHaConfig(r=3, alpha=5, **TARGETS), LohaSpec(3, alpha=5), loha),
     "loha-convolution": (
         "image", peft.LoHaConfig(r=3, alpha=5, **TARGETS), LohaSpec(3, alpha=5), loha,
+    ),
+    "loha-with-cores": (
+        "image",
+        peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, **TARGETS),
+        LohaSpec(2, alpha=5, tucker=True, channel_axis=0),
+        loha_with_cores,
+    ),
+    "lokr-with-a-core": (
+        "image",
+        peft.LoKrConfig(r=1, alpha=5, use_effective_conv2d=True, **TARGETS),
+        LokrSpec(1, alpha=5, tucker=True, **SPLIT),
+        lokr_with_a_core,
     ),
     "lokr": ("dense", peft.LoKrConfig(r=4, alpha=5, **TARGETS), LokrSpec(4, alpha=5), lokr),
     "lokr-narrow": (

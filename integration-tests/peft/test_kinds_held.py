@@ -148,6 +148,11 @@ KINDS = {
         of_delora,
     ),
     "OFT": Row(OFTConfig(oft_block_size=4, target_modules=list(LAYERS)), OftSpec(4), of_oft),
+    "OFT within a bound": Row(
+        OFTConfig(oft_block_size=4, coft=True, eps=0.3, target_modules=list(LAYERS)),
+        OftSpec(4, eps=0.3),
+        of_oft,
+    ),
     "OFT, exact and shared": Row(
         OFTConfig(
             oft_block_size=4,
@@ -265,6 +270,29 @@ def test_begins_as_peft_does(kind):
 
 RANDOM = {("LoRA-FA", "a"), ("VeRA", "a"), ("VeRA", "b"), ("DeLoRA", "a")}
 RANDOM |= {("AdaLoRA", "a"), ("AdaLoRA", "b")}
+
+
+def test_steps_of_constrained_oft_are_pefts():
+    """PEFT moves its numbers within the bound in each pass, and never drops a block."""
+    config = OFTConfig(
+        oft_block_size=4, coft=True, eps=0.3, module_dropout=0.9, target_modules=list(LAYERS)
+    )
+    row = Row(config, OftSpec(4, eps=0.3), of_oft)
+    model, _, pair = adapted(row)
+    frozen, tunable = with_factors_of(model, row, pair)
+    tokens = jnp.asarray(TOKENS.numpy())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    loss = lambda tunable: jnp.sin(lorax.lora(ours)((frozen, tunable), tokens)).sum()  # noqa: E731
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.sin(model(TOKENS)).sum().backward()
+        optimizer.step()
+        tunable = lorax.project_oft(tunable)
+        tunable = jax.tree.map(lambda x, g: x - 1e-2 * g, tunable, jax.grad(loss)(tunable))
+    for name in row.names:
+        for key, (tensor, order) in row.factors(layer_of(model, name)).items():
+            close(tunable[name].factors()[key], ORDERS[order](array(tensor)), 2e-5)
 
 
 def test_the_penalty_of_adalora_is_pefts():

@@ -14,7 +14,6 @@ from peft import (
     GraloraConfig,
     LoraConfig,
     MissConfig,
-    OFTConfig,
     RandLoraConfig,
     get_peft_model,
 )
@@ -365,7 +364,6 @@ REFUSED = {
     "PiSSA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"),
     "OLoRA": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
     "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
-    "constrained OFT": OFTConfig(oft_block_size=4, target_modules=["q_proj"], coft=True),
     "MiSS times the base": MissConfig(r=4, target_modules=["q_proj"], init_weights="bat"),
     "MiSS repeated": MissConfig(r=4, target_modules=["q_proj"], init_weights="mini", mini_r=4),
     "GraLoRA with a rest": GraloraConfig(r=4, hybrid_r=2, target_modules=["q_proj"]),

@@ -70,6 +70,7 @@ ALL = ["up", "down", "conv"]
 CONFIGS = {
     "LoHa": LoHaConfig(r=3, alpha=5, target_modules=LINEAR),
     "LoHa of a convolution": LoHaConfig(r=3, alpha=5, target_modules=ALL),
+    "LoHa with cores": LoHaConfig(r=3, alpha=5, target_modules=ALL, use_effective_conv2d=True),
     "LoHa with patterns": LoHaConfig(
         r=3, alpha=5, target_modules=LINEAR, rank_pattern={"up": 2}, alpha_pattern={"down": 7}
     ),
@@ -78,6 +79,7 @@ CONFIGS = {
     "LoKr of both": LoKrConfig(r=1, alpha=5, target_modules=LINEAR, decompose_both=True),
     "LoKr in blocks of four": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=4),
     "LoKr of a convolution": LoKrConfig(r=1, alpha=5, target_modules=ALL),
+    "LoKr with a core": LoKrConfig(r=1, alpha=5, target_modules=ALL, use_effective_conv2d=True),
     "LoKr of a convolution in full": LoKrConfig(r=64, alpha=5, target_modules=ALL),
     "AdaLoRA": AdaLoraConfig(init_r=4, lora_alpha=5, target_modules=LINEAR, total_step=9),
     "IA3": IA3Config(target_modules=LINEAR, feedforward_modules=["down"]),
@@ -94,6 +96,9 @@ CONFIGS = {
         oft_block_size=4, target_modules=["up", "table"], num_cayley_neumann_terms=3
     ),
     "OFT of counted blocks": OFTConfig(r=4, oft_block_size=0, target_modules=["down"]),
+    "OFT within a bound": OFTConfig(
+        oft_block_size=4, target_modules=LINEAR, coft=True, eps=0.3, module_dropout=0.5
+    ),
     "DeLoRA": DeloraConfig(r=3, target_modules=LINEAR, rank_pattern={"up": 2}),
     "MiSS": MissConfig(r=8, target_modules=LINEAR),
     "MiSS with a remainder": MissConfig(r=5, target_modules=LINEAR),

@@ -8,7 +8,8 @@ import pytest
 from jax import lax
 
 from lorax import LoraSpec, _transform, infer_spec, init_lora, testing
-from lorax._built import Made, Weights, built, excess
+from lorax._built import Weights, built, excess
+from lorax._made import Made
 from lorax._registry import RULES
 
 N = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # noqa: E731

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import IA3Spec, LoraSpec, _contract, init_lora, lora
+from lorax import IA3Spec, LoraSpec, _contract, _order, init_lora, lora
 from lorax._terms import Label
 
 B, I, O, R, S, E, T, K = (  # noqa: E741
@@ -144,7 +144,7 @@ def test_no_order_is_cheaper(count):
         operands = [tuple(pool[k] for k in chosen) for chosen in order]
         out = tuple({label for labels in operands for label in labels if label.id % 2})
         orders = list(all_orders(operands, out))
-        taken = _contract._path(tuple(operands), out, None)
+        taken = _order.pairwise_order(tuple(operands), out, None)
         (cost,) = [multiplications(made) for steps, made in orders if steps == taken]
         assert cost == min(multiplications(made) for _, made in orders)
 
@@ -162,10 +162,10 @@ def chain(length, sizes=(19, 11, 2, 7, 3, 13)):
     return list(itertools.pairwise(labels)), (labels[0], labels[-1])
 
 
-@pytest.mark.parametrize("length", [_contract.MOST_ORDERED + 1, 20, 40])
+@pytest.mark.parametrize("length", [_order.MOST_ORDERED + 1, 20, 40])
 def test_many_factors_are_put_in_an_order_without_trying_all(length):
     names, out = chain(length)
-    steps = _contract._path(tuple(names), out, 0)
+    steps = _order.pairwise_order(tuple(names), out, 0)
     assert len(steps) == length
     operands = [(array / 8, labels) for array, labels in arrays(*names)]
     got = _contract.contract(operands, out, dtype=jnp.float32, precision="highest", meets=0)
@@ -179,17 +179,17 @@ def test_many_factors_are_not_multiplied_into_the_weight():
     inner = [Label(10 + k, 2) for k in range(8)]
     names = [(one, I), (I,), (I,), (I, inner[0]), *itertools.pairwise(inner), (inner[-1], O), (O,)]
     made = [aval.shape for _, aval in shapes_made(arrays(*names), (one, O), meets=0)]
-    assert len(names) > _contract.MOST_ORDERED
+    assert len(names) > _order.MOST_ORDERED
     assert (I.size, O.size) not in made and (O.size, I.size) not in made
 
 
 def test_terms_that_look_alike_share_one_search():
     names, out = chain(5)
-    _contract._path(tuple(names), out, 0)
-    searches = _contract._ordered.cache_info().misses
+    _order.pairwise_order(tuple(names), out, 0)
+    searches = _order._ordered.cache_info().misses
     moved = [tuple(label._replace(id=label.id + 7) for label in pair) for pair in names]
-    _contract._path(tuple(moved), (moved[0][0], moved[-1][-1]), 0)
-    assert _contract._ordered.cache_info().misses == searches
+    _order.pairwise_order(tuple(moved), (moved[0][0], moved[-1][-1]), 0)
+    assert _order._ordered.cache_info().misses == searches
 
 
 def test_the_result_is_not_transposed_where_the_product_can_be_turned():

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from lorax._factored import FactoredArray
-from lorax._terms import (
-    Inexpressible,
-    Label,
-    Term,
-    align,
-    entrywise,
-    operand,
-    product,
-    relabeled,
-)
+from lorax._term_products import align, entrywise, operand, product, relabeled
+from lorax._terms import Inexpressible, Label, Term
 
 
 def term(*sizes, rank=2, inputs=(0,), shared=(), seed=0):

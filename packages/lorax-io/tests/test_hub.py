@@ -250,7 +250,7 @@ def test_a_revision_is_asked_for(hub, adapter):
     hub.calls.clear()
     pull_from_hub("me/a", revision="v1", **hub.pull_options)
     assert hub.calls[0] == ("GET", "/api/models/me/a/revision/v1")
-    with pytest.raises(AdapterNotFoundError, match="me/a: the Hub has it not"):
+    with pytest.raises(AdapterNotFoundError, match="me/a: not available on the Hub"):
         pull_from_hub("me/a", revision="v2", **hub.pull_options)
 
 
@@ -263,7 +263,7 @@ def test_a_repository_without_an_adapter_is_none(hub, adapter, lacking):
 
 
 def test_missing_repository_raises(hub):
-    with pytest.raises(AdapterNotFoundError, match="^me/none: the Hub has it not: 404"):
+    with pytest.raises(AdapterNotFoundError, match="^me/none: not available on the Hub: 404"):
         pull_from_hub("me/none", **hub.pull_options)
 
 
@@ -283,7 +283,7 @@ def test_hub_refusals_raise(hub, adapter, code):
 def test_gated_repository_error_explains_access(hub):
     hub.repos["me/a"] = {}
     hub.refusal = 403, "GatedRepo"
-    with pytest.raises(AdapterError, match="^me/a: the Hub .*403"):
+    with pytest.raises(AdapterError, match="^me/a: not available on the Hub.*403"):
         pull_from_hub("me/a", **hub.pull_options)
 
 

@@ -72,13 +72,19 @@ def test_layouts_that_are_given_come_first():
         ({"c": {"bias": jnp.ones((5, 3))}}, {}, "has 2 axes and the name `bias`"),
         ({"c": {"scale": jnp.ones(())}}, {}, "has 0 axes"),
         ({"c": {"gamma": jnp.ones(3)}}, {}, "the name `gamma`"),
-        ({"kernel": jnp.ones((5, 3))}, {"kernal": Linear("x")}, "^kernal: is in `layouts` and not"),
+        ({"kernel": jnp.ones((5, 3))}, {"kernal": Linear("x")}, "^kernal: is in `names` and not"),
     ],
     ids=["conv", "matrix", "biases", "scalar", "name", "unknown"],
 )
 def test_ambiguous_axes_raise(params, layouts, message):
     with pytest.raises(AdapterMismatchError, match=message):
         flax_names(params, layouts)
+
+
+def test_the_old_name_of_the_argument():
+    given = {"kernel": Linear("lm_head", in_axes=(0,))}
+    with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is called `names`"):
+        assert flax_names(make_params(), layouts=given) == flax_names(make_params(), given)
 
 
 @pytest.fixture

@@ -3,12 +3,8 @@
 import importlib.metadata
 
 from . import bases, kinds, rules
-from ._adapter import (
-    Adapter as Adapter,
-    AdapterSpec as AdapterSpec,
-    FrozenWeight as FrozenWeight,
-    adapter_from_settings as adapter_from_settings,
-)
+from ._adapter import Adapter as Adapter, adapter_from_settings as adapter_from_settings
+from ._adapter_spec import AdapterSpec as AdapterSpec
 from ._arrays import path_string as path_string
 from ._axes import Axes as Axes
 from ._base import QuantizedWeight as QuantizedWeight
@@ -29,6 +25,7 @@ from ._errors import (
     UnusedAdapterWarning as UnusedAdapterWarning,
 )
 from ._explain import Explanation as Explanation, explain as explain
+from ._frozen_weight import FrozenWeight as FrozenWeight
 from ._infer import infer_spec as infer_spec
 from ._init import init_lora as init_lora
 from ._merge import (
@@ -58,7 +55,9 @@ from .algebra import (
 )
 from .banks import (
     AdapterBank as AdapterBank,
+    InterleavedBank as InterleavedBank,
     drop_adapter as drop_adapter,
+    interleave_adapters as interleave_adapters,
     mix_adapters as mix_adapters,
     select_adapters as select_adapters,
     set_adapter as set_adapter,
@@ -95,7 +94,7 @@ from .kinds.lokr import LokrSpec as LokrSpec, LokrWeight as LokrWeight
 from .kinds.lora import LoraSpec as LoraSpec, LoraWeight as LoraWeight
 from .kinds.lora_fa import LoraFASpec as LoraFASpec, LoraFAWeight as LoraFAWeight
 from .kinds.miss import MissSpec as MissSpec, MissWeight as MissWeight
-from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight
+from .kinds.oft import OftSpec as OftSpec, OftWeight as OftWeight, project_oft as project_oft
 from .kinds.tokens import TokensSpec as TokensSpec, TokensWeight as TokensWeight
 from .kinds.vera import VeraSpec as VeraSpec, VeraWeight as VeraWeight
 
@@ -129,6 +128,7 @@ __all__ = [
     "IA3Weight",
     "Int4",
     "Int8",
+    "InterleavedBank",
     "LORA_FREEZE",
     "LORA_FULL",
     "LoconSpec",
@@ -181,11 +181,13 @@ __all__ = [
     "extract_lora",
     "infer_spec",
     "init_lora",
+    "interleave_adapters",
     "lora",
     "materialize",
     "merge_params",
     "mix_adapters",
     "path_string",
+    "project_oft",
     "quantize",
     "resize_adapter",
     "select_adapters",

@@ -1,4 +1,4 @@
-"""What an adapter is: a few labelled factors beside a base, and settings. One class for each kind.
+"""An adapter: a few labelled factors beside a base, and settings. One class for each kind.
 
 Everything outside `kinds/` handles adapters through this file, and knows no kind:
 
@@ -11,21 +11,20 @@ the work oracle follow from it, and for most kinds so does the delta: the einsum
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
-import numpy as np
 
-from ._arrays import Held, own
-from ._axes import Axes, resolve_axes
-from ._errors import SpecError, a_kind
+from ._axes import Axes
+from ._errors import SpecError
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
 from ._statics import is_of, make_plain, with_tuples
 from ._terms import Label, Labels, Term
+
+Neutral = float | Callable[[Mapping[str, Any]], Any]
+"""A number for all entries of a factor, or a function of the frozen factors."""
 
 KINDS: "dict[str, type[Adapter]]" = {}
 """The classes of adapters, by the name that files know them by."""
@@ -148,6 +147,14 @@ class Adapter:
             value = getattr(self, name, None)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise SpecError(f"`{path}` has {name} {value}; it is positive.")
+
+    def neutral(self) -> Mapping[str, Neutral] | None:
+        """The trained factors with which the weight is its base; None where nobody says.
+
+        Zeros, where the weight is the base plus the einsum of all factors.
+        """
+        is_einsum = type(self).applied is Adapter.applied and type(self).term is Adapter.term
+        return dict.fromkeys(self.factors(), 0.0) if is_einsum else None
 
     def derived(self, base: Any) -> dict[str, Any]:
         """The frozen factors that follow from the base, so that a file need not have them."""
@@ -290,7 +297,7 @@ def defkind(cls: type[Any]) -> type[Any]:
         ...     out_axes: tuple = static((1,))
         ...     shared_axes: tuple = static(())
         >>> GainOfAll(2.0).settings()
-        {'in_axes': (0,), 'out_axes': (1,), 'shared_axes': ()}
+        {'kind': 'gain of all', 'in_axes': [0], 'out_axes': [1], 'shared_axes': []}
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     jax.tree_util.register_dataclass(cls)
@@ -331,180 +338,3 @@ def make_term(
     """
     sources = () if source is None else (source,)
     return Term(tuple(factors.values()), tuple(labels[name] for name in factors), out, sources)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FrozenWeight:
-    """A base, and the factors of its adapter that stay frozen: a node of the frozen tree.
-
-    `init_lora` puts one where a kind of adapter needs it, such as the norms of DoRA or the matrices
-    of VeRA; elsewhere the frozen tree has the base alone.
-
-    Attributes:
-        base: the frozen weight.
-        factors: arrays by name.
-        settings: those of the adapter as JSON, where some factors follow from the base, so that
-            `quantize` can compute them again.
-    """
-
-    base: Any
-    factors: dict[str, Any]
-    settings: str = static("")
-
-    @classmethod
-    def beside(cls, base: Any, factors: Mapping[str, Any], adapter: "Adapter") -> Any:
-        """The leaf of the frozen tree for an adapter: the base alone where it has no factors."""
-        if not factors:
-            return base
-        follows = type(adapter).derived is not Adapter.derived
-        return cls(base, dict(factors), json.dumps(adapter.settings()) if follows else "")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base."""
-        return self.base.dtype
-
-
-def base_and_held(leaf: Any) -> tuple[Any, dict[str, Any]]:
-    """A leaf of the frozen tree as its base and the frozen factors beside it."""
-    return (leaf.base, leaf.factors) if isinstance(leaf, FrozenWeight) else (leaf, {})
-
-
-register_with_export(FrozenWeight)
-
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-
-
-class Start(NamedTuple):
-    """What a kind makes its first factors from.
-
-    Attributes:
-        path: of the parameter.
-        base: the parameter.
-        axes: the roles of its axes.
-        key: a PRNG key for this weight alone.
-        dtype: of the factors.
-        common: what `AdapterSpec.common` made for all weights.
-        initializers: of the fan-in factors, and of the fan-out factors.
-        collected: what `collect_starts` has for it.
-    """
-
-    path: str
-    base: Any
-    axes: Axes
-    key: jax.Array
-    dtype: Any
-    common: Any
-    initializers: tuple[Initializer, Initializer]
-    collected: Mapping[str, jax.Array] | None = None
-
-    def array(self, spec: Any, needed: str) -> Any:
-        """The parameter, of which `spec` needs more than its shape."""
-        if isinstance(self.base, Held):
-            return self.base.array()
-        if not isinstance(self.base, jax.Array | np.ndarray):
-            raise SpecError(
-                f"`{self.path}` has {a_kind(spec)}, which needs {needed}, but it is "
-                f"{type(self.base).__name__}. Call init_lora on arrays, or under jax.eval_shape."
-            )
-        return self.base
-
-    def draw(
-        self, key: jax.Array, init: Initializer, matrix: tuple[int, int], shape: tuple[int, ...]
-    ) -> jax.Array:
-        """A factor of `shape`: one matrix for each entry of the shared axes."""
-        shared = [self.base.shape[d] for d in self.axes.shared]
-        if not shared:
-            # An initializer may return an array that is kept elsewhere.
-            return own(init(key, matrix, self.dtype)).reshape(shape)
-        # entries × [fan_in, rank] -> [*shared, *in, rank]
-        keys = jax.random.split(key, math.prod(shared))
-        return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
-
-
-class Started(NamedTuple):
-    """The first state of an adapter: the base may have moved, and frozen factors be held."""
-
-    adapter: Adapter
-    held: Mapping[str, Any] = {}
-    base: Any = None
-
-
-class AdapterSpec:
-    """How one weight is adapted: a leaf of the spec tree.
-
-    A kind of spec is a frozen dataclass with the fields `in_axes`, `out_axes` and `shared_axes`
-    beside its own settings.
-    """
-
-    # Whether the delta is a product of narrow factors, whose norm takes no array of its size.
-    has_narrow_delta: ClassVar[bool] = False
-
-    # Whether its rank is at most that of the matrix: inference lowers a higher one.
-    has_matrix_rank: ClassVar[bool] = False
-
-    @property
-    def collects(self) -> Any:
-        """How the first factors follow from what `collect_starts` collects, where they do."""
-        return None
-
-    def __post_init__(self) -> None:
-        make_plain(self)
-        for name in ("in_axes", "out_axes", "shared_axes"):
-            axes = getattr(self, name)
-            if not isinstance(axes, tuple | None) or (name == "shared_axes" and axes is None):
-                raise SpecError(
-                    f"{type(self).__name__} has {name}={axes!r}; axes are a sequence of ints."
-                )
-
-    def axes(self, path: str, ndim: int) -> Axes:
-        """The roles of the axes of a weight with `ndim` axes."""
-        given: Any = self
-        return resolve_axes(path, ndim, given.in_axes, given.out_axes, given.shared_axes)
-
-    def with_axes(self, axes: Axes) -> Self:
-        """The same for a weight whose axes have these roles."""
-        return dataclasses.replace(
-            self,  # pyright: ignore[reportArgumentType]
-            in_axes=axes.inputs,
-            out_axes=axes.outputs,
-            shared_axes=axes.shared,
-        )
-
-    @property
-    def size(self) -> int | None:
-        """The rank, for kinds whose rank is at most that of the matrix."""
-        return getattr(self, "rank") if self.has_matrix_rank else None  # noqa: B009
-
-    def with_size(self, rank: int) -> Self:
-        """The same with another rank."""
-        return dataclasses.replace(self, rank=rank)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Raises `SpecError` where the kind cannot adapt such a weight."""
-
-    def blank(self, shape: tuple[int, ...], axes: Axes) -> Adapter:
-        """The adapter without arrays."""
-        raise NotImplementedError
-
-    def count(self, shape: tuple[int, ...], axes: Axes) -> int:
-        """How many numbers are trained for such a weight."""
-        return sum(map(math.prod, self.blank(shape, axes).layout(shape).shapes().values()))
-
-    @property
-    def common_key(self) -> Hashable:
-        """Specs of equal keys share what `common` makes."""
-        return self
-
-    def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
-        """What all weights of one key share, made once from their shapes and axes."""
-
-    def start(self, start: Start) -> Started:
-        """The first factors."""
-        raise NotImplementedError

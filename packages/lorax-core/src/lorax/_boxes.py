@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from ._adapter import Adapter, base_and_held
+from ._adapter import Adapter
+from ._frozen_weight import base_and_held
 
 # Flax 0.12 renamed `sharding_names`.
 _NNX_KEYS = ("out_sharding", "sharding_names")
@@ -31,7 +32,7 @@ def is_box(node: Any) -> bool:
 
 
 def content(node: Any) -> Any:
-    """What is in a box; any other node as it is."""
+    """The content of a box; any other node as it is."""
     if not is_box(node):
         return node
     [child] = jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)

@@ -24,23 +24,13 @@ The rules of Lorax are not used here: an oracle that shared their algebra would 
 
 import collections
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 
 from . import _compat
-
-# One side of one weight: its number, and "in" or "out".
-Side = tuple[int, str]
-Sides = frozenset[Side]
-
-# Of an axis that a reshape made of several, and of one along which data with axes of its own scaled
-# a weight: to sum over it is a product with data.
-_JOINED: Side = (-1, "joined")
-_MIXED: Side = (-1, "mixed")
-# Of an axis of the weight that is neither input nor output: it counts layers or experts.
-SHARED: Side = (-1, "shared")
+from ._made import JOINED, SHARED, Made, Side, Sides, ndims_of, pick, results_of, stacked, union
 
 
 class Weights(NamedTuple):
@@ -64,22 +54,6 @@ class Weights(NamedTuple):
         )
 
 
-class Made(NamedTuple):
-    """What an array is made of.
-
-    `axes` holds the sides that each axis shows, `sides` all that went in, and `picked` those of
-    which one entry was picked: stacked again, the entries show the side. `factors` says whether a
-    factor went in.
-
-    Data is None instead: arguments, constants, parameters without an adapter, and activations.
-    """
-
-    axes: tuple[Sides, ...]
-    sides: Sides
-    factors: bool
-    picked: Sides = frozenset()
-
-
 class Whole(NamedTuple):
     """An array that holds a whole weight; a mere piece of a base does not count by itself."""
 
@@ -87,10 +61,10 @@ class Whole(NamedTuple):
     counts: bool
 
 
-Found = collections.Counter[Whole]
+Counts = collections.Counter[Whole]
 
 
-def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
+def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Counts:
     """The arrays that hold a whole weight, and how often each is made.
 
     Args:
@@ -101,7 +75,7 @@ def built(jaxpr: Any, inputs: Sequence[Made | None], weights: Weights) -> Found:
     return _follow(jaxpr, inputs, weights)[1]
 
 
-def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
+def excess(got: Counts, expected: Counts) -> dict[tuple[int, ...], int]:
     """How often arrays that count are made, of each shape, beyond what is expected."""
     extra: dict[tuple[int, ...], int] = {}
     for shape in {whole.shape for whole in got}:
@@ -114,10 +88,10 @@ def excess(got: Found, expected: Found) -> dict[tuple[int, ...], int]:
 
 def _follow(
     jaxpr: Any, inputs: Sequence[Made | None], weights: Weights
-) -> tuple[list[Made | None], Found]:
+) -> tuple[list[Made | None], Counts]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-    counts: Found = collections.Counter()
+    counts: Counts = collections.Counter()
 
     def read(atom: Any) -> Made | None:
         return None if isinstance(atom, jex.Literal) else made.get(atom)
@@ -128,7 +102,7 @@ def _follow(
             continue
         inside = _bodies(eqn, operands, weights)
         if inside is None:
-            outs = _results(eqn, operands)
+            outs = results_of(eqn, operands)
             counts += _whole(eqn.outvars, outs, weights)
         else:
             outs, more = inside
@@ -148,9 +122,9 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Found:
+def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights) -> Counts:
     """Those results that hold a whole weight."""
-    counts: Found = collections.Counter()
+    counts: Counts = collections.Counter()
     for v, made in zip(outvars, outs, strict=True):
         if made is not None and _is_whole(made, shape := v.aval.shape, weights.thin):
             counts[Whole(shape, made.factors or weights.as_large(made, shape))] += 1
@@ -168,7 +142,7 @@ def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
             if both <= shown | thin:
                 return True
         elif any(
-            (k, "in") in one and (k, "out") in other and (one is not other or _JOINED in one)
+            (k, "in") in one and (k, "out") in other and (one is not other or JOINED in one)
             for one in axes
             for other in axes
         ):
@@ -181,14 +155,14 @@ def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
 
 def _bodies(
     eqn: Any, operands: list[Made | None], weights: Weights
-) -> tuple[list[Made | None], Found] | None:
-    """What comes out of the bodies of an equation; None where there is none to follow."""
+) -> tuple[list[Made | None], Counts] | None:
+    """The outputs of an equation's bodies; None where there is no body to follow."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         consts, carried = _compat.scan_split(params)
-        steps = [_pick(made, 0) for made in operands[consts + carried :]]
+        steps = [pick(made, 0) for made in operands[consts + carried :]]
         outs, counts = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, weights)
-        outs = outs[:carried] + [_stack(made, 0) for made in outs[carried:]]
+        outs = outs[:carried] + [stacked(made, 0) for made in outs[carried:]]
         # The scan itself makes what it stacks.
         return outs, counts + _whole(eqn.outvars[carried:], outs[carried:], weights)
     if name == "while":
@@ -198,19 +172,15 @@ def _bodies(
         return outs, counts + asked
     if name == "cond":
         several = [_follow(branch, operands[1:], weights) for branch in params["branches"]]
-        outs = [_union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
+        outs = [union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
         return outs, sum((counts for _, counts in several), collections.Counter())
     bodies = [value for value in params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
     if len(bodies) == 1:
         body = getattr(bodies[0], "jaxpr", bodies[0])
         # A reduction has a body, too, but one of scalars.
-        if _ndims(body.invars) == _ndims(eqn.invars):
+        if ndims_of(body.invars) == ndims_of(eqn.invars):
             return _follow(body, operands, weights)
     return None
-
-
-def _ndims(atoms: Sequence[Any]) -> list[int]:
-    return [len(getattr(atom.aval, "shape", ())) for atom in atoms]
 
 
 def _loop(
@@ -219,200 +189,12 @@ def _loop(
     consts: int,
     steps: list[Made | None],
     weights: Weights,
-) -> tuple[list[Made | None], Found]:
+) -> tuple[list[Made | None], Counts]:
     """The outputs of a loop's body, once what it carries no longer changes."""
     constants, carry = operands[:consts], operands[consts:]
     while True:
         outs, counts = _follow(body, [*constants, *carry, *steps], weights)
-        after = [_union(each) for each in zip(carry, outs[: len(carry)], strict=True)]
+        after = [union(each) for each in zip(carry, outs[: len(carry)], strict=True)]
         if after == carry:
             return [*after, *outs[len(carry) :]], counts
         carry = after
-
-
-# Equations without
-
-
-# With data, these make data.
-_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
-_SUMS = ("add", "sub", "add_any")
-_EACH_BY_ITSELF = ("optimization_barrier", "pvary", "pcast", "device_put", "copy")
-_OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
-
-
-def _results(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
-    name, params = eqn.primitive.name, eqn.params
-    ndims = _ndims(eqn.invars)
-    first = operands[0]
-    data = [atom for atom, made in zip(eqn.invars, operands, strict=True) if made is None]
-    if name in _EACH_BY_ITSELF:
-        return operands
-    if name == "dot_general":
-        return [_dot(params["dimension_numbers"], operands, ndims)]
-    if data and name in (*_PRODUCTS, *_OPAQUE):
-        return [None] * len(eqn.outvars)
-    if name in _SUMS and any(math.prod(atom.aval.shape) != 1 for atom in data):
-        return [None]
-    if name in ("mul", "div") and data and all(map(_is_summed, filter(None, operands))):
-        return [None]
-    if first is not None:
-        if name == "gather":
-            return [_gather(params["dimension_numbers"], first, eqn.invars[1].aval.ndim)]
-        if name == "transpose":
-            return [first._replace(axes=tuple(first.axes[d] for d in params["permutation"]))]
-        if name == "broadcast_in_dim":
-            axes = [first.picked if size == 1 else frozenset() for size in params["shape"]]
-            for sides, d in zip(first.axes, params["broadcast_dimensions"], strict=True):
-                axes[d] = sides
-            return [first._replace(axes=tuple(axes))]
-        if name == "reshape":
-            shapes = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-            order = params["dimensions"] or range(ndims[0])
-            return [first._replace(axes=_regrouped([first.axes[d] for d in order], *shapes))]
-        if name == "squeeze":
-            return [_pick(first, *params["dimensions"])]
-        if name == "unstack":
-            return [_pick(first, params["axis"])] * len(eqn.outvars)
-        if name.startswith(("reduce_", "arg")):
-            return [first._replace(axes=_others(first.axes, params.get("axes", ())))]
-    if name == "stack":
-        return [_stack(_union(operands), params["axis"])]
-    return [_by_position(operands, v.aval.ndim) for v in eqn.outvars]
-
-
-def _is_summed(made: Made) -> bool:
-    """Whether both sides of each weight went in, and one of them is no longer shown."""
-    shown = frozenset[Side]().union(*made.axes, made.picked)
-    return all(
-        len({(k, "in"), (k, "out")} & made.sides) == 2 > len({(k, "in"), (k, "out")} & shown)
-        for k in {k for k, _ in made.sides}
-    )
-
-
-def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[int]) -> Made | None:
-    (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
-    nothing = [Made((frozenset(),) * ndim, frozenset(), False) for ndim in ndims]
-    left, right = (made or empty for made, empty in zip(operands, nothing, strict=True))
-    batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
-    if None in operands:
-        own = ndims[operands.index(None)] - len(batch)
-        if l_sum or (own and not batch):
-            return None
-        if own:
-            batch = [sides | {_MIXED} for sides in batch]
-    for i, j in zip(l_sum, r_sum, strict=True):
-        sides = left.axes[i], right.axes[j]
-        shown = [any(k >= 0 for k, _ in each) for each in sides]
-        # An axis that is the weight's on one side only: data came along on the other.
-        if _MIXED in sides[0] | sides[1] or shown[0] != shown[1]:
-            return None
-        left, right = _led_on(left, i, right.axes[j]), _led_on(right, j, left.axes[i])
-    kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
-    kept += [sides for d, sides in enumerate(right.axes) if d not in (*r_sum, *r_batch)]
-    return Made(
-        (*batch, *kept),
-        left.sides | right.sides,
-        left.factors or right.factors,
-        left.picked | right.picked,
-    )
-
-
-def _led_on(made: Made, summed: int, met: Sides) -> Made:
-    """A weight that meets another one along the axis `summed`, as in `w @ v`.
-
-    For `w`, `v` is data. What is left of `w` stands for the side of `v` that it met, since the
-    product may be multiplied with the rest of `v`.
-    """
-    gone = {k for k, _ in made.axes[summed] if k >= 0} - {k for k, _ in met}
-    if not gone or not met:
-        return made
-    led_on = tuple(
-        frozenset(side for side in sides if side[0] not in gone)
-        | (met if any(k in gone for k, _ in sides) else frozenset())
-        for sides in made.axes
-    )
-    return made._replace(axes=led_on)
-
-
-def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
-    """A single index picks a layer or an expert; an array of them looks entries up."""
-    if indices_ndim > 1 and any(made.axes[d] - {SHARED} for d in numbers.start_index_map):
-        return None
-    paired = numbers.operand_batching_dims
-    windows = iter(
-        made.axes[d]
-        for d in range(len(made.axes))
-        if d not in (*numbers.collapsed_slice_dims, *paired)
-    )
-    # Entries of a shared axis stay entries, whichever index asks for them.
-    drawn = frozenset[Side]().union(*(made.axes[d] for d in numbers.start_index_map))
-    batch = [drawn] * (indices_ndim - 1)
-    for d, position in zip(paired, numbers.start_indices_batching_dims, strict=True):
-        batch[position] = made.axes[d]
-    rest = iter(batch)
-    ndim = len(numbers.offset_dims) + len(batch)
-    axes = tuple(next(windows if d in numbers.offset_dims else rest) for d in range(ndim))
-    picked = made.picked.union(*(made.axes[d] for d in numbers.collapsed_slice_dims))
-    return made._replace(axes=axes, picked=picked)
-
-
-def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
-    """The axes of a reshaped array: each shows what the old axes show that it is made from."""
-    out: list[Sides] = []
-    rest = list(zip(axes, old, strict=True))
-    shown: Sides = frozenset()
-    taken = given = 1
-    waiting = joined = 0
-    for size in new:
-        given, waiting = given * size, waiting + 1
-        while taken < given:
-            sides, length = rest.pop(0)
-            shown, taken = shown | sides, taken * length
-            joined += 1 if length != 1 and sides else 0
-        if taken == given:
-            if joined > 1:
-                shown |= {_JOINED}
-            out += [shown] * waiting
-            shown, waiting, joined = frozenset(), 0, 0
-    return (*out, *[shown] * waiting)
-
-
-def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
-    """The result of a primitive that keeps axes apart; of any other, every axis shows all."""
-    axes = (frozenset[Side](),) * ndim
-    sides = picked = frozenset[Side]()
-    factors = False
-    for made in operands:
-        if made is None:
-            continue
-        shown = made.axes
-        if len(shown) != ndim:
-            shown = (frozenset[Side]().union(*shown, made.picked),) * ndim
-        axes = tuple(one | other for one, other in zip(axes, shown, strict=True))
-        sides, picked = sides | made.sides, picked | made.picked
-        factors = factors or made.factors
-    return Made(axes, sides, factors, picked)
-
-
-def _union(several: Iterable[Made | None]) -> Made | None:
-    known = [made for made in several if made is not None]
-    return _by_position(known, len(known[0].axes)) if known else None
-
-
-def _others(axes: tuple[Sides, ...], dropped: Iterable[int]) -> tuple[Sides, ...]:
-    return tuple(sides for d, sides in enumerate(axes) if d not in {*dropped})
-
-
-def _pick(made: Made | None, *dropped: int) -> Made | None:
-    """One entry along each of the dropped axes."""
-    if made is None:
-        return None
-    picked = made.picked.union(*(made.axes[d] for d in dropped))
-    return made._replace(axes=_others(made.axes, dropped), picked=picked)
-
-
-def _stack(made: Made | None, axis: int) -> Made | None:
-    """Several such arrays along a new axis."""
-    if made is None:
-        return None
-    return made._replace(axes=(*made.axes[:axis], made.picked, *made.axes[axis:]))

@@ -106,7 +106,7 @@ class CodedArray:
 
     @property
     def struct(self) -> jax.ShapeDtypeStruct:
-        """What replaces the weight while a function is traced."""
+        """The shape that replaces the weight while a function is traced."""
         sharding = _sharding_of(self.term.factors[0])
         if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -126,10 +126,12 @@ class CodedArray:
                 continue
             if array is None:
                 try:
+                    # A move of axes: codes and scales are moved, which are smaller than the floats.
                     term = _moved(term, move, others)
                     continue
                 except Inexpressible:
                     array = self._decoded(term, waiting)
+            # From here on the floats themselves go through the equation.
             array = _bound(move, array, others)
         return self._decoded(term, waiting) if array is None else array
 
@@ -200,6 +202,7 @@ class CodedArray:
         """
         term, moves, kept = self.term, [], []
         for move, others in zip(self.moves, self.others, strict=True):
+            # f(entries) waits, and a slice or a transpose goes past it to the codes.
             if move.commutes:
                 moves.append(move)
                 kept.append(others)
@@ -252,6 +255,7 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
         for factor, labels in zip(term.factors, term.labels, strict=True)
     ]
     with jax.named_scope("dequantize"):
+        # All arrays have the axes of `order` now, some of size one: they broadcast.
         value = format.decode(dict(zip(names, arrays, strict=False)))
         for gain in arrays[len(names) :]:  # of rows that an index out of range has asked for
             value = value * gain.astype(value.dtype)
@@ -299,6 +303,7 @@ def _moved(term: Term, move: Move, others: tuple[Any, ...]) -> Term:
 
 def _bound(move: Move, array: jax.Array, others: Sequence[Any]) -> jax.Array:
     operands = [*others[: move.position], array, *others[move.position :]]
+    # The weight is put back among the operands, in its own position.
     return _compat.bind_params(move.primitive, dict(move.params), *operands)[move.result]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import AdapterSpec, Labeled
+from ._adapter import Labeled
+from ._adapter_spec import AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes
 from ._base import as_base, decoded
@@ -40,7 +41,7 @@ def collect_starts(
     at_once: int | None = None,
     through_custom_derivatives: bool = False,
 ) -> Collected:
-    """What weights meet, or their gradients, over a few batches, for `init_lora(collected=)`.
+    """The inputs of weights, or their gradients, over a few batches, for `init_lora(collected=)`.
 
     Every weight whose spec has `init="eva"`, "corda" or "lora_ga" (or an `EvaStart`, `CordaStart`
     or `LoraGAStart`) is collected, however `fn` uses it: in products, convolutions and experts,
@@ -122,7 +123,7 @@ class _Wanted:
         return wide_dtype(self.base.dtype)
 
     def zeros(self) -> Any:
-        """What is summed up, before the first batch."""
+        """Zeros, as the sums before the first batch."""
         shape = self.base.shape
         if self.is_gradient:
             return jnp.zeros(shape, self.wide)

@@ -83,7 +83,7 @@ def jit_inlined(function: Any, static_argnums: tuple[int, ...] = ()) -> Any:
 
 @contextlib.contextmanager
 def equation_context(eqn: jex.JaxprEqn) -> Generator[None]:
-    """What is bound inside keeps the user's source line, named scope and compute settings.
+    """Equations bound inside keep the user's source line, named scope and compute settings.
 
     No public name sets an equation's traceback (`jax.named_scope` sets only the scope).
     """

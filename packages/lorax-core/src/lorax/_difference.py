@@ -13,7 +13,7 @@ from .kinds.lora import at_same_scale
 
 
 def adapter_difference(tunable: Any, start: Any) -> Any:
-    """What training has added since `start`, as plain LoRA of twice the rank.
+    """The change that training has made since `start`, as plain LoRA of twice the rank.
 
         W₀ + s·a b  =  (W₀ + s·a₀ b₀) + s·(a b − a₀ b₀)
 

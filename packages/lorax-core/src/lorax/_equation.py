@@ -1,4 +1,4 @@
-"""What a rule may ask of the equation that it handles, and of the bodies in it."""
+"""The interface of a rule to the equation that it handles, and to the bodies in it."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ _JOINING = frozenset(
 
 
 class Equation:
-    """What a rule may ask of the equation that it handles."""
+    """The interface of a rule to the equation that it handles."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class Equation:
         return base
 
 
-# What becomes of the outputs of a body, given the equation as the body sees it.
+# Maps the outputs of a body, given the equation as the body sees it.
 Finish = Callable[[Equation, list[Value]], Any]
 
 

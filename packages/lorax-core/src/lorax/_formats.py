@@ -1,4 +1,4 @@
-"""What other libraries must know of an adapter to write it: `jax.export` and `flax.serialization`.
+"""How other libraries serialize adapters: `jax.export` and `flax.serialization`.
 
 All else that writes pytrees (Orbax, Equinox, pickle) sees arrays and needs nothing.
 """

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import Adapter, AdapterSpec
+from ._adapter import Adapter
+from ._adapter_spec import AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes, normalize, resolve_axes
 from ._base import as_base
@@ -154,7 +155,7 @@ def infer_spec(
 def roles_of(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> Roles:
-    """What a function does with its parameters, found by tracing it."""
+    """The roles of a function's parameters, found by tracing it."""
     marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}

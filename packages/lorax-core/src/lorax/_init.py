@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
-from ._adapter import Adapter, AdapterSpec, FrozenWeight, Initializer, Start, Started
+from ._adapter import Adapter
+from ._adapter_spec import AdapterSpec, Initializer, Start, Started
 from ._arrays import own
 from ._axes import Axes
 from ._base import QuantizedWeight, encoded, first_array
@@ -17,6 +18,7 @@ from ._boxes import box_factors
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import SpecError
+from ._frozen_weight import FrozenWeight
 from ._pair import Pair, flatten_params
 from ._renamed import takes_old_names
 from ._sharding import factor_sharding
@@ -145,7 +147,7 @@ def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) ->
 
 
 def _common(leaves: Any, checked: Any, key: jax.Array) -> dict[Hashable, Any]:
-    """What the weights of one key share, by the key."""
+    """The values that the weights of one key share, by the key."""
     groups: dict[Hashable, tuple[AdapterSpec, list[tuple[tuple[int, ...], Axes]]]] = {}
     for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):

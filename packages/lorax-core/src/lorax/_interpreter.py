@@ -1,6 +1,6 @@
 """Evaluates a jaxpr some of whose inputs are weights: read, apply a rule, write.
 
-It knows no primitive. What a rule needs of its equation is in `_equation`; what became of each
+It does not know any primitive. The interface of rules is in `_equation`; what became of each
 weight is kept in `Interpreter.uses`.
 """
 

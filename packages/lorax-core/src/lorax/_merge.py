@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._adapter import Adapter, FrozenWeight, base_and_held
+from ._adapter import Adapter
 from ._arrays import Held, own
 from ._base import QuantizedWeight, as_base, decoded, encoded, first_array
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import PairError
+from ._frozen_weight import FrozenWeight, base_and_held
 from ._pair import (
     ABSENT,
     Leaf,

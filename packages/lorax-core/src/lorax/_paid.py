@@ -122,7 +122,7 @@ def _fold(key: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 def _mapped(data: jax.Array, impl: str, of_key: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """What a function makes of each key; its axes come last."""
+    """A function's result for each key; its axes come last."""
     keys = jax.random.wrap_key_data(data, impl=impl)
     for _ in range(keys.ndim):
         of_key = jax.vmap(of_key)
@@ -137,24 +137,24 @@ def with_dropout_on(
 ) -> jax.Array:
     """`function` of the operand as the terms see it.
 
-    For the backward pass the mask is drawn again: what is dropped is as large as the operand, and
-    each weight has its own.
+    For the backward pass the mask is drawn again, and with it the products of the terms: what is
+    dropped is as large as the operand, and each weight has its own. Under an outer `jax.checkpoint`
+    saved products would keep the dropped operand beside them.
 
     Args:
         operand: what meets the weight.
         weight: the weight, whose keys are this use's own.
         batch: for each batched axis of the weight, the operand's.
-        function: computes products, whose results are kept.
+        function: computes products.
     """
     if weight.keys is None:
         return function(operand)
-    kept = jax.checkpoint_policies.dots_saveable
 
     def dropped(operand: jax.Array, keys: Keys) -> jax.Array:
         return function(_drop_out(operand, keys, batch))
 
     # A compiler that undoes this saves time, and no more is kept than without dropout.
-    return jax.checkpoint(dropped, policy=kept, prevent_cse=False)(operand, weight.keys)
+    return jax.checkpoint(dropped, prevent_cse=False)(operand, weight.keys)
 
 
 def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.Array:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 
-from ._adapter import Adapter, FrozenWeight, Layout, base_and_held, sizes
+from ._adapter import Adapter, Layout, sizes
 from ._arrays import is_array, path_string
 from ._base import QuantizedWeight, as_base
 from ._boxes import bare, opened
 from ._errors import PairError, SpecError
 from ._factored import FactoredArray
+from ._frozen_weight import FrozenWeight, base_and_held
 
 
 class Pair(NamedTuple):

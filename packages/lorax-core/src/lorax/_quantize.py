@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapter import FrozenWeight, adapter_from_settings, base_and_held
-from ._base import Format, QuantizedWeight, blank_of, decoded, encoded, format_of
+from ._adapter import adapter_from_settings
+from ._base import QuantizedWeight, blank_of, decoded, encoded
+from ._base_format import Format, format_of
 from ._compat import is_tracer
 from ._errors import PairError, SpecError, UnquantizedWarning
+from ._frozen_weight import FrozenWeight, base_and_held
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
 from ._spec import Pattern, matches, shown, some

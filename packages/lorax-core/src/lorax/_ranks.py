@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ._adapter import AdapterSpec
+from ._adapter_spec import AdapterSpec
 from ._collect import Collected
 from ._errors import SpecError
 from ._pair import flatten_params

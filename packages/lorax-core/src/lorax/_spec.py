@@ -1,4 +1,4 @@
-"""What to do with each parameter: the spec tree, and ways to make one.
+"""The spec tree, which says how each parameter is trained, and functions that make one.
 
 A spec is a tree with the structure of the parameters whose leaves are `LORA_FREEZE`, `LORA_FULL`,
 a rank of plain LoRA, or the spec of another kind of adapter, such as a `DoraSpec`.
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import AdapterSpec
+from ._adapter_spec import AdapterSpec
 from ._arrays import Held, is_array, path_string
 from ._axes import Axes
 from ._errors import SpecError

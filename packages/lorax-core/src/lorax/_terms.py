@@ -19,12 +19,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from . import _compat, _contract
+from . import _compat, _contract, _order
 
 
 class Inexpressible(Exception):
@@ -182,8 +182,8 @@ class Term:
         dropped = set(axes)
         kept = tuple(axis for d, axis in enumerate(self.out) if d not in dropped)
         gone = itertools.chain(*(self.out[d] for d in dropped))
-        # What a factor owns is summed by the einsum, now that no axis shows it. Along any other
-        # label the entries are equal, so their sum is one of them times their number.
+        # A label that a factor owns is summed by the einsum, now that no axis shows it. Along any
+        # other label the entries are equal, so their sum is one of them times their number.
         repeats = math.prod(label.size for label in gone if not self.owners(label))
         term = dataclasses.replace(self, out=kept)
         return term.scale(repeats) if repeats != 1 else term
@@ -393,7 +393,7 @@ class Term:
 
     def scale(self, scalar) -> "Term":
         """The term times a number, carried by its smallest factor."""
-        sizes = [math.prod(map(_contract.nominal, factor.shape)) for factor in self.factors]
+        sizes = [math.prod(map(_order.nominal, factor.shape)) for factor in self.factors]
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
@@ -403,20 +403,6 @@ class Term:
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
         return dataclasses.replace(self, factors=factors)
-
-
-# What a weight that is made of others may grow to: each term costs products wherever the weight is
-# used, a sum or a product of weights has the terms of both, and a chain of them doubles each time.
-MOST_TERMS = 16
-MOST_FACTORS = 16
-
-
-def check_size(terms: int, factors: int = 0) -> None:
-    """Raises where a weight of so many terms, of up to so many factors, should be built instead."""
-    if terms > MOST_TERMS:
-        raise Inexpressible(f"would have {terms} low-rank terms, more than {MOST_TERMS}")
-    if factors > MOST_FACTORS:
-        raise Inexpressible(f"would have a term of {factors} factors, more than {MOST_FACTORS}")
 
 
 def _base_plus(
@@ -435,88 +421,3 @@ def _base_plus(
 
 # Equal layers share one trace of it, and one derivative.
 _base_plus = _compat.jit_inlined(_base_plus, static_argnums=(2, 3, 4, 5))
-
-
-def operand(array: Any) -> Term:
-    """An ordinary array as a term of one factor; a base that is held as codes is decoded."""
-    array = array if isinstance(array, jax.Array) else getattr(array, "array", lambda: array)()
-    labels = tuple(Label(d, size) for d, size in enumerate(array.shape))
-    return Term((array,), (labels,), tuple((label,) for label in labels))
-
-
-def relabeled(left: Term, right: Term) -> Term:
-    """`right` with labels that `left` does not use."""
-    # All labels of `right` move behind the last one of `left`.
-    offset = left.fresh(0).id
-    used = {*right.shown, *itertools.chain(*right.labels)}
-    return right.rename({label: (label._replace(id=label.id + offset),) for label in used})
-
-
-def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Term, Term]:
-    """Makes pairs of axes (one of `left`, one of `right`) carry the same labels.
-
-    The labels of a pair are split until their sizes agree; then `right` takes those of `left`, or
-    `left` those of `right` where they run over the entries of an index array.
-    """
-    for l_axis, r_axis in axes:
-        i = 0
-        while i < len(left.out[l_axis]) or i < len(right.out[r_axis]):
-            if i >= len(left.out[l_axis]) or i >= len(right.out[r_axis]):
-                # Only axes of size one have no label: show one that nobody owns.
-                if i < len(left.out[l_axis]):
-                    right = _show(right, r_axis, left.out[l_axis][i].size, other=left)
-                else:
-                    left = _show(left, l_axis, right.out[r_axis][i].size, other=right)
-                continue
-            # The most significant labels that are not paired yet.
-            mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
-            if mine.size != theirs.size:
-                if mine.size % theirs.size == 0:
-                    # 6 beside 2: the 6 becomes (2, 3), and in the next round the two 2s are a pair.
-                    left, right = _split_with_new_labels(left, mine, theirs.size, right)
-                elif theirs.size % mine.size == 0:
-                    right, left = _split_with_new_labels(right, theirs, mine.size, left)
-                else:
-                    raise Inexpressible
-            elif theirs.is_index:
-                left, i = left.rename({mine: (theirs,)}), i + 1
-            else:
-                right, i = right.rename({theirs: (mine,)}), i + 1
-    return left, right
-
-
-def _show(term: Term, axis: int, size: int, *, other: Term) -> Term:
-    assert size == 1, (term.out, other.out)
-    new = Label(max(term.fresh(0).id, other.fresh(0).id), size)
-    out = tuple((*labels, new) if d == axis else labels for d, labels in enumerate(term.out))
-    return dataclasses.replace(term, out=out)
-
-
-def _split_with_new_labels(term: Term, label: Label, size: int, other: Term) -> tuple[Term, Term]:
-    """Splits a label of `term` without touching the label names of `other`."""
-    term, (high, low) = term.split(label, size)
-    start = max(term.fresh(0).id, other.fresh(0).id)
-    names = {high: (high._replace(id=start),), low: (low._replace(id=start + 1),)}
-    return term.rename(names), other
-
-
-def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
-    """The einsum of two aligned terms, showing `out` and summing over every other label."""
-    term = Term(
-        (*left.factors, *right.factors),
-        (*left.labels, *right.labels),
-        out,
-        (*left.sources, *right.sources),
-    )
-    shown = set(term.shown)
-    lost = {label for label in (*left.shown, *right.shown) if label not in shown}
-    # A sum over a label along which both sides are constant: their number times one entry.
-    repeats = math.prod(label.size for label in lost if not term.owners(label))
-    return term.scale(repeats) if repeats != 1 else term
-
-
-def entrywise(left: Term, right: Term) -> Term:
-    """The term of the product of two weights of one shape, entry by entry."""
-    axes = [(d, d) for d in range(len(left.out))]
-    left, right = align(left, relabeled(left, right), axes)
-    return product(left, right, left.out)

@@ -258,7 +258,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
 
 def traced_as(value: Any) -> Any:
-    """What replaces an operand while the function is traced: any weight is an array."""
+    """The array that replaces an operand while the function is traced."""
     base = base_of(value)
     return base.struct if is_coded(base) else base
 
@@ -289,7 +289,7 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
 
 
 def uses(traced: Traced, through_custom_derivatives: bool = False) -> list[_uses.Use]:
-    """What becomes of every weight, found without arithmetic."""
+    """The uses of every weight, found without arithmetic."""
     interpreter = Interpreter(RULES, through_custom_derivatives=through_custom_derivatives)
     jax.eval_shape(lambda operands: run(interpreter, traced, operands), traced.operands)
     return interpreter.uses

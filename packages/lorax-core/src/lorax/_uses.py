@@ -1,4 +1,4 @@
-"""What became of every weight, and how `lora` tells it.
+"""The uses of every weight, and the warnings about them.
 
 The interpreter records each use of each weight. From the same record come the warnings and errors
 of `lora` and the table of `explain`.

@@ -16,12 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ._adapter import Adapter, FrozenWeight, Layout
-from ._arrays import is_array
-from ._built import SHARED, Made, Weights, built, excess
+from ._adapter import Adapter, Layout
+from ._built import Weights, built, excess
+from ._compared import (
+    arrays_of,
+    checkpointed,
+    compare,
+    over_adapters,
+    over_data,
+    scanned_over,
+    split_data,
+    value_and_gradient,
+)
 from ._errors import MaterializeError
+from ._frozen_weight import FrozenWeight
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
+from ._made import SHARED, Made
 from ._merge import merge_params
 from ._pair import (
     Leaf,
@@ -114,17 +125,17 @@ def check(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
         assert not whole, f"adapted weights are materialized, as arrays of these shapes: {whole}"
-    programs = {"value and gradient": _value_and_gradient}
+    programs = {"value and gradient": value_and_gradient}
     if transforms:
         programs |= {
-            "vmap over data": _over_data,
-            "vmap over adapters": _over_adapters,
-            "checkpoint": _checkpointed,
-            "scan": _scanned,
+            "vmap over data": over_data,
+            "vmap over adapters": over_adapters,
+            "checkpoint": checkpointed,
+            "scan": scanned_over,
         }
 
     # Data goes in as operands: as constants, XLA would fold them away.
-    data, fill = _split_data(args)
+    data, fill = split_data(args)
 
     def results(function: Any) -> dict[str, Any]:
         def run(tunable: Any, data: list[Any]) -> dict[str, Any]:
@@ -134,20 +145,7 @@ def check(
 
     got, expected = results(ours), results(merged)
     for name in programs:
-        _compare(name, got[name], expected[name], tolerance)
-
-
-def _split_data(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays among the leaves of `args`, and how to put others in their place."""
-    leaves, structure = jax.tree.flatten(args)
-    data = [leaf for leaf in leaves if is_array(leaf)]
-
-    def fill(data: Sequence[Any]) -> Any:
-        arrays = iter(data)
-        filled = [next(arrays) if is_array(leaf) else leaf for leaf in leaves]
-        return jax.tree.unflatten(structure, filled)
-
-    return data, fill
+        compare(name, got[name], expected[name], tolerance)
 
 
 def random_factors(tunable: Any, key: jax.Array) -> Any:
@@ -254,16 +252,16 @@ def weight_sized(
         on_unused="allow",
         through_custom_derivatives=through_custom_derivatives,
     )
-    data, fill = _split_data(args)
+    data, fill = split_data(args)
 
     def ours(bases: Any, held: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
         frozen, tunable = _with_adapters(leaves, structure, bases, held, factors)
-        return _arrays(adapted((frozen, tunable), *fill(data), **kwargs))
+        return arrays_of(adapted((frozen, tunable), *fill(data), **kwargs))
 
     def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
         rest = iter(bases)
         params = combine(leaves, structure, lambda _: next(rest))
-        return _arrays(fn(params, *fill(data), **kwargs))
+        return arrays_of(fn(params, *fill(data), **kwargs))
 
     of_bases = [_of_base(k, weight) for k, weight in enumerate(adapters)]
     of_held: list[Made | None] = []
@@ -367,111 +365,3 @@ def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) 
     except MaterializeError:
         return
     raise AssertionError("a weight is materialized, or should be, without a warning")
-
-
-def _arrays(tree: Any) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
-
-
-def _numbers(tree: Any) -> list[jax.Array]:
-    return [leaf for leaf in _arrays(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-
-def _loss(function: Any, args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
-    """A scalar that weighs every output entry differently, so that no gradient is uniform."""
-
-    def loss(tunable: Any) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
-        for k, out in enumerate(_numbers(function(tunable, *args))):
-            weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32) + k).reshape(out.shape)
-            is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
-            for part in (jnp.real(out), jnp.imag(out)) if is_complex else (out,):
-                # Fill values are NaN in the model itself.
-                total = total + jnp.sum(weights * jnp.nan_to_num(part).astype(jnp.float32))
-                weights = jnp.sin(weights)
-        return total
-
-    return loss
-
-
-def _value_and_gradient(function: Any, args: Any) -> Callable[[Any], Any]:
-    return lambda t: (
-        _arrays(function(t, *args)),
-        jax.grad(_loss(function, args))(t),
-    )
-
-
-def _over_data(function: Any, args: Any) -> Callable[[Any], Any]:
-    data, fill = _split_data(args)
-
-    def mapped(tunable: Any) -> Any:
-        if not data:
-            return []
-        several = [jnp.stack([x, x[::-1] if x.ndim else x]) for x in data]
-        return jax.vmap(lambda *data: _arrays(function(tunable, *fill(data))))(*several)
-
-    return mapped
-
-
-def _over_adapters(function: Any, args: Any) -> Callable[[Any], Any]:
-    def mapped(tunable: Any) -> Any:
-        several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf / 2]), tunable)
-        return jax.vmap(lambda t: _arrays(function(t, *args)))(several)
-
-    return mapped
-
-
-def _checkpointed(function: Any, args: Any) -> Callable[[Any], Any]:
-    return jax.grad(jax.checkpoint(_loss(function, args)))
-
-
-def _scanned(function: Any, args: Any) -> Callable[[Any], Any]:
-    def scanned(tunable: Any) -> Any:
-        def step(count: jax.Array, _: Any) -> tuple[jax.Array, list[jax.Array]]:
-            return count + 1, _arrays(function(tunable, *args))
-
-        return jax.lax.scan(step, jnp.zeros((), jnp.int32), None, length=2)
-
-    return scanned
-
-
-def _compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None:
-    got, expected = _arrays(got), _arrays(expected)
-    assert len(got) == len(expected), f"{name}: {len(got)} results instead of {len(expected)}"
-    bound = _bound(expected) if tolerance is None else tolerance
-    for k, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        label = f"{name}, result {k}"
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
-            f"{label}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}"
-        )
-        if jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key):
-            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
-        inexact = jnp.issubdtype(theirs.dtype, jnp.inexact)
-        ours, theirs = np.asarray(ours), np.asarray(theirs)
-        if not inexact:
-            assert (ours == theirs).all(), f"{label} differs"
-            continue
-        wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
-        ours, theirs = ours.astype(wide), theirs.astype(wide)
-        assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ"
-        ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
-        largest = np.max(np.abs(theirs), initial=0.0)
-        error = np.max(np.abs(ours - theirs), initial=0.0)
-        assert error <= bound * max(largest, 1e-30), (
-            f"{label}: differs by {error:.3g} where the largest entry is {largest:.3g} "
-            f"(relative {error / max(largest, 1e-30):.2g}, allowed {bound:.2g})"
-        )
-
-
-# A unit of rounding of what matrix units make of float32 by default: TF32, bfloat16.
-_MATRIX_UNITS = {"gpu": 2.0**-10, "tpu": 2.0**-7}
-
-
-def _bound(results: Any) -> float:
-    """What rounding may do: 100 units of it, and 8 where a unit is already coarse."""
-    widths = [jnp.finfo(r.dtype) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)]
-    precision: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    exact = precision in ("float32", "highest")
-    rounds = not exact and any(w.bits == 32 for w in widths)
-    units = _MATRIX_UNITS.get(jax.default_backend(), 0.0) if rounds else 0.0
-    return max([8 * units, *(float(w.eps) * (100 if w.bits >= 32 else 8) for w in widths)])

@@ -129,10 +129,10 @@ def test_narrow_factors_stay_narrow():
             "one dtype",
         ),
         (
-            [adapter(0, 2, kernel=IA3Spec()), adapter(1, 2, kernel=0)],
+            [adapter(0, 2, kernel=DoraSpec(2)), adapter(1, 2, kernel=0)],
             {},
             PairError,
-            "without a ia3 adapter at `kernel`|without an? ",
+            "without a dora adapter at `kernel` cannot be the base's",
         ),
         ([adapter(0, 2, bias=LORA_FULL)], {"slots": 2}, PairError, "parameter in full at `bias`"),
     ],

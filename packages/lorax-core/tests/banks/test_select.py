@@ -9,11 +9,25 @@ from jax import lax
 
 from lorax import (
     LORA_FULL,
+    AdaloraSpec,
+    BdloraSpec,
+    DeloraSpec,
     DoraSpec,
+    GraloraSpec,
+    IA3Spec,
+    LoconSpec,
     LohaSpec,
+    LokrSpec,
+    LoraFASpec,
     LoraSpec,
+    MissSpec,
+    OftSpec,
     PairError,
+    TokensSpec,
+    VeraSpec,
+    drop_adapter,
     init_lora,
+    interleave_adapters,
     lora,
     merge_params,
     mix_adapters,
@@ -179,6 +193,76 @@ def test_weights_of_a_mixture_are_learned():
     np.testing.assert_allclose(jax.grad(loss)(weights), jax.grad(merged)(weights), rtol=1e-5)
 
 
+def test_an_interleaved_bank_is_the_same_mixture():
+    bank = bank_of()
+    index = jnp.array([2, 0, -1, 1, 0])
+
+    def outputs(bank):
+        def row(tokens, k):
+            return lora(model)((PARAMS, mix_adapters(bank, jax.nn.one_hot(k, 4))), tokens)
+
+        return jax.vmap(row)(TOKENS, index)
+
+    found = interleave_adapters(bank)
+    assert found.tunable["table"].a.shape == (17, 4, 4)
+    assert found.tunable["layers"]["up"].a.shape == (3, 6, 4, 4)
+    np.testing.assert_allclose(outputs(found), outputs(bank), rtol=1e-9, atol=1e-12)
+    compiled: Any = jax.jit(outputs)
+    compiled(found)
+    other = set_adapter(bank, 0, adapter(9, 4, 7.0))
+    swapped = compiled(interleave_adapters(other))
+    assert compiled._cache_size() == 1
+    np.testing.assert_allclose(swapped, outputs(other), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["miss", "vera"])
+def test_an_interleaved_bank_of_another_kind_is_the_bank(kind):
+    frozen, _, bank = kind_bank(kind)
+    x, weights = random(1, 4, 10), jnp.array([0.3, 0.0, -0.7])
+    one, two = (
+        lora(dense)((frozen, mix_adapters(each, weights)), x)
+        for each in (bank, interleave_adapters(bank))
+    )
+    np.testing.assert_array_equal(one, two)
+
+
+def test_an_interleaved_bank_is_only_mixed():
+    bank = interleave_adapters(bank_of())
+    for call in (
+        lambda: select_adapters(bank, 0),  # pyright: ignore[reportArgumentType]
+        lambda: set_adapter(bank, 0, {}),  # pyright: ignore[reportArgumentType]
+        lambda: unstack_adapters(bank),  # pyright: ignore[reportArgumentType]
+        lambda: interleave_adapters(bank),  # pyright: ignore[reportArgumentType]
+        lambda: mix_adapters({}, jnp.ones(4)),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(TypeError, match="_adapters? takes a bank, as `stack_adapters` returns"):
+            call()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a count of XLA on the CPU")
+def test_decoding_with_an_interleaved_bank_copies_no_factor():
+    """64 rows of one token, and 16 adapters of rank 16."""
+    params = {"w": jnp.zeros((2048, 1024), jnp.float32)}
+    spec = {"w": 16}
+    trees = [init_lora(params, spec, jax.random.key(k)).tunable for k in range(16)]
+    bank, index = stack_adapters(trees), jnp.arange(64) % 16
+    x = jnp.zeros((64, 2048), jnp.float32)
+    run = lora(lambda params, x: x @ params["w"])
+
+    def moved(row, *more):
+        compiled = jax.jit(jax.vmap(row, in_axes=(None, 0, 0, None))).lower(params, x, index, *more)
+        analysis: Any = compiled.compile().cost_analysis()
+        return analysis["bytes accessed"]
+
+    def mixed(params, x, k, bank):
+        weights = jax.nn.one_hot(k, 16, dtype=jnp.float32)
+        return run((params, mix_adapters(bank, weights)), x)
+
+    # A copy is written, and read again.
+    copied = moved(mixed, bank) - moved(mixed, interleave_adapters(bank))
+    assert copied >= 2 * bank.tunable["w"].a.nbytes
+
+
 def test_cost_of_rows_with_mixed_adapters():
     """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
     params = {"w": jnp.zeros((256, 192), jnp.float32)}
@@ -256,24 +340,113 @@ def test_dropout_goes_around_it():
     np.testing.assert_array_equal(run(-1), model(PARAMS, TOKENS[0]))
 
 
-def test_a_kind_whose_delta_is_zero_with_its_factors():
-    params = {"w": random(0, 6, 5)}
-    trees = [
-        testing.random_factors(
-            init_lora(params, {"w": LohaSpec(2)}, jax.random.key(0)).tunable, jax.random.key(seed)
-        )
-        for seed in range(2)
+# Of each kind, the spec of one weight whose adapters are stacked.
+KINDS = {
+    "lora-fa": LoraFASpec(2, 4.0),
+    "dora": DoraSpec(LoraSpec(2, 4.0)),
+    "dora-of-lora-fa": DoraSpec(LoraFASpec(2)),
+    "ia3": IA3Spec(),
+    "ia3-in": IA3Spec("in"),
+    "vera": VeraSpec(3),
+    "adalora": AdaloraSpec(2, 4.0),
+    "delora": DeloraSpec(2),
+    "loha": LohaSpec(2),
+    "lokr": LokrSpec(1, factor=2),
+    "locon": LoconSpec(2),
+    "miss": MissSpec(5),
+    "miss-remainder": MissSpec(4),
+    "gralora": GraloraSpec(2, blocks=2),
+    "bdlora": BdloraSpec(2, blocks=2),
+    "oft": OftSpec(5),
+    "oft-bound": OftSpec(2, "out", eps=0.4),
+    "tokens": TokensSpec([7, 2, 3]),
+}
+ADDED = {kind for kind in KINDS if not kind.startswith(("dora", "ia3", "oft"))}
+
+
+def kind_bank(kind):
+    """Three adapters, their bank, and the frozen tree of all of them."""
+    params = {"w": random(0, 10, 12)}
+    frozen, tunable = init_lora(params, {"w": KINDS[kind]}, jax.random.key(0))
+    trees = [testing.random_factors(tunable, jax.random.key(k)) for k in range(3)]
+    return frozen, trees, stack_adapters(trees)
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_has_its_own_adapter_of_any_kind(kind):
+    frozen, trees, bank = kind_bank(kind)
+    x, index = random(1, 5, 10), jnp.array([2, 0, -1, 1, 2])
+    adapted = lora(dense, on_materialize="error")
+
+    def rows(tunable):
+        of_bank = dataclasses.replace(bank, tunable=tunable)
+        row = lambda x, k: adapted((frozen, select_adapters(of_bank, k)), x)  # noqa: E731
+        return jax.vmap(row)(x, index)
+
+    def alone(trees):
+        base = dense({"w": getattr(frozen["w"], "base", frozen["w"])}, x[2])
+        found = [adapted((frozen, trees[k]), x[r]) if k >= 0 else base
+                 for r, k in enumerate(index.tolist())]  # fmt: skip
+        return jnp.stack(found)
+
+    np.testing.assert_allclose(rows(bank.tunable), alone(trees), rtol=1e-9, atol=1e-12)
+    found = jax.grad(lambda tunable: jnp.sin(rows(tunable)).sum())(bank.tunable)
+    wanted = jax.grad(lambda trees: jnp.sin(alone(trees)).sum())(trees)
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *wanted)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(stacked), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-8, atol=1e-10)
+    step = jax.make_jaxpr(jax.grad(lambda tunable: jnp.sin(rows(tunable)).sum()))(bank.tunable)
+    assert largest(step.jaxpr) < 5 * 10 * 12
+
+
+def largest(jaxpr):
+    """The most entries that an equation makes, within others too."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
+    bodies = [
+        getattr(body, "jaxpr", body)
+        for eqn in jaxpr.eqns
+        for body in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        if hasattr(body, "eqns")
     ]
-    bank, x = stack_adapters(trees, slots=3), random(1, 4, 6)
-    dense = lambda params, x: x @ params["w"]  # noqa: E731
-    for k, tree in enumerate(trees):
-        wanted = x @ merge_params(params, tree)["w"]
-        output = lora(dense)((params, select_adapters(bank, k)), x)
-        np.testing.assert_allclose(output, wanted, rtol=1e-6)
-    for k in (-1, 2):
-        np.testing.assert_array_equal(
-            lora(dense)((params, select_adapters(bank, k)), x), dense(params, x)
-        )
+    return max([0, *sizes, *map(largest, bodies)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_adapter_of_any_kind_is_the_base_bit_for_bit(kind):
+    frozen, _, bank = kind_bank(kind)
+    x = random(1, 4, 10)
+    wanted = dense({"w": getattr(frozen["w"], "base", frozen["w"])}, x)
+    found = lora(dense)((frozen, select_adapters(bank, -1)), x)
+    np.testing.assert_array_equal(found, wanted)
+    if kind in ("tokens", "dora", "dora-of-lora-fa"):
+        with pytest.raises(PairError, match="would have to be the base's own"):
+            drop_adapter(bank, 1)
+        return
+    found = lora(dense)((frozen, select_adapters(drop_adapter(bank, 1), 1)), x)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", sorted(ADDED))
+def test_a_mixture_weighs_the_deltas_of_any_kind(kind):
+    frozen, trees, bank = kind_bank(kind)
+    x, weights = random(1, 4, 10), jnp.array([0.3, 0.0, -0.7])
+    base = getattr(frozen["w"], "base", frozen["w"])
+    deltas = [merge_params(frozen, tree)["w"] - base for tree in trees]
+    wanted = x @ (base + sum(w * d for w, d in zip(weights, deltas, strict=True)))
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    found = lora(linear, on_materialize="error")((frozen, mix_adapters(bank, weights)), x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - ADDED))
+def test_a_kind_that_multiplies_is_not_mixed(kind):
+    _, _, bank = kind_bank(kind)
+    with pytest.raises(PairError, match="adapters at `w`, which have no delta .* jax.vmap"):
+        mix_adapters(bank, jnp.ones(3))
 
 
 def test_invalid_arguments_raise():
@@ -285,15 +458,11 @@ def test_invalid_arguments_raise():
         with pytest.raises(TypeError, match=r"scalar integer|not a valid JAX type|dtype"):
             select_adapters(bank, k)
     params = {"w": jnp.ones((6, 5)), "bias": jnp.ones(5)}
-    for spec, contents in (
-        ({"w": DoraSpec(LoraSpec(2)), "bias": 0}, "dora adapters at `w`"),
-        ({"w": 2, "bias": LORA_FULL}, "full parameters at `bias`"),
-    ):
-        other = stack_adapters([init_lora(params, spec, jax.random.key(0)).tunable])
-        with pytest.raises(PairError, match=f"{contents}.*jax.vmap"):
-            select_adapters(other, 0)
-        with pytest.raises(PairError, match=f"{contents}.*jax.vmap"):
-            mix_adapters(other, jnp.ones(1))
+    other = init_lora(params, {"w": 2, "bias": LORA_FULL}, jax.random.key(0)).tunable
+    for call in (select_adapters, mix_adapters):
+        argument = 0 if call is select_adapters else jnp.ones(1)
+        with pytest.raises(PairError, match="full parameters at `bias`.*jax.vmap"):
+            call(stack_adapters([other]), argument)
     for weights in (jnp.ones(3), jnp.ones((5, 4)), jnp.ones(4, int)):
         with pytest.raises(ValueError, match="one for each of the 4 slots"):
             mix_adapters(bank, weights)

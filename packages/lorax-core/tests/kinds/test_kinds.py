@@ -94,8 +94,12 @@ KINDS = {
     "dora-of-adalora": DoraSpec(AdaloraSpec(2, alpha=4)),
     "delora": DeloraSpec(2),
     "loha": LohaSpec(2, alpha=4),
+    "loha-tucker": LohaSpec(2, alpha=4, tucker=True),
     "lokr": LokrSpec(4, alpha=3),
     "lokr-narrow": LokrSpec(1, alpha=3, decompose_both=True),
+    "lokr-tucker": lambda shape, axes: LokrSpec(
+        1, alpha=3, factor=1, tucker=True, split_axes=(axes.inputs[-1], axes.outputs[-1])
+    ),
     "locon": LoconSpec(2, alpha=4),
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
@@ -104,6 +108,7 @@ KINDS = {
     "bdlora-out": cut("out"),
     "oft": turned("in"),
     "oft-out": turned("out"),
+    "oft-bound": lambda shape, axes: OftSpec(divisor_of(shape[axes.inputs[-1]]), eps=0.3),
 }
 
 # Kinds that a use cannot hold factored: the weight is built there, and said.
@@ -241,12 +246,15 @@ USES = {
 }
 
 
-# Kinds that differ from another in their side alone have these uses.
+# Kinds that differ from another in their side, or in a window's core, have these uses.
 SIDES = {
     "oft-out": (
         "right", "merged-heads", "ragged", "scan-and-remat", "tied", "split", "row-gain",
         "convolution", "grouped-convolution",
     ),
+    "loha-tucker": ("merged-heads", "convolution", "grouped-convolution"),
+    "lokr-tucker": ("merged-heads", "convolution", "grouped-convolution"),
+    "oft-bound": ("right", "batched", "scan-and-remat"),
     "bdlora-out": ("right", "ragged", "scan-and-remat", "tied", "grouped-convolution"),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from lorax import (
     init_lora,
     lora,
     materialize,
+    project_oft,
     testing,
     unmerge,
 )
@@ -187,3 +188,35 @@ def test_groups_that_contain_whole_blocks():
 def test_bad_input(spec, message):
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((12, 7))}, {"w": spec}, jax.random.key(0))
+
+
+def test_a_bound_shortens_the_matrix_of_each_block_and_passes_the_gradient():
+    w, eps = N(1, 6, 5), 0.2
+    _, tunable = init_lora({"w": w}, {"w": OftSpec(2, eps=eps)}, jax.random.key(0))
+    # Three blocks: within the bound, on it, and beyond it.
+    bound = eps / np.sqrt(3)
+    q = jnp.asarray([[0.5], [1.0], [40.0]]) * bound / np.sqrt(2)
+    bounded = tunable["w"].with_factors({"q": q})
+    within = jnp.asarray([[0.5], [1.0], [1.0]]) * bound / np.sqrt(2)
+    free = init_lora({"w": w}, {"w": OftSpec(2)}, jax.random.key(0)).tunable["w"]
+    value = lambda weight, q: materialize(w, weight.with_factors({"q": q}))  # noqa: E731
+    np.testing.assert_allclose(value(bounded, q), value(free, within), rtol=1e-6)
+    slope = lambda weight, q: jax.grad(lambda q: jnp.sum(jnp.sin(value(weight, q))))(q)  # noqa: E731
+    np.testing.assert_allclose(slope(bounded, q), slope(free, within), rtol=1e-5)
+    np.testing.assert_allclose(project_oft({"w": bounded, "x": None})["w"].q, within, rtol=1e-6)
+    again = unmerge({"w": materialize(w, bounded)}, {"w": bounded})["w"]
+    np.testing.assert_allclose(again, w, atol=1e-5)
+
+
+def test_every_entry_of_a_stack_has_a_bound_of_its_own():
+    w = N(1, 4, 6, 5)
+    spec = {"w": OftSpec(3, shared_axes=[0], eps=0.1)}
+    _, tunable = init_lora({"w": w}, spec, jax.random.key(0))
+    q = project_oft(jax.tree.map(lambda q: q + 1, tunable))["w"].q  # [stack, 2 blocks, 3]
+    np.testing.assert_allclose(jnp.sqrt(2 * jnp.sum(q**2, -1)), 0.1 / np.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [0, -1.0, float("inf"), True, "1"])
+def test_a_bound_is_positive(eps):
+    with pytest.raises(SpecError, match="`w` has eps"):
+        init_lora({"w": N(0, 6, 4)}, {"w": OftSpec(2, eps=eps)}, jax.random.key(0))

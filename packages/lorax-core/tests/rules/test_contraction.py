@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lorax import (
     LoraSpec,
-    MaterializeError,
     MaterializeWarning,
     init_lora,
     lora,
@@ -37,25 +36,6 @@ def dot(contract, batch=((), ()), *, left=False, **keywords):
     return fn
 
 
-def ragged(numbers=None, **keywords):
-    def fn(p, x, sizes):
-        if numbers is None:
-            return lax.ragged_dot(x, p["w"], sizes, **keywords)
-        return lax.ragged_dot_general(x, p["w"], sizes, numbers, **keywords)
-
-    return fn
-
-
-def rows_by_group(summed, ragged_axis, group):
-    return lax.RaggedDotDimensionNumbers((summed, ((), ())), [ragged_axis], [group])
-
-
-# Each group takes a piece of the contracted axis.
-ALONG = lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])
-SIZES = np.array([2, 0, 4], np.int32)  # of 6 rows
-SHORT = np.array([1, 3, 1], np.int32)  # the last of 6 rows belongs to no group
-# JAX has no batching rule for every way of mapping `ragged_dot`.
-UNMAPPED = {"transforms": False}
 # The default of `check` is wider for 16-bit results than these need.
 NARROW = {"tolerance": 0.05}
 
@@ -223,32 +203,6 @@ ROWS = [
      [struct((3, 11), C64)]),
     ("integer-operand", dot(((1,), (0,)), preferred_element_type=jnp.float32), W, {"w": 2},
      [np.arange(-16, 17, dtype=np.int8).reshape(3, 11)]),
-    # Ragged products.
-    ("ragged-shared", ragged(), {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])},
-     [(6, 11), SIZES], UNMAPPED),
-    ("ragged-owned-by-a", ragged(), {"w": (3, 11, 7)}, {"w": 2}, [(6, 11), SIZES], UNMAPPED),
-    ("ragged-owned-by-b", ragged(), {"w": (3, 11, 7)}, {"w": LoraSpec(2, in_axes=[1])},
-     [(6, 11), SIZES], UNMAPPED),
-    ("ragged-rows-beyond-the-groups", ragged(), {"w": (3, 11, 7)},
-     {"w": LoraSpec(2, shared_axes=[0])}, [(6, 11), SHORT], UNMAPPED),
-    ("ragged-rows-beyond-owned-by-a", ragged(), {"w": (3, 11, 7)}, {"w": 2},
-     [(6, 11), SHORT], UNMAPPED),
-    ("ragged-rows-beyond-owned-by-b", ragged(), {"w": (3, 11, 7)},
-     {"w": LoraSpec(2, in_axes=[1])}, [(6, 11), SHORT], UNMAPPED),
-    ("ragged-precision", ragged(precision="highest", preferred_element_type=jnp.float32),
-     {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(6, 11), SIZES], UNMAPPED),
-    ("ragged-bfloat16", ragged(preferred_element_type=jnp.float32),
-     {"w": struct((3, 11, 7), BF16)}, {"w": LoraSpec(2, shared_axes=[0])},
-     [struct((6, 11), BF16), SIZES], UNMAPPED | NARROW),
-    ("ragged-general-layout", ragged(rows_by_group(((0,), (2,)), 1, 1)), {"w": (7, 3, 11)},
-     {"w": LoraSpec(2, in_axes=[2], shared_axes=[1])}, [(11, 6), SIZES], UNMAPPED),
-    ("ragged-general-output-contracted", ragged(rows_by_group(((1,), (2,)), 0, 0)),
-     {"w": (3, 11, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, [(6, 7), SIZES], UNMAPPED),
-    ("ragged-two-experts-layers",
-     lambda p, x, s: lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["w"], s)), p["v"], s),
-     {"w": (3, 11, 7), "v": (3, 7, 13)},
-     {"w": LoraSpec(2, shared_axes=[0]), "v": LoraSpec(2, shared_axes=[0])},
-     [(6, 11), SIZES], UNMAPPED),
 ]  # fmt: skip
 
 
@@ -374,16 +328,3 @@ def test_out_sharding_on_an_explicit_mesh(w_spec, x_spec, out_spec):
         theirs = jax.grad(lambda t: (fn(merge_params(frozen, t), x) ** 2).sum())(tunable)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             assert np.allclose(a, b, rtol=1e-4, atol=1e-3)
-
-
-def test_ragged_along_the_contraction_builds_the_weight():
-    # JAX has no gradient of this form in the weight, so the table cannot hold it.
-    params = {"w": jnp.arange(77, dtype=jnp.float32).reshape(11, 7) / 77}
-    x, sizes = jnp.ones((3, 11)), jnp.array([5, 6], jnp.int32)
-    frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
-    tunable = testing.random_factors(tunable, jax.random.key(1))
-    fn = ragged(ALONG)
-    with pytest.raises(MaterializeError, match="`w`.*ragged_dot_general"):
-        lora(fn, on_materialize="error")((frozen, tunable), x, sizes)
-    got = lora(fn, on_materialize="allow")((frozen, tunable), x, sizes)
-    assert jnp.allclose(got, fn(merge_params(frozen, tunable), x, sizes), rtol=1e-5)

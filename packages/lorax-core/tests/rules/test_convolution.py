@@ -18,7 +18,7 @@ from lorax import (
     merge_params,
     testing,
 )
-from lorax.rules import convolution
+from lorax.rules import _windows, convolution
 
 struct = jax.ShapeDtypeStruct
 HWIO = {"w": (3, 2, 5, 7)}  # (height, width, in, out)
@@ -312,7 +312,7 @@ def test_padding_first_is_padding():
     # As is done where "SAME" depends on a symbolic size.
     x, kernel = jnp.arange(44.0).reshape(2, 11, 2), jnp.arange(30.0).reshape(3, 2, 5)
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NWC", "WIO", "NWC"))
-    window = convolution._Window(stride=2, padding=(4, -1), lhs_dilation=3, rhs_dilation=2)
+    window = _windows.Window(stride=2, padding=(4, -1), lhs_dilation=3, rhs_dilation=2)
 
     def convolve(x, window):
         stride, padding, lhs_dilation, rhs_dilation = ([value] for value in window)
@@ -320,5 +320,5 @@ def test_padding_first_is_padding():
             x, kernel, stride, padding, lhs_dilation, rhs_dilation, numbers
         )
 
-    padded, (rest,) = convolution._pad_first(x, numbers.lhs_spec, [window])
+    padded, (rest,) = _windows._pad_first(x, numbers.lhs_spec, [window])
     assert np.allclose(convolve(padded, rest), convolve(x, window))

@@ -1,5 +1,6 @@
 """Known defects of the installed libraries, and what to do about each."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,19 @@ class Finding(NamedTuple):
     """One defect."""
 
     models: tuple[str, ...]  # model types
-    what: str
+    problem: str
     remedy: str
+
+    @property
+    def what(self) -> str:
+        """The old name of `problem`."""
+        warnings.warn(
+            "Finding.what is called `problem` now. The old name will go with the next minor "
+            "version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.problem
 
 
 class DefectWarning(LoraxWarning):

@@ -20,7 +20,7 @@ def doctor(model: Any = None) -> list[Finding]:
 
     Example:
         >>> import lorax_hf, transformers
-        >>> [finding.what for finding in lorax_hf.doctor(transformers.GPT2Config())]
+        >>> [finding.problem for finding in lorax_hf.doctor(transformers.GPT2Config())]
         []
         >>> any("electra" in finding.models for finding in lorax_hf.doctor())
         True
@@ -47,7 +47,7 @@ def warn_of_defects(model: Any) -> None:
             f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jax")
         ]
         warnings.warn(
-            f"{finding.what} ({', '.join(versions)}): {finding.remedy}.",
+            f"{finding.problem} ({', '.join(versions)}): {finding.remedy}.",
             DefectWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What is wrong with a PyTorch module, where a caller may want to catch that case alone."""
+"""Errors about PyTorch modules that a caller may want to catch by type."""
 
 from lorax import LoraxError, LoraxWarning
 

@@ -11,7 +11,7 @@ from ._rows import Described
 
 
 class Part(Protocol):
-    """What each part of this package has: `_flax._part` and `_torch._part`."""
+    """The interface of a part of this package: `_flax._part` and `_torch._part`."""
 
     DEFECTS: tuple[Defect, ...]
 

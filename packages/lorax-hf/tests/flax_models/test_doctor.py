@@ -15,7 +15,7 @@ import lorax_hf
 def findings(kind, **changes):
     config = tiny.config_of(kind)
     config.update(changes)
-    return [finding.what for finding in lorax_hf.doctor(config)]
+    return [finding.problem for finding in lorax_hf.doctor(config)]
 
 
 def test_a_model_without_defects():
@@ -98,3 +98,9 @@ def test_spec_warns_of_defects_of_its_model():
     with pytest.warns(lorax_hf.DefectWarning, match="token_type_ids.*transformers 4.*pass"):
         lorax_hf.spec(tiny.config_of("electra"))
     assert jax.tree.leaves(lorax_hf.spec(tiny.config_of("bert")))
+
+
+def test_old_name_of_the_problem_warns():
+    finding = lorax_hf.Finding((), "a problem", "a remedy")
+    with pytest.warns(DeprecationWarning, match="Finding.what is called `problem` now"):
+        assert finding.what == "a problem"

@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_traced_is_known():
     config = transformers.XLMConfig(emb_dim=16, n_layers=1, n_heads=4, n_words=31)
     model = transformers.XLMModel(config).eval()
     (finding,) = lorax_hf.doctor(model)
-    assert finding in lorax_hf.doctor() and "cannot be traced" in finding.what
+    assert finding in lorax_hf.doctor() and "cannot be traced" in finding.problem
     with pytest.warns(lorax_hf.DefectWarning, match="decides in Python"):
         lorax_hf.spec(model, rank=2, targets="all-linear")
     fn, params = lorax_hf.from_torch(model)

@@ -1,4 +1,4 @@
-"""What reading and writing adapters raises and warns with, and the place that it is about."""
+"""Errors and warnings of reading and writing adapters, and the file that they name."""
 
 import contextlib
 import contextvars

@@ -138,7 +138,7 @@ def _explained(hub: Any) -> Generator[None]:
     try:
         yield
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
-        raise AdapterNotFoundError(f"the Hub has it not: {_first_line(error)}") from error
+        raise AdapterNotFoundError(f"not available on the Hub: {_first_line(error)}") from error
     except hub.errors.LocalEntryNotFoundError as error:
         # The Hub gave no answer that is one, for this cause, and the cache has nothing either.
         reason = _first_line(error.__cause__ or error)

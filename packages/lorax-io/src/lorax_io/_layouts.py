@@ -18,7 +18,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What all layouts share.
+    """The base class of all layouts.
 
     Args:
         module: the module's name in PyTorch. Where `shared_axes` stack several modules in one

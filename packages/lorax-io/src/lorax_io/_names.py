@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ._plain_layouts import Names, as_layouts
 from ._tree import is_array, param_leaves
 
 
-def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
+def flax_names(
+    params: Any, names: Names | None = None, *, layouts: Names | None = None
+) -> dict[str, Layout]:
     """Names for parameters with the modules of PyTorch and the names of Flax.
 
     `model/layers/0/q_proj/kernel` is the weight of `model.layers.0.q_proj`. A `kernel` of two axes
@@ -23,13 +26,14 @@ def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
 
     Args:
         params: the parameters, of arrays or shapes.
-        layouts: the layouts of parameters that have another one, by path.
+        names: the layouts of parameters that have another one, by path.
+        layouts: what `names` was called before; it works until the next minor version.
 
     Returns:
         The layout of each parameter, by path.
 
     Raises:
-        AdapterMismatchError: where neither the convention nor `layouts` has a layout for a
+        AdapterMismatchError: where neither the convention nor `names` has a layout for a
             parameter.
 
     Example:
@@ -42,11 +46,19 @@ def flax_names(params: Any, layouts: Names | None = None) -> dict[str, Layout]:
         layers/0/q_proj/kernel Linear layers.0.q_proj weight
     """
     leaves, _ = param_leaves(params)
-    layouts = as_layouts(layouts or {})
-    if unknown := sorted(layouts.keys() - leaves.keys()):
-        raise AdapterMismatchError("is in `layouts` and not in the parameters.", unknown[0])
+    if layouts is not None:
+        warnings.warn(
+            "flax_names(layouts=…) is called `names` now. The old name will go with the next minor "
+            "version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        names = layouts
+    given = as_layouts(names or {})
+    if unknown := sorted(given.keys() - leaves.keys()):
+        raise AdapterMismatchError("is in `names` and not in the parameters.", unknown[0])
     return {
-        path: layouts[path] if path in layouts else _by_convention(path, leaf)
+        path: given[path] if path in given else _by_convention(path, leaf)
         for path, leaf in leaves.items()
         if is_array(leaf)
     }
@@ -67,7 +79,7 @@ def _by_convention(path: str, leaf: Any) -> Layout:
         case _, axes:
             raise AdapterMismatchError(
                 f"has {axes} axes and the name `{name}`: the convention does not say which are "
-                "inputs and outputs. Give its layout in `layouts`.",
+                "inputs and outputs. Give its layout in `names`.",
                 path,
             )
 

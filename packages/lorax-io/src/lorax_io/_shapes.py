@@ -13,7 +13,7 @@ from ._disk.arrays import sharding_beside
 from ._errors import AdapterMismatchError
 from ._tree import absent, is_array
 
-# What a layout may raise for the settings of an untrusted file.
+# The errors that a layout may raise for the settings of an untrusted file.
 _ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)
 
 
@@ -173,7 +173,7 @@ def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> 
 
 
 def _derived(weight: Adapter, base: Any, where: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What follows from a base; compiled, since a part of it may be in other processes."""
+    """Factors that follow from a base; compiled, since a part of it may be in other processes."""
 
     def derived(base: Any) -> dict[str, Any]:
         return weight.derived(dequantize(base))

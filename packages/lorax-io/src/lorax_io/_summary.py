@@ -1,4 +1,4 @@
-"""What is worth knowing of an adapter in a table, and how far two of them are apart."""
+"""A summary of an adapter as a table, and the differences between two adapters."""
 
 import dataclasses
 import math

@@ -211,7 +211,7 @@ def beside(base: Any, held: Mapping[str, Any] | None, row: Any) -> Any:
 
 
 def settings_of(leaf: Any) -> dict[str, Any]:
-    """What shapes a weight without being an array, as JSON.
+    """The settings of a weight, as JSON.
 
     Args:
         leaf: an adapter; anything else is trained in full.

@@ -177,7 +177,7 @@ def test_an_empty_folder_is_filled_and_others_raise(folder):
     save_merged(folder, *make_pair(), NAMES)
     before = (folder / "model.safetensors").read_bytes()
     for taken in (folder, folder / "model.safetensors"):
-        with pytest.raises(AdapterError, match="is there already"):
+        with pytest.raises(AdapterError, match="already exists"):
             save_merged(taken, *make_pair(), NAMES)
     assert (folder / "model.safetensors").read_bytes() == before
 

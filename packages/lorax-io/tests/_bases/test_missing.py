@@ -63,7 +63,7 @@ WHOLE = {
 def test_whole_adapter_passes(shell, files, base, case):
     tensors, config = WHOLE[case](files)
     files.peft(tensors, **config)
-    assert "and fits base" in shell.succeed("verify adapter --base base")
+    assert "OK, fits base" in shell.succeed("verify adapter --base base")
     shell.succeed("merge adapter --base base --out merged")
 
 

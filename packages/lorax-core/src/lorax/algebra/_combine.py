@@ -124,7 +124,7 @@ def combine_adapters(
 
 
 class _Part(NamedTuple):
-    """What one tree has for a weight."""
+    """The leaf of one tree for a weight."""
 
     name: str
     weight: float
@@ -245,6 +245,7 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
     # Without their scales: these are in the weights, half on each side.
     bare = [Matrices.of(dataclasses.replace(p.leaf, alpha=None, scaling="standard")) for p in parts]
     scales = np.asarray([part.weight * part.leaf.scale for part in parts])
+    # w · scale = ±√|·| · √|·|: the sign is in the weight of a
     roots = np.sqrt(np.abs(scales))
     a = _merge(np.stack([m.a for m in bare]), roots * np.sign(scales), parts, f"{path}/a", options)
     b = _merge(np.stack([m.b for m in bare]), roots, parts, f"{path}/b", options)
@@ -257,6 +258,7 @@ def _of_deltas(
     deltas = np.stack([m.a @ m.b for m in matrices])  # [adapters, entries, in, out]
     weights = np.asarray([part.weight for part in parts])
     merged = _merge(deltas, weights, parts, path, options)  # [entries, in, out]
+    # merged = I · merged [entries, in, in] [entries, in, out], cut to its best approximation
     identity = np.broadcast_to(np.eye(merged.shape[1]), (merged.shape[0], *[merged.shape[1]] * 2))
     return truncated(Matrices(identity, merged), rank)
 
@@ -275,11 +277,14 @@ def _merge(
             for part in parts
         ]
         kept = [jax.random.bernoulli(key, options.density, stacked.shape[1:]) for key in keys]
+        # Kept entries are divided by their share, so that the expected value of an entry stays.
         stacked = np.where(np.stack(kept), stacked / options.density, 0)
+    # [adapters, entries, m, n] ⊙ [adapters, 1, 1, 1]
     weighted = stacked * weights[:, None, None, None]
     if not method.elects:
         return weighted.sum(0)
     votes = np.sign(stacked) if options.signs == "frequency" else stacked
+    # TIES: each entry elects one sign, and the mean is over the adapters that have it.
     majority = np.where(votes.sum(0) >= 0, 1, -1)  # [entries, m, n]
     agrees = np.sign(stacked) == majority
     return (weighted * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
@@ -287,6 +292,7 @@ def _merge(
 
 def _largest(stacked: np.ndarray, keep: int) -> np.ndarray:
     """The entries of the largest absolute values of each matrix, and zeros."""
+    # The smallest entries of a matrix are dropped; a stable sort decides between equal ones.
     flat = stacked.reshape(*stacked.shape[:2], -1)  # [adapters, entries, m · n]
     dropped = np.argsort(np.abs(flat), axis=-1, kind="stable")[..., : flat.shape[-1] - keep]
     pruned = flat.copy()

@@ -2,7 +2,9 @@
 
 from ._bank import (
     AdapterBank as AdapterBank,
+    InterleavedBank as InterleavedBank,
     drop_adapter as drop_adapter,
+    interleave_adapters as interleave_adapters,
     set_adapter as set_adapter,
     stack_adapters as stack_adapters,
     unstack_adapters as unstack_adapters,

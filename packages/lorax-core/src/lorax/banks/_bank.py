@@ -39,6 +39,23 @@ class AdapterBank:
         return jax.tree.leaves(self.tunable)[0].shape[0]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InterleavedBank:
+    """A bank in the order in which a product of all adapters reads it, for `mix_adapters` alone.
+
+    Attributes:
+        tunable: the tree of adapters. `a` of plain LoRA is `[*shared, *in, slots, rank]`, and every
+            other factor `[slots, *factor]`.
+        scales: those of the bank.
+        slots: how many adapters it has room for.
+    """
+
+    tunable: Any
+    scales: dict[str, jax.Array]
+    slots: int = dataclasses.field(metadata={"static": True})
+
+
 def stack_adapters(
     adapters: Sequence[Any], *, slots: int | None = None, rank: int | None = None
 ) -> AdapterBank:
@@ -46,7 +63,7 @@ def stack_adapters(
 
     Plain LoRA may have any ranks, alphas and scalings: factors are padded with zeros, which stay
     zeros in training, and scales become arrays. Other kinds are stacked where their settings are
-    equal. A target that an adapter lacks is zeros.
+    equal. A target that an adapter lacks has the numbers with which it is the base's, mostly zeros.
 
     Args:
         adapters: tunable trees of one structure.
@@ -87,6 +104,7 @@ def stack_adapters(
     for path, *nodes in zip(
         [path for path, _ in leaves], *([node for _, node in each] for each, _ in flat), strict=True
     ):
+        # Free slots are zeros, which are the base.
         nodes += [None] * (slots - len(nodes))
         blank = blank_of(path, nodes, rank)
         stacked.append(
@@ -119,12 +137,14 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
         >>> back["w"].rank, bool((back["w"].a == small["w"].a).all())
         (2, True)
     """
+    check_bank("unstack_adapters", bank)
     leaves, structure = flatten_adapters(bank.tunable)
 
     def tree(slot: int) -> Any:
         restored_leaves = [restored(bank.records.get(path), node, slot) for path, node in leaves]
         return jax.tree.unflatten(structure, restored_leaves)
 
+    # A parameter in place of an adapter is in every slot, so no slot is free.
     is_full = any(node is not None and not isinstance(node, Adapter) for _, node in leaves)
     present = [record.is_present for record in bank.records.values()]
     return [
@@ -175,6 +195,7 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
             )
         rows.append(None if node is None else padded_to(path, emptied(node), new))
         if path in records:
+            # The records of the old bank stay as they are.
             record = jax.tree.map(np.copy, records[path])
             for value, entry in zip(
                 jax.tree.leaves(record), jax.tree.leaves(records_of([new])), strict=True
@@ -184,14 +205,16 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
         if path in scales:
             scales[path] = jnp.asarray(records[path].scale())
     row = jax.tree.unflatten(structure, rows)
+    # The index is traced, so one compiled program serves all slots.
     return AdapterBank(_replaced(bank.tunable, np.int32(index), row), scales, records)
 
 
 def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
-    """The bank with zeros in a slot, which is the base. Every shape stays.
+    """The bank with the base in a slot. Every shape stays.
 
     Args:
-        bank: a bank of plain LoRA, or of other kinds whose delta is zero where their factors are.
+        bank: a bank of kinds that are the base beside any base with the same numbers, mostly zeros:
+            all but DoRA and trained tokens.
         index: the slot, from 0.
 
     Returns:
@@ -199,7 +222,7 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
 
     Raises:
         IndexError: where there is no such slot.
-        PairError: where a kind or a full parameter of the bank is not the base's when it is zero.
+        PairError: where the base's own numbers would have to be in the slot.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -214,7 +237,51 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
     return set_adapter(bank, index, nothing)
 
 
+def interleave_adapters(bank: AdapterBank) -> InterleavedBank:
+    """A copy of a bank whose adapters are side by side, for decoding with `mix_adapters`.
+
+        a: [slots, in, rank]  ->  [in, slots, rank]
+
+    A product of all adapters has both `slots` and `rank` as outputs. Without this copy, every call
+    makes one of `a`. Make it once, outside of the compiled function, and again after `set_adapter`:
+    no shape changes, so nothing compiles again. Kinds other than plain LoRA stay as they are.
+
+    Args:
+        bank: a bank.
+
+    Returns:
+        What `mix_adapters` takes in place of the bank.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import init_lora, interleave_adapters, stack_adapters
+        >>> params = {"w": jnp.ones((5, 4))}
+        >>> one, two = (init_lora(params, {"w": 2}, jax.random.key(k)).tunable for k in range(2))
+        >>> interleave_adapters(stack_adapters([one, two])).tunable["w"].a.shape
+        (5, 2, 2)
+    """
+    check_bank("interleave_adapters", bank)
+
+    def interleaved(node: Any) -> Any:
+        if not isinstance(node, LoraWeight):
+            return node
+        return dataclasses.replace(node, a=jnp.moveaxis(node.a, 0, -2))
+
+    tree = jax.tree.map(interleaved, bank.tunable, is_leaf=is_tunable_leaf)
+    return InterleavedBank(tree, bank.scales, bank.slots)
+
+
+def check_bank(function: str, bank: Any, *others: type) -> None:
+    """Refuses what is not a bank, or not in an order that the function takes."""
+    if not isinstance(bank, (AdapterBank, *others)):
+        raise TypeError(
+            f"{function} takes a bank, as `stack_adapters` returns it, and was given "
+            f"{type(bank).__name__}."
+        )
+
+
 def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
+    check_bank(function, bank)
     if not isinstance(index, int | np.integer) or not 0 <= index < bank.slots:
         raise IndexError(
             f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."

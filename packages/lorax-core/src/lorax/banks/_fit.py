@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapter import Adapter
+from .._adapter import Adapter, Neutral
 from .._errors import PairError
 from ..kinds.lora import LoraWeight, lora_scale
 
@@ -17,7 +17,7 @@ from ..kinds.lora import LoraWeight, lora_scale
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What the adapters of one path were before they were padded, by slot.
+    """The ranks and scales of one path's adapters before they were padded, by slot.
 
     `alpha` is NaN where it is None. Arrays, and not settings: another adapter in a slot leaves
     compiled programs as they are.
@@ -45,9 +45,14 @@ def described(node: Any) -> str:
     return f"{node.kind} adapter" if isinstance(node, Adapter) else "parameter in full"
 
 
-def is_additive(node: Any) -> bool:
-    """Whether an adapter of zeros is the base."""
-    return isinstance(node, Adapter) and type(node).applied is Adapter.applied
+def neutral_of(node: Any) -> Mapping[str, Neutral] | None:
+    """The factors with which a node is the base; None where it has none."""
+    return node.neutral() if isinstance(node, Adapter) else None
+
+
+def is_free(neutral: Mapping[str, Neutral] | None) -> TypeGuard[Mapping[str, float]]:
+    """Whether such factors are numbers, the same beside every base."""
+    return neutral is not None and not any(map(callable, neutral.values()))
 
 
 def blank_of(path: str, nodes: Sequence[Any], rank: int | None) -> Any:
@@ -81,13 +86,19 @@ def padded_to(path: str, blank: Any, node: Any) -> Any:
     if blank is None:
         return None
     if node is None:
-        if not is_additive(blank):
+        neutral = neutral_of(blank)
+        if not is_free(neutral):
             raise PairError(
                 f"A slot of a bank without a {described(blank)} at `{path}` cannot be the base's: "
                 "its numbers would have to be the base's own. Give one to every slot, or adapt it "
                 "with LoRA."
             )
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+        return blank.with_factors(
+            {
+                name: jnp.full(factor.shape, neutral[name], factor.dtype)
+                for name, factor in blank.factors().items()
+            }
+        )
     if isinstance(node, LoraWeight) and isinstance(blank, LoraWeight):
         return _with_rank(path, blank, node)
     actual, expected = (_settings(each) for each in (node, blank))

@@ -7,16 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Adapter, Layout
+from .._adapter import Adapter, Layout, static
 from .._arrays import path_string
 from .._compat import is_tracer
+from .._contract import product_dtype
 from .._errors import PairError
 from .._factored import FactoredArray
 from .._pair import is_tunable_leaf
 from .._terms import Label
 from .._within import Within
-from ._bank import AdapterBank
-from ._fit import is_additive
+from ._bank import AdapterBank, InterleavedBank, check_bank
+from ._fit import is_free, neutral_of
 
 
 def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
@@ -91,7 +92,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     experts, computes something else for a row than for a batch.
 
     Args:
-        bank: a bank of plain LoRA, or of other kinds whose delta is zero where their factors are.
+        bank: a bank of adapters of any kind; the frozen factors beside the base are those of all.
         index: the slot, a scalar; −1 is the base, bit for bit. Inside `jax.jit`, where its value is
             unknown, any other number without a slot is the base, too.
 
@@ -101,7 +102,8 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     Raises:
         IndexError: where there is no such slot.
         TypeError: where the index is not a scalar integer.
-        PairError: where the bank has what zeros do not make the base's.
+        PairError: where the bank has full parameters, or a kind that does not say with which
+            factors it is the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,6 +117,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         >>> jax.vmap(row)(jnp.ones((3, 5)), jnp.array([1, 0, -1])).shape
         (3, 4)
     """
+    check_bank("select_adapters", bank)
     index = jnp.asarray(index)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
@@ -126,16 +129,55 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
             f"select_adapters: there is no slot {int(index)}; the bank has 0 to {bank.slots - 1}, "
             "and -1 is the base."
         )
-    _check_additive("select_adapters", bank)
     # What has no slot is past the end: negative indices would count from there.
     place = jnp.where(index < 0, bank.slots, index)
-    # [slots, *axes] -> [*axes], zeros past the end: Δ = 0, the base.
-    tree = jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), bank.tunable)
+
+    def picked(path: Any, node: Any) -> Any:
+        if node is None:
+            return None
+        neutral = neutral_of(node)
+        if neutral is None:
+            raise _refused("select_adapters", path, node, "numbers of its own with no adapter")
+        fills = {name: 0.0 if callable(fill) else fill for name, fill in neutral.items()}
+        # [slots, *axes] -> [*axes], and past the end the numbers of the base.
+        row = node.with_factors(
+            {
+                name: factor.at[place].get(mode="fill", fill_value=fills[name])
+                for name, factor in node.factors().items()
+            }
+        )
+        return row if is_free(neutral) else _Selected(row, place < bank.slots)
+
+    tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 
 
-def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Selected(Within):
+    """An adapter, or the base where there is none."""
+
+    adapter: Any
+    is_there: Any
+
+    def applied(
+        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+    ) -> FactoredArray:
+        held = held or {}
+        factors = self.adapter.factors()
+        for name, number in self.adapter.neutral().items():
+            factor, other = factors[name], number
+            if callable(number):
+                other: Any = jax.lax.stop_gradient(number(held))
+                # Exact, so that it is the base to the last bit.
+                wide = product_dtype(factor.dtype, other.dtype)
+                factor, other = factor.astype(wide), other.astype(wide)
+            factors[name] = jnp.where(self.is_there, factor, other)
+        return self.adapter.with_factors(factors).applied(base, held, source)
+
+
+def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     """A weighted sum of all adapters of a bank, as the tunable tree of a pair.
 
         delta  =  Σ_k weights[k] · scale_k · a_k b_k
@@ -146,7 +188,8 @@ def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
     may be learned: they have gradients.
 
     Args:
-        bank: a bank of plain LoRA, or of other kinds whose delta is zero where their factors are.
+        bank: a bank of adapters that add to the base: of other kinds than DoRA, IA³ and OFT. From
+            `interleave_adapters` it moves fewer bytes.
         weights: of each slot: `[slots]`. Zeros are the base, as long as all factors are finite.
 
     Returns:
@@ -154,7 +197,7 @@ def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
 
     Raises:
         ValueError: where there is not a weight for each slot.
-        PairError: where the bank has what zeros do not make the base's.
+        PairError: where the bank has full parameters, or adapters that multiply the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -166,6 +209,7 @@ def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
         >>> model((params, mix_adapters(bank, jnp.array([0.3, 0.7]))), jnp.ones((3, 5))).shape
         (3, 4)
     """
+    check_bank("mix_adapters", bank, InterleavedBank)
     weights = jnp.asarray(weights)
     if weights.shape != (bank.slots,) or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(
@@ -173,28 +217,27 @@ def mix_adapters(bank: AdapterBank, weights: Any) -> Any:
             f"one for each of the {bank.slots} slots. For weights of each row, call it under "
             "jax.vmap over the rows."
         )
-    _check_additive("mix_adapters", bank)
 
     def mixed(path: Any, node: Any) -> Any:
         if node is None:
             return None
+        if not (isinstance(node, Adapter) and type(node).applied is Adapter.applied):
+            raise _refused("mix_adapters", path, node, "no delta that a sum could weigh")
         scale = bank.scales.get(path_string(path))
         if scale is None:
             return _Mixed(node, weights)
-        return _Mixed(node, weights * jax.lax.stop_gradient(scale).astype(weights.dtype))
+        scaled = weights * jax.lax.stop_gradient(scale).astype(weights.dtype)
+        return _Mixed(node, scaled, isinstance(bank, InterleavedBank))
 
     return jax.tree_util.tree_map_with_path(mixed, bank.tunable, is_leaf=is_tunable_leaf)
 
 
-def _check_additive(function: str, bank: AdapterBank) -> None:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(bank.tunable, is_leaf=is_tunable_leaf)
-    for path, node in leaves:
-        if node is not None and not is_additive(node):
-            contents = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
-            raise PairError(
-                f"{function}: the bank has {contents} at `{path_string(path)}`, and zeros in their "
-                "place are not the base. Map over `bank.tunable` with jax.vmap instead."
-            )
+def _refused(function: str, path: Any, node: Any, reason: str) -> PairError:
+    contents = f"{node.kind} adapters" if isinstance(node, Adapter) else "full parameters"
+    return PairError(
+        f"{function}: the bank has {contents} at `{path_string(path)}`, which have {reason}. Map "
+        "over `bank.tunable` with jax.vmap instead."
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -204,13 +247,16 @@ class _Mixed(Within):
 
     adapter: Any
     weights: Any
+    is_interleaved: bool = static(False)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         layout = self.adapter.layout(shape)
         slot = self._slot(layout)
-        return layout._replace(
-            factors={name: (slot, *labels) for name, labels in layout.factors.items()}
-        )
+        factors = {name: (slot, *labels) for name, labels in layout.factors.items()}
+        if self.is_interleaved:
+            *before, rank = layout.factors["a"]
+            factors["a"] = (*before, slot, rank)
+        return layout._replace(factors=factors)
 
     def _slot(self, layout: Layout) -> Label:
         used = [*layout.out, *layout.factors.values(), *layout.held.values()]
@@ -220,11 +266,17 @@ class _Mixed(Within):
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        term = self.term(base.shape, held or {}, source)
         slot = self._slot(self.adapter.layout(base.shape))
-        # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed as the rank
-        # is.
-        weights = self.weights * self.adapter.scale
+        if type(self.adapter).term is Adapter.term:
+            # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed as the
+            # rank is.
+            term = self.term(base.shape, held or {}, source)
+            weights = self.weights * self.adapter.scale
+        else:
+            # More than an einsum of its factors: the term of each slot, then one of all of them.
+            of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
+            term, weights = jax.vmap(of_slot)(self.adapter), self.weights
+            term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))
         term = dataclasses.replace(
             term, factors=(weights, *term.factors), labels=((slot,), *term.labels)
         )

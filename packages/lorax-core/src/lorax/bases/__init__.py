@@ -1,13 +1,15 @@
 """The formats of quantized bases, one module each. Importing them fills `FORMATS`."""
 
 from .._base import (
+    QuantizedWeight as QuantizedWeight,
+    quantized_from_settings as quantized_from_settings,
+)
+from .._base_format import (
     FORMATS as FORMATS,
     Blocks as Blocks,
     Format as Format,
-    QuantizedWeight as QuantizedWeight,
     defformat as defformat,
     format_of as format_of,
-    quantized_from_settings as quantized_from_settings,
 )
 from . import (
     affine as affine,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .._base import Format, defformat
+from .._base_format import Format, defformat
 from .._errors import SpecError
 from . import _scaled
 from .int8 import check_block

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._base import Format, defformat
+from .._base_format import Format, defformat
 from . import _scaled, _table
 from .int8 import check_block
 from .mxfp4 import TABLE, VALUES

@@ -7,13 +7,13 @@ from .._adapter import (
     KINDS as KINDS,
     Labeled as Labeled,
     Layout as Layout,
-    Start as Start,
-    Started as Started,
+    Neutral as Neutral,
     adapter_from_settings as adapter_from_settings,
     defkind as defkind,
     make_term as make_term,
     static as static,
 )
+from .._adapter_spec import Start as Start, Started as Started
 from . import (
     adalora as adalora,
     bdlora as bdlora,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._arrays import path_string
 from .._axes import Axes
 from .._contract import wide_dtype
@@ -184,7 +185,7 @@ def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
 
 
 class AdaloraState(NamedTuple):
-    """What a pruner remembers of each AdaLoRA weight, by its path.
+    """A pruner's averages for each AdaLoRA weight, by its path.
 
     Attributes:
         importance: the moving average of |factor · gradient|, for each entry of the factors.

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes, normalize
 from .._errors import SpecError
 from .lora import Scaling, check_rank, check_scale, lora_scale

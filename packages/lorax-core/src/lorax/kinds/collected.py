@@ -31,7 +31,7 @@ class CollectedStart:
         """Raises `SpecError` where a matrix cannot have such factors."""
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
-        """What is kept of the moments or of the gradient of one matrix."""
+        """The vectors to keep of the moments or of the gradient of one matrix."""
         raise NotImplementedError
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:

@@ -14,20 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
-from .._factored import norm_squared
+from .._norm import norm_squared
 from .._terms import Term
 from .lora import check_rank, draw_two, two_factors, warn_of_high_rank
 
@@ -74,6 +65,10 @@ class DeloraWeight(Adapter):
     def derived(self, base: Any) -> dict[str, Any]:
         """The norms."""
         return {"norm": _norm(base, self.axes)}
+
+    def neutral(self) -> dict[str, Neutral]:
+        """Zeros: the delta has no length."""
+        return {"a": 0.0, "b": 0.0, "length": 0.0}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """The factors, and what makes their product as long as `length` says."""

@@ -10,20 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError, a_kind
-from .._factored import FactoredArray, Norm, norm_squared
+from .._factored import FactoredArray
+from .._norm import Norm, norm_squared
 
 
 @defkind
@@ -78,6 +70,13 @@ class DoraWeight(Adapter):
             **self.delta.derived(base),
             "square": norm_squared(jnp.asarray(base), _kept(self.axes)),
         }
+
+    def neutral(self) -> dict[str, Neutral] | None:
+        """Those of the adapter within, and the norms of the base as magnitudes."""
+        inner = self.delta.neutral()
+        if inner is None:
+            return None
+        return {**inner, "magnitude": lambda held: jnp.sqrt(held["square"])}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
@@ -145,7 +144,7 @@ class DoraSpec(AdapterSpec):
 
     @property
     def collects(self) -> Any:
-        """What the spec within collects."""
+        """The start whose statistics the inner spec collects."""
         return self.spec.collects
 
     @property
@@ -176,7 +175,7 @@ class DoraSpec(AdapterSpec):
         return self.spec.common_key
 
     def common(self, weights: Any, key: jax.Array) -> Any:
-        """What the spec within shares."""
+        """The value that weights of the inner spec share."""
         return self.spec.common(weights, key)
 
     def start(self, start: Start) -> Started:

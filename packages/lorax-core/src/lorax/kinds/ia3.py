@@ -9,17 +9,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes, normalize
 from .._errors import SpecError
 from .._factored import FactoredArray
@@ -59,6 +50,10 @@ class IA3Weight(Adapter):
         if self.gain_axes is not None:
             over = tuple(label for label in over if label.id in self.gain_axes)
         return Layout(axes.out, {"gain": (*axes.shared, *over)}, gains=frozenset({"gain"}))
+
+    def neutral(self) -> dict[str, Neutral]:
+        """A gain of one."""
+        return {"gain": 1.0}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None

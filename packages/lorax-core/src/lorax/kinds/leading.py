@@ -54,7 +54,7 @@ def _tolerance(matrix: jax.Array) -> float:
 
 
 class _Pass(NamedTuple):
-    """What a pass has found: `left` holds more vectors than are asked for."""
+    """The result of a pass: `left` holds more vectors than are asked for."""
 
     left: jax.Array
     values: jax.Array

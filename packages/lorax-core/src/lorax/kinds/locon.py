@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
-from .._axes import Axes, normalize
-from .._errors import SpecError
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
+from .._axes import Axes
+from ._tucker import channel_axis_of, draw_core
 from .lora import check_rank, check_scale, lora_scale
 
 
@@ -105,20 +106,11 @@ class LoconSpec(AdapterSpec):
         """Refuses invalid settings, and channels that are not an input."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
-        if self._channel_axis(path, len(shape), axes) not in axes.inputs:
-            raise SpecError(
-                f"`{path}` has a LoconSpec with channel_axis={self.channel_axis}; it is one of the "
-                f"input axes {axes.inputs}."
-            )
-
-    def _channel_axis(self, path: str, ndim: int, axes: Axes) -> int:
-        if self.channel_axis is None:
-            return axes.inputs[-1]
-        return normalize(path, ndim, "channel_axis", (self.channel_axis,))[0]
+        channel_axis_of(path, self, len(shape), axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoconWeight:
         """The adapter without arrays."""
-        channel = self._channel_axis("", len(shape), axes)
+        channel = channel_axis_of("", self, len(shape), axes)
         roles = (axes.inputs, axes.outputs, axes.shared)
         return LoconWeight(None, None, None, self.rank, self.alpha, channel, *roles)
 
@@ -127,19 +119,13 @@ class LoconSpec(AdapterSpec):
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         shapes = weight.layout(shape).shapes()
-        fan_in, fan_out = start.axes.sizes(shape)
+        _, fan_out = start.axes.sizes(shape)
         channels = shape[weight.channel_axis]
         random, zero = start.initializers
         keys = jax.random.split(start.key, 3)
-        # The fan-in of the core is what it sums over: the window and its left rank.
-        window = fan_in // channels
-        matrices = {
-            "a": (channels, self.rank),
-            "core": (window * self.rank, self.rank),
-            "b": (self.rank, fan_out),
-        }
         factors = {
-            name: start.draw(key, zero if name == "b" else random, matrix, shapes[name])
-            for (name, matrix), key in zip(matrices.items(), keys, strict=True)
+            "a": start.draw(keys[0], random, (channels, self.rank), shapes["a"]),
+            "core": draw_core(start, keys[1], random, shapes["core"]),
+            "b": start.draw(keys[2], zero, (self.rank, fan_out), shapes["b"]),
         }
         return Started(weight.with_factors(factors))

@@ -1,34 +1,44 @@
 """LoHa: the product, entry by entry, of two low-rank matrices.
 
 ΔW[shared, in, out]  =  scale · (Σ_r a1[in, r] b1[r, out]) · (Σ_q a2[in, q] b2[q, out])
+
+In Tucker's form each of the two has a core over the window of a convolution.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
+from ._tucker import channels_of_core, check_tucker, draw_core, draw_outputs
 from .lora import check_rank, check_scale, lora_scale
+
+NAMES = ("a1", "b1", "a2", "b2", "core1", "core2")
 
 
 @defkind
 class LohaWeight(Adapter):
-    """The four factors of one weight.
+    """The four factors of one weight, or six in Tucker's form.
 
-        ΔW  =  alpha / rank · (a1 b1) ⊙ (a2 b2)
+        ΔW                     =  alpha / rank · (a1 b1) ⊙ (a2 b2)
+        ΔW[*window, in, out]   =  alpha / rank · (a1 core1[*window] b1) ⊙ (a2 core2[*window] b2)
 
     Its rank is up to `rank²`. Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098.
 
     Attributes:
-        a1: `[*shared, *in, rank]`.
+        a1: `[*shared, *in, rank]`, or `[*shared, channels, rank]` beside a core.
         b1: `[*shared, rank, *out]`.
-        a2: `[*shared, *in, rank]`.
-        b2: `[*shared, rank, *out]`.
+        a2: as `a1`.
+        b2: as `b1`.
+        core1: `[*shared, *window, rank, rank]`, or None.
+        core2: as `core1`.
         rank: the inner size of both products.
         alpha: the numerator of the scale, or None for a scale of 1.
+        channel_axis: in Tucker's form the input axis of the channels, and None in the other.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
         shared_axes: the weight's axes with their own factors for each entry.
@@ -40,8 +50,11 @@ class LohaWeight(Adapter):
     b1: Any
     a2: Any
     b2: Any
+    core1: Any
+    core2: Any
     rank: int = static()
     alpha: float | None = static(None)
+    channel_axis: int | None = static(None)
     in_axes: tuple[int, ...] = static((0,))
     out_axes: tuple[int, ...] = static((1,))
     shared_axes: tuple[int, ...] = static(())
@@ -51,17 +64,33 @@ class LohaWeight(Adapter):
         """The number that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, "standard")
 
+    def factors(self) -> dict[str, Any]:
+        """Those of the six that the form has."""
+        names = NAMES[:4] if self.channel_axis is None else NAMES
+        return {name: getattr(self, name) for name in names}
+
+    def with_factors(self, factors: Mapping[str, Any]) -> Self:
+        """The same adapter with other arrays."""
+        return super().with_factors({**dict.fromkeys(NAMES), **factors})
+
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the factors run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        channels, window = axes.inputs, ()
+        if self.channel_axis is not None:
+            channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
+            window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
         factors = {}
         # Δ = (a1 b1) ⊙ (a2 b2): both share the labels of the weight, and each has its own rank
         # label.
         for k in range(2):
-            rank = axes.inner(k, self.rank)
-            factors[f"a{k + 1}"] = (*axes.shared, *axes.inputs, rank)
-            factors[f"b{k + 1}"] = (*axes.shared, rank, *axes.outputs)
-        return Layout(axes.out, factors)
+            left = right = axes.inner(k, self.rank)
+            if self.channel_axis is not None:
+                right = axes.inner(2 + k, self.rank)
+                factors[f"core{k + 1}"] = (*axes.shared, *window, left, right)
+            factors[f"a{k + 1}"] = (*axes.shared, *channels, left)
+            factors[f"b{k + 1}"] = (*axes.shared, right, *axes.outputs)
+        return Layout(axes.out, {name: factors[name] for name in NAMES if name in factors})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +102,10 @@ class LohaSpec(AdapterSpec):
     Args:
         rank: the inner size of both products.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
+        tucker: whether the window of a convolution is in cores of `rank × rank`, as under
+            `use_effective_conv2d` in PEFT and `use_tucker` in LyCORIS. A weight without a window
+            has no core.
+        channel_axis: the input axis of the channels beside a core; None means the last input axis.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -90,6 +123,8 @@ class LohaSpec(AdapterSpec):
 
     rank: int
     alpha: float | None = None
+    tucker: bool = False
+    channel_axis: int | None = None
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
@@ -98,24 +133,34 @@ class LohaSpec(AdapterSpec):
         """Refuses ranks and scales that are none."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
+        check_tucker(path, self, shape, axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LohaWeight:
         """The adapter without arrays."""
-        return LohaWeight(
-            None, None, None, None, self.rank, self.alpha, axes.inputs, axes.outputs, axes.shared
-        )
+        none, roles = [None] * len(NAMES), (axes.inputs, axes.outputs, axes.shared)
+        channels = channels_of_core(self, shape, axes)
+        return LohaWeight(*none, self.rank, self.alpha, channels, *roles)
 
     def start(self, start: Start) -> Started:
-        """Three random factors, and `a2` of zeros."""
+        """Random factors, and `a2` of zeros."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         fan_in, fan_out = start.axes.sizes(shape)
+        if weight.channel_axis is not None:
+            fan_in = shape[weight.channel_axis]
         random, zero = start.initializers
-        # One zero among the four makes Δ zero. The other three let the gradient of a2 through.
-        inits = {"a1": random, "b1": random, "a2": zero, "b2": random}
+        # One zero factor makes Δ zero. The others let the gradient of a2 through.
         shapes = weight.layout(shape).shapes()
         factors = {}
-        for (name, init), key in zip(inits.items(), jax.random.split(start.key, 4), strict=True):
-            matrix = (fan_in, self.rank) if name in ("a1", "a2") else (self.rank, fan_out)
-            factors[name] = start.draw(key, init, matrix, shapes[name])
+        for (name, sizes), key in zip(
+            shapes.items(), jax.random.split(start.key, len(shapes)), strict=True
+        ):
+            if name.startswith("core"):
+                factors[name] = draw_core(start, key, random, sizes)
+            elif name.startswith("b") and weight.channel_axis is not None:
+                factors[name] = draw_outputs(start, key, random, sizes)
+            else:
+                init = zero if name == "a2" else random
+                matrix = (fan_in, self.rank) if name[0] == "a" else (self.rank, fan_out)
+                factors[name] = start.draw(key, init, matrix, sizes)
         return Started(weight.with_factors(factors))

@@ -10,18 +10,20 @@ from typing import Any, Self
 
 import jax
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
 from ._split import resolve_split
+from ._tucker import draw_core, draw_outputs, has_window
 from .lora import check_rank, check_scale, lora_scale
 
-NAMES = ("w1", "a1", "b1", "w2", "a2", "b2")
+NAMES = ("w1", "a1", "b1", "w2", "a2", "core", "b2")
 
 
 @defkind
 class LokrWeight(Adapter):
-    """The factors of one weight: `w1` or `a1 b1`, and `w2` or `a2 b2`.
+    """The factors of one weight: `w1` or `a1 b1`, and `w2`, `a2 b2` or `a2 core b2`.
 
         ΔW[(m n), (l k)]  =  alpha / rank · w1[m, l] · w2[n, k]
 
@@ -34,12 +36,14 @@ class LokrWeight(Adapter):
         a1: `[*shared, m, rank]`, or None.
         b1: `[*shared, rank, l]`, or None.
         w2: `[*shared, *in, *out]` with n and k in place of the axes that are cut, or None.
-        a2: `[*shared, *in, rank]` with n, or None.
+        a2: `[*shared, *in, rank]` with n, `[*shared, n, rank]` beside a core, or None.
+        core: `[*shared, *window, rank, rank]` in Tucker's form, or None.
         b2: `[*shared, rank, *out]` with k, or None.
         rank: the inner size of a matrix of low rank, and the divisor of the scale.
         alpha: the numerator of the scale, or None for a scale of 1.
         blocks: m and l.
         narrow: whether the first and the second matrix are of low rank.
+        tucker: whether the second has a core over the input axes that are not cut.
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
@@ -53,11 +57,13 @@ class LokrWeight(Adapter):
     b1: Any
     w2: Any
     a2: Any
+    core: Any
     b2: Any
     rank: int = static()
     alpha: float | None = static(None)
     blocks: tuple[int, int] = static((1, 1))
     narrow: tuple[bool, bool] = static((False, False))
+    tucker: bool = static(False)
     split_axes: tuple[int, int] = static((0, 1))
     in_axes: tuple[int, ...] = static((0,))
     out_axes: tuple[int, ...] = static((1,))
@@ -69,9 +75,10 @@ class LokrWeight(Adapter):
         return lora_scale(self.rank, self.alpha, "standard")
 
     def factors(self) -> dict[str, Any]:
-        """Those of the six that the settings ask for."""
+        """Those of the seven that the settings ask for."""
         first = ("a1", "b1") if self.narrow[0] else ("w1",)
         second = ("a2", "b2") if self.narrow[1] else ("w2",)
+        second = ("a2", "core", "b2") if self.tucker else second
         return {name: getattr(self, name) for name in (*first, *second)}
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
@@ -89,12 +96,18 @@ class LokrWeight(Adapter):
         factors = {}
         for number, (first, last) in enumerate((((m,), (l,)), (inputs, outputs)), 1):
             if self.narrow[number - 1]:
-                rank = axes.inner(1 + number, self.rank)
-                factors[f"a{number}"] = (*axes.shared, *first, rank)
-                factors[f"b{number}"] = (*axes.shared, rank, *last)
+                left = right = axes.inner(1 + number, self.rank)
+                if number == 2 and self.tucker:
+                    right = axes.inner(4, self.rank)
+                    window = tuple(label for label in first if label != n)
+                    first = (n,)
+                    factors["core"] = (*axes.shared, *window, left, right)
+                factors[f"a{number}"] = (*axes.shared, *first, left)
+                factors[f"b{number}"] = (*axes.shared, right, *last)
             else:
                 factors[f"w{number}"] = (*axes.shared, *first, *last)
-        return Layout(axes.out_with({i: (m, n), o: (l, k)}), factors)
+        ordered = {name: factors[name] for name in NAMES if name in factors}
+        return Layout(axes.out_with({i: (m, n), o: (l, k)}), ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +122,9 @@ class LokrSpec(AdapterSpec):
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
         factor: into how many blocks both axes are cut; −1 means as nearly square as each can be.
         decompose_both: whether the first matrix, too, has low rank where it is large enough.
+        tucker: whether the window of a convolution is in a core of `rank × rank` where the second
+            matrix has low rank, as under `use_effective_conv2d` in PEFT and `use_tucker` in
+            LyCORIS. A weight without a window has no core.
         split_axes: the input axis and the output axis that are cut; None means the last of each
             side. For a convolution give the axes of its channels.
         in_axes: as in `LoraSpec`.
@@ -128,6 +144,7 @@ class LokrSpec(AdapterSpec):
     alpha: float | None = None
     factor: int = -1
     decompose_both: bool = False
+    tucker: bool = False
     split_axes: Sequence[int] | None = None
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
@@ -137,6 +154,8 @@ class LokrSpec(AdapterSpec):
         """Refuses settings that are none, and a factor that does not divide both axes."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
+        if type(self.tucker) is not bool:
+            raise SpecError(f"`{path}` has tucker={self.tucker!r}; it is True or False.")
         if type(self.factor) is not int or not (self.factor == -1 or self.factor > 0):
             raise SpecError(f"`{path}` has factor {self.factor!r}; it is a positive int, or -1.")
         for d in resolve_split(path, self, len(shape), axes, self.split_axes):
@@ -157,8 +176,10 @@ class LokrSpec(AdapterSpec):
         rest = [size // count for size, count in zip(sizes, blocks, strict=True)]
         narrow = (self.decompose_both and self.rank < max(blocks) / 2, self.rank < max(rest) / 2)
         none = [None] * len(NAMES)
+        tucker = self.tucker and narrow[1] and has_window(shape, axes, split[0])
+        cut = (tuple(blocks), narrow, tucker, split)
         roles = (axes.inputs, axes.outputs, axes.shared)
-        return LokrWeight(*none, self.rank, self.alpha, tuple(blocks), narrow, split, *roles)
+        return LokrWeight(*none, self.rank, self.alpha, *cut, *roles)
 
     def start(self, start: Start) -> Started:
         """The first matrix is zero, the second random."""
@@ -167,9 +188,13 @@ class LokrSpec(AdapterSpec):
         random, zero = start.initializers
         shapes = weight.layout(shape).shapes()
         shared = len(start.axes.shared)
-        ins = {"1": 1, "2": len(start.axes.inputs)}
+        ins = {"1": 1, "2": 1 if weight.tucker else len(start.axes.inputs)}
         factors = {}
         for name, key in zip(shapes, jax.random.split(start.key, len(shapes)), strict=True):
+            if weight.tucker and name in ("core", "b2"):
+                draw = draw_core if name == "core" else draw_outputs
+                factors[name] = draw(start, key, random, shapes[name])
+                continue
             sizes = shapes[name][shared:]
             # As a matrix [rows, columns]: the rows are its inputs, or the rank where it is a b.
             rows = 1 if name[0] == "b" else ins[name[1]]

@@ -12,20 +12,10 @@ from typing import Any, Literal
 
 import jax
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Initializer,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    sizes,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, defkind, sizes, static
+from .._adapter_spec import AdapterSpec, Initializer, Start, Started
 from .._axes import Axes
-from .._base import format_of
+from .._base_format import format_of
 from .._errors import RankWarning, SpecError, a_kind
 from .._terms import Labels
 from .collected import COLLECTED, CollectedStart

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .lora import (
     Scaling,

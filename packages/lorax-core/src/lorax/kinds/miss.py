@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, static
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
 from .._terms import Term
@@ -59,6 +60,10 @@ class MissWeight(Adapter):
             several, rows = axes.split(last.id, last.size // self.rank, 0)
             out = axes.out_with({last.id: (several, rows)})
         return Layout(out, {"d": (*axes.shared, rows, *axes.outputs)})
+
+    def neutral(self) -> dict[str, Neutral]:
+        """Zeros, also where there is a remainder."""
+        return {"d": 0.0}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
         """The rows; and where they leave a remainder, which row each input meets."""

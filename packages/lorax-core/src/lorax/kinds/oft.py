@@ -4,6 +4,8 @@ W'[(n i), out]  =  Σ_j R[n, i, j] · W[(n j), out],    R of each block near an 
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,21 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes, normalize
 from .._contract import wide_dtype
 from .._errors import SpecError
 from .._factored import FactoredArray
+from .._pair import is_tunable_leaf
 from .._terms import Label, Labels
 from .._turn import Turn
 
@@ -43,6 +37,9 @@ class OftWeight(Adapter):
 
         R  =  I + 2 Q + 2 Q² + 2 Q³ + Q⁴
 
+    Under a bound `eps` on all of the weight, as in constrained OFT, the `Q` of each of `k` blocks
+    is shortened to `‖Q‖ ≤ eps / √k` where it is used, and its gradient passes as it is.
+
     Qiu et al. 2023, arXiv:2306.07280; with the series, Qiu et al. 2025, arXiv:2506.19847. The
     numbers are those of `peft.OFTConfig`.
 
@@ -54,6 +51,7 @@ class OftWeight(Adapter):
         alone: whether the other axes of that side share the blocks.
         block_share: whether all blocks are one.
         terms: of the Neumann series, or None for the exact inverse.
+        eps: the bound of constrained OFT, or None.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
         shared_axes: the weight's axes with their own blocks for each entry.
@@ -68,6 +66,7 @@ class OftWeight(Adapter):
     alone: bool = static(False)
     block_share: bool = static(False)
     terms: int | None = static(5)
+    eps: float | None = static(None)
     in_axes: tuple[int, ...] = static((0,))
     out_axes: tuple[int, ...] = static((1,))
     shared_axes: tuple[int, ...] = static(())
@@ -75,6 +74,7 @@ class OftWeight(Adapter):
     def check_settings(self, path: str) -> None:
         """Refuses blocks and series that are none."""
         check_blocks(path, self.block_size, self.terms)
+        check_bound(path, self.eps)
 
     def summary(self) -> str:
         """The kind and the size of its blocks."""
@@ -95,6 +95,17 @@ class OftWeight(Adapter):
         varying = () if self.block_share else (*others, blocks)
         return blocks, entry, (*axes.shared, *varying)
 
+    def neutral(self) -> dict[str, Neutral]:
+        """Zeros: no block turns."""
+        return {"q": 0.0}
+
+    def within_bound(self) -> jax.Array:
+        """`q` as it is used: shortened to the bound, where there is one."""
+        if self.eps is None:
+            return self.q
+        blocks = math.prod(self.q.shape[len(self.shared_axes) : -1])
+        return shortened(self.q, self.eps / math.sqrt(blocks))
+
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """How the blocks run along a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
@@ -112,12 +123,58 @@ class OftWeight(Adapter):
         _, entry, varying = self._labels(base.shape)
         row, column = axes.inner(1, self.block_size), axes.inner(2, self.block_size)
         # Inputs are rows of R, outputs are columns; the transpose of R is that of −Q.
-        q = self.q if self.side == "in" else -self.q
+        q = self.within_bound()
+        q = q if self.side == "in" else -q
         # The powers of Q together are as large as a few ranks of LoRA: they are made again.
         matrix = jax.checkpoint(rotation, static_argnums=(1, 2))(q, self.block_size, self.terms)
         layout = self.layout(base.shape)
         term = make_term({"m": matrix}, {"m": (*varying, row, column)}, layout.out, source)
         return FactoredArray(base, (), turn=Turn(term, entry))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def shortened(q: jax.Array, bound: float) -> jax.Array:
+    """`q` whose skew-symmetric matrices have at most this norm; the gradient passes as it is."""
+    wide = q.astype(wide_dtype(q.dtype))
+    norm = jnp.sqrt(2 * jnp.sum(wide**2, -1, keepdims=True))  # both halves of the matrix
+    scale = jnp.where(norm <= bound, 1, bound / jnp.maximum(norm, bound))
+    return (wide * scale).astype(q.dtype)
+
+
+@shortened.defjvp
+def _shortened_jvp(bound: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return shortened(primals[0], bound), tangents[0]
+
+
+def project_oft(tunable: Any) -> Any:
+    """The same adapters with constrained OFT moved within its bounds.
+
+    The adapted model is the same. PEFT moves the numbers themselves in each forward pass, so call
+    this after each update of the optimizer to take its steps; else what is beyond a bound goes on
+    from there.
+
+    Args:
+        tunable: the tunable tree of a pair.
+
+    Returns:
+        The tree, where each `OftWeight` with `eps` has the `q` that it is used with.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import OftSpec, init_lora, project_oft
+        >>> spec = {"w": OftSpec(2, eps=0.1)}
+        >>> frozen, tunable = init_lora({"w": jnp.ones((4, 3))}, spec, jax.random.key(0))
+        >>> far = jax.tree.map(lambda q: q + 1, tunable)
+        >>> [round(float(x), 3) for x in project_oft(far)["w"].q[:, 0]]  # ‖Q‖ = 0.1 / √2 blocks
+        [0.05, 0.05]
+    """
+
+    def projected(node: Any) -> Any:
+        if not isinstance(node, OftWeight):
+            return node
+        return node.with_factors({"q": node.within_bound()})
+
+    return jax.tree.map(projected, tunable, is_leaf=is_tunable_leaf)
 
 
 def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
@@ -159,6 +216,8 @@ class OftSpec(AdapterSpec):
         block_share: whether all blocks are one.
         terms: of the Neumann series for the inverse in the Cayley transform, at least 2; None
             solves for it.
+        eps: of constrained OFT: how far all blocks together may turn from the identity, as under
+            `coft` in PEFT, whose default is 6e-5. None sets no bound. See `project_oft`.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -177,6 +236,7 @@ class OftSpec(AdapterSpec):
     channel_axis: int | None = None
     block_share: bool = False
     terms: int | None = 5
+    eps: float | None = None
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
     shared_axes: Sequence[int] = ()
@@ -186,6 +246,7 @@ class OftSpec(AdapterSpec):
         if self.side not in ("in", "out"):
             raise SpecError(f"`{path}` has an OftSpec of side {self.side!r}; it is 'in' or 'out'.")
         check_blocks(path, self.block_size, self.terms)
+        check_bound(path, self.eps)
         side = axes.inputs if self.side == "in" else axes.outputs
         axis = self._channel_axis(path, len(shape), axes)
         if axis not in side:
@@ -212,7 +273,7 @@ class OftSpec(AdapterSpec):
         axis = self._channel_axis("", len(shape), axes)
         return OftWeight(
             None, self.block_size, self.side, axis, self.channel_axis is not None,
-            self.block_share, self.terms, axes.inputs, axes.outputs, axes.shared,
+            self.block_share, self.terms, self.eps, axes.inputs, axes.outputs, axes.shared,
         )  # fmt: skip
 
     def start(self, start: Start) -> Started:
@@ -235,3 +296,11 @@ def check_blocks(path: str, size: Any, terms: Any) -> None:
             f"`{path}` has {terms!r} terms of the Neumann series; it is an int of at least 2, or "
             "None for the exact inverse."
         )
+
+
+def check_bound(path: str, eps: Any) -> None:
+    """Refuses a bound that leaves nothing."""
+    if eps is None:
+        return
+    if type(eps) is bool or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+        raise SpecError(f"`{path}` has eps {eps!r}; it is a positive number, or None.")

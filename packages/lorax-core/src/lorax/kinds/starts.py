@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Start, Started
+from .._adapter_spec import Start, Started
 from .._arrays import Held
-from .._base import Format, blank_of, decoded, encoded, format_of
+from .._base import blank_of, decoded, encoded
+from .._base_format import Format, format_of
 from .._errors import SpecError
 from .collected import CollectedStart
 
@@ -77,7 +78,7 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
 
 
 def _factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Factors:
-    """What a function of `STARTS` makes of `base`, for each entry of the shared axes."""
+    """Factors of `base` by a function of `STARTS`, for each entry of the shared axes."""
     matrices = start.axes.matrices(jnp.asarray(base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 

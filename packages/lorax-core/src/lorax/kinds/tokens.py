@@ -10,17 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import (
-    Adapter,
-    AdapterSpec,
-    Labeled,
-    Layout,
-    Start,
-    Started,
-    defkind,
-    make_term,
-    static,
-)
+from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._arrays import own
 from .._axes import Axes
 from .._errors import SpecError
@@ -62,12 +53,17 @@ class TokensWeight(Adapter):
     def derived(self, base: Any) -> dict[str, Any]:
         """The base's own rows."""
         (axis,) = self.in_axes
+        # […, vocabulary, …] -> […, k, …]
         rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis)
         order = (*self.shared_axes, axis, *self.out_axes)
         return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]
 
+    def neutral(self) -> dict[str, Neutral]:
+        """The base's own rows."""
+        return {"values": lambda held: held["replaced"]}
+
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """What the rows are more than those of the base, at their places."""
+        """The difference of the rows to those of the base, at their places."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rows = layout.factors["values"]
         if not all(0 <= index < shape[self.in_axes[0]] for index in self.indices):

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapter import Adapter, AdapterSpec, Labeled, Layout, Start, Started, defkind, sizes, static
+from .._adapter import Adapter, Labeled, Layout, defkind, sizes, static
+from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
 from .._errors import SpecError
 from .lora import check_rank

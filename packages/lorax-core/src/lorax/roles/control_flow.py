@@ -23,7 +23,7 @@ def _scan(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> list[Value]:
 
     def restack(value: Value, size: Any) -> Value:
         def widened(key: Any, part: Part) -> Part:
-            # What a step returns is stacked again along a new axis.
+            # The results of the steps are stacked again along a new axis.
             first = Span(size, frozenset((0,)) if key is DATA else frozenset())
             return part.move(lambda axes: ((first,), *axes))
 

@@ -43,11 +43,12 @@ class Side(NamedTuple):
         )
 
     def place(self, part: Part, shape: Sequence[Any], carried: "Side | None" = None) -> Part:
-        """What the result shows of a part.
+        """The part that the result shows.
 
         Beside a constant, which maps an axis to another one as a resize does, the summed axes are
         carried over to the axes that the constant keeps.
         """
+        # The axes that the product keeps, at their places in the result.
         axes = list(map(blank, shape))
         for d, position in (*self.kept.items(), *self.batch.items()):
             axes[position] = part.axes[d]

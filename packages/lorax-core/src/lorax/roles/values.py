@@ -1,4 +1,4 @@
-"""What is known of a value: the weights that it shows, axis by axis. It knows no primitive."""
+"""The weights that a value shows, axis by axis. This module does not know any primitive."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a value shows of one weight: the spans of each of the value's axes.
+    """The part of one weight that a value shows: the spans of each of the value's axes.
 
     Attributes:
         axes: the spans.
@@ -66,7 +66,7 @@ DATA = object()
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of a value.
+    """The weights and the data that a value shows.
 
     Attributes:
         parts: what it shows of each weight, and of data.
@@ -118,7 +118,7 @@ def merge(values: Iterable[Value]) -> Value:
 
 
 def in_all_steps(before: Value, after: Value) -> Value:
-    """What a carried value is both before and after a step; data, if it is that in either.
+    """A carried value, as it is both before and after a step; data, if it is data in either.
 
     A carried weight that a step replaces, such as a learned initial state, is not followed.
     """
@@ -170,8 +170,10 @@ def fitted(axes: Sequence[Axis], shape: Sequence[Any]) -> tuple[Axis, ...]:
 def _fit(axis: Axis, size: Any) -> Axis:
     if same(math.prod(span.size for span in axis), size):
         return axis
+    # A single entry that is repeated shows nothing along the new axis.
     if len(axis) == 1 and same(axis[0].size, 1):
         return blank(size)
+    # Cut or padded: all that ran along the axis still does.
     return (Span(size, frozenset[int]().union(*(span.axes for span in axis))),)
 
 
@@ -188,13 +190,16 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
         left = size
         while not same(left, 1) and rest:
             span = rest.pop(0)
+            # The span fits: [4, 6] -> [24] takes both.
             if same(left, span.size) or divides(span.size, left):
                 axis.append(span)
                 left = 1 if same(left, span.size) else left // span.size
+            # The span is longer: [24] -> [4, 6] leaves the low part to the next axis.
             elif divides(left, span.size):
                 axis.append(span._replace(size=left))
                 rest.insert(0, span._replace(size=span.size // left))
                 left = 1
+            # Neither divides the other, so the span and the next one are one from here on.
             elif rest:
                 rest[0] = Span(span.size * rest[0].size, span.axes | rest[0].axes)
             else:

@@ -24,7 +24,7 @@ from .values import (
 
 
 class Strength(enum.IntEnum):
-    """What a use says about the roles of a weight's axes, weakest first."""
+    """How strongly a use determines the roles of a weight's axes, weakest first."""
 
     CONSTANT = 1
     """The other operand is a constant, such as the matrix that resizes an image."""
@@ -51,7 +51,7 @@ class Use:
 
 
 class Roles(NamedTuple):
-    """What a function does with its weights.
+    """The roles of a function's weights.
 
     Attributes:
         axes: the axes of inputs and of outputs, for each weight that has both.
@@ -89,6 +89,7 @@ class Walk:
         for k, use in enumerate(self.uses):
             if not self.beside_data.isdisjoint(use.beside):
                 continue  # It is data by then.
+            # Bit k of `own`: the result of use k went into the weight itself, as a norm does.
             counts = not self.own.get(use.weight, 0) >> k & 1
             if use.weight not in best or (counts, use.strength) > best[use.weight][:2]:
                 best[use.weight] = (counts, use.strength, use)
@@ -108,6 +109,7 @@ class Walk:
         def read(atom: Any) -> Value:
             return CONSTANT if isinstance(atom, jex.Literal) else values[atom]
 
+        # An equation that no output depends on is not a use.
         live = live_equations(jaxpr)
         if len(live) < len(jaxpr.eqns):
             self._note_dead(jaxpr, values, {id(eqn) for eqn, _ in live})
@@ -150,6 +152,7 @@ class Walk:
         elif body is not None:
             outs = self.run_body(body, operands)
         else:
+            # Without a rule, an equation is taken to act entry by entry.
             outs = [self.entrywise(eqn, operands, shape_of(v)) for v in eqn.outvars]
         self.line = outer
         return [resized(out, shape_of(v)) for out, v in zip(outs, eqn.outvars, strict=True)]
@@ -260,7 +263,7 @@ class Walk:
         return Value(dict(merged.parts) | parts, merged.uses)
 
     def leave_to_data(self, part: Part) -> None:
-        """What is beside data is used as data: another weight maps both."""
+        """Treats a weight beside data as data: another weight maps both."""
         self.beside_data |= part.beside
 
     # Loops.

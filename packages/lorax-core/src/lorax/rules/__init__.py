@@ -20,6 +20,7 @@ from . import (
     indexing as indexing,
     loops as loops,
     norms as norms,
+    ragged_dot as ragged_dot,
     selection as selection,
     shards as shards,
     structural as structural,

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 from .._contract import product_dtype, wide_dtype
 from .._factored import FactoredArray, base_of, is_weight
 from .._registry import defreason, defrule
-from .._terms import (
-    Inexpressible,
-    Label,
-    Term,
-    align,
-    check_size,
-    operand,
-    product,
-    relabeled,
-)
+from .._term_products import align, check_size, operand, product, relabeled
+from .._terms import Inexpressible, Label, Term
 from . import norms
 
 

@@ -94,7 +94,7 @@ def _jit(
     inline,
     compiler_options_kvs,
 ):
-    """Options that go by argument are those of the base; factors have none."""
+    """Per-argument options apply to the base only."""
     if any(layout is not None for layout in (*in_layouts, *out_layouts)):
         return NotImplemented
     pinned = [s if isinstance(s, jax.sharding.Sharding) else None for s in out_shardings]

@@ -128,6 +128,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
 
     def gather(factor):
         """The entries of all devices, the same on each, as a sum over devices must be."""
+        # [device, *factor]: this device's entry in its place, zeros elsewhere, and then the sum.
         mine = jnp.arange(size) == _position(axes, axis_index_groups)
         return alone(jnp.where(mine.reshape(size, *(1,) * factor.ndim), factor[None], 0))
 
@@ -160,6 +161,7 @@ def _reduce_scatter(
     terms = []
     for term in weight.terms:
         summed, device = _gathered(weight, term, names, axis_index_groups)
+        # No factor varies over the devices: each of them adds the same.
         if not summed.owners(device):
             summed = summed.scale(axis_size)
         terms.append(_own_part(summed, scatter_dimension, names, axis_index_groups, tiled))

@@ -23,26 +23,18 @@ Sharp edges:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 
-from .._contract import Operand, contract, is_for_one_cpu
+from .._contract import is_for_one_cpu
 from .._factored import FactoredArray
 from .._paid import pay, with_dropout_on
 from .._registry import defrule
 from .._terms import Inexpressible, Label, Term
-
-
-class _Window(NamedTuple):
-    """Stride, padding and dilations along one spatial axis."""
-
-    stride: int = 1
-    padding: tuple[int, int] = (0, 0)
-    lhs_dilation: int = 1
-    rhs_dilation: int = 1
+from ._windows import Window, convolve
+from .convolution_parts import Plan, convolve_parts, has_parts, plan_of
 
 
 @defrule("conv_general_dilated", gains=True)
@@ -68,7 +60,7 @@ def _conv_general_dilated(
     if not isinstance(kernel, FactoredArray):
         return eqn(x, kernel)
     windows = [
-        _Window(*axis)
+        Window(*axis)
         for axis in zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
     ]
     dtype = eqn.product_dtype(x, kernel.base)
@@ -85,16 +77,16 @@ def _conv_general_dilated(
         x = _metered(kernel, x, windows, dimension_numbers, feature_group_count)
     kernel, x, pay_result = pay(kernel, x, met, shown, precision=precision)
     stages = [
-        _plan(term, rhs_spec, feature_group_count)
-        if batch_group_count == 1 and _has_parts(term, rhs_spec)
+        plan_of(term, rhs_spec, feature_group_count)
+        if batch_group_count == 1 and has_parts(term, rhs_spec)
         else _stages(term, rhs_spec, feature_group_count, batch_group_count, dtype)
         for term in kernel.terms
     ]
     base = eqn(x, kernel.base)
 
     def delta_of(x, stage):
-        if isinstance(stage, _Plan):
-            return _convolve_parts(
+        if isinstance(stage, Plan):
+            return convolve_parts(
                 x, stage, windows, dimension_numbers, precision, preferred_element_type
             )
         return _convolve(
@@ -228,11 +220,11 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
 
     def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
-        mine = [w if own else _Window() for w, own in zip(windows, owned, strict=True)]
+        mine = [w if own else Window() for w, own in zip(windows, owned, strict=True)]
         # [out, in, *window] -> the order of axes in the user's kernel
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
         kernel = jnp.transpose(kernel, layout)
-        return _conv(x, kernel, spec, mine, groups, batch_groups, precision, preferred)
+        return convolve(x, kernel, spec, mine, groups, batch_groups, precision, preferred)
 
     with jax.named_scope("lora"):
         if blocks == 1 < repeats and all(in_first) and is_for_one_cpu([x]):
@@ -248,37 +240,6 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
             in_second = [not own for own in in_first]
             return conv(middle, second, out_spec, in_second, all_groups, batch_groups, preferred)
     return _mix_features(middle, second, out_spec, all_groups, batch_groups, precision, preferred)
-
-
-def _conv(x, kernel, spec, windows, groups, batch_groups, precision, preferred):
-    if any(jax.export.is_symbolic_dim(size) for w in windows for size in w.padding):
-        x, windows = _pad_first(x, spec.lhs_spec, windows)
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        [w.stride for w in windows],
-        [w.padding for w in windows],
-        [w.lhs_dilation for w in windows],
-        [w.rhs_dilation for w in windows],
-        spec,
-        feature_group_count=groups,
-        batch_group_count=batch_groups,
-        precision=precision,
-        preferred_element_type=preferred,
-    )
-
-
-def _pad_first(x, lhs_spec, windows):
-    """The input padded and dilated, and windows without either.
-
-    `jax.lax.conv_general_dilated` takes no padding that depends on a symbolic size of `jax.export`,
-    as "SAME" does with strides; the primitive does.
-    """
-    config = [(0, 0, 0)] * x.ndim
-    for axis, window in zip(lhs_spec[2:], windows, strict=True):
-        config[axis] = (*window.padding, window.lhs_dilation - 1)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), config)
-    return x, [w._replace(padding=(0, 0), lhs_dilation=1) for w in windows]
 
 
 def _as_examples(x, lhs_spec, groups: int):
@@ -322,122 +283,3 @@ def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferre
         tuple(out_axes),
     )
     return term.array(x.dtype, precision=precision, preferred_element_type=preferred)
-
-
-# Terms of more parts than two
-
-
-def _has_parts(term: Term, rhs_spec) -> bool:
-    """Whether the input features have several owners, or a factor has the window to itself."""
-    _, in_axis, *spatial = rhs_spec
-    try:
-        term.fuse(in_axis)
-    except Inexpressible:
-        return True
-    window = {label for d in spatial for label in term.out[d] if label.size != 1}
-    others = {label for label in term.shown if label not in window}
-    return any(window & set(labels) and others.isdisjoint(labels) for labels in term.labels)
-
-
-class _Plan(NamedTuple):
-    """A term in three parts: factors before the window, those along it, and factors after it.
-
-    `groups` are the labels of the groups of features, `inputs` those of a group's features.
-    """
-
-    term: Term
-    before: list[Operand]
-    along: list[Operand]
-    after: list[Operand]
-    window: list[Label]
-    groups: tuple[Label, ...]
-    inputs: tuple[Label, ...]
-    outputs: tuple[Label, ...]
-
-
-def _plan(term: Term, rhs_spec, groups: int) -> _Plan:
-    out_axis, in_axis, *spatial = rhs_spec
-    term, window = term.fuse_all(spatial)
-    count, of_groups = groups, 0
-    # The first output labels run over the groups: as many labels as make the number of groups.
-    while count > 1:
-        label = term.out[out_axis][of_groups]
-        if count % label.size:
-            if label.size % count:
-                raise Inexpressible("has groups that cut a block of its kernel in two")
-            term, (label, _) = term.split(label, count)
-        count, of_groups = count // label.size, of_groups + 1
-    for label in term.out[out_axis]:
-        term = term.own(label)
-    inputs, outputs = term.out[in_axis], term.out[out_axis]
-    # The input x has the labels of a group's inputs and of the groups themselves.
-    of_x = {*inputs, *outputs[:of_groups]}
-    factors = list(zip(term.factors, term.labels, strict=True))
-    # Factors of the window are the convolution itself. What joins x to them is multiplied before,
-    # and all the rest after it.
-    along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
-    inner_labels = {label for _, labels in along for label in labels} - of_x - {*window, *outputs}
-    before, after = [], []
-    for factor in factors:
-        if set(window).isdisjoint(factor[1]):
-            joins = not inner_labels.isdisjoint(factor[1]) and not of_x.isdisjoint(factor[1])
-            (before if joins and set(outputs[of_groups:]).isdisjoint(factor[1]) else after).append(
-                factor
-            )
-    return _Plan(term, before, along, after, window, outputs[:of_groups], inputs, outputs)
-
-
-def _convolve_parts(x, plan: _Plan, windows, numbers, precision, preferred):
-    """What labels meet the window alone are features there; all others are examples."""
-    lhs_spec, out_spec = numbers.lhs_spec, numbers.out_spec
-    spatial = len(windows)
-    # As [batch, *spatial, features].
-    x = jnp.transpose(x, [lhs_spec[0], *lhs_spec[2:], lhs_spec[1]])
-    place = [plan.term.fresh(size, skip=k) for k, size in enumerate(x.shape[:-1])]
-    # [batch, *spatial, *groups, *inputs]
-    met = (*place, *plan.groups, *plan.inputs)
-    x = x.reshape([label.size for label in met])
-    keywords: dict[str, Any] = {"dtype": x.dtype, "precision": precision}
-
-    def labels_of(operands):
-        return list(dict.fromkeys(label for _, labels in operands for label in labels))
-
-    later = {*plan.outputs, *labels_of(plan.after)}
-    needed = {*later, *labels_of(plan.along), *place}
-    reached = dict.fromkeys((*met, *labels_of(plan.before)))
-    middle = [label for label in reached if label in needed]
-    features = [label for label in middle if label not in place]
-    owned = [label for label in labels_of(plan.along) if label not in plan.window]
-    groups = tuple(label for label in features if label in owned and label in later)
-    summed = tuple(label for label in features if label in owned and label not in later)
-    new = tuple(label for label in owned if label not in features and label in later)
-    rest = tuple(label for label in features if label not in owned)
-
-    def size(labels):
-        return math.prod(label.size for label in labels)
-
-    with jax.named_scope("lora"):
-        # x as [batch · rest, *spatial, groups · summed], the kernel as [*window, summed, groups ·
-        # new], and the result as [batch · rest, *spatial, groups · new]
-        order = (place[0], *rest, *place[1:], *groups, *summed)
-        x = contract([(x, met), *plan.before], order, meets=0, **keywords)
-        x = x.reshape(size((place[0], *rest)), *x.shape[1 + len(rest) :][:spatial], -1)
-        window = tuple(plan.window)
-        kernel = contract(plan.along, (*window, *summed, *groups, *new), dtype=x.dtype)
-        kernel = kernel.reshape(*kernel.shape[:spatial], size(summed), size((*groups, *new)))
-        last = spatial + 1
-        # (batch, features, *spatial) of x and of the result; (out, in, *window) of the kernel.
-        axes = (0, last, *range(1, last))
-        spec = jax.lax.ConvDimensionNumbers(axes, (last, spatial, *range(spatial)), axes)
-        x = _conv(x, kernel, spec, windows, size(groups), 1, precision, None)
-        fresh = [plan.term.fresh(n, skip=k + len(place)) for k, n in enumerate(x.shape[1:-1])]
-        axes = (place[0], *rest, *fresh, *groups, *new)
-        x = x.reshape([label.size for label in axes])
-        # -> [batch, *spatial, *outputs] -> [batch, *spatial, out], and then the user's order of
-        # axes
-        out = (place[0], *fresh, *plan.outputs)
-        keywords["preferred_element_type"] = preferred
-        x = contract([(x, axes), *plan.after], out, meets=0, **keywords)
-        x = x.reshape(*x.shape[:last], -1)
-    layout = {out_spec[0]: 0, out_spec[1]: last} | {d: k for k, d in enumerate(out_spec[2:], 1)}
-    return jnp.transpose(x, [layout[d] for d in range(x.ndim)])

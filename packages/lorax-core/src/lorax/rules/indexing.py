@@ -58,6 +58,7 @@ def _gather(
 
     moved = weight.moved(looked_up)
     # One index alone picks a layer or an expert; an array of them looks rows up.
+    # The axes of a slice in the result; a row has at most one of more than one entry.
     left = [size for d, size in enumerate(eqn.out_shape) if d in dimension_numbers.offset_dims]
     are_rows = indices.ndim > 1 and sum(size != 1 for size in left) < 2
     finished = weight.is_bare and are_rows
@@ -78,6 +79,7 @@ def _gather_codes(
 ) -> Term:
     """Codes are looked up as if every index were in range; what is not is then not a number."""
     numbers, fills = dimension_numbers, mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    # A number, unlike NaN, has no gain that codes could be multiplied by.
     if fills and fill_value is not None and fill_value == fill_value:
         raise Inexpressible("fills with a number")
     clip = jax.lax.GatherScatterMode.CLIP if fills else mode
@@ -167,6 +169,7 @@ def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
         axis = next((axis for axis, position in paired.items() if position == d), None)
         new = term.fresh(size, skip=d)._replace(is_index=True)
         batch.append(new if axis is None else label_of[axis])
+    # An indexed axis of the result is as long as the slice.
     windows = {
         axis: term.fresh(slice_sizes[axis], skip=len(batch) + k) for k, axis in enumerate(indexed)
     }

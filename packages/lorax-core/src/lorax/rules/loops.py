@@ -36,10 +36,12 @@ def _forwarded(jaxpr) -> list[int | None]:
         rule = RULES.get(eqn.primitive)
         if rule is None or unfit(rule, len(eqn.invars), eqn.params):
             continue
+        # A nested call hands values on: its outputs may be its inputs.
         if name in ("jit", "remat2", "closed_call"):
             inner = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
         elif name in ("scan", "while"):
             first, body = _loop_body(eqn)
+            # A value that a loop carries without change is the loop's own input.
             kept = _untouched(body, first)
             start = len(eqn.invars) - len(kept) if name == "while" else first
             inner = [start + k if same else None for k, same in enumerate(kept)]

@@ -10,7 +10,8 @@ import jax.extend.core as jex
 
 from .._factored import FactoredArray
 from .._registry import defrule
-from .._terms import Inexpressible, Term, check_size, entrywise, operand
+from .._term_products import check_size, entrywise, operand
+from .._terms import Inexpressible, Term
 
 NOT_LINEAR = "is not linear in the weight"
 

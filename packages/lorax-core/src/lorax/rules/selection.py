@@ -82,7 +82,7 @@ def _scatter(
     update_jaxpr,
     update_consts,
 ):
-    """What is added to a weight leaves its terms alone; what replaces or scales it masks them."""
+    """Additions leave a weight's terms alone; replacements and scales mask them."""
     name = eqn.eqn.primitive.name
     if name == "scatter-mul" and is_weight(updates):
         raise Inexpressible("multiplies by it")
@@ -106,7 +106,7 @@ def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:
 
 
 def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
-    """What the equation makes of ones; `narrow` has a size of one where the updates are constant.
+    """The equation applied to ones; `narrow` has a size of one where the updates are constant.
 
     An axis that every window covers and that no index moves along is shrunk to one entry.
     """

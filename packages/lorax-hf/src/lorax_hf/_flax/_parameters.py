@@ -38,7 +38,7 @@ class Parameter(NamedTuple):
 
     @property
     def torch_name(self) -> str:
-        """What it is called in its module in PyTorch."""
+        """Its name in its PyTorch module."""
         return _TORCH_NAMES.get(self.name, self.name)
 
     @property
@@ -118,7 +118,7 @@ def _preset(config: transformers.PretrainedConfig, first: str) -> Preset:
     kind = config.model_type
     parts: Mapping[str, str] = COMPOSITES.get(kind, {})
     if parts:
-        # What is in no part, such as a projection between two, has no preset to speak of.
+        # A parameter outside of all parts, such as a projection between two, has no preset.
         part = getattr(config, parts[first], None) if first in parts else None
         return Preset((), (), ()) if part is None else _preset(part, "")
     known = kind.removesuffix("_text_model").removesuffix("_vision_model")

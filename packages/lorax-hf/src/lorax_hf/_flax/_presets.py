@@ -1,4 +1,4 @@
-"""What the modules of each architecture are called: one row for each model type.
+"""The names of each architecture's modules: one row for each model type.
 
 Names are those of PyTorch, less the index of a layer; a name with a dot is the end of one. A module
 that `attention` has is not one of the `mlp`, so that `output.dense` means what it says.

@@ -54,7 +54,7 @@ def in_jax(env: Any, value: Any) -> Any:
 
 
 def out_of_jax(value: Any) -> Any:
-    """What a module returns: tensors become arrays, and its classes of outputs JAX pytrees."""
+    """A module's result in JAX: tensors become arrays, and its classes of outputs JAX pytrees."""
     if isinstance(value, torch.Tensor):
         array_of = getattr(value, "jax", None)  # of torchax
         return jnp.asarray(numpy_of(value)) if array_of is None else array_of()

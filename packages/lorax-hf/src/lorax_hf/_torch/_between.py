@@ -1,4 +1,4 @@
-"""What a module must not use while its layers are scanned, and the errors where it does."""
+"""Placeholders for values that a module must not use while its layers are scanned."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils import _pytree
 
 
 class Between(torch.Tensor):
-    """What a layer returns before the scan is over: a shape, without values."""
+    """A layer's result before the scan is over: a shape, without values."""
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: torch.dtype) -> "Between":

@@ -50,7 +50,7 @@ class Decoder(torch.nn.Module):
 
 
 def _cache_argument(model: Any) -> str:
-    """What a model calls its cache; a `StaticCacheError` where that cannot have a constant size."""
+    """The name of the cache argument; a `StaticCacheError` where it has no constant size."""
     name = type(model).__name__
     if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
         raise StaticCacheError(f"{name} is not a model of transformers that generates text.")

@@ -13,7 +13,7 @@ _COMMON = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
 def difference(one: nn.Module, other: nn.Module, step: int) -> str | None:
-    """What tells two layers apart, such as "`self_attn.window` is 5, not None"; None if nothing.
+    """A difference of two layers, such as "`self_attn.window` is 5, not None"; None if nothing.
 
     Args:
         one: a layer.
@@ -65,7 +65,7 @@ def _of_members(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
-    """What an object without a custom equality consists of; None where that is not known."""
+    """The parts of an object without a custom equality; None where they are not known."""
     if isinstance(value, types.MethodType):
         return {"__func__": value.__func__}
     if isinstance(value, types.FunctionType):

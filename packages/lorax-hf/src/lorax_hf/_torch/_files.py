@@ -65,7 +65,7 @@ class Files:
         )
 
     def part(self, name: str, index: Any) -> np.ndarray[Any, Any]:
-        """What is at an index of a tensor, as a new array."""
+        """The entries at an index of a tensor, as a new array."""
         entry = self.entries[name]
         if not entry.shape or 0 in entry.shape:
             return _read(entry)[index]

@@ -15,7 +15,7 @@ from ._function import ModuleFunction
 
 
 class Options(NamedTuple):
-    """What a compiled program is made for."""
+    """The settings that a compiled program depends on."""
 
     max_new_tokens: int
     do_sample: bool

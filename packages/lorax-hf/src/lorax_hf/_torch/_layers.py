@@ -25,7 +25,7 @@ class Stack(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What replaces the name of one of the layers."""
+        """The text that replaces the name of one of the layers."""
         step = f":{self.numbers.step}" if self.numbers.step > 1 else ""
         return f"{inside(self.owner)}{self.numbers.start}:{self.numbers.stop}{step}"
 

@@ -75,7 +75,7 @@ def of_config(config: Any) -> torch.nn.Module:
 
 
 class _Rows:
-    """What is asked of a module once, for all of its parameters."""
+    """Properties of a module, computed once for all of its parameters."""
 
     def __init__(self, module: torch.nn.Module, kind: str | None, runs: Sequence[Run]) -> None:
         self.module = module

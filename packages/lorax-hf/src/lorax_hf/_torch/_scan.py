@@ -55,7 +55,7 @@ class _Alone(nn.Module):
 
 
 class _Call:
-    """What a layer was called with, less what the layer before it returned."""
+    """The arguments of a layer, without those that the layer before it returned."""
 
     def __init__(self, args: Any, kwargs: Any, before: Any) -> None:
         leaves, self.structure = _pytree.tree_flatten((args, kwargs))
@@ -98,7 +98,7 @@ class _Loop:
 
     @property
     def x(self) -> Any:
-        """What goes into the first layer."""
+        """The input of the first layer."""
         return self.calls[0].x
 
     def _begin(self) -> None:
@@ -114,7 +114,7 @@ class _Loop:
             raise self._error(self.done, "is not called, and those before it are")
 
     def _call(self, place: int, args: Any, kwargs: Any) -> Any:
-        """What the module gets for one layer."""
+        """The value that the module gets for one layer."""
         if place != self.done:
             raise self._error(place, f"is called before layer {self.run.numbers[self.done]}")
         call = _Call(args, kwargs, self.before)
@@ -152,7 +152,7 @@ class _Loop:
         return self.env.j2t_iso(last)
 
     def _find_returns(self, kind: int) -> None:
-        """What a layer returns, found without computing it."""
+        """The result of a layer as shapes, found without computing it."""
         arrays = {name: array[0] for name, array in self.arrays[kind].items()}
         jax.eval_shape(partial(self._layer, kind, key=self._key()), self.x.jax(), arrays=arrays)
 

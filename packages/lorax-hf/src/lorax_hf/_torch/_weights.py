@@ -1,4 +1,4 @@
-"""What each class of modules does with its weight: which axes are inputs, and the layout on disk.
+"""How each class of modules uses its weight: which axes are inputs, and the layout on disk.
 
 A row of the table is a class, the parameter that it concerns, and a function of the module and the
 parameter. A class that is in no row says nothing about its axes.
@@ -22,7 +22,7 @@ class Weight(NamedTuple):
 
 
 def weight_of(module: nn.Module, name: str) -> Weight | None:
-    """What a parameter of a module is; None where the class does not say."""
+    """The role of a module's parameter; None where the class is not known."""
     parameter = getattr(module, name)
     for matches, describe in _CLASSES:
         if matches(module, name, parameter):

@@ -1,4 +1,4 @@
-"""Weights that are codes: told by the tensors beside them, and by the model's config."""
+"""Weights that are codes: detected by the tensors beside them, and by the model's config."""
 
 from collections.abc import Container, Mapping
 from typing import Any

@@ -187,7 +187,7 @@ def _check_coded(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out: bool) -> Layout:
-    """The layout of a tensor as PyTorch has it, told by the shapes of the factors."""
+    """The layout of a tensor in PyTorch, inferred from the shapes of the factors."""
     if isinstance(layout, Tensor):
         return layout
     if isinstance(layout, Embedding):

@@ -219,7 +219,7 @@ class Lazy(NamedTuple):
 
     @classmethod
     def of(cls, array: Array) -> Self:
-        """One that is there already."""
+        """One that already exists."""
         return cls(array.shape, array.dtype, lambda: array)
 
 

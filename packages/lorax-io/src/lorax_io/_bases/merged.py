@@ -181,7 +181,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(
-            "is there already, and not an empty folder. Nothing is mixed with what is there.",
+            "already exists and is not empty; give a new folder.",
             folder,
         )
     # Every process must find the same name.

@@ -1,4 +1,4 @@
-"""What a config and a base say that an adapter has, and what of it its file lacks."""
+"""Tensors that an adapter should have by its config and its base, and that its file lacks."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ class Prefixes(NamedTuple):
 
 
 def _begins(ours: str, theirs: str) -> tuple[str, str]:
-    """What two names have before the parts in which they end alike."""
+    """The beginnings of two names, before the parts in which they end alike."""
     left, right = ours.split("."), theirs.split(".")
     same = 0
     while same < min(len(left), len(right)) and left[-1 - same] == right[-1 - same]:

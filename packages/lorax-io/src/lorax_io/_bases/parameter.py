@@ -37,7 +37,7 @@ FLOAT = "float"
 
 
 class Notes(NamedTuple):
-    """What is reported once all is read."""
+    """Notes that are reported once all is read."""
 
     shorter: list[str]
     anew: list[str]
@@ -86,7 +86,7 @@ def load_parameter(
 
 
 def _kind(row: Weight) -> Any:
-    """What must be the same in all modules of a stack."""
+    """The properties that must be the same in all modules of a stack."""
     if isinstance(row, Part):
         return row.dtype
     if isinstance(row, Decoded):
@@ -96,7 +96,7 @@ def _kind(row: Weight) -> Any:
 
 
 def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
-    """What a weight is decoded to, where the user does not say."""
+    """The dtype that a weight is decoded to by default."""
     if coded.dtype is not None:
         return coded.dtype
     config = getattr(source, "config", {})

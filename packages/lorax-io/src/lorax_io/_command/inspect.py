@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
-    """What is known of all of it; keys without a value are left out."""
+    """A summary of the adapter; keys without a value are left out."""
     config = adapter.config
     about: dict[str, Any] = {
         "form": adapter.format,

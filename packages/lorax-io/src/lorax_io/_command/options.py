@@ -1,4 +1,4 @@
-"""What several subcommands take: adapters, names, and other names for modules."""
+"""Options that several subcommands share: adapters, names, and other names for modules."""
 
 import argparse
 import dataclasses

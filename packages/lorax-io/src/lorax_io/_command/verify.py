@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
     if args.base is not None:
         checkpoint, rename = with_decoded(open_checkpoint(args.base)), renaming(args.rename)
         fit_adapter(adapter, checkpoint, rename, allow_missing=args.allow_missing)
-        fits = f", and fits {args.base}"
-    print(f"{args.adapter}: {len(adapter.rows)} parameters, all as they should be{fits}")
+        fits = f", fits {args.base}"
+    print(f"{args.adapter}: {len(adapter.rows)} parameters, OK{fits}")
     return SAME

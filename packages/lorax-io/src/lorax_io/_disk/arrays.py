@@ -40,7 +40,7 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
 def one_writer() -> Generator[bool]:
     """True in the process that writes; the others wait for it at the end of the block.
 
-    An error of the writer is an error in every process: none goes on as if there were a file.
+    An error of the writer is raised in every process, so that none continues without a file.
     """
     with _together("could not write the adapter"):
         yield jax.process_index() == 0
@@ -48,7 +48,7 @@ def one_writer() -> Generator[bool]:
 
 @contextmanager
 def all_read(*places: Any) -> Generator[None]:
-    """What one process cannot read, none of them returns.
+    """If one process cannot read, all of them raise.
 
     Args:
         places: trees of arrays, shapes or shardings. Processes wait for each other only where one
@@ -109,7 +109,7 @@ def place(
 
 
 def sharding_of(array: Any) -> Sharding | None:
-    """Where an array was put; None where nobody has said."""
+    """Where an array was put; None where it was not placed."""
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 

@@ -59,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:
-    """The path, of which it is sure that it is a regular file."""
+    """The path, checked to be a regular file."""
     path = Path(path)
     try:
         mode = path.stat().st_mode

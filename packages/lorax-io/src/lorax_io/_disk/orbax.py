@@ -125,8 +125,8 @@ def is_orbax(path: Path) -> bool:
 
 def _steps(folder: Path) -> list[Path]:
     """The steps of a checkpoint that were written to their end, by their number."""
-    found = [x for x in folder.iterdir() if x.name.isdecimal() and (x / STEP).is_file()]
-    return sorted(found, key=lambda step: int(step.name))
+    steps = [x for x in folder.iterdir() if x.name.isdecimal() and (x / STEP).is_file()]
+    return sorted(steps, key=lambda step: int(step.name))
 
 
 def tree_of(path: Path, preferred: str) -> Path:
@@ -173,8 +173,8 @@ def write_orbax(folder: Path, step: int, name: str, tree: Any, metadata: dict[st
 def _metadata(tree: Path) -> dict[str, str]:
     """What the user has saved beside the step of a tree, as strings."""
     path = tree.parent / STEP
-    found = read_json(path) if path.is_file() else None
-    custom = found.get("custom_metadata") if isinstance(found, dict) else None
+    content = read_json(path) if path.is_file() else None
+    custom = content.get("custom_metadata") if isinstance(content, dict) else None
     return {k: str(v) for k, v in custom.items()} if isinstance(custom, dict) else {}
 
 

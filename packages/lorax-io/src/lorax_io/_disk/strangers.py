@@ -1,4 +1,4 @@
-"""Files that are taken for adapters and are something else, told by how they begin."""
+"""Files that are mistaken for adapters, identified by how they begin."""
 
 _BEGINS: tuple[tuple[bytes, str], ...] = (
     (
@@ -26,5 +26,5 @@ _BEGINS: tuple[tuple[bytes, str], ...] = (
 
 
 def identified(begin: bytes) -> str | None:
-    """What a file is that begins so, as a clause; None where nothing is known."""
+    """The kind of a file with these first bytes, as a clause; None where it is not known."""
     return next((description for mark, description in _BEGINS if begin.startswith(mark)), None)

@@ -126,7 +126,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON holds."""
+    """The content of a JSON file."""
     with about(path):
         try:
             return parse_json(path.read_text(encoding="utf-8"))

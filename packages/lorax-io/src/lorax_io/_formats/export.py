@@ -22,7 +22,7 @@ from .wrappers import factor_prefix, wrapper_depths
 
 
 class Export(NamedTuple):
-    """What is written."""
+    """The tensors and the config to write."""
 
     tensors: dict[str, Array]  # by module and key: `model.layers.0.q_proj.lora_A.weight`
     config: PeftConfig
@@ -160,7 +160,7 @@ def _frozen(
 
 
 def _gain(weight: Any, config: PeftConfig) -> float:
-    """What is left of the scale where alpha is the rank."""
+    """The rest of the scale, where alpha is the rank."""
     within = weight.delta if isinstance(weight, DoraWeight) else weight
     return within.scale * within.rank / config.lora_alpha
 

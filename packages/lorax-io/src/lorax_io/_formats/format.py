@@ -1,4 +1,4 @@
-"""What a format is: a row of the table that opening, converting and the messages are made from."""
+"""The definition of a format: a row of the table behind opening, converting and the messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from .source import Source, Tensors
 
 
 class Content(NamedTuple):
-    """What there is to tell a format by."""
+    """The content of a file, by which its format is detected."""
 
     file: Tensors
     folder: Path | None = None  # that has `adapter_config.json`; None where there is none

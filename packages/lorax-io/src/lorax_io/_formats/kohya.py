@@ -45,9 +45,6 @@ _FOLDERS = {
 }
 _DORA = ".dora_scale"
 _BEYOND = {
-    "hada_t1": "cores between its factors (LoHa of Tucker's form)",
-    "hada_t2": "cores between its factors (LoHa of Tucker's form)",
-    "lokr_t2": "a core between its factors (LoKr of Tucker's form)",
     "bias_indices": "sparse biases",
     "oft_blocks": "rotations in LyCORIS's form (OFT)",
     "a1.weight": "a product with the base (GLoRA)",

@@ -160,7 +160,7 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
 
 
 def half_order(rows: Array, heads: int) -> Array:
-    """What has the order of llama.cpp's rows in that of transformers: a pair half a head apart."""
+    """Rows in llama.cpp's order, reordered as in transformers: a pair is half a head apart."""
     return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 

@@ -225,7 +225,7 @@ def _check_alpha(alpha: float | None, row: Format) -> None:
 
 @contextlib.contextmanager
 def content_of(path: Path, alpha: float | None) -> Generator[Content]:
-    """What there is at a path: a file, and a config beside it."""
+    """The content of a path: a file, and a config beside it."""
     if is_orbax(path):
         with open_orbax(tree_of(path, tunix.TREE), tunix.is_factor) as file:
             yield Content(file, alpha=alpha)

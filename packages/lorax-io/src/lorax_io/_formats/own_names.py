@@ -67,7 +67,7 @@ def names_on(source: Source, params: Any) -> dict[str, Layout]:
     if not source.own:
         raise AdapterMismatchError("has the names of modules. Give `names`, their layouts by path.")
     leaves, _ = param_leaves(params)
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     for path, own in source.own.items():
         leaf: Any = leaves.get(path)
         if not is_array(leaf):
@@ -77,8 +77,8 @@ def names_on(source: Source, params: Any) -> dict[str, Layout]:
             raise AdapterMismatchError(
                 f"has factors of `{path}` for axes {own.shape}, and it has {tuple(leaf.shape)}."
             )
-        found[path] = dataclasses.replace(own.layout, in_axes=axes[0], out_axes=axes[1])
-    return found
+        layouts[path] = dataclasses.replace(own.layout, in_axes=axes[0], out_axes=axes[1])
+    return layouts
 
 
 def _experts(source: Source) -> dict[str, str]:

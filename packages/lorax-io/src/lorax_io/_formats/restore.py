@@ -19,7 +19,7 @@ from .._shapes import blank_rows, complete
 from .._tree import absent, filled, frozen_of, is_array, param_leaves, with_leaves
 from .biases import changed_biases
 from .peft.patterns import distrusted
-from .slots import WHOLE, Found, Slot, find, is_of_vocabulary
+from .slots import WHOLE, Slot, SlotTensors, find, is_of_vocabulary
 from .source import Source, Stored
 from .whole import DTYPES
 
@@ -90,7 +90,9 @@ def restore(
     return Restored(rows, of, leaves, structure)
 
 
-def _specs(source: Source, slots_of: Found, places: Mapping[str, Place]) -> dict[str, Adapter]:
+def _specs(
+    source: Source, slots_of: SlotTensors, places: Mapping[str, Place]
+) -> dict[str, Adapter]:
     """The adapter, without arrays, of each parameter that has factors."""
     specs: dict[str, Adapter] = {}
     for path, slots in slots_of.items():

@@ -79,7 +79,9 @@ def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 _RANK_AXES = {
     "lora_A.weight": 0,
     "lora_embedding_A": 0,
+    "hada_t1": 0,
     "hada_w1_a": 1,
+    "lokr_t2": 0,
     "lokr_w2_a": 1,
     "lokr_w1_a": 1,
 }

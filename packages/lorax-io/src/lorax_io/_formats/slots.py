@@ -26,8 +26,6 @@ _SAVED_AGAIN = ("embed_tokens", "lm_head")
 # Tensors of kinds of adapters that are identified by their keys, not by the config.
 _OTHERS = {
     "lora_diag": "KaSA",
-    "hada_t": "LoHa with a Tucker core",
-    "lokr_t2": "LoKr with a Tucker core",
     ".oft_r.": "OFT as PEFT before 0.15 had it",
     "gralora_A_general": "GraLoRA with a second product",
     "gralora_B_general": "GraLoRA with a second product",
@@ -45,17 +43,17 @@ class Slot(NamedTuple):
 
 
 # The tensors of each parameter of the adapter, by where they go.
-Found = dict[str, dict[Slot, Stored]]
+SlotTensors = dict[str, dict[Slot, Stored]]
 
 
-def find(source: Source, places: Places) -> Found:
+def find(source: Source, places: Places) -> SlotTensors:
     """The tensors that the names have a place for; all others are errors."""
     source.tuner.check_keys(source.tensors.keys(), source.config)
     slots = _slots(source, places)
     biases = {
         module for place in places.values() if is_bias(place) for module in place.modules.values()
     }
-    slots_of: Found = {}
+    slots_of: SlotTensors = {}
     for key, tensor in source.tensors.items():
         if key.endswith(f".{BIAS}"):
             _check_bias(key, biases, source.config)
@@ -192,8 +190,8 @@ def _check_copy(tensor: Stored, module: str, place: Place) -> None:
         )
 
 
-def _check_targets(source: Source, slots_of: Found, places: Places) -> None:
-    """What the config says is adapted, and what has tensors, are the same modules."""
+def _check_targets(source: Source, slots_of: SlotTensors, places: Places) -> None:
+    """Checks that the modules which the config adapts are those that have tensors."""
     config = source.config
     for path, place in places.items():
         keys = {slot.key for slot in slots_of.get(path, ())}

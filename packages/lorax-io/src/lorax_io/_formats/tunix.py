@@ -81,24 +81,24 @@ def _read(content: Content) -> Source:
 
 
 def _pairs(file: OrbaxTree) -> dict[str, _Pair]:
-    found: dict[str, dict[str, Stored]] = {}
+    factors_of: dict[str, dict[str, Stored]] = {}
     others: list[str] = []
     for name, entry in file.entries.items():
         match = _FACTOR.fullmatch(name)
         if match is None:
             others.append(name)
             continue
-        factors = found.setdefault(match["path"], {})
+        factors = factors_of.setdefault(match["path"], {})
         if match["side"] in factors:
             raise AdapterFileError(f"has `{name}` twice, with `value` and without.")
         factors[match["side"]] = Stored(name, *entry, lambda name=name: file.view(name))
-    check_any({f.name: f.shape for factors in found.values() for f in factors.values()})
+    check_any({f.name: f.shape for factors in factors_of.values() for f in factors.values()})
     if others:
         warn(
             f"has {len(others)} arrays beside the factors, such as `{others[0]}`, which are the "
             "model's own. They are not read."
         )
-    return {path: _pair(path, factors) for path, factors in sorted(found.items())}
+    return {path: _pair(path, factors) for path, factors in sorted(factors_of.items())}
 
 
 def _pair(path: str, factors: Mapping[str, Stored]) -> _Pair:
@@ -117,13 +117,13 @@ def _pair(path: str, factors: Mapping[str, Stored]) -> _Pair:
 def _modules(paths: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     """The module of each parameter: what it is in, or itself where that has several."""
     within = [path.rpartition("/")[0] for path in paths]
-    found = {
+    names = {
         path: (owner if owner and within.count(owner) == 1 else path).replace("/", ".")
         for path, owner in zip(paths, within, strict=True)
     }
-    if len({*found.values()}) < len(found):
+    if len({*names.values()}) < len(names):
         raise AdapterFileError("has two parameters that get one name with `.` between keys.")
-    return found
+    return names
 
 
 def _stored_alpha(file: OrbaxTree) -> float:

@@ -27,5 +27,5 @@ def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
 
 
 def factor_prefix(place: Place, module: str, depths: Mapping[str, int]) -> str:
-    """What a module's keys begin with."""
+    """The prefix of a module's keys."""
     return module + ".base_layer" * depths.get(place.pattern_name(module), 0)

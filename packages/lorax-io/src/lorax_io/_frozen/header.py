@@ -1,4 +1,4 @@
-"""What the header of a frozen tree says of each base."""
+"""The header of a frozen tree: the settings of each base."""
 
 import json
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
         return arrays
 
     def settings(self) -> dict[str, Any] | None:
-        """What the header says of it."""
+        """Its entry in the header."""
         if self.base is None:
             return None
         settings: dict[str, Any] = {"factors": sorted(self.factors)}

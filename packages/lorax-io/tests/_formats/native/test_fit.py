@@ -205,8 +205,8 @@ def test_unmodified_fixtures_of_other_kinds_load(place):
 
 def test_peft_folder_is_not_a_native_file(place):
     place.native = place.weights
-    assert_refused(place, "native", AdapterFileError, "no native adapter; `load_peft` reads")
-    assert_refused(place, "metadata", AdapterFileError, "no native adapter; `load_peft` reads")
+    assert_refused(place, "native", AdapterFileError, "not a native adapter; `load_peft` reads")
+    assert_refused(place, "metadata", AdapterFileError, "not a native adapter; `load_peft` reads")
 
 
 def test_parameters_with_one_path_raise(place):

@@ -22,7 +22,7 @@ def settings(text=None, **changes):
 
 
 NATIVE = rows(
-    ("no format", {"lorax.format": None}, {}, FILE, "no native adapter; `load_peft` reads"),
+    ("no format", {"lorax.format": None}, {}, FILE, "not a native adapter; `load_peft` reads"),
     *(
         (f"format {text!r}", {"lorax.format": text}, {}, FILE, f"of format '{text}'; this version")
         for text in ("3", "", "1.0", "01", "one")

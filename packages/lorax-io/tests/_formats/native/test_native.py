@@ -223,5 +223,5 @@ def test_other_files_raise(file):
     with pytest.raises(AdapterFileError, match="not a safetensors file"):
         load_adapter(file, params={"w": jnp.ones(1)})
     safetensors.numpy.save_file({"w": np.ones(1)}, file)
-    with pytest.raises(AdapterFileError, match="no native adapter"):
+    with pytest.raises(AdapterFileError, match="not a native adapter"):
         read_metadata(file)

@@ -48,12 +48,14 @@ NAMES = {
     "heads": Linear("blocks.0.heads", out_axes=(1, 2)),
     "stack": Linear("layers.{}.up", shared_axes=(0,)),
     "conv": Conv("conv", in_axes=(0, 1, 2), channel_axis=2),
+    "kernel": Conv("kernel", in_axes=(0, 1, 2), channel_axis=2),
     "table": Embedding("table"),
     "tables": Embedding("layers.{}.table", shared_axes=(0,)),
     "inner": Linear("blocks.0.inner", in_axes=(0, 1)),
 }
 SHAPES = {
     **{"up": (24, 32), "heads": (24, 4, 5), "stack": (3, 16, 20), "conv": (3, 2, 4, 6)},
+    "kernel": (3, 2, 4, 6),
     **{"table": (13, 8), "tables": (3, 11, 6), "inner": (3, 8, 20)},
 }
 CONV: dict[str, Any] = {"in_axes": (0, 1, 2), "out_axes": (3,)}
@@ -66,6 +68,14 @@ SPECS = {
     "loha, heads and convolution": {
         "heads": LohaSpec(3, 5, **HEADS),
         "conv": LohaSpec(2, 3, **CONV),
+    },
+    "loha with cores, convolution": {
+        "up": LohaSpec(3, 5),
+        "conv": LohaSpec(2, 3, tucker=True, **CONV),
+    },
+    "lokr with a core, convolution": {
+        "up": LokrSpec(2, 5),
+        "conv": LokrSpec(1, 5, tucker=True, split_axes=(2, 3), **CONV),
     },
     "lokr": {"up": LokrSpec(2, 5), "stack": LokrSpec(2, 5, **STACK)},
     "lokr of both": {"up": LokrSpec(1, 5, decompose_both=True)},
@@ -80,6 +90,7 @@ SPECS = {
     "vera": {"up": VeraSpec(5), "stack": VeraSpec(5, **STACK)},
     "vera, heads": {"heads": VeraSpec(5, **HEADS), "inner": VeraSpec(5, **INNER)},
     "oft": {"up": OftSpec(4), "stack": OftSpec(4, **STACK)},
+    "oft within a bound": {"up": OftSpec(4, eps=0.3), "stack": OftSpec(4, eps=0.3, **STACK)},
     "oft, heads": {"heads": OftSpec(4, **HEADS), "inner": OftSpec(4, **INNER)},
     "oft, shared and exact": {
         "up": OftSpec(4, block_share=True, terms=None),
@@ -195,6 +206,14 @@ REFUSED = {
     "lokr of two factors": {"up": LokrSpec(2, factor=4), "stack": LokrSpec(2, factor=2, **STACK)},
     "adalora of two scales": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 3, **STACK)},
     "adalora of a convolution": {"conv": AdaloraSpec(2, 5, **CONV)},
+    "some cores": {
+        "conv": LohaSpec(2, tucker=True, **CONV),
+        "kernel": LohaSpec(2, **CONV),
+    },
+    "a core beside other channels": {
+        "conv": LohaSpec(2, tucker=True, channel_axis=0, **CONV),
+    },
+    "oft of two bounds": {"up": OftSpec(4, eps=0.3), "stack": OftSpec(4, **STACK)},
     "gains along a window": {"conv": IA3Spec("in", **CONV)},
     "gains along some heads": {"heads": IA3Spec(gain_axes=(1,), **HEADS)},
 }
@@ -255,6 +274,7 @@ def spoil(spec, changes=None, config=None):
 
 ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
 LOKR, IA3 = {"up": LokrSpec(2, 5)}, {"up": IA3Spec()}
+CORES = {"conv": LohaSpec(2, 3, tucker=True, **CONV)}
 SPOILED = [
     ("a factor missing", {"up": LohaSpec(3)}, {"hada_w2_b": None}, {}, AdapterFileError),
     ("another rank", {"up": LohaSpec(3)}, {}, {"r": 2}, AdapterMismatchError),
@@ -262,8 +282,12 @@ SPOILED = [
     ("no first matrix", LOKR, {"lokr_w1": None}, {}, AdapterFileError),
     ("blocks that do not divide", LOKR, {"lokr_w1": ones(7, 4)}, {}, AdapterFileError),
     ("no blocks", LOKR, {"lokr_w1": ones(1)}, {}, AdapterFileError),
-    ("a Tucker core", LOKR, {"lokr_t2": ones(2, 2, 3, 3)}, {}, UnsupportedAdapterError),
-    ("a core of LoHa", {"up": LohaSpec(3)}, {"hada_t1": ones(2, 2)}, {}, UnsupportedAdapterError),
+    ("a core of no module", LOKR, {"lokr_t2": ones(2, 2, 3, 3)}, {}, AdapterMismatchError),
+    ("a core missing", CORES, {"hada_t2": None}, {}, AdapterFileError),
+    ("a core of another rank", CORES, {"hada_t2": ones(3, 2, 3, 2)}, {}, AdapterMismatchError),
+    ("a core of another window", CORES, {"hada_t1": ones(2, 2, 3, 3)}, {}, AdapterMismatchError),
+    ("a flag of text", CORES, {}, {"use_effective_conv2d": "yes"}, AdapterFileError),
+    ("no bound", {"up": OftSpec(4, eps=0.1)}, {}, {"eps": 0}, AdapterFileError),
     ("no weights of ranks", {"up": AdaloraSpec(2)}, {"lora_E": None}, {}, AdapterFileError),
     ("weights as a row", {"up": AdaloraSpec(2)}, {"lora_E": ones(1, 2)}, {}, AdapterMismatchError),
     ("the rank as text", {"up": AdaloraSpec(2)}, {}, {"init_r": "2"}, AdapterFileError),
@@ -271,6 +295,18 @@ SPOILED = [
     ("gains of one axis", IA3, {"ia3_l": ones(32)}, {}, AdapterMismatchError),
     ("another kind", {"up": LohaSpec(3)}, {}, {"peft_type": "LOKR"}, UnsupportedAdapterError),
 ]
+
+
+@pytest.mark.parametrize("spec", [LohaSpec(2), LokrSpec(2)], ids=["loha", "lokr"])
+def test_a_core_of_a_weight_without_a_window_is_refused(files, spec):
+    params, pair = make({"up": spec})
+    save_peft("adapter", pair.tunable, names_of(params))
+    file = pathlib.Path("adapter/adapter_model.safetensors")
+    key = "hada_t1" if isinstance(spec, LohaSpec) else "lokr_t2"
+    core = {f"base_model.model.blocks.0.up.{key}": ones(2, 2, 3, 3)}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | core, file)
+    with pytest.raises(AdapterFileError, match="a core over a window, and `up` has none"):
+        load_peft("adapter", params, names_of(params))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from .coding import (
+    AnyCoded as AnyCoded,
     Coded as Coded,
     Decoded as Decoded,
     Finder,
-    Found as Found,
     Tensors as Tensors,
     fitting as fitting,
 )
@@ -23,7 +23,7 @@ CODINGS: dict[str, Finder] = {
 }
 
 
-def find_coded(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_coded(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """The codes of a weight, where it has some that can be read."""
     with fitting(f"{module}.{parameter}"):
         candidates = (find(tensors, module, parameter) for find in CODINGS.values())

@@ -19,13 +19,13 @@ from lorax.bases.nf4 import QUANTILES
 from ..._disk.tensors import parse_json
 from ..._errors import AdapterFileError
 from ..._places import Array
-from .coding import Coded, Decoded, Found, Part, Tensors, expect, need, nibbles, whole
+from .coding import AnyCoded, Coded, Decoded, Part, Tensors, expect, need, nibbles, whole
 
 SHORTEST = 8  # entries of a run, below which scales would be as large as the codes
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
-def find_4bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """A weight in NF4 or FP4."""
     weight = f"{module}.{parameter}"
     state = f"{weight}.quant_state.bitsandbytes__"
@@ -102,7 +102,7 @@ def _scales(
     return decode, (name, outer, table)
 
 
-def find_8bit(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_8bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """A weight of LLM.int8."""
     scale, weight = f"{module}.SCB", f"{module}.{parameter}"
     if parameter != "weight" or scale not in tensors:

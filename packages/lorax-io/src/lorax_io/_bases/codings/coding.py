@@ -1,4 +1,4 @@
-"""What a coding is: how one library stores the codes of a weight, read without decoding them.
+"""A coding: how one library stores the codes of a weight, read without decoding them.
 
 A coding finds the tensors of a weight and says what each array of a format of `lorax.bases` is made
 of. Every array is read by rows, so that no more than some of them are unpacked at a time.
@@ -89,8 +89,8 @@ class Decoded(NamedTuple):
     dtype: Any
 
 
-Found = Coded | Decoded
-Finder = Callable[[Tensors, str, str], Found | None]
+AnyCoded = Coded | Decoded
+Finder = Callable[[Tensors, str, str], AnyCoded | None]
 
 
 @contextlib.contextmanager
@@ -166,6 +166,6 @@ def check_bits(name: str, bits: Any) -> int:
 
 
 def setting(tensors: Tensors, key: str, default: Any = None) -> Any:
-    """What the config says of the quantization."""
+    """A setting of the quantization, from the config."""
     settings = tensors.config.get("quantization_config")
     return settings.get(key, default) if isinstance(settings, dict) else default

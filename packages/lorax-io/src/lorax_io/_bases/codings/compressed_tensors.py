@@ -11,8 +11,8 @@ from lorax.bases import NVFP4
 from ..._errors import AdapterFileError, UnsupportedAdapterError
 from ..._places import Array
 from .coding import (
+    AnyCoded,
     Coded,
-    Found,
     Part,
     Tensors,
     check_bits,
@@ -35,7 +35,7 @@ def _names(module: str, parameter: str, *ends: str) -> tuple[str, ...]:
     return tuple(f"{module}.{parameter}{end}" for end in ends)
 
 
-def find_packed(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """Integers of 4 or 8 bits in words of 32, in groups, or a scale for each output."""
     packed, scale, size, zero, order = _names(
         module, parameter, "_packed", "_scale", "_shape", "_zero_point", "_g_idx"
@@ -81,7 +81,7 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> Found | None:
     return Coded(tuple(names), held, parts, (outputs, inputs), scales.dtype)
 
 
-def find_scaled(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """Integers or floats of 8 bits: a scale for all, for each output, for groups or for blocks."""
     weight, scale, zero, second = _names(module, parameter, "", "_scale", "_zero_point", "_scale_2")
     if weight not in tensors or scale not in tensors or second in tensors:
@@ -112,7 +112,7 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> Found | None:
     return Coded((weight, scale, zero), held, parts, codes.shape, scales.dtype)
 
 
-def find_fp4(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """NVFP4, and MXFP4, which has powers of two for scales and no number for all of them."""
     packed, scale, outer = _names(module, parameter, "_packed", "_scale", "_global_scale")
     if packed not in tensors or tensors.view(packed).dtype != np.uint8:

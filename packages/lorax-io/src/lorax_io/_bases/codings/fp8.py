@@ -6,12 +6,12 @@ import numpy as np
 from lorax import FP8
 
 from ..._errors import AdapterFileError
-from .coding import Coded, Found, Tensors, expect, need, setting, stored, whole
+from .coding import AnyCoded, Coded, Tensors, expect, need, setting, stored, whole
 
 SIDES = (128, 128)
 
 
-def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """A weight with a scale for each block; the last block of an axis may be cut."""
     weight = f"{module}.{parameter}"
     scale = f"{weight}_scale_inv"

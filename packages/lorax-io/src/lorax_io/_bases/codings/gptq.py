@@ -10,9 +10,9 @@ from lorax import Int4, Int8
 from ..._errors import AdapterFileError, UnsupportedAdapterError
 from ..._places import Array
 from .coding import (
+    AnyCoded,
     Coded,
     Decoded,
-    Found,
     Part,
     Tensors,
     check_bits,
@@ -26,7 +26,7 @@ from .coding import (
 _ORDER = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 
 
-def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """A weight of GPTQ, packed along the inputs, or of AWQ's GEMM, packed along the outputs."""
     prefix = f"{module}." if parameter == "weight" else f"{module}.{parameter}_"
     if f"{prefix}qweight" not in tensors or f"{prefix}scales" not in tensors:

@@ -6,10 +6,10 @@ import numpy as np
 from lorax import MXFP4
 
 from ..._places import Array
-from .coding import Coded, Found, Part, Tensors, expect, need, nibbles
+from .coding import AnyCoded, Coded, Part, Tensors, expect, need, nibbles
 
 
-def find(tensors: Tensors, module: str, parameter: str) -> Found | None:
+def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """A parameter (experts, in, out), stored as codes of (experts, out, in)."""
     name = f"{module}.{parameter}"
     blocks, scale = f"{name}_blocks", f"{name}_scales"

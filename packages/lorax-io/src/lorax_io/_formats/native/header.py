@@ -32,7 +32,7 @@ def check_format(file: TensorFile) -> None:
     if FROZEN_KEY in file.metadata:
         raise AdapterFileError("is a frozen tree, not an adapter; `load_frozen` reads it.")
     raise AdapterFileError(
-        "is a safetensors file, but no native adapter; `load_peft` reads the folders of PEFT."
+        "is a safetensors file, but not a native adapter; `load_peft` reads the folders of PEFT."
         if version is None
         else f"is a native adapter of format {version!r}; this version of lorax-io reads formats 1 "
         "and 2. Update it.",
@@ -40,7 +40,7 @@ def check_format(file: TensorFile) -> None:
 
 
 class Header(NamedTuple):
-    """What a header says: an adapter without arrays, or None where a parameter is trained in full.
+    """The adapters of a header, without arrays; None where a parameter is trained in full.
 
     `held` names the frozen factors that the file has.
     """
@@ -50,7 +50,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: TensorFile) -> Header:
-    """What the header says of each parameter, with a tensor for each of its names."""
+    """The settings of each parameter in the header, each with its tensors."""
     check_format(file)
     settings_of = _object(file, ADAPTER)
     blanks = {path: _read_settings(path, settings) for path, settings in settings_of.items()}
@@ -117,5 +117,5 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def user_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What of a header is the user's."""
+    """The user's part of a header."""
     return {key: value for key, value in metadata.items() if not key.startswith(PREFIX)}

@@ -128,8 +128,8 @@ def load_pair(
     )
 
 
-class Found(NamedTuple):
-    """What a file has for some parameters, and these."""
+class Loaded(NamedTuple):
+    """Loaded rows, and the parameters that they belong to."""
 
     rows: dict[str, Any]
     held: Held
@@ -139,7 +139,7 @@ class Found(NamedTuple):
 
 def read(
     path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_held: bool
-) -> Found:
+) -> Loaded:
     """The rows of a file beside their bases, with or without the frozen factors there."""
     with contextlib.ExitStack() as stack:
         with all_read(params, sharding):
@@ -156,7 +156,7 @@ def read(
                     p: complete(p, weight, leaves[p], held.get(p, {}))
                     for p, weight in weights.items()
                 }
-    return Found(rows, held, leaves, structure)
+    return Loaded(rows, held, leaves, structure)
 
 
 def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:

@@ -52,12 +52,15 @@ class PeftConfig:
     feedforward_modules: Sequence[str] | str | None = None
     decompose_both: bool = False
     decompose_factor: int = -1
+    use_effective_conv2d: bool = False
     projection_prng_key: int = 0
     save_projection: bool = True
     oft_block_size: int = 0
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
+    coft: bool | None = False
+    eps: float | None = 6e-5
     gralora_k: int = 2
     use_bdlora: Mapping[str, Any] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
@@ -166,7 +169,7 @@ class PeftConfig:
         return list(map(regex.compile, texts or [r".*?\.[^.]*\.(?P<index>\d+)\."]))
 
     def scaling_text(self) -> str:
-        """What rank and scale of every module follow from, in one form."""
+        """The settings that give rank and scale of every module, as one text."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
 

@@ -18,7 +18,7 @@ _MOST_PATTERNS = 10_000
 
 
 class _Key(NamedTuple):
-    """What a key of the file may hold."""
+    """The values that a key of the file may have."""
 
     accepts: Callable[[Any], bool]
     description: str
@@ -102,12 +102,15 @@ _KEYS: dict[str, _Key] = {
     "feedforward_modules": _or_none(_NAMES),
     "decompose_both": _FLAG,
     "decompose_factor": _Key(_is_integer, "an integer"),
+    "use_effective_conv2d": _FLAG,
     "projection_prng_key": _Key(lambda x: _is_integer(x) and 0 <= x < 2**63, "an integer"),
     "save_projection": _FLAG,
     "oft_block_size": _COUNT,
     "block_share": _FLAG,
     "use_cayley_neumann": _FLAG,
     "num_cayley_neumann_terms": _Key(lambda x: _is_integer(x) and 2 <= x <= 100, "from 2 to 100"),
+    "coft": _FLAG_OR_NONE,
+    "eps": _or_none(_NUMBER),
     "gralora_k": _RANK,
     "use_bdlora": _or_none(_BLOCKS),
     "trainable_token_indices": _or_none(
@@ -122,7 +125,7 @@ _KEYS: dict[str, _Key] = {
     "token_indices": _TOKENS,
     "lora_bias": _FLAG_OR_NONE,
 }
-# What every tuner has.
+# The keys of every tuner.
 _COMMON = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision"),

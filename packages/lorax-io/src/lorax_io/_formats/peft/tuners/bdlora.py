@@ -73,7 +73,7 @@ def sides(shapes: Mapping[str, Any], config: PeftConfig, side: Any) -> tuple[int
 
 
 def settings(modules: Sequence[Module]) -> dict[str, Any] | None:
-    """What a config says of them: None where there are none.
+    """The config's settings for them; None where there are none.
 
     PEFT looks for a name anywhere in that of a module.
     """

@@ -1,4 +1,7 @@
-"""LoKr: `lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, and the same of `lokr_w2`."""
+"""LoKr: `lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, and the same of `lokr_w2`.
+
+With a core over the window, `lokr_t2`, both of `lokr_w2_a` and `lokr_w2_b` have the rank first.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,10 +12,12 @@ from lorax import Adapter, LokrWeight
 from ...._errors import AdapterFileError, UnsupportedAdapterError
 from ...._places import RANK, Factor, Groups, Place
 from ..config import PeftConfig
+from .cores import check_window, core_groups, with_cores
 from .tuner import Module, Shapes, Sides, Tuner, check_flat
 
 # The inner axes of the core's layout: what is left of both axes that are cut, and two ranks.
-_REST_IN, _REST_OUT, _RANK_1, _RANK_2 = RANK, RANK - 1, RANK - 2, RANK - 3
+# The last is that of a core's outputs.
+_REST_IN, _REST_OUT, _RANK_1, _RANK_2, _RANK_OUT = (RANK - k for k in range(5))
 
 
 class Lokr(Tuner):
@@ -20,16 +25,13 @@ class Lokr(Tuner):
 
     peft_type = "LOKR"
     called = "LoKr"
-    marks = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-    renamed = {"alpha": "lora_alpha"}
-    fields = (*Tuner.fields, "decompose_both", "decompose_factor")
-    harmless = (
-        "rank_dropout",
-        "module_dropout",
-        "rank_dropout_scale",
-        "use_effective_conv2d",
-        "init_weights",
+    marks = (
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+        "lokr_t2",
     )
+    renamed = {"alpha": "lora_alpha"}
+    fields = (*Tuner.fields, "decompose_both", "decompose_factor", "use_effective_conv2d")
+    harmless = ("rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights")
 
     def writes(self, weight: Any) -> bool:
         return isinstance(weight, LokrWeight)
@@ -51,9 +53,10 @@ class Lokr(Tuner):
         shared, inputs, outputs = place.axes
         narrow = ("lokr_w1_a" in shapes, "lokr_w2_a" in shapes)
         rank, alpha = config.rank(module), config.alpha(module)
-        blocks = (first[1], first[0])
-        none = [None] * 6
-        return LokrWeight(*none, rank, alpha, blocks, narrow, split, inputs, outputs, shared)
+        if "lokr_t2" in shapes:
+            check_window(place, module, "lokr_t2")
+        cut = ((first[1], first[0]), narrow, "lokr_t2" in shapes, split)
+        return LokrWeight(*[None] * 7, rank, alpha, *cut, inputs, outputs, shared)
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
         check_flat(place, self.called)
@@ -67,16 +70,23 @@ class Lokr(Tuner):
         outputs = tuple(cut.get(axis, axis) for axis in place.outputs)
         inputs = tuple(tuple(cut.get(axis, axis) for axis in group) for group in place.inputs)
         flat = tuple(axis for group in inputs for axis in group)
-        return (
-            *_matrix(1, weight.narrow[0], (o,), ((i,),), (i,), _RANK_1),
-            *_matrix(2, weight.narrow[1], outputs, inputs, flat, _RANK_2),
-        )
+        first = _matrix(1, weight.narrow[0], (o,), ((i,),), (i,), _RANK_1)
+        if weight.tucker:
+            return (
+                *first,
+                Factor("lokr_t2", "core", core_groups(place, weight, _RANK_2, _RANK_OUT)),
+                Factor("lokr_w2_a", "b2", ((_RANK_OUT,), outputs)),
+                Factor("lokr_w2_b", "a2", ((_RANK_2,), inputs[0])),
+            )
+        return *first, *_matrix(2, weight.narrow[1], outputs, inputs, flat, _RANK_2)
 
     def sides(self, shapes: Shapes, config: PeftConfig, module: str) -> Sides:
         first, second = _matrices(shapes, module)
         return Sides(first[0] * second[0], (first[1] * second[1], *second[2:]))
 
     def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
+        narrow = {m.name: _lokr(m).tucker for m in modules if _lokr(m).narrow[1]}
+        config = with_cores(config, self.called, modules, narrow)
         for both in (False, True):
             for factor in _candidates(modules):
                 if all(_is_cut(module, factor, both) for module in modules):
@@ -105,6 +115,9 @@ def _matrices(shapes: Shapes, module: str) -> tuple[tuple[int, ...], tuple[int, 
         whole = shapes.get(key, ())
         a, b = shapes.get(f"{key}_a", ()), shapes.get(f"{key}_b", ())
         shape = whole if whole else (a[0], b[1]) if len(a) == len(b) == 2 else ()
+        if key == "lokr_w2" and "lokr_t2" in shapes:
+            core = shapes["lokr_t2"]
+            shape = (a[1], b[1], *core[2:]) if len(a) == len(b) == 2 else ()
         if not 2 <= len(shape) <= 5:
             raise AdapterFileError(f"has no matrix `{key}` for `{module}`, whole or of low rank.")
         matrices.append(shape)

@@ -27,12 +27,11 @@ class Oft(Tuner):
     tables = (_TABLE,)
     fields = (
         *("oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
-        "bias",
+        *("coft", "eps", "bias"),
     )
     lacking = ()
     defaults = {"oft_block_size": 32}
-    harmless = ("r", "eps", "module_dropout", "init_weights")
-    beyond = {"coft": "is constrained OFT, which moves its numbers whenever it is used"}
+    harmless = ("r", "module_dropout", "init_weights")
     init = "init_weights"
     only_bias = "oft_only"
     tells_shape = False
@@ -41,6 +40,8 @@ class Oft(Tuner):
         return isinstance(weight, OftWeight)
 
     def check_config(self, config: PeftConfig) -> None:
+        if config.coft and not (config.eps or 0) > 0:
+            raise AdapterFileError(f"has eps = {config.eps} under coft; it is positive.")
         if config.use_cayley_neumann and _release(config.peft_version) < _release(_SINCE):
             warn(
                 f"was written by PEFT before {_SINCE}, which summed another series for its "
@@ -61,7 +62,8 @@ class Oft(Tuner):
             )
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         shared, inputs, outputs = place.axes
-        blocks = (side, axes[-1], False, config.block_share, terms)
+        eps = config.eps if config.coft else None
+        blocks = (side, axes[-1], False, config.block_share, terms, eps)
         return OftWeight(None, size, *blocks, inputs, outputs, shared)
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
@@ -100,7 +102,9 @@ class Oft(Tuner):
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         one = lambda label, of: the_one(modules, self.called, label, of)  # noqa: E731
         terms = one("terms", lambda weight: weight.terms)
-        exact = {} if terms is None else {"num_cayley_neumann_terms": terms}
+        eps = one("bound eps", lambda weight: weight.eps)
+        bound: dict[str, Any] = {} if eps is None else {"coft": True, "eps": eps}
+        exact: dict[str, Any] = {} if terms is None else {"num_cayley_neumann_terms": terms}
         return Scaling(
             PeftConfig(
                 peft_type=self.peft_type,
@@ -109,6 +113,7 @@ class Oft(Tuner):
                 use_cayley_neumann=terms is not None,
                 fan_in_fan_out=any(module.place.layout.fan_in_fan_out for module in modules),
                 **exact,
+                **bound,
             )
         )
 

@@ -26,7 +26,7 @@ class Module(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What a config says of all modules together."""
+    """The settings of a config that apply to all modules together."""
 
     config: PeftConfig
     # Alpha and scaling of modules whose config holds an equal scale in another form.
@@ -133,7 +133,7 @@ class Tuner:
     def bias(
         self, tensors: Mapping[str, Any], config: PeftConfig, module: str
     ) -> Callable[[Array], Array] | None:
-        """What the adapter of a module makes of the bias beside its weight; None for nothing."""
+        """The changed bias beside a module's weight; None where the adapter does not change it."""
         return None
 
     def needs_base(self, config: PeftConfig) -> str | None:
@@ -188,7 +188,7 @@ def alpha_of(weight: Any, rslora: bool) -> float:
 
 
 def the_one(modules: Sequence[Module], called: str, label: str, of: Callable[[Any], Any]) -> Any:
-    """What all modules have alike, where a config has one key for all of them.
+    """The common value of all modules, where a config has one key for all of them.
 
     Raises:
         UnsupportedAdapterError: where they have several.

@@ -1,0 +1,146 @@
+"""The leaf of a spec tree: it checks a weight, and makes the first factors of its adapter."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from ._adapter import Adapter
+from ._arrays import Held, own
+from ._axes import Axes, resolve_axes
+from ._errors import SpecError, a_kind
+from ._statics import make_plain
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+class Start(NamedTuple):
+    """The inputs from which a kind makes its first factors.
+
+    Attributes:
+        path: of the parameter.
+        base: the parameter.
+        axes: the roles of its axes.
+        key: a PRNG key for this weight alone.
+        dtype: of the factors.
+        common: what `AdapterSpec.common` made for all weights.
+        initializers: of the fan-in factors, and of the fan-out factors.
+        collected: what `collect_starts` has for it.
+    """
+
+    path: str
+    base: Any
+    axes: Axes
+    key: jax.Array
+    dtype: Any
+    common: Any
+    initializers: tuple[Initializer, Initializer]
+    collected: Mapping[str, jax.Array] | None = None
+
+    def array(self, spec: Any, needed: str) -> Any:
+        """The parameter, of which `spec` needs more than its shape."""
+        if isinstance(self.base, Held):
+            return self.base.array()
+        if not isinstance(self.base, jax.Array | np.ndarray):
+            raise SpecError(
+                f"`{self.path}` has {a_kind(spec)}, which needs {needed}, but it is "
+                f"{type(self.base).__name__}. Call init_lora on arrays, or under jax.eval_shape."
+            )
+        return self.base
+
+    def draw(
+        self, key: jax.Array, init: Initializer, matrix: tuple[int, int], shape: tuple[int, ...]
+    ) -> jax.Array:
+        """A factor of `shape`: one matrix for each entry of the shared axes."""
+        shared = [self.base.shape[d] for d in self.axes.shared]
+        if not shared:
+            # An initializer may return an array that is kept elsewhere.
+            return own(init(key, matrix, self.dtype)).reshape(shape)
+        # entries × [fan_in, rank] -> [*shared, *in, rank]
+        keys = jax.random.split(key, math.prod(shared))
+        return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
+
+
+class Started(NamedTuple):
+    """The first state of an adapter: the base may have moved, and frozen factors be held."""
+
+    adapter: Adapter
+    held: Mapping[str, Any] = {}
+    base: Any = None
+
+
+class AdapterSpec:
+    """How one weight is adapted: a leaf of the spec tree.
+
+    A kind of spec is a frozen dataclass with the fields `in_axes`, `out_axes` and `shared_axes`
+    beside its own settings.
+    """
+
+    # Whether the delta is a product of narrow factors, whose norm takes no array of its size.
+    has_narrow_delta: ClassVar[bool] = False
+
+    # Whether its rank is at most that of the matrix: inference lowers a higher one.
+    has_matrix_rank: ClassVar[bool] = False
+
+    @property
+    def collects(self) -> Any:
+        """How the first factors follow from what `collect_starts` collects, where they do."""
+        return None
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("in_axes", "out_axes", "shared_axes"):
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | None) or (name == "shared_axes" and axes is None):
+                raise SpecError(
+                    f"{type(self).__name__} has {name}={axes!r}; axes are a sequence of ints."
+                )
+
+    def axes(self, path: str, ndim: int) -> Axes:
+        """The roles of the axes of a weight with `ndim` axes."""
+        given: Any = self
+        return resolve_axes(path, ndim, given.in_axes, given.out_axes, given.shared_axes)
+
+    def with_axes(self, axes: Axes) -> Self:
+        """The same for a weight whose axes have these roles."""
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            in_axes=axes.inputs,
+            out_axes=axes.outputs,
+            shared_axes=axes.shared,
+        )
+
+    @property
+    def size(self) -> int | None:
+        """The rank, for kinds whose rank is at most that of the matrix."""
+        return getattr(self, "rank") if self.has_matrix_rank else None  # noqa: B009
+
+    def with_size(self, rank: int) -> Self:
+        """The same with another rank."""
+        return dataclasses.replace(self, rank=rank)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
+        """Raises `SpecError` where the kind cannot adapt such a weight."""
+
+    def blank(self, shape: tuple[int, ...], axes: Axes) -> Adapter:
+        """The adapter without arrays."""
+        raise NotImplementedError
+
+    def count(self, shape: tuple[int, ...], axes: Axes) -> int:
+        """How many numbers are trained for such a weight."""
+        return sum(map(math.prod, self.blank(shape, axes).layout(shape).shapes().values()))
+
+    @property
+    def common_key(self) -> Hashable:
+        """Specs of equal keys share what `common` makes."""
+        return self
+
+    def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
+        """The value that all weights of one key share, made once from their shapes and axes."""
+
+    def start(self, start: Start) -> Started:
+        """The first factors."""
+        raise NotImplementedError
