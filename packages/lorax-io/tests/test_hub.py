@@ -1,6 +1,7 @@
 """The Hugging Face Hub, of which a small copy runs on this machine."""
 
 import base64
+import functools
 import hashlib
 import http.server
 import json
@@ -8,6 +9,7 @@ import sys
 import threading
 import types
 from typing import Any
+from urllib.parse import unquote
 
 import huggingface_hub
 import jax
@@ -23,6 +25,7 @@ from lorax_io import (
     AdapterNotFoundError,
     Linear,
     load_peft,
+    open_adapter,
     pull_from_hub,
     push_to_hub,
     save_peft,
@@ -77,7 +80,8 @@ class Hub:
                 siblings = [{"rfilename": file} for file in files]
                 model = {"id": f"{user}/{name}", "sha": COMMIT, "siblings": siblings}
                 return 200, {}, as_json(model)
-            case [user, name, "resolve", _, file] if f"{user}/{name}" in self.repos:
+            case [user, name, "resolve", _, *inside] if f"{user}/{name}" in self.repos:
+                file = unquote("/".join(inside))
                 if file not in self.repos[f"{user}/{name}"]:
                     return self.error(404, "EntryNotFound")
                 content = self.repos[f"{user}/{name}"][file]
@@ -252,6 +256,43 @@ def test_a_revision_is_asked_for(hub, adapter):
     assert hub.calls[0] == ("GET", "/api/models/me/a/revision/v1")
     with pytest.raises(AdapterNotFoundError, match="me/a: not available on the Hub"):
         pull_from_hub("me/a", revision="v2", **hub.pull_options)
+
+
+@pytest.fixture
+def within(hub, adapter):
+    """A repository with an adapter in a folder of it."""
+    push_to_hub(adapter.folder, "me/a", **hub.options)
+    files = hub.repos["me/a"]
+    hub.repos["me/a"] = {f"runs/last/{name}": files[name] for name in (CONFIG, WEIGHTS)}
+    hub.repos["me/a"][CONFIG] = b"of another"
+
+
+def test_a_subfolder_alone_is_pulled(hub, within):
+    folder = pull_from_hub("me/a", subfolder="runs/last", **hub.pull_options)
+    assert (folder.name, folder.parent.name) == ("last", "runs")
+    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
+    assert not (folder.parents[1] / CONFIG).exists()
+    assert open_adapter(folder).format == "peft"
+    with pytest.raises(AdapterNotFoundError, match=f"has no `runs/first/{WEIGHTS}`"):
+        pull_from_hub("me/a", subfolder="runs/first", **hub.pull_options)
+
+
+@pytest.mark.parametrize("subfolder", ["", "..", "a/../b", "/a", "a/", "a*", "[a]", "a\\b"])
+def test_a_subfolder_that_is_none_raises_before_any_call(hub, subfolder):
+    with pytest.raises(AdapterError, match="is not a folder of a repository"):
+        pull_from_hub("me/a", subfolder=subfolder, **hub.pull_options)
+    assert not hub.calls
+
+
+def test_the_command_takes_a_name_with_revision_and_subfolder(hub, within, shell, monkeypatch):
+    pull = functools.partial(pull_from_hub, **hub.pull_options)
+    monkeypatch.setattr("lorax_io._command.options.pull_from_hub", pull)
+    hub.calls.clear()
+    ran = shell("inspect hf://me/a@v1/runs/last")  # the Hub's client shows bars
+    assert ran.code == 0 and "peft" in ran.out
+    assert hub.calls[0] == ("GET", "/api/models/me/a/revision/v1")
+    ran = shell("inspect hf://me/a@v2/runs/last")
+    assert ran.code == 2 and "not available on the Hub" in ran.err
 
 
 @pytest.mark.parametrize("lacking", [CONFIG, WEIGHTS])
