@@ -1,4 +1,9 @@
-"""Lorax adapters on disk: native files and PEFT folders, both ways."""
+"""Reads and writes LoRA adapters, base models and merged models for `lorax`.
+
+Adapters: the native format, PEFT, diffusers, kohya, mlx-lm, llama.cpp, Keras, tunix and others.
+Base models: safetensors and GGUF files, quantized or not. The command `lorax` does the same from a
+shell.
+"""
 
 import importlib.metadata
 import inspect

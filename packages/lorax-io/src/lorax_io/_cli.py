@@ -1,4 +1,4 @@
-"""The entry of the command `lorax`."""
+"""Entry point of the `lorax` command."""
 
 import sys
 

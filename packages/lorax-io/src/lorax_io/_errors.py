@@ -1,4 +1,4 @@
-"""Errors and warnings of reading and writing adapters, and the file that they name."""
+"""Errors and warnings about adapters, each naming the file that it is about."""
 
 import contextlib
 import contextvars
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lorax import LoraxError, LoraxWarning
 
-_LONGEST = 1000  # characters of a message: names in a file may be of megabytes
+_LONGEST = 1000  # characters in a message; a name from an untrusted file may be megabytes long
 
 _place: contextvars.ContextVar[str | None] = contextvars.ContextVar("place", default=None)
 
 
 @contextlib.contextmanager
 def about(place: object) -> Generator[None]:
-    """A block in which errors and warnings are about one file, folder or parameter."""
+    """Inside this block, errors and warnings name this file, folder or parameter."""
     token = _place.set(str(place))
     try:
         yield
@@ -25,11 +25,11 @@ def about(place: object) -> Generator[None]:
 
 
 class AdapterError(LoraxError, ValueError):
-    """An adapter that cannot be read or written; nothing was applied and nothing replaced.
+    """An adapter cannot be read or written; nothing was applied, and no file was replaced.
 
     Attributes:
-        path: the file or folder, or None where it is about none.
-        reason: what is wrong with it, and what to do.
+        path: the file or folder, or None if the error is not about one.
+        reason: what is wrong, and what to do about it.
     """
 
     def __init__(self, reason: str, path: object = None) -> None:
@@ -45,34 +45,34 @@ class AdapterError(LoraxError, ValueError):
 
 
 class AdapterNotFoundError(AdapterError, FileNotFoundError):
-    """There is no such file."""
+    """The file or folder does not exist."""
 
 
 class AdapterFileError(AdapterError):
-    """A file that is damaged, or not of the format it was read as."""
+    """The file is damaged, or is not of the expected format."""
 
 
 class AdapterMismatchError(AdapterError):
-    """An adapter that does not fit the parameters or the names it was given with."""
+    """The adapter does not fit the given parameters or names."""
 
 
 class UnsupportedAdapterError(AdapterError):
-    """An adapter that cannot be had in this form: its kind is not read or written there."""
+    """The format does not support this kind of adapter."""
 
 
 class AdapterWarning(LoraxWarning):
-    """Something in an adapter that was left out or may not be as it was."""
+    """Part of an adapter was left out, or may have changed."""
 
 
 def warn(message: str) -> None:
-    """Warns with the place before the message, at the line that called this package."""
+    """Warns, naming the current place, at the line of the user's code that called this package."""
     place = _place.get()
     text = message if place is None else f"{place}: {message}"
     warnings.warn(text, AdapterWarning, stacklevel=_level_of_caller())
 
 
 def _level_of_caller() -> int:
-    """How far up the first frame outside of this package is."""
+    """The `stacklevel` of the first frame outside this package."""
     here, level, frame = str(Path(__file__).parent), 1, inspect.currentframe()
     frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename.startswith(here):

@@ -25,25 +25,27 @@ def push_to_hub(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Uploads a folder of `save_peft` in one commit; the repository is made if need be.
+    """Uploads a PEFT folder, as written by `save_peft`, to the Hub in one commit.
 
-    Config, weights, and a model card: the folder's `README.md`, or a short one where neither the
-    folder nor the repository has any. Needs `pip install "lorax-io[hub]"`.
+    Sends the config, the weights, and a model card: the folder's `README.md`, or a short generated
+    one if neither the folder nor the repository has one. Creates the repository if it does not
+    exist. Needs `pip install "lorax-io[hub]"`.
 
     Args:
-        folder: its config and its weights' header are checked before anything is sent.
-        repo_id: `"user/name"`.
-        private: whether a new repository is private.
-        revision: the branch; the main one by default.
-        message: of the commit.
-        token: of the user; by default the one of `hf auth login`.
-        endpoint: another Hub than huggingface.co.
+        folder: the PEFT folder. Its config and the header of its weights are checked before
+            anything is sent.
+        repo_id: the repository, as `"user/name"`.
+        private: whether to make the repository private if it is created.
+        revision: the branch to commit to; by default the main branch.
+        message: the commit message.
+        token: the user's access token; by default that of `hf auth login`.
+        endpoint: the address of the Hub, if it is not huggingface.co.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        AdapterError: where the folder is not an adapter, or the Hub refuses it.
+        AdapterError: if the folder is not a PEFT adapter, or the Hub rejects the upload.
 
     Example:
         >>> from lorax_io import push_to_hub
@@ -80,24 +82,24 @@ def pull_from_hub(
     cache: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """Fetches an adapter's config and weights into the Hub's cache; what is there stays.
+    """Downloads an adapter's config and weights from the Hub; cached files are reused.
 
-    No file of another kind is fetched, so that no pickle is. Needs `pip install "lorax-io[hub]"`.
+    Downloads no other files, and in particular no pickles. Needs `pip install "lorax-io[hub]"`.
 
     Args:
-        repo_id: `"user/name"`.
-        revision: a branch, tag or commit; the main branch by default.
-        subfolder: the folder of the repository that the adapter is in.
-        token: of the user; by default the one of `hf auth login`.
-        cache: another folder than the Hub's own.
-        endpoint: another Hub than huggingface.co.
+        repo_id: the repository, as `"user/name"`.
+        revision: a branch, tag or commit; by default the main branch.
+        subfolder: the folder of the repository that contains the adapter; by default its root.
+        token: the user's access token; by default that of `hf auth login`.
+        cache: the cache folder; by default the Hub client's own.
+        endpoint: the address of the Hub, if it is not huggingface.co.
 
     Returns:
-        The folder for `load_peft`, or `load_any`.
+        The local folder, for `load_peft` or `load_any`.
 
     Raises:
-        AdapterNotFoundError: where the Hub has no such repository, or it has no adapter.
-        AdapterError: where the Hub refuses it or cannot be reached, and the cache has it not.
+        AdapterNotFoundError: if the repository does not exist, or contains no adapter.
+        AdapterError: if the Hub refuses or cannot be reached, and the adapter is not cached.
 
     Example:
         >>> from lorax_io import load_peft, pull_from_hub
@@ -140,11 +142,11 @@ def _explained(hub: Any) -> Generator[None]:
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         raise AdapterNotFoundError(f"not available on the Hub: {_first_line(error)}") from error
     except hub.errors.LocalEntryNotFoundError as error:
-        # The Hub gave no answer that is one, for this cause, and the cache has nothing either.
+        # The Hub did not answer, for the reason in `__cause__`, and the cache is empty too.
         reason = _first_line(error.__cause__ or error)
         raise AdapterError(f"the Hub refuses: {reason}") from error
-    # The base of the Hub's errors is that of its HTTP client, `httpx` since 1.0, whose errors of
-    # connection are not an `OSError`.
+    # The Hub's HTTP errors derive from those of its HTTP client. Since huggingface_hub 1.0 that is
+    # `httpx`, whose connection errors are not an `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
         raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
 

@@ -1,7 +1,8 @@
 """How PyTorch stores a parameter: `Linear`, `Embedding`, `Conv`, `Experts` and others.
 
-A layout says of each axis of a tensor in PyTorch which axes of the parameter it is made of. `at`
-resolves it against one parameter; a `Place` is all that reading and writing need.
+A layout maps each axis of a PyTorch tensor to the axes of our parameter that it combines.
+`Layout.at` resolves a layout against the path and shape of one parameter. The resulting `Place` is
+all that reading and writing need.
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ class Layout:
     """The base class of all layouts.
 
     Args:
-        module: the module's name in PyTorch. Where `shared_axes` stack several modules in one
-            parameter (the layers of a `scan`), it has one `{}` for each of them:
-            `"model.layers.{}.self_attn.q_proj"`.
-        in_axes: the parameter's axes that meet the input, as in `lorax.LoraSpec`.
-        out_axes: the axes that make the output.
-        shared_axes: the axes with a module, or an expert, for each entry.
+        module: the module's name in PyTorch. If the parameter stacks several modules along
+            `shared_axes` (such as the layers of a `scan`), the name has one `{}` for each stacked
+            axis: `"model.layers.{}.self_attn.q_proj"`.
+        in_axes: the parameter's axes that are contracted with the input, as in `lorax.LoraSpec`.
+        out_axes: the parameter's axes that appear in the output.
+        shared_axes: the parameter's axes that index modules or experts.
         parameter: the tensor's name in the module.
-        numbers: what replaces `{}` in the modules of one stack, such as `(1, 3, 5)` where every
-            other layer is in it; by default 0, 1, 2, ….
+        numbers: the numbers that replace `{}`, one for each entry of a stack, such as `(1, 3, 5)`
+            if the stack holds every other layer; by default 0, 1, 2, ….
     """
 
     module: str
@@ -40,39 +41,42 @@ class Layout:
     parameter: str = "weight"
     numbers: Sequence[int] | None = None
 
-    stacked_in_tensor: ClassVar[int] = 0  # the last shared axes that are within one tensor
-    fan_in_fan_out: ClassVar[bool] = False
+    stacked_in_tensor: ClassVar[int] = 0  # how many trailing shared axes one tensor contains
+    fan_in_fan_out: ClassVar[bool] = False  # PEFT's name for a weight stored as (in, out)
     by_parameter: ClassVar[bool] = False  # whether PEFT adapts it through `target_parameters`
 
     def fitted(self, axes: Axes) -> "Layout":
-        """The same for an adapter with these axes, where the layout leaves them open."""
+        """This layout, with the adapter's axes where the layout does not specify any."""
         return self
 
     def inputs(self, roles: Axes) -> Groups:
-        """The input axes of a tensor in PyTorch: one, and those of a window."""
+        """The parameter's axes in each input axis of the tensor: the channel, then the window."""
         return (roles.inputs,)
 
     def whole(self, roles: Axes) -> Groups:
-        """The axes of the tensor that holds the parameter itself."""
+        """The parameter's axes in each axis of the parameter's own tensor."""
         raise NotImplementedError
 
     def factors(self, roles: Axes) -> tuple[Factor, ...]:
-        """The two tensors that hold its factors."""
+        """The tensors `lora_A` and `lora_B`; empty if PEFT cannot adapt such a layer."""
         raise NotImplementedError
 
     def magnitude(self, roles: Axes) -> tuple[Factor, ...]:
-        """The tensor that holds DoRA's magnitudes; none where PEFT has no DoRA of such a layer."""
+        """The tensor of DoRA's magnitudes; empty if PEFT has no DoRA for such a layer."""
         return ()
 
     def at(self, path: str, shape: Sequence[int]) -> Place:
-        """Where a parameter of this layout is in PyTorch.
+        """Resolves this layout for one parameter.
 
         Args:
-            path: of the parameter.
-            shape: of the parameter.
+            path: the parameter's path.
+            shape: the parameter's shape.
+
+        Returns:
+            The parameter's modules in PyTorch, and the axes of its tensors.
 
         Raises:
-            AdapterMismatchError: where the layout does not fit the shape.
+            AdapterMismatchError: if the layout does not fit the shape.
         """
         try:
             axes = self._roles(path, len(shape))
@@ -90,7 +94,10 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Layout):
-    """`nn.Linear`: a weight (out, in). Axes of heads are flattened in the parameter's order.
+    """`nn.Linear`: a weight (out, in).
+
+    A parameter with several input or output axes, such as (in, heads, features), is flattened in
+    the order of its axes.
 
     Example:
         >>> from lorax_io import Linear
@@ -118,7 +125,7 @@ class Linear(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Conv1D(Linear):
-    """The `Conv1D` of transformers' GPT-2, a linear layer with a weight (in, out)."""
+    """transformers' `Conv1D`, as in GPT-2: a linear layer with a weight (in, out)."""
 
     fan_in_fan_out: ClassVar[bool] = True
 
@@ -131,8 +138,8 @@ class Embedding(Layout):
     """`nn.Embedding`: a weight (vocabulary, features).
 
     Args:
-        tied: whether the model's head is this table, too. PEFT then adapts the look-up alone, and
-            both once it is merged, so that `save_peft` warns.
+        tied: whether the model's head uses the same table. In that case PEFT adapts only the
+            lookup until the adapter is merged, and both afterwards, so `save_peft` warns.
     """
 
     tied: bool = False
@@ -156,8 +163,9 @@ class Conv(Layout):
 
     Args:
         channel_axis: which of the input axes is the channel; the others are the window. By default
-            the last of them, as in `(height, width, in, out)`.
-        grouped: whether it has several groups; PEFT has no form for an adapter of one.
+            the last input axis, as in `(height, width, in, out)`.
+        grouped: whether the convolution has more than one group. PEFT's format has no adapter for
+            one.
     """
 
     channel_axis: int | None = None
@@ -195,18 +203,18 @@ class Conv(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Experts(Layout):
-    """A three-dimensional parameter of a module of experts, such as gpt-oss's `down_proj`.
+    """A parameter that stacks the weights of all experts, such as gpt-oss's `down_proj`.
 
-    The last shared axis is the experts'. PEFT adapts such a parameter through `target_parameters`
-    (PEFT 0.17 and later).
+    The last shared axis indexes the experts. PEFT adapts such a parameter through
+    `target_parameters` (PEFT 0.17 and later).
 
     Args:
-        order: where the module has several such parameters, their order in it.
-        out_first: whether the parameter is (experts, out, in), not (experts, in, out).
-        swapped: whether PEFT takes the parameter's outputs for its inputs, as releases from 0.19.1
-            do where the model does not declare `is_transposed` (transformers 4), and all of them do
-            for `out_first` before. By default a file is written as it should be, and read as its
-            shapes say.
+        order: the position of this parameter among those of its module, if the module has several.
+        out_first: whether the parameter is (experts, out, in) rather than (experts, in, out).
+        swapped: whether PEFT mistakes the parameter's outputs for its inputs. PEFT 0.19.1 and later
+            do so if the model does not declare `is_transposed` (transformers 4); earlier releases
+            do so for every `out_first` parameter. By default, files are written unswapped, and when
+            reading, the shapes decide.
     """
 
     order: int = 0
@@ -217,7 +225,7 @@ class Experts(Layout):
     by_parameter: ClassVar[bool] = True
 
     def with_swapped(self, swapped: bool) -> "Experts":
-        """The same, where it is known whether PEFT swapped inputs and outputs."""
+        """This layout, for a file in which PEFT did or did not swap inputs and outputs."""
         return dataclasses.replace(self, swapped=swapped)
 
     def whole(self, roles: Axes) -> Groups:
@@ -231,6 +239,7 @@ class Experts(Layout):
         if self.swapped:
             inputs, outputs = outputs, inputs
         return (
+            # PEFT: lora_A [experts * rank, in], lora_B [out, rank * experts]
             Factor("lora_A.weight", first, ((experts, RANK), inputs)),
             Factor("lora_B.weight", second, (outputs, (RANK, experts))),
         )
@@ -240,11 +249,12 @@ class Experts(Layout):
 class Parameter(Layout):
     """A matrix in a module of any other class, such as the router of a mixture of experts.
 
-    PEFT adapts it through `target_parameters`, and takes its last axis for the inputs. Unless
-    `in_axes` and `out_axes` say so, either axis may be the adapter's input: the delta is the same.
+    PEFT adapts it through `target_parameters`, and treats its last axis as the input. Unless
+    `in_axes` and `out_axes` are given, either axis may be the adapter's input: the delta is the
+    same.
 
     Args:
-        order: where the module has several such parameters, their order in it.
+        order: the position of this parameter among those of its module, if the module has several.
     """
 
     order: int = 0
@@ -276,17 +286,17 @@ class Parameter(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(Layout):
-    """A parameter that is in PyTorch as it is here: a bias, a scale, a table of positions.
+    """A parameter that PyTorch stores in the same layout: a bias, a scale, a position table.
 
     Args:
-        flat: whether it is one-dimensional there, such as the bias of several heads.
+        flat: whether PyTorch stores it as one axis, as the bias of a layer with several heads.
     """
 
     parameter: str = "bias"
     flat: bool = False
 
     def _roles(self, path: str, ndim: int) -> Axes:
-        """All axes that are not shared are outputs: there is nothing that they meet."""
+        """All axes that are not shared count as outputs, since none is contracted."""
         if not all(-ndim <= d < ndim for d in self.shared_axes):
             raise AdapterMismatchError(
                 f"the layout of `{self.module}` has shared_axes={tuple(self.shared_axes)}, and "
@@ -307,5 +317,5 @@ Layouts = Mapping[str, Layout]
 
 
 def tensor_name(module: str, parameter: str) -> str:
-    """The name of a tensor in PyTorch; a parameter of the model itself is in no module."""
+    """The full name of a tensor in PyTorch; `module` is empty for the model's own parameters."""
     return f"{module}.{parameter}" if module else parameter

@@ -1,4 +1,4 @@
-"""Names for parameter trees that follow a convention, and names in a file."""
+"""Layouts inferred from Flax's naming convention, and layouts stored in a JSON file."""
 
 import dataclasses
 import json
@@ -18,23 +18,23 @@ from ._tree import is_array, param_leaves
 def flax_names(
     params: Any, names: Names | None = None, *, layouts: Names | None = None
 ) -> dict[str, Layout]:
-    """Names for parameters with the modules of PyTorch and the names of Flax.
+    """Infers a layout for each parameter of a Flax model whose modules are named as in PyTorch.
 
-    `model/layers/0/q_proj/kernel` is the weight of `model.layers.0.q_proj`. A `kernel` of two axes
-    is a `Linear`, an `embedding` an `Embedding`, a `scale` or `weight` of one axis and a `bias` are
-    tensors of their module. Whatever else there is, you say.
+    `model/layers/0/q_proj/kernel` is the weight of `model.layers.0.q_proj`. A `kernel` with two
+    axes is a `Linear`, and an `embedding` is an `Embedding`. A `bias`, `scale` or `weight` with one
+    axis is a `Tensor`. Give the layouts of all other parameters in `names`.
 
     Args:
-        params: the parameters, of arrays or shapes.
-        names: the layouts of parameters that have another one, by path.
-        layouts: what `names` was called before; it works until the next minor version.
+        params: the parameters: a tree of arrays or shapes.
+        names: layouts by path, for parameters that do not follow the convention.
+        layouts: deprecated name of `names`, accepted until the next minor version.
 
     Returns:
         The layout of each parameter, by path.
 
     Raises:
-        AdapterMismatchError: where neither the convention nor `names` has a layout for a
-            parameter.
+        AdapterMismatchError: if a parameter does not follow the convention and is not in `names`,
+            or a path in `names` is not in `params`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,11 +85,14 @@ def _by_convention(path: str, leaf: Any) -> Layout:
 
 
 def write_names(path: str | os.PathLike[str], names: Names) -> None:
-    """Writes names as JSON, for the command line: `{path: {"layout": "Linear", "module": …}}`.
+    """Writes layouts to a JSON file, for the command line: `{path: {"layout": "Linear", …}}`.
 
     Args:
-        path: the file, which is replaced if there is one.
+        path: the file; an existing one is replaced.
         names: the layout of each parameter, by path.
+
+    Raises:
+        AdapterMismatchError: if a layout is invalid.
 
     Example:
         >>> import pathlib, tempfile
@@ -107,7 +110,7 @@ def write_names(path: str | os.PathLike[str], names: Names) -> None:
 
 
 def _changed_fields(layout: Layout) -> dict[str, Any]:
-    """The fields that are not at their default."""
+    """The fields that differ from their default."""
     return {
         field.name: getattr(layout, field.name)
         for field in dataclasses.fields(layout)
@@ -116,7 +119,7 @@ def _changed_fields(layout: Layout) -> dict[str, Any]:
 
 
 def read_names(path: str | os.PathLike[str]) -> Layouts:
-    """Names from a file of `write_names`.
+    """Reads the layouts that `write_names` has written.
 
     Args:
         path: the file.
@@ -125,7 +128,8 @@ def read_names(path: str | os.PathLike[str]) -> Layouts:
         The layout of each parameter, by path.
 
     Raises:
-        AdapterFileError: where it holds something else.
+        AdapterNotFoundError: if the file does not exist.
+        AdapterFileError: if it is not a JSON object of valid layouts.
 
     Example:
         >>> import pathlib, tempfile

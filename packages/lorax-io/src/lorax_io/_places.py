@@ -1,7 +1,9 @@
-"""One parameter in PyTorch: its modules, and which of its axes each tensor is made of.
+"""Where one parameter is in PyTorch: its modules, and the axes of each of its tensors.
 
-Axes of a parameter are counted from 0. A factor has further ones, such as the rank, which are
-negative. `pack` and `unpack` carry every array across.
+A parameter's axes are numbered from 0. Further axes of a factor, such as the rank, are negative.
+Each axis of a tensor is a group of these, flattened: `((RANK,), (1, 2))` is a tensor of two axes,
+the second of which combines axes 1 and 2 of the parameter. `pack` and `unpack` convert between
+arrays and tensors.
 """
 
 import dataclasses
@@ -21,15 +23,15 @@ if TYPE_CHECKING:
     from ._layouts import Layout
 
 Array = np.ndarray[Any, Any]
-Groups = tuple[tuple[int, ...], ...]
+Groups = tuple[tuple[int, ...], ...]  # for each axis of a tensor, the axes it combines
 RANK = -1
 
 
 class Factor(NamedTuple):
-    """Where a factor is stored: under which key, which of ours it is, what its axes are made of."""
+    """How a factor is stored: its PEFT key, our name for it, and the axes of its tensor."""
 
-    key: str
-    name: str
+    key: str  # as in `lora_A.weight`
+    name: str  # as in `a`
     groups: Groups
 
 
@@ -49,13 +51,13 @@ class Place:
 
     @functools.cached_property
     def stack(self) -> tuple[int, ...]:
-        """The shared axes that have a module for each entry."""
+        """The shared axes that index modules; those within one tensor are not among them."""
         shared = self.axes.shared
         return shared[: len(shared) - self.layout.stacked_in_tensor]
 
     @functools.cached_property
     def modules(self) -> dict[tuple[int, ...], str]:
-        """The module of each entry of the stack; one, at `()`, where nothing is stacked."""
+        """The module's name by index into the stack; only `()` if nothing is stacked."""
         entries = itertools.product(*(range(self.shape[d]) for d in self.stack))
         numbers = self.layout.numbers
         sizes = [self.shape[d] for d in self.stack]
@@ -68,22 +70,22 @@ class Place:
 
     @functools.cached_property
     def whole(self) -> Groups:
-        """The axes of the tensor that holds the parameter itself."""
+        """The axes of the parameter's own tensor."""
         return self.layout.whole(self.axes)
 
     @functools.cached_property
     def inputs(self) -> Groups:
-        """The input axes of a tensor: one, and those of a window."""
+        """The input axes of the tensor: the channel, then the window."""
         return self.layout.inputs(self.axes)
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """The output axes, which are one in a tensor."""
+        """The output axes, which a tensor combines into one."""
         return self.axes.outputs
 
     @functools.cached_property
     def factors(self) -> tuple[Factor, ...]:
-        """The tensors of the factors of LoRA."""
+        """The tensors of LoRA's factors."""
         return self.layout.factors(self.axes)
 
     @functools.cached_property
@@ -92,7 +94,7 @@ class Place:
         return self.layout.magnitude(self.axes)
 
     def pattern_name(self, module: str) -> str:
-        """The name by which PEFT targets a module, or one parameter of a module of experts."""
+        """The name by which PEFT targets a module, or a parameter of one (`by_parameter`)."""
         return f"{module}.{self.layout.parameter}" if self.layout.by_parameter else module
 
     def with_layout(self, layout: "Layout") -> "Place":
@@ -103,14 +105,15 @@ class Place:
 class Axed(NamedTuple):
     """The axes of the factors of an adapter on a parameter."""
 
-    of: dict[str, tuple[int, ...]]  # by name, the trained ones and the frozen ones
-    sizes: dict[int, int]
+    of: dict[str, tuple[int, ...]]  # by name of the factor, trained or frozen
+    sizes: dict[int, int]  # by axis
 
 
 def axes_of(weight: Adapter, shape: tuple[int, ...]) -> Axed:
-    """The axes of each factor: those of the parameter, and −1, −2, … for inner ones.
+    """The axes of each factor: the parameter's own, and −1, −2, … for inner ones such as the rank.
 
-    An axis of the parameter that the kind cuts into blocks counts the blocks.
+    If the adapter's kind splits an axis of the parameter into blocks, the size of that axis is the
+    number of blocks.
     """
     layout = weight.layout(shape)
     labels = {**layout.factors, **layout.held}
@@ -122,7 +125,7 @@ def axes_of(weight: Adapter, shape: tuple[int, ...]) -> Axed:
 
 
 def pack(array: Array, axes: Sequence[int], groups: Groups) -> Array:
-    """The tensor of these groups, from an array with these axes; a view where that is possible."""
+    """Transposes and flattens an array with these axes to a tensor; a view where possible."""
     where = {axis: position for position, axis in enumerate(axes)}
     order = [where[axis] for group in groups for axis in group]
     shape = [math.prod(array.shape[where[axis]] for axis in group) for group in groups]
@@ -130,7 +133,7 @@ def pack(array: Array, axes: Sequence[int], groups: Groups) -> Array:
 
 
 def unpack(tensor: Array, axes: Sequence[int], groups: Groups, sizes: Mapping[int, int]) -> Array:
-    """The array with these axes, from the tensor of these groups."""
+    """The inverse of `pack`: the array with these axes."""
     order = [axis for group in groups for axis in group]
     array = tensor.reshape([sizes[axis] for axis in order])
     return array.transpose([order.index(axis) for axis in axes])

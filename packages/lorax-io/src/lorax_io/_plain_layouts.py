@@ -1,4 +1,4 @@
-"""Layouts, and the same as plain data: `{"layout": "Linear", "module": …}`, each checked."""
+"""Checks layouts, given as objects or as plain data: `{"layout": "Linear", "module": …}`."""
 
 import dataclasses
 import json
@@ -27,10 +27,10 @@ Names = Mapping[str, Layout | Mapping[str, Any]]
 
 
 def as_layouts(names: Names) -> Layouts:
-    """The layouts, of plain data too, each checked.
+    """Checked layouts by path; plain data is converted to `Layout` objects.
 
     Raises:
-        AdapterMismatchError: where one is none; its `path` is the parameter's.
+        AdapterMismatchError: if one is not a valid layout; the error's `path` is the parameter's.
     """
     layouts: dict[str, Layout] = {}
     for path, row in names.items():

@@ -1,4 +1,7 @@
-"""Shapes: of the factors that a base takes, and of the base that factors are of."""
+"""The shapes of factors, given a base, and the shape of a base, given the factors.
+
+A *held* factor is frozen: it is stored beside the base in the frozen tree, not in the tunable one.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,23 +16,23 @@ from ._disk.arrays import sharding_beside
 from ._errors import AdapterMismatchError
 from ._tree import absent, is_array
 
-# The errors that a layout may raise for the settings of an untrusted file.
+# What `Adapter.layout` may raise if the settings come from an untrusted file.
 _ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)
 
 
 class Shapes(NamedTuple):
-    """The shapes that factors have beside a base, and the base's axis of each of their axes."""
+    """The shapes of an adapter's factors on one base, all by the factor's name."""
 
     factors: dict[str, tuple[int, ...]]
     held: dict[str, tuple[int, ...]]
-    axes: dict[str, tuple[int | None, ...]]
+    axes: dict[str, tuple[int | None, ...]]  # the base's axis of each axis; None for inner ones
 
 
 def shapes_beside(path: str, weight: Adapter, base: Any) -> Shapes:
-    """The shapes of an adapter's factors beside a base.
+    """The shapes of an adapter's factors on a base.
 
     Raises:
-        AdapterMismatchError: where the base has other axes, or cannot have such an adapter.
+        AdapterMismatchError: if the base has other axes, or cannot have such an adapter.
     """
     shape = tuple(base.shape)
     if not jnp.issubdtype(base.dtype, jnp.inexact):
@@ -56,9 +59,9 @@ def shapes_beside(path: str, weight: Adapter, base: Any) -> Shapes:
 def blank_rows(
     leaves: Mapping[str, Any], weights: Mapping[str, Adapter]
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, jax.ShapeDtypeStruct]]]:
-    """Rows of shapes as `init_lora` would make them, and the frozen factors beside the bases.
+    """The shapes of the tunable and of the held factors, as `init_lora` would create them.
 
-    Each shape has the sharding that it has beside its base, axis by axis.
+    Each axis of a factor is sharded like the axis of the base that it comes from.
     """
     rows: dict[str, Adapter] = {}
     held: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
@@ -79,10 +82,10 @@ def blank_rows(
 
 
 def base_sizes(weight: Adapter) -> Sequence[int | None]:
-    """The size of each of the base's axes, as the factors have it; None where they do not.
+    """The size of each of the base's axes, inferred from the factors; None if it is not known.
 
     Raises:
-        ValueError: where they fit no base.
+        ValueError: if the factors fit no base.
     """
     ndim = sum(map(len, weight.axes))
     try:
@@ -91,7 +94,7 @@ def base_sizes(weight: Adapter) -> Sequence[int | None]:
     except SpecError as error:
         raise ValueError(str(error)) from error
     except _ERRORS:
-        return [None] * ndim  # a kind that cuts the axes into blocks
+        return [None] * ndim  # a kind that splits the axes into blocks
     sizes: dict[Any, int] = {}
     for name, factor in weight.factors().items():
         labels = layout.factors[name]
@@ -109,7 +112,7 @@ def base_sizes(weight: Adapter) -> Sequence[int | None]:
 
 
 def base_shape(weight: Adapter) -> tuple[int, ...] | None:
-    """The shape of the base that an adapter's factors fit; None where they do not say it."""
+    """The shape of the base, inferred from the adapter's factors; None if they leave it open."""
     sizes = base_sizes(weight)
     if None in sizes:
         return None
@@ -121,15 +124,15 @@ def base_shape(weight: Adapter) -> tuple[int, ...] | None:
 
 
 def padded_shape(weight: Adapter) -> tuple[int, ...]:
-    """The shape of the smallest base that an adapter's factors fit."""
+    """The shape of the smallest base that the adapter's factors fit: unknown sizes are 1."""
     return tuple(1 if size is None else size for size in base_sizes(weight))
 
 
 def check_held(path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
-    """Refuses to save an adapter without frozen factors that do not follow from its base.
+    """Refuses to save an adapter without the held factors that cannot be computed from its base.
 
     Raises:
-        AdapterError: where one is missing.
+        AdapterError: if one is missing.
     """
     ones = (1,) * sum(map(len, weight.axes))
     try:
@@ -143,7 +146,7 @@ def check_held(path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
 def _check_lacking(
     path: str, weight: Adapter, lacking: Iterable[str], base: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what follows from a base; refuses where that is not all that is lacking."""
+    """The shapes of the factors computed from a base; raises if others are lacking."""
     shape = jax.ShapeDtypeStruct(base.shape, base.dtype)
     derived = jax.eval_shape(weight.derived, shape)
     if missing := sorted(set(lacking) - derived.keys()):
@@ -155,13 +158,13 @@ def _check_lacking(
 
 
 def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> dict[str, Any]:
-    """The frozen factors beside a base: those that follow from it, and the held ones.
+    """All held factors of an adapter on a base: computed from the base if possible, else given.
 
-    Those of a file may follow from another base, such as the floats that this one was quantized
-    from; so they are computed again.
+    Computed factors take precedence: those in a file may come from another base, such as the
+    floats that this one was quantized from.
 
     Raises:
-        AdapterMismatchError: where one is neither.
+        AdapterMismatchError: if one is neither computed nor given.
     """
     shapes = shapes_beside(path, weight, base)
     lacking = shapes.held.keys() - held.keys()
@@ -173,7 +176,7 @@ def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> 
 
 
 def _derived(weight: Adapter, base: Any, where: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Factors that follow from a base; compiled, since a part of it may be in other processes."""
+    """The factors computed from a base, under `jit`: other processes may hold shards of it."""
 
     def derived(base: Any) -> dict[str, Any]:
         return weight.derived(dequantize(base))

@@ -18,17 +18,17 @@ class Line(NamedTuple):
     """One parameter of an adapter."""
 
     path: str
-    kind: str  # as lora or dora; full
+    kind: str  # such as lora or dora; `full` if the parameter itself was trained
     rank: int | None
     alpha: float | None
     scale: float | None
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
-    norm: float  # of the delta, of all factors together, or of the parameter trained in full
+    norm: float  # of the delta, else of all factors together, or of the parameter trained in full
 
 
 def summarize(rows: Mapping[str, Any]) -> list[Line]:
-    """A line for each parameter, by path."""
+    """One line for each parameter, sorted by path."""
     return [_line(path, rows[path]) for path in sorted(rows)]
 
 
@@ -47,7 +47,7 @@ def _line(path: str, row: Any) -> Line:
 
 
 def norm(weight: Adapter) -> float:
-    """The Frobenius norm of a delta of two factors; for other kinds, of all factors together."""
+    """The Frobenius norm of the delta if it is a product of two factors, else of all factors."""
     factors = _two_factors(weight)
     return _size(weight.factors().values()) if factors is None else _product_norm(*factors)
 
@@ -57,10 +57,10 @@ def _size(arrays: Any) -> float:
 
 
 def _two_factors(weight: Adapter) -> tuple[Array, Array] | None:
-    """A delta of two factors as matrices, (entries, m, inner) and (entries, inner, n).
+    """The two factors whose product is the delta, as (entries, m, inner) and (entries, inner, n).
 
     Returns:
-        None for all other kinds.
+        The matrices, the second one scaled; None for all other kinds.
     """
     layout = _layout(weight)
     if layout is None or len(layout.factors) != 2 or layout.held or layout.gains:
@@ -83,15 +83,15 @@ def _two_factors(weight: Adapter) -> tuple[Array, Array] | None:
 
 
 def _layout(weight: Adapter) -> Any:
-    """The layout of an adapter on a base of ones: only the labels matter here."""
+    """The layout of an adapter on a base with axes of size 1: only its labels are used."""
     try:
         return weight.layout((1,) * sum(map(len, weight.axes)))
     except ValueError:
-        return None  # a kind that cuts the axes into blocks
+        return None  # a kind that splits the axes into blocks
 
 
 def _product_norm(left: Array, right: Array) -> float:
-    """‖left right‖ without the product: with `left = Q R` and `rightᵀ = P S` it is ‖R Sᵀ‖."""
+    """‖left right‖ without the product: it is ‖R Sᵀ‖ for `left = Q R` and `rightᵀ = P S`."""
     first: Array = np.linalg.qr(left).R
     second: Array = np.linalg.qr(right.swapaxes(1, 2)).R
     return float(np.linalg.norm(first @ second.swapaxes(1, 2)))
@@ -107,7 +107,7 @@ class Difference(NamedTuple):
 
     path: str
     what: str
-    relative: float | None  # of the deltas, to the first; None of unlike shapes, or to zero
+    relative: float | None  # norm of the difference / norm of the first; None if undefined
 
 
 def compare(
@@ -116,7 +116,7 @@ def compare(
     first_held: Held | None = None,
     second_held: Held | None = None,
 ) -> list[Difference]:
-    """The parameters that are not the same bit for bit, with the frozen factors beside them."""
+    """The parameters that are not bit-identical in both, or whose held factors are not."""
     first_held, second_held = first_held or {}, second_held or {}
     differences: list[Difference] = []
     for path in sorted(first.keys() | second.keys()):
@@ -156,7 +156,7 @@ def _arrays(row: Any) -> dict[str, Any]:
 
 
 def _distance(first: Any, second: Any) -> float | None:
-    """The norm of the difference of two deltas, or of all factors, relative to the first."""
+    """The norm of the difference of two deltas, or of all factors, relative to the first's norm."""
     if isinstance(first, Adapter) and isinstance(second, Adapter):
         if first.kind != second.kind or _base(first) != _base(second):
             return None

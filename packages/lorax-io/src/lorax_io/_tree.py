@@ -1,4 +1,4 @@
-"""Tunable trees as rows: one for each parameter that is trained, named by its path."""
+"""Tunable trees as rows: one for each trained parameter, named by its path."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,32 +11,32 @@ from lorax import Adapter, FrozenWeight, Pair, QuantizedWeight, path_string
 
 from ._errors import AdapterError, AdapterMismatchError
 
-# The frozen factors beside the base of each adapter that has some, by path and name.
+# Frozen factors, stored beside the base of their adapter: by path of the base, then by name.
 Held = Mapping[str, Mapping[str, Any]]
 
 
 class Row(NamedTuple):
-    """One parameter that is trained: its adapter, or the array itself."""
+    """One trained parameter: its adapter, or the array itself if it is trained in full."""
 
     path: str
     leaf: Any
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has numbers, or the shape of some."""
+    """Whether a leaf is an array or the shape of one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def rows_of(tunable: Any) -> list[Row]:
-    """The rows of a tree with the structure of a tunable one, whatever its leaves are."""
+    """The rows of a tree with the structure of a tunable one; its leaves are not checked."""
     leaves = jax.tree_util.tree_leaves_with_path(tunable, is_leaf=_is_weight)
     return [_row(path, leaf) for path, leaf in leaves]
 
 
 def _row(path: tuple[Any, ...], leaf: Any) -> Row:
-    """One row, by the path of its base.
+    """One row, named by the path of its base.
 
-    Where Flax has boxed the base, `init_lora` boxes each factor instead of the adapter.
+    If Flax boxes the base (`nn.Partitioned`), `init_lora` boxes each factor, not the adapter.
     """
     factors = leaf.factors() if isinstance(leaf, Adapter) else {}
     if jax.tree_util.all_leaves(factors.values()):
@@ -48,7 +48,7 @@ def _row(path: tuple[Any, ...], leaf: Any) -> Row:
 
 
 def pair_rows(tree: Any) -> tuple[list[Row], Held]:
-    """The rows of a tunable tree or of a `Pair`, and the frozen factors that a pair has."""
+    """The rows of a tunable tree or of a `Pair`, and the held factors of a `Pair`."""
     if not isinstance(tree, Pair):
         return tunable_rows(tree), {}
     leaves, _ = frozen_leaves(tree.frozen)
@@ -62,7 +62,7 @@ def pair_rows(tree: Any) -> tuple[list[Row], Held]:
 
 
 def tunable_rows(tunable: Any) -> list[Row]:
-    """The rows of a tunable tree, of arrays or shapes."""
+    """The checked rows of a tunable tree of arrays or shapes."""
     if _is_pair(tunable):
         raise AdapterError(
             "was given the pair (frozen, tunable); give it the tunable tree alone. (A native file "
@@ -90,7 +90,10 @@ def _check_array(name: str, array: Any) -> None:
 
 
 def _is_pair(tree: Any) -> bool:
-    """Whether a tree is a pair in either order: every adapter has its base beside it."""
+    """Whether a tree is a (frozen, tunable) pair, in either order.
+
+    It is if both halves have the same structure and every adapter has an array in the other half.
+    """
     if not (type(tree) is tuple or isinstance(tree, Pair)) or len(tree) != 2:
         return False
     (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=_is_leaf) for half in tree)
@@ -110,7 +113,7 @@ def _is_leaf(node: Any) -> bool:
 
 
 def arrays_of(path: str, leaf: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The arrays of a row by name: `path/a` and `path/b` of plain LoRA, or `path` alone."""
+    """The arrays of a row by name: `path/a` and `path/b` for LoRA, `path` if trained in full."""
     if isinstance(leaf, Adapter):
         factors = {**leaf.factors(), **(held or {})}
         return {f"{path}/{name}": factor for name, factor in factors.items()}
@@ -118,7 +121,7 @@ def arrays_of(path: str, leaf: Any, held: Mapping[str, Any] | None = None) -> di
 
 
 def all_arrays(rows: Mapping[str, Any], held: Held | None = None) -> dict[str, Any]:
-    """The arrays of all rows by name, with the frozen factors beside them."""
+    """The arrays of all rows by name, including held factors."""
     held = held or {}
     return {
         name: array
@@ -128,16 +131,16 @@ def all_arrays(rows: Mapping[str, Any], held: Held | None = None) -> dict[str, A
 
 
 def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a parameter tree by path, None among them, and its structure.
+    """The leaves of a parameter tree by path, including None, and its structure.
 
-    It may be a frozen tree; the leaves are bases then.
+    The leaves of a frozen tree are its bases, without the factors beside them.
     """
     leaves, structure = frozen_leaves(params)
     return {path: base_of(leaf) for path, leaf in leaves.items()}, structure
 
 
 def frozen_leaves(frozen: Any) -> tuple[dict[str, Any], Any]:
-    """The same, with a `FrozenWeight` where the tree has one."""
+    """The leaves of a frozen tree by path, each `FrozenWeight` whole, and its structure."""
     leaves, structure = leaves_of(frozen)
     for path, leaf in leaves.items():
         if _is_weight(leaf):
@@ -150,7 +153,7 @@ def frozen_leaves(frozen: Any) -> tuple[dict[str, Any], Any]:
 
 
 def base_of(leaf: Any) -> Any:
-    """The base that a leaf of the frozen tree holds."""
+    """The base of a leaf of the frozen tree."""
     return leaf.base if isinstance(leaf, FrozenWeight) else leaf
 
 
@@ -172,20 +175,20 @@ def absent(path: str, leaves: Mapping[str, Any]) -> str:
 
 
 def suggestion(name: str, names: Any) -> str:
-    """A sentence with the name that may have been meant, or the empty string."""
-    import difflib  # only ever wanted on the way to an error
+    """The sentence `Did you mean …?` with the closest name, or the empty string."""
+    import difflib  # only needed for error messages
 
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 def with_leaves(structure: Any, paths: Any, rows: Mapping[str, Any]) -> Any:
-    """The tree with a row where there is one, and None elsewhere."""
+    """The tree of these rows, with None at all other paths."""
     return jax.tree.unflatten(structure, [rows.get(path) for path in paths])
 
 
 def filled(path: str, row: Any, arrays: Mapping[str, Any]) -> Any:
-    """A row with the arrays of its names."""
+    """A row with its arrays taken from `arrays`, by name."""
     if isinstance(row, Adapter):
         return row.with_factors({name: arrays[f"{path}/{name}"] for name in row.factors()})
     return arrays[path]
@@ -194,7 +197,7 @@ def filled(path: str, row: Any, arrays: Mapping[str, Any]) -> Any:
 def frozen_of(
     leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any], held: Held
 ) -> Any:
-    """The frozen tree beside these rows: None where a parameter is trained in full."""
+    """The frozen tree that belongs to these rows: None where a parameter is trained in full."""
     full = {path for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     return jax.tree.unflatten(
         structure,
@@ -206,14 +209,10 @@ def frozen_of(
 
 
 def beside(base: Any, held: Mapping[str, Any] | None, row: Any) -> Any:
-    """The leaf of the frozen tree: the base, with the factors beside it where there are some."""
+    """The leaf of the frozen tree: the base, or a `FrozenWeight` if it has held factors."""
     return FrozenWeight.beside(base, held, row) if held else base
 
 
 def settings_of(leaf: Any) -> dict[str, Any]:
-    """The settings of a weight, as JSON.
-
-    Args:
-        leaf: an adapter; anything else is trained in full.
-    """
+    """The settings of a row as JSON data; its kind is `full` if it is not an adapter."""
     return leaf.settings() if isinstance(leaf, Adapter) else {"kind": "full"}

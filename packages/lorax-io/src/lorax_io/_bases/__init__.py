@@ -1,1 +1,1 @@
-"""Base models on disk, and what becomes of them when an adapter is merged."""
+"""Base models on disk: loading them, and merging adapters into them."""

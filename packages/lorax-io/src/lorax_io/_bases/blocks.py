@@ -1,8 +1,9 @@
-"""The arrays of a quantized weight, from tensors in another library's axes and blocks.
+"""Builds the arrays of a quantized weight from tensors with another library's axes and blocks.
 
-A tensor's axis may be several of the parameter's, such as heads and their features, and a block of
-the file may be longer than the last of them, or cut. Blocks in memory are the longest runs of
-entries that share a scale in the file, along one axis of the parameter; scales are repeated.
+One axis of a tensor may combine several axes of the parameter, such as heads and their features. A
+block of the file may then be longer than the last of these axes, or cross its end. Blocks in memory
+are the longest runs of entries, along one axis of the parameter, that share a scale in the file;
+where they are shorter than the file's, scales are repeated.
 """
 
 import dataclasses
@@ -22,17 +23,17 @@ from .._errors import UnsupportedAdapterError
 from .._places import Array, Place
 from .codings.coding import Coded, Part
 
-Labels = Any  # of `lorax.bases`: each has a size
+Labels = Any  # axis labels of `lorax.bases`, each with a `size`
 
-_FEWEST, _MOST = 2**12, 2**22  # entries that are unpacked at a time
+_FEWEST, _MOST = 2**12, 2**22  # bounds on the number of entries unpacked at a time
 
 
 class Runs(NamedTuple):
-    """Where entries of a parameter share scales.
+    """Which entries of a parameter share a scale.
 
     Attributes:
-        blocks: of each axis in blocks, the entries of a block, and before them the blocks of a
-            group where there are groups.
+        blocks: by axis, `(entries per block,)`, or `(blocks per group, entries per block)` if the
+            format has groups.
         along: the axes whose entries share scales.
         is_shorter: whether blocks are shorter than those of the file.
     """
@@ -69,7 +70,7 @@ class Runs(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One array of a parameter: its labels, and those of the parameter's axes."""
+    """One array to build: its labels, the labels of the parameter's axes, and its dtype."""
 
     labels: Labels
     out: Labels
@@ -82,7 +83,7 @@ class Target(NamedTuple):
 
 
 def blank(path: str, place: Place, coded: Coded, runs: Runs, dtype: Any) -> QuantizedWeight:
-    """The quantized weight, of shapes."""
+    """The quantized weight with `jax.ShapeDtypeStruct` in place of arrays."""
     labels = coded.format.labels(Blocks.of(place.shape, runs.blocks, runs.along))
     arrays = {
         name: jax.ShapeDtypeStruct([label.size for label in labels[name]], part.dtype)
@@ -100,19 +101,19 @@ def _settings(format: Format) -> list[str]:
 
 
 def targets(weight: QuantizedWeight) -> dict[str, Target]:
-    """The arrays of a quantized weight."""
+    """The arrays of a quantized weight to build, by name."""
     out, labels = weight.labels()
     return {n: Target(labels[n], out, weight.arrays[n].dtype) for n in weight.names}
 
 
 def plain_target(place: Place, dtype: Any) -> Target:
-    """The one array of a parameter of floats."""
+    """The only array of a parameter stored as floats."""
     blocks = Blocks.of(place.shape, {}, ())
     return Target(blocks.codes, blocks.out, dtype)
 
 
 def packing(place: Place, target: Target) -> Packed | None:
-    """How an array of four bits is bytes on its way to a device; None of any other."""
+    """How a 4-bit array is packed into bytes on its way to a device; None for other dtypes."""
     if np.dtype(target.dtype).name not in DTYPES:
         return None
     first = _first(place, target)
@@ -131,7 +132,7 @@ def _first(place: Place, target: Target) -> Any:
 
 
 def _present(place: Place, target: Target) -> list[list[Any]]:
-    """The labels of the array that each axis of the tensor has."""
+    """The labels of the array that each axis of the tensor combines."""
     return [
         [label for d in group for label in target.out[d] if label in target.labels]
         for group in place.whole
@@ -141,7 +142,7 @@ def _present(place: Place, target: Target) -> list[list[Any]]:
 def assemble(
     place: Place, target: Target, parts: Mapping[tuple[int, ...], Part], packed: Packed | None
 ) -> Array:
-    """The whole array, from the part of each entry of the stack; packed, where it is so."""
+    """The whole array, from the part of each stacked module; as bytes if `packed` is given."""
     if packed is None:
         whole = np.empty(target.shape, target.dtype)
     else:
@@ -187,7 +188,7 @@ def _fill(place: Place, target: Target, part: Part, view: Array, packed: Packed 
 
 
 def _steps(first: Any, size: int, is_packed: bool) -> list[tuple[int, int]]:
-    """The steps in which rows are read, so that few entries are unpacked at a time."""
+    """The ranges of rows to read in turn, so that few entries are unpacked at a time."""
     if first is None:
         return [(0, 1)]
     most = min(max(size // 128, _FEWEST), _MOST)
@@ -197,7 +198,7 @@ def _steps(first: Any, size: int, is_packed: bool) -> list[tuple[int, int]]:
 
 
 def _rows(part: Part, rows: Array) -> Array:
-    """Some rows of an array of the file, in an order that does not fall."""
+    """Some rows of an array of the file; `rows` is sorted, and may repeat a row."""
     begin, end = int(rows[0]), int(rows[-1]) + 1
     block = part.read(slice(begin, end))
     if len(rows) == end - begin:
@@ -206,7 +207,7 @@ def _rows(part: Part, rows: Array) -> Array:
 
 
 def _entries(place: Place, target: Target, t: int, grain: int) -> Array:
-    """Which entry of the file each one of an array is, along one axis of the tensor."""
+    """The index in the file of each entry of the array, along one axis of the tensor."""
     starts = np.zeros(1, np.int64)
     for d in place.whole[t]:
         for label in target.out[d]:
@@ -218,7 +219,7 @@ def _entries(place: Place, target: Target, t: int, grain: int) -> Array:
 
 
 def check_shape(place: Place, name: str, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor that is not the parameter's."""
+    """Refuses a tensor whose shape does not match the parameter's."""
     wanted = tuple(math.prod(place.shape[d] for d in group) for group in place.whole)
     if shape != wanted:
         raise UnsupportedAdapterError(
@@ -228,5 +229,5 @@ def check_shape(place: Place, name: str, shape: tuple[int, ...]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def with_along(format: Format, along: tuple[int, ...]) -> Format:
-    """A format that shares scales along these axes."""
+    """The format, with scales shared along these axes."""
     return dataclasses.replace(format, along=along)  # pyright: ignore[reportArgumentType]

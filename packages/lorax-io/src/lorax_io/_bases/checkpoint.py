@@ -1,4 +1,4 @@
-"""A base model on disk: one safetensors file, a folder of transformers, a pipeline of diffusers."""
+"""A base model on disk: a safetensors file, a transformers folder, or a diffusers pipeline."""
 
 import collections
 from collections.abc import Collection, Iterable, Mapping
@@ -20,7 +20,7 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 
 class BaseFile(NamedTuple):
-    """One file of tensors, and what the checkpoint's names have before those in the file."""
+    """One file of tensors, and the prefix of its names in the checkpoint."""
 
     path: Path
     prefix: str
@@ -35,19 +35,19 @@ class Checkpoint(NamedTuple):
     path: Path
     files: list[BaseFile]
     shapes: dict[str, jax.ShapeDtypeStruct]
-    config: dict[str, Any] | None  # the model's, where there is one
-    by_end: Mapping[str, list[str]]  # the names that end so, after a dot
-    copies: Mapping[str, str] = {}  # a head that is the embedding until it is adapted
-    coded: Mapping[str, Any] = {}  # the weights that are decoded when they are read
-    broken: Mapping[str, Exception] = {}  # why others cannot be
+    config: dict[str, Any] | None  # the model's config.json, if there is one
+    by_end: Mapping[str, list[str]]  # full names, by each of their ends after a dot
+    copies: Mapping[str, str] = {}  # a tied head that the adapter unties: the embedding's name
+    coded: Mapping[str, Any] = {}  # quantized weights, decoded when they are read
+    broken: Mapping[str, Exception] = {}  # quantized weights that cannot be decoded, and why
 
     @property
     def parts(self) -> set[str]:
-        """The folders of a pipeline."""
+        """The folders of a pipeline; empty for a single model."""
         return {file.prefix.removesuffix(".") for file in self.files} - {""}
 
     def read(self, names: Collection[str]) -> dict[str, Array]:
-        """Some of the tensors."""
+        """Copies of some of the tensors, by name."""
         tensors: dict[str, Array] = {}
         for path, prefix in self.files if names else ():
             with TensorFile(path) as file:
@@ -56,7 +56,7 @@ class Checkpoint(NamedTuple):
         return tensors
 
     def candidates(self, name: str) -> list[str]:
-        """The tensors that may be meant: with or without a prefix that the other lacks."""
+        """The tensors whose name equals `name`, or else differs from it only by a prefix."""
         if name in self.shapes:
             return [name]
         shorter = [end for end in suffixes(name) if end in self.shapes]
@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The base at a path, of which the headers of all files have been read."""
+    """Opens the base at a path: reads its config and the headers of all its files."""
     files = _files(path)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for file_path, prefix in files:
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def by_end(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that end so, after a dot."""
+    """The full names, by each of their proper ends after a dot."""
     names_by_end: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         for end in suffixes(name)[1:]:
@@ -115,7 +115,7 @@ def _files(path: Path) -> list[BaseFile]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files of one model."""
+    """The safetensors files of one model's folder; empty if there are none."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():

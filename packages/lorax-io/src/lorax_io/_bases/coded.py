@@ -1,4 +1,4 @@
-"""Weights that are codes: detected by the tensors beside them, and by the model's config."""
+"""Detects quantized weights by the tensors beside them, and by the model's config."""
 
 from collections.abc import Container, Mapping
 from typing import Any
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from .._errors import UnsupportedAdapterError
 
-# What is in the module of a coded weight, beside it or in its place. The first that is there
-# counts.
+# Tensors in the module of a quantized weight, beside the weight or in its place, and the format
+# they indicate. The first one present decides.
 MARKS: dict[str, str] = {
     "weight_scale_inv": "FP8 with a scale for each block",
     "weight_packed": "compressed-tensors",
@@ -26,7 +26,8 @@ MARKS: dict[str, str] = {
     "codebooks": "AQLM",
     "scales": "MLX, or another with `scales`",
 }
-# The same of a parameter that is not called `weight`, such as those of experts.
+# The same for a parameter that is not called `weight`, such as those of experts: what is appended
+# to its name.
 ENDINGS: dict[str, str] = {
     "_blocks": "MXFP4",
     "_scale_inv": "FP8 with a scale for each block",
@@ -37,12 +38,12 @@ ENDINGS: dict[str, str] = {
 
 
 def coding_of(name: str, names: Container[str], config: Mapping[str, Any] | None) -> str | None:
-    """The format of a base's tensor, where its numbers are codes; None where they are none.
+    """The quantization format of a tensor, for messages; None if it is not quantized.
 
     Args:
-        name: of the tensor, which may be absent where another is in its place.
-        names: of all tensors.
-        config: the model's config, where there is one.
+        name: the tensor's name; the tensor itself may be absent, with others in its place.
+        names: the names of all tensors.
+        config: the model's config, if there is one.
     """
     module, _, parameter = name.rpartition(".")
     begin, known = (f"{module}.", MARKS) if parameter == "weight" else (name, ENDINGS)
@@ -64,10 +65,10 @@ def check_plain(
     names: Container[str],
     config: Mapping[str, Any] | None,
 ) -> None:
-    """Refuses to merge into codes.
+    """Refuses to merge into quantized codes.
 
     Raises:
-        UnsupportedAdapterError: where the tensor holds codes.
+        UnsupportedAdapterError: if the tensor holds codes.
     """
     coding = coding_of(name, names, config)
     if coding is None and dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):

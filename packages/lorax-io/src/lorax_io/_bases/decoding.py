@@ -1,4 +1,4 @@
-"""A checkpoint with quantized weights as one of floats, each decoded when it is read."""
+"""Presents a checkpoint with quantized weights as one with floats, decoded when they are read."""
 
 import contextlib
 import dataclasses
@@ -30,14 +30,17 @@ class CodedWeight(NamedTuple):
     dtype: Any
 
     def array(self) -> Array:
-        """Its floats."""
+        """The decoded weight."""
         return decoded(self.coded, self.dtype).astype(self.dtype, copy=False)
 
     def again(self, array: Array) -> tuple[dict[str, Array], float]:
-        """The tensors of other floats in the same codes, and what these lose, beside their norm.
+        """Quantizes other floats in the format of this weight.
+
+        Returns:
+            The tensors by their names in the file, and the relative error, `‖decoded − x‖ / ‖x‖`.
 
         Raises:
-            UnsupportedAdapterError: where the codes are packed in another library's way.
+            UnsupportedAdapterError: if the codes are in a form that is only read.
         """
         coded = self.coded
         if isinstance(coded, Decoded) or not coded.stored:
@@ -57,7 +60,7 @@ class CodedWeight(NamedTuple):
 
 
 def _same_blocks(name: str, coded: Coded) -> Any:
-    """The format whose blocks are those of the file."""
+    """The format, with the blocks of the file."""
     shape, grains = coded.shape, coded.parts["scales"].grains
     format: Any = coded.format
     if "zeros" in coded.parts or len(shape) != 2:
@@ -74,7 +77,7 @@ def _same_blocks(name: str, coded: Coded) -> Any:
 
 
 def with_decoded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint in which quantized weights that can be read are weights like others."""
+    """The checkpoint with decoded weights in place of the codes and scales that can be read."""
     broken: dict[str, Exception] = {}
     weights = {weight.name: weight for weight in _coded(checkpoint, broken)}
     if not weights:
@@ -86,9 +89,9 @@ def with_decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _coded(checkpoint: Checkpoint, broken: dict[str, Exception]) -> Iterator[CodedWeight]:
-    """The quantized weights whose codes can be read; what is wrong with others goes to `broken`.
+    """The quantized weights that can be read; the errors of all others are added to `broken`.
 
-    An adapter that touches none of these may be merged.
+    They are not raised here: an adapter that touches none of these weights may still be merged.
     """
     places = {place for name in checkpoint.shapes for place in _of(name)}
     if not places:
@@ -108,7 +111,7 @@ def _coded(checkpoint: Checkpoint, broken: dict[str, Exception]) -> Iterator[Cod
 
 @functools.lru_cache(maxsize=2**16)
 def _of(name: str) -> tuple[tuple[str, str], ...]:
-    """The module and the parameter whose mark a tensor is."""
+    """The (module, parameter) pairs of which a tensor may be a mark, by its name."""
     places: list[tuple[str, str]] = []
     for mark in MARKS:
         if name.endswith(f".{mark}"):
@@ -121,13 +124,13 @@ def _of(name: str) -> tuple[tuple[str, str], ...]:
 
 
 def home_of(weight: CodedWeight, entries: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a file is the one that a decoded weight is written to: where its codes are."""
+    """Whether a decoded weight is written to this file: the one that contains its codes."""
     first = weight.coded.names[0]
     return first.startswith(prefix) and first.removeprefix(prefix) in entries
 
 
 def without_codes(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a model whose weights are floats now."""
+    """The config without its quantization settings, for a model whose weights are now floats."""
     if config is None:
         return None
     return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -1,4 +1,4 @@
-"""The adapter that comes closest to what fine-tuning has made of a checkpoint, tensor by tensor."""
+"""Extracts the best low-rank approximation of the difference of two checkpoints."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ _SHOWN = 8
 
 
 class Extracted(NamedTuple):
-    """An adapter by path, as `open_adapter` has one, and the error of each weight."""
+    """An adapter by path, in the form of `OpenedAdapter`, and the relative error of each weight."""
 
     rows: dict[str, Any]
     names: dict[str, Layout]
@@ -42,22 +42,26 @@ def extract(
     targets: re.Pattern[str] | None = None,
     fan_in_fan_out: bool = False,
 ) -> Extracted:
-    """The LoRA adapters of linear layers and convolutions that comes closest to `tuned`.
+    """Extracts the LoRA adapters of linear layers and convolutions that best approximate `tuned`.
 
     One tensor of each checkpoint is in memory at a time. Quantized weights are decoded.
 
     Args:
-        base: before fine-tuning.
-        tuned: after it.
-        rank: of each adapter, at most.
+        base: the checkpoint before fine-tuning.
+        tuned: the checkpoint after fine-tuning.
+        rank: the largest rank of each adapter.
         energy: as in `lorax.extract_lora`.
         tolerance: as in `lorax.extract_lora`.
-        targets: the names of modules, each a full match; by default all but embeddings and heads.
-        fan_in_fan_out: whether matrices are (in, out), as those of transformers' `Conv1D`.
+        targets: a pattern that the full names of adapted modules match; by default all modules but
+            embeddings and heads.
+        fan_in_fan_out: whether matrices are (in, out), as in transformers' `Conv1D`.
 
     Raises:
-        AdapterMismatchError: where the two are not one model, or nothing is adapted.
-        UnsupportedAdapterError: where weights are in codes that cannot be read.
+        AdapterMismatchError: if the checkpoints are of different models, or differ in no target.
+        UnsupportedAdapterError: if a weight that differs is quantized and cannot be decoded.
+
+    Warns:
+        AdapterWarning: if tensors differ that the adapter does not cover.
     """
     base, tuned = with_decoded(base), with_decoded(tuned)
     _check_same(base, tuned)
@@ -103,7 +107,7 @@ def _tensor(
     places: Mapping[str, tuple[Path, str]],
     stack: contextlib.ExitStack,
 ) -> Array:
-    """A tensor as it is in its file, or decoded."""
+    """A tensor, decoded if it is quantized."""
     if name in checkpoint.coded:
         with about(checkpoint.path):
             return checkpoint.coded[name].array()
@@ -162,7 +166,7 @@ def _add(
     energy: float | None,
     tolerance: float | None,
 ) -> None:
-    """Adds the adapter of one tensor, whose axes become `[*window, in, out]`."""
+    """Adds the adapter of one tensor; `[out, in, *window]` is transposed to `[*window, in, out]`."""
     if not isinstance(layout, Conv1D):
         order = (*range(2, before.ndim), 1, 0)
         before, after = np.transpose(before, order), np.transpose(after, order)

@@ -1,4 +1,4 @@
-"""An adapter on the tensors of a base: nothing of it is left over, and nothing is missing."""
+"""Matches an adapter to the tensors of a base; unmatched and missing tensors are errors."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -30,11 +30,11 @@ from .ties import find_embedding, is_head, ties
 
 
 class Fitted(NamedTuple):
-    """An adapter on a base."""
+    """An adapter matched to a base."""
 
-    checkpoint: Checkpoint  # with a head where the adapter gives the model a separate one
-    rows: dict[str, Any]  # by the names of the base's tensors, and with the axes of those
-    held: Held  # the frozen factors that are in the adapter's file
+    checkpoint: Checkpoint  # the base, with a head of its own if the adapter unties it
+    rows: dict[str, Any]  # by the names of the base's tensors, with the axes of these tensors
+    held: Held  # the frozen factors in the adapter's file
 
 
 def fit_adapter(
@@ -44,13 +44,18 @@ def fit_adapter(
     *,
     allow_missing: bool = False,
 ) -> Fitted:
-    """The adapter on the base's tensors.
+    """Matches an adapter to the tensors of a base.
 
     Args:
-        adapter: as it was opened.
+        adapter: the adapter, as it was opened.
         checkpoint: the base.
-        rename: gives the base's name for a module of the adapter, or one that ends as it.
-        allow_missing: whether targets without tensors are a warning, not an error.
+        rename: maps a module's name in the adapter to its name in the base, up to a prefix.
+        allow_missing: whether to warn about targets without tensors instead of raising.
+
+    Raises:
+        AdapterMismatchError: if a module has no tensor, or two modules have the same one.
+        AdapterFileError: if the adapter lacks tensors of its targets.
+        UnsupportedAdapterError: if an adapted weight is quantized and cannot be decoded.
     """
     with about(adapter.path):
         if is_translated((x.module for x in adapter.names.values()), checkpoint.shapes):
@@ -87,7 +92,7 @@ def fit_adapter(
 
 
 def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
-    """The biases beside adapted weights, which some kinds of adapters change as well."""
+    """Layouts of the biases beside adapted weights; some kinds of adapters, as IA³, change them."""
     beside = {name.removesuffix("weight") + "bias": layout for name, layout in names.items()}
     return {
         name: Tensor(layout.module)
@@ -97,7 +102,7 @@ def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
 
 
 def _with_biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's shapes, and in place of the shapes of biases the numbers, which are few."""
+    """The base's shapes, with the arrays themselves for biases, which are small."""
     biases = [name for name, x in names.items() if isinstance(x, Tensor) and x.parameter == "bias"]
     return {**checkpoint.shapes, **checkpoint.read(biases)}
 
@@ -129,7 +134,7 @@ def _check_broken(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The base with a separate head, where the adapter has one and the base ties it."""
+    """The base, with a head of its own if the adapter adapts the head and the base ties it."""
     heads = [
         name
         for name in names
@@ -156,7 +161,7 @@ def _renamed(name: str, rename: Callable[[str], str]) -> str:
 
 
 def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str:
-    """The base's tensor of a name, which may have the model's prefix or not."""
+    """The base's tensor for a name, which may have or lack the model's prefix."""
     if adapter.format == "kohya":
         return resolve(name, checkpoint.shapes, checkpoint.parts)
     part = adapter.part
@@ -174,7 +179,7 @@ def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str
 
 
 def _check_coded(checkpoint: Checkpoint, name: str) -> None:
-    """Refuses a base that has codes under other names where the tensor should be."""
+    """Refuses a base that has quantized codes, under other names, in place of the tensor."""
     module, _, parameter = name.rpartition(".")
     ends = {parameter, *MARKS, *(known.rpartition(".")[2] for known in checkpoint.shapes)}
     stems = {known.removesuffix(f".{end}") for known in checkpoint.shapes for end in ends}
@@ -187,7 +192,7 @@ def _check_coded(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out: bool) -> Layout:
-    """The layout of a tensor in PyTorch, inferred from the shapes of the factors."""
+    """The layout of a base's tensor, inferred from the shapes of the tensor and the factors."""
     if isinstance(layout, Tensor):
         return layout
     if isinstance(layout, Embedding):

@@ -1,4 +1,4 @@
-"""GGUF files of models, read by the `gguf` package: what each type of block is as codes."""
+"""GGUF model files, read by the `gguf` package: the codes and scales in each type of block."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +22,14 @@ FLOAT32 = np.dtype(np.float32)
 
 
 class Block(NamedTuple):
-    """A type of block: its format, and how bytes of blocks are the arrays of one.
+    """A type of block: the format of `lorax.bases` that decodes it, and how to unpack its bytes.
 
     Attributes:
-        format: how it is decoded.
-        arrays: gives the arrays of some blocks, from their bytes `[…, blocks, bytes]`, each with
-            the entries of a block along its last axis.
-        grains: how many entries of the weight share one of an array.
-        dtypes: of the arrays.
+        format: decodes the arrays.
+        arrays: unpacks bytes `[…, blocks, bytes]` to arrays by name, each with the entries of a
+            block along its last axis.
+        grains: for each array, how many entries of the weight share one of its entries.
+        dtypes: the dtype of each array.
     """
 
     format: Format
@@ -43,12 +43,12 @@ BYTE = np.dtype(np.uint8)
 
 
 def _half(data: Array) -> Array:
-    """Two bytes as float16."""
+    """Pairs of bytes as float16."""
     return np.ascontiguousarray(data).view(np.float16)
 
 
 def _in_order(data: Array) -> Array:
-    """Codes of a block: the low halves of its bytes, then the high ones."""
+    """The 4-bit codes of a block: the low halves of all bytes, then the high halves."""
     return np.concatenate([data & 15, data >> 4], -1)
 
 
@@ -83,7 +83,7 @@ def _bits(data: Array) -> Array:
 
 
 def _scales_of_k(data: Array) -> dict[str, Array]:
-    """The scales and minimums of a block of 256, 6 bits each, and its two numbers."""
+    """The 6-bit scales and minimums in a block of 256 entries, and the block's two outer scales."""
     low, mid, high = (data[..., 4 + 4 * k : 8 + 4 * k] for k in range(3))
     scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], -1)
     mins = np.concatenate([mid & 63, high >> 4 | mid >> 2 & 48], -1)
@@ -92,7 +92,7 @@ def _scales_of_k(data: Array) -> dict[str, Array]:
 
 
 def _runs(data: Array) -> Array:
-    """Codes of runs of 32 bytes: the low halves of a run, then its high ones."""
+    """The codes of each run of 32 bytes: the low halves of its bytes, then the high halves."""
     return _in_order(data.reshape(*data.shape[:-1], -1, 32)).reshape(*data.shape[:-1], -1)
 
 
@@ -142,7 +142,7 @@ _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.
 
 
 class GGUFSource:
-    """The tensors of a GGUF file, by the names that transformers has for its modules."""
+    """The tensors of a GGUF file, found by the names of transformers' modules."""
 
     def __init__(self, path: Path) -> None:
         gguf = import_gguf()
@@ -153,7 +153,7 @@ class GGUFSource:
             self._heads = self._field(reader, "attention.head_count")
             self._kv_heads = self._field(reader, "attention.head_count_kv", self._heads)
             self.names = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # it has no specific error for a damaged file
+        except Exception as error:  # gguf raises errors of many types for a damaged file
             raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
         self.used: set[str] = set()
         arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch), None)
@@ -166,7 +166,7 @@ class GGUFSource:
         return default if field is None else field.contents()
 
     def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
-        """A weight, under llama.cpp's own name or that of transformers."""
+        """A weight by its name in transformers or in llama.cpp; None if there is none."""
         name = self._name(module, parameter)
         if name not in self.names:
             return None
@@ -198,7 +198,10 @@ class GGUFSource:
         return own if known is None else known
 
     def _order(self, name: str, shape: tuple[int, ...]) -> Array | None:
-        """The rows of q and k, of which llama.cpp has the two of a rotated pair side by side."""
+        """The order of the file's rows in transformers; None if it is the same.
+
+        llama.cpp stores the two rows of a rotated pair of q or k next to each other.
+        """
         is_q, is_k = ".attn_q." in name, ".attn_k." in name
         if not (is_q or is_k) or self._arch not in _PERMUTED:
             return None
@@ -208,20 +211,20 @@ class GGUFSource:
         return half_order(np.arange(shape[0]), heads)
 
     def lacking(self, name: str) -> str:
-        """Why there is not such a weight."""
+        """A sentence for the error: the weight is not in the file."""
         known = self._name(*name.rpartition(".")[::2])
         called = "" if known == name else f" (`{known}`)"
         return f"has no tensor for `{name}`{called}.{suggestion(known, self.names)}"
 
 
-# Those that llama.cpp's converter permutes.
+# The architectures for which llama.cpp's converter permutes the rows of q and k.
 _PERMUTED = frozenset(["llama", "granite"])
 
 
 def _coded(
     name: str, block: Block, data: Array, shape: tuple[int, ...], order: Array | None
 ) -> Coded:
-    """The codes of a tensor `[…, inputs]`, whose rows may come in another order."""
+    """The codes of a tensor `[…, inputs]`; `order` permutes its rows if it is not None."""
     entries = max(block.grains.values())
     data = data.reshape(*shape[:-1], shape[-1] // entries, -1)
 

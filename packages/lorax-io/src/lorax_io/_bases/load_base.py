@@ -1,4 +1,4 @@
-"""`load_base`: a frozen tree from the files that people have, codes as codes, floats as floats."""
+"""`load_base`: the frozen tree of a base model on disk, quantized or not."""
 
 import contextlib
 import os
@@ -34,43 +34,43 @@ def load_base(
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
-    """Reads a base model as the frozen tree of a pair: codes where the file has codes.
+    """Reads a base model as a frozen tree; quantized weights stay quantized.
 
-    Reads safetensors (a file, or a folder of transformers) and GGUF files (with
-    `pip install "lorax-io[gguf]"`), whose weights are floats or codes of bitsandbytes, GPTQ, AWQ,
-    compressed-tensors, FP8 with `weight_scale_inv`, MXFP4, or the types of llama.cpp. A weight is
-    decoded bit for bit as its library decodes it, and never held as a whole array of floats;
-    weights are read one after the other.
+    Reads safetensors (a file, or a transformers folder) and GGUF files (with
+    `pip install "lorax-io[gguf]"`). Weights may be floats, or quantized by bitsandbytes, GPTQ, AWQ,
+    compressed-tensors, FP8 with `weight_scale_inv`, MXFP4, or in a type of llama.cpp. A quantized
+    weight decodes to the same bits as in its own library, and is never held as a whole array of
+    floats. Weights are read one after the other.
 
-    Blocks run along an axis of the parameter. Where those of the file do not divide it, such as
-    the features of a head, blocks in memory are shorter and scales are repeated; the warning says
-    what that costs. A few codes have no such form, such as groups of GPTQ in another order
-    (`desc_act`) or GGUF's types below 4 bits: `anew` says what to do with these.
+    Blocks run along one axis of the parameter. If the blocks of the file do not divide that axis,
+    such as the features of a head, blocks in memory are shorter and scales are repeated; a warning
+    reports the resulting bits per weight. Some codes cannot be kept, such as GPTQ groups in another
+    order (`desc_act`) and GGUF's types below 4 bits; `anew` decides what happens to these.
 
     Args:
         path: the file or the folder.
         names: the layout of each parameter, by its path in the tree.
-        params: the model's parameters, of arrays or `jax.ShapeDtypeStruct`: the tree gets their
-            structure, shapes and places. Without them it is a dict of dicts with the paths of
-            `names`, and a parameter has an axis for each of its tensor's.
-        dtype: of decoded weights; by default what the file says, float32 of GGUF.
-        anew: for weights whose codes cannot be kept: the format to code them in again, such as
-            `NF4()` or its name, or "float" to hold them decoded. The warning says how far each is
-            from the file's. None: they are an error.
-        sharding: where to put the weights: one sharding, or a tree of them with the structure of
-            the result or a prefix of it. Codes and scales are split as their weight is.
-        progress: whether a bar is shown on a terminal where it takes long.
+        params: the model's parameters, as arrays or `jax.ShapeDtypeStruct`; the result has their
+            structure, shapes and shardings. Without them, the result is a nested dict with the
+            paths of `names`, and each parameter has the axes of its tensor.
+        dtype: the dtype of decoded weights; by default that of the file, and float32 for GGUF.
+        anew: what to do with weights whose codes cannot be kept. A format, such as `NF4()` or its
+            name, quantizes them again, and "float" keeps them decoded; a warning reports the error
+            of each. By default they are an error.
+        sharding: where to put the weights: one sharding, or a tree of shardings with the structure
+            of the result or a prefix of it. Codes and scales are sharded like their weight.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
-        The frozen tree, with `lorax.QuantizedWeight` where the file has codes.
+        The frozen tree, with `lorax.QuantizedWeight` for quantized weights.
 
     Raises:
-        AdapterError: where a file is damaged, a weight is missing or has another shape, scales are
-            NaN, or codes cannot be kept and `anew` is None; nothing is returned in part.
+        AdapterError: if a file is damaged, a weight is missing or has another shape, scales are
+            NaN, or codes cannot be kept and `anew` is None. Nothing is returned in part.
 
     Warns:
-        AdapterWarning: where tensors are in none of `names`; where blocks are shorter than those of
-            the file; where weights are coded anew.
+        AdapterWarning: if the file has tensors that are not in `names`, if blocks are shorter than
+            those of the file, or if weights are quantized anew.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, pathlib, safetensors.numpy, tempfile
@@ -104,7 +104,7 @@ def load_base(
 
 
 def _places(source: Source, layouts: Layouts, params: Any) -> dict[str, Place]:
-    """Where each parameter is in the files."""
+    """The resolved layout of each parameter, by path."""
     if params is None:
         return {path: _place(source, path, layout) for path, layout in layouts.items()}
     leaves, _ = param_leaves(params)
@@ -119,7 +119,7 @@ def _places(source: Source, layouts: Layouts, params: Any) -> dict[str, Place]:
 
 
 def _place(source: Source, path: str, layout: Layout) -> Place:
-    """The same, where shapes are those of the tensors."""
+    """The resolved layout of one parameter, with the shape of its tensors in the file."""
     counted = len(layout.shared_axes) - layout.stacked_in_tensor
     first = needed(source, layout.module.format(*[0] * counted), layout.parameter).shape
     ndim = len(first) + counted
@@ -143,7 +143,7 @@ def _place(source: Source, path: str, layout: Layout) -> Place:
 
 
 def _tree(places: Mapping[str, Place], params: Any) -> tuple[Mapping[str, Any], Any]:
-    """The leaves by path, in order, and the structure of the tree."""
+    """The leaves by path, in the tree's order, and the tree's structure."""
     if params is not None:
         return param_leaves(params)
     tree: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A base's files with adapters merged into them, and all that stays true of the merged model."""
+"""Merges adapters into a base's files, and copies the files beside them that still apply."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ from .fit import Fitted
 from .merged import new_folder
 from .ties import is_embedding, is_head, ties, untied
 
-# What is beside the weights and stays true of the merged model.
+# Files beside the weights that still apply to the merged model: configs, tokenizers, templates.
 _COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja")
 
 
@@ -40,16 +40,23 @@ def merge_files(
     summed: bool = False,
     requantize: bool = False,
 ) -> None:
-    """Writes the base's files with adapters merged, and what is beside them, to a folder.
+    """Writes the base's files, with adapters merged into them, to a new folder.
 
     Args:
-        adapters: the last of them is on the base as it is written.
-        out: a new folder.
-        scales: by which the change that each makes is multiplied.
-        summed: whether each is merged into the base, and the changes are summed; by default each
-            is merged into what the last has left.
-        requantize: whether quantized weights that are adapted are coded again, and others stay as
-            they are. By default all quantized weights become floats, where one is adapted.
+        adapters: the adapters, in order; the checkpoint of the last one is the base to write.
+        out: a new or empty folder.
+        scales: a factor for the change that each adapter makes; by default 1.
+        summed: whether to merge each adapter into the base and sum the changes; by default, each is
+            merged into the result of the previous one.
+        requantize: whether to quantize adapted weights again and leave all others as they are. By
+            default all quantized weights become floats if one of them is adapted.
+
+    Raises:
+        AdapterError: if the folder is not empty, or a merged weight is not finite.
+
+    Warns:
+        AdapterWarning: if adapters replace each other's changes, if the config changes, or with the
+            largest error of weights that were quantized again.
     """
     checkpoint = adapters[-1].checkpoint
     scales = [1.0] * len(adapters) if scales is None else scales
@@ -57,7 +64,7 @@ def merge_files(
     _check_replaced(adapters)
     left = set(adapted)
     touched = adapted & checkpoint.coded.keys()
-    # Weights that are decoded, and the tensors of those that stay or become codes.
+    # `floats` are written decoded, `again` are quantized again, `gone` are the tensors of `floats`.
     floats = {} if requantize or not touched else checkpoint.coded
     again = touched if requantize else set[str]()
     gone = {name for weight in floats.values() for name in weight.coded.names}
@@ -136,7 +143,7 @@ def merge_files(
 
 
 def _within(path: Path, checkpoint: Checkpoint) -> Path:
-    """Where a file of the base is in its folder."""
+    """The path of a base's file, relative to the base."""
     return path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else Path(path.name)
 
 
@@ -153,7 +160,7 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _check_replaced(adapters: Sequence[Fitted]) -> None:
-    """Says where one adapter replaces what another has replaced or adapted."""
+    """Warns if one adapter replaces what an earlier one has replaced or adapted."""
     seen: set[str] = set()
     for fitted in adapters:
         whole = {name for name, row in fitted.rows.items() if not isinstance(row, Adapter)}
@@ -163,7 +170,7 @@ def _check_replaced(adapters: Sequence[Fitted]) -> None:
 
 
 def _merged_config(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Any] | None:
-    """The model's config where it has to be another one: where the head is not the embedding."""
+    """The merged model's config if it must change, since its head is now untied; else None."""
     modules = {name.rpartition(".")[0] for name in names}
     config = checkpoint.config
     if config is None or ties(config) is False:
@@ -196,7 +203,7 @@ def _add_to_index(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _index_floats(folder: Path) -> None:
-    """Lists decoded weights in the index in place of their codes."""
+    """Rewrites each index, with decoded weights in place of their codes."""
     for path in folder.rglob("*.safetensors.index.json"):
         index = read_json(path)
         weight_map: dict[str, Any] = {}
@@ -219,7 +226,7 @@ class Lazy(NamedTuple):
 
     @classmethod
     def of(cls, array: Array) -> Self:
-        """One that already exists."""
+        """An array that is already in memory."""
         return cls(array.shape, array.dtype, lambda: array)
 
 

@@ -1,4 +1,4 @@
-"""The merged model as a folder that transformers loads: safetensors shards and their index."""
+"""Writes a merged model as a transformers folder: safetensors shards and their index."""
 
 import contextlib
 import hashlib
@@ -40,24 +40,28 @@ def save_merged(
     shard_bytes: int = 5 * 10**9,
     progress: bool = True,
 ) -> None:
-    """Writes the merged model, such as `base + scale · a @ b` of plain LoRA, for transformers.
+    """Writes the merged model, `base + scale · a @ b` for LoRA, as a folder for transformers.
 
-    Weights are merged one after the other, as `lorax.merge_params` does it; those of one file are
-    in memory at a time.
+    Weights are merged one at a time, as by `lorax.merge_params`. Only those of one file are in
+    memory at once.
 
     Args:
-        folder: a new or an empty one; it appears when all of it is written.
-        frozen: the first tree of the pair; or the whole `lorax.Pair`, and then `names`.
-        tunable: the second tree of the pair.
+        folder: a new or empty folder; it appears only when it is complete.
+        frozen: the frozen tree; or the whole `lorax.Pair`, followed by `names`.
+        tunable: the tunable tree.
         names: the layout of every parameter, by its path.
-        config: the model's `config.json`: the file, or what is to be in it. Without one,
-            transformers does not know what model the weights are of.
-        shard_bytes: the largest size of one file, unless one parameter is larger.
-        progress: whether a bar is shown on a terminal where it takes long.
+        config: the model's `config.json`, as a path or as a dict. Without it, transformers cannot
+            tell which model the weights belong to.
+        shard_bytes: the largest size of one file, in bytes; a larger parameter gets its own file.
+        progress: whether to show a progress bar, on a terminal, if writing takes long.
 
     Raises:
-        AdapterMismatchError: where a parameter has no layout.
-        AdapterError: where there are files in the folder.
+        AdapterMismatchError: if a parameter has no layout.
+        AdapterError: if the folder is not empty.
+
+    Warns:
+        AdapterWarning: if the head differs from the embedding and `config` ties them; the written
+            config does not.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -94,7 +98,7 @@ def _save_merged(
         raise AdapterMismatchError(f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
     layouts = {path: layout_of(names, path) for path in sizes}
     config_text = _config_text(config)
-    tables: dict[str, bytes] = {}  # embedding and head, each by what it holds
+    tables: dict[str, bytes] = {}  # the hashes of embedding and head, to compare them
     shards = _shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
@@ -131,7 +135,7 @@ def _save_merged(
 
 
 def _with_own_head(text: str, tables: Mapping[str, bytes]) -> str:
-    """The config; where it ties a head that is not the embedding, without that."""
+    """The config, untied if it ties a head that differs from the embedding."""
     heads = [name for name in tables if is_head(name.removesuffix(".weight"))]
     if not heads or len(set(tables.values())) == 1:
         return text
@@ -147,7 +151,7 @@ def _with_own_head(text: str, tables: Mapping[str, bytes]) -> str:
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """The parameters of each file, in their order."""
+    """The paths of the parameters in each file, in order."""
     shards: list[list[str]] = [[]]
     filled = 0
     for path, size in sizes.items():
@@ -177,14 +181,14 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends without an error."""
+    """Yields a temporary folder, renamed to `folder` when the block ends without an error."""
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(
             "already exists and is not empty; give a new folder.",
             folder,
         )
-    # Every process must find the same name.
+    # The name is fixed, not random: all processes must use the same one.
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     with one_writer() as writer:
         if writer:

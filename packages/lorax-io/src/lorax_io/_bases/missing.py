@@ -1,4 +1,4 @@
-"""Tensors that an adapter should have by its config and its base, and that its file lacks."""
+"""Finds tensors that an adapter should have, according to its config and base, but lacks."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,24 +9,24 @@ from .._formats.peft.config import PeftConfig
 
 
 class Prefixes(NamedTuple):
-    """How an adapter's names differ from those of a base: by what they begin with."""
+    """How an adapter's names differ from those of a base: by their prefixes."""
 
-    pairs: frozenset[tuple[str, str]]  # the adapter's begin, and the base's
+    pairs: frozenset[tuple[str, str]]  # a prefix in the adapter, and the one in the base
 
     @classmethod
     def of(cls, matched: Iterable[tuple[str, str]]) -> "Prefixes":
-        """The differences of pairs of names, each the adapter's and the base's."""
+        """The prefixes in which matched names, (adapter's, base's), differ."""
         return cls(frozenset(_begins(ours, theirs) for ours, theirs in matched))
 
     def of_adapter(self, name: str) -> set[str]:
-        """The names that the adapter may have for a tensor of the base."""
+        """The names that a tensor of the base may have in the adapter."""
         return {
             ours + name[len(theirs) :] for ours, theirs in self.pairs if name.startswith(theirs)
         }
 
 
 def _begins(ours: str, theirs: str) -> tuple[str, str]:
-    """The beginnings of two names, before the parts in which they end alike."""
+    """What is left of two names without their common end, in whole parts."""
     left, right = ours.split("."), theirs.split(".")
     same = 0
     while same < min(len(left), len(right)) and left[-1 - same] == right[-1 - same]:
@@ -39,13 +39,13 @@ def _begins(ours: str, theirs: str) -> tuple[str, str]:
 def lacking(
     config: PeftConfig, shapes: Mapping[str, Any], matched: Mapping[str, str], saved: bool = True
 ) -> dict[str, str]:
-    """Why the adapter should have a tensor, for each of the base's that it should have and lacks.
+    """The base's tensors that the adapter lacks, with the reason why it should have each.
 
     Args:
-        config: what the adapter says that it adapts.
-        shapes: the base's tensors.
-        matched: the base's name of each that the adapter has.
-        saved: whether `modules_to_save` counts.
+        config: the adapter's config.
+        shapes: the base's tensors, by name.
+        matched: the tensors that the adapter has: the base's name, by the adapter's.
+        saved: whether to consider `modules_to_save`.
     """
     if not config.is_given:
         return {}
@@ -70,15 +70,15 @@ def lacking(
 
 
 def _kind(name: str) -> str:
-    """The name without the numbers of layers."""
+    """The name with its numbers, such as those of layers, replaced by `#`."""
     return re.sub(r"\d+", "#", name)
 
 
 def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = False) -> None:
-    """Refuses an adapter that lacks some of its tensors, or warns where that is allowed.
+    """Refuses an adapter that lacks some of its tensors, or warns if that is allowed.
 
     Raises:
-        AdapterFileError: naming the first of them.
+        AdapterFileError: naming the first of these tensors.
     """
     if not reasons:
         return
@@ -94,6 +94,6 @@ def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = Fals
 
 
 def _in_order(name: str) -> list[Any]:
-    """Layer 10 after layer 9."""
+    """A sort key that puts layer 10 after layer 9."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

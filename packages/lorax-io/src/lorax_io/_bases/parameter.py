@@ -1,4 +1,4 @@
-"""One parameter of a base: its arrays assembled from the tensors of a file, on its devices."""
+"""Loads one parameter of a base: assembles its arrays from tensors and puts them on devices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,13 +37,13 @@ FLOAT = "float"
 
 
 class Notes(NamedTuple):
-    """Notes that are reported once all is read."""
+    """What to warn about, once all parameters are loaded."""
 
-    shorter: list[str]
-    anew: list[str]
+    shorter: list[str]  # weights with shorter blocks than in the file
+    anew: list[str]  # weights whose codes could not be kept
 
     def warn(self, source: Source) -> None:
-        """Warns of what is not as it is in the file."""
+        """Warns about unused tensors, shorter blocks and weights that were quantized anew."""
         if left := sorted(source.names.keys() - source.used):
             warn(f"has tensors that are in none of `names`{_some(left)}")
         if self.shorter:
@@ -68,7 +68,7 @@ def load_parameter(
     where: Sharding | None,
     notes: Notes,
 ) -> Any:
-    """One parameter on its devices."""
+    """Loads one parameter onto its devices, and adds to `notes`."""
     weights: dict[tuple[int, ...], Weight] = {}
     for index, module in place.modules.items():
         weights[index] = needed(source, module, place.layout.parameter)
@@ -86,7 +86,7 @@ def load_parameter(
 
 
 def _kind(row: Weight) -> Any:
-    """The properties that must be the same in all modules of a stack."""
+    """The properties that all modules of a stack must share."""
     if isinstance(row, Part):
         return row.dtype
     if isinstance(row, Decoded):
@@ -96,7 +96,7 @@ def _kind(row: Weight) -> Any:
 
 
 def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
-    """The dtype that a weight is decoded to by default."""
+    """The default dtype of a decoded weight: the file's, else the config's, else bfloat16."""
     if coded.dtype is not None:
         return coded.dtype
     config = getattr(source, "config", {})
@@ -134,7 +134,7 @@ def _array(
     where: Sharding | None,
     held: Format | None,
 ) -> jax.Array:
-    """One array on its devices; codes of four bits go there as bytes."""
+    """Puts one array on its devices; 4-bit codes are transferred as bytes."""
     packed: Packed | None = packing(place, target)
     whole = assemble(place, target, parts, packed)
     check_numbers(name, whole, held if packed is None else None)
@@ -157,7 +157,7 @@ def _anew(
     where: Sharding | None,
     notes: Notes,
 ) -> Any:
-    """A parameter whose codes cannot be kept, decoded and coded in another format."""
+    """A parameter whose codes cannot be kept: decoded, then quantized unless `anew` is "float"."""
     first = next(row for row in weights.values() if not isinstance(row, Part))
     why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
     if anew is None:
@@ -190,14 +190,14 @@ def _anew(
 
 
 def _floats(row: Weight, dtype: Any) -> Array:
-    """One tensor decoded."""
+    """One tensor as floats."""
     if isinstance(row, Part):
         return row.read(slice(0, row.shape[0]))
     return decoded(row, dtype)
 
 
 def decoded(row: Coded | Decoded, dtype: Any) -> Array:
-    """The floats of a tensor, in its own axes."""
+    """The decoded tensor, with the axes of the file."""
     if isinstance(row, Decoded):
         return row.read()
     place = Tensor("").at("the weight", row.shape)

@@ -1,4 +1,4 @@
-"""A base's files, opened: safetensors with or without codes, or GGUF."""
+"""Opens a base's files, safetensors or GGUF, and finds its weights by module."""
 
 import contextlib
 from collections.abc import Mapping
@@ -20,21 +20,21 @@ Weight = Coded | Decoded | Part
 
 
 class Source(Protocol):
-    """The weights of a base by module."""
+    """The weights of a base, found by module."""
 
-    used: set[str]
+    used: set[str]  # the tensors of all weights found so far
 
     @property
     def names(self) -> Mapping[str, Any]:
-        """The tensors by name."""
+        """All tensors, by name."""
         ...
 
     def find(self, module: str, parameter: str) -> Weight | None:
-        """A weight: codes, or a part that is floats."""
+        """A weight, quantized or not; None if there is none."""
         ...
 
     def lacking(self, name: str) -> str:
-        """Why there is not such a weight, as a sentence."""
+        """A sentence for the error: why the weight cannot be found."""
         ...
 
 
@@ -59,7 +59,7 @@ class SafetensorsSource:
         return file.view(own)
 
     def find(self, module: str, parameter: str) -> Weight | None:
-        """A weight, whose module may have a prefix that the checkpoint lacks, or lack one."""
+        """A weight by module; its name may have a prefix that the checkpoint lacks, or lack one."""
         module = self._module(module, parameter)
         coded = find_coded(self, module, parameter)
         if coded is not None:
@@ -73,7 +73,7 @@ class SafetensorsSource:
         return whole(view, (1,) * view.ndim)
 
     def _module(self, module: str, parameter: str) -> str:
-        """The checkpoint's name of a module."""
+        """The checkpoint's name for a module; `module` itself if there is not exactly one."""
         ends = [parameter, f"{parameter}_packed", f"{parameter}_blocks", *MARKS]
         for end in ends:
             candidates = self._checkpoint.candidates(tensor_name(module, end))
@@ -82,7 +82,7 @@ class SafetensorsSource:
         return module
 
     def lacking(self, name: str) -> str:
-        """Why there is not such a weight."""
+        """A sentence for the error: why the weight cannot be found."""
         coding = coding_of(name, self.names, self.config)
         if coding is not None:
             return f"has `{name}` as {coding}, which is not read."
@@ -90,7 +90,7 @@ class SafetensorsSource:
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
-    """The base at a path: a folder, a safetensors file or a GGUF file."""
+    """Opens the base at a path: a folder, a safetensors file or a GGUF file."""
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
@@ -99,7 +99,7 @@ def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
 
 
 def needed(source: Source, module: str, parameter: str) -> Weight:
-    """A weight that must be there."""
+    """The weight; raises if there is none."""
     weight = source.find(module, parameter)
     if weight is None:
         raise AdapterMismatchError(source.lacking(tensor_name(module, parameter)))

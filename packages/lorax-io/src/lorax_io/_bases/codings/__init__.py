@@ -1,4 +1,4 @@
-"""Codings: how other libraries store quantized weights, one module each."""
+"""How other libraries store quantized weights, one module each."""
 
 from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from .coding import (
@@ -10,7 +10,7 @@ from .coding import (
     fitting as fitting,
 )
 
-# The first that finds a weight counts.
+# Tried in this order; the first that finds a weight is used.
 CODINGS: dict[str, Finder] = {
     "bitsandbytes, 4 bits": bitsandbytes.find_4bit,
     "bitsandbytes, 8 bits": bitsandbytes.find_8bit,
@@ -24,7 +24,7 @@ CODINGS: dict[str, Finder] = {
 
 
 def find_coded(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """The codes of a weight, where it has some that can be read."""
+    """The codes of a quantized weight; None if it is not quantized in a form that can be read."""
     with fitting(f"{module}.{parameter}"):
         candidates = (find(tensors, module, parameter) for find in CODINGS.values())
         return next((coded for coded in candidates if coded is not None), None)

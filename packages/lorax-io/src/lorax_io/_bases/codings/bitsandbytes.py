@@ -1,7 +1,7 @@
-"""bitsandbytes: NF4, with scales in 8 bits or not, and LLM.int8.
+"""bitsandbytes: NF4, with or without double quantization of its scales, and LLM.int8.
 
-Blocks of NF4 run over the flattened weight. Where they do not divide its rows, the runs of entries
-that share a scale are shorter, and so are the blocks in memory.
+NF4's blocks run over the flattened weight. If they do not divide its rows, the runs of entries
+within a row that share a scale are shorter than a block, and so are the blocks in memory.
 """
 
 import json
@@ -21,7 +21,7 @@ from ..._errors import AdapterFileError
 from ..._places import Array
 from .coding import AnyCoded, Coded, Decoded, Part, Tensors, expect, need, nibbles, whole
 
-SHORTEST = 8  # entries of a run, below which scales would be as large as the codes
+SHORTEST = 8  # entries in a run: below this, float32 scales would take more memory than the codes
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
@@ -72,7 +72,7 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
 
 def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict[str, Any]]:
-    """The shape, the size of a block and the dtype of a weight, and the other settings."""
+    """The shape, block size and dtype of a weight, and all of its settings."""
     try:
         settings = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
         shape, block, dtype = settings["shape"], settings["blocksize"], _DTYPES[settings["dtype"]]
@@ -86,7 +86,10 @@ def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict
 def _scales(
     tensors: Tensors, weight: str, state: dict[str, Any], count: int
 ) -> tuple[Callable[[Array], Array], tuple[str, ...]]:
-    """Gives the scales of some blocks; those in 8 bits are decoded as bitsandbytes does it."""
+    """A function from indices of blocks to their float32 scales, and the tensors it reads.
+
+    8-bit scales (double quantization) are decoded as in bitsandbytes.
+    """
     name = f"{weight}.absmax"
     scales = expect(name, need(tensors, name), (count,))
     if scales.dtype != np.uint8:
@@ -103,7 +106,7 @@ def _scales(
 
 
 def find_8bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """A weight of LLM.int8."""
+    """A weight in LLM.int8: int8 codes, and a scale for each output (`SCB`)."""
     scale, weight = f"{module}.SCB", f"{module}.{parameter}"
     if parameter != "weight" or scale not in tensors:
         return None

@@ -1,7 +1,8 @@
-"""A coding: how one library stores the codes of a weight, read without decoding them.
+"""What the readers of quantized weights share: how tensors of a file become arrays of a format.
 
-A coding finds the tensors of a weight and says what each array of a format of `lorax.bases` is made
-of. Every array is read by rows, so that no more than some of them are unpacked at a time.
+The module of each library finds the tensors of a weight and maps them to the arrays of a format of
+`lorax.bases`, without decoding them. Arrays are read by rows, so that only a few rows are unpacked
+at a time.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ from ..._places import Array
 
 
 class Tensors(Protocol):
-    """The tensors of a checkpoint by name, none of which is read before it is used."""
+    """The tensors of a checkpoint by name, each read when it is used."""
 
-    config: Mapping[str, Any]  # the model's, empty where there is none
+    config: Mapping[str, Any]  # the model's config; empty if there is none
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -32,14 +33,14 @@ class Tensors(Protocol):
 
 
 class Part(NamedTuple):
-    """One array of a weight's, with an axis for each of the weight's as the file has them.
+    """One array of a quantized weight, with the same axes as the weight in the file.
 
     Attributes:
-        read: gives some rows of the array, a slice with a start and a stop of its first axis.
-        grains: how many entries of the weight share an entry along each axis: a number of them, or
-            the whole axis. The last block of an axis may be cut.
-        shape: of the array.
-        dtype: of the array in memory; codes of four bits are read as bytes.
+        read: reads a slice of rows, which has a start and a stop.
+        grains: for each axis, how many entries of the weight share an entry of the array, up to the
+            whole axis. The last block of an axis may be shorter.
+        shape: the array's shape.
+        dtype: the array's dtype in memory; `read` returns 4-bit codes as one byte each.
     """
 
     read: Callable[[slice], Array]
@@ -49,17 +50,17 @@ class Part(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """A weight in codes that a format of the core decodes.
+    """A quantized weight that a format of `lorax.bases` decodes.
 
     Attributes:
-        names: the tensors that it is made of.
-        format: how it is decoded, without blocks, which follow from `grains`.
+        names: the tensors that it consists of.
+        format: decodes it; its blocks follow from the `grains` of the parts.
         parts: its arrays by name.
-        shape: of the weight.
-        dtype: of the decoded weight, where the file says it.
-        is_cut: whether blocks of the file cross rows, and `grains` are parts of them.
-        stored: the tensor, its shape and its dtype, of each array that is stored as it is; only
-            where all of them are.
+        shape: the weight's shape.
+        dtype: the dtype of the decoded weight; None if the file does not specify it.
+        is_cut: whether blocks of the file cross rows, so that `grains` are shorter than a block.
+        stored: for each array, the name, shape and dtype of its tensor, if every array is stored
+            unchanged, so that it can be written again; else empty.
     """
 
     names: tuple[str, ...]
@@ -72,14 +73,14 @@ class Coded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A weight whose codes no format of the core has: it is decoded, and held in another one.
+    """A quantized weight that no format of `lorax.bases` can hold, so that it must be decoded.
 
     Attributes:
-        names: the tensors that it is made of.
-        why: what no format has, as a clause.
-        read: gives the whole weight.
-        shape: of the weight.
-        dtype: of the decoded weight.
+        names: the tensors that it consists of.
+        why: why no format can hold it, as a clause.
+        read: decodes the whole weight.
+        shape: the weight's shape.
+        dtype: the dtype of the decoded weight.
     """
 
     names: tuple[str, ...]
@@ -95,7 +96,7 @@ Finder = Callable[[Tensors, str, str], AnyCoded | None]
 
 @contextlib.contextmanager
 def fitting(name: str) -> Generator[None]:
-    """A block in which tensors of a stranger's file that do not fit each other are its fault."""
+    """Inside this block, errors of mismatched tensors are raised as errors of the file."""
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
@@ -106,18 +107,18 @@ def fitting(name: str) -> Generator[None]:
 
 
 def whole(array: Array, grains: tuple[int, ...], dtype: Any = None) -> Part:
-    """A part that is an array of the file as it is."""
+    """A part that is stored in the file unchanged."""
     dtype = array.dtype if dtype is None else dtype
     return Part(lambda rows: array[rows], grains, array.shape, dtype)
 
 
 def stored(**arrays: tuple[str, Array]) -> dict[str, tuple[str, tuple[int, ...], Any]]:
-    """What `Coded.stored` says of arrays that are tensors of the file."""
+    """The value of `Coded.stored` for arrays given by the names and the views of their tensors."""
     return {key: (name, array.shape, array.dtype) for key, (name, array) in arrays.items()}
 
 
 def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
-    """How many entries share a scale along each axis, from the shapes of weight and scales."""
+    """How many entries share a scale along each axis, from the shapes of the weight and scales."""
     if len(scales) != len(shape) or any(
         not 0 < count <= size or size % count for size, count in zip(shape, scales, strict=False)
     ):
@@ -126,7 +127,7 @@ def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tup
 
 
 def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = None) -> Array:
-    """A tensor that must be there, with so many axes, in one of these types."""
+    """A view of a tensor; raises if it is absent or has another number of axes or another dtype."""
     if name not in tensors:
         raise AdapterFileError(f"lacks `{name}`, which belongs to a quantized weight.")
     view = tensors.view(name)
@@ -138,26 +139,26 @@ def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = 
 
 
 def expect(name: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """An array that must have this shape."""
+    """The array; raises if it has another shape."""
     if array.shape != shape:
         raise AdapterFileError(f"has `{name}` of shape {array.shape}; {shape} would fit.")
     return array
 
 
 def nibbles(data: Array, *, high_first: bool = False) -> Array:
-    """Codes of four bits, a byte each, along the last axis."""
+    """Unpacks 4-bit codes along the last axis, to one byte each."""
     parts = (data >> 4, data & 15) if high_first else (data & 15, data >> 4)
     return np.stack(parts, -1).reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
 def from_words(words: Array, bits: int) -> Array:
-    """The codes of 4 or 8 bits in int32, the lowest first, a byte each, along the last axis."""
+    """Unpacks 4- or 8-bit codes from int32 words, lowest bits first, to one byte each."""
     data = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
     return nibbles(data) if bits == 4 else data
 
 
 def check_bits(name: str, bits: Any) -> int:
-    """Refuses codes of other sizes than 4 and 8 bits."""
+    """The number of bits as an int; raises if it is neither 4 nor 8."""
     if bits not in (4, 8):
         raise UnsupportedAdapterError(
             f"has `{name}` in codes of {bits} bits; those of 4 and 8 bits are read."
@@ -166,6 +167,6 @@ def check_bits(name: str, bits: Any) -> int:
 
 
 def setting(tensors: Tensors, key: str, default: Any = None) -> Any:
-    """A setting of the quantization, from the config."""
+    """A setting from `quantization_config` in the model's config."""
     settings = tensors.config.get("quantization_config")
     return settings.get(key, default) if isinstance(settings, dict) else default

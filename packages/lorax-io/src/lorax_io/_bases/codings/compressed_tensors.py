@@ -36,7 +36,7 @@ def _names(module: str, parameter: str, *ends: str) -> tuple[str, ...]:
 
 
 def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """Integers of 4 or 8 bits in words of 32, in groups, or a scale for each output."""
+    """4- or 8-bit integers packed in int32 words, with a scale for each group or each output."""
     packed, scale, size, zero, order = _names(
         module, parameter, "_packed", "_scale", "_shape", "_zero_point", "_g_idx"
     )
@@ -82,7 +82,7 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
 
 
 def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """Integers or floats of 8 bits: a scale for all, for each output, for groups or for blocks."""
+    """int8 or FP8 codes, with one scale, or a scale for each output, group or block."""
     weight, scale, zero, second = _names(module, parameter, "", "_scale", "_zero_point", "_scale_2")
     if weight not in tensors or scale not in tensors or second in tensors:
         return None
@@ -113,7 +113,7 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
 
 
 def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """NVFP4, and MXFP4, which has powers of two for scales and no number for all of them."""
+    """NVFP4, and MXFP4, whose scales are powers of two and which has no global scale."""
     packed, scale, outer = _names(module, parameter, "_packed", "_scale", "_global_scale")
     if packed not in tensors or tensors.view(packed).dtype != np.uint8:
         return None
@@ -135,7 +135,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
 
 def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Array:
-    """Scales with an axis for each of the weight's."""
+    """Scales with as many axes as the weight."""
     scales = need(tensors, name)
     if not jnp.issubdtype(scales.dtype, jnp.floating):
         raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats.")
@@ -143,7 +143,7 @@ def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Array:
 
 
 def _cut(grains: Any, name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> Any:
-    """The grains; blocks of 128 may be cut at the end of an axis."""
+    """The grains of the scales; blocks of 128 × 128 may be cut at the end of an axis."""
     if len(scales) == len(shape) == 2:
         blocks = tuple(-(-size // 128) for size in shape)
         if scales == blocks:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: integers in words of 32 bits, groups along the inputs, a zero point for each."""
+"""GPTQ and AWQ: integers packed in int32 words, with a scale and a zero point for each group."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ from .coding import (
     setting,
 )
 
-# The outputs in a word of AWQ's, by the position of their bits.
+# AWQ interleaves the eight outputs in a word: this undoes it.
 _ORDER = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """A weight of GPTQ, packed along the inputs, or of AWQ's GEMM, packed along the outputs."""
+    """A weight of GPTQ, packed along the inputs, or of AWQ (GEMM), packed along the outputs."""
     prefix = f"{module}." if parameter == "weight" else f"{module}.{parameter}_"
     if f"{prefix}qweight" not in tensors or f"{prefix}scales" not in tensors:
         return None
@@ -64,7 +64,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         stored = from_words(zeros, bits)[:, rows].T
         if setting(tensors, "checkpoint_format") == "gptq_v2":
             return stored
-        return (stored + 1) & (2**bits - 1)  # stored less one
+        return (stored + 1) & (2**bits - 1)  # GPTQ's v1 files store the zero point minus one
 
     dtype = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
     held = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
@@ -94,7 +94,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
 
 def _of_awq(words: Any, rows: slice) -> Array:
-    """Some rows of codes that are packed along them, eight to a word."""
+    """Some rows of AWQ's codes, which are packed along the outputs, eight to a word."""
     first, last = rows.start // 8, -(-rows.stop // 8)
     codes = from_words(words[:, first:last], 4)
     codes = codes.reshape(*codes.shape[:1], -1, 8)[..., _ORDER].reshape(codes.shape[0], -1)

@@ -10,7 +10,7 @@ from .coding import AnyCoded, Coded, Part, Tensors, expect, need, nibbles
 
 
 def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
-    """A parameter (experts, in, out), stored as codes of (experts, out, in)."""
+    """A parameter (experts, in, out), whose codes are stored as (experts, out, groups, bytes)."""
     name = f"{module}.{parameter}"
     blocks, scale = f"{name}_blocks", f"{name}_scales"
     if blocks not in tensors:
