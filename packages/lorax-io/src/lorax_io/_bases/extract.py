@@ -166,7 +166,7 @@ def _add(
     energy: float | None,
     tolerance: float | None,
 ) -> None:
-    """Adds the adapter of one tensor; `[out, in, *window]` is transposed to `[*window, in, out]`."""
+    """Adds the adapter of one tensor, after transposing it to `[*window, in, out]`."""
     if not isinstance(layout, Conv1D):
         order = (*range(2, before.ndim), 1, 0)
         before, after = np.transpose(before, order), np.transpose(after, order)

@@ -19,7 +19,7 @@ HELP = "several adapters of one base as one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", nargs="+", help=f"two or more: {ADAPTER}")
     parser.add_argument("--out", type=Path, required=True, help=OUT)
     parser.add_argument(
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     adapters = [renamed(opened(path, args), rename) for path in args.adapter]
     _check_shared(adapters)
     paths = dict.fromkeys(path for adapter in adapters for path in adapter.rows)
-    # A number before each name: one file may be given twice.
+    # Names are numbered, since one file may be given twice.
     given: dict[str, Any] = {
         f"{k}. {adapter.path}": ({path: adapter.rows.get(path) for path in paths}, weight)
         for k, (adapter, weight) in enumerate(zip(adapters, weights, strict=True), start=1)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
-    """Raises where adapters that have nothing in common would only be put side by side."""
+    """Refuses adapters that share no parameter with the first: their names probably differ."""
     first = adapters[0]
     for adapter in adapters[1:]:
         if not first.rows.keys() & adapter.rows.keys():

@@ -37,7 +37,7 @@ OUT = "file, or folder for PEFT, diffusers, mlx-lm and tunix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Adds the options that say how an adapter is written; `write_as` takes them."""
+    """Adds the options for writing an adapter, which `write_as` reads."""
     parser.add_argument(
         "--to",
         choices=tuple(WRITERS),
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    """Writes an adapter to `args.out`, and says so."""
+    """Writes an adapter to `args.out`, and prints the number of its parameters."""
     format = args.to or adapter.format
     if adapter.needs_base is not None:
         raise AdapterError(
@@ -98,7 +98,7 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 
 
 def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:
-    """The adapter with the base's names for its modules."""
+    """A kohya adapter with its modules named as in the base, with dots."""
     base_names = {
         layout.module: resolve(f"{layout.module}.weight", base.shapes, base.parts)
         for layout in adapter.names.values()
@@ -128,7 +128,7 @@ def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
 
 
 def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
-    """The bases that the rows fit, where the rows say so."""
+    """The shapes of the bases, for the rows whose factors determine them."""
     shapes = {
         path: base_shape(row) if isinstance(row, Adapter) else row.shape
         for path, row in rows.items()
@@ -141,7 +141,7 @@ def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(adapter: OpenedAdapter) -> Pair:
-    """The adapter with the frozen factors of its file beside bases of shapes alone."""
+    """The adapter as a `Pair`, with shapes for bases and the frozen factors of its file."""
     shapes = {
         path: jax.ShapeDtypeStruct(
             padded_shape(row) if isinstance(row, Adapter) else row.shape, np.float32
@@ -177,7 +177,7 @@ def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
         adapter = in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
-        kept = None  # the names of several parts have them
+        kept = None  # the adapter has several parts, and its names begin with them
     prefix = kept if args.prefix is None else args.prefix
     save_diffusers(
         args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale

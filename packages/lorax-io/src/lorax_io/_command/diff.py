@@ -22,7 +22,7 @@ HELP = "how two adapters differ"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("first", help=ADAPTER)
     parser.add_argument("second", help=ADAPTER)
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -17,7 +17,7 @@ HELP = "the adapter that comes closest to a full fine-tune"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("--base", type=Path, required=True, help=BASE)
     parser.add_argument("--tuned", type=Path, required=True, help="the same model, fine-tuned")
     parser.add_argument("--out", type=Path, required=True, help=OUT)

@@ -18,7 +18,7 @@ HELP = "what is in an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("--json", action="store_true", help="for programs")
     add_naming(parser)
@@ -87,7 +87,7 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
 
 
 def _writer(adapter: OpenedAdapter) -> str | None:
-    """The program that wrote the file, as far as it says."""
+    """The program that wrote the file; None if the file does not tell."""
     metadata, config = adapter.metadata, adapter.config
     if adapter.format == "native":
         return f"lorax-io {metadata.get('lorax.version', '')}".strip()

@@ -13,9 +13,9 @@ from .options import FAILED, console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 0, 1 where a comparison fails, 2 for an error."""
+    """Runs the command line; returns the exit code: 0, 1 if adapters differ, 2 after an error."""
     args = _parser().parse_args(arguments)
-    # Numbers are looked at, not trained: no accelerator is taken, and no type is shortened.
+    # Nothing is trained here, so no accelerator is needed; 64-bit types must not be shortened.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     errors = console(stderr=True, soft_wrap=True)
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for note in getattr(error, "__notes__", ()):
                 errors.print(note)
             code = FAILED
-    # An adapter may be opened twice.
+    # Each message once: an adapter may be opened twice.
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         errors.print(f"lorax: warning: {message}")
     return code

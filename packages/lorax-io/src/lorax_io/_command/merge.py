@@ -15,7 +15,7 @@ HELP = "a base with adapters merged into it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", nargs="+", help=f"one or several: {ADAPTER}")
     parser.add_argument("--base", type=Path, required=True, help=BASE)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")

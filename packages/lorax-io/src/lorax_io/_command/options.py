@@ -1,4 +1,4 @@
-"""Options that several subcommands share: adapters, names, and other names for modules."""
+"""Options that several subcommands share: opening adapters, and naming their modules."""
 
 import argparse
 import dataclasses
@@ -25,18 +25,18 @@ _HUB = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<sub
 
 
 def console(**options: Any) -> Console:
-    """A console that prints text as it is, and uncut tables where no terminal bounds them."""
+    """A console without markup, as wide as the terminal, or without a limit if there is none."""
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
 def printable(text: str) -> str:
-    """The text of a stranger's file, without what a terminal would obey."""
+    """Text from an untrusted file, with control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: str) -> None:
-    """Prints the rank of each adapter, and how far its delta is from what was asked for."""
+    """Prints the rank of each adapter and the relative error of its delta."""
     right = [Column(title, justify="right") for title in ("rank", f"error, {label}")]
     table = Table(Column("path", overflow="fold"), *right)
     for path, error in errors.items():
@@ -45,7 +45,7 @@ def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: st
 
 
 def add_naming(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what an adapter's modules are called, and its alpha."""
+    """Adds the options `--names`, `--rename` and `--alpha`."""
     parser.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
     parser.add_argument(
         "--rename",
@@ -61,7 +61,11 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
 
 
 def renaming(pairs: Sequence[Sequence[str]]) -> Rename:
-    """What `--rename` does to a module's name."""
+    """The function on module names that the values of `--rename` describe.
+
+    Raises:
+        AdapterError: if a pattern or its replacement is invalid.
+    """
     compiled: list[tuple[re.Pattern[str], str]] = []
     for pattern, replacement in pairs:
         try:
@@ -79,13 +83,13 @@ def renaming(pairs: Sequence[Sequence[str]]) -> Rename:
 
 
 def opened(path: str, args: argparse.Namespace) -> OpenedAdapter:
-    """The adapter of an argument, on the Hub or here, with the names that were given."""
+    """Opens the adapter of an argument, a path or `hf://…`, with `--names` and `--alpha`."""
     names = None if args.names is None else read_names(args.names)
     return open_adapter(local(path), names, alpha=args.alpha)
 
 
 def local(path: str) -> Path:
-    """Where an adapter is, once it has been fetched from the Hub."""
+    """The local path of an adapter, which is downloaded if it is on the Hub (`hf://…`)."""
     match = _HUB.fullmatch(path)
     if match is None:
         return Path(path)
@@ -93,7 +97,7 @@ def local(path: str) -> Path:
 
 
 def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
-    """The same adapter with other names for its modules, and paths that follow."""
+    """The adapter with renamed modules; a path that follows its module's name is renamed too."""
     names, rows, held = dict(adapter.names), dict(adapter.rows), dict(adapter.held)
     for path, layout in adapter.names.items():
         module = rename(layout.module)

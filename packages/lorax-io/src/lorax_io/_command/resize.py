@@ -13,7 +13,7 @@ HELP = "an adapter of a lower rank"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_ranks(parser)
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ranks(parser: argparse.ArgumentParser, **of_rank: object) -> None:
-    """Adds the options that say how low a rank may be."""
+    """Adds the options that limit the rank: `--rank`, `--energy` and `--tolerance`."""
     parser.add_argument("--rank", type=int, help="of the result, at most", **of_rank)  # pyright: ignore
     parser.add_argument("--energy", type=float, help="the share of ‖delta‖² to keep, 0 to 1")
     parser.add_argument("--tolerance", type=float, help="the relative error to allow, 0 to 1")

@@ -13,7 +13,7 @@ BASE = "safetensors file, folder of transformers, or pipeline of diffusers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command takes."""
+    """Adds the command's arguments."""
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("--base", type=Path, help=BASE)
     add_naming(parser)

@@ -1,1 +1,1 @@
-"""Files and processes: whole or absent, checked before they are believed."""
+"""Reading and writing files: untrusted input is checked, and output is atomic."""

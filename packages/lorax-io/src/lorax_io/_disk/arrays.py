@@ -1,4 +1,4 @@
-"""Arrays between devices and this process's memory, and processes that agree."""
+"""Moving arrays between devices and host memory, and coordinating processes."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from .._tree import Held, all_arrays, rows_of, with_leaves
 
 
 def to_host(array: Any) -> np.ndarray[Any, Any]:
-    """The whole array in this process's memory, each of its shards copied once.
+    """The whole array in this process's memory; each shard is copied once.
 
-    Where other processes hold a part of it, all of them must call this for the same arrays in the
+    If other processes hold a part of it, all processes must call this for the same arrays in the
     same order.
     """
     if not isinstance(array, jax.Array):
@@ -38,9 +38,9 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def one_writer() -> Generator[bool]:
-    """True in the process that writes; the others wait for it at the end of the block.
+    """Yields True in the process that writes; the others wait for it at the end of the block.
 
-    An error of the writer is raised in every process, so that none continues without a file.
+    An error in one process is raised in all of them, so that none continues without the file.
     """
     with _together("could not write the adapter"):
         yield jax.process_index() == 0
@@ -48,11 +48,11 @@ def one_writer() -> Generator[bool]:
 
 @contextmanager
 def all_read(*places: Any) -> Generator[None]:
-    """If one process cannot read, all of them raise.
+    """Inside this block, if one process cannot read, all of them raise.
 
     Args:
-        places: trees of arrays, shapes or shardings. Processes wait for each other only where one
-            of them says that an array is in several.
+        places: trees of arrays, shapes or shardings. Processes wait for each other only if one of
+            the shardings spans several processes.
     """
     leaves = [getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves(places)]
     if all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, Sharding)):
@@ -64,7 +64,7 @@ def all_read(*places: Any) -> Generator[None]:
 
 @contextmanager
 def _together(failure: str) -> Generator[None]:
-    """Every process ends the block, or none: the error of one is an error in all of them."""
+    """An error of one process inside this block is raised in all processes."""
     if jax.process_count() == 1:
         yield
         return
@@ -81,7 +81,7 @@ def _together(failure: str) -> Generator[None]:
 
 
 def _where(here: bool) -> list[int]:
-    """The processes that say so; each waits for the others."""
+    """The processes in which `here` is true; every process waits for all others."""
     devices = np.array(jax.devices())
     mesh = jax.sharding.Mesh(devices, ("device",))
     votes = jax.make_array_from_callback(
@@ -89,7 +89,7 @@ def _where(here: bool) -> list[int]:
         NamedSharding(mesh, PartitionSpec("device")),
         lambda index: np.full(devices[index].shape, here),
     )
-    # Copied, not summed: an operation would have to be of the mesh that the user has set.
+    # Copied, not summed: a computation would have to use the mesh that the user may have set.
     return sorted({device.process_index for device in devices[to_host(votes)]})
 
 
@@ -99,22 +99,25 @@ def place(
     read: Callable[[Any], np.ndarray[Any, Any]],
     sharding: Sharding | None,
 ) -> jax.Array:
-    """An array on the devices of a sharding; `read(index)` is asked for the parts they hold."""
+    """An array on the devices of a sharding; `read(index)` returns the part that one holds."""
     if sharding is None:
         array = jnp.asarray(read(tuple(slice(None) for _ in shape)))
     else:
         array = jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
-    # Until it is there, what was read is held, and more would be read meanwhile.
+    # Until the transfer ends, the host copy is kept alive; without waiting, copies would pile up.
     return jax.block_until_ready(array)
 
 
 def sharding_of(array: Any) -> Sharding | None:
-    """Where an array was put; None where it was not placed."""
+    """The sharding of an array or shape; None if it is not committed to devices."""
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
 def sharding_beside(base: Any, axes: Sequence[int | None]) -> Sharding | None:
-    """Where an array goes whose axis k is the base's `axes[k]`, or none of its: as the base."""
+    """The sharding of an array beside a base: axis k is sharded like the base's axis `axes[k]`.
+
+    An axis k for which `axes[k]` is None is not sharded.
+    """
     sharding = sharding_of(base)
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -124,21 +127,21 @@ def sharding_beside(base: Any, axes: Sequence[int | None]) -> Sharding | None:
 
 
 def shape_of(array: Any) -> jax.ShapeDtypeStruct:
-    """The shape of an array, and where it is."""
+    """The shape, dtype and sharding of an array."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_of(array))
 
 
 def placements(
     rows: Mapping[str, Any], held: Held, structure: Any, paths: Any, sharding: Any
 ) -> dict[str, Sharding | None]:
-    """Where to put the arrays of the rows, by name.
+    """The sharding of each array of the rows, by name.
 
     Args:
-        rows: of shapes, which have their own shardings.
-        held: the frozen factors beside the bases, which a tree of shardings has no place for.
-        structure: of the tree.
-        paths: of its leaves.
-        sharding: what the user says instead: a sharding, or a tree of them, or None.
+        rows: rows of shapes with their default shardings.
+        held: frozen factors beside the bases; a tree of shardings does not cover these.
+        structure: the structure of the tree.
+        paths: the paths of its leaves.
+        sharding: the user's choice: one sharding, a tree of them, or None for the default.
     """
     own = {name: array.sharding for name, array in all_arrays(rows, held).items()}
     if sharding is None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and files that are not trusted."""
+"""Atomic writing of files, and checks of paths that are not trusted."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from .._errors import AdapterFileError, AdapterNotFoundError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
-    """A new file to write, which takes the place of `path` when the block ends without an error.
+    """Yields a new path to write to, which replaces `path` if the block ends without an error.
 
-    At every moment `path` is the old file or the new one, whole. A process that is killed inside
-    the block leaves a hidden file beside it, `.name.….tmp` or safetensors' own `.tmp…`, which may
-    be deleted.
+    At every moment `path` is the complete old file or the complete new one. A process that is
+    killed inside the block leaves a hidden file beside it, `.name.….tmp` or safetensors' own
+    `.tmp…`, which may be deleted.
     """
-    path = Path(path).resolve()  # through a link, as `open` writes
+    path = Path(path).resolve()  # replaces the target of a link, as writing with `open` does
     if path.is_dir():
         raise AdapterFileError("is a folder; a file is to be written there.", path)
     if not path.parent.is_dir():
@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """A folder, where there may be one already."""
+    """Makes a folder and its parents, unless it exists."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -51,7 +51,7 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file."""
+    """Replaces a text file atomically, after reading it back."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         if unfinished.read_text(encoding="utf-8") != text:
@@ -75,7 +75,7 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A regular file of a folder that is not trusted: no link in it leads out of it."""
+    """The path of a regular file in an untrusted folder; a link out of the folder is an error."""
     path = regular_file(folder / name)
     target, home = path.resolve(), folder.resolve()
     # The Hub's cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>`.

@@ -1,4 +1,4 @@
-"""HDF5 files: of arrays alone, each of which is in the file itself."""
+"""HDF5 files that contain only arrays, each stored in the file itself."""
 
 import contextlib
 import os
@@ -23,10 +23,10 @@ class Entry(NamedTuple):
 
 
 class Hdf5File:
-    """The arrays of an HDF5 file by path, read as a whole when the file is opened.
+    """The arrays of an HDF5 file by path, all read when the file is opened.
 
-    The format has links to other files, arrays that are made of others, and compressed ones that
-    are far larger than the file. Each of them is an error.
+    HDF5 also allows links to other files, virtual arrays, and compressed arrays that are far larger
+    than the file. Each of these is an error.
     """
 
     metadata: Mapping[str, str] = {}
@@ -61,7 +61,7 @@ class Hdf5File:
                 raise AdapterFileError(f"has `{name}`, which is not an array.")
 
     def view(self, name: str) -> np.ndarray[Any, Any]:
-        """An array."""
+        """One array, by name."""
         return self._arrays[name]
 
 
@@ -77,14 +77,14 @@ def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
 
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Generator[Hdf5File]:
-    """An HDF5 file that has been read."""
+    """Opens an HDF5 file; inside the block, errors name it."""
     file = Hdf5File(path)
     with about(path):
         yield file
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file is of this format, by its first bytes."""
+    """Whether a file is HDF5, by its first bytes."""
     if path.is_dir():
         return False
     with open(regular_file(path), "rb") as file:
@@ -92,7 +92,7 @@ def is_hdf5(path: Path) -> bool:
 
 
 def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Replaces a file by these arrays, after it has been read back and found the same."""
+    """Replaces a file atomically by these arrays, after reading it back and comparing."""
     h5py = _import_h5py()
     with about(path), replacing(path) as unfinished:
         with h5py.File(unfinished, "w") as file:

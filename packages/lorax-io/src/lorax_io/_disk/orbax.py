@@ -1,4 +1,4 @@
-"""Checkpoints of Orbax: the arrays of one tree, each read when it is needed."""
+"""Checkpoints of Orbax: the arrays of one tree, of which only some are read."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from .tensors import DTYPES, read_json
 
 TREE, STEP = "_METADATA", "_CHECKPOINT_METADATA"
 _MARKS = (TREE, STEP, "_sharding")
-_LARGEST = 1000  # numbers that a byte on disk may stand for: factors that are zero compress well
+_LARGEST = 1000  # bytes in memory for each byte on disk: factors of zeros compress well
 _SLACK = 2**24
 
 
@@ -28,9 +28,9 @@ class Entry(NamedTuple):
 
 
 class OrbaxTree:
-    """The arrays of a tree by path, with `/` between keys; those that are wanted have been read.
+    """The arrays of a tree by path, with `/` between keys; `wanted` decides which are read.
 
-    Orbax reads them, as its metadata says; no code that a file names is run.
+    Orbax reads them by its own metadata. No code that a file names is run.
     """
 
     def __init__(self, path: Path, wanted: Callable[[str], object]) -> None:
@@ -67,7 +67,7 @@ class OrbaxTree:
             raise AdapterFileError("has arrays far larger than its files.")
 
     def view(self, name: str) -> np.ndarray[Any, Any]:
-        """An array that was wanted."""
+        """One of the arrays that were read, by name."""
         return self._arrays[name]
 
 
@@ -94,7 +94,7 @@ def _sizes(folder: Path) -> Generator[int]:
 
 @contextlib.contextmanager
 def _sound() -> Generator[None]:
-    """A block in which whatever Orbax raises is about the files."""
+    """Inside this block, errors that Orbax raises become errors of the file."""
     try:
         with _quiet():
             yield
@@ -107,7 +107,7 @@ def _sound() -> Generator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """A block without the log of Orbax, which warns of trees that are not a step."""
+    """Silences Orbax's log inside this block; it warns about trees that are not a step."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -124,13 +124,13 @@ def is_orbax(path: Path) -> bool:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """The steps of a checkpoint that were written to their end, by their number."""
+    """The completed steps of a checkpoint, in order."""
     steps = [x for x in folder.iterdir() if x.name.isdecimal() and (x / STEP).is_file()]
     return sorted(steps, key=lambda step: int(step.name))
 
 
 def tree_of(path: Path, preferred: str) -> Path:
-    """The folder of one tree: of the last step, and of its trees the one of this name."""
+    """The folder of the tree to read: in the last step, the tree of the preferred name."""
     with about(path):
         if (path / TREE).is_file():
             return path
@@ -144,14 +144,14 @@ def tree_of(path: Path, preferred: str) -> Path:
 
 @contextlib.contextmanager
 def open_orbax(path: Path, wanted: Callable[[str], object]) -> Generator[OrbaxTree]:
-    """A tree, of which some arrays have been read."""
+    """Opens a tree and reads the wanted arrays; inside the block, errors name it."""
     tree = OrbaxTree(path, wanted)
     with about(path):
         yield tree
 
 
 def write_orbax(folder: Path, step: int, name: str, tree: Any, metadata: dict[str, Any]) -> None:
-    """Writes one tree as a step of a checkpoint, which has its name once it is whole."""
+    """Writes one tree as a step of a checkpoint; the step appears only when it is complete."""
     ocp = _import_orbax()
     folder = folder.resolve()
     with about(folder):
@@ -171,7 +171,7 @@ def write_orbax(folder: Path, step: int, name: str, tree: Any, metadata: dict[st
 
 
 def _metadata(tree: Path) -> dict[str, str]:
-    """What the user has saved beside the step of a tree, as strings."""
+    """The custom metadata of a tree's step, as strings."""
     path = tree.parent / STEP
     content = read_json(path) if path.is_file() else None
     custom = content.get("custom_metadata") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""Integers of four bits, two to a byte: a file has no type for them."""
+"""Packs 4-bit integers, two to a byte, since safetensors has no 4-bit type."""
 
 import functools
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (jnp.int4, jnp.uint
 
 
 class Packed(NamedTuple):
-    """How an array of four bits is bytes: two neighbors along an axis are one, the first low.
+    """How a 4-bit array is packed into bytes.
 
-    `axis` is None where no axis has an even size; each entry has a byte then.
+    Two neighbors along `axis` share a byte; the first is in the low bits. If no axis has an even
+    size, `axis` is None and each entry takes one byte.
     """
 
     dtype: np.dtype[Any]
@@ -26,7 +27,10 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, array: Any) -> Self:
-        """For an array: along the last but one of its axes, which is within blocks, or another."""
+        """The packing of an array: along the last even axis before the last one, else the last.
+
+        The last axis but one is within the blocks of a quantized weight.
+        """
         axes = [*range(array.ndim - 2, -1, -1), array.ndim - 1]
         even = [d for d in axes if d >= 0 and array.shape[d] % 2 == 0]
         return cls(np.dtype(array.dtype), tuple(array.shape), even[0] if even else None)
@@ -40,12 +44,12 @@ class Packed(NamedTuple):
         return tuple(sizes)
 
     def settings(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """This packing as JSON data."""
         return {"dtype": self.dtype.name, "shape": list(self.shape), "axis": self.axis}
 
     @classmethod
     def from_settings(cls, name: str, settings: Any) -> Self:
-        """What `settings` returned, checked."""
+        """The packing that `settings` describes; raises if they are invalid."""
         if isinstance(settings, dict) and settings.keys() == {"dtype", "shape", "axis"}:
             shape, axis = settings["shape"], settings["axis"]
             is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
@@ -57,11 +61,11 @@ class Packed(NamedTuple):
         raise AdapterFileError(f"its header does not say how `{name}` is packed.")
 
     def pack(self, array: Any) -> jax.Array:
-        """The bytes of an array, on its devices."""
+        """Packs an array on its devices."""
         return _pack(jnp.asarray(array), self.axis)
 
     def pack_host(self, codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The bytes of codes that have a byte each; of signed ones, as two's complement."""
+        """Packs codes of one byte each, on the host; signed ones as two's complement."""
         codes = codes.view(np.uint8) & 15
         if self.axis is None:
             return codes
@@ -71,12 +75,12 @@ class Packed(NamedTuple):
         return codes[tuple(first)] | (codes[tuple(second)] << 4)
 
     def unpack(self, data: jax.Array, sharding: Sharding | None) -> jax.Array:
-        """The array of bytes, where it is to be; they are on its devices."""
-        # Until it is computed, the bytes are held, and more would be read meanwhile.
+        """Unpacks bytes on their devices, to an array with this sharding."""
+        # Until it is computed, the bytes are kept alive; without waiting, they would pile up.
         return jax.block_until_ready(_unpacking(self.axis, self.dtype.name, sharding)(data))
 
     def beside(self, sharding: Sharding | None) -> Sharding | None:
-        """Where the bytes go for an array that goes there: whole along the packed axis."""
+        """The sharding of the bytes, given the array's: the packed axis is not sharded."""
         if not isinstance(sharding, NamedSharding) or self.axis is None:
             return sharding
         spec: Sequence[Any] = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]

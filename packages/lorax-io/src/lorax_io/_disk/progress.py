@@ -1,4 +1,4 @@
-"""A progress bar for work that takes long, and silence for work that does not."""
+"""A progress bar that appears only if the work takes long."""
 
 import contextlib
 import contextvars
@@ -17,7 +17,7 @@ _wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("bars are wanted"
 
 @contextlib.contextmanager
 def bars(wanted: bool) -> Generator[None]:
-    """A block with bars or without."""
+    """Enables or disables progress bars inside this block."""
     token = _wanted.set(wanted and _wanted.get())
     try:
         yield
@@ -26,7 +26,10 @@ def bars(wanted: bool) -> Generator[None]:
 
 
 def track(items: Collection[Item], label: str) -> Iterator[Item]:
-    """The items; on a terminal with a bar, once they have taken a second, where `rich` is there."""
+    """Yields the items, with a progress bar on a terminal once a second has passed.
+
+    Without `rich` there is no bar.
+    """
     if not (_wanted.get() and sys.stderr.isatty()):
         yield from items
         return

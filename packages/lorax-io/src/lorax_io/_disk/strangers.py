@@ -1,4 +1,4 @@
-"""Files that are mistaken for adapters, identified by how they begin."""
+"""Identifies files of other formats by their first bytes, for error messages."""
 
 _BEGINS: tuple[tuple[bytes, str], ...] = (
     (
@@ -26,5 +26,5 @@ _BEGINS: tuple[tuple[bytes, str], ...] = (
 
 
 def identified(begin: bytes) -> str | None:
-    """The kind of a file with these first bytes, as a clause; None where it is not known."""
+    """The kind of a file with these first bytes, as a clause; None if it is not known."""
     return next((description for mark, description in _BEGINS if begin.startswith(mark)), None)

@@ -1,4 +1,4 @@
-"""safetensors files of more than memory holds: written tensor by tensor, whole or not at all."""
+"""Writes safetensors files that are larger than memory, tensor by tensor and atomically."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from .files import replacing
 from .tensors import DTYPES, TensorFile, check_dtype
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PART = 2**24  # bytes that are read at a time
+_PART = 2**24  # bytes that are checked at a time
 
 
 def write_stream(
@@ -24,14 +24,18 @@ def write_stream(
     *,
     write: bool = True,
 ) -> None:
-    """Replaces a file by these tensors, once it has been read back and found the same.
+    """Replaces a file atomically by these tensors, after reading it back and comparing.
 
     Args:
         path: the file.
-        shapes: of all tensors by name, anything with a shape and a dtype.
+        shapes: for each tensor by name, anything with a shape and a dtype.
         metadata: strings for the header.
-        tensors: gives each of them with its name, in the order of `in_order(shapes)`.
-        write: whether this process writes, or only takes part in what gathers the tensors.
+        tensors: yields each name and tensor, in the order of `in_order(shapes)`.
+        write: whether this process writes; the others only help to gather the tensors.
+
+    Raises:
+        AdapterError: if the format cannot hold a tensor or its name.
+        OSError: if the file does not read back the same.
     """
     if not write:
         for _ in tensors:
@@ -78,7 +82,7 @@ def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
 
 
 def parts_of(tensor: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """A tensor in parts, so that a check of it takes little memory."""
+    """The tensor, flattened, in parts small enough to check with little memory."""
     flat = tensor.reshape(-1)
     step = max(1, _PART // tensor.dtype.itemsize)
     return (flat[k : k + step] for k in range(0, flat.size, step))

@@ -1,4 +1,4 @@
-"""safetensors files: written whole, checked before they are believed, read by the slice."""
+"""safetensors files: written atomically, checked when they are opened, read by slices."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, abou
 from .files import regular_file, replacing
 from .strangers import identified
 
-# JAX's types by the format's name, which has no place for 2- and 4-bit integers and complex128.
+# JAX's types by the format's names; the format lacks 2- and 4-bit integers and complex128.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -50,11 +50,12 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file of which the header has been checked.
+    """An open safetensors file whose header has been checked.
 
-    `safetensors` decides what is well-formed; beyond that, a name may be in the header once,
-    and types must be JAX's. Tensors are views of the file, so that taking a slice reads its bytes
-    and no others, in every type (the library's own NumPy reader knows no 8-bit floats).
+    The `safetensors` library decides whether it is well-formed. In addition, no name may occur
+    twice in the header, and JAX must support every type. Tensors are views of the memory-mapped
+    file, so that a slice reads only its own bytes. (The library's NumPy reader does not support
+    8-bit floats.)
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -91,11 +92,11 @@ class TensorFile:
         traceback: TracebackType | None,
     ) -> None:
         self._about.__exit__(kind, error, traceback)
-        # The mapping goes with its last view: closing it under one is an error.
+        # The mapping is freed with its last view: closing it before that is an error.
         del self._bytes
 
     def view(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor, as it is in the file: no bytes are read before it is used."""
+        """A tensor as a read-only view of the file; bytes are read when they are used."""
         dtype, shape, begin, end = self.entries[name]
         data = np.frombuffer(self._bytes, np.uint8, end - begin, self._begin + begin)
         return data.view(dtype).reshape(shape)
@@ -108,7 +109,7 @@ def _parse_header(data: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which no key occurs twice."""
+    """Parses JSON; raises if a key occurs twice in one object."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         parsed = dict(pairs)
@@ -135,7 +136,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number, of a size that a float can have."""
+    """Whether a JSON value is a finite number that a float can represent."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -146,13 +147,13 @@ def _entry(name: str, value: Any) -> Entry:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Refuses what the format cannot hold."""
+    """Refuses a dtype that the format cannot hold."""
     if dtype not in DTYPES.values():
         raise AdapterError(f"`{name}` is {dtype}, which a safetensors file cannot hold.")
 
 
 def check_width(name: str, dtype: Any) -> None:
-    """Refuses to read what would be shortened."""
+    """Refuses a 64-bit dtype that JAX would convert to 32 bits."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise AdapterMismatchError(
             f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
@@ -160,7 +161,7 @@ def check_width(name: str, dtype: Any) -> None:
 
 
 def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
-    """Refuses NaN and infinity, and what is not a bool where there should be some."""
+    """Refuses NaN and infinity, and bytes other than 0 and 1 in an array of bools."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
         raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs
@@ -176,9 +177,9 @@ def write_tensors(
     *,
     of_base: Container[str] = (),
 ) -> None:
-    """Replaces a file by these tensors, after it has been read back and found the same.
+    """Replaces a file atomically by these tensors, after reading it back and comparing.
 
-    Those that are the base's alone may hold infinity, as a mask does; a trained one may not.
+    Tensors in `of_base` are not trained and may hold infinity, as masks do; others may not.
     """
     with about(path):
         _write_tensors(Path(path), tensors, metadata, of_base)
@@ -209,9 +210,9 @@ def _write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Puts the metadata in order, in place: the library writes them in another one each time.
+    """Sorts the metadata in place, so that the same adapter always gives the same bytes.
 
-    So the same adapter is always the same file.
+    The library writes metadata in a different order each time.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -234,7 +235,7 @@ def _compare(
 
 
 def _is_same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
-    """The same type, shape and bits."""
+    """Whether two arrays have the same dtype, shape and bits."""
     return (left.dtype, left.shape) == (right.dtype, right.shape) and np.array_equal(
         left.reshape(-1).view(np.uint8), right.reshape(-1).view(np.uint8)
     )

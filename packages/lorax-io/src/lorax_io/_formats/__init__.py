@@ -1,1 +1,1 @@
-"""The formats of adapters."""
+"""The file formats of adapters, one module each; `table` lists them."""

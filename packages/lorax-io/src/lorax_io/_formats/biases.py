@@ -1,7 +1,7 @@
-"""Biases that an adapter of the weight beside them changes, as a parameter that is trained in full.
+"""Biases that change with the adapter of the weight beside them, such as under IA³.
 
-The core adapts weights. What PEFT does to a bias it does to the base's own numbers, so these are
-needed.
+`lorax` adapts weights only, so such a bias becomes a parameter that is trained in full. Its value
+depends on the base's bias, which must therefore be given.
 """
 
 from collections.abc import Mapping
@@ -25,16 +25,16 @@ def is_bias(place: Place) -> bool:
 def changed_biases(
     source: Source, places: Mapping[str, Place], leaves: Mapping[str, Any], alone: bool
 ) -> dict[str, dict[tuple[int, ...], Array]]:
-    """The new tensors of each bias that is changed, by the entry of its stack.
+    """The changed biases by path, each by its index into the stack.
 
     Args:
         source: the adapter.
-        places: of all parameters that it may have.
+        places: the places of all parameters that it may adapt.
         leaves: the base's parameters.
-        alone: whether there is no base, so that these are left out.
+        alone: whether there is no base; changed biases are then left out.
 
     Raises:
-        UnsupportedAdapterError: where the base's numbers are not there.
+        UnsupportedAdapterError: if only the shape of a changed bias is given.
     """
     changed: dict[str, dict[tuple[int, ...], Array]] = {}
     for path, place in places.items():
@@ -66,7 +66,7 @@ def _is_changed(source: Source, module: str) -> bool:
 
 
 def _changed(source: Source, module: str, bias: Array) -> Array:
-    """The bias that PEFT uses: what the file has in its place, or the base's, and its change."""
+    """The bias that PEFT uses: the file's or else the base's, changed by the adapter."""
     keys = (f"{module}.base_layer.bias", f"{module}.bias")
     tensor = next((source.tensors[key] for key in keys if key in source.tensors), None)
     if tensor is not None:

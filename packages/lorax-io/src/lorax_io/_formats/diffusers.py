@@ -1,4 +1,4 @@
-"""The one file that diffusers reads adapters from."""
+"""diffusers' format: `pytorch_lora_weights.safetensors`, and its older names of tensors."""
 
 import dataclasses
 import json
@@ -43,25 +43,25 @@ def save_diffusers(
 ) -> Path:
     """Writes `pytorch_lora_weights.safetensors` for `pipeline.load_lora_weights(folder)`.
 
-    diffusers takes alpha for the rank unless the file's header has the adapter's config; it is
-    written there. Readers that know nothing of it want `fold_scale`.
+    diffusers assumes that alpha equals the rank, unless the file's header has the adapter's config,
+    which is written there. Use `fold_scale` for readers that ignore the header.
 
     Args:
-        folder: it is made if need be.
-        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
-            frozen factors beside the base.
+        folder: the folder, which is created if it does not exist.
+        tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
         names: the layout of each parameter, by its path: `Linear` and `Conv` only.
         prefix: the part of the pipeline: "transformer", "unet" or "text_encoder"; "" for the
-            model's own `load_lora_adapter(folder, prefix=None)`; None where the names of modules
-            begin with their parts, which may be several.
-        fold_scale: whether `b` is multiplied by the scale, so that alpha is the rank.
+            model's own `load_lora_adapter(folder, prefix=None)`; None if the names of modules
+            already begin with their part, so that there may be several.
+        fold_scale: whether to multiply `b` by the scale, so that alpha equals the rank.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree.
-        UnsupportedAdapterError: where a parameter is trained in full, or is an embedding.
+        AdapterMismatchError: if `names` does not fit the tree.
+        UnsupportedAdapterError: if a parameter is trained in full, is an embedding, or has an
+            adapter other than plain LoRA.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, tempfile
@@ -106,7 +106,7 @@ def _check_factors(names: Iterable[str]) -> None:
 
 
 def _by_part(rows: Mapping[str, Any], names: Layouts, prefix: str | None) -> dict[str, list[str]]:
-    """The parameters of each part: of one, or as the names of their modules begin."""
+    """The paths of each part: all in `prefix`, or by the beginnings of their modules' names."""
     if prefix is not None:
         return {prefix: [*names, *(path for path in rows if path not in names)]}
     parts: dict[str, list[str]] = {}
@@ -125,7 +125,7 @@ def _without(layout: Layout, begin: str) -> Layout:
     return dataclasses.replace(layout, module=layout.module.removeprefix(begin))
 
 
-# Names of one layer in files of several years, and what PEFT calls them.
+# The names of factors in files of older releases of diffusers, as PEFT's names.
 _KEYS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), put)
     for pattern, put in (
@@ -142,7 +142,7 @@ _FACTOR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 def peft_key(key: str) -> str:
-    """The key of PEFT for a tensor of any of these forms."""
+    """PEFT's key for a tensor with any of the older names."""
     for pattern, put in _KEYS:
         key = pattern.sub(put, key)
     return key
@@ -161,7 +161,7 @@ def _read(content: Content) -> Source:
     tensors = stored(content.file)
     configs = _configs(content)
     parts = {*configs} if configs else {_part(name) for name in tensors}
-    # A file of one part is of that part; the names of several keep them.
+    # If all tensors are of one part, it is removed from their names; otherwise names keep it.
     part = next(iter(parts)) if len(parts) == 1 else None
     prefix = f"{part}." if part else ""
     tensors = _renamed(plain_keys(tensors, prefix))
@@ -195,13 +195,13 @@ def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def _part(name: str) -> str:
-    """The part of a pipeline that a name begins with; "" where it begins with none."""
+    """The part of a pipeline that a name begins with; "" if it does not begin with one."""
     first = name.partition(".")[0]
     return first if first in PARTS else ""
 
 
 def _configs(content: Content) -> dict[str, PeftConfig]:
-    """The configs of the parts in a header; of "" where it is of a model by itself."""
+    """The configs in a header, by part of the pipeline; by "" if it is of a single model."""
     if METADATA_KEY not in content.file.metadata:
         return {}
     header = parse_json(content.file.metadata[METADATA_KEY])

@@ -1,4 +1,4 @@
-"""A tunable tree as PEFT's tensors and config, whatever file they go to."""
+"""Converts a tunable tree to PEFT's tensors and config, which every writer starts from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from .wrappers import factor_prefix, wrapper_depths
 
 
 class Export(NamedTuple):
-    """The tensors and the config to write."""
+    """An adapter in PEFT's form: its tensors and its config."""
 
     tensors: dict[str, Array]  # by module and key: `model.layers.0.q_proj.lora_A.weight`
     config: PeftConfig
-    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    # The alpha and scaling of modules whose config expresses the same scale differently.
     original_scaling: Mapping[str, Mapping[str, Any]]
 
 
@@ -42,18 +42,22 @@ def export(
     lycoris: bool = False,
     held: Held | None = None,
 ) -> Export:
-    """The tensors and the config of a tunable tree.
+    """Converts a tunable tree to PEFT's tensors and config.
 
     Args:
         tunable: the tree, or a pair.
-        names: the layout of each parameter.
-        params: the base's parameters, for frozen ones in a module that is saved whole.
-        task_type: PEFT's; some have a head that is saved whole.
-        fold_scale: whether a factor is multiplied by the scale.
-        target_modules: ends of module names, to be written instead of full names.
-        plain: whether the reader knows plain LoRA alone.
-        lycoris: whether it is written in LyCORIS's form, which has cores and any blocks.
-        held: the frozen factors beside the bases, where the tree is not a pair that has them.
+        names: the layout of each parameter, by path.
+        params: the base's parameters, for the frozen ones in a module that is saved whole.
+        task_type: PEFT's task type; for some, PEFT saves a head whole.
+        fold_scale: whether to multiply a factor by the scale.
+        target_modules: ends of module names to write in the config instead of full names.
+        plain: whether the reader supports only plain LoRA.
+        lycoris: whether the reader supports LyCORIS, which has Tucker cores and blocks of any size.
+        held: the frozen factors, if `tunable` is not a pair that has them.
+
+    Raises:
+        AdapterMismatchError: if `names` does not fit the tree, or frozen factors are lacking.
+        UnsupportedAdapterError: if PEFT, or the reader, has no form for an adapter.
     """
     found_rows, own = pair_rows(tunable)
     held = own if held is None else held
@@ -110,7 +114,7 @@ def export(
 
 
 def _one_tuner(adapted: Mapping[str, Any], plain: bool, lycoris: bool) -> Tuner:
-    """The kind that all adapters are of, for a reader that has it."""
+    """The tuner that writes all adapters; raises if one of them or the mixture is not supported."""
     tuners: dict[str, Tuner] = {}
     for path, weight in adapted.items():
         tuner = tuner_of(weight)
@@ -147,7 +151,7 @@ def _frozen(
     held: Mapping[str, Any],
     bases: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The frozen factors that are stored, of the pair or of the base."""
+    """The frozen factors to store: the pair's, or computed from the base."""
     wanted = {factor.name for factor in factors} - weight.factors().keys()
     if lacking := sorted(wanted - held.keys()):
         if not has_numbers(bases.get(path)):
@@ -160,7 +164,7 @@ def _frozen(
 
 
 def _gain(weight: Any, config: PeftConfig) -> float:
-    """The rest of the scale, where alpha is the rank."""
+    """What is left of the scale when `lora_alpha / rank` of the config is divided out."""
     within = weight.delta if isinstance(weight, DoraWeight) else weight
     return within.scale * within.rank / config.lora_alpha
 
@@ -179,13 +183,16 @@ def layout_of(names: Layouts, path: str) -> Layout:
 
 
 def _bases(tunable: Any, params: Any) -> dict[str, Any]:
-    """The base's leaves, where they were given."""
+    """The base's leaves by path; empty if no base was given."""
     base = tunable.frozen if params is None and isinstance(tunable, Pair) else params
     return {} if base is None else param_leaves(base)[0]
 
 
 def _place(layout: Layout, path: str, weight: Adapter, base: Any) -> Place:
-    """Where an adapted parameter is; without its base, only what its factors run along is known."""
+    """The place of an adapted parameter.
+
+    Without its base, axes that the factors do not determine have size 1.
+    """
     shape = base.shape if is_array(base) else padded_shape(weight)
     place = layout.fitted(weight.axes).at(path, shape)
     if place.axes != weight.axes:
@@ -205,7 +212,7 @@ def _place(layout: Layout, path: str, weight: Adapter, base: Any) -> Place:
 def _tensors(
     place: Place, weight: Adapter, factors: Sequence[Factor], arrays: Mapping[str, Array]
 ) -> Iterator[tuple[str, str, Array]]:
-    """The tensors of one parameter: the module, the key in it, and the numbers."""
+    """Yields the tensors of one parameter: the module, the key in it, and the array."""
     is_tied = isinstance(place.layout, Embedding) and place.layout.tied
     if is_tied and not isinstance(weight, TokensWeight):  # of rows, PEFT ties both
         warn(
@@ -216,7 +223,7 @@ def _tensors(
     for index, module in place.modules.items():
         at = dict(zip(place.stack, index, strict=True))
         for factor in factors:
-            # A frozen factor may be one for all that are stacked.
+            # A frozen factor may lack the stacked axes: all modules then share it.
             axes = axes_by_name[factor.name]
             inner = [axis for axis in axes if axis not in at]
             array = arrays[factor.name][tuple(at[axis] for axis in axes if axis in at)]
@@ -237,7 +244,7 @@ def _targets(
     targets = sorted(adapted if ends is None else ends)
     config = PeftConfig(target_modules=targets)
     plain = {layout.module for layout in names.values() if "{" not in layout.module}
-    # Names that end in a target's: `aux.head`, where `head` is adapted.
+    # Modules that PEFT would adapt too, by the ends of their names: `aux.head` besides `head`.
     more = sorted(filter(config.targets, plain - adapted))
     if more and "exclude_modules" in tuner.lacking:
         raise UnsupportedAdapterError(

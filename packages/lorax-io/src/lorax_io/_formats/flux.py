@@ -1,6 +1,7 @@
-"""Flux in the names of its own code, as diffusers has it: a product of q, k and v is three modules.
+"""Converts Flux adapters from the names of Flux's own code to those of diffusers.
 
-LoRA of such a product is LoRA of each, with the same first factor and its rows of the second.
+Flux's code has one fused module for q, k and v where diffusers has three. LoRA of the fused module
+is LoRA of each of the three, with the same `lora_A` and that module's rows of `lora_B`.
 """
 
 import re
@@ -20,10 +21,10 @@ Rows = list[slice]
 
 
 class Rule(NamedTuple):
-    """The modules of diffusers that one of the original is, and the rows of each."""
+    """The modules of diffusers that one module of Flux's code becomes, and the rows of each."""
 
     modules: tuple[str, ...]
-    rows: Callable[[int, int], list[Rows]]  # of its outputs and its inputs
+    rows: Callable[[int, int], list[Rows]]  # from the numbers of its outputs and inputs
 
 
 def whole(fan_out: int, fan_in: int) -> list[Rows]:
@@ -40,7 +41,7 @@ def _with_rest(fan_out: int, fan_in: int) -> list[Rows]:
 
 
 def swapped(fan_out: int, fan_in: int) -> list[Rows]:
-    """The original has shift and scale, diffusers has scale and shift."""
+    """All rows with their halves swapped: (shift, scale) in Flux's code, (scale, shift) here."""
     half = fan_out // 2
     return [[slice(half, fan_out), slice(0, half)]]
 
@@ -87,10 +88,10 @@ RULES: dict[str, Rule] = {
     ),
     r"final_layer.adaLN_modulation.1": Rule(("norm_out.linear",), swapped),
 }
-# The names with dots, and with `_` for each, as kohya's are.
+# Matches names with dots, and kohya's, which have `_` in their place.
 _PATTERNS = [(re.compile(name.replace(".", r"[._]")), rule) for name, rule in RULES.items()]
 _KOHYA = "lora_unet_"
-# Tensors of which each row is for an output; all others are the same for all of them.
+# Tensors with one row for each output, which are split; the parts share all others.
 _BY_OUTPUT = ("lora_B.weight", MAGNITUDE, "hada_w1_a", "hada_w2_a")
 
 
@@ -102,14 +103,14 @@ def _rule(module: str) -> tuple[tuple[str, ...], Rule] | None:
 
 
 def rule_of(module: str) -> Rule:
-    """The rule of a module that there is."""
+    """The rule of a known module of Flux's code."""
     found = _rule(module)
     assert found is not None, module
     return found[1]
 
 
 def is_original(modules: Iterable[str]) -> bool:
-    """Whether some of these are Flux's, in the names of its own code."""
+    """Whether some of these modules are Flux's, in the names of its own code."""
     return any("_blocks" in module and _rule(module) is not None for module in modules)
 
 
@@ -119,15 +120,15 @@ def is_of_diffusers(names: Iterable[str]) -> bool:
 
 
 def modules_of(source: Source) -> set[str]:
-    """The adapted modules."""
+    """The names of the adapted modules."""
     return {key[: match.start()] for key in source.tensors if (match := FACTOR.search(key))}
 
 
 def in_diffusers(source: Source) -> Source:
-    """The same adapter in the names of diffusers, its fused products split.
+    """The adapter in the names of diffusers, with fused modules split.
 
     Raises:
-        UnsupportedAdapterError: where a module has none, or its kind of adapter cannot be split.
+        UnsupportedAdapterError: if diffusers has no such module, or the adapter cannot be split.
     """
     tensors: dict[str, Stored] = {}
     scales: dict[str, float] = {}

@@ -12,12 +12,12 @@ class Content(NamedTuple):
     """The content of a file, by which its format is detected."""
 
     file: Tensors
-    folder: Path | None = None  # that has `adapter_config.json`; None where there is none
-    alpha: float | None = None  # as the caller gave it
+    folder: Path | None = None  # the folder, if it has an `adapter_config.json`
+    alpha: float | None = None  # as given by the caller
 
 
 class Rows(NamedTuple):
-    """An adapter that needs no names: a tree's own rows."""
+    """An adapter whose file has the paths of a tree, so that it needs no names."""
 
     rows: dict[str, Any]
     held: Held
@@ -27,14 +27,14 @@ class Format(NamedTuple):
     """One format of adapters.
 
     Attributes:
-        name: for the command.
-        description: for messages and help.
-        recognizes: whether a file is of it.
-        read: the adapter, in PEFT's words or as rows.
-        loads: what loads it onto parameters.
-        saved: the function that writes it; None where none does.
-        files: the names that its files have in a folder.
-        takes_alpha: whether its files lack alpha, so that the caller gives it.
+        name: its name on the command line.
+        description: its name in messages and help.
+        recognizes: whether a file is in this format.
+        read: reads the adapter, as a `Source` in PEFT's terms, or as rows.
+        loads: the call that loads it onto parameters, for messages.
+        saved: the name of the function that writes it; None if there is none.
+        files: the names of its files in a folder.
+        takes_alpha: whether its files lack alpha, so that the caller must give it.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Flux of diffusers in the names of its own code: modules of q, k and v become one product.
+"""Converts Flux adapters from the names of diffusers to those of Flux's own code.
 
-Parts with the same first factor keep their rank. Others are blocks of a product of all ranks,
-which is the same sum: `[b_q 0; 0 b_k] @ [a_q; a_k]`. A part without an adapter has rows of zeros.
+The modules of q, k and v become one fused module. If they share `a`, the rank stays the same.
+Otherwise the fused factors are block-diagonal, with the sum of the ranks, and the delta is the
+same: `[b_q 0; 0 b_k] @ [a_q; a_k]`. A part without an adapter gets rows of zeros in `b`.
 """
 
 import re
@@ -21,11 +22,11 @@ from .peft.tuners.tuner import most_frequent, pattern
 
 A, B = "lora_A.weight", "lora_B.weight"
 _GROUP = r"(\d+)"
-_MLP = 4  # of diffusers' Flux, how many times as wide as its inputs `proj_mlp` is
+_MLP = 4  # outputs of `proj_mlp` for each of its inputs, in diffusers' Flux
 
 
 class _Part(NamedTuple):
-    """What is adapted of a module of diffusers."""
+    """The adapter of one module of diffusers, which is a part of a fused one."""
 
     tensors: Mapping[str, Array]  # by key
     scale: float
@@ -34,15 +35,15 @@ class _Part(NamedTuple):
 def in_original(
     tensors: Mapping[str, Array], config: PeftConfig
 ) -> tuple[dict[str, Array], PeftConfig]:
-    """Exported tensors and their config with the modules of Flux's own code.
+    """Exported tensors and their config, with the modules of Flux's own code.
 
     Args:
-        tensors: by module and key, in the names of diffusers.
-        config: of these.
+        tensors: tensors by module and key, in the names of diffusers.
+        config: their config.
 
     Raises:
-        UnsupportedAdapterError: where they are another kind than LoRA and DoRA, or a module has no
-            name there.
+        UnsupportedAdapterError: if the kind is neither LoRA nor DoRA, or Flux's code has no such
+            module.
     """
     if config.peft_type != "LORA" or config.use_bdlora:
         raise UnsupportedAdapterError(
@@ -85,7 +86,7 @@ def _parts(tensors: Mapping[str, Array], config: PeftConfig) -> dict[str, _Part]
 
 
 def _place(module: str) -> tuple[str, int]:
-    """The module of Flux's own code, and which of its parts this one is."""
+    """The module of Flux's code that this one is a part of, and its position there."""
     for name, rule in flux.RULES.items():
         for position, part in enumerate(rule.modules):
             if match := re.fullmatch(re.escape(part).replace(r"\{\}", _GROUP), module):
@@ -97,7 +98,7 @@ def _place(module: str) -> tuple[str, int]:
 
 
 def _fused(name: str, parts: Mapping[int, _Part]) -> tuple[dict[str, Array], float]:
-    """The factors of a module of its own code, and their scale."""
+    """The tensors of a module of Flux's code, and their scale."""
     rule = flux.rule_of(name)
     first = parts[min(parts)]
     if rule.rows is flux.whole:
@@ -123,7 +124,7 @@ def _order(rows: Sequence[slice]) -> Array:
 
 
 def _sizes(name: str, parts: Mapping[int, _Part], count: int) -> list[int]:
-    """The outputs of each part, of those without an adapter too."""
+    """The number of outputs of each part, including parts without an adapter."""
     known = {k: part.tensors[B].shape[0] for k, part in parts.items()}
     inputs = {part.tensors[A].shape[1] for part in parts.values()}
     if len(inputs) > 1:

@@ -1,6 +1,7 @@
-"""KerasHub's `.lora.h5`: two kernels for each layer, and one rank. A layer has a number, no name.
+"""KerasHub's `.lora.h5`: two kernels for each layer, and one rank for all.
 
-It counts the layers with weights, as `backbone.load_lora_weights` does.
+A layer has a number in place of a name: its index among the layers with weights, as
+`backbone.load_lora_weights` counts them.
 """
 
 import math
@@ -44,7 +45,7 @@ def _read(content: Content) -> Source:
         axis = -1 if match["side"] == "a" else 0
         if len(shape) < 2 or shape[axis] != rank or (axis == 0 and len(shape) > 2):
             raise AdapterFileError(f"has `{name}` of shape {shape}, for a rank of {rank}.")
-        # A kernel has all axes of the layer's but the last, and the rank.
+        # Keras: lora_kernel_a [*kernel.shape[:-1], rank], lora_kernel_b [rank, kernel.shape[-1]]
         flat = (math.prod(shape[:-1]), shape[-1])
         tensors[f"{layer}.lora_{match['side'].upper()}.weight"] = tensor.shaped(flat).turned()
     return self_described(tensors)
@@ -59,17 +60,18 @@ def _rank(tensor: Stored) -> int:
 def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None:
     """Writes a file for KerasHub: `backbone.load_lora_weights("….lora.h5")`.
 
-    Needs `pip install "lorax-io[keras]"`. The scale is multiplied into `b`: the format has none.
+    Needs `pip install "lorax-io[keras]"`. The format has no scale, so `b` is multiplied by it.
+    Factors are written as float32.
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
-        names: the layout of each parameter: `Linear`, with the layer's number for a module. Its
+        tunable: the tunable tree.
+        names: the layout of each parameter: `Linear`, whose module is the layer's number. Its
             `out_axes` is the last axis of the kernel, and its `in_axes` are all others.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree.
-        UnsupportedAdapterError: where the format has no place for it: it is LoRA of one rank.
+        AdapterMismatchError: if `names` does not fit the tree.
+        UnsupportedAdapterError: if the adapter is not plain LoRA of one rank.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile

@@ -1,7 +1,8 @@
-"""kohya's files, which A1111 and ComfyUI read: a module's name has `_` for each `.`.
+"""The format of kohya's sd-scripts, which A1111 and ComfyUI read, and LyCORIS's keys in it.
 
-`lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight` and `.alpha`. Which `_` were
-dots nothing in the file says: a base tells (`resolve`).
+A module's name has `_` in place of each `.`: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`,
+`.lora_up.weight` and `.alpha`. The file does not tell which `_` were dots; `resolve` finds the
+module in a base.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from .source import Source, Stored, stored
 _NAME = re.compile(
     r"(?P<part>lora_(?:unet|te[123]?|transformer|prior)|lycoris)_(?P<module>[^.]+)\."
 )
-# The folders of a pipeline that a part may be in.
+# The folders of a pipeline that each prefix may stand for.
 _FOLDERS = {
     "lora_unet": ("unet", "transformer"),
     "lora_transformer": ("transformer",),
@@ -44,7 +45,7 @@ _FOLDERS = {
     "lycoris": ("unet", "transformer"),
 }
 _DORA = ".dora_scale"
-_BEYOND = {
+_BEYOND = {  # keys of adapters that are not read, and what they are
     "bias_indices": "sparse biases",
     "oft_blocks": "rotations in LyCORIS's form (OFT)",
     "a1.weight": "a product with the base (GLoRA)",
@@ -79,7 +80,7 @@ def _read(content: Content) -> Source:
 
 
 def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
-    """A tensor under PEFT's key, and magnitudes in PEFT's shape."""
+    """A tensor under PEFT's key; DoRA's magnitudes are reshaped as in PEFT."""
     if not name.endswith(_DORA):
         return peft_key(name), tensor
     shape = tensor.shape
@@ -93,15 +94,15 @@ def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
 
 
 def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
-    """The base's tensor for a kohya name.
+    """The base's tensor that a kohya name stands for.
 
     Args:
-        name: a module with `_` for dots, and `.weight`.
-        known: the base's tensors.
-        parts: the folders of the base, where it is a pipeline.
+        name: a module's kohya name, followed by `.weight`.
+        known: the names of the base's tensors.
+        parts: the folders of the base, if it is a pipeline.
 
     Raises:
-        AdapterMismatchError: where it may be none of them, or several.
+        AdapterMismatchError: if no tensor matches, or several do.
     """
     match = _NAME.match(name)
     assert match is not None, name
@@ -128,7 +129,7 @@ def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
 
 
 def with_flat_names(names: Layouts, keys: Iterable[str]) -> dict[str, Layout]:
-    """Layouts with the names that a file has for their modules; others as they are."""
+    """The layouts, with a file's kohya names for the modules that it has."""
     begins = {match["part"] for key in keys if (match := _NAME.match(key))}
     known = {key[: match.end() - 1] for key in keys if (match := _NAME.match(key))}
     layouts: dict[str, Layout] = {}
@@ -151,20 +152,19 @@ def save_kohya(
 ) -> None:
     """Writes a file for kohya's scripts, A1111 and ComfyUI.
 
-    Each module has `lora_down`, `lora_up` and `alpha`, so that any rank, alpha and scaling is
-    kept. LoHa and LoKr have the keys of LyCORIS. Flux in the names of diffusers gets those of its
-    own code, its products of q, k and v fused.
+    Each module has its own `lora_down`, `lora_up` and `alpha`, so ranks and scales may differ. LoHa
+    and LoKr are written with LyCORIS's keys. Flux adapters in the names of diffusers are converted
+    to those of Flux's own code, with q, k and v fused.
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
-            frozen factors beside the base.
+        tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
         names: the layout of each parameter, by its path.
-        prefix: what names begin with: "lora_unet", or "lora_te1", "lora_te2" for text encoders.
+        prefix: the prefix of names: "lora_unet", or "lora_te1" or "lora_te2" for text encoders.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree, or two modules get one name.
-        UnsupportedAdapterError: where the format has no place for a parameter.
+        AdapterMismatchError: if `names` does not fit the tree, or two modules get the same name.
+        UnsupportedAdapterError: if the format cannot hold a parameter or its kind of adapter.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -218,7 +218,8 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
         if config.use_rslora:
             alpha *= rank**0.5
         if {f"{module}.lokr_w1", f"{module}.lokr_w2"} <= tensors.keys():
-            # There is no rank, and readers do not look at alpha.
+            # LoKr of two whole matrices has no rank, and readers ignore alpha: the scale is
+            # multiplied into the first.
             if match[1] == "lokr_w1":
                 renamed[f"{name}.lokr_w1"] = (tensor * (alpha / rank)).astype(tensor.dtype)
             alpha = 1

@@ -1,6 +1,6 @@
-"""GGUF files of adapters, which llama.cpp loads beside a model: `llama-cli --lora`.
+"""Writes adapters as GGUF files, which llama.cpp loads beside a model: `llama-cli --lora`.
 
-They are written and not read: llama.cpp has no other use for them than to run.
+Such files are not read: they are only meant to be run.
 """
 
 import os
@@ -19,7 +19,7 @@ from .._plain_layouts import Names, as_layouts
 from .export import export
 from .peft.tuners import FACTOR
 
-# llama.cpp's name of a model's kind, and whether it stores the rows of q and k in another order.
+# By `model_type`: llama.cpp's architecture, and whether it permutes the rows of q and k.
 _KINDS: dict[str, tuple[str, bool]] = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -43,22 +43,21 @@ def save_gguf(
 ) -> None:
     """Writes an adapter for llama.cpp: plain LoRA of linear layers.
 
-    llama.cpp knows one alpha. Where modules have several ranks or scales, the scale is multiplied
-    into `b`. The rows of q and k are put in the order that llama.cpp keeps for some models. Needs
+    llama.cpp has one alpha for all modules. If ranks or scales differ, `b` is multiplied by the
+    scale. For some models, the rows of q and k are permuted to llama.cpp's order. Needs
     `pip install "lorax-io[gguf]"`.
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
-            frozen factors beside the base.
+        tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
         names: the layout of each parameter, by its path.
-        config: the base model's `config.json`: the file, or what is in it.
+        config: the base model's `config.json`, as a path or as a dict.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree, or llama.cpp has no tensor for a
+        AdapterMismatchError: if `names` does not fit the tree, or llama.cpp has no tensor for a
             module.
-        UnsupportedAdapterError: where the model's kind is not known, or the adapter is not plain
-            LoRA of linear layers.
+        UnsupportedAdapterError: if the model's type is not known, or the adapter is not plain LoRA
+            of linear layers.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -120,7 +119,7 @@ def _in_llama_cpp(
 
 
 def _in_pairs(tensor: Array, name: str, config: Mapping[str, Any]) -> Array:
-    """Rows of q or k as llama.cpp has them: the two of a rotated pair side by side."""
+    """The rows of q or k in llama.cpp's order: the two of a rotated pair next to each other."""
     if not name.endswith(("attn_q.weight", "attn_k.weight")):
         return tensor
     heads = _count(config, "num_attention_heads")
@@ -160,12 +159,12 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
 
 
 def half_order(rows: Array, heads: int) -> Array:
-    """Rows in llama.cpp's order, reordered as in transformers: a pair is half a head apart."""
+    """Reorders rows from llama.cpp's order to transformers', where a pair is half a head apart."""
     return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def import_gguf() -> Any:
-    """The package that reads and writes the format."""
+    """Imports the package `gguf`; an `ImportError` names the extra to install."""
     try:
         import gguf
     except ImportError as error:

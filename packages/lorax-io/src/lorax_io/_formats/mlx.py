@@ -1,4 +1,4 @@
-"""mlx-lm's folders: `adapters.safetensors`, and a scale for all in `adapter_config.json`."""
+"""mlx-lm's folders: `adapters.safetensors`, and one scale in `adapter_config.json`."""
 
 import json
 import os
@@ -61,7 +61,10 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 
 def _in_peft(name: str, tensor: Stored) -> tuple[str, Stored]:
-    """A tensor under PEFT's key and in its order of axes, which is the reverse."""
+    """A tensor under PEFT's key, transposed.
+
+    mlx-lm: lora_a [in, rank], lora_b [rank, out]. PEFT: lora_A [rank, in], lora_B [out, rank].
+    """
     module, _, end = name.rpartition(".")
     if end not in _ENDS or not module:
         return name, tensor
@@ -82,15 +85,14 @@ def save_mlx(
     """Writes a folder for mlx-lm: `mlx_lm.generate --adapter-path`.
 
     Args:
-        folder: it is made if need be.
-        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
-            frozen factors beside the base.
+        folder: the folder, which is created if it does not exist.
+        tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
         names: the layout of each parameter, by its path.
         model: the base's name.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree.
-        UnsupportedAdapterError: where mlx-lm has no place for it: it has one rank and one scale.
+        AdapterMismatchError: if `names` does not fit the tree.
+        UnsupportedAdapterError: if the adapter is not LoRA or DoRA of one rank and one scale.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -140,7 +142,7 @@ def _in_mlx(key: str, tensor: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any
 
 
 def _within_layer(module: str) -> str:
-    """A module's name within its layer, as `keys` has it."""
+    """A module's name within its layer, as in `keys` of mlx-lm's config."""
     _, separator, rest = module.partition(".layers.")
     return rest.partition(".")[2] if separator else module
 

@@ -1,4 +1,4 @@
-"""Adapters without their base: opened as what they are, with names and shapes from themselves."""
+"""Opens adapters of any format, without a base (`open_adapter`) or onto one (`load_any`)."""
 
 import contextlib
 from collections.abc import Generator, Iterable, Mapping
@@ -27,20 +27,20 @@ from .table import FORMATS
 
 
 class OpenedAdapter(NamedTuple):
-    """An adapter, and what is known of its file.
+    """An adapter that was opened without its base.
 
     Attributes:
-        format: "native", "peft", "diffusers", or another name of the table of formats.
-        path: as it was given.
-        rows: the adapter, or the array, of each parameter by path.
-        names: the layouts of PyTorch's modules by path; empty for a native file.
-        metadata: the strings of the file's header.
-        config: what the config says of all modules; None for a native file.
-        held: the frozen factors in the file, by path.
-        part: of a pipeline, for diffusers; "" where the file names none.
-        needs_base: why some of it is not here, as there is no base; None where all of it is.
-        translated: whether Flux's own names became those of diffusers.
-        alpha: as it was given, for a format that does not store it.
+        format: "native", "peft", "diffusers", or the name of another format.
+        path: the path that was given.
+        rows: the adapter of each parameter, by path; an array if it is trained in full.
+        names: the layout of each parameter in PyTorch, by path; empty for a native file.
+        metadata: the strings in the file's header.
+        config: the settings in PEFT's terms; None for a native file.
+        held: the frozen factors in the file, by path of their base and by name.
+        part: the part of a diffusion pipeline; "" if the file does not name one.
+        needs_base: why part of the adapter cannot be read without its base; None if it is complete.
+        translated: whether modules were renamed from Flux's own names to those of diffusers.
+        alpha: the alpha that was given, for a format that does not store it.
     """
 
     format: str
@@ -59,23 +59,23 @@ class OpenedAdapter(NamedTuple):
 def open_adapter(
     path: Any, names: Names | None = None, *, alpha: float | None = None
 ) -> OpenedAdapter:
-    """Opens an adapter of any format that is known, without its base.
+    """Opens an adapter of any supported format, without its base.
 
-    The format is recognized by the content. Every number is read and checked.
+    The format is recognized by the file's content. Every number is read and checked.
 
     Args:
-        path: a file, or a folder.
-        names: the layouts of the parameters that are to come of PyTorch's modules, as in
-            `load_peft`; by default each module is a parameter, with a path by the names of Flax.
-        alpha: of the adapter, for formats that do not store it: tunix and torchtune.
+        path: a file or a folder.
+        names: the layout of each parameter, by path, as in `load_peft`. By default each module is
+            one parameter, whose path follows Flax's convention: `layers/0/q_proj/kernel`.
+        alpha: the adapter's alpha, for formats that do not store it: tunix and torchtune.
 
     Returns:
         The `OpenedAdapter`: its format, its settings, and its adapters by path.
 
     Raises:
-        AdapterNotFoundError: where there is no adapter.
-        AdapterFileError: where it is damaged, or of no format that is known.
-        UnsupportedAdapterError: where its kind of adapter is not known.
+        AdapterNotFoundError: if there is no adapter at the path.
+        AdapterFileError: if it is damaged, or its format is not known.
+        UnsupportedAdapterError: if its kind of adapter is not supported.
 
     Example:
         >>> import jax.numpy as jnp, pathlib, tempfile
@@ -90,12 +90,12 @@ def open_adapter(
 
 
 def is_translated(modules: Iterable[str], names: Iterable[str]) -> bool:
-    """Whether an adapter in Flux's own names is for a base in those of diffusers."""
+    """Whether the modules are in Flux's own names and the base in those of diffusers."""
     return flux.is_of_diffusers(names) and flux.is_original(modules)
 
 
 def in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
-    """The same adapter of Flux, opened again in the names of diffusers."""
+    """Opens the adapter's file again, with Flux's modules in the names of diffusers."""
     return fit(adapter.path, None, None, translate=True)
 
 
@@ -107,13 +107,13 @@ def fit(
     translate: bool = False,
     alpha: float | None = None,
 ) -> OpenedAdapter:
-    """The same on the shapes of parameters; by default on what the factors fit.
+    """Opens an adapter and fits it to a base, or to the shapes that its factors imply.
 
     Args:
         path: as in `open_adapter`.
-        names: the same.
-        base: the parameters, or shapes of them.
-        translate: whether Flux's own names become those of diffusers.
+        names: as in `open_adapter`.
+        base: the base's parameters or their shapes, by path; None to infer shapes from the factors.
+        translate: whether to convert Flux's own names to those of diffusers.
         alpha: as in `open_adapter`.
     """
     with about(path), content_of(path, alpha) as content:
@@ -146,22 +146,22 @@ def load_any(
     sharding: Any = None,
     progress: bool = True,
 ) -> Pair:
-    """Reads an adapter of any format that is known: the pair `(frozen, tunable)` for `lora(model)`.
+    """Reads an adapter of any supported format as the pair `(frozen, tunable)` for `lora(model)`.
 
     Args:
-        path: a file, or a folder.
-        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
-        names: the layout of each parameter that the adapter may have, by its path; a native file
-            and a checkpoint of tunix, which have paths of their own, need none.
+        path: a file or a folder.
+        params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`.
+        names: the layout of each parameter that the adapter may adapt, by its path. Native files
+            and checkpoints of tunix contain paths and need no names.
         alpha: as in `open_adapter`.
         sharding: where to put the arrays, as in `load_peft`.
-        progress: whether a bar is shown on a terminal where it takes long.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
         The `lorax.Pair`.
 
     Raises:
-        AdapterError: as `load_peft` and `open_adapter`.
+        AdapterError: as `load_peft` and `open_adapter` do.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -225,7 +225,7 @@ def _check_alpha(alpha: float | None, row: Format) -> None:
 
 @contextlib.contextmanager
 def content_of(path: Path, alpha: float | None) -> Generator[Content]:
-    """The content of a path: a file, and a config beside it."""
+    """Opens the file at a path, or the adapter's file in a folder, and the config beside it."""
     if is_orbax(path):
         with open_orbax(tree_of(path, tunix.TREE), tunix.is_factor) as file:
             yield Content(file, alpha=alpha)
@@ -243,7 +243,7 @@ def content_of(path: Path, alpha: float | None) -> Generator[Content]:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file of a folder that has its tensors."""
+    """The file with the adapter's tensors in a folder."""
     for row in FORMATS.values():
         for name in row.files:
             if (folder / name).exists():

@@ -1,7 +1,7 @@
-"""Files in the names of the original diffusion models: ai-toolkit's and ComfyUI's.
+"""Files with the module names of a diffusion model's own code, as of ai-toolkit and ComfyUI.
 
-A name is `diffusion_model.` and a module of the model's own code, as
-`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`. A product of q, k and v stays one.
+A name is `diffusion_model.` and a module of the model's code, such as
+`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`. q, k and v are one fused module.
 """
 
 import os
@@ -35,20 +35,20 @@ def _read(content: Content) -> Source:
 
 
 def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> None:
-    """Writes a file for ComfyUI and ai-toolkit, in the names of a model's own code.
+    """Writes a file for ComfyUI and ai-toolkit, with the module names of the model's own code.
 
-    Flux in the names of diffusers gets those of its own code: the adapters of q, k and v become one
-    of the product of them. That is exact: of the same rank where they share their first factor, and
-    else of all ranks together, in blocks.
+    Flux adapters in the names of diffusers are converted to those of Flux's own code: the adapters
+    of q, k and v become one adapter of the fused module. The conversion is exact. The rank stays
+    the same if q, k and v share `a`, and is the sum of their ranks otherwise.
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`.
+        tunable: the tunable tree.
         names: the layout of each parameter, by its path.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree.
-        UnsupportedAdapterError: where it is not plain LoRA, or a module of Flux has no name there.
+        AdapterMismatchError: if `names` does not fit the tree.
+        UnsupportedAdapterError: if it is not plain LoRA, or Flux's code has no such module.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile

@@ -1,4 +1,4 @@
-"""Names and shapes of an adapter that it gives itself, where there is no base to fit it to."""
+"""Infers the names and shapes of an adapter's parameters from its file, without a base."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from .source import Source, shapes_of
 
 
 def own_names(source: Source) -> dict[str, Layout]:
-    """A parameter for each module, by the names of Flax."""
+    """A layout for each module of the adapter, by a path in Flax's convention."""
     if source.own:
         return {path: own.layout for path, own in source.own.items()}
     names: dict[str, Layout] = {}
@@ -38,7 +38,7 @@ def own_names(source: Source) -> dict[str, Layout]:
     for key in source.tensors:
         match = FACTOR.search(key)
         if key in source.tuner.common or (match is not None and match[1] == MAGNITUDE):
-            continue  # of all modules, or beside the factors
+            continue  # shared by all modules, or beside factors that are found anyway
         module = key[: match.start()] if match else key.rpartition(".")[0]
         module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")
@@ -63,7 +63,7 @@ def own_names(source: Source) -> dict[str, Layout]:
 
 
 def names_on(source: Source, params: Any) -> dict[str, Layout]:
-    """The layouts of the parameters that a file itself names, by the shapes of these."""
+    """The layouts for a file that contains paths, with the axes that fit the parameters' shapes."""
     if not source.own:
         raise AdapterMismatchError("has the names of modules. Give `names`, their layouts by path.")
     leaves, _ = param_leaves(params)
@@ -95,7 +95,7 @@ def _experts(source: Source) -> dict[str, str]:
 
 
 def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> Layout:
-    """A matrix, whose factors have the rank once, or a stack of experts, which have it for each."""
+    """The layout of a parameter: a matrix, or a stack of experts, whose factors have more ranks."""
     shape = shapes_of(source.tensors, wrapped, source.tuner.marks).get("lora_A.weight", ())
     if shape and shape[0] == source.config.rank(f"{module}.{parameter}"):
         return Parameter(module, parameter=parameter)  # A stack of one expert looks the same.
@@ -103,7 +103,7 @@ def _of_parameter(source: Source, wrapped: str, module: str, parameter: str) -> 
 
 
 def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
-    """The shapes of the parameters that an adapter has tensors of."""
+    """The shapes of the parameters that the adapter has tensors for, by path."""
     shapes = {
         path: own.shape
         if (own := source.own.get(path)) is not None and own.layout == layout
@@ -118,14 +118,14 @@ def own_shapes(source: Source, names: Layouts) -> dict[str, Any]:
 
 
 def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
-    """The shape of the parameter that a layout's tensors are of; None where it has none."""
+    """The shape of a layout's parameter, from its tensors; None if the file has none of them."""
     stack = _stack_sizes(source, layout)
     if stack is None:
         return None
     numbers = layout.numbers or (0,)
     module = layout.module.format(*(numbers[0] for _ in stack))
 
-    # A bias is within a wrapper, and parameters of experts may be within several.
+    # PEFT wraps a module with a bias once, and a module of experts once for each parameter.
     most = 2 + len(source.config.target_parameters or ())
     wrapped = [module + ".base_layer" * k for k in range(most)]
     marks = () if isinstance(layout, Tensor) else source.tuner.marks
@@ -162,7 +162,7 @@ def _of_experts(
 
 
 def _sized(layout: Layout, stack: tuple[int, ...], shape: tuple[int, ...], groups: Any) -> Any:
-    """The parameter's shape from a tensor's, each of whose axes is one of the parameter's."""
+    """The parameter's shape, from a tensor each of whose axes is one axis of the parameter."""
     try:
         place = layout.at(layout.module, (1,) * (len(stack) + len(shape)))
         axis_groups = groups(place)
@@ -190,7 +190,7 @@ def _unknown_sizes(module: str) -> AdapterMismatchError:
 
 
 def _stack_sizes(source: Source, layout: Layout) -> tuple[int, ...] | None:
-    """How many modules a layout stacks along each of its axes; None where there are none."""
+    """How many modules of the file a layout stacks along each axis; None if it has none of them."""
     parts = map(re.escape, layout.module.split("{}"))
     pattern = re.compile(r"(\d{1,9})".join(parts) + r"\.")
     matches = [match for key in source.tensors if (match := pattern.match(key))]

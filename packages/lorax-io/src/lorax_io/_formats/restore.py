@@ -1,4 +1,4 @@
-"""A source as a pair of trees, returned only after every check."""
+"""Converts a `Source` to a pair of trees, after checking all of it."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from .whole import DTYPES
 
 
 class Restored(NamedTuple):
-    """An adapter as rows of a tree, with the frozen factors that are beside their bases."""
+    """An adapter as rows of a tree, with the frozen factors that its file has."""
 
     rows: dict[str, Any]
     held: dict[str, dict[str, Any]]
@@ -33,7 +33,7 @@ class Restored(NamedTuple):
     structure: Any
 
     def pair(self) -> Pair:
-        """The pair `(frozen, tunable)`, with the frozen factors that follow from the base."""
+        """The pair `(frozen, tunable)`, including the frozen factors computed from the base."""
         held = {
             path: complete(path, row, self.leaves[path], self.held.get(path, {}))
             for path, row in self.rows.items()
@@ -46,14 +46,15 @@ class Restored(NamedTuple):
 def restore(
     source: Source, params: Any, names: Layouts, sharding: Any = None, *, alone: bool = False
 ) -> Restored:
-    """The rows, each leaf where `sharding` says, or where its base is.
+    """Reads the adapter's arrays, and places them by `sharding`, or like their base.
 
     Args:
         source: the adapter.
         params: the base's parameters, or their shapes.
-        names: the layouts.
+        names: the layout of each parameter, by path.
         sharding: as in `load_peft`.
-        alone: whether the shapes are the adapter's own, so that what needs a base is left out.
+        alone: whether the shapes come from the adapter, without a base; biases that depend on the
+            base are then left out.
     """
     leaves, structure = param_leaves(params)
     places: dict[str, Place] = {}
@@ -93,7 +94,7 @@ def restore(
 def _specs(
     source: Source, slots_of: SlotTensors, places: Mapping[str, Place]
 ) -> dict[str, Adapter]:
-    """The adapter, without arrays, of each parameter that has factors."""
+    """The adapter, without arrays, of each parameter with factors, by path."""
     specs: dict[str, Adapter] = {}
     for path, slots in slots_of.items():
         place, keys = places[path], {slot.key for slot in slots}
@@ -109,7 +110,7 @@ def _specs(
 
 
 def _blank(source: Source, place: Place, slots: Mapping[Slot, Stored]) -> Adapter:
-    """The adapter without arrays, which is the same for all modules of a stack."""
+    """The adapter without arrays; it must be the same for all stacked modules."""
     shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for slot, tensor in slots.items():
         shapes.setdefault(slot.entry, {})[slot.key] = tensor.shape
@@ -131,7 +132,7 @@ def _blank(source: Source, place: Place, slots: Mapping[Slot, Stored]) -> Adapte
 
 
 def _with_original_scaling(source: Source, name: str, weight: Any) -> Adapter:
-    """The adapter with alpha and scaling as `save_peft` was given them."""
+    """The adapter with the alpha and scaling that `save_peft` was given."""
     settings = source.original_scaling.get(name)
     if settings is None or not isinstance(weight, LoraWeight):
         return weight
@@ -148,7 +149,7 @@ def _sides(weight: Adapter) -> tuple[Any, Any, Any]:
 
 
 def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence[str]) -> None:
-    """Every entry of a stack has all its tensors, and no other."""
+    """Checks that every stacked module has all of its tensors, and no others."""
     first = next(iter(tensors.values())).name
     for index, module in place.modules.items():
         for key in keys:
@@ -163,7 +164,7 @@ def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence
 
 
 class _Reader(NamedTuple):
-    """One array of the tree, of which any part can be read."""
+    """Reads any part of one array of the tree from the tensors that it stacks."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -173,7 +174,7 @@ class _Reader(NamedTuple):
     name: str
 
     def read(self, index: Sequence[slice]) -> Array:
-        """A part of it, checked."""
+        """A copy of a part of the array, checked to be finite."""
         size = dict(zip(self.axes, self.shape, strict=True))
         part = dict(zip(self.axes, index, strict=True))
         inner = tuple(part[d] for d in self.axes if d not in self.stack)
@@ -192,7 +193,7 @@ class _Reader(NamedTuple):
 def _readers(
     source: Source, place: Place, spec: Adapter | None, tensors: Mapping[Slot, Stored]
 ) -> dict[str, _Reader]:
-    """The arrays of one parameter, each from its tensors."""
+    """The readers of one parameter's arrays, by name."""
     path = place.path
     if spec is None:
         axed = Axed({path: tuple(range(len(place.shape)))}, {})
@@ -209,7 +210,7 @@ def _readers(
     readers: dict[str, _Reader] = {}
     for key, name, groups in factors:
         axes = axed.of[name]
-        # A frozen factor may be one for all that are stacked.
+        # A frozen factor may lack the stacked axes: all modules then share it.
         kept = [k for k, d in enumerate(place.stack) if d in axes]
         rest = [d for d in axes if d not in place.stack]
         views = {
@@ -231,7 +232,7 @@ def _readers(
 
 
 def _checked(tensor: Stored, groups: Groups, sizes: Mapping[int, int]) -> Array:
-    """A tensor of the type and the shape that fit."""
+    """A view of a tensor, checked to have a supported dtype and the expected shape."""
     if tensor.dtype.name not in DTYPES:
         raise AdapterFileError(f"has `{tensor.name}` in {tensor.dtype}, not {', '.join(DTYPES)}.")
     check_width(tensor.name, tensor.dtype)
@@ -248,7 +249,7 @@ def _checked(tensor: Stored, groups: Groups, sizes: Mapping[int, int]) -> Array:
 
 
 def _with_sides(source: Source, place: Place, tensors: Mapping[Slot, Stored]) -> Place:
-    """The place; for experts, with inputs and outputs as the shapes of their factors tell."""
+    """The place; for experts, with PEFT's swap of inputs and outputs, by the shape of `lora_A`."""
     layout = place.layout
     if not isinstance(layout, Experts) or layout.swapped is not None or source.written_here:
         return place

@@ -1,4 +1,4 @@
-"""Sources of formats without a config: ranks come from shapes, alphas from tensors beside them."""
+"""Sources of formats without a config: ranks come from shapes, and alphas from scalar tensors."""
 
 from collections.abc import Mapping
 
@@ -21,12 +21,18 @@ def self_described(
     scales: Mapping[str, float] | None = None,
     part: str | None = None,
 ) -> Source:
-    """A source of factors under PEFT's keys, and of `alpha` beside some of them.
+    """The source of an adapter whose config is inferred from its tensors.
 
     Args:
-        tensors: by module and key, without PEFT's prefix.
-        scales: of modules whose scale is stored elsewhere; the others have alpha, or a scale of 1.
-        part: of a pipeline.
+        tensors: tensors by module and PEFT's key, without PEFT's prefix; a module may have a scalar
+            `alpha`.
+        scales: the scales of modules that are stored elsewhere. All other modules have their
+            `alpha`, or a scale of 1.
+        part: the part of a pipeline.
+
+    Raises:
+        AdapterFileError: if an alpha has no factors beside it, or a rank cannot be inferred.
+        UnsupportedAdapterError: if the factors are of no known kind, or of several.
     """
     factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")}
     alphas = {key.removesuffix(f".{ALPHA}"): x for key, x in tensors.items() if key not in factors}
@@ -61,7 +67,7 @@ def self_described(
 
 
 def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The rank, by the shape of the factor that has it."""
+    """The rank of a module, from the shape of its first factor that has one."""
     for key, axis in _RANK_AXES.items():
         shape = shapes.get(key, ())
         if len(shape) > axis:
@@ -72,7 +78,7 @@ def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether no matrix of LoKr is of low rank: there is no rank, and alpha does not count."""
+    """Whether both matrices of LoKr are whole, so that there is no rank and alpha is ignored."""
     return "lokr_w1" in shapes and "lokr_w2" in shapes
 
 
@@ -88,7 +94,7 @@ _RANK_AXES = {
 
 
 def _number(tensor: Stored) -> float:
-    """A scalar of a file."""
+    """The value of a tensor with one number."""
     if int(np.prod(tensor.shape)) != 1:
         raise AdapterFileError(f"has `{tensor.name}` of shape {tensor.shape}, not one number.")
     array = np.asarray(tensor.view(), np.float64)

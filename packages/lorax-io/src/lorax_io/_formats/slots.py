@@ -1,7 +1,7 @@
-"""Which tensors an adapter may have, which it has, and which it lacks.
+"""Matches the tensors of an adapter with those that the layouts and the config allow.
 
-The names say which tensors there may be. What a file has beside those is an error, and so is what
-it lacks: PEFT itself ignores the one, warns of the other, and lets a file replace base weights.
+Unknown and missing tensors are errors. PEFT ignores the former, warns about the latter, and lets a
+file replace base weights.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +23,7 @@ WHOLE = "whole"
 Places = Mapping[str, Place]
 
 _SAVED_AGAIN = ("embed_tokens", "lm_head")
-# Tensors of kinds of adapters that are identified by their keys, not by the config.
+# Parts of keys by which adapters of unsupported kinds are recognized.
 _OTHERS = {
     "lora_diag": "KaSA",
     ".oft_r.": "OFT as PEFT before 0.15 had it",
@@ -35,19 +35,19 @@ _OTHERS = {
 
 
 class Slot(NamedTuple):
-    """Where a tensor goes: a parameter, the entry of its stack, and which of its tensors it is."""
+    """Where a tensor belongs."""
 
-    path: str
-    entry: tuple[int, ...]
+    path: str  # of the parameter
+    entry: tuple[int, ...]  # the index of its module into the stack
     key: str  # of a factor, or "whole"
 
 
-# The tensors of each parameter of the adapter, by where they go.
+# The tensors of each parameter, by path and slot.
 SlotTensors = dict[str, dict[Slot, Stored]]
 
 
 def find(source: Source, places: Places) -> SlotTensors:
-    """The tensors that the names have a place for; all others are errors."""
+    """Assigns each tensor to its slot; unknown and missing tensors are errors."""
     source.tuner.check_keys(source.tensors.keys(), source.config)
     slots = _slots(source, places)
     biases = {
@@ -91,14 +91,14 @@ def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
 
 
 def is_of_vocabulary(key: str, layout: Layout | None = None) -> bool:
-    """Whether PEFT saves a tensor where the vocabulary was resized, whatever its config says."""
+    """Whether a tensor is an embedding or head, which PEFT saves if the vocabulary was resized."""
     module, _, parameter = key.rpartition(".")
     is_table = isinstance(layout, Embedding) or is_embedding(module) or is_head(module)
     return parameter == "weight" and is_table and not module.endswith(".base_layer")
 
 
 def _slots(source: Source, places: Places) -> dict[str, Slot]:
-    """Every tensor that there may be, by module and key."""
+    """The slot of every tensor that is allowed, by module and key."""
     experts = [
         (module, place)
         for place in places.values()
@@ -117,7 +117,7 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
             keys = {f"{prefix}.{key}": key for key in adaptable}
             if place.layout.by_parameter and place.pattern_name(module) not in depths:
                 if module in wrapped | unwrapped:
-                    keys = {}  # the factors of these experts are of another of their parameters
+                    keys = {}  # the module's factors belong to another of its parameters
                 unwrapped.add(module)
             keys[tensor_name(module, parameter)] = WHOLE
             if parameter == "bias":
@@ -140,7 +140,7 @@ def _may_be_whole(config: PeftConfig, key: str) -> bool:
 
 
 def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places: Places) -> None:
-    """Lets pass what PEFT writes without need; anything else is an error."""
+    """Accepts a tensor without a slot if PEFT writes it redundantly; raises for all others."""
     tensor = source.tensors[key]
     module = key.removesuffix(".base_layer.weight")
     beside = {f"{module}.{mark}" for mark in source.tuner.marks} & slots.keys()
@@ -161,7 +161,7 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
 
 
 def _check_kind(source: Source, tensor: Stored, key: str) -> None:
-    """Refuses a tensor of another kind of adapter than the config says."""
+    """Refuses a tensor of another kind of adapter than the config's."""
     kinds = dict(_OTHERS)
     for tuner in TUNERS.values():
         kinds |= {
@@ -179,7 +179,7 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
 
 
 def _check_copy(tensor: Stored, module: str, place: Place) -> None:
-    """Lets pass an adapted embedding or head, which PEFT saves once more as it is in the base."""
+    """Accepts the copy of the base's weight that PEFT saves beside an adapted embedding or head."""
     if not isinstance(place.layout, Embedding) and module.rpartition(".")[2] not in _SAVED_AGAIN:
         raise AdapterFileError(f"`{tensor.name}` would replace a base weight.")
     wanted = packed_shape(place.whole, place.sizes)
@@ -191,7 +191,7 @@ def _check_copy(tensor: Stored, module: str, place: Place) -> None:
 
 
 def _check_targets(source: Source, slots_of: SlotTensors, places: Places) -> None:
-    """Checks that the modules which the config adapts are those that have tensors."""
+    """Checks that the modules with tensors are exactly the targets of the config."""
     config = source.config
     for path, place in places.items():
         keys = {slot.key for slot in slots_of.get(path, ())}

@@ -1,4 +1,4 @@
-"""An adapter as it was found, in PEFT's words: what every reader of a format makes of its file."""
+"""`Source`: an adapter in PEFT's terms, which the reader of every format returns."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,28 +20,28 @@ _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 
 
 class Own(NamedTuple):
-    """A parameter that a file names by its path in a tree."""
+    """A parameter that a file names by its path in a tree, not by a module."""
 
     layout: Layout
-    shape: tuple[int, ...]  # that it has, but for the order of its axes
-    # The axes of a shape that are inputs and outputs; None where it is another.
+    shape: tuple[int, ...]  # of the parameter, with its inputs first
+    # From a parameter's shape to its input and output axes; None if the factors do not fit it.
     axes: Callable[[Sequence[int]], tuple[tuple[int, ...], tuple[int, ...]] | None]
 
 
 class Source(NamedTuple):
-    """Tensors by module and key, and the settings."""
+    """The tensors of an adapter by module and PEFT's key, and its settings."""
 
     tensors: Mapping[str, Stored]
     config: PeftConfig
-    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    # The alpha and scaling of modules whose config expresses the same scale differently.
     original_scaling: Mapping[str, Mapping[str, Any]] = {}
-    written_here: bool = False  # so that experts are not swapped unless the layout says so
+    written_here: bool = False  # by lorax-io: experts are not swapped, unless the layout is
     part: str | None = None  # of a pipeline, for diffusers
-    own: Mapping[str, Own] = {}  # by path, where the file has paths and not modules
+    own: Mapping[str, Own] = {}  # by path, if the file has paths instead of modules
 
     @property
     def tuner(self) -> Tuner:
-        """The kind of adapter that it is."""
+        """The adapter's kind."""
         return TUNERS[self.config.peft_type]
 
 
@@ -49,7 +49,7 @@ def stored(file: Tensors) -> dict[str, Stored]:
     """The tensors of a file by name.
 
     Raises:
-        AdapterFileError: where one of them has no numbers, or there are none.
+        AdapterFileError: if a tensor is empty, or there are no tensors.
     """
     check_any({name: entry.shape for name, entry in file.entries.items()})
     return {
@@ -59,10 +59,10 @@ def stored(file: Tensors) -> dict[str, Stored]:
 
 
 def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a file without numbers, as DeepSpeed's ZeRO-3 leaves them.
+    """Refuses a file with empty tensors, as DeepSpeed's ZeRO-3 may write, or without any.
 
     Args:
-        tensors: the shape of each.
+        tensors: the shape of each tensor, by name.
     """
     empty = [name for name, shape in tensors.items() if 0 in shape]
     if empty or not tensors:
@@ -76,12 +76,12 @@ def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
 def plain_keys(
     tensors: Mapping[str, Stored], prefix: str, common: Mapping[str, str] = {}
 ) -> dict[str, Stored]:
-    """The tensors by module and key, without prefix and without the adapter's name.
+    """The tensors by module and key, without the prefix and the adapter's name.
 
     Args:
-        tensors: as the file has them.
-        prefix: of those that are in a module.
-        common: the keys of those that are in none, by their name.
+        tensors: the tensors by their names in the file.
+        prefix: the prefix of every name, such as `base_model.model.`.
+        common: the keys of tensors that are in no module, by their names.
     """
     renamed: dict[str, Stored] = {}
     adapters: set[str] = set()
@@ -112,5 +112,5 @@ def without_copies(tensors: Mapping[str, Stored], config: PeftConfig) -> dict[st
 
 
 def shapes_of(tensors: Mapping[str, Stored], module: str, keys: Iterable[str]) -> dict[str, Any]:
-    """The shapes of a module's tensors by key, of those that there are."""
+    """The shapes of a module's tensors, by key, for the keys that the file has."""
     return {key: tensors[f"{module}.{key}"].shape for key in keys if f"{module}.{key}" in tensors}

@@ -1,6 +1,6 @@
-"""The table of formats: what opening, converting and the messages are made from.
+"""The table of formats, on which opening, converting and messages are based.
 
-A further format is a module and a row here. The first row that recognizes a file reads it.
+A new format is a module and a row here. The first row that recognizes a file reads it.
 """
 
 from . import diffusers, keras, kohya, mlx, native, original, torchtune, tunix

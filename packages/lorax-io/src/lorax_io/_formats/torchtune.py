@@ -1,6 +1,6 @@
-"""torchtune's own names: `layers.0.attn.q_proj.lora_a.weight`, as its checkpoints have them.
+"""Files with torchtune's names, as in its checkpoints: `layers.0.attn.q_proj.lora_a.weight`.
 
-torchtune pickles these, and writes a folder of PEFT beside them. Alpha is not among the tensors.
+torchtune pickles these tensors, and writes a PEFT folder beside them. Alpha is not in the file.
 """
 
 import re

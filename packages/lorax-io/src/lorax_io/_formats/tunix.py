@@ -1,7 +1,7 @@
 """Checkpoints of tunix and qwix: Orbax trees with `w_lora_a` and `w_lora_b` beside a `w`.
 
-`w_lora_a` has the axes of `w` that meet the input, and the rank; `w_lora_b` the rank, and all other
-axes. Alpha is in the model's own rules and not in the file.
+`w_lora_a` is (*input axes of `w`, rank), and `w_lora_b` is (rank, *all other axes). Alpha is in the
+rules of the model's qwix provider, not in the file.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from .format import Content, Format
 from .self_described import self_described
 from .source import Own, Source, Stored, check_any
 
-TREE = "model_params"  # of the trees of a step, the one that tunix saves the model in
+TREE = "model_params"  # the name of the tree in which tunix saves the model
 ALPHA = "lora_alpha"
 _FACTOR = re.compile(r"(?P<path>.+)_lora_(?P<side>[ab])(?:/value)?")
 
@@ -52,7 +52,7 @@ class _Pair(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a parameter with its inputs first."""
+        """The shape of the parameter, if its inputs come first."""
         return (*self.a.shape[:-1], *self.b.shape[1:])
 
     @property
@@ -115,7 +115,7 @@ def _pair(path: str, factors: Mapping[str, Stored]) -> _Pair:
 
 
 def _modules(paths: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """The module of each parameter: what it is in, or itself where that has several."""
+    """A module's name for each path: the node it is in, or itself if that node has several."""
     within = [path.rpartition("/")[0] for path in paths]
     names = {
         path: (owner if owner and within.count(owner) == 1 else path).replace("/", ".")
@@ -143,9 +143,9 @@ def _stored_alpha(file: OrbaxTree) -> float:
 
 
 def _axes(pair: _Pair, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The axes of a parameter that meet the input, and the others; None where the shape is another.
+    """The input and output axes of a parameter of this shape; None if the factors do not fit it.
 
-    Of several ways that fit, as for a square matrix, the one with the inputs first is it.
+    If several choices fit, as for a square matrix, the one with the inputs first is taken.
     """
     fits = [
         (inputs, outputs)
@@ -169,28 +169,28 @@ def _splits(ndim: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether axes are those of a factor, each by itself or all as one."""
+    """Whether a factor has axes of these sizes, or one axis that combines them all."""
     return tuple(sizes) == tuple(shape) or (len(shape) == 1 and math.prod(sizes) == shape[0])
 
 
 def save_tunix(
     folder: str | os.PathLike[str], tunable: Any, *, alpha: float | None = None, step: int = 0
 ) -> None:
-    """Writes a checkpoint that tunix restores onto a model with LoRA of qwix.
+    """Writes a checkpoint that tunix restores onto a model with qwix's LoRA.
 
-    `CheckpointManager(folder).maybe_restore(model, restore_only_lora_params=True)` reads it. Paths
-    are those of the tree: the model's own. Needs `pip install "lorax-io[orbax]"`.
+    `CheckpointManager(folder).maybe_restore(model, restore_only_lora_params=True)` reads it. The
+    paths of the tree must be those of the tunix model. Needs `pip install "lorax-io[orbax]"`.
 
     Args:
-        folder: of the checkpoint; it is made if need be.
-        tunable: the second tree of `lorax.init_lora`.
-        alpha: of the model's rules, which the file has not: `b` is multiplied by what its scale
-            has beyond `alpha / rank`. By default that of the tree, where it is one.
+        folder: the checkpoint's folder, which is created if it does not exist.
+        tunable: the tunable tree.
+        alpha: the alpha in the model's rules, which tunix does not store. Each `b` is multiplied so
+            that its scale becomes `alpha / rank`. By default the tree's alpha, if it has only one.
         step: the number of the step.
 
     Raises:
-        AdapterError: where there is such a step already.
-        UnsupportedAdapterError: where the tree is not plain LoRA of weights without shared axes, or
+        AdapterError: if the checkpoint already has this step.
+        UnsupportedAdapterError: if the tree is not plain LoRA of weights without shared axes, or
             has several alphas and none is given.
 
     Example:

@@ -1,4 +1,4 @@
-"""Parameters that are trained in full, as PEFT's tensors: modules that are saved whole, biases."""
+"""Parameters that are trained in full, as PEFT's tensors: `modules_to_save` and biases."""
 
 import collections
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ from .peft.patterns import prefixes
 from .peft.tuners import Module, Tuner
 from .stored import Stored
 
-# What PEFT reads.
+# The dtypes that PEFT reads.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -33,8 +33,8 @@ def add_full(
 ) -> tuple[list[str] | None, str]:
     """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
 
-    PEFT saves such a module whole, with all that is in it. The bias of an adapted module is the
-    exception: it is beside the factors.
+    PEFT saves the whole module of such a parameter. The exception is the bias of an adapted module,
+    which is saved alone, beside the factors.
     """
     adapted = {module.name for module in modules}
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
@@ -61,7 +61,7 @@ def add_full(
                 add(tensors, f"{name}.{parameter}", tensor)
     heads = HEADS.get(task_type, ())
     _add_rest(tensors, rows, names, params, saved, heads)
-    # Of modules within each other, PEFT wants the outermost alone.
+    # Of nested modules, PEFT lists only the outermost.
     in_head = PeftConfig(modules_to_save=heads).saves
     outer = {
         name
@@ -112,7 +112,7 @@ def _add_rest(
 
 
 def whole_tensors(place: Place, leaf: Any) -> list[tuple[str, str, Array]]:
-    """A parameter as PyTorch has it: module, name in the module, and tensor, for each entry."""
+    """A parameter's tensors in PyTorch: (module, name in the module, tensor) for each module."""
     rest = [d for d in range(len(place.shape)) if d not in place.stack]
     array = to_host(leaf).transpose([*place.stack, *rest])
     return [
@@ -129,10 +129,11 @@ def without_changed(
     config: PeftConfig,
     tuner: Tuner,
 ) -> dict[str, Any]:
-    """The rows without biases that PEFT changes by itself, which have to be what it makes of them.
+    """The rows without biases that PEFT itself changes, after checking that they equal PEFT's.
 
     Raises:
-        UnsupportedAdapterError: where one is something else.
+        UnsupportedAdapterError: if such a bias is frozen, or is not what PEFT computes from the
+            base's.
     """
     stored = {key: Stored.of(key, tensor) for key, tensor in tensors.items()}
     kept = dict(rows)
@@ -175,7 +176,7 @@ def add(tensors: dict[str, Array], name: str, tensor: Array) -> None:
         raise UnsupportedAdapterError(
             f"`{name}` is {tensor.dtype}; PEFT reads {', '.join(DTYPES)}. Cast the tree."
         )
-    # A separate copy, so that what it was gathered from can go.
+    # A copy, so that the array it was gathered from can be freed.
     tensors[name] = np.asarray(tensor, order="C")
 
 

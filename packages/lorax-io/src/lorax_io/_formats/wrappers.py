@@ -1,4 +1,4 @@
-"""PEFT's wrappers around modules of experts, which are in the keys of their factors."""
+"""PEFT's nested wrappers around a module of experts, which appear in the keys of its factors."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,12 @@ from .._places import Place
 
 
 def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
-    """How many of PEFT's wrappers are around each parameter of experts, by its pattern name.
+    """How many `.base_layer` the keys of each parameter of experts have, by its pattern name.
 
-    PEFT wraps a module once for each parameter, the first of them innermost.
+    PEFT wraps a module once for each adapted parameter; the first one is innermost.
 
     Args:
-        places: of the parameters that have factors, each with its module.
+        places: the places of the parameters with factors, each with its module.
     """
     of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for module, place in places:
@@ -27,5 +27,5 @@ def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
 
 
 def factor_prefix(place: Place, module: str, depths: Mapping[str, int]) -> str:
-    """The prefix of a module's keys."""
+    """The prefix of the keys of a module's factors."""
     return module + ".base_layer" * depths.get(place.pattern_name(module), 0)

@@ -33,13 +33,13 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, leaf: Any) -> Self:
-        """A leaf as an entry."""
+        """The entry of a leaf."""
         if isinstance(leaf, FrozenWeight):
             return cls(leaf.base, leaf.factors, leaf.settings)
         return cls(leaf, {})
 
     def arrays(self, path: str) -> dict[str, Any]:
-        """All arrays by the names of their tensors."""
+        """The arrays of the base and the factors, by the names of their tensors."""
         arrays: dict[str, Any] = {}
         if isinstance(self.base, QuantizedWeight):
             arrays = {f"{path}/{name}": self.base.arrays[name] for name in self.base.names}
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
         return arrays
 
     def settings(self) -> dict[str, Any] | None:
-        """Its entry in the header."""
+        """The settings in the header; None if the parameter is trained in full."""
         if self.base is None:
             return None
         settings: dict[str, Any] = {"factors": sorted(self.factors)}
@@ -75,7 +75,7 @@ def all_arrays(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
-    """The entries, of shapes, and the tensors that are packed; every tensor has its use."""
+    """Reads the entries, with shapes for arrays, and how tensors are packed; checks every tensor."""
     version = file.metadata.get(FROZEN_KEY)
     if version is None:
         raise AdapterFileError(
@@ -151,7 +151,7 @@ def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> E
 
 
 def _adapter(path: str, settings: Any) -> str:
-    """The settings of the adapter that the frozen factors are of, where the header has some."""
+    """The settings of the adapter that the frozen factors belong to; "" if there are none."""
     if settings is None:
         return ""
     try:
@@ -163,12 +163,14 @@ def _adapter(path: str, settings: Any) -> str:
 
 
 def check_numbers(name: str, array: np.ndarray[Any, Any], held: Any = None) -> None:
-    """Refuses NaN, and infinity where it is not a base's own, as that of a mask.
+    """Refuses NaN, and values with which a quantized weight cannot be decoded.
+
+    Infinity is allowed in a base that is not quantized, such as a mask.
 
     Args:
-        name: of the array.
-        array: a part of it, as it is in the file.
-        held: the format of the quantized weight that it belongs to.
+        name: the array's name.
+        array: the array or a part of it.
+        held: the format of the quantized weight that it belongs to, if any.
     """
     for part in parts_of(array):
         if part.dtype == bool and (part.view(np.uint8) > 1).any():

@@ -1,4 +1,4 @@
-"""Reading a frozen tree: all of it or nothing, tensor by tensor, each where it is to be."""
+"""Reads frozen trees, tensor by tensor, each onto its own devices."""
 
 import contextlib
 import dataclasses
@@ -30,29 +30,28 @@ def load_frozen(
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
-    """Reads a file of `save_frozen`; the tree is bit for bit what was saved.
+    """Reads the frozen tree that `save_frozen` has written, bit for bit.
 
     Args:
         path: the file.
-        params: the model's parameters, of arrays or `jax.ShapeDtypeStruct`: the tree gets their
-            structure, and each base is placed as the parameter is where somebody has placed it.
-        like: instead of `params`, a frozen tree of arrays or shapes; formats, shapes and dtypes
-            must be those of the file. Arrays are placed as its own are.
-        sharding: where to put the weights: one sharding, or a tree of them with the structure of
-            the parameters or a prefix of it. Codes and scales are split as their weight is. A
+        params: the model's parameters, as arrays or `jax.ShapeDtypeStruct`. The result has their
+            structure, and each base is sharded like its parameter, if that is committed to devices.
+        like: instead of `params`, a frozen tree of arrays or shapes. Its formats, shapes and dtypes
+            must be those of the file, and arrays are sharded like its own.
+        sharding: where to put the weights: one sharding, or a tree of shardings with the structure
+            of the parameters or a prefix of it. Codes and scales are sharded like their weight. A
             process reads only the bytes that its devices hold.
-        progress: whether a bar is shown on a terminal where it takes long.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
-        The frozen tree. Without `like`, the frozen factors beside a base are on every device of
-        the base's mesh.
+        The frozen tree. Without `like`, frozen factors are replicated over the mesh of their base.
 
     Raises:
-        AdapterError: where the file is damaged or not a frozen tree, holds NaN, or does not fit;
-            nothing is returned in part.
+        AdapterError: if the file is damaged or not a frozen tree, holds NaN, or does not fit.
+            Nothing is returned in part.
 
     Warns:
-        AdapterWarning: where weights have other dtypes than the parameters.
+        AdapterWarning: if weights have other dtypes than the parameters.
 
     Example:
         >>> import jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -100,7 +99,7 @@ def _check_paths(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> Non
 
 
 def _fit_params(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None:
-    """Shapes are those of the parameters; a parameter that is trained in full has no base."""
+    """Checks that shapes are those of the parameters; warns if dtypes differ."""
     other: list[str] = []
     for path, entry in entries.items():
         leaf = base_of(leaves[path])
@@ -119,7 +118,7 @@ def _fit_params(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> None
 
 
 def _fit_like(entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> dict[str, Entry]:
-    """The entries, with the settings of adapters that `like` has: these change no array."""
+    """The entries, checked against `like`; settings of adapters, which affect no array, are its."""
     fit: dict[str, Entry] = {}
     for path, entry in entries.items():
         wanted = Entry.of(leaves[path])
@@ -139,7 +138,7 @@ def _shapes(path: str, entry: Entry) -> dict[str, str]:
 
 
 def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharding of each leaf: one for all, or those of a tree or a prefix of it."""
+    """The sharding of each leaf, by path, from one sharding, a tree of them or a prefix of it."""
     blanks = jax.tree.unflatten(structure, range(len(leaves)))
     if isinstance(sharding, Sharding):
         return dict.fromkeys(leaves, sharding)
@@ -150,7 +149,7 @@ def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str
 def _places(
     path: str, entry: Entry, leaf: Any, wanted: Mapping[str, Any] | None, alike: bool
 ) -> dict[str, Sharding | None]:
-    """Where each array of a leaf goes."""
+    """The sharding of each array of a leaf, by name."""
     if alike and wanted is None:
         own = Entry.of(leaf).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
@@ -158,7 +157,7 @@ def _places(
 
 
 def places_of(path: str, entry: Entry, sharding: Sharding | None) -> dict[str, Sharding | None]:
-    """Where each array of a leaf goes, if its weight goes there."""
+    """The sharding of each array of a leaf, by name, given that of its weight."""
     places: dict[str, Sharding | None] = dict.fromkeys(entry.arrays(path), sharding)
     if sharding is None or entry.base is None:
         return places

@@ -1,4 +1,4 @@
-"""Writing a frozen tree."""
+"""Writes frozen trees."""
 
 import importlib.metadata
 import json
@@ -30,22 +30,22 @@ def save_frozen(
     metadata: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes a frozen tree to one safetensors file, whole or not at all.
+    """Writes a frozen tree to one safetensors file, atomically.
 
-    Quantized weights are written as they are held, codes of four bits two to a byte. Tensors are
-    gathered and written one after the other. The file is written beside the old one, flushed, read
-    back, compared, and only then put in its place. Every process calls this, the first one writes.
+    Quantized weights stay quantized; 4-bit codes are packed, two to a byte. Tensors are gathered
+    and written one after the other. A new file is written next to the old one, flushed, read back
+    and compared, and only then replaces it. Every process must call this; the first one writes.
 
     Args:
         path: the file.
-        frozen: the first tree of the pair, or parameters, quantized or not.
-        metadata: further strings for the file's header, for `read_metadata`. Keys that begin with
-            `lorax.` are taken.
-        progress: whether a bar is shown on a terminal where it takes long.
+        frozen: the frozen tree, or a tree of parameters, quantized or not.
+        metadata: further strings for the file's header, which `read_metadata` returns. Keys must
+            not begin with `lorax.`.
+        progress: whether to show a progress bar, on a terminal, if saving takes long.
 
     Raises:
-        AdapterError: where two arrays share a name, or an array holds NaN or a type that the
-            format does not have; where a scale of a quantized weight is infinite.
+        AdapterError: if two arrays have the same name, an array holds NaN or has a dtype that the
+            format lacks, or a scale of a quantized weight is infinite.
 
     Example:
         >>> import jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -89,7 +89,7 @@ def save_frozen(
 
 
 def formats(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The format of each array of a quantized weight, by name."""
+    """The format of the quantized weight that each array belongs to, by the array's name."""
     return {
         f"{path}/{name}": entry.base.held
         for path, entry in entries.items()
@@ -106,7 +106,7 @@ def _check_array(name: str, array: Any) -> None:
 
 
 def _stored(name: str, array: Any, packed: Mapping[str, Packed]) -> jax.ShapeDtypeStruct:
-    """The shape of a tensor in the file."""
+    """The shape and dtype of an array's tensor in the file."""
     if name in packed:
         return jax.ShapeDtypeStruct(packed[name].bytes_shape, jnp.uint8)
     check_dtype(name, array.dtype)

@@ -1,9 +1,9 @@
 """The native format: one safetensors file, one tensor for each array of the tunable tree.
 
-A tensor is named by its path in the tree; plain LoRA at `attn/kernel` is the two tensors
-`attn/kernel/a` and `attn/kernel/b`. What shapes a weight without being an array (kind, rank, alpha,
-axes) is JSON in the file's header, beside what is known of the base. Of a pair, the frozen factors
-beside the bases are tensors too, and the header lists their names.
+A tensor is named by its path in the tree: LoRA at `attn/kernel` is the tensors `attn/kernel/a` and
+`attn/kernel/b`. All other settings (kind, rank, alpha, axes) are JSON in the file's header, with an
+optional fingerprint of the base. If a pair is saved, its frozen factors are tensors as well, whose
+names the header lists.
 """
 
 from .header import (

@@ -25,10 +25,10 @@ from .header import BASE
 
 
 def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, str]:
-    """Hashes of the base's paths with their shapes, with their dtypes, and of its numbers.
+    """Hashes of the base's paths and shapes, of its paths and dtypes, and, optionally, its numbers.
 
-    A parameter that is trained in full is in the adapter itself: its shape counts, its numbers do
-    not, and the base may be the frozen tree that has None there.
+    The values of a parameter that is trained in full are not hashed, since they are in the adapter.
+    The base may be the frozen tree, which has None in its place.
     """
     leaves, _ = param_leaves(base)
     full = {path: leaf for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
@@ -51,7 +51,7 @@ def fingerprint(base: Any, rows: Mapping[str, Any], content: bool) -> dict[str, 
 
 
 def _parts(leaf: Any) -> list[Any]:
-    """The array of a base, or those of a quantized one."""
+    """The arrays of a base: one, or several if it is quantized."""
     return [leaf.arrays[n] for n in leaf.names] if isinstance(leaf, QuantizedWeight) else [leaf]
 
 
@@ -60,7 +60,7 @@ def _hash(lines: Iterable[str]) -> str:
 
 
 def check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
-    """Refuses another base; warns of the same base in other dtypes."""
+    """Refuses a base other than the one that was saved; warns if only its dtypes differ."""
     if BASE not in file.metadata:
         return
     saved = parse_json(file.metadata[BASE])

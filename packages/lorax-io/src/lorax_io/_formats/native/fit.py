@@ -1,4 +1,4 @@
-"""The shapes of a native file beside a base, or as those of a tree."""
+"""Fits the header of a native file to a base, or to a tunable tree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ from .header import Header
 def fit_params(
     file: TensorFile, header: Header, leaves: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Held]:
-    """Rows of shapes beside their bases, and the frozen factors that the file has."""
+    """Rows of shapes for these parameters, and the shapes of the frozen factors in the file."""
     weights = {path: blank for path, blank in header.blanks.items() if blank is not None}
     blanks, beside = blank_rows(leaves, weights)
     rows: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def fit_params(
 
 
 def fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:
-    """Rows of shapes as those of a tree."""
+    """Rows of shapes, checked to have the settings, shapes and dtypes of a tunable tree."""
     wanted, blanks = dict(tunable_rows(like)), header.blanks
     if unknown := sorted(blanks.keys() - wanted.keys()):
         raise AdapterMismatchError(

@@ -1,4 +1,4 @@
-"""The header of a native file: what it says of each parameter."""
+"""The header of a native file: the settings of each parameter."""
 
 import os
 import reprlib
@@ -19,13 +19,13 @@ FORMAT_KEY, VERSION, ADAPTER, BASE, HELD = (
 )
 FROZEN_KEY = PREFIX + "frozen_format"
 _FORMATS = ("1", "2")
-_SHORT = reprlib.Repr()  # settings of strangers may be nested without end
+_SHORT = reprlib.Repr()  # settings in an untrusted file may be nested very deeply
 _SHORT.maxdict = _SHORT.maxstring = 64
-FIRST_KINDS = ("full", "lora")  # all that the first format has
+FIRST_KINDS = ("full", "lora")  # the kinds that format 1 supports
 
 
 def check_format(file: TensorFile) -> None:
-    """Refuses other files, and formats of later versions."""
+    """Refuses files that are not native adapters, and formats of later versions."""
     version = file.metadata.get(FORMAT_KEY)
     if version in _FORMATS:
         return
@@ -40,17 +40,14 @@ def check_format(file: TensorFile) -> None:
 
 
 class Header(NamedTuple):
-    """The adapters of a header, without arrays; None where a parameter is trained in full.
+    """The parameters in a header, by path."""
 
-    `held` names the frozen factors that the file has.
-    """
-
-    blanks: dict[str, Adapter | None]
-    held: dict[str, list[str]]
+    blanks: dict[str, Adapter | None]  # adapters without arrays; None if trained in full
+    held: dict[str, list[str]]  # the names of the frozen factors in the file
 
 
 def read_header(file: TensorFile) -> Header:
-    """The settings of each parameter in the header, each with its tensors."""
+    """Reads the header, and checks that it lists exactly the tensors of the file."""
     check_format(file)
     settings_of = _object(file, ADAPTER)
     blanks = {path: _read_settings(path, settings) for path, settings in settings_of.items()}
@@ -92,16 +89,16 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The `metadata` that `save_adapter` or `save_frozen` was given.
+    """Reads the `metadata` that `save_adapter` or `save_frozen` was given.
 
     Args:
         path: a native file.
 
     Returns:
-        The dictionary, without what the format itself keeps in the header.
+        The dictionary, without the format's own keys.
 
     Raises:
-        AdapterError: where the file is damaged or not native.
+        AdapterError: if the file is damaged or not native.
 
     Example:
         >>> import jax.numpy as jnp, lorax_io, pathlib, tempfile
@@ -117,5 +114,5 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def user_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The user's part of a header."""
+    """The header's strings without the format's own keys."""
     return {key: value for key, value in metadata.items() if not key.startswith(PREFIX)}

@@ -1,4 +1,4 @@
-"""Reading a native file, beside a base or alone."""
+"""Reads native files, onto a base or without one."""
 
 import contextlib
 import os
@@ -43,25 +43,25 @@ def load_adapter(
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
-    """Reads a file of `save_adapter`; the tree is bit for bit what was saved.
+    """Reads the tunable tree that `save_adapter` has written, bit for bit.
 
     Args:
         path: the file.
-        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`: the tree gets their
-            structure, and where they are arrays the factors are placed as their base is.
-        like: instead of `params`, a tunable tree of the same structure, of arrays or shapes; its
-            ranks, alphas, shapes and dtypes must be those of the file.
-        sharding: where to put the arrays: one sharding, or a tree of them with the structure of
-            the result or a prefix of it. Only the bytes that a process needs are read.
-        progress: whether a bar is shown on a terminal where it takes long.
+        params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`. The result has their
+            structure, and each factor is sharded like its base.
+        like: instead of `params`, a tunable tree of arrays or shapes. Its structure, ranks, alphas,
+            shapes and dtypes must be those of the file.
+        sharding: where to put the arrays: one sharding, or a tree of shardings with the structure
+            of the result or a prefix of it. A process reads only the bytes that it needs.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
-        The tunable tree, for `(frozen, tunable)`. `load_pair` returns both.
+        The tunable tree. `load_pair` returns the frozen tree as well.
 
     Raises:
-        AdapterError: where the file is damaged or not native, holds NaN or infinity, or does not
-            fit; nothing is returned in part. Where arrays are in several processes, an error of
-            one is an error in all of them.
+        AdapterError: if the file is damaged or not native, holds NaN or infinity, or does not fit.
+            Nothing is returned in part. If arrays span several processes, an error in one of them
+            is raised in all.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -94,22 +94,22 @@ def load_adapter(
 def load_pair(
     path: str | os.PathLike[str], params: Any, *, sharding: Any = None, progress: bool = True
 ) -> Pair:
-    """Reads a file of `save_adapter` as the pair that a model runs on.
+    """Reads a file that `save_adapter` has written, as the pair `(frozen, tunable)`.
 
     Args:
         path: the file.
-        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
+        params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`.
         sharding: where to put the arrays, as in `load_adapter`.
-        progress: whether a bar is shown on a terminal where it takes long.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
-        The `lorax.Pair`: `frozen` has the arrays of `params`, not copies of them, and beside them
-        the frozen factors that a kind of adapter needs: those of the file, or else computed from
-        the base, as the norms of DoRA.
+        The `lorax.Pair`. `frozen` has the arrays of `params` themselves, not copies, and the frozen
+        factors that some kinds of adapters need. These are computed from the base if possible, as
+        DoRA's norms are, and read from the file otherwise.
 
     Raises:
-        AdapterError: as in `load_adapter`; and where a kind needs frozen factors that the file does
-            not have and that do not follow from the base.
+        AdapterError: as `load_adapter` does, and if a frozen factor is neither in the file nor
+            computed from the base.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -140,7 +140,7 @@ class Loaded(NamedTuple):
 def read(
     path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_held: bool
 ) -> Loaded:
-    """The rows of a file beside their bases, with or without the frozen factors there."""
+    """Reads the rows of a file onto a base, with or without frozen factors."""
     with contextlib.ExitStack() as stack:
         with all_read(params, sharding):
             file = stack.enter_context(TensorFile(path))
@@ -160,7 +160,7 @@ def read(
 
 
 def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
-    """The rows of a native file and the frozen factors in it, without a base to fit them to."""
+    """Reads the rows and the frozen factors of a native file, without a base."""
     header = read_header(file)
     rows: dict[str, Any] = {}
     shapes = {
@@ -207,7 +207,7 @@ FORMAT = Format(
 def load_arrays(
     file: TensorFile, rows: Mapping[str, Any], held: Held, places: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Held]:
-    """The rows and the frozen factors, with their arrays."""
+    """Reads the arrays of rows and frozen factors that have only shapes."""
 
     def load(name: str) -> jax.Array:
         view = file.view(name)

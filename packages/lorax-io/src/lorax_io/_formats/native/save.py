@@ -1,4 +1,4 @@
-"""Writing a native file."""
+"""Writes native files."""
 
 import importlib.metadata
 import json
@@ -36,29 +36,27 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes a tunable tree, or a pair, to one safetensors file, whole or not at all.
+    """Writes a tunable tree, or a pair, to one safetensors file, atomically.
 
-    The file is written beside the old one, flushed, read back, compared, and only then put in its
-    place. Arrays that live on several devices or hosts are gathered one after the other; every
-    process calls this, the first one writes, and the others wait for it.
+    A new file is written next to the old one, flushed, read back and compared, and only then
+    replaces it. Arrays that span several devices or processes are gathered one after the other.
+    Every process must call this; the first one writes, and the others wait.
 
     Args:
         path: the file.
-        tunable: the second tree of `lorax.init_lora`, trained or not; or the whole `lorax.Pair`, of
-            which the file also has the frozen factors that a kind of adapter keeps beside its base.
-            A kind that cannot compute these from the base needs the pair. The bases themselves are
-            not written.
-        base: the parameters the adapter belongs to, or the frozen tree. The file keeps a
+        tunable: the tunable tree; or the whole `lorax.Pair`, whose frozen factors are then written
+            too. Kinds of adapters whose frozen factors cannot be computed from the base need the
+            pair. The bases themselves are not written.
+        base: the parameters that the adapter belongs to, or the frozen tree. The file keeps a
             fingerprint of their paths, shapes and dtypes, so that it is not loaded onto another
             model.
-        hash_base: whether the fingerprint is of the base's numbers, too. This reads all of them.
-        metadata: further strings for the file's header. Keys that begin with `lorax.` are taken.
-
-        progress: whether a bar is shown on a terminal where it takes long.
+        hash_base: whether the fingerprint also covers the base's numbers, which are then all read.
+        metadata: further strings for the file's header. Keys must not begin with `lorax.`.
+        progress: whether to show a progress bar, on a terminal, if saving takes long.
 
     Raises:
-        AdapterError: where two parameters share a path, an array holds NaN, infinity or a type
-            that the format does not have, or a kind of adapter needs the pair.
+        AdapterError: if two parameters have the same path, an array holds NaN or infinity or has a
+            dtype that the format lacks, or a kind of adapter needs the pair.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_io, pathlib, tempfile
@@ -84,7 +82,7 @@ def write(
     hash_base: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes rows and the frozen factors beside their bases."""
+    """Writes rows and frozen factors."""
     arrays: dict[str, Any] = {}
     for row in rows:
         if isinstance(row.leaf, Adapter):

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what it says of each module."""
+"""PEFT's `adapter_config.json`: its settings, and what they mean for a module."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ TASK_TYPES = (
     "FEATURE_EXTRACTION",
 )
 
-# The heads that PEFT trains in full for some of them, whatever a config says.
+# The heads that PEFT trains in full for some task types, even if the config does not list them.
 HEADS: Mapping[str | None, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -31,7 +31,7 @@ HEADS: Mapping[str | None, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The keys that matter to the numbers, with PEFT's defaults."""
+    """The settings that affect an adapter's values, with PEFT's defaults."""
 
     peft_type: str = "LORA"
     r: int = 8
@@ -67,13 +67,13 @@ class PeftConfig:
     token_indices: Sequence[int] = ()
     lora_bias: bool = False
     peft_version: str | None = None
-    is_given: bool = True  # whether there is a config; otherwise it was made from the tensors
+    is_given: bool = True  # whether the file has a config; otherwise it was inferred from tensors
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
     def replace(self, **values: Any) -> "PeftConfig":
-        """The same with other values."""
+        """The config with other values."""
         return dataclasses.replace(self, **values)
 
     def rank(self, name: str) -> int:
@@ -85,7 +85,7 @@ class PeftConfig:
         return self._alphas.find(name, self.lora_alpha)
 
     def targets(self, name: str) -> bool | None:
-        """Whether PEFT adapts a module; None where that depends on more than its name."""
+        """Whether PEFT adapts a module; None if that depends on more than its name."""
         if self.target_modules is None or _is_all_linear(self.target_modules):
             return None
         if self._excludes(name) or not self._includes(name):
@@ -97,20 +97,20 @@ class PeftConfig:
         return not self._parameters.isdisjoint(suffixes(name))
 
     def saves(self, name: str) -> bool:
-        """Whether a module is trained in full, by itself or in another that is.
+        """Whether a module, or one that contains it, is trained in full (`modules_to_save`).
 
-        PEFT compares the ends of names, dots or no dots.
+        PEFT compares the ends of names without regard to dots.
         """
         outer = prefixes(name) if self._saved else []
         return any(module[k:] in self._saved for module in outer for k in range(len(module) + 1))
 
     def reading(self) -> "PeftConfig":
-        """The same with the heads that PEFT trains for the task, which 0.10 does not list."""
+        """The config with the heads that PEFT trains for its task; PEFT 0.10 does not list them."""
         saved = {*(self.modules_to_save or ()), *HEADS.get(self.task_type, ())}
         return self.replace(modules_to_save=sorted(saved) or None)
 
     def tokens(self, name: str) -> Sequence[int] | None:
-        """The rows of a table that are trained beside LoRA; None where it is not such a table."""
+        """The rows of an embedding that are trained beside LoRA; None if there are none."""
         indices = self.trainable_token_indices
         if isinstance(indices, Mapping):
             return next((indices[end] for end in suffixes(name) if end in indices), None)
@@ -119,11 +119,11 @@ class PeftConfig:
     def _is_in_layers(self, name: str) -> bool:
         matches = (match(pattern, name) for pattern in self._layers_patterns)
         first = next((each for each in matches if each), None)
-        # A pattern may hide this group, or hold one of its name that matched no number.
+        # The pattern is untrusted: it may shadow the group, or match something else as `index`.
         index = (first.groupdict().get("index") if first else None) or ""
         return index.isdecimal() and int(index) in self._layers
 
-    # Each list and pattern in the form to look names up in: a file may have very many of them.
+    # Compiled forms of the lists and patterns, cached: a file may have very many of them.
 
     @functools.cached_property
     def _ranks(self) -> "Patterns":
@@ -142,7 +142,7 @@ class PeftConfig:
         return listed(self.exclude_modules)
 
     def is_feedforward(self, name: str) -> bool:
-        """Whether IA³ scales the inputs of a module and not its outputs."""
+        """Whether IA³ scales the inputs of a module rather than its outputs."""
         modules = self.feedforward_modules
         if isinstance(modules, str):
             return listed(modules)(name)
@@ -169,7 +169,7 @@ class PeftConfig:
         return list(map(regex.compile, texts or [r".*?\.[^.]*\.(?P<index>\d+)\."]))
 
     def scaling_text(self) -> str:
-        """The settings that give rank and scale of every module, as one text."""
+        """The settings that determine the rank and scale of every module, as JSON."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
 

@@ -25,11 +25,11 @@ from .keys import config_to_json, read_config
 from .tuners import TUNERS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_MODEL = "base_model."  # of what is in no module
+_MODEL = "base_model."  # the prefix of tensors that are in no module
 PREFIX = f"{_MODEL}model."
-# PEFT itself reads no metadata: a word of ours in it is safe.
+# PEFT does not read a file's metadata, so a key of our own is safe.
 _OURS = "lorax"
-_ORIGINAL = "unsaid"  # the key of `original_scaling` there; files that exist have it
+_ORIGINAL = "unsaid"  # the key of `original_scaling` there; existing files use this name
 
 
 def save_peft(
@@ -47,28 +47,27 @@ def save_peft(
 ) -> None:
     """Writes a tunable tree as a folder that PEFT, transformers and vLLM load.
 
-    Factors become `lora_A` and `lora_B` of their modules, parameters that are trained in full
-    become `modules_to_save`. The two files are replaced one after the other, each whole; should the
-    process end between the two, `load_peft` refuses the folder.
+    Factors become `lora_A` and `lora_B` of their modules, and parameters that are trained in full
+    become `modules_to_save`. The weights and then the config are replaced, each atomically. If the
+    process ends between the two, `load_peft` refuses the folder.
 
     Args:
-        folder: it is made if need be, and other files in it stay as they are.
-        tunable: the second tree of `lorax.init_lora`, or the whole `lorax.Pair` for kinds that keep
-            frozen factors beside the base.
+        folder: the folder, which is created if it does not exist; other files in it are kept.
+        tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
         names: the layout of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
         base_model: the base's name on the Hub, or its folder.
-        task_type: "CAUSAL_LM", "SEQ_CLS" or another type of PEFT; it chooses the wrapper's class.
+        task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's types, which selects PEFT's wrapper.
         revision: the base's revision.
-        params: the base's parameters; needed where a module that PEFT saves whole is frozen in
-            part, as may be the head that some task types have.
-        target_modules: the ends of module names, such as `["q_proj", "v_proj"]`, which some
-            readers want instead of full names.
-        fold_scale: whether `b` is multiplied by the scale, for readers that know one alpha only.
-        progress: whether a bar is shown on a terminal where it takes long.
+        params: the base's parameters; needed if a module that PEFT saves whole has frozen
+            parameters, such as the head that belongs to some task types.
+        target_modules: ends of module names, such as `["q_proj", "v_proj"]`, for readers that do
+            not accept full names.
+        fold_scale: whether to multiply `b` by the scale, for readers that support only one alpha.
+        progress: whether to show a progress bar, on a terminal, if saving takes long.
 
     Raises:
-        AdapterMismatchError: where `names` does not fit the tree.
-        UnsupportedAdapterError: where PEFT has no form for it.
+        AdapterMismatchError: if `names` does not fit the tree.
+        UnsupportedAdapterError: if PEFT's format cannot hold it.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, pathlib, tempfile
@@ -122,25 +121,25 @@ def load_peft(
     sharding: Any = None,
     progress: bool = True,
 ) -> Pair:
-    """Reads a folder of PEFT: the pair `(frozen, tunable)` for `lora(model)`.
+    """Reads a PEFT folder as the pair `(frozen, tunable)` for `lora(model)`.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`; of the Hub's, see
-            `pull_from_hub`.
-        params: the base's parameters, of arrays or `jax.ShapeDtypeStruct`.
-        names: the layout of each parameter that the adapter may have, by its path.
-        sharding: where to put the arrays: one sharding, or a tree of them with the structure of
-            `tunable` or a prefix of it. By default, where their base is.
-        progress: whether a bar is shown on a terminal where it takes long.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`. For an adapter
+            on the Hub, see `pull_from_hub`.
+        params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`.
+        names: the layout of each parameter that the adapter may adapt, by its path.
+        sharding: where to put the arrays: one sharding, or a tree of shardings with the structure
+            of `tunable` or a prefix of it. By default, factors are sharded like their base.
+        progress: whether to show a progress bar, on a terminal, if loading takes long.
 
     Returns:
-        The `lorax.Pair`, with the arrays of `params` in `frozen`, not copies of them; beside them
-        are the norms of DoRA, which are computed here.
+        The `lorax.Pair`. `frozen` has the arrays of `params` themselves, not copies, and the frozen
+        factors that some kinds of adapters need, such as DoRA's norms.
 
     Raises:
-        AdapterFileError: where a file is damaged, or says other than PEFT would write.
-        AdapterMismatchError: where the adapter does not fit `params` and `names`.
-        UnsupportedAdapterError: where the adapter is more than LoRA and DoRA: PiSSA, LoHa, ….
+        AdapterFileError: if a file is damaged, or is not what PEFT would write.
+        AdapterMismatchError: if the adapter does not fit `params` and `names`.
+        UnsupportedAdapterError: if this kind of adapter is not supported, such as PiSSA's.
 
     Example:
         >>> import jax, jax.numpy as jnp, pathlib, tempfile
@@ -159,7 +158,7 @@ def load_peft(
 
 @contextlib.contextmanager
 def open_peft(folder: str | os.PathLike[str]) -> Generator[Source]:
-    """A folder of PEFT of which each file has been checked by itself."""
+    """Opens a PEFT folder, and checks its config and the header of its weights."""
     folder = Path(folder)
     if not folder.is_dir():
         hub = " `pull_from_hub` fetches one from the Hub." if not folder.exists() else ""

@@ -1,4 +1,4 @@
-"""Reading and writing `adapter_config.json`: what each key may hold, and what is refused."""
+"""Reads and writes `adapter_config.json`: the values that each key may have."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from .config import TASK_TYPES, PeftConfig
 from .patterns import is_plain
 from .tuners import TUNERS, Tuner
 
-_LARGEST = 16 * 2**20  # bytes; a rank for each of 10⁵ experts is a tenth of it
+_LARGEST = 16 * 2**20  # bytes; ten times a config with a rank for each of 10⁵ experts
 _LONGEST_PATTERN = 4096
 _MOST_PATTERNS = 10_000
 
@@ -125,7 +125,7 @@ _KEYS: dict[str, _Key] = {
     "token_indices": _TOKENS,
     "lora_bias": _FLAG_OR_NONE,
 }
-# The keys of every tuner.
+# The keys that all tuners have.
 _COMMON = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision"),
@@ -139,16 +139,16 @@ _ABSENT_IF_EMPTY = frozenset(
     " use_bdlora lora_bias trainable_token_indices"
     " revision".split()
 )
-# PEFT itself fails on null here; writers of null mean that there is no pattern.
+# PEFT itself fails on null here; whoever writes null means that there are no patterns.
 _ABSENT_IF_NULL = frozenset(("rank_pattern", "alpha_pattern"))
 
 
 def read_config(path: Path) -> PeftConfig:
-    """A config that was checked key by key.
+    """Reads a config file and checks every key.
 
     Raises:
-        AdapterFileError: where it is not a JSON object, or a value is not what PEFT writes.
-        UnsupportedAdapterError: where the adapter is of a kind that is not read.
+        AdapterFileError: if it is not a JSON object, or a value is not one that PEFT writes.
+        UnsupportedAdapterError: if the kind of adapter is not supported.
     """
     if path.stat().st_size > _LARGEST:
         raise AdapterFileError(f"is larger than {_LARGEST} bytes, which no config is.")
@@ -189,9 +189,9 @@ def config_of(values: Any) -> PeftConfig:
 
 
 def config_to_json(config: PeftConfig) -> dict[str, Any]:
-    """The keys that every release of PEFT that has the tuner reads, and newer ones if they differ.
+    """The config as JSON data; newer keys are written only if they differ from their defaults.
 
-    PEFT before 0.14 refuses a file with a key that it does not know.
+    PEFT before 0.14 refuses a config with a key that it does not know.
     """
     tuner = TUNERS[config.peft_type]
     newer = {

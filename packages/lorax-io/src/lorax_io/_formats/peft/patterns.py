@@ -1,4 +1,4 @@
-"""Names of modules against lists and patterns, which come from strangers and have little time."""
+"""Matches module names against untrusted lists and regular expressions, in bounded time."""
 
 import contextlib
 import contextvars
@@ -10,25 +10,26 @@ import regex
 
 from ..._errors import AdapterFileError
 
-# For untrusted regular expressions, which take microseconds: one match, and all for one adapter.
+# Time limits for untrusted patterns: for one match, and for all of one adapter. A match normally
+# takes microseconds.
 _SECONDS_EACH = 1.0
 _SECONDS = 5.0
 
 
 def suffixes(name: str) -> list[str]:
-    """The name, and what is left of it after each dot."""
+    """The name and its proper ends after a dot: `a.b.c`, `b.c`, `c`."""
     parts = name.split(".")
     return [".".join(parts[k:]) for k in range(len(parts))]
 
 
 def prefixes(name: str) -> list[str]:
-    """The name, and what is left of it before each dot: a module and those that it is in."""
+    """The beginnings of a name before each dot, and the name: `a`, `a.b`, `a.b.c`."""
     parts = name.split(".")
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def listed(target: Sequence[str] | str | None) -> Callable[[str], bool]:
-    """Whether a name ends in an entry of a list, or is what a pattern describes."""
+    """A predicate on names: whether one ends in an entry of a list, or fully matches a pattern."""
     if isinstance(target, str):
         pattern = regex.compile(rf"(?:{target})\Z")
         return lambda name: match(pattern, name) is not None
@@ -37,7 +38,7 @@ def listed(target: Sequence[str] | str | None) -> Callable[[str], bool]:
 
 
 class Patterns:
-    """Values by the first key, in their order, that matches the end of a name, as PEFT does."""
+    """Values by pattern: the first key that matches the end of a name decides, as in PEFT."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = list(values.values())
@@ -49,7 +50,7 @@ class Patterns:
         ]
 
     def find(self, name: str, default: Any) -> Any:
-        """The value of the first key that matches."""
+        """The value of the first key that matches; `default` if none does."""
         literal = [self._order[end] for end in suffixes(name) if end in self._order]
         first = min(literal, default=len(self._values))
         for k, pattern in self._patterns:
@@ -61,7 +62,7 @@ class Patterns:
 
 
 def is_plain(key: str) -> bool:
-    """Whether a pattern is a name, which matches itself alone."""
+    """Whether a pattern is a plain name, which matches only itself."""
     return all(part.replace("_", "a").replace("-", "a").isalnum() for part in key.split("."))
 
 
@@ -70,7 +71,7 @@ _seconds_left = contextvars.ContextVar("seconds left for patterns", default=_SEC
 
 @contextlib.contextmanager
 def distrusted() -> Generator[None]:
-    """A block that uses patterns of a config, in a bounded time."""
+    """Bounds the time for matching patterns inside this block; exceeding it is the file's error."""
     token = _seconds_left.set(_SECONDS)
     try:
         yield
@@ -87,7 +88,11 @@ def distrusted() -> Generator[None]:
 
 
 def match(pattern: Any, name: str) -> Any:
-    """The match of a compiled pattern with the begin of a name, in the time that is left."""
+    """Matches a compiled pattern at the beginning of a name, within the time that is left.
+
+    Raises:
+        TimeoutError: if no time is left.
+    """
     left = _seconds_left.get()
     if left <= 0:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""The kinds of adapters that PEFT and the core both have; a further one is a module and a row."""
+"""The kinds of adapters that both PEFT and `lorax` support: a module and a row here for each."""
 
 import re
 from typing import Any
@@ -24,11 +24,11 @@ TUNERS: dict[str, Tuner] = {
     )
 }
 
-# A tensor of any of them: the module, and the key in it.
+# Matches the key at the end of the name of any factor; what precedes the match is the module.
 _MARKS = sorted({mark for tuner in TUNERS.values() for mark in tuner.marks}, reverse=True)
 FACTOR = re.compile(rf"\.({'|'.join(map(re.escape, _MARKS))})$")
 
 
 def tuner_of(weight: Any) -> Tuner | None:
-    """The tuner that writes an adapter; None where PEFT has none."""
+    """The tuner that writes an adapter; None if PEFT does not support its kind."""
     return next((tuner for tuner in TUNERS.values() if tuner.writes(weight)), None)

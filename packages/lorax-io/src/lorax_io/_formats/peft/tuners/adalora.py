@@ -1,4 +1,4 @@
-"""AdaLoRA: `lora_A`, `lora_B` and `lora_E`, the weights of the ranks."""
+"""AdaLoRA: `lora_A`, `lora_B` and `lora_E`, which has a weight for each rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from ..config import PeftConfig
 from .lora import Lora
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_flat, most_frequent
 
-# PEFT divides by the first rank and this, whatever rank is left.
+# PEFT's scale is alpha / (initial rank + 1e-5), even after ranks were pruned.
 _MORE = 1e-5
 
 
@@ -39,7 +39,7 @@ class Adalora(Tuner):
     init = Lora.init
 
     def written(self, config: PeftConfig) -> dict[str, Any]:
-        # PEFT refuses a config without the steps of a training, or with fewer ranks than wanted.
+        # PEFT refuses a config without `total_step`, or with `target_r` above the initial rank.
         return {"target_r": config.r, "total_step": 1, "rank_pattern": None}
 
     def check_start(self, value: Any) -> None:
@@ -49,7 +49,7 @@ class Adalora(Tuner):
         return isinstance(weight, AdaloraWeight)
 
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
-        # A rank that was pruned is not in the file.
+        # Pruned ranks are not in the file, so the rank comes from `lora_E`: [rank, 1].
         shape = shapes.get("lora_E", ())
         if len(shape) != 2:
             raise AdapterFileError(f"has `lora_E` of `{module}` of shape {shape}, not (rank, 1).")

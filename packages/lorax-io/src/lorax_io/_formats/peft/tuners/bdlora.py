@@ -1,4 +1,4 @@
-"""BD-LoRA: LoRA of which one factor is block-diagonal, and stored as its blocks."""
+"""BD-LoRA: LoRA with one block-diagonal factor, of which only the blocks are stored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +10,16 @@ from ...._places import RANK, Factor, Place
 from ..config import PeftConfig
 from .tuner import Module, check_linear, the_one
 
-# The inner axes of the core's layout: what is left of the axis that is cut, and the rank.
+# Inner axes of the adapter's layout: the entries within a block of the split axis, and the rank.
 _PART, _RANK = RANK, RANK - 1
 _KEYS = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 
 
 def blocked_side(config: PeftConfig, module: str) -> Any:
-    """The side of a module that is cut into blocks, by any part of its name; None for neither."""
+    """The side of a module that is split into blocks, `in` or `out`; None if it is plain LoRA.
+
+    PEFT looks for the config's names anywhere in the module's name.
+    """
     blocks = config.use_bdlora or {}
     sides = [side for side, key in _KEYS.items() if any(x in module for x in blocks.get(key) or ())]
     if len(sides) > 1:
@@ -46,7 +49,7 @@ def blank(place: Place, config: PeftConfig, module: str, side: Any) -> Adapter:
 
 
 def factors(place: Place, weight: Any) -> tuple[Factor, ...]:
-    """Where the two tensors are stored."""
+    """The keys and axes of the two tensors."""
     check_linear(place, "BD-LoRA")
     inputs, outputs, cut = place.axes.inputs, place.outputs, weight.split_axis
     side = inputs if weight.side == "in" else outputs
@@ -64,7 +67,7 @@ def factors(place: Place, weight: Any) -> tuple[Factor, ...]:
 
 
 def sides(shapes: Mapping[str, Any], config: PeftConfig, side: Any) -> tuple[int, tuple[int, ...]]:
-    """The outputs and the inputs of a module, from the shapes of its tensors."""
+    """The numbers of outputs and inputs of a module, from the shapes of its tensors."""
     blocks = (config.use_bdlora or {}).get("nblocks", 1)
     a, b = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
     if len(a) != 2 or len(b) != 2:
@@ -73,9 +76,9 @@ def sides(shapes: Mapping[str, Any], config: PeftConfig, side: Any) -> tuple[int
 
 
 def settings(modules: Sequence[Module]) -> dict[str, Any] | None:
-    """The config's settings for them; None where there are none.
+    """The value of `use_bdlora` in the config; None if no module has BD-LoRA.
 
-    PEFT looks for a name anywhere in that of a module.
+    PEFT looks for its names anywhere in a module's name, so no other module may contain one.
     """
     cut = [module for module in modules if isinstance(module.weight, BdloraWeight)]
     if not cut:

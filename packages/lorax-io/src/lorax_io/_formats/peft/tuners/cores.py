@@ -1,4 +1,4 @@
-"""Cores over the window of a convolution, which LoHa and LoKr have under `use_effective_conv2d`."""
+"""Tucker cores over a convolution's window, which LoHa and LoKr use (`use_effective_conv2d`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,10 +38,10 @@ def _channels(weight: Any) -> int:
 def with_cores(
     config: PeftConfig, called: str, modules: Sequence[Module], cores: Mapping[str, bool]
 ) -> PeftConfig:
-    """The config of modules of which some may have cores.
+    """The config with `use_effective_conv2d`, by whether the convolutions have cores.
 
     Raises:
-        UnsupportedAdapterError: where only some of those with a window have one.
+        UnsupportedAdapterError: if some of the modules with a window have a core and others do not.
     """
     windows = {module.name for module in modules if _has_window(module.place)}
     found = {name: has_core for name, has_core in cores.items() if name in windows}

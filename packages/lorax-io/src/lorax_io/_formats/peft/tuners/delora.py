@@ -1,4 +1,4 @@
-"""DeLoRA: `delora_A`, `delora_B`, `delora_lambda`, and `delora_w_norm`, the base's norms."""
+"""DeLoRA: `delora_A`, `delora_B`, `delora_lambda`, and the base's norms, `delora_w_norm`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_linear, most_fre
 
 
 class Delora(Tuner):
-    """Two factors of unit length, and how long their product is."""
+    """Two normalized factors, and the length of their product."""
 
     peft_type = "DELORA"
     called = "DeLoRA"

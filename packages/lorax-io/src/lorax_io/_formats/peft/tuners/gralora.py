@@ -1,4 +1,4 @@
-"""GraLoRA: `gralora_A` and `gralora_B`, one factor for each block of inputs and of outputs."""
+"""GraLoRA: `gralora_A` and `gralora_B`, with factors for each block of inputs and outputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from ...._places import RANK, Factor, Place
 from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, alpha_of, check_linear, the_one
 
-# The inner axes of the core's layout: what is left of both axes that are cut, and the rank.
+# Inner axes of the adapter's layout: the entries within a block of each split axis, and the rank.
 _PART_IN, _PART_OUT, _RANK = RANK, RANK - 1, RANK - 2
 
 
 class Gralora(Tuner):
-    """A grid of products."""
+    """A grid of low-rank products, one for each block of inputs and outputs."""
 
     peft_type = "GRALORA"
     called = "GraLoRA"
@@ -36,7 +36,7 @@ class Gralora(Tuner):
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
         check_linear(place, self.called)
         shared, inputs, outputs = place.axes
-        # PEFT's blocks are of the whole side; the first axis has them in the same order.
+        # PEFT splits the flattened side; splitting its first axis gives the same blocks.
         cut, blocks = (inputs[0], outputs[0]), config.gralora_k
         if config.r % blocks or any(place.sizes[axis] % blocks for axis in cut):
             raise AdapterFileError(

@@ -1,4 +1,4 @@
-"""IA³: `ia3_l`, a column of gains of the outputs, or a row of gains of the inputs."""
+"""IA³: `ia3_l`, a column of gains for the outputs, or a row of gains for the inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_flat
 
 
 class IA3(Tuner):
-    """Gains of the outputs, or of the inputs of the feedforward modules."""
+    """Gains of a module's outputs, or of its inputs if it is a feedforward module."""
 
     peft_type = "IA3"
     called = "IA³"
@@ -67,7 +67,7 @@ class IA3(Tuner):
     def bias(
         self, tensors: Mapping[str, Any], config: PeftConfig, module: str
     ) -> Callable[[Array], Array] | None:
-        """PEFT multiplies the bias of a layer with the gains of its outputs, too."""
+        """The scaled bias: PEFT multiplies a layer's bias by the gains of its outputs, too."""
         gain = tensors.get(f"{module}.ia3_l")
         if gain is None or config.is_feedforward(module):
             return None

@@ -1,6 +1,7 @@
-"""LoHa: `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, where windows are flat.
+"""LoHa: `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, with windows flattened.
 
-With cores, `hada_t1` and `hada_t2`, the window is in these, and all four have the rank first.
+With Tucker cores, `hada_t1` and `hada_t2`, the window is in the cores, and the four matrices have
+the rank as their first axis.
 """
 
 from collections.abc import Sequence

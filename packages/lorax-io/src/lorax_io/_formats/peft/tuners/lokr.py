@@ -1,6 +1,7 @@
-"""LoKr: `lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, and the same of `lokr_w2`.
+"""LoKr: `lokr_w1`, or its factors `lokr_w1_a` and `lokr_w1_b`, and likewise `lokr_w2`.
 
-With a core over the window, `lokr_t2`, both of `lokr_w2_a` and `lokr_w2_b` have the rank first.
+With a Tucker core over the window, `lokr_t2`, `lokr_w2_a` and `lokr_w2_b` have the rank as their
+first axis.
 """
 
 import math
@@ -15,8 +16,8 @@ from ..config import PeftConfig
 from .cores import check_window, core_groups, with_cores
 from .tuner import Module, Shapes, Sides, Tuner, check_flat
 
-# The inner axes of the core's layout: what is left of both axes that are cut, and two ranks.
-# The last is that of a core's outputs.
+# Inner axes of the adapter's layout: the entries within a block of each split axis, the ranks of
+# both matrices, and the rank of the outputs of a Tucker core.
 _REST_IN, _REST_OUT, _RANK_1, _RANK_2, _RANK_OUT = (RANK - k for k in range(5))
 
 
@@ -130,7 +131,7 @@ def _candidates(modules: Sequence[Module]) -> Iterable[int]:
 
 
 def _is_cut(module: Module, factor: int, both: bool) -> bool:
-    """Whether PEFT makes matrices of these shapes of a module."""
+    """Whether PEFT, with these settings, gives a module matrices of the adapter's shapes."""
     weight, place = _lokr(module), module.place
     cut = [_cut(place.sizes[axis], factor) for axis in weight.split_axes]
     blocks, rest = zip(*cut, strict=True)
@@ -143,7 +144,7 @@ def _lokr(module: Module) -> Any:
 
 
 def _cut(size: int, factor: int) -> tuple[int, int]:
-    """The blocks of an axis, and the size of each: the smaller of both is the number of blocks."""
+    """How PEFT splits an axis: the number of blocks and the size of each, the smaller first."""
     if factor > 0 and size % factor == 0:
         count = factor
     else:

@@ -1,4 +1,4 @@
-"""LoRA and its variants: `lora_A`, `lora_B`, `lora_magnitude_vector`, and rows of a table."""
+"""LoRA, DoRA, BD-LoRA and trained rows: `lora_A`, `lora_B`, `lora_magnitude_vector` and others."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -24,17 +24,17 @@ from . import bdlora
 from .tokens import MARK, row_factors, rows_of_table
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, alpha_of, most_frequent, pattern
 
-MID = "lora_mid.weight"  # of LyCORIS alone: PEFT has no core between the factors
+MID = "lora_mid.weight"  # a Tucker core; only LyCORIS has it, PEFT does not
 _ROWS = f"token_adapter.{MARK}"
 BIAS = "lora_B.bias"
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
-_RANK = RANK - 1  # on the other side of a core
+_RANK = RANK - 1  # the rank on the output side of a core
 
 
 class Lora(Tuner):
-    """LoRA, and DoRA or BD-LoRA where the config says so."""
+    """LoRA; or DoRA or BD-LoRA, if set in the config."""
 
     peft_type = "LORA"
     called = "LoRA"
@@ -173,7 +173,7 @@ class Lora(Tuner):
     def bias(
         self, tensors: Mapping[str, Any], config: PeftConfig, module: str
     ) -> Callable[[Array], Array] | None:
-        """PEFT's second factor may have a bias, which the scale multiplies."""
+        """The base's bias plus that of `lora_B`, which PEFT multiplies by the scale."""
         more = tensors.get(f"{module}.{BIAS}")
         if more is None:
             return None
@@ -237,7 +237,7 @@ class Lora(Tuner):
 
 
 def _with_core(place: Place, weight: LoconWeight) -> tuple[Factor, ...]:
-    """A convolution of 1×1, one with the window, and one of 1×1."""
+    """A Tucker core between two 1×1 convolutions; the core has the window."""
     if not isinstance(place.layout, Conv) or place.inputs[0] != (weight.channel_axis,):
         raise UnsupportedAdapterError(
             f"`{place.path}` has a core between its factors, which is for convolutions, and over "

@@ -1,4 +1,4 @@
-"""MiSS: `miss_block`, rows that the inputs of equal remainder share."""
+"""MiSS: `miss_block`, one row for all inputs with the same index modulo the rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_linear, the_one
 
 
 class Miss(Tuner):
-    """One matrix, of which each row is for the inputs of one remainder."""
+    """One matrix, [rank, out], whose rows inputs share by their index modulo the rank."""
 
     peft_type = "MISS"
     called = "MiSS"
@@ -45,7 +45,10 @@ class Miss(Tuner):
         return (Factor("miss_block", "d", ((RANK,), place.outputs)),)
 
     def _check(self, place: Place, rank: int) -> None:
-        """PEFT counts the inputs of all axes together, and the core those of the last."""
+        """Refuses input axes for which the rows differ: PEFT counts over the flattened inputs.
+
+        `lorax` counts along the last input axis, which is the same if the rank divides it.
+        """
         check_linear(place, self.called)
         *outer, last = place.axes.inputs
         if outer and place.sizes[last] < rank:

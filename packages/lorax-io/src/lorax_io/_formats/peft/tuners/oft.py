@@ -1,4 +1,4 @@
-"""OFT: `oft_R.weight`, what is above the diagonal of a skew-symmetric matrix, for each block."""
+"""OFT: `oft_R.weight`, the entries above the diagonal of each block's skew-symmetric matrix."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from ...._places import RANK, Factor, Place
 from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, the_one
 
-_ABOVE = RANK - 1  # the core's second inner axis: the first is an entry of a block
-_SINCE = "0.18.0"  # of PEFT, with the series that the core has
+_ABOVE = RANK - 1  # the second inner axis of the adapter's layout; the first is within a block
+_SINCE = "0.18.0"  # the first PEFT release with the same Cayley–Neumann series as `lorax`
 _TABLE = "oft_embedding_R.weight"
 
 
@@ -84,7 +84,7 @@ class Oft(Tuner):
         return (Factor(key, "q", (blocks, (_ABOVE,))),)
 
     def _turned(self, place: Place) -> tuple[Any, tuple[int, ...]]:
-        """The side that PEFT turns, and its axes."""
+        """The side that PEFT rotates, and its axes."""
         if isinstance(place.layout, Embedding):
             return "out", place.outputs
         if not isinstance(place.layout, Linear):
@@ -122,12 +122,12 @@ class Oft(Tuner):
 
 
 def _release(version: str | None) -> tuple[int, ...]:
-    """The numbers of a release, the first where there is none."""
+    """The first two numbers of a release; empty, which is less than all others, if not known."""
     return tuple(int(part) for part in re.findall(r"\d{1,6}", version or "")[:2])
 
 
 def _block_size(shapes: Shapes, module: str) -> int:
-    """The size of a block, by how many entries there are above a diagonal."""
+    """The size of a block, from the number of entries above its diagonal."""
     shape = next(iter(shapes.values()), ())
     above = shape[1] if len(shape) == 2 else 0
     size = (1 + math.isqrt(1 + 8 * above)) // 2

@@ -1,4 +1,4 @@
-"""Trainable tokens: `trainable_tokens_delta`, the rows themselves, despite the name."""
+"""Trainable tokens: `trainable_tokens_delta`, which holds the new rows, not their change."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ MARK = "trainable_tokens_delta"
 
 
 class Tokens(Tuner):
-    """Rows of a table in place of the base's own."""
+    """Rows that replace some of an embedding's."""
 
     peft_type = "TRAINABLE_TOKENS"
     called = "trainable tokens"
@@ -51,7 +51,7 @@ class Tokens(Tuner):
 
 
 def rows_of_table(place: Place, indices: Sequence[int], shape: tuple[int, ...]) -> Adapter:
-    """The adapter of a table, without arrays."""
+    """The adapter of an embedding's rows, without arrays."""
     _check(place)
     (vocabulary,) = place.axes.inputs
     if len(set(indices)) < len(indices) or len(indices) != (shape[0] if shape else 0):
@@ -69,7 +69,7 @@ def rows_of_table(place: Place, indices: Sequence[int], shape: tuple[int, ...]) 
 
 
 def row_factors(place: Place, key: str) -> tuple[Factor, ...]:
-    """Where the rows of a table are stored."""
+    """The key and axes of the tensor of rows."""
     _check(place)
     return (Factor(key, "values", ((RANK,), place.outputs)),)
 

@@ -1,4 +1,4 @@
-"""What PEFT calls a tuner: a kind of adapter, in PEFT's config and keys."""
+"""`Tuner`, PEFT's word for a kind of adapter: its keys, its settings and its tensors."""
 
 import collections
 import math
@@ -29,12 +29,12 @@ class Scaling(NamedTuple):
     """The settings of a config that apply to all modules together."""
 
     config: PeftConfig
-    # Alpha and scaling of modules whose config holds an equal scale in another form.
+    # The alpha and scaling of modules whose config expresses the same scale differently.
     original_scaling: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Sides(NamedTuple):
-    """The shape of a module's weight as its factors tell it: (out, in, *window)."""
+    """The shape of a module's weight, inferred from its factors: (out, in, *window)."""
 
     out: int
     inputs: tuple[int, ...]
@@ -44,21 +44,21 @@ class Tuner:
     """One kind of adapter in PEFT: a row of `TUNERS`.
 
     Attributes:
-        peft_type: what its configs say.
-        called: what people call it.
-        marks: what its keys end in; each begins a tensor's name in a module.
-        tables: those of them that only an embedding has.
-        common: tensors of the whole adapter, which are in no module.
-        renamed: keys of its config that are fields of `PeftConfig` under another name.
-        fields: the fields of `PeftConfig` that its config has beside the common ones.
-        lacking: the common ones that its config does not have.
-        defaults: of PEFT, where they are not those of LoRA.
-        harmless: keys that change nothing in the numbers that the tensors give.
-        beyond: keys that change them in a way that is not read, unless they are null or false.
-        init: the key for how the factors begin.
-        only_bias: what a config says where the biases of adapted modules alone are trained.
-        folded: the factor that is multiplied where the scale is folded in.
-        tells_shape: whether the tensors of a module tell the shape of its weight.
+        peft_type: its `peft_type` in a config.
+        called: its name in messages.
+        marks: the keys of its tensors in a module.
+        tables: the keys among these that only an embedding has.
+        common: the keys of tensors that all modules share and that are in no module.
+        renamed: fields of `PeftConfig`, by their keys in this tuner's config if these differ.
+        fields: the fields of `PeftConfig` that its config has besides the common ones.
+        lacking: the common fields that its config does not have.
+        defaults: PEFT's defaults, if they differ from those of LoRA.
+        harmless: keys of its config that do not affect what its tensors mean.
+        beyond: keys of unsupported features, unless they are null or false, with a description.
+        init: the key for how factors are initialized.
+        only_bias: the value of `bias` for training only the biases of adapted modules.
+        folded: the factor to multiply when the scale is folded in.
+        tells_shape: whether a module's tensors determine the shape of its weight.
     """
 
     peft_type: ClassVar[str]
@@ -82,32 +82,32 @@ class Tuner:
         raise NotImplementedError
 
     def check_start(self, value: Any) -> None:
-        """Refuses a value of `init` that changes what the tensors mean."""
+        """Refuses an initialization that changes what the tensors mean."""
 
     def check_config(self, config: PeftConfig) -> None:
-        """Warns of what else a config says."""
+        """Refuses invalid combinations of settings, and warns about questionable ones."""
 
     def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
-        """Refuses a file that lacks what its config says that is in it."""
+        """Refuses a file that lacks tensors that its config requires."""
 
     def mixes(self, kinds: Collection[str]) -> bool:
-        """Whether one folder may have adapters of all these kinds of the core."""
+        """Whether one folder may contain adapters of all these kinds of `lorax`."""
         return len(kinds) == 1
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
-        """The keys that a module may have."""
+        """The keys of the tensors that a module may have."""
         return self.marks
 
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
-        """The adapter without arrays of a module with tensors of these shapes."""
+        """The adapter, without arrays, of a module whose tensors have these shapes."""
         raise NotImplementedError
 
     def factors(self, place: Place, weight: Any) -> tuple[Factor, ...]:
-        """Where the tensors of an adapter are stored, those of frozen factors among them."""
+        """The keys and axes of an adapter's tensors, including those of frozen factors."""
         raise NotImplementedError
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
-        """Whether the config says that a module is adapted; None where it does not say."""
+        """Whether the config targets a module; None if the config alone does not determine it."""
         if place.layout.by_parameter:
             return config.targets_parameter(place.pattern_name(module))
         return config.targets(module)
@@ -115,52 +115,52 @@ class Tuner:
     def spread(
         self, tensors: Mapping[str, Any], config: PeftConfig, places: Mapping[str, Place]
     ) -> Mapping[str, Any]:
-        """The tensors, with those that modules have in common in each of them."""
+        """The tensors, with shared ones repeated in each module."""
         return tensors
 
     def gathered(self, parts: Mapping[str, Sequence[tuple[str, Any]]]) -> dict[str, Any]:
-        """The tensors that modules have in common, from the part of each, by path.
+        """The tensors that modules share, from each module's part of them: the inverse of `spread`.
 
         Raises:
-            UnsupportedAdapterError: where the parts are not of one tensor.
+            UnsupportedAdapterError: if the parts are not of the same tensor.
         """
         return {}
 
     def beside(self, modules: Sequence[Module]) -> list[Module]:
-        """Those of the modules that are not targets in its config, but have their own key."""
+        """The modules that the config lists under a key of their own, not as targets."""
         return []
 
     def bias(
         self, tensors: Mapping[str, Any], config: PeftConfig, module: str
     ) -> Callable[[Array], Array] | None:
-        """The changed bias beside a module's weight; None where the adapter does not change it."""
+        """A function from the bias beside a module's weight to its new value; None if unchanged."""
         return None
 
     def needs_base(self, config: PeftConfig) -> str | None:
-        """Why an adapter has no meaning without its base; None where it has."""
+        """Why an adapter is incomplete without its base, as a clause; None if it is complete."""
         return None
 
     def written(self, config: PeftConfig) -> dict[str, Any]:
-        """Further keys, without which PEFT does not read a config."""
+        """Further keys that PEFT requires in a config."""
         return {}
 
     def sides(self, shapes: Shapes, config: PeftConfig, module: str) -> Sides:
-        """The shape of the weight, for a module whose layout nobody gave."""
+        """The shape of a module's weight, from the shapes of its tensors."""
         raise NotImplementedError
 
     def check(self, config: PeftConfig, names: Layouts, place: Place) -> None:
-        """Refuses what PEFT does beyond the adapter of one parameter."""
+        """Refuses what PEFT does in addition to adapting one parameter."""
 
     def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
-        """The config with what PEFT alone has to know.
+        """The config with further settings that PEFT needs to rebuild the same shapes.
 
         Raises:
-            UnsupportedAdapterError: where it has no key for it.
+            UnsupportedAdapterError: if no settings of PEFT give these shapes.
         """
         return config
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
-        """Rank and scale of every module: the most frequent ones, and patterns for the others."""
+        """The ranks and scales: the most frequent ones, and patterns for all other modules."""
         ranks: dict[str, Any] = {module.name: module.weight.rank for module in modules}
         r = most_frequent(ranks)
         alphas = dict.fromkeys(ranks, r)
@@ -178,7 +178,7 @@ class Tuner:
 
 
 def alpha_of(weight: Any, rslora: bool) -> float:
-    """The alpha that gives the weight's scale; an integer where it is one, as PEFT writes it."""
+    """The alpha that gives the weight's scale; an int if it is integral, as PEFT writes it."""
     scaling = getattr(weight, "scaling", "standard")
     if weight.alpha is not None and (scaling == "rslora") == rslora:
         alpha = weight.alpha
@@ -188,10 +188,10 @@ def alpha_of(weight: Any, rslora: bool) -> float:
 
 
 def the_one(modules: Sequence[Module], called: str, label: str, of: Callable[[Any], Any]) -> Any:
-    """The common value of all modules, where a config has one key for all of them.
+    """The value of a setting that must be the same in all modules.
 
     Raises:
-        UnsupportedAdapterError: where they have several.
+        UnsupportedAdapterError: if modules differ.
     """
     owners = {of(module.weight): module.name for module in modules}
     if len(owners) > 1:
@@ -204,14 +204,14 @@ def the_one(modules: Sequence[Module], called: str, label: str, of: Callable[[An
 
 
 def most_frequent(values: Mapping[str, Any]) -> Any:
-    """The value that most of them have."""
+    """The most frequent value."""
     return collections.Counter(values.values()).most_common(1)[0][0]
 
 
 def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """An entry for each module that has another value, by its full name.
+    """PEFT's pattern: an entry, by full name, for each module whose value is not the default.
 
-    PEFT matches a key with the ends of names, so one that ends another name is tied to its begin.
+    PEFT matches keys with the ends of names, so a name that is the end of another is anchored.
     """
     longer = {end for name in values for end in suffixes(name)[1:]}
     return {
@@ -222,7 +222,7 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def check_linear(place: Place, called: str) -> None:
-    """Refuses layouts other than a linear layer, where PEFT has an adapter of these alone."""
+    """Refuses layouts other than `Linear`, for kinds that PEFT supports only on linear layers."""
     check_flat(place, called)
     if not isinstance(place.layout, Linear):
         raise UnsupportedAdapterError(
@@ -232,7 +232,7 @@ def check_linear(place: Place, called: str) -> None:
 
 
 def check_flat(place: Place, called: str) -> None:
-    """Refuses layouts that PEFT has no such adapter for."""
+    """Refuses experts, and layouts that PEFT cannot adapt at all."""
     if place.layout.by_parameter or not place.factors:
         raise UnsupportedAdapterError(
             f"`{place.path}` has {called}, which PEFT does not have for a layout "

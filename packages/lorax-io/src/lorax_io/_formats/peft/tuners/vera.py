@@ -1,6 +1,6 @@
 """VeRA: `vera_lambda_d` and `vera_lambda_b`, and one pair of frozen matrices for all modules.
 
-The matrices are in the file, or PyTorch draws them again from a seed; so does this.
+The matrices are in the file, or are drawn from a seed exactly as PyTorch draws them.
 """
 
 import math
@@ -18,11 +18,11 @@ from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, check_linear, the_one
 
 _MATRICES = ("vera_A", "vera_B")
-_LARGEST = 2**28  # numbers that a seed may ask for
+_LARGEST = 2**28  # the most numbers to draw from a seed, which comes from an untrusted file
 
 
 class Vera(Tuner):
-    """Two vectors for each module, beside what all modules share."""
+    """Two vectors for each module, and two frozen matrices that all modules share."""
 
     peft_type = "VERA"
     called = "VeRA"
@@ -107,7 +107,7 @@ class Vera(Tuner):
 def _matrices(
     tensors: Mapping[str, Stored], config: PeftConfig, fan_in: int, fan_out: int
 ) -> list[Stored]:
-    """Both matrices: those of the file, or those that PEFT makes of the seed."""
+    """Both frozen matrices: from the file, or drawn from the seed as PEFT does."""
     if not config.save_projection:
         return _drawn(tensors, config, fan_in, fan_out)
     if lacking := [key for key in _MATRICES if key not in tensors]:
@@ -128,9 +128,9 @@ def _matrices(
 def _drawn(
     tensors: Mapping[str, Stored], config: PeftConfig, fan_in: int, fan_out: int
 ) -> list[Stored]:
-    """The matrices of a seed, bit for bit as PyTorch draws them on a CPU.
+    """The matrices drawn from the seed, bit-identical to PyTorch's on a CPU.
 
-    They depend on the largest of all modules, so the base has to be the one of the adapter.
+    They depend on the largest module, so the parameters must include all of the adapter's modules.
     """
     if not tensors.keys().isdisjoint(_MATRICES):
         warn(
