@@ -1,4 +1,4 @@
-"""Lorax for the models of Hugging Face and PyTorch, in the words of PEFT."""
+"""Lorax for Hugging Face and PyTorch models, with PEFT's names for their modules."""
 
 import importlib.metadata
 import inspect

@@ -1,4 +1,4 @@
-"""Which rows of a model a user means: named choices, ends of names, patterns, functions."""
+"""Resolves a user's targets to parameters: named choices, ends of names, patterns, functions."""
 
 import difflib
 import re
@@ -15,17 +15,20 @@ NAMED = ("default", "attention", "mlp", "all-linear", "embeddings", "experts")
 
 
 def is_named(targets: Targets) -> bool:
-    """Whether targets are one of the choices that have a name."""
+    """Whether targets are one of the named choices, such as "attention"."""
     return isinstance(targets, str) and targets in NAMED
 
 
 def choose(rows: Sequence[Row], targets: Targets, option: str) -> set[str]:
-    """The paths that targets mean among these rows.
+    """The paths of the rows that targets select.
 
     Args:
-        rows: those that may be chosen.
+        rows: the rows to choose from.
         targets: as in `spec`.
         option: the name of the argument, for errors.
+
+    Raises:
+        SpecError: if nothing is selected, or one of several ends matches nothing.
     """
     if is_named(targets):
         paths = {row.path for row in rows if targets in row.words}
@@ -55,7 +58,7 @@ def _accepts(rows: Sequence[Row], targets: Targets, option: str) -> Callable[[st
 
 
 def check_patterns(rows: Sequence[Row], option: str, patterns: Mapping[str, Any]) -> None:
-    """Raises `SpecError` where a pattern matches the end of no module's name."""
+    """Raises `SpecError` if a pattern does not match the end of any module's name."""
     for key in patterns:
         if not any(_matches(key, row.module) for row in rows):
             raise SpecError(f"{option}: no module ends in {key!r}. {_suggestion(key, rows)}")
@@ -67,7 +70,7 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def shown(targets: Any) -> str:
-    """Targets as a user wrote them."""
+    """Targets for a message, as the user wrote them."""
     return repr(targets.pattern if isinstance(targets, re.Pattern) else targets)
 
 

@@ -1,4 +1,4 @@
-"""Known defects of the installed libraries, and what to do about each."""
+"""The types that describe known defects of the installed libraries."""
 
 import warnings
 from collections.abc import Callable
@@ -8,9 +8,15 @@ from lorax import LoraxWarning
 
 
 class Finding(NamedTuple):
-    """One defect."""
+    """A known defect of the installed libraries.
 
-    models: tuple[str, ...]  # model types
+    Attributes:
+        models: the model types that it affects.
+        problem: what is wrong, as a clause.
+        remedy: what to do about it, as an imperative.
+    """
+
+    models: tuple[str, ...]
     problem: str
     remedy: str
 
@@ -27,12 +33,12 @@ class Finding(NamedTuple):
 
 
 class DefectWarning(LoraxWarning):
-    """The installed transformers is known to be wrong for this model."""
+    """The installed libraries have a known defect that affects this model."""
 
 
 class Defect(NamedTuple):
-    """A finding, and when it is one."""
+    """A finding, and the conditions under which it applies."""
 
     finding: Finding
-    is_there: Callable[[], bool]  # in the installed libraries
-    concerns: Callable[[Any], bool]  # a config
+    is_there: Callable[[], bool]  # whether the installed libraries have it
+    concerns: Callable[[Any], bool]  # whether it affects a model with this config

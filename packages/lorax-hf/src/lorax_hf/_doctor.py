@@ -1,4 +1,4 @@
-"""`doctor`: the known defects that concern a model."""
+"""`doctor`: the known defects that affect a model."""
 
 import importlib.metadata
 import warnings
@@ -9,14 +9,14 @@ from ._library import installed_parts, part_of
 
 
 def doctor(model: Any = None) -> list[Finding]:
-    """The defects of the installed transformers and JAX that are known.
+    """Lists known defects of the installed transformers and JAX.
 
     Args:
-        model: a PyTorch module, a Flax model or the config of one; only what concerns it is
-            returned. By default everything.
+        model: a PyTorch module, a Flax model, or the config of one, to list only the defects that
+            affect it. By default all are listed.
 
     Returns:
-        The findings, each with its remedy; empty where none is known.
+        The findings, each with its remedy; empty if none is known.
 
     Example:
         >>> import lorax_hf, transformers
@@ -41,7 +41,7 @@ def _concerns(defect: Defect, config: Any) -> bool:
 
 
 def warn_of_defects(model: Any) -> None:
-    """A warning for each defect that concerns a model."""
+    """Warns about each defect that affects a model."""
     for finding in doctor(model):
         versions = [
             f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jax")

@@ -1,9 +1,9 @@
-"""Ends of names of modules that mean the same in every architecture."""
+"""Ends of module names that have the same meaning in all architectures."""
 
-# Tables of tokens, of which every model has one.
+# Token embeddings.
 TOKEN_TABLES = ("word_embeddings", "embed_tokens", "shared", "wte", "token_embedding")
 
-# What makes the outputs of a task, which "all-linear" leaves out, as PEFT does.
+# The output layers of tasks, which "all-linear" leaves out, as PEFT does.
 HEADS = (
     "lm_head",
     "lm_head.decoder",

@@ -1,4 +1,4 @@
-"""Errors about PyTorch modules that a caller may want to catch by type."""
+"""Errors and warnings about PyTorch modules."""
 
 from lorax import LoraxError, LoraxWarning
 
@@ -8,12 +8,12 @@ class OperatorError(LoraxError, NotImplementedError):
 
 
 class StaticCacheError(LoraxError, NotImplementedError):
-    """A model whose cache cannot have a constant size, so that `generate` cannot compile it."""
+    """The model's cache cannot have a constant size, so `generate` cannot compile it."""
 
 
 class QuantizedModuleError(LoraxError, TypeError):
-    """A PyTorch module whose weights are quantized, which cannot be run in JAX."""
+    """The PyTorch module has quantized weights, which cannot be run in JAX."""
 
 
 class ModuleWarning(LoraxWarning):
-    """A PyTorch module or its files are not used as they are in PyTorch."""
+    """A PyTorch module or its files are used differently than in PyTorch."""

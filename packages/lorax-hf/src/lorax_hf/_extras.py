@@ -1,13 +1,13 @@
-"""The two optional parts of this package, and what to install for each.
+"""The two optional parts of this package, `flax` and `torch`, and what to install for each.
 
-The Flax models ended with transformers 4, and the PyTorch models are followed in transformers 5, so
-that one environment has one part.
+Flax models need transformers 4, and PyTorch models are supported with transformers 5, so an
+environment can only have one of the parts.
 """
 
 import importlib.metadata
 import importlib.util
 
-# What each extra is for, and the modules that it brings.
+# The purpose of each extra, and the modules that it installs.
 EXTRAS = {
     "flax": ("the Flax models of transformers 4", ("flax", "transformers")),
     "torch": ("PyTorch modules", ("torch", "torchax")),
@@ -15,7 +15,7 @@ EXTRAS = {
 
 
 def need(extra: str) -> None:
-    """Raises `ImportError`, with what to install, unless the packages of an extra are there."""
+    """Raises `ImportError`, with what to install, if packages of an extra are missing."""
     purpose, modules = EXTRAS[extra]
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -28,10 +28,10 @@ def need(extra: str) -> None:
 
 
 def refuse_transformers_5(version: str) -> None:
-    """Raises `ImportError` where a version of transformers is too new to hold Flax models.
+    """Raises `ImportError` if this version of transformers has no Flax models any more.
 
-    An installer keeps to the declared range, but one `pip install -U transformers` later the models
-    are gone, and the error would name a class instead of the reason.
+    A later `pip install -U transformers` ignores the declared range. Without this check, the error
+    would only name a missing class.
     """
     if _major(version) >= 5:
         raise ImportError(

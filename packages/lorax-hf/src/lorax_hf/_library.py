@@ -1,4 +1,4 @@
-"""Which library a model is of, and the part of this package that has it."""
+"""Finds the part of this package, Flax or PyTorch, that handles a model."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ class Part(Protocol):
 
 
 def part_of(model: Any) -> Part:
-    """The part for a model; an `ImportError` names what to install where it is missing."""
+    """The part for a model; an `ImportError` names what to install if its packages are missing."""
     if _is_of(model, "torch", "nn.Module") or _is_function(model):
         return _part("torch")
     if _is_of(model, "transformers", "PretrainedConfig"):
@@ -43,7 +43,7 @@ def part_of(model: Any) -> Part:
 
 
 def described(model: Any, params: Any = None) -> Described:
-    """A model as rows, whatever library it is of."""
+    """A model as rows, of either library."""
     return part_of(model).described(model, params)
 
 
@@ -64,12 +64,12 @@ def _part(extra: str) -> Part:
 
 
 def _is_function(model: Any) -> bool:
-    """Whether a model is what `from_torch` returns."""
+    """Whether a model is a function that `from_torch` has returned."""
     return _is_of(model, f"{__package__}._torch._function", "ModuleFunction")
 
 
 def _is_of(model: Any, package: str, name: str) -> bool:
-    """Whether a model is an instance of a class, which is not imported for the question."""
+    """Whether a model is an instance of a class, without importing its package."""
     if package not in sys.modules:
         return False
     return isinstance(model, functools.reduce(getattr, name.split("."), sys.modules[package]))

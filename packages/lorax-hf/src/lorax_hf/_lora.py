@@ -1,4 +1,4 @@
-"""`lora`: a model that takes the pair in place of its parameters."""
+"""`lora`: adapts a model so that it takes `(frozen, tunable)` in place of its parameters."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from ._library import part_of
 
 
 def lora(model: Any, **options: Any) -> Any:
-    """The model with `(frozen, tunable)` for `params`, in calls and in `generate`.
+    """Adapts a model to take `(frozen, tunable)` as `params`, in calls and in `generate`.
 
     Args:
         model: a PyTorch module or the function that `from_torch` returns, or a Flax model of
             transformers.
-        **options: those of `lorax.lora`: `on_materialize`, `on_unused`. For a PyTorch module,
-            `train` and `scan_layers` as well.
+        **options: the options of `lorax.lora`, `on_materialize` and `on_unused`. A PyTorch module
+            also takes `train` and `scan_layers`, as in `from_torch`.
 
     Returns:
-        The adapted model; the one given is not changed.
+        The adapted model; the given one is not changed.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_hf, transformers

@@ -1,4 +1,4 @@
-"""`peft_names`: where each parameter of a model is in PyTorch, for `lorax_io`."""
+"""`peft_names`: the PyTorch module and layout of each parameter, for `lorax_io`."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from ._library import described
 
 
 def peft_names(model: Any, params: Any = None) -> dict[str, dict[str, Any]]:
-    """The module and the layout of each parameter, as `lorax_io.save_peft` and others take them.
+    """The PyTorch module and layout of each parameter, for `lorax_io.save_peft` and others.
 
-    Plain data, which may go to a file as JSON for the command `lorax` (`--names`).
+    The result is plain data, which can be written as JSON for the command `lorax` (`--names`).
 
     Args:
         model: a PyTorch module or the function that `from_torch` returns, a Flax model of
             transformers, or the config of one.
-        params: its parameters, of arrays or shapes; by default the model's own.
+        params: the model's parameters, as arrays or shapes; by default its own.
 
     Returns:
-        For each path, `{"layout": …, "module": …}` and what else the layout takes.
+        By path, `{"layout": …, "module": …}` and the layout's further arguments.
 
     Example:
         >>> import lorax_hf, transformers

@@ -22,40 +22,41 @@ def from_torch(
     train: bool = False,
     scan_layers: bool | Collection[str] = False,
 ) -> tuple["ModuleFunction", dict[str, jax.Array]]:
-    """A PyTorch module as a pure JAX function of its parameters, and the parameters.
+    """Converts a PyTorch module to a pure JAX function of its parameters.
 
-    The function is called as the module is, `fn(params, *args, **kwargs)`, with JAX arrays for
-    tensors, and returns what the module returns, with arrays in it; `jax.jit`, `jax.grad` and
-    `lorax.lora` take it as any other. It keeps a copy of the module without weights, so that later
-    changes of the module do not reach it, and the module may be deleted.
+    The function is called like the module, `fn(params, *args, **kwargs)`, with JAX arrays in place
+    of tensors, and returns the module's outputs with JAX arrays in them. `jax.jit`, `jax.grad` and
+    `lorax.lora` apply to it. It keeps a copy of the module without weights, so later changes to the
+    module do not affect it, and the module may be deleted.
 
-    Parameters that the module ties are one array under one name. Buffers, such as rotary tables and
-    batch statistics, are constants of the function, in `fn.buffers`. Models of transformers return
-    no cache unless the call says `use_cache=True`.
+    Tied parameters become one array under one name. Buffers, such as rotary tables and batch
+    statistics, are constants of the function, in `fn.buffers`. transformers models return no cache
+    unless the call has `use_cache=True`.
 
     Args:
-        module: any `torch.nn.Module`: a model of transformers or diffusers, or your own.
-        sharding: of every parameter, a dict from names, or a function of name and shape; by default
-            arrays are where JAX puts them.
-        dtype: of floating parameters and persistent buffers; by default the module's.
-        train: whether dropout and what else is for training is on. The call then takes `rng=`, a
-            key of `jax.random`.
-        scan_layers: whether equal layers that follow each other are one `jax.lax.scan`, so that a
-            program does not grow with their number; or the names of the lists of layers. Their
-            parameters are stacked in one array, such as `model.layers.0:30.mlp.up_proj.weight`.
+        module: any `torch.nn.Module`: a transformers or diffusers model, or your own.
+        sharding: where to put the parameters: one sharding, a dict of shardings by name, or a
+            function of name and shape. By default JAX decides.
+        dtype: the dtype of floating-point parameters and persistent buffers; by default the
+            module's.
+        train: whether the module is in training mode, with dropout. Calls then take `rng=`, a key
+            of `jax.random`.
+        scan_layers: whether to run consecutive equal layers as one `jax.lax.scan`, so that the
+            compiled program does not grow with their number; or the names of the lists of layers to
+            scan. Their parameters are stacked, as in `model.layers.0:30.mlp.up_proj.weight`.
 
     Returns:
-        The function, and a flat dict of arrays by PyTorch's names.
+        The function, and a flat dict of its parameters by PyTorch's names.
 
     Raises:
-        ImportError: where PyTorch or torchax is missing or too new; says what to install.
-        OperatorError: when called, where torchax lacks an operator.
-        QuantizedModuleError: where the module holds quantized weights.
-        ValueError: where no layers can be scanned, and when called, where the module does more with
-            them than calling one after the other; says why.
+        ImportError: if PyTorch or torchax is missing or too new; the message says what to install.
+        OperatorError: in calls, if torchax lacks an operator.
+        QuantizedModuleError: if the module has quantized weights.
+        ValueError: if no layers can be scanned, or, in calls, if the module does more with scanned
+            layers than to call one after the other; the message says why.
 
     Warns:
-        UserWarning: of layers that `scan_layers` leaves out.
+        ModuleWarning: about layers that `scan_layers` leaves out.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_hf, torch
@@ -82,31 +83,31 @@ def load_torch(
     module: Any = None,
     scan_layers: bool | Collection[str] = False,
 ) -> tuple["ModuleFunction", dict[str, jax.Array]]:
-    """`from_torch` of a folder's model, whose weights never are tensors of PyTorch.
+    """Loads a transformers folder like `from_torch`, without creating PyTorch tensors of weights.
 
-    The module is built without memory, and each tensor of the safetensors files is read onto its
-    devices before the next one. With a sharding, each device reads its part alone. What
-    transformers converts when it loads an older file is converted here, too.
+    The module is built on the meta device, and the tensors of the safetensors files are read onto
+    their devices one at a time. With a sharding, each device reads only its own part. Older files
+    are converted as transformers converts them.
 
     Args:
-        folder: with config.json and model.safetensors, or its parts and their index.
+        folder: a folder with config.json and model.safetensors, or with its shards and their index.
         sharding: as in `from_torch`.
-        dtype: of floating parameters; by default the files'.
+        dtype: the dtype of floating-point parameters; by default that of the files.
         train: as in `from_torch`.
         module: a module on the meta device; by default one of the class in config.json.
-        scan_layers: as in `from_torch`. The largest tensor is then that of all layers.
+        scan_layers: as in `from_torch`. The largest array is then that of all stacked layers.
 
     Returns:
-        The function and the parameters, as from `from_torch`; `fn` is what `spec` and `peft_names`
-        take, and `fn.module` the module without weights.
+        The function and its parameters, as `from_torch` returns them. `spec` and `peft_names` take
+        the function; `fn.module` is the module without weights.
 
     Raises:
-        FileNotFoundError: where the folder lacks a file.
-        ValueError: where a tensor is missing or has another shape.
-        QuantizedModuleError: where the files hold quantized weights.
+        FileNotFoundError: if the folder lacks a file.
+        ValueError: if a tensor is missing or has another shape.
+        QuantizedModuleError: if the files have quantized weights.
 
     Warns:
-        UserWarning: where the files have tensors that the module does not have.
+        ModuleWarning: if the files have tensors that the module does not have.
 
     Example:
         >>> import lorax_hf, tempfile, transformers
@@ -138,27 +139,27 @@ def generate(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> jax.Array:
-    """Continues prompts with a causal model, in one compiled loop with a cache of constant size.
+    """Generates tokens with a causal model, in one compiled loop with a cache of constant size.
 
     Args:
-        fn: of `from_torch` or `load_torch`, or a module that `lora` returns.
-        params: its parameters, or the pair `(frozen, tunable)`.
+        fn: a function of `from_torch` or `load_torch`, or an adapted module of `lora`.
+        params: the parameters, or the pair `(frozen, tunable)`.
         ids: the prompts, integers [batch, length].
-        max_new_tokens: how many tokens follow.
+        max_new_tokens: the number of tokens to generate.
         attention_mask: [batch, length], zero where a prompt is padded, on its left.
-        do_sample: whether tokens are drawn at random, not the likeliest taken.
-        temperature: by which logits are divided before a token is drawn.
-        top_k: draws from the likeliest tokens alone, so many.
-        top_p: draws from the likeliest tokens alone, whose probabilities sum to it.
-        rng: the key of `jax.random` for it.
-        eos_token_id: the token that ends a sequence; `pad_token_id` follows it.
-        pad_token_id: by default, the token that ends a sequence.
+        do_sample: whether to sample tokens instead of taking the most likely one.
+        temperature: logits are divided by it before sampling.
+        top_k: samples only from this many of the most likely tokens.
+        top_p: samples only from the fewest most likely tokens whose probabilities sum to it.
+        rng: the key of `jax.random` for sampling.
+        eos_token_id: the token that ends a sequence; `pad_token_id` fills the rest.
+        pad_token_id: by default `eos_token_id`.
 
     Returns:
-        The prompts and what follows, [batch, length + max_new_tokens].
+        The prompts and the generated tokens, [batch, length + max_new_tokens].
 
     Raises:
-        StaticCacheError: where the model's cache cannot have a constant size; says why.
+        StaticCacheError: if the model's cache cannot have a constant size; the message says why.
 
     Example:
         >>> import jax.numpy as jnp, lorax_hf, transformers
@@ -176,11 +177,12 @@ def generate(
 
 
 def register_op(op: Any, function: Callable[..., Any]) -> None:
-    """Runs a PyTorch operator as a function of JAX arrays, in every module from now on.
+    """Sets the JAX implementation of a PyTorch operator, for all modules from now on.
 
     Args:
         op: the operator, such as `torch.ops.aten.roll`, or its name, such as `"aten.roll"`.
-        function: takes the operator's arguments, with JAX arrays for tensors, and returns arrays.
+        function: a function of the operator's arguments, with JAX arrays in place of tensors, that
+            returns JAX arrays.
 
     Example:
         >>> import jax.numpy as jnp, lorax_hf

@@ -1,6 +1,6 @@
-"""A model as rows, one for each parameter: what choosing modules needs to know about any library.
+"""A model as rows, one for each parameter, independent of its library.
 
-Each library of models makes rows (`_flax`, `_torch`); everything else is written once, for rows.
+The parts for each library (`_flax`, `_torch`) make rows; everything else works on rows.
 """
 
 import re
@@ -16,31 +16,31 @@ class Row(NamedTuple):
     path: str
     module: str  # the module in PyTorch that it belongs to
     shape: tuple[int, ...]
-    axes: Axes | None  # None where it is not a weight, or its module does not say
+    axes: Axes | None  # None if it is not a weight, or its axes are not known
     layout: Mapping[str, Any]  # for lorax_io, as plain data
-    words: frozenset[str]  # which of the named choices have it, such as "attention"
+    words: frozenset[str]  # the named choices that include it, such as "attention"
     unsure: bool = False  # whether it may be a weight although its axes are not known
-    owner: str = ""  # the class of its module, where its library has one
+    owner: str = ""  # the class of its module, if there is one
 
 
 class Described(NamedTuple):
-    """A model, in the words that every library shares."""
+    """A model as rows."""
 
     rows: list[Row]
-    params: Any  # the tree that a spec gets the structure of
+    params: Any  # the parameter tree, whose structure a spec has
     infer: Callable[[Sequence[str], Any], Mapping[str, Axes]]  # axes of paths, from example inputs
-    no_default: str = ""  # why nothing is chosen by "default"
+    no_default: str = ""  # why there are no targets called "default"; empty if there are
 
 
 def ends_in(ends: Sequence[str], module: str) -> bool:
-    """Whether a module's name is one of these, or ends in one after a dot; PEFT's rule."""
+    """Whether a module's name equals one of these or ends in one after a dot, PEFT's rule."""
     return any(module == end or module.endswith(f".{end}") for end in ends)
 
 
 def layers_of(module: str) -> range:
-    """The layers that a module is in: the first number in its name, or several (`0:30`, `1:30:2`).
+    """The indices of a module's layers: the first number in its name, or a range (`1:30:2`).
 
-    Empty where it is in none.
+    A module of scanned layers has a range. The result is empty if the name has no number.
     """
     for part in module.split("."):
         if part.isdigit():

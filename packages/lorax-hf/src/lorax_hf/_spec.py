@@ -1,4 +1,4 @@
-"""`spec`: which modules to adapt, in the words of PEFT."""
+"""`spec`: a spec for `lorax.init_lora`, with targets named as in PEFT."""
 
 import dataclasses
 import warnings
@@ -39,44 +39,44 @@ def spec(
     rslora: bool = False,
     inputs: Any = None,
 ) -> Any:
-    """A spec for `lorax.init_lora`, from the names that a model's modules have in PyTorch.
+    """Builds a spec for `lorax.init_lora` from the PyTorch names of a model's modules.
 
     Args:
         model: a PyTorch module or the function that `from_torch` returns, a Flax model of
             transformers, or the config of one.
-        params: its parameters, of arrays or shapes; by default the model's own.
-        rank: of every adapter, for plain LoRA; 8 by default.
+        params: the model's parameters, as arrays or shapes; by default its own.
+        rank: the rank of every LoRA adapter; 8 by default.
         alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`.
         adapter: instead of `rank`, `alpha` and `rslora`, the spec of any kind of adapter without
             axes, such as `lorax.DoraSpec(lorax.LoraSpec(8))`.
         targets: "default" (PEFT's choice for the architecture), "attention", "mlp", "all-linear"
-            (all but the outputs of the task), "embeddings" (of tokens), "experts" (the stacked
-            weights of a mixture of experts), a sequence of the ends of module names such as
-            `["q_proj", "mlp.c_proj"]`, a regular expression for a whole name (a string), one for a
-            part of it (compiled), or a function of the name.
-        exclude: what not to adapt, in the same forms.
-        full: the ends of the names of modules that are trained in full, such as `["classifier"]`.
-        rank_pattern: other ranks, for kinds that have one, by a regular expression for the end of a
-            name.
-        alpha_pattern: other alphas of plain LoRA, by the same.
-        layers: only modules in the layers of these indices.
+            (except the task's output layer), "embeddings" (of tokens), "experts" (the stacked
+            weights of a mixture of experts), a sequence of ends of module names such as
+            `["q_proj", "mlp.c_proj"]`, a string that is a regular expression for the whole name, a
+            compiled one for any part of it, or a predicate on the name.
+        exclude: modules not to adapt, in the same forms.
+        full: the ends of the names of modules to train in full, such as `["classifier"]`.
+        rank_pattern: ranks that differ, by a regular expression for the end of a module's name, for
+            kinds of adapters that have a rank.
+        alpha_pattern: alphas of LoRA that differ, in the same form.
+        layers: the indices of the layers to adapt; by default all.
         rslora: whether the scale is `alpha / √rank`.
-        inputs: what a PyTorch module is called with, a tuple or a dict of arrays or shapes. A
-            weight whose module does not say which of its axes are inputs, such as a router's, is
-            traced with it, by `lorax.infer_spec`.
+        inputs: example arguments of a PyTorch module, a tuple or a dict of arrays or shapes. The
+            module is traced with them, by `lorax.infer_spec`, to find the input axes of weights
+            whose class does not determine them, such as a router's.
 
     Returns:
-        A tree with the structure of the parameters.
+        A tree with the structure of the parameters, for `lorax.init_lora`.
 
     Raises:
-        SpecError: where a target matches nothing; the message has near misses. Where the axes of a
-            weight that is asked for by its name are not known.
-        TypeError: where `adapter` meets an option that it replaces.
+        SpecError: if a target matches nothing (the message suggests similar names), or the input
+            axes of a weight that is targeted by name are not known.
+        TypeError: if `adapter` is combined with an option that it replaces.
 
     Warns:
-        UnadaptedWarning: where a kind of modules, such as "all-linear", has one with fewer inputs
-            or outputs than the rank, such as a classifier of two classes, which stays frozen. A
-            module that is asked for by its name gets the rank anyway.
+        UnadaptedWarning: if a module that a named choice such as "all-linear" includes has fewer
+            inputs or outputs than the rank, such as a classifier of two classes; it stays frozen. A
+            module that is targeted by its own name gets the rank anyway.
 
     Example:
         >>> import jax, lorax, lorax_hf, transformers
@@ -143,7 +143,11 @@ def spec(
 
 
 def _is_in(row: Row, wanted: set[int] | None) -> bool:
-    """Whether a weight is in one of the layers that are wanted."""
+    """Whether a weight is in one of the wanted layers.
+
+    Raises:
+        SpecError: if it stacks layers of which only some are wanted.
+    """
     layers = layers_of(row.module)
     chosen = wanted is None or not wanted.isdisjoint(layers)
     if chosen and wanted is not None and not wanted.issuperset(layers):
@@ -156,7 +160,7 @@ def _is_in(row: Row, wanted: set[int] | None) -> bool:
 
 
 def _with_axes(rows: Mapping[str, Row], chosen: set[str], targets: Targets) -> set[str]:
-    """The chosen weights whose axes are known; the others are an error, or named in a warning."""
+    """The chosen weights whose axes are known; others are an error if named, else a warning."""
     known = {path for path in chosen if not rows[path].unsure}
     if unknown := sorted(chosen - known):
         by_name = not isinstance(targets, str) and isinstance(targets, Sequence)

@@ -1,4 +1,4 @@
-"""A Flax model of transformers that takes the pair in place of its parameters."""
+"""A Flax model of transformers that takes `(frozen, tunable)` in place of its parameters."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import lorax
 
 
 class AdaptedModel:
-    """A Flax model of transformers under `lorax.lora`, called as the model is.
+    """A Flax model of transformers under `lorax.lora`, called like the model.
 
-    What is not a call is the model's own: `adapted.config`, `adapted.dtype`, ….
+    All other attributes are the model's: `adapted.config`, `adapted.dtype`, ….
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
@@ -25,7 +25,7 @@ class AdaptedModel:
         """The model's `generate`, with the pair in place of its parameters."""
         return self._generate(*args, params=params, **kwargs)
 
-    # A copy is adapted anew: it must call its own copy of the model.
+    # A copy must call its own copy of the model, so it is adapted again.
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self._options}
 
@@ -33,7 +33,7 @@ class AdaptedModel:
         AdaptedModel.__init__(self, state["model"], **state["options"])
 
     def __getattr__(self, name: str) -> Any:
-        # Before `__init__` or `__setstate__` there is no model to ask.
+        # Avoids infinite recursion before `__init__` or `__setstate__` has set the model.
         if name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)

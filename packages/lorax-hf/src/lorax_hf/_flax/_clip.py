@@ -1,4 +1,4 @@
-"""`clip_mended`: `jnp.clip` as T5 calls it."""
+"""`clip_mended`: lets `jnp.clip` accept its old argument names, which FlaxT5 uses."""
 
 import contextlib
 import functools
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 
 def clip_refuses_a_max() -> bool:
-    """Whether this JAX takes no `a_max`, which T5 gives."""
+    """Whether this JAX rejects the argument `a_max`, which FlaxT5 uses."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # all that JAX 0.8 has against it
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 accepts it with a warning
         try:
             jnp.clip(jnp.zeros(()), a_max=0.0)
         except TypeError:
@@ -22,10 +22,10 @@ def clip_refuses_a_max() -> bool:
 
 @contextlib.contextmanager
 def clip_mended() -> Generator[None]:
-    """Within the block, `jnp.clip` takes `a_min` and `a_max` again, which T5 calls it with.
+    """Lets `jnp.clip` accept `a_min` and `a_max` inside this block, as FlaxT5 calls it.
 
     Returns:
-        A context manager; `jnp.clip` is what it was after the block, whatever happened in it.
+        A context manager, which restores `jnp.clip` at the end of the block, even after an error.
 
     Example:
         >>> import jax.numpy as jnp, lorax_hf

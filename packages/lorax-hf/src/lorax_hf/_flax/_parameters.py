@@ -1,4 +1,4 @@
-"""A model's parameters as the modules of PyTorch that they are."""
+"""A Flax model's parameters, with their names and modules in PyTorch."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from lorax import SpecError, path_string
 from .._rows import ends_in
 from ._presets import COMPOSITES, PRESETS, Preset
 
-# Flax's names of parameters that PyTorch calls otherwise.
+# Flax's names of parameters, and PyTorch's if they differ.
 _TORCH_NAMES = {
     "kernel": "weight",
     "embedding": "weight",
@@ -43,7 +43,7 @@ class Parameter(NamedTuple):
 
     @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Its input and output axes; None where it is neither multiplied nor looked up."""
+        """Its input and output axes; None if it is neither a kernel nor an embedding."""
         ndim = len(self.leaf.shape)
         if self.name == "kernel" and ndim >= 2:
             return ((1,), (0,)) if self.is_conv1d else (tuple(range(ndim - 1)), (ndim - 1,))
@@ -59,7 +59,7 @@ class Parameter(NamedTuple):
 
 
 def parameters_of(model: Any, params: Any = None) -> tuple[list[Parameter], Any]:
-    """The parameters of a model or config, and the tree they are from."""
+    """The parameters of a model or config, and the parameter tree."""
     config = config_of(model)
     if params is None:
         params = _params_of(model)
@@ -75,7 +75,7 @@ def parameters_of(model: Any, params: Any = None) -> tuple[list[Parameter], Any]
 
 
 def _module(parts: list[str]) -> str:
-    # ResNet's basic layers are the only ones whose names have their index in them.
+    # Only ResNet's basic layers have their index in their names: `layer_0` is PyTorch's `0`.
     return ".".join(re.sub(r"^layer_(\d+)$", r"\1", part) for part in parts)
 
 
@@ -93,7 +93,7 @@ def config_of(model: Any) -> transformers.PretrainedConfig:
 
 def _params_of(model: Any) -> Any:
     if isinstance(model, transformers.PretrainedConfig):
-        # Not `_do_init=False`, which models of two models refuse.
+        # Not `_do_init=False`, which composite models (encoder-decoder) refuse.
         return jax.eval_shape(lambda: _class_of(model)(model).params)
     try:
         return model.params
@@ -114,7 +114,7 @@ def _class_of(config: transformers.PretrainedConfig) -> Any:
 
 
 def _preset(config: transformers.PretrainedConfig, first: str) -> Preset:
-    """The row of the table; of the part that a parameter is in, where the model has several."""
+    """The preset of a model; for a composite model, that of the part that `first` names."""
     kind = config.model_type
     parts: Mapping[str, str] = COMPOSITES.get(kind, {})
     if parts:

@@ -1,4 +1,4 @@
-"""What `_library` asks of a part, for the Flax models."""
+"""The interface `_library.Part` for Flax models."""
 
 from ._adapted import adapted as lora
 from ._defects import DEFECTS

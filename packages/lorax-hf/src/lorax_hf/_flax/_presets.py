@@ -1,7 +1,7 @@
 """The names of each architecture's modules: one row for each model type.
 
-Names are those of PyTorch, less the index of a layer; a name with a dot is the end of one. A module
-that `attention` has is not one of the `mlp`, so that `output.dense` means what it says.
+Names are the ends of PyTorch's module names. A module that matches `attention` is not matched with
+`mlp`, so `output.dense` does not include `attention.output.dense`.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ class Preset:
     """The modules of an architecture.
 
     Attributes:
-        attention: the products of its attention.
-        mlp: the products of its feed-forward network.
-        default: what PEFT adapts by default; where PEFT has no default, what it has for
-            the model's relatives: queries and values.
-        kernel: how a `kernel` of two axes is used: "linear" for (in, out), "conv1d" for the
-            (out, in) of `FlaxConv1D`.
-        grouped: convolutions of several groups, for which PEFT has no form.
-        bare: parameters that are tables though they are not called `embedding`.
+        attention: the linear layers of its attention.
+        mlp: the linear layers of its feed-forward network.
+        default: the modules that PEFT adapts by default; if PEFT has no default for the model, the
+            queries and values, as for similar models.
+        kernel: the layout of a `kernel` with two axes: "linear" is (in, out), and "conv1d" is
+            (out, in), as in `FlaxConv1D`.
+        grouped: convolutions with several groups, which PEFT's format does not support.
+        bare: parameters that are lookup tables, although they are not called `embedding`.
     """
 
     attention: Ends
@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
     "mt5": _T5,
     "opt": _BART,
     "pegasus": _BART,
-    # The convolutions of one group: PEFT has no form for the others.
+    # Without the grouped convolutions, which PEFT's format does not support.
     "regnet": dataclasses.replace(
         _RESNET,
         default=("layer.0.convolution", "layer.2.convolution", "layer.3.convolution"),
@@ -121,7 +121,7 @@ PRESETS: dict[str, Preset] = {
     "xlm-roberta": _BERT,
 }
 
-# Models of two models: where each is in the tree, and the config it has.
+# Composite models: for each part, its key in the tree, and the attribute with its config.
 COMPOSITES: dict[str, dict[str, str]] = {
     "encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},
     "speech-encoder-decoder": {"encoder": "encoder", "decoder": "decoder"},

@@ -9,7 +9,7 @@ from .._ends import HEADS, TOKEN_TABLES
 from .._rows import Described, Row, ends_in
 from ._parameters import Parameter, config_of, parameters_of
 
-# Classes whose head is the table of tokens, if the config ties them.
+# Parts of the names of classes with a head, which is the token embedding if the config ties them.
 _WITH_HEAD = ("LMHead", "CausalLM", "ConditionalGeneration", "MaskedLM", "PreTraining", "MTModel")
 
 

@@ -1,4 +1,4 @@
-"""A PyTorch module that takes the pair in place of its parameters."""
+"""A PyTorch module that takes `(frozen, tunable)` in place of its parameters."""
 
 from collections.abc import Collection
 from typing import Any
@@ -14,9 +14,9 @@ from ._state import refuse_without_values, state_of
 
 
 class AdaptedModule:
-    """A module as a JAX function under `lorax.lora`, called as the module is.
+    """A module as a JAX function under `lorax.lora`, called like the module.
 
-    What is neither a call nor `generate` is the module's own: `adapted.config`, ….
+    All other attributes are the module's: `adapted.config`, ….
     """
 
     def __init__(self, module: torch.nn.Module, function: ModuleFunction, **options: Any) -> None:
@@ -42,7 +42,7 @@ class AdaptedModule:
 def adapted(
     model: Any, *, train: bool = False, scan_layers: bool | Collection[str] = False, **options: Any
 ) -> AdaptedModule:
-    """The module, or the function of one, under `lorax.lora` with its options."""
+    """A module, or the function of one, under `lorax.lora` with these options."""
     if isinstance(model, ModuleFunction):
         if train or scan_layers:
             raise TypeError("lora: `train` and `scan_layers` are options of `from_torch`.")

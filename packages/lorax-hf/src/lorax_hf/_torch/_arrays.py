@@ -1,4 +1,4 @@
-"""Tensors to arrays: dtypes, copies, and the structures that modules take and return."""
+"""Conversion between tensors and arrays, in the arguments and results of modules."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-# NumPy has no bfloat16 and no float8 of its own: their bits are read as integers of the same size.
+# `Tensor.numpy` does not support bfloat16 and float8: their bits are viewed as integers.
 _BY_BITS = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
@@ -20,7 +20,7 @@ _BY_BITS = {
 
 
 def numpy_of(tensor: torch.Tensor, dtype: Any = None) -> np.ndarray[Any, Any]:
-    """A copy of a tensor; floating numbers in `dtype`, if it is given."""
+    """A copy of a tensor as a NumPy array; floating-point ones are cast to `dtype`, if given."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.dtype in _BY_BITS:
         bits, native = _BY_BITS[tensor.dtype]
@@ -40,7 +40,7 @@ def dtype_of(tensor: torch.Tensor) -> Any:
 
 
 def in_jax(env: Any, value: Any) -> Any:
-    """Arguments of a module: arrays become tensors of torchax, wherever they are."""
+    """A module's arguments, with every array in them converted to a torchax tensor."""
     if isinstance(value, np.ndarray):
         value = jnp.asarray(value)
     if isinstance(value, jax.Array):
@@ -54,7 +54,7 @@ def in_jax(env: Any, value: Any) -> Any:
 
 
 def out_of_jax(value: Any) -> Any:
-    """A module's result in JAX: tensors become arrays, and its classes of outputs JAX pytrees."""
+    """A module's result, with tensors as arrays; classes of outputs are registered as pytrees."""
     if isinstance(value, torch.Tensor):
         array_of = getattr(value, "jax", None)  # of torchax
         return jnp.asarray(numpy_of(value)) if array_of is None else array_of()
@@ -64,7 +64,7 @@ def out_of_jax(value: Any) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
-    """The same structure with everything in it changed."""
+    """The same structure, with `change` applied to its members, or `other` to a leaf."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(change, value))
     if type(value) in (tuple, list):
@@ -93,7 +93,7 @@ def _refuse(value: Any) -> Any:
 
 
 def _register_mapping(cls: type) -> None:
-    """Makes the outputs of transformers and diffusers pytrees: `jax.jit` can return them."""
+    """Registers a class of outputs, such as transformers', so that `jax.jit` can return it."""
 
     def flatten(value: Any) -> Any:
         keys = tuple(value.keys())
@@ -118,6 +118,6 @@ _registered: set[type] = set()
 def _once(cls: type, register: Callable[[], Any]) -> None:
     if cls not in _registered:
         _registered.add(cls)
-        # A `ValueError` says that somebody else has registered it.
+        # A `ValueError` means that the class is already registered.
         with contextlib.suppress(ValueError):
             register()

@@ -1,8 +1,8 @@
-"""Attention whose padded queries see nothing, as PyTorch computes it.
+"""Scaled dot-product attention that returns zero for fully masked queries, as in PyTorch.
 
-torchax 0.0.13 takes the softmax of a row that is masked everywhere, as of a query that pads a
-prompt on its left. That is not a number, and spreads through the values of the next layer. PyTorch
-returns zero. The softmax is computed in float32, as PyTorch does for narrower types.
+For a row that is masked everywhere, such as a query in the left padding of a prompt, torchax 0.0.13
+computes the softmax of −inf, which is NaN and spreads through the next layer. PyTorch returns zero.
+As in PyTorch, the softmax of narrower types is computed in float32.
 """
 
 import math
@@ -25,7 +25,7 @@ def attention(
     env: Any = None,
 ) -> jax.Array:
     if enable_gqa:
-        # Several heads of queries share one of keys and values.
+        # Grouped-query attention: several query heads share one head of keys and values.
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
         value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -1,4 +1,4 @@
-"""Placeholders for values that a module must not use while its layers are scanned."""
+"""Placeholders for values that do not exist while a module's layers are scanned."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils import _pytree
 
 
 class Between(torch.Tensor):
-    """A layer's result before the scan is over: a shape, without values."""
+    """A placeholder for a layer's result inside a scan: it has a shape, but no values."""
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: torch.dtype) -> "Between":
@@ -23,7 +23,7 @@ _OF_SHAPE = {
 
 
 class BetweenRefused(TorchFunctionMode):
-    """Raises where an operator meets what a layer returns before the scan is over."""
+    """Raises if an operator is called on a placeholder."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,7 +44,7 @@ def refuse_between() -> None:
 
 
 class LayerIndex:
-    """Stands for the index of a layer, which is not a number while layers are scanned."""
+    """A placeholder for the index of a layer, which is not a single number in a scan."""
 
     def __init__(self, name: str) -> None:
         self._name = name

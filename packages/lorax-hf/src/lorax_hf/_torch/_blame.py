@@ -1,4 +1,4 @@
-"""Errors inside a module, with the name of the submodule that was running."""
+"""Adds the name of the running submodule to errors inside a module."""
 
 import contextlib
 from collections.abc import Generator
@@ -11,7 +11,7 @@ from .._errors import OperatorError
 
 @contextlib.contextmanager
 def errors_named(module: torch.nn.Module) -> Generator[None]:
-    """Names the operator and the submodule in errors of the block."""
+    """Adds the operator and the submodule to errors inside this block."""
     from torchax.tensor import OperatorNotFound
 
     try:
@@ -49,5 +49,5 @@ def _running(module: torch.nn.Module, error: BaseException) -> str:
 
 
 def _as_given(operator: str) -> str:
-    """`aten::roll` as `register_op` takes it: `aten.roll`."""
+    """An operator's name in the form that `register_op` takes: `aten::roll` is `aten.roll`."""
     return operator.replace("::", ".")

@@ -1,4 +1,4 @@
-"""Tensors that a module makes or holds without the JAX device are constants of its function."""
+"""Converts ordinary PyTorch tensors that a module creates or holds to constants in JAX."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ._arrays import numpy_of
 
 
 class Constants(TorchFunctionMode):
-    """Where an operator meets tensors of both kinds, those of PyTorch become arrays."""
+    """If an operator is called on tensors of both torchax and PyTorch, converts the latter."""
 
     def __init__(self, env: Any) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Constants(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _constant(self, value: Any) -> Any:
-        # Those of no axes go on as numbers.
+        # Scalars are left as they are: torchax treats them as numbers.
         is_other = isinstance(value, torch.Tensor) and not hasattr(value, "jax")
         if not is_other or value.ndim == 0 or value.device.type == "meta":
             return value

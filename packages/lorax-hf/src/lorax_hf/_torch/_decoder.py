@@ -1,4 +1,4 @@
-"""One step of a causal model, with its cache as arrays that go in and come out."""
+"""One decoding step of a causal model, with its cache passed in and returned as arrays."""
 
 import inspect
 from typing import Any
@@ -9,18 +9,19 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from .._errors import StaticCacheError
 
-# The layers that a cache of the keys and values of all positions serves. The masks of sliding
-# windows and of chunks are made from positions, so that they need no separate cache.
+# Types of layers that work with a cache of all positions. The masks of sliding windows and chunks
+# are computed from positions, so these layers do not need a cache of their own.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# What the argument is called: in transformers 5.24, and before.
+# The name of the cache argument in transformers 5.24, and before.
 _CACHES = ("cache", "past_key_values")
 
 
 class Decoder(torch.nn.Module):
-    """A causal model as `(ids, mask, positions, state)` to the last token's logits and the state.
+    """A causal model that maps `(ids, mask, positions, state)` to `(logits, state)`.
 
-    The state is, for each layer, keys, values and how many of them there are; None at first.
+    The logits are those of the last token. The state has, for each layer, the keys, the values and
+    the number of cached positions; it is None for the first step.
     """
 
     def __init__(self, model: Any, length: int) -> None:
@@ -50,7 +51,7 @@ class Decoder(torch.nn.Module):
 
 
 def _cache_argument(model: Any) -> str:
-    """The name of the cache argument; a `StaticCacheError` where it has no constant size."""
+    """The name of the cache argument; raises `StaticCacheError` if it has no constant size."""
     name = type(model).__name__
     if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
         raise StaticCacheError(f"{name} is not a model of transformers that generates text.")

@@ -1,4 +1,4 @@
-"""Known defects of PyTorch models in JAX that are not mended, and what to do about each."""
+"""Known defects of PyTorch models in JAX that are not fixed here, with remedies."""
 
 from .._defects import Defect, Finding
 

@@ -1,7 +1,7 @@
-"""Look-ups with a padding index, as a `take` whose gradient PyTorch's rule cuts.
+"""Embedding lookups with a padding index, as a `take` without a gradient for padding.
 
-torchax 0.0.13 wraps such a look-up in a `jax.custom_jvp`, behind which an adapted table would have
-to be built. Here the rows of the padding index are constants, which gives the same gradient.
+torchax 0.0.13 wraps such a lookup in a `jax.custom_jvp`, for which an adapted table would have to
+be materialized. `stop_gradient` on the rows of the padding index gives the same gradient.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""torchax, imported and mended: the environment that every module runs in."""
+"""The torchax environment in which every module runs, with patched operators."""
 
 import functools
 import importlib.metadata
@@ -13,7 +13,7 @@ from ._importing import missing_overloads_allowed
 
 @functools.cache
 def environment() -> Any:
-    """The environment of torchax, with the operators that this package mends or adds."""
+    """The environment of torchax, with the operators that this package fixes or adds."""
     try:
         with missing_overloads_allowed():
             import torchax
@@ -28,7 +28,7 @@ def environment() -> Any:
 
 
 def register(op: Any, function: Callable[..., Any]) -> None:
-    """Puts a function of JAX arrays in the place of an operator."""
+    """Sets a function of JAX arrays as the implementation of an operator."""
     if isinstance(op, str):
         op = functools.reduce(getattr, op.split("."), torch.ops)
     _put(environment(), op, function)
@@ -54,7 +54,7 @@ def _put(env: Any, op: Any, function: Callable[..., Any]) -> None:
 
 
 def _overloads(op: Any) -> list[Any]:
-    """An operator and its default overload, under either of which torchax may look it up."""
+    """An operator and its overloads: torchax may look it up under any of them."""
     if isinstance(op, torch._ops.OpOverload):
         return [op]
     if isinstance(op, torch._ops.OpOverloadPacket):

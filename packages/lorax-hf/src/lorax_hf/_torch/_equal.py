@@ -1,4 +1,4 @@
-"""Whether two layers compute the same function of their parameters and inputs."""
+"""Compares two layers: whether they compute the same function of their parameters and inputs."""
 
 import functools
 import types
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-# What every module has, compared by its entries below or without meaning for a forward pass.
+# Attributes that every module has; they are compared below, or do not affect the forward pass.
 _COMMON = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
 def difference(one: nn.Module, other: nn.Module, step: int) -> str | None:
-    """A difference of two layers, such as "`self_attn.window` is 5, not None"; None if nothing.
+    """The first difference of two layers, such as "`window` is 5, not None"; None if equal.
 
     Args:
         one: a layer.
-        other: a later one.
-        step: by how much its index is larger. Integers that differ by as much are the index, which
-            `index_names` finds again.
+        other: a later layer.
+        step: the difference of their indices. Integer attributes that differ by exactly this are
+            taken for the layer's index, and found again by `index_names`.
     """
     return next(_differences("", one, other, step), None)
 
@@ -65,7 +65,7 @@ def _of_members(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
-    """The parts of an object without a custom equality; None where they are not known."""
+    """The parts of an object without an `__eq__` of its own; None if they are not known."""
     if isinstance(value, types.MethodType):
         return {"__func__": value.__func__}
     if isinstance(value, types.FunctionType):

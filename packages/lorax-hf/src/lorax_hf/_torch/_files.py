@@ -1,4 +1,4 @@
-"""The tensors of a folder of safetensors files, each read when it is asked for."""
+"""The tensors of a folder of safetensors files, read one at a time."""
 
 import json
 import math
@@ -51,12 +51,12 @@ class Files:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of PyTorch, for what has to be converted first."""
+        """A tensor as a PyTorch tensor, for transformers' converters."""
         with safe_open(self.entries[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
     def placed(self, name: str, sharding: Any) -> jax.Array:
-        """A tensor on its devices, each of which reads its part alone."""
+        """A tensor as an array on its devices; each device reads only its own part."""
         entry = self.entries[name]
         if sharding is None or not entry.shape or 0 in entry.shape:
             return placed(_read(entry), sharding)
@@ -65,7 +65,7 @@ class Files:
         )
 
     def part(self, name: str, index: Any) -> np.ndarray[Any, Any]:
-        """The entries at an index of a tensor, as a new array."""
+        """A copy of the part of a tensor at an index."""
         entry = self.entries[name]
         if not entry.shape or 0 in entry.shape:
             return _read(entry)[index]
@@ -73,7 +73,7 @@ class Files:
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Memory at an address that JAX takes for its own on a CPU, without a copy."""
+    """Uninitialized memory, aligned so that JAX can use it on a CPU without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -27,14 +27,14 @@ from ._state import State, state_of, without_weights
 
 
 class ModuleFunction:
-    """`fn(params, *args, **kwargs)`: what a module returns for these parameters.
+    """A module as a pure function of its parameters: `fn(params, *args, **kwargs)`.
 
     Attributes:
         module: a copy of the module without weights.
-        runs: its layers that are scanned.
-        members: for each parameter's name, the names of the module's own that it has: itself, or
-            those that it stacks.
-        buffers: the tensors that are not parameters, as NumPy arrays by name: constants.
+        runs: the layers that are scanned.
+        members: for each of the function's parameters, the names of the module's parameters that it
+            holds: itself, or those that it stacks.
+        buffers: the tensors that are not parameters, as NumPy arrays by name; they are constants.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ModuleFunction:
         self._stacks = {name for name, parts in self._all.items() if parts != (name,)}
         self.module = without_weights(module, state).train(train)
         self.__name__ = type(module).__name__
-        self._inner = ""  # where the module is in the one that is called
+        self._inner = ""  # the prefix of the original module within `self.module`, see `around`
         self.programs: dict[Any, Any] = {}  # of `generate`
         self._lock = threading.RLock()
         _without_cache(self.module)
@@ -68,18 +68,21 @@ class ModuleFunction:
     def __call__(
         self, params: Any, /, *args: Any, rng: jax.Array | None = None, **kwargs: Any
     ) -> Any:
-        """Calls the module with arrays for its tensors, and leaves no trace in it.
+        """Calls the module with these parameters; the module itself is not changed.
 
         Args:
-            params: its parameters by name.
-            *args: what the module takes.
-            rng: the key of what it draws at random, such as dropout.
-            **kwargs: what the module takes.
+            params: the parameters, by name.
+            *args: the module's arguments, with JAX arrays in place of tensors.
+            rng: the key for random numbers, such as those of dropout.
+            **kwargs: the module's keyword arguments.
+
+        Returns:
+            The module's outputs, with JAX arrays in place of tensors.
         """
         self._check(params)
         env = environment()
         runs, arrays = self.runs, {**self.buffers, **params}
-        if self._inner:  # as for `generate`, whose cache is of single layers
+        if self._inner:  # as for `generate`, whose cache needs every layer by itself
             runs, arrays = [], unstacked(arrays, self._all)
         stacks = {name: arrays.pop(name) for name in self._stacks & arrays.keys()}
         state = {f"{self._inner}{n}": env.j2t_iso(jnp.asarray(x)) for n, x in arrays.items()}
@@ -104,7 +107,7 @@ class ModuleFunction:
             return out_of_jax(returned)
 
     def around(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> "ModuleFunction":
-        """The function of a module that has this one as `model`, of the same parameters."""
+        """The function of a module that wraps this one as `model`, with the same parameters."""
         outer = copy.copy(self)
         outer.module = wrap(self.module).train(self.module.training)
         outer._inner = f"{self._inner}model."
@@ -135,7 +138,7 @@ def _some(names: Collection[str]) -> str:
 
 
 def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Buffers as constants; those that a file has are cast, as PyTorch casts what it loads."""
+    """The buffers as NumPy arrays; persistent ones are cast to `dtype`, as parameters are."""
     fixed = {
         f"{prefix}.{name}" if prefix else name
         for prefix, owner in module.named_modules()
@@ -150,7 +153,7 @@ def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.
 
 
 def _without_cache(module: torch.nn.Module) -> None:
-    """Models of transformers return no cache unless the call asks for one."""
+    """Makes transformers models return no cache unless the call has `use_cache=True`."""
     for owner in module.modules():
         config: Any = getattr(owner, "config", None)
         if getattr(config, "use_cache", None):
@@ -159,7 +162,7 @@ def _without_cache(module: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _unchanged(module: torch.nn.Module) -> Generator[None]:
-    """Undoes what the block does to the attributes of a module: none keeps a tracer."""
+    """Restores all attributes of a module at the end of this block, so that none keeps a tracer."""
     inner = ("_parameters", "_buffers", "_modules")
     before = [
         (owner, dict(vars(owner)), [dict(vars(owner)[name]) for name in inner])
@@ -178,7 +181,7 @@ def _unchanged(module: torch.nn.Module) -> Generator[None]:
 
 @contextlib.contextmanager
 def _randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
-    """Draws from `rng` within the block, and refuses to draw without one."""
+    """Random numbers inside this block come from `rng`; without it, drawing one is an error."""
     before = env._property.content
     keys = type(before).override(before, prng=rng)
 

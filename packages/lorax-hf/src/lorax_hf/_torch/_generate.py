@@ -1,4 +1,4 @@
-"""`generate`: tokens of a causal model, in one compiled loop with a cache of constant size."""
+"""`generate`: decoding with a causal model, in one compiled loop with a static cache."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ._function import ModuleFunction
 
 
 class Options(NamedTuple):
-    """The settings that a compiled program depends on."""
+    """The settings that a compiled program depends on, as in `lorax_hf.generate`."""
 
     max_new_tokens: int
     do_sample: bool
@@ -29,7 +29,7 @@ class Options(NamedTuple):
 def generate(
     fn: Any, params: Any, ids: Any, mask: Any, rng: jax.Array | None, options: Options
 ) -> jax.Array:
-    """The prompts and what follows them. [batch, prompt + new]"""
+    """The prompts and the generated tokens, [batch, prompt + new]."""
     lora: Mapping[str, Any] = {}
     if isinstance(fn, AdaptedModule):
         if isinstance(params, Mapping):
@@ -74,7 +74,7 @@ def _program(
             step = decode
         batch, prompt = ids.shape
         if mask is not None:
-            # What is made counts; what is not made yet is hidden by the order of positions.
+            # New tokens are attended to; the causal mask hides those not generated yet.
             mask = jnp.concatenate([mask, jnp.ones((batch, length - prompt), mask.dtype)], axis=1)
             places = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [batch, length]
         else:
@@ -113,7 +113,7 @@ def _next(logits: jax.Array, key: Any, options: Options) -> jax.Array:
         least = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if options.top_p is not None:
-        # The fewest tokens whose probabilities sum to `top_p`, and the likeliest in any case.
+        # Keeps the fewest tokens whose probabilities sum to `top_p`, and always the most likely.
         ordered = jnp.sort(logits, axis=-1, descending=True)
         before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
         least = jnp.min(jnp.where(before < options.top_p, ordered, jnp.inf), axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What PyTorch does not differentiate, `detach` and `no_grad`, is not differentiated in JAX either.
+"""Stops gradients in JAX where PyTorch does: at `detach` and under `no_grad`.
 
-torchax 0.0.13 takes both for the identity: values are right, and gradients are not, for instance
-those of a straight-through estimator.
+torchax 0.0.13 treats both as the identity. Values are then correct but gradients are not, for
+instance those of a straight-through estimator.
 """
 
 from typing import Any
@@ -25,6 +25,6 @@ class NoGradients(TorchFunctionMode):
 def _stopped(value: Any) -> Any:
     elem = getattr(value, "_elem", None)
     if isinstance(elem, jax.Array) and value.is_floating_point():
-        # In place: what was changed in place under `no_grad` is the same object.
+        # In place, since an operator that works in place has returned an existing tensor.
         value._elem = jax.lax.stop_gradient(elem)
     return value

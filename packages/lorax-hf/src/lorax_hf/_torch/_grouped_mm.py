@@ -1,4 +1,4 @@
-"""The grouped product of a mixture of experts, which torchax 0.0.13 lacks, on `ragged_dot`."""
+"""The grouped matmul of a mixture of experts, which torchax 0.0.13 lacks, as `ragged_dot`."""
 
 from typing import Any
 

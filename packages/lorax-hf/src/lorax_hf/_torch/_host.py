@@ -1,4 +1,4 @@
-"""Choices that a module makes in Python as it is traced, which a compiled program would repeat."""
+"""Turns off random choices in Python, which a compiled program would repeat in every call."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import torch
 
 from .._errors import ModuleWarning
 
-# Attributes of modules and configs, and the value under which nothing is drawn in Python.
+# Attributes of modules and configs, and the value that turns the random choice off.
 _DRAWN_IN_PYTHON = {
     "layerdrop": 0.0,
     "encoder_layerdrop": 0.0,
@@ -16,7 +16,7 @@ _DRAWN_IN_PYTHON = {
 
 
 def turn_off_host_choices(module: torch.nn.Module) -> None:
-    """Turns off what is drawn in Python, and warns of it and of batch statistics."""
+    """Turns off random choices in Python; warns about these, and about batch statistics."""
     drawn: set[str] = set()
     for owner in module.modules():
         for holder in (owner, getattr(owner, "config", None)):

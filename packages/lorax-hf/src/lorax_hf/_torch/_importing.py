@@ -1,4 +1,4 @@
-"""Lets torchax be imported beside a torch that has fewer operators than it expects."""
+"""Makes torchax importable with a torch that lacks some operators that it refers to."""
 
 import contextlib
 from collections.abc import Generator
@@ -9,11 +9,11 @@ from torch._ops import OpOverloadPacket
 
 @contextlib.contextmanager
 def missing_overloads_allowed() -> Generator[None]:
-    """Within the block, an operator overload that this torch does not have is a placeholder.
+    """Inside this block, operator overloads that this torch lacks are placeholders.
 
-    torchax 0.0.13 has tables whose keys are overloads that torch 2.13 removed (those of named
-    tensors, such as `aten.prod.dim_Dimname`), so that importing it raises `AttributeError`. The
-    next release of torchax does not name them.
+    The tables of torchax 0.0.13 refer to overloads that torch 2.13 removed (those of named tensors,
+    such as `aten.prod.dim_Dimname`), so importing it raises `AttributeError`. The next release of
+    torchax does not refer to them.
     """
     original = OpOverloadPacket.__getattr__
 

@@ -1,4 +1,4 @@
-"""Runs of equal layers in a module, and the parameters that are stacked for a scan over them.
+"""Finds runs of equal layers in a module, and stacks their parameters for a scan.
 
 The layers 0 to 29 of `model.layers` are one stack, whose parameters are called
 `model.layers.0:30.self_attn.q_proj.weight`. Where kinds of layers alternate, such as sliding and
@@ -18,35 +18,35 @@ from ._state import tied_names
 
 
 class Stack(NamedTuple):
-    """Equal layers."""
+    """Equal layers of one list, whose parameters are stacked."""
 
-    owner: str  # the name of the list
+    owner: str  # the name of the list of layers
     numbers: range
 
     @property
     def name(self) -> str:
-        """The text that replaces the name of one of the layers."""
+        """The stack's name, in place of a layer's: `model.layers.0:30`."""
         step = f":{self.numbers.step}" if self.numbers.step > 1 else ""
         return f"{inside(self.owner)}{self.numbers.start}:{self.numbers.stop}{step}"
 
     @property
     def layers(self) -> list[str]:
-        """The name of each of them."""
+        """The name of each layer."""
         return [f"{inside(self.owner)}{number}" for number in self.numbers]
 
 
 def inside(module: str) -> str:
-    """With what the names in a module begin."""
+    """The prefix of the names in a module; empty for the outermost."""
     return f"{module}." if module else ""
 
 
 def named_module(module: str) -> str:
-    """A module in a message."""
+    """A module's name for a message."""
     return f"`{module}`" if module else "the module"
 
 
 class Run(NamedTuple):
-    """Layers that follow each other: several times the same, or the same few in turn."""
+    """Consecutive layers that repeat with a period: all equal, or the same few in turn."""
 
     owner: str
     start: int
@@ -59,18 +59,18 @@ class Run(NamedTuple):
 
     @property
     def stacks(self) -> list[Stack]:
-        """One for each layer of the period."""
+        """The stacks of the run, one for each layer of the period."""
         stop = self.numbers.stop
         starts = range(self.start, self.start + self.period)
         return [Stack(self.owner, range(first, stop, self.period)) for first in starts]
 
 
-# For each name in `params`, those of the module's own tensors that it has: mostly itself alone.
+# For each name in `params`, the names of the module's tensors that it holds: usually only itself.
 Members = Mapping[str, tuple[str, ...]]
 
 
 def members_of(names: Iterable[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    """The names of tensors, stacked ones under the name of their stack, with what each holds."""
+    """Maps each name in `params` to the names of the module's tensors that it holds."""
     stacks = {layer: stack for run in runs for stack in run.stacks for layer in stack.layers}
     members: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -84,7 +84,7 @@ def members_of(names: Iterable[str], runs: Sequence[Run]) -> dict[str, tuple[str
 
 
 def stacked(arrays: Mapping[str, Any], members: Members, stack: Callable[[Any], Any]) -> Any:
-    """Arrays of a module's tensors, those of equal layers together."""
+    """The arrays of a module, with those of equal layers stacked by `stack`."""
     return {
         name: arrays[name] if parts == (name,) else stack([arrays[part] for part in parts])
         for name, parts in members.items()
@@ -92,7 +92,7 @@ def stacked(arrays: Mapping[str, Any], members: Members, stack: Callable[[Any], 
 
 
 def unstacked(arrays: Mapping[str, Any], members: Members) -> dict[str, Any]:
-    """The arrays that `stacked` was given."""
+    """The inverse of `stacked`."""
     arrays_by_name: dict[str, Any] = {}
     for name, parts in members.items():
         if parts == (name,):
@@ -108,7 +108,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def runs_in(module: nn.Module, names: Iterable[str]) -> list[Run]:
-    """The runs whose stacks these names of parameters are of; none where no name is of a stack."""
+    """The runs that were scanned, by the names of parameters; empty if none is stacked."""
     owners = {match[1] or "" for name in names if (match := _STACK.match(name))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `from_torch` has warned
@@ -122,14 +122,14 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
     """The runs of equal layers in the outermost lists of a module.
 
     Args:
-        module: of any class.
-        wanted: whether there are to be any, or the names of the lists.
+        module: any module.
+        wanted: whether to look for runs, or the names of the lists to look in.
 
     Raises:
-        ValueError: where there are none, or a list that is named has none; says why.
+        ValueError: if there are no runs, or a named list has none; the message says why.
 
     Warns:
-        UserWarning: of layers that are left out.
+        ModuleWarning: about layers of these lists that are not in a run.
     """
     if not wanted:
         return []
@@ -176,12 +176,12 @@ def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
 
 
 def _has_parts(layer: nn.Module) -> bool:
-    """Whether a layer is more than one product, such as those of the heads of a task."""
+    """Whether a layer has submodules with parameters, unlike the linear layers of a head."""
     return any(next(child.parameters(), None) is not None for child in layer.children())
 
 
 def _runs(path: str, layers: list[nn.Module], tied: set[str]) -> tuple[list[Run], str]:
-    """The runs of a list, and what tells its layers apart."""
+    """The runs of a list of layers, and why its first two different layers differ."""
     kinds, why = _kinds(path, layers, tied)
     runs: list[Run] = []
     start = 0
@@ -194,7 +194,7 @@ def _runs(path: str, layers: list[nn.Module], tied: set[str]) -> tuple[list[Run]
 
 
 def _longest(kinds: list[int]) -> tuple[int, int]:
-    """The period whose repetition takes up most of the beginning, and how often it is repeated."""
+    """The period and the number of repetitions that cover most of the beginning of a list."""
     best = (1, 1)
     for period in range(1, len(kinds) // 2 + 1):
         times = 1
@@ -206,7 +206,7 @@ def _longest(kinds: list[int]) -> tuple[int, int]:
 
 
 def _kinds(path: str, layers: list[nn.Module], tied: set[str]) -> tuple[list[int], str]:
-    """For each layer, the first one that is equal to it; and why the first two that differ do."""
+    """For each layer, the index of the first equal one; and why the first two that differ do."""
     kinds: list[int] = []
     why = ""
     for number, layer in enumerate(layers):

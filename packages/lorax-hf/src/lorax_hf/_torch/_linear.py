@@ -1,4 +1,4 @@
-"""`torch.nn.functional.linear`, whose arguments torchax 0.0.13 does not take by their names."""
+"""`torch.nn.functional.linear`, for which torchax 0.0.13 does not accept keyword arguments."""
 
 import jax
 import jax.numpy as jnp

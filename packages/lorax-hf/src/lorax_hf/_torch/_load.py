@@ -1,4 +1,4 @@
-"""`load_torch`: a checkpoint's tensors straight onto devices, without a copy in PyTorch."""
+"""`load_torch`: reads a checkpoint's tensors onto devices, without a copy in PyTorch."""
 
 import copy
 import functools
@@ -23,10 +23,10 @@ from ._state import state_of, tied_names
 
 
 class Read(NamedTuple):
-    """How to read a tensor."""
+    """How to read one tensor."""
 
-    placed: Callable[[Any], jax.Array]  # from a sharding to the array in it
-    part: Callable[[Any], np.ndarray[Any, Any]]  # from an index to what is there
+    placed: Callable[[Any], jax.Array]  # from a sharding to the array on its devices
+    part: Callable[[Any], np.ndarray[Any, Any]]  # from an index to a part of the tensor
 
 
 def load(
@@ -37,7 +37,7 @@ def load(
     module: torch.nn.Module | None,
     scan_layers: bool | Collection[str],
 ) -> tuple[ModuleFunction, dict[str, jax.Array]]:
-    """The function of a folder's model, and its parameters."""
+    """The function and the parameters of the model in a folder."""
     files = Files(folder)
     if module is None:
         module = _module_of(files.folder)
@@ -58,13 +58,13 @@ def load(
             array = reads[name].placed(wanted)
         if dtype is not None and tensor.is_floating_point():
             array = jax.device_put(array.astype(dtype), wanted)
-        # Before the next one is read: JAX copies while the program goes on.
+        # JAX copies asynchronously: without waiting, several tensors would be in host memory.
         params[name] = jax.block_until_ready(array)
     return fn, params
 
 
 def _stacked(reads: list[Read], shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    """Tensors of equal layers in one array, of which each device reads its part alone."""
+    """Tensors of equal layers as one array; each device reads only its own part."""
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -98,7 +98,7 @@ def _module_of(folder: Path) -> torch.nn.Module:
 
 
 def _reads(module: Any, files: Files) -> dict[str, Read]:
-    """How to read each parameter and persistent buffer; every one is checked, and none is read."""
+    """How to read each parameter and persistent buffer; shapes are checked, and nothing is read."""
     state: Mapping[str, torch.Tensor] = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     first = {other: name for name, others in tied_names(module).items() for other in others}
@@ -123,7 +123,7 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
             own = converters.setdefault(name, copy.deepcopy(converter))
             own.add_tensor(name, key, pattern, functools.partial(files.tensor, key))
     for name, converter in converters.items():
-        # The first of what a converter makes has the name that the module knows.
+        # A converter may produce several parameters; `name` is that of the first.
         pattern, *others = converter.target_patterns
         for target in (name, *(name.replace(pattern, other) for other in others)):
             reads[first.get(target, target)] = _converted(module, name, target, converter)
@@ -153,9 +153,10 @@ def _natural(name: str) -> list[Any]:
 
 
 def _renaming(module: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[str, Any, Any]]:
-    """From a tensor's name in a file to its name here, and what converts it, as transformers does.
+    """A function from a tensor's name in a file to its name in the module and its converter.
 
-    Files of models that transformers 5 changed have the names and the parts of version 4.
+    transformers 5 renamed, split or merged parameters of some models; their older files are
+    converted with transformers' own rules.
     """
     if not hasattr(module, "base_model_prefix"):
         return lambda key: (key, None, None)
@@ -178,7 +179,7 @@ def _renaming(module: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[s
 
 
 def _converted(module: Any, name: str, target: str, converter: Any) -> Read:
-    """Several tensors of the files as one parameter, such as the experts of a mixture."""
+    """How to read a parameter that is converted from several tensors, such as stacked experts."""
 
     def whole() -> np.ndarray[Any, Any]:
         made = copy.deepcopy(converter).convert(name, model=module, config=module.config)
@@ -189,7 +190,7 @@ def _converted(module: Any, name: str, target: str, converter: Any) -> Read:
 
 
 def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
-    """Gives buffers their values: from the files, or as the model computes them when it is made."""
+    """Fills buffers on the meta device, from the files or with the model's `_init_weights`."""
     computed: list[tuple[str, torch.nn.Module, str]] = []
     for prefix, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
@@ -201,7 +202,7 @@ def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
                 owner._buffers[name] = value.to(buffer.dtype)
             else:
                 computed.append((path, owner, name))
-    # What the model computes does not depend on what was there before.
+    # A value that depends on what was there before was not computed by the model.
     once, again = (_computed(module, computed, fill) for fill in (0, 1))
     for path, *_ in computed:
         if not torch.equal(once[path], again[path]):

@@ -15,7 +15,7 @@ from ._state import refuse_without_values, state_of
 def parameters_of(
     module: torch.nn.Module, members: Members, sharding: Placement = None, dtype: Any = None
 ) -> dict[str, jax.Array]:
-    """A copy of each parameter by name, those of equal layers in one array."""
+    """A copy of each parameter, by name, with those of scanned layers stacked."""
     tensors, buffers = state_of(module)
     refuse_without_values({**tensors, **buffers})
     parameters: dict[str, jax.Array] = {}

@@ -1,4 +1,4 @@
-"""What `_library` asks of a part, for PyTorch modules."""
+"""The interface `_library.Part` for PyTorch modules."""
 
 from typing import Any
 
@@ -11,6 +11,6 @@ __all__ = ["DEFECTS", "config_of", "described", "lora"]
 
 
 def config_of(model: Any) -> Any:
-    """The config of a module of transformers or of another library that has one; or the config."""
+    """The config of a module, of transformers or another library; or `model`, if it has none."""
     model = model.module if isinstance(model, ModuleFunction) else model
     return getattr(model, "config", model)

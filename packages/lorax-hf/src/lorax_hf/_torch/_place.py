@@ -1,4 +1,4 @@
-"""Arrays onto devices, in the sharding that a user wants for each."""
+"""Puts arrays on devices, with the sharding that the user gives for each."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-# One for all, one for each name, or a function of name and shape; None leaves it to JAX.
+# One sharding, shardings by name, or a function of name and shape; None leaves it to JAX.
 Placement = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Any] | None
 
 
@@ -23,5 +23,5 @@ def sharding_of(sharding: Placement, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def placed(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
-    """An array of NumPy, which nobody else writes to, on its devices."""
+    """Puts a NumPy array on its devices; it must not be written to afterwards."""
     return jax.device_put(array, sharding)

@@ -1,4 +1,4 @@
-"""Refuses modules with quantized weights, by the names of those that quantize."""
+"""Refuses modules with quantized weights, which are recognized by their packages."""
 
 import torch
 
@@ -31,7 +31,7 @@ def refuse_quantized(module: torch.nn.Module) -> None:
         for kind in kinds:
             if any(f"{kind.__module__}.".startswith(f"{package}.") for package in _PACKAGES):
                 _refuse(name, f"{kind.__module__}.{kind.__qualname__}")
-    # transformers sets it also where the config says to dequantize, as of a GGUF file.
+    # transformers also sets `is_quantized` if the config dequantizes, as for a GGUF file.
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     if getattr(module, "is_quantized", False) is True and not getattr(config, "dequantize", False):
         _refuse("", type(module).__name__)

@@ -20,8 +20,8 @@ from ._state import state_of, tied_names
 from ._targets import DEFAULT_TARGETS
 from ._weights import Weight, order_of, weight_of
 
-# Names of modules, or of classes, that hold the products of attention, and those of feed-forward
-# networks; where both are on the way to a weight, the innermost counts.
+# Names of modules or classes of attention, and of feed-forward networks. If both contain a weight,
+# the innermost decides.
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|feedforward|expert|moe|intermediate|^fc_?\d|^fc_in|^fc_out|^lin\d"
@@ -31,7 +31,7 @@ _MLP = re.compile(
 
 
 def described(model: Any, params: Any = None) -> Described:
-    """The rows of a module, of its function, or of a config's module, and its parameters."""
+    """A module, its function, or the module of a config, as rows."""
     module = module_of(model)
     refuse_quantized(module)
     runs = model.runs if isinstance(model, ModuleFunction) else runs_in(module, params or ())
@@ -75,7 +75,7 @@ def of_config(config: Any) -> torch.nn.Module:
 
 
 class _Rows:
-    """Properties of a module, computed once for all of its parameters."""
+    """Makes the rows of a module from properties that are computed once for all of them."""
 
     def __init__(self, module: torch.nn.Module, kind: str | None, runs: Sequence[Run]) -> None:
         self.module = module
@@ -87,7 +87,7 @@ class _Rows:
         self.kind = kind
 
     def row(self, item: tuple[str, tuple[str, ...]]) -> Row:
-        """The row of a parameter, or of equal ones that are stacked."""
+        """The row of a parameter, which may be stacked."""
         path, parts = item
         row = self._row(parts[0])
         stack = next((each for each in self.stacks if path.startswith(f"{each.name}.")), None)
@@ -132,7 +132,7 @@ class _Rows:
         return ends_in(targets, module)
 
     def _part(self, module: str) -> str | None:
-        """Whether a module is in an attention or in a feed-forward network."""
+        """The innermost of "attention" and "mlp" that contains a module; None if neither does."""
         parts = module.split(".")
         for end in range(len(parts), 0, -1):
             owner = self.by_name[".".join(parts[:end])]
@@ -156,7 +156,7 @@ class _Rows:
 
 
 def _stacked(row: Row, path: str, stack: Stack) -> Row:
-    """The row of one layer's parameter as that of its stack, whose axis comes before the others."""
+    """The row of a stack, from that of one layer's parameter: the axis of layers comes first."""
     layer = stack.layers[0]
     layout: dict[str, Any] = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
     for name in ("in_axes", "out_axes", "shared_axes"):
@@ -177,7 +177,7 @@ def _stacked(row: Row, path: str, stack: Stack) -> Row:
 
 
 def _behind(axes: Axes) -> Axes:
-    """Roles of axes that have one more before them, which is shared."""
+    """The roles of axes with a shared axis added in front."""
     shared, inputs, outputs = (tuple(axis + 1 for axis in role) for role in axes)
     return Axes((0, *shared), inputs, outputs)
 
@@ -185,7 +185,7 @@ def _behind(axes: Axes) -> Axes:
 def _inference(
     module: torch.nn.Module, runs: Sequence[Run], shapes: Mapping[str, Any]
 ) -> Callable[[Sequence[str], Any], Mapping[str, Axes]]:
-    """Finds the axes of weights by tracing the module with example inputs."""
+    """A function that finds the axes of weights by tracing the module with example inputs."""
 
     def infer(paths: Sequence[str], inputs: Any) -> Mapping[str, Axes]:
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
@@ -194,10 +194,10 @@ def _inference(
                 "spec: `inputs` is a tuple or a dict of what the module is called with."
             )
         fn = ModuleFunction(module, scan_layers={run.owner for run in runs})
-        # Arrays alone: what else a module returns is not of interest.
+        # Only arrays: a traced function cannot return the module's other outputs.
         call = lambda params, *args, **kwargs: jax.tree.leaves(fn(params, *args, **kwargs))  # noqa: E731
         with warnings.catch_warnings():
-            # What it leaves out stays without axes, which `spec` reports where it is asked for.
+            # Weights that are left out have no axes; `spec` reports these if they are targeted.
             warnings.simplefilter("ignore", UnadaptedWarning)
             specs = infer_spec(call, dict(shapes), *args, rank=1, skip_small=False, **kwargs)
         return {

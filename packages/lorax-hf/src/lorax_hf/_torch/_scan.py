@@ -1,8 +1,8 @@
-"""A module's loop over equal layers, as one `jax.lax.scan` over their stacked parameters.
+"""Runs a module's loop over equal layers as one `jax.lax.scan` over their stacked parameters.
 
-The module's own forward pass goes on to call each layer in turn. Its first calls say what layers
-are called with. The scan runs as soon as one layer of each kind was called; the other layers return
-placeholders, which nothing but the next layer may use, and the last one what the scan computed.
+The module's own forward pass still calls each layer in turn. The first call of each kind of layer
+records its arguments. Once all kinds were called, the scan runs. All layers but the last return
+placeholders, which only the next layer may use; the last one returns the scan's result.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from ._layers import Run, named_module
 def scanned(
     module: nn.Module, runs: Sequence[Run], arrays: Mapping[str, Any], env: Any
 ) -> Generator[None]:
-    """Within the block, the layers of these runs are scanned.
+    """Scans the layers of these runs in calls of the module inside this block.
 
     Args:
-        module: whose attributes the caller restores.
-        runs: of its layers.
-        arrays: the stacked tensors, by the names of their stacks.
-        env: of torchax.
+        module: the module, whose attributes are changed; the caller must restore them.
+        runs: the runs of its layers.
+        arrays: the stacked tensors, by name.
+        env: the torchax environment.
     """
     if not runs:
         yield
@@ -43,7 +43,7 @@ def scanned(
 
 
 class _Alone(nn.Module):
-    """A layer as its own class computes it, for `functional_call`."""
+    """A layer with its original `forward`, which `_Loop` replaces, for `functional_call`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class _Alone(nn.Module):
 
 
 class _Call:
-    """The arguments of a layer, without those that the layer before it returned."""
+    """The arguments of a layer, and which of them is the previous layer's result."""
 
     def __init__(self, args: Any, kwargs: Any, before: Any) -> None:
         leaves, self.structure = _pytree.tree_flatten((args, kwargs))
         self.kwargs = kwargs
-        # At first, where no layer was before, the first tensor goes through the layers.
+        # The first layer has no previous one: its first tensor is carried through the layers.
         self.carry = next(
             (
                 k
@@ -73,7 +73,7 @@ class _Call:
         self.x = None if self.carry is None else leaves[self.carry]
 
     def with_x(self, x: Any) -> Any:
-        """The arguments with another tensor for the one that goes through the layers."""
+        """The arguments, with another tensor in place of the carried one."""
         leaves = [x if k == self.carry else leaf for k, leaf in enumerate(self.rest)]
         return _pytree.tree_unflatten(leaves, self.structure)
 
@@ -103,18 +103,18 @@ class _Loop:
 
     def _begin(self) -> None:
         self.calls: list[_Call] = []  # of one layer of each kind
-        self.returns: list[Callable[[Any], Any]] = []  # from what goes on to all a layer returns
+        self.returns: list[Callable[[Any], Any]] = []  # from the carried result to all results
         self.done = 0
         self.before: Any = None
         self.result: Any = None
 
     def check_done(self) -> None:
-        """Raises where some of the layers were not called."""
+        """Raises if only some of the layers were called."""
         if self.done:
             raise self._error(self.done, "is not called, and those before it are")
 
     def _call(self, place: int, args: Any, kwargs: Any) -> Any:
-        """The value that the module gets for one layer."""
+        """What a layer returns to the module: a placeholder, or the scan's result at the end."""
         if place != self.done:
             raise self._error(place, f"is called before layer {self.run.numbers[self.done]}")
         call = _Call(args, kwargs, self.before)
@@ -152,7 +152,7 @@ class _Loop:
         return self.env.j2t_iso(last)
 
     def _find_returns(self, kind: int) -> None:
-        """The result of a layer as shapes, found without computing it."""
+        """Records the structure of a layer's results, by tracing it without computing anything."""
         arrays = {name: array[0] for name, array in self.arrays[kind].items()}
         jax.eval_shape(partial(self._layer, kind, key=self._key()), self.x.jax(), arrays=arrays)
 
@@ -165,7 +165,7 @@ class _Loop:
         (first, *others), structure = _pytree.tree_flatten(returned)
         if not _is_tensor(first):
             raise self._error(kind, f"returns a {type(first).__name__}, not a tensor")
-        # What a layer only hands on is what it was given; what else it returns stays in the scan.
+        # An argument that a layer only passes on is returned; other results stay in the scan.
         others = [self._outside(kind, leaf) for leaf in others]
         back = lambda value: _pytree.tree_unflatten([value, *others], structure)  # noqa: E731
         self.returns[kind:] = [back]
@@ -232,7 +232,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two arguments are one: the same array, or equal values of Python."""
+    """Whether two arguments are the same array, or equal Python values."""
     if _is_tensor(one) and _is_tensor(other):
         return one is other or getattr(one, "_elem", one) is getattr(other, "_elem", other)
     if _is_tensor(one) or _is_tensor(other):
@@ -241,7 +241,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_alike(one: Any, other: Any, x: Any) -> bool:
-    """Whether an argument is the same twice, or what goes through the layers."""
+    """Whether an argument is the same in two calls, or is the carried tensor."""
     (ones, structure), (others, expected) = map(_pytree.tree_flatten, (one, other))
     same = (_is_same(*pair) or pair[0] is x for pair in zip(ones, others, strict=False))
     return structure == expected and all(same)

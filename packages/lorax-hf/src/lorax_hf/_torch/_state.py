@@ -8,14 +8,14 @@ import torch
 
 
 class State(NamedTuple):
-    """The tensors of a module, by their names."""
+    """The tensors of a module, by name."""
 
-    parameters: dict[str, torch.Tensor]  # one name for each: the first of those that are tied
-    buffers: dict[str, torch.Tensor]  # and tensors that are attributes
+    parameters: dict[str, torch.Tensor]  # a tied parameter has only its first name
+    buffers: dict[str, torch.Tensor]  # including tensors that are plain attributes
 
 
 def state_of(module: torch.nn.Module) -> State:
-    """Parameters are what PyTorch registers as such; every other tensor is a buffer."""
+    """The registered parameters of a module, and all of its other tensors as buffers."""
     parameters: dict[str, torch.Tensor] = {
         names[0]: parameter for names, parameter in _named(module)
     }
@@ -35,7 +35,7 @@ def state_of(module: torch.nn.Module) -> State:
 
 
 def refuse_without_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises where a tensor is on the meta device."""
+    """Raises if a tensor is on the meta device."""
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise ValueError(
@@ -45,7 +45,7 @@ def refuse_without_values(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that a module holds without having registered them."""
+    """Tensors that are plain attributes of a module, not registered as parameters or buffers."""
     for prefix, owner in module.named_modules():
         for name, value in vars(owner).items():
             if isinstance(value, torch.Tensor):
@@ -53,7 +53,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def without_weights(module: torch.nn.Module, state: State) -> torch.nn.Module:
-    """A copy of a module whose tensors are on the meta device, so that it holds no memory."""
+    """A copy of a module with its tensors on the meta device, where they take no memory."""
     memo: dict[int, Any] = {}
     for tensor in state.parameters.values():
         empty = torch.empty_like(tensor.detach(), device="meta")
@@ -64,12 +64,12 @@ def without_weights(module: torch.nn.Module, state: State) -> torch.nn.Module:
 
 
 def tied_names(module: torch.nn.Module) -> dict[str, list[str]]:
-    """For each parameter with several names, the ones after the first."""
+    """The further names of each tied parameter, by its first name."""
     return {first: others for (first, *others), _ in _named(module) if others}
 
 
 def _named(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
-    """Each parameter with its names; of a table that is a head as well, the table's comes first."""
+    """Each parameter with all of its names; the name in an embedding comes first."""
     names: dict[int, list[str]] = {}
     parameters: dict[int, torch.nn.Parameter] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

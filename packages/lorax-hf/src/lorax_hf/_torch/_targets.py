@@ -1,7 +1,7 @@
-"""What PEFT adapts by default: the modules of each model type, as of PEFT 0.21.
+"""The modules that PEFT adapts by default for each model type, as of PEFT 0.21.
 
-Ends of names, or a regular expression for the whole name. What PEFT has for types that are not in
-transformers is left out.
+Targets are ends of names, or a regular expression for the whole name. Model types that are not in
+transformers are left out.
 """
 
 _Q_V = ("q_proj", "v_proj")

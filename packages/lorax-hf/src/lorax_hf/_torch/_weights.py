@@ -1,7 +1,7 @@
-"""How each class of modules uses its weight: which axes are inputs, and the layout on disk.
+"""The axes and the layout on disk of the weights of each known class of modules.
 
-A row of the table is a class, the parameter that it concerns, and a function of the module and the
-parameter. A class that is in no row says nothing about its axes.
+A row of the table is a predicate on the module, the parameter's name and the parameter, and a
+function that describes the weight. The axes of other classes are not known.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ class Weight(NamedTuple):
 
     kind: str  # "linear", "embedding", "conv" or "experts"
     axes: Axes
-    layout: dict[str, Any]  # less the module
+    layout: dict[str, Any]  # for lorax_io, without the module's name
 
 
 def weight_of(module: nn.Module, name: str) -> Weight | None:
-    """The role of a module's parameter; None where the class is not known."""
+    """The axes and layout of a module's parameter; None if its class is not known."""
     parameter = getattr(module, name)
     for matches, describe in _CLASSES:
         if matches(module, name, parameter):
@@ -53,7 +53,7 @@ def _conv(module: Any, name: str, parameter: torch.Tensor) -> Weight:
 
 
 def _experts(module: Any, name: str, parameter: torch.Tensor) -> Weight:
-    """A parameter (experts, out, in), or (experts, in, out) where the class says so."""
+    """A parameter (experts, out, in), or (experts, in, out) if the class has `is_transposed`."""
     transposed = getattr(module, "is_transposed", False)
     axes = Axes((0,), (1,), (2,)) if transposed else Axes((0,), (2,), (1,))
     out_first = {} if transposed else {"out_first": True}
@@ -62,7 +62,7 @@ def _experts(module: Any, name: str, parameter: torch.Tensor) -> Weight:
 
 
 def order_of(module: nn.Module, name: str) -> int:
-    """Where a parameter is among those of its module, which PEFT wraps in this order."""
+    """The position of a parameter among those of its module; PEFT wraps them in this order."""
     return [key for key, _ in module.named_parameters(recurse=False)].index(name)
 
 
@@ -86,8 +86,8 @@ def _is_conv1d(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
 
 
 def _is_experts(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
-    # transformers gives `is_transposed` to every class of experts that it may run as a grouped
-    # product; the other names are of classes whose forward pass is their own.
+    # transformers sets `is_transposed` on every class of experts that it can run as a grouped
+    # matmul. Classes with a forward pass of their own are recognized by name.
     by_name = type(module).__name__.endswith(("ParallelExperts",))
     return parameter.ndim == 3 and (hasattr(module, "is_transposed") or by_name)
 

@@ -75,7 +75,7 @@ def all_arrays(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read_header(file: TensorFile) -> tuple[dict[str, Entry], dict[str, Packed]]:
-    """Reads the entries, with shapes for arrays, and how tensors are packed; checks every tensor."""
+    """Reads the entries, with shapes for arrays, and the packed tensors; checks every tensor."""
     version = file.metadata.get(FROZEN_KEY)
     if version is None:
         raise AdapterFileError(
