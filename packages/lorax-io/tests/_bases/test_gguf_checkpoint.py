@@ -60,7 +60,9 @@ def permuted(weight, heads):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(files, arch="llama", kind=Q8_0, head=True, extra=None, fields=(), layers=LAYERS):
+def write(
+    files, arch="llama", kind=Q8_0, head=True, extra=None, fields=(), layers=LAYERS, lost=None
+):
     """Writes a model; gives the weights of transformers that are in it, decoded."""
     writer = gguf.GGUFWriter("model.gguf", arch)
     writer.add_block_count(layers)
@@ -78,7 +80,8 @@ def write(files, arch="llama", kind=Q8_0, head=True, extra=None, fields=(), laye
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         if arch == "llama" and heads:
             array = permuted(array, heads)
-        writer.add_tensor(own, gguf.quantize(array, used), raw_dtype=used)
+        if own != lost:
+            writer.add_tensor(own, gguf.quantize(array, used), raw_dtype=used)
     for own, array in (extra or {}).items():
         writer.add_tensor(own, array)
     writer.write_header_to_file()
@@ -195,10 +198,13 @@ ODD = np.ones((2, 32), np.float32)
         ({"arch": "of-tomorrow"}, "'of-tomorrow', which gguf lacks"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": ODD}}, "blk.0.ffn_gate_exps.weight"),
         ({"extra": {"rope_freqs.bias": ODD.astype(np.int32)}}, "rope_freqs.bias"),
-        ({"extra": {"blk.0.attn_output.bias": np.ones(64, np.int32)}}, "type I32"),
-        ({"extra": {"blk.0.attn_output.bias": np.full(64, np.nan, np.float32)}}, "NaN"),
+        ({"extra": {"output_norm.bias": np.ones(64, np.int32)}}, "type I32"),
+        ({"extra": {"output_norm.bias": np.full(64, np.nan, np.float32)}}, "NaN"),
         ({"layers": 2**31}, "block_count = 2147483648"),
         ({"layers": 1}, "blk.1."),
+        ({"layers": 3}, "lacks `blk.2."),
+        ({"lost": "blk.1.attn_v.weight"}, "lacks `blk.1.attn_v.weight`"),
+        ({"lost": "output_norm.weight"}, "not a whole model"),
         ({"fields": [("split.count", 3)]}, "one of 3 parts"),
         ({"fields": [("general.type", "adapter")]}, "the type 'adapter'"),
     ],
@@ -249,7 +255,7 @@ def test_options_that_do_not_fit(shell, files):
 
 
 def test_numbers_beyond_float16(shell, files, tmp_path):
-    write(files, extra={"blk.0.attn_output.bias": np.full(64, 1e6, np.float32)})
+    write(files, extra={"output_norm.bias": np.full(64, 1e6, np.float32)})
     adapter(files)
     assert "float16" in shell.fail("merge adapter --base model.gguf --out m --dtype float16")
     assert not (tmp_path / "m").exists()

@@ -188,7 +188,12 @@ class GGUFSource:
 
     def field(self, key: str, default: Any = None) -> Any:
         """What the file states under a key."""
-        return self._fields[key].contents() if key in self._fields else default
+        if key not in self._fields:
+            return default
+        try:
+            return self._fields[key].contents()
+        except Exception as error:  # as above
+            raise AdapterFileError(f"has a `{key}` that cannot be read ({error}).") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, in the order of transformers."""
@@ -201,9 +206,9 @@ class GGUFSource:
         if kind in PLAIN:
             values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)
             values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-            return values if order is None else values[order]
-        data = tensor.data if order is None else tensor.data[order]
-        return import_gguf().dequantize(data, tensor.tensor_type).reshape(shape)
+        else:
+            values = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        return values if order is None else values[order]
 
     def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
         """A weight, under llama.cpp's own name or that of transformers."""
@@ -238,8 +243,8 @@ class GGUFSource:
         if not (is_q or is_k) or self.arch not in _PERMUTED:
             return None
         heads = self._heads if is_q else self._kv_heads
-        if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
-            raise AdapterMismatchError(f"has {shape[0]} rows for `{name}`, and {heads} heads.")
+        if not shape or type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
+            raise AdapterMismatchError(f"has `{name}` of shape {shape}, and {heads} heads.")
         return half_order(np.arange(shape[0]), heads)
 
     def lacking(self, name: str) -> str:

@@ -128,7 +128,17 @@ def _names(source: GGUFSource) -> dict[str, str]:
             f"has `{strange[0]}`, which is not known as a tensor of {source.arch} models in "
             "transformers. Merge into the model's Hugging Face checkpoint, and convert the result."
         )
+    _check_whole(source)
     return {known[own]: own for own in wanted}
+
+
+def _check_whole(source: GGUFSource) -> None:
+    """Refuses a file without tensors that every model has, or that its other layers have."""
+    ends = {own.split(".", 2)[2] for own in source.names if own.startswith("blk.")}
+    layers = [f"blk.{k}.{end}" for k in range(source.layers) for end in sorted(ends)]
+    needed = ["token_embd.weight", "output_norm.weight", *layers]
+    if lost := [own for own in needed if own not in source.names]:
+        raise AdapterFileError(f"lacks `{lost[0]}`, so that it is not a whole model.")
 
 
 def _check_types(source: GGUFSource, owns: Mapping[str, str]) -> None:
@@ -158,7 +168,7 @@ def _check_config(
     beside = f"the {CONFIG_NAME} beside it"
     remedy = "Move the GGUF file to the folder of its own config."
     kind = config.get("model_type")
-    if kind in KINDS and KINDS[kind][0] != source.arch:
+    if isinstance(kind, str) and KINDS.get(kind, (source.arch,))[0] != source.arch:
         raise AdapterMismatchError(
             f"is of the architecture {source.arch!r}, and {beside} of a {kind} model. {remedy}"
         )
