@@ -233,7 +233,8 @@ def test_a_file_cut_short(shell, files, tmp_path, left):
     [
         ({"model_type": "qwen2"}, "of a qwen2 model"),
         ({"model_type": "llama", "num_hidden_layers": 3}, "num_hidden_layers = 3"),
-        ({"model_type": "llama"}, "tie_word_embeddings = true"),
+        ({"model_type": "llama", "num_key_value_heads": 4}, "attention.head_count_kv = 2"),
+        ({"model_type": ["llama"], "tie_word_embeddings": None}, "tie_word_embeddings = true"),
     ],
 )
 def test_the_config_of_another_model(shell, files, config, word):

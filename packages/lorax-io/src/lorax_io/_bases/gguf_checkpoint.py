@@ -46,6 +46,7 @@ _STATED = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
 }
 
 
