@@ -32,23 +32,25 @@ def table(findings: Sequence[Finding]) -> Table:
 PAGE = """\
 # Other people's models
 
-We test Lorax on models that were not written for it, at tiny sizes. They are imported from packages on PyPI, without
-changes. {models} models of {packages} packages run; {built} of their {weights} weights are materialized.
+We test Lorax on models that were not written for it, at tiny sizes. They are imported from
+packages on PyPI, without changes. {models} models of {packages} packages run; {built} of their
+{weights} weights are materialized.
 
-`nox -s wild` takes each model through `infer_spec`, `init_lora`, `lora`, `explain`, `testing.check`, a step of
-gradient descent and `merge_params`. It fails if a result differs from
-[`wild/expected.json`](../wild/expected.json). `nox -s wild -- --record` updates that file and this page (here with
-JAX {jax}).
+`nox -s wild` takes each model through `infer_spec`, `init_lora`, `lora`, `explain`,
+`testing.check`, a step of gradient descent and `merge_params`. It fails if a result differs from
+[`wild/expected.json`](../wild/expected.json). `nox -s wild -- --record` updates that file and this
+page (here with JAX {jax}).
 
-- **factored**: adapted weights that are never materialized, out of all weights. A weight is a parameter with two or
-  more axes that reaches a product, a convolution or a lookup; these are found without Lorax. Biases, gains and
-  position embeddings that are only added do not count.
+- **factored**: adapted weights that are never materialized, out of all weights. A weight is a
+  parameter with two or more axes that reaches a product, a convolution or a lookup; these are
+  found without Lorax. Biases, gains and position embeddings that are only added do not count.
 - **materialized**: adapted weights that are materialized.
-- **left out**: weights without an adapter. "Not named" are those that `infer_spec` does not report.
-- **error**: the largest error of values and gradients relative to the merged model, in float64. Models marked (32)
-  only run in float32.
-- **trace**: processor time to trace the adapted model, divided by that of the plain model, with empty caches. It
-  depends on the machine and is not tested.
+- **left out**: weights without an adapter. "Not named" are those that `infer_spec` does not
+  report.
+- **error**: the largest error of values and gradients relative to the merged model, in float64.
+  Models marked (32) only run in float32.
+- **trace**: processor time to trace the adapted model, divided by that of the plain model, with
+  empty caches. It depends on the machine and is not tested.
 
 {table}
 
