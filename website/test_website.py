@@ -126,6 +126,15 @@ def test_a_kind_without_its_rows_in_the_table_raises():
         kinds.costs(["no such kind"])
 
 
+@pytest.mark.parametrize("spec", ["LoraSpec", "LoraFASpec", "DoraSpec", "TokensSpec"])
+def test_kinds_with_a_row_in_the_table_of_peft_types_are_in_peft_folders(spec: str):
+    assert "store it as `LORA`" in kinds.files(spec)
+
+
+def test_kinds_without_a_row_are_not_in_peft_folders():
+    assert kinds.files("LoconSpec").endswith("PEFT folders do not support it.")
+
+
 def test_this_repository_can_be_released_but_for_a_tag():
     version = versions.VERSION
     assert list(check.faults(None, offline=True)) == []
