@@ -1,4 +1,4 @@
-"""What the site is made with: its checks can fail, and its pictures show what they are given."""
+"""Tests of the site's checks, pictures and generated pages."""
 
 import importlib
 import re
