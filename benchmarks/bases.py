@@ -48,7 +48,7 @@ WORKS: dict[str, Callable[[], Model]] = {
 }
 
 HEADER = (
-    "| format | bits | error | FLOPs | arguments, MiB | temporary, MiB | kept, MiB "
+    "| format | bits per weight | error | FLOPs | arguments, MiB | temporary, MiB | kept, MiB "
     "| trace | step |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 MIB = 2**20
