@@ -95,6 +95,18 @@ def test_layers_are_stacked(tmp_path):
         np.testing.assert_array_equal(dequantize(loaded)[k].T, fp8(seed=k)[1])
 
 
+def test_numbers_of_a_layout_choose_the_layers(tmp_path):
+    numbers = np.random.default_rng(0)
+    layers = {f"layers.{k}.up": {"weight": numbers.normal(size=(7, 5))} for k in (1, 2, 3)}
+    layers = {name: {"weight": x["weight"].astype(np.float32)} for name, x in layers.items()}
+    file = save(tmp_path / "a.safetensors", **layers)
+    names = {"up": Linear("layers.{}.up", shared_axes=(0,), numbers=(1, 3))}
+    with pytest.warns(AdapterWarning, match=r"in none of `names`: layers.2.up.weight"):
+        loaded = load_base(file, names)["up"]
+    expected = np.stack([layers[f"layers.{k}.up"]["weight"].T for k in (1, 3)])
+    np.testing.assert_array_equal(loaded, expected)
+
+
 def test_experts_are_a_stack_in_a_tensor(tmp_path):
     codes = draw(3, OUT, IN).astype(jnp.float8_e4m3fn)
     scales = np.abs(draw(3, 1, 1)).astype(np.float32)

@@ -45,6 +45,12 @@ class Layout:
     fan_in_fan_out: ClassVar[bool] = False  # PEFT's name for a weight stored as (in, out)
     by_parameter: ClassVar[bool] = False  # whether PEFT adapts it through `target_parameters`
 
+    @property
+    def first_module(self) -> str:
+        """The name of the module, or of the first one if it stacks several."""
+        number = 0 if self.numbers is None else self.numbers[0]
+        return self.module.format(*[number] * self.module.count("{}"))
+
     def fitted(self, axes: Axes) -> "Layout":
         """This layout, with the adapter's axes where the layout does not specify any."""
         return self

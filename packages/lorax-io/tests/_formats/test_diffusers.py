@@ -71,7 +71,7 @@ def test_tensors_and_header_are_of_the_part_of_the_pipeline(tmp_path, prefix):
     conv = tensors[f"{prefix}.conv_in.lora_A.weight"]
     np.testing.assert_array_equal(conv, tunable["conv"].a.transpose(3, 2, 0, 1))
     assert tensors[f"{prefix}.conv_in.lora_B.weight"].shape == (7, 2, 1, 1)
-    assert header.keys() == {"format", "lora_adapter_metadata"}
+    assert header.keys() == {"format", "lora_adapter_metadata", "lorax.version"}
     assert header["format"] == "pt"
     config = json.loads(header["lora_adapter_metadata"])
     assert all(key.startswith(f"{prefix}.") for key in config)

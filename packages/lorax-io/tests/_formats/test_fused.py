@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lorax
+import lorax_io
 from lorax import DoraSpec, LoraSpec
 from lorax_io import (
     AdapterMismatchError,
@@ -110,6 +111,27 @@ def test_parts_without_an_adapter_are_zeros(tmp_path, to):
     WRITERS[to](tmp_path / "a.safetensors", pair.tunable, NAMES)
     deltas = {name: x for name, x in deltas_of(pair).items() if name in spec}
     check(tmp_path / "a.safetensors", deltas)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_double_blocks_alone_are_flux_by_the_names_of_the_model(tmp_path, to):
+    spec = {name: 2 if name.startswith(DOUBLE) else lorax.LORA_FREEZE for name in SIZES}
+    pair = make(spec)
+    WRITERS[to](tmp_path / "a.safetensors", pair.tunable, NAMES)
+    adapted = {name: x for name, x in deltas_of(pair).items() if name.startswith(DOUBLE)}
+    check(tmp_path / "a.safetensors", adapted)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_double_blocks_that_may_be_of_another_model_warn(tmp_path, to):
+    names = {name: x for name, x in NAMES.items() if name.startswith(DOUBLE)}
+    params = {name: PARAMS[name] for name in names}
+    pair = make(dict.fromkeys(names, 2), params)
+    with pytest.warns(lorax_io.AdapterWarning, match="If it is for Flux, give `names`"):
+        WRITERS[to](tmp_path / "a.safetensors", pair.tunable, names)
+    modules = {x.module for x in open_adapter(tmp_path / "a.safetensors").names.values()}
+    flat = {f"lora_unet_{name.replace('.', '_')}" for name in names}
+    assert modules == (flat if to == "kohya" else names.keys())
 
 
 def test_halves_are_swapped(tmp_path):

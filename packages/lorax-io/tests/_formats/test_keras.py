@@ -197,6 +197,19 @@ def test_bytes_that_were_changed_are_read_or_refused(tmp_path):
             assert str(error).startswith(str(file))
 
 
+def test_arrays_of_the_other_byte_order_are_read(tmp_path):
+    file, other, pair = tmp_path / "a.lora.h5", tmp_path / "b.lora.h5", make(alpha=7)
+    save_keras(file, pair.tunable, NAMES)
+    with h5py.File(file) as source, h5py.File(other, "w") as target:
+        for path in ("rank", *(f"{n}/vars/lora_kernel_{x}" for n in (3, 11) for x in "ab")):
+            name = "lora/vars/rank" if path == "rank" else f"lora/{path}"
+            array = source[name][()]
+            target[name] = array.astype(array.dtype.newbyteorder(">"))
+    ours, theirs = (load_any(path, PARAMS, NAMES).tunable for path in (file, other))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_other_keras_files_are_named_in_the_error(tmp_path):
     file = tmp_path / "model.weights.h5"
     with h5py.File(file, "w") as opened:

@@ -121,7 +121,7 @@ def _places(source: Source, layouts: Layouts, params: Any) -> dict[str, Place]:
 def _place(source: Source, path: str, layout: Layout) -> Place:
     """The resolved layout of one parameter, with the shape of its tensors in the file."""
     counted = len(layout.shared_axes) - layout.stacked_in_tensor
-    first = needed(source, layout.module.format(*[0] * counted), layout.parameter).shape
+    first = needed(source, layout.first_module, layout.parameter).shape
     ndim = len(first) + counted
     unknown = AdapterMismatchError(
         f"has `{layout.module}` in other axes than `{path}`, so that its shape is not known. "
@@ -137,6 +137,9 @@ def _place(source: Source, path: str, layout: Layout) -> Place:
     for (axis,), size in zip(blank.whole, first, strict=True):
         shape[axis] = size
     for axis in blank.stack:
+        if layout.numbers is not None:
+            shape[axis] = len(layout.numbers)
+            continue
         while source.find(layout.module.format(shape[axis]), layout.parameter) is not None:
             shape[axis] += 1
     return layout.at(path, shape)

@@ -15,15 +15,19 @@ from .._bases.checkpoint import open_checkpoint
 from .._errors import AdapterError
 from .._formats import flux
 from .._formats.diffusers import save_diffusers
+from .._formats.export import export
 from .._formats.keras import save_keras
 from .._formats.kohya import resolve, save_kohya
 from .._formats.llama_cpp import save_gguf
 from .._formats.mlx import save_mlx
 from .._formats.native import user_metadata, write
-from .._formats.opening import OpenedAdapter, in_diffusers
+from .._formats.opening import OpenedAdapter
 from .._formats.original import save_original
+from .._formats.own_names import own_names, own_shapes
 from .._formats.peft.config import TASK_TYPES, PeftConfig
 from .._formats.peft.folder import save_peft
+from .._formats.restore import restore
+from .._formats.source import Source, Stored
 from .._formats.tunix import save_tunix
 from .._layouts import Layouts
 from .._names import flax_names, read_names
@@ -172,9 +176,25 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     )
 
 
+def _in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
+    """An adapter of Flux's own modules in the names of diffusers.
+
+    It is converted as it is in memory: it may have been renamed, resized or combined since its file
+    was opened.
+    """
+    exported = export(_pair(adapter), adapter.names, lycoris=True)
+    tensors = {key: Stored.of(key, tensor) for key, tensor in exported.tensors.items()}
+    source = flux.in_diffusers(Source(tensors, exported.config))
+    names = own_names(source)
+    rows = restore(source, own_shapes(source, names), names, alone=True).rows
+    return adapter._replace(
+        format="diffusers", rows=rows, names=names, config=source.config, held={}, part=source.part
+    )
+
+
 def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     if flux.is_original(layout.module for layout in adapter.names.values()):
-        adapter = in_diffusers(adapter)
+        adapter = _in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
         kept = None  # the adapter has several parts, and its names begin with them

@@ -3,18 +3,24 @@
 import argparse
 import json
 import math
+import re
 from collections import Counter
 from typing import Any
 
 from rich.table import Column, Table
 
+from lorax import Adapter
+
 from .._formats.native import user_metadata
 from .._formats.opening import OpenedAdapter
+from .._formats.signature import written_by
 from .._formats.table import FORMATS
 from .._summary import Line, summarize
-from .options import ADAPTER, SAME, add_naming, console, opened, printable
+from .options import ADAPTER, SAME, add_naming, console, opened, printable, renamed, renaming
 
 HELP = "what is in an adapter"
+# The last part of a parameter's path, after its module.
+_LEAVES = frozenset(("kernel", "embedding", "weight", "w"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what an adapter is, and a line for each parameter: rank, alpha, shapes, and norms."""
-    adapter = opened(args.adapter, args)
+    adapter = renamed(opened(args.adapter, args), renaming(args.rename))
     lines = summarize(adapter.rows)
     about = _about(adapter, lines)
     if args.json:
@@ -70,11 +76,10 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
         "alpha": _values([line.alpha for line in lines]),
         "scale": _values([line.scale for line in lines]),
         "part": adapter.part,
+        "targets": _targets(adapter),
     }
     if config is not None:
-        targets = config.target_modules if config.is_given else None
         about |= {
-            "targets": targets if isinstance(targets, str) else sorted(targets or []),
             "saved in full": sorted(config.modules_to_save or []),
             "base": config.base_model_name_or_path,
             "task": config.task_type,
@@ -89,15 +94,37 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
 def _writer(adapter: OpenedAdapter) -> str | None:
     """The program that wrote the file; None if the file does not tell."""
     metadata, config = adapter.metadata, adapter.config
-    if adapter.format == "native":
-        return f"lorax-io {metadata.get('lorax.version', '')}".strip()
-    if "lorax" in metadata:
+    if (ours := written_by(metadata)) is not None:
+        return ours
+    if adapter.format == "native" or "lorax" in metadata:  # by a release that left its version out
         return "lorax-io"
     if config is not None and config.peft_version is not None:
         return f"PEFT {config.peft_version}"
     if any(key.startswith("ss_") for key in metadata):
         return f"kohya's sd-scripts {metadata.get('ss_sd_scripts_commit_hash', '')[:8]}".strip()
     return metadata.get("software") or metadata.get("modelspec.implementation")
+
+
+def _targets(adapter: OpenedAdapter) -> str | list[str]:
+    """The config's `target_modules`, or else the ends of the names of adapted modules."""
+    config = adapter.config
+    if config is not None and config.is_given:
+        targets = config.target_modules
+        return targets if isinstance(targets, str) else sorted(targets or [])
+    adapted = [path for path, row in adapter.rows.items() if isinstance(row, Adapter)]
+    names = [adapter.names[p].module if p in adapter.names else p for p in adapted]
+    return sorted({_end(name) for name in names})
+
+
+def _end(name: str) -> str:
+    """The end of a module's name: `to_q`, `to_out.0`, or what follows kohya's last number."""
+    parts = re.split(r"[./]", name)
+    if len(parts) == 1:
+        return re.split(r"_\d+_", name)[-1]
+    if parts[-1] in _LEAVES:
+        parts.pop()
+    last = next((k for k in reversed(range(len(parts))) if not parts[k].isdecimal()), 0)
+    return ".".join(parts[last:])
 
 
 def _counted(values: list[str]) -> list[str]:

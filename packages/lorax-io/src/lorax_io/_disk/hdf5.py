@@ -12,7 +12,8 @@ from .._errors import AdapterFileError, about
 from .files import regular_file, replacing
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
-_MOST = 100_000  # datasets and groups
+_MOST = 100_000  # datasets, groups or attributes
+_STRING = 3  # H5T_STRING
 
 
 class Entry(NamedTuple):
@@ -29,16 +30,16 @@ class Hdf5File:
     than the file. Each of these is an error.
     """
 
-    metadata: Mapping[str, str] = {}
-
     def __init__(self, path: Path) -> None:
         self.path = path
         h5py = _import_h5py()
         self._arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self.metadata: dict[str, str] = {}
         with about(path):
             try:
                 with h5py.File(path, "r") as file:
                     self._read(h5py, file, "")
+                    self.metadata = _strings(file.attrs)
             except AdapterFileError:
                 raise
             except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -65,6 +66,15 @@ class Hdf5File:
         return self._arrays[name]
 
 
+def _strings(attributes: Any) -> dict[str, str]:
+    """The attributes of a group that are strings; others are not read."""
+    if len(attributes) > _MOST:
+        raise AdapterFileError("has more attributes than an adapter has.")
+    kinds = {name: attributes.get_id(name).get_type().get_class() for name in attributes}
+    strings = {name for name, kind in kinds.items() if kind == _STRING}
+    return {name: x for name in strings if isinstance(x := attributes[name], str)}
+
+
 def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
     dtype = dataset.dtype
     if dtype.kind not in "fiub" or dataset.is_virtual or dataset.external:
@@ -72,7 +82,8 @@ def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
     size = dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
     if dataset.chunks is not None or dataset.id.get_storage_size() != size:
         raise AdapterFileError(f"has `{name}` in a compressed form, or without all of its numbers.")
-    return np.asarray(dataset[()])
+    # JAX refuses arrays in the other byte order.
+    return np.asarray(dataset[()]).astype(dtype.newbyteorder("="), copy=False)
 
 
 @contextlib.contextmanager
@@ -91,17 +102,27 @@ def is_hdf5(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write_hdf5(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Replaces a file atomically by these arrays, after reading it back and comparing."""
     h5py = _import_h5py()
     with about(path), replacing(path) as unfinished:
         with h5py.File(unfinished, "w") as file:
             for name, array in arrays.items():
                 file.create_dataset(name, data=array)
+            file.attrs.update(metadata or {})
         written = Hdf5File(unfinished)
-        if written.entries.keys() != arrays.keys() or any(
-            written.view(name).tobytes() != np.asarray(x, order="C").tobytes()
-            for name, x in arrays.items()
+        is_complete = written.entries.keys() == arrays.keys()
+        if (
+            not is_complete
+            or written.metadata != dict(metadata or {})
+            or any(
+                written.view(name).tobytes() != np.asarray(x, order="C").tobytes()
+                for name, x in arrays.items()
+            )
         ):
             raise OSError(f"{path}: what was written does not read back the same")
 

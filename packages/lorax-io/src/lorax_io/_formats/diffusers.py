@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from .peft.keys import config_of, config_to_json
 from .peft.patterns import distrusted
 from .peft.tuners import FACTOR
 from .self_described import self_described
+from .signature import signature
 from .source import Source, Stored, plain_keys, stored
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -89,7 +89,7 @@ def save_diffusers(
             _check_factors(exported.tensors)
             tensors |= {f"{begin}{name}": tensor for name, tensor in exported.tensors.items()}
             config |= {f"{begin}{key}": v for key, v in config_to_json(exported.config).items()}
-        header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
+        header = {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True), **signature()}
         with one_writer() as writer:
             if writer:
                 make_folder(folder)
@@ -178,8 +178,7 @@ def _read(content: Content) -> Source:
 
 def _scale(config: PeftConfig, module: str) -> float:
     with distrusted():
-        rank, alpha = config.rank(module), config.alpha(module)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        return config.scale(module)
 
 
 def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -119,6 +119,19 @@ def is_of_diffusers(names: Iterable[str]) -> bool:
     return any("single_transformer_blocks." in name for name in names)
 
 
+_SHARED = re.compile(
+    r"(?:^|\.)transformer_blocks\.\d+\.(?:attn\.(?:add_[qkv]_proj|to_add_out)|ff_context\.)"
+)
+
+
+def may_be_of_diffusers(names: Iterable[str]) -> bool:
+    """Whether some of these are modules that Flux's double blocks share with other models.
+
+    Those of Stable Diffusion 3 and HunyuanVideo have the same names in diffusers.
+    """
+    return any(map(_SHARED.search, names))
+
+
 def modules_of(source: Source) -> set[str]:
     """The names of the adapted modules."""
     return {key[: match.start()] for key in source.tensors if (match := FACTOR.search(key))}
@@ -140,7 +153,7 @@ def in_diffusers(source: Source) -> Source:
             )
         names, rule = match
         config = source.config
-        scales |= dict.fromkeys(names, config.alpha(module) / config.rank(module))
+        scales |= dict.fromkeys(names, config.scale(module))
         own = {
             key.removeprefix(f"{module}."): tensor
             for key, tensor in source.tensors.items()

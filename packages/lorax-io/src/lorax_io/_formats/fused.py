@@ -6,13 +6,13 @@ same: `[b_q 0; 0 b_k] @ [a_q; a_k]`. A part without an adapter gets rows of zero
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .._errors import AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import MAGNITUDE
+from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
+from .._layouts import MAGNITUDE, Layouts
 from .._places import Array
 from . import flux
 from .peft.config import PeftConfig
@@ -70,6 +70,25 @@ def in_original(
     )
 
 
+def is_flux(tensors: Iterable[str], names: Layouts) -> bool:
+    """Whether an adapter is for diffusers' Flux, by its single blocks, adapted or only in `names`.
+
+    Warns:
+        AdapterWarning: if it may be for Flux, but nothing distinguishes it from other models.
+    """
+    modules = [layout.module for layout in names.values()]
+    if flux.is_of_diffusers(tensors) or flux.is_of_diffusers(modules):
+        return True
+    if flux.may_be_of_diffusers(tensors):
+        warn(
+            "adapts only blocks whose names Flux shares with other models of diffusers, so it is "
+            "written with these names, which readers of Flux's own names ignore. If it is for "
+            "Flux, give `names` for the whole model, with its `single_transformer_blocks`; in the "
+            "command, with --names. Otherwise use `save_diffusers`."
+        )
+    return False
+
+
 def _parts(tensors: Mapping[str, Array], config: PeftConfig) -> dict[str, _Part]:
     own: dict[str, dict[str, Array]] = {}
     for key, tensor in tensors.items():
@@ -80,8 +99,7 @@ def _parts(tensors: Mapping[str, Array], config: PeftConfig) -> dict[str, _Part]
     parts: dict[str, _Part] = {}
     with distrusted():
         for module, found in own.items():
-            rank, alpha = config.rank(module), config.alpha(module)
-            parts[module] = _Part(found, alpha / (rank**0.5 if config.use_rslora else rank))
+            parts[module] = _Part(found, config.scale(module))
     return parts
 
 

@@ -23,6 +23,7 @@ from .._tree import pair_rows
 from .export import layout_of
 from .format import Content, Format
 from .self_described import self_described
+from .signature import signature
 from .source import Source, Stored, stored
 
 _RANK = "lora/vars/rank"
@@ -115,7 +116,7 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
                 arrays[name] = np.asarray(array, np.float32)
         with one_writer() as writer:
             if writer:
-                write_hdf5(path, arrays)
+                write_hdf5(path, arrays, signature())
 
 
 FORMAT = Format("keras", "a KerasHub file (`.lora.h5`)", _recognizes, _read, saved="save_keras")

@@ -20,14 +20,14 @@ from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
 from .._layouts import MAGNITUDE, Layout, Layouts
 from .._plain_layouts import Names, as_layouts
-from . import flux
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
-from .fused import in_original
+from .fused import in_original, is_flux
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR
 from .self_described import self_described
+from .signature import signature
 from .source import Source, Stored, stored
 
 _NAME = re.compile(
@@ -179,14 +179,15 @@ def save_kohya(
     with about(path):
         if _NAME.match(f"{prefix}_x.") is None:
             raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
-        exported = export(tunable, as_layouts(names), lycoris=True)
+        layouts = as_layouts(names)
+        exported = export(tunable, layouts, lycoris=True)
         tensors, config = exported.tensors, exported.config
-        if prefix == "lora_unet" and flux.is_of_diffusers(tensors):
+        if prefix == "lora_unet" and is_flux(tensors, layouts):
             tensors, config = in_original(tensors, config)
         tensors = _flat(tensors, config, prefix)
         with one_writer() as writer:
             if writer:
-                write_tensors(Path(path), tensors, {"format": "pt"})
+                write_tensors(Path(path), tensors, {"format": "pt", **signature()})
 
 
 def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .format import Content, Format
 from .peft.config import CONFIG_NAME, PeftConfig
 from .peft.tuners import FACTOR
 from .self_described import self_described
+from .signature import signature
 from .source import Source, Stored, stored
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -127,7 +128,7 @@ def save_mlx(
         with one_writer() as writer:
             if writer:
                 make_folder(folder)
-                write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "mlx"})
+                write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "mlx", **signature()})
                 write_text(folder / CONFIG_NAME, json.dumps(settings, indent=4) + "\n")
 
 

@@ -14,12 +14,12 @@ from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import UnsupportedAdapterError, about
 from .._plain_layouts import Names, as_layouts
-from . import flux
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
-from .fused import A, B, in_original
+from .fused import A, B, in_original, is_flux
 from .self_described import ALPHA, self_described
+from .signature import signature
 from .source import Source, plain_keys, stored
 
 PREFIX = "diffusion_model."
@@ -61,8 +61,9 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
         ['single_blocks/0/linear1/kernel']
     """
     with about(path):
-        tensors, config, _ = export(tunable, as_layouts(names), plain=True)
-        if flux.is_of_diffusers(tensors):
+        layouts = as_layouts(names)
+        tensors, config, _ = export(tunable, layouts, plain=True)
+        if is_flux(tensors, layouts):
             tensors, config = in_original(tensors, config)
         found: dict[str, Any] = {}
         for key, tensor in tensors.items():
@@ -78,7 +79,7 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
             )
         with one_writer() as writer:
             if writer:
-                write_tensors(Path(path), found, {"format": "pt"})
+                write_tensors(Path(path), found, {"format": "pt", **signature()})
 
 
 FORMAT = Format(

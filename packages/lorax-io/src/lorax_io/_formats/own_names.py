@@ -122,8 +122,7 @@ def _own_shape(source: Source, layout: Layout) -> tuple[int, ...] | None:
     stack = _stack_sizes(source, layout)
     if stack is None:
         return None
-    numbers = layout.numbers or (0,)
-    module = layout.module.format(*(numbers[0] for _ in stack))
+    module = layout.first_module
 
     # PEFT wraps a module with a bias once, and a module of experts once for each parameter.
     most = 2 + len(source.config.target_parameters or ())

@@ -140,8 +140,7 @@ def without_changed(
     for path, layout in names.items():
         if not (isinstance(layout, Tensor) and layout.parameter == "bias"):
             continue
-        ndim = len(layout.shared_axes) + 1
-        change = tuner.bias(stored, config, layout.module.format(*[0] * ndim))
+        change = tuner.bias(stored, config, layout.first_module)
         if change is None:
             continue
         base, row = bases.get(path), kept.pop(path, None)

@@ -227,6 +227,17 @@ def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_frozen_bias_of_a_numbered_stack_raises(tmp_path):
+    params = {"up": jnp.ones((2, 6, 5)), "bias": jnp.ones((2, 5))}
+    stack: dict[str, Any] = {"shared_axes": (0,), "numbers": (1, 3)}
+    names = {"up": Linear("blocks.{}.up", **stack), "bias": Tensor("blocks.{}.up", **stack)}
+    axes: dict[str, Any] = {"in_axes": (1,), "out_axes": (2,), "shared_axes": (0,)}
+    spec = {"up": lorax.IA3Spec(**axes), "bias": lorax.LORA_FREEZE}
+    pair = lorax.init_lora(params, spec, jax.random.key(0))
+    with pytest.raises(UnsupportedAdapterError, match="scales the bias `bias`"):
+        save_peft(tmp_path / "a", pair, names)
+
+
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_gains_of_outputs_change_the_bias_too(shell, files, side):
     params, pair = make({"up": IA3Spec(side)})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,11 @@ class PeftConfig:
     def alpha(self, name: str) -> float:
         """The alpha of a module."""
         return self._alphas.find(name, self.lora_alpha)
+
+    def scale(self, name: str) -> float:
+        """The scale of a module's delta, by its rank and alpha."""
+        rank = self.rank(name)
+        return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, name: str) -> bool | None:
         """Whether PEFT adapts a module; None if that depends on more than its name."""

@@ -19,6 +19,7 @@ from ..._plain_layouts import Names, as_layouts
 from ..export import Export, export
 from ..format import Content, Format
 from ..restore import restore
+from ..signature import signature
 from ..source import Source, plain_keys, stored, without_copies
 from .config import CONFIG_NAME, TASK_TYPES, PeftConfig
 from .keys import config_to_json, read_config
@@ -216,7 +217,7 @@ def _weights(folder: Path) -> Path:
 
 def _header(exported: Export) -> dict[str, str]:
     ours = {"scales": _scales(exported.config), _ORIGINAL: dict(exported.original_scaling)}
-    return {"format": "pt", _OURS: json.dumps(ours, sort_keys=True)}
+    return {"format": "pt", _OURS: json.dumps(ours, sort_keys=True), **signature()}
 
 
 def _scales(config: PeftConfig) -> str:
