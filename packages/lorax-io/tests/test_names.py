@@ -85,6 +85,7 @@ def test_the_old_name_of_the_argument():
     given = {"kernel": Linear("lm_head", in_axes=(0,))}
     with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is called `names`"):
         assert flax_names(make_params(), layouts=given) == flax_names(make_params(), given)
+        assert flax_names(make_params(), given, layouts={}) == flax_names(make_params(), given)
 
 
 @pytest.fixture

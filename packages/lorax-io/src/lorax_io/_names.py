@@ -53,7 +53,7 @@ def flax_names(
             DeprecationWarning,
             stacklevel=2,
         )
-        names = layouts
+        names = {**layouts, **(names or {})}
     given = as_layouts(names or {})
     if unknown := sorted(given.keys() - leaves.keys()):
         raise AdapterMismatchError("is in `names` and not in the parameters.", unknown[0])

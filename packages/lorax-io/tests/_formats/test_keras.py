@@ -197,6 +197,19 @@ def test_bytes_that_were_changed_are_read_or_refused(tmp_path):
             assert str(error).startswith(str(file))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_scaled_factors_are_rounded_once(tmp_path, dtype):
+    numbers, file = np.random.default_rng(0), tmp_path / "a.lora.h5"
+    a, b = (numbers.normal(size=size).astype(dtype) for size in ((24, 3), (3, 5)))
+    save_keras(file, {"out": lorax.LoraWeight(a, b, 3, 1.0)}, {"out": Linear("3")})
+    wide = np.float64 if dtype is np.float64 else np.float32
+    with h5py.File(file) as read:
+        kernels = [read[f"{KERNEL}{x}"][()] for x in "ab"]
+    assert {x.dtype for x in kernels} == {np.dtype(wide)}
+    np.testing.assert_array_equal(kernels[0], a.astype(wide))
+    np.testing.assert_array_equal(kernels[1], (b.astype(np.float64) * (1 / 3)).astype(wide))
+
+
 def test_arrays_of_the_other_byte_order_are_read(tmp_path):
     file, other, pair = tmp_path / "a.lora.h5", tmp_path / "b.lora.h5", make(alpha=7)
     save_keras(file, pair.tunable, NAMES)

@@ -62,7 +62,7 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
     """Writes a file for KerasHub: `backbone.load_lora_weights("….lora.h5")`.
 
     Needs `pip install "lorax-io[keras]"`. The format has no scale, so `b` is multiplied by it.
-    Factors are written as float32.
+    Factors are written as float32, or float64 if they are.
 
     Args:
         path: the file.
@@ -108,12 +108,13 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
                     "last axis of a kernel on one side and all others on the other."
                 )
             a, b = to_host(weight.a), to_host(weight.b)
+            scaled = b.astype(np.float64) * weight.scale  # rounded once, below
             begin = f"lora/{int(layout.module)}/vars/lora_kernel"
-            for name, array in ((f"{begin}_a", a), (f"{begin}_b", b * weight.scale)):
+            for name, array in ((f"{begin}_a", a), (f"{begin}_b", scaled)):
                 if name in arrays:
                     raise AdapterMismatchError(f"`names` gives two parameters `{layout.module}`.")
                 check_finite(name, array)
-                arrays[name] = np.asarray(array, np.float32)
+                arrays[name] = np.asarray(array, np.promote_types(b.dtype, np.float32))
         with one_writer() as writer:
             if writer:
                 write_hdf5(path, arrays, signature())

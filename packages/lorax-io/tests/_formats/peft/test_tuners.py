@@ -227,6 +227,15 @@ def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_rows_of_tokens_that_are_a_scalar_are_an_error_of_the_file(files):
+    delta = {"embed.trainable_tokens_delta": np.array(1, np.float32)}
+    files.peft(delta)
+    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["embed"]}
+    pathlib.Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match="has rows of shape"):
+        load_peft("adapter", {"e": jnp.ones((7, 4))}, {"e": Embedding("embed")})
+
+
 def test_frozen_bias_of_a_numbered_stack_raises(tmp_path):
     params = {"up": jnp.ones((2, 6, 5)), "bias": jnp.ones((2, 5))}
     stack: dict[str, Any] = {"shared_axes": (0,), "numbers": (1, 3)}

@@ -54,7 +54,7 @@ def rows_of_table(place: Place, indices: Sequence[int], shape: tuple[int, ...]) 
     """The adapter of an embedding's rows, without arrays."""
     _check(place)
     (vocabulary,) = place.axes.inputs
-    if len(set(indices)) < len(indices) or len(indices) != (shape[0] if shape else 0):
+    if not shape or len({*indices}) < len(indices) or len(indices) != shape[0]:
         raise AdapterFileError(
             f"has rows of shape {shape} for `{place.path}`, and its config has {len(indices)} "
             "token indices, each of which should be there once."
