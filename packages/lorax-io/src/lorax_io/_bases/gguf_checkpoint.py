@@ -1,4 +1,4 @@
-"""A GGUF file as a base that adapters are merged into, under the names of transformers."""
+"""Opens a GGUF file as a base to merge adapters into, with transformers' names for its tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +60,7 @@ class GGUFWeight(NamedTuple):
     dtype: Any  # that it is written in
 
     def array(self) -> Array:
-        """Its floats, in float32 or wider."""
+        """The decoded tensor, in float32 or wider."""
         array = self.source.floats(self.own)
         if not np.isfinite(array).all():
             reason = f"has NaN or infinity in `{self.own}`."
@@ -114,7 +114,7 @@ def _check_kind(source: GGUFSource) -> None:
 
 
 def _names(source: GGUFSource) -> dict[str, str]:
-    """The names of llama.cpp by those of transformers, in the order of the file."""
+    """llama.cpp's name of each tensor, by transformers' name, in the order of the file."""
     layers = [f"model.layers.{k}.{end}" for k in range(source.layers) for end in _IN_A_LAYER]
     known = {
         source.name_of(module, parameter): tensor_name(module, parameter)
@@ -134,7 +134,7 @@ def _names(source: GGUFSource) -> dict[str, str]:
 
 
 def _check_whole(source: GGUFSource) -> None:
-    """Refuses a file without tensors that every model has, or that its other layers have."""
+    """Refuses a file that lacks tensors that every model has, or that its other layers have."""
     ends = {own.split(".", 2)[2] for own in source.names if own.startswith("blk.")}
     layers = [f"blk.{k}.{end}" for k in range(source.layers) for end in sorted(ends)]
     needed = ["token_embd.weight", "output_norm.weight", *layers]
@@ -143,7 +143,7 @@ def _check_whole(source: GGUFSource) -> None:
 
 
 def _check_types(source: GGUFSource, owns: Mapping[str, str]) -> None:
-    """Decodes a block of zeros of each type, so that no type is unknown once files are written."""
+    """Decodes a block of zeros of each type, to find unknown types before files are written."""
     gguf = import_gguf()
     example = {source.names[own].tensor_type: own for own in owns.values()}
     for kind, own in example.items():
@@ -165,7 +165,7 @@ def _dtype(source: GGUFSource) -> Any:
 def _check_config(
     config: Mapping[str, Any], source: GGUFSource, weights: Mapping[str, Any]
 ) -> None:
-    """Refuses the config of another model."""
+    """Refuses a config of a different model."""
     beside = f"the {CONFIG_NAME} beside it"
     remedy = "Move the GGUF file to the folder of its own config."
     kind = config.get("model_type")

@@ -1,4 +1,4 @@
-"""The files of a merged model: those of its base, or those that a GGUF file becomes."""
+"""The files of a merged model: those of its base, or the shards that a GGUF file is split into."""
 
 import functools
 import math
@@ -25,12 +25,12 @@ class Lazy(NamedTuple):
 
     @classmethod
     def of(cls, array: Array) -> Self:
-        """One that already exists."""
+        """An array that is already in memory."""
         return cls(array.shape, array.dtype, lambda: array)
 
 
 class Output(NamedTuple):
-    """One file that is written."""
+    """One file to write."""
 
     file: Path  # in the folder
     prefix: str  # what the checkpoint's names have before those in the file
@@ -67,7 +67,7 @@ def outputs(checkpoint: Checkpoint, floats: Mapping[str, Any]) -> Iterator[Outpu
 
 
 def _within(path: Path, checkpoint: Checkpoint) -> Path:
-    """Where a file of the base is in its folder."""
+    """The path of a base's file, relative to the base."""
     return path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else Path(path.name)
 
 
@@ -81,7 +81,7 @@ def _of_gguf(checkpoint: Checkpoint) -> Iterator[Output]:
 
 
 def files_of_gguf(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """The names in each file that a GGUF file becomes."""
+    """The names of the tensors in each shard that a GGUF file is split into."""
     sizes = {name: bytes_of(shape) for name, shape in checkpoint.shapes.items()}
     parts = shards(sizes, SHARD_BYTES)
     if len(parts) == 1:
@@ -90,5 +90,5 @@ def files_of_gguf(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def bytes_of(shape: Any) -> int:
-    """The bytes of an array of a shape and a dtype."""
+    """The size in bytes of an array with this shape and dtype."""
     return math.prod(shape.shape) * shape.dtype.itemsize
