@@ -59,12 +59,11 @@ def combine_adapters(
     """Combines LoRA adapters of one base into a single one, with a weight for each.
 
         delta  =  Σ_k weight_k · delta_k                       "concatenate": exact, ranks added
-        delta  =  the best approximation of that of a given rank       "svd"
+        delta  =  best approximation of that sum, of one rank  "svd"
         a = Σ_k √|w_k| sign(w_k) a_k,   b = Σ_k √|w_k| b_k     "linear", w_k = weight_k · scale_k
 
     "linear" needs equal ranks and differs from the sum of the deltas, by the errors that are
-    returned. The other methods act on the entries of both factors like "linear", but drop some of
-    them
+    returned. The other methods act on the entries of both factors like "linear", but drop some
     first. "magnitude_prune" keeps the largest entries, and "dare_linear" keeps random ones and
     divides them by `density` (Yu et al. 2023, arXiv:2311.03099). "ties" and "dare_ties" then drop
     entries with the minority sign and average the rest (Yadav et al. 2023, arXiv:2306.01708). With
