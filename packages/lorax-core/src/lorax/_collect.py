@@ -45,9 +45,9 @@ def collect_starts(
 
     Every weight whose spec has `init="eva"`, "corda" or "lora_ga" (or an `EvaStart`, `CordaStart`
     or `LoraGAStart`) is collected, whether `fn` uses it in products, convolutions or experts,
-    stacked under `scan`, or under `remat` and `vmap`. For "eva" and "corda", the moments `Σ x xᵀ` of the rows that meet
-    the weight are summed batch by batch, and no row is kept. For "lora_ga", `fn` must be a loss,
-    and the gradient of the weight is averaged over the batches.
+    stacked under `scan`, or under `remat` and `vmap`. For "eva" and "corda", the moments `Σ x xᵀ`
+    of the rows that meet the weight are summed batch by batch, and no row is kept. For "lora_ga",
+    `fn` must be a loss, and the gradient of the weight is averaged over the batches.
 
     All rows count equally, including padding, so leave padding out of the batches. Inputs that the
     function excludes from differentiation, by `stop_gradient`, are not read.
@@ -222,8 +222,8 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
         leaves, structure = jax.tree.flatten((params, batch))
         moves = tuple(map(is_array, leaves))
         rest = [None if dynamic else leaf for dynamic, leaf in zip(moves, leaves, strict=True)]
-        # Batches of another structure, or with other values that are not arrays, need another
-        # program.
+        # Leaves that are not arrays are part of the program and compared by `str`; they need not be
+        # hashable.
         key: Hashable = (structure, moves, str(rest))
         if key not in compiled:
 
