@@ -51,7 +51,7 @@ def _reduce(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
 
 @rule("reduce_sum")
 def _reduce_sum(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
-    """The sum of a weight times data is a product, as in `(w * x).sum(0)`."""
+    """Handles a sum of a weight times data as a product, as in `(w * x).sum(0)`."""
     summed = eqn.params["axes"]
     parts, uses = dict(value.parts), value.uses
     for name, part in value.weights.items():
