@@ -11,7 +11,7 @@ would write it: a product with a derivative of its own, which decodes again.
 import argparse
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 import llama
 import lorax
 from adapted import as_factors
+from coded_by_hand import product
 from compiling import compiled, on_mesh
 from lorax.bases import Format
 from programs import OPTIMIZER, step_of
@@ -54,41 +55,16 @@ ROWS = {
 def by_hand(size: llama.Size, format: Format):
     """`forward(factors, frozen, tokens)` on the arrays of the quantized weights of a layer."""
 
-    def decoded(arrays):
-        """From codes [blocks, block, out], scales [blocks, out], outer [out]; or without blocks."""
-        codes = arrays["codes"]
-        wide = {"codes": codes}
-        for name in arrays.keys() - {"codes"}:
-            *sizes, out = arrays[name].shape
-            sizes += [1] * (codes.ndim - 1 - len(sizes))
-            wide[name] = arrays[name].reshape(*sizes, out)
-        return format.decode(wide).astype(jnp.bfloat16).reshape(-1, codes.shape[-1])
-
-    @jax.custom_vjp
-    def product(x, arrays):
-        return x @ decoded(arrays)
-
-    def forward(x, arrays):
-        return product(x, arrays), arrays
-
-    def backward(arrays, cotangent):
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, _tangent(x.dtype)), arrays)
-        return cotangent @ decoded(arrays).T, none
-
-    product.defvjp(forward, backward)
+    coded = product(format)
 
     def dense(layer, name, x):
         params, factors = layer
         a, b = factors[name]["a"], factors[name]["b"]
-        return product(x, params[name].arrays) + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        return coded(x, params[name].arrays) + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
     return lambda factors, params, tokens: llama.run(
         dense, size, params, (params["layers"], factors["layers"]), tokens
     )
-
-
-def _tangent(dtype: Any) -> Any:
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jax.dtypes.float0
 
 
 def steps(mesh: Mesh, size: llama.Size, batch: tuple[int, int], format: Format):

@@ -34,12 +34,13 @@ class Work(NamedTuple):
 
 WORKS = {
     "decoding, 1 token": Work(1),
-    f"decoding, {STEPS} times 1 token": Work(1, STEPS),
-    "reading, 128 tokens": Work(128),
+    f"decoding, {STEPS} steps of 1 token": Work(1, STEPS),
+    "prefill, 128 tokens": Work(128),
 }
 
 HEADER = (
-    "| rows | adapters | FLOPs | bytes | temporary bytes | time |\n|---|---|---:|---:|---:|---:|"
+    "| rows | adapters | FLOPs / base | bytes / base | temporary bytes / base | time / base |\n"
+    "|---|---|---:|---:|---:|---:|"
 )
 
 
@@ -130,7 +131,7 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
         f"{slots}, hand-written `vmap`": Served(
             by_hand, (x, params, as_factors(bank.tunable), index)
         ),
-        f"{slots}, one after the other": Served(in_turn, (x, params, trees)),
+        f"{slots}, one at a time": Served(in_turn, (x, params, trees)),
     }
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     options = parser.parse_args()
     print(
         f"JAX {jax.__version__} on {jax.devices()[0].device_kind}: {ROWS} rows, {LAYERS} blocks of "
-        f"{WIDTH} × {HIDDEN}, rank {RANK}, beside the base\n"
+        f"{WIDTH} × {HIDDEN}, rank {RANK}, relative to the base\n"
     )
     print(table(options.slots, options.rounds, options.peer))
 

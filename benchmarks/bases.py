@@ -4,6 +4,7 @@
 
 Bits, bytes and FLOPs are exact: JAX's and XLA's own. The error is that of the format on these
 weights, `‖decoded − weight‖ / ‖weight‖`. Trace and step times are median ratios of paired runs.
+One row is the same step on NF4 as an expert would write it, and the last line is ours beside it.
 """
 
 import argparse
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lorax
 import models
 from adapted import adapt
+from coded_by_hand import CodedByHand
 from counts import paired, trace_seconds
 from lorax.bases import Format
 from models import Model
@@ -42,13 +45,16 @@ FORMATS: dict[str, Format | None] = {
     "MXFP4()": lorax.MXFP4(),
 }
 
+WRITTEN = "NF4(64)"  # the one that is written by hand as well
+BY_HAND = f"{WRITTEN}, hand-written"
+
 WORKS: dict[str, Callable[[], Model]] = {
     "GPT, scan + remat": lambda: gpt(scan=True, remat=True),
     "MLP": lambda: models.mlp(),
 }
 
 HEADER = (
-    "| format | bits | error | FLOPs | arguments, MiB | temporary, MiB | kept, MiB "
+    "| format | bits per weight | error | FLOPs | arguments, MiB | temporary, MiB | kept, MiB "
     "| trace | step |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 MIB = 2**20
@@ -67,6 +73,14 @@ def steps(model: Model) -> dict[str, Step]:
     """A training step of LoRA on every format."""
     adapted = adapt(model, RANK)
     found: dict[str, Step] = {}
+
+    def add(name, apply, factors, frozen, bits, error):
+        trained = train(apply)
+        call = (start(factors), frozen, model.batch)
+        made = variant(Program(trained.step, [call], trained.loss))
+        found[name] = Step(made, bits, error, partial(trace_seconds, trained.step, *call))
+        return trained.loss(factors, frozen, model.batch)
+
     for name, format in FORMATS.items():
         frozen, bits, error = adapted.frozen, 32.0, 0.0
         if format is not None:
@@ -74,10 +88,11 @@ def steps(model: Model) -> dict[str, Step]:
                 adapted.frozen, format, fn=model.apply, args=(model.batch,), where=model.where
             )
             bits, error = _quality(adapted.frozen, frozen)
-        trained = train(adapted.ours)
-        call = (start(adapted.tunable), frozen, model.batch)
-        made = variant(Program(trained.step, [call], trained.loss))
-        found[name] = Step(made, bits, error, partial(trace_seconds, trained.step, *call))
+        ours = add(name, adapted.ours, adapted.tunable, frozen, bits, error)
+        if name == WRITTEN and format is not None:
+            written = model.written(CodedByHand(format))
+            theirs = add(BY_HAND, written, adapted.factors, frozen, bits, error)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     return found
 
 
@@ -115,7 +130,18 @@ def table(model: Model, rounds: int) -> str:
             ratios = [x / y for x, y in zip(taken[name], taken["float32"], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _beside_by_hand(made, times)])
+
+
+def _beside_by_hand(made: dict[str, Step], times: dict[str, list[float]]) -> str:
+    """Ours on one format, over the hand-written step on it."""
+    ours, theirs = (made[name].variant.counts for name in (WRITTEN, BY_HAND))
+    counts = {"FLOPs": "flops", "temporary": "temp_bytes", "kept": "residual_bytes"}
+    cells = [f"{label} {ours[key] / theirs[key]:.3f}" for label, key in counts.items()]
+    if times:
+        ratios = [x / y for x, y in zip(times[WRITTEN], times[BY_HAND], strict=True)]
+        cells.append(f"step {statistics.median(ratios):.2f}")
+    return f"{WRITTEN} / hand-written: {', '.join(cells)}"
 
 
 def main() -> None:

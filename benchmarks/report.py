@@ -173,7 +173,7 @@ def markdown(found: Any) -> Iterator[str]:
         if name in trained:
             continue
         yield ""
-        yield f"| {name} | milliseconds | of hand-written |"
+        yield f"| {name} | time, ms | time / hand-written |"
         yield "|---|---|---|"
         for variant, values in work["variants"].items():
             found = ratios(work, variant, "hand-written") or []

@@ -40,12 +40,13 @@ def _section(findings: Mapping[str, Finding]) -> str:
     compared = [finding for finding in ran if finding.peft is not None]
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     lines = [
-        f"{versions}.",
-        f"{len(ran)} of the {len(built_by_torch)} models that PyTorch itself runs at a tiny size "
-        f"run in JAX; {factored} of their {weights} weights stay factored. PEFT loads the adapter "
-        f"of {len(compared)} of them.",
+        f"Versions: {versions}.",
         "",
-        "| model | forward | factored | adapted | PEFT |",
+        f"PyTorch runs {len(built_by_torch)} models at a tiny size, and {len(ran)} of them run in "
+        f"JAX. {factored} of their {weights} weights stay factored. PEFT loads the adapters of "
+        f"{len(compared)} models.",
+        "",
+        "| model | forward, error | factored | adapted, error | PEFT, error |",
         "|---|---|---|---|---|",
         *map(_row, ran),
         "",
@@ -64,13 +65,14 @@ def _row(finding: Finding) -> str:
 
 def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     rows = list(findings.values())
-    yield "**Materialized**, with the reason that the warning gives:"
+    yield "**Materialized weights**, with the reason that the warning gives:"
     yield ""
     for finding in rows:
         for reason in finding.built.values():
-            yield f"- {finding.title}: {_clean(reason)}"
+            cause, *_ = _clean(reason).partition(", so the adapted weight")
+            yield f"- {finding.title}: {cause}"
     yield ""
-    yield "**Not as PEFT computes it**, or not compared:"
+    yield "**Results that differ from PEFT's**, or that are not compared:"
     yield ""
     for finding in rows:
         if finding.peft is not None and finding.peft > CLOSE:
@@ -85,7 +87,7 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     for reason, titles in reasons.items():
         yield f"- {', '.join(titles)}: {_clean(reason)}"
     yield ""
-    yield "**Not run in JAX**, though PyTorch runs them:"
+    yield "**Models that run in PyTorch and not in JAX**, with the error:"
     yield ""
     for finding in rows:
         if finding.fault and not _is_of_torch(finding):
@@ -93,8 +95,8 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     yield ""
     left = [finding.title for finding in rows if _is_of_torch(finding)]
     yield (
-        f"**Not tried**: {len(left)} types whose config does not take the tiny sizes, or which "
-        f"take more inputs than the sweep makes: {', '.join(left)}."
+        f"**Not tried**: {len(left)} types whose config does not support the tiny sizes, or that "
+        f"need inputs that the sweep does not make: {', '.join(left)}."
     )
 
 

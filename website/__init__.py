@@ -1,1 +1,1 @@
-"""What the documentation site is built with, besides MkDocs: see mkdocs.yml."""
+"""Builds the documentation site with MkDocs; see mkdocs.yml."""

@@ -15,7 +15,7 @@ class Docstrings(griffe.Extension):
     """Examples are code, and classes of our own decorators have the signature of a dataclass."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Makes a section of examples out of `Example:`, which would be a note otherwise."""
+        """Turns `Example:` into a section of examples instead of a note."""
         if obj.docstring:
             obj.docstring.value = EXAMPLE.sub("Examples:", obj.docstring.value)
 

@@ -79,7 +79,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def outside_code(markdown: str, change: Any) -> str:
-    """Applies a change to what is not in a fenced block."""
+    """Applies a change outside fenced code blocks."""
     parts: list[str] = []
     end = 0
     for block in CODE.finditer(markdown):

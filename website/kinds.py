@@ -24,12 +24,12 @@ class KindPage(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Of the page, in docs/."""
+        """The path of the page in docs/."""
         return f"kinds/{self.slug}.md"
 
     def markdown(self) -> str:
         """The page."""
-        # What else these classes have is for the library, and for those who add a kind.
+        # The other members of these classes are internal, or for authors of new kinds.
         without_members = "\n    options:\n      heading_level: 3\n      members: false"
         objects = "\n\n".join(f"::: lorax.{name}{without_members}" for name in self.names)
         return f"""# {self.title}
@@ -69,10 +69,10 @@ def formula(name: str) -> str:
 
 
 def costs(kinds: list[str]) -> str:
-    """Its rows in the tables of docs/kinds.md, which `nox -s kinds` prints."""
+    """The rows of some kinds in the tables of docs/kinds.md, which `nox -s kinds` prints."""
     if not kinds:
         table = "[the table](../kinds.md#what-each-costs)"
-        return f"It is not in {table}: its models have no convolution and no new tokens."
+        return f"Not measured: the models in {table} have no convolution and no new tokens."
     text = (ROOT / "docs" / "kinds.md").read_text(encoding="utf-8")
     section = text.partition("## What each costs")[2].partition("\n## ")[0]
     rows: list[str] = []
@@ -83,27 +83,34 @@ def costs(kinds: list[str]) -> str:
         rows += [f"| {model} {line}" for line in lines]
     return "\n".join(
         [
-            "A training step, with LoRA's as 1:",
+            "A training step, relative to LoRA ([columns](../kinds.md#what-each-costs)):",
             "",
             "| model | kind | trained | FLOPs | temporary bytes | kept bytes | step | step in PEFT "
             "| ours / PEFT |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
             "",
-            "`nox -s kinds` prints this; [all kinds](../kinds.md#what-each-costs) in one table.",
+            "`nox -s kinds` prints these numbers for all kinds.",
         ]
     )
 
 
 def files(spec: str) -> str:
-    """What docs/adapters.md says of PEFT's types."""
-    native = "[Native files](../adapters.md#a-native-file) hold it with all of its settings."
+    """The files that can store a kind, from the table of PEFT's types in docs/adapters.md."""
+    native = "[Native files](../adapters.md#a-native-file) store it with all settings."
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    types = re.findall(rf"^\| (.+?) \| `{spec}` \| (.+?) \|$", text, re.MULTILINE)
+    table = re.findall(r"^\| (`[A-Z].+?) \| (`\w+Spec`.*?) \| (.+?) \|$", text, re.MULTILINE)
+    assert table, "docs/adapters.md has no table of PEFT's types"
+    # A spec that another one is combined with has a row without it.
+    types = [
+        (kind, layouts)
+        for kind, specs, layouts in table
+        if f"`{spec}`" in re.split(r" beside | with ", specs)[0]
+    ]
     if not types:
-        return f"{native} PEFT's folders are not written for it."
-    named = "; ".join(f"{kind} (layouts: {layouts})" for kind, layouts in types)
-    return f"{native} [PEFT's folders](../adapters.md#pefts-folder) as {named}."
+        return f"{native} PEFT folders do not support it."
+    named = " or ".join(f"{kind} (layouts: {layouts})" for kind, layouts in types)
+    return f"{native} [PEFT folders](../adapters.md#pefts-folder) store it as {named}."
 
 
 PAGES = [

@@ -27,7 +27,7 @@ class Page(HTMLParser):
 
 
 def broken(site: Path) -> list[str]:
-    """Links within the site that lead nowhere."""
+    """Broken links within the site."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     return [
         f"{path.relative_to(site)} links to {link}"
@@ -40,7 +40,7 @@ def broken(site: Path) -> list[str]:
 
 
 def leads_nowhere(path: Path, link: str, pages: dict[Path, Page]) -> bool:
-    """Whether a link of a page is to a file or an anchor that is not there."""
+    """Whether a link points to a missing file or anchor."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         return False

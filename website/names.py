@@ -30,7 +30,7 @@ PART = re.compile(
 
 
 def linked(html: str) -> str:
-    """A page in which each name that is known is a link."""
+    """A page in which each known name is a link."""
 
     def link(match: re.Match[str]) -> str:
         name = match["name"] or ""

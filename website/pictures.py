@@ -127,7 +127,7 @@ def text(x: float, y: float, content: str, role: str) -> str:
 
 
 def legend(kinds: set[str]) -> str:
-    """What the colors mean."""
+    """The legend of the colors."""
     return " ".join(
         f'<span class="{kind}">{kind}</span>' for kind in ("frozen", "trained") if kind in kinds
     )

@@ -31,7 +31,7 @@ def documented(pages: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def problems(documented: Mapping[str, list[str]]) -> list[str]:
-    """What is wrong with the reference, a line for each name."""
+    """Problems of the reference, one line for each name."""
     public = public_names()
     missing = [
         f"{name} is public and has no page: add `::: {name}` to one in docs/reference/, "
@@ -51,7 +51,7 @@ def problems(documented: Mapping[str, list[str]]) -> list[str]:
 
 
 def incomplete() -> Iterator[str]:
-    """What the docstrings of public functions lack, a line for each part."""
+    """Parts missing from docstrings of public functions, one line for each."""
     for name in sorted(public_names()):
         module, _, short = name.rpartition(".")
         value = getattr(importlib.import_module(module), short)

@@ -1,4 +1,4 @@
-"""What the site is made with: its checks can fail, and its pictures show what they are given."""
+"""Tests of the site's checks, pictures and generated pages."""
 
 import importlib
 import re
@@ -124,6 +124,15 @@ def test_each_kind_has_a_page_and_a_formula():
 def test_a_kind_without_its_rows_in_the_table_raises():
     with pytest.raises(AssertionError, match="docs/kinds.md"):
         kinds.costs(["no such kind"])
+
+
+@pytest.mark.parametrize("spec", ["LoraSpec", "LoraFASpec", "DoraSpec", "TokensSpec"])
+def test_kinds_with_a_row_in_the_table_of_peft_types_are_in_peft_folders(spec: str):
+    assert "store it as `LORA`" in kinds.files(spec)
+
+
+def test_kinds_without_a_row_are_not_in_peft_folders():
+    assert kinds.files("LoconSpec").endswith("PEFT folders do not support it.")
 
 
 def test_this_repository_can_be_released_but_for_a_tag():

@@ -46,7 +46,7 @@ def run(source: Path) -> NotebookNode:
 
 
 def unrun(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as a reader starts with it: without outputs, after a cell that installs."""
+    """The notebook for readers: without outputs, with a cell that installs the packages."""
     install = nbformat.v4.new_code_cell(
         f"%pip install --quiet optax flax matplotlib scikit-learn {INSTALL}"
     )
@@ -61,7 +61,7 @@ def unrun(notebook: NotebookNode) -> NotebookNode:
 
 
 def page(notebook: NotebookNode, name: str, repository: str) -> str:
-    """Text, code, and what the code showed, below links to the notebook."""
+    """The page: links to the notebook, then text, code and outputs."""
     title, *cells = notebook.cells
     owner_and_name = repository.removeprefix("https://github.com/")
     colab = f"{COLAB}/github/{owner_and_name}/blob/gh-pages/{name}.ipynb"
@@ -80,7 +80,7 @@ def page(notebook: NotebookNode, name: str, repository: str) -> str:
 
 
 def shown(outputs: list[NotebookNode]) -> Iterator[str]:
-    """What a cell showed; what it printed in several pieces is one block."""
+    """The outputs of a cell; printed text is joined into one block."""
     for printed, group in itertools.groupby(outputs, lambda o: o.output_type == "stream"):
         if printed:
             yield fenced("".join(output.text for output in group))
@@ -93,5 +93,5 @@ def shown(outputs: list[NotebookNode]) -> Iterator[str]:
 
 
 def fenced(text: str) -> str:
-    """A block of output, which does not look like code."""
+    """A block of output, styled differently from code."""
     return f"```{{ .text .output }}\n{text.rstrip()}\n```"

@@ -1,4 +1,4 @@
-"""The version of the packages, which they share, and how they are installed."""
+"""The shared version of the packages, and their install commands."""
 
 import tomllib
 from pathlib import Path
@@ -15,7 +15,7 @@ REPOSITORY: str = PROJECTS["lorax-core"]["urls"]["Source"]
 
 
 def from_git(package: str) -> str:
-    """What pip installs a package from until it is published."""
+    """The address that pip installs a package from until it is published."""
     return f'"{package} @ git+{REPOSITORY}#subdirectory=packages/{package}"'
 
 

@@ -32,28 +32,29 @@ def table(findings: Sequence[Finding]) -> Table:
 PAGE = """\
 # Other people's models
 
-Models that were not written for Lorax, imported from PyPI and never copied, at tiny sizes.
-`nox -s wild` printed this page (JAX {jax}). It takes each model through `infer_spec`, `init_lora`,
-`lora`, `explain`, `testing.check`, a step of gradient descent and `merge_params`, and fails where
-something is not as [`wild/expected.json`](../wild/expected.json) has it; `nox -s wild -- --record`
-writes that file and this page again.
+We test Lorax on models that were not written for it, at tiny sizes. They are imported from
+packages on PyPI, without changes. {models} models of {packages} packages run; {built} of their
+{weights} weights are materialized.
 
-- **factored**: weights that are adapted and never built, of all weights. A weight is a parameter of
-  two or more axes that reaches a product, a convolution or a look-up, which is found without Lorax.
-  Biases, gains and positions that are only added are not weights.
-- **materialized**: weights that are adapted and materialized.
-- **left out**: weights without an adapter. "Not named" are those that `infer_spec` says nothing
-  about.
-- **error**: the largest relative error of values and gradients beside the merged model, in float64
-  unless the model runs in float32 only, which is marked (32).
-- **trace**: processor time to trace the adapted model, with empty caches, over the plain one's.
-  It depends on the machine, and nothing is asserted about it.
+`nox -s wild` takes each model through `infer_spec`, `init_lora`, `lora`, `explain`,
+`testing.check`, a step of gradient descent and `merge_params`. It fails if a result differs from
+[`wild/expected.json`](../wild/expected.json). `nox -s wild -- --record` updates that file and this
+page (here with JAX {jax}).
 
-{models} models of {packages} packages; {built} weights of {weights} are materialized.
+- **factored**: adapted weights that are never materialized, out of all weights. A weight is a
+  parameter with two or more axes that reaches a product, a convolution or a lookup; these are
+  found without Lorax. Biases, gains and position embeddings that are only added do not count.
+- **materialized**: adapted weights that are materialized.
+- **left out**: weights without an adapter. "Not named" are those that `infer_spec` does not
+  report.
+- **error**: the largest error of values and gradients relative to the merged model, in float64.
+  Models marked (32) only run in float32.
+- **trace**: processor time to trace the adapted model, divided by that of the plain model, with
+  empty caches. It depends on the machine and is not tested.
 
 {table}
 
-## What is built or left out, and why
+## What is materialized or left out, and why
 
 {reasons}
 """
@@ -102,9 +103,10 @@ def _cells(finding: Finding) -> list[str]:
 def _reasons(findings: Sequence[Finding]) -> Iterator[str]:
     for package, rows in _packages(findings).items():
         for finding in rows:
-            lines = [*_grouped("built", finding.materialized), *_grouped("", finding.left_out)]
+            lines = [*_grouped("materialized", finding.materialized)]
+            lines += _grouped("left out", finding.left_out)
             lines += _grouped("not named", dict.fromkeys(finding.unsaid, ""))
-            lines += _grouped("no gradient at the start", dict.fromkeys(finding.still, ""))
+            lines += _grouped("zero gradient at initialization", dict.fromkeys(finding.still, ""))
             lines += [f"**fault**: {_code_safe(finding.fault)}"] if finding.fault else []
             if lines:
                 yield f"- {package}, {finding.title.partition(': ')[2]}:"

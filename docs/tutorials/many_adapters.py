@@ -1,13 +1,15 @@
 # %% [markdown]
 # # Several adapters over one base
 #
-# Four tasks, one base, one program. We train four adapters of different ranks in one compiled step,
-# then serve a batch in which each row has its own adapter, and at last mix two of them.
+# This tutorial trains four adapters of different ranks on four tasks, over one base, in one
+# compiled step. It then serves a batch in which each row uses a different adapter, and takes one
+# adapter out to resize and merge it.
 
 # %% [markdown]
 # ## A base and four tasks
 #
-# The base is a network that has learned the sine. Each task is another function that is near to it.
+# The base is a network that has learned the sine. Each task is a different function that is similar
+# to it.
 
 # %%
 import jax
@@ -64,8 +66,8 @@ print(f"the base: mean squared error {loss:.5f}")
 # %% [markdown]
 # ## A bank
 #
-# The adapters may have different ranks and alphas. `stack_adapters` pads the factors of each with
-# zeros, which stay zero in training, and keeps the scales beside the tree.
+# The adapters may have different ranks and alphas. `stack_adapters` pads the factors with zeros,
+# which stay zero in training, and keeps the scales next to the tree.
 
 # %%
 from lorax import LoraSpec, infer_spec, init_lora, stack_adapters
@@ -88,8 +90,8 @@ print("slots, in, rank:", bank.tunable["layers"][1]["kernel"].a.shape)
 # %% [markdown]
 # ## Train all of them in one step
 #
-# Write the step of one adapter, and map it over the slots with `jax.vmap`. The base is not mapped:
-# it is in memory once, and each weight is read once for all four.
+# Write the step for one adapter, and map it over the slots with `jax.vmap`. The base is not mapped:
+# it is in memory once, and each weight is read once for all four adapters.
 
 # %%
 from lorax import lora, with_scales
@@ -120,8 +122,8 @@ for k in range(1001):
 # %% [markdown]
 # ## Serve rows of mixed adapters
 #
-# `select_adapters` is the adapter of one row. Mapped over a batch, each row has its own; −1 is the
-# base itself.
+# `select_adapters` returns the adapter of one row. Mapped over a batch, each row uses its own
+# adapter. The index −1 selects the base alone.
 
 # %%
 import dataclasses
@@ -147,8 +149,8 @@ for name, got, want in zip([*TASKS, "the base"], outputs[:, 0], wanted, strict=T
 # %% [markdown]
 # ## Take one out
 #
-# `unstack_adapters` cuts the padding off, bit for bit. What comes out is an adapter like any other:
-# merge it, save it, resize it. How much of its rank does the "sharp" one need?
+# `unstack_adapters` removes the padding, bit for bit, and returns ordinary adapters that can be
+# merged, saved or resized. How much of its rank does the "sharp" adapter need?
 
 # %%
 from lorax import merge_params, resize_adapter, unstack_adapters
@@ -166,5 +168,5 @@ merged = merge_params(frozen, sharp)
 print(f"merged: {jnp.mean((model(merged, grid) - TASKS['sharp'](grid)) ** 2):.4f}")
 
 # %% [markdown]
-# More in [many adapters over one base](../banks.md): slots that are freed and filled while the
-# others train, mixtures with learned weights, and what each way of serving costs.
+# More in [many adapters over one base](../banks.md): replacing an adapter while the others train,
+# mixtures with learned weights, and the cost of each way of serving.

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Shard over a mesh
 #
-# An adapter follows its base: lay the parameters out as you would without LoRA, and each axis of a
-# factor goes where the base's axis is. We train on eight devices, look at what is where, and at
-# what is communicated. On a CPU, JAX can pretend to have eight devices; the code is the same on a
-# TPU or on GPUs.
+# An adapter follows the sharding of its base. Shard the parameters as you would without LoRA, and
+# each axis of a factor is sharded like the base's axis. This tutorial trains on eight devices,
+# shows how the factors are sharded, and lists what is communicated. On a CPU, JAX can simulate
+# eight devices; the code is the same on TPUs or GPUs.
 
 # %%
 import jax
@@ -20,8 +20,9 @@ mesh
 # %% [markdown]
 # ## A model and its layout
 #
-# Blocks of an MLP, stacked for a scan. The first kernel is split by columns, the second by rows, so
-# that a block needs one sum over the devices of "model". The batch is split over "data".
+# The model is a stack of MLP blocks that run in a scan. The first kernel is sharded by columns and
+# the second by rows, so a block needs one sum over the devices of "model". The batch is sharded
+# over "data".
 
 # %%
 DEPTH, WIDTH, HIDDEN = 4, 64, 256
@@ -46,7 +47,8 @@ x = jax.device_put(jax.random.normal(keys[2], (32, WIDTH)), NamedSharding(mesh, 
 # %% [markdown]
 # ## An adapter that follows it
 #
-# `init_lora` sees where the base is. The rank is small, and whole on every device.
+# `init_lora` reads the sharding of the base. The rank axis is small, and is replicated on every
+# device.
 
 # %%
 from lorax import infer_spec, init_lora, lora
@@ -62,7 +64,7 @@ for name in params:
 # %% [markdown]
 # ## Train
 #
-# The optimizer's state follows the tunable tree. Nothing in the step knows of the mesh.
+# The optimizer state has the sharding of the tunable tree. The step needs no code for the mesh.
 
 # %%
 import functools
@@ -93,8 +95,9 @@ print("b of up is still at", tunable["up"].b.sharding.spec)
 # %% [markdown]
 # ## What is communicated
 #
-# The compiled program tells. Each array that is communicated is as small as activations or factors:
-# a weight has 64 × 256 entries, and none of it is gathered, and no gradient of it is reduced.
+# The text of the compiled program lists the collectives. Each communicated array is as small as the
+# activations or the factors. A weight has 64 × 256 entries: no weight is gathered, and no gradient
+# of a weight is reduced.
 
 # %%
 import re
@@ -107,7 +110,7 @@ for shapes, name in sorted({(shapes, name) for shapes, name in found}):
 # %% [markdown]
 # ## Save, and load on another mesh
 #
-# A file holds whole arrays and no mesh. On loading, each process reads only the bytes that its
+# A file holds whole arrays and no mesh. When loading, each process reads only the bytes that its
 # devices hold.
 
 # %%
@@ -125,6 +128,7 @@ loaded = load_adapter(file, params=elsewhere)
 print(loaded["up"].b.sharding.mesh.shape, loaded["up"].b.sharding.spec)
 
 # %% [markdown]
-# More in [many devices](../devices.md): explicit axes, many processes, and what moves when.
-# Compiled for 16 TPU v5e and 8 H100, a step of a model of 7 billion parameters needs the memory and
-# the collectives of [hand-written LoRA](../accelerators.md).
+# More in [many devices](../devices.md): explicit axes, multiple processes, and what is communicated
+# for each layout. [Accelerators](../accelerators.md) compares a step of a model with 7 billion
+# parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and collectives
+# are the same.

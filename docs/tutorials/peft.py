@@ -1,14 +1,15 @@
 # %% [markdown]
 # # From a PEFT adapter to JAX, and back
 #
-# Someone trained an adapter with PEFT on PyTorch. We load it beside a model in plain JAX, train it
-# on, and save it as a folder that PEFT loads. Neither PyTorch nor PEFT is needed for that.
+# This tutorial loads an adapter that was trained with PEFT on PyTorch onto a model in plain JAX,
+# continues its training, and saves it as a folder that PEFT loads. It needs neither PyTorch nor
+# PEFT.
 
 # %% [markdown]
 # ## A model in JAX
 #
-# One attention layer, with the shapes that JAX code likes: heads are separate axes, and kernels
-# have the inputs first.
+# The model is one attention layer with shapes that are common in JAX: heads are separate axes, and
+# kernels have their input axes first.
 
 # %%
 import jax
@@ -32,8 +33,8 @@ x = jax.random.normal(jax.random.key(1), (2, 10, WIDTH))
 # %% [markdown]
 # ## A folder, as PEFT writes it
 #
-# Two files: the settings, and the factors under PyTorch's names. PyTorch stores a weight as
-# `(out, in)`, so `lora_A` is `(rank, in)` and `lora_B` is `(out, rank)`.
+# A PEFT folder has two files: the settings, and the factors under PyTorch's names. PyTorch stores a
+# weight as `(out, in)`, so `lora_A` is `(rank, in)` and `lora_B` is `(out, rank)`.
 
 # %%
 import json
@@ -68,9 +69,9 @@ save_file(tensors, folder / "adapter_model.safetensors")
 # %% [markdown]
 # ## Names
 #
-# Each parameter needs a layout: its module in PyTorch, and which of its axes are inputs. Everything
-# else about the shapes follows. (`lorax_hf.peft_names` knows the layouts of transformers' models,
-# and `lorax_io.flax_names` those that follow Flax's conventions.)
+# Each parameter needs a layout: its module in PyTorch, and which of its axes are inputs. The rest
+# follows from the shapes. (`lorax_hf.peft_names` returns the layouts of transformers' models, and
+# `lorax_io.flax_names` those of models that follow Flax's conventions.)
 
 # %%
 from lorax_io import Linear, load_peft, save_peft
@@ -82,8 +83,8 @@ frozen, tunable = load_peft(folder, params, names)
 print("a of q:", tunable["q"].a.shape, "  b of q:", tunable["q"].b.shape)
 
 # %% [markdown]
-# It is the adapter of the file: the change of the weight is `alpha / rank · B A`, transposed and
-# with the outputs as heads.
+# The loaded adapter changes the weight by `alpha / rank · B A` of the file, transposed and with the
+# outputs split into heads:
 
 # %%
 from lorax import materialize
@@ -95,7 +96,7 @@ change = materialize(frozen["q"], tunable["q"]) - params["q"]
 print("the same:", bool(jnp.allclose(change, expected, atol=1e-5)))
 
 # %% [markdown]
-# A folder that does not fit is an error that says why, and nothing is loaded:
+# If a folder does not fit, an error gives the reason, and nothing is loaded:
 
 # %%
 from lorax_io import AdapterError
@@ -106,7 +107,7 @@ except AdapterError as error:
     print(type(error).__name__, "\n", str(error).replace(str(folder), "from-peft"))
 
 # %% [markdown]
-# ## Train it on
+# ## Continue training
 
 # %%
 import optax
@@ -133,7 +134,7 @@ for k in range(101):
         print(f"step {k:3}: {loss:.3f}")
 
 # %% [markdown]
-# ## And back
+# ## Save it for PEFT
 
 # %%
 back = folder.parent / "to-peft"
@@ -143,8 +144,8 @@ written = json.loads((back / "adapter_config.json").read_text())
 print({key: written[key] for key in ("r", "lora_alpha", "target_modules")})
 
 # %% [markdown]
-# In PyTorch, `peft.PeftModel.from_pretrained(model, "to-peft")` loads it; `nox -s peft` compares
-# outputs of both for the models of transformers. The command line does much of this without a
+# In PyTorch, `peft.PeftModel.from_pretrained(model, "to-peft")` loads it. `nox -s peft` compares
+# the outputs of both for the models of transformers. The command line does much of this without a
 # program:
 #
 # ```bash

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # QLoRA on a small budget
 #
-# A base in 4 bits, adapters in float32, layers in a scan with remat: the recipe for a model that
-# does not fit otherwise. We pretrain a small character model so that there is something to lose,
-# quantize it, look at what that costs, and train an adapter on the codes.
+# This is the recipe for a model that does not fit otherwise: a 4-bit base, float32 adapters, and
+# layers in a scan with rematerialization. This tutorial pretrains a small character model,
+# quantizes it, measures how much its loss rises, and trains an adapter on the codes.
 
 # %% [markdown]
 # ## A base
 #
-# A decoder of characters in plain JAX, three layers deep, trained for a moment on the help pages
+# The base is a character decoder in plain JAX, three layers deep, trained briefly on the help pages
 # that come with Python.
 
 # %%
@@ -99,7 +99,8 @@ print(f"the base: {loss:.2f} nats for each character")
 # %% [markdown]
 # ## Quantize it
 #
-# `quantize` follows the function, and takes the weights of products. The table stays as it is.
+# `quantize` traces the function and quantizes the weights that are used in matrix products. The
+# table stays as it is.
 
 # %%
 from lorax import explain, infer_spec, init_lora, lora, quantize
@@ -116,8 +117,8 @@ for name, tree in (("float32", params), ("NF4", coded)):
 # %% [markdown]
 # ## An adapter on the codes
 #
-# `init_lora` takes the quantized tree for parameters. `explain` prints the bits of each weight, and
-# what is trained.
+# `init_lora` takes the quantized tree in place of the parameters. `explain` prints the bits of each
+# weight, and what is trained.
 
 # %%
 spec = infer_spec(model, coded, ids, rank=8, where="layers/*")
@@ -127,7 +128,7 @@ print(explain(model, (frozen, tunable), ids))
 # %% [markdown]
 # ## Train
 #
-# The new task: the same pages in capital letters. The step takes codes and decodes each layer
+# The new task is the same pages in capital letters. The step takes the codes and decodes each layer
 # where it is used, in the forward pass and again in the backward pass.
 
 # %%
@@ -153,8 +154,8 @@ for k in range(76):
 # %% [markdown]
 # ## What the step needs
 #
-# XLA says what a compiled step needs. The arguments are what QLoRA makes smaller: codes instead of
-# floats, and an optimizer's state that is as small as the adapter.
+# XLA reports the memory that a compiled step needs. QLoRA reduces the arguments: codes instead of
+# floats, and an optimizer state of the size of the adapter.
 
 
 # %%
@@ -170,9 +171,9 @@ print(f"QLoRA:            {needs(step, tunable, state, frozen, ids):5.1f} MiB of
 # %% [markdown]
 # ## Merge
 #
-# The sum is formed in floats. `merge_params` gives floats, or codes again: see
-# [quantized bases](../quantized.md#merging), which also has first factors that make up for what the
-# codes lose.
+# The sum is formed in floating point. `merge_params` returns floats, or codes again: see [quantized
+# bases](../quantized.md#merging). That page also describes initial factors that correct the
+# quantization error.
 
 # %%
 from lorax import merge_params

@@ -2,13 +2,13 @@
 # # Adapt a vision model
 #
 # A small vision transformer in Flax NNX learns the handwritten digits of scikit-learn. Then its
-# images change: they are inverted and turned by a quarter. LoRA on every kernel learns the new
-# images from 600 examples, with an eighth of the parameters. The base stays as it was.
+# images change: they are inverted and rotated by 90 degrees. LoRA on every kernel learns the new
+# images from 600 examples, with an eighth of the parameters. The base does not change.
 
 # %% [markdown]
 # ## The images
 #
-# 1,797 digits of 8 × 8 pixels, which come with scikit-learn. A third is held out.
+# scikit-learn includes 1,797 digits of 8 × 8 pixels. A third is held out.
 
 # %%
 import jax
@@ -38,8 +38,8 @@ for row, pictures in zip(panels, (images, changed), strict=True):
 # %% [markdown]
 # ## The model
 #
-# A convolution makes 16 patches of an image. Blocks of attention and a perceptron follow. Nothing
-# in this cell knows about LoRA.
+# A convolution splits an image into 16 patches. Blocks of attention and an MLP follow. This cell
+# has no LoRA code.
 
 # %%
 WIDTH, HEADS, DEPTH = 48, 4, 3
@@ -82,8 +82,8 @@ def model(params, images):
 # %% [markdown]
 # ## The base
 #
-# One function trains both: the base's parameters here, and the adapter below. `logits(trained,
-# images)` says what is trained.
+# One function trains both the base's parameters here and the adapter below. The argument `trained`
+# of `logits(trained, images)` is the tree that is trained.
 
 
 # %%
@@ -123,9 +123,10 @@ print(f"new images {accuracy(model, params, *new):.3f}")
 # %% [markdown]
 # ## Adapt
 #
-# `infer_spec` finds the kernel of the convolution, and those of attention with their axes of heads.
-# Paths of NNX end in the name of the variable, so patterns end in a star. The convolution's kernel
-# is so small that `infer_spec` would leave it out with a warning: `skip_small=False` takes it.
+# `infer_spec` finds the kernel of the convolution, and the kernels of attention with their head
+# axes. NNX paths may continue after the name of the variable, so patterns end in a star. The
+# convolution's kernel is so small that `infer_spec` would leave it out with a warning;
+# `skip_small=False` includes it.
 
 # %%
 from lorax import count_params, explain, infer_spec, init_lora, lora, merge_params
@@ -137,7 +138,7 @@ print(explain(model, (frozen, tunable), images[:2]))
 # %% [markdown]
 # ## Train on 600 images
 #
-# For comparison, all parameters are trained from the same start on the same images.
+# For comparison, full fine-tuning starts from the same parameters and uses the same images.
 
 # %%
 adapted = lora(model)
@@ -160,8 +161,9 @@ _ = panel.legend(frameon=False)
 # %% [markdown]
 # ## Merge
 #
-# `nnx.update(model, merged)` puts the merged parameters into a module. For the old images
-# there is still the base, without the adapter. Full fine-tuning leaves one model, for the new ones.
+# `nnx.update(model, merged)` puts the merged parameters into a module. For the old images, you can
+# still use the base without the adapter. Full fine-tuning leaves only one model, for the new
+# images.
 
 # %%
 merged = merge_params(frozen, tunable)

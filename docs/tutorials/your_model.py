@@ -1,15 +1,14 @@
 # %% [markdown]
-# # Adapt your own model, and prove it
+# # Adapt your own model, and verify it
 #
-# The model here is one that no library has: a small state-space model with a scan over time, a
-# convolution before it, a gain on a weight, and a head that is tied to an embedding. It is plain
-# research code. We adapt it, look at what is adapted, prove that the adapter is what it should be,
-# and train it.
+# This tutorial adapts a model that no library provides: a small state-space model with a scan over
+# time, a convolution, a gain on a weight, and a head tied to the embedding. We adapt it, inspect
+# what is adapted, check that the adapter is correct, and train it.
 
 # %% [markdown]
 # ## The model
 #
-# Nothing in this cell knows about LoRA.
+# This is plain research code, without any LoRA.
 
 # %%
 import jax
@@ -55,9 +54,9 @@ model(params, ids).shape
 # %% [markdown]
 # ## What can be adapted
 #
-# `infer_spec` traces the model, finds each weight that meets data, and which of its axes are inputs
-# and outputs. The kernel of the convolution has two input axes; the table is looked up and, as the
-# head, multiplied from the other side.
+# `infer_spec` traces the model and finds each weight that is applied to data, and which of its axes
+# are inputs and outputs. The kernel of the convolution has two input axes. The table is used for
+# look-ups and, transposed, as the head.
 
 # %%
 from lorax import infer_spec
@@ -77,15 +76,15 @@ frozen, tunable = init_lora(params, spec, jax.random.key(2))
 print(explain(model, (frozen, tunable), ids))
 
 # %% [markdown]
-# Each weight is "covered": none is materialized. If one were, this table would name it and the
-# line of the model.
+# Every weight is "covered": none is materialized. If one were, this table would name the weight and
+# the line of the model.
 #
-# ## Prove it
+# ## Verify it
 #
-# `lorax.testing.check` gives the factors random numbers and compares outputs and gradients with
-# those of the merged model, under `jit`, `vmap` and `checkpoint` too. Then it follows the axes of
-# every adapted weight through the program, and fails if any array holds a whole weight. Put this
-# one line into the tests of your project.
+# `lorax.testing.check` fills the factors with random numbers and compares outputs and gradients
+# with those of the merged model, also under `jit`, `vmap` and `checkpoint`. It then follows the
+# axes of every adapted weight through the program, and fails if any array holds a whole weight. Put
+# this one line into the tests of your project.
 
 # %%
 from lorax.testing import check
@@ -93,8 +92,8 @@ from lorax.testing import check
 check(model, params, spec, ids)
 
 # %% [markdown]
-# The proof can fail. `tanh` of a weight is not a sum of a base and a low-rank term, so this model
-# has to build the weight, and `check` says so:
+# The check can fail. `tanh` of a weight is not a sum of a base and a low-rank term, so this model
+# has to materialize the weight, and `check` reports it:
 
 # %%
 import warnings
@@ -113,8 +112,8 @@ with warnings.catch_warnings(record=True):
 # %% [markdown]
 # ## Train
 #
-# The task: repeat the token of two steps before. The base, which is random, cannot do it; only the
-# adapter is trained.
+# The task is to repeat the token of two steps before. The base, which is random, cannot do it. Only
+# the adapter is trained.
 
 # %%
 import optax
@@ -149,7 +148,7 @@ for k in range(101):
 # %% [markdown]
 # ## Merge
 #
-# The merged parameters are for the plain model, which does not need Lorax.
+# The merged parameters work with the plain model, which does not need Lorax.
 
 # %%
 from lorax import count_params, merge_params

@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
     """
 
     path: Path
-    files: list[BaseFile]
+    files: list[BaseFile]  # none of a GGUF file
     shapes: dict[str, jax.ShapeDtypeStruct]
     config: dict[str, Any] | None  # the model's, where there is one
     by_end: Mapping[str, list[str]]  # the names that end so, after a dot
@@ -46,8 +46,22 @@ class Checkpoint(NamedTuple):
         """The folders of a pipeline."""
         return {file.prefix.removesuffix(".") for file in self.files} - {""}
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file, whose tensors are all in `coded`."""
+        return not self.files
+
+    @property
+    def home(self) -> Path | None:
+        """The folder of the model, whose other files are about it as well."""
+        if self.path.is_dir():
+            return self.path
+        return self.path.parent if self.is_gguf and self.config is not None else None
+
     def read(self, names: Collection[str]) -> dict[str, Array]:
         """Some of the tensors."""
+        if self.is_gguf:
+            return {name: self.coded[name].array() for name in names}
         tensors: dict[str, Array] = {}
         for path, prefix in self.files if names else ():
             with TensorFile(path) as file:
@@ -74,7 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 if full in shapes:
                     raise AdapterFileError(f"has `{name}`, as another file has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-    return Checkpoint(path, files, shapes, _config(path), by_end(shapes))
+    return Checkpoint(path, files, shapes, config_of(path), by_end(shapes))
 
 
 def by_end(names: Iterable[str]) -> dict[str, list[str]]:
@@ -86,7 +100,8 @@ def by_end(names: Iterable[str]) -> dict[str, list[str]]:
     return dict(names_by_end)
 
 
-def _config(path: Path) -> dict[str, Any] | None:
+def config_of(path: Path) -> dict[str, Any] | None:
+    """The config in a folder, where there is one."""
     if not (path.is_dir() and (path / CONFIG_NAME).exists()):
         return None
     config = read_json(file_in(path, CONFIG_NAME))
@@ -111,7 +126,8 @@ def _files(path: Path) -> list[BaseFile]:
     if files := _weights(path):
         return [BaseFile(file, "") for file in files]
     names = ", ".join(f"`{stem}.safetensors`" for stem in STEMS)
-    raise AdapterNotFoundError(f"has none of {names}, nor an index of them.", path)
+    gguf = " Give the path of the GGUF file itself." if any(path.glob("*.gguf")) else ""
+    raise AdapterNotFoundError(f"has none of {names}, nor an index of them.{gguf}", path)
 
 
 def _weights(folder: Path) -> list[Path]:

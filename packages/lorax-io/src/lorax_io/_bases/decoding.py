@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +120,7 @@ def _of(name: str) -> tuple[tuple[str, str], ...]:
     return tuple(places)
 
 
-def home_of(weight: CodedWeight, entries: Mapping[str, Any], prefix: str) -> bool:
+def home_of(weight: CodedWeight, entries: Container[str], prefix: str) -> bool:
     """Whether a file is the one that a decoded weight is written to: where its codes are."""
     first = weight.coded.names[0]
     return first.startswith(prefix) and first.removeprefix(prefix) in entries

@@ -141,9 +141,11 @@ def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
     if len(heads) != 1 or embedding is None or coding_of(heads[0], checkpoint.shapes, None):
         return checkpoint
     if checkpoint.config is None or ties(checkpoint.config) is False:
+        how = "put a" if checkpoint.is_gguf else "give the base as a folder with a"
+        where = "beside it" if checkpoint.is_gguf else "in it"
         raise AdapterMismatchError(
             f"adapts `{heads[0]}`, and {checkpoint.path} has no tensor of that name. A model may "
-            "use its embedding as its head: give the base as a folder whose config.json says so."
+            f"use its embedding as its head: {how} config.json {where} that says so."
         )
     shapes = {**checkpoint.shapes, heads[0]: checkpoint.shapes[embedding]}
     copies = {**checkpoint.copies, heads[0]: embedding}

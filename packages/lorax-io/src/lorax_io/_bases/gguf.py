@@ -138,7 +138,20 @@ BLOCKS: dict[str, Block] = {
 }  # fmt: skip
 """The types that keep their codes, by llama.cpp's names. The codes of 5 and 6 bits take 8."""
 
-_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+PLAIN: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F64": np.float64,
+}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as one of GGUF."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 class GGUFSource:
@@ -146,51 +159,78 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         gguf = import_gguf()
+        self.path = path
         try:
             reader = gguf.GGUFReader(regular_file(path))
-            self._arch = reader.fields["general.architecture"].contents()
-            self._count = self._field(reader, "block_count")
-            self._heads = self._field(reader, "attention.head_count")
-            self._kv_heads = self._field(reader, "attention.head_count_kv", self._heads)
+            self._fields = reader.fields
+            self.arch = self._fields["general.architecture"].contents()
             self.names = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # it has no specific error for a damaged file
             raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
+        self._heads = self.field(f"{self.arch}.attention.head_count")
+        self._kv_heads = self.field(f"{self.arch}.attention.head_count_kv", self._heads)
         self.used: set[str] = set()
-        arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch), None)
+        self.layers = self.field(f"{self.arch}.block_count", 1)
+        self._check_counts()
+        arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch), None)
         if arch is None:
-            raise AdapterFileError(f"is of the architecture {self._arch!r}, which gguf lacks.")
-        self._known = gguf.get_tensor_name_map(arch, int(self._count or 1))
+            raise AdapterFileError(f"is of the architecture {self.arch!r}, which gguf lacks.")
+        self._known = gguf.get_tensor_name_map(arch, self.layers)
 
-    def _field(self, reader: Any, key: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"{self._arch}.{key}")
-        return default if field is None else field.contents()
+    def _check_counts(self) -> None:
+        if type(self.layers) is not int or not 0 <= self.layers <= _MOST_LAYERS:
+            raise AdapterFileError(f"has block_count = {self.layers!r}, not a count of layers.")
+        parts = self.field("split.count", 1)
+        if parts != 1:
+            raise AdapterFileError(
+                f"is one of {parts} parts of a model. Join them first: `llama-gguf-split --merge`."
+            )
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """What the file states under a key."""
+        if key not in self._fields:
+            return default
+        try:
+            return self._fields[key].contents()
+        except Exception as error:  # as above
+            raise AdapterFileError(f"has a `{key}` that cannot be read ({error}).") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, in the order of transformers."""
+        return tuple(int(n) for n in reversed(self.names[name].shape))
+
+    def floats(self, name: str) -> Array:
+        """A tensor under llama.cpp's own name, decoded to float32 or wider."""
+        tensor, shape = self.names[name], self.shape(name)
+        order, kind = self._order(name, shape), tensor.tensor_type.name
+        if kind in PLAIN:
+            values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)
+            values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+        else:
+            values = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        return values if order is None else values[order]
 
     def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
         """A weight, under llama.cpp's own name or that of transformers."""
-        name = self._name(module, parameter)
+        name = self.name_of(module, parameter)
         if name not in self.names:
             return None
         self.used.add(name)
-        tensor = self.names[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensor, shape = self.names[name], self.shape(name)
         kind = tensor.tensor_type.name
         order = self._order(name, shape)
-        if kind in _PLAIN:
-            dtype = np.dtype(_PLAIN[kind])
+        if kind in PLAIN:
+            dtype = np.dtype(PLAIN[kind])
             values = tensor.data.view(dtype).reshape(shape)
             read = lambda rows: values[rows if order is None else order[rows]]  # noqa: E731
             return Part(read, (1,) * len(shape), shape, dtype)
         if kind in BLOCKS and len(shape) > 1:
             return _coded(name, BLOCKS[kind], tensor.data, shape, order)
-
-        def decoded() -> Array:
-            array = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-            return array if order is None else array[order]
-
         why = f"blocks of {kind} are not those of a format"
-        return Decoded((name,), why, decoded, shape, FLOAT32)
+        return Decoded((name,), why, lambda: self.floats(name), shape, FLOAT32)
 
-    def _name(self, module: str, parameter: str) -> str:
+    def name_of(self, module: str, parameter: str) -> str:
+        """The name in the file, where `gguf` has one for that of transformers."""
         own = f"{module}.{parameter}" if module else parameter
         if own in self.names:
             return own
@@ -200,20 +240,21 @@ class GGUFSource:
     def _order(self, name: str, shape: tuple[int, ...]) -> Array | None:
         """The rows of q and k, of which llama.cpp has the two of a rotated pair side by side."""
         is_q, is_k = ".attn_q." in name, ".attn_k." in name
-        if not (is_q or is_k) or self._arch not in _PERMUTED:
+        if not (is_q or is_k) or self.arch not in _PERMUTED:
             return None
         heads = self._heads if is_q else self._kv_heads
-        if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
-            raise AdapterMismatchError(f"has {shape[0]} rows for `{name}`, and {heads} heads.")
+        if not shape or type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
+            raise AdapterMismatchError(f"has `{name}` of shape {shape}, and {heads} heads.")
         return half_order(np.arange(shape[0]), heads)
 
     def lacking(self, name: str) -> str:
         """Why there is not such a weight."""
-        known = self._name(*name.rpartition(".")[::2])
+        known = self.name_of(*name.rpartition(".")[::2])
         called = "" if known == name else f" (`{known}`)"
         return f"has no tensor for `{name}`{called}.{suggestion(known, self.names)}"
 
 
+_MOST_LAYERS = 2**12
 # Those that llama.cpp's converter permutes.
 _PERMUTED = frozenset(["llama", "granite"])
 

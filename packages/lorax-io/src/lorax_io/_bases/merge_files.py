@@ -1,13 +1,12 @@
 """A base's files with adapters merged into them, and all that stays true of the merged model."""
 
-import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +14,17 @@ import numpy as np
 from lorax import Adapter, Pair, merge_params
 
 from .._disk.files import write_text
-from .._disk.progress import track
 from .._disk.streams import in_order, write_stream
 from .._disk.tensors import TensorFile, check_finite, read_json
-from .._errors import about, warn
+from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
 from .._tree import Held, beside
-from .checkpoint import CONFIG_NAME, PIPELINE_NAME, STEMS, Checkpoint
+from .checkpoint import CONFIG_NAME, PIPELINE_NAME, Checkpoint
 from .decoding import home_of, without_codes
 from .fit import Fitted
-from .merged import new_folder
+from .merged import INDEX_NAME, new_folder
+from .outputs import Lazy, bytes_of, files_of_gguf, outputs
 from .ties import is_embedding, is_head, ties, untied
 
 # What is beside the weights and stays true of the merged model.
@@ -54,20 +53,25 @@ def merge_files(
     checkpoint = adapters[-1].checkpoint
     scales = [1.0] * len(adapters) if scales is None else scales
     adapted = {name for fitted in adapters for name in fitted.rows}
+    if requantize and checkpoint.is_gguf:
+        raise UnsupportedAdapterError(
+            "is a GGUF file, whose codes are read and not written. Leave `--requantize` out: then "
+            "the merged model is written as floats.",
+            checkpoint.path,
+        )
     _check_replaced(adapters)
     left = set(adapted)
     touched = adapted & checkpoint.coded.keys()
     # Weights that are decoded, and the tensors of those that stay or become codes.
     floats = {} if requantize or not touched else checkpoint.coded
     again = touched if requantize else set[str]()
-    gone = {name for weight in floats.values() for name in weight.coded.names}
     losses: dict[str, float] = {}
     with about(checkpoint.path):
         config = _merged_config(checkpoint, adapted)
         if floats:
             config = without_codes(checkpoint.config if config is None else config)
 
-    def merged(path: Path, name: str, view: Array) -> Array:
+    def merged(name: str, view: Array) -> Array:
         changes = [
             (fitted.rows[name], fitted.held, scale)
             for fitted, scale in zip(adapters, scales, strict=True)
@@ -84,47 +88,37 @@ def merge_files(
         return whole.astype(view.dtype)
 
     with new_folder(out) as folder:
-        for path, prefix in track(checkpoint.files, "Merging"):
-            with TensorFile(path) as file:
-                target = folder / _within(path, checkpoint)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                tensors: dict[str, Lazy] = {
-                    name: Lazy(entry.shape, entry.dtype, functools.partial(file.view, name))
-                    for name, entry in file.entries.items()
-                    if prefix + name not in gone
-                }
-                copies = {n: of for n, of in checkpoint.copies.items() if of in tensors}
-                tensors |= {name: tensors[of] for name, of in copies.items()}
-                for weight in floats.values():
-                    if home_of(weight, file.entries, prefix):
-                        name = weight.name.removeprefix(prefix)
-                        tensors[name] = Lazy(weight.coded.shape, weight.dtype, weight.array)
-                for name in again:
-                    if home_of(weight := checkpoint.coded[name], file.entries, prefix):
-                        whole = merged(path, name, weight.array())
-                        coded, losses[name] = weight.again(whole)
-                        left.remove(name)
-                        tensors |= {n.removeprefix(prefix): Lazy.of(x) for n, x in coded.items()}
+        for output in outputs(checkpoint, floats):
+            prefix, tensors = output.prefix, output.tensors
+            target = folder / output.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for name in again:
+                if home_of(weight := checkpoint.coded[name], output.entries, prefix):
+                    coded, losses[name] = weight.again(merged(name, weight.array()))
+                    left.remove(name)
+                    tensors |= {n.removeprefix(prefix): Lazy.of(x) for n, x in coded.items()}
 
-                def each(
-                    tensors: Mapping[str, Lazy] = tensors, path: Path = path, prefix: str = prefix
-                ) -> Iterator[tuple[str, Array]]:
-                    for name in in_order(tensors):
-                        array, full = tensors[name].read(), prefix + name
-                        if full in adapted and full not in again:
-                            array = merged(path, full, array)
-                            check_finite(full, array)
-                            left.remove(full)
-                        yield name, array
+            def each(
+                tensors: Mapping[str, Lazy] = tensors, prefix: str = prefix
+            ) -> Iterator[tuple[str, Array]]:
+                for name in in_order(tensors):
+                    array, full = tensors[name].read(), prefix + name
+                    if full in adapted and full not in again:
+                        array = merged(full, array)
+                        check_finite(full, array)
+                        left.remove(full)
+                    yield name, _rounded(full, array, tensors[name].dtype)
 
-                write_stream(target, tensors, file.metadata, each())
+            write_stream(target, tensors, output.metadata, each())
         _copy_companions(checkpoint, folder)
         if config is not None:
             write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-        index = folder / f"{STEMS[0]}.safetensors.index.json"
-        if checkpoint.copies and index.exists():
+        index = folder / INDEX_NAME
+        if checkpoint.is_gguf:
+            _write_index(index, checkpoint)
+        elif checkpoint.copies and index.exists():
             _add_to_index(index, checkpoint)
-        if floats:
+        if floats and not checkpoint.is_gguf:
             _index_floats(folder)
     assert not left, left
     if losses:
@@ -135,19 +129,27 @@ def merge_files(
         )
 
 
-def _within(path: Path, checkpoint: Checkpoint) -> Path:
-    """Where a file of the base is in its folder."""
-    return path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else Path(path.name)
+def _rounded(name: str, array: Array, dtype: Any) -> Array:
+    """The tensor in the dtype of the file, where it was decoded and merged in a wider one."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise AdapterError(f"has numbers in `{name}` that {dtype} does not hold. Choose --dtype.")
+    return rounded
 
 
 def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    if not checkpoint.path.is_dir():
+    home = checkpoint.home
+    if home is None:
         return
-    is_pipeline = (checkpoint.path / PIPELINE_NAME).exists()
-    files = checkpoint.path.rglob("*") if is_pipeline else checkpoint.path.iterdir()
-    for path in sorted(files):
-        if path.is_file() and path.suffix in _COMPANIONS:
-            target = folder / path.relative_to(checkpoint.path)
+    is_pipeline = (home / PIPELINE_NAME).exists() and not checkpoint.is_gguf
+    for path in sorted(home.rglob("*") if is_pipeline else home.iterdir()):
+        # An index beside a GGUF file is of other files.
+        is_index = path.name.endswith(".safetensors.index.json")
+        if path.is_file() and path.suffix in _COMPANIONS and not (is_index and checkpoint.is_gguf):
+            target = folder / path.relative_to(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
 
@@ -184,6 +186,16 @@ def _merged_config(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, An
     return None
 
 
+def _write_index(path: Path, checkpoint: Checkpoint) -> None:
+    """The index of the files that a GGUF file becomes, where they are several."""
+    files = files_of_gguf(checkpoint)
+    if len(files) > 1:
+        size = sum(map(bytes_of, checkpoint.shapes.values()))
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def _add_to_index(path: Path, checkpoint: Checkpoint) -> None:
     index = read_json(path)
     for name, of in checkpoint.copies.items():
@@ -208,19 +220,6 @@ def _index_floats(folder: Path) -> None:
         metadata = {**(index.get("metadata") or {}), "total_size": size}
         text = json.dumps(index | {"metadata": metadata, "weight_map": weight_map}, indent=2)
         write_text(path, text + "\n")
-
-
-class Lazy(NamedTuple):
-    """A tensor that is read when it is written."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], Array]
-
-    @classmethod
-    def of(cls, array: Array) -> Self:
-        """One that already exists."""
-        return cls(array.shape, array.dtype, lambda: array)
 
 
 def _merged(name: str, view: Array, row: Any, held: Held) -> Array:

@@ -95,7 +95,7 @@ def _save_merged(
     layouts = {path: layout_of(names, path) for path in sizes}
     config_text = _config_text(config)
     tables: dict[str, bytes] = {}  # embedding and head, each by what it holds
-    shards = _shards(sizes, shard_bytes)
+    parts = shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
         merged = merge_params(Pair({path: leaves[path]}, {path: rows.get(path)}))[path]
@@ -104,8 +104,8 @@ def _save_merged(
 
     files: dict[str, str] = {}
     with new_folder(folder) as unfinished:
-        for k, paths in enumerate(track(shards, "Writing the merged model")):
-            file = WEIGHTS_NAME if len(shards) == 1 else _shard_name(k, len(shards))
+        for k, paths in enumerate(track(parts, "Writing the merged model")):
+            file = WEIGHTS_NAME if len(parts) == 1 else shard_name(k, len(parts))
             tensors: dict[str, Array] = {}
             of_base: set[str] = set()
             for path in paths:
@@ -123,7 +123,7 @@ def _save_merged(
                 if writer:
                     write_tensors(unfinished / file, tensors, {"format": "pt"}, of_base=of_base)
         with one_writer() as writer:
-            if writer and len(shards) > 1:
+            if writer and len(parts) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
                 write_text(unfinished / INDEX_NAME, _json(index))
             if writer and config_text is not None:
@@ -146,20 +146,21 @@ def _with_own_head(text: str, tables: Mapping[str, bytes]) -> str:
     return _json(config)
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+def shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     """The parameters of each file, in their order."""
-    shards: list[list[str]] = [[]]
+    parts: list[list[str]] = [[]]
     filled = 0
     for path, size in sizes.items():
-        if shards[-1] and filled + size > most:
-            shards.append([])
+        if parts[-1] and filled + size > most:
+            parts.append([])
             filled = 0
-        shards[-1].append(path)
+        parts[-1].append(path)
         filled += size
-    return shards
+    return parts
 
 
-def _shard_name(k: int, count: int) -> str:
+def shard_name(k: int, count: int) -> str:
+    """The name that transformers has for one of several files."""
     return f"model-{k + 1:05}-of-{count:05}.safetensors"
 
 

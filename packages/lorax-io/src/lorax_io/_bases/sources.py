@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .coded import MARKS, coding_of
 from .codings import Coded, Decoded, find_coded
 from .codings.coding import Part, whole
-from .gguf import GGUFSource
+from .gguf import GGUFSource, is_gguf
 
 Weight = Coded | Decoded | Part
 
@@ -91,10 +91,8 @@ class SafetensorsSource:
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
     """The base at a path: a folder, a safetensors file or a GGUF file."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                return GGUFSource(path)
+    if is_gguf(path):
+        return GGUFSource(path)
     return SafetensorsSource(open_checkpoint(path), stack)
 
 

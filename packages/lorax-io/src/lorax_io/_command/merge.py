@@ -3,13 +3,12 @@
 import argparse
 from pathlib import Path
 
-from .._bases.checkpoint import open_checkpoint
-from .._bases.decoding import with_decoded
 from .._bases.fit import Fitted, fit_adapter
 from .._bases.merge_files import merge_files
+from .._bases.opening import open_base
 from .._errors import AdapterError
 from .options import ADAPTER, SAME, add_naming, opened, renaming
-from .verify import BASE, add_missing
+from .verify import MERGED_BASE, add_missing
 
 HELP = "a base with adapters merged into it"
 
@@ -17,7 +16,7 @@ HELP = "a base with adapters merged into it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("adapter", nargs="+", help=f"one or several: {ADAPTER}")
-    parser.add_argument("--base", type=Path, required=True, help=BASE)
+    parser.add_argument("--base", type=Path, required=True, help=MERGED_BASE)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--scale",
@@ -38,13 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write quantized weights that are adapted in the same codes again, and leave others "
         "as they are; by default all of them become floats",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the tensors that a GGUF file becomes; by default that of its matrices, and "
+        "bfloat16 where they are quantized",
+    )
     add_naming(parser)
     add_missing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes a base's files with adapters merged into them, and config and tokenizer beside."""
-    checkpoint, rename = with_decoded(open_checkpoint(args.base)), renaming(args.rename)
+    checkpoint, rename = open_base(args.base, args.dtype), renaming(args.rename)
     scales = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
     if len(scales) != len(args.adapter):
         raise AdapterError(
@@ -60,4 +65,12 @@ def run(args: argparse.Namespace) -> int:
     merge_files(fitted, args.out, scales=scales, summed=args.sum, requantize=args.requantize)
     adapted = {name for each in fitted for name in each.rows}
     print(f"{args.out}: {len(checkpoint.shapes)} tensors, {len(adapted)} of them adapted")
+    if checkpoint.is_gguf:
+        (dtype,) = {str(shape.dtype) for shape in checkpoint.shapes.values()}
+        print(f"{args.out}: the weights of {args.base}, in {dtype}")
+    if checkpoint.is_gguf and checkpoint.config is None:
+        print(
+            f"{args.out}: only the weights are written, as there is no config.json beside "
+            f"{args.base}. Put the model's config and tokenizer there to load it."
+        )
     return SAME

@@ -3,19 +3,20 @@
 import argparse
 from pathlib import Path
 
-from .._bases.checkpoint import open_checkpoint
-from .._bases.decoding import with_decoded
 from .._bases.fit import fit_adapter
+from .._bases.gguf_checkpoint import ARCHITECTURES
+from .._bases.opening import open_base
 from .options import ADAPTER, SAME, add_naming, opened, renaming
 
 HELP = "whether an adapter is whole, and fits a base"
 BASE = "safetensors file, folder of transformers, or pipeline of diffusers"
+MERGED_BASE = f"{BASE}; or a GGUF file of {', '.join(ARCHITECTURES)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("adapter", help=ADAPTER)
-    parser.add_argument("--base", type=Path, help=BASE)
+    parser.add_argument("--base", type=Path, help=MERGED_BASE)
     add_naming(parser)
     add_missing(parser)
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     adapter = opened(args.adapter, args)
     fits = ""
     if args.base is not None:
-        checkpoint, rename = with_decoded(open_checkpoint(args.base)), renaming(args.rename)
+        checkpoint, rename = open_base(args.base), renaming(args.rename)
         fit_adapter(adapter, checkpoint, rename, allow_missing=args.allow_missing)
         fits = f", fits {args.base}"
     print(f"{args.adapter}: {len(adapter.rows)} parameters, OK{fits}")

@@ -15,7 +15,11 @@ _BEGINS: tuple[tuple[bytes, str], ...] = (
         "is a pickle, which may run code and is never read. Where it is trusted, load it with "
         "torch, and save it with safetensors",
     ),
-    (b"GGUF", "is a GGUF file, which is written for llama.cpp and not read"),
+    (
+        b"GGUF",
+        "is a GGUF file. `load_base` reads one as a base, and so do `lorax merge` and `verify`; an "
+        "adapter in GGUF is only written",
+    ),
     (
         b"\x89HDF",
         "is an HDF5 file, as Keras writes it; `lorax_io.load_any` reads those of KerasHub",

@@ -218,7 +218,7 @@ def _configs(content: Content) -> dict[str, PeftConfig]:
 
 FORMAT = Format(
     "diffusers",
-    "a file for diffusers",
+    "a diffusers file",
     _recognizes,
     _read,
     files=(WEIGHTS_NAME,),

@@ -116,4 +116,4 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
                 write_hdf5(path, arrays)
 
 
-FORMAT = Format("keras", "a file of KerasHub (`.lora.h5`)", _recognizes, _read, saved="save_keras")
+FORMAT = Format("keras", "a KerasHub file (`.lora.h5`)", _recognizes, _read, saved="save_keras")

@@ -226,4 +226,4 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
     return renamed
 
 
-FORMAT = Format("kohya", "a file of kohya or LyCORIS", _recognizes, _read, saved="save_kohya")
+FORMAT = Format("kohya", "a kohya or LyCORIS file", _recognizes, _read, saved="save_kohya")

@@ -20,7 +20,7 @@ from .export import export
 from .peft.tuners import FACTOR
 
 # llama.cpp's name of a model's kind, and whether it stores the rows of q and k in another order.
-_KINDS: dict[str, tuple[str, bool]] = {
+KINDS: dict[str, tuple[str, bool]] = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
     "granite": ("granite", True),
@@ -88,11 +88,11 @@ def save_gguf(
 
 def _kind(config: Any) -> tuple[str, bool]:
     model = config.get("model_type") if isinstance(config, Mapping) else None
-    if model not in _KINDS:
+    if model not in KINDS:
         raise UnsupportedAdapterError(
-            f"is for a model of the kind {model!r}; those of {', '.join(_KINDS)} are written."
+            f"is for a model of the kind {model!r}; those of {', '.join(KINDS)} are written."
         )
-    return _KINDS[model]
+    return KINDS[model]
 
 
 def _in_llama_cpp(

@@ -146,5 +146,5 @@ def _within_layer(module: str) -> str:
 
 
 FORMAT = Format(
-    "mlx", "a folder of mlx-lm", _recognizes, _read, files=(WEIGHTS_NAME,), saved="save_mlx"
+    "mlx", "an mlx-lm folder", _recognizes, _read, files=(WEIGHTS_NAME,), saved="save_mlx"
 )

@@ -83,7 +83,7 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
 
 FORMAT = Format(
     "original",
-    "a file of ai-toolkit or ComfyUI",
+    "an ai-toolkit or ComfyUI file",
     _recognizes,
     _read,
     saved="save_original",

@@ -66,7 +66,7 @@ def _alpha(content: Content) -> float:
 
 FORMAT = Format(
     "torchtune",
-    "a file in torchtune's names",
+    "a file with torchtune's names",
     _recognizes,
     _read,
     "lorax_io.load_any(path, params, names, alpha=alpha)",

@@ -130,7 +130,7 @@ def _stored_alpha(file: OrbaxTree) -> float:
     text = file.metadata.get(ALPHA)
     if text is None:
         raise UnsupportedAdapterError(
-            "is a checkpoint of tunix or qwix, which does not have the alpha of its rules. Give "
+            "is a tunix or qwix checkpoint, which does not store the alpha of its rules. Give "
             "it: `alpha=` in Python, `--alpha` in the command."
         )
     try:
@@ -243,7 +243,7 @@ def _one_alpha(rows: Mapping[str, LoraWeight]) -> float:
 
 FORMAT = Format(
     "tunix",
-    "a checkpoint of tunix or qwix",
+    "a tunix or qwix checkpoint",
     _recognizes,
     _read,
     "lorax_io.load_any(path, params, alpha=alpha)",

@@ -193,7 +193,7 @@ def _read(content: Content) -> Source:
 
 FORMAT = Format(
     "peft",
-    "a folder of PEFT",
+    "a PEFT folder",
     _recognizes,
     _read,
     "lorax_io.load_peft(path, params, names)",
