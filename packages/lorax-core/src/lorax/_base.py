@@ -193,6 +193,7 @@ def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
         return
     mesh = sharding.mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # The mesh axes that each axis of the weight is split over.
     split = dict(enumerate(sharding.spec))
     for d, *within in blocks:
         entry = split.get(d) or ()
@@ -235,6 +236,7 @@ def quantized_from_settings(
         (64, 3)
     """
     given = dict(settings)
+    # Unknown names raise KeyError, as documented.
     cls = FORMATS[given.pop("format")]
     blocks, along, dtype = (with_tuples(given.pop(key)) for key in ("blocks", "along", "dtype"))
     if not is_of(blocks, tuple[tuple[int, ...], ...]) or not is_of(along, tuple[int, ...]):
@@ -247,12 +249,14 @@ def quantized_from_settings(
             raise ValueError(f"A format {cls.name!r} has {name}={given[name]!r}.")
     options = tuple(given[name] for name in names)
     format = cls(**given)  # checks them
+    # Aliases such as "f4" would make settings of equal weights differ.
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
         raise ValueError(f"A quantized weight has dtype={dtype!r}.")
     weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
     codes = arrays["codes"]
     if codes.dtype not in map(jnp.dtype, format.dtypes()):
         raise ValueError(f"A format {cls.name!r} has codes in {codes.dtype}.")
+    # (axis, entries) or (axis, blocks per group, entries)
     if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
         raise ValueError(f"A quantized weight has blocks={blocks}.")
     axes, ndim = [d for d, *_ in blocks], weight.ndim
@@ -313,6 +317,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
         return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
     options: dict[str, Any] = {}
+    # While tracing, the compiler places the codes.
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
         # The shardings depend on the arrays that the format makes, so their shapes are found first.

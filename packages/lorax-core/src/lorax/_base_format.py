@@ -107,6 +107,7 @@ class Format:
             return {}
         sizes = (block,) if group is None else (group, block)
         whole = math.prod(sizes)
+        # The last axis first: in a kernel [height, width, in, out], that is the channels.
         for d in reversed(along):
             if shape[d] % whole == 0:
                 return {d: sizes}

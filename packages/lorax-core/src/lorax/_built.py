@@ -52,6 +52,7 @@ class Weights(NamedTuple):
     def as_large(self, made: "Made", shape: Sequence[int]) -> bool:
         """Whether an array is as large as one of the weights that it is made of."""
         of_one = zip(shape, made.axes, strict=True)
+        # Shared axes count layers or experts: not part of one entry.
         entry = math.prod(size for size, sides in of_one if sides != frozenset({SHARED}))
         return any(
             (entry if k in self.blocks else math.prod(shape)) >= self.sizes[k]
@@ -97,6 +98,7 @@ def excess(got: Counts, expected: Counts) -> dict[tuple[int, ...], int]:
 def _follow(
     jaxpr: Any, inputs: Sequence[Made | None], weights: Weights
 ) -> tuple[list[Made | None], Counts]:
+    # Open or closed; constants are data, which is the default.
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     made: dict[Any, Made | None] = dict(zip(jaxpr.invars, inputs, strict=True))
     counts: Counts = collections.Counter()
@@ -170,6 +172,7 @@ def _bodies(
     """Returns the outputs and counts of an equation's bodies, or None if it has none to follow."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
+        # A scan has [consts, carry, stacked inputs] and [carry, stacked outputs].
         consts, carried = _compat.scan_split(params)
         steps = [pick(made, 0) for made in operands[consts + carried :]]
         outs, counts = _loop(params["jaxpr"], operands[: consts + carried], consts, steps, weights)
@@ -182,9 +185,11 @@ def _bodies(
         _, asked = _follow(params["cond_jaxpr"], [*operands[:tested], *outs], weights)
         return outs, counts + asked
     if name == "cond":
+        # The first operand is the index of the branch.
         several = [_follow(branch, operands[1:], weights) for branch in params["branches"]]
         outs = [union(kinds) for kinds in zip(*(outs for outs, _ in several), strict=True)]
         return outs, sum((counts for _, counts in several), collections.Counter())
+    # `jit`, `remat`, custom derivatives and others, whatever the parameter is called.
     bodies = [value for value in params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
     if len(bodies) == 1:
         body = getattr(bodies[0], "jaxpr", bodies[0])

@@ -192,6 +192,7 @@ class CodedArray:
         starts = (index, *[jnp.zeros((), index.dtype)] * (self.ndim - 1))
         return dataclasses.replace(
             self,
+            # `dynamic_slice` and `squeeze` as if the user had indexed the stack.
             moves=(*self.moves, pick, drop),
             others=(*self.others, starts, ()),
             shape=self.shape[1:],
@@ -353,6 +354,7 @@ def array_spec(
             continue
         names = entry if isinstance(entry, tuple) else (entry,)
         # A block stays on one device: the axis is divided between blocks, or not at all.
+        # The number of devices along this axis of the weight.
         parts = math.prod(mesh.shape[name] for name in names)
         if axis[0].size % parts == 0:
             entries[axis[0]] = entry
@@ -363,5 +365,6 @@ def weight_spec(
     spec: Any, out: Sequence[Sequence[Label]], labels: Sequence[Label]
 ) -> PartitionSpec:
     """Returns the partition of a weight, given the partition of its codes."""
+    # A partition may be shorter than the number of axes: the rest is not partitioned.
     entries = dict(zip(labels, (*spec, *[None] * len(labels)), strict=False))
     return PartitionSpec(*(entries.get(axis[0]) if axis else None for axis in out))

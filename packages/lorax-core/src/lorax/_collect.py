@@ -90,6 +90,7 @@ def collect_starts(
     if at_once is not None and at_once < 1:
         raise ValueError(f"collect_starts: at_once is {at_once}; it is at least 1.")
     collected: Collected = {}
+    # Moments and gradients need different passes over the batches.
     for is_gradient in (False, True):
         several = [w for w in wanted if (w.spec.collects.source == "gradients") == is_gradient]
         step = max(len(several), 1) if at_once is None else at_once
@@ -243,6 +244,7 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
                 new = derivative(params, batch)
                 return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new)
 
+            # The totals are donated: each sum is updated in place.
             compiled[key] = jax.jit(step, donate_argnums=0)
         arrays = [leaf for dynamic, leaf in zip(moves, leaves, strict=True) if dynamic]
         totals = compiled[key](totals, arrays)
@@ -256,6 +258,7 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
         arrays = list(params)
         for weight, array in zip(model.group, chosen, strict=True):
             arrays[weight.position] = array
+        # The gradient of a quantized weight is that of its decoded array.
         out = model.fn(model.tree(list(map(decoded, arrays))), *batch)
         if not (is_array(out) and out.ndim == 0 and jnp.issubdtype(out.dtype, jnp.floating)):
             shape = getattr(out, "shape", type(out).__name__)
@@ -277,6 +280,7 @@ def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[A
         else Leaf(path, array, None)
         for (path, _), array in zip(model.leaves, params, strict=True)
     ]
+    # The parameters are argument 0 and are taken from the pair.
     call = Call((None, *batch), {}, {0: FlatPair(leaves, model.structure)})
 
     def total(zeros: list[Moments]) -> jax.Array:

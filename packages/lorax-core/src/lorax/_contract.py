@@ -81,6 +81,7 @@ def contract(
         # Factors are small, so they are cast. The operand that meets the weight can be large.
         arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
+        # Off an explicit mesh, this adds no sharding.
         mesh = _Mesh(operands, out, like)
         joins = is_for_one_cpu(arrays)
         operand = None if meets is None else arrays[meets]
@@ -107,6 +108,8 @@ def contract(
             # x [n, i], a [i, r], b [r, o]  ->  b [r, o], x·a [n, r]  ->  x·a·b [n, o]
             for k in sorted((left, right), reverse=True):
                 del arrays[k], labels[k], met[k]
+            # The product takes the place of its operands, at the end: `pairwise_order` counts this
+            # way.
             arrays.append(array)
             labels.append(pair_labels)
             met.append(meeting)
@@ -130,6 +133,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     # A label of one side that nothing else needs is summed out first: less to multiply.
     x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
     y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
+    # The operand was not cast, so the two dtypes may differ; the result has the common one.
     if preferred is None and x.dtype != y.dtype:
         preferred = dtype
     # x [*batch, *x_free, *summed] · y [*batch, *summed, *y_free] -> [*batch, *x_free, *y_free],
@@ -143,6 +147,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
         # With the operands in this order, the last axis of the result is already in place. If the
         # result must be transposed, whole rows are moved.
         x, xs, x_free, y, ys, y_free = y, ys, y_free, x, xs, x_free
+        # A pair of precisions has one for each operand, so it is exchanged with them.
         if isinstance(precision, tuple):
             precision = precision[::-1]
     out_labels = (*batch, *x_free, *y_free)

@@ -56,6 +56,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
     if rate == 0:
         return tunable
+    # An old-style key of uint32.
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 

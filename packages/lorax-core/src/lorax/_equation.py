@@ -59,6 +59,7 @@ class Equation:
         if coded and self._waits(operands):
             waiting = [self._narrowed(k, operand) for k, operand in enumerate(operands)]
             out = operands[coded[0]].deferred(self.eqn, coded[0], waiting)
+        # A `FactoredArray` gets here only through `built`, as an operand that is decoded inside.
         elif coded or any(isinstance(operand, FactoredArray) for operand in operands):
             out = _reading.evaluate(self.eqn, operands)
         else:
@@ -74,6 +75,7 @@ class Equation:
     def joins_data(self) -> bool:
         """Whether this joins a weight with data, such as a concatenation: that makes data."""
         name = self.eqn.primitive.name
+        # Joining a weight with constants of the program leaves a weight.
         several = sum(isinstance(v, jex.Var) for v in self.eqn.invars) > 1
         return several and name in _JOINING and self.interpreter.beside_data(self.eqn)
 
@@ -99,6 +101,7 @@ class Equation:
             return operand
         source = self._before_broadcast(self.eqn.invars[position])
         mesh = jax.typeof(operand).sharding.mesh
+        # On an explicit mesh, the broadcast has a sharding, which its source does not.
         if source is None or isinstance(source[0], FactoredArray) or not mesh.empty:
             return operand
         # [out] broadcast to [in, out] is kept as [out], and broadcast again where the weight is
@@ -123,6 +126,7 @@ class Equation:
         `of_body` is set where the weight enters a body, whose products number their uses
         themselves.
         """
+        # No dropout, no keys.
         if not isinstance(value, FactoredArray) or value.keys is None:
             return value
         drawn, source = self.interpreter.drawn, value.keys.term.sources
@@ -176,6 +180,7 @@ class Equation:
         if not isinstance(value, FactoredArray):
             return
         name, line, shape = self.eqn.primitive.name, self.line, value.shape
+        # A weight that is made of several parameters is a use of each.
         sources = dict.fromkeys(source for names in value.sources for source in names)
         self.interpreter.uses += (
             Use(source, kind, name, shape, line, reason) for source in sources
@@ -222,6 +227,7 @@ class Equation:
         base = weight.base
         if weight.is_bare and not finished:
             return weight
+        # Not yet: the base cannot take a sum, or factors are still apart.
         if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
             return weight
         self.use(weight, "rows")
@@ -234,6 +240,7 @@ class Equation:
                 # This factor is as large as a weight, so it is not widened to float32 for the sum.
                 dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
+        # W = Π gains ⊙ turn · (base + Σ terms): the order matters.
         base = weight.turned(base)
         for gain in weight.gains:
             base = times_gain(base, gain.array(_contract.wide_dtype(base.dtype)))
@@ -258,6 +265,7 @@ class Body:
         self._jaxpr, self._finish = jaxpr, finish
 
     def __call__(self, *args: Value) -> Any:
+        # A new record per run: JAX may trace a body several times, and the last run counts.
         interpreter = self._interpreter.fork()
         outs: Any = interpreter.run(self._jaxpr, args)
         if self._finish is not None:

@@ -199,6 +199,7 @@ def explain(
     uses_of: dict[str, list[Use]] = collections.defaultdict(list)
     for use in uses(traced, through_custom_derivatives):
         uses_of[str(use.source)].append(use)
+    # Quantized weights without an adapter.
     bare = {leaf.path for leaf in call.leaves if leaf.is_weight and not leaf.is_adapted}
     decoded = dict.fromkeys(
         (path, use.primitive, use.line)
@@ -212,6 +213,7 @@ def explain(
     tunable = [x for x in jax.tree.leaves([leaf.tunable for leaf in call.leaves]) if is_array(x)]
     rows = [_row(leaf, uses_of[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
+    # The base model with floats, also where weights are quantized.
     plain = list(map(traced_as, traced.operands))
     kept, no_derivative = _kept(fn, pair, args, kwargs, through_custom_derivatives)
     return Explanation(
@@ -241,6 +243,7 @@ def _kept(
     """Returns the bytes saved for the backward pass, or the reason why there is none."""
     frozen, tunable = pair
     trained, structure = jax.tree.flatten(tunable)
+    # Only inexact leaves have a derivative; other leaves are captured.
     moves = [is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in trained]
     rest, whole = jax.tree.flatten((frozen, trained, args, kwargs))
     dynamic = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in rest]
@@ -298,6 +301,7 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
         status = "never used"
     elif kinds & {"materialized", "returned"}:
         status = "materialized"
+    # A weight may be used by several primitives, and several times by each.
     counts = collections.Counter(use.primitive for use in leaf_uses)
     counted = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
     rank = getattr(adapter, "rank", None)
@@ -308,6 +312,7 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:
     if _is_symbolic(operands):
         return Cost(None, None)  # A program with symbolic sizes has no count.
+    # Lowered but not compiled: counts before optimization, on any platform.
     counted = jax.jit(function).lower(*operands).cost_analysis()
     if not isinstance(counted, dict):
         return Cost(None, None)

@@ -122,11 +122,13 @@ def infer_spec(
         axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
         fan_in, fan_out = axes.sizes(leaf.shape)
         own = kind.with_axes(axes)
+        # No matrix has a higher rank than its shorter side.
         if own.size is not None and own.size > min(fan_in, fan_out):
             own = own.with_size(min(fan_in, fan_out))
         of_rank = "" if own.size is None else f" of rank {own.size}"
         count = own.count(tuple(leaf.shape), axes)
         if skip_small and count >= math.prod(leaf.shape):
+            # Counts in the message are per shared entry, like fan_in and fan_out.
             entries = math.prod(leaf.shape[d] for d in axes.shared)
             notes.append(
                 f"`{path}`: an adapter{of_rank} has {count // entries} numbers for {fan_in} inputs "
@@ -155,6 +157,7 @@ def roles_of(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> Roles:
     """Returns the roles of a function's parameters, found by tracing it."""
+    # Any adapter makes a leaf a weight for `trace`; this one has no kind.
     marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
@@ -222,6 +225,7 @@ def _axes(
     """Returns the roles of all axes: those found, without the axes that the user wants shared."""
     wanted = normalize(path, ndim, "shared_axes", shared)
     inputs, outputs = ([d for d in axes if d not in wanted] for axes in (inputs, outputs))
+    # Axes that no use gives a role, and those that the user wants shared.
     rest = [d for d in range(ndim) if d not in (*inputs, *outputs)]
     return resolve_axes(path, ndim, inputs, outputs, rest)
 

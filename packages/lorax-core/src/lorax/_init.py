@@ -31,6 +31,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         real, imaginary = jax.random.split(key)
         part = jnp.finfo(dtype).dtype
         return jax.lax.complex(_uniform(real, shape, part), _uniform(imaginary, shape, part))
+    # The matrix is [fan_in, rank].
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -105,6 +106,7 @@ def init_lora(
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
     leaves, structure = flatten_params(params)
     specs = flatten_spec(spec, structure)
+    # All leaves are validated before anything is drawn.
     checked = [
         check_leaf(path, leaf, leaf_spec)
         for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
@@ -118,6 +120,7 @@ def init_lora(
     for (path, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):
             kind, axes = leaf_spec
+            # By path and not by position, so that keys do not change when layers are added.
             of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))
             wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
             shared = common[kind.common_key]
@@ -222,6 +225,7 @@ def _place_like(
         return factor
     if is_tracer(first_array(base)):
         held = isinstance(base, QuantizedWeight)
+        # A quantized base derives its sharding from that of its codes.
         sharding: Any = base.sharding if held else jax.typeof(base).sharding
         place = jax.sharding.reshard
         is_placed = (

@@ -52,6 +52,7 @@ class Interpreter:
 
     def fork(self) -> "Interpreter":
         """Returns an interpreter with the same settings and an empty record."""
+        # A shallow copy: rules, cache and settings are shared with the fork.
         other = copy.copy(self)
         other.uses = []
         other.drawn = collections.Counter()
@@ -76,6 +77,8 @@ class Interpreter:
             return eqn and (read(eqn.invars[0]), eqn.params["broadcast_dimensions"])
 
         for eqn, finished in live_equations(jaxpr, broadcasts):
+            # Equations that rules emit keep the source line and the named scopes of the original
+            # one.
             with _compat.equation_context(eqn):
                 outs = self._evaluate(eqn, [read(v) for v in eqn.invars], before_broadcast)
             values |= zip(eqn.outvars, outs, strict=True)
@@ -88,6 +91,7 @@ class Interpreter:
         """Returns a value as the caller gets it; a weight is materialized, which is recorded."""
         if not isinstance(value, FactoredArray):
             return value
+        # Each parameter once, in order, also if several of its pieces are left.
         names = dict.fromkeys(name for names in value.sources for name in names)
         self.uses += (Use(name, "returned", "return", value.shape, "") for name in names)
         return value.array()
@@ -126,6 +130,7 @@ class Interpreter:
             # An equation that is deferred on a quantized base returns a base, which is a weight
             # again.
             return [FactoredArray(out, ()) if is_coded(out) else out for out in outs]
+        # Only now, because the rule may trace a body several times.
         for body in equation.bodies:
             equation.adopt(body.uses)
         return list(out) if eqn.primitive.multiple_results else [out]

@@ -89,6 +89,8 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
             return [first._replace(axes=tuple(first.axes[d] for d in params["permutation"]))]
         if name == "broadcast_in_dim":
             axes = [first.picked if size == 1 else frozenset() for size in params["shape"]]
+            # New axes show nothing; of size one, they show what was picked, like a stack of one
+            # entry.
             for sides, d in zip(first.axes, params["broadcast_dimensions"], strict=True):
                 axes[d] = sides
             return [first._replace(axes=tuple(axes))]
@@ -122,6 +124,7 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     nothing = [Made((frozenset(),) * ndim, frozenset(), False) for ndim in ndims]
     left, right = (made or empty for made, empty in zip(operands, nothing, strict=True))
+    # The result of `dot_general` is [*batch, *left's own, *right's own].
     batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
     if None in operands:
         # Axes of the data besides the batched ones.
@@ -155,6 +158,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
     the
     product may later be multiplied by the rest of `v`.
     """
+    # Weights that this axis shows and the met axis does not: two different weights meet.
     gone = {k for k, _ in made.axes[summed] if k >= 0} - {k for k, _ in met}
     if not gone or not met:
         return made
@@ -202,6 +206,7 @@ def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) ->
         while taken < given:
             sides, length = rest.pop(0)
             shown, taken = shown | sides, taken * length
+            # Axes of size one and axes that show nothing cannot mix sides.
             joined += 1 if length != 1 and sides else 0
         if taken == given:
             # Several old axes with sides were merged: one axis may show both sides of a weight.

@@ -85,7 +85,9 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 def _apply(change: Any, function: str, leaf: Leaf, donate: bool = False) -> jax.Array:
     frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
+    # Any of them may be traced, or committed to some device.
     arrays = [first_array(frozen), *jax.tree.leaves((held, tunable))]
+    # Under a trace, the enclosing program is compiled, and placement is its own.
     if any(map(is_tracer, arrays)):
         return change(frozen, held, tunable)
     _check_devices(function, leaf.path, arrays)
@@ -198,6 +200,7 @@ def merge_params(
     uses = Counter(id(leaf.frozen) for leaf in leaves)
 
     def merged(leaf: Leaf) -> jax.Array:
+        # A buffer that another path uses as well must not be donated.
         once = uses[id(leaf.frozen)] == 1
         return _apply(_merged_by(float(scale)), "merge_params", leaf, donate and once)
 
@@ -209,6 +212,7 @@ def merge_params(
         errors[leaf.path] = float(_distance(held, value))
         return held
 
+    # Fully trained parameters are copied, and quantized ones decoded unless they are kept.
     leaves = [
         leaf
         if leaf.is_adapted
@@ -227,6 +231,7 @@ def merge_params(
 def _distance(held: QuantizedWeight, array: jax.Array) -> jax.Array:
     """Returns `‖held − array‖ / ‖array‖`; zero for an array of zeros."""
     wide = wide_dtype(array.dtype)
+    # Frobenius norms, in float32 or wider.
     norm = jnp.linalg.norm(array.astype(wide).ravel())
     error = jnp.linalg.norm((held.array().astype(wide) - array.astype(wide)).ravel())
     return error / jnp.where(norm > 0, norm, jnp.ones_like(norm))

@@ -102,6 +102,7 @@ class Meter:
             raise Inexpressible(f"meets it with {operand.dtype}")
         if not all(d in places for d in needed):
             raise Inexpressible("meets it along its outputs")
+        # A squeezed label of size one may be missing; any other means that entries were cut off.
         if any(x.size != 1 and x not in self.term.shown for x in self.term.labels[2]):
             raise Inexpressible("meets a part of what its entries share")
         summed = _moments if group_sizes is None else _moments_of_groups
@@ -176,6 +177,7 @@ def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, on
     second, first, shared = term.labels
     as_rows, as_columns = _renamed(term, inputs)
     order = (*shared, *as_rows.values(), *as_columns.values())
+    # The rows are [n, in]: axis 1 of the operand must be all inputs in order.
     met = [labels for d, labels in enumerate(term.out) if d in places and places[d] == 1]
     if rows.ndim != 2 or len(shared) != 1 or met != [inputs] or second != order:
         raise Inexpressible("has rows in an order that cannot be followed")

@@ -45,6 +45,7 @@ class Norm:
 
     def _gain(self, term: Term, square: jax.Array, kept: Labels) -> Term:
         """Returns magnitude / √square; where `square` is zero, the divisor is 1."""
+        # As in the paper and PEFT: less memory, for a gradient that ignores the norm.
         if self.detached:
             square = jax.lax.stop_gradient(square)
         # An output whose weights are all zero would divide by zero; replacing its square before
@@ -74,6 +75,7 @@ class Norm:
             return _contract.contract(operands, kept, **keywords, **more).real
 
         def cross(base: jax.Array, *factors: jax.Array, labels: Sequence[Labels]) -> jax.Array:
+            # The base is the operand that meets (`meets=0`), so no delta is formed.
             met = zip(factors, labels, strict=True)
             return product((base.reshape(sizes), aligned.shown), *met, meets=0)
 
@@ -121,6 +123,7 @@ def _squared(array: jax.Array) -> jax.Array:
 def norm_squared(array: jax.Array, kept: tuple[int, ...]) -> jax.Array:
     """Returns `‖array‖²` over all axes but `kept`, in the order of `kept`; float32 or wider."""
     summed = tuple(d for d in range(array.ndim) if d not in kept)
+    # In float32 or wider: squares of a low-precision weight would overflow or lose digits.
     total = jnp.sum(_squared(array.astype(_contract.wide_dtype(array.dtype))), summed)
     return jnp.transpose(total, [sorted(kept).index(d) for d in kept])
 

@@ -66,6 +66,7 @@ def pay(
     Raises:
         Inexpressible: where a gain or a matrix varies along kept and summed axes at once.
     """
+    # A pending norm must be computed before its gain can multiply anything.
     weight = weight.resolved()
     wide = wide_dtype(weight.base.dtype)
     after: list[tuple[jax.Array, list[int]]] = []
@@ -96,6 +97,7 @@ def pay(
     def pay_result(result: jax.Array) -> jax.Array:
         if turn is not None and turns_result:
             result = turned(turn, result, shown, precision=precision)
+        # After the turn: gains multiply turn · W.
         for array, places in after:
             result = times_gain(result, spread(array, places, result.ndim), joins=True)
         return result
@@ -109,6 +111,7 @@ def _is_inexact(array: jax.Array) -> bool:
 
 def spread(array: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     """Returns an array with `ndim` axes: axis k goes to `axes[k]`, the others have size one."""
+    # Axes are put in the order of their places, so that a reshape can insert the ones.
     order = sorted(range(len(axes)), key=lambda k: axes[k])
     shape = [1] * ndim
     for k, axis in enumerate(axes):
@@ -134,6 +137,7 @@ def _fold(key: jax.Array, number: int | jax.Array) -> jax.Array:
 def _mapped(data: jax.Array, impl: str, of_key: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Applies a function to each key; the axes of its result come last."""
     keys = jax.random.wrap_key_data(data, impl=impl)
+    # One vmap per axis of keys.
     for _ in range(keys.ndim):
         of_key = jax.vmap(of_key)
     return of_key(keys)
@@ -183,6 +187,7 @@ def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.A
     data = data[tuple(slice(None) if d in batch else 0 for d in axes)]  # [*batched, words]
     places = [batch[d] for d in axes if d in batch]
     shape = [size for d, size in enumerate(operand.shape) if d not in places]
+    # [words] -> [*shape]
     of_key = lambda words: _noise(words, shape)  # noqa: E731
     for _ in places:
         of_key = jax.vmap(of_key)
@@ -190,6 +195,7 @@ def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.A
         noise = jnp.moveaxis(of_key(data), range(len(places)), places)
         # The noise is uniform over 2³² numbers, of which a fraction `rate` is below rate · 2³².
         mask = sharded_like(noise >= np.uint32(keys.rate * 2**32), operand)
+        # Scaled up by 1 / (1 − rate), which leaves the expected value unchanged.
         kept = operand * jnp.asarray(1 / (1 - keys.rate), operand.dtype)
         return jnp.where(mask, kept, jnp.zeros_like(operand))
 
@@ -205,6 +211,7 @@ def _noise(words: jax.Array, shape: Sequence[int]) -> jax.Array:
     """
     mixed = _mix(words[0] ^ _mix(words[-1]))
     for size in shape:
+        # Multiples of 2³² / golden ratio spread adjacent positions over all bits.
         position = jax.lax.iota(jnp.uint32, size) * np.uint32(0x9E3779B9)
         mixed = _mix(
             jnp.expand_dims(mixed, -1) ^ (position + words[-1]).reshape(*[1] * mixed.ndim, -1)

@@ -200,6 +200,7 @@ def _check_leaf(function: str, leaf: Leaf) -> None:
     layout = _layout(new, shape)
     if layout is not None:
         needed = {name: sizes(labels) for name, labels in layout.held.items()}
+        # DoRA, VeRA and others need frozen factors; a bare base lacks them.
         if needed.keys() - beside.keys():
             raise PairError(
                 f"{function}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside "

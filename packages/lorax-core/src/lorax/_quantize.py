@@ -83,6 +83,7 @@ def quantize(
     bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
     roles = None
     if fn is not None:
+        # Traced on the bases, whether or not some of them are quantized already.
         roles = roles_of(fn, bases, structure, tuple(args), dict(kwargs or {}))
     if isinstance(formats, str | Format):
         blanks = _everywhere(bases, format_of(formats), roles, where, tables)
@@ -137,6 +138,7 @@ def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
     factors = dict(leaf.factors)
     if leaf.settings:
         adapter = adapter_from_settings(json.loads(leaf.settings))
+        # From the decoded weight: what the model will multiply by.
         derived = jax.jit(lambda weight: adapter.derived(weight.array()))(base)
         for name in factors.keys() & derived.keys():
             old, new = factors[name], derived[name].astype(factors[name].dtype)
@@ -161,6 +163,7 @@ def _everywhere(
         chosen = is_weight and (tables or not is_table) and (where is None or matches(where, path))
         if not chosen or not _is_float(base):
             if chosen:
+                # A weight that is quantized already is an error, not silently left out.
                 _refuse_twice(path, base)
             blanks.append(None)
             continue
@@ -243,6 +246,7 @@ def _refuse_twice(path: str, base: Any) -> None:
 
 def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for dtypes that this backend lacks, and for entries that are not finite."""
+    # Before the weight is encoded, so that the error names it.
     for dtype in blank.held.dtypes():
         _check_backend(path, jnp.dtype(dtype).name)
     if is_tracer(base) or isinstance(base, jax.ShapeDtypeStruct):

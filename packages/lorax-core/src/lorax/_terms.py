@@ -155,6 +155,7 @@ class Term:
             precision=precision,
             preferred_element_type=preferred_element_type,
             meets=meets,
+            # The sharding of `like` fits only if the contraction has the axes of the result.
             like=like if owned == self.shown and len(owned) == len(self.out) else None,
         )
         if owned != self.shown:
@@ -288,6 +289,7 @@ class Term:
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
         """Joins adjacent labels, most significant first, that have the same owners."""
+        # Only labels that are in the same factors can be one axis in each of them.
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
@@ -333,6 +335,7 @@ class Term:
             unit = math.prod(label.size for label in rest)
             if any(n % unit != 0 for n in numbers):
                 raise
+            # The axis consists of `label.size` steps, each of `unit` entries.
             return self, label, unit
 
     # Factors.
@@ -387,6 +390,8 @@ class Term:
     def one_owner(self, label: Label) -> "Term":
         """Multiplies the owners of `label` into one factor, if that is as small as one of them."""
         owners = self.owners(label)
+        # [i, r] ⊙ [i] -> [i, r] is as small as the widest owner; [i, r] ⊙ [i, s] -> [i, r, s] is
+        # not.
         together = set(itertools.chain(*(self.labels[k] for k in owners)))
         widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
         if widest is None:
@@ -414,6 +419,7 @@ class Term:
     def scale(self, scalar) -> "Term":
         """Returns the term times a scalar, which multiplies its smallest factor."""
         sizes = [math.prod(map(_order.nominal, factor.shape)) for factor in self.factors]
+        # The smallest factor, so that the scale costs the fewest multiplications.
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):

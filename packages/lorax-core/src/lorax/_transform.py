@@ -99,6 +99,7 @@ def lora(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
         if not any(leaf.is_weight for leaf in call.leaves):
+            # Without adapters and codes there is nothing to transform: no tracing overhead.
             args, kwargs = call.arguments(lambda leaf: leaf.plain)
             return fn(*args, **kwargs)
         traced = trace(fn, call)
@@ -106,6 +107,7 @@ def lora(
             # A dry run without arithmetic: an error must be raised before anything has run.
             ahead = uses(traced, through_custom_derivatives)
             _uses.announce(call.paths, ahead, on_materialize, on_unused)
+        # Keys contain the id of a jaxpr, so functions that are traced anew each call would grow it.
         if len(transformed) > MOST_TRANSFORMED:
             transformed.clear()
         interpreter = Interpreter(
@@ -181,6 +183,7 @@ def bind_call(
             raise PairError(f"{name} was called without `{place}`, which takes a pair.")
         label = f"argument {place!r} of {name}"
         value = args[place] if isinstance(place, int) else kwargs[place]
+        # [frozen, tunable] side by side, one `Leaf` per parameter
         leaves, structure = flatten_pair(*split_pair(value, label), label)
         if len(places) > 1:
             # Two pairs may contain the same path, so messages need the argument as well.
@@ -192,6 +195,7 @@ def bind_call(
 def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, Any]) -> str:
     """Returns the keyword under which a positional argument was passed."""
     try:
+        # The argument may have been passed by keyword: `argnums` counts positions of the signature.
         parameters = list(inspect.signature(fn).parameters)
     except (TypeError, ValueError):
         parameters = []
@@ -234,6 +238,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
     leaves, structure = jax.tree.flatten(
         call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
     )
+    # Dynamic leaves become inputs of the jaxpr; the others are captured as Python values.
     dynamic = [_is_dynamic(leaf) for leaf in leaves]
     data = [not isinstance(leaf, _OfPair) for leaf in leaves]
     leaves = [leaf.value if isinstance(leaf, _OfPair) else leaf for leaf in leaves]
@@ -299,6 +304,7 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
         v.replace_base(jax.tree.map(jnp.asarray, v.base)) if isinstance(v, FactoredArray) else v
         for v in values
     ]
+    # Each input that is not data is a weight of its own, named by its position.
     kinds = [DATA if is_data else k for k, is_data in enumerate(traced.is_data)]
     interpreter.beside_data = beside_data(traced.jaxpr, kinds)
     return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
@@ -307,5 +313,6 @@ def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> li
 def uses(traced: Traced, through_custom_derivatives: bool = False) -> list[_uses.Use]:
     """Returns the uses of every weight, found by abstract evaluation."""
     interpreter = Interpreter(RULES, through_custom_derivatives=through_custom_derivatives)
+    # Abstract evaluation: rules run on shapes, and record the same uses as on arrays.
     jax.eval_shape(lambda operands: run(interpreter, traced, operands), traced.operands)
     return interpreter.uses

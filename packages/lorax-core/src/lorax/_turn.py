@@ -129,6 +129,7 @@ class Turn:
         # array + array · (R − 1): the matrix is stored without its identity.
         operands = [(met, flat), *self.factors(by_rows=by_rows, other=other)]
         arrays, labels = zip(*operands, strict=True)
+        # The result has `other` where the array had `label`.
         turned = tuple(
             tuple(other if label == self.label else label for label in axis) for axis in out
         )

@@ -185,7 +185,9 @@ def _combined(
             product = _of_deltas(path, parts, matrices, rank, options)
         else:
             product = _of_factors(path, parts, options)
+    # Adapters may have different dtypes: the result has the widest.
     dtype = jnp.result_type(*(x for part in parts for x in (part.leaf.a, part.leaf.b)))
+    # A scale of 1: the scales of the parts are in the product.
     plain = dataclasses.replace(
         like, a=like.a.astype(dtype), b=like.b.astype(dtype), alpha=None, scaling="standard"
     )

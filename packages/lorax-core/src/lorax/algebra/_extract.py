@@ -159,6 +159,7 @@ def _closest(
         a = left[:, :, :rank]  # [entries, in, rank]
         b = values[:, :rank, None] * right[:, :rank]  # [entries, rank, out]
         error = float(jnp.sqrt(_squared_error(deltas, a, b).sum()))
+    # The Frobenius norm of all entries of the weight.
     size = float(jnp.sqrt(squares.sum()))
     resized = dataclasses.replace(spec, rank=rank)
     blank = resized.blank(before.shape, axes)

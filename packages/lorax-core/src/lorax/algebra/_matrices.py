@@ -177,6 +177,7 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
         is_left = bool(met) and (not made or _count(made) < _count(met))
         moved = made if is_left else met
         for label in moved:
+            # One copy per label, shared by all factors that own it.
             copies.setdefault(label, term.fresh(label.size, len(copies)))
         return is_left, tuple(copies[x] if x in moved else x for x in own)
 
@@ -202,6 +203,7 @@ def _count(labels: Sequence[Label]) -> int:
 
 def _product(factors: Sequence[tuple[np.ndarray, Labels]], wanted: Labels) -> np.ndarray:
     """Returns the einsum of factors, broadcast along labels that none of them owns."""
+    # `np.einsum` takes axes as integers, so each label gets a number.
     owned = {label for _, own in factors for label in own}
     number = {label: k for k, label in enumerate([*wanted, *sorted(owned - {*wanted})])}
     operands: list[Any] = []

@@ -83,6 +83,7 @@ def _resized(
             "rank to lower. `as_lora` turns other kinds into it where that is exact."
         )
     matrices = Matrices.of(weight)
+    # A rank is never raised.
     most = weight.rank if rank is None else min(rank, weight.rank)
     if energy is not None:
         values = singular_values(matrices)  # [entries, rank]

@@ -150,6 +150,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         return row if is_free(neutral) else _Selected(row, place < bank.slots)
 
     tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
+    # Out of range, the scale is 1; the factors are neutral anyway.
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 
@@ -222,8 +223,10 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     def mixed(path: Any, node: Any) -> Any:
         if node is None:
             return None
+        # Kinds that override `applied` multiply the base, and have no delta to sum.
         if not (isinstance(node, Adapter) and type(node).applied is Adapter.applied):
             raise _refused("mix_adapters", path, node, "no delta that a sum could weigh")
+        # Only plain LoRA has scales as arrays; other kinds have equal static ones.
         scale = bank.scales.get(path_string(path))
         if scale is None:
             return _Mixed(node, weights)

@@ -285,6 +285,7 @@ def adalora_pruner(
         def pruned(path: Any, leaf: Any) -> Any:
             if not _is_adalora(leaf):
                 return leaf
+            # Between renewals, pruned entries may grow again; after the end they stay zero.
             is_out = (renews | (step > end)) & ~kept[path_string(path)]
             return leaf.with_factors(leaf.factors() | {"e": jnp.where(is_out, 0, leaf.e)})
 

@@ -167,6 +167,7 @@ class BdloraSpec(AdapterSpec):
         weight = self.blank(start.base.shape, start.axes)
         shapes = weight.layout(start.base.shape).shapes()
         fan_in, fan_out = start.axes.sizes(start.base.shape)
+        # The rank of each block.
         part = self.rank // self.blocks
         matrices = {"a": (fan_in, self.rank), "b": (self.rank, fan_out)}
         cut = "a" if self.side == "in" else "b"

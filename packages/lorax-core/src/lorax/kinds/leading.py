@@ -33,6 +33,7 @@ def leading_vectors(matrix: jax.Array, rank: int) -> Vectors:
     Returns:
         `[rows, rank]`, `[rank]` in descending order, and `[rank, columns]`.
     """
+    # Extra vectors: convergence depends on the gap to the value after the last one kept.
     width = rank + max(8, rank // 2)
     if BLOCKS * width > MOST_OF_ALL * min(matrix.shape):
         return _of_all(matrix, rank)
@@ -86,6 +87,7 @@ def _iterated(matrix: jax.Array, rank: int, width: int) -> _Pass:
         left = _product(basis, inner[:width].T)
         # ‖A v − σ u‖ of each vector: zero for exact singular vectors.
         rest = _product(matrix, right[:, :rank]) - left[:, :rank] * values[None, :rank]
+        # Relative to the largest singular value, like the tolerance.
         error = jnp.max(jnp.linalg.norm(rest, axis=0)) / values[0]
         return _Pass(left, values[:rank], right[:, :rank].T, error, before.passes + 1)
 

@@ -175,6 +175,7 @@ class LokrSpec(AdapterSpec):
         sizes = [shape[d] for d in split]
         blocks = [_blocks(size, self.factor) for size in sizes]
         rest = [size // count for size, count in zip(sizes, blocks, strict=True)]
+        # PEFT's rule: low rank if the rank is below half of the longer side.
         narrow = (self.decompose_both and self.rank < max(blocks) / 2, self.rank < max(rest) / 2)
         none = [None] * len(NAMES)
         tucker = self.tucker and narrow[1] and has_window(shape, axes, split[0])

@@ -103,6 +103,7 @@ class OftWeight(Adapter):
         """Returns `q` as it is used: scaled down to the bound, if there is one."""
         if self.eps is None:
             return self.q
+        # All blocks of one shared entry share the bound.
         blocks = math.prod(self.q.shape[len(self.shared_axes) : -1])
         return shortened(self.q, self.eps / math.sqrt(blocks))
 
@@ -189,6 +190,7 @@ def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
     # places[i, j] is the position in q of the entry (i, j), and of (j, i) with the other sign.
     places = np.zeros((size, size), np.int32)
     places[rows, columns] = places[columns, rows] = np.arange(rows.size)
+    # +1 above the diagonal, −1 below it, 0 on it: Q is skew-symmetric.
     sign = np.triu(np.ones((size, size)), 1) - np.tril(np.ones((size, size)), -1)
     around = tuple(range(q.ndim - 1))
     skew = q[..., places] * jnp.expand_dims(sign, around).astype(q.dtype)  # [*varying, size, size]

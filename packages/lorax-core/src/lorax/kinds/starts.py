@@ -104,6 +104,7 @@ def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Sta
         keys = jax.random.split(start.key, count)
         a, b = jax.vmap(lambda kept, key: init.factors(kept, rank, scale, key))(kept, keys)
         b = jnp.zeros((count, rank, fan_out)) if b is None else b
+        # Statistics of another shape or rank would otherwise fail much later.
         fits = (a.shape, b.shape) == ((count, fan_in, rank), (count, rank, fan_out))
     except (KeyError, TypeError, ValueError):
         fits, a, b = False, None, None

@@ -79,8 +79,10 @@ class _Matrices:
             whole = self._whole[name]
             rows, columns = whole.shape
             if name == "a":
+                # a [*in, rank]: the first fan_in rows.
                 rows = math.prod(shape[:-1])
             else:
+                # b [rank, *out]: the first fan_out columns.
                 columns = math.prod(shape[1:])
             self._parts[key] = whole[:rows, :columns].astype(dtype).reshape(shape)
         return self._parts[key]

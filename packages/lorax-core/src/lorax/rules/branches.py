@@ -38,6 +38,7 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     # Trace again, now that it is known which outputs must be arrays.
     if not all(alike):
         traced = [_traced(body, args) for body in bodies]
+    # Branches are functions of flat arrays, so that `switch` sees no weights.
     leaves = jax.tree.leaves(args)
     functions = [function for function, _, _ in traced]
     if branches_platforms is None:

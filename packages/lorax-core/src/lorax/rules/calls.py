@@ -50,6 +50,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
     args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
     sources = [names for arg in args if is_weight(arg) for names in arg.sources]
     args = with_sources(args, iter([(k,) for k in range(len(sources))]))
+    # The structure has the labels and settings of each weight, and so is part of the key.
     leaves, structure = jax.tree.flatten(args)
     # `id` is safe: the cached `Body` keeps the jaxpr alive.
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)

@@ -108,6 +108,7 @@ def _all_gather(
     names = _names(axis_name)
 
     def gathered(term: Term) -> Term:
+        # Only these are gathered; the device label is without an owner if there are none.
         varying = _varying(weight, term, names)
         term, device = _with_devices(term, varying, axis_size, gather)
         return _show(term, device, all_gather_dimension, tiled)

@@ -80,6 +80,7 @@ def _carry(eqn, init, untouched):
         The values to carry, a function that puts the constants back among them, and a function that
         maps the body's outputs to the values to carry.
     """
+    # position -> the weight, for those that every step gets and returns unchanged
     fixed = {
         k: value
         for k, (value, same) in enumerate(zip(init, untouched, strict=True))
@@ -104,6 +105,7 @@ def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     cond_consts, args = args[:cond_nconsts], args[cond_nconsts:]
     body_consts, init = args[:body_nconsts], args[body_nconsts:]
     moving, whole, moved = _carry(eqn, init, _untouched(body_jaxpr, body_nconsts))
+    # The condition returns a scalar, the body the moving values as arrays.
     cond, body = eqn.body(cond_jaxpr), eqn.body(body_jaxpr, moved)
     # Constants are closed over; only the moving values are carried.
     final = jax.lax.while_loop(
@@ -155,6 +157,7 @@ def _scan(
         whole_slices = [
             rebuild((leaves, step)) for (_, rebuild), leaves in zip(split, slices, strict=True)
         ]
+        # [consts, carry, slices] are the inputs of the body, in this order.
         every = (*consts, *whole(carry))
         if step is not None:
             every = tuple(_of_step(value, step) for value in every)
@@ -196,10 +199,12 @@ def _unstack(eqn, weight):
         # The entries of a block, or the inputs of a meter, must stay together.
         if is_weight(weight) and weight.steps_through(0):
             raise Inexpressible
+        # Axis 0 must be one label in every piece, which its owners are sliced along.
         owned = [piece.fuse(0) for piece in weight.pieces] if is_weight(weight) else None
     except Inexpressible:
         owned = None
     if owned is None:
+        # The stack is materialized once, and the scan slices the array.
         return [eqn.materialize(weight)], lambda slices: slices[0][0]
     leaves, whole_base = _unstack_base(weight.base)
     count = len(leaves)
@@ -243,6 +248,7 @@ def _unstack_base(base):
     # Deferred moves of axes, and a stacked axis of several labels, prevent slicing the codes.
     if moved or more or label is None:
         return [], lambda _, step: base.entry(step)
+    # Scales may lack the stacked axis; these arrays are the same in every step.
     owners = term.owners(label)
     leaves = [jnp.moveaxis(term.factors[k], term.labels[k].index(label), 0) for k in owners]
 

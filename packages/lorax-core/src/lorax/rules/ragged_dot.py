@@ -60,6 +60,7 @@ def _ragged_dot_general(
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
             # A half without the group label is shared by all experts: an ordinary product.
+            # Whether each group has its own version of this half.
             owned = any(group in labels for _, labels in half)
             kernel_axes = ((group,) if owned else ()) + (*inputs, *outputs)
             kernel = contract(half, kernel_axes, dtype=dtype)

@@ -135,6 +135,7 @@ def _scattered(term: Term, shape, indices, numbers, mode) -> Term:
     indexed = dict(zip(numbers.scatter_dims_to_operand_dims, range(len(indices)), strict=True))
     for d, size in enumerate(shape):
         if d not in indexed:
+            # Without an index, the window starts at 0.
             term = pad_axis(term, d, 0, size - term.shape[d])
             continue
 
