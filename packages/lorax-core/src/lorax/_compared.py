@@ -109,8 +109,10 @@ def compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None
             continue
         wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
         ours, theirs = ours.astype(wide), theirs.astype(wide)
+        # NaN fill values must be in the same places; elsewhere they would hide errors.
         assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ"
         ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
+        # Errors are relative to the largest entry: small entries may be sums that cancel.
         largest = np.max(np.abs(theirs), initial=0.0)
         error = np.max(np.abs(ours - theirs), initial=0.0)
         assert error <= bound * max(largest, 1e-30), (

@@ -126,7 +126,6 @@ class Equation:
         `of_body` is set where the weight enters a body, whose products number their uses
         themselves.
         """
-        # No dropout, no keys.
         if not isinstance(value, FactoredArray) or value.keys is None:
             return value
         drawn, source = self.interpreter.drawn, value.keys.term.sources

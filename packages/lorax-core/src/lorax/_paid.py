@@ -137,7 +137,6 @@ def _fold(key: jax.Array, number: int | jax.Array) -> jax.Array:
 def _mapped(data: jax.Array, impl: str, of_key: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Applies a function to each key; the axes of its result come last."""
     keys = jax.random.wrap_key_data(data, impl=impl)
-    # One vmap per axis of keys.
     for _ in range(keys.ndim):
         of_key = jax.vmap(of_key)
     return of_key(keys)

@@ -419,7 +419,6 @@ class Term:
     def scale(self, scalar) -> "Term":
         """Returns the term times a scalar, which multiplies its smallest factor."""
         sizes = [math.prod(map(_order.nominal, factor.shape)) for factor in self.factors]
-        # The smallest factor, so that the scale costs the fewest multiplications.
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):

@@ -105,6 +105,7 @@ def check(
                 f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
                 "symbolic sizes, call check at several concrete ones."
             )
+    # Zeros are drawn fastest; random numbers replace them next.
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
     frozen = _random_held(frozen, tunable, jax.random.key(seed + 2))
@@ -194,6 +195,7 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
         if not isinstance(leaf, FrozenWeight):
             return leaf
         gains = adapter.layout(leaf.shape).gains
+        # Gains such as ‖W‖² must keep their values: random ones would not be norms of the base.
         of_delta = {name: x for name, x in leaf.factors.items() if name not in gains}
         factors = leaf.factors | random_factors(of_delta, key)
         return dataclasses.replace(leaf, factors=factors)
@@ -284,6 +286,7 @@ def weight_sized(
         in_blocks = _spans(layout, sides)
         blocks |= {k} if in_blocks else set()
         sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
+    # Sides of size one, which no array needs to show.
     thin = frozenset(
         (k, side)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
@@ -309,6 +312,7 @@ def _with_adapters(
     tunable: list[Any] = []
     for leaf in leaves:
         base, factors, adapter = next(rest) if leaf.is_adapted else (leaf.frozen, {}, leaf.tunable)
+        # Without settings: nothing is quantized here, so nothing is recomputed.
         frozen.append(FrozenWeight(base, factors) if factors else base)
         tunable.append(adapter)
     return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)

@@ -112,6 +112,7 @@ def stack_adapters(
         )
         if isinstance(blank, Adapter):
             records[path] = records_of(nodes)
+        # Scales of other kinds are static and equal.
         if isinstance(blank, LoraWeight):
             scales[path] = jnp.asarray(records[path].scale())
     if all(node is None for node in stacked):
@@ -193,6 +194,7 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
                 f"set_adapter: the adapter has a {described(new)} at `{path}`, and the bank has "
                 "nothing there. Stack the bank again, with this adapter among the others."
             )
+        # Padded like the others, so that shapes stay the same.
         rows.append(None if node is None else padded_to(path, emptied(node), new))
         if path in records:
             # A copy: the records of the old bank must not change.
@@ -233,6 +235,7 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
         True
     """
     _check_slot("drop_adapter", bank, index)
+    # An adapter without any target: every slot entry becomes neutral.
     nothing = jax.tree.map(lambda node: None, bank.tunable, is_leaf=is_tunable_leaf)
     return set_adapter(bank, index, nothing)
 

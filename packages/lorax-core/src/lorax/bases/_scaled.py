@@ -24,6 +24,7 @@ def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
     scale, outer = arrays["scales"], arrays.get("outer")
     if outer is None:
         return scale.astype(wide_dtype(scale.dtype))
+    # Products of scales in float32 or wider: a bfloat16 product would round every entry.
     dtype = wide_dtype(outer.dtype)
     return scale.astype(dtype) * outer.astype(dtype)
 

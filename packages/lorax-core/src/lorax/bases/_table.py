@@ -36,6 +36,7 @@ def _by_gather(codes: jax.Array, *, table: Sequence[float], dtype: Any) -> jax.A
     options: dict[str, Any] = {"mode": "promise_in_bounds"}
     sharding = jax.typeof(codes).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
+        # The table is tiny, so it is replicated.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         entries = jax.sharding.reshard(entries, everywhere)
         options["out_sharding"] = sharding

@@ -93,6 +93,7 @@ class EvaStart(CollectedStart):
         # A singular vector is determined up to its sign, so its largest entry is made positive.
         largest = jnp.argmax(jnp.abs(vectors), 0)
         signs = jnp.sign(vectors[largest, jnp.arange(kept)])
+        # All variance, of which `ratios` are shares; never zero, to divide by.
         total = jnp.maximum(jnp.trace(variance), jnp.finfo(variance.dtype).tiny)
         return {
             "components": vectors * signs[None],
@@ -170,6 +171,7 @@ class CordaStart(CollectedStart):
             left, values, right = jnp.linalg.svd(seen, full_matrices=False)
             # The components with the smallest values.
             left, values, right = left[:, -rank:], values[-rank:], right[-rank:]
+        # Vᵀ C⁻¹ undoes the covariance, so that the product approximates Wᵀ itself.
         back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
         return {"inputs": back.T, "values": values, "outputs": left.T}
 

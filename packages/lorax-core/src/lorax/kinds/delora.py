@@ -59,6 +59,7 @@ class DeloraWeight(Adapter):
         """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
+        # a [*in, rank], b [rank, *out], length [*shared], and the frozen norm [*in]
         held = {"norm": (*axes.shared, *axes.inputs)}
         return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, held)
 

@@ -180,6 +180,7 @@ class DoraSpec(AdapterSpec):
     def start(self, start: Start) -> Started:
         """Returns the wrapped adapter's state, with the norms of the adapted base as magnitudes."""
         given = start.array(self, "the norms of the weight")
+        # The wrapped adapter may change the base, as PiSSA does, so it starts first.
         inner = self.spec.start(start)
         base = given if inner.base is None else inner.base
         # Of the new base, if the start has changed it: PiSSA moves a part of it into the factors.

@@ -48,6 +48,7 @@ class IA3Weight(Adapter):
         axes = Labeled.of(self.axes, shape)
         over = axes.inputs if self.side == "in" else axes.outputs
         if self.gain_axes is not None:
+            # Along the other axes of the side, the gain is constant.
             over = tuple(label for label in over if label.id in self.gain_axes)
         return Layout(axes.out, {"gain": (*axes.shared, *over)}, gains=frozenset({"gain"}))
 

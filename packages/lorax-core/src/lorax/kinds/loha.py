@@ -87,6 +87,7 @@ class LohaWeight(Adapter):
             left = right = axes.inner(k, self.rank)
             if self.channel_axis is not None:
                 right = axes.inner(2 + k, self.rank)
+                # a [channels, left] · core [*window, left, right] · b [right, *out]
                 factors[f"core{k + 1}"] = (*axes.shared, *window, left, right)
             factors[f"a{k + 1}"] = (*axes.shared, *channels, left)
             factors[f"b{k + 1}"] = (*axes.shared, right, *axes.outputs)

@@ -99,9 +99,12 @@ class LokrWeight(Adapter):
                 left = right = axes.inner(1 + number, self.rank)
                 if number == 2 and self.tucker:
                     right = axes.inner(4, self.rank)
+                    # In Tucker form, the inputs that are not cut are the window.
                     window = tuple(label for label in first if label != n)
                     first = (n,)
                     factors["core"] = (*axes.shared, *window, left, right)
+                # w [*first, *last] = a [*first, left] · (core [*window, left, right]) · b [right,
+                # *last]
                 factors[f"a{number}"] = (*axes.shared, *first, left)
                 factors[f"b{number}"] = (*axes.shared, right, *last)
             else:

@@ -59,6 +59,7 @@ class LoraFAWeight(Adapter):
         """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
+        # b [*shared, rank, *out] is trained, a [*shared, *in, rank] is frozen.
         return Layout(axes.out, {"b": b}, {"a": a})
 
 

@@ -47,6 +47,7 @@ class TokensWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Returns the labels of the rows for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # values and replaced [*shared, k, *out]
         rows = (*axes.shared, axes.inner(0, len(self.indices)), *axes.outputs)
         return Layout(axes.out, {"values": rows}, {"replaced": rows})
 

@@ -28,6 +28,7 @@ def _gather(walk: Walk, eqn: jex.JaxprEqn, table: Value, indices: Value) -> Valu
     }
     # Axes of which an index picks one entry: inputs, if the index is data or an array.
     picked = [d for d in numbers.start_index_map if same(sizes[d], 1)]
+    # More than one index, as with the tokens of a sequence.
     many = any(not same(size, 1) for size in index_sizes)
     value = _looked_up(walk, eqn, table, picked, kept, many, indices)
 

@@ -83,6 +83,7 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
         for name, part in side.value.weights.items():
             inputs, outputs = part.along(side.summed), part.along(side.kept)
             if other.value.data and name not in other.value.parts:
+                # An entrywise product with data came first, so this use is weaker evidence.
                 if part.joined or part.beside:
                     uses |= walk.record(name, Strength.JOINED, inputs, outputs, eqn, part.beside)
                 elif not part.links:
@@ -93,6 +94,7 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
                 if part.beside:
                     walk.leave_to_data(part)
                     continue
+                # Remember which axes met, in case data meets the product later.
                 links = {
                     Link(inputs, key, mapped.along(other.summed))
                     for key, mapped in other.value.weights.items()
@@ -187,6 +189,7 @@ def _convolution(walk: Walk, eqn: jex.JaxprEqn, left: Value, right: Value) -> Va
     out_batch, out_features, *out_space = numbers.out_spec
     l_sizes, r_sizes = (shape_of(v) for v in eqn.invars)
     kept = {batch: out_batch, **dict(zip(space, out_space, strict=True))}
+    # The kernel's output axis runs over the groups, and its input axis within one.
     right = right.move(lambda axes: _ungrouped(axes, outputs, eqn.params["feature_group_count"]))
     return meet(
         walk,

@@ -126,6 +126,7 @@ def in_all_steps(before: Value, after: Value) -> Value:
     A carried weight that a step replaces, such as a learned initial state, is not followed.
     """
     merged = merge([before, after])
+    # Weights that are shown on one side of the step only.
     lost = (before.parts.keys() ^ after.parts.keys()) - {DATA}
     return Value({k: part for k, part in merged.parts.items() if k not in lost}, merged.uses)
 
@@ -182,9 +183,11 @@ def _fit(axis: Axis, size: Any) -> Axis:
 
 def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
     """Returns the axes of a reshaped value: spans are cut or joined, but not moved."""
+    # An empty array has no entries to follow.
     if any(same(size, 0) for size in shape):
         return list(map(blank, shape))
     spans = [span for axis in axes for span in axis]
+    # Spans of size one fit any axis of size one, and are kept in order.
     ones = [span for span in spans if same(span.size, 1)]
     rest = [span for span in spans if not same(span.size, 1)]
     regrouped: list[Axis] = []

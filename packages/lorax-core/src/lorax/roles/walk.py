@@ -99,6 +99,7 @@ class Walk:
             name: (tuple(sorted(use.inputs)), tuple(sorted(use.outputs)))
             for name, (_, _, use) in best.items()
         }
+        # Also if another use decides the roles: a tied head is a table as well.
         tables = {use.weight: tuple(sorted(use.outputs)) for use in self.uses if use.looks_up}
         reasons = {name: why for name, why in self.reasons.items() if name not in axes}
         dead = {name: where for name, where in self.dead.items() if name not in self.read}
@@ -137,14 +138,17 @@ class Walk:
     def run_body(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """Returns the outputs of the body of an equation."""
         body, _ = _compat.open_jaxpr(jaxpr)
+        # Inside a `shard_map`, axes have the sizes of a shard.
         args = [resized(arg, shape_of(v)) for arg, v in zip(args, body.invars, strict=True)]
         return self.run(body, [*[CONSTANT] * len(body.constvars), *args])
 
     def evaluate(self, eqn: jex.JaxprEqn, operands: list[Value]) -> list[Value]:
         """Returns the results of an equation."""
+        # Nothing but constants: neither weights nor data.
         if not any(operand.parts or operand.uses for operand in operands):
             return [CONSTANT] * len(eqn.outvars)
         outer, self.line = self.line, _compat.source_line(eqn) or self.line
+        # Rules go by name, so that a primitive that this JAX lacks needs no special case.
         rule, body = RULES.get(eqn.primitive.name), only_body(eqn)
         if body is None:
             self.read.update(*(operand.weights for operand in operands))
@@ -157,6 +161,7 @@ class Walk:
             # An equation without a rule is assumed to act entry by entry.
             outs = [self.entrywise(eqn, operands, shape_of(v)) for v in eqn.outvars]
         self.line = outer
+        # A rule may leave sizes as they were; marks stay, and the sizes become those of the result.
         return [resized(out, shape_of(v)) for out, v in zip(outs, eqn.outvars, strict=True)]
 
     def record(
@@ -220,6 +225,7 @@ class Walk:
                 self.note(
                     name, f"it enters `{eqn.primitive.name}`{self.place}, which is not followed"
                 )
+        # The correspondence of axes is lost, so data varies along all of them.
         parts = whole(DATA, shape).parts if operand.data else {}
         return Value(parts, operand.uses)
 
@@ -259,6 +265,7 @@ class Walk:
         data = [operand for operand in operands if operand.data]
         if not data or all(operand.data and operand.weights for operand in operands):
             return merged
+        # Data that a weight has been applied to is an activation.
         if any(operand.uses for operand in data):
             self.beside_data.add(id(eqn))
             return Value(whole(DATA, shape_of(eqn.outvars[0])).parts, merged.uses)

@@ -44,6 +44,7 @@ def _fft(eqn, weight, *, fft_type, fft_lengths):
     """Transforms one axis after the other; a real transform is along the last one."""
     types = jax.lax.FftType
     first = len(weight.shape) - len(fft_lengths)
+    # (axis, length) pairs: the transform is along the last axes.
     *others, last = enumerate(fft_lengths, first)
     dtype = weight.base.dtype
     along = {types.RFFT: types.FFT, types.IRFFT: types.IFFT}.get(fft_type, fft_type)

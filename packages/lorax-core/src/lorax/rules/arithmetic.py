@@ -107,6 +107,7 @@ def _scaled(eqn, weight, array, base, reason: str):
         blank = Term((jnp.ones((), array.dtype),), ((),), tuple((x,) for x in labels),
                      weight.turn.term.sources)  # fmt: skip
         gain = times(blank, array, shape, reason)
+        # The base is unchanged: the gain multiplies it when the weight is used.
         return eqn.rows_or_weight(dataclasses.replace(weight, gains=(*weight.gains, gain)))
     terms = [times(term, array, shape, reason) for term in weight.terms]
     check_size(0, max((len(term.factors) for term in terms), default=0))
@@ -129,6 +130,7 @@ def _mul(eqn, left, right, *, out_dtype=None):
         array = eqn.materialize(smaller, reason)
         left, right = (array, right) if smaller is left else (left, array)
     else:
+        # As it was before it was broadcast, so that a gain [out] stays narrow.
         array = eqn.narrow(0 if is_weight(right) else 1)
     weight = left if is_weight(left) else right
     return _scaled(

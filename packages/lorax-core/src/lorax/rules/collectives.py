@@ -42,6 +42,7 @@ def _position(names, groups) -> jax.Array:
     index = jax.lax.axis_index(names)
     if groups is None:
         return index
+    # Every device is in exactly one group.
     places = {device: place for group in groups for place, device in enumerate(group)}
     return jnp.asarray([places[device] for device in sorted(places)], index.dtype)[index]
 
@@ -195,6 +196,7 @@ def _ppermute(eqn, weight, *, axis_name, perm):
     terms = []
     for term in weight.terms:
         smallest = min(range(len(term.factors)), key=lambda k: term.factors[k].size)
+        # Factors that are equal on all devices need not be sent.
         going = _varying(weight, term, _names(axis_name)) or [smallest]
         factors = tuple(
             jax.lax.ppermute(factor, axis_name, perm) if k in going else factor

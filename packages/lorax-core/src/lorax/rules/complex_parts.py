@@ -44,6 +44,7 @@ def _part(term: Term, part) -> Term:
     if term.is_dense:
         raise Inexpressible("takes one part of a product of weights that is made entry by entry")
     wide = [k for k, factor in enumerate(term.factors) if jnp.iscomplexobj(factor)]
+    # The factor that stays complex doubles along the part label, so the smallest one does.
     k = min(wide, key=lambda k: term.factors[k].size)
     term = term.complex_in(k)
     factors = (*term.factors[:k], part(term.factors[k]), *term.factors[k + 1 :])

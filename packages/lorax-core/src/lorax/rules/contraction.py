@@ -82,6 +82,7 @@ def add_product(
     """
     if not weight.is_sum or any(term.is_dense for term in weight.terms):
         raise Inexpressible("multiplies by more than a base and terms of small factors")
+    # Of the operands, not of the factors: float32 factors leave a bfloat16 model in bfloat16.
     dtype = product_dtype(x.dtype, weight.base.dtype, out=out.dtype)
     for term in weight.terms:
         out = _dot(operand(x), term, dimension_numbers).added_to(out, dtype, meets=0)

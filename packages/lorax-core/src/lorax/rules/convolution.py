@@ -181,6 +181,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         raise Inexpressible
     # first [*stack, in, rank, *window] and second [*outputs, rank, *window]
     rank = tuple(label for label in inner_labels if label not in stack)
+    # A window axis belongs to the half whose factors own it.
     in_first = [any(label in labels for _, labels in first) for label in window]
 
     # The outputs consist of blocks, each with a first kernel of its own. The number of groups must
@@ -221,6 +222,7 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
 
     def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
+        # The other half has a window of size one: stride 1, no padding, no dilation.
         mine = [w if own else Window() for w, own in zip(windows, owned, strict=True)]
         # [out, in, *window] -> the order of axes in the user's kernel
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])

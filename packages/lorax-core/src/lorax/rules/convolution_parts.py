@@ -90,6 +90,7 @@ def convolve_parts(x, plan: Plan, windows, numbers, precision, preferred):
     def labels_of(operands):
         return list(dict.fromkeys(label for _, labels in operands for label in labels))
 
+    # Labels that something after the window still needs.
     later = {*plan.outputs, *labels_of(plan.after)}
     needed = {*later, *labels_of(plan.along), *place}
     reached = dict.fromkeys((*met, *labels_of(plan.before)))
@@ -98,7 +99,9 @@ def convolve_parts(x, plan: Plan, windows, numbers, precision, preferred):
     owned = [label for label in labels_of(plan.along) if label not in plan.window]
     groups = tuple(label for label in features if label in owned and label in later)
     summed = tuple(label for label in features if label in owned and label not in later)
+    # Labels that the convolution adds, such as its side of the rank.
     new = tuple(label for label in owned if label not in features and label in later)
+    # Not in the window's factors: these become examples.
     rest = tuple(label for label in features if label not in owned)
 
     def size(labels):

@@ -131,6 +131,7 @@ def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
         for k, axis in enumerate(axes[d]):
             # For an index out of range, the first part is out of range as well.
             unit = math.prod(sizes[k + 1 :])
+            # Row-major: the quotient is the block, the remainder the place within it.
             part = index // unit
             columns.append(part if k == 0 else part % sizes[k])
             indexed.append(axis)
@@ -210,6 +211,7 @@ def _gather_factor(
     for axis, k in mine.items():
         sizes[k] = slice_sizes[axis]
     for k in batching.values():
+        # A paired axis has one entry per index.
         sizes[k] = 1
     # A collapsed axis has one entry in the slice, and no axis in the result.
     gone = tuple(k for axis, k in mine.items() if axis in collapsed)
@@ -224,6 +226,7 @@ def _gather_factor(
             paired[axis] for axis, _ in sorted(batching.items(), key=lambda item: item[1])
         ),
     )
+    # Only the columns of the indices that run over axes of this factor.
     columns = [indexed[axis] for axis in mine]
     part = indices if columns == list(range(indices.shape[-1])) else indices[..., columns]
     with jax.named_scope("lora"):

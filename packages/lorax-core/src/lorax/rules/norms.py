@@ -34,6 +34,7 @@ def square(base, weight: FactoredArray) -> FactoredArray:
     check_size(len(weight.terms) * (len(weight.terms) + 3) // 2)
     terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
     for k, term in enumerate(weight.terms):
+        # (W + Σ t)² = W² + 2 Σ W t + Σ t² + 2 Σ_{j<k} t_j t_k
         terms.append(entrywise(term, term))
         terms += [entrywise(term, other).scale(2) for other in weight.terms[k + 1 :]]
     return FactoredArray(base, tuple(terms))

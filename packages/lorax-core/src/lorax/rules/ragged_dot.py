@@ -52,6 +52,7 @@ def _ragged_dot_general(
         first, second, inner_labels = fused.split_factors(inputs, outputs)
         inner_labels = [label for label in inner_labels if label != group]
         deltas.append((first, second, inputs, inner_labels, outputs, group))
+    # The axes of the rows that the result keeps.
     free = [d for d in range(left.ndim) if d not in l_sum]
     dtype = eqn.product_dtype(left, right.base)
     base = eqn(met, right.base, group_sizes)
@@ -219,6 +220,7 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
                 dot = functools.partial(jnp.dot, **keywords)
             # `ragged_dot` has no batch axes, so there is one product per block.
             x = jnp.stack([dot(*both) for both in zip(x, kernel, strict=True)])
+            # [batch, row · rest, new] -> one axis per label
             labels = (*batch, row, *rest, *new)
             x = x.reshape([label.size for label in labels])
         return arranged(x, labels, (row, *steps.outputs)).reshape(row.size, -1)

@@ -86,6 +86,7 @@ def _placed(eqn, weight, sharding, place):
         return dataclasses.replace(term, factors=factors)
 
     base = weight.base
+    # Codes and scales are placed by the partition of their blocks.
     base = base.changed(placed_codes) if is_coded(base) else eqn(base)
     return weight.moved(placed).replace_base(base)
 
@@ -196,6 +197,7 @@ defstructural("slice", _slice)
 
 
 def _bounds(sizes):
+    # sizes (2, 3) -> bounds (0, 2), (2, 5)
     return list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
 
 
@@ -243,6 +245,7 @@ def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> T
         (term, label), unit = term.fuse(axis), 1
     # With zeros around it, the term is no longer constant along the axis: a factor must own it.
     term = term.own(label)
+    # Padding is counted in steps of the leading label.
     low, high = low // unit, high // unit
 
     def change(factor: jax.Array, k: int) -> jax.Array:
