@@ -109,7 +109,7 @@ def varying_axes(array: Any) -> frozenset[Any]:
 
 
 def varied(array: Any, axes: frozenset[Any]) -> Any:
-    """The same value, varying over these manual mesh axes; `pcast` was `pvary` before JAX 0.9."""
+    """Returns a value that varies over these manual mesh axes (`pvary` before JAX 0.9)."""
     missing = tuple(axes - varying_axes(array))
     if not missing:
         return array

@@ -156,11 +156,11 @@ class FactoredArray:
         return dataclasses.replace(self, gains=(*self.gains, gain), norm=None)
 
     def replace_terms(self, terms: Iterable[Term]) -> "FactoredArray":
-        """The same weight with other terms."""
+        """Returns the same weight with other terms."""
         return dataclasses.replace(self, terms=tuple(terms))
 
     def replace_base(self, base: jax.Array | CodedArray) -> "FactoredArray":
-        """The same weight with another base."""
+        """Returns the same weight with another base."""
         return dataclasses.replace(self, base=base)
 
     def array(self) -> jax.Array:
