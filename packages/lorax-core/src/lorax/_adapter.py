@@ -1,13 +1,13 @@
-"""An adapter: a few labelled factors beside a base, and settings. One class for each kind.
+"""Adapters: labelled factors beside a base, and settings. One class per kind.
 
-Everything outside `kinds/` handles adapters through this file, and knows no kind:
+All code outside `kinds/` handles adapters through this file, and names no kind:
 
-* `Adapter` is a node of the tunable tree. Its arrays are trained, all else in it is static.
-* `FrozenWeight` is a node of the frozen tree: a base, and the factors beside it that stay frozen.
+* `Adapter` is a node of the tunable tree. Its arrays are trained; everything else is static.
+* `FrozenWeight` is a node of the frozen tree: a base with the frozen factors beside it.
 * `AdapterSpec` is a leaf of the spec tree, which makes the first factors.
 
-`Layout` says along which axes of the weight each factor runs. Shapes, placement, boxes, files and
-the work oracle follow from it, and for most kinds so does the delta: the einsum of all factors.
+`Layout` maps the axes of each factor to axes of the weight. Shapes, placement, boxes, files and the
+work oracle follow from it, and for most kinds also the delta: the einsum of all factors.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ Neutral = float | Callable[[Mapping[str, Any]], Any]
 """A number for all entries of a factor, or a function of the frozen factors."""
 
 KINDS: "dict[str, type[Adapter]]" = {}
-"""The classes of adapters, by the name that files know them by."""
+"""The adapter classes, by the name that files use for them."""
 
 
 def static(default: Any = dataclasses.MISSING, **options: Any) -> Any:
-    """A field of an adapter that is a setting and not an array.
+    """Declares a field of an adapter that is a static setting instead of an array.
 
     Args:
-        default: its value where none is given.
+        default: the default value.
         **options: as in `dataclasses.field`.
 
     Returns:
@@ -52,10 +52,10 @@ class Layout(NamedTuple):
     """How factors run along the axes of a weight.
 
     Attributes:
-        out: the labels of each of the weight's axes, most significant first.
-        factors: the labels of each trained factor, by its name.
-        held: the same of each factor that is frozen.
-        gains: the names of those that multiply the sum and are not part of a delta.
+        out: the labels of each axis of the weight, most significant first.
+        factors: the labels of each trained factor, by name.
+        held: the labels of each frozen factor, by name.
+        gains: the names of factors that multiply the sum instead of being part of a delta.
     """
 
     out: tuple[Labels, ...]
@@ -64,21 +64,21 @@ class Layout(NamedTuple):
     gains: frozenset[str] = frozenset()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each trained factor."""
+        """Returns the shape of each trained factor."""
         return {name: sizes(labels) for name, labels in self.factors.items()}
 
     def axis_of(self, label: Label) -> int | None:
-        """The weight's axis that a label is the whole of."""
+        """Returns the axis of the weight whose only label is this one, or None."""
         return next((d for d, labels in enumerate(self.out) if labels == (label,)), None)
 
 
 def sizes(labels: Sequence[Label]) -> tuple[int, ...]:
-    """The shape of an array with these labels."""
+    """Returns the shape of an array with these labels."""
     return tuple(label.size for label in labels)
 
 
 class Labeled(NamedTuple):
-    """The labels of a weight's axes by their roles; `inner(k, size)` is a separate label."""
+    """The labels of a weight's axes by role; `inner(k, size)` is a label of no axis."""
 
     shared: Labels
     inputs: Labels
@@ -86,43 +86,44 @@ class Labeled(NamedTuple):
 
     @classmethod
     def of(cls, axes: Axes, shape: Sequence[int]) -> Self:
-        """The labels of a weight of `shape`."""
+        """Returns the labels of a weight of `shape`: axis d has label d."""
         return cls(*(tuple(Label(d, shape[d]) for d in group) for group in axes))
 
     @property
     def out(self) -> tuple[Labels, ...]:
-        """The label of each axis in order."""
+        """The label of each axis, in order."""
         labels = sorted((*self.shared, *self.inputs, *self.outputs))
         return tuple((label,) for label in labels)
 
     def inner(self, k: int, size: int) -> Label:
-        """Inner axis number k, such as the rank."""
-        # The weight's axes have the labels 0, 1, …; inner labels come behind them.
+        """Returns inner label number k, such as the rank."""
+        # Axis d of the weight has label d, so inner labels are numbered from the number of axes.
         return Label(sum(map(len, self)) + k, size)
 
     def split(self, axis: int, count: int, k: int) -> Labels:
-        """Two labels for one axis: `count` blocks, and inner axis number k runs within each."""
+        """Returns two labels for one axis: `count` blocks, and inner label k within each."""
         size = self.out[axis][0].size
         # [size] -> [count, size / count]; the blocks keep the label of the axis.
         return Label(axis, count), self.inner(k, size // count)
 
     def out_with(self, names: Mapping[int, Labels]) -> tuple[Labels, ...]:
-        """The labels of each axis in order, where some axes have these."""
+        """Returns the labels of each axis in order, with some axes replaced."""
         return tuple(names.get(d, labels) for d, labels in enumerate(self.out))
 
 
 class Adapter:
-    """The trained factors of one weight, and what they make of it.
+    """The trained factors of one weight, and how they change it.
 
-    A kind of adapter is a frozen dataclass under `@defkind`. Its fields are factors, adapters
-    within it, or settings (`static`); three of these are `in_axes`, `out_axes` and `shared_axes`.
-    `layout` says how its factors run along the weight. Where the weight is the base plus the
-    einsum of all factors, that is all; other kinds replace `applied`.
+    A kind of adapter is a frozen dataclass under `@defkind`. Its fields are factors, nested
+    adapters,
+    and settings (`static`), three of which are `in_axes`, `out_axes` and `shared_axes`. `layout`
+    defines how its factors run along the weight. If the weight is the base plus the einsum of all
+    factors, nothing else is needed; other kinds override `applied`.
     """
 
     kind: ClassVar[str]
 
-    # JAX rebuilds adapters with anything at all in place of factors: nothing is asked of these.
+    # JAX rebuilds adapters with arbitrary objects in place of factors, so they are not validated.
     def __post_init__(self) -> None:
         make_plain(self)
         register_with_flax(type(self))
@@ -134,49 +135,49 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return 1.0
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`; it depends on settings alone."""
+        """Returns how the factors run along a weight of `shape`; it depends on settings alone."""
         raise NotImplementedError
 
     def check_settings(self, path: str) -> None:
-        """Raises `SpecError` for settings of the right types with values that no spec allows."""
+        """Raises `SpecError` for settings of the right types with invalid values."""
         for name in ("rank", "blocks"):
             value = getattr(self, name, None)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise SpecError(f"`{path}` has {name} {value}; it is positive.")
 
     def neutral(self) -> Mapping[str, Neutral] | None:
-        """The trained factors with which the weight is its base; None where nobody says.
+        """Returns the trained factors with which the weight equals its base, or None if unknown.
 
-        Zeros, where the weight is the base plus the einsum of all factors.
+        These are zeros if the weight is the base plus the einsum of all factors.
         """
         is_einsum = type(self).applied is Adapter.applied and type(self).term is Adapter.term
         return dict.fromkeys(self.factors(), 0.0) if is_einsum else None
 
     def derived(self, base: Any) -> dict[str, Any]:
-        """The frozen factors that follow from the base, so that a file need not have them."""
+        """Returns the frozen factors that follow from the base, which files can omit."""
         return {}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        """The adapted weight.
+        """Returns the adapted weight.
 
         Args:
             base: the frozen weight.
             held: the frozen factors beside it.
-            source: what the weight is called in messages, its path.
+            source: the name of the weight in messages, its path.
         """
         return FactoredArray(base, (self.term(base.shape, held or {}, source),))
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """The einsum of all factors, scaled."""
+        """Returns the einsum of all factors, scaled."""
         layout = self.layout(shape)
         labels = {**layout.factors, **layout.held}
-        # Also where a user takes the gradient of the frozen tree, too.
+        # Even if the user differentiates with respect to the frozen tree, these stay constant.
         factors = {**self.factors(), **jax.lax.stop_gradient(dict(held))}
         term = make_term({n: factors[n] for n in labels}, labels, layout.out, source)
         return term if self.scale == 1 else term.scale(self.scale)
@@ -190,14 +191,14 @@ class Adapter:
         }
 
     def factors(self) -> dict[str, Any]:
-        """The trained arrays by name; those of an adapter within it are among them."""
+        """Returns the trained arrays by name, including those of nested adapters."""
         factors: dict[str, Any] = {}
         for name, value in self._nodes(static=False).items():
             factors |= value.factors() if isinstance(value, Adapter) else {name: value}
         return factors
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
-        """The same adapter with other arrays."""
+        """Returns the same adapter with other arrays."""
         return dataclasses.replace(
             self,  # pyright: ignore[reportArgumentType]
             **{
@@ -207,7 +208,7 @@ class Adapter:
         )
 
     def settings(self) -> dict[str, Any]:
-        """All that shapes the weight without being an array, as JSON."""
+        """Returns all settings that shape the weight, as JSON for `adapter_from_settings`."""
         settings: dict[str, Any] = {"kind": self.kind}
         for name, value in self._nodes(static=True).items():
             settings[name] = list(value) if isinstance(value, tuple) else value
@@ -217,7 +218,7 @@ class Adapter:
         return settings
 
     def summary(self) -> str:
-        """The kind and its size, for a table."""
+        """Returns the kind and its size, for a table."""
         rank = getattr(self, "rank", None)
         return self.kind if rank is None else f"{self.kind} {rank}"
 
@@ -227,20 +228,20 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
 
 
-_DEEPEST = 4  # settings of strangers may be nested without end
+_DEEPEST = 4  # settings from an untrusted file may be nested without end
 
 
 def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
-    """An adapter without arrays from what `Adapter.settings` returned, all of it checked.
+    """Returns an adapter without arrays from the result of `Adapter.settings`, validated.
 
     Args:
-        settings: an object of JSON; nobody needs to have checked it.
+        settings: a JSON object, which may come from an untrusted file.
 
     Returns:
         The adapter, with None for each factor; `Adapter.with_factors` gives it arrays.
 
     Raises:
-        ValueError, TypeError, KeyError: where it is not what such a call returns.
+        ValueError, TypeError, KeyError: where the settings are not valid.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -275,16 +276,16 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
 
 
 def defkind(cls: type[Any]) -> type[Any]:
-    """Registers a class of adapters: it becomes a frozen dataclass, a pytree, and a kind of files.
+    """Registers an adapter class: makes it a frozen dataclass and a pytree that files can name.
 
     Args:
-        cls: a subclass of `lorax.Adapter`. Its `kind` is the name that files have for it.
+        cls: a subclass of `lorax.Adapter`. Files refer to it by its `kind`.
 
     Returns:
         The class.
 
     Raises:
-        ValueError: where there is a kind of that name.
+        ValueError: where a kind of that name exists.
 
     Example:
         >>> import lorax
@@ -314,13 +315,13 @@ def make_term(
     out: tuple[Labels, ...],
     source: Hashable,
 ) -> Term:
-    """The term of factors that have names.
+    """Returns the term of named factors.
 
     Args:
         factors: the arrays, by name.
-        labels: the labels of each one's axes, by name.
-        out: the labels that each of the weight's axes shows.
-        source: of which weight it is, as `applied` is given it.
+        labels: the labels of the axes of each array, by name.
+        out: the labels that each axis of the weight shows.
+        source: the name of the weight, as passed to `applied`.
 
     Returns:
         The term `einsum(*factors)`.

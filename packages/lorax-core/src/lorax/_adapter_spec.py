@@ -1,4 +1,4 @@
-"""The leaf of a spec tree: it checks a weight, and makes the first factors of its adapter."""
+"""Adapter specs: leaves of the spec tree that check a weight and make the first factors."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ class Start(NamedTuple):
     """The inputs from which a kind makes its first factors.
 
     Attributes:
-        path: of the parameter.
+        path: the path of the parameter.
         base: the parameter.
         axes: the roles of its axes.
         key: a PRNG key for this weight alone.
-        dtype: of the factors.
-        common: what `AdapterSpec.common` made for all weights.
-        initializers: of the fan-in factors, and of the fan-out factors.
-        collected: what `collect_starts` has for it.
+        dtype: the dtype of the factors.
+        common: the result of `AdapterSpec.common` for all weights.
+        initializers: those of fan-in factors and of fan-out factors.
+        collected: the entry of `collect_starts` for this weight, if there is one.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Start(NamedTuple):
     collected: Mapping[str, jax.Array] | None = None
 
     def array(self, spec: Any, needed: str) -> Any:
-        """The parameter, of which `spec` needs more than its shape."""
+        """Returns the parameter as an array; raises `SpecError` if only its shape is known."""
         if isinstance(self.base, Held):
             return self.base.array()
         if not isinstance(self.base, jax.Array | np.ndarray):
@@ -54,10 +54,10 @@ class Start(NamedTuple):
     def draw(
         self, key: jax.Array, init: Initializer, matrix: tuple[int, int], shape: tuple[int, ...]
     ) -> jax.Array:
-        """A factor of `shape`: one matrix for each entry of the shared axes."""
+        """Draws a factor of `shape`: one `matrix` per entry of the shared axes."""
         shared = [self.base.shape[d] for d in self.axes.shared]
         if not shared:
-            # An initializer may return an array that is kept elsewhere.
+            # A copy, because an initializer may return an array that the caller still uses.
             return own(init(key, matrix, self.dtype)).reshape(shape)
         # entries × [fan_in, rank] -> [*shared, *in, rank]
         keys = jax.random.split(key, math.prod(shared))
@@ -65,7 +65,7 @@ class Start(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The first state of an adapter: the base may have moved, and frozen factors be held."""
+    """The initial state of an adapter, with frozen factors, and a new base if it has changed."""
 
     adapter: Adapter
     held: Mapping[str, Any] = {}
@@ -76,18 +76,20 @@ class AdapterSpec:
     """How one weight is adapted: a leaf of the spec tree.
 
     A kind of spec is a frozen dataclass with the fields `in_axes`, `out_axes` and `shared_axes`
-    beside its own settings.
+    besides
+    its own settings.
     """
 
-    # Whether the delta is a product of narrow factors, whose norm takes no array of its size.
+    # Whether the delta is a product of narrow factors, so that its norm needs no weight-sized
+    # array.
     has_narrow_delta: ClassVar[bool] = False
 
-    # Whether its rank is at most that of the matrix: inference lowers a higher one.
+    # Whether its rank is at most that of the matrix, so that `infer_spec` lowers a higher one.
     has_matrix_rank: ClassVar[bool] = False
 
     @property
     def collects(self) -> Any:
-        """How the first factors follow from what `collect_starts` collects, where they do."""
+        """The start that computes the first factors from collected statistics, or None."""
         return None
 
     def __post_init__(self) -> None:
@@ -100,12 +102,12 @@ class AdapterSpec:
                 )
 
     def axes(self, path: str, ndim: int) -> Axes:
-        """The roles of the axes of a weight with `ndim` axes."""
+        """Returns the roles of the axes of a weight with `ndim` axes."""
         given: Any = self
         return resolve_axes(path, ndim, given.in_axes, given.out_axes, given.shared_axes)
 
     def with_axes(self, axes: Axes) -> Self:
-        """The same for a weight whose axes have these roles."""
+        """Returns the same spec for a weight whose axes have these roles."""
         return dataclasses.replace(
             self,  # pyright: ignore[reportArgumentType]
             in_axes=axes.inputs,
@@ -119,28 +121,28 @@ class AdapterSpec:
         return getattr(self, "rank") if self.has_matrix_rank else None  # noqa: B009
 
     def with_size(self, rank: int) -> Self:
-        """The same with another rank."""
+        """Returns the same spec with another rank."""
         return dataclasses.replace(self, rank=rank)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Raises `SpecError` where the kind cannot adapt such a weight."""
+        """Raises `SpecError` if the kind cannot adapt such a weight."""
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> Adapter:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         raise NotImplementedError
 
     def count(self, shape: tuple[int, ...], axes: Axes) -> int:
-        """How many numbers are trained for such a weight."""
+        """Returns how many numbers are trained for such a weight."""
         return sum(map(math.prod, self.blank(shape, axes).layout(shape).shapes().values()))
 
     @property
     def common_key(self) -> Hashable:
-        """Specs of equal keys share what `common` makes."""
+        """Specs with equal keys share the result of `common`."""
         return self
 
     def common(self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array) -> Any:
-        """The value that all weights of one key share, made once from their shapes and axes."""
+        """Returns a value that all weights of one key share, made from their shapes and axes."""
 
     def start(self, start: Start) -> Started:
-        """The first factors."""
+        """Returns the initial state of the adapter."""
         raise NotImplementedError

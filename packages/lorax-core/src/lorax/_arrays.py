@@ -1,4 +1,4 @@
-"""Leaves of trees: which are arrays, what they are called, and copies that are one's own."""
+"""Leaves of trees: which of them are arrays, their paths, and copies that share no buffer."""
 
 from typing import Any
 
@@ -10,25 +10,27 @@ from ._compat import is_tracer
 
 
 class Held:
-    """A node of a tree that represents one array, which it holds in another form."""
+    """A node of a tree that represents a single array in another form."""
 
     def array(self) -> jax.Array:
-        """The array."""
+        """Returns the array."""
         raise NotImplementedError
 
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array that a model computes with."""
     if isinstance(leaf, np.ndarray):
+        # Not objects, strings, dates or time spans.
         return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Held)
 
 
 def own(leaf: Any) -> Any:
-    """A copy of an array, placed as it is; anything else as it is.
+    """Returns a copy of an array with the same placement; any other leaf is returned unchanged.
 
-    A training step that donates its state deletes these buffers, which must not be somebody
-    else's. Tracers are copied too: `jax.vmap` returns an input that passes through it as it came.
+    A training step that donates its state deletes these buffers, which must not be in use
+    elsewhere.
+    Tracers are copied too, because `jax.vmap` returns an input that passes through it unchanged.
     """
     if isinstance(leaf, np.ndarray):
         return np.array(leaf)
@@ -37,19 +39,19 @@ def own(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         return leaf
     if not is_tracer(leaf) and not leaf.is_fully_addressable:
-        # `device_put` takes no array that has parts in other processes.
+        # `device_put` does not accept arrays with shards in other processes.
         return jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
     return jax.device_put(leaf, may_alias=False)
 
 
 def path_string(key_path: Any) -> str:
-    """The path of a leaf as Lorax writes it in specs, messages and files: `h/0/attn/kernel`.
+    """Returns a path as Lorax writes it in specs, messages and files: `h/0/attn/kernel`.
 
     Args:
-        key_path: as `jax.tree_util.tree_flatten_with_path` gives it.
+        key_path: a path from `jax.tree_util.tree_flatten_with_path`.
 
     Returns:
-        The keys joined by `/`; `.` where the tree is the leaf.
+        The keys joined by `/`, or `.` if the tree is a single leaf.
 
     Example:
         >>> import jax

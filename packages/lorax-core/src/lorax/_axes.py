@@ -1,4 +1,4 @@
-"""Which axes of a weight are its inputs, its outputs, and shared: checked, and put in order."""
+"""The roles of a weight's axes: inputs, outputs and shared, validated and sorted."""
 
 import math
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ class Axes(NamedTuple):
     outputs: tuple[int, ...]
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The sizes of the matrix (inputs × outputs) that each shared entry is."""
+        """Returns the size of the inputs × outputs matrix of each shared entry."""
         return math.prod(shape[d] for d in self.inputs), math.prod(shape[d] for d in self.outputs)
 
     def matrices(self, array: Any) -> Any:
-        """A weight as `[entries, inputs, outputs]`, one matrix for each shared entry."""
+        """Returns a weight as `[entries, inputs, outputs]`, one matrix per shared entry."""
         matrices = array.transpose((*self.shared, *self.inputs, *self.outputs))
         return matrices.reshape(-1, *self.sizes(array.shape))
 
     def check(self, path: str, ndim: int) -> "Axes":
-        """The same, in order; raises `SpecError` where a weight of `ndim` axes has others."""
+        """Returns the same roles, sorted; raises `SpecError` if they do not fit `ndim` axes."""
         return resolve_axes(path, ndim, self.inputs, self.outputs, self.shared)
 
 
@@ -35,11 +35,15 @@ def resolve_axes(
     out_axes: Sequence[int] | None,
     shared_axes: Sequence[int],
 ) -> Axes:
-    """The roles of the axes of a weight with `ndim` axes.
+    """Returns the roles of the axes of a weight with `ndim` axes.
 
-    Where neither inputs nor outputs are given, the last axis that is not shared is the output,
-    as in a `(in, out)`, `(heads, head_dim, out)` or `(height, width, in, out)` kernel; where one
-    of them is given, the other is the rest.
+    If neither inputs nor outputs are given, the last axis that is not shared is the output, as in a
+    `(in, out)`, `(heads, head_dim, out)` or `(height, width, in, out)` kernel. If one of them is
+    given,
+    the other is the rest.
+
+    Raises:
+        SpecError: where an axis does not have exactly one role, or inputs or outputs are empty.
     """
     shared = normalize(path, ndim, "shared_axes", shared_axes)
     rest = [d for d in range(ndim) if d not in shared]
@@ -71,7 +75,7 @@ def resolve_axes(
 
 
 def normalize(path: str, ndim: int, name: str, axes: Sequence[int]) -> tuple[int, ...]:
-    """Axes of a weight with `ndim` axes, none of them negative, in order."""
+    """Returns axes of a weight with `ndim` axes as sorted non-negative numbers."""
     out = []
     for axis in axes:
         if type(axis) is not int or not -ndim <= axis < ndim:

@@ -1,7 +1,7 @@
-"""A quantized base: labelled arrays, and the format that makes an entry of one entry of each.
+"""A quantized base: labelled arrays, and the format that decodes one entry of each at a time.
 
-Everything outside `bases/` handles quantized bases through this file, and names no format.
-`QuantizedWeight` is a node of the frozen tree: the arrays, the format, and where its blocks are.
+All code outside `bases/` handles quantized bases through this file, and names no format.
+`QuantizedWeight` is a node of the frozen tree: arrays, format, and the position of its blocks.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ from ._terms import Labels, Term
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight(Held):
-    """A weight held as codes and scales: a node of the frozen tree, made by `quantize`.
+    """A weight that is held as codes and scales: a node of the frozen tree, made by `quantize`.
 
     Attributes:
-        arrays: by name: `codes`, an entry for each of the weight's, an axis in blocks being two;
-            `scales`; and what else the format has.
+        arrays: by name, `codes` with one entry per entry of the weight, where an axis in blocks is
+            two axes; `scales`; and further arrays of the format.
         format: the name of the format.
-        options: its settings, in order.
-        blocks: each axis in blocks, then the entries of a block; between them the blocks of a
-            group, where there are groups.
+        options: the settings of the format, in order.
+        blocks: for each axis in blocks, `(axis, entries per block)`, or
+            `(axis, blocks per group, entries per block)`.
         along: the axes whose entries share scales.
-        stored: the name of the dtype of the weight.
+        stored: the name of the dtype of the decoded weight.
     """
 
     arrays: dict[str, Any]
@@ -81,16 +81,16 @@ class QuantizedWeight(Held):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all arrays, codes of four bits packed."""
+        """The bytes of all arrays; codes of four bits count half a byte."""
         return sum(map(bytes_of, self.arrays.values()))
 
     @property
     def bits(self) -> float:
-        """Bits for each entry of the weight, scales included."""
+        """Bits per entry of the weight, scales included."""
         return 8 * self.nbytes / self.size
 
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
-        """The labels of each of the weight's axes, and of each array's."""
+        """Returns the labels of each axis of the weight, and those of each array."""
         blocks = Blocks.of(self.shape, _sizes(self.blocks), self.along)
         labels = self.held.labels(blocks)
         return blocks.out, {name: labels[name] for name in self.names}
@@ -102,7 +102,7 @@ class QuantizedWeight(Held):
 
     @property
     def sharding(self) -> Sharding:
-        """The sharding of the weight as a whole, as that of its codes says."""
+        """The sharding of the weight as a whole, derived from that of its codes."""
         codes = self.arrays["codes"]
         sharding = jax.typeof(codes).sharding if is_tracer(codes) else codes.sharding
         if not isinstance(sharding, NamedSharding):
@@ -113,9 +113,9 @@ class QuantizedWeight(Held):
         return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
     def shardings(self, sharding: Sharding) -> dict[str, Sharding]:
-        """Where each array goes if the weight goes there: an axis in blocks is split between them.
+        """Returns the sharding of each array for a sharding of the weight.
 
-        The arrays may be shapes.
+        An axis in blocks is split between blocks. The arrays may be shapes.
         """
         if not isinstance(sharding, NamedSharding):
             return dict.fromkeys(self.names, sharding)
@@ -126,15 +126,14 @@ class QuantizedWeight(Held):
 
     @property
     def committed(self) -> bool:
-        """Whether somebody has placed the codes."""
+        """Whether the codes are committed to devices."""
         return getattr(self.arrays["codes"], "committed", False)
 
     def coded(self, source: Any = None) -> CodedArray:
-        """The weight as `lora` handles it; `source` is what it is called in messages."""
+        """Returns the weight as `lora` evaluates it; `source` names it in messages."""
         out, labels = self.labels()
         names, dtype = self.names, self.dtype
-        # Codes and scales are factors with labels, so a slice or a transpose moves them like a
-        # term.
+        # As factors with labels, codes and scales are sliced and transposed like a term.
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
         sources = () if source is None else (source,)
         return CodedArray(
@@ -146,7 +145,7 @@ class QuantizedWeight(Held):
         return self.coded().array()
 
     def settings(self) -> dict[str, Any]:
-        """All that is not an array, as JSON: `quantized_from_settings` takes it."""
+        """Returns everything but the arrays, as JSON for `quantized_from_settings`."""
         return {
             **self.held.settings(),
             "blocks": [list(sizes) for sizes in self.blocks],
@@ -163,7 +162,7 @@ def _sizes(blocks: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
 
 
 def bytes_of(leaf: Any) -> int:
-    """The bytes of an array, or of all arrays of a quantized weight, codes of four bits packed."""
+    """Returns the bytes of an array or a quantized weight; four-bit codes count half a byte."""
     if isinstance(leaf, QuantizedWeight):
         return leaf.nbytes
     bits = 8 * leaf.dtype.itemsize  # also of a PRNG key
@@ -173,7 +172,7 @@ def bytes_of(leaf: Any) -> int:
 
 
 def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
-    """A quantized weight without arrays, for an array or its shape."""
+    """Returns a quantized weight without arrays, for an array or its shape."""
     shape = tuple(base.shape)
     along = normalize(path, len(shape), "along", along)
     blocks = tuple((d, *sizes) for d, sizes in sorted(format.blocks(path, shape, along).items()))
@@ -183,10 +182,10 @@ def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> Quan
 
 
 def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
-    """Refuses blocks that parts over explicit mesh axes would cut.
+    """Raises if sharding over explicit mesh axes would cut a block.
 
-    Over automatic axes such codes are whole everywhere; a type that says so would be another one
-    than the function was written for.
+    Over automatic axes, such codes are replicated instead; for explicit axes, that would change the
+    sharding in the type that the function was written for.
     """
     is_shape = isinstance(base, jax.ShapeDtypeStruct)
     sharding = base.sharding if is_shape else jax.typeof(base).sharding
@@ -194,6 +193,7 @@ def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
         return
     mesh = sharding.mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # The mesh axes that each axis of the weight is split over.
     split = dict(enumerate(sharding.spec))
     for d, *within in blocks:
         entry = split.get(d) or ()
@@ -215,10 +215,10 @@ def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
 def quantized_from_settings(
     settings: Mapping[str, Any], arrays: Mapping[str, Any]
 ) -> QuantizedWeight:
-    """A quantized weight from what `QuantizedWeight.settings` returned, and its arrays, checked.
+    """Returns a quantized weight from validated settings and arrays.
 
     Args:
-        settings: an object of JSON; nobody needs to have checked it.
+        settings: a JSON object, which may come from an untrusted file.
         arrays: by name; or their shapes, as `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -236,6 +236,7 @@ def quantized_from_settings(
         (64, 3)
     """
     given = dict(settings)
+    # Unknown names raise KeyError, as documented.
     cls = FORMATS[given.pop("format")]
     blocks, along, dtype = (with_tuples(given.pop(key)) for key in ("blocks", "along", "dtype"))
     if not is_of(blocks, tuple[tuple[int, ...], ...]) or not is_of(along, tuple[int, ...]):
@@ -248,12 +249,14 @@ def quantized_from_settings(
             raise ValueError(f"A format {cls.name!r} has {name}={given[name]!r}.")
     options = tuple(given[name] for name in names)
     format = cls(**given)  # checks them
+    # Aliases such as "f4" would make settings of equal weights differ.
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
         raise ValueError(f"A quantized weight has dtype={dtype!r}.")
     weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
     codes = arrays["codes"]
     if codes.dtype not in map(jnp.dtype, format.dtypes()):
         raise ValueError(f"A format {cls.name!r} has codes in {codes.dtype}.")
+    # (axis, entries) or (axis, blocks per group, entries)
     if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
         raise ValueError(f"A quantized weight has blocks={blocks}.")
     axes, ndim = [d for d, *_ in blocks], weight.ndim
@@ -273,12 +276,12 @@ def quantized_from_settings(
 
 
 def as_base(base: Any, source: Any = None) -> Any:
-    """A base as an adapter takes it: coded, where it is held as codes."""
+    """Returns a base as adapters take it: a quantized weight becomes a `CodedArray`."""
     return base.coded(source) if isinstance(base, QuantizedWeight) else base
 
 
 def decoded(base: Any) -> Any:
-    """A base as an array, sharded as its codes are; any other leaf as it is."""
+    """Returns a base as an array, sharded like its codes; any other leaf is returned unchanged."""
     return _decode(base) if isinstance(base, QuantizedWeight) else base
 
 
@@ -288,12 +291,12 @@ def _decode(weight: QuantizedWeight) -> jax.Array:
 
 
 def first_array(base: Any) -> Any:
-    """The array of a base, or its codes, which are where the whole of it is."""
+    """Returns the array of a base, or the codes of a quantized one."""
     return base.arrays["codes"] if isinstance(base, QuantizedWeight) else base
 
 
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
-    """The weight whose codes and scales are those of `array`; placed as the array is."""
+    """Returns the weight with the codes and scales of `array`, sharded as the array is."""
     blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
     labels = weight.held.labels(blocks)
 
@@ -305,7 +308,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
                 # […, in, …] -> […, in / block, block, …]
                 entries = entries.reshape(*entries.shape[:axis], *sizes, *entries.shape[axis + 1 :])
             axis += len(group)
-        # within: the axes that a scale is shared along; across: those that an outer scale is.
+        # within: the axes that share a scale; across: the axes that share an outer scale.
         within, across = (
             tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
             for kept in (blocks.scales, blocks.outer)
@@ -314,14 +317,16 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
         return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
     options: dict[str, Any] = {}
+    # While tracing, the compiler places the codes.
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
+        # The shardings depend on the arrays that the format makes, so their shapes are found first.
         shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
         options["out_shardings"] = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
     return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
 
 
 def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:
-    """An array without the axes that it lacks, which have one entry."""
+    """Removes the axes of size one whose labels an array lacks."""
     # [in / 64, 1, out] -> [in / 64, out]
     return jnp.squeeze(array, [k for k, label in enumerate(codes) if label not in labels])

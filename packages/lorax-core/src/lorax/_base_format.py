@@ -1,7 +1,7 @@
-"""How a weight is held in few bits: a format, and which entries of a weight share a scale.
+"""Quantization formats, and which entries of a weight share a scale.
 
-A format is one module of `bases/`, and nothing outside of it handles one by name. `Blocks` says by
-labels which entries share scales; shapes, placement and files follow from it.
+A format is one module of `bases/`, and no code outside it names one. `Blocks` describes by labels
+which entries share scales; shapes, placement and files follow from it.
 """
 
 import dataclasses
@@ -18,19 +18,21 @@ from ._statics import make_plain
 from ._terms import Label, Labels
 
 FORMATS: "dict[str, type[Format]]" = {}
-"""The classes of formats, by the name that files know them by."""
+"""The format classes, by the name that files use for them."""
 
 
 class Blocks(NamedTuple):
-    """The labels of a weight's axes where entries share scales.
+    """The labels of a weight's axes, of its codes, and of its scales.
 
     Attributes:
-        out: the labels of each of the weight's axes: block and place within, for an axis in blocks;
-            group, block and place within, where blocks are in groups.
-        codes: of an array with an entry for each of the weight's.
-        scales: of one with an entry for each block.
-        outer: of one with an entry for each group; without groups, for each block but those along
-            one axis: `[*shared, *out]`.
+        out: the labels of each axis of the weight: for an axis in blocks, block and place within
+            it;
+            for blocks in groups, group, block and place.
+        codes: the labels of an array with one entry per entry of the weight.
+        scales: the labels of an array with one entry per block.
+        outer: the labels of an array with one entry per group; without groups, one entry per
+            output:
+            `[*shared, *out]`.
     """
 
     out: tuple[Labels, ...]
@@ -42,15 +44,17 @@ class Blocks(NamedTuple):
     def of(
         cls, shape: Sequence[int], blocks: Mapping[int, Sequence[int]], along: Sequence[int]
     ) -> Self:
-        """The labels for a weight of `shape`.
+        """Returns the labels for a weight of `shape`.
 
         Args:
-            shape: of the weight.
-            blocks: of each axis in blocks, the entries of a block, and before them the blocks of a
-                group where there are groups.
-            along: the axes whose entries share scales: in blocks where they have some, else whole.
+            shape: the shape of the weight.
+            blocks: for each axis in blocks, the entries per block, preceded by the blocks per group
+                if
+                there are groups.
+            along: the axes whose entries share scales: within blocks if the axis has some, else
+                whole.
         """
-        # Axis d has the label d; labels within its blocks come behind those of all axes.
+        # Axis d has label d. Labels within blocks are numbered after those of all axes.
         inner = iter(range(len(shape), 3 * len(shape)))
         out: list[Labels] = []
         for d, size in enumerate(shape):
@@ -74,8 +78,8 @@ class Blocks(NamedTuple):
 class Format:
     """How a weight is held in few bits.
 
-    A format is a frozen dataclass under `@defformat`, whose fields are settings. It makes arrays of
-    a weight in `encode`, and an entry of the weight of an entry of each array in `decode`.
+    A format is a frozen dataclass under `@defformat`, whose fields are settings. `encode` computes
+    arrays from a weight, and `decode` computes an entry of the weight from one entry of each array.
     """
 
     name: ClassVar[str]
@@ -88,14 +92,14 @@ class Format:
         self.check()
 
     def check(self) -> None:
-        """Raises `SpecError` for settings that no weight can have."""
+        """Raises `SpecError` for invalid settings."""
 
     def blocks(
         self, path: str, shape: tuple[int, ...], along: tuple[int, ...]
     ) -> dict[int, tuple[int, ...]]:
-        """The axes that are in blocks; the entries of a block, before them the blocks of a group.
+        """Returns the axes in blocks with the entries per block, or blocks per group and entries.
 
-        Blocks run along the last of the axes that share scales which they divide.
+        Blocks run along the last of the axes that share scales whose size they divide.
         """
         block: int | None = getattr(self, "block", None)
         group: int | None = getattr(self, "group", None)
@@ -103,6 +107,7 @@ class Format:
             return {}
         sizes = (block,) if group is None else (group, block)
         whole = math.prod(sizes)
+        # The last axis first: in a kernel [height, width, in, out], that is the channels.
         for d in reversed(along):
             if shape[d] % whole == 0:
                 return {d: sizes}
@@ -114,7 +119,7 @@ class Format:
         )
 
     def labels(self, blocks: Blocks) -> dict[str, Labels]:
-        """The labels of each array that such a weight may have."""
+        """Returns the labels of each array that such a weight may have."""
         return {
             "codes": blocks.codes,
             "scales": blocks.scales,
@@ -125,56 +130,56 @@ class Format:
         }
 
     def dtypes(self) -> tuple[Any, ...]:
-        """The dtypes that a backend must know."""
+        """Returns the dtypes that a backend must support."""
         raise NotImplementedError
 
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """The arrays of a weight.
+        """Returns the arrays of a weight.
 
         Args:
-            entries: the weight in float32 or wider, in blocks: `Blocks.codes` are its axes.
-            within: the axes of `entries` that a scale is shared along.
-            across: the axes of `entries` that make one output: the blocks, too.
+            entries: the weight in float32 or wider, in blocks: its axes are `Blocks.codes`.
+            within: the axes of `entries` that share a scale.
+            across: the axes of `entries` that share an outer scale.
 
         Returns:
-            The codes, and arrays with a size of one along the axes that they lack.
+            The codes, and arrays of size one along the axes that they lack.
         """
         raise NotImplementedError
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """The entries of the weight, from arrays that broadcast against each other."""
+        """Returns the entries of the weight, from arrays that broadcast against each other."""
         raise NotImplementedError
 
     def are_numbers(self, name: str, array: Any) -> bool:
-        """Whether an array, of JAX or of NumPy, represents finite numbers."""
+        """Whether a JAX or NumPy array represents finite numbers."""
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return True
         return bool(np.isfinite(np.asarray(array, np.float32)).all())
 
     def settings(self) -> dict[str, Any]:
-        """The fields, as JSON, with the name."""
+        """Returns the fields and the name of the format, as JSON."""
         return {"format": self.name} | {name: getattr(self, name) for name in fields_of(self)}
 
 
 def fields_of(format: Any) -> dict[str, Any]:
-    """The settings of a format and their types; which axes it shares scales along is not one."""
+    """Returns the settings of a format with their types, without the axes that share scales."""
     fields = dataclasses.fields(format)
     return {field.name: field.type for field in fields if field.name != "along"}
 
 
 def defformat(cls: type[Any]) -> type[Any]:
-    """Registers a class of formats: it becomes a frozen dataclass, and `quantize` takes its name.
+    """Registers a format class: makes it a frozen dataclass that `quantize` finds by name.
 
     Args:
-        cls: a subclass of `Format`. Its `name` is the one that specs and files have for it.
+        cls: a subclass of `Format`. Specs and files refer to it by its `name`.
 
     Returns:
         The class.
 
     Raises:
-        ValueError: where there is a format of that name.
+        ValueError: where a format of that name exists.
 
     Example:
         >>> from lorax.bases import Format, defformat
@@ -192,7 +197,7 @@ def defformat(cls: type[Any]) -> type[Any]:
 
 
 def format_of(value: Any) -> Format:
-    """A format, or the one with default settings of that name.
+    """Returns a format, given the format or its name, with default settings.
 
     Args:
         value: a format, or its name.

@@ -1,8 +1,8 @@
-"""Boxes: nodes of one array in which Flax keeps the partition of a parameter beside it.
+"""Boxes: nodes around one array in which Flax stores the partition of a parameter.
 
-The box of a base names the base's axes. Its factors have other axes, so each has its own box.
-Flax is not imported: a box is what has the methods of `flax.core.meta.AxisMetadata` and the
-`names` of `flax.linen.Partitioned`, or is a `flax.nnx.Variable` with a partition.
+The box of a base names the base's axes. Factors have other axes, so each gets a box of its own.
+Flax is not imported. A box is recognized by the methods of `flax.core.meta.AxisMetadata` and the
+`names` of `flax.linen.Partitioned`, or as a `flax.nnx.Variable` with a partition.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ def _nnx_key(node: Any) -> str | None:
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node of a tree says how the array in it is partitioned."""
+    """Whether a node of a tree stores how the array in it is partitioned."""
     if hasattr(type(node), "replace_boxed"):
         return hasattr(node, "names")
     return _nnx_key(node) is not None
 
 
 def content(node: Any) -> Any:
-    """The content of a box; any other node as it is."""
+    """Returns the content of a box; any other node is returned unchanged."""
     if not is_box(node):
         return node
     [child] = jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)
@@ -44,19 +44,19 @@ def _is_leaf(node: Any) -> bool:
 
 
 def opened(tree: Any) -> Any:
-    """A tree without its boxes."""
+    """Returns a tree without its boxes."""
     return jax.tree.map(content, tree, is_leaf=_is_leaf)
 
 
 def bare(leaf: Any) -> Any:
-    """An adapter with its factors out of their boxes; any other leaf as it is."""
+    """Returns an adapter with its factors unboxed; any other leaf is returned unchanged."""
     if not isinstance(leaf, Adapter) or not any(map(is_box, leaf.factors().values())):
         return leaf
     return leaf.with_factors({name: content(node) for name, node in leaf.factors().items()})
 
 
 def box_factors(tunable: Any, frozen: Any) -> Any:
-    """The tree with a box around each factor, in place of the base's around the adapter.
+    """Returns the tree with a box around each factor instead of a base's box around the adapter.
 
     `frozen` has the bases, for their shapes.
     """
@@ -76,7 +76,7 @@ def box_factors(tunable: Any, frozen: Any) -> Any:
 
 
 def _box_like(box: Any, factor: Any, axes: tuple[int | None, ...]) -> Any:
-    """A box for a factor, from the base's box and the base's axis of each of the factor's."""
+    """Returns a box for a factor, given the base's box and the base's axis of each factor axis."""
     key = _nnx_key(box)
     names = tuple(box.names if key is None else box.get_metadata()[key])
     # Axes that a partition does not name are not partitioned.

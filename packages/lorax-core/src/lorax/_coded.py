@@ -1,13 +1,13 @@
-"""A base that is held as codes, while the transformed function runs.
+"""A base that is held as codes while the transformed function runs.
 
     W[i, o]  =  decode(codes[i, o], scales[block of i, o], …)
 
-Codes and scales are arrays with labels, as the factors of a term are, so what moves a term moves
-them. But nothing is done to them where the function says so: equations that leave a weight a weight
-are recorded, and played in the equation that reads it. There, and only there, the weight is an
-array. Under `jax.checkpoint` that equation keeps its operands for the backward pass, the codes as
-they were given, and nothing that was made of them; behind a barrier no compiler decodes a weight
-before its turn.
+Codes and scales are arrays with labels, like the factors of a term, so anything that moves a term
+moves them. Nothing is computed where the function calls for it, though: an equation whose result is
+still a weight is deferred, and evaluated by the equation that reads the weight. Only there is the
+weight an array. Under `jax.checkpoint`, that equation saves its operands for the backward pass,
+the original codes, and nothing that was computed from them. A barrier keeps compilers from decoding
+a weight before it is needed.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from . import _compat
 from ._terms import Inexpressible, Label, Term
 
-# What primitives that move or cut axes make of labelled arrays: `change(term, *others, **params)`,
-# a term, or a list of them where the primitive has several results.
+# How primitives that move or cut axes change labelled arrays: `change(term, *others, **params)`
+# returns a term, or a list of terms for a primitive with several results.
 MOVES: dict[jex.Primitive, Callable[..., Any]] = {}
 
-# The results of these are weights as their operand is, and as large as it at most. They are played
-# on the decoded array; those whose other operands are scalars commute with moves.
+# The result of each of these is a weight, no larger than its operand. They are evaluated on the
+# decoded array; those whose other operands are scalars commute with moves of axes.
 _ENTRYWISE = frozenset(
     "abs add and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 "
     "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg not or pow "
@@ -39,12 +39,20 @@ _JOINING = frozenset(
     ["concatenate", "dynamic_update_slice", "pad", "scatter", "scatter-add", "stack"]
 )
 
-# Equations that wait on one weight; what comes after them is played on an array.
+# The most equations that are deferred on one weight; further ones are evaluated on an array.
 MOST_MOVES = 32
 
 
 class Move(NamedTuple):
-    """An equation that waits: which operand the weight is, and which of its results is meant."""
+    """A deferred equation.
+
+    Attributes:
+        primitive: its primitive.
+        params: its parameters.
+        position: which operand the weight is.
+        result: which of its results this is.
+        commutes: whether it acts on entries alone and so commutes with moves of axes.
+    """
 
     primitive: jex.Primitive
     params: tuple[tuple[str, Hashable], ...]
@@ -56,32 +64,32 @@ class Move(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """An array that is broadcast where it is read."""
+    """An array that is broadcast when it is read."""
 
     source: Any
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def array(self) -> jax.Array:
-        """The decoded array."""
+        """Returns the broadcast array."""
         return jax.lax.broadcast_in_dim(self.source, self.shape, self.axes)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodedArray:
-    """A base as its arrays and the equations that wait to be played on it.
+    """A base as its codes and scales, with the equations that are deferred on it.
 
     Attributes:
-        term: the arrays, with the labels of their axes; it is not an einsum, only a bundle.
+        term: the arrays with the labels of their axes; a bundle, not an einsum.
         others: the other operands of each move.
-        names: what each array of `term` is called.
-        format: how they are decoded.
+        names: the name of each array of `term`.
+        format: the format that decodes them.
         stored: the dtype of the decoded array, before any move.
-        moves: the equations that wait, in order.
-        shape: of the weight after the moves.
-        dtype: of the weight after the moves.
-        sources: what the weight is called in messages.
+        moves: the deferred equations, in order.
+        shape: the shape of the weight after the moves.
+        dtype: the dtype of the weight after the moves.
+        sources: the names of the weight in messages.
     """
 
     term: Term
@@ -106,7 +114,7 @@ class CodedArray:
 
     @property
     def struct(self) -> jax.ShapeDtypeStruct:
-        """The shape that replaces the weight while a function is traced."""
+        """The shape that replaces the weight while a function is traced, with its sharding."""
         sharding = _sharding_of(self.term.factors[0])
         if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -116,17 +124,17 @@ class CodedArray:
         )
 
     def array(self) -> jax.Array:
-        """The weight as an array of floats, with every pending move applied to it."""
+        """Returns the weight as an array of floats, after every deferred equation."""
         term, waiting, array = self.term, [], None
         for move, others in zip(self.moves, self.others, strict=True):
             others = tuple(map(array_of, others))
-            # An entry by entry function of one operand: it can wait until the codes are decoded.
+            # Entrywise, so it commutes with moves and can be applied after decoding.
             if array is None and move.commutes:
                 waiting.append((move, others))
                 continue
             if array is None:
                 try:
-                    # A move of axes: codes and scales are moved, which are smaller than the floats.
+                    # A move of axes: codes and scales are moved, which are smaller than floats.
                     term = _moved(term, move, others)
                     continue
                 except Inexpressible:
@@ -153,14 +161,13 @@ class CodedArray:
         return self.array().reshape(*shape)
 
     def unnamed(self) -> "CodedArray":
-        """The same without what it is called: equal layers then are alike."""
+        """Returns the same base without source names, so that equal layers are equal."""
         return dataclasses.replace(self, sources=()) if self.sources else self
 
     def deferred(self, eqn: jex.JaxprEqn, position: int, operands: Sequence[Any]) -> list[Any]:
-        """The results of an equation, each a base on which the equation waits."""
+        """Returns the results of an equation, each a base on which the equation is deferred."""
         others = tuple(x for k, x in enumerate(operands) if k != position)
-        # f(slice(W)) = slice(f(W)) for a function of the entries alone, as a cast or a scalar
-        # multiple.
+        # f(slice(W)) = slice(f(W)) if f acts on entries alone, such as a cast or a scalar multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
         commutes = eqn.primitive.name in _ENTRYWISE and scalar
         params = tuple(eqn.params.items())
@@ -177,7 +184,7 @@ class CodedArray:
         ]
 
     def entry(self, index: Any) -> "CodedArray":
-        """Entry `index` of a stack, which is picked where the weight is read."""
+        """Returns entry `index` of a stack, picked when the weight is read."""
         # [layers, *axes] -> [1, *axes] -> [*axes]
         sizes = (1, *self.shape[1:])
         pick = Move(_primitive("dynamic_slice"), (("slice_sizes", sizes),), 0, 0, False)
@@ -185,6 +192,7 @@ class CodedArray:
         starts = (index, *[jnp.zeros((), index.dtype)] * (self.ndim - 1))
         return dataclasses.replace(
             self,
+            # `dynamic_slice` and `squeeze` as if the user had indexed the stack.
             moves=(*self.moves, pick, drop),
             others=(*self.others, starts, ()),
             shape=self.shape[1:],
@@ -192,13 +200,16 @@ class CodedArray:
 
     @property
     def first(self) -> Any:
-        """The codes, whose type says on which devices the weight is."""
+        """The codes, whose type and sharding are those of the weight."""
         return self.term.factors[0]
 
     def changed(self, change: Callable[[Term], Term]) -> "CodedArray":
-        """The base whose arrays `change` has moved at once, after all that waits on them.
+        """Returns the base whose arrays `change` has moved, after the deferred moves of axes.
 
-        What waits and moves no axis waits on.
+        Deferred equations that act on entries alone stay deferred.
+
+        Raises:
+            Inexpressible: where a deferred equation cannot be applied to codes.
         """
         term, moves, kept = self.term, [], []
         for move, others in zip(self.moves, self.others, strict=True):
@@ -221,7 +232,7 @@ def _primitive(name: str) -> jex.Primitive:
 
 
 def _sharding_of(array: Any) -> Any:
-    """The sharding in the type of an array; none of a shape that has no sharding."""
+    """Returns the sharding in the type of an array, or None for a shape without one."""
     return array.sharding if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array).sharding
 
 
@@ -231,19 +242,21 @@ def is_coded(value: Any) -> TypeGuard[CodedArray]:
 
 
 def array_of(value: Any) -> Any:
-    """A plain array for a base, or for a whole weight; an array as it is."""
+    """Returns a plain array for a base or a whole weight; an array is returned unchanged."""
     if isinstance(value, jax.Array):
         return value
     return value.array() if hasattr(value, "array") else value
 
 
 def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Array:
-    """The array of a bundle of codes and scales.
+    """Returns the array that a bundle of codes and scales encodes.
 
-    Every array gets an axis of one entry for each label that it lacks, in the order in which the
-    codes are stored; one function of their entries follows, and only then are axes exchanged: what
-    reads the array can do that for nothing. Scales are frozen as the codes are: a barrier gives all
-    that passes it a derivative, which would cost a product as large as the weight.
+    Each array gets an axis of size one for each label that it lacks, in the order in which the
+    codes
+    are stored. One entrywise function of all arrays follows, and axes are transposed only after it,
+    which fuses into the consumer. Scales are frozen like the codes: the barrier would give a
+    derivative
+    to all of its operands, which would cost a product as large as the weight.
     """
     shown = [label for axis in term.out for label in axis]
     # Decoded in the order in which the codes are stored, and transposed once at the end: codes are
@@ -257,7 +270,7 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
     with jax.named_scope("dequantize"):
         # All arrays have the axes of `order` now, some of size one: they broadcast.
         value = format.decode(dict(zip(names, arrays, strict=False)))
-        for gain in arrays[len(names) :]:  # of rows that an index out of range has asked for
+        for gain in arrays[len(names) :]:  # NaN for rows whose index was out of range
             value = value * gain.astype(value.dtype)
         sizes = tuple(label.size for label in order)
         if value.shape != sizes:
@@ -269,7 +282,7 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
 
 
 def _joined(array: jax.Array, term: Term) -> jax.Array:
-    """An array of labels as one of axes; one axis after the other, as explicit meshes want it."""
+    """Joins the labels of each axis; one axis at a time, which explicit meshes need."""
     for d, labels in enumerate(term.out):
         if len(labels) != 1:
             count = len(labels)
@@ -280,7 +293,7 @@ def _joined(array: jax.Array, term: Term) -> jax.Array:
 
 
 def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -> jax.Array:
-    """An array with an axis for each label of `order`; what a squeeze dropped has one entry."""
+    """Returns an array with one axis per label of `order`; squeezed labels have one entry."""
     gone = [k for k, label in enumerate(labels) if label not in order]
     if gone:
         array = jnp.squeeze(array, gone)
@@ -308,15 +321,17 @@ def _bound(move: Move, array: jax.Array, others: Sequence[Any]) -> jax.Array:
 
 
 def is_deferred(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> bool:
-    """Whether an equation waits on the weight among its operands instead of reading it."""
+    """Whether an equation is deferred on the weight among its operands instead of reading it."""
     primitive = eqn.primitive
     if primitive not in MOVES and primitive.name not in _ENTRYWISE | _JOINING:
         return False
+    # A move takes its weight first; indices or starts cannot be codes.
     if primitive in MOVES and any(map(is_coded, operands[1:])):
         return False
     if max(len(x.moves) for x in operands if is_coded(x)) >= MOST_MOVES or eqn.effects:
         return False
     try:
+        # Moves are static data of a pytree, so they must be hashable.
         hash(tuple(eqn.params.items()))
     except TypeError:
         return False
@@ -329,9 +344,9 @@ def is_deferred(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> bool:
 def array_spec(
     mesh: Any, spec: Any, out: Sequence[Sequence[Label]], labels: Sequence[Label]
 ) -> PartitionSpec:
-    """The partition of one array of a bundle, for the partition of the weight.
+    """Returns the partition of one array of a bundle, given the partition of the weight.
 
-    An axis in blocks is split between blocks, or not at all where their number does not divide.
+    An axis in blocks is split between blocks, or not at all if their number is not divisible.
     """
     entries: dict[Label, Any] = {}
     for axis, entry in zip(out, spec, strict=False):
@@ -339,6 +354,7 @@ def array_spec(
             continue
         names = entry if isinstance(entry, tuple) else (entry,)
         # A block stays on one device: the axis is divided between blocks, or not at all.
+        # The number of devices along this axis of the weight.
         parts = math.prod(mesh.shape[name] for name in names)
         if axis[0].size % parts == 0:
             entries[axis[0]] = entry
@@ -348,6 +364,7 @@ def array_spec(
 def weight_spec(
     spec: Any, out: Sequence[Sequence[Label]], labels: Sequence[Label]
 ) -> PartitionSpec:
-    """The partition of a weight, for the partition of its codes."""
+    """Returns the partition of a weight, given the partition of its codes."""
+    # A partition may be shorter than the number of axes: the rest is not partitioned.
     entries = dict(zip(labels, (*spec, *[None] * len(labels)), strict=False))
     return PartitionSpec(*(entries.get(axis[0]) if axis else None for axis in out))

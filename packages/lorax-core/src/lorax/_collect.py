@@ -1,8 +1,8 @@
-"""`collect_starts`: inputs and gradients of weights over a few batches, for first factors.
+"""`collect_starts`: statistics of inputs or gradients over a few batches, for first factors.
 
-Inputs are read by a meter on each weight (`_meter`), gradients are those of the function itself.
-What is collected for a weight is as large as `fan_in²` or as the weight. It is reduced to a few
-vectors before the next group of weights has its turn.
+Inputs are read by a meter on each weight (`_meter`); gradients are those of the function itself.
+The statistics of a weight take `fan_in²` numbers or as many as the weight, and are reduced to a few
+vectors before the next group of weights is collected.
 """
 
 import dataclasses
@@ -41,35 +41,35 @@ def collect_starts(
     at_once: int | None = None,
     through_custom_derivatives: bool = False,
 ) -> Collected:
-    """The inputs of weights, or their gradients, over a few batches, for `init_lora(collected=)`.
+    """Collects inputs or gradients of weights over a few batches, for `init_lora(collected=)`.
 
     Every weight whose spec has `init="eva"`, "corda" or "lora_ga" (or an `EvaStart`, `CordaStart`
-    or `LoraGAStart`) is collected, however `fn` uses it: in products, convolutions and experts,
-    stacked under `scan`, under `remat` and `vmap`. For the first two, the moments `Σ x xᵀ` of the
-    rows that meet the weight are summed up batch by batch, and no row is kept. For the last, `fn`
-    is a loss, and the gradient of the weight is averaged over the batches.
+    or `LoraGAStart`) is collected, whether `fn` uses it in products, convolutions or experts,
+    stacked under `scan`, or under `remat` and `vmap`. For "eva" and "corda", the moments `Σ x xᵀ`
+    of the rows that meet the weight are summed batch by batch, and no row is kept. For "lora_ga",
+    `fn` must be a loss, and the gradient of the weight is averaged over the batches.
 
-    All rows count alike, padding among them: leave it out of the batches. What the function hides
-    from differentiation, by `stop_gradient`, is not read.
+    All rows count equally, including padding, so leave padding out of the batches. Inputs that the
+    function excludes from differentiation, by `stop_gradient`, are not read.
 
     Args:
-        fn: a function of the parameters first, such as the model; for "lora_ga" the loss, which
-            returns a number. It can be differentiated in reverse, so a loop has a fixed length.
+        fn: a function whose first argument is the parameters: the model, or for "lora_ga" a loss
+            that returns a scalar. It must be reverse-differentiable, so loops need a fixed length.
         params: the parameters, as for `init_lora`.
         spec: as for `init_lora`.
-        batches: each a tuple of what `fn` takes after the parameters, or the one argument.
-        at_once: how many weights are collected in one pass over the batches; by default all. Each
-            of them takes arrays of `fan_in²` numbers meanwhile, or of its own size for "lora_ga",
-            in float32 and for each entry of its shared axes: the sum, and what a batch adds to it.
+        batches: each a tuple of the other arguments of `fn`, or its only other argument.
+        at_once: how many weights to collect per pass over the batches; by default all. Each of them
+            takes two float32 arrays of `fan_in²` numbers per entry of its shared axes, or of its
+            own size for "lora_ga": the sum, and the contribution of one batch.
         through_custom_derivatives: as in `lora`.
 
     Returns:
-        Small arrays for each path, by name: about as many numbers as the first factors have.
+        For each path, small arrays by name: about as many numbers as the first factors have.
 
     Raises:
-        SpecError: where the spec asks for nothing; where a weight is used in a way whose inputs
-            cannot be read, or met fewer rows than its rank, or none; the message names the path.
-        ValueError: where there is no batch, or `fn` has to be a loss and is not.
+        SpecError: where no spec needs collected statistics; where the inputs of a weight cannot be
+            read, or are fewer rows than its rank. The message names the path.
+        ValueError: where there is no batch, or `fn` must be a loss and is not.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -90,6 +90,7 @@ def collect_starts(
     if at_once is not None and at_once < 1:
         raise ValueError(f"collect_starts: at_once is {at_once}; it is at least 1.")
     collected: Collected = {}
+    # Moments and gradients need different passes over the batches.
     for is_gradient in (False, True):
         several = [w for w in wanted if (w.spec.collects.source == "gradients") == is_gradient]
         step = max(len(several), 1) if at_once is None else at_once
@@ -106,7 +107,7 @@ def collect_starts(
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A weight that is collected."""
+    """A weight to collect."""
 
     path: str
     position: int
@@ -123,24 +124,25 @@ class _Wanted:
         return wide_dtype(self.base.dtype)
 
     def zeros(self) -> Any:
-        """Zeros, as the sums before the first batch."""
+        """Returns the sums before the first batch: zeros."""
         shape = self.base.shape
         if self.is_gradient:
             return jnp.zeros(shape, self.wide)
         shared = [shape[d] for d in self.axes.shared]
         inputs = [shape[d] for d in self.axes.inputs]
+        # Σ x xᵀ, Σ x and Σ 1, for each entry of the shared axes
         shapes = ((*shared, *inputs, *inputs), (*shared, *inputs), tuple(shared))
         return tuple(jnp.zeros(shape, self.wide) for shape in shapes)
 
     def metered(self, base: Any, zeros: Moments) -> FactoredArray:
-        """The weight under the function."""
+        """Returns the weight with a meter, as the function is evaluated on it."""
         axes = Labeled.of(self.axes, base.shape)
         is_scaled = self.spec.collects.source == "scaled inputs"
         meter = Meter.of(zeros, axes.out, axes.shared, axes.inputs, self.path, is_scaled)
         return FactoredArray(as_base(base, self.path), (), meter=meter)
 
     def reduced(self, total: Any, batches: int) -> dict[str, jax.Array]:
-        """A few vectors of each entry of the shared axes."""
+        """Reduces the sums to a few vectors per entry of the shared axes."""
         rank, start = self.spec.size or 1, self.spec.collects
         matrices = self.axes.matrices(jnp.asarray(decoded(self.base))).astype(self.wide)
         entries, fan_in, _ = matrices.shape
@@ -152,7 +154,7 @@ class _Wanted:
             second = second.reshape(entries, fan_in, fan_in)
             collected = second, first.reshape(entries, fan_in), count.reshape(entries)
         reduce = lambda each: start.reduced(*each, rank)  # noqa: E731
-        # One after the other: side by side, every entry would take the time of the slowest.
+        # Sequential `map`: under `vmap`, every entry would take as many iterations as the slowest.
         kept = jax.jit(lambda *each: jax.lax.map(reduce, each))(matrices, collected)
         if not all(bool(jnp.isfinite(x).all()) for x in kept.values()):
             label = "gradients" if self.is_gradient else "inputs"
@@ -199,7 +201,7 @@ def _wanted(leaves: Sequence[tuple[str, Any]], specs: Sequence[Any]) -> list[_Wa
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """The function, and the weights of it that are collected in one pass."""
+    """The function, with the weights to collect in one pass."""
 
     fn: Callable[..., Any]
     leaves: Sequence[tuple[str, Any]]
@@ -208,12 +210,12 @@ class _Model:
     through_custom_derivatives: bool
 
     def tree(self, arrays: Sequence[Any]) -> Any:
-        """The parameters."""
+        """Returns the tree of parameters."""
         return jax.tree.unflatten(self.structure, arrays)
 
 
 def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any]) -> list[Any]:
-    """The sum over the batches of a derivative by what is collected."""
+    """Returns the sum over the batches of a derivative with respect to what is collected."""
     params = [leaf for _, leaf in model.leaves]
     totals = [weight.zeros() for weight in model.group]
     compiled: dict[Hashable, Any] = {}
@@ -221,6 +223,8 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
         leaves, structure = jax.tree.flatten((params, batch))
         moves = tuple(map(is_array, leaves))
         rest = [None if dynamic else leaf for dynamic, leaf in zip(moves, leaves, strict=True)]
+        # Leaves that are not arrays are part of the program and compared by `str`; they need not be
+        # hashable.
         key: Hashable = (structure, moves, str(rest))
         if key not in compiled:
 
@@ -240,6 +244,7 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
                 new = derivative(params, batch)
                 return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new)
 
+            # The totals are donated: each sum is updated in place.
             compiled[key] = jax.jit(step, donate_argnums=0)
         arrays = [leaf for dynamic, leaf in zip(moves, leaves, strict=True) if dynamic]
         totals = compiled[key](totals, arrays)
@@ -247,12 +252,13 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
 
 
 def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:
-    """The gradient of each weight."""
+    """Returns the gradient of the loss with respect to each weight."""
 
     def loss(chosen: list[Any]) -> Any:
         arrays = list(params)
         for weight, array in zip(model.group, chosen, strict=True):
             arrays[weight.position] = array
+        # The gradient of a quantized weight is that of its decoded array.
         out = model.fn(model.tree(list(map(decoded, arrays))), *batch)
         if not (is_array(out) and out.ndim == 0 and jnp.issubdtype(out.dtype, jnp.floating)):
             shape = getattr(out, "shape", type(out).__name__)
@@ -266,7 +272,7 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
 
 
 def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:
-    """The moments of each weight: the derivative of whatever the function returns."""
+    """Returns the moments of each weight, as a derivative of any output of the function."""
     by_path = {weight.path: weight for weight in model.group}
     leaves = [
         Leaf(path, array, by_path[path].spec.blank(array.shape, by_path[path].axes))
@@ -274,6 +280,7 @@ def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[A
         else Leaf(path, array, None)
         for (path, _), array in zip(model.leaves, params, strict=True)
     ]
+    # The parameters are argument 0 and are taken from the pair.
     call = Call((None, *batch), {}, {0: FlatPair(leaves, model.structure)})
 
     def total(zeros: list[Moments]) -> jax.Array:
@@ -285,6 +292,8 @@ def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[A
         )
         outs = run(interpreter, traced, traced.operands)
         _check_uses(interpreter.uses)
+        # Any scalar that depends on all outputs will do: the backward pass of a meter ignores its
+        # cotangent, so it only has to be reached.
         numbers = [jnp.sum(jnp.real(x)) for x in outs if jnp.issubdtype(x.dtype, jnp.inexact)]
         return sum((x.astype(jnp.float32) for x in numbers), jnp.zeros((), jnp.float32))
 
@@ -292,7 +301,7 @@ def _moments(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[A
 
 
 def _check_uses(uses: Sequence[Use]) -> None:
-    """Refuses a weight some of whose inputs were not read."""
+    """Raises for a weight some of whose inputs were not read."""
     for use in uses:
         if use.kind == "returned":
             raise SpecError(f"`{use.source}` is returned by the function; give it another init.")

@@ -1,4 +1,4 @@
-"""What the oracle compares, under which transformations, and how closely."""
+"""The comparisons of the oracle: which transformations are compared, and how closely."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from ._arrays import is_array
 
 
 def split_data(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays among the leaves of `args`, and how to put others in their place."""
+    """Returns the arrays among the leaves of `args`, and a function that replaces them."""
     leaves, structure = jax.tree.flatten(args)
     data = [leaf for leaf in leaves if is_array(leaf)]
 
@@ -32,7 +32,7 @@ def numbers_of(tree: Any) -> list[jax.Array]:
 
 
 def loss_of(function: Any, args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
-    """A scalar that weighs every output entry differently, so that no gradient is uniform."""
+    """Returns a loss that weighs each output entry differently: no gradient is uniform."""
 
     def loss(tunable: Any) -> jax.Array:
         total = jnp.zeros((), jnp.float32)
@@ -40,7 +40,7 @@ def loss_of(function: Any, args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
             weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32) + k).reshape(out.shape)
             is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
             for part in (jnp.real(out), jnp.imag(out)) if is_complex else (out,):
-                # Fill values are NaN in the model itself.
+                # Out-of-range lookups give NaN in the plain model as well.
                 total = total + jnp.sum(weights * jnp.nan_to_num(part).astype(jnp.float32))
                 weights = jnp.sin(weights)
         return total
@@ -61,6 +61,7 @@ def over_data(function: Any, args: Any) -> Callable[[Any], Any]:
     def mapped(tunable: Any) -> Any:
         if not data:
             return []
+        # A batch of two: the data, and the data reversed along its first axis.
         several = [jnp.stack([x, x[::-1] if x.ndim else x]) for x in data]
         return jax.vmap(lambda *data: arrays_of(function(tunable, *fill(data))))(*several)
 
@@ -69,6 +70,7 @@ def over_data(function: Any, args: Any) -> Callable[[Any], Any]:
 
 def over_adapters(function: Any, args: Any) -> Callable[[Any], Any]:
     def mapped(tunable: Any) -> Any:
+        # A batch of three adapters that differ.
         several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf / 2]), tunable)
         return jax.vmap(lambda t: arrays_of(function(t, *args)))(several)
 
@@ -107,8 +109,10 @@ def compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None
             continue
         wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
         ours, theirs = ours.astype(wide), theirs.astype(wide)
+        # NaN fill values must be in the same places; elsewhere they would hide errors.
         assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ"
         ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
+        # Errors are relative to the largest entry: small entries may be sums that cancel.
         largest = np.max(np.abs(theirs), initial=0.0)
         error = np.max(np.abs(ours - theirs), initial=0.0)
         assert error <= bound * max(largest, 1e-30), (
@@ -117,12 +121,12 @@ def compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None
         )
 
 
-# A unit of rounding of what matrix units make of float32 by default: TF32, bfloat16.
+# The rounding unit of float32 products in matrix units by default: TF32 on GPU, bfloat16 on TPU.
 _MATRIX_UNITS = {"gpu": 2.0**-10, "tpu": 2.0**-7}
 
 
 def _bound(results: Any) -> float:
-    """The error that rounding may cause: 100 units of it, and 8 where a unit is already coarse."""
+    """Returns the error that rounding may cause: 100 rounding units, 8 if they are coarse."""
     widths = [jnp.finfo(r.dtype) for r in results if jnp.issubdtype(r.dtype, jnp.inexact)]
     precision: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = precision in ("float32", "highest")

@@ -1,7 +1,7 @@
-"""Everything that differs between JAX versions, and the only file that reaches past public JAX.
+"""Everything that differs between JAX versions; the only file that uses more than public JAX.
 
-Each name below says which JAX needs it and why. Rules and interpreter ask for capabilities
-(`bind`, `scan_split`), never for a version.
+Each function says which JAX version needs it and why. Rules and the interpreter use capabilities
+(`bind`, `scan_split`) and never test for a version.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _UNEXPORTED_HOMES = (lax_internal, slicing, parallel, ad_checkpoint, pjit, shard
 
 
 def find_primitive(name: str) -> jex.Primitive | None:
-    """The primitive called `name`, or None where this JAX has none of that name."""
+    """Returns the primitive called `name`, or None if this JAX does not have it."""
     for home in (jex.primitives, *_UNEXPORTED_HOMES):
         primitive = getattr(home, f"{name}_p", None)
         if isinstance(primitive, jex.Primitive):
@@ -37,7 +37,7 @@ def bind(eqn: jex.JaxprEqn, *operands: Any) -> list[Any]:
     `jax.extend.core.jaxpr_as_fun` on a one-equation jaxpr does the same through public names at
     about three times the trace time.
     """
-    # Only equations with several results have bodies, which JAX remembers by itself.
+    # Equations with bodies have several results, and JAX caches the derivatives of bodies itself.
     plain = not (eqn.effects or eqn.primitive.multiple_results)
     if plain and any(isinstance(operand, ad.LinearizeTracer) for operand in operands):
         return [_linearized_once(eqn.primitive, tuple(eqn.params.items()))(*operands)]
@@ -57,11 +57,12 @@ def bind_params(primitive: jex.Primitive, params: dict[str, Any], *operands: Any
 def _linearized_once(
     primitive: jex.Primitive, params: tuple[tuple[str, Hashable], ...]
 ) -> Callable[..., Any]:
-    """A primitive as a function whose derivative JAX works out once for all equations like it.
+    """Returns a primitive as a function whose derivative JAX computes once for all equal equations.
 
     Reverse mode differentiates every bare equation anew, at several times the cost of tracing it
-    (JAX 0.8 to 0.12), and remembers the derivatives of jitted functions alone. The functions of
-    `jax.numpy` are jitted for the same reason.
+    (JAX
+    0.8 to 0.12), and caches derivatives of jitted functions only. The functions of `jax.numpy` are
+    jitted for the same reason.
     """
 
     def function(*operands: Any) -> Any:
@@ -72,9 +73,9 @@ def _linearized_once(
 
 
 def jit_inlined(function: Any, static_argnums: tuple[int, ...] = ()) -> Any:
-    """`jax.jit` for a function whose equations become its caller's: traced once, then copied.
+    """`jax.jit` for a function that is traced once, and whose equations are copied into callers.
 
-    JAX 0.12 has a mode for that; there, and not before, `inline=True` inlines at lowering only.
+    JAX 0.12 has a mode for this. Since then, `inline=True` inlines only at lowering.
     """
     modes = getattr(jax, "Inline", None)
     inline = True if modes is None else modes.JAX_EARLY
@@ -99,16 +100,16 @@ def is_tracer(value: Any) -> bool:
 
 
 def varying_axes(array: Any) -> frozenset[Any]:
-    """The manual mesh axes that a value varies over; none are known under `check_vma=False`.
+    """Returns the manual mesh axes that a value varies over; unknown under `check_vma=False`.
 
-    JAX 0.10 put them under `manual_axis_type`; before, they were `vma` of the type itself.
+    JAX 0.10 moved them to `manual_axis_type`; before, they were `vma` of the type itself.
     """
     typed = jax.typeof(array)
     return typed.vma if hasattr(typed, "vma") else typed.manual_axis_type.varying
 
 
 def varied(array: Any, axes: frozenset[Any]) -> Any:
-    """The same value, varying over these manual mesh axes; `pcast` was `pvary` before JAX 0.9."""
+    """Returns a value that varies over these manual mesh axes (`pvary` before JAX 0.9)."""
     missing = tuple(axes - varying_axes(array))
     if not missing:
         return array
@@ -117,10 +118,12 @@ def varied(array: Any, axes: frozenset[Any]) -> Any:
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:
-    """`file:line (function)` of the user's code behind an equation; no public name gives it.
+    """Returns `file:line (function)` of the user's code behind an equation.
 
-    Empty where a library made the equation. JAX 0.8 remembers the body of a jitted function with
-    the frames of its first caller, so the search ends where the tracing of a body begins.
+    Empty if a library made the equation. No public name provides it. JAX 0.8 caches the body of a
+    jitted function with the frames of its first caller, so the search ends where the tracing of a
+    body
+    begins.
     """
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
@@ -132,16 +135,16 @@ def source_line(eqn: jex.JaxprEqn) -> str:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """The jaxpr and its constants, for an open or a closed one (one class since JAX 0.11)."""
+    """Returns the jaxpr and constants of an open or closed jaxpr (one class since JAX 0.11)."""
     if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, list(jaxpr.consts)
     return jaxpr, []
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants and how many are carried.
+    """Returns how many operands of a scan are constants, and how many are carried.
 
-    JAX 0.12 replaced `num_consts` and `num_carry` by `ft_in`, a (consts, carry, xs) of trees.
+    JAX 0.12 replaced `num_consts` and `num_carry` by `ft_in`, the trees (consts, carry, xs).
     """
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()
@@ -152,7 +155,8 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
 def rebind(function: Any, primitive: str, changes: dict[str, Any], *operands: Any) -> Any:
     """Calls `function`, which binds `primitive` once, with some of its parameters replaced.
 
-    For what a public function cannot express, as `differentiated=True` of a checkpoint inside a
+    For parameters that no public function sets, such as `differentiated=True` of a checkpoint
+    inside a
     gradient (all JAX versions).
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)

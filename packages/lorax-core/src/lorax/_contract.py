@@ -1,10 +1,10 @@
-"""The one place that emits products with factors: it decides order, form and dtype.
+"""Emits all einsums with factors: chooses their order, form and dtype.
 
-Rules say *which* labels meet. `contract` decides how: pairwise, in the order of least
-multiplications, each pair as one `dot_general` whose operands are already in the operand's
-dtype, under the named scope `lora`. On one CPU, neighboring axes are one axis in it.
+Rules say *which* labels meet. `contract` decides how: pairwise, in the order with the fewest
+multiplications, each pair as one `dot_general` whose factors are cast to the operand's dtype, under
+the named scope `lora`. On one CPU, adjacent axes are joined into one for the product.
 
-Labels are any hashable with a `size`; each names one axis of an operand.
+A label is any hashable with a `size`; it names one axis of an operand.
 """
 
 import collections
@@ -31,11 +31,12 @@ def holds_factors(dtype) -> bool:
 
 
 def product_dtype(*dtypes, out=jnp.float32):
-    """The dtype in which an equation computes with operands of `dtypes`, and so with factors.
+    """Returns the dtype in which an equation computes with operands of `dtypes`.
 
-    It is the joint dtype of those operands that can hold factors, however strict the user's
-    promotion is; where none can, it is that of the result, `out`, or float32. The factors' own
-    dtype has no say: in float32 beside a bfloat16 model they would make every product float32.
+    This is the promoted dtype of those operands that can hold factors, even under strict promotion.
+    If
+    none can, it is the dtype `out` of the result, or float32. The dtype of the factors is ignored:
+    float32 factors would otherwise turn every product of a bfloat16 model into float32.
     """
     wide = [dtype for dtype in dtypes if holds_factors(dtype)]
     if wide:
@@ -45,7 +46,7 @@ def product_dtype(*dtypes, out=jnp.float32):
 
 
 def wide_dtype(dtype):
-    """The dtype in which a weight and its terms are summed: float32, or the weight's if wider."""
+    """Returns the dtype in which a weight and its terms are summed: float32 or wider."""
     return product_dtype(dtype, jnp.float32)
 
 
@@ -59,28 +60,28 @@ def contract(
     meets: int | None = None,
     like: jax.Array | None = None,
 ) -> jax.Array:
-    """`einsum` over labels.
+    """Computes an einsum over labels.
 
     Args:
         operands: (array, one label for each of its axes).
         out: the labels of the result, in order; each is carried by some operand.
-        dtype: the dtype in which the operands meet. Factors are cast to it; what meets the weight
-            is not copied for that, as little as the equation itself copies it.
+        dtype: the dtype of the products. Factors are cast to it; the operand that meets the weight
+            is not, because that would copy it.
         precision: as in `jax.lax.dot_general`.
         preferred_element_type: of the last product, as in `jax.lax.dot_general`.
-        meets: the position of the operand that meets the weight, where there is one; without it
-            the factors are multiplied among themselves.
+        meets: the position of the operand that meets the weight, or None if the factors are
+            multiplied among themselves.
         like: an array with the axes of the result whose sharding the result takes, where the
             mesh has explicit axes.
 
     Returns:
-        The array of `out`'s axes.
+        An array with the axes `out`.
     """
     with jax.named_scope("lora"):
-        # A factor is small, so it is cast. The operand that meets the weight can be large, so it is
-        # not.
+        # Factors are small, so they are cast. The operand that meets the weight can be large.
         arrays = [a if k == meets else a.astype(dtype) for k, (a, _) in enumerate(operands)]
         labels = [labels for _, labels in operands]
+        # Off an explicit mesh, this adds no sharding.
         mesh = _Mesh(operands, out, like)
         joins = is_for_one_cpu(arrays)
         operand = None if meets is None else arrays[meets]
@@ -88,6 +89,7 @@ def contract(
         for left, right in pairwise_order(tuple(labels), out, meets):
             # Only the last product has the axes and the dtype of the result.
             last = len(arrays) == 2
+            # Labels that are still needed after this product: they must not be summed over in it.
             rest = [pair_labels for k, pair_labels in enumerate(labels) if k not in (left, right)]
             elsewhere = {*out}.union(*rest)
             array, pair_labels = _pair(
@@ -106,10 +108,12 @@ def contract(
             # x [n, i], a [i, r], b [r, o]  ->  b [r, o], x·a [n, r]  ->  x·a·b [n, o]
             for k in sorted((left, right), reverse=True):
                 del arrays[k], labels[k], met[k]
+            # The product takes the place of its operands, at the end: `pairwise_order` counts this
+            # way.
             arrays.append(array)
             labels.append(pair_labels)
             met.append(meeting)
-        # A single operand has met no other: it is summed and cast here.
+        # A single operand took part in no product, so it is summed and cast here.
         array, pair_labels = _sum_out(arrays[0], labels[0], set(out), dtype)
         array = array.astype(dtype) if len(operands) == 1 else array
         if pair_labels != out:
@@ -119,15 +123,17 @@ def contract(
 
 
 def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins, shared) -> Operand:
-    """One `dot_general`; `out`, where given, decides which operand comes first.
+    """Emits one `dot_general`; `out`, if given, decides which operand comes first.
 
-    With `joins`, neighboring axes are one axis, but not those of an operand that others share:
-    JAX would keep both forms of it for the backward pass.
+    With `joins`, adjacent axes are joined, except those of `shared`, an operand with other uses:
+    JAX
+    would keep both forms of it for the backward pass.
     """
     (x, xs), (y, ys) = left, right
-    # A label that only one side has and nothing needs is summed first: less to multiply.
+    # A label of one side that nothing else needs is summed out first: less to multiply.
     x, xs = _sum_out(x, xs, elsewhere.union(ys), dtype)
     y, ys = _sum_out(y, ys, elsewhere.union(xs), dtype)
+    # The operand was not cast, so the two dtypes may differ; the result has the common one.
     if preferred is None and x.dtype != y.dtype:
         preferred = dtype
     # x [*batch, *x_free, *summed] · y [*batch, *summed, *y_free] -> [*batch, *x_free, *y_free],
@@ -138,8 +144,10 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     x_free = tuple(label for label in xs if label not in both)
     y_free = tuple(label for label in ys if label not in both)
     if out is not None and x_free and y_free and x_free[-1] == out[-1]:
-        # Where the axes have to be transposed after all, whole rows move.
+        # With the operands in this order, the last axis of the result is already in place. If the
+        # result must be transposed, whole rows are moved.
         x, xs, x_free, y, ys, y_free = y, ys, y_free, x, xs, x_free
+        # A pair of precisions has one for each operand, so it is exchanged with them.
         if isinstance(precision, tuple):
             precision = precision[::-1]
     out_labels = (*batch, *x_free, *y_free)
@@ -165,19 +173,27 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
 
 
 def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
-    """Whether a program is traced for a CPU, off a mesh: there some forms are faster than others.
+    """Whether a program is traced for a single CPU, where some forms of a product are faster.
 
-    The gradient of `b` in `(x @ a) @ b` contracts all that x keeps, as batch and sequence. XLA on
-    CPU copies the whole cotangent for that, unless it is one axis: there axes are joined. (For `a`
-    it copies the cotangent of `x @ a`, a rank wide, which costs little.) Elsewhere nothing is
-    gained, and the joined axes cost memory on TPU, and collectives wherever several of them are
-    sharded. The rule of convolutions asks too: it joins the groups of features with the batch.
+    The gradient of `b` in `(x @ a) @ b` contracts all axes that x keeps, such as batch and
+    sequence.
+    XLA on CPU copies the whole cotangent for that, unless they are one axis, so axes are joined
+    there.
+    (For `a` it copies the cotangent of `x @ a`, which is only a rank wide.) On other platforms
+    nothing
+    is gained: joined axes cost memory on TPU, and collectives where several of them are sharded.
+    The
+    rule for convolutions uses this as well, to join the groups of features with the batch.
 
-    The mesh is in the type of the array, or in the context; it may be of another platform than
-    this host's. No trace shows what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)` compile
-    for, nor the one device of a `SingleDeviceSharding`: a host without an accelerator that
-    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`. What has a symbolic
-    size is exported, for any platform; JAX cannot always tell that a product of such sizes is one.
+    The mesh is in the type of the array, or in the context, and may be of another platform than
+    this
+    host's. A trace does not show what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)`
+    compile
+    for, nor the device of a `SingleDeviceSharding`: a host without an accelerator that compiles for
+    one
+    should put a mesh on its arguments, or call `jax.set_mesh`. A symbolic size means that the
+    program
+    is exported, for any platform; JAX also cannot always tell that a product of such sizes is one.
     """
     if any(map(jax.export.is_symbolic_dim, itertools.chain(*(array.shape for array in arrays)))):
         return False
@@ -187,16 +203,16 @@ def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
 
 
 class _Joined(NamedTuple):
-    """Labels that are one axis."""
+    """Several labels that are joined into one axis."""
 
     size: int
     labels: tuple[Any, ...]
 
 
 def _followers(sequences: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
-    """The label right behind each label, where it is so in every sequence that has one of the two.
+    """Maps each label to the one right behind it, if that holds in every sequence with either.
 
-    A reshape can make the two one axis of every array, and nothing moves.
+    A reshape can then join the two in every array without moving data.
     """
     # Two labels can be joined only if every array that has one has both, in this order.
     uses = collections.Counter(itertools.chain(*sequences))
@@ -222,7 +238,7 @@ def _reshape(array: jax.Array, labels: Sequence[Any]) -> jax.Array:
 
 
 def _precisions(precision, meets, left_met: bool, right_met: bool):
-    """A pair of precisions is one for each side of the equation: what meets, and the weight."""
+    """Returns the precision of one product; a pair has one for each side of the equation."""
     if not isinstance(precision, tuple) or meets is None:
         return precision
     of_met, of_factor = precision if meets == 0 else precision[::-1]
@@ -237,10 +253,10 @@ def _sum_out(array, labels, kept, dtype) -> Operand:
 
 
 class _Mesh:
-    """Sharding of products on a mesh with explicit axes, where `dot_general` needs it.
+    """Output shardings of products on a mesh with explicit axes, where `dot_general` needs them.
 
-    A label is sharded as the first operand that carries it is, and the result as `like` is. Of two
-    labels of one array that are sharded over the same axis of the mesh, the first one is.
+    A label is sharded as in the first operand that carries it, and the result as `like` is. If two
+    labels of one array are sharded over the same mesh axis, only the first one is.
     """
 
     def __init__(self, operands: Sequence[Operand], out: tuple[Any, ...], like: Any):

@@ -1,4 +1,4 @@
-"""Adapters of a base that `init_lora` has moved, as adapters of the base before."""
+"""Converts adapters of a base that `init_lora` has changed to adapters of the original base."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from .kinds.lora import at_same_scale
 
 
 def adapter_difference(tunable: Any, start: Any) -> Any:
-    """The change that training has made since `start`, as plain LoRA of twice the rank.
+    """Returns the change made by training since `start`, as plain LoRA of twice the rank.
 
         W₀ + s·a b  =  (W₀ + s·a₀ b₀) + s·(a b − a₀ b₀)
 
-    With `init="pissa"` or "olora" the frozen base is `W₀`, the weight less its first factors. The
-    difference belongs to the original weight, so it can be saved for people who have only that.
+    With `init="pissa"` or "olora", the frozen base is `W₀`, the original weight minus the first
+    factors. The difference applies to the original weight, so it can be used without `W₀`.
 
     Args:
         tunable: the tunable tree after training.

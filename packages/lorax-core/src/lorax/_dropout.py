@@ -1,4 +1,4 @@
-"""Dropout on the input of the adapters: keys beside the factors, and a model that knows nothing."""
+"""Dropout on the input of adapters, with keys beside the factors; the model needs no changes."""
 
 import dataclasses
 import math
@@ -18,28 +18,28 @@ from ._within import Within
 
 
 def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
-    """Adapters that drop entries of their input, each with its own keys.
+    """Returns adapters that drop entries of their input, each with keys of its own.
 
         x @ W  +  scale · (drop(x) @ a) @ b,    drop(x) = mask ⊙ x / (1 − rate)
 
-    The base sees all of `x`. The keys are data, so call it inside the loss, with another key in
-    each step; for evaluation, leave it out. Every entry of the shared axes has its own mask,
-    as each layer of a `scan`; so has every use of a weight. Under `jax.checkpoint` the mask is the
-    same again. Where there is no delta or no input, nothing is dropped: for IA³, for rows that are
-    looked up, and for parameters in full.
+    The base sees all of `x`. Keys are data, so call this inside the loss with a new key in each
+    step, and not at all for evaluation. Every entry of the shared axes has a mask of its own, such
+    as each layer of a `scan`, and so does every use of a weight. Under `jax.checkpoint`, the same
+    mask is recomputed. Nothing is dropped where there is no delta or no input: for IA³, for looked
+    up rows, and for fully trained parameters.
 
-    Beside DoRA the norm is that of the whole weight, and the input of the base is not dropped.
+    With DoRA, the norm is that of the whole weight, and the input of the base is not dropped.
 
     Args:
         tunable: the tunable tree of a pair.
         key: a PRNG key, new style or old.
-        rate: which share of the entries is dropped, at least 0 and below 1.
+        rate: the fraction of entries that is dropped, at least 0 and below 1.
 
     Returns:
         A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        ValueError: where the rate is not such a number.
+        ValueError: where the rate is not in [0, 1).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,12 +56,14 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
     if rate == 0:
         return tunable
+    # An old-style key of uint32.
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
     def dropped(path: Any, node: Any) -> Any:
         if not isinstance(node, Adapter):
             return node
+        # Folded from the path, so that adding a layer changes no other layer's mask.
         own = jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
         return _Dropped(node, own, float(rate))
 
@@ -71,7 +73,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Dropped(Within):
-    """An adapter whose input is dropped."""
+    """An adapter with dropout on its input."""
 
     adapter: Any
     key: Any

@@ -1,4 +1,4 @@
-"""The interface of a rule to the equation that it handles, and to the bodies in it."""
+"""The interface that a rule uses: the equation that it handles, and the bodies inside it."""
 
 import dataclasses
 import functools
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 
 Value = jax.Array | FactoredArray
 
-# What an operand was broadcast from, and which of its axes the other's are; None where it was not.
+# Maps a variable to the array that it was broadcast from and the `broadcast_dimensions`, or to None
+# where it was not broadcast.
 BeforeBroadcast = Callable[[Any], tuple[Value, tuple[int, ...]] | None]
 
 
-# The primitives some of whose result's entries are those of one operand, and some of another.
+# Primitives whose result has entries of several operands side by side.
 _JOINING = frozenset(
     ["concatenate", "dynamic_update_slice", "scatter", "scatter-add", "select_n", "stack"]
 )
 
 
 class Equation:
-    """The interface of a rule to the equation that it handles."""
+    """One equation of a jaxpr, as the rule of its primitive sees it."""
 
     def __init__(
         self,
@@ -50,13 +51,15 @@ class Equation:
     def __call__(self, *operands: Any) -> Any:
         """Evaluates the original equation on plain arrays, or on bases that are held as codes.
 
-        On such a base an equation waits where its result is still one; elsewhere the base is
-        decoded for this equation alone.
+        On a quantized base, an equation whose result is still a weight is deferred. Any other
+        equation
+        decodes the base for itself alone.
         """
         coded = [k for k, operand in enumerate(operands) if is_coded(operand)]
         if coded and self._waits(operands):
             waiting = [self._narrowed(k, operand) for k, operand in enumerate(operands)]
             out = operands[coded[0]].deferred(self.eqn, coded[0], waiting)
+        # A `FactoredArray` gets here only through `built`, as an operand that is decoded inside.
         elif coded or any(isinstance(operand, FactoredArray) for operand in operands):
             out = _reading.evaluate(self.eqn, operands)
         else:
@@ -64,19 +67,20 @@ class Equation:
         return out if self.eqn.primitive.multiple_results else out[0]
 
     def with_params(self, **changes: Any) -> "Equation":
-        """The same equation with other parameters."""
+        """Returns the same equation with some parameters replaced."""
         eqn = self.eqn.replace(params=self.eqn.params | changes)
         return Equation(self.interpreter, eqn, self._operands, self._before_broadcast)
 
     @functools.cached_property
     def joins_data(self) -> bool:
-        """Whether this puts a weight beside data, as a concatenation does: it is data then."""
+        """Whether this joins a weight with data, such as a concatenation: that makes data."""
         name = self.eqn.primitive.name
+        # Joining a weight with constants of the program leaves a weight.
         several = sum(isinstance(v, jex.Var) for v in self.eqn.invars) > 1
         return several and name in _JOINING and self.interpreter.beside_data(self.eqn)
 
     def narrow(self, position: int) -> jax.Array:
-        """A plain operand, with a size of one along the axes that it was broadcast to."""
+        """Returns a plain operand, of size one along each axis that it was broadcast to."""
         operand = jnp.asarray(self._operands[position])
         source = self._before_broadcast(self.eqn.invars[position])
         if source is None or isinstance(source[0], FactoredArray):
@@ -88,46 +92,53 @@ class Equation:
         return jnp.reshape(source[0], shape)
 
     def _waits(self, operands: Sequence[Any]) -> bool:
-        """Whether this waits on the codes among its operands instead of reading them."""
+        """Whether this is deferred on the quantized operands instead of decoding them."""
         return _coded.is_deferred(self.eqn, operands) and not self.joins_data
 
     def _narrowed(self, position: int, operand: Any) -> Any:
-        """An operand as it was before it was broadcast, where it was: what waits is kept."""
+        """Returns a broadcast operand as a `Spread` of its source: what is deferred is kept."""
         if len(self._operands) != len(self.eqn.invars) or operand is not self._operands[position]:
             return operand
         source = self._before_broadcast(self.eqn.invars[position])
         mesh = jax.typeof(operand).sharding.mesh
+        # On an explicit mesh, the broadcast has a sharding, which its source does not.
         if source is None or isinstance(source[0], FactoredArray) or not mesh.empty:
             return operand
+        # [out] broadcast to [in, out] is kept as [out], and broadcast again where the weight is
+        # read.
         return _coded.Spread(source[0], tuple(operand.shape), tuple(source[1]))
 
     def body(self, jaxpr: Any, finish: "Finish | None" = None) -> "Body":
-        """A body of this equation as a function of arrays and weights.
+        """Returns a body of this equation as a function of arrays and weights.
 
-        What it does to weights is recorded once, however often JAX traces it. `finish(inside,
-        outs)` maps its outputs, where `inside` is this equation as the body sees it: what that
-        materializes belongs to the body.
+        Its uses of weights are recorded once, however often JAX traces it. `finish(inside, outs)`
+        maps its
+        outputs, where `inside` is this equation as seen from the body: whatever `finish`
+        materializes is
+        computed inside the body.
         """
         self.bodies.append(Body(self, jaxpr, finish))
         return self.bodies[-1]
 
     def with_own_keys(self, value: Value, *, of_body: bool = False) -> Value:
-        """The same weight with keys of dropout that no other use of it has.
+        """Returns the same weight with dropout keys that no other use of it has.
 
-        `of_body` says that it goes into a body, whose products number their uses themselves.
+        `of_body` is set where the weight enters a body, whose products number their uses
+        themselves.
         """
         if not isinstance(value, FactoredArray) or value.keys is None:
             return value
         drawn, source = self.interpreter.drawn, value.keys.term.sources
-        # Even numbers are uses of the weight itself, odd ones bodies that use it.
+        # Even numbers are direct uses of the weight, odd numbers are bodies that use it: no two of
+        # them fold the same number into the keys.
         number = 2 * drawn[source] + of_body
         drawn[source] += 1
         return dataclasses.replace(value, keys=fold_keys(value.keys, number))
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """Records what a body did to weights.
+        """Adds the uses that a body recorded to the record of this evaluation.
 
-        The equations of a library have no line of the user's: they get the line of their caller.
+        A use inside library code has no line of user code, and takes the line of this equation.
         """
         self.interpreter.uses += (
             use if use.line else dataclasses.replace(use, line=self.line) for use in uses
@@ -135,7 +146,7 @@ class Equation:
 
     @functools.cached_property
     def line(self) -> str:
-        """The user's source line; empty where only a library's code made this equation."""
+        """The user's source line, or an empty string if only library code made this equation."""
         return _compat.source_line(self.eqn)
 
     @property
@@ -144,7 +155,11 @@ class Equation:
         return self._out_aval.dtype
 
     def product_dtype(self, *operands: jax.Array) -> Any:
-        """The dtype in which this product of `operands` is computed, and so factors meet in it."""
+        """Returns the dtype in which the product of `operands` is computed; factors are cast to it.
+
+        Raises:
+            Inexpressible: where the result is of integers, which cannot hold low-rank factors.
+        """
         if not jnp.issubdtype(self.out_dtype, jnp.inexact):
             raise Inexpressible(f"computes in {self.out_dtype}, which cannot hold low-rank factors")
         dtypes = (operand.dtype for operand in operands)
@@ -160,29 +175,32 @@ class Equation:
         return self.eqn.outvars[0].aval
 
     def use(self, value: Value, kind: str, reason: str = "") -> None:
-        """Records that this equation uses a weight."""
+        """Records that this equation uses a weight; `kind` and `reason` are those of `Use`."""
         if not isinstance(value, FactoredArray):
             return
         name, line, shape = self.eqn.primitive.name, self.line, value.shape
+        # A weight that is made of several parameters is a use of each.
         sources = dict.fromkeys(source for names in value.sources for source in names)
         self.interpreter.uses += (
             Use(source, kind, name, shape, line, reason) for source in sources
         )
 
     def built(self, value: Value, reason: str = "") -> Any:
-        """The value as an operand of an equation that no rule covers; see `materialize`.
+        """Returns the value as an operand for an equation without a rule; see `materialize`.
 
-        A base that is held as codes becomes an array within the equation.
+        A base that is held as codes is decoded inside the equation.
         """
         if not isinstance(value, FactoredArray) or not is_coded(value.base):
             return self.materialize(value, reason)
+        # A deferred equation decodes nothing yet, so it is not recorded as materializing the
+        # weight.
         waits = value.is_bare and self._waits([value.base])
         if not waits:
             self.use(value, "materialized", reason)
         return value.base if value.is_bare else value.unnamed()
 
     def materialize(self, value: Value, reason: str = "") -> jax.Array:
-        """The value as a plain array; a weight is materialized, and that is recorded."""
+        """Returns the value as a plain array; for a weight, the materialization is recorded."""
         if not isinstance(value, FactoredArray):
             return value
         self.use(value, "materialized", reason)
@@ -191,16 +209,24 @@ class Equation:
     def rows_or_weight(
         self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False
     ) -> Value:
-        """A weight, or an array where its pieces no longer have anything to keep apart.
+        """Returns a weight, or an array if keeping its pieces apart no longer saves anything.
 
-        A row of an embedding table is such an array: adding its terms is what the model itself
-        does with the row. An 8-bit float is left alone until it is cast: adding to it would
-        round the terms away. `meets` names, for each term, the factor that is a whole weight, if
-        any. `finished` says that the terms are added in any case.
+        A looked-up row of an embedding table becomes an array, for example: the model itself would
+        add the
+        delta to such a row. A weight in an 8-bit float stays factored until it is cast, because a
+        sum in
+        8 bits would round the terms away.
+
+        Args:
+            weight: the weight.
+            meets: for each term, the position of the factor that is a whole weight, if there is
+                one.
+            finished: whether the terms are added in any case.
         """
         base = weight.base
         if weight.is_bare and not finished:
             return weight
+        # Not yet: the base cannot take a sum, or factors are still apart.
         if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
             return weight
         self.use(weight, "rows")
@@ -210,24 +236,26 @@ class Equation:
             met = meets[k] if meets else None
             dtype = base.dtype
             if met is not None and term.factors[met].dtype.itemsize == 2:
-                # As large as a weight: it is not widened for a sum that is made in float32.
+                # This factor is as large as a weight, so it is not widened to float32 for the sum.
                 dtype = term.factors[met].dtype
             base = term.added_to(base, dtype, meets=met)
+        # W = Π gains ⊙ turn · (base + Σ terms): the order matters.
         base = weight.turned(base)
         for gain in weight.gains:
             base = times_gain(base, gain.array(_contract.wide_dtype(base.dtype)))
         return base
 
 
-# Maps the outputs of a body, given the equation as the body sees it.
+# Maps the outputs of a body, given the equation as seen from inside the body.
 Finish = Callable[[Equation, list[Value]], Any]
 
 
 class Body:
-    """A body of an equation as a function; `uses` is what its last run did to weights.
+    """A body of an equation as a function; `uses` has the uses recorded by its last run.
 
-    It keeps the jaxpr, and neither the operands nor the record of the call that made it, so it may
-    outlive that call.
+    It holds the jaxpr, but neither the operands nor the record of the call that made it, so it can
+    be
+    cached beyond that call.
     """
 
     def __init__(self, equation: Equation, jaxpr: Any, finish: Finish | None = None):
@@ -236,6 +264,7 @@ class Body:
         self._jaxpr, self._finish = jaxpr, finish
 
     def __call__(self, *args: Value) -> Any:
+        # A new record per run: JAX may trace a body several times, and the last run counts.
         interpreter = self._interpreter.fork()
         outs: Any = interpreter.run(self._jaxpr, args)
         if self._finish is not None:

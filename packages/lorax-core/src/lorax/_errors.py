@@ -1,8 +1,8 @@
-"""What Lorax raises and warns with.
+"""The errors and warnings of Lorax.
 
-An error class exists where a caller may want to catch that case alone; each message says what
-happened (path, primitive, shapes), why, and what to do. The last line that a user sees is the
-address of its section in the documentation.
+There is an error class for each case that a caller may want to catch separately. Each message says
+what happened (path, primitive, shapes), why, and what to do. It ends with the address of its
+section in the documentation.
 """
 
 # As `[project.urls]` has it, which `nox -s release-check` compares.
@@ -12,7 +12,7 @@ _PACKAGES = ("lorax", "lorax_hf", "lorax_io")
 
 
 def remedies(category: type) -> str:
-    """Where the documentation has the causes and the remedies of an error or a warning."""
+    """Returns a pointer to the documentation of an error or warning class."""
     # A class of somebody else has the address of ours that it derives from.
     ours = next(c for c in category.__mro__ if c.__module__.partition(".")[0] in _PACKAGES)
     return f"See {DOCUMENTATION}troubleshooting/#{ours.__name__.lower()}"
@@ -21,8 +21,9 @@ def remedies(category: type) -> str:
 class LoraxError(Exception):
     """Base class of every error that Lorax raises on purpose.
 
-    The address of its remedies is a note, `__notes__`, so that it ends the traceback and is not
-    repeated where one message quotes another.
+    The address of its documentation is a note (`__notes__`), so that it ends the traceback and is
+    not
+    repeated in messages that quote another.
     """
 
     def __init__(self, *args: object) -> None:
@@ -31,7 +32,7 @@ class LoraxError(Exception):
 
 
 class LoraxWarning(UserWarning):
-    """Base class of every warning of Lorax; the last line of its text is where its remedies are."""
+    """Base class of every warning of Lorax; its text ends with the documentation's address."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{remedies(type(self))}"
@@ -74,6 +75,6 @@ class RankWarning(LoraxWarning):
 
 
 def a_kind(value: object) -> str:
-    """The class of a value with its article, for messages."""
+    """Returns the class name of a value with its article, for messages."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

@@ -1,4 +1,4 @@
-"""`explain`: a table of what becomes of every adapter, without running anything."""
+"""`explain`: a table of how every adapter is used, without running the model."""
 
 import collections
 import dataclasses
@@ -27,10 +27,18 @@ from ._uses import Use
 class Row:
     """One trained parameter.
 
-    `rank` is None where the kind of adapter has none, and `size` is what the table shows: the rank
-    of plain LoRA, kind and rank of another adapter, or "full" for a `LORA_FULL` parameter. `status`
-    is "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter, whose use is
-    the model's own and not followed.
+    Attributes:
+        path: its path.
+        shape: the shape of the weight.
+        rank: the rank, or None for kinds of adapters without one.
+        size: what the table shows: the rank of plain LoRA, kind and rank of another adapter, or
+            "full"
+            for a `LORA_FULL` parameter.
+        trainable: how many numbers are trained.
+        status: "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter,
+            which
+            the model uses as it is.
+        uses: the primitives that use the weight, with counts.
     """
 
     path: str
@@ -44,9 +52,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What XLA counts for one call before it optimizes; None where it does not count.
+    """The cost of one call as XLA counts it before optimization; None if it has no count.
 
-    It does not where a size is symbolic.
+    There is no count if a size is symbolic.
     """
 
     flops: float | None
@@ -55,23 +63,23 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table, in a notebook as HTML.
+    """The result of `explain`; prints as a table, in a notebook as HTML.
 
     Attributes:
         rows: one for each trained parameter.
         trainable: how many numbers are trained.
         total: how many numbers the base model has.
-        base: the cost of a call of the base model, whose weights are floats.
-        adapted: the cost of the same call with adapters, on the weights as they are held.
-        frozen_bytes: of the frozen tree.
-        tunable_bytes: of the tunable tree.
-        kept_bytes: of what is kept for the backward pass of the trained parameters, without the
-            arguments of the call; None where there is no such pass, or a size is symbolic.
-        no_derivative: what JAX says where there is no backward pass.
+        base: the cost of one call of the base model with float weights.
+        adapted: the cost of the same call with adapters, on quantized weights if there are any.
+        frozen_bytes: the bytes of the frozen tree.
+        tunable_bytes: the bytes of the tunable tree.
+        kept_bytes: the bytes saved for the backward pass of the trained parameters, without the
+            arguments of the call; None if there is no backward pass or a size is symbolic.
+        no_derivative: JAX's message if there is no backward pass.
         quantized: how many numbers of the base model are held as codes.
-        bits: for each of these, scales included; None where there are none.
-        decoded: the uses for which a quantized weight without an adapter is made an array, other
-            than products and look-ups: of each the path, the primitive, and the line.
+        bits: bits per quantized number, scales included; None if there are none.
+        decoded: the uses that decode a quantized weight without an adapter, other than products
+            and lookups: path, primitive and line of each.
     """
 
     rows: tuple[Row, ...]
@@ -157,15 +165,15 @@ def explain(
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """What `lora(fn)(pair, *args, **kwargs)` does with every adapter, without running it.
+    """Reports how `lora(fn)(pair, *args, **kwargs)` uses every adapter, without running it.
 
     Args:
-        fn: a function of the parameters first, as it is before `lora`.
-        pair: the pair `(frozen, tunable)`, or its two trees, one after the other; arrays may be
+        fn: the original model, a function whose first argument is the parameters.
+        pair: the pair `(frozen, tunable)`, or its two trees as two arguments; arrays may be
             `jax.ShapeDtypeStruct`.
-        *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
+        *args: the other arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`.
         through_custom_derivatives: as in `lora`.
-        **kwargs: what `fn` is called with.
+        **kwargs: the keyword arguments of `fn`.
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
@@ -191,6 +199,7 @@ def explain(
     uses_of: dict[str, list[Use]] = collections.defaultdict(list)
     for use in uses(traced, through_custom_derivatives):
         uses_of[str(use.source)].append(use)
+    # Quantized weights without an adapter.
     bare = {leaf.path for leaf in call.leaves if leaf.is_weight and not leaf.is_adapted}
     decoded = dict.fromkeys(
         (path, use.primitive, use.line)
@@ -204,6 +213,7 @@ def explain(
     tunable = [x for x in jax.tree.leaves([leaf.tunable for leaf in call.leaves]) if is_array(x)]
     rows = [_row(leaf, uses_of[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
+    # The base model with floats, also where weights are quantized.
     plain = list(map(traced_as, traced.operands))
     kept, no_derivative = _kept(fn, pair, args, kwargs, through_custom_derivatives)
     return Explanation(
@@ -230,9 +240,10 @@ def _adapted(traced: Traced, through: bool) -> Callable[..., Any]:
 def _kept(
     fn: Callable[..., Any], pair: Any, args: Any, kwargs: Any, through: bool
 ) -> tuple[int | None, str]:
-    """The bytes of what the derivative by the trained parameters holds, or why it has none."""
+    """Returns the bytes saved for the backward pass, or the reason why there is none."""
     frozen, tunable = pair
     trained, structure = jax.tree.flatten(tunable)
+    # Only inexact leaves have a derivative; other leaves are captured.
     moves = [is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in trained]
     rest, whole = jax.tree.flatten((frozen, trained, args, kwargs))
     dynamic = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in rest]
@@ -253,8 +264,10 @@ def _kept(
             out = adapted((frozen, jax.tree.unflatten(structure, tree)), *args, **kwargs)
             return [x for x in jax.tree.leaves(out) if _is_inexact(x)]
 
+        # The residuals are leaves of the pullback, which is a pytree; arguments of the call do not
+        # count.
         outs, pullback = jax.vjp(outputs, chosen)
-        pullback(outs)  # raises where there is no way back
+        pullback(outs)  # raises if some function has no reverse derivative
         return jax.tree.leaves(pullback)
 
     chosen = [leaf for m, leaf in zip(moves, trained, strict=True) if m]
@@ -263,6 +276,7 @@ def _kept(
         jaxpr = jax.make_jaxpr(kept)(chosen, given).jaxpr
     except Exception as error:  # whatever the derivative of somebody's primitive raises
         return None, str(error).partition("\n")[0]
+    # Residuals that are inputs or constants take no additional memory.
     before = {*jaxpr.invars, *jaxpr.constvars}
     held = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - before
     return sum(bytes_of(v.aval) for v in held), ""
@@ -287,6 +301,7 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
         status = "never used"
     elif kinds & {"materialized", "returned"}:
         status = "materialized"
+    # A weight may be used by several primitives, and several times by each.
     counts = collections.Counter(use.primitive for use in leaf_uses)
     counted = tuple(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())
     rank = getattr(adapter, "rank", None)
@@ -296,7 +311,8 @@ def _row(leaf: Leaf, leaf_uses: Sequence[Use]) -> Row:
 
 def _cost(function: Callable[..., Any], *operands: Any) -> Cost:
     if _is_symbolic(operands):
-        return Cost(None, None)  # A program for any size has no count.
+        return Cost(None, None)  # A program with symbolic sizes has no count.
+    # Lowered but not compiled: counts before optimization, on any platform.
     counted = jax.jit(function).lower(*operands).cost_analysis()
     if not isinstance(counted, dict):
         return Cost(None, None)

@@ -1,12 +1,12 @@
-"""A weight while the transformed function runs: a base, terms that are added, gains that multiply.
+"""A weight while the transformed function runs: a base, added terms, and multiplying gains.
 
     W  =  Π gains  ⊙  turn · (base + Σ terms)
 
-A gain is a term that owns few of the weight's labels. One gain may wait for its divisor, the norm
-of the sum: it is computed when the weight is used, and not for what a slice leaves behind. A turn
-is a block-diagonal matrix along one axis.
+A gain is a term that owns few of the weight's labels. One gain may be pending: its divisor, the
+norm of the sum, is computed only when the weight is used, and only for the part that is left of it.
+A turn is a block-diagonal matrix along one axis.
 
-All these pieces are terms of one shape, so whatever moves a term moves each of them.
+All of these pieces are terms of the same shape, so any function that moves a term moves them all.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from ._turn import Turn
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Dropout on what meets the terms: PRNG keys of the weight, one for each shared entry.
+    """Dropout on the input of the terms: PRNG keys of the weight, one per shared entry.
 
     Attributes:
         term: one factor of key data, `[*shared, words]`, along the axes of the weight.
-        rate: which share of the entries is dropped.
+        rate: the fraction of entries that is dropped.
         impl: the PRNG implementation of the keys.
     """
 
@@ -49,12 +49,12 @@ class FactoredArray:
 
     Attributes:
         base: the frozen weight.
-        terms: what is added to it.
-        gains: what multiplies the sum.
-        norm: one more gain, whose divisor is still to be computed.
+        terms: the terms that are added to it.
+        gains: the gains that multiply the sum.
+        norm: a pending gain, whose divisor has not been computed yet.
         keys: the PRNG keys of dropout on the input of the terms, as a term of integers.
         turn: a block-diagonal matrix that multiplies the sum along one axis.
-        meter: where the inputs of the weight are summed up; it changes nothing.
+        meter: accumulates statistics of the inputs of the weight; it does not change values.
     """
 
     base: jax.Array | CodedArray
@@ -72,16 +72,17 @@ class FactoredArray:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is a base and terms alone."""
+        """Whether the weight is a base plus terms, without any other piece."""
         rest = (self.norm, self.keys, self.turn, self.meter)
         return not self.gains and all(piece is None for piece in rest)
 
     @property
     def is_flat(self) -> bool:
-        """Whether nothing is gained by keeping the pieces apart.
+        """Whether keeping the pieces apart saves nothing.
 
-        That is where one factor of each term spans all that is left of the weight, and the gains
-        vary along all of it.
+        That is so if one factor of each term spans all that is left of the weight, and the gains
+        vary along
+        all of it.
         """
         of_gains = (*self.gains, *([self.norm.term] if self.norm else ()))
         flat = all(term.is_flat for term in self.terms) and self.meter is None
@@ -90,29 +91,29 @@ class FactoredArray:
 
     @property
     def pieces(self) -> tuple[Term, ...]:
-        """Everything but the base: terms, gains, and what else there is one of."""
+        """All pieces but the base: terms, gains, and those of the norm, keys, turn, meter."""
         rest = (self.norm, self.keys, self.turn, self.meter)
         pending = [piece.term for piece in rest if piece is not None]
         return (*self.terms, *self.gains, *pending)
 
     def steps_through(self, axis: int) -> bool:
-        """Whether entries of an axis belong together: a step of a `scan` has one of them."""
+        """Whether a `scan` over this axis would separate entries that belong together."""
         turned = self.turn is not None and self.turn.axis == axis
         return turned or (self.meter is not None and axis in self.meter.axes)
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is a base that is held as codes, and nothing else."""
+        """Whether this is a base that is held as codes, without any other piece."""
         return is_coded(self.base) and not self.pieces
 
     @property
     def sources(self) -> list[tuple[Hashable, ...]]:
-        """The names of each piece, after those of a base that is held as codes."""
+        """The source names of a base that is held as codes, then those of each piece."""
         of_base = [self.base.sources] if is_coded(self.base) else []
         return of_base + [piece.sources for piece in self.pieces]
 
     def with_sources(self, names: Iterator[tuple[Hashable, ...]]) -> "FactoredArray":
-        """The same weight, its pieces called otherwise."""
+        """Returns the same weight with other source names, in the order of `sources`."""
         base = self.base
         if is_coded(base):
             base = dataclasses.replace(base, sources=next(names))
@@ -121,11 +122,11 @@ class FactoredArray:
         )
 
     def unnamed(self) -> "FactoredArray":
-        """The same weight without what it is called: equal layers then are alike."""
+        """Returns the same weight without source names, so that equal layers are equal."""
         return self.with_sources(itertools.repeat(()))
 
     def with_pieces(self, base: Any, pieces: Iterable[Term]) -> "FactoredArray":
-        """The weight of another base and of as many other pieces."""
+        """Returns the weight with another base and other pieces, in the order of `pieces`."""
         rest = iter(pieces)
         terms = tuple(next(rest) for _ in self.terms)
         gains = tuple(next(rest) for _ in self.gains)
@@ -136,9 +137,9 @@ class FactoredArray:
         return FactoredArray(base, terms, gains, norm, keys, turn, meter)
 
     def moved(self, change: Callable[[Term], Term]) -> "FactoredArray":
-        """Every piece as `change` moves or cuts it, beside the base as it is.
+        """Returns the weight with `change` applied to every piece; the base stays unchanged.
 
-        A norm that would lose some of its entries is computed before.
+        A pending norm that would lose some of the entries it runs over is computed first.
         """
         weight = self
         if weight.norm is not None:
@@ -148,25 +149,25 @@ class FactoredArray:
         return weight.with_pieces(weight.base, map(change, weight.pieces))
 
     def resolved(self) -> "FactoredArray":
-        """The same weight, whose norm is computed."""
+        """Returns the same weight with its pending norm computed."""
         if self.norm is None:
             return self
         gain = self.norm.gain(self.base, self.terms)
         return dataclasses.replace(self, gains=(*self.gains, gain), norm=None)
 
     def replace_terms(self, terms: Iterable[Term]) -> "FactoredArray":
-        """The same weight with other terms."""
+        """Returns the same weight with other terms."""
         return dataclasses.replace(self, terms=tuple(terms))
 
     def replace_base(self, base: jax.Array | CodedArray) -> "FactoredArray":
-        """The same weight with another base."""
+        """Returns the same weight with another base."""
         return dataclasses.replace(self, base=base)
 
     def array(self) -> jax.Array:
-        """The materialized weight: computed in float32 or wider, then cast to the base's dtype."""
+        """Returns the materialized weight: summed in float32 or wider, cast to the base's dtype."""
         wide = _contract.wide_dtype(self.base.dtype)
         total = self.base.astype(wide)
-        # A merged weight is computed once and used often: spend the precision.
+        # A merged weight is computed once and used many times, so it is worth full precision.
         highest: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
         for term in self.terms:
             total = total + term.array(wide, **highest)
@@ -182,15 +183,15 @@ class FactoredArray:
         return {d: d for d in range(self.base.ndim)}
 
     def metered(self, operand: jax.Array, places: Mapping[int, int], **keywords: Any) -> jax.Array:
-        """The operand that meets the weight, read by its meter if it has one; see `Meter.read`."""
+        """Returns the operand, read by the weight's meter if there is one; see `Meter.read`."""
         return operand if self.meter is None else self.meter.read(operand, places, **keywords)
 
     def turned(self, array: jax.Array) -> jax.Array:
-        """An array of the weight's axes times the turn."""
+        """Returns an array with the weight's axes, multiplied by the turn."""
         return array if self.turn is None else self.turn.applied_to(array, self._axes)
 
     def removed(self) -> jax.Array:
-        """The base of which `base` is the merged weight: gains, turn and terms are undone."""
+        """Returns the base that was merged into `base`: undoes gains, turn and terms."""
         wide = _contract.wide_dtype(self.base.dtype)
         total = self.base.astype(wide)
         highest: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
@@ -204,33 +205,36 @@ class FactoredArray:
 
 
 def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax.Array:
-    """An array times a gain, in the dtype of the array.
+    """Returns an array times a gain, in the dtype of the array.
 
-    The gain is float32 or wider. For the backward pass a narrower array is kept as it is. On a mesh
-    with explicit axes the gain goes where the array is.
+    The gain is float32 or wider. A narrower array is saved for the backward pass as it is, not
+    widened.
+    On a mesh with explicit axes, the gain is sharded like the array.
 
     Args:
         array: any array.
-        gain: of as many axes; those of size one are broadcast.
-        joins: whether neighboring axes may be one axis in the product, on one CPU. The gain's
-            gradient is a sum over all that the gain is constant along, and XLA on CPU fuses such a
-            sum only over one axis. Of an array that others share, JAX would keep both forms.
+        gain: has the same number of axes; those of size one are broadcast.
+        joins: whether adjacent axes may be joined for the product, on a single CPU. The gradient of
+            the gain is a sum over all axes that the gain is constant along, which XLA on CPU fuses
+            only
+            over a single axis. If the array has other uses, JAX would keep both forms of it.
     """
     if joins and _contract.is_for_one_cpu([array]):
         return times_gain(*_joined(array, gain)).reshape(array.shape)
-    # [*axes] ⊙ [*axes, 1 where it is constant]
+    # [*axes] ⊙ [*axes], where the gain has size 1 along each axis that it is constant along
     gain = sharded_like(gain, array)
 
     def times(array: jax.Array, gain: jax.Array) -> jax.Array:
         return (array.astype(gain.dtype) * gain).astype(array.dtype)
 
     with jax.named_scope("lora"):
+        # Without the checkpoint, JAX would keep the widened copy of a narrow array.
         wide = array.dtype == gain.dtype
         return times(array, gain) if wide else jax.checkpoint(times)(array, gain)
 
 
 def _joined(array: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both with one axis for neighbors that the gain is constant along, and for other ones."""
+    """Joins adjacent axes that the gain is constant along, and those that it varies along."""
     # array [batch, seq, out], gain [1, 1, out]  ->  [batch · seq, out], [1, out]
     axes = itertools.groupby(range(array.ndim), lambda d: gain.shape[d] == 1)
     runs = [list(run) for _, run in axes]
@@ -259,10 +263,10 @@ def is_weight(value: Any) -> TypeGuard[FactoredArray]:
 
 
 def base_of(value: Any) -> Any:
-    """The base of a weight; a plain array is its own."""
+    """Returns the base of a weight; a plain array is its own base."""
     return value.base if is_weight(value) else value
 
 
 def terms_of(value: Any) -> tuple[Term, ...]:
-    """The terms of a weight; a plain array has none."""
+    """Returns the terms of a weight; a plain array has none."""
     return value.terms if is_weight(value) else ()

@@ -1,6 +1,6 @@
-"""How other libraries serialize adapters: `jax.export` and `flax.serialization`.
+"""Serialization of adapters by other libraries: `jax.export` and `flax.serialization`.
 
-All else that writes pytrees (Orbax, Equinox, pickle) sees arrays and needs nothing.
+Other libraries that write pytrees (Orbax, Equinox, pickle) handle adapters without registration.
 """
 
 import json
@@ -13,7 +13,7 @@ from ._statics import with_tuples
 
 
 def register_with_export(cls: type) -> None:
-    """`jax.export` writes the structure of arguments into the file, statics included."""
+    """Registers a class with `jax.export`, which serializes the structure of arguments."""
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"lorax.{cls.__name__}",
@@ -31,19 +31,19 @@ def _static_from_bytes(data: bytes) -> Any:
 
 
 def register_with_flax(cls: type) -> None:
-    """Teaches `flax.serialization` the class, where Flax has been imported.
+    """Registers a class with `flax.serialization`, if Flax has been imported.
 
-    Flax looks classes up in its own table, and the core does not import Flax. So every new
-    adapter asks, and each `jax.tree.map` makes new ones: they are known before a state is saved.
+    Flax has a table of classes, and the core does not import Flax. So each new adapter tries to
+    register its class; `jax.tree.map` makes new adapters, so this happens before a state is saved.
     """
     flax: Any = sys.modules.get("flax.serialization")
-    # An import that is still running has not defined the functions yet.
+    # While Flax is being imported, the functions may not be defined yet.
     if hasattr(flax, "register_serialization_state") and not flax.is_serializable(cls):
         flax.register_serialization_state(cls, _to_state, _from_state)
 
 
 def _to_state(weight: Any) -> dict[str, Any]:
-    """The factors; what is static comes from the target at restore, as in `flax.struct`."""
+    """Returns the factors; static fields come from the target at restore, as in `flax.struct`."""
     to_state = sys.modules["flax.serialization"].to_state_dict
     return {name: to_state(factor) for name, factor in weight.factors().items()}
 

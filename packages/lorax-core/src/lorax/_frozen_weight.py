@@ -14,16 +14,17 @@ from ._formats import register_with_export
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FrozenWeight:
-    """A base, and the factors of its adapter that stay frozen: a node of the frozen tree.
+    """A node of the frozen tree: a base, with the frozen factors of its adapter.
 
-    `init_lora` puts one where a kind of adapter needs it, such as the norms of DoRA or the matrices
-    of VeRA; elsewhere the frozen tree has the base alone.
+    `init_lora` makes one for kinds of adapters that need it, for the norms of DoRA or the matrices
+    of
+    VeRA; otherwise the frozen tree has the bare base.
 
     Attributes:
         base: the frozen weight.
         factors: arrays by name.
-        settings: those of the adapter as JSON, where some factors follow from the base, so that
-            `quantize` can compute them again.
+        settings: the settings of the adapter as JSON if some factors follow from the base, so that
+            `quantize` can recompute them.
     """
 
     base: Any
@@ -32,7 +33,7 @@ class FrozenWeight:
 
     @classmethod
     def beside(cls, base: Any, factors: Mapping[str, Any], adapter: "Adapter") -> Any:
-        """The leaf of the frozen tree for an adapter: the base alone where it has no factors."""
+        """Returns the frozen leaf for an adapter: the bare base if there are no factors."""
         if not factors:
             return base
         follows = type(adapter).derived is not Adapter.derived
@@ -50,7 +51,7 @@ class FrozenWeight:
 
 
 def base_and_held(leaf: Any) -> tuple[Any, dict[str, Any]]:
-    """A leaf of the frozen tree as its base and the frozen factors beside it."""
+    """Splits a leaf of the frozen tree into its base and its frozen factors."""
     return (leaf.base, leaf.factors) if isinstance(leaf, FrozenWeight) else (leaf, {})
 
 

@@ -1,4 +1,4 @@
-"""`infer_spec`: a spec for every weight that a function uses as one, found by tracing it."""
+"""`infer_spec`: a spec for every weight that a function multiplies by, found by tracing it."""
 
 import math
 import warnings
@@ -41,48 +41,47 @@ def infer_spec(
     skip_small: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """A spec for every parameter that `fn` multiplies with something or looks rows up in.
+    """Returns a spec for every parameter that `fn` uses in a product or looks rows up in.
 
-    Traces `fn(params, *args, **kwargs)` without any arithmetic. The axes of a weight that a product
-    with data sums over, or that a look-up indexes, are its inputs; those that are kept are its
-    outputs; all others are shared. Of several uses the first product with data decides. Dense,
+    Traces `fn(params, *args, **kwargs)` without arithmetic. The axes of a weight that a product
+    with data sums over, or that a lookup indexes, are its inputs. The axes that are kept are its
+    outputs, and all others are shared. Of several uses, the first product with data decides. Dense,
     convolution, transposed, stacked and expert weights get the right axes, and so do weights that
     `lora` materializes, such as those behind a mask.
 
-    Biases, gains, positions and tokens, which are only added to data, multiplied with it entry by
-    entry, or placed beside it, are left frozen, and so is what the function does not read. Every
-    other parameter of two or more axes that is left frozen is named in one warning.
+    Parameters that are only added to data, multiplied with it entry by entry, or concatenated to it
+    (biases, gains, positions, tokens) are left frozen, as are unused ones. Every other parameter of
+    two or more axes that is left frozen is named in a single warning.
 
     Args:
-        fn: a function of the parameters first.
+        fn: the model, a function whose first argument is the parameters.
         params: the parameters, or a tree of `jax.ShapeDtypeStruct`.
-        *args: what `fn` is called with; arrays may be `jax.ShapeDtypeStruct`.
-        rank: of every adapter, for plain LoRA.
+        *args: the other arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`.
+        rank: the rank of every adapter, for plain LoRA.
         alpha: as in `LoraSpec`.
         scaling: as in `LoraSpec`.
-        spec: instead of these three, the spec of any kind of adapter, without axes.
-        where: only parameters whose path it accepts: a glob, a compiled regular expression or a
-            callable.
-        shared_axes: axes that have their own factors for each entry although the trace does not
-            show it: of every weight, or a dict from patterns of paths to axes. In the first layer
-            of an ensemble made by `jax.vmap` on one input, the members share `a` unless their axis
-            is given here.
-        skip_small: whether a weight stays frozen where its adapter would have at least as many
-            numbers as the weight, `rank · (inputs + outputs) ≥ inputs · outputs` for LoRA. With
-            False it gets an adapter, whose rank is at most that of the weight.
-        **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
-            `functools.partial` before.
+        spec: the spec of any kind of adapter, without axes, in place of these three.
+        where: a filter on paths: a glob, a compiled regular expression or a callable.
+        shared_axes: axes with separate factors for each entry that the trace does not reveal: for
+            every weight, or a dict from path patterns to axes. For example, in the first layer of
+            an ensemble made by `jax.vmap` on a single input, the members share `a` unless their
+            axis is given here.
+        skip_small: whether a weight stays frozen if its adapter would have at least as many numbers
+            as the weight, `rank · (inputs + outputs) ≥ inputs · outputs` for LoRA. If False, it
+            gets an adapter whose rank is at most that of the weight.
+        **kwargs: the keyword arguments of `fn`. One with the name of an option above must be bound
+            with `functools.partial` first.
 
     Returns:
-        A tree with the structure of `params` of specs and `LORA_FREEZE`, for `init_lora`;
-        edit its leaves as you like.
+        A tree of specs and `LORA_FREEZE` with the structure of `params`, for `init_lora`. Edit its
+        leaves as you like.
 
     Raises:
         SpecError: where no weight is found, or none that `where` accepts.
-        TypeError: where an option is given that `fn` has a keyword like.
+        TypeError: where an option is given whose name is also a keyword of `fn`.
 
     Warns:
-        UnadaptedWarning: where weights are left frozen, or get a lower rank; names each with the
+        UnadaptedWarning: names weights that are left frozen or get a lower rank, each with the
             reason and what to do.
 
     Example:
@@ -123,11 +122,13 @@ def infer_spec(
         axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
         fan_in, fan_out = axes.sizes(leaf.shape)
         own = kind.with_axes(axes)
+        # No matrix has a higher rank than its shorter side.
         if own.size is not None and own.size > min(fan_in, fan_out):
             own = own.with_size(min(fan_in, fan_out))
         of_rank = "" if own.size is None else f" of rank {own.size}"
         count = own.count(tuple(leaf.shape), axes)
         if skip_small and count >= math.prod(leaf.shape):
+            # Counts in the message are per shared entry, like fan_in and fan_out.
             entries = math.prod(leaf.shape[d] for d in axes.shared)
             notes.append(
                 f"`{path}`: an adapter{of_rank} has {count // entries} numbers for {fan_in} inputs "
@@ -155,12 +156,14 @@ def infer_spec(
 def roles_of(
     fn: Any, leaves: list[tuple[str, Any]], structure: Any, args: Any, kwargs: Any
 ) -> Roles:
-    """The roles of a function's parameters, found by tracing it."""
+    """Returns the roles of a function's parameters, found by tracing it."""
+    # Any adapter makes a leaf a weight for `trace`; this one has no kind.
     marker = Adapter()
     marked = [Leaf(path, leaf, marker if is_array(leaf) else None) for path, leaf in leaves]
     matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
 
     def known_by_its_path(leaf: Leaf) -> FactoredArray:
+        # An empty term that only carries the path: nothing here is evaluated.
         return FactoredArray(as_base(leaf.frozen), (Term((), (), (), (leaf.path,)),))
 
     call = Call((None, *args), kwargs, {0: FlatPair(marked, structure)})
@@ -182,7 +185,7 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def _is_vector(leaf: Any) -> bool:
-    """Whether at most one axis is longer than one, as of a gain of shape (1, out)."""
+    """Whether at most one axis is longer than one, such as a gain of shape (1, out)."""
     return sum(size != 1 for size in leaf.shape) < 2
 
 
@@ -201,7 +204,7 @@ def _no_gradient(leaf: Any) -> str:
 
 
 def _shared_axes(shared_axes: SharedAxes, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The axes that the user wants shared, for each path; the first pattern that matches counts."""
+    """Returns the axes that the user wants shared, by path; the first matching pattern wins."""
     if not isinstance(shared_axes, Mapping):
         return dict.fromkeys(paths, tuple(shared_axes))
     axes_of: dict[str, tuple[int, ...]] = {}
@@ -219,9 +222,10 @@ def _shared_axes(shared_axes: SharedAxes, paths: Sequence[str]) -> dict[str, tup
 def _axes(
     path: str, ndim: int, inputs: Sequence[int], outputs: Sequence[int], shared: Sequence[int]
 ) -> Axes:
-    """The roles of all axes: those found, less those that the user wants shared."""
+    """Returns the roles of all axes: those found, without the axes that the user wants shared."""
     wanted = normalize(path, ndim, "shared_axes", shared)
     inputs, outputs = ([d for d in axes if d not in wanted] for axes in (inputs, outputs))
+    # Axes that no use gives a role, and those that the user wants shared.
     rest = [d for d in range(ndim) if d not in (*inputs, *outputs)]
     return resolve_axes(path, ndim, inputs, outputs, rest)
 
@@ -229,7 +233,7 @@ def _axes(
 def _nothing_found(
     leaves: Sequence[tuple[str, Any]], where: Pattern | None, notes: Sequence[str]
 ) -> str:
-    """The message of an inference that adapts nothing."""
+    """Returns the error message for an inference that adapts nothing."""
     chosen = "" if where is None else f" whose path {shown(where)} accepts"
     matrices = [path for path, leaf in leaves if _is_matrix(leaf)]
     message = (

@@ -1,4 +1,4 @@
-"""The first factors: `init_lora` and the initializers it knows by name."""
+"""`init_lora`: splits parameters into a pair with fresh adapters; and its named initializers."""
 
 import math
 import zlib
@@ -31,6 +31,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         real, imaginary = jax.random.split(key)
         part = jnp.finfo(dtype).dtype
         return jax.lax.complex(_uniform(real, shape, part), _uniform(imaginary, shape, part))
+    # The matrix is [fan_in, rank].
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -44,7 +45,7 @@ def _orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 
 INITIALIZERS: dict[str, Initializer] = {
-    # What PEFT does by default: kaiming_uniform(a=√5) is uniform in ±1/√fan_in.
+    # The default of PEFT: kaiming_uniform with a=√5 is uniform in ±1/√fan_in.
     "uniform": _uniform,
     # PEFT's "gaussian": a standard deviation of 1/rank.
     "gaussian": _gaussian,
@@ -66,30 +67,32 @@ def init_lora(
 ) -> Pair:
     """Splits parameters into a frozen tree and a tunable one with fresh factors.
 
-    `a` is uniform in ±1/√fan_in and `b` is zero, so the adapted model is the base model at first.
-    Each leaf has its own key, folded from its path: adding a layer changes no other.
+    By default, `a` is uniform in ±1/√fan_in and `b` is zero, so the adapted model initially equals
+    the base model. The key of each leaf is folded from its path, so adding a layer does not change
+    the factors of others.
 
     Args:
-        params: the parameters, any pytree; leaves that are not arrays are kept as they are.
+        params: the parameters, any pytree; leaves that are not arrays are kept unchanged.
         spec: a tree of the same structure; each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank, or
             the spec of a kind of adapter: `LoraSpec`, `DoraSpec`, ….
         key: a PRNG key, new style or old.
-        a_init: of the factors that meet the input: "uniform", "gaussian", "orthogonal", "zeros",
-            or a function `(key, shape, dtype) -> array` as in `jax.nn.initializers`. It makes the
-            matrix `[fan_in, rank]` of each entry of the shared axes.
-        b_init: the same for those that make the output, `[rank, fan_out]`.
-        dtype: of the factors; by default the base's, and float32 for narrower ones.
-        collected: what `collect_starts` returned, for specs with such an `init`.
+        a_init: the initializer of fan-in factors: "uniform", "gaussian", "orthogonal", "zeros", or
+            a function `(key, shape, dtype) -> array` as in `jax.nn.initializers`. It is called for
+            the matrix `[fan_in, rank]` of each entry of the shared axes.
+        b_init: the initializer of fan-out factors, `[rank, fan_out]`; the same choices.
+        dtype: the dtype of the factors; by default that of the base, or float32 if that is
+            narrower.
+        collected: the result of `collect_starts`, for specs whose `init` needs it.
 
     Returns:
         The `Pair` of `frozen` and `tunable`, both with the structure of `params`. Frozen leaves
-        are the same buffers, not copies; all of `tunable` is its own, so a training step may donate
-        it. Factors are sharded as their base is, axis by axis, and uncommitted where it is. Where
-        Flax has boxed a base with its partition (`nn.Partitioned`), the factors have boxes with
-        theirs. Where a kind needs frozen factors, they are in `frozen`, in a `FrozenWeight`.
+        are the same buffers, not copies; `tunable` shares no buffer, so a training step may donate
+        it. Factors are sharded like their base, axis by axis, and are uncommitted if it is. If Flax
+        has boxed a base with its partition (`nn.Partitioned`), each factor gets a box with its own.
+        Frozen factors of an adapter are in `frozen`, in a `FrozenWeight`.
 
     Raises:
-        SpecError: where the spec does not fit; the message names the path.
+        SpecError: where the spec does not fit the parameters; the message names the path.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -103,6 +106,7 @@ def init_lora(
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
     leaves, structure = flatten_params(params)
     specs = flatten_spec(spec, structure)
+    # All leaves are validated before anything is drawn.
     checked = [
         check_leaf(path, leaf, leaf_spec)
         for (path, leaf), leaf_spec in zip(leaves, specs, strict=True)
@@ -116,6 +120,7 @@ def init_lora(
     for (path, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):
             kind, axes = leaf_spec
+            # By path and not by position, so that keys do not change when layers are added.
             of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))
             wide = wide_dtype(leaf.dtype) if dtype is None else jnp.dtype(dtype)
             shared = common[kind.common_key]
@@ -133,7 +138,7 @@ def init_lora(
 
 
 def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) -> None:
-    """Refuses what no spec asks for, so that nothing is left out without a word."""
+    """Raises for collected entries that no spec uses, instead of ignoring them."""
     asking = {
         path
         for (path, _), spec in zip(leaves, checked, strict=True)
@@ -147,7 +152,7 @@ def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) ->
 
 
 def _common(leaves: Any, checked: Any, key: jax.Array) -> dict[Hashable, Any]:
-    """The values that the weights of one key share, by the key."""
+    """Returns the values that weights with equal `common_key` share, by that key."""
     groups: dict[Hashable, tuple[AdapterSpec, list[tuple[tuple[int, ...], Axes]]]] = {}
     for (_, leaf), leaf_spec in zip(leaves, checked, strict=True):
         if isinstance(leaf_spec, tuple):
@@ -169,7 +174,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
 
 
 def flatten_spec(spec: Any, structure: Any) -> list[Any]:
-    """The leaves of a spec tree, which must have the structure of the parameters."""
+    """Returns the leaves of a spec tree, which must have the structure of the parameters."""
     is_leaf = lambda node: node is None or isinstance(node, AdapterSpec)  # noqa: E731
     leaves, other = jax.tree.flatten(spec, is_leaf=is_leaf)
     if other != structure:
@@ -182,9 +187,9 @@ def flatten_spec(spec: Any, structure: Any) -> list[Any]:
 
 
 def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, Adapter]:
-    """The leaf of each tree, every factor where its base is.
+    """Returns the frozen and the tunable leaf, with every factor placed like its base.
 
-    `placed` keeps what was moved, so that a factor that weights share stays one array.
+    `placed` caches moved arrays, so that a factor shared by several weights stays a single array.
     """
     adapter, held, moved = started
     layout = adapter.layout(tuple(base.shape))
@@ -198,6 +203,7 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
     if moved is None:
         moved = base
     elif isinstance(base, QuantizedWeight):
+        # The start has moved a quantized base: it is quantized again, in its own format.
         moved = encoded(base, moved)
     elif isinstance(moved, QuantizedWeight):
         pass  # It is placed as its base is.
@@ -213,11 +219,13 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
 def _place_like(
     factor: Any, base: Any, out: tuple[Labels, ...], labels: Labels, placed: dict[Any, Any]
 ) -> Any:
-    """Moves a factor to where its base lives, each axis sharded as the base's axis."""
+    """Moves a factor to the devices of its base, each axis sharded like the base's axis."""
+    # NumPy arrays and shapes are not placed anywhere.
     if not isinstance(first_array(base), jax.Array):
         return factor
     if is_tracer(first_array(base)):
         held = isinstance(base, QuantizedWeight)
+        # A quantized base derives its sharding from that of its codes.
         sharding: Any = base.sharding if held else jax.typeof(base).sharding
         place = jax.sharding.reshard
         is_placed = (
@@ -231,6 +239,6 @@ def _place_like(
         return factor
     sharding = factor_sharding(sharding, out, labels)
     key = (id(factor), sharding)
-    if key not in placed:  # With the factor itself, whose id is its own as long as it lives.
+    if key not in placed:  # The factor is stored as well: an `id` is unique only while it is alive.
         placed[key] = factor, place(factor, sharding)
     return placed[key][1]

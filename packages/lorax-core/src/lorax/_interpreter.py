@@ -1,7 +1,7 @@
-"""Evaluates a jaxpr some of whose inputs are weights: read, apply a rule, write.
+"""Evaluates a jaxpr some of whose inputs are weights: reads, applies a rule, writes.
 
-It does not know any primitive. The interface of rules is in `_equation`; what became of each
-weight is kept in `Interpreter.uses`.
+The interpreter contains no code for any particular primitive. The interface that rules use is in
+`_equation`. Each use of a weight is recorded in `Interpreter.uses`.
 """
 
 import collections
@@ -23,12 +23,17 @@ from ._uses import Use
 
 
 class Interpreter:
-    """One evaluation: the rules it follows, and a record of what became of every weight.
+    """One evaluation: the rules that it follows and a record of every use of a weight.
 
-    `transformed` keeps what rules made of bodies that may be met again; an evaluation may share
-    it with the next one. `through_custom_derivatives` says whether a weight goes into functions
-    with a custom derivative, which is then left out. `beside_data` says of an equation that
-    joins arrays whether data are among them.
+    Attributes:
+        rules: the rule of each primitive.
+        uses: the recorded uses, in order.
+        transformed: a cache of jitted bodies that rules have transformed, shared between
+            evaluations.
+        drawn: per dropout source, how many independent masks have been drawn.
+        through_custom_derivatives: whether functions with a custom derivative are evaluated on the
+            factors, which drops their derivative rule.
+        beside_data: returns whether an equation that joins arrays joins a weight with data.
     """
 
     def __init__(
@@ -46,14 +51,15 @@ class Interpreter:
         self.beside_data: Callable[[jex.JaxprEqn], bool] = lambda _: False
 
     def fork(self) -> "Interpreter":
-        """One that works alike and has its own record."""
+        """Returns an interpreter with the same settings and an empty record."""
+        # A shallow copy: rules, cache and settings are shared with the fork.
         other = copy.copy(self)
         other.uses = []
         other.drawn = collections.Counter()
         return other
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
-        """The outputs of an open or closed jaxpr."""
+        """Evaluates an open or closed jaxpr and returns its outputs."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
         values: dict[jex.Var, Value] = {}
         values |= zip(jaxpr.constvars, consts, strict=True)
@@ -65,10 +71,14 @@ class Interpreter:
         broadcasts = _broadcasts(jaxpr)
 
         def before_broadcast(atom: Any) -> tuple[Value, tuple[int, ...]] | None:
+            # `live_equations` keeps the source alive as long as the broadcast, so it can still be
+            # read.
             eqn = broadcasts.get(atom) if _is_var(atom) else None
             return eqn and (read(eqn.invars[0]), eqn.params["broadcast_dimensions"])
 
         for eqn, finished in live_equations(jaxpr, broadcasts):
+            # Equations that rules emit keep the source line and the named scopes of the original
+            # one.
             with _compat.equation_context(eqn):
                 outs = self._evaluate(eqn, [read(v) for v in eqn.invars], before_broadcast)
             values |= zip(eqn.outvars, outs, strict=True)
@@ -78,9 +88,10 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def returned(self, value: Value) -> jax.Array:
-        """A value as the function's caller gets it: a weight is materialized, and recorded."""
+        """Returns a value as the caller gets it; a weight is materialized, which is recorded."""
         if not isinstance(value, FactoredArray):
             return value
+        # Each parameter once, in order, also if several of its pieces are left.
         names = dict.fromkeys(name for names in value.sources for name in names)
         self.uses += (Use(name, "returned", "return", value.shape, "") for name in names)
         return value.array()
@@ -89,6 +100,7 @@ class Interpreter:
         self, eqn: jex.JaxprEqn, operands: list[Value], before_broadcast: BeforeBroadcast
     ) -> list[Value]:
         if not any(isinstance(operand, FactoredArray) for operand in operands):
+            # No weight among the operands: the equation is evaluated unchanged.
             return _compat.bind(eqn, *operands)
         equation = Equation(self, eqn, operands, before_broadcast)
         rule = self.rules.get(eqn.primitive)
@@ -97,8 +109,11 @@ class Interpreter:
         if rule is not None:
             reason = unfit(rule, len(operands), eqn.params)
             if not reason and equation.joins_data:
+                # A concatenation with activations, for example: the result is used as an
+                # activation.
                 reason = "puts it beside data, to be used as the data are"
             if not reason and eqn.primitive not in CARRIERS and not all(map(_is_sum, operands)):
+                # Rules registered without `gains=True` handle a base plus terms and nothing else.
                 reason = "has no rule for a weight with a gain or dropout"
         out = NotImplemented
         if rule is not None and not reason:
@@ -107,17 +122,22 @@ class Interpreter:
             except Inexpressible as inexpressible:
                 reason = str(inexpressible)
         if out is NotImplemented:
+            # The rule may have recorded uses before it gave up; `built` records the
+            # materialization.
             del self.uses[recorded:]
             out = equation(*(equation.built(operand, reason) for operand in operands))
             outs = list(out) if eqn.primitive.multiple_results else [out]
+            # An equation that is deferred on a quantized base returns a base, which is a weight
+            # again.
             return [FactoredArray(out, ()) if is_coded(out) else out for out in outs]
+        # Only now, because the rule may trace a body several times.
         for body in equation.bodies:
             equation.adopt(body.uses)
         return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def _broadcasts(jaxpr: Any) -> dict[jex.Var, jex.JaxprEqn]:
-    """The equations that broadcast an array, by what they make."""
+    """Returns the equations that broadcast an array, keyed by their output variable."""
     return {
         eqn.outvars[0]: eqn
         for eqn in jaxpr.eqns
@@ -128,16 +148,17 @@ def _broadcasts(jaxpr: Any) -> dict[jex.Var, jex.JaxprEqn]:
 def live_equations(
     jaxpr: Any, broadcasts: Mapping[jex.Var, jex.JaxprEqn] = MappingProxyType({})
 ) -> list[tuple[jex.JaxprEqn, set[jex.Var]]]:
-    """The equations that an output or an effect depends on, each with what nothing needs after it.
+    """Returns the equations that some output or effect depends on, and what each frees.
 
-    JAX drops the others when it compiles; here they would say that a weight is used. What a
-    broadcast is made of is kept as long as the broadcast: a rule may ask for it.
+    JAX removes the others when it compiles; here they would be recorded as uses of a weight. The
+    source of a broadcast is kept as long as the broadcast itself, because a rule may read it.
     """
     steps, needed = [], {v for v in jaxpr.outvars if _is_var(v)}
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
             reads = [v for v in eqn.invars if _is_var(v)]
             reads += [broadcasts[v].invars[0] for v in reads if v in broadcasts]
+            # Walking backwards, the first reader met is the last one to run: it frees the variable.
             finished = {v for v in reads if _is_var(v)} - needed
             needed |= finished
             steps.append((eqn, finished))

@@ -1,4 +1,4 @@
-"""Tells options of Lorax from keywords of the model that share a name, or raises."""
+"""Distinguishes options of Lorax from keyword arguments of the model with the same name."""
 
 import functools
 import inspect
@@ -10,11 +10,13 @@ R = TypeVar("R")
 
 
 def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function of `fn`, its arguments and its keywords that has its own options.
+    """Decorates a function that takes `fn`, its arguments and keywords, and options of its own.
 
-    An option that is given while `fn` names a keyword like it could be meant for either, and raises
-    a `TypeError`. A keyword that a `functools.partial` has bound is settled. Where `fn` takes
-    `**kwargs`, the option is Lorax's.
+    An option whose name is also a keyword of `fn` could be meant for either, and raises
+    `TypeError`. A
+    keyword that `functools.partial` has bound is not ambiguous. If `fn` takes `**kwargs`, the
+    option is
+    Lorax's.
     """
     parameters = inspect.signature(function).parameters.values()
     options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -35,7 +37,7 @@ def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _keywords(fn: Any) -> set[str]:
-    """The keywords that a function names and nothing has bound yet."""
+    """Returns the named keywords of a function that are not bound yet."""
     bound: set[str] = set()
     while isinstance(fn, functools.partial):
         bound |= fn.keywords.keys()

@@ -1,4 +1,7 @@
-"""What one equation makes of arrays whose axes come from weights."""
+"""How one equation propagates which axes of its results come from weights.
+
+Each array that is made from weights shows, per axis, the sides of weights that run along it.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,29 +11,33 @@ from typing import Any, NamedTuple
 Side = tuple[int, str]
 
 
+# The sides that one axis shows, such as {(0, "in")}.
 Sides = frozenset[Side]
 
 
-# Of an axis that a reshape made of several, and of one along which data with axes of its own scaled
-# a weight: to sum over it is a product with data.
+# JOINED marks an axis that a reshape made of several. MIXED marks an axis along which data with
+# axes of its own has scaled a weight: a sum over it is a product with data.
 JOINED: Side = (-1, "joined")
 
 
 MIXED: Side = (-1, "mixed")
 
 
-# Of an axis of the weight that is neither input nor output: it counts layers or experts.
+# An axis of the weight that is neither input nor output: it counts layers or experts.
 SHARED: Side = (-1, "shared")
 
 
 class Made(NamedTuple):
-    """The weights and factors that an array is made of.
+    """The weights and factors that an array is made of. Data is represented by None instead.
 
-    `axes` holds the sides that each axis shows, `sides` all that went in, and `picked` those of
-    which one entry was picked: stacked again, the entries show the side. `factors` says whether a
-    factor went in.
+    Data are arguments, constants, parameters without an adapter, and activations.
 
-    Data is None instead: arguments, constants, parameters without an adapter, and activations.
+    Attributes:
+        axes: the sides that each axis shows.
+        sides: the sides of all values that went into the array.
+        factors: whether a factor of an adapter went into it.
+        picked: the sides of axes of which one entry was picked; stacking such entries shows them
+            again.
     """
 
     axes: tuple[Sides, ...]
@@ -43,16 +50,18 @@ def ndims_of(atoms: Sequence[Any]) -> list[int]:
     return [len(getattr(atom.aval, "shape", ())) for atom in atoms]
 
 
-# With data, these make data.
+# With an operand that is data, the result of these is data.
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 _SUMS = ("add", "sub", "add_any")
 
 
+# Result k of these is operand k, unchanged.
 _EACH_BY_ITSELF = ("optimization_barrier", "pvary", "pcast", "device_put", "copy")
 
 
+# Their bodies cannot be followed: with data among the operands, the result is data.
 _OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
 
 
@@ -67,8 +76,10 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
         return [_dot(params["dimension_numbers"], operands, ndims)]
     if data and name in (*_PRODUCTS, *_OPAQUE):
         return [None] * len(eqn.outvars)
+    # Weight + data is data, such as positions; adding a scalar leaves a weight.
     if name in _SUMS and any(math.prod(atom.aval.shape) != 1 for atom in data):
         return [None]
+    # Norms of a weight times data: one side has been summed over, so it is not the weight.
     if name in ("mul", "div") and data and all(map(_is_summed, filter(None, operands))):
         return [None]
     if first is not None:
@@ -78,6 +89,8 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
             return [first._replace(axes=tuple(first.axes[d] for d in params["permutation"]))]
         if name == "broadcast_in_dim":
             axes = [first.picked if size == 1 else frozenset() for size in params["shape"]]
+            # New axes show nothing; of size one, they show what was picked, like a stack of one
+            # entry.
             for sides, d in zip(first.axes, params["broadcast_dimensions"], strict=True):
                 axes[d] = sides
             return [first._replace(axes=tuple(axes))]
@@ -89,15 +102,17 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
             return [pick(first, *params["dimensions"])]
         if name == "unstack":
             return [pick(first, params["axis"])] * len(eqn.outvars)
+        # Reduced axes disappear; the others show what they did.
         if name.startswith(("reduce_", "arg")):
             return [first._replace(axes=_others(first.axes, params.get("axes", ())))]
     if name == "stack":
         return [stacked(union(operands), params["axis"])]
+    # Entrywise primitives, gains among them: axis d shows the sides of every operand's axis d.
     return [_by_position(operands, v.aval.ndim) for v in eqn.outvars]
 
 
 def _is_summed(made: Made) -> bool:
-    """Whether both sides of each weight went in, and one of them is no longer shown."""
+    """Whether both sides of each weight went in, but one of them is no longer shown."""
     shown = frozenset[Side]().union(*made.axes, made.picked)
     return all(
         len({(k, "in"), (k, "out")} & made.sides) == 2 > len({(k, "in"), (k, "out")} & shown)
@@ -109,9 +124,12 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     nothing = [Made((frozenset(),) * ndim, frozenset(), False) for ndim in ndims]
     left, right = (made or empty for made, empty in zip(operands, nothing, strict=True))
+    # The result of `dot_general` is [*batch, *left's own, *right's own].
     batch = [left.axes[i] | right.axes[j] for i, j in zip(l_batch, r_batch, strict=True)]
     if None in operands:
+        # Axes of the data besides the batched ones.
         own = ndims[operands.index(None)] - len(batch)
+        # A contraction with data, or an outer product with it, is data.
         if l_sum or (own and not batch):
             return None
         if own:
@@ -134,11 +152,13 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
 
 
 def _led_on(made: Made, summed: int, met: Sides) -> Made:
-    """A weight that meets another one along the axis `summed`, as in `w @ v`.
+    """Returns weight w after it met another weight along the axis `summed`, as in `w @ v`.
 
-    For `w`, `v` is data. What is left of `w` stands for the side of `v` that it met, since the
-    product may be multiplied with the rest of `v`.
+    To `w`, `v` is data. What is left of `w` takes the sides of the axis of `v` that it met, because
+    the
+    product may later be multiplied by the rest of `v`.
     """
+    # Weights that this axis shows and the met axis does not: two different weights meet.
     gone = {k for k, _ in made.axes[summed] if k >= 0} - {k for k, _ in met}
     if not gone or not met:
         return made
@@ -151,7 +171,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
 
 
 def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
-    """A single index picks a layer or an expert; an array of them looks entries up."""
+    """A single index picks a layer or an expert; an index array looks up entries, which is data."""
     if indices_ndim > 1 and any(made.axes[d] - {SHARED} for d in numbers.start_index_map):
         return None
     paired = numbers.operand_batching_dims
@@ -160,7 +180,7 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
         for d in range(len(made.axes))
         if d not in (*numbers.collapsed_slice_dims, *paired)
     )
-    # Entries of a shared axis stay entries, whichever index asks for them.
+    # Looked-up entries of a shared axis, such as experts, still run along that axis.
     drawn = frozenset[Side]().union(*(made.axes[d] for d in numbers.start_index_map))
     batch = [drawn] * (indices_ndim - 1)
     for d, position in zip(paired, numbers.start_indices_batching_dims, strict=True):
@@ -173,10 +193,12 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
 
 
 def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
-    """The axes of a reshaped array: each shows what the old axes show that it is made from."""
+    """Returns the axes of a reshaped array: each shows the sides of the old axes it is made of."""
     out: list[Sides] = []
     rest = list(zip(axes, old, strict=True))
     shown: Sides = frozenset()
+    # Products of the old and of the new sizes that have been consumed; where they agree, a group
+    # of old axes is exactly a group of new ones.
     taken = given = 1
     waiting = joined = 0
     for size in new:
@@ -184,8 +206,10 @@ def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) ->
         while taken < given:
             sides, length = rest.pop(0)
             shown, taken = shown | sides, taken * length
+            # Axes of size one and axes that show nothing cannot mix sides.
             joined += 1 if length != 1 and sides else 0
         if taken == given:
+            # Several old axes with sides were merged: one axis may show both sides of a weight.
             if joined > 1:
                 shown |= {JOINED}
             out += [shown] * waiting
@@ -194,7 +218,10 @@ def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) ->
 
 
 def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
-    """The result of a primitive that keeps axes apart; of any other, every axis shows all."""
+    """Returns the result of a primitive that keeps axes in place.
+
+    An operand with another number of axes shows all of its sides on every axis.
+    """
     axes = (frozenset[Side](),) * ndim
     sides = picked = frozenset[Side]()
     factors = False
@@ -203,6 +230,7 @@ def _by_position(operands: Iterable[Made | None], ndim: int) -> Made:
             continue
         shown = made.axes
         if len(shown) != ndim:
+            # Unknown correspondence of axes: assume the most.
             shown = (frozenset[Side]().union(*shown, made.picked),) * ndim
         axes = tuple(one | other for one, other in zip(axes, shown, strict=True))
         sides, picked = sides | made.sides, picked | made.picked
@@ -220,7 +248,7 @@ def _others(axes: tuple[Sides, ...], dropped: Iterable[int]) -> tuple[Sides, ...
 
 
 def pick(made: Made | None, *dropped: int) -> Made | None:
-    """One entry along each of the dropped axes."""
+    """Returns the array that one entry along each of the dropped axes makes."""
     if made is None:
         return None
     picked = made.picked.union(*(made.axes[d] for d in dropped))
@@ -228,7 +256,7 @@ def pick(made: Made | None, *dropped: int) -> Made | None:
 
 
 def stacked(made: Made | None, axis: int) -> Made | None:
-    """Several such arrays along a new axis."""
+    """Returns the array of several such arrays stacked along a new axis."""
     if made is None:
         return None
     return made._replace(axes=(*made.axes[:axis], made.picked, *made.axes[axis:]))

@@ -1,4 +1,4 @@
-"""From a pair back to plain parameters, and the other way."""
+"""Merges a pair into plain parameters, and removes an adapter from merged ones."""
 
 import functools
 import math
@@ -31,12 +31,12 @@ from ._sharding import devices_of, in_device_memory, placement
 
 
 def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
-    """One materialized weight: `base + scale · a @ b` for LoRA.
+    """Returns one materialized weight: `base + scale · a @ b` for LoRA.
 
-    Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
+    The sum is computed in float32, or the base's dtype if that is wider, and cast to the latter.
 
     Args:
-        base: the leaf of the frozen tree, of any shape `weight` fits.
+        base: the leaf of the frozen tree, of a shape that `weight` fits.
         weight: its adapter.
 
     Returns:
@@ -58,15 +58,16 @@ def _merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
     return weight.applied(as_base(base), held).array()
 
 
-@functools.lru_cache(maxsize=256)  # One function for each scale, so that it is compiled once.
+@functools.lru_cache(maxsize=256)  # One function per scale, so that it is compiled once.
 def _merged_by(scale: float) -> Callable[..., jax.Array]:
-    """Merges `scale` times the change that an adapter makes."""
+    """Returns a function that merges `scale` times the change that an adapter makes."""
     if scale == 1:
         return _merged
 
     def merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
         # In float32 or wider: a delta far below the base would be rounded away in bfloat16.
         wide = decoded(base).astype(wide_dtype(base.dtype))
+        # A difference, because gains and turns also change the weight, not only deltas.
         change = weight.applied(wide, held).array() - wide
         return (wide + scale * change).astype(base.dtype)
 
@@ -84,27 +85,32 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 def _apply(change: Any, function: str, leaf: Leaf, donate: bool = False) -> jax.Array:
     frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
+    # Any of them may be traced, or committed to some device.
     arrays = [first_array(frozen), *jax.tree.leaves((held, tunable))]
+    # Under a trace, the enclosing program is compiled, and placement is its own.
     if any(map(is_tracer, arrays)):
         return change(frozen, held, tunable)
     _check_devices(function, leaf.path, arrays)
     base, held, tunable = jax.tree.map(in_device_memory, (frozen, held, tunable))
     sharding = placement(base)
-    # A base that nobody placed goes where its factors are, as in `base + a @ b`.
+    # An uncommitted base moves to the devices of its factors, as JAX does for `base + a @ b`.
     here = devices_of(first_array(base))
     elsewhere = [x for x in jax.tree.leaves((held, tunable)) if devices_of(x) != here]
     stays = sharding is not None or not elsewhere
+    # Only a buffer of JAX can be donated; NumPy arrays and codes cannot.
     donate = donate and isinstance(frozen, jax.Array)
-    # Compiled: no copy of the weight in float32 and none of the delta outlive the sum.
+    # Under jit, neither a float32 copy of the weight nor the delta outlives the sum.
     value = _compiled(change, sharding, donate and stays)(base, held, tunable)
+    # XLA could not reuse the buffer, as when dtypes differ: free it now.
     if donate and not frozen.is_deleted():
         frozen.delete()
+    # Weights that are offloaded to the host are merged on the device and copied back.
     moved = first_array(base) is not first_array(frozen)
     return jax.device_put(value, frozen.sharding) if moved else value
 
 
 def _check_devices(function: str, path: str, arrays: Sequence[Any]) -> None:
-    """Names the weight whose factors are committed to other devices than its base."""
+    """Raises for a weight whose factors are committed to other devices than its base."""
     base, *factors = (devices_of(array) if placement(array) else set() for array in arrays)
     for factor in factors:
         if base and factor and base != factor:
@@ -120,11 +126,11 @@ def _brief(devices: set[Any]) -> str:
 
 
 class Requantized(NamedTuple):
-    """Merged parameters that are held as their base was, and what that costs.
+    """Merged parameters in the format of their bases, and the rounding errors.
 
     Attributes:
         params: the parameters, each merged weight in the format of its base.
-        errors: for each of those, by its path, `‖held − merged‖ / ‖merged‖`.
+        errors: for each of these, by path, `‖held − merged‖ / ‖merged‖`.
     """
 
     params: Any
@@ -139,32 +145,32 @@ def merge_params(
     donate: bool = False,
     requantize: bool = False,
 ) -> Any:
-    """Plain parameters for the untransformed model: `base + scale · a @ b` for every adapter.
+    """Returns plain parameters for the original model: `base + scale · a @ b` for every adapter.
 
-    Computed in float32, or in the base's dtype where that is wider, and then cast to the base's.
-    Frozen parameters without an adapter are returned as they are; those of `tunable` are copied,
-    so a training step may donate `tunable` and leave the result intact. Weights that were placed
-    stay where they are, sharded as they were; others go where their factors are, and stay
-    uncommitted where these are too. The function also runs under `jax.jit`.
+    The sum is computed in float32, or the base's dtype if that is wider, and cast to the latter.
+    Frozen parameters without an adapter are returned as they are; those of `tunable` are copied, so
+    a training step may donate `tunable` and leave the result intact. Committed weights keep their
+    sharding. Others move to the devices of their factors, and are uncommitted if these are. The
+    function also works under `jax.jit`.
 
     Args:
         frozen: the frozen tree of the pair, or the whole `Pair`.
         tunable: the tunable tree of the pair.
-        scale: by which the change that each adapter makes is multiplied: 0 is the base.
-        donate: whether the memory of adapted base weights may be reused. They are deleted
-            afterwards, and the peak is one weight lower. A weight that is at two paths is kept.
-        requantize: whether quantized weights are held in their format again. Rounding to codes
-            loses a part of what was trained, the more of it the smaller it is beside the steps of
-            the codes. By default they are decoded, with an adapter or without.
+        scale: multiplies the change that each adapter makes; 0 gives the base.
+        donate: whether the memory of adapted base weights may be reused. They are deleted, and the
+            peak memory is one weight lower. A weight that is at two paths is kept.
+        requantize: whether quantized weights are quantized again after the merge. Rounding to codes
+            loses some of the trained change; more of it if the change is small compared to the
+            steps between codes. By default, all quantized weights are decoded.
 
     Returns:
-        A tree with the structure of the parameters; under `requantize` a `Requantized`, which holds
-        that tree and the error of each weight that was rounded.
+        A tree with the structure of the parameters; with `requantize`, a `Requantized` of that tree
+        and the rounding error of each requantized weight.
 
     Raises:
-        PairError: where the two trees are not a pair, or a weight and its factors are committed
-            to different devices; where a parameter is trained in full, of which no base is known,
-            and the scale is not 1.
+        PairError: where the two trees are not a pair; where a weight and its factors are committed
+            to different devices; where the scale is not 1 and a parameter is fully trained, since
+            its base is unknown.
         ValueError: where the scale is not a finite number.
 
     Example:
@@ -194,6 +200,7 @@ def merge_params(
     uses = Counter(id(leaf.frozen) for leaf in leaves)
 
     def merged(leaf: Leaf) -> jax.Array:
+        # A buffer that another path uses as well must not be donated.
         once = uses[id(leaf.frozen)] == 1
         return _apply(_merged_by(float(scale)), "merge_params", leaf, donate and once)
 
@@ -205,6 +212,7 @@ def merge_params(
         errors[leaf.path] = float(_distance(held, value))
         return held
 
+    # Fully trained parameters are copied, and quantized ones decoded unless they are kept.
     leaves = [
         leaf
         if leaf.is_adapted
@@ -221,29 +229,30 @@ def merge_params(
 
 @jax.jit
 def _distance(held: QuantizedWeight, array: jax.Array) -> jax.Array:
-    """`‖held − array‖ / ‖array‖`; zero for an array of zeros."""
+    """Returns `‖held − array‖ / ‖array‖`; zero for an array of zeros."""
     wide = wide_dtype(array.dtype)
+    # Frobenius norms, in float32 or wider.
     norm = jnp.linalg.norm(array.astype(wide).ravel())
     error = jnp.linalg.norm((held.array().astype(wide) - array.astype(wide)).ravel())
     return error / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
 
 def unmerge(params: Any, tunable: Any) -> Any:
-    """The frozen tree whose merge with `tunable` gave `params`: `merged − scale · a @ b` for LoRA.
+    """Returns the frozen tree that was merged with `tunable`: `merged − scale · a @ b` for LoRA.
 
-    Exact up to the rounding of the base's dtype: what a merge into bfloat16 has rounded away
-    does not come back. Keep the frozen tree where you can.
+    This is exact up to rounding in the base's dtype: digits that a merge into bfloat16 has rounded
+    away are not recovered. Keep the frozen tree if you can.
 
     Args:
         params: merged parameters.
         tunable: the tunable tree that was merged into them.
 
     Returns:
-        The frozen tree: None where `tunable` has a full parameter.
+        The frozen tree, with None where `tunable` has a fully trained parameter.
 
     Raises:
-        PairError: where the trees do not fit, or an adapter needs what the frozen tree holds beside
-            the base, as the norms of DoRA: that is not in the merged parameters.
+        PairError: where the trees do not fit, or an adapter has frozen factors beside its base,
+            such as the norms of DoRA, which merged parameters do not contain.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -279,15 +288,15 @@ def unmerge(params: Any, tunable: Any) -> Any:
 
 
 def count_params(tree: Any) -> int:
-    """How many numbers the arrays of a tree hold: `count_params(tunable)` is what is trained.
+    """Returns how many numbers a tree holds: `count_params(tunable)` counts the trained ones.
 
-    A quantized weight counts as many as it represents.
+    A quantized weight counts as many numbers as it represents.
 
     Args:
         tree: the parameters, or one of the trees of a pair.
 
     Returns:
-        The number, in which leaves that are not arrays do not count.
+        The number; leaves that are not arrays are not counted.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""What meets a weight, summed up: the inputs of any weight are collected in one traced pass.
+"""Sums statistics over the inputs of any weight in one traced pass.
 
     moments  =  Σ x xᵀ,  Σ x,  Σ 1        over all rows x that meet an entry of the shared axes
 
-The moments are the derivative with respect to zeros that change nothing: `read` passes the operand
-on as it is, and the backward pass gives the moments to the zeros. So `jax.grad` adds them up over
-all uses of a weight, and carries them through `scan`, `vmap` and `remat`, as any gradient.
+The moments are the derivative with respect to zeros that change nothing: `read` returns the operand
+unchanged, and its backward pass gives the moments as the gradient of the zeros. So `jax.grad` adds
+them up over all uses of a weight, and through `scan`, `vmap` and `remat`, like any gradient.
 """
 
 import dataclasses
@@ -27,14 +27,15 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """The zeros of one weight that take its moments as their derivative.
+    """The zeros of one weight that receive its moments as their gradient.
 
     Attributes:
         term: its factors are the zeros, `[*shared, *rows, *columns]`, `[*shared, *rows]` and
             `[*shared]`. No axis of the weight shows rows or columns.
-        labels: of the weight's inputs. No factor owns them, so whatever cuts the inputs replaces
-            one of them, and `moved_to` notices.
-        is_scaled: whether each operand is divided by its largest entry before.
+        labels: the labels of the weight's inputs. No factor owns them, so anything that cuts the
+            inputs
+            replaces one of them, which `moved_to` detects.
+        is_scaled: whether each operand is divided by the magnitude of its maximum first.
     """
 
     term: Term
@@ -51,7 +52,8 @@ class Meter:
         source: str,
         is_scaled: bool,
     ) -> "Meter":
-        """The meter of a weight whose axes have the labels `out`."""
+        """Returns the meter of a weight whose axes have the labels `out`."""
+        # Axis d of the weight has label d, so unused labels begin at `len(out)`.
         first = len(out)
         count = len(inputs)
         rows = tuple(Label(first + k, label.size) for k, label in enumerate(inputs))
@@ -62,11 +64,15 @@ class Meter:
 
     @property
     def axes(self) -> list[int]:
-        """The weight's axes of the inputs."""
+        """The input axes of the weight."""
         return [d for d, labels in enumerate(self.term.out) if {*labels} & {*self.labels}]
 
     def moved_to(self, term: Term) -> "Meter":
-        """The same zeros with their term moved."""
+        """Returns the same zeros with their term moved.
+
+        Raises:
+            Inexpressible: where some of the inputs are cut off or reordered.
+        """
         shown = [label for label in term.shown if label in self.labels]
         if tuple(shown) != self.labels:
             raise Inexpressible("reads a part of its inputs, or has them in another order")
@@ -79,14 +85,16 @@ class Meter:
         spread: Callable[[jax.Array], jax.Array] = lambda operand: operand,
         group_sizes: jax.Array | None = None,
     ) -> jax.Array:
-        """The operand, whose moments are the derivative of the zeros.
+        """Returns the operand unchanged, with its moments as the gradient of the zeros.
 
         Args:
-            operand: what meets the weight.
-            places: for each summed or batched axis of the weight, that of the operand after
-                `spread`.
-            spread: makes rows of the operand, as the patches of a convolution.
-            group_sizes: how many rows meet each entry of the shared axis, beside `ragged_dot`.
+            operand: the array that meets the weight.
+            places: maps each summed or batched axis of the weight to an axis of `spread(operand)`.
+            spread: turns the operand into rows, such as the patches of a convolution.
+            group_sizes: for `ragged_dot`, how many rows meet each entry of the shared axis.
+
+        Raises:
+            Inexpressible: where the inputs that meet the weight cannot be read.
         """
         shown = {*self.labels, *self.term.labels[2]}
         needed = [d for d, labels in enumerate(self.term.out) if shown.intersection(labels)]
@@ -94,17 +102,19 @@ class Meter:
             raise Inexpressible(f"meets it with {operand.dtype}")
         if not all(d in places for d in needed):
             raise Inexpressible("meets it along its outputs")
+        # A squeezed label of size one may be missing; any other means that entries were cut off.
         if any(x.size != 1 and x not in self.term.shown for x in self.term.labels[2]):
             raise Inexpressible("meets a part of what its entries share")
         summed = _moments if group_sizes is None else _moments_of_groups
         zeros = self.term.factors
-        # Whichever is smaller is kept for the backward pass. A step of a loop keeps its own.
-        # The operand [n, in], or its moments [in, in].
+        # The smaller of the operand [n, in] and its moments [in, in] is kept for the backward
+        # pass. In a loop, each step keeps its own.
         keeps_rows = operand.size <= sum(zero.size for zero in zeros)
 
         def moments(operand: jax.Array, group_sizes: jax.Array | None) -> Moments:
             rows = spread(operand).astype(wide_dtype(operand.dtype))
             if self.is_scaled:
+                # |max(x)|, not max(|x|): PEFT's CorDA divides by the same number.
                 largest = jnp.abs(jnp.max(rows))
                 rows = rows / jnp.where(largest == 0, 1, largest).astype(rows.dtype)
             sums = summed(self.term, self.labels, rows, places, group_sizes, self.is_scaled)
@@ -130,14 +140,14 @@ class Meter:
 
 
 def _renamed(meter: Term, inputs: Labels) -> tuple[dict[Label, Label], dict[Label, Label]]:
-    """The names of the inputs as rows and as columns."""
+    """Maps the labels of the inputs to those of the rows, and to those of the columns."""
     ends = meter.labels[0][-2 * len(inputs) :]
     rows, columns = ends[: len(inputs)], ends[len(inputs) :]
     return dict(zip(inputs, rows, strict=True)), dict(zip(inputs, columns, strict=True))
 
 
 def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) -> Moments:
-    """The sums over all axes of the operand that the zeros do not have."""
+    """Sums over all axes of the operand that the zeros do not have."""
     array, out, _ = arranged(term, rows, places)
     flat = tuple(label for labels in out for label in labels)
     as_rows, as_columns = _renamed(term, inputs)
@@ -145,10 +155,11 @@ def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) 
     left = tuple(as_rows.get(label, label) for label in flat)
     right = tuple(as_columns.get(label, label) for label in flat)
     second, first, shared = term.labels
+    # Rows per shared entry: everything that is neither a shared entry nor an input.
     count = array.size // _size(shared) // _size(inputs)
 
     def summed(several: list[tuple[jax.Array, Labels]], labels: Labels) -> jax.Array:
-        # A squeeze has dropped labels of one entry.
+        # Labels that a squeeze has dropped have one entry; the reshape below puts them back.
         met = tuple(x for x in labels if any(x in owned for _, owned in several))
         total = contract(several, met, dtype=array.dtype, precision=_HIGHEST)
         return total.reshape([label.size for label in labels])
@@ -156,15 +167,17 @@ def _moments(term: Term, inputs: Labels, rows, places, group_sizes, once: bool) 
     return (
         summed([(array, left), (array, right)], second),
         summed([(array, left)], first),
+        # Scaled operands are counted once per read, not once per row.
         jnp.full([label.size for label in shared], 1 if once else count, array.dtype),
     )
 
 
 def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, once) -> Moments:
-    """The sums over the rows of each group."""
+    """Sums over the rows of each group of `ragged_dot`."""
     second, first, shared = term.labels
     as_rows, as_columns = _renamed(term, inputs)
     order = (*shared, *as_rows.values(), *as_columns.values())
+    # The rows are [n, in]: axis 1 of the operand must be all inputs in order.
     met = [labels for d, labels in enumerate(term.out) if d in places and places[d] == 1]
     if rows.ndim != 2 or len(shared) != 1 or met != [inputs] or second != order:
         raise Inexpressible("has rows in an order that cannot be followed")
@@ -175,6 +188,7 @@ def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, on
         product = jax.lax.ragged_dot_general(rows, right, group_sizes, numbers, precision=_HIGHEST)
         return product.reshape([label.size for label in labels])
 
+    # rowsᵀ · 1 [in, 1] is the sum of the rows of a group.
     ones = jnp.ones((len(rows), 1), rows.dtype)
     counts = group_sizes > 0 if once else group_sizes
     return summed(rows, second), summed(ones, first), counts.astype(rows.dtype)

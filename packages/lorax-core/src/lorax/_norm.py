@@ -1,4 +1,4 @@
-"""The norm of a weight that is never formed, and the gain that it divides."""
+"""The norm of a weight that is never formed, and the gain that is divided by it."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from ._terms import Inexpressible, Labels, Term
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A gain that waits for its divisor: `magnitude / ‖base + Σ terms‖` over what it does not own.
+    """A pending gain `magnitude / ‖base + Σ terms‖`, the norm over labels that it does not own.
 
         ‖W + Δ‖²  =  ‖W‖²  +  2⟨W, Δ⟩  +  ‖Δ‖²
 
-    through products as small as the factors.
+    is computed through products as small as the factors.
 
     Attributes:
-        term: its first two factors are the magnitude and `‖W‖²`, both along the same labels.
-        size: over how many entries the norm runs.
+        term: its first two factors are the magnitude and `‖W‖²`, both with the same labels.
+        size: the number of entries that the norm runs over.
         detached: whether the divisor has no gradient.
     """
 
@@ -37,22 +37,25 @@ class Norm:
     detached: bool = dataclasses.field(metadata={"static": True})
 
     def is_whole(self) -> bool:
-        """Whether all entries that the norm runs over are still there."""
+        """Whether all entries that the norm runs over are still present."""
         summed = [label for label in self.term.shown if not self.term.owners(label)]
+        # Looked-up entries along such an axis are some of the entries, possibly repeated.
         is_part = any(label.is_index for label in summed)
         return not is_part and math.prod(label.size for label in summed) == self.size
 
     def _gain(self, term: Term, square: jax.Array, kept: Labels) -> Term:
-        """The magnitude over the root of `square`; an output whose weights are all zero stays."""
+        """Returns magnitude / √square; where `square` is zero, the divisor is 1."""
+        # As in the paper and PEFT: less memory, for a gradient that ignores the norm.
         if self.detached:
             square = jax.lax.stop_gradient(square)
-        # An output without a weight would divide by zero, and so would its gradient.
+        # An output whose weights are all zero would divide by zero; replacing its square before
+        # the root keeps the gradient finite as well.
         square = jnp.where(square > 0, square, jnp.ones_like(square))
         magnitude = _along(term, 0, kept, square.dtype)
         return Term((magnitude / jnp.sqrt(square),), (kept,), term.out, term.sources)
 
     def of_sum(self, total: jax.Array) -> Term:
-        """The gain beside a weight that is an array."""
+        """Returns the gain for a weight that has been summed into an array."""
         shown = self.term.shown
         kept = tuple(label for label in shown if self.term.owners(label))
         summed = tuple(k for k, label in enumerate(shown) if label not in kept)
@@ -61,7 +64,7 @@ class Norm:
         return self._gain(self.term, jnp.sum(_squared(entries), summed), kept)
 
     def gain(self, base: jax.Array | CodedArray, terms: Sequence[Term]) -> Term:
-        """The gain beside a weight that is never formed."""
+        """Returns the gain for a weight that is never formed."""
         aligned, terms = _aligned(self.term, terms)
         kept = tuple(label for label in aligned.shown if aligned.owners(label))
         wide = _contract.wide_dtype(base.dtype)
@@ -72,6 +75,7 @@ class Norm:
             return _contract.contract(operands, kept, **keywords, **more).real
 
         def cross(base: jax.Array, *factors: jax.Array, labels: Sequence[Labels]) -> jax.Array:
+            # The base is the operand that meets (`meets=0`), so no delta is formed.
             met = zip(factors, labels, strict=True)
             return product((base.reshape(sizes), aligned.shown), *met, meets=0)
 
@@ -80,18 +84,19 @@ class Norm:
         square = _along(aligned, 1, kept, wide)
         for k, term in enumerate(terms):
             of_term = functools.partial(cross, labels=term.labels)
-            # ⟨W, t⟩: the factors meet the base as they would meet an operand.
+            # ⟨W, t⟩: the base is contracted with one factor after the other, like an operand.
             square += 2 * reading(of_term, base, *conjugated[k].factors)
+            # The Gram matrix ⟨t_j, t_k⟩ is Hermitian: only its lower triangle is computed.
             for j, other in enumerate(conjugated[: k + 1]):
-                # The other term has the same axes, and its own rank.
+                # Both terms show the same labels, but each sums over a rank of its own: rename one.
                 inner = {label for labels in other.labels for label in labels} - {*aligned.shown}
                 first = 1 + max(
                     label.id for one in (term, other, aligned) for label in _labels(one)
                 )
                 names = {x: (x._replace(id=first + n),) for n, x in enumerate(sorted(inner))}
                 renamed = other.rename(names)
-                # ⟨t_j, t_k⟩: small factors alone. Off the diagonal it is there twice, as its own
-                # conjugate.
+                # ⟨t_j, t_k⟩: a contraction of small factors only. Off the diagonal, the pair occurs
+                # twice, as itself and as its conjugate, which have the same real part.
                 gram = product(
                     *zip(term.factors, term.labels, strict=True),
                     *zip(renamed.factors, renamed.labels, strict=True),
@@ -116,24 +121,27 @@ def _squared(array: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def norm_squared(array: jax.Array, kept: tuple[int, ...]) -> jax.Array:
-    """`‖array‖²` over all axes but `kept`, whose order the result has; in float32 or wider."""
+    """Returns `‖array‖²` over all axes but `kept`, in the order of `kept`; float32 or wider."""
     summed = tuple(d for d in range(array.ndim) if d not in kept)
+    # In float32 or wider: squares of a low-precision weight would overflow or lose digits.
     total = jnp.sum(_squared(array.astype(_contract.wide_dtype(array.dtype))), summed)
     return jnp.transpose(total, [sorted(kept).index(d) for d in kept])
 
 
 def _along(term: Term, k: int, kept: Labels, dtype: Any) -> jax.Array:
-    """Factor k with its axes in the order of `kept`."""
+    """Returns factor k as a real array with its axes in the order of `kept`."""
+    # `finfo` of a complex dtype gives its real counterpart: magnitudes and norms are real.
     dtype = jnp.finfo(dtype).dtype
     return _contract.contract(((term.factors[k], term.labels[k]),), kept, dtype=dtype)
 
 
 def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
-    """Terms of one shape, all of which show the same labels, one for each axis if they can."""
+    """Returns terms of one shape with the same labels on each axis, one per axis if possible."""
     axes = range(len(first.out))
     try:
         first, *others = (term.fuse_all(axes, own=False)[0] for term in (first, *others))
     except Inexpressible:
+        # Axes with several labels stay as they are and are split alike below.
         others = list(others)
     for _ in range(2):  # A later term may split labels that an earlier one shows.
         for k, other in enumerate(others):

@@ -1,4 +1,4 @@
-"""The order of pairwise products with the fewest multiplications, without forming a weight."""
+"""The order of pairwise products with the fewest multiplications that never forms a weight."""
 
 import functools
 import itertools
@@ -10,25 +10,35 @@ from typing import Any
 import jax
 import jax.export
 
-# Up to so many operands every order is looked at: about 3ⁿ / 2 splits, a hundredth of a second.
+# Up to this many operands, all orders are searched: about 3ⁿ / 2 splits.
 MOST_ORDERED = 8
 
 
-# The value of a symbolic size of `jax.export` where costs are compared.
+# The value that replaces a symbolic size of `jax.export` when costs are compared.
 NOMINAL_SIZE = 1024
 
 
 def nominal(size) -> int:
-    """A size as a number, for comparing costs."""
+    """Returns a size as a number, for comparing costs."""
     return NOMINAL_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
 def pairwise_order(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], meets: int | None):
-    """The order of pairwise products with the fewest multiplications.
+    """Returns the order of pairwise products with the fewest multiplications.
 
-    Each step names two positions; its result goes to the end of the list. Where an operand meets
-    the weight (`meets`), factors are not multiplied with each other into something that spans the
-    weight's inputs and its outputs, or all of its axes: that would be the delta itself.
+    Each step names the positions of two operands, whose product is appended to the list. If an
+    operand
+    meets the weight (`meets`), factors are never multiplied with each other into an array that
+    spans
+    both inputs and outputs of the weight, or all of its axes: that would be the delta itself.
+
+    Args:
+        labels: the labels of each operand.
+        out: the labels of the result.
+        meets: the position of the operand that meets the weight, or None.
+
+    Returns:
+        Pairs of positions, `len(labels) − 1` of them.
     """
     # A set of labels is an integer, whose bit k is label k: set operations are `&` and `|`.
     numbers = {label: k for k, label in enumerate(dict.fromkeys(itertools.chain(*labels)))}
@@ -41,7 +51,7 @@ def pairwise_order(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], me
 def _ordered(
     labels: tuple[int, ...], sizes: tuple[int, ...], out: int, meets: int | None
 ) -> list[tuple[int, int]]:
-    """`pairwise_order` with bit masks for sets of labels, so that equal terms share one search."""
+    """`pairwise_order` with bit masks for sets of labels, which equal terms share."""
     search = _Search(labels, sizes, out, meets)
     groups = [1 << k for k in range(len(labels))]
     steps: list[tuple[int, int]] = []
@@ -50,11 +60,12 @@ def _ordered(
         """Multiplies two of the groups of operands that are left."""
         positions = sorted((groups.index(left), groups.index(right)))
         steps.append((positions[0], positions[1]))
+        # Positions refer to the list before the step; the later one is deleted first.
         for k in reversed(positions):
             del groups[k]
         groups.append(left | right)
 
-    # Too many for a search over all orders: the cheapest product first, until few are left.
+    # Too many operands for a full search: take the cheapest product until few are left.
     while len(groups) > MOST_ORDERED:
         take(*search.cheapest_pair(groups))
     for left, right in search.best_tree(tuple(groups)):
@@ -63,17 +74,16 @@ def _ordered(
 
 
 class _Search:
-    """The costs of products of operands. A group of operands is a bit mask, as a set of labels is.
+    """The costs of products of operands. Groups of operands and sets of labels are bit masks.
 
-    Of two orders with as many multiplications, the one with smaller intermediate results wins.
+    Of two orders with equally many multiplications, the one with smaller intermediates wins.
     """
 
     def __init__(self, labels: tuple[int, ...], sizes: tuple[int, ...], out: int, meets):
         self.labels, self.sizes, self.out = labels, sizes, out
         self.met = 0 if meets is None else 1 << meets
-        # Of the weight whose factors are multiplied, where something meets it.
-        # x [n, i] · a [i, r] · b [r, o] -> [n, o] has the inputs {i}, the outputs {o}, shows {i,
-        # o}, and has the inner labels {r}.
+        # Label sets of the weight that an operand meets. x [n, i] · a [i, r] · b [r, o] -> [n, o]
+        # has the inputs {i}, the outputs {o}, the shown labels {i, o} and the inner labels {r}.
         self.inputs = self.outputs = self.shown = self.inner = 0
         if meets is not None:
             seen = labels[meets]
@@ -91,7 +101,7 @@ class _Search:
         return math.prod(size for k, size in enumerate(self.sizes) if labels >> k & 1)
 
     def _labels_of(self, group: int) -> int:
-        """The labels of a group: its operand's, or those of its product that are needed later."""
+        """Returns the labels of an operand, or those of a group's product that are still needed."""
         inside, elsewhere = 0, self.out
         for k, labels in enumerate(self.labels):
             if group == 1 << k:
@@ -100,11 +110,12 @@ class _Search:
                 inside |= labels
             else:
                 elsewhere |= labels
-        # A label that nothing outside of the group has is summed within it.
+        # A label that occurs nowhere outside the group has been summed over inside it.
         return inside & elsewhere
 
     def cost(self, left: int, right: int) -> tuple[int, int] | None:
-        """Multiplications and entries of one product, or None where it is not to be made."""
+        """Returns the multiplications and entries of a product, None if it is forbidden."""
+        # A group with the operand is a narrow activation; only groups of factors can form a delta.
         product_labels = self.labels_of(left | right)
         if not (left | right) & self.met and (
             self._is_built(left, right, product_labels) or self._scales_inner_labels(left, right)
@@ -114,12 +125,12 @@ class _Search:
         return self.size(self.labels_of(left) | self.labels_of(right)), self.size(product_labels)
 
     def _is_built(self, left: int, right: int, product_labels: int) -> bool:
-        """Whether the product of two factors would be the weight's delta, or a part as large."""
+        """Whether the product of two groups of factors is the delta, or a part of its size."""
         # a [i, r] · b [r, o] -> [i, o] is the delta.
         if self.inputs & product_labels and self.outputs & product_labels:
-            # A scale of one of them leaves the other as large as it is.
+            # Not if one group merely scales the other: the result is no larger than that one was.
             return all(product_labels & ~self.labels_of(factor) for factor in (left, right))
-        # Or two factors of which neither has all of the weight's axes, and their product has.
+        # Or neither group spans all of the weight's axes, and the product does.
         missing = (
             self.shown & ~labels
             for labels in (product_labels, self.labels_of(left), self.labels_of(right))
@@ -127,23 +138,25 @@ class _Search:
         return [bool(labels) for labels in missing] == [False, True, True]
 
     def _scales_inner_labels(self, left: int, right: int) -> bool:
-        """Whether one factor scales the other along labels that join factors, such as the rank.
+        """Whether one group only scales the other along inner labels, such as the rank.
 
-        What meets the weight is as narrow there, so the scale costs next to nothing. For its own
-        gradient then that narrow product is kept, and not all that meets the weight.
+        The operand is just as narrow after it has met a factor, so scaling it there costs next to
+        nothing.
+        The gradient of the scale then keeps that narrow product instead of the whole operand.
         """
         few, many = sorted(map(self.labels_of, (left, right)), key=int.bit_count)
         return not few & ~(self.inner & many) and few not in (0, many)
 
     def cheapest_pair(self, groups: Sequence[int]) -> tuple[int, int]:
-        """The two of many groups whose product costs least; what meets the weight meets any."""
+        """Returns the pair of groups with the cheapest product that may be formed."""
+        # A pair with the operand is always allowed, so the minimum exists.
         costs = {pair: self.cost(*pair) for pair in itertools.combinations(groups, 2)}
         return min((cost, pair) for pair, cost in costs.items() if cost is not None)[1]
 
     def best_tree(self, groups: tuple[int, ...]) -> list[tuple[int, int]]:
-        """The products of the cheapest order, inner ones first, by a search over subsets."""
-        # The best tree of a set of operands has the best trees of two parts of it as branches, so
-        # sets are done from small to large.
+        """Returns the products of the cheapest order, inner ones first: a search over subsets."""
+        # Dynamic programming: the best tree of a set consists of the best trees of two parts of
+        # it, so sets are processed from small to large.
         costs: dict[int, tuple[int, int]] = {group: (0, 0) for group in groups}
         splits: dict[int, tuple[int, int]] = {}
         for count in range(2, len(groups) + 1):
@@ -154,6 +167,7 @@ class _Search:
                     cost = self.cost(left, right) if left in costs and right in costs else None
                     if cost is None:
                         continue
+                    # Each cost is (multiplications, entries); tuples compare multiplications first.
                     three = (cost, costs[left], costs[right])
                     total = (sum(c for c, _ in three), sum(made for _, made in three))
                     if whole not in costs or total < costs[whole]:
@@ -169,8 +183,8 @@ class _Search:
 
 
 def _divisions(groups: tuple[int, ...]) -> Iterator[int]:
-    """One part of each way to divide groups in two, the larger parts first."""
-    # The first group is in every part, for (A, B) and (B, A) are one division.
+    """Yields one part of each way to divide the groups in two, larger parts first."""
+    # Every part has the first group, because (A, B) and (B, A) are the same division.
     first, *rest = groups
     for count in reversed(range(len(rest))):
         for others in itertools.combinations(rest, count):

@@ -1,11 +1,11 @@
-"""Gains and dropout where a weight meets an operand: what they do to the operand and the result.
+"""Gains and dropout where a weight meets an operand: their effect on operand and result.
 
     x @ (g ⊙ W)  =  (x @ W) ⊙ g      for a gain over the outputs
                  =  (x ⊙ g) @ W      for a gain over the inputs
 
-A gain over axes that are kept multiplies the result, one over axes that are summed multiplies the
-operand. So does a block-diagonal matrix. Dropout zeroes entries of the operand before it meets the
-terms; the base meets all of it.
+A gain over axes that are kept multiplies the result, and a gain over axes that are summed over
+multiplies the operand. The same holds for a block-diagonal matrix. Dropout zeroes entries of the
+operand before it meets the terms; the base meets the whole operand.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from ._turn import Turn
 
 
 def varying(term: Term) -> list[int]:
-    """The axes of a weight that a term varies along."""
+    """Returns the axes of a weight that a term varies along."""
     return [d for d, labels in enumerate(term.out) if any(map(term.owners, labels))]
 
 
 def _gain_array(gain: Term, axes: Sequence[int], dtype) -> jax.Array:
-    """A gain as an array of the weight's `axes`, which are all that it varies along."""
+    """Returns a gain as an array of the weight's `axes`, which are all that it varies along."""
     return dataclasses.replace(gain, out=tuple(gain.out[d] for d in axes)).array(dtype)
 
 
@@ -44,19 +44,29 @@ def pay(
     turned: Callable[..., jax.Array] = Turn.applied_to,
     precision: Any = None,
 ) -> tuple[FactoredArray, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The weight without gains or a turn, the operand that it meets, and a function of the result.
+    """Moves the gains and the turn of a weight to its operand and its result.
 
     Args:
         weight: the weight.
-        operand: what meets it.
-        met: for each summed or batched axis of the weight, the operand's. The groups of a
-            convolution repeat it there.
-        shown: for each kept axis of the weight, the result's.
-        entries: turns a gain along these axes of the weight into what the operand and the result
+        operand: the array that meets it.
+        met: maps each summed or batched axis of the weight to an axis of the operand, which the
+            groups
+            of a convolution repeat.
+        shown: maps each kept axis of the weight to an axis of the result.
+        entries: converts a gain along these axes of the weight to the entries that operand and
+            result
             have there.
-        turned: multiplies the operand or the result by the weight's matrix, as `Turn.applied_to`.
-        precision: of that product; a pair is that of the operand and of the weight.
+        turned: multiplies operand or result by the weight's matrix, as `Turn.applied_to` does.
+        precision: of that product; a pair is for the operand and for the weight.
+
+    Returns:
+        The weight without gains and turn, the operand for it, and a function to apply to the
+        result.
+
+    Raises:
+        Inexpressible: where a gain or a matrix varies along kept and summed axes at once.
     """
+    # A pending norm must be computed before its gain can multiply anything.
     weight = weight.resolved()
     wide = wide_dtype(weight.base.dtype)
     after: list[tuple[jax.Array, list[int]]] = []
@@ -77,6 +87,7 @@ def pay(
             raise Inexpressible("meets it along axes that leave no place for its gain")
     turn, turns_result = weight.turn, False
     if turn is not None:
+        # The matrix is along a kept axis, so it multiplies the result; else along a summed one.
         turns_result = all(d in shown for d in turn.varying)
         if not turns_result:
             if not (all(d in met for d in turn.varying) and _is_inexact(operand)):
@@ -86,6 +97,7 @@ def pay(
     def pay_result(result: jax.Array) -> jax.Array:
         if turn is not None and turns_result:
             result = turned(turn, result, shown, precision=precision)
+        # After the turn: gains multiply turn · W.
         for array, places in after:
             result = times_gain(result, spread(array, places, result.ndim), joins=True)
         return result
@@ -98,7 +110,8 @@ def _is_inexact(array: jax.Array) -> bool:
 
 
 def spread(array: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """An array as one of `ndim` axes, its axis k at `axes[k]` and sizes of one elsewhere."""
+    """Returns an array with `ndim` axes: axis k goes to `axes[k]`, the others have size one."""
+    # Axes are put in the order of their places, so that a reshape can insert the ones.
     order = sorted(range(len(axes)), key=lambda k: axes[k])
     shape = [1] * ndim
     for k, axis in enumerate(axes):
@@ -111,7 +124,7 @@ def spread(array: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
 
 
 def fold_keys(keys: Keys, number: int | jax.Array) -> Keys:
-    """Other keys, of one use of the weight."""
+    """Returns the keys of one use of the weight: `number` is folded into each."""
     (data,) = keys.term.factors
     folded = _mapped(data, keys.impl, lambda key: jax.random.key_data(_fold(key, number)))
     return dataclasses.replace(keys, term=dataclasses.replace(keys.term, factors=(folded,)))
@@ -122,7 +135,7 @@ def _fold(key: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 def _mapped(data: jax.Array, impl: str, of_key: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A function's result for each key; its axes come last."""
+    """Applies a function to each key; the axes of its result come last."""
     keys = jax.random.wrap_key_data(data, impl=impl)
     for _ in range(keys.ndim):
         of_key = jax.vmap(of_key)
@@ -135,17 +148,18 @@ def with_dropout_on(
     batch: Mapping[int, int],
     function: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """`function` of the operand as the terms see it.
+    """Returns `function` of the operand after dropout, as the terms see it.
 
-    For the backward pass the mask is drawn again, and with it the products of the terms: what is
-    dropped is as large as the operand, and each weight has its own. Under an outer `jax.checkpoint`
-    saved products would keep the dropped operand beside them.
+    For the backward pass, the mask and the products of the terms are recomputed: a dropped operand
+    is
+    as large as the operand itself, and every weight has one of its own. Under an outer
+    `jax.checkpoint`, saved products would keep the dropped operand as well.
 
     Args:
-        operand: what meets the weight.
-        weight: the weight, whose keys are this use's own.
-        batch: for each batched axis of the weight, the operand's.
-        function: computes products.
+        operand: the array that meets the weight.
+        weight: the weight, with the keys of this use.
+        batch: maps each batched axis of the weight to an axis of the operand.
+        function: computes the products.
     """
     if weight.keys is None:
         return function(operand)
@@ -153,44 +167,50 @@ def with_dropout_on(
     def dropped(operand: jax.Array, keys: Keys) -> jax.Array:
         return function(_drop_out(operand, keys, batch))
 
-    # A compiler that undoes this saves time, and no more is kept than without dropout.
+    # If a compiler undoes the recomputation, that saves time and costs no more memory than a
+    # saved mask would.
     return jax.checkpoint(dropped, prevent_cse=False)(operand, weight.keys)
 
 
 def _drop_out(operand: jax.Array, keys: Keys, batch: Mapping[int, int]) -> jax.Array:
-    """The operand without some of its entries.
+    """Returns the operand with a fraction of its entries zeroed, and the rest scaled up.
 
-    Each entry of the weight along a batched axis has a key, and so a mask, of its own.
+    Each entry of the weight along a batched axis has a key, and therefore a mask, of its own.
     """
     axes = varying(keys.term)
     data = _key_data(keys.term, axes)  # [*axes, words]
     if names := tuple(sorted(varying_axes(operand))):
-        # Inside `shard_map` each device draws for the entries that it has.
+        # Inside `shard_map`, each device draws an independent mask for its own entries.
         index = jax.lax.axis_index(names)
         data = _mapped(data, keys.impl, lambda key: jax.random.key_data(_fold(key, index)))
     data = data[tuple(slice(None) if d in batch else 0 for d in axes)]  # [*batched, words]
     places = [batch[d] for d in axes if d in batch]
     shape = [size for d, size in enumerate(operand.shape) if d not in places]
+    # [words] -> [*shape]
     of_key = lambda words: _noise(words, shape)  # noqa: E731
     for _ in places:
         of_key = jax.vmap(of_key)
     with jax.named_scope("lora"):
         noise = jnp.moveaxis(of_key(data), range(len(places)), places)
-        # Uniform over 2³² numbers, so `rate` of them are below rate · 2³².
+        # The noise is uniform over 2³² numbers, of which a fraction `rate` is below rate · 2³².
         mask = sharded_like(noise >= np.uint32(keys.rate * 2**32), operand)
+        # Scaled up by 1 / (1 − rate), which leaves the expected value unchanged.
         kept = operand * jnp.asarray(1 / (1 - keys.rate), operand.dtype)
         return jnp.where(mask, kept, jnp.zeros_like(operand))
 
 
 def _noise(words: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Uniform 32-bit numbers: a hash of two words of a key and of the position of each entry.
+    """Returns uniform 32-bit numbers: a hash of two words of a key and the position of each entry.
 
-    `jax.random.bits` would make temporary arrays as large as the operand. This is a few operations
-    for each entry, which fuse into what reads them, and enough for a mask. It is the finalizer of
-    MurmurHash3, once for each axis.
+    `jax.random.bits` would make temporary arrays as large as the operand. This takes a few
+    operations
+    per entry that fuse into the consumer, and is random enough for a mask. It applies the finalizer
+    of
+    MurmurHash3 once per axis.
     """
     mixed = _mix(words[0] ^ _mix(words[-1]))
     for size in shape:
+        # Multiples of 2³² / golden ratio spread adjacent positions over all bits.
         position = jax.lax.iota(jnp.uint32, size) * np.uint32(0x9E3779B9)
         mixed = _mix(
             jnp.expand_dims(mixed, -1) ^ (position + words[-1]).reshape(*[1] * mixed.ndim, -1)
@@ -205,10 +225,10 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def _key_data(term: Term, axes: Sequence[int]) -> jax.Array:
-    """Key data along the weight's axes; a label that has no key of its own repeats them."""
+    """Returns key data along the weight's axes; labels without a key of their own repeat it."""
     (data,), ((*owned, words),) = term.factors, term.labels
     shown = [label for d in axes for label in term.out[d]]
-    # What a squeeze has dropped has one entry.
+    # Labels that a squeeze has dropped have one entry.
     data = data[tuple(slice(None) if label in shown else 0 for label in owned)]
     labels = [label for label in owned if label in shown]
     order = sorted(range(len(labels)), key=lambda k: shown.index(labels[k]))

@@ -1,7 +1,7 @@
 """The pair `(frozen, tunable)`: two trees with the structure of the parameters.
 
-Each leaf is in one of them and None in the other; beside an adapter in `tunable` the base is in
-`frozen`. Leaves that are not arrays stay in `frozen`.
+Each parameter is in one of the two trees, and None in the other. For an adapted parameter, the
+adapter is in `tunable` and its base in `frozen`. Leaves that are not arrays stay in `frozen`.
 """
 
 import math
@@ -21,10 +21,10 @@ from ._frozen_weight import FrozenWeight, base_and_held
 
 
 class Pair(NamedTuple):
-    """What `init_lora` returns, and what takes the place of parameters under `lora`.
+    """The two trees that replace the parameters under `lora`, as `init_lora` returns them.
 
     Attributes:
-        frozen: the parameters that stay as they are, None where one is trained in full.
+        frozen: the parameters that are not trained, and the bases of adapters; None elsewhere.
         tunable: the adapters and the parameters that are trained in full, None elsewhere.
 
     Example:
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter as the pair holds it; `held` is what stays frozen beside its base."""
+    """One parameter of a pair; `held` has the frozen factors beside its base."""
 
     path: str
     frozen: Any
@@ -55,16 +55,16 @@ class Leaf(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is more than an array: it has an adapter, or is held as codes."""
+        """Whether the parameter has an adapter or is held as codes."""
         return self.is_adapted or isinstance(self.frozen, QuantizedWeight)
 
     @property
     def plain(self) -> Any:
-        """The parameter without an adapter, from the tree that has it."""
+        """The parameter without an adapter, from the tree that contains it."""
         return self.frozen if self.tunable is None or self.is_adapted else self.tunable
 
     def applied(self, source: Hashable = None) -> FactoredArray:
-        """The weight, adapted or held as codes."""
+        """Returns the weight as `lora` evaluates it, adapted or held as codes."""
         base = as_base(self.frozen, source)
         if not self.is_adapted:
             return FactoredArray(base, ())
@@ -73,12 +73,12 @@ class Leaf(NamedTuple):
 
 jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
 
-# What a call without the second tree has in its place; None is a tree, too.
+# The default for a second tree that was not passed; None is a valid tree.
 ABSENT: Any = object()
 
 
 def two_trees(frozen: Any, tunable: Any, function: str) -> Pair:
-    """The trees of a call that was given a pair, or both trees."""
+    """Returns the pair of a call that was given either a pair or both trees."""
     if tunable is not ABSENT:
         return Pair(frozen, tunable)
     if _is_two(frozen):
@@ -90,9 +90,11 @@ def two_trees(frozen: Any, tunable: Any, function: str) -> Pair:
 
 
 def pair_of_call(args: tuple[Any, ...], function: str) -> tuple[Pair, tuple[Any, ...]]:
-    """The trees of a call whose arguments begin with a pair, or with both trees; and the others."""
+    """Returns the pair that arguments begin with, as one or two of them, and the rest."""
     first, *others = args
     is_pair = isinstance(first, Pair) or not others
+    # A tuple (x, y) may be a pair or a frozen tree that happens to have two children: the second
+    # argument decides, by having adapters or the structure of the first.
     if not is_pair and (has_adapters(others[0]) or not _is_two(first)):
         _, structure = flatten_params(first)
         if has_adapters(others[0]) or flatten_tunable(others[0], first, structure)[1] == structure:
@@ -110,16 +112,19 @@ def is_tunable_leaf(node: Any) -> bool:
 
 
 def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a parameter tree with their paths, None among them, and its structure."""
+    """Returns the leaves of a parameter tree with paths, including None, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_frozen_leaf)
     return [(path_string(path), leaf) for path, leaf in leaves], structure
 
 
 def flatten_tunable(tunable: Any, params: Any, structure: Any) -> tuple[list[Any], Any]:
-    """The leaves of a tunable tree, and `structure`, that of `params`, if it is the tree's too."""
+    """Returns the leaves of a tunable tree and its structure.
+
+    The structure is `structure`, that of `params`, if the two trees differ in boxes only.
+    """
     leaves, other = jax.tree.flatten(tunable, is_leaf=is_tunable_leaf)
     if other != structure:
-        # Boxes are around the factors in one tree, and around the base in the other.
+        # Boxes are around factors in the tunable tree, and around bases in the other.
         without = jax.tree.structure(opened(tunable), is_leaf=is_tunable_leaf)
         if without == jax.tree.structure(opened(params), is_leaf=_is_frozen_leaf):
             other = structure
@@ -127,7 +132,11 @@ def flatten_tunable(tunable: Any, params: Any, structure: Any) -> tuple[list[Any
 
 
 def flatten_pair(frozen: Any, tunable: Any, function: str) -> tuple[list[Leaf], Any]:
-    """The leaves of both trees side by side, and the structure of the parameters."""
+    """Returns the leaves of both trees side by side and the structure of the parameters.
+
+    Raises:
+        PairError: where the trees are not a pair.
+    """
     left, structure = flatten_params(frozen)
     right, other = flatten_tunable(tunable, frozen, structure)
     if structure != other:
@@ -160,7 +169,7 @@ def _check_order(frozen: Any, tunable: Any, function: str) -> None:
 
 
 def has_adapters(tree: Any) -> bool:
-    """Whether a tree has an adapter anywhere, as the tunable one of a pair."""
+    """Whether a tree contains an adapter, as the tunable tree of a pair does."""
     leaves = jax.tree.leaves(tree, is_leaf=is_tunable_leaf)
     return any(isinstance(leaf, Adapter) for leaf in leaves)
 
@@ -184,13 +193,14 @@ def _check_leaf(function: str, leaf: Leaf) -> None:
             f"{function}: tunable has an adapter at `{path}`, but frozen has "
             f"{type(base).__name__} there instead of its base weight."
         )
-    # Under vmap and in trees of shapes or specs, leaves may be anything with a shape.
+    # Leaves may be anything with a shape: tracers under vmap, `ShapeDtypeStruct`s, or specs.
     shape = _shape(base)
     shapes = {name: _shape(factor) for name, factor in new.factors().items()}
     beside = {name: _shape(factor) for name, factor in held.items()}
     layout = _layout(new, shape)
     if layout is not None:
         needed = {name: sizes(labels) for name, labels in layout.held.items()}
+        # DoRA, VeRA and others need frozen factors; a bare base lacks them.
         if needed.keys() - beside.keys():
             raise PairError(
                 f"{function}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside "
@@ -206,14 +216,14 @@ def _check_leaf(function: str, leaf: Leaf) -> None:
 
 
 def _layout(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
-    """How factors run along a base of this shape; None where it cannot have such an adapter."""
+    """Returns the layout of the factors on a base of this shape, or None if it cannot have them."""
     if sorted(axis for group in weight.axes for axis in group) != list(range(len(shape))):
         return None
     try:
         layout = weight.layout(shape)
     except SpecError:
         return None
-    # An axis that is cut into blocks is as long as they are.
+    # The labels of an axis must multiply to its size, also where it is cut into blocks.
     fits = all(n == math.prod(sizes(labels)) for n, labels in zip(shape, layout.out, strict=True))
     return layout if fits else None
 
@@ -227,7 +237,7 @@ def _listed(shapes: Mapping[str, Any]) -> str:
 
 
 def split_pair(value: Any, label: str) -> tuple[Any, Any]:
-    """The two trees of a pair."""
+    """Returns the two trees of a pair; raises `PairError` for anything else."""
     if _is_two(value):
         return value[0], value[1]
     raise PairError(
@@ -241,7 +251,7 @@ def _is_two(value: Any) -> bool:
 
 
 def combine(leaves: list[Leaf], structure: Any, adapted: Callable[[Leaf], Any]) -> Any:
-    """The parameter tree, with `adapted(leaf)` where the pair has an adapter."""
+    """Returns the parameter tree, with `adapted(leaf)` for each parameter with an adapter."""
     return jax.tree.unflatten(
         structure, [adapted(leaf) if leaf.is_adapted else leaf.plain for leaf in leaves]
     )

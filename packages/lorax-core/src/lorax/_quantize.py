@@ -1,4 +1,4 @@
-"""`quantize` and `dequantize`: a tree of weights in few bits, and back."""
+"""`quantize` and `dequantize`: convert a tree of weights to few bits, and back."""
 
 import dataclasses
 import functools
@@ -33,30 +33,30 @@ def quantize(
     where: Pattern | None = None,
     tables: bool = False,
 ) -> Any:
-    """Holds weights in few bits: the frozen tree of a pair, or parameters.
+    """Quantizes the weights of parameters or of the frozen tree of a pair.
 
-    `lora` takes such a tree in place of the frozen one, with adapters beside it or without. A
-    weight is decoded in the equation that reads it, and again in the backward pass.
+    `lora` accepts such a tree as the frozen one, with or without adapters. A weight is decoded in
+    the equation that reads it, and again in the backward pass.
 
-    Given one format for all, `fn` says which weights are those of products and convolutions, and
-    along which of their axes blocks run: the inputs. Norms, biases and positions stay as they are.
+    With one format for all weights, `fn` is traced to find the weights of products and convolutions
+    and their input axes, along which blocks run. Norms, biases and positions are left unchanged.
 
     Args:
         params: the parameters, or the frozen tree of `init_lora`.
         formats: a format, such as `NF4(block=64)`, or its name: "int8", "int4", "nf4", "fp8" or
-            "mxfp4". Or a tree with the structure of `params` of these and None, which leaves a
-            leaf as it is.
-        fn: a function of the parameters first.
-        args: what `fn` is called with after the parameters; arrays may be `jax.ShapeDtypeStruct`.
-        kwargs: keywords that `fn` is called with.
-        where: with one format for all, only parameters whose path it accepts: a glob, a compiled
-            regular expression or a callable.
-        tables: with one format for all, whether tables in which rows are looked up are quantized,
-            too: embeddings, and a head that is one of them. Blocks run along the rows.
+            "mxfp4". Or a tree of these with the structure of `params`, where None leaves a leaf
+            unchanged.
+        fn: the model, a function whose first argument is the parameters.
+        args: the other arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`.
+        kwargs: the keyword arguments of `fn`.
+        where: with one format for all weights, a filter on paths: a glob, a compiled regular
+            expression or a callable.
+        tables: with one format for all weights, whether lookup tables are quantized as well:
+            embeddings, and a head tied to one. Their blocks run along each row.
 
     Returns:
-        The tree with a `QuantizedWeight` in place of each weight; it is placed as the weight was,
-        an axis in blocks being split between blocks.
+        The tree with a `QuantizedWeight` in place of each weight, sharded as the weight was. An
+        axis in blocks is split between blocks.
 
     Raises:
         SpecError: where a format does not fit a leaf of a tree of formats, or is not one; where a
@@ -65,8 +65,8 @@ def quantize(
         TypeError: where one format is given for all, and no `fn`.
 
     Warns:
-        UnquantizedWarning: where weights of products stay as they are, as blocks do not divide
-            them; names each.
+        UnquantizedWarning: names weights of products that are left unchanged because blocks do not
+            divide them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,6 +83,7 @@ def quantize(
     bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
     roles = None
     if fn is not None:
+        # Traced on the bases, whether or not some of them are quantized already.
         roles = roles_of(fn, bases, structure, tuple(args), dict(kwargs or {}))
     if isinstance(formats, str | Format):
         blanks = _everywhere(bases, format_of(formats), roles, where, tables)
@@ -104,13 +105,13 @@ def quantize(
 
 
 def dequantize(tree: Any) -> Any:
-    """The tree with an array in place of each quantized weight.
+    """Returns the tree with an array in place of each quantized weight.
 
     Args:
         tree: parameters, or the frozen tree of a pair.
 
     Returns:
-        The same tree; what was not quantized is the same object.
+        The tree; leaves that were not quantized are the same objects.
 
     Example:
         >>> import jax.numpy as jnp
@@ -130,13 +131,14 @@ def dequantize(tree: Any) -> Any:
 
 
 def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
-    """The same beside the quantized base; factors that follow from the base are computed again.
+    """Returns the leaf with a quantized base; factors derived from the base are recomputed.
 
-    The norms of DoRA are such factors. Those of the floats would scale every output.
+    The norms of DoRA are such factors: the norms of the original floats would rescale every output.
     """
     factors = dict(leaf.factors)
     if leaf.settings:
         adapter = adapter_from_settings(json.loads(leaf.settings))
+        # From the decoded weight: what the model will multiply by.
         derived = jax.jit(lambda weight: adapter.derived(weight.array()))(base)
         for name in factors.keys() & derived.keys():
             old, new = factors[name], derived[name].astype(factors[name].dtype)
@@ -148,7 +150,7 @@ def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
 def _everywhere(
     bases: Sequence[tuple[str, Any]], format: Format, roles: Any, where: Any, tables: bool
 ) -> list[QuantizedWeight | None]:
-    """One format for every weight of a product."""
+    """Returns blanks for one format on every weight of a product."""
     if roles is None:
         raise TypeError(
             "quantize takes `fn` and `args` beside one format for all weights, to find which they "
@@ -161,6 +163,7 @@ def _everywhere(
         chosen = is_weight and (tables or not is_table) and (where is None or matches(where, path))
         if not chosen or not _is_float(base):
             if chosen:
+                # A weight that is quantized already is an error, not silently left out.
                 _refuse_twice(path, base)
             blanks.append(None)
             continue
@@ -196,7 +199,7 @@ def _everywhere(
 def _by_leaf(
     bases: Sequence[tuple[str, Any]], structure: Any, formats: Any, roles: Any
 ) -> list[QuantizedWeight | None]:
-    """A tree of formats."""
+    """Returns blanks for a tree of formats."""
     leaves, other = jax.tree.flatten(formats, is_leaf=lambda x: x is None or isinstance(x, Format))
     if other != structure:
         raise SpecError(
@@ -223,7 +226,7 @@ def _by_leaf(
 
 
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
-    """The weight without arrays; a format may say itself which axes share scales."""
+    """Returns the weight without arrays; a format may fix the axes that share scales."""
     given = getattr(format, "along", None)
     return blank_of(path, base, along if given is None else given, format)
 
@@ -242,11 +245,13 @@ def _refuse_twice(path: str, base: Any) -> None:
 
 
 def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
-    """Refuses dtypes that this backend lacks, and entries that leave a block without a scale."""
+    """Raises for dtypes that this backend lacks, and for entries that are not finite."""
+    # Before the weight is encoded, so that the error names it.
     for dtype in blank.held.dtypes():
         _check_backend(path, jnp.dtype(dtype).name)
     if is_tracer(base) or isinstance(base, jax.ShapeDtypeStruct):
         return
+    # One reduction: a NaN or an infinity anywhere makes the maximum not finite.
     if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(base))))):
         raise SpecError(
             f"`{path}` has entries that are not finite, and a block with such an entry has no "
@@ -267,4 +272,5 @@ def _check_backend(path: str, dtype: str) -> None:
 @functools.cache
 def _computes_with(dtype: str) -> None:
     with jax.ensure_compile_time_eval():
+        # Some backends accept a dtype and fail only when a program with it runs.
         jnp.zeros(2, dtype).astype(jnp.float32).block_until_ready()

@@ -1,4 +1,4 @@
-"""`eva_ranks`: ranks by the variance that principal components of the inputs explain."""
+"""`eva_ranks`: distributes ranks by the variance that principal components explain."""
 
 import dataclasses
 import math
@@ -14,22 +14,23 @@ from ._spec import LORA_FREEZE
 
 
 def eva_ranks(spec: Any, collected: Collected) -> Any:
-    """A spec whose ranks follow the share of variance that components of the inputs explain.
+    """Returns a spec whose ranks follow the variance that components of the inputs explain.
 
-    As many components as the ranks sum up to are handed out, the one with the largest share first,
-    up to `rho` times its rank for each weight. `alpha` changes with the rank, so that the scale
-    stays. A stack has one rank: a component of it takes as many as it has entries, and its share is
-    their mean. A weight without any is frozen. This is the redistribution of `peft.EvaConfig`.
+    The sum of all ranks is the budget. Components are granted in order of the share of variance
+    that they explain, up to `rho` times its rank for each weight. `alpha` changes with the rank, so
+    that the scale is kept. A stack of weights has a single rank: one of its components costs as
+    many ranks as the stack has entries, and its share is their mean. A weight that gets no
+    component is frozen. This is the redistribution of `peft.EvaConfig`.
 
     Args:
         spec: the spec that `collect_starts` was given; weights with `EvaStart(rho=…)` share ranks.
-        collected: what it returned.
+        collected: the result of `collect_starts`.
 
     Returns:
         A spec tree for `init_lora`, with the same `collected`.
 
     Raises:
-        SpecError: where a path of `collected` is none of the spec's.
+        SpecError: where `collected` has a path that the spec does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -66,7 +67,7 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Opaque:
-    """A leaf of a spec tree, whatever it is."""
+    """Wraps a leaf of a spec tree, so that tree functions treat it as one."""
 
     spec: Any
 
@@ -80,6 +81,7 @@ def _with_rank(spec: Any, rank: int) -> Any:
     if inner.alpha is None:
         return spec.with_size(rank)
     ratio = rank / inner.rank
+    # scale = alpha / rank, or alpha / √rank for rsLoRA, is kept.
     alpha = inner.alpha * (math.sqrt(ratio) if inner.scaling == "rslora" else ratio)
     inner = dataclasses.replace(inner, rank=rank, alpha=alpha)
     return (

@@ -1,7 +1,7 @@
-"""Equations that read a weight that is held as codes: it is an array there, and nowhere else.
+"""Equations that read a weight that is held as codes, which is an array only inside them.
 
-Under `jax.checkpoint` such an equation keeps the codes for the backward pass, and nothing that was
-made of them; behind a barrier no compiler decodes a weight before its turn.
+Under `jax.checkpoint`, such an equation saves the codes for the backward pass and nothing that was
+computed from them. A barrier keeps compilers from decoding a weight before it is needed.
 """
 
 import functools
@@ -17,8 +17,9 @@ from ._coded import array_of, is_coded
 
 
 def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """An equation on arrays, some of which are decoded for it, and for it alone."""
+    """Evaluates an equation on arrays, some of which are decoded for it alone."""
     if eqn.effects:
+        # `jax.checkpoint` does not take every effect, so nothing is recomputed here.
         return _compat.bind(eqn, *map(array_of, operands))
     leaves, structure = jax.tree.flatten(tuple(map(_unnamed, operands)))
     params = tuple(eqn.params.items())
@@ -31,7 +32,7 @@ def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _consumer(primitive: Any, params: Any, structure: Any) -> Callable[..., list[Any]]:
-    """One function for all equations that are alike, which JAX then traces once."""
+    """Returns one function for all equations that are alike, so that JAX traces it once."""
 
     def function(*operands: Any) -> list[Any]:
         return _compat.bind_params(primitive, dict(params), *map(array_of, operands))
@@ -40,7 +41,7 @@ def _consumer(primitive: Any, params: Any, structure: Any) -> Callable[..., list
 
 
 def reading(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*arrays)`, computed anew in the backward pass where an operand is coded."""
+    """Evaluates `function(*arrays)`; with a coded operand, the backward pass recomputes it."""
     if not any(map(is_coded, operands)):
         return function(*operands)
     leaves, structure = jax.tree.flatten(tuple(map(_unnamed, operands)))
@@ -49,7 +50,7 @@ def reading(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def decoded(base: Any) -> jax.Array:
-    """The array of a base, decoded again in the backward pass."""
+    """Returns the array of a base, which the backward pass decodes again."""
     if not is_coded(base):
         return base
     leaves, structure = jax.tree.flatten(base.unnamed())
@@ -69,7 +70,9 @@ def _recomputed(
     function: Callable[..., Any], name: str, structure: Any, several: bool = True
 ) -> Callable[..., Any]:
     def flat(*leaves: Any) -> Any:
-        # Codes are there from the start: without this a compiler decodes all weights at once.
+        # Codes are available from the start: without the barrier, a compiler may decode all
+        # weights at once.
+        # Scalars, such as indices, need no barrier.
         held = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
         waited = jax.lax.optimization_barrier([leaves[k] for k in held])
         every = dict(enumerate(leaves)) | dict(zip(held, waited, strict=True))

@@ -42,7 +42,7 @@ REASONS: dict[Primitive, str] = {}
 
 
 def defreason(reason: str, *names: str) -> None:
-    """Says why the primitives called `names`, those that this JAX has, materialize a weight."""
+    """Registers why the named primitives materialize a weight; names this JAX lacks are skipped."""
     primitives = map(_compat.find_primitive, names)
     REASONS.update(dict.fromkeys((primitive for primitive in primitives if primitive), reason))
 
@@ -60,11 +60,11 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
     Args:
         primitives: JAX's primitives, or the names of those that JAX exports. A name that the
             installed JAX does not have is skipped.
-        gains: whether the rule also takes weights with gains, a pending norm or dropout, as those
-            of DoRA and IA³. Elsewhere such a weight is materialized.
+        gains: whether the rule also handles weights with gains, a pending norm or dropout, such as
+            those of DoRA and IA³. Without it, such a weight is materialized.
 
     Returns:
-        A decorator, which returns the rule as it is.
+        A decorator that returns the rule unchanged.
 
     Raises:
         ValueError: where a primitive has a rule already.
@@ -106,7 +106,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
 
 
 def unfit(rule: Rule, operands: int, parameters: Iterable[str]) -> str:
-    """Why a rule cannot be called for such an equation, as in `Use.reason`; empty where it can."""
+    """Returns why a rule cannot handle such an equation, as in `Use.reason`, or an empty string."""
     return _unfit(rule, operands, tuple(parameters))
 
 
@@ -114,10 +114,12 @@ def unfit(rule: Rule, operands: int, parameters: Iterable[str]) -> str:
 def _unfit(rule: Rule, operands: int, parameters: tuple[str, ...]) -> str:
     signature = inspect.signature(rule)
     try:
+        # The first argument is the equation.
         signature.bind(None, *[None] * operands, **dict.fromkeys(parameters))
         return ""
     except TypeError:
         pass
+    # The rest words the reason: a JAX version has added or removed a parameter.
     named = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     names = {p.name for p in named}
     unknown = [f"the parameter `{name}`" for name in parameters if name not in names]
@@ -135,7 +137,7 @@ def _unfit(rule: Rule, operands: int, parameters: tuple[str, ...]) -> str:
 
 
 def _with_parameters(rule: Rule, parameters: Iterable[inspect.Parameter]) -> Rule:
-    """Gives a rule that takes `**params` the signature of one that names them."""
+    """Gives a rule that takes `**params` a signature that names them, which `unfit` checks."""
     signature = inspect.signature(rule)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     rule.__signature__ = signature.replace(parameters=[*kept, *parameters])  # pyright: ignore[reportFunctionMemberAccess]
@@ -143,10 +145,11 @@ def _with_parameters(rule: Rule, parameters: Iterable[inspect.Parameter]) -> Rul
 
 
 def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True) -> None:
-    """A rule for a primitive that is linear in its one operand.
+    """Defines the rule of a primitive that is linear in its one operand.
 
-    `change(term, **params)` is the term of the result. With `moves` the primitive only moves or
-    cuts axes, so that gains are changed like terms.
+    `change(term, **params)` returns the term of the result. With `moves`, the primitive only moves
+    or
+    cuts axes, so gains are changed the same way as terms.
     """
 
     def rule(eqn, weight, *others, **params):
@@ -163,9 +166,11 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
 
 
 def defmove(*names: str) -> Callable[[Any], Any]:
-    """Registers what primitives that move or cut axes make of a term, for bases held as codes.
+    """Registers how primitives that move or cut axes change a term, for bases held as codes.
 
-    `change(term, *others, **params)` is a term, or a list of them where there are several results.
+    `change(term, *others, **params)` returns a term, or a list of terms for a primitive with
+    several
+    results.
     """
 
     def register(change: Any) -> Any:
@@ -179,10 +184,10 @@ def defmove(*names: str) -> Callable[[Any], Any]:
 
 
 def defdirect(name: str, *, parameters: Iterable[str] = ()) -> None:
-    """A rule for a primitive that changes how a weight is stored and not what it is.
+    """Defines the rule of a primitive that changes how a weight is stored but not its values.
 
-    The factors stay as they are: they meet their operand in the operand's dtype anyway.
-    `parameters` are the names of those that it has.
+    The factors stay unchanged: each product casts them to the dtype of its operands anyway.
+    `parameters` are the names of the primitive's parameters.
     """
 
     def rule(eqn, weight, **params):

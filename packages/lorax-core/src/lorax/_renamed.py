@@ -1,4 +1,4 @@
-"""Arguments under the names that they had in an earlier version."""
+"""Deprecated names of arguments."""
 
 import functools
 import warnings
@@ -9,10 +9,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def takes_old_names(**names: str) -> Callable[[F], F]:
-    """Lets a function take keyword arguments by old names too, with a `DeprecationWarning`.
+    """Lets a function accept keyword arguments by old names, with a `DeprecationWarning`.
 
     Args:
-        names: for each old name, the argument that it is now.
+        **names: maps each old name to the current one.
     """
 
     def decorate(fn: F) -> F:

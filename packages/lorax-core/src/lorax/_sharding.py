@@ -1,4 +1,4 @@
-"""Where factors live: each axis of a factor is sharded as the weight's axis it runs over."""
+"""Placement of factors: each axis is sharded like the axis of the weight that it runs along."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -10,13 +10,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 def factor_spec(
     spec: PartitionSpec, out: Sequence[Sequence[Hashable]], labels: Sequence[Hashable]
 ) -> PartitionSpec:
-    """The partition of a factor, for the partition of the weight.
+    """Returns the partition of a factor, given the partition of the weight.
 
     Args:
-        spec: the weight's partition.
-        out: the labels of each of the weight's axes.
-        labels: the label of each of the factor's axes; one that the weight does not show, such
-            as the rank, is replicated.
+        spec: the partition of the weight.
+        out: the labels of each axis of the weight.
+        labels: the label of each axis of the factor. A label that the weight does not show, such as
+            the
+            rank, is replicated.
     """
     entries = {axis[0]: entry for axis, entry in zip(out, spec, strict=False) if len(axis) == 1}
     return PartitionSpec(*(entries.get(label) for label in labels))
@@ -25,7 +26,7 @@ def factor_spec(
 def factor_sharding(
     sharding: Sharding, out: Sequence[Sequence[Hashable]], labels: Sequence[Hashable]
 ) -> Sharding:
-    """The sharding of a factor, for the sharding of the weight."""
+    """Returns the sharding of a factor, given the sharding of the weight."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(
@@ -36,9 +37,9 @@ def factor_sharding(
 
 
 def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array with the sharding of one that it meets entry by entry, on a mesh of explicit axes.
+    """Reshards an array like one that it meets entry by entry, on a mesh with explicit axes.
 
-    Axes of size one are broadcast there.
+    Axes of size one are broadcast, so they are replicated.
     """
     sharding = jax.typeof(other).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
@@ -49,19 +50,19 @@ def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def placement(array: Any) -> Sharding | None:
-    """Where the user put an array; None for one that JAX may move: uncommitted, or NumPy's."""
+    """Returns the sharding of a committed array; None for uncommitted and NumPy arrays."""
     return array.sharding if getattr(array, "committed", False) else None
 
 
 def devices_of(array: Any) -> set[Any]:
-    """The devices that hold an array; none for NumPy's."""
+    """Returns the devices that hold an array; an empty set for a NumPy array."""
     return array.sharding.device_set if isinstance(array, jax.Array) else set()
 
 
 def in_device_memory(array: Any) -> Any:
-    """The array itself, or its copy on the device where it is offloaded to the host.
+    """Returns the array, or a copy in device memory if it is offloaded to the host.
 
-    XLA adds no arrays of different memories.
+    XLA does not add arrays in different memories.
     """
     sharding = placement(array)
     if sharding is None:

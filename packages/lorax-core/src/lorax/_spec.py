@@ -1,7 +1,7 @@
-"""The spec tree, which says how each parameter is trained, and functions that make one.
+"""Spec trees, which define how each parameter is trained, and functions that make them.
 
-A spec is a tree with the structure of the parameters whose leaves are `LORA_FREEZE`, `LORA_FULL`,
-a rank of plain LoRA, or the spec of another kind of adapter, such as a `DoraSpec`.
+A spec has the structure of the parameters. Each leaf is `LORA_FREEZE`, `LORA_FULL`, a rank of plain
+LoRA, or the spec of another kind of adapter, such as a `DoraSpec`.
 """
 
 import fnmatch
@@ -49,13 +49,13 @@ def simple_spec(
     tune_vectors: bool = False,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """A spec from a function of path and array.
+    """Returns a spec that is decided by a function of path and array.
 
     Args:
         params: the parameters.
         decision_fn: called as `decision_fn("h/0/attn/c_attn/kernel", array)` for every array of
             two or more axes; returns a rank, `LORA_FREEZE`, `LORA_FULL` or a `LoraSpec`.
-        tune_vectors: whether arrays of fewer axes are trained in full; else they are frozen.
+        tune_vectors: whether arrays of fewer axes are fully trained; otherwise they are frozen.
         is_leaf: as in `jax.tree.map`.
 
     Returns:
@@ -83,20 +83,20 @@ def simple_spec(
 def spec_from_rules(
     params: Any, rules: Sequence[tuple[Pattern, SpecLeaf]], default: SpecLeaf = LORA_FREEZE
 ) -> Any:
-    """A spec from patterns on the path; the first that matches wins.
+    """Returns a spec that is decided by patterns on paths; the first match wins.
 
     Args:
         params: the parameters.
-        rules: pairs of a pattern and what to do with the parameters it matches. A pattern is a
+        rules: pairs of a pattern and the spec of the parameters that it matches. A pattern is a
             glob such as `"*/attn/*/kernel"` (where `*` also matches `/`), a compiled regular
             expression that may match anywhere, or a callable on the path.
-        default: for arrays that no pattern matches.
+        default: the spec of arrays that no pattern matches.
 
     Returns:
         The spec tree.
 
     Raises:
-        SpecError: where a pattern decides no parameter.
+        SpecError: where a rule decides no parameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,18 +138,25 @@ def spec_from_rules(
 
 
 def shown(pattern: Pattern) -> str:
-    """A pattern as the user wrote it, for a message."""
+    """Returns a pattern as the user wrote it, for a message."""
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
 
 
 def some(paths: Sequence[str], count: int = 8) -> str:
-    """The first of some paths, for a message."""
+    """Lists the first of some paths, for a message."""
     shown = ", ".join(f"`{path}`" for path in paths[:count])
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 
 
 def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | int:
-    """A spec leaf that fits its parameter: LORA_FREEZE, LORA_FULL, or the spec and its axes."""
+    """Validates a spec leaf for its parameter.
+
+    Returns:
+        LORA_FREEZE, LORA_FULL, or the spec of an adapter and the roles of the axes.
+
+    Raises:
+        SpecError: where it does not fit.
+    """
     spec = plain_number(spec)
     if not is_array(leaf):
         if spec is None or (type(spec) is int and spec == LORA_FREEZE):

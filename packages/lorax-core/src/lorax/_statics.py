@@ -1,4 +1,4 @@
-"""The settings of an adapter as plain Python values: hashable, comparable, and written as JSON."""
+"""Settings of adapters as plain Python values: hashable, comparable and JSON-serializable."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def plain_number(value: Any) -> Any:
-    """An int or a float for a number of any library; anything else as it is."""
+    """Converts a number of any library to an int or a float; other values are unchanged."""
     if type(value) in (int, float, bool):
         return value
     if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
@@ -26,18 +26,18 @@ def plain_number(value: Any) -> Any:
 
 
 def plain_axes(axes: Any) -> Any:
-    """A tuple for a sequence of axes; anything else as it is."""
+    """Converts a sequence of axes to a tuple; other values are unchanged."""
     is_sequence = isinstance(axes, Iterable) and not isinstance(axes, str)
     return tuple(map(plain_number, axes)) if is_sequence else axes
 
 
 def with_tuples(value: Any) -> Any:
-    """A tuple for a list of JSON, and for those in it."""
+    """Converts JSON lists to tuples, recursively."""
     return tuple(map(with_tuples, value)) if isinstance(value, list) else value
 
 
 def make_plain(settings: Any) -> None:
-    """Makes plain what a frozen dataclass was given for numbers and axes; arrays stay."""
+    """Converts numbers and axes in the settings of a frozen dataclass to plain values, in place."""
     for name in _settings_of(type(settings)):
         value = getattr(settings, name)
         plain = plain_axes(value) if name.endswith("_axes") else plain_number(value)
@@ -47,16 +47,16 @@ def make_plain(settings: Any) -> None:
 
 @functools.cache  # Each `jax.tree.map` makes every adapter anew.
 def _settings_of(cls: Any) -> tuple[str, ...]:
-    """The names of the static fields of a class, or of all where it has no arrays."""
+    """Returns the names of the static fields of a class, or of all fields if none is static."""
     fields = dataclasses.fields(cls)
     static = tuple(field.name for field in fields if field.metadata.get("static"))
     return static or tuple(field.name for field in fields)
 
 
 def is_of(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of the type of a setting, such as `float | None`; floats are finite.
+    """Whether a plain value has the type of a setting, such as `float | None`.
 
-    A bool is not an int here, and an int is a float.
+    A bool is not an int here, an int is a float, and floats must be finite.
     """
     arguments = typing.get_args(hint)
     if hint is float:

@@ -1,6 +1,8 @@
-"""Two weights that meet: their terms with labels in common, and the term of a product.
+"""Terms of two weights that meet: common labels, and the term of their product.
 
-Σ_i W[i, o] V[i, p]      every pair of terms is one term, whose einsum sums over what is lost
+    Σ_i W[i, o] V[i, p]
+
+Every pair of terms gives one term, whose einsum sums over the labels that the result lacks.
 """
 
 import dataclasses
@@ -13,14 +15,15 @@ import jax
 
 from ._terms import Inexpressible, Label, Labels, Term
 
-# What a weight that is made of others may grow to: each term costs products wherever the weight is
-# used, a sum or a product of weights has the terms of both, and a chain of them doubles each time.
+# The limits of a weight that is made of others. Each term costs products wherever the weight is
+# used, a sum or product of weights has the terms of both, and a chain of these doubles them at
+# every step.
 MOST_TERMS = 16
 MOST_FACTORS = 16
 
 
 def check_size(terms: int, factors: int = 0) -> None:
-    """Raises where a weight of so many terms, of up to so many factors, should be built instead."""
+    """Raises `Inexpressible` for a weight of too many terms, or of terms with too many factors."""
     if terms > MOST_TERMS:
         raise Inexpressible(f"would have {terms} low-rank terms, more than {MOST_TERMS}")
     if factors > MOST_FACTORS:
@@ -28,31 +31,33 @@ def check_size(terms: int, factors: int = 0) -> None:
 
 
 def operand(array: Any) -> Term:
-    """An ordinary array as a term of one factor; a base that is held as codes is decoded."""
+    """Returns an ordinary array as a term of one factor; a quantized base is decoded."""
     array = array if isinstance(array, jax.Array) else getattr(array, "array", lambda: array)()
     labels = tuple(Label(d, size) for d, size in enumerate(array.shape))
     return Term((array,), (labels,), tuple((label,) for label in labels))
 
 
 def relabeled(left: Term, right: Term) -> Term:
-    """`right` with labels that `left` does not use."""
-    # All labels of `right` move behind the last one of `left`.
+    """Returns `right` with labels that `left` does not use."""
+    # All labels of `right` are renumbered to come after the last one of `left`.
     offset = left.fresh(0).id
     used = {*right.shown, *itertools.chain(*right.labels)}
     return right.rename({label: (label._replace(id=label.id + offset),) for label in used})
 
 
 def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Term, Term]:
-    """Makes pairs of axes (one of `left`, one of `right`) carry the same labels.
+    """Gives pairs of axes, one of `left` and one of `right`, the same labels.
 
-    The labels of a pair are split until their sizes agree; then `right` takes those of `left`, or
-    `left` those of `right` where they run over the entries of an index array.
+    Labels of a pair are split until their sizes agree. Then `right` takes those of `left`, or
+    `left`
+    those of `right` if they run over the entries of an index array.
     """
     for l_axis, r_axis in axes:
         i = 0
         while i < len(left.out[l_axis]) or i < len(right.out[r_axis]):
             if i >= len(left.out[l_axis]) or i >= len(right.out[r_axis]):
-                # Only axes of size one have no label: show one that nobody owns.
+                # The other axis has run out of labels, so what is left has size one: show a label
+                # without an owner on it.
                 if i < len(left.out[l_axis]):
                     right = _show(right, r_axis, left.out[l_axis][i].size, other=left)
                 else:
@@ -83,7 +88,7 @@ def _show(term: Term, axis: int, size: int, *, other: Term) -> Term:
 
 
 def _split_with_new_labels(term: Term, label: Label, size: int, other: Term) -> tuple[Term, Term]:
-    """Splits a label of `term` without touching the label names of `other`."""
+    """Splits a label of `term` into labels that `other` does not use."""
     term, (high, low) = term.split(label, size)
     start = max(term.fresh(0).id, other.fresh(0).id)
     names = {high: (high._replace(id=start),), low: (low._replace(id=start + 1),)}
@@ -91,7 +96,7 @@ def _split_with_new_labels(term: Term, label: Label, size: int, other: Term) -> 
 
 
 def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
-    """The einsum of two aligned terms, showing `out` and summing over every other label."""
+    """Returns the einsum of two aligned terms that shows `out` and sums over all other labels."""
     term = Term(
         (*left.factors, *right.factors),
         (*left.labels, *right.labels),
@@ -100,13 +105,13 @@ def product(left: Term, right: Term, out: tuple[Labels, ...]) -> Term:
     )
     shown = set(term.shown)
     lost = {label for label in (*left.shown, *right.shown) if label not in shown}
-    # A sum over a label along which both sides are constant: their number times one entry.
+    # Along a label without an owner both sides are constant: the sum is one entry times its size.
     repeats = math.prod(label.size for label in lost if not term.owners(label))
     return term.scale(repeats) if repeats != 1 else term
 
 
 def entrywise(left: Term, right: Term) -> Term:
-    """The term of the product of two weights of one shape, entry by entry."""
+    """Returns the term of the entrywise product of two weights of one shape."""
     axes = [(d, d) for d in range(len(left.out))]
     left, right = align(left, relabeled(left, right), axes)
     return product(left, right, left.out)

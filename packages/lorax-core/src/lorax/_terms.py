@@ -2,16 +2,17 @@
 
     W[d0, …, dn]  =  base[d0, …, dn]  +  Σ_k einsum(factor_1, factor_2, …  ->  d0 … dn)
 
-This file is the algebra alone: it knows labels and factors, no primitive. Every axis of a term
-carries zero or more labels, most significant first, so that a reshape only regroups labels:
+This file is the algebra alone; it contains no code for primitives. Every axis of a term shows zero
+or more labels, most significant first, so that a reshape only regroups labels:
 
-* one label: the ordinary axis, owned by every factor that carries the label;
-* several labels: axes that a reshape merged though different factors own them;
+* one label: an ordinary axis, owned by every factor that carries the label;
+* several labels: axes of different factors that a reshape has merged;
 * a label that no factor owns: the term is constant along that axis (it was broadcast).
 
-A label that some factor owns and no axis shows is summed over; the rank is such a label.
+A label that some factor owns and no axis shows is summed over. The rank is such a label.
 
-What cannot be expressed raises `Inexpressible`, and the interpreter builds the weight instead.
+An operation whose result is not a term raises `Inexpressible`, and the interpreter materializes the
+weight.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ class Inexpressible(Exception):
 class Label(NamedTuple):
     """An axis that factors share.
 
-    `is_index` says that it runs over the entries of an index array, as the tokens of an embedding
-    look-up, and not along the weight.
+    `is_index` marks a label that runs over the entries of an index array, such as the tokens of an
+    embedding lookup, instead of along the weight.
     """
 
     id: int
@@ -55,17 +56,17 @@ class Term:
     """`einsum(*factors)` with `labels[k]` on the axes of factor k and `out[d]` on weight axis d."""
 
     factors: tuple[jax.Array, ...]
-    # Of LoRA: ((i, r), (r, o)) on a [in, rank] and b [rank, out]; r is summed, for no axis shows
-    # it.
+    # LoRA has ((i, r), (r, o)) on a [in, rank] and b [rank, out]. No axis shows r, so it is
+    # summed over.
     labels: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
-    # Of LoRA: ((i,), (o,)) for a weight [in, out], and ((i, o),) once a reshape made it [in · out].
+    # LoRA has ((i,), (o,)) for a weight [in, out], and ((i, o),) once a reshape made it [in · out].
     out: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
     # The parameters that the term comes from, for messages: the algebra does not read them.
     sources: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True}, default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that this is a term of."""
+        """The shape of the weight that this term is added to."""
         return tuple(math.prod(label.size for label in axis) for axis in self.out)
 
     @property
@@ -74,23 +75,23 @@ class Term:
         return tuple(itertools.chain(*self.out))
 
     def owners(self, label: Label) -> list[int]:
-        """The factors that vary along `label`."""
+        """Returns the positions of the factors that vary along `label`."""
         return [k for k, labels in enumerate(self.labels) if label in labels]
 
     @property
     def is_flat(self) -> bool:
         """Whether one factor spans all that is left of the weight's own axes.
 
-        Then nothing is gained by keeping the factors apart, unless the term is dense.
+        Keeping the factors apart then saves nothing, unless the term is dense.
         """
         owned = self._owned
-        # Such as a row that was looked up, a [rank] and b [rank, out]: b alone spans [out].
+        # A looked-up row, for example, has a [rank] and b [rank, out]: b alone spans [out].
         spans = any(owned <= set(labels) for labels in self.labels)
         return spans and not self.is_dense and not self._repeats
 
     @property
     def _repeats(self) -> bool:
-        """Whether an axis is blocks that are equal, as those of MiSS: one block is smaller."""
+        """Whether an axis consists of equal blocks, as with MiSS: one block is smaller."""
         return any(
             {bool(self.owners(label)) for label in axis if label.size != 1} == {True, False}
             for axis in self.out
@@ -100,7 +101,7 @@ class Term:
     def is_owned(self) -> bool:
         """Whether a factor varies along each of the weight's axes, or entries were looked up.
 
-        A gain that is not keeps a weight from becoming an array.
+        A weight with a gain that is not owned cannot become an array yet.
         """
         if any(label.is_index for label in self.shown):
             return True
@@ -110,14 +111,15 @@ class Term:
     def is_dense(self) -> bool:
         """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
 
-        Such a term waits for a sum over its axes, as in a norm; a product with it would cost as
-        much as the whole weight.
+        Such a term waits for a sum over its axes, as in a norm. A product with it would cost as
+        much as a
+        product with the whole weight.
         """
         return self.dense_factor is not None
 
     @property
     def dense_factor(self) -> int | None:
-        """The position of the factor that makes a term dense."""
+        """The position of the factor that spans all axes of a dense term; None for other terms."""
         owned = self._owned
         # base [i, o] · a [i, r] · b [r, o]: the base spans all, a and b only together.
         spans = [owned <= set(labels) for labels in self.labels]
@@ -136,14 +138,14 @@ class Term:
         return frozenset(shown)
 
     def fresh(self, size: int, skip: int = 0) -> Label:
-        """A label that this term does not use yet."""
+        """Returns a label that this term does not use; `skip` gives further ones."""
         used = itertools.chain(self.shown, *self.labels)
         return Label(max((label.id for label in used), default=-1) + 1 + skip, size)
 
     def array(
         self, dtype, *, precision=None, preferred_element_type=None, meets=None, like=None
     ) -> jax.Array:
-        """The term as an array; the keywords are those of `contract`."""
+        """Returns the term in the weight's shape; the keywords are those of `contract`."""
         owned = tuple(label for label in self.shown if self.owners(label))
         # [*owned]: labels without an owner are left to the broadcast.
         full = _contract.contract(
@@ -153,6 +155,7 @@ class Term:
             precision=precision,
             preferred_element_type=preferred_element_type,
             meets=meets,
+            # The sharding of `like` fits only if the contraction has the axes of the result.
             like=like if owned == self.shown and len(owned) == len(self.out) else None,
         )
         if owned != self.shown:
@@ -166,12 +169,14 @@ class Term:
     def added_to(
         self, base: jax.Array, dtype, *, precision=None, preferred_element_type=None, meets=None
     ) -> jax.Array:
-        """`base` and the term, in the dtype and sharding of `base`; keywords as in `contract`."""
-        # Where the term comes from would tell layers apart that compute alike.
+        """Returns `base + term`, in the dtype and sharding of `base`; keywords are those of
+        `contract`.
+        """
+        # Source names would give equal layers different cache keys.
         term = dataclasses.replace(self, sources=())
         return _base_plus(term, base, dtype, precision, preferred_element_type, meets)
 
-    # The axes of the weight: factors are not touched.
+    # Changes to the axes of the weight, which leave the factors unchanged.
 
     def permute(self, permutation: Sequence[int]) -> "Term":
         """The term of the transposed weight."""
@@ -205,14 +210,15 @@ class Term:
         """The term of the reshaped weight: labels are split, joined or regrouped; none moves."""
         term, out = self, []
         rest = [label for label in self.shown if label.size != 1]
-        # Any of them fits any axis of size one: in order, a kernel's one input stays its input.
+        # A label of size one fits any axis of size one. Taken in order, the input label of a kernel
+        # with one input stays on its input axis.
         ones = [label for label in self.shown if label.size == 1]
         # [6, 4] -> [24]: out ((i,), (o,)) becomes ((i, o),), and the factors stay as they are.
         for size in shape:
             axis = [ones.pop(0)] if size == 1 and ones else []
             while size != 1:
                 label = rest.pop(0)
-                # Remainders say what is a multiple of what for symbolic sizes as well, and `<` not.
+                # `%` works for symbolic sizes; `<` may raise for them.
                 if size % label.size != 0:
                     if label.size % size != 0:
                         # [6, 4] -> [8, 3]: neither of 6 and 8 divides the other. One label of 24
@@ -220,7 +226,8 @@ class Term:
                         term, label = term.join((label, rest.pop(0)))
                         rest.insert(0, label)
                         continue
-                    # [24] -> [8, 3]: the high part fills this axis, and the low part goes on.
+                    # [24] -> [8, 3]: the high part fills this axis, the low part is left for the
+                    # next.
                     term, (label, low) = term.split(label, size)
                     rest.insert(0, low)
                 axis.append(label)
@@ -228,10 +235,10 @@ class Term:
             out.append(tuple(axis))
         return dataclasses.replace(term, out=tuple(out))
 
-    # The labels: every factor that owns one follows.
+    # Changes to labels, which every factor that owns one follows.
 
     def rename(self, names: Mapping[Label, Sequence[Label]]) -> "Term":
-        """Replaces labels by as many labels as the factors now have axes for."""
+        """Replaces each label by one label per axis that the factors now have in its place."""
 
         def follow(labels: Labels) -> Labels:
             return tuple(itertools.chain(*(names.get(label, (label,)) for label in labels)))
@@ -243,7 +250,9 @@ class Term:
     def along(
         self, label: Label, change: Callable[[jax.Array, int], jax.Array], size: int
     ) -> "tuple[Term, Label]":
-        """Applies `change(factor, axis)` to every owner of `label`, which then has `size`."""
+        """Applies `change(factor, axis)` to every owner of `label`; returns the term and the new
+        label.
+        """
         new = self.fresh(size)
         factors = tuple(
             change(factor, labels.index(label)) if label in labels else factor
@@ -252,7 +261,7 @@ class Term:
         return dataclasses.replace(self, factors=factors).rename({label: (new,)}), new
 
     def split(self, label: Label, size: int) -> "tuple[Term, tuple[Label, Label]]":
-        """Splits `label` into one of `size` and, within it, one of the rest."""
+        """Splits `label` into an outer label of `size` and an inner label of the rest."""
         low_size = label.size // size
         high, low = self.fresh(size), self.fresh(low_size, skip=1)
 
@@ -264,9 +273,13 @@ class Term:
         return term.rename({new: (high, low)}), (high, low)
 
     def fuse(self, axis: int) -> "tuple[Term, Label]":
-        """Gives an axis exactly one label, where its labels have the same owners."""
+        """Gives an axis exactly one label, which requires that its labels have the same owners.
+
+        Raises:
+            Inexpressible: where different factors own them.
+        """
         labels = self.out[axis]
-        if len(labels) > 1:  # One entry is summed over as well as shown.
+        if len(labels) > 1:  # Summing over a label of size one equals showing it, so it is dropped.
             labels = tuple(label for label in labels if label.size != 1) or labels[:1]
         elif not labels:
             labels = (self.fresh(1),)
@@ -275,7 +288,8 @@ class Term:
         return (term, labels[0]) if len(labels) == 1 else term.join(labels)
 
     def join(self, labels: Labels) -> "tuple[Term, Label]":
-        """Makes one label of neighbors, most significant first, that have the same owners."""
+        """Joins adjacent labels, most significant first, that have the same owners."""
+        # Only labels that are in the same factors can be one axis in each of them.
         owners = {tuple(self.owners(label)) for label in labels}
         if len(owners) > 1:
             raise Inexpressible
@@ -288,7 +302,7 @@ class Term:
             moved = jnp.transpose(self.factors[k], order)
             factors[k] = moved.reshape(new.size, *moved.shape[len(labels) :])
             factor_labels[k] = (new, *rest)
-        # In `out`, the first of the labels gives way to the new one, and the others to nothing.
+        # In `out`, the new label takes the place of the first one, and the others disappear.
         names: dict[Label, Labels] = dict.fromkeys(labels, ()) | {labels[0]: (new,)}
         out = tuple(
             tuple(itertools.chain(*(names.get(label, (label,)) for label in axis)))
@@ -299,7 +313,7 @@ class Term:
         ), new
 
     def fuse_all(self, axes: Iterable[int], own: bool = True) -> "tuple[Term, list[Label]]":
-        """Gives each of `axes` exactly one label, and with `own` one that some factor owns."""
+        """Gives each of `axes` exactly one label; with `own`, one that some factor owns."""
         term, axes = self, list(axes)
         for axis in axes:
             term, label = term.fuse(axis)
@@ -307,10 +321,12 @@ class Term:
         return term, [term.out[axis][0] for axis in axes]
 
     def leading(self, axis: int, numbers: Iterable[int]) -> "tuple[Term, Label, int]":
-        """The label that steps along `axis` in units, where `numbers` are all whole units.
+        """Returns the leading label of `axis` and how many entries one step of it spans.
 
-        An axis whose labels different factors own can still be cut or padded between two steps
-        of its first label.
+        An axis whose labels have different owners can still be cut or padded between two steps of
+        its
+        first label, if all `numbers` are multiples of such a step. Otherwise `Inexpressible` is
+        raised.
         """
         try:
             return *self.fuse(axis), 1
@@ -319,19 +335,20 @@ class Term:
             unit = math.prod(label.size for label in rest)
             if any(n % unit != 0 for n in numbers):
                 raise
+            # The axis consists of `label.size` steps, each of `unit` entries.
             return self, label, unit
 
     # Factors.
 
     def own(self, label: Label) -> "Term":
-        """Lets a factor of ones carry `label` where no factor does."""
+        """Adds a factor of ones that owns `label`, if no factor does."""
         if self.owners(label):
             return self
-        # Ones change no entry, and then the label can be contracted like any other.
+        # Multiplying by ones changes nothing, and the label can now be contracted like any other.
         return self.times(jnp.ones(label.size, self.factors[0].dtype), (label,))
 
     def times(self, factor: jax.Array, labels: Labels) -> "Term":
-        """One more factor."""
+        """Returns the term with one more factor."""
         return dataclasses.replace(
             self, factors=(*self.factors, factor), labels=(*self.labels, labels)
         )
@@ -339,21 +356,26 @@ class Term:
     def split_factors(
         self, inputs: Sequence[Label], outputs: Sequence[Label]
     ) -> "tuple[list[_contract.Operand], list[_contract.Operand], Labels]":
-        """The factors that own an input, the others, and the labels that join the two."""
+        """Returns the factors that own an input, the others, and the inner labels that join both.
+
+        Raises:
+            Inexpressible: where a factor of the inputs shows an output as well.
+        """
         first, second = [], []
         for factor in zip(self.factors, self.labels, strict=True):
             (second if set(inputs).isdisjoint(factor[1]) else first).append(factor)
         first_labels = dict.fromkeys(itertools.chain(*(labels for _, labels in first)))
         second_labels = set(itertools.chain(*(labels for _, labels in second)))
-        # The two are a [in, *inner] and b [*inner, out]: what owns an input must not show an
-        # output.
+        # a [in, *inner] and b [*inner, out]: a factor that owns an input must not show an output.
         if not first_labels.keys().isdisjoint(outputs) or not second_labels.issuperset(outputs):
             raise Inexpressible
         inner_labels = tuple(label for label in first_labels if label in second_labels)
         return first, second, inner_labels
 
     def multiplied(self, positions: Sequence[int], labels: Labels) -> "Term":
-        """Makes one factor of several, the last of the term, with `labels` on its axes."""
+        """Multiplies several factors into one, with `labels` on its axes, which becomes the last
+        factor.
+        """
         several = [(self.factors[k], self.labels[k]) for k in positions]
         # The product becomes a factor, so it is as wide as its widest part.
         dtype = functools.reduce(_contract.product_dtype, (factor.dtype for factor, _ in several))
@@ -366,8 +388,10 @@ class Term:
         return term.times(_contract.contract(several, labels, dtype=dtype), labels)
 
     def one_owner(self, label: Label) -> "Term":
-        """Multiplies the owners of `label` into one, where that is as small as one of them."""
+        """Multiplies the owners of `label` into one factor, if that is as small as one of them."""
         owners = self.owners(label)
+        # [i, r] ⊙ [i] -> [i, r] is as small as the widest owner; [i, r] ⊙ [i, s] -> [i, r, s] is
+        # not.
         together = set(itertools.chain(*(self.labels[k] for k in owners)))
         widest = next((self.labels[k] for k in owners if together <= set(self.labels[k])), None)
         if widest is None:
@@ -375,9 +399,10 @@ class Term:
         return self.multiplied(owners, widest)
 
     def complex_in(self, k: int) -> "Term":
-        """The same term, complex in no factor but k.
+        """Returns the same term with real factors, except that factor k may be complex.
 
-        Another one is a sum of its parts, f = Σ_c i^c f[c], and factor k takes the i^c.
+        Another complex factor is split into its parts, f = Σ_c i^c f[c], and factor k takes the
+        i^c.
         """
         factors, labels = list(self.factors), list(self.labels)
         others = [j for j, f in enumerate(factors) if j != k and jnp.iscomplexobj(f)]
@@ -392,13 +417,13 @@ class Term:
         return dataclasses.replace(self, factors=tuple(factors), labels=tuple(labels))
 
     def scale(self, scalar) -> "Term":
-        """The term times a number, carried by its smallest factor."""
+        """Returns the term times a scalar, which multiplies its smallest factor."""
         sizes = [math.prod(map(_order.nominal, factor.shape)) for factor in self.factors]
         k = sizes.index(min(sizes))
         factor = self.factors[k]
         if isinstance(scalar, jax.Array):
-            # A Python number takes the factor's dtype. An array has its own, and strict promotion
-            # would refuse to mix them.
+            # A Python number takes the factor's dtype. An array has a dtype of its own, which
+            # strict promotion would refuse to mix with the factor's.
             dtype = _contract.product_dtype(factor.dtype, scalar.dtype)
             factor, scalar = factor.astype(dtype), scalar.astype(dtype)
         factors = (*self.factors[:k], factor * scalar, *self.factors[k + 1 :])
@@ -419,5 +444,5 @@ def _base_plus(
     return base + delta.astype(base.dtype)
 
 
-# Equal layers share one trace of it, and one derivative.
+# Jitted, so that equal layers share one trace and one derivative.
 _base_plus = _compat.jit_inlined(_base_plus, static_argnums=(2, 3, 4, 5))

@@ -1,4 +1,4 @@
-"""`lora(fn)`: trace the function, run its jaxpr on weights, give back what it returned."""
+"""`lora(fn)`: traces a function and evaluates its jaxpr on factored weights."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ Policy = Literal["warn", "error", "allow"]
 
 assert rules and RULES  # importing the families of rules fills the table
 
-# Bodies of jitted functions that one `lora(fn)` remembers; far more than a model has.
+# The most jitted bodies that one `lora(fn)` caches; a model has far fewer.
 MOST_TRANSFORMED = 1024
 
 
@@ -44,31 +44,32 @@ def lora(
 
         x @ (W + scale · a @ b)  =  x @ W  +  scale · (x @ a) @ b
 
-    and the sum in brackets is never formed. `fn` is written without LoRA in mind and is traced once
-    per call, so call the result under `jax.jit` as you would call `fn`; `jax.grad`, `jax.vmap` and
+    and the sum in brackets is never formed. `fn` needs no changes. It is traced once per
+    call, so call the result under `jax.jit` as you would call `fn`; `jax.grad`, `jax.vmap` and
     the other transformations work through it. Without an adapter, `fn` itself is called.
 
     Args:
         fn: any JAX function. Its other arguments may be anything; only JAX arrays among them are
             traced.
-        argnums: the position of the parameters, or several positions, each of which takes a pair.
-        argnames: keyword-only parameters that take a pair.
+        argnums: the position of the parameters, or several positions; each then takes a pair.
+        argnames: the names of keyword-only arguments that take a pair.
         on_materialize: what to do where no rule covers the use of a weight, so that it is
             materialized: "warn", "error" (before anything runs) or "allow".
-        on_unused: what to do about an adapter that no result depends on: the same.
-        through_custom_derivatives: a weight that enters a function with a `jax.custom_jvp` or
-            `jax.custom_vjp` rule is materialized. Under True the function is run on the factors
-            instead, and the call loses that rule: its value is the same, and its derivative is
-            the one that JAX finds by differentiating the function itself. That differs where the
-            rule is not the derivative (straight-through rounding, clipped or scaled gradients),
-            where it saves memory or avoids NaNs, and fails where only the rule can be
-            differentiated backwards, as of a `while_loop`. Calls without a weight keep their rule.
+        on_unused: what to do about an adapter that no output depends on; the same choices.
+        through_custom_derivatives: by default, a weight that enters a function with a
+            `jax.custom_jvp` or `jax.custom_vjp` rule is materialized. If True, the function is
+            evaluated on the factors instead and the call loses its rule: the value is unchanged,
+            and JAX differentiates the function itself. The result differs if the rule is not the
+            true derivative (straight-through rounding, clipped or scaled gradients), loses what
+            the rule saves in memory or avoids in NaNs, and fails if the function has no reverse
+            derivative without the rule, as with a `while_loop`. Calls without a weight keep their
+            rule.
 
     Returns:
-        A function with the signature of `fn`, except that pairs replace parameters.
+        A function with the signature of `fn` that takes pairs in place of parameters.
 
     Raises:
-        PairError: when called with something else than a pair.
+        PairError: when called with anything other than a pair.
         MaterializeError: when called, under `on_materialize="error"`.
         UnusedAdapterError: when called, under `on_unused="error"`.
 
@@ -90,20 +91,23 @@ def lora(
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
 
-    # Outside `jax.jit`, functions that `fn` jits itself are compiled in the first call only.
+    # Shared by all calls: outside `jax.jit`, functions that `fn` jits compile on the first call
+    # only.
     transformed: dict[Hashable, Any] = {}
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = bind_call(fn, argnums, argnames, args, kwargs)
         if not any(leaf.is_weight for leaf in call.leaves):
+            # Without adapters and codes there is nothing to transform: no tracing overhead.
             args, kwargs = call.arguments(lambda leaf: leaf.plain)
             return fn(*args, **kwargs)
         traced = trace(fn, call)
         if "error" in (on_materialize, on_unused):
-            # A look ahead, without arithmetic: nothing may have run when it raises.
+            # A dry run without arithmetic: an error must be raised before anything has run.
             ahead = uses(traced, through_custom_derivatives)
             _uses.announce(call.paths, ahead, on_materialize, on_unused)
+        # Keys contain the id of a jaxpr, so functions that are traced anew each call would grow it.
         if len(transformed) > MOST_TRANSFORMED:
             transformed.clear()
         interpreter = Interpreter(
@@ -124,7 +128,10 @@ class FlatPair(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments of one call, with the pairs among them taken apart."""
+    """The arguments of one call, with its pairs flattened.
+
+    `pairs` maps the position or the name of an argument to its flattened pair.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -141,7 +148,7 @@ class Call(NamedTuple):
         return [leaf.path for leaf in self.leaves if leaf.is_adapted]
 
     def arguments(self, of: Callable[[Leaf], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with trees of `of(leaf)` in place of pairs."""
+        """Returns the arguments, with a tree of `of(leaf)` in place of each pair."""
         trees = {
             where: jax.tree.unflatten(pair.structure, map(of, pair.leaves))
             for where, pair in self.pairs.items()
@@ -158,10 +165,15 @@ def bind_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Call:
-    """Finds the pairs among the arguments of a call of `fn`."""
+    """Finds and flattens the pairs among the arguments of a call of `fn`.
+
+    Raises:
+        PairError: where an argument that takes a pair is missing or is not a pair.
+    """
     name = getattr(fn, "__name__", type(fn).__name__)
     places: list[int | str] = []
     for argnum in argnums:
+        # Counts from the end like Python; an argument passed by keyword is not in `args`.
         place = argnum if argnum >= 0 else len(args) + argnum
         places.append(place if 0 <= place < len(args) else _keyword(fn, name, argnum, kwargs))
     places += argnames
@@ -171,16 +183,19 @@ def bind_call(
             raise PairError(f"{name} was called without `{place}`, which takes a pair.")
         label = f"argument {place!r} of {name}"
         value = args[place] if isinstance(place, int) else kwargs[place]
+        # [frozen, tunable] side by side, one `Leaf` per parameter
         leaves, structure = flatten_pair(*split_pair(value, label), label)
         if len(places) > 1:
+            # Two pairs may contain the same path, so messages need the argument as well.
             leaves = [leaf._replace(path=f"{place}/{leaf.path}") for leaf in leaves]
         pairs[place] = FlatPair(leaves, structure)
     return Call(args, kwargs, pairs)
 
 
 def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, Any]) -> str:
-    """The keyword under which a positional parameter was passed."""
+    """Returns the keyword under which a positional argument was passed."""
     try:
+        # The argument may have been passed by keyword: `argnums` counts positions of the signature.
         parameters = list(inspect.signature(fn).parameters)
     except (TypeError, ValueError):
         parameters = []
@@ -193,10 +208,10 @@ def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, A
 
 
 class Traced(NamedTuple):
-    """A function as a jaxpr over its arrays, and the way back to what it returns.
+    """A function as a jaxpr over arrays, with its operands and a function that rebuilds its output.
 
-    `is_data` says of each constant and then of each operand whether it is an argument other than
-    parameters.
+    `is_data` has one entry per constant and then one per operand: whether that is data, an argument
+    other than the parameters.
     """
 
     jaxpr: jex.ClosedJaxpr
@@ -206,21 +221,24 @@ class Traced(NamedTuple):
 
 
 def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | None = None) -> Traced:
-    """Traces `fn` at base weights; `operands` has a `FactoredArray` where there is an adapter.
+    """Traces `fn` at its base weights; each adapted weight is a `FactoredArray` in `operands`.
 
-    Only arrays become inputs: all of them in pairs, JAX arrays elsewhere. Every other argument
-    reaches `fn` as the Python value it is.
+    All arrays in pairs become inputs of the jaxpr, and so do JAX arrays in other arguments. Any
+    other
+    argument reaches `fn` as the Python value that it is.
     """
     if adapt is None:
         adapt = lambda leaf: leaf.applied(leaf.path)  # noqa: E731
 
     def tagged(leaf: Leaf) -> "_OfPair":
-        # Whatever its kind, the function sees a weight as an array of its base's shape.
+        # Wrapped, so that it is one leaf. `fn` sees an array of the base's shape, whatever the
+        # kind.
         return _OfPair(adapt(leaf) if leaf.is_weight else leaf.plain)
 
     leaves, structure = jax.tree.flatten(
         call.arguments(tagged), is_leaf=lambda x: isinstance(x, _OfPair)
     )
+    # Dynamic leaves become inputs of the jaxpr; the others are captured as Python values.
     dynamic = [_is_dynamic(leaf) for leaf in leaves]
     data = [not isinstance(leaf, _OfPair) for leaf in leaves]
     leaves = [leaf.value if isinstance(leaf, _OfPair) else leaf for leaf in leaves]
@@ -235,10 +253,12 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
         args, kwargs = jax.tree.unflatten(structure, filled)
         outs, out_structure = jax.tree.flatten(fn(*args, **kwargs))
         kept = [None if isinstance(out, jax.Array) else out for out in outs]
+        # A side channel: `make_jaxpr` keeps arrays only, so everything else is passed around it.
         returned[:] = [out_structure, kept, [isinstance(out, jax.Array) for out in outs]]
         return [out for out in outs if isinstance(out, jax.Array)]
 
     functools.update_wrapper(flat, fn, assigned=("__name__", "__qualname__"), updated=())
+    # JAX would read the signature of `fn` through `__wrapped__`; `flat` takes arrays only.
     flat.__dict__.pop("__wrapped__", None)
     jaxpr = jax.make_jaxpr(flat)(*map(traced_as, operands))
 
@@ -249,8 +269,8 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
         return jax.tree.unflatten(out_structure, outs)
 
     of_operands = [is_data for is_data, moves in zip(data, dynamic, strict=True) if moves]
-    # NumPy arguments reach the function as they are, and its jaxpr as constants. Where there is no
-    # other data either, the function closes over it.
+    # NumPy arguments are not traced, so they are constants of the jaxpr, recognized by shape. If no
+    # argument is data, any constant may be: the function may close over its data.
     given = [leaf.shape for leaf in leaves if isinstance(leaf, np.ndarray)]
     closed_over = not given and not any(of_operands)
     of_consts = [closed_over or const.shape in given for const in jaxpr.consts]
@@ -258,14 +278,14 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
 
 
 def traced_as(value: Any) -> Any:
-    """The array that replaces an operand while the function is traced."""
+    """Returns the array, or its shape, that replaces an operand while the function is traced."""
     base = base_of(value)
     return base.struct if is_coded(base) else base
 
 
 @dataclasses.dataclass(frozen=True)
 class _OfPair:
-    """A leaf of a pair while the arguments are flattened; a weight is a `FactoredArray`."""
+    """Marks a leaf of a pair while the arguments are flattened; a weight is a `FactoredArray`."""
 
     value: Any
 
@@ -277,19 +297,22 @@ def _is_dynamic(leaf: Any) -> bool:
 
 
 def run(interpreter: Interpreter, traced: Traced, operands: Sequence[Any]) -> list[jax.Array]:
-    """Runs a traced function on weights; one that it returns is materialized."""
+    """Evaluates a traced function on weights; returned weights are materialized."""
     values = [v if isinstance(v, FactoredArray | jax.Array) else jnp.asarray(v) for v in operands]
     values = [
+        # The base may be a NumPy array, or a bundle of codes and scales, each of which may be.
         v.replace_base(jax.tree.map(jnp.asarray, v.base)) if isinstance(v, FactoredArray) else v
         for v in values
     ]
+    # Each input that is not data is a weight of its own, named by its position.
     kinds = [DATA if is_data else k for k, is_data in enumerate(traced.is_data)]
     interpreter.beside_data = beside_data(traced.jaxpr, kinds)
     return [interpreter.returned(out) for out in interpreter.run(traced.jaxpr, values)]
 
 
 def uses(traced: Traced, through_custom_derivatives: bool = False) -> list[_uses.Use]:
-    """The uses of every weight, found without arithmetic."""
+    """Returns the uses of every weight, found by abstract evaluation."""
     interpreter = Interpreter(RULES, through_custom_derivatives=through_custom_derivatives)
+    # Abstract evaluation: rules run on shapes, and record the same uses as on arrays.
     jax.eval_shape(lambda operands: run(interpreter, traced, operands), traced.operands)
     return interpreter.uses

@@ -1,9 +1,10 @@
-"""A block-diagonal matrix along one axis of a weight, as what it adds to the identity.
+"""A block-diagonal matrix along one axis of a weight, stored as its difference from the identity.
 
     W'[(n i), …]  =  W[(n i), …]  +  Σ_j matrix[n, i, j] · W[(n j), …]
 
-It multiplies a weight without an array of the weight's size: what meets the weight along that axis
-is multiplied first, or the result where the axis is kept.
+It multiplies a weight without an array of the weight's size: if the axis is summed over, the
+operand
+is multiplied by the matrix instead; if the axis is kept, the result is.
 """
 
 import dataclasses
@@ -22,17 +23,19 @@ from ._terms import Inexpressible, Label, Labels, Term
 def arranged(
     term: Term, array: jax.Array, places: Mapping[int, int]
 ) -> tuple[jax.Array, list[Labels], Iterator[int]]:
-    """An array that meets a weight, with the labels that a term of the weight has there.
+    """Splits an array that meets a weight into one axis per label of the weight's term.
 
     Args:
-        term: the term.
-        array: what meets the weight.
-        places: for each axis of the weight that the array has, the array's. The array may repeat
-            it, as the groups of a convolution do.
+        term: a term of the weight.
+        array: the array that meets the weight.
+        places: maps axes of the weight to axes of the array. The array may repeat such an axis, as
+            the
+            groups of a convolution do.
 
     Returns:
-        The array with an axis for each label, the labels of each of its axes before, and the
-        numbers of labels that nothing has.
+        The array with one axis per label, the labels of each of its original axes, and an iterator
+        over
+        unused label numbers.
     """
     # The labels on each axis of the array.
     axes = {places[d]: term.out[d] for d in places}
@@ -41,7 +44,8 @@ def arranged(
     for axis, size in enumerate(array.shape):
         labels = axes.get(axis, ())
         repeats = size // math.prod(label.size for label in labels)
-        # A convolution's groups repeat the axis, group by group: the most significant label.
+        # The groups of a convolution repeat the axis one after the other, so the repeats are the
+        # most significant label.
         out.append((Label(next(fresh), repeats), *labels) if repeats != 1 else labels)
     flat = [label.size for labels in out for label in labels]
     return array.reshape(flat), out, fresh
@@ -50,13 +54,13 @@ def arranged(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The matrix of one weight.
+    """The block-diagonal matrix of one weight.
 
     Attributes:
-        term: its first factor is the matrix, whose last two axes are the row and the column; no
-            axis of the weight shows these. The other axes are those that the blocks vary along.
-        label: of the weight's entries within a block. No factor owns it, so whatever moves or cuts
-            the entries of a block replaces it, and `moved_to` notices.
+        term: its first factor is the matrix. The last two axes of that are row and column, which no
+            axis of the weight shows; the others are those that the blocks vary along.
+        label: the label of the weight's entries within a block. No factor owns it, so anything that
+            cuts the entries of a block replaces it, which `moved_to` detects.
     """
 
     term: Term
@@ -64,12 +68,12 @@ class Turn:
 
     @property
     def axis(self) -> int:
-        """The weight's axis that is multiplied."""
+        """The axis of the weight that is multiplied."""
         return next(d for d, labels in enumerate(self.term.out) if self.label in labels)
 
     @property
     def varying(self) -> list[int]:
-        """The weight's axes that an operand must have: the multiplied one, and those of blocks."""
+        """The weight's axes that an operand needs: the multiplied one and those of blocks."""
         return [
             d
             for d, labels in enumerate(self.term.out)
@@ -78,23 +82,28 @@ class Turn:
 
     @property
     def is_owned(self) -> bool:
-        """Whether nothing is left of the weight that the matrix does not vary along."""
+        """Whether the matrix varies along all that is left of the weight."""
         return all(
             label == self.label or label.size == 1 or label.is_index or self.term.owners(label)
             for label in self.term.shown
         )
 
     def moved_to(self, term: Term) -> "Turn":
-        """The same matrix with its term moved."""
+        """Returns the same matrix with its term moved.
+
+        Raises:
+            Inexpressible: where the move cuts a block.
+        """
         if not any(self.label in labels for labels in term.out):
             raise Inexpressible("reads a part of a block that an adapter multiplies as a whole")
         return dataclasses.replace(self, term=term)
 
     def factors(self, *, by_rows: bool, other: Label) -> list[_contract.Operand]:
-        """The factors for what has `label` and is to have `other` in its place.
+        """Returns the matrix as operands that replace `label` by `other`.
 
-        `by_rows` says that it meets the rows of the matrix, as an operand of a product does. The
-        weight, and a result, meet the columns.
+        With `by_rows`, `label` is contracted with the rows of the matrix, as for the operand of a
+        product.
+        The weight and the result are contracted with its columns.
         """
         (matrix, *more), ((*blocks, row, column), *rest) = self.term.factors, self.term.labels
         # R[row, column]: x · R meets rows, R · W and R · result meet columns.
@@ -104,14 +113,15 @@ class Turn:
     def applied_to(
         self, array: jax.Array, places: Mapping[int, int], *, by_rows: bool = False, **keywords: Any
     ) -> jax.Array:
-        """An array times the matrix.
+        """Returns an array multiplied by the matrix.
 
         Args:
-            array: the weight, or what meets it, or the result.
-            places: for each axis of the weight that the array has, the array's. The groups of a
-                convolution repeat it there.
+            array: the weight, its operand, or the result.
+            places: maps axes of the weight to axes of the array, which may repeat one, as the
+                groups of a
+                convolution do.
             by_rows: as in `factors`.
-            **keywords: of `contract`.
+            **keywords: passed to `contract`.
         """
         met, out, fresh = arranged(self.term, array, places)
         other = Label(next(fresh), self.label.size)
@@ -119,6 +129,7 @@ class Turn:
         # array + array · (R − 1): the matrix is stored without its identity.
         operands = [(met, flat), *self.factors(by_rows=by_rows, other=other)]
         arrays, labels = zip(*operands, strict=True)
+        # The result has `other` where the array had `label`.
         turned = tuple(
             tuple(other if label == self.label else label for label in axis) for axis in out
         )
@@ -127,7 +138,7 @@ class Turn:
         return term.added_to(array, dtype, meets=0, **keywords)
 
     def inverse(self) -> "Turn":
-        """The matrix that undoes this one."""
+        """Returns the inverse matrix as a turn."""
         matrix, *more = self.term.factors
         around = tuple(range(matrix.ndim - 2))
         identity = jnp.expand_dims(jnp.eye(self.label.size, dtype=matrix.dtype), around)

@@ -1,7 +1,7 @@
-"""The uses of every weight, and the warnings about them.
+"""Records of how weights are used, and the warnings about them.
 
-The interpreter records each use of each weight. From the same record come the warnings and errors
-of `lora` and the table of `explain`.
+The interpreter records every use of every weight. The warnings and errors of `lora` and the table
+of `explain` are made from this record.
 """
 
 import dataclasses
@@ -20,9 +20,14 @@ from ._errors import (
 class Use:
     """One equation's use of one weight.
 
-    `kind` is "product" (a dot or a convolution), "rows" (entries picked and added to the base's),
-    "materialized" or "returned". `reason` says why a weight was materialized, as a clause whose
-    subject is the primitive.
+    Attributes:
+        source: the path of the parameter, or a position inside a shared body.
+        kind: "product" (a dot or a convolution), "rows" (entries picked, and terms added to them),
+            "materialized" or "returned".
+        primitive: the name of the primitive.
+        shape: the shape of the weight there.
+        line: the user's source line, or empty.
+        reason: why a weight was materialized, as a clause whose subject is the primitive.
     """
 
     source: Hashable
@@ -39,8 +44,9 @@ NO_RULE = "has no rule for low-rank factors"
 def announce(
     paths: Sequence[str], uses: Sequence[Use], on_materialize: str, on_unused: str
 ) -> None:
-    """Warns or raises about weights that were materialized and adapters that nothing read."""
-    # A base that is held as codes and has no adapter is decoded wherever it is read.
+    """Warns or raises about weights that were materialized and adapters that are unused."""
+    # Only adapted weights: a quantized base without an adapter is decoded wherever it is read. The
+    # dict removes duplicates, such as the uses of equal steps.
     adapted = [use for use in dict.fromkeys(uses) if use.source in paths]
     built = [use for use in adapted if use.kind in ("materialized", "returned")]
     if built and on_materialize == "error":
@@ -72,7 +78,7 @@ def _built(use: Use) -> str:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    """A shape as Python prints it; its sizes may be NumPy's, or symbols."""
+    """Formats a shape as Python does; sizes may be NumPy integers or symbols."""
     return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
 
 

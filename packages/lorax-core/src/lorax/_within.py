@@ -1,4 +1,4 @@
-"""Adapters that live within one call of a model: another one, and something around it."""
+"""Adapters that exist within one call of a model and wrap another adapter."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,20 +9,21 @@ from ._axes import Axes
 
 
 class Within(Adapter):
-    """An adapter around another one; a dataclass below it has `adapter` and what it adds.
+    """An adapter that wraps another one; subclasses are dataclasses with an `adapter` field.
 
-    It is made inside the function that is differentiated, so it is never stored: its kind, settings
-    and factors are those of the adapter within.
+    It is made inside the function that is differentiated and never stored, so its kind, settings
+    and
+    factors are those of the wrapped adapter.
     """
 
     adapter: Any
 
     def __post_init__(self) -> None:
-        """Nothing to check: no user writes its settings, and no file has them."""
+        """Validates nothing: users do not write its settings, and files do not contain them."""
 
     @property
     def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The kind of the adapter within."""
+        """The kind of the wrapped adapter."""
         return self.adapter.kind
 
     @property
@@ -32,22 +33,22 @@ class Within(Adapter):
 
     @property
     def rank(self) -> int | None:
-        """The rank of the adapter within, if it has one."""
+        """The rank of the wrapped adapter, if it has one."""
         return getattr(self.adapter, "rank", None)
 
     def summary(self) -> str:
-        """The kind and size of the adapter within."""
+        """Returns the kind and size of the wrapped adapter."""
         return self.adapter.summary()
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns how the factors run along a weight of `shape`."""
         return self.adapter.layout(shape)
 
     def factors(self) -> dict[str, Any]:
-        """The trained arrays by name."""
+        """Returns the trained arrays by name."""
         return self.adapter.factors()
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
-        """The same around an adapter with other arrays."""
+        """Returns the same wrapper around an adapter with other arrays."""
         adapter = self.adapter.with_factors(factors)
         return dataclasses.replace(self, adapter=adapter)  # pyright: ignore[reportArgumentType]

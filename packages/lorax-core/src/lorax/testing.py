@@ -1,9 +1,9 @@
-"""The oracle: proof that an adapter does what the merged model does, without building it.
+"""The oracle: checks that an adapted model computes what the merged model does, without merging.
 
     from lorax import testing
     testing.check(model, params, spec, x)
 
-It is how every rule of Lorax is tested, and how you can prove an adapter on your own model.
+Every rule of Lorax is tested with it, and it checks adapters on your own model as well.
 """
 
 import dataclasses
@@ -62,12 +62,12 @@ def check(
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Proves `lora(fn)` on random, non-zero factors.
+    """Checks `lora(fn)` against the merged model, on random non-zero factors.
 
-    1. Its value, and the gradient of every trained parameter, equal those of `fn` on merged
-       parameters, each within `tolerance` of its largest entry.
-    2. So they do under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
-    3. No equation makes an array that holds a whole adapted weight where `fn` makes none: see
+    1. The value, and the gradient of every trained parameter, equal those of `fn` on merged
+       parameters, within `tolerance` times the largest entry of each.
+    2. The same holds under `jit`, `vmap` over data, `vmap` over adapters, `checkpoint` and `scan`.
+    3. No equation creates an array that holds a whole adapted weight, unless `fn` does: see
        `weight_sized`.
 
     Args:
@@ -75,23 +75,23 @@ def check(
         params: the parameters.
         spec: as for `init_lora`.
         *args: what `fn` is called with.
-        tolerance: relative to the largest entry; by default 100 units of rounding of the lowest
-            precision among the results, and 8 of a 16-bit one or of a chip's matrix units, where
-            those round float32 (TF32 on a GPU, bfloat16 on a TPU) and
+        tolerance: the allowed error relative to the largest entry. By default, 100 rounding units
+            of the lowest precision among the results; or 8 units if that is a 16-bit dtype, or if
+            matrix units round float32 (TF32 on a GPU, bfloat16 on a TPU) because
             `jax.default_matmul_precision` does not ask for more.
-        transforms: whether to try point 2.
-        materializes: whether the weight is expected to be built: then point 3 is left out, and
-            instead `lora` must say so.
-        seed: for the random factors.
+        transforms: whether to check point 2.
+        materializes: whether the weight is expected to be materialized: then, instead of point 3,
+            `lora` must report it.
+        seed: the seed of the random factors.
         through_custom_derivatives: as in `lora`; the merged model keeps the derivative rules, so
             that point 1 fails where one of them is not the derivative of its function.
         **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
             `functools.partial` before.
 
     Raises:
-        AssertionError: which point failed, with the numbers.
-        TypeError: where an argument is a shape, symbolic or not, instead of an array, or where an
-            option is given that `fn` has a keyword like.
+        AssertionError: where a check fails; it says which one, with the numbers.
+        TypeError: where an argument is a shape instead of an array, or an option has the name of a
+            keyword of `fn`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,6 +105,7 @@ def check(
                 f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
                 "symbolic sizes, call check at several concrete ones."
             )
+    # Zeros are drawn fastest; random numbers replace them next.
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
     frozen = _random_held(frozen, tunable, jax.random.key(seed + 2))
@@ -134,7 +135,7 @@ def check(
             "scan": scanned_over,
         }
 
-    # Data goes in as operands: as constants, XLA would fold them away.
+    # Data are operands: XLA would fold constants at compile time.
     data, fill = split_data(args)
 
     def results(function: Any) -> dict[str, Any]:
@@ -149,11 +150,11 @@ def check(
 
 
 def random_factors(tunable: Any, key: jax.Array) -> Any:
-    """The same tree with normal numbers in every factor, so that no delta is zero.
+    """Returns the tree with normally distributed factors, so that no delta is zero.
 
     Args:
         tunable: the tunable tree of a pair.
-        key: from which the numbers follow.
+        key: a PRNG key.
 
     Returns:
         A tree of the same structure, shapes, dtypes and shardings.
@@ -170,7 +171,7 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
-    # NumPy draws at once what JAX would compile a program for, shape by shape.
+    # NumPy draws without compiling; JAX would compile a program for each shape.
     generator = np.random.default_rng(np.asarray(key))
 
     def draw(leaf: jax.Array) -> jax.Array:
@@ -186,7 +187,7 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
 
 
 def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
-    """The frozen tree with normal numbers in the frozen factors of each delta."""
+    """Returns the frozen tree with normally distributed frozen factors of each delta."""
     leaves, structure = flatten_params(frozen)
     adapters, _ = flatten_tunable(tunable, frozen, structure)
 
@@ -194,6 +195,7 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
         if not isinstance(leaf, FrozenWeight):
             return leaf
         gains = adapter.layout(leaf.shape).gains
+        # Gains such as ‖W‖² must keep their values: random ones would not be norms of the base.
         of_delta = {name: x for name, x in leaf.factors.items() if name not in gains}
         factors = leaf.factors | random_factors(of_delta, key)
         return dataclasses.replace(leaf, factors=factors)
@@ -211,13 +213,13 @@ def weight_sized(
     through_custom_derivatives: bool = False,
     **kwargs: Any,
 ) -> dict[tuple[int, ...], int]:
-    """Shapes of arrays that hold a whole adapted weight, made by `lora(fn)` and not by `fn`.
+    """Returns shapes of arrays that hold a whole adapted weight in `lora(fn)` but not in `fn`.
 
-    The axes of every adapted weight are followed through the equations, nested ones included. An
-    array counts where both factors of a weight went into it and it still shows an axis of the
-    inputs and one of the outputs: a merged weight, its delta or a piece of it, transposed, reshaped
-    or scaled; and so does a whole copy of its base. What came of a product with data does not
-    count, so sizes may coincide.
+    The axes of every adapted weight are followed through all equations, including nested ones. An
+    array counts if both factors of a weight went into it and it still shows an input axis and an
+    output axis: a merged weight, its delta or a piece of it, transposed, reshaped or scaled. A
+    whole copy of its base counts as well. Results of products with data do not, so sizes may
+    coincide.
 
     Args:
         fn: a function of the parameters first.
@@ -227,8 +229,8 @@ def weight_sized(
         **kwargs: what `fn` is called with.
 
     Returns:
-        How often an array of each shape is made more often than by `fn` on plain parameters;
-        empty where no weight is built.
+        For each shape, how many more such arrays are created than by `fn` on plain parameters.
+        Empty if no weight is materialized.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -284,6 +286,7 @@ def weight_sized(
         in_blocks = _spans(layout, sides)
         blocks |= {k} if in_blocks else set()
         sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
+    # Sides of size one, which no array needs to show.
     thin = frozenset(
         (k, side)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
@@ -303,12 +306,13 @@ def weight_sized(
 def _with_adapters(
     leaves: Sequence[Leaf], structure: Any, bases: Any, held: Any, adapters: Any
 ) -> tuple[Any, Any]:
-    """The pair with other bases, frozen factors and adapters."""
+    """Returns the pair with other bases, frozen factors and adapters."""
     rest = iter(zip(bases, held, adapters, strict=True))
     frozen: list[Any] = []
     tunable: list[Any] = []
     for leaf in leaves:
         base, factors, adapter = next(rest) if leaf.is_adapted else (leaf.frozen, {}, leaf.tunable)
+        # Without settings: nothing is quantized here, so nothing is recomputed.
         frozen.append(FrozenWeight(base, factors) if factors else base)
         tunable.append(adapter)
     return jax.tree.unflatten(structure, frozen), jax.tree.unflatten(structure, tunable)
@@ -319,7 +323,7 @@ def _sides(weight: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _of_base(k: int, weight: Adapter) -> Made:
-    """Base number k shows its inputs and its outputs."""
+    """Returns base number k, which shows its inputs and its outputs."""
     shown = {d: frozenset({(k, side)}) for side, axes in _sides(weight).items() for d in axes}
     shared = frozenset({SHARED})
     axes = tuple(shown.get(d, shared) for d in range(sum(map(len, weight.axes))))
@@ -334,9 +338,9 @@ def _of_factors(
     factors: Mapping[str, Any],
     held: bool,
 ) -> list[Made | None]:
-    """`a [*shared, *in, rank]` shows the inputs, and `b [*shared, rank, *out]` the outputs.
+    """Makes factors: `a [*shared, *in, rank]` shows inputs, `b [*shared, rank, *out]` outputs.
 
-    A gain is data: with it a copy of the base counts, which the base shows by itself.
+    A gain is data: a base times a gain counts as a copy of the base, which shows both sides itself.
     """
     labels = layout.held if held else layout.factors
     made: list[Made | None] = []
@@ -354,7 +358,7 @@ def _of_factors(
 
 
 def _spans(layout: Layout, sides: Mapping[Label, str]) -> bool:
-    """Whether one factor alone has axes of both sides, as the blocks of a Kronecker product."""
+    """Whether a single factor has axes of both sides, as in a Kronecker product."""
     several = (*layout.factors.values(), *layout.held.values())
     return any({sides.get(x) for x in labels} >= {"in", "out"} for labels in several)
 

@@ -1,4 +1,4 @@
-"""Several adapters of one base as one."""
+"""Combines several adapters of one base into one."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ class Method(NamedTuple):
     """How entries of factors or deltas are merged.
 
     Attributes:
-        prune: "magnitude", "random" or None: which entries go first.
-        elects: whether entries of the minority sign go next, and the rest is averaged.
+        prune: which entries are dropped first: "magnitude", "random" or None.
+        elects: whether entries with the minority sign are dropped next, and the rest averaged.
     """
 
     prune: str | None
@@ -36,7 +36,7 @@ METHODS = {
     "dare_linear": Method("random", False),
     "dare_ties": Method("random", True),
 }
-"""Methods that act on entries: on those of both factors, or as `…_svd` on those of the delta."""
+"""Methods that act entrywise, on both factors, or on deltas with the suffix `_svd`."""
 
 
 class _Options(NamedTuple):
@@ -56,38 +56,39 @@ def combine_adapters(
     signs: str = "total",
     key: jax.Array | None = None,
 ) -> Approximation:
-    """Several LoRA adapters of one base as a single one, each with a weight.
+    """Combines LoRA adapters of one base into a single one, with a weight for each.
 
         delta  =  Σ_k weight_k · delta_k                       "concatenate": exact, ranks added
-        delta  =  its best approximation of a rank             "svd"
+        delta  =  best approximation of that sum, of one rank  "svd"
         a = Σ_k √|w_k| sign(w_k) a_k,   b = Σ_k √|w_k| b_k     "linear", w_k = weight_k · scale_k
 
-    "linear" needs equal ranks and is not the sum of the deltas: see the errors. The other methods
-    act on the entries of both factors as "linear" does, and drop some of them first.
-    "magnitude_prune" keeps the largest, and "dare_linear" random ones, which it divides by
-    `density` (Yu et al. 2023, arXiv:2311.03099). "ties" and "dare_ties" then drop the entries
-    whose sign is not that of the majority, and average the rest (Yadav et al. 2023,
-    arXiv:2306.01708). With "_svd" behind its name a method acts on the deltas, one weight at a
-    time, and the result is the best approximation of `rank`. The methods are those of PEFT's
-    `add_weighted_adapter`.
+    "linear" needs equal ranks and differs from the sum of the deltas, by the errors that are
+    returned. The other methods act on the entries of both factors like "linear", but drop some
+    first. "magnitude_prune" keeps the largest entries, and "dare_linear" keeps random ones and
+    divides them by `density` (Yu et al. 2023, arXiv:2311.03099). "ties" and "dare_ties" then drop
+    entries with the minority sign and average the rest (Yadav et al. 2023, arXiv:2306.01708). With
+    the suffix "_svd", a method acts on the deltas, one weight at a time, and the result is the best
+    approximation of rank `rank`. The methods are those of PEFT's `add_weighted_adapter`.
 
-    A weight that only some of the trees adapt is combined from these.
+    A weight that only some of the trees adapt is combined from those.
 
     Args:
         adapters: by name, a tunable tree and its weight, any finite number.
         method: "concatenate", "svd", "linear", "magnitude_prune", "ties", "dare_linear",
-            "dare_ties", or one of the last four with "_svd" behind it.
-        rank: of the result, for "svd" and "…_svd"; by default the highest of each weight's ranks.
-        density: which share of the entries the pruning methods keep, above 0 and at most 1.
-        signs: the majority of "ties" and "dare_ties": "total" of the values, or "frequency".
+            "dare_ties", or one of the last four with the suffix "_svd".
+        rank: the rank of the result, for "svd" and "…_svd"; by default, for each weight, the
+            highest of its ranks.
+        density: the fraction of entries that pruning methods keep, above 0 and at most 1.
+        signs: how "ties" and "dare_ties" find the majority sign: by the "total" of the values, or
+            by the "frequency" of each sign.
         key: a PRNG key, for "dare_linear" and "dare_ties".
 
     Returns:
-        The combined tree, with scales of 1, and for each path the distance of its delta from
-        `Σ weight · delta`.
+        The combined tree, with a scale of 1 in each adapter, and by path the relative error of its
+        delta against `Σ weight · delta`.
 
     Raises:
-        ValueError: for settings that no method takes.
+        ValueError: for invalid settings.
         PairError: where the trees are not adapters of one base, are not plain LoRA, or several of
             them train one parameter in full.
 
@@ -124,7 +125,7 @@ def combine_adapters(
 
 
 class _Part(NamedTuple):
-    """The leaf of one tree for a weight."""
+    """The leaf of one of the trees at some path, with the name and the weight of the tree."""
 
     name: str
     weight: float
@@ -172,7 +173,7 @@ def _combined(
         _check_part(path, part, parts[0])
     like: LoraWeight = parts[0].leaf
     matrices = [Matrices.of(part.leaf) for part in parts]
-    # Σ_k w_k Δ_k exactly: [a1 a2 …] · [w1 b1; w2 b2; …], of the sum of the ranks
+    # Σ_k w_k Δ_k exactly, as [w1 a1, w2 a2, …] · [b1; b2; …], whose rank is the sum of the ranks
     wanted = plus(m.times(part.weight) for m, part in zip(matrices, parts, strict=True))
     if options.method == "concatenate":
         product = wanted
@@ -184,7 +185,9 @@ def _combined(
             product = _of_deltas(path, parts, matrices, rank, options)
         else:
             product = _of_factors(path, parts, options)
+    # Adapters may have different dtypes: the result has the widest.
     dtype = jnp.result_type(*(x for part in parts for x in (part.leaf.a, part.leaf.b)))
+    # A scale of 1: the scales of the parts are in the product.
     plain = dataclasses.replace(
         like, a=like.a.astype(dtype), b=like.b.astype(dtype), alpha=None, scaling="standard"
     )
@@ -194,7 +197,7 @@ def _combined(
 
 
 def _parameter(path: str, parts: Sequence[_Part]) -> Any:
-    """A parameter that is trained in full: it is not a delta, so it cannot be summed."""
+    """Returns a fully trained parameter, which is not a delta and therefore cannot be summed."""
     if len(parts) > 1:
         names = ", ".join(repr(part.name) for part in parts)
         raise PairError(
@@ -233,7 +236,7 @@ def _fans(weight: LoraWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrices:
-    """Both factors merged entry by entry, as if they were deltas."""
+    """Merges both factors entry by entry, as if they were deltas."""
     ranks = {part.name: part.leaf.rank for part in parts}
     if len(set(ranks.values())) > 1:
         listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
@@ -242,10 +245,10 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
             f"`{path}` {listed}. Use 'concatenate' or 'svd'"
             + (f", or '{options.method}_svd'." if options.method != "linear" else ".")
         )
-    # Without their scales: these are in the weights, half on each side.
+    # The scales are part of the weights instead, whose root goes to each of the two factors.
     bare = [Matrices.of(dataclasses.replace(p.leaf, alpha=None, scaling="standard")) for p in parts]
     scales = np.asarray([part.weight * part.leaf.scale for part in parts])
-    # w · scale = ±√|·| · √|·|: the sign is in the weight of a
+    # w · scale = (±√|w · scale|) · √|w · scale|: a takes the sign
     roots = np.sqrt(np.abs(scales))
     a = _merge(np.stack([m.a for m in bare]), roots * np.sign(scales), parts, f"{path}/a", options)
     b = _merge(np.stack([m.b for m in bare]), roots, parts, f"{path}/b", options)
@@ -255,10 +258,11 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
 def _of_deltas(
     path: str, parts: Sequence[_Part], matrices: Sequence[Matrices], rank: int, options: _Options
 ) -> Matrices:
+    # This forms [in, out]: methods that act on entries of deltas need all of them.
     deltas = np.stack([m.a @ m.b for m in matrices])  # [adapters, entries, in, out]
     weights = np.asarray([part.weight for part in parts])
     merged = _merge(deltas, weights, parts, path, options)  # [entries, in, out]
-    # merged = I · merged [entries, in, in] [entries, in, out], cut to its best approximation
+    # As the product I [entries, in, in] · merged [entries, in, out], for `truncated`.
     identity = np.broadcast_to(np.eye(merged.shape[1]), (merged.shape[0], *[merged.shape[1]] * 2))
     return truncated(Matrices(identity, merged), rank)
 
@@ -266,33 +270,35 @@ def _of_deltas(
 def _merge(
     stacked: np.ndarray, weights: np.ndarray, parts: Sequence[_Part], path: str, options: _Options
 ) -> np.ndarray:
-    """Arrays merged entry by entry: [adapters, entries, m, n] -> [entries, m, n]."""
+    """Merges arrays entry by entry: [adapters, entries, m, n] -> [entries, m, n]."""
     method = METHODS[options.method.removesuffix("_svd")]
     if method.prune == "magnitude":
         stacked = _largest(stacked, int(options.density * stacked[0, 0].size))
     elif method.prune == "random":
         assert options.key is not None
         keys = [
+            # A mask of its own for each adapter and each factor.
             jax.random.fold_in(options.key, zlib.crc32(f"{path}\n{part.name}".encode()))
             for part in parts
         ]
         kept = [jax.random.bernoulli(key, options.density, stacked.shape[1:]) for key in keys]
-        # Kept entries are divided by their share, so that the expected value of an entry stays.
+        # Kept entries are divided by the density, which leaves the expected value unchanged.
         stacked = np.where(np.stack(kept), stacked / options.density, 0)
     # [adapters, entries, m, n] ⊙ [adapters, 1, 1, 1]
     weighted = stacked * weights[:, None, None, None]
     if not method.elects:
         return weighted.sum(0)
     votes = np.sign(stacked) if options.signs == "frequency" else stacked
-    # TIES: each entry elects one sign, and the mean is over the adapters that have it.
+    # TIES: each entry elects a sign, and the mean is over the adapters that agree with it. The
+    # votes are unweighted, as in PEFT.
     majority = np.where(votes.sum(0) >= 0, 1, -1)  # [entries, m, n]
     agrees = np.sign(stacked) == majority
     return (weighted * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
 
 
 def _largest(stacked: np.ndarray, keep: int) -> np.ndarray:
-    """The entries of the largest absolute values of each matrix, and zeros."""
-    # The smallest entries of a matrix are dropped; a stable sort decides between equal ones.
+    """Zeroes all but the `keep` entries of largest magnitude in each matrix."""
+    # The smallest entries are dropped; the stable sort makes ties deterministic.
     flat = stacked.reshape(*stacked.shape[:2], -1)  # [adapters, entries, m · n]
     dropped = np.argsort(np.abs(flat), axis=-1, kind="stable")[..., : flat.shape[-1] - keep]
     pruned = flat.copy()

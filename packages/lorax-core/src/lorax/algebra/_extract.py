@@ -1,4 +1,4 @@
-"""The LoRA adapter that comes closest to a full fine-tune."""
+"""Extracts the closest LoRA adapter from a full fine-tune."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from ._matrices import energy_of, rank_for
 
 
 class Extraction(NamedTuple):
-    """What `extract_lora` returns.
+    """The result of `extract_lora`.
 
     Attributes:
         pair: the base and the adapters, as `init_lora` returns them.
@@ -33,7 +33,8 @@ class Extraction(NamedTuple):
     errors: dict[str, float]
 
 
-# A whole decomposition is cheaper than a random one that finds more than a quarter of it.
+# The randomized decomposition is used if it needs fewer than 1 / _PAYS of all singular vectors,
+# with _OVERSAMPLED more vectors than the rank, and _POWERS power iterations.
 _PAYS = 4
 _OVERSAMPLED = 10
 _POWERS = 4
@@ -48,24 +49,24 @@ def extract_lora(
     tolerance: float | None = None,
     key: jax.Array | None = None,
 ) -> Extraction:
-    """The LoRA adapters that come closest to what full fine-tuning has changed.
+    """Returns the LoRA adapters that are closest to the change made by full fine-tuning.
 
         tuned − base  =  U S Vᵀ  ≈  s · a b,     a = U[:, :r],   s · b = S[:r] V[:, :r]ᵀ
 
-    One weight at a time, each entry of its shared axes on its own. Where the rank is low beside the
-    matrix, by a randomized decomposition with power iterations (Halko et al. 2011,
-    arXiv:0909.4061).
+    Weights are decomposed one at a time, each entry of the shared axes separately. If the rank is
+    small compared to the matrix, a randomized decomposition with power iterations is used (Halko
+    et al. 2011, arXiv:0909.4061).
 
     Args:
-        base: the parameters before.
-        tuned: the parameters after, a tree of the same structure. For other kinds of adapters it is
-            `merge_params(pair)`.
+        base: the parameters before fine-tuning.
+        tuned: the parameters after it, a tree of the same structure. To convert adapters of another
+            kind, pass `merge_params(pair)`.
         spec: as for `init_lora`: a rank or a `LoraSpec` for each weight that gets an adapter,
-            `LORA_FULL` for what is taken from `tuned` as it is. `infer_spec` makes one.
-        energy: the share of `‖tuned − base‖²` that each adapter keeps in every entry: a weight has
-            the lowest rank that does, and at most that of the spec.
+            `LORA_FULL` for parameters to take from `tuned` unchanged. `infer_spec` makes one.
+        energy: the fraction of `‖tuned − base‖²` to keep in every entry: each weight gets the
+            lowest rank that does so, and at most that of the spec.
         tolerance: the same as `energy = 1 − tolerance²`.
-        key: a PRNG key for the randomized decomposition; by default always the same one.
+        key: a PRNG key for the randomized decomposition; by default a fixed one.
 
     Returns:
         The pair, and the errors by path.
@@ -75,7 +76,8 @@ def extract_lora(
         ValueError: where the trees differ in structure or shapes.
 
     Warns:
-        UnadaptedWarning: names frozen parameters that differ in `tuned`: the adapters lack them.
+        UnadaptedWarning: names frozen parameters that differ in `tuned`; the result lacks these
+            changes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -141,7 +143,7 @@ def _closest(
 ) -> tuple[LoraWeight, float]:
     wide = wide_dtype(before.dtype)
     fan_in, fan_out = axes.sizes(before.shape)
-    # A matrix [in, out] has no more singular values than its shorter side.
+    # A matrix [in, out] has min(in, out) singular values.
     most = min(spec.rank, fan_in, fan_out)
     order = (*axes.shared, *axes.inputs, *axes.outputs)
 
@@ -157,19 +159,20 @@ def _closest(
         a = left[:, :, :rank]  # [entries, in, rank]
         b = values[:, :rank, None] * right[:, :rank]  # [entries, rank, out]
         error = float(jnp.sqrt(_squared_error(deltas, a, b).sum()))
+    # The Frobenius norm of all entries of the weight.
     size = float(jnp.sqrt(squares.sum()))
     resized = dataclasses.replace(spec, rank=rank)
     blank = resized.blank(before.shape, axes)
     shapes = blank.layout(before.shape).shapes()
     scale = lora_scale(rank, spec.alpha, spec.scaling)
-    # scale · a @ (b / scale) is the delta.
+    # delta = scale · a @ (b / scale)
     factors = {"a": a.reshape(shapes["a"]), "b": (b / scale).reshape(shapes["b"])}
     return blank.with_factors(factors), error / size if size else 0.0
 
 
 @functools.lru_cache(maxsize=256)
 def _decomposed(rank: int) -> Any:
-    """The largest singular values of each matrix, their vectors, and its squared norm."""
+    """Returns a jitted function of matrices and keys to singular triplets and squared norms."""
 
     def one(delta: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
         if (rank + _OVERSAMPLED) * _PAYS < min(delta.shape):
@@ -178,15 +181,16 @@ def _decomposed(rank: int) -> Any:
             left, values, right = jnp.linalg.svd(delta, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank], jnp.sum(delta * delta)
 
-    # One entry after the other: the temporary arrays are those of one matrix.
+    # Sequential `map`, not `vmap`: the temporary arrays are those of a single matrix.
     return jax.jit(lambda deltas, keys: jax.lax.map(lambda x: one(*x), (deltas, keys)))
 
 
 def _randomized(delta: jax.Array, width: int, key: jax.Array) -> tuple[jax.Array, ...]:
-    """The singular value decomposition within the range that random directions span."""
+    """Returns the singular value decomposition within the range of a random sketch."""
     sketch = delta @ jax.random.normal(key, (delta.shape[1], width), delta.dtype)  # [in, width]
     basis = jnp.linalg.qr(sketch)[0]
-    # Each power sharpens the range: (ΔΔᵀ)^k sketch grows along the largest singular vectors.
+    # Each iteration multiplies the sketch by ΔΔᵀ, which makes the largest singular directions
+    # dominate; the QR decompositions keep its columns from becoming parallel.
     for _ in range(_POWERS):
         back = jnp.linalg.qr(delta.T @ basis)[0]  # [out, width]
         basis = jnp.linalg.qr(delta @ back)[0]  # [in, width]
@@ -196,5 +200,5 @@ def _randomized(delta: jax.Array, width: int, key: jax.Array) -> tuple[jax.Array
 
 @jax.jit
 def _squared_error(deltas: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`‖delta − a b‖²` of each entry."""
+    """Returns `‖delta − a b‖²` of each entry."""
     return jnp.sum((deltas - a @ b) ** 2, axis=(1, 2))

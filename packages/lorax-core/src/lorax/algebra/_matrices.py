@@ -1,10 +1,10 @@
-"""The delta of an adapter as a product of two matrices, and the best such product of a rank.
+"""The delta of an adapter as a product of two matrices, and its best low-rank approximation.
 
     delta[entry]  =  a[entry] @ b[entry]         # [in, rank] [rank, out] -> [in, out]
 
 No function here forms a matrix [in, out]: a QR decomposition of both factors leaves a core of
-rank × rank that has the same norm and the same singular values. All of it runs in NumPy: the
-matrices are small, and nothing waits for a compiler.
+rank × rank with the same norm and the same singular values. All of it runs in NumPy, because the
+matrices are small and nothing then waits for a compiler.
 """
 
 import math
@@ -23,7 +23,7 @@ from ..kinds.lora import LoraWeight, at_same_scale
 
 
 class Approximation(NamedTuple):
-    """Adapters, and how far each is from the delta that was asked for.
+    """Adapters, and how far each is from the requested delta.
 
     Attributes:
         tunable: the tree of adapters.
@@ -35,20 +35,20 @@ class Approximation(NamedTuple):
 
 
 def flatten_adapters(tunable: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a tunable tree with their paths, and its structure."""
+    """Returns the leaves of a tunable tree with their paths, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tunable, is_leaf=is_tunable_leaf)
     return [(path_string(path), leaf) for path, leaf in leaves], structure
 
 
 class Matrices(NamedTuple):
-    """Two factors of a delta, for each entry of the shared axes, in double precision."""
+    """Two factors of a delta per entry of the shared axes, in double precision."""
 
     a: np.ndarray  # [entries, in, rank]
     b: np.ndarray  # [entries, rank, out]
 
     @classmethod
     def of(cls, weight: LoraWeight) -> Self:
-        """The factors of a weight; `a` carries the scale."""
+        """Returns the factors of a weight; the scale is multiplied into `a`."""
         shared = len(weight.shared_axes)
         entries = math.prod(weight.a.shape[:shared])
         a = _double(weight.a).reshape(entries, -1, weight.rank)
@@ -56,13 +56,14 @@ class Matrices(NamedTuple):
         return cls(a * weight.scale, b)
 
     def into(self, weight: LoraWeight) -> LoraWeight:
-        """A weight with these factors; rank and alpha change, and its scale stays."""
+        """Returns a weight with these factors; its rank and alpha change, its scale does not."""
         rank = self.a.shape[-1]
         shared = len(weight.shared_axes)
         a_shape = (*weight.a.shape[:-1], rank)
         b_shape = (*weight.b.shape[:shared], rank, *weight.b.shape[shared + 1 :])
         return at_same_scale(
             weight,
+            # `a` carries the scale, which the weight multiplies again.
             _beside((self.a / weight.scale).reshape(a_shape), weight.a),
             _beside(self.b.reshape(b_shape), weight.b),
         )
@@ -78,35 +79,35 @@ def _double(array: Any) -> np.ndarray:
 
 
 def _beside(value: np.ndarray, like: Any) -> jax.Array:
-    """An array in the dtype of another one, and where that is."""
+    """Returns an array with the dtype and the sharding of another one."""
     array = jnp.asarray(value.astype(like.dtype))
     placed = isinstance(like, jax.Array) and like.committed
     return jax.device_put(array, like.sharding) if placed else array
 
 
 def plus(matrices: Iterable[Matrices]) -> Matrices:
-    """The sum of deltas, whose rank is the sum of their ranks."""
+    """Returns the sum of deltas; its rank is the sum of their ranks."""
     # [a1 a2] @ [b1; b2]  =  a1 b1 + a2 b2
     a, b = zip(*matrices, strict=True)
     return Matrices(np.concatenate(a, 2), np.concatenate(b, 1))
 
 
 def _core(matrices: Matrices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q_a, the core and Q_b of `a b = Q_a core Q_bᵀ`."""
-    # a b = Q_a R_a R_bᵀ Q_bᵀ: the core R_a R_bᵀ is only as large as the rank, and has the singular
-    # values of the product.
+    """Returns Q_a, core and Q_b with `a b = Q_a core Q_bᵀ`."""
+    # a b = Q_a R_a (Q_b R_b)ᵀ = Q_a (R_a R_bᵀ) Q_bᵀ. The core R_a R_bᵀ is at most rank × rank and
+    # has the singular values of the product, because Q_a and Q_b are orthonormal.
     q_a, r_a = np.linalg.qr(matrices.a)  # [entries, in, k] [entries, k, rank]
     q_b, r_b = np.linalg.qr(np.swapaxes(matrices.b, 1, 2))  # [entries, out, l] [entries, l, rank]
     return q_a, r_a @ np.swapaxes(r_b, 1, 2), q_b
 
 
 def singular_values(matrices: Matrices) -> np.ndarray:
-    """The singular values of each delta, the largest first: [entries, min(in, rank, out)]."""
+    """Returns the singular values of each delta, descending: [entries, min(in, rank, out)]."""
     return np.linalg.svd(_core(matrices)[1], compute_uv=False)
 
 
 def relative_error(actual: Matrices, expected: Matrices) -> float:
-    """`‖actual − expected‖ / ‖expected‖` in the Frobenius norm, and 0 where both are zero."""
+    """Returns `‖actual − expected‖ / ‖expected‖` in the Frobenius norm; 0 if both are zero."""
     size = float(np.linalg.norm(_core(expected)[1]))
     # The norm of the core is that of the product, so no [in, out] is formed.
     error = float(np.linalg.norm(_core(plus([actual, expected.times(-1)]))[1]))
@@ -114,12 +115,12 @@ def relative_error(actual: Matrices, expected: Matrices) -> float:
 
 
 def truncated(matrices: Matrices, rank: int) -> Matrices:
-    """The best approximation of a rank: `a` has orthonormal columns, `b` the singular values."""
+    """Returns the best approximation of a rank: orthonormal `a`, singular values in `b`."""
     q_a, core, q_b = _core(matrices)
     left, values, right = np.linalg.svd(core, full_matrices=False)
     a = q_a @ left[:, :, :rank]  # [entries, in, k] [entries, k, rank] -> [entries, in, rank]
     b = (values[:, :, None] * right)[:, :rank] @ np.swapaxes(q_b, 1, 2)  # [entries, rank, out]
-    # A rank above that of the core is filled with zeros.
+    # If the requested rank exceeds that of the core, the factors are padded with zeros.
     missing = max(rank - a.shape[2], 0)
     a = np.pad(a, ((0, 0), (0, 0), (0, missing)))
     b = np.pad(b, ((0, 0), (0, missing), (0, 0)))
@@ -127,23 +128,24 @@ def truncated(matrices: Matrices, rank: int) -> Matrices:
 
 
 def rank_for(values: Any, square: Any, energy: float) -> int:
-    """The lowest rank that keeps a share of the energy in every entry.
+    """Returns the lowest rank that keeps a fraction of the energy in every entry.
 
     Args:
-        values: the singular values of each entry, the largest first: [entries, k].
-        square: the sum of all their squares: [entries].
-        energy: the share of it, from 0 to 1.
+        values: the singular values of each entry, descending: [entries, k].
+        square: the sum of all squared singular values: [entries].
+        energy: the fraction to keep, from 0 to 1.
     """
     # The energy of rank k is Σ σ² of the first k values, over that of all.
     squares = np.asarray(values, np.float64) ** 2
     kept = np.cumsum(squares, axis=1)  # [entries, k]
+    # The tolerance keeps rounding in the sums from demanding one rank more.
     enough = kept >= energy * np.asarray(square, np.float64)[:, None] * (1 - 1e-12)
     ranks = np.where(enough.any(axis=1), enough.argmax(axis=1) + 1, squares.shape[1])
     return int(ranks.max())
 
 
 def energy_of(function: str, energy: float | None, tolerance: float | None) -> float | None:
-    """The share of the energy that is kept; a tolerance is the error that is allowed."""
+    """Returns the fraction of the energy to keep, given it or a relative error as `tolerance`."""
     for name, value in (("energy", energy), ("tolerance", tolerance)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{function}: {name} is {value!r}; it is a number from 0 to 1.")
@@ -153,10 +155,11 @@ def energy_of(function: str, energy: float | None, tolerance: float | None) -> f
 
 
 def matrices_of_term(term: Term, axes: Axes) -> Matrices:
-    """The two matrices of a term.
+    """Returns a term as two matrices.
 
     A factor that runs along inputs and outputs goes to one side. Its labels of the other side
-    become part of the rank, and an identity joins them to the axis there:
+    become
+    part of the rank, and an identity joins them to the axis there:
 
         d[ρ, o]  =  Σ_ρ' eye[ρ, ρ'] · d[ρ', o]
     """
@@ -166,13 +169,15 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
     copies: dict[Label, Label] = {}
 
     def on_a_side(own: Labels) -> tuple[bool, Labels]:
-        """Whether a factor goes to the left, and its labels there."""
+        """Returns whether a factor goes to the left matrix, and its labels there."""
         met, made = ([x for x in own if x in group] for group in (inputs, outputs))
-        # A factor of inputs goes to the left matrix, one of outputs to the right. One with both
-        # goes to the side where it is larger, and its other labels are copied.
+        # A factor of inputs goes to the left matrix, a factor of outputs to the right. A factor
+        # of both goes to the side where it is larger, and its labels of the other side are
+        # replaced by copies.
         is_left = bool(met) and (not made or _count(made) < _count(met))
         moved = made if is_left else met
         for label in moved:
+            # One copy per label, shared by all factors that own it.
             copies.setdefault(label, term.fresh(label.size, len(copies)))
         return is_left, tuple(copies[x] if x in moved else x for x in own)
 
@@ -181,10 +186,10 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
         is_left, labels = on_a_side(own)
         sides[is_left].append((_double(factor), labels))
     for label, copy in copies.items():
-        # The identity joins a label with its copy, which becomes a part of the rank.
+        # eye[label, copy] goes to the side of the label; the copy is part of the rank.
         sides[label in inputs].append((np.eye(label.size), (label, copy)))
     on_left, on_right = ({x for _, own in sides[side] for x in own} for side in (True, False))
-    # Labels of both sides that no axis shows: their product is the rank.
+    # The rank consists of the labels that both sides have and no axis shows.
     rank = tuple(sorted(on_left & on_right - {*shared, *inputs, *outputs}))
     entries, fan_in, fan_out, width = map(_count, (shared, inputs, outputs, rank))
     a = _product(sides[True], (*shared, *inputs, *rank))
@@ -197,7 +202,8 @@ def _count(labels: Sequence[Label]) -> int:
 
 
 def _product(factors: Sequence[tuple[np.ndarray, Labels]], wanted: Labels) -> np.ndarray:
-    """The einsum of some factors, broadcast along what none of them owns."""
+    """Returns the einsum of factors, broadcast along labels that none of them owns."""
+    # `np.einsum` takes axes as integers, so each label gets a number.
     owned = {label for _, own in factors for label in own}
     number = {label: k for k, label in enumerate([*wanted, *sorted(owned - {*wanted})])}
     operands: list[Any] = []

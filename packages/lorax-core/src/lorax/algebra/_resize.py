@@ -1,4 +1,4 @@
-"""Adapters of a lower rank, and other kinds as plain LoRA."""
+"""Lowers the rank of adapters, and converts other kinds to plain LoRA."""
 
 from typing import Any
 
@@ -30,22 +30,22 @@ def resize_adapter(
     energy: float | None = None,
     tolerance: float | None = None,
 ) -> Approximation:
-    """LoRA adapters of a lower rank: the best approximation of each delta.
+    """Returns LoRA adapters of a lower rank: the best approximation of each delta.
 
         Δ = U S Vᵀ,    Δ_r = U[:, :r] · S[:r] V[:, :r]ᵀ,    ‖Δ − Δ_r‖² = Σ_{k ≥ r} S_k²
 
     The delta is never formed: a QR decomposition of both factors leaves a matrix of rank × rank.
-    The scale of each adapter stays.
+    The scale of each adapter is kept.
 
     Args:
         tunable: the tunable tree of a pair.
-        rank: of each result. Adapters of this rank or a lower one stay as they are.
-        energy: the share of `‖Δ‖²` that each entry of the shared axes keeps, from 0 to 1: a
-            weight has the lowest rank that does. With `rank`, at most that one.
+        rank: the rank of each result. Adapters of this rank or a lower one are unchanged.
+        energy: the fraction of `‖Δ‖²` to keep in each entry of the shared axes, from 0 to 1: each
+            weight gets the lowest rank that does so, and with `rank` at most that rank.
         tolerance: the same as `energy = 1 − tolerance²`.
 
     Returns:
-        The tree, with full parameters as they are, and for each path the relative error.
+        The tree, with fully trained parameters unchanged, and the relative error of each path.
 
     Raises:
         ValueError: where neither a rank nor an energy is given, or one is out of range.
@@ -83,18 +83,19 @@ def _resized(
             "rank to lower. `as_lora` turns other kinds into it where that is exact."
         )
     matrices = Matrices.of(weight)
+    # A rank is never raised.
     most = weight.rank if rank is None else min(rank, weight.rank)
     if energy is not None:
         values = singular_values(matrices)  # [entries, rank]
         most = min(most, rank_for(values, (values**2).sum(1), energy))
-    # What needs no lowering keeps its numbers.
+    # A weight whose rank need not be lowered keeps its exact factors.
     resized = weight if most == weight.rank else truncated(matrices, most).into(weight)
     errors[path] = relative_error(Matrices.of(resized), matrices)
     return resized
 
 
 def as_lora(frozen: Any, tunable: Any = ABSENT) -> Any:
-    """Adapters of other kinds as plain LoRA, where that is exact.
+    """Converts adapters of other kinds to plain LoRA, where that is exact.
 
     The delta of most kinds has a low rank: `rank` for VeRA, LoRA-FA, AdaLoRA, DeLoRA and MiSS,
     `rank²` for LoHa, `rank · blocks` for GraLoRA, and that of the second factor times the first
@@ -105,7 +106,7 @@ def as_lora(frozen: Any, tunable: Any = ABSENT) -> Any:
         tunable: the tunable tree of the pair.
 
     Returns:
-        The tunable tree, with a scale of 1 in each converted adapter. It needs the base alone, and
+        The tunable tree, with a scale of 1 in each converted adapter. It needs only the base, and
         none of the frozen factors beside it.
 
     Raises:
@@ -139,10 +140,10 @@ def _converted(leaf: Leaf) -> LoraWeight:
     adapted = leaf.applied()
     if not adapted.is_sum:
         raise refuse("multiplies the weight")
-    # [entries, in, rank] and [entries, rank, out], where the ranks of all terms are added up.
+    # [entries, in, rank] and [entries, rank, out], whose rank is the sum over all terms.
     matrices = plus(matrices_of_term(term, weight.axes) for term in adapted.terms)
     rank, most = matrices.a.shape[2], min(weight.axes.sizes(leaf.frozen.shape))
-    # A delta of full rank is no smaller as two factors than as the weight itself.
+    # Two factors of full rank would have at least as many numbers as the weight itself.
     if rank >= most:
         raise refuse(f"has a delta of rank {rank} on a weight whose rank is {most}")
     dtype = jnp.result_type(*weight.factors().values())

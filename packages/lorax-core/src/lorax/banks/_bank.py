@@ -1,4 +1,4 @@
-"""The bank itself: adapters of any ranks and scales side by side, put in and taken out by slot."""
+"""Banks: adapters of any ranks and scales side by side, which are added and removed by slot."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ class AdapterBank:
     """Adapters of one base, stacked.
 
     Attributes:
-        tunable: the tree of adapters. Each factor is `[slots, *factor]` and padded to one rank, and
-            every scale in it is 1.
-        scales: by path, the scale of each slot: `[slots]`, for plain LoRA.
-        records: by path, what `unstack_adapters` restores. It stays on the host: pass `tunable` and
-            `scales` to compiled functions.
+        tunable: the tree of adapters. Each factor is `[slots, *factor]`, padded to a common rank,
+            and every scale in it is 1.
+        scales: the scale of each slot by path, `[slots]`, for plain LoRA.
+        records: the original ranks and scales by path, which `unstack_adapters` restores. They stay
+            on the host: pass only `tunable` and `scales` to compiled functions.
     """
 
     tunable: Any
@@ -35,20 +35,20 @@ class AdapterBank:
 
     @property
     def slots(self) -> int:
-        """How many adapters it has room for."""
+        """The number of slots."""
         return jax.tree.leaves(self.tunable)[0].shape[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InterleavedBank:
-    """A bank in the order in which a product of all adapters reads it, for `mix_adapters` alone.
+    """A bank in the memory order of a product with all adapters, for `mix_adapters` only.
 
     Attributes:
         tunable: the tree of adapters. `a` of plain LoRA is `[*shared, *in, slots, rank]`, and every
             other factor `[slots, *factor]`.
-        scales: those of the bank.
-        slots: how many adapters it has room for.
+        scales: the scales of the bank.
+        slots: the number of slots.
     """
 
     tunable: Any
@@ -59,16 +59,16 @@ class InterleavedBank:
 def stack_adapters(
     adapters: Sequence[Any], *, slots: int | None = None, rank: int | None = None
 ) -> AdapterBank:
-    """A bank of adapters of one base.
+    """Stacks adapters of one base into a bank.
 
-    Plain LoRA may have any ranks, alphas and scalings: factors are padded with zeros, which stay
-    zeros in training, and scales become arrays. Other kinds are stacked where their settings are
-    equal. A target that an adapter lacks has the numbers with which it is the base's, mostly zeros.
+    Plain LoRA may have any ranks, alphas and scalings: factors are padded with zeros, which remain
+    zero in training, and scales become arrays. Other kinds need equal settings. If an adapter lacks
+    a target, its slot there is filled with neutral factors, mostly zeros.
 
     Args:
         adapters: tunable trees of one structure.
-        slots: how many the bank has room for; by default, as many as there are.
-        rank: to which LoRA is padded at least, so that `set_adapter` can put a higher rank in.
+        slots: the number of slots; by default, one per adapter.
+        rank: the lowest rank to pad LoRA to, to leave room for higher ranks in `set_adapter`.
 
     Returns:
         The bank. `jax.vmap(step)(bank.tunable, bank.scales, …)` with `with_scales` in the loss
@@ -112,6 +112,7 @@ def stack_adapters(
         )
         if isinstance(blank, Adapter):
             records[path] = records_of(nodes)
+        # Scales of other kinds are static and equal.
         if isinstance(blank, LoraWeight):
             scales[path] = jnp.asarray(records[path].scale())
     if all(node is None for node in stacked):
@@ -120,13 +121,13 @@ def stack_adapters(
 
 
 def unstack_adapters(bank: AdapterBank) -> list[Any]:
-    """The tunable trees of a bank, bit for bit as they were stacked or trained since.
+    """Returns the tunable trees of a bank, bit-identical to what was stacked or trained since.
 
     Args:
         bank: a bank.
 
     Returns:
-        A tree for each slot, None for an empty one.
+        A tree for each slot, or None for an empty slot.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -144,7 +145,7 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
         restored_leaves = [restored(bank.records.get(path), node, slot) for path, node in leaves]
         return jax.tree.unflatten(structure, restored_leaves)
 
-    # A parameter in place of an adapter is in every slot, so no slot is free.
+    # A fully trained parameter is present in every slot, so no slot is empty.
     is_full = any(node is not None and not isinstance(node, Adapter) for _, node in leaves)
     present = [record.is_present for record in bank.records.values()]
     return [
@@ -154,20 +155,20 @@ def unstack_adapters(bank: AdapterBank) -> list[Any]:
 
 
 def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
-    """The bank with another adapter in a slot. Every shape stays, so nothing compiles again.
+    """Returns the bank with another adapter in a slot. No shape changes, so nothing recompiles.
 
     Args:
         bank: a bank.
         index: the slot, from 0.
-        tunable: a tunable tree of the same base, of ranks up to the bank's.
+        tunable: a tunable tree of the same base, with ranks up to those of the bank.
 
     Returns:
         The new bank; the old one is unchanged.
 
     Raises:
         IndexError: where there is no such slot.
-        PairError: where the tree is of another base, adapts what the bank does not, or has a higher
-            rank or another dtype.
+        PairError: where the tree belongs to another base, adapts a target that the bank does not,
+            or has a higher rank or another dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -193,9 +194,10 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
                 f"set_adapter: the adapter has a {described(new)} at `{path}`, and the bank has "
                 "nothing there. Stack the bank again, with this adapter among the others."
             )
+        # Padded like the others, so that shapes stay the same.
         rows.append(None if node is None else padded_to(path, emptied(node), new))
         if path in records:
-            # The records of the old bank stay as they are.
+            # A copy: the records of the old bank must not change.
             record = jax.tree.map(np.copy, records[path])
             for value, entry in zip(
                 jax.tree.leaves(record), jax.tree.leaves(records_of([new])), strict=True
@@ -210,11 +212,11 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
 
 
 def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
-    """The bank with the base in a slot. Every shape stays.
+    """Returns the bank with the base in a slot. No shape changes.
 
     Args:
-        bank: a bank of kinds that are the base beside any base with the same numbers, mostly zeros:
-            all but DoRA and trained tokens.
+        bank: a bank of kinds whose neutral factors do not depend on the base: all but DoRA and
+            trained tokens.
         index: the slot, from 0.
 
     Returns:
@@ -222,7 +224,7 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
 
     Raises:
         IndexError: where there is no such slot.
-        PairError: where the base's own numbers would have to be in the slot.
+        PairError: where the neutral factors depend on the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -233,24 +235,26 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
         True
     """
     _check_slot("drop_adapter", bank, index)
+    # An adapter without any target: every slot entry becomes neutral.
     nothing = jax.tree.map(lambda node: None, bank.tunable, is_leaf=is_tunable_leaf)
     return set_adapter(bank, index, nothing)
 
 
 def interleave_adapters(bank: AdapterBank) -> InterleavedBank:
-    """A copy of a bank whose adapters are side by side, for decoding with `mix_adapters`.
+    """Returns a copy of a bank with interleaved adapters, for decoding with `mix_adapters`.
 
         a: [slots, in, rank]  ->  [in, slots, rank]
 
-    A product of all adapters has both `slots` and `rank` as outputs. Without this copy, every call
-    makes one of `a`. Make it once, outside of the compiled function, and again after `set_adapter`:
-    no shape changes, so nothing compiles again. Kinds other than plain LoRA stay as they are.
+    A product with all adapters has both `slots` and `rank` as outputs, so without this copy, every
+    call transposes `a`. Make the copy once, outside of the compiled function, and again after
+    `set_adapter`; no shape changes, so nothing recompiles. Kinds other than plain LoRA are
+    unchanged.
 
     Args:
         bank: a bank.
 
     Returns:
-        What `mix_adapters` takes in place of the bank.
+        A bank for `mix_adapters`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -272,7 +276,7 @@ def interleave_adapters(bank: AdapterBank) -> InterleavedBank:
 
 
 def check_bank(function: str, bank: Any, *others: type) -> None:
-    """Refuses what is not a bank, or not in an order that the function takes."""
+    """Raises `TypeError` for anything but a bank of a type that the function accepts."""
     if not isinstance(bank, (AdapterBank, *others)):
         raise TypeError(
             f"{function} takes a bank, as `stack_adapters` returns it, and was given "

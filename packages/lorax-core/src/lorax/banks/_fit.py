@@ -1,4 +1,4 @@
-"""One weight of a bank: adapters made to fit a common form, and what they were before."""
+"""One weight of a bank: adapters padded to a common form, and records of what they were."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ from ..kinds.lora import LoraWeight, lora_scale
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The ranks and scales of one path's adapters before they were padded, by slot.
+    """The ranks and scales of one path's adapters before padding, by slot.
 
-    `alpha` is NaN where it is None. Arrays, and not settings: another adapter in a slot leaves
-    compiled programs as they are.
+    `alpha` is NaN where it is None. These are arrays and not static settings, so that replacing an
+    adapter in a slot does not recompile programs.
     """
 
     is_present: np.ndarray  # [slots] bool
@@ -29,7 +29,7 @@ class Records:
     is_rslora: np.ndarray  # [slots] bool
 
     def scale(self) -> np.ndarray:
-        """The scale of each slot: [slots] float64."""
+        """Returns the scale of each slot: [slots] float64."""
         scales = [
             lora_scale(int(rank), None if math.isnan(alpha) else float(alpha), _scaling(rslora))
             for rank, alpha, rslora in zip(self.rank, self.alpha, self.is_rslora, strict=True)
@@ -46,17 +46,17 @@ def described(node: Any) -> str:
 
 
 def neutral_of(node: Any) -> Mapping[str, Neutral] | None:
-    """The factors with which a node is the base; None where it has none."""
+    """Returns the factors with which a node equals its base, or None if it has none."""
     return node.neutral() if isinstance(node, Adapter) else None
 
 
 def is_free(neutral: Mapping[str, Neutral] | None) -> TypeGuard[Mapping[str, float]]:
-    """Whether such factors are numbers, the same beside every base."""
+    """Whether neutral factors are constants, independent of the base."""
     return neutral is not None and not any(map(callable, neutral.values()))
 
 
 def blank_of(path: str, nodes: Sequence[Any], rank: int | None) -> Any:
-    """The node that all others are padded to: of the highest rank, and with a scale of 1."""
+    """Returns the node that all others are padded to: of the highest rank, with a scale of 1."""
     present = [node for node in nodes if node is not None]
     if not present:
         return None
@@ -77,12 +77,16 @@ def _unscaled(weight: LoraWeight) -> LoraWeight:
 
 
 def emptied(stacked: Any) -> Any:
-    """The blank node of a stacked one: its arrays without the axis of slots."""
+    """Returns the shapes of one slot of a stacked node."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
 
 def padded_to(path: str, blank: Any, node: Any) -> Any:
-    """A node with the shapes of the blank one."""
+    """Returns a node padded to the shapes of the blank one.
+
+    Raises:
+        PairError: where it does not fit.
+    """
     if blank is None:
         return None
     if node is None:
@@ -126,7 +130,8 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def _with_rank(path: str, blank: LoraWeight, node: LoraWeight) -> LoraWeight:
     shared = len(node.shared_axes)
-    # [a 0] @ [b; 0]  =  a @ b: the padding adds nothing, and gets no gradient.
+    # [a 0] @ [b; 0]  =  a @ b. The gradient of the padding of a is x ⊗ (cotangent · 0), and that of
+    # b is (x · 0) ⊗ cotangent: both are zero, so training keeps it zero.
     missing = blank.rank - node.rank
     if missing < 0:
         raise PairError(

@@ -1,4 +1,4 @@
-"""Adapters of a bank for a call, or for each row of a batch: one of them, or a mixture of all."""
+"""Selects or mixes the adapters of a bank, for a whole call or for each row of a batch."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -21,16 +21,16 @@ from ._fit import is_free, neutral_of
 
 
 def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
-    """Adapters of a bank with their scales, which are arrays there.
+    """Returns adapters of a bank with their scales, which are arrays in a bank.
 
         delta  =  scale · a b
 
-    Call it inside the loss that `jax.vmap` maps over a bank's adapters: scales are not trained, so
-    they are not in the tree that an optimizer sees.
+    Call this inside a loss that `jax.vmap` maps over the adapters of a bank. Scales are not
+    trained, so they are not in the tree that an optimizer sees.
 
     Args:
         tunable: the tunable tree of one adapter of a bank.
-        scales: by path, the adapter's scale.
+        scales: the scale of each adapter, by path.
 
     Returns:
         A tunable tree for `lora(fn)`. Gradients with respect to `tunable` pass through it.
@@ -70,7 +70,7 @@ def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Scaled(Within):
-    """An adapter times a number that is an array."""
+    """An adapter times a scalar array."""
 
     adapter: Any
     number: Any
@@ -79,22 +79,22 @@ class _Scaled(Within):
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         weight = self.adapter.applied(base, held, source)
-        # The scale follows from rank and alpha. It is an array here, and not to be trained.
+        # The scale follows from rank and alpha. Although it is an array here, it is not trained.
         number = jax.lax.stop_gradient(self.number)
         return dataclasses.replace(weight, terms=tuple(term.scale(number) for term in weight.terms))
 
 
 def select_adapters(bank: AdapterBank, index: Any) -> Any:
-    """The adapter in one slot of a bank, as the tunable tree of a pair.
+    """Returns the adapter in one slot of a bank, as the tunable tree of a pair.
 
-    Under `jax.vmap` over rows each row has its own: the factors are gathered for it, and the base
-    is in one product for all rows. A model whose rows mix, as with batch norm or a capacity of
-    experts, computes something else for a row than for a batch.
+    Under `jax.vmap` over rows, each row has its own adapter: the factors are gathered per row, and
+    the base is still multiplied in one product for all rows. A model whose rows depend on each
+    other, through batch norm or expert capacity, computes different results for a row alone.
 
     Args:
-        bank: a bank of adapters of any kind; the frozen factors beside the base are those of all.
-        index: the slot, a scalar; −1 is the base, bit for bit. Inside `jax.jit`, where its value is
-            unknown, any other number without a slot is the base, too.
+        bank: a bank of adapters of any kind, which share the frozen factors beside the base.
+        index: the slot, a scalar; −1 selects the base, bit for bit. Inside `jax.jit`, where the
+            value is unknown, any other invalid slot selects the base as well.
 
     Returns:
         A tunable tree for `lora(fn)`.
@@ -102,8 +102,8 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     Raises:
         IndexError: where there is no such slot.
         TypeError: where the index is not a scalar integer.
-        PairError: where the bank has full parameters, or a kind that does not say with which
-            factors it is the base.
+        PairError: where the bank has fully trained parameters, or a kind of adapter without
+            `neutral` factors.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -129,7 +129,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
             f"select_adapters: there is no slot {int(index)}; the bank has 0 to {bank.slots - 1}, "
             "and -1 is the base."
         )
-    # What has no slot is past the end: negative indices would count from there.
+    # Negative indices would count from the end, so they are moved past it: out of range.
     place = jnp.where(index < 0, bank.slots, index)
 
     def picked(path: Any, node: Any) -> Any:
@@ -138,8 +138,9 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         neutral = neutral_of(node)
         if neutral is None:
             raise _refused("select_adapters", path, node, "numbers of its own with no adapter")
+        # Neutral factors that depend on the base are filled in by `_Selected`, which sees it.
         fills = {name: 0.0 if callable(fill) else fill for name, fill in neutral.items()}
-        # [slots, *axes] -> [*axes], and past the end the numbers of the base.
+        # [slots, *axes] -> [*axes]; out of range, the gather fills with the neutral numbers.
         row = node.with_factors(
             {
                 name: factor.at[place].get(mode="fill", fill_value=fills[name])
@@ -149,6 +150,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         return row if is_free(neutral) else _Selected(row, place < bank.slots)
 
     tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
+    # Out of range, the scale is 1; the factors are neutral anyway.
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 
@@ -156,7 +158,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Selected(Within):
-    """An adapter, or the base where there is none."""
+    """An adapter, or the base if `is_there` is False."""
 
     adapter: Any
     is_there: Any
@@ -170,7 +172,7 @@ class _Selected(Within):
             factor, other = factors[name], number
             if callable(number):
                 other: Any = jax.lax.stop_gradient(number(held))
-                # Exact, so that it is the base to the last bit.
+                # Without rounding, so that the result is bit-identical to the base.
                 wide = product_dtype(factor.dtype, other.dtype)
                 factor, other = factor.astype(wide), other.astype(wide)
             factors[name] = jnp.where(self.is_there, factor, other)
@@ -178,19 +180,19 @@ class _Selected(Within):
 
 
 def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
-    """A weighted sum of all adapters of a bank, as the tunable tree of a pair.
+    """Returns a weighted sum of all adapters of a bank, as the tunable tree of a pair.
 
         delta  =  Σ_k weights[k] · scale_k · a_k b_k
 
-    All adapters meet the input, so under `jax.vmap` over rows no factor is gathered:
-    `mix_adapters(bank, jax.nn.one_hot(index, bank.slots))` equals `select_adapters(bank, index)`,
-    moves fewer bytes where each row is one token, and takes more FLOPs everywhere. The weights
-    may be learned: they have gradients.
+    The input is multiplied by all adapters, so under `jax.vmap` over rows no factor is gathered:
+    `mix_adapters(bank, jax.nn.one_hot(index, bank.slots))` equals `select_adapters(bank, index)`.
+    It always takes more FLOPs, but moves fewer bytes where each row is one token. The weights have
+    gradients, so they may be learned.
 
     Args:
-        bank: a bank of adapters that add to the base: of other kinds than DoRA, IA³ and OFT. From
-            `interleave_adapters` it moves fewer bytes.
-        weights: of each slot: `[slots]`. Zeros are the base, as long as all factors are finite.
+        bank: a bank of adapters that are added to the base, which excludes DoRA, IA³ and OFT. A
+            bank from `interleave_adapters` moves fewer bytes.
+        weights: one weight per slot: `[slots]`. Zeros give the base, if all factors are finite.
 
     Returns:
         A tunable tree for `lora(fn)`.
@@ -221,8 +223,10 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     def mixed(path: Any, node: Any) -> Any:
         if node is None:
             return None
+        # Kinds that override `applied` multiply the base, and have no delta to sum.
         if not (isinstance(node, Adapter) and type(node).applied is Adapter.applied):
             raise _refused("mix_adapters", path, node, "no delta that a sum could weigh")
+        # Only plain LoRA has scales as arrays; other kinds have equal static ones.
         scale = bank.scales.get(path_string(path))
         if scale is None:
             return _Mixed(node, weights)
@@ -243,7 +247,7 @@ def _refused(function: str, path: Any, node: Any, reason: str) -> PairError:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Mixed(Within):
-    """All adapters of a bank, each times a weight: one more label that is summed over."""
+    """All adapters of a bank, each times a weight: the slot is one more label to sum over."""
 
     adapter: Any
     weights: Any
@@ -254,6 +258,7 @@ class _Mixed(Within):
         slot = self._slot(layout)
         factors = {name: (slot, *labels) for name, labels in layout.factors.items()}
         if self.is_interleaved:
+            # Interleaved: a [in, slots, rank], with the slots next to the rank.
             *before, rank = layout.factors["a"]
             factors["a"] = (*before, slot, rank)
         return layout._replace(factors=factors)
@@ -268,12 +273,13 @@ class _Mixed(Within):
     ) -> FactoredArray:
         slot = self._slot(self.adapter.layout(base.shape))
         if type(self.adapter).term is Adapter.term:
-            # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed as the
-            # rank is.
+            # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed over like
+            # the rank.
             term = self.term(base.shape, held or {}, source)
             weights = self.weights * self.adapter.scale
         else:
-            # More than an einsum of its factors: the term of each slot, then one of all of them.
+            # The term is not a plain einsum of the factors, so it is computed per slot by vmap; the
+            # new leading axis of every factor is the slot.
             of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
             term, weights = jax.vmap(of_slot)(self.adapter), self.weights
             term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))

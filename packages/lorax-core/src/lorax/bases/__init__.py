@@ -1,4 +1,4 @@
-"""The formats of quantized bases, one module each. Importing them fills `FORMATS`."""
+"""Quantization formats, one module each. Importing this package fills `FORMATS`."""
 
 from .._base import (
     QuantizedWeight as QuantizedWeight,

@@ -1,4 +1,4 @@
-"""Codes that are numbers: an entry is a code times the scale of its block."""
+"""Formats whose codes are numbers: an entry is a code times the scale of its block."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,17 +13,18 @@ INTEGERS: dict[int, tuple[Any, Any]] = {4: (jnp.int4, jnp.uint4), 8: (jnp.int8, 
 
 
 def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
-    """The largest magnitude of each block, and one for a block of zeros."""
+    """Returns the largest magnitude of each block, or 1 for a block of zeros."""
     largest_entry = jnp.max(jnp.abs(entries), tuple(within), keepdims=True)
     return jnp.where(largest_entry == 0, jnp.ones_like(largest_entry), largest_entry)
 
 
 def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """The scale of an entry, which may be a code itself."""
-    # scale, or code of a scale · outer
+    """Returns the scale of an entry, which may be held as a code itself."""
+    # The scale itself, or its code times the outer scale.
     scale, outer = arrays["scales"], arrays.get("outer")
     if outer is None:
         return scale.astype(wide_dtype(scale.dtype))
+    # Products of scales in float32 or wider: a bfloat16 product would round every entry.
     dtype = wide_dtype(outer.dtype)
     return scale.astype(dtype) * outer.astype(dtype)
 
@@ -31,8 +32,8 @@ def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
 def with_scales_of_scales(
     scale: jax.Array, across: Sequence[int]
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Scales as 8 bits and one number for each output, and the scales that these represent."""
-    # The largest scale is code 255. No code is 0, for a scale of zero would lose its block.
+    """Returns 8-bit scales with one outer scale per output, and the scales these represent."""
+    # The largest scale is code 255. No code is 0: a scale of zero would zero its whole block.
     outer = jnp.max(scale, tuple(across), keepdims=True) / 255
     codes = jnp.clip(jnp.round(scale / outer), 1, 255).astype(jnp.uint8)
     return {"scales": codes, "outer": outer}, codes.astype(outer.dtype) * outer
@@ -41,7 +42,7 @@ def with_scales_of_scales(
 def integers(
     entries: jax.Array, within: Sequence[int], bits: int, symmetric: bool, dtypes: Any
 ) -> dict[str, jax.Array]:
-    """Rounded codes of so many bits; the range of a block is its own where not symmetric."""
+    """Returns codes of `bits` bits, rounded to nearest; if not symmetric, with a zero point."""
     signed, unsigned = dtypes
     if symmetric:
         # Codes −7 … 7 of 4 bits: −8 would have no counterpart, and zero stays exactly zero.
@@ -62,7 +63,7 @@ def integers(
 
 
 def times_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """`(code − zero) · scale`."""
+    """Returns `(code − zero) · scale`."""
     scale = to_scale(arrays)
     entries = arrays["codes"].astype(scale.dtype)
     if "zeros" in arrays:

@@ -1,4 +1,4 @@
-"""Affine codes: a scale and a minimum for each block, both of which may be codes themselves."""
+"""Affine codes: a scale and a minimum per block, both of which may be codes themselves."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ class Affine(Format):
 
     Args:
         block: how many entries along the inputs share a scale and a minimum.
-        group: how many blocks share the two numbers; None: scales are numbers.
-        bits: of a code: 4, or 8 for codes of 5 to 8 bits.
-        minimum: whether there are minimums. Without them codes are signed.
+        group: how many blocks share an outer scale and an outer minimum; None if scales are floats.
+        bits: the bits of a code: 4, or 8 for codes of 5 to 8 bits.
+        minimum: whether there are minimums. Without them, codes are signed.
         along: the axes whose entries share scales; None: as `quantize` finds them.
 
     Example:
@@ -51,7 +51,7 @@ class Affine(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses sizes that are none."""
+        """Raises `SpecError` for invalid sizes."""
         check_block(self.block)
         check_block(self.group)
         if self.bits not in (4, 8):
@@ -65,7 +65,7 @@ class Affine(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """Rounded to the nearest code between the smallest and the largest of a block."""
+        """Rounds to the nearest code between the smallest and the largest entry of a block."""
         dtype = self.dtypes()[0]
         low, top = jnp.zeros((), entries.dtype), jnp.iinfo(dtype).max
         if self.minimum:
@@ -76,14 +76,14 @@ class Affine(Format):
             arrays["mins"] = low
         if self.group is not None:
             arrays = _grouped(arrays, across)
-        # entry = code · scale + minimum; the scale as it will be decoded, so its rounding is in the
-        # codes
+        # entry = code · scale + minimum, with the scale and the minimum as they will be decoded, so
+        # that the codes make up for their rounding.
         scale = _scaled.to_scale(arrays)
         codes = jnp.round((entries - _minimum(arrays, scale.dtype)) / _or_one(scale))
         return {"codes": jnp.clip(codes, 0 if self.minimum else -top, top).astype(dtype), **arrays}
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Codes times scales, plus minimums."""
+        """Returns codes times scales, plus minimums."""
         entries = _scaled.times_scale(arrays)
         return entries + _minimum(arrays, entries.dtype) if "mins" in arrays else entries
 
@@ -93,7 +93,7 @@ def _or_one(scale: jax.Array) -> jax.Array:
 
 
 def _minimum(arrays: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """The minimum of an entry's block, which may be a code itself."""
+    """Returns the minimum of an entry's block, which may be held as a code itself."""
     if "mins" not in arrays:
         return jnp.zeros((), dtype)
     minimum, outer = arrays["mins"].astype(dtype), arrays.get("outer_mins")
@@ -101,11 +101,11 @@ def _minimum(arrays: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
 
 
 def _grouped(arrays: Mapping[str, jax.Array], across: Sequence[int]) -> dict[str, jax.Array]:
-    """Scales and minimums as 6 bits and one number for each group."""
+    """Returns 6-bit scales and minimums, with one outer number per group for each."""
     grouped: dict[str, jax.Array] = {}
     for name, outer in (("scales", "outer"), ("mins", "outer_mins")):
         if name in arrays:
-            sign = -1 if name == "mins" else 1  # minimums are not above zero
+            sign = -1 if name == "mins" else 1  # minimums are at most zero
             # scale = code of 6 bits · outer, one outer number for each group
             most = jnp.max(jnp.abs(arrays[name]), tuple(across), keepdims=True)
             unit = _or_one(most.astype(wide_dtype(most.dtype)) / TOP)

@@ -1,4 +1,4 @@
-"""FP8: floats of eight bits, one scale for each output or for each block."""
+"""FP8: 8-bit floats, with one scale per output or per block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class FP8(Format):
         W[in, out]  =  codes[in, out] · scales[out]
 
     Args:
-        kind: "e4m3", of 3 bits of mantissa, or "e5m2", of 2 and a wider range.
+        kind: "e4m3" with 3 bits of mantissa, or "e5m2" with 2 and a wider range.
         block: how many entries along the inputs share a scale; None: all of them.
         square: whether the blocks run along the outputs as well, as the 128 × 128 of DeepSeek-V3.
         along: the axes whose entries share scales; None: as `quantize` finds them.
@@ -43,7 +43,7 @@ class FP8(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses kinds and blocks that are none."""
+        """Raises `SpecError` for invalid settings."""
         if self.kind not in KINDS:
             raise SpecError(f"FP8 has kind {self.kind!r}; it is one of {', '.join(KINDS)}.")
         check_block(self.block)
@@ -53,7 +53,7 @@ class FP8(Format):
     def blocks(
         self, path: str, shape: tuple[int, ...], along: tuple[int, ...]
     ) -> dict[int, tuple[int, ...]]:
-        """Along the inputs, and for squares along the last output, too."""
+        """Returns blocks along the inputs and, if square, also along the last output."""
         blocks = super().blocks(path, shape, along)
         if not self.square or self.block is None:
             return blocks
@@ -69,10 +69,10 @@ class FP8(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """Rounded to the nearest float of eight bits."""
+        """Rounds to the nearest 8-bit float."""
         dtype = KINDS[self.kind]
         top = float(jnp.finfo(dtype).max)
-        # The largest entry of a block becomes the largest float of eight bits.
+        # The largest entry of a block maps to the largest 8-bit float.
         scale = _scaled.largest(entries, within) / top
         return {"codes": jnp.clip(entries / scale, -top, top).astype(dtype), "scales": scale}
 

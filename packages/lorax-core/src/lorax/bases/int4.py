@@ -1,4 +1,4 @@
-"""Int4: codes of four bits, one scale for each block."""
+"""Int4: 4-bit integers, with one scale per block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Int4(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses blocks that are none."""
+        """Raises `SpecError` for invalid settings."""
         check_block(self.block)
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class Int4(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """Rounded to the nearest code."""
+        """Rounds to the nearest code."""
         return _scaled.integers(entries, within, 4, self.symmetric, (jnp.int4, jnp.uint4))
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Int8: codes of eight bits, one scale for each output or for each block."""
+"""Int8: 8-bit integers, with one scale per output or per block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Int8(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses blocks that are none."""
+        """Raises `SpecError` for invalid settings."""
         check_block(self.block)
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class Int8(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """Rounded to the nearest code."""
+        """Rounds to the nearest code."""
         return _scaled.integers(entries, within, 8, self.symmetric, (jnp.int8, jnp.uint8))
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -57,7 +57,7 @@ class Int8(Format):
 
 
 def check_block(block: Any) -> None:
-    """Refuses sizes that a block cannot have."""
+    """Raises `SpecError` for an invalid block size."""
     if block is not None and (type(block) is not int or block < 1):
         raise SpecError(
             f"A block has {block!r} entries; it has a positive number of them, or None."

@@ -1,4 +1,4 @@
-"""LLM.int8: codes of eight bits, and the largest magnitude of each output."""
+"""LLM.int8: 8-bit integers, with the largest magnitude of each output as its scale."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ class LLMInt8(Format):
 
         W[in, out]  =  codes[in, out] · scales[out] / 127
 
-    `Int8` differs in the last bit alone: bitsandbytes multiplies twice.
+    `Int8` differs from this in the last bit only, because bitsandbytes multiplies twice.
 
     Args:
         along: the axes whose entries share scales; None: as `quantize` finds them.
@@ -44,13 +44,13 @@ class LLMInt8(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """Rounded to the nearest code."""
+        """Rounds to the nearest code."""
         scale = _scaled.largest(entries, within)
         codes = jnp.clip(jnp.round(entries / scale * 127), -127, 127)
         return {"codes": codes.astype(jnp.int8), "scales": scale}
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Codes times magnitudes, then the step between codes."""
+        """Returns codes times magnitudes, times the step between codes."""
         # In this order and with this constant, the floats are bit for bit those of bitsandbytes.
         scale = arrays["scales"].astype(wide_dtype(arrays["scales"].dtype))
         return (arrays["codes"].astype(scale.dtype) * scale) * STEP

@@ -1,4 +1,4 @@
-"""MXFP4: floats of four bits, and a power of two for each block of 32."""
+"""MXFP4: 4-bit floats, with a power of two per block of 32."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class MXFP4(Format):
         W[in, out]  =  E2M1(codes[in, out]) · 2 ^ (scales[in / 32, out] − 127)
 
     Args:
-        block: how many entries along the inputs share a power; the standard has 32.
+        block: how many entries along the inputs share a power of two; 32 in the standard.
         along: the axes whose entries share scales; None: as `quantize` finds them.
 
     Example:
@@ -42,12 +42,12 @@ class MXFP4(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses blocks that are none."""
+        """Raises `SpecError` for invalid settings."""
         if type(self.block) is not int or self.block < 1:
             raise SpecError(f"MXFP4 has a block of {self.block!r}; it has a positive number.")
 
     def are_numbers(self, name: str, array: Any) -> bool:
-        """Whether no power of two is 255, which means NaN."""
+        """Whether no scale is 255, which means NaN."""
         return super().are_numbers(name, array) and (name != "scales" or not (array == 255).any())
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -57,22 +57,23 @@ class MXFP4(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """The nearest float beside the power by which the largest entry of a block is below 8."""
+        """Rounds to 4-bit floats, with the power that brings the largest entry below 8."""
         # frexp: largest = m · 2^e with m in [0.5, 1), and 4 is the largest power of two in E2M1.
         _, exponent = jnp.frexp(_scaled.largest(entries, within))
         power = jnp.clip(exponent - 1 - 2, -BIAS, BIAS)
         normal = entries / jnp.exp2(power.astype(entries.dtype))
         position = _table.nearest(jnp.abs(normal), VALUES)
-        # Bit 3 is the sign, as the second half of TABLE has the negative values.
+        # Bit 3 is the sign: the second half of TABLE has the negative values.
         codes = position + 8 * (normal < 0).astype(jnp.uint8)
         return {
             "codes": codes.astype(jnp.uint4), "scales": (power + BIAS).astype(jnp.uint8)
         }  # fmt: skip
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Floats times powers of two, made of their bits; 255 is not a number."""
+        """Returns floats times powers of two, which are made from their bits; 255 gives NaN."""
         bits = arrays["scales"].astype(jnp.uint32)
-        # The bits of float32 from its exponent: 2^(bits − 127), which for bits = 0 is subnormal.
+        # A float32 with exponent field `bits` and a mantissa of zero is 2^(bits − 127). For bits =
+        # 0, that is the subnormal number whose highest mantissa bit is set.
         power = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
         power = jnp.where(bits == 255, jnp.uint32(0x7FC00000), power)
         scale = jax.lax.bitcast_convert_type(power, jnp.float32)

@@ -1,4 +1,4 @@
-"""NF4: four bits that represent quantiles of a normal distribution, a scale for each block."""
+"""NF4: 4-bit codes that represent quantiles of a normal distribution, with a scale per block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ class NF4(Format):
 
     Args:
         block: how many entries along the inputs share a scale, 32 to 4096.
-        double: whether the scales are 8 bits themselves, times one number for each output: 4.13
-            bits for each entry instead of 4.5, at blocks of 64.
+        double: whether the scales are 8-bit codes, times one number per output: about 4.13 bits per
+            entry instead of 4.5, for blocks of 64.
         along: the axes whose entries share scales; None: as `quantize` finds them.
 
     Example:
@@ -49,7 +49,7 @@ class NF4(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses blocks that nobody has."""
+        """Raises `SpecError` for invalid settings."""
         if type(self.block) is not int or not SMALLEST <= self.block <= LARGEST:
             raise SpecError(
                 f"NF4 has a block of {self.block!r}; it has {SMALLEST} to {LARGEST} entries."
@@ -62,16 +62,16 @@ class NF4(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """The nearest quantile."""
+        """Returns the nearest quantile of each entry."""
         scale = _scaled.largest(entries, within)
         arrays = {"scales": scale}
         if self.double:
-            # The codes are chosen for the scales as they will be decoded.
+            # Codes are chosen for the rounded scales, as they will be decoded.
             arrays, scale = _scaled.with_scales_of_scales(scale, across)
         codes = _table.nearest(entries / scale, QUANTILES).astype(jnp.uint4)
         return {"codes": codes, **arrays}
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Quantiles times scales."""
+        """Returns quantiles times scales."""
         scale = _scaled.to_scale(arrays)
         return _table.read(arrays["codes"], QUANTILES, scale.dtype) * scale

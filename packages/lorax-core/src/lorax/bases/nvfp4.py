@@ -1,4 +1,4 @@
-"""NVFP4: floats of four bits, a float of eight for each block of 16, one number for all of them."""
+"""NVFP4: 4-bit floats, an 8-bit float per block of 16, and one number per output."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ class NVFP4(Format):
 
         W[in, out]  =  E2M1(codes[in, out]) · (scales[in / 16, out] / outer[out])
 
-    The number puts the largest scale at the top of E4M3's range. Files of compressed-tensors and
-    of ModelOpt have one number for the whole weight, which is repeated here for each output.
+    `outer` maps the largest scale to the top of E4M3's range. Files of compressed-tensors and
+    ModelOpt have one such number for the whole weight, which is repeated here for each output.
 
     Args:
-        block: how many entries along the inputs share a scale; NVIDIA's have 16.
+        block: how many entries along the inputs share a scale; 16 in NVIDIA's format.
         along: the axes whose entries share scales; None: as `quantize` finds them.
 
     Example:
@@ -40,7 +40,7 @@ class NVFP4(Format):
     along: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def check(self) -> None:
-        """Refuses blocks that are none."""
+        """Raises `SpecError` for invalid settings."""
         check_block(self.block)
 
     def dtypes(self) -> tuple[Any, ...]:
@@ -50,12 +50,12 @@ class NVFP4(Format):
     def encode(
         self, entries: jax.Array, within: Sequence[int], across: Sequence[int]
     ) -> dict[str, jax.Array]:
-        """The nearest float of four bits, beside the scale that takes the largest to 6."""
+        """Rounds to the nearest 4-bit float, with a scale that maps the largest entry to 6."""
         largest = _scaled.largest(entries, within) / VALUES[-1]
         highest = float(jnp.finfo(jnp.float8_e4m3fn).max)
-        # The largest scale of an output becomes the largest E4M3 float, 448.
+        # The largest scale of an output maps to the largest E4M3 float, 448.
         outer = highest / jnp.max(largest, tuple(across), keepdims=True)
-        # A scale that E4M3 rounds to zero would take its whole block to zero.
+        # A scale that E4M3 rounds to zero would zero its whole block.
         lowest = float(jnp.finfo(jnp.float8_e4m3fn).smallest_subnormal)
         scales = jnp.clip(largest * outer, lowest, highest).astype(jnp.float8_e4m3fn)
         # entry = code · scale / outer
@@ -64,7 +64,7 @@ class NVFP4(Format):
         return {"codes": codes.astype(jnp.uint4), "scales": scales, "outer": outer}
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Floats times scales."""
+        """Returns floats times scales."""
         outer = arrays["outer"]
         scale = arrays["scales"].astype(outer.dtype) / outer
         return _table.read(arrays["codes"], TABLE, scale.dtype) * scale

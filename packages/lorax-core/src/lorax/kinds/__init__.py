@@ -1,6 +1,6 @@
 """Kinds of adapters, one module each: the spec, the adapter, and its first factors.
 
-The parts of a custom kind can be imported from here.
+This package exports everything that a custom kind needs.
 """
 
 from .._adapter import (

@@ -1,4 +1,4 @@
-"""Which two axes of a weight are cut into blocks, for kinds whose factors span a part of one."""
+"""Resolves which two axes of a weight are cut into blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,14 @@ from .._errors import SpecError, a_kind
 def resolve_split(
     path: str, spec: Any, ndim: int, axes: Axes, given: Sequence[int] | None
 ) -> tuple[int, int]:
-    """The input axis and the output axis that are cut; by default the last of each side."""
+    """Returns the input axis and the output axis to cut; by default the last of each side.
+
+    Raises:
+        SpecError: where `given` is not one input axis and one output axis.
+    """
     if given is None:
         return axes.inputs[-1], axes.outputs[-1]
-    # In the order of the weight, whichever side comes first there.
+    # `normalize` sorts, so which of the two is the input follows from its role.
     split_axes = normalize(path, ndim, "split_axes", given)
     inputs = [d for d in split_axes if d in axes.inputs]
     outputs = [d for d in split_axes if d in axes.outputs]

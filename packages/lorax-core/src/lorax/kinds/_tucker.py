@@ -1,4 +1,7 @@
-"""Tucker's form: a core over the window of a convolution, between two factors of the channels."""
+"""The Tucker form of a convolution kernel: a core over the window between two channel factors.
+
+delta[*window, in, out]  =  Σ_rq a[in, r] · core[*window, r, q] · b[q, out]
+"""
 
 import math
 from typing import Any
@@ -12,7 +15,11 @@ from .._errors import SpecError, a_kind
 
 
 def channel_axis_of(path: str, spec: Any, ndim: int, axes: Axes) -> int:
-    """The input axis of the channels; by default the last."""
+    """Returns the input axis of the channels; by default the last input axis.
+
+    Raises:
+        SpecError: where `spec.channel_axis` is not an input.
+    """
     if spec.channel_axis is None:
         return axes.inputs[-1]
     (channels,) = normalize(path, ndim, "channel_axis", (spec.channel_axis,))
@@ -25,9 +32,9 @@ def channel_axis_of(path: str, spec: Any, ndim: int, axes: Axes) -> int:
 
 
 def channels_of_core(spec: Any, shape: tuple[int, ...], axes: Axes, path: str = "") -> int | None:
-    """The axis of the channels where a spec has cores and the weight a window, and None elsewhere.
+    """Returns the channel axis if the adapter has cores, or None if it does not.
 
-    As in PEFT, a window of one entry has no core.
+    Cores need `spec.tucker` and a window with more than one entry; PEFT makes the same exception.
     """
     if not spec.tucker:
         return None
@@ -36,12 +43,12 @@ def channels_of_core(spec: Any, shape: tuple[int, ...], axes: Axes, path: str = 
 
 
 def has_window(shape: tuple[int, ...], axes: Axes, channels: int) -> bool:
-    """Whether the inputs beside the channels have more than one entry."""
+    """Whether the input axes other than the channels have more than one entry."""
     return any(shape[d] != 1 for d in axes.inputs if d != channels)
 
 
 def check_tucker(path: str, spec: Any, shape: tuple[int, ...], axes: Axes) -> None:
-    """Refuses settings of cores that do not fit the weight."""
+    """Raises `SpecError` for core settings that do not fit the weight."""
     if type(spec.tucker) is not bool:
         raise SpecError(f"`{path}` has tucker={spec.tucker!r}; it is True or False.")
     if not spec.tucker and spec.channel_axis is not None:
@@ -53,7 +60,8 @@ def check_tucker(path: str, spec: Any, shape: tuple[int, ...], axes: Axes) -> No
 
 
 def draw_core(start: Start, key: jax.Array, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
-    """A core, `[*shared, *window, rank, rank]`, whose fan-in is that of the window and a rank."""
+    """Draws a core `[*shared, *window, rank, rank]`; its fan-in is the window times a rank."""
+    # [*shared, *window, r, q]: as a matrix, [window · r, q].
     *first, last = shape[len(start.axes.shared) :]
     return start.draw(key, init, (math.prod(first), last), shape)
 
@@ -61,8 +69,9 @@ def draw_core(start: Start, key: jax.Array, init: Initializer, shape: tuple[int,
 def draw_outputs(
     start: Start, key: jax.Array, init: Initializer, shape: tuple[int, ...]
 ) -> jax.Array:
-    """`[*shared, rank, *out]` beside a core, whose fan-in is that of the outputs, as in PEFT."""
+    """Draws `[*shared, rank, *out]` beside a core, with the fan-in of the outputs, as PEFT does."""
     shared = len(start.axes.shared)
     rank, *outputs = shape[shared:]
     drawn = start.draw(key, init, (math.prod(outputs), rank), (*shape[:shared], *outputs, rank))
+    # [*shared, *out, rank] -> [*shared, rank, *out]
     return jnp.moveaxis(drawn, -1, shared)

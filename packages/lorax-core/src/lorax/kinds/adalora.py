@@ -1,4 +1,4 @@
-"""AdaLoRA: a product of two factors with a weight for each rank, as singular values are.
+"""AdaLoRA: a product of two factors with one weight per rank, like a singular value decomposition.
 
 delta[shared, in, out]  =  scale · Σ_r a[shared, in, r] · e[shared, r] · b[shared, r, out]
 """
@@ -28,12 +28,12 @@ from .lora import (
 
 @defkind
 class AdaloraWeight(Adapter):
-    """The three factors of one weight.
+    """The three trained factors of one weight.
 
         delta = scale · a @ diag(e) @ b      for a kernel [in, out]
 
-    `scale` is `alpha / rank`, and 1 where `alpha` is None. A rank whose entry of `e` is zero takes
-    no part. Zhang et al. 2023, arXiv:2303.10512.
+    `scale` is `alpha / rank`, or 1 if `alpha` is None. A rank whose entry of `e` is zero does not
+    contribute. Zhang et al. 2023, arXiv:2303.10512.
 
     Attributes:
         a: `[*shared, *in, rank]`, the fan-in factor.
@@ -42,7 +42,7 @@ class AdaloraWeight(Adapter):
         rank: the inner size.
         alpha: the numerator of the scale, or None for a scale of 1.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -59,11 +59,11 @@ class AdaloraWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the product."""
+        """The scalar that multiplies the product."""
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         # Δ = scale · a [in, rank] · diag(e [rank]) · b [rank, out], as U · diag(σ) · Vᵀ
@@ -72,15 +72,15 @@ class AdaloraWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class AdaloraSpec(AdapterSpec):
-    """AdaLoRA of one weight.
+    """The spec of AdaLoRA for one weight.
 
         delta = scale · a @ diag(e) @ b
 
-    At first `e` is zero, and the entries of `a` and `b` are normal with a standard deviation of
-    0.02, whatever `init_lora` has for initializers: a zero `b` would leave all gradients zero.
+    Initially, `e` is zero, and `a` and `b` are normal with a standard deviation of 0.02. The
+    initializers of `init_lora` are ignored: a zero `b` would leave all gradients zero.
 
     Args:
-        rank: the inner size at first.
+        rank: the inner size, before pruning.
         alpha: the scale is `alpha / rank`; None means 1.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
@@ -105,19 +105,19 @@ class AdaloraSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses what `LoraSpec` refuses."""
+        """Raises `SpecError` for an invalid rank or alpha; warns of a rank that is too high."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         warn_of_high_rank(path, self.rank, shape, axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> AdaloraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return AdaloraWeight(
             None, None, None, self.rank, self.alpha, axes.inputs, axes.outputs, axes.shared
         )
 
     def start(self, start: Start) -> Started:
-        """Small factors, and a delta of zero."""
+        """Returns small random factors with a delta of zero."""
         a, b = draw_two(start, self.rank, _normal, _normal)
         weight = self.blank(start.base.shape, start.axes)
         shape = weight.layout(start.base.shape).shapes()["e"]
@@ -130,17 +130,18 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def adalora_orthogonality(tunable: Any) -> jax.Array:
-    """How far the factors of all AdaLoRA weights are from orthonormal: a penalty for the loss.
+    """Returns how far the factors of all AdaLoRA weights are from orthonormal, as a penalty.
 
         mean of ‖aᵀ a − I‖ and ‖b bᵀ − I‖, in the Frobenius norm
 
-    over both factors of each weight, and of each entry of its shared axes. PEFT adds half of it.
+    over both factors of each weight and of each entry of its shared axes. PEFT adds half of this to
+    the loss.
 
     Args:
-        tunable: the tunable tree; its other leaves do not count.
+        tunable: the tunable tree; its other leaves are ignored.
 
     Returns:
-        A number in float32 or wider; zero where there is no AdaLoRA weight.
+        A scalar in float32 or wider; zero if there is no AdaLoRA weight.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -157,7 +158,7 @@ def adalora_orthogonality(tunable: Any) -> jax.Array:
             gram = jnp.einsum("nri,nsi->nrs", matrix, matrix.conj(), precision="highest")
             residual = gram - jnp.eye(weight.rank, dtype=gram.dtype)[None]
             square = jnp.sum(jnp.abs(residual) ** 2, (1, 2))
-            # A root has no gradient at zero.
+            # The derivative of the root is infinite at zero, and `where` alone would make it NaN.
             is_zero = square == 0
             root = jnp.sqrt(jnp.where(is_zero, 1.0, square))
             distances.append(jnp.where(is_zero, 0.0, root))
@@ -165,7 +166,7 @@ def adalora_orthogonality(tunable: Any) -> jax.Array:
 
 
 def _weights(tunable: Any) -> list[tuple[str, AdaloraWeight]]:
-    """The AdaLoRA weights of a tree, in order, with their paths."""
+    """Returns the AdaLoRA weights of a tree, in order, with their paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tunable, is_leaf=_is_adalora)
     return [(path_string(path), leaf) for path, leaf in leaves if _is_adalora(leaf)]
 
@@ -175,7 +176,7 @@ def _is_adalora(node: Any) -> bool:
 
 
 def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
-    """Both factors as `[entries, rank, rest]`, an entry for each of the shared axes."""
+    """Returns both factors as `[entries, rank, rest]`, one entry per shared entry."""
     shared = len(weight.shared_axes)
     wide = wide_dtype(weight.a.dtype)
     entries = math.prod(weight.a.shape[:shared])
@@ -185,12 +186,12 @@ def _matrices(weight: AdaloraWeight) -> tuple[jax.Array, jax.Array]:
 
 
 class AdaloraState(NamedTuple):
-    """A pruner's averages for each AdaLoRA weight, by its path.
+    """The state of a pruner: averages for each AdaLoRA weight, by path.
 
     Attributes:
-        importance: the moving average of |factor · gradient|, for each entry of the factors.
-        uncertainty: that of how far it is from this average.
-        kept: which ranks take part.
+        importance: the moving average of |factor · gradient| of each entry of the factors.
+        uncertainty: the moving average of its distance from that average.
+        kept: the mask of ranks that are kept.
     """
 
     importance: dict[str, dict[str, jax.Array]]
@@ -199,7 +200,7 @@ class AdaloraState(NamedTuple):
 
 
 class AdaloraPruner(NamedTuple):
-    """Two functions, as an optimizer of optax: `init(tunable)`, and `update` after each step."""
+    """Two functions, like an Optax optimizer: `init(tunable)`, and `update` after each step."""
 
     init: Callable[[Any], AdaloraState]
     update: Callable[[Any, Any, AdaloraState, Any], tuple[Any, AdaloraState]]
@@ -215,31 +216,31 @@ def adalora_pruner(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> AdaloraPruner:
-    """AdaLoRA's schedule of ranks: the least important of all weights' ranks are set to zero.
+    """Makes AdaLoRA's rank schedule, which zeroes the least important ranks of all weights.
 
-    The budget, how many ranks are kept in all, falls with the third power of the steps that are
-    left, from all ranks to `target_rank` for each weight. A rank is as important as its entry of
-    `e`, and the mean entry of `a` and of `b` that go with it; an entry's importance is the moving
-    average of |factor · gradient| times that of its deviation. Until the last mask a rank may come
-    back.
+    The budget is the number of ranks that are kept over all weights. It falls with the cube of the
+    remaining steps, from all ranks to `target_rank` per weight. The importance of a rank is that of
+    its entry of `e` plus the mean importance of its column of `a` and of its row of `b`. That of an
+    entry is the moving average of |factor · gradient| times that of its deviation. A pruned rank
+    may come back until the last mask is set.
 
     Args:
-        target_rank: how many ranks are kept at the end, on average, of each weight and of each
-            entry of its shared axes.
-        total_steps: of the training.
-        t_init: for so many steps at first all ranks are kept.
-        t_final: for so many steps at last the mask stays as it is.
-        every: between, ranks are set to zero in each step that is a multiple of this.
-        beta1: of the average of the importance.
-        beta2: of the average of its deviation.
+        target_rank: the ranks kept at the end, on average per weight and per entry of its shared
+            axes.
+        total_steps: the number of training steps.
+        t_init: the number of initial steps in which all ranks are kept.
+        t_final: the number of final steps in which the mask is fixed.
+        every: in between, ranks are pruned in every step that is a multiple of this.
+        beta1: the decay of the average of the importance.
+        beta2: the decay of the average of its deviation.
 
     Returns:
         The `AdaloraPruner`: `state = init(tunable)`, and after each step of the optimizer
         `tunable, state = update(tunable, grads, state, step)`. Both run under `jax.jit`, where
-        `step` may be traced. Other leaves of `tunable` stay as they are.
+        `step` may be traced. Other leaves of `tunable` are unchanged.
 
     Raises:
-        ValueError: where the numbers do not fit each other.
+        ValueError: where the numbers are inconsistent.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -284,6 +285,7 @@ def adalora_pruner(
         def pruned(path: Any, leaf: Any) -> Any:
             if not _is_adalora(leaf):
                 return leaf
+            # Between renewals, pruned entries may grow again; after the end they stay zero.
             is_out = (renews | (step > end)) & ~kept[path_string(path)]
             return leaf.with_factors(leaf.factors() | {"e": jnp.where(is_out, 0, leaf.e)})
 
@@ -291,7 +293,7 @@ def adalora_pruner(
         return tunable, state._replace(kept=kept)
 
     def budget(tunable: Any, step: jax.Array) -> jax.Array:
-        """How many ranks are kept."""
+        """Returns how many ranks are kept over all weights."""
         weights = [weight for _, weight in _weights(tunable)]
         ranks = sum(weight.e.size for weight in weights)
         target = target_rank * sum(weight.e.size // weight.rank for weight in weights)
@@ -300,7 +302,7 @@ def adalora_pruner(
         return jnp.int32(jnp.floor((ranks - target) * left**3 + target))
 
     def remembered(factors: Any, slopes: Any, state: AdaloraState, is_open: Any) -> AdaloraState:
-        """The averages after one more step."""
+        """Returns the averages after one more step."""
 
         def averaged(beta: float, average: Any, new: Any) -> Any:
             mix = lambda old, new: jnp.where(is_open, beta * old + (1 - beta) * new, old)  # noqa: E731
@@ -318,7 +320,7 @@ def adalora_pruner(
 def _most_important(
     weights: dict[str, AdaloraWeight], state: AdaloraState, budget: jax.Array
 ) -> dict[str, jax.Array]:
-    """Which ranks are among the `budget` most important ones of all weights."""
+    """Returns masks of the `budget` most important ranks of all weights."""
     scores: dict[str, jax.Array] = {}
     for path, weight in weights.items():
         parts = state.importance[path], state.uncertainty[path]

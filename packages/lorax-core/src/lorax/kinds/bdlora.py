@@ -1,4 +1,4 @@
-"""BD-LoRA: LoRA one of whose factors is block-diagonal, for serving on several devices.
+"""BD-LoRA: LoRA with one block-diagonal factor, for serving on several devices.
 
 ΔW[shared, (n i), out]  =  scale · Σ_ρ a[n, i, ρ] b[n, ρ, out],      or blocks of the outputs
 """
@@ -21,25 +21,25 @@ Side = Literal["in", "out"]
 
 @defkind
 class BdloraWeight(Adapter):
-    """The factors of one weight.
+    """The trained factors of one weight.
 
-        ΔW[(n i), o]  =  scale · Σ_ρ a[n, i, ρ] b[n, ρ, o]         where `side` is "in"
-        ΔW[i, (n o)]  =  scale · Σ_ρ a[i, n, ρ] b[n, ρ, o]         where it is "out"
+        ΔW[(n i), o]  =  scale · Σ_ρ a[n, i, ρ] b[n, ρ, o]         if `side` is "in"
+        ΔW[i, (n o)]  =  scale · Σ_ρ a[i, n, ρ] b[n, ρ, o]         if it is "out"
 
     One axis is cut into n blocks, and so is the rank: ρ runs over `rank / n`. Wang et al. 2025,
-    arXiv:2510.23346; the same as `BdLoraConfig` of PEFT.
+    arXiv:2510.23346; the same as PEFT's `BdLoraConfig`.
 
     Attributes:
         a: `[*shared, n, *in, rank / n]`, or `[*shared, *in, n, rank / n]` for blocks of outputs.
-        b: `[*shared, n, rank / n, *out]`; the axis that is cut has its part in a block.
-        rank: of all blocks together.
+        b: `[*shared, n, rank / n, *out]`. The cut axis has the size of a block.
+        rank: the sum of the ranks of all blocks.
         alpha: the numerator of the scale, or None for a scale of 1.
         scaling: "standard" or "rslora".
-        blocks: into how many blocks the axis is cut.
-        side: "in", where `a` is block-diagonal, or "out", where `b` is.
+        blocks: the number of blocks of the axis.
+        side: "in" if `a` is block-diagonal, "out" if `b` is.
         split_axis: the axis that is cut.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -59,25 +59,25 @@ class BdloraWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, self.scaling)
 
     def check_settings(self, path: str) -> None:
-        """Refuses settings that no spec allows."""
+        """Raises `SpecError` for invalid settings."""
         check_rank(path, self, self.rank)
         check_rank(path, self, self.blocks, "number of blocks")
         check_scale(path, self.alpha, self.scaling)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         # The axis that is cut is [n, part], and the rank is [n, rank / n].
         n, part = axes.split(self.split_axis, self.blocks, 0)
         rank = axes.inner(1, self.rank // self.blocks)
         inputs = tuple(part if label.id == self.split_axis else label for label in axes.inputs)
         outputs = tuple(part if label.id == self.split_axis else label for label in axes.outputs)
-        # Side "in": a [n, part, rank / n] has blocks, b [n, rank / n, out] has none. Side "out":
-        # the other way about. Devices that hold one block each need no exchange between the two.
+        # Side "in": a [n, part, rank / n] is block-diagonal, and b [n, rank / n, out] is full. Side
+        # "out": the reverse. Devices that hold one block each do not communicate between a and b.
         a = (n, *inputs) if self.side == "in" else (*inputs, n)
         factors = {
             "a": (*axes.shared, *a, rank),
@@ -88,19 +88,19 @@ class BdloraWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class BdloraSpec(AdapterSpec):
-    """BD-LoRA of one weight: LoRA with a block-diagonal factor.
+    """The spec of BD-LoRA for one weight: LoRA with a block-diagonal factor.
 
-    It was made for servers that split a weight over several devices: one block for each device. Cut
-    the outputs of a weight that is split over its outputs, as those of the queries and the first of
-    an MLP, and the inputs of one that is split over its inputs.
+    It is made for servers that split a weight over several devices, with one block per device. Cut
+    the outputs of weights that are split over their outputs, such as queries and the first product
+    of an MLP, and the inputs of weights that are split over their inputs.
 
     Args:
-        rank: of all blocks together: a multiple of `blocks`.
+        rank: the sum of the ranks of all blocks; a multiple of `blocks`.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
         scaling: as in `LoraSpec`.
-        blocks: into how many blocks the axis is cut.
-        side: "in", where `a` is block-diagonal, or "out", where `b` is.
-        split_axis: the axis of that side that is cut; None means the last of it.
+        blocks: the number of blocks of the axis.
+        side: "in" to make `a` block-diagonal, "out" to make `b` block-diagonal.
+        split_axis: the axis of that side to cut; None means its last axis.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -125,7 +125,7 @@ class BdloraSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses settings that are none, and blocks that do not divide the rank and the axis."""
+        """Raises `SpecError` for invalid settings, or blocks that do not divide rank and axis."""
         check_rank(path, self, self.rank)
         check_rank(path, self, self.blocks, "number of blocks")
         check_scale(path, self.alpha, self.scaling)
@@ -153,20 +153,21 @@ class BdloraSpec(AdapterSpec):
         return normalize(path, ndim, "split_axis", (self.split_axis,))[0]
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> BdloraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return BdloraWeight(
             None, None, self.rank, self.alpha, self.scaling, self.blocks, self.side,
             self._split_axis("", len(shape), axes), axes.inputs, axes.outputs, axes.shared,
         )  # fmt: skip
 
     def start(self, start: Start) -> Started:
-        """Every block of the block-diagonal factor by itself, from the initializer of its side.
+        """Draws the factors, each block of the block-diagonal one separately.
 
-        `b` is zero by default. PEFT's first blocks of `a` are uniform in a wider range, of √6.
+        `b` is zero by default. PEFT draws the blocks of `a` from a range that is wider by √6.
         """
         weight = self.blank(start.base.shape, start.axes)
         shapes = weight.layout(start.base.shape).shapes()
         fan_in, fan_out = start.axes.sizes(start.base.shape)
+        # The rank of each block.
         part = self.rank // self.blocks
         matrices = {"a": (fan_in, self.rank), "b": (self.rank, fan_out)}
         cut = "a" if self.side == "in" else "b"
@@ -179,7 +180,7 @@ class BdloraSpec(AdapterSpec):
         for (name, matrix), init, key in zip(
             matrices.items(), start.initializers, keys, strict=True
         ):
-            # A block-diagonal factor is as many small matrices as it has blocks.
+            # A block-diagonal factor consists of one small matrix per block.
             count = shared * (self.blocks if name == cut else 1)
             draw = lambda key: init(key, matrix, start.dtype)  # noqa: B023, E731
             # [count, *matrix] -> the factor's axes

@@ -1,7 +1,7 @@
-"""First factors of plain LoRA that are made from what a weight meets, or from its gradient.
+"""First factors of plain LoRA that are made from the inputs of a weight or from its gradient.
 
-Each is a class of settings with two steps: `reduced` makes small arrays of one matrix `[in, out]`
-from what was collected for it, and `factors` makes `a [in, r]` and `b [r, out]` from these.
+Each is a class of settings with two steps. `reduced` computes small arrays for one matrix `[in,
+out]` from its collected statistics, and `factors` computes `a [in, r]` and `b [r, out]` from these.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ Reduced = dict[str, jax.Array]
 
 
 class CollectedStart:
-    """How first factors follow from inputs or gradients: a value of `LoraSpec.init`."""
+    """A value of `LoraSpec.init` that computes first factors from inputs or gradients."""
 
     # What is collected: "inputs", "scaled inputs" or "gradients".
     source: ClassVar[str]
-    # Whether the base gives up what the factors hold.
+    # Whether the product of the factors is subtracted from the base.
     moves: ClassVar[bool] = False
 
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
-        """Raises `SpecError` where a matrix cannot have such factors."""
+        """Raises `SpecError` if a matrix cannot have such factors."""
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
-        """The vectors to keep of the moments or of the gradient of one matrix."""
+        """Returns the vectors to keep of the moments or the gradient of one matrix."""
         raise NotImplementedError
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
-        """The first factors of one matrix; None for a `b` of zeros."""
+        """Returns the first factors of one matrix, with None for a `b` of zeros."""
         raise NotImplementedError
 
 
@@ -59,11 +59,11 @@ class EvaStart(CollectedStart):
 
         Σ (x − x̄)(x − x̄)ᵀ  =  V diag(s²) Vᵀ,      a = V[:, :rank],  or V[:, :rank] / √s
 
-    Paischer et al. 2024, arXiv:2410.07170. The base stays.
+    Paischer et al. 2024, arXiv:2410.07170. The base is unchanged.
 
     Args:
         whiten: whether each component is divided by the root of its singular value.
-        rho: how many times its rank a weight may get from `eva_ranks`, at least 1.
+        rho: `eva_ranks` gives a weight up to `rho` times its rank; at least 1.
 
     Example:
         >>> from lorax import EvaStart, LoraSpec
@@ -76,24 +76,24 @@ class EvaStart(CollectedStart):
     rho: float = 1.0
 
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
-        """Refuses more components than inputs."""
+        """Raises `SpecError` for more components than inputs."""
         _check_rank(path, "eva", rank, fan_in, "inputs")
         if not _is_number(self.rho) or self.rho < 1:
             raise SpecError(f"`{path}` has an EvaStart with rho={self.rho!r}; it is at least 1.")
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
-        """The largest components, their singular values, and their share of the variance."""
+        """Returns the largest components, their singular values, and shares of the variance."""
         # Sums over all inputs x: second Σ x xᵀ [in, in], first Σ x [in], and how many there were.
         second, first, count = collected
         mean = first / jnp.maximum(count, 1)
-        # A difference of two sums loses digits where the mean is large beside the variance.
+        # This difference loses digits if the mean is large compared to the variance.
         variance = second - count * mean[:, None] * mean[None]
         kept = min(round(rank * self.rho), len(mean))
         vectors, squares, _ = leading_vectors(variance, kept)
-        # A vector is known up to its sign: the largest entry is made positive, so that it is
-        # unique.
+        # A singular vector is determined up to its sign, so its largest entry is made positive.
         largest = jnp.argmax(jnp.abs(vectors), 0)
         signs = jnp.sign(vectors[largest, jnp.arange(kept)])
+        # All variance, of which `ratios` are shares; never zero, to divide by.
         total = jnp.maximum(jnp.trace(variance), jnp.finfo(variance.dtype).tiny)
         return {
             "components": vectors * signs[None],
@@ -102,7 +102,7 @@ class EvaStart(CollectedStart):
         }
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
-        """The first components."""
+        """Returns the first components."""
         a = kept["components"][:, :rank]
         if self.whiten:
             a = a / jnp.sqrt(kept["values"][None, :rank])
@@ -111,12 +111,12 @@ class EvaStart(CollectedStart):
 
 @dataclasses.dataclass(frozen=True)
 class CordaStart(CollectedStart):
-    """CorDA: the singular vectors of the weight as its inputs see it. The base moves.
+    """CorDA: the singular vectors of the weight times its input covariance. The base changes.
 
         C = mean of x xᵀ over the batches,    Wᵀ C = U diag(s) Vᵀ,    scale · a b = C⁻¹ V diag(s) Uᵀ
 
-    of which the factors hold `rank` vectors: the largest under "ipm", which is made for the task of
-    the batches, the smallest under "kpm", which keeps what the base knows of them. As in PEFT, the
+    of which the factors hold `rank` vectors: the largest with "ipm", to adapt to the task of the
+    batches, or the smallest with "kpm", to preserve the base's knowledge of them. As in PEFT, the
     inputs of a batch are divided by their largest entry, and a hundredth of C's mean diagonal is
     added to its diagonal, doubled until the inverse is accurate. Yang et al. 2024,
     arXiv:2406.05223.
@@ -135,13 +135,13 @@ class CordaStart(CollectedStart):
     method: Literal["ipm", "kpm"] = "ipm"
 
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
-        """Refuses more vectors than the weight has."""
+        """Raises `SpecError` for more vectors than the weight has."""
         _check_choice(path, "a CordaStart of method", self.method, ("ipm", "kpm"))
         _check_rank(path, "corda", rank, min(fan_in, fan_out), "a matrix")
         _check_positive(path, "corda", scale)
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
-        """`rank` singular vectors of both sides, and their values."""
+        """Returns `rank` singular vectors of both sides, and their values."""
         second, _, count = collected
         # [in, in]
         mean = second / jnp.maximum(count, 1)
@@ -150,7 +150,7 @@ class CordaStart(CollectedStart):
         highest = jax.lax.Precision.HIGHEST
 
         def damped(damp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            # Too few inputs leave it singular. More is added to its diagonal until
+            # Too few inputs leave the covariance singular, so more is added to its diagonal until
             # the inverse is accurate.
             covariance = mean + weight * damp * identity
             inverse = jnp.linalg.inv(covariance)
@@ -158,7 +158,7 @@ class CordaStart(CollectedStart):
             return covariance, inverse, error
 
         damp = jax.lax.while_loop(
-            # Where nothing was collected, no weight on the diagonal helps.
+            # The bound ends the loop if nothing was collected, when no damping helps.
             lambda damp: ~(damped(damp)[2] < 0.05) & (damp < 1e6),
             lambda damp: 2 * damp,
             jnp.asarray(0.01, mean.dtype),
@@ -169,13 +169,14 @@ class CordaStart(CollectedStart):
             left, values, right = leading_vectors(seen, rank)
         else:
             left, values, right = jnp.linalg.svd(seen, full_matrices=False)
-            # The directions in which the inputs see least of the weight.
+            # The components with the smallest values.
             left, values, right = left[:, -rank:], values[-rank:], right[-rank:]
+        # Vᵀ C⁻¹ undoes the covariance, so that the product approximates Wᵀ itself.
         back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
         return {"inputs": back.T, "values": values, "outputs": left.T}
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
-        """Both sides take the root of the values."""
+        """Returns factors that each take the root of the values."""
         # scale · a b  =  (V C⁻¹)ᵀ diag(values) Uᵀ, the part of W that the factors take over
         root = jnp.sqrt(kept["values"] / scale)
         return kept["inputs"] * root[None], root[:, None] * kept["outputs"]
@@ -187,21 +188,21 @@ Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
 
 @dataclasses.dataclass(frozen=True)
 class LoraGAStart(CollectedStart):
-    """LoRA-GA: the singular vectors of the gradient of the loss. The base moves.
+    """LoRA-GA: the singular vectors of the gradient of the loss. The base changes.
 
         G = mean of the gradients over the batches,      Gᵀ = U diag(s) Vᵀ
 
-    of whose first `2 · rank` vectors `a` and `b` take one half each, so that the first step of LoRA
-    is nearest to that of the weight itself. Wang et al. 2024, arXiv:2407.05000.
+    `a` and `b` each take half of the first `2 · rank` singular vectors, which makes the first step
+    of LoRA closest to that of full fine-tuning. Wang et al. 2024, arXiv:2407.05000.
 
     Args:
-        direction: which half: "ArB2r" gives the first to `a` and the second to `b`, "A2rBr" the
-            other way about, "ArBr" every second one, the first of them to `b`, and "random" to both
-            the same vectors, drawn with the key of `init_lora`.
-        scale: of `b`: "stable" is `fan_out^¼ / √stable_gamma`; "weight_svd" makes its first value
-            that of the weight; "gd_scale" divides both factors by the scale of LoRA; "unit" leaves
-            them.
-        stable_gamma: of the scale "stable".
+        direction: which half each takes. "ArB2r" gives the first half to `a` and the second to `b`,
+            and "A2rBr" the reverse. "ArBr" alternates, beginning with `b`. "random" gives both the
+            same vectors, drawn with the key of `init_lora`.
+        scale: the scale of `b`. "stable" is `fan_out^¼ / √stable_gamma`; "weight_svd" makes its
+            largest value that of the weight; "gd_scale" divides both factors by the scale of LoRA;
+            "unit" leaves them unscaled.
+        stable_gamma: the constant of the scale "stable".
 
     Example:
         >>> from lorax import LoraGAStart, LoraSpec
@@ -216,7 +217,7 @@ class LoraGAStart(CollectedStart):
     stable_gamma: float = 16
 
     def check(self, path: str, rank: int, scale: float, fan_in: int, fan_out: int) -> None:
-        """Refuses more vectors than a gradient has."""
+        """Raises `SpecError` for more vectors than a gradient has."""
         directions = ("ArBr", "A2rBr", "ArB2r", "random")
         _check_choice(path, "a LoraGAStart of direction", self.direction, directions)
         scales = ("stable", "weight_svd", "gd_scale", "unit")
@@ -235,7 +236,7 @@ class LoraGAStart(CollectedStart):
             _check_positive(path, "lora_ga", scale)
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
-        """`2 · rank` singular vectors of both sides, and their values."""
+        """Returns `2 · rank` singular vectors of both sides, and their values."""
         left, values, right = leading_vectors(collected, 2 * rank)
         kept = {"inputs": left, "values": values, "outputs": right}
         if self.scale == "weight_svd":
@@ -243,9 +244,9 @@ class LoraGAStart(CollectedStart):
         return kept
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
-        """One half of the vectors each."""
-        # 2 · rank singular vectors of the gradient: a takes rank of the left ones, b rank of the
-        # right.
+        """Returns factors that each take half of the vectors."""
+        # Of the 2 · rank singular vectors, a takes `rank` of the input side, and b takes `rank` of
+        # the output side.
         every = jnp.arange(2 * rank)
         drawn = jax.random.permutation(key, every)[:rank]
         of_a, of_b = {

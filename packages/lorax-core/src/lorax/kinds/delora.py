@@ -1,8 +1,8 @@
-"""DeLoRA: a product of two normalized factors, so that its length is a separate number.
+"""DeLoRA: a product of two normalized factors, whose length is a separate parameter.
 
 delta[in, out]  =  norm[in] · Σ_r a[in, r] · g[r] · b[r, out]
 
-g[r]  =  length / (rank · ‖a[:, r]‖ · ‖b[r, :]‖), all of it for each entry of the shared axes
+g[r]  =  length / (rank · ‖a[:, r]‖ · ‖b[r, :]‖), separately for each entry of the shared axes
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from .._norm import norm_squared
 from .._terms import Term
 from .lora import check_rank, draw_two, two_factors, warn_of_high_rank
 
-# PEFT's: shorter vectors count as this long.
+# Shorter vectors are treated as if they had this norm, as in PEFT.
 SHORTEST = 1e-4
 
 
 @defkind
 class DeloraWeight(Adapter):
-    """The factors of one weight, and how long their product is.
+    """The trained factors of one weight, and the length of their product.
 
         delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
 
-    for a kernel `[in, out]`. The frozen tree holds `norm`, the norms `‖W[in, :]‖` of the base over
-    its outputs, `[*shared, *in]`, beside the base. Bini et al. 2025, arXiv:2503.18225.
+    for a kernel `[in, out]`. The frozen tree holds `norm` beside the base: the norms `‖W[in, :]‖`
+    of the base over its outputs, `[*shared, *in]`. Bini et al. 2025, arXiv:2503.18225.
 
     Attributes:
         a: `[*shared, *in, rank]`, the fan-in factor.
@@ -41,7 +41,7 @@ class DeloraWeight(Adapter):
         length: `[*shared]`, the paper's λ.
         rank: the inner size.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -56,22 +56,23 @@ class DeloraWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
+        # a [*in, rank], b [rank, *out], length [*shared], and the frozen norm [*in]
         held = {"norm": (*axes.shared, *axes.inputs)}
         return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, held)
 
     def derived(self, base: Any) -> dict[str, Any]:
-        """The norms."""
+        """Returns the norms of the base."""
         return {"norm": _norm(base, self.axes)}
 
     def neutral(self) -> dict[str, Neutral]:
-        """Zeros: the delta has no length."""
+        """Returns zeros, with which the delta has length zero."""
         return {"a": 0.0, "b": 0.0, "length": 0.0}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """The factors, and what makes their product as long as `length` says."""
+        """Returns the factors with a gain per rank that gives their product its length."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
         shared = len(axes.shared)
@@ -92,24 +93,24 @@ class DeloraWeight(Adapter):
 
 
 def _clamped(array: jax.Array, kept: Sequence[int]) -> jax.Array:
-    """The square of the norm over all axes but some, and of the shortest that counts at least."""
+    """Returns squared norms over all axes but `kept`, at least `SHORTEST` squared."""
     return jnp.maximum(norm_squared(array, tuple(kept)), SHORTEST**2)
 
 
 def _norm(base: Any, axes: Axes) -> jax.Array:
-    """`‖W[in, :]‖` over the outputs, `[*shared, *in]`."""
+    """Returns `‖W[in, :]‖` over the outputs, `[*shared, *in]`."""
     return jnp.sqrt(norm_squared(jnp.asarray(base), (*axes.shared, *axes.inputs)))
 
 
 @dataclasses.dataclass(frozen=True)
 class DeloraSpec(AdapterSpec):
-    """DeLoRA of one weight: the direction of the delta is trained apart from its length.
+    """The spec of DeLoRA for one weight: the delta's direction and length are trained separately.
 
         delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
 
     Args:
         rank: the inner size.
-        length: the first value of the length of the delta, the paper's λ.
+        length: the initial length of the delta, the paper's λ.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -132,7 +133,7 @@ class DeloraSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses ranks and lengths that are none."""
+        """Raises `SpecError` for an invalid rank or length."""
         check_rank(path, self, self.rank)
         first = self.length
         if not isinstance(first, numbers.Real) or not math.isfinite(first) or first == 0:
@@ -143,11 +144,11 @@ class DeloraSpec(AdapterSpec):
         warn_of_high_rank(path, self.rank, shape, axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> DeloraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return DeloraWeight(None, None, None, self.rank, axes.inputs, axes.outputs, axes.shared)
 
     def start(self, start: Start) -> Started:
-        """`a` and `b` of LoRA, and the norms of the base."""
+        """Returns `a` and `b` like those of LoRA, with the norms of the base."""
         base = start.array(self, "the norms of the weight")
         a, b = draw_two(start, self.rank, *start.initializers)
         weight = self.blank(base.shape, start.axes)

@@ -1,4 +1,4 @@
-"""DoRA: the adapted weight, normalized over its inputs, times a learned magnitude.
+"""DoRA: the adapted weight, normalized over its inputs, times a trained magnitude.
 
 W'  =  magnitude ⊙ (W + Δ) / ‖W + Δ‖
 """
@@ -20,7 +20,7 @@ from .._norm import Norm, norm_squared
 
 @defkind
 class DoraWeight(Adapter):
-    """The magnitudes of one weight, and the adapter whose sum they normalize.
+    """The trained magnitudes of one weight, around the adapter that is normalized.
 
         W'[in, out]  =  magnitude[out] · (W + Δ)[in, out] / ‖(W + Δ)[:, out]‖
 
@@ -28,12 +28,11 @@ class DoraWeight(Adapter):
     small as the factors. Liu et al. 2024, arXiv:2402.09353.
 
     Attributes:
-        delta: the adapter of the sum, such as plain LoRA.
+        delta: the adapter that is added to the base, such as plain LoRA.
         magnitude: `[*shared, *out]`.
-        detached: whether the norm is a constant to the gradient, as in the paper's section 4.3 and
-            in PEFT.
+        detached: whether the norm has no gradient, as in section 4.3 of the paper and in PEFT.
 
-    The frozen tree holds `square`, `‖W‖²` of `[*shared, *out]`, beside the base.
+    The frozen tree holds `square` beside the base: `‖W‖²`, `[*shared, *out]`.
     """
 
     kind = "dora"
@@ -49,11 +48,11 @@ class DoraWeight(Adapter):
 
     @property
     def rank(self) -> int | None:
-        """That of the adapter within."""
+        """The rank of the wrapped adapter, if it has one."""
         return getattr(self.delta, "rank", None)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         kept = (*axes.shared, *axes.outputs)
         # W' = magnitude [*out] ⊙ (W + Δ) / ‖W + Δ‖ [*out], the norm over the inputs
@@ -65,14 +64,14 @@ class DoraWeight(Adapter):
         return Layout(inner.out, factors, {**inner.held, "square": kept}, gains)
 
     def derived(self, base: Any) -> dict[str, Any]:
-        """The squares of the norms."""
+        """Returns the squared norms of the base."""
         return {
             **self.delta.derived(base),
             "square": norm_squared(jnp.asarray(base), _kept(self.axes)),
         }
 
     def neutral(self) -> dict[str, Neutral] | None:
-        """Those of the adapter within, and the norms of the base as magnitudes."""
+        """Returns those of the wrapped adapter, and the norms of the base as magnitudes."""
         inner = self.delta.neutral()
         if inner is None:
             return None
@@ -81,13 +80,13 @@ class DoraWeight(Adapter):
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        """The adapted base under a gain whose norm is still to be computed."""
+        """Returns the adapted base with a pending gain, whose norm is computed on use."""
         held = held or {}
         weight = self.delta.applied(base, held, source)
         axes = Labeled.of(self.axes, base.shape)
         kept = (*axes.shared, *axes.outputs)
-        # `square` is ‖W‖², [*shared, *out]: computed once, so that a step computes only what Δ
-        # adds.
+        # `square` is ‖W‖², [*shared, *out]. It is computed once, so that a training step only
+        # computes what Δ adds to it.
         factors = {"magnitude": self.magnitude, "square": jax.lax.stop_gradient(held["square"])}
         term = make_term(factors, dict.fromkeys(factors, kept), axes.out, source)
         fan_in, _ = self.axes.sizes(base.shape)
@@ -96,11 +95,11 @@ class DoraWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class DoraSpec(AdapterSpec):
-    """DoRA of another kind of adapter, whose axes and settings are those of its spec.
+    """The spec of DoRA around another spec, which has the axes and other settings.
 
     Args:
-        spec: of the adapter that is normalized: any whose delta is a product of two narrow factors,
-            such as `LoraSpec`; an int is a rank of plain LoRA.
+        spec: the spec of the adapter that is normalized, whose delta must be a product of narrow
+            factors, such as a `LoraSpec`; an int is a rank of plain LoRA.
         detached: whether the norm has no gradient, as in PEFT; this saves memory.
 
     Example:
@@ -125,39 +124,39 @@ class DoraSpec(AdapterSpec):
 
     @property
     def in_axes(self) -> Sequence[int] | None:
-        """Those of the spec within."""
+        """The axes of the wrapped spec."""
         return self.spec.in_axes
 
     @property
     def out_axes(self) -> Sequence[int] | None:
-        """Those of the spec within."""
+        """The axes of the wrapped spec."""
         return self.spec.out_axes
 
     @property
     def shared_axes(self) -> Sequence[int]:
-        """Those of the spec within."""
+        """The axes of the wrapped spec."""
         return self.spec.shared_axes
 
     def with_axes(self, axes: Axes) -> "DoraSpec":
-        """The same for a weight whose axes have these roles."""
+        """Returns the same spec for a weight whose axes have these roles."""
         return dataclasses.replace(self, spec=self.spec.with_axes(axes))
 
     @property
     def collects(self) -> Any:
-        """The start whose statistics the inner spec collects."""
+        """The start of the wrapped spec that needs collected statistics, or None."""
         return self.spec.collects
 
     @property
     def size(self) -> int | None:
-        """The rank of the spec within."""
+        """The rank of the wrapped spec."""
         return self.spec.size
 
     def with_size(self, rank: int) -> "DoraSpec":
-        """The same with another rank."""
+        """Returns the same spec with another rank."""
         return dataclasses.replace(self, spec=self.spec.with_size(rank))
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses an adapter whose norm would materialize the weight."""
+        """Raises `SpecError` for an adapter whose norm would materialize the weight."""
         self.spec.check(path, shape, axes)
         if not self.spec.has_narrow_delta:
             raise SpecError(
@@ -166,25 +165,25 @@ class DoraSpec(AdapterSpec):
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> DoraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return DoraWeight(self.spec.blank(shape, axes), None, self.detached)
 
     @property
     def common_key(self) -> Hashable:
-        """That of the spec within."""
+        """The key of the wrapped spec."""
         return self.spec.common_key
 
     def common(self, weights: Any, key: jax.Array) -> Any:
-        """The value that weights of the inner spec share."""
+        """Returns the value that weights of the wrapped spec share."""
         return self.spec.common(weights, key)
 
     def start(self, start: Start) -> Started:
-        """The magnitude is the norm of the base with the first factors."""
+        """Returns the wrapped adapter's state, with the norms of the adapted base as magnitudes."""
         given = start.array(self, "the norms of the weight")
+        # The wrapped adapter may change the base, as PiSSA does, so it starts first.
         inner = self.spec.start(start)
         base = given if inner.base is None else inner.base
-        # Of the base as it is from now on: a start such as PiSSA moves a part of it into the
-        # factors.
+        # Of the new base, if the start has changed it: PiSSA moves a part of it into the factors.
         square = norm_squared(base, _kept(start.axes))
         adapted = inner.adapter.applied(base, inner.held).array()
         magnitude = jnp.sqrt(norm_squared(adapted, _kept(start.axes)))
@@ -196,5 +195,5 @@ class DoraSpec(AdapterSpec):
 
 
 def _kept(axes: Axes) -> tuple[int, ...]:
-    """The axes of the norms: `[*shared, *out]`."""
+    """Returns the axes of the norms: `[*shared, *out]`."""
     return (*axes.shared, *axes.outputs)

@@ -1,4 +1,4 @@
-"""GraLoRA: a grid of small LoRAs, one for each pair of an input block and an output block.
+"""GraLoRA: a grid of small LoRAs, one per pair of an input block and an output block.
 
 ΔW[shared, (n i), (m o)]  =  scale · Σ_ρ a[n, i, m, ρ] b[m, n, ρ, o]
 """
@@ -20,22 +20,22 @@ from .lora import check_rank, check_scale, lora_scale
 
 @defkind
 class GraloraWeight(Adapter):
-    """The factors of one weight, each a grid of blocks.
+    """The trained factors of one weight, each a grid of blocks.
 
         ΔW[(n i), (m o)]  =  alpha / rank · Σ_ρ a[n, i, m, ρ] b[m, n, ρ, o]
 
-    One input axis is cut into n blocks and one output axis into as many; ρ runs over `rank / n`, so
-    that all blocks of a row have `rank` numbers together. Jung et al. 2025, arXiv:2505.20355.
+    One input axis and one output axis are each cut into n blocks. ρ runs over `rank / n`, so that
+    all blocks of a row together have the size of rank `rank`. Jung et al. 2025, arXiv:2505.20355.
 
     Attributes:
-        a: `[*shared, n, *in, n, rank / n]`; the axis that is cut has its part in a block.
-        b: `[*shared, n, n, rank / n, *out]`; the same of the outputs.
-        rank: of all blocks of a row together.
+        a: `[*shared, n, *in, n, rank / n]`, where the cut axis has the size of a block.
+        b: `[*shared, n, n, rank / n, *out]`, where the cut axis has the size of a block.
+        rank: the sum of the ranks of all blocks of a row.
         alpha: the numerator of the scale, or None for a scale of 1.
-        blocks: into how many blocks each side is cut.
+        blocks: the number of blocks of each side.
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -53,11 +53,11 @@ class GraloraWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         i, o = self.split_axes
         n, i_part = axes.split(i, self.blocks, 0)
@@ -76,14 +76,14 @@ class GraloraWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class GraloraSpec(AdapterSpec):
-    """GraLoRA of one weight: as many numbers as LoRA of the same rank, and a delta of higher rank.
+    """The spec of GraLoRA for one weight: as many numbers as LoRA, but a delta of higher rank.
 
     Args:
-        rank: of all blocks of a row together: a multiple of `blocks`.
+        rank: the sum of the ranks of all blocks of a row; a multiple of `blocks`.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
-        blocks: into how many blocks each side is cut.
+        blocks: the number of blocks of each side.
         split_axes: the input axis and the output axis that are cut; None means the last of each
-            side. For a kernel of heads give the axis of the heads.
+            side. For a kernel with heads, give the axis of the heads.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -106,7 +106,7 @@ class GraloraSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses settings that are none, and blocks that do not divide the rank and both axes."""
+        """Raises `SpecError` for invalid settings, or blocks that do not divide rank and axes."""
         check_rank(path, self, self.rank)
         check_rank(path, self, self.blocks, "number of blocks")
         check_scale(path, self.alpha)
@@ -125,13 +125,13 @@ class GraloraSpec(AdapterSpec):
         return resolve_split(path, self, len(shape), axes, self.split_axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> GraloraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         split = self._split(shape, axes)
         roles = (axes.inputs, axes.outputs, axes.shared)
         return GraloraWeight(None, None, self.rank, self.alpha, self.blocks, split, *roles)
 
     def start(self, start: Start) -> Started:
-        """Every block of `a` and of `b` by itself, from the initializer of its side."""
+        """Draws every block of `a` and of `b` separately, with the initializer of its side."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         shapes = weight.layout(shape).shapes()

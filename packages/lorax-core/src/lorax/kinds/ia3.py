@@ -1,4 +1,4 @@
-"""IA³: a learned gain over the outputs or over the inputs, and nothing is added.
+"""IA³: a trained gain over the outputs or the inputs of a weight, without a delta.
 
 W'[shared, in, out]  =  W[shared, in, out] · gain[shared, out]
 """
@@ -20,17 +20,17 @@ Side = Literal["out", "in"]
 
 @defkind
 class IA3Weight(Adapter):
-    """The gain of one weight.
+    """The trained gain of one weight.
 
-    `W[in, out] · gain[out]`, or `W[in, out] · gain[in]` where `side` is "in"; each entry of the
-    shared axes has its own gain. Liu et al. 2022, arXiv:2205.05638.
+    `W[in, out] · gain[out]`, or `W[in, out] · gain[in]` if `side` is "in". Each entry of the shared
+    axes has a gain of its own. Liu et al. 2022, arXiv:2205.05638.
 
     Attributes:
         gain: `[*shared, *out]`, or `[*shared, *in]`.
         side: "out" or "in".
-        gain_axes: the axes of that side that it varies along; None means all of them.
+        gain_axes: the axes of that side that the gain varies along; None means all of them.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own gain for each entry.
     """
 
@@ -44,21 +44,22 @@ class IA3Weight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the gain runs along a weight of `shape`."""
+        """Returns the labels of the gain for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         over = axes.inputs if self.side == "in" else axes.outputs
         if self.gain_axes is not None:
+            # Along the other axes of the side, the gain is constant.
             over = tuple(label for label in over if label.id in self.gain_axes)
         return Layout(axes.out, {"gain": (*axes.shared, *over)}, gains=frozenset({"gain"}))
 
     def neutral(self) -> dict[str, Neutral]:
-        """A gain of one."""
+        """Returns a gain of one."""
         return {"gain": 1.0}
 
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        """The base under one gain."""
+        """Returns the base with one gain; arguments as in `Adapter.applied`."""
         layout = self.layout(base.shape)
         # W' = W ⊙ gain, [*out] or [*in] broadcast over the rest
         gain = make_term(self.factors(), layout.factors, layout.out, source)
@@ -67,13 +68,13 @@ class IA3Weight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class IA3Spec(AdapterSpec):
-    """A gain over the outputs or the inputs of one weight.
+    """The spec of IA³ for one weight.
 
     Args:
-        side: "out", as for keys and values, or "in", as for the last product of an MLP.
+        side: "out", as used for keys and values, or "in", as used for the last product of an MLP.
         gain_axes: the axes of that side that the gain varies along; None means all of them. On the
-            input side of a convolution give the axis of the channels: a gain along the window, too,
-            takes the whole kernel.
+            input side of a convolution, give the channel axis: a gain that varies along the window
+            as well materializes the kernel.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -95,7 +96,7 @@ class IA3Spec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses another side, and axes of another side."""
+        """Raises `SpecError` for an invalid side, and for axes that are not of that side."""
         if self.side not in ("out", "in"):
             raise SpecError(f"`{path}` has an IA3Spec of side {self.side!r}; it is 'out' or 'in'.")
         over = axes.inputs if self.side == "in" else axes.outputs
@@ -111,12 +112,12 @@ class IA3Spec(AdapterSpec):
         return normalize(path, ndim, "gain_axes", self.gain_axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> IA3Weight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         over = self._gain_axes("", len(shape))
         return IA3Weight(None, self.side, over, axes.inputs, axes.outputs, axes.shared)
 
     def start(self, start: Start) -> Started:
-        """A gain of one."""
+        """Returns a gain of one."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         ones = jnp.ones(weight.layout(shape).shapes()["gain"], start.dtype)

@@ -1,4 +1,4 @@
-"""LoCon with a Tucker core: LoRA over the channels, and a core over the window between the two.
+"""LoCon with a Tucker core: LoRA over the channels, with a core over the window in between.
 
 ΔW[shared, *window, in, out]  =  scale · Σ_rq a[in, r] core[*window, r, q] b[q, out]
 """
@@ -18,12 +18,12 @@ from .lora import check_rank, check_scale, lora_scale
 
 @defkind
 class LoconWeight(Adapter):
-    """The three factors of one weight.
+    """The three trained factors of one weight.
 
         ΔW[*window, in, out]  =  alpha / rank · Σ_rq a[in, r] core[*window, r, q] b[q, out]
 
-    For a convolution that is one of 1×1, one with the window from `rank` to `rank` channels, and
-    one of 1×1. Yeh et al. 2024 (LyCORIS), arXiv:2309.14859.
+    In a convolution, this is a 1×1 convolution, one over the window from `rank` to `rank` channels,
+    and another 1×1 convolution. Yeh et al. 2024 (LyCORIS), arXiv:2309.14859.
 
     Attributes:
         a: `[*shared, channels, rank]`.
@@ -33,7 +33,7 @@ class LoconWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         channel_axis: the input axis of the channels; the other input axes are the window.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -51,11 +51,11 @@ class LoconWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, "standard")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         # a [channels, left] · core [*window, left, right] · b [right, *out] -> [*window, channels,
         # *out]
@@ -72,7 +72,7 @@ class LoconWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class LoconSpec(AdapterSpec):
-    """LoCon of one weight, with a Tucker core: far fewer numbers than LoRA where the window is big.
+    """The spec of LoCon for one weight: far fewer numbers than LoRA if the window is large.
 
     A weight without a window has a core of `rank × rank`.
 
@@ -103,19 +103,19 @@ class LoconSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses invalid settings, and channels that are not an input."""
+        """Raises `SpecError` for invalid settings, or channels that are not an input."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         channel_axis_of(path, self, len(shape), axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoconWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         channel = channel_axis_of("", self, len(shape), axes)
         roles = (axes.inputs, axes.outputs, axes.shared)
         return LoconWeight(None, None, None, self.rank, self.alpha, channel, *roles)
 
     def start(self, start: Start) -> Started:
-        """`a` and the core from the initializer of the fan-in factor, `b` from the other."""
+        """Draws `a` and the core with the fan-in initializer, and `b` with the other."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         shapes = weight.layout(shape).shapes()

@@ -1,8 +1,8 @@
-"""LoHa: the product, entry by entry, of two low-rank matrices.
+"""LoHa: the entrywise product of two low-rank matrices.
 
 ΔW[shared, in, out]  =  scale · (Σ_r a1[in, r] b1[r, out]) · (Σ_q a2[in, q] b2[q, out])
 
-In Tucker's form each of the two has a core over the window of a convolution.
+In Tucker form, each of the two has a core over the window of a convolution.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ NAMES = ("a1", "b1", "a2", "b2", "core1", "core2")
 
 @defkind
 class LohaWeight(Adapter):
-    """The four factors of one weight, or six in Tucker's form.
+    """The four trained factors of one weight, or six in Tucker form.
 
         ΔW                     =  alpha / rank · (a1 b1) ⊙ (a2 b2)
         ΔW[*window, in, out]   =  alpha / rank · (a1 core1[*window] b1) ⊙ (a2 core2[*window] b2)
@@ -38,9 +38,9 @@ class LohaWeight(Adapter):
         core2: as `core1`.
         rank: the inner size of both products.
         alpha: the numerator of the scale, or None for a scale of 1.
-        channel_axis: in Tucker's form the input axis of the channels, and None in the other.
+        channel_axis: the input axis of the channels in Tucker form, otherwise None.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -61,32 +61,33 @@ class LohaWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, "standard")
 
     def factors(self) -> dict[str, Any]:
-        """Those of the six that the form has."""
+        """Returns the factors that the form has."""
         names = NAMES[:4] if self.channel_axis is None else NAMES
         return {name: getattr(self, name) for name in names}
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
-        """The same adapter with other arrays."""
+        """Returns the same adapter with other arrays."""
         return super().with_factors({**dict.fromkeys(NAMES), **factors})
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         channels, window = axes.inputs, ()
         if self.channel_axis is not None:
             channels = tuple(label for label in axes.inputs if label.id == self.channel_axis)
             window = tuple(label for label in axes.inputs if label.id != self.channel_axis)
         factors = {}
-        # Δ = (a1 b1) ⊙ (a2 b2): both share the labels of the weight, and each has its own rank
-        # label.
+        # Δ = (a1 b1) ⊙ (a2 b2): both have the labels of the weight, and each a rank label of its
+        # own.
         for k in range(2):
             left = right = axes.inner(k, self.rank)
             if self.channel_axis is not None:
                 right = axes.inner(2 + k, self.rank)
+                # a [channels, left] · core [*window, left, right] · b [right, *out]
                 factors[f"core{k + 1}"] = (*axes.shared, *window, left, right)
             factors[f"a{k + 1}"] = (*axes.shared, *channels, left)
             factors[f"b{k + 1}"] = (*axes.shared, right, *axes.outputs)
@@ -95,14 +96,15 @@ class LohaWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class LohaSpec(AdapterSpec):
-    """LoHa of one weight: a delta of rank up to `rank²`, from twice the numbers of LoRA.
+    """The spec of LoHa for one weight: a delta of rank up to `rank²`, with twice LoRA's numbers.
 
-    As in PEFT, `a2` is zero at first: `b_init` of `init_lora` draws it, and `a_init` the others.
+    As in PEFT, `a2` is initially zero: it is drawn by `b_init` of `init_lora`, the others by
+    `a_init`.
 
     Args:
         rank: the inner size of both products.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
-        tucker: whether the window of a convolution is in cores of `rank × rank`, as under
+        tucker: whether the window of a convolution is in cores of `rank × rank`, as with
             `use_effective_conv2d` in PEFT and `use_tucker` in LyCORIS. A weight without a window
             has no core.
         channel_axis: the input axis of the channels beside a core; None means the last input axis.
@@ -130,26 +132,26 @@ class LohaSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses ranks and scales that are none."""
+        """Raises `SpecError` for invalid settings."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         check_tucker(path, self, shape, axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LohaWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         none, roles = [None] * len(NAMES), (axes.inputs, axes.outputs, axes.shared)
         channels = channels_of_core(self, shape, axes)
         return LohaWeight(*none, self.rank, self.alpha, channels, *roles)
 
     def start(self, start: Start) -> Started:
-        """Random factors, and `a2` of zeros."""
+        """Draws random factors, with `a2` zero by default."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         fan_in, fan_out = start.axes.sizes(shape)
         if weight.channel_axis is not None:
             fan_in = shape[weight.channel_axis]
         random, zero = start.initializers
-        # One zero factor makes Δ zero. The others let the gradient of a2 through.
+        # A single zero factor makes Δ zero, and still gets a gradient through the others.
         shapes = weight.layout(shape).shapes()
         factors = {}
         for (name, sizes), key in zip(

@@ -1,4 +1,4 @@
-"""LoKr: the Kronecker product of a small matrix and a larger one, which may be of low rank.
+"""LoKr: the Kronecker product of a small matrix and a larger one, which may have low rank.
 
 ΔW[shared, (m n), (l k)]  =  scale · w1[m, l] · w2[n, k]
 """
@@ -23,30 +23,30 @@ NAMES = ("w1", "a1", "b1", "w2", "a2", "core", "b2")
 
 @defkind
 class LokrWeight(Adapter):
-    """The factors of one weight: `w1` or `a1 b1`, and `w2`, `a2 b2` or `a2 core b2`.
+    """The trained factors of one weight: `w1` or `a1 b1`, and `w2`, `a2 b2` or `a2 core b2`.
 
         ΔW[(m n), (l k)]  =  alpha / rank · w1[m, l] · w2[n, k]
 
     One input axis is cut into m blocks of n and one output axis into l blocks of k. The other axes
-    of either side, such as the window of a convolution, go with n and k. Yeh et al. 2024 (LyCORIS),
-    arXiv:2309.14859.
+    of both sides, such as the window of a convolution, belong to the second matrix. Yeh et al. 2024
+    (LyCORIS), arXiv:2309.14859.
 
     Attributes:
         w1: `[*shared, m, l]`, or None.
         a1: `[*shared, m, rank]`, or None.
         b1: `[*shared, rank, l]`, or None.
-        w2: `[*shared, *in, *out]` with n and k in place of the axes that are cut, or None.
+        w2: `[*shared, *in, *out]`, where the cut axes have sizes n and k, or None.
         a2: `[*shared, *in, rank]` with n, `[*shared, n, rank]` beside a core, or None.
-        core: `[*shared, *window, rank, rank]` in Tucker's form, or None.
+        core: `[*shared, *window, rank, rank]` in Tucker form, or None.
         b2: `[*shared, rank, *out]` with k, or None.
-        rank: the inner size of a matrix of low rank, and the divisor of the scale.
+        rank: the inner size of low-rank matrices, and the divisor of the scale.
         alpha: the numerator of the scale, or None for a scale of 1.
         blocks: m and l.
-        narrow: whether the first and the second matrix are of low rank.
-        tucker: whether the second has a core over the input axes that are not cut.
+        narrow: whether the first and the second matrix have low rank.
+        tucker: whether the second matrix has a core over the input axes that are not cut.
         split_axes: the input axis and the output axis that are cut.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -71,22 +71,22 @@ class LokrWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the delta."""
+        """The scalar that multiplies the delta."""
         return lora_scale(self.rank, self.alpha, "standard")
 
     def factors(self) -> dict[str, Any]:
-        """Those of the seven that the settings ask for."""
+        """Returns the factors that the settings require."""
         first = ("a1", "b1") if self.narrow[0] else ("w1",)
         second = ("a2", "b2") if self.narrow[1] else ("w2",)
         second = ("a2", "core", "b2") if self.tucker else second
         return {name: getattr(self, name) for name in (*first, *second)}
 
     def with_factors(self, factors: Mapping[str, Any]) -> Self:
-        """The same adapter with other arrays."""
+        """Returns the same adapter with other arrays."""
         return super().with_factors({**dict.fromkeys(NAMES), **factors})
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         # The input axis is [m, n] and the output axis [l, k]: W1 [m, l] ⊗ W2 [n, k].
         (i, o), (m, n) = self.split_axes, axes.split(self.split_axes[0], self.blocks[0], 0)
@@ -99,9 +99,12 @@ class LokrWeight(Adapter):
                 left = right = axes.inner(1 + number, self.rank)
                 if number == 2 and self.tucker:
                     right = axes.inner(4, self.rank)
+                    # In Tucker form, the inputs that are not cut are the window.
                     window = tuple(label for label in first if label != n)
                     first = (n,)
                     factors["core"] = (*axes.shared, *window, left, right)
+                # w [*first, *last] = a [*first, left] · (core [*window, left, right]) · b [right,
+                # *last]
                 factors[f"a{number}"] = (*axes.shared, *first, left)
                 factors[f"b{number}"] = (*axes.shared, right, *last)
             else:
@@ -112,16 +115,17 @@ class LokrWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class LokrSpec(AdapterSpec):
-    """LoKr of one weight: a delta of high rank from few numbers.
+    """The spec of LoKr for one weight: a delta of high rank from few numbers.
 
-    As in PEFT, `w1` (or `b1`) is zero at first: `b_init` of `init_lora` draws it, and `a_init` the
-    others. The second matrix has low rank where `rank` is less than half of its longer side.
+    As in PEFT, `w1` (or `b1`) is initially zero: it is drawn by `b_init` of `init_lora`, the others
+    by `a_init`. The second matrix has low rank if `rank` is less than half of its longer side.
 
     Args:
-        rank: of a matrix of low rank; with a high one the second matrix is a full one.
+        rank: the rank of low-rank matrices; with a high rank, the second matrix is a full one.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
-        factor: into how many blocks both axes are cut; −1 means as nearly square as each can be.
-        decompose_both: whether the first matrix, too, has low rank where it is large enough.
+        factor: the number of blocks of both axes; −1 means the largest divisor of each up to its
+            square root.
+        decompose_both: whether the first matrix has low rank as well, if it is large enough.
         tucker: whether the window of a convolution is in a core of `rank × rank` where the second
             matrix has low rank, as under `use_effective_conv2d` in PEFT and `use_tucker` in
             LyCORIS. A weight without a window has no core.
@@ -151,7 +155,7 @@ class LokrSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses settings that are none, and a factor that does not divide both axes."""
+        """Raises `SpecError` for invalid settings, or a factor that does not divide both axes."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         if type(self.tucker) is not bool:
@@ -169,11 +173,12 @@ class LokrSpec(AdapterSpec):
                 )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LokrWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         split = resolve_split("", self, len(shape), axes, self.split_axes)
         sizes = [shape[d] for d in split]
         blocks = [_blocks(size, self.factor) for size in sizes]
         rest = [size // count for size, count in zip(sizes, blocks, strict=True)]
+        # PEFT's rule: low rank if the rank is below half of the longer side.
         narrow = (self.decompose_both and self.rank < max(blocks) / 2, self.rank < max(rest) / 2)
         none = [None] * len(NAMES)
         tucker = self.tucker and narrow[1] and has_window(shape, axes, split[0])
@@ -182,7 +187,7 @@ class LokrSpec(AdapterSpec):
         return LokrWeight(*none, self.rank, self.alpha, *cut, *roles)
 
     def start(self, start: Start) -> Started:
-        """The first matrix is zero, the second random."""
+        """Draws the factors: by default, the first matrix is zero and the second is random."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         random, zero = start.initializers
@@ -196,7 +201,7 @@ class LokrSpec(AdapterSpec):
                 factors[name] = draw(start, key, random, shapes[name])
                 continue
             sizes = shapes[name][shared:]
-            # As a matrix [rows, columns]: the rows are its inputs, or the rank where it is a b.
+            # As a matrix [rows, columns]: the rows are inputs, or the rank in b1 and b2.
             rows = 1 if name[0] == "b" else ins[name[1]]
             matrix = math.prod(sizes[:rows]), math.prod(sizes[rows:])
             init = zero if name in ("w1", "b1") else random
@@ -205,8 +210,8 @@ class LokrSpec(AdapterSpec):
 
 
 def _blocks(size: int, factor: int) -> int:
-    """The number of blocks: the factor, or the largest divisor that is not above the root."""
+    """Returns the factor, or the largest divisor of `size` up to its square root."""
     if factor > 0:
         return factor
-    # 1 divides every size, so there always is one.
+    # 1 divides every size, so a divisor is always found.
     return next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)

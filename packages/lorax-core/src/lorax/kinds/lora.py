@@ -32,7 +32,7 @@ Scaling = Literal["standard", "rslora"]
 
 
 def lora_scale(rank: int, alpha: float | None, scaling: Scaling) -> float:
-    """`alpha / rank`, or `alpha / √rank` for rsLoRA; 1 where alpha is None."""
+    """Returns `alpha / rank`, or `alpha / √rank` for rsLoRA; 1 if alpha is None."""
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
@@ -50,8 +50,8 @@ class LoraWeight(Adapter):
     `scale` is `alpha / rank`, or `alpha / √rank` where `scaling` is "rslora" (Kalajdzievski 2023,
     arXiv:2312.03732), and 1 where `alpha` is None. LoRA is Hu et al. 2021, arXiv:2106.09685.
 
-    `a` and `b` are leaves of the pytree, all else is static, so optimizers, `jax.vmap` and
-    checkpoints see two arrays.
+    `a` and `b` are the only leaves of the pytree, and everything else is static, so optimizers,
+    `jax.vmap` and checkpoints see two arrays.
 
     Attributes:
         a: `[*shared, *in, rank]`, the fan-in factor: it meets the input first.
@@ -60,7 +60,7 @@ class LoraWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         scaling: "standard" or "rslora".
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry: stacked layers,
             experts.
 
@@ -74,9 +74,9 @@ class LoraWeight(Adapter):
 
     kind = "lora"
 
-    # [*shared, *in, rank]: meets the input first, and is random at first.
+    # [*shared, *in, rank]: multiplies the input, initially random.
     a: Any
-    # [*shared, rank, *out]: gives the output, and is zero at first.
+    # [*shared, rank, *out]: produces the output, initially zero.
     b: Any
     rank: int = static()
     alpha: float | None = static(None)
@@ -87,20 +87,20 @@ class LoraWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies `a @ b`."""
+        """The scalar that multiplies `a @ b`."""
         return lora_scale(self.rank, self.alpha, self.scaling)
 
     def check_settings(self, path: str) -> None:
-        """Refuses ranks and scales that are none."""
+        """Raises `SpecError` for an invalid rank, alpha or scaling."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
 
     def summary(self) -> str:
-        """The rank: plain LoRA is what a table means that names no kind."""
+        """Returns the rank; tables show the kind of other adapters only."""
         return str(self.rank)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         return Layout(axes.out, {"a": a, "b": b})
@@ -108,23 +108,23 @@ class LoraWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec(AdapterSpec):
-    """How one weight is adapted.
+    """The spec of plain LoRA for one weight.
 
     Args:
         rank: the inner size of the factors.
         alpha: the delta is `alpha / rank · a @ b`; None means `alpha = rank`, a scale of 1.
         scaling: "standard", or "rslora" for `alpha / √rank` (arXiv:2312.03732).
         in_axes: the axes that meet the input; None means every axis but the outputs.
-        out_axes: the axes that make the output; None means the rest, or the last axis where
-            `in_axes` is None too.
+        out_axes: the axes that produce the output; None means the rest, or the last axis if
+            `in_axes` is None as well.
         shared_axes: axes with their own factors for each entry, such as the layers of a
             `scan` or the experts of a mixture.
-        init: the first factors, where they are not those of `init_lora`: "pissa" or "olora", which
-            take them from the weight, so that its base in the frozen tree moves by as much;
-            "loftq", which quantizes the weight as NF4, or another format as "loftq:int8", and takes
-            them from what that loses; "orthogonal", random factors whose product is zero; "eva",
-            "corda" or "lora_ga", or an `EvaStart`, `CordaStart` or `LoraGAStart`, from what
-            `collect_starts` has collected.
+        init: how the first factors are made, if not by the initializers of `init_lora`. "pissa" and
+            "olora" take them from the weight and subtract them from its base in the frozen tree.
+            "loftq" quantizes the weight as NF4 (or as another format, as in "loftq:int8") and takes
+            them from the quantization error. "orthogonal" makes random factors whose product is
+            zero. "eva", "corda" and "lora_ga", or an `EvaStart`, `CordaStart` or `LoraGAStart`, use
+            the result of `collect_starts`.
 
     Example:
         >>> from lorax import LoraSpec
@@ -146,7 +146,7 @@ class LoraSpec(AdapterSpec):
     init: str | CollectedStart | None = dataclasses.field(default=None, repr=False)
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses ranks and settings that are none, and warns of a rank that is too high."""
+        """Raises `SpecError` for invalid settings, and warns of a rank that is too high."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
         if self.collects is not None:
@@ -158,7 +158,7 @@ class LoraSpec(AdapterSpec):
 
     @property
     def collects(self) -> CollectedStart | None:
-        """How the first factors follow from inputs or gradients, where they do."""
+        """The start that computes the first factors from inputs or gradients, or None."""
         if isinstance(self.init, str):
             return COLLECTED.get(self.init)
         return self.init if isinstance(self.init, CollectedStart) else None
@@ -186,13 +186,13 @@ class LoraSpec(AdapterSpec):
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return LoraWeight(
             None, None, self.rank, self.alpha, self.scaling, axes.inputs, axes.outputs, axes.shared
         )
 
     def start(self, start: Start) -> Started:
-        """`a` and `b` from the initializers of the fan-in and the fan-out factor."""
+        """Returns `a` and `b` from the initializers, or as `init` says."""
         weight = self.blank(start.base.shape, start.axes)
         if self.collects is not None:
             return start_from_collected(self.collects, start, weight)
@@ -203,9 +203,9 @@ class LoraSpec(AdapterSpec):
 
 
 def at_same_scale(weight: LoraWeight, a: Any, b: Any) -> LoraWeight:
-    """The weight with factors of another rank; alpha follows, so that its scale stays."""
+    """Returns the weight with factors of another rank, and the alpha that keeps its scale."""
     rank = a.shape[-1]
-    # The scale is alpha / rank, or alpha / √rank, so alpha grows as the rank or as its root.
+    # The scale is alpha / rank, or alpha / √rank, so alpha grows like the rank or like its root.
     growth = rank / weight.rank
     if weight.scaling == "rslora":
         growth = math.sqrt(growth)
@@ -214,7 +214,7 @@ def at_same_scale(weight: LoraWeight, a: Any, b: Any) -> LoraWeight:
 
 
 def two_factors(axes: Labeled, rank: int) -> tuple[Labels, Labels]:
-    """The labels of `a` and `b`, which inner axis 0 joins."""
+    """Returns the labels of `a` and `b`, which share inner label 0, the rank."""
     # a [*shared, *in, rank] · b [*shared, rank, *out] -> [*shared, *in, *out]
     inner = axes.inner(0, rank)
     return (*axes.shared, *axes.inputs, inner), (*axes.shared, inner, *axes.outputs)
@@ -223,12 +223,12 @@ def two_factors(axes: Labeled, rank: int) -> tuple[Labels, Labels]:
 def draw_two(
     start: Start, rank: int, a_init: Initializer, b_init: Initializer
 ) -> tuple[jax.Array, jax.Array]:
-    """`a` and `b` of a rank from two initializers."""
+    """Draws `a` and `b` of a rank from two initializers."""
     shape, axes = start.base.shape, start.axes
     a, b = map(sizes, two_factors(Labeled.of(axes, shape), rank))
     fan_in, fan_out = axes.sizes(shape)
     keys = jax.random.split(start.key)
-    # Drawn as matrices, so that an initializer sees the fan-in and the fan-out, and then reshaped.
+    # Drawn as matrices and then reshaped, so that initializers see the fan-in and the fan-out.
     return (
         start.draw(keys[0], a_init, (fan_in, rank), a),
         start.draw(keys[1], b_init, (rank, fan_out), b),
@@ -236,7 +236,7 @@ def draw_two(
 
 
 def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) -> None:
-    """Warns of a rank that no matrix of this shape has."""
+    """Warns of a rank that exceeds that of any matrix of this shape."""
     fan_in, fan_out = axes.sizes(shape)
     if rank > min(fan_in, fan_out):
         warnings.warn(
@@ -250,7 +250,7 @@ def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) 
 
 
 def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
-    """Refuses an invalid rank."""
+    """Raises `SpecError` for an invalid rank."""
     if type(rank) is not int:
         raise SpecError(f"`{path}` has {name} {rank!r}; a {name} is a positive int.")
     if rank < 1:
@@ -261,7 +261,7 @@ def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
 
 
 def check_scale(path: str, alpha: Any, scaling: Any = "standard") -> None:
-    """Refuses an invalid alpha or scaling."""
+    """Raises `SpecError` for an invalid alpha or scaling."""
     if scaling not in ("standard", "rslora"):
         raise SpecError(f"`{path}` has scaling {scaling!r}; it is 'standard' or 'rslora'.")
     if alpha is not None and not (isinstance(alpha, numbers.Real) and math.isfinite(alpha)):

@@ -1,8 +1,8 @@
-"""LoRA-FA: LoRA whose fan-in factor is frozen.
+"""LoRA-FA: LoRA with a frozen fan-in factor.
 
 delta[shared, in, out]  =  scale · Σ_r a[shared, in, r] · b[shared, r, out]
 
-Only `b` is trained, so the backward pass needs `x · a`, a rank wide, and not the input `x`.
+Only `b` is trained, so the backward pass needs only `x · a`, which is a rank wide, instead of `x`.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from .lora import (
 
 @defkind
 class LoraFAWeight(Adapter):
-    """The fan-out factor of one weight, beside a frozen fan-in factor.
+    """The trained fan-out factor of one weight.
 
-    The delta is that of LoRA, `scale · a @ b` for a kernel `[in, out]`. The frozen tree
-    holds `a`, of `[*shared, *in, rank]`, beside the base. Zhang et al. 2023, arXiv:2308.03303.
+    The delta is that of LoRA, `scale · a @ b` for a kernel `[in, out]`. The frozen tree holds `a`,
+    `[*shared, *in, rank]`, beside the base. Zhang et al. 2023, arXiv:2308.03303.
 
     Attributes:
         b: `[*shared, rank, *out]`, the fan-out factor.
@@ -36,7 +36,7 @@ class LoraFAWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         scaling: "standard" or "rslora".
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
     """
 
@@ -52,19 +52,20 @@ class LoraFAWeight(Adapter):
 
     @property
     def scale(self) -> float:
-        """The number that multiplies `a @ b`."""
+        """The scalar that multiplies `a @ b`."""
         return lora_scale(self.rank, self.alpha, self.scaling)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
+        # b [*shared, rank, *out] is trained, a [*shared, *in, rank] is frozen.
         return Layout(axes.out, {"b": b}, {"a": a})
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraFASpec(AdapterSpec):
-    """LoRA with a frozen fan-in factor: `b` alone is trained, and fewer activations are kept.
+    """The spec of LoRA-FA for one weight: only `b` is trained, so fewer activations are saved.
 
         delta = scale · a @ b
 
@@ -96,19 +97,19 @@ class LoraFASpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses what `LoraSpec` refuses."""
+        """Raises `SpecError` for an invalid rank or alpha; warns of a rank that is too high."""
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha, self.scaling)
         warn_of_high_rank(path, self.rank, shape, axes)
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraFAWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return LoraFAWeight(
             None, self.rank, self.alpha, self.scaling, axes.inputs, axes.outputs, axes.shared
         )
 
     def start(self, start: Start) -> Started:
-        """The factors of LoRA, of which `a` goes to the frozen tree."""
+        """Returns the factors of LoRA; `a` goes to the frozen tree."""
         a, b = draw_two(start, self.rank, *start.initializers)
         weight = self.blank(start.base.shape, start.axes)
         return Started(weight.with_factors({"b": b}), {"a": a})

@@ -1,4 +1,4 @@
-"""MiSS: a few rows that every block of the inputs shares.
+"""MiSS: a few trained rows that every block of the inputs shares.
 
 ΔW[shared, i, out]  =  d[i mod rank, out]
 """
@@ -19,19 +19,19 @@ from .lora import check_rank
 
 @defkind
 class MissWeight(Adapter):
-    """The rows of one weight.
+    """The trained rows of one weight.
 
         ΔW[i, out]  =  d[i mod rank, out]
 
-    The inputs of equal remainder are summed, and the sums meet `d`: one product in place of the two
-    of LoRA. `i` counts along the last input axis; the delta is the same along the others. Kang and
-    Yin 2024, arXiv:2409.15371.
+    Inputs with equal remainders are summed, and the sums are multiplied by `d`: one product instead
+    of the two of LoRA. `i` counts along the last input axis; the delta is constant along the
+    others. Kang and Yin 2024, arXiv:2409.15371.
 
     Attributes:
         d: `[*shared, rank, *out]`.
-        rank: how many rows there are.
+        rank: the number of rows.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own rows for each entry.
     """
 
@@ -44,10 +44,10 @@ class MissWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the rows run along a weight of `shape`.
+        """Returns the labels of the rows for a weight of `shape`.
 
-        The input axis is whole blocks of them, which no factor tells apart; or there is a remainder
-        and the rows are an inner axis.
+        If the rank divides the input axis, the axis is a label of blocks, which no factor owns, and
+        one of rows. Otherwise, the rows are an inner label.
         """
         axes = Labeled.of(self.axes, shape)
         last = axes.inputs[-1]
@@ -55,18 +55,17 @@ class MissWeight(Adapter):
         if last.size % self.rank:
             rows, out = axes.inner(0, self.rank), axes.out
         else:
-            # [several, rows] with d [rows, out]: no factor owns `several`, so d is the same in each
-            # block.
+            # [several, rows] with d [rows, out]: no factor owns `several`, so d repeats per block.
             several, rows = axes.split(last.id, last.size // self.rank, 0)
             out = axes.out_with({last.id: (several, rows)})
         return Layout(out, {"d": (*axes.shared, rows, *axes.outputs)})
 
     def neutral(self) -> dict[str, Neutral]:
-        """Zeros, also where there is a remainder."""
+        """Returns zeros, whether or not the rank divides the axis."""
         return {"d": 0.0}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """The rows; and where they leave a remainder, which row each input meets."""
+        """Returns the rows; with a remainder, also a one-hot factor that maps inputs to rows."""
         term = super().term(shape, held, source)
         axes = Labeled.of(self.axes, shape)
         last, rows = axes.inputs[-1], axes.inner(0, self.rank)
@@ -79,12 +78,12 @@ class MissWeight(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class MissSpec(AdapterSpec):
-    """MiSS of one weight: one factor, which is zero at first.
+    """The spec of MiSS for one weight: a single factor, which is initially zero.
 
-    A rank that divides the last input axis is cheapest.
+    It is cheapest if the rank divides the last input axis.
 
     Args:
-        rank: how many rows there are.
+        rank: the number of rows.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -104,7 +103,7 @@ class MissSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses ranks that are none, and more rows than inputs."""
+        """Raises `SpecError` for an invalid rank, or more rows than inputs."""
         check_rank(path, self, self.rank)
         last = axes.inputs[-1]
         if self.rank > shape[last]:
@@ -114,11 +113,11 @@ class MissSpec(AdapterSpec):
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> MissWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return MissWeight(None, self.rank, axes.inputs, axes.outputs, axes.shared)
 
     def start(self, start: Start) -> Started:
-        """Rows from the initializer of the fan-out factor: zeros by default."""
+        """Draws the rows with the initializer of the fan-out factor: zeros by default."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         _, fan_out = start.axes.sizes(shape)

@@ -1,6 +1,6 @@
-"""OFT: a block-diagonal orthogonal matrix on one side of the weight, and nothing is added.
+"""OFT: multiplies one side of the weight by a block-diagonal orthogonal matrix.
 
-W'[(n i), out]  =  Σ_j R[n, i, j] · W[(n j), out],    R of each block near an orthogonal matrix
+W'[(n i), out]  =  Σ_j R[n, i, j] · W[(n j), out],    each block of R near an orthogonal matrix
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ Side = Literal["in", "out"]
 
 @defkind
 class OftWeight(Adapter):
-    """The blocks of one weight.
+    """The trained blocks of one weight.
 
         x @ W'  =  (x R) @ W,      or  (x @ W) R  where `side` is "out"
 
-    R is block-diagonal. Each block is the Cayley transform of a skew-symmetric `Q`, of which `q`
-    holds what is above the diagonal, row by row. Its Neumann series of five terms is
+    R is block-diagonal. Each block is the Cayley transform of a skew-symmetric `Q`, whose entries
+    above the diagonal are in `q`, row by row. With a Neumann series of five terms, it is
 
         R  =  I + 2 Q + 2 Q² + 2 Q³ + Q⁴
 
-    Under a bound `eps` on all of the weight, as in constrained OFT, the `Q` of each of `k` blocks
-    is shortened to `‖Q‖ ≤ eps / √k` where it is used, and its gradient passes as it is.
+    With a bound `eps`, as in constrained OFT, the `Q` of each of the weight's `k` blocks is scaled
+    down to `‖Q‖ ≤ eps / √k` in the forward pass, and its gradient passes through unchanged.
 
     Qiu et al. 2023, arXiv:2306.07280; with the series, Qiu et al. 2025, arXiv:2506.19847. The
     numbers are those of `peft.OFTConfig`.
 
     Attributes:
         q: `[*shared, *others, blocks, block_size · (block_size − 1) / 2]`; see `OftSpec`.
-        block_size: how many entries of the axis a block has.
+        block_size: the number of entries per block.
         side: "in" or "out".
         channel_axis: the axis that is cut into blocks.
         alone: whether the other axes of that side share the blocks.
-        block_share: whether all blocks are one.
-        terms: of the Neumann series, or None for the exact inverse.
+        block_share: whether all blocks of the axis are the same.
+        terms: the number of terms of the Neumann series, or None for the exact inverse.
         eps: the bound of constrained OFT, or None.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that make the output.
@@ -72,21 +72,21 @@ class OftWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def check_settings(self, path: str) -> None:
-        """Refuses blocks and series that are none."""
+        """Raises `SpecError` for invalid blocks, series or bounds."""
         check_blocks(path, self.block_size, self.terms)
         check_bound(path, self.eps)
 
     def summary(self) -> str:
-        """The kind and the size of its blocks."""
+        """Returns the kind and the block size."""
         return f"oft {self.block_size}"
 
     def _labels(self, shape: tuple[int, ...]) -> tuple[Label, Label, Labels]:
-        """The label of the blocks, that of the entries within one, and what blocks vary along."""
+        """Returns the labels of blocks and of entries within one, and those blocks vary along."""
         axes = Labeled.of(self.axes, shape)
         size = shape[self.channel_axis]
         if size != 1 and size % self.block_size != 0:
             raise SpecError(f"blocks of {self.block_size} do not divide its axis of size {size}")
-        # A base of ones has no block, but it has labels.
+        # An axis of size one has no block but still needs labels.
         blocks = Label(self.channel_axis, size // self.block_size)
         entry = axes.inner(0, self.block_size)
         side = axes.inputs if self.side == "in" else axes.outputs
@@ -96,18 +96,19 @@ class OftWeight(Adapter):
         return blocks, entry, (*axes.shared, *varying)
 
     def neutral(self) -> dict[str, Neutral]:
-        """Zeros: no block turns."""
+        """Returns zeros, with which R is the identity."""
         return {"q": 0.0}
 
     def within_bound(self) -> jax.Array:
-        """`q` as it is used: shortened to the bound, where there is one."""
+        """Returns `q` as it is used: scaled down to the bound, if there is one."""
         if self.eps is None:
             return self.q
+        # All blocks of one shared entry share the bound.
         blocks = math.prod(self.q.shape[len(self.shared_axes) : -1])
         return shortened(self.q, self.eps / math.sqrt(blocks))
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the blocks run along a weight of `shape`."""
+        """Returns the labels of `q` for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         blocks, entry, varying = self._labels(shape)
         # q [*varying, n (n − 1) / 2]: the entries above the diagonal of a skew-symmetric Q [n, n].
@@ -118,14 +119,16 @@ class OftWeight(Adapter):
     def applied(
         self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        """The base under a matrix on one axis."""
+        """Returns the base with a turn along one axis; arguments as in `Adapter.applied`."""
         axes = Labeled.of(self.axes, base.shape)
         _, entry, varying = self._labels(base.shape)
         row, column = axes.inner(1, self.block_size), axes.inner(2, self.block_size)
-        # Inputs are rows of R, outputs are columns; the transpose of R is that of −Q.
+        # `Turn` computes R · W, and the output side needs W · R, that is Rᵀ along the outputs. The
+        # transpose of R belongs to Qᵀ = −Q.
         q = self.within_bound()
         q = q if self.side == "in" else -q
-        # The powers of Q together are as large as a few ranks of LoRA: they are made again.
+        # The powers of Q take as much memory as LoRA of a few ranks, so the backward pass
+        # recomputes them.
         matrix = jax.checkpoint(rotation, static_argnums=(1, 2))(q, self.block_size, self.terms)
         layout = self.layout(base.shape)
         term = make_term({"m": matrix}, {"m": (*varying, row, column)}, layout.out, source)
@@ -134,9 +137,10 @@ class OftWeight(Adapter):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def shortened(q: jax.Array, bound: float) -> jax.Array:
-    """`q` whose skew-symmetric matrices have at most this norm; the gradient passes as it is."""
+    """Scales `q` down to a norm of at most `bound` for each matrix; the gradient is unchanged."""
     wide = q.astype(wide_dtype(q.dtype))
     norm = jnp.sqrt(2 * jnp.sum(wide**2, -1, keepdims=True))  # both halves of the matrix
+    # The maximum keeps the branch that is not taken free of division by zero.
     scale = jnp.where(norm <= bound, 1, bound / jnp.maximum(norm, bound))
     return (wide * scale).astype(q.dtype)
 
@@ -147,17 +151,17 @@ def _shortened_jvp(bound: float, primals: Any, tangents: Any) -> tuple[jax.Array
 
 
 def project_oft(tunable: Any) -> Any:
-    """The same adapters with constrained OFT moved within its bounds.
+    """Returns the same adapters with the factors of constrained OFT moved within their bounds.
 
-    The adapted model is the same. PEFT moves the numbers themselves in each forward pass, so call
-    this after each update of the optimizer to take its steps; else what is beyond a bound goes on
-    from there.
+    The adapted model stays the same. PEFT changes the parameters themselves in each forward pass,
+    so call this after each optimizer update to take the same steps as PEFT. Otherwise, the
+    optimizer continues from the values beyond the bound.
 
     Args:
         tunable: the tunable tree of a pair.
 
     Returns:
-        The tree, where each `OftWeight` with `eps` has the `q` that it is used with.
+        The tree, in which each `OftWeight` with `eps` has `q` within its bound.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -178,19 +182,22 @@ def project_oft(tunable: Any) -> Any:
 
 
 def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
-    """`R − I` of each block, `[*varying, size, size]`, from what is above the diagonal of `Q`."""
+    """Returns `R − I` of each block, `[*varying, size, size]`, from the entries of Q above the
+    diagonal.
+    """
     q = q.astype(wide_dtype(q.dtype))
     rows, columns = np.triu_indices(size, 1)
     # places[i, j] is the position in q of the entry (i, j), and of (j, i) with the other sign.
     places = np.zeros((size, size), np.int32)
     places[rows, columns] = places[columns, rows] = np.arange(rows.size)
+    # +1 above the diagonal, −1 below it, 0 on it: Q is skew-symmetric.
     sign = np.triu(np.ones((size, size)), 1) - np.tril(np.ones((size, size)), -1)
     around = tuple(range(q.ndim - 1))
     skew = q[..., places] * jnp.expand_dims(sign, around).astype(q.dtype)  # [*varying, size, size]
     if terms is None:  # (I − Q)(I + Q)⁻¹ − I, which turns the other way, as PEFT's does.
         across = jnp.swapaxes(jnp.expand_dims(jnp.eye(size, dtype=q.dtype), around) + skew, -1, -2)
         return jnp.swapaxes(jnp.linalg.solve(across, 2 * skew), -1, -2)
-    # R = (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + 2Q³ + …, cut off
+    # R = (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + 2Q³ + …, truncated
     if terms == 2:
         return 2 * skew
     # PEFT adds the last power once, not twice; the series is the same otherwise.
@@ -203,21 +210,21 @@ def rotation(q: jax.Array, size: int, terms: int | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class OftSpec(AdapterSpec):
-    """OFT of one weight: its inputs, or its outputs, are turned block by block.
+    """The spec of OFT for one weight: rotates its inputs or its outputs block by block.
 
     Args:
-        block_size: how many entries a block has; it divides the axis. More of them are more
-            numbers: `(block_size − 1) / 2` for each entry of the axis.
-        side: "in", or "out" as PEFT has it for an embedding, whose rows are turned.
-        channel_axis: the axis of that side that is cut into blocks, which the other axes of the
-            side share. Give the channels of a convolution: blocks that differ along its window take
-            the whole kernel. By default it is the last axis of the side, and every entry of the
-            others has its own blocks.
-        block_share: whether all blocks are one.
-        terms: of the Neumann series for the inverse in the Cayley transform, at least 2; None
-            solves for it.
-        eps: of constrained OFT: how far all blocks together may turn from the identity, as under
-            `coft` in PEFT, whose default is 6e-5. None sets no bound. See `project_oft`.
+        block_size: the number of entries per block, which must divide the axis. There are
+            `(block_size − 1) / 2` parameters per entry of the axis.
+        side: "in", or "out", which PEFT uses for an embedding, to rotate its rows.
+        channel_axis: the axis of that side that is cut into blocks; the other axes of the side
+            share the blocks. For a convolution, give the channel axis: blocks that differ along
+            the window would materialize the kernel. By default, it is the last axis of the side,
+            and every entry of the other axes has its own blocks.
+        block_share: whether all blocks of the axis are the same.
+        terms: the number of terms of the Neumann series for the inverse in the Cayley transform,
+            at least 2; None solves for the inverse.
+        eps: the bound of constrained OFT on how far all blocks together may be from the identity,
+            as with `coft` in PEFT, whose default is 6e-5. None sets no bound. See `project_oft`.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -242,7 +249,7 @@ class OftSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses blocks that do not fit."""
+        """Raises `SpecError` for blocks that do not fit the weight."""
         if self.side not in ("in", "out"):
             raise SpecError(f"`{path}` has an OftSpec of side {self.side!r}; it is 'in' or 'out'.")
         check_blocks(path, self.block_size, self.terms)
@@ -269,7 +276,7 @@ class OftSpec(AdapterSpec):
         return normalize(path, ndim, "channel_axis", (self.channel_axis,))[0]
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> OftWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         axis = self._channel_axis("", len(shape), axes)
         return OftWeight(
             None, self.block_size, self.side, axis, self.channel_axis is not None,
@@ -277,7 +284,7 @@ class OftSpec(AdapterSpec):
         )  # fmt: skip
 
     def start(self, start: Start) -> Started:
-        """Zeros: no block turns. A complex weight has real ones."""
+        """Returns zeros, with which R is the identity; they are real for a complex weight."""
         shape = start.base.shape
         weight = self.blank(shape, start.axes)
         zeros = jnp.zeros(weight.layout(shape).shapes()["q"], jnp.finfo(start.dtype).dtype)
@@ -285,7 +292,7 @@ class OftSpec(AdapterSpec):
 
 
 def check_blocks(path: str, size: Any, terms: Any) -> None:
-    """Refuses blocks that hold no number, and a series that has none."""
+    """Raises `SpecError` for an invalid block size or number of terms."""
     if type(size) is not int or size < 2:
         raise SpecError(
             f"`{path}` has block_size {size!r}; it is an int of at least 2: a block of one entry "
@@ -299,7 +306,7 @@ def check_blocks(path: str, size: Any, terms: Any) -> None:
 
 
 def check_bound(path: str, eps: Any) -> None:
-    """Refuses a bound that leaves nothing."""
+    """Raises `SpecError` for an invalid bound."""
     if eps is None:
         return
     if type(eps) is bool or not isinstance(eps, int | float) or not 0 < eps < math.inf:

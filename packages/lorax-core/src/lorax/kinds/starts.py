@@ -1,8 +1,8 @@
-"""First factors of plain LoRA that are made from the weight, together, or from what was collected.
+"""First factors of plain LoRA that are made from the weight or from collected statistics.
 
-Each of `STARTS` is a function of one matrix `[in, out]`, the rank, the scale and a key, and returns
-`a [in, r]` and `b [r, out]`. Those in `MOVING` are the weight's own: the base gives up what they
-hold, so that the adapted weight is at first what the weight was.
+Each function in `STARTS` takes one matrix `[in, out]`, the rank, the scale and a key, and returns
+`a [in, r]` and `b [r, out]`. For those in `MOVING`, the product is subtracted from the base, so
+that the adapted weight initially equals the original one.
 """
 
 import math
@@ -23,22 +23,22 @@ Factors = tuple[jax.Array, jax.Array]
 
 
 def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
-    """The largest singular values and their vectors (Meng et al. 2024, arXiv:2404.02948)."""
-    # W = U diag(σ) Vᵀ; scale · a b = the first `rank` parts of it, with √σ on both sides.
+    """Returns the largest singular vectors, scaled (Meng et al. 2024, arXiv:2404.02948)."""
+    # W = U diag(σ) Vᵀ, and scale · a b is its first `rank` components, with √σ on both sides.
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale).astype(matrix.dtype)
     return left[:, :rank] * root[None], root[:, None] * right[:rank]
 
 
 def olora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
-    """The first columns of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775)."""
+    """Returns the first columns of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775)."""
     # Wᵀ = Q R, so W = Rᵀ Qᵀ: a [in, rank] from Rᵀ, b [rank, out] from Qᵀ
     q, r = jnp.linalg.qr(matrix.T)
     return r[:rank].T, q[:, :rank].T
 
 
 def orthogonal(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
-    """Both factors random, through orthogonal halves of the rank, so that their product is zero."""
+    """Returns random factors whose product is zero, through orthogonal halves of the rank."""
     q_key, a_key, b_key = jax.random.split(key, 3)
     q = jnp.linalg.qr(jax.random.normal(q_key, (rank, rank), matrix.dtype))[0]
     # a = A q[even], b = q[odd]ᵀ B: rows of an orthogonal q are orthogonal, so a b = A 0 B = 0.
@@ -57,18 +57,18 @@ STARTS: dict[str, Callable[[jax.Array, int, float, jax.Array], Factors]] = {
 MOVING = ("pissa", "olora")
 
 
-# Whose factors are those of what a format loses, as "loftq" or "loftq:int8".
+# Starts whose factors come from the error of a format: "loftq", or for example "loftq:int8".
 LOFTQ = "loftq"
 
 
 def loftq_format(name: str) -> str | None:
-    """The name of the format of a start by LoftQ; None for another start."""
+    """Returns the name of the format of a LoftQ start, or None for another start."""
     kind, _, format = name.partition(":")
     return (format or "nf4") if kind == LOFTQ else None
 
 
 def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
-    """The first state of a LoRA weight whose factors are made from its base."""
+    """Returns the initial state of a LoRA weight whose factors are made from its base."""
     format = loftq_format(name)
     if format is not None:
         return _start_beside_codes(format_of(format), start, weight)
@@ -78,7 +78,7 @@ def start_from_matrix(name: str, start: Start, weight: Any) -> Started:
 
 
 def _factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Factors:
-    """Factors of `base` by a function of `STARTS`, for each entry of the shared axes."""
+    """Applies a function of `STARTS` to each entry of the shared axes of `base`."""
     matrices = start.axes.matrices(jnp.asarray(base))  # [shared, in, out]
     keys = jax.random.split(start.key, matrices.shape[0])
 
@@ -90,7 +90,7 @@ def _factors_of(name: str, base: jax.Array, start: Start, weight: Any) -> Factor
 
 
 def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Started:
-    """The first state of a LoRA weight whose factors were collected from inputs or gradients."""
+    """Returns the initial state of a LoRA weight whose factors use collected statistics."""
     if start.collected is None:
         raise SpecError(
             f"`{start.path}` has {init}, which takes its factors from {init.source}. Pass "
@@ -104,6 +104,7 @@ def start_from_collected(init: CollectedStart, start: Start, weight: Any) -> Sta
         keys = jax.random.split(start.key, count)
         a, b = jax.vmap(lambda kept, key: init.factors(kept, rank, scale, key))(kept, keys)
         b = jnp.zeros((count, rank, fan_out)) if b is None else b
+        # Statistics of another shape or rank would otherwise fail much later.
         fits = (a.shape, b.shape) == ((count, fan_in, rank), (count, rank, fan_out))
     except (KeyError, TypeError, ValueError):
         fits, a, b = False, None, None
@@ -132,9 +133,9 @@ def _with_factors(start: Start, weight: Any, a: Any, b: Any) -> Any:
 
 
 def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
-    """LoftQ (Li et al. 2023, arXiv:2310.08659): codes of W, and factors of what they lose.
+    """LoftQ (Li et al. 2023, arXiv:2310.08659): quantizes W and approximates the error.
 
-    Q = codes(W), and a b = the largest singular vectors of W − Q.
+    Q = decode(codes(W)), and scale · a b = the largest singular components of W − Q.
     """
     if isinstance(start.base, Held):
         raise SpecError(
@@ -144,7 +145,7 @@ def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
     base = start.array(weight, "the weight itself")
     held = encoded(blank_of(start.path, base, start.axes.inputs, format), base)
     wide = start.dtype
-    # W − decode(codes): the factors hold the largest part of what the codes lose.
+    # W − decode(codes): PiSSA of the error gives its best approximation of this rank.
     lost = base.astype(wide) - decoded(held).astype(wide)
     a, b = _factors_of("pissa", lost, start, weight)
     return Started(_with_factors(start, weight, a, b), {}, held)

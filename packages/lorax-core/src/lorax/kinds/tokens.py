@@ -1,4 +1,4 @@
-"""Trainable tokens: some rows of a table are trained, the others stay.
+"""Trainable tokens: some rows of a table are trained, and the others stay frozen.
 
 W'[rows[k], :]  =  values[k, :]
 """
@@ -21,16 +21,16 @@ from .._terms import Term
 
 @defkind
 class TokensWeight(Adapter):
-    """The rows of one table that are trained.
+    """The trained rows of one table.
 
         W' = W + onehot[in, k] @ (values - W[indices])
 
-    The frozen tree holds `replaced`, the base's own rows, beside the base. This is PEFT's
+    The frozen tree holds `replaced` beside the base: the original rows of the base. This is PEFT's
     `TrainableTokensConfig`.
 
     Attributes:
         values: `[*shared, k, *out]`, the rows in the order of `indices`.
-        indices: which entries of the input axis these are.
+        indices: the positions of these rows along the input axis.
         in_axes: the one axis of the weight along which rows are counted.
         out_axes: the other axes.
         shared_axes: the weight's axes with their own rows for each entry.
@@ -45,13 +45,14 @@ class TokensWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the rows run along a weight of `shape`."""
+        """Returns the labels of the rows for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
+        # values and replaced [*shared, k, *out]
         rows = (*axes.shared, axes.inner(0, len(self.indices)), *axes.outputs)
         return Layout(axes.out, {"values": rows}, {"replaced": rows})
 
     def derived(self, base: Any) -> dict[str, Any]:
-        """The base's own rows."""
+        """Returns the original rows of the base."""
         (axis,) = self.in_axes
         # […, vocabulary, …] -> […, k, …]
         rows = jnp.take(jnp.asarray(base), jnp.asarray(self.indices), axis)
@@ -59,11 +60,11 @@ class TokensWeight(Adapter):
         return {"replaced": jnp.transpose(rows, order)}  # [*shared, k, *out]
 
     def neutral(self) -> dict[str, Neutral]:
-        """The base's own rows."""
+        """Returns the original rows of the base."""
         return {"values": lambda held: held["replaced"]}
 
     def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
-        """The difference of the rows to those of the base, at their places."""
+        """Returns the difference between trained and original rows, at their positions."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rows = layout.factors["values"]
         if not all(0 <= index < shape[self.in_axes[0]] for index in self.indices):
@@ -79,22 +80,22 @@ class TokensWeight(Adapter):
         return make_term({"onehot": onehot, "more": more}, labels, layout.out, source)
 
     def summary(self) -> str:
-        """How many rows."""
+        """Returns the number of rows, for a table."""
         return f"{len(self.indices)} tokens"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokensSpec(AdapterSpec):
-    """Trains some rows of an embedding table, such as those of new tokens.
+    """The spec that trains some rows of an embedding table, such as those of new tokens.
 
         W'[indices] = values
 
     A table that is also the output head is one parameter, so the rows change in both.
 
     Args:
-        indices: the rows, as ints from zero, each once.
-        in_axes: the axis along which rows are counted; None means all axes but the outputs, as the
-            first of a table `(vocabulary, width)`.
+        indices: the rows, as distinct ints from zero.
+        in_axes: the axis along which rows are counted; None means all axes but the outputs, such as
+            the first of a table `(vocabulary, width)`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`; the rows have the same indices in each entry.
 
@@ -117,7 +118,7 @@ class TokensSpec(AdapterSpec):
         object.__setattr__(self, "indices", plain_axes(self.indices))
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses indices that are not rows of the table, or not rows of one axis."""
+        """Raises `SpecError` for invalid indices, or more than one input axis."""
         if len(axes.inputs) != 1:
             raise SpecError(
                 f"`{path}` has a TokensSpec and the input axes {axes.inputs}; rows are counted "
@@ -142,11 +143,11 @@ class TokensSpec(AdapterSpec):
                 )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> TokensWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return TokensWeight(None, tuple(self.indices), axes.inputs, axes.outputs, axes.shared)
 
     def start(self, start: Start) -> Started:
-        """The rows of the base."""
+        """Returns the original rows of the base."""
         base = start.array(self, "the rows of the table")
         weight = self.blank(base.shape, start.axes)
         rows = weight.derived(base)["replaced"].astype(start.dtype)

@@ -1,4 +1,4 @@
-"""VeRA: one frozen pair of random matrices for all weights, and two trained vectors for each.
+"""VeRA: one frozen pair of random matrices for all weights, and two trained vectors per weight.
 
 delta[shared, in, out]  =  Σ_r A[in, r] · lambda_d[shared, r] · B[r, out] · lambda_b[shared, out]
 """
@@ -21,11 +21,11 @@ from .lora import check_rank
 
 @defkind
 class VeraWeight(Adapter):
-    """The two vectors of one weight, beside its part of the frozen matrices.
+    """The two trained vectors of one weight.
 
         delta = a @ diag(lambda_d) @ b @ diag(lambda_b)      for a kernel [in, out]
 
-    The frozen tree holds `a` of `[*in, rank]` and `b` of `[rank, *out]` beside the base: the same
+    The frozen tree holds `a`, `[*in, rank]`, and `b`, `[rank, *out]`, beside the base: the same
     arrays for all weights of one size. Kopiczko et al. 2023, arXiv:2310.11454.
 
     Attributes:
@@ -33,7 +33,7 @@ class VeraWeight(Adapter):
         lambda_b: `[*shared, *out]`.
         rank: the inner size.
         in_axes: the weight's axes that meet the input.
-        out_axes: the weight's axes that make the output.
+        out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own vectors for each entry.
     """
 
@@ -47,7 +47,7 @@ class VeraWeight(Adapter):
     shared_axes: tuple[int, ...] = static(())
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """How the factors run along a weight of `shape`."""
+        """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
         # Δ = a [in, rank] · diag(lambda_d) · b [rank, out] · diag(lambda_b), where a and b are
@@ -57,16 +57,15 @@ class VeraWeight(Adapter):
 
 
 class _Matrices:
-    """One pair of matrices, as large as the largest weight needs, and its parts.
+    """A pair of matrices that is large enough for every weight, and cached parts of it.
 
-    Parts of one shape and dtype are one array.
+    Parts with the same shape and dtype are the same array.
     """
 
     def __init__(self, key: jax.Array, fan_in: int, rank: int, fan_out: int):
         of_a, of_b = jax.random.split(key)
-        # Kaiming's bound for the fan-in of each.
-        # a [fan_in, rank], b [rank, fan_out] of the largest weight; smaller ones take a corner of
-        # each.
+        # Uniform within Kaiming's bound for the fan-in of each. These are a [fan_in, rank] and
+        # b [rank, fan_out] for the largest fans; a weight takes the leading part of each.
         self._whole = {
             "a": math.sqrt(6 / fan_in) * _uniform(of_a, (fan_in, rank)),
             "b": math.sqrt(6 / rank) * _uniform(of_b, (rank, fan_out)),
@@ -74,14 +73,16 @@ class _Matrices:
         self._parts: dict[Any, jax.Array] = {}
 
     def part(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """The first rows of `a`, or the first columns of `b`, as a factor of `shape`."""
+        """Returns the first rows of `a`, or the first columns of `b`, as a factor of `shape`."""
         key = (name, shape, jnp.dtype(dtype))
         if key not in self._parts:
             whole = self._whole[name]
             rows, columns = whole.shape
             if name == "a":
+                # a [*in, rank]: the first fan_in rows.
                 rows = math.prod(shape[:-1])
             else:
+                # b [rank, *out]: the first fan_out columns.
                 columns = math.prod(shape[1:])
             self._parts[key] = whole[:rows, :columns].astype(dtype).reshape(shape)
         return self._parts[key]
@@ -93,16 +94,16 @@ def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class VeraSpec(AdapterSpec):
-    """VeRA of one weight: two trained vectors, between and behind frozen matrices.
+    """The spec of VeRA for one weight: two trained vectors, between and after frozen matrices.
 
         delta = a @ diag(lambda_d) @ b @ diag(lambda_b)
 
-    All weights that one call of `init_lora` gives a `VeraSpec` of one rank share one pair of random
-    matrices `a` and `b`, of which each takes as much as it is large.
+    All weights with a `VeraSpec` of the same rank in one call of `init_lora` share one pair of
+    random matrices `a` and `b`, of which each weight uses the leading part.
 
     Args:
-        rank: the inner size, which may be larger than the weight's.
-        d_initial: the first value of `lambda_d`; `lambda_b` is zero at first.
+        rank: the inner size, which may exceed the rank of the weight.
+        d_initial: the initial value of `lambda_d`; `lambda_b` is initially zero.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -128,7 +129,7 @@ class VeraSpec(AdapterSpec):
     shared_axes: Sequence[int] = ()
 
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
-        """Refuses ranks and first values that are none."""
+        """Raises `SpecError` for an invalid rank or initial value."""
         check_rank(path, self, self.rank)
         first = self.d_initial
         if not isinstance(first, numbers.Real) or not math.isfinite(first) or first == 0:
@@ -138,7 +139,7 @@ class VeraSpec(AdapterSpec):
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> VeraWeight:
-        """The adapter without arrays."""
+        """Returns the adapter without arrays."""
         return VeraWeight(None, None, self.rank, axes.inputs, axes.outputs, axes.shared)
 
     @property
@@ -149,19 +150,19 @@ class VeraSpec(AdapterSpec):
     def common(
         self, weights: Sequence[tuple[tuple[int, ...], Axes]], key: jax.Array
     ) -> "_Matrices":
-        """The matrices for the largest of the weights."""
+        """Returns the matrices, which are large enough for all of the weights."""
         fans = [axes.sizes(shape) for shape, axes in weights]
         fan_in, fan_out = (max(sizes) for sizes in zip(*fans, strict=True))
         return _Matrices(key, fan_in, self.rank, fan_out)
 
     def start(self, start: Start) -> Started:
-        """Vectors that make a delta of zero, and this weight's part of the matrices."""
+        """Returns vectors with a delta of zero, and this weight's part of the matrices."""
         weight = self.blank(start.base.shape, start.axes)
         layout = weight.layout(start.base.shape)
         shapes = layout.shapes()
         factors = {
             "lambda_d": jnp.full(shapes["lambda_d"], self.d_initial, start.dtype),
-            # Zero, so that Δ is zero at first. lambda_d must not be zero, or both gradients are.
+            # Zero, so that Δ is initially zero. If lambda_d were zero too, so would both gradients.
             "lambda_b": jnp.zeros(shapes["lambda_b"], start.dtype),
         }
         held = {

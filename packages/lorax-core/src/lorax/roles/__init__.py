@@ -1,17 +1,18 @@
-"""How a function uses each of its weights: the roles of a weight's axes, read off the jaxpr.
+"""How a function uses each of its weights: the roles of a weight's axes, found in the jaxpr.
 
-Nothing is computed. A value is known by the weights that it shows: for each of its axes, which axes
-of the weight run along it. Transposes, reshapes and slices move these marks. Element-wise functions
-keep them, linear or not: what `lora` cannot follow it materializes, and the adapter still works.
-Where a marked value meets another one in a product, a convolution or a look-up, the axes that are
-summed over or indexed are the weight's inputs, and those that are kept are its outputs.
+Nothing is computed. A value is described by the weights that it shows: for each of its axes, which
+axes of a weight run along it. Transposes, reshapes and slices move these marks. Element-wise
+functions keep them, linear or not: where `lora` cannot follow a function, it materializes the
+weight, and the adapter still works. Where a marked value meets another one in a product, a
+convolution or a lookup, the axes that are summed over or indexed are inputs of the weight, and the
+axes that are kept are its outputs.
 
-Data is marked too, so a product with data can be distinguished from one with a constant or with
-another weight, and a bias, which is added to something larger, from a weight that is a sum of
-others.
+Data is marked as well, to distinguish a product with data from one with a constant or with another
+weight, and a bias, which is added to something larger, from a weight that is a sum of others.
 
-Of several uses of a weight the strongest counts (`Strength`), and of equals the first. A use whose
-result goes into the weight itself, such as a norm that divides it, counts if there is no other.
+Of several uses of a weight, the strongest decides (`Strength`), and among equals the first. A use
+whose result goes into the weight itself, such as a norm that divides it, decides only if there is
+no other.
 """
 
 import functools
@@ -30,20 +31,19 @@ from .walk import Roles as Roles, Walk, shape_of
 
 
 def find_roles(jaxpr: Any, kinds: Sequence[Any]) -> Roles:
-    """The roles of the weights of a function.
+    """Returns the roles of the weights of a function.
 
     Args:
         jaxpr: the function as a closed jaxpr.
-        kinds: what each of its constants and then of its inputs is: a weight by its name, `DATA`,
-            or None for neither.
+        kinds: for each constant and then each input: a weight's name, `DATA`, or None for neither.
     """
     return _walked(_compat.open_jaxpr(jaxpr)[0], kinds).roles()
 
 
 def beside_data(jaxpr: Any, kinds: Sequence[Any]) -> Callable[[Any], bool]:
-    """Whether an equation of a function puts weights beside data, as a concatenation does.
+    """Returns a predicate: whether an equation of a function joins weights with data.
 
-    The function is walked when that is asked first, for most never ask.
+    The function is walked on the first call of the predicate, since most functions never need it.
 
     Args:
         jaxpr: as for `find_roles`.

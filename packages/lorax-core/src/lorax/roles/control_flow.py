@@ -16,7 +16,7 @@ def _scan(walk: Walk, eqn: jex.JaxprEqn, *values: Value) -> list[Value]:
     consts, carry, stacked = (
         values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
     )  # fmt: skip
-    # [layers, *axes] -> [*axes]: the axis of the layers is on neither side of a product.
+    # [layers, *axes] -> [*axes]: the layers are neither inputs nor outputs, so they are shared.
     slices = [value.move(lambda axes: axes[1:]) for value in stacked]
     body = eqn.params["jaxpr"]
     outs = walk.loop(lambda carry: walk.run_body(body, [*consts, *carry, *slices]), carry)

@@ -1,4 +1,4 @@
-"""Look-ups: an axis that an index picks entries of is an input, and one that is kept an output."""
+"""Lookups: an axis that is indexed is an input, and axes that are kept are outputs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,9 @@ def _gather(walk: Walk, eqn: jex.JaxprEqn, table: Value, indices: Value) -> Valu
             numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
         )
     }
-    # Axes of which an index picks one entry: inputs, if the index is data or there are many.
+    # Axes of which an index picks one entry: inputs, if the index is data or an array.
     picked = [d for d in numbers.start_index_map if same(sizes[d], 1)]
+    # More than one index, as with the tokens of a sequence.
     many = any(not same(size, 1) for size in index_sizes)
     value = _looked_up(walk, eqn, table, picked, kept, many, indices)
 
@@ -62,10 +63,11 @@ def _looked_up(
     walk: Walk, eqn: jex.JaxprEqn, table: Value, picked: Sequence[int], kept: Mapping[int, int],
     many: bool, indices: Value,
 ) -> Value:  # fmt: skip
-    """Entries of a table, whose axes are at `kept` in the result; records rows that are looked up.
+    """Returns entries of a table with axes `kept` in the result; records lookups of rows.
 
-    One constant index alone picks a layer. Where a matrix is left of the entry, as an expert's, the
-    product that follows says more.
+    A single constant index picks a layer. If a matrix is left, such as that of an expert, the
+    product
+    that follows determines the roles.
     """
     shape = shape_of(eqn.outvars[0])
     parts: dict[Any, Part] = {}
@@ -81,8 +83,8 @@ def _looked_up(
             parts[key] = left
             continue
         outputs = left.along(range(len(shape)))
-        # A row [embed] of a table is used up by the look-up: what follows works on data. A matrix
-        # that is picked from a stack, as that of an expert, is still a weight.
+        # A looked-up row [embed] is data from here on. A matrix that is picked from a stack, such
+        # as that of an expert, is still a weight.
         is_row = len(left.shown) < 2
         strength = Strength.DATA if is_row and indices.data else Strength.WEIGHTS
         if is_row or outputs:

@@ -1,4 +1,4 @@
-"""Products: an axis that is summed over is an input, and one that is kept an output."""
+"""Products: axes that are summed over are inputs, and axes that are kept are outputs."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,15 @@ from .walk import Strength, Walk, rule, shape_of
 
 
 class Side(NamedTuple):
-    """One operand of a product: the axes summed over, and where in the result each other one is."""
+    """One operand of a product.
+
+    Attributes:
+        value: the operand.
+        sizes: its shape.
+        summed: the axes that are summed over.
+        kept: maps each kept axis to its position in the result.
+        batch: maps each batched axis to its position in the result.
+    """
 
     value: Value
     sizes: Sequence[Any]
@@ -26,7 +34,7 @@ class Side(NamedTuple):
 
     @property
     def has_more_axes(self) -> bool:
-        """Whether this side has kept axes along which none of its weights runs."""
+        """Whether this side keeps axes along which none of its weights runs."""
         shown = frozenset[int]().union(*(part.shown for part in self.value.weights.values()))
         return any(self.sizes[d] != 1 and d not in shown for d in (*self.kept, *self.batch))
 
@@ -43,10 +51,11 @@ class Side(NamedTuple):
         )
 
     def place(self, part: Part, shape: Sequence[Any], carried: "Side | None" = None) -> Part:
-        """The part that the result shows.
+        """Returns the part that the result shows.
 
-        Beside a constant, which maps an axis to another one as a resize does, the summed axes are
-        carried over to the axes that the constant keeps.
+        A constant maps one axis to another, as a resize does. Beside a constant, the summed axes
+        are
+        carried over to the axis that the constant keeps.
         """
         # The axes that the product keeps, at their places in the result.
         axes = list(map(blank, shape))
@@ -59,11 +68,10 @@ class Side(NamedTuple):
 
 
 def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequence[Any]) -> Value:
-    """The value of a product that sums over some axes of both sides."""
-    # x [batch, in] · w [in, out]: the axes of w that are summed are its inputs, the others its
-    # outputs.
+    """Returns the value of a product that sums over some axes of both sides."""
+    # x [batch, in] · w [in, out]: summed axes of w are its inputs, kept axes its outputs.
     uses = left.value.uses | right.value.uses
-    # Whichever of two weights runs along axes that neither has is what the other one maps.
+    # Of two weights, the one with additional axes (such as learned queries) is mapped by the other.
     left_is_mapped = left.has_more_axes or not right.has_more_axes
     placed: list[Value] = []
     for side, other, is_mapped in (
@@ -75,6 +83,7 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
         for name, part in side.value.weights.items():
             inputs, outputs = part.along(side.summed), part.along(side.kept)
             if other.value.data and name not in other.value.parts:
+                # An entrywise product with data came first, so this use is weaker evidence.
                 if part.joined or part.beside:
                     uses |= walk.record(name, Strength.JOINED, inputs, outputs, eqn, part.beside)
                 elif not part.links:
@@ -85,6 +94,7 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
                 if part.beside:
                     walk.leave_to_data(part)
                     continue
+                # Remember which axes met, in case data meets the product later.
                 links = {
                     Link(inputs, key, mapped.along(other.summed))
                     for key, mapped in other.value.weights.items()
@@ -112,13 +122,13 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
 def record_chain(
     walk: Walk, name: str, value: Value, inputs: frozenset[int], kept: Iterable[int], eqn: Any
 ) -> int:
-    """Records the uses of weights that were multiplied with one another before the data."""
+    """Records the uses of weights that were multiplied with each other before the data."""
     uses, seen, entries = 0, {name}, [(name, inputs)]
     while entries:
         name, inputs = entries.pop()
         part = value.weights[name]
-        # In x · (a · b), a is used by x through its inputs; where it meets b are its outputs, and b
-        # is followed from there.
+        # In x · (a · b), the inputs of a meet x. Its axes that meet b are its outputs, and b is
+        # followed from there.
         linked = frozenset[int]().union(*(link.axes for link in part.links))
         outputs = (part.along(kept) | linked) - inputs
         uses |= walk.record(name, Strength.CHAIN, inputs, outputs, eqn)
@@ -179,6 +189,7 @@ def _convolution(walk: Walk, eqn: jex.JaxprEqn, left: Value, right: Value) -> Va
     out_batch, out_features, *out_space = numbers.out_spec
     l_sizes, r_sizes = (shape_of(v) for v in eqn.invars)
     kept = {batch: out_batch, **dict(zip(space, out_space, strict=True))}
+    # The kernel's output axis runs over the groups, and its input axis within one.
     right = right.move(lambda axes: _ungrouped(axes, outputs, eqn.params["feature_group_count"]))
     return meet(
         walk,
@@ -190,7 +201,7 @@ def _convolution(walk: Walk, eqn: jex.JaxprEqn, left: Value, right: Value) -> Va
 
 
 def _ungrouped(axes: Sequence[Axis], axis: int, groups: int) -> list[Axis]:
-    """Along the output axis, a weight's axis that runs over the groups belongs to both sides."""
+    """Clears marks along the output axis that run over the groups, which both sides have."""
     spans = list(axes[axis])
     for k, span in enumerate(spans[:-1]):
         # As many leading parts of the output axis as make up the number of groups.

@@ -51,7 +51,7 @@ def _reduce(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
 
 @rule("reduce_sum")
 def _reduce_sum(walk: Walk, eqn: jex.JaxprEqn, value: Value) -> Value:
-    """The sum of a weight times data is a product, as in `(w * x).sum(0)`."""
+    """Handles a sum of a weight times data as a product, as in `(w * x).sum(0)`."""
     summed = eqn.params["axes"]
     parts, uses = dict(value.parts), value.uses
     for name, part in value.weights.items():
@@ -145,6 +145,7 @@ def _update(walk: Walk, eqn: jex.JaxprEqn, operand: Value, *others: Value) -> Va
     shape = shape_of(eqn.outvars[0])
     spread = [resized(operand, shape)]
     for other, v in zip(others, eqn.invars[1:], strict=True):
+        # A scatter's updates and indices may have other axes than its operand.
         follows = len(shape_of(v)) == len(shape) and (operand.data or not other.data)
         spread.append(resized(other, shape) if follows else walk.lost(eqn, other, shape))
     return walk.beside(eqn, spread) if operand.data else merge(spread)

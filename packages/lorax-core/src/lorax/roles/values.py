@@ -1,4 +1,4 @@
-"""The weights that a value shows, axis by axis. This module does not know any primitive."""
+"""Which weights a value shows along each axis. This module contains no code for primitives."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Span(NamedTuple):
-    """A stretch of a value's axis, and the axes of a weight that run along it."""
+    """A section of a value's axis, and the axes of a weight that run along it."""
 
     size: Any
     axes: frozenset[int]
@@ -17,7 +17,7 @@ Axis = tuple[Span, ...]  # most significant first; the sizes multiply to the axi
 
 
 class Link(NamedTuple):
-    """A product of two weights, which summed `axes` of one with `other_axes` of `other`."""
+    """A product of two weights that summed `axes` of one with `other_axes` of `other`."""
 
     axes: frozenset[int]
     other: Any
@@ -26,14 +26,14 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The part of one weight that a value shows: the spans of each of the value's axes.
+    """How a value shows one weight: the spans of each of the value's axes.
 
     Attributes:
-        axes: the spans.
-        links: the products with other weights that the value has come through.
-        joined: whether data of the same axes was added to it or multiplied with it.
+        axes: the spans of each axis.
+        links: the products with other weights that the value is a result of.
+        joined: whether data with the same axes was added to it or multiplied with it.
         transformed: the weight's axes that a Fourier transform has run over.
-        beside: the equations, by identity, that have put the weight beside data.
+        beside: the `id`s of equations that have joined the weight with data.
     """
 
     axes: tuple[Axis, ...]
@@ -43,7 +43,7 @@ class Part:
     beside: frozenset[int] = frozenset()
 
     def along(self, axes: Iterable[int]) -> frozenset[int]:
-        """The weight's axes that run along `axes` of the value."""
+        """Returns the weight's axes that run along `axes` of the value."""
         return frozenset().union(*(span.axes for d in axes for span in self.axes[d]))
 
     @property
@@ -56,11 +56,11 @@ class Part:
         )
 
     def move(self, move: Callable[[tuple[Axis, ...]], Iterable[Axis]]) -> "Part":
-        """The same part of a value whose axes are `move(axes)`."""
+        """Returns the same part of a value whose axes are `move(axes)`."""
         return dataclasses.replace(self, axes=tuple(move(self.axes)))
 
 
-# The key of what a value shows of data; weights have their names.
+# The key of data in `Value.parts`; the keys of weights are their names.
 DATA = object()
 
 
@@ -69,8 +69,8 @@ class Value:
     """The weights and the data that a value shows.
 
     Attributes:
-        parts: what it shows of each weight, and of data.
-        uses: the uses that it was computed from, as bits of a number.
+        parts: how it shows each weight, and data.
+        uses: the uses that it was computed from, as a bit mask.
     """
 
     parts: Mapping[Any, Part] = dataclasses.field(default_factory=dict[Any, Part])
@@ -87,7 +87,7 @@ class Value:
         return self.parts.get(DATA)
 
     def move(self, move: Callable[[tuple[Axis, ...]], Iterable[Axis]]) -> "Value":
-        """The value with every part moved."""
+        """Returns the value with every part moved."""
         return Value({key: part.move(move) for key, part in self.parts.items()}, self.uses)
 
 
@@ -95,19 +95,22 @@ CONSTANT = Value()
 
 
 def whole(key: Any, shape: Sequence[Any]) -> Value:
-    """A weight, or data, as it enters the function."""
+    """Returns a weight, or data, as it enters the function."""
     # [in, out] is ((in: {0}),), ((out: {1}),): axis d of the value shows axis d of the weight.
     axes = tuple((Span(size, frozenset((d,))),) for d, size in enumerate(shape))
     return Value({key: Part(axes)})
 
 
 def blank(size: Any) -> Axis:
-    """An axis along which nothing varies."""
+    """Returns an axis along which nothing varies."""
     return (Span(size, frozenset()),)
 
 
 def merge(values: Iterable[Value]) -> Value:
-    """A value that shows what any of `values` shows; of two that show one weight, the first."""
+    """Returns a value that shows everything that any of `values` shows.
+
+    If two show the same weight, an axis is that of the first one that shows something along it.
+    """
     parts: dict[Any, Part] = {}
     uses = 0
     for value in values:
@@ -118,11 +121,12 @@ def merge(values: Iterable[Value]) -> Value:
 
 
 def in_all_steps(before: Value, after: Value) -> Value:
-    """A carried value, as it is both before and after a step; data, if it is data in either.
+    """Returns a carried value as it is both before and after a step; data, if either is.
 
     A carried weight that a step replaces, such as a learned initial state, is not followed.
     """
     merged = merge([before, after])
+    # Weights that are shown on one side of the step only.
     lost = (before.parts.keys() ^ after.parts.keys()) - {DATA}
     return Value({k: part for k, part in merged.parts.items() if k not in lost}, merged.uses)
 
@@ -158,30 +162,32 @@ def divides(one: Any, two: Any) -> bool:
 
 
 def resized(value: Value, shape: Sequence[Any]) -> Value:
-    """The value with axes of other sizes, as a slice, a shard or a broadcast has them."""
+    """Returns the value with axes of other sizes, as after a slice, shard or broadcast."""
     return value.move(lambda axes: fitted(axes, shape)) if value.parts else value
 
 
 def fitted(axes: Sequence[Axis], shape: Sequence[Any]) -> tuple[Axis, ...]:
-    """The same axes with other sizes."""
+    """Returns the same axes with other sizes."""
     return tuple(_fit(axis, size) for axis, size in zip(axes, shape, strict=True))
 
 
 def _fit(axis: Axis, size: Any) -> Axis:
     if same(math.prod(span.size for span in axis), size):
         return axis
-    # A single entry that is repeated shows nothing along the new axis.
+    # A single entry that is repeated: nothing varies along the new axis.
     if len(axis) == 1 and same(axis[0].size, 1):
         return blank(size)
-    # Cut or padded: all that ran along the axis still does.
+    # Cut or padded: everything that ran along the axis still does.
     return (Span(size, frozenset[int]().union(*(span.axes for span in axis))),)
 
 
 def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
-    """The axes of a reshaped value: spans are cut or joined until they fit; none moves."""
+    """Returns the axes of a reshaped value: spans are cut or joined, but not moved."""
+    # An empty array has no entries to follow.
     if any(same(size, 0) for size in shape):
         return list(map(blank, shape))
     spans = [span for axis in axes for span in axis]
+    # Spans of size one fit any axis of size one, and are kept in order.
     ones = [span for span in spans if same(span.size, 1)]
     rest = [span for span in spans if not same(span.size, 1)]
     regrouped: list[Axis] = []
@@ -199,7 +205,7 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
                 axis.append(span._replace(size=left))
                 rest.insert(0, span._replace(size=span.size // left))
                 left = 1
-            # Neither divides the other, so the span and the next one are one from here on.
+            # Neither divides the other, so the span is merged with the next one.
             elif rest:
                 rest[0] = Span(span.size * rest[0].size, span.axes | rest[0].axes)
             else:
@@ -209,6 +215,6 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any]) -> list[Axis]:
 
 
 def without(axes: Sequence[Axis], dropped: Iterable[int]) -> list[Axis]:
-    """The axes that are not dropped."""
+    """Returns the axes that are not dropped."""
     gone = set(dropped)
     return [axis for d, axis in enumerate(axes) if d not in gone]

@@ -1,6 +1,6 @@
-"""One file for each family of primitives; importing the package fills the rule table.
+"""The rules, one file per family of primitives. Importing this package fills the rule table.
 
-What a rule of one's own is made of can be imported from here.
+It exports everything that a custom rule needs.
 """
 
 from .._equation import Equation as Equation

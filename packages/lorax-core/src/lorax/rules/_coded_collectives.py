@@ -1,7 +1,7 @@
-"""What a collective makes of a base that is held as codes.
+"""Collectives on a base that is held as codes.
 
-One that only moves entries between devices moves codes and scales, each by itself. One that adds up
-the entries of several devices makes floats of them first.
+A collective that only moves entries between devices moves codes and scales, each separately. One
+that adds entries of several devices needs floats, so the base is decoded first.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from .._coded import CodedArray, is_coded
 from .._factored import FactoredArray
 from .._terms import Inexpressible, Label, Term
 
-# What may wait on a base that comes out as zeros on some devices.
+# Deferred equations f with f(0) = 0: they may be applied after a move that leaves zeros somewhere.
 _OF_ZERO_ZERO = frozenset(
     ["convert_element_type", "copy", "name", "neg", "reduce_precision", "stop_gradient"]
 )
@@ -30,16 +30,25 @@ def moved_base(
     change: Callable[[Term], Term],
     makes_zeros: bool = False,
 ) -> Any:
-    """The base after a move between the devices along `names`.
+    """Returns the base after a move of entries between the devices along `names`.
 
-    Codes and scales are as `change` makes them. Where they cannot be moved, the base is decoded,
-    and that is recorded.
+    Args:
+        eqn: the collective.
+        weight: the weight whose base is moved.
+        names: the mesh axes of the collective.
+        change: moves the codes and scales, given as a term.
+        makes_zeros: whether some devices receive zeros.
+
+    If the codes cannot be moved, the base is decoded, and that is recorded.
     """
     base = weight.base
     if not is_coded(base):
         return eqn(base)
     try:
         _check_alike(base, names)
+        # `changed` applies the move to the codes first and the deferred equations after it, which
+        # is
+        # wrong for f(0) ≠ 0 on devices that receive zeros.
         if makes_zeros and not {move.primitive.name for move in base.moves if move.commutes} <= (
             _OF_ZERO_ZERO
         ):
@@ -51,7 +60,7 @@ def moved_base(
 
 
 def summed_base(eqn: Any, weight: Any) -> Any:
-    """The base of a weight that is summed over devices; codes are decoded, and that is recorded."""
+    """Returns the base of a weight for a sum over devices; codes are decoded, which is recorded."""
     if not isinstance(weight, FactoredArray):
         return weight
     if is_coded(weight.base):
@@ -60,9 +69,12 @@ def summed_base(eqn: Any, weight: Any) -> Any:
 
 
 def _check_alike(base: CodedArray, names: Any) -> None:
-    """Refuses numbers that wait to be applied to the entries, and may differ between devices."""
+    """Raises if a number that is still to be applied to the entries may differ between devices."""
+    # Under `check_vma=False`, types do not show what varies, and everything may.
     is_known = _compat.varying_axes(base.first).issuperset(names)
     for move, others in zip(base.moves, base.others, strict=True):
+        # Only these stay deferred until after the move. They would use the number of the receiving
+        # device instead of that of the sending one.
         for other in others if move.commutes else ():
             differs = not is_known or not _compat.varying_axes(other).isdisjoint(names)
             if _compat.is_tracer(other) and differs:
@@ -72,9 +84,12 @@ def _check_alike(base: CodedArray, names: Any) -> None:
 
 
 def exchanged(term: Term, axis: int, size: int, name: Any, groups: Any) -> tuple[Term, Label]:
-    """The parts of an axis that all devices have for this one, along one more label.
+    """Splits an axis over devices and receives this device's part from all of them.
 
-    Arrays that do not run along the axis are gathered.
+    Returns:
+        The term, in which `axis` has this device's part and every array a leading label for the
+        device
+        that it came from, and that label. Arrays that do not run along the axis are gathered.
     """
     label = term.out[axis][0] if term.out[axis] else Label(-1, 1)
     if label.size % size:
@@ -85,6 +100,7 @@ def exchanged(term: Term, axis: int, size: int, name: Any, groups: Any) -> tuple
     def exchange(array: jax.Array, labels: Sequence[Label]) -> jax.Array:
         if label not in labels:
             return jax.lax.all_gather(array, name, axis_index_groups=groups)
+        # [1, *labels] -> [devices, *labels], where `label` is divided by the number of devices
         split = 1 + labels.index(label)
         options: dict[str, Any] = {"axis_index_groups": groups, "tiled": True}
         return jax.lax.all_to_all(array[None], name, split, 0, **options)
@@ -95,9 +111,11 @@ def exchanged(term: Term, axis: int, size: int, name: Any, groups: Any) -> tuple
 
 
 def sent(term: Term, name: Any, perm: Sequence[tuple[int, int]], size: int) -> Term:
-    """Arrays sent from device to device.
+    """Sends arrays from device to device, as `ppermute` does.
 
-    A device that nothing is sent to keeps its own, times zero: codes of zero need not mean zero.
+    A device that receives nothing keeps its own arrays, times a gain of zero: codes of zero need
+    not
+    decode to zero.
     """
     arrays = tuple(jax.lax.ppermute(array, name, perm) for array in term.factors)
     if len(perm) == size:
@@ -105,4 +123,5 @@ def sent(term: Term, name: Any, perm: Sequence[tuple[int, int]], size: int) -> T
     is_target = np.isin(np.arange(size), [target for _, target in perm])
     has_got = jnp.asarray(is_target)[jax.lax.axis_index(name)]
     kept = tuple(jnp.where(has_got, *both) for both in zip(arrays, term.factors, strict=True))
+    # `decode` multiplies by arrays beyond the named ones: 1 where something was received, else 0.
     return dataclasses.replace(term, factors=kept).times(has_got.astype(jnp.float32), ())

@@ -1,4 +1,4 @@
-"""A convolution over windows, whose padding may be symbolic."""
+"""Convolutions over windows, whose padding may be symbolic."""
 
 from typing import NamedTuple
 
@@ -35,10 +35,10 @@ def convolve(x, kernel, spec, windows, groups, batch_groups, precision, preferre
 
 
 def _pad_first(x, lhs_spec, windows):
-    """The input padded and dilated, and windows without either.
+    """Returns the input padded and dilated, and windows without padding or dilation.
 
-    `jax.lax.conv_general_dilated` takes no padding that depends on a symbolic size of `jax.export`,
-    as "SAME" does with strides; the primitive does.
+    `jax.lax.conv_general_dilated` does not accept padding that depends on a symbolic size of
+    `jax.export`, as "SAME" does with strides; the primitive does.
     """
     config = [(0, 0, 0)] * x.ndim
     for axis, window in zip(lhs_spec[2:], windows, strict=True):

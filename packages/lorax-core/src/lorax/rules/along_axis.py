@@ -1,8 +1,9 @@
-"""Linear maps along an axis, cumulative sums and Fourier transforms: one factor takes them.
+"""Linear maps along an axis, such as cumulative sums and Fourier transforms: applied to one factor.
 
     C (a @ b)  =  (C a) @ b
 
-Where several factors own the axis, they would have to be multiplied first.
+If several factors own the axis, they are multiplied first, where the product is no larger than one
+of them.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .._terms import Inexpressible, Label, Term
 
 
 def _sole_owner(term: Term, axis: int) -> tuple[Term, Label, int]:
-    """The label of an axis, and the one factor that owns it."""
+    """Returns a term in which one factor owns an axis, the label of the axis, and that factor."""
     try:
         term, label = term.fuse(axis)
         term = term.own(label)
@@ -40,15 +41,16 @@ defstructural("cumsum", _cumsum, moves=False)
 
 @defrule("fft")
 def _fft(eqn, weight, *, fft_type, fft_lengths):
-    """One axis after the other; the last one is that of real numbers, where there are such."""
+    """Transforms one axis after the other; a real transform is along the last one."""
     types = jax.lax.FftType
     first = len(weight.shape) - len(fft_lengths)
+    # (axis, length) pairs: the transform is along the last axes.
     *others, last = enumerate(fft_lengths, first)
     dtype = weight.base.dtype
     along = {types.RFFT: types.FFT, types.IRFFT: types.IFFT}.get(fft_type, fft_type)
     terms = []
     for term in weight.terms:
-        # The real transform comes first, and its inverse last.
+        # The real transform is applied first, because later axes are complex, and its inverse last.
         if fft_type == types.RFFT:
             term = _transformed(term, *last, fft_type, lambda f: f.astype(dtype))
         for axis, length in others if along != fft_type else [*others, last]:
@@ -60,7 +62,7 @@ def _fft(eqn, weight, *, fft_type, fft_lengths):
 
 
 def _as_complex(dtype) -> Callable[[jax.Array], jax.Array]:
-    """Casts a factor to the complex numbers of a weight's dtype."""
+    """Returns a cast of factors to the complex counterpart of a weight's dtype."""
     wide = product_dtype(dtype, jnp.complex64)
     return lambda factor: factor.astype(wide)
 
@@ -71,7 +73,8 @@ def _transformed(term: Term, axis: int, length: int, fft_type, cast) -> Term:
     if fft_type == jax.lax.FftType.RFFT:
         size = length // 2 + 1
     if fft_type == jax.lax.FftType.IRFFT:
-        # It is linear for real numbers only: this factor alone may be complex.
+        # The inverse real transform is linear over real numbers only, so all other factors must be
+        # real.
         term = term.complex_in(owner)
 
     def change(factor: jax.Array, k: int) -> jax.Array:

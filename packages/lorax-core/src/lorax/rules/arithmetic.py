@@ -1,4 +1,4 @@
-"""Arithmetic on weights that leaves them linear: sums, and products with what is not a weight."""
+"""Arithmetic that is linear in a weight: sums, and products with arrays that are not weights."""
 
 import dataclasses
 from collections.abc import Hashable
@@ -16,7 +16,7 @@ from . import norms
 
 @defrule("reduce_sum")
 def _reduce_sum(eqn, weight, *, axes, out_sharding=None):
-    """A sum over a product of weights is what the product was made for."""
+    """Sums a weight; a product of weights is contracted here without being formed."""
     base = eqn(weight.base)
     of_product = any(term.is_dense for term in weight.terms) and base.size < weight.base.size
     # Σ (W ⊙ Δ) as in a norm: the sum contracts the factors with W, and no [in, out] is formed.
@@ -37,7 +37,7 @@ def _neg(eqn, weight):
 
 
 def _expand(term: Term, shape) -> Term:
-    """Lets axes of size one represent the whole of `shape`, as element-wise primitives do."""
+    """Broadcasts axes of size one to `shape`, as element-wise primitives do."""
     return term if term.shape == shape else term.broadcast(shape, range(len(shape)))
 
 
@@ -48,6 +48,7 @@ def _sum(eqn, left, right, sign: int):
         moved = [_expand(term, shape) for term in right.terms]
         terms += [term.scale(-1) for term in moved] if sign < 0 else moved
         # W + W has the same term twice, and a loop of such sums would double the terms each time.
+        # Only a weight that is added to itself can grow without bound.
         if is_weight(left) and not _sources(left).isdisjoint(_sources(right)):
             check_size(len(terms))
     return eqn.rows_or_weight(FactoredArray(eqn(base_of(left), base_of(right)), tuple(terms)))
@@ -68,9 +69,10 @@ def _sub(eqn, left, right):
 
 
 def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
-    """The term times an array that varies along some of the weight's axes only.
+    """Returns the term times an array that varies along some of the weight's axes only.
 
-    An array that varies along all of them leaves no rank; `reason` says so.
+    Raises:
+        Inexpressible: with `reason`, for an array that varies along all axes: no low rank is left.
     """
     if array.size == 1:
         # (a @ b) · c  =  (c a) @ b for a number c
@@ -86,15 +88,15 @@ def times(term: Term, array: jax.Array, shape, reason: str) -> Term:
 
 
 def _wide(weight, array) -> jax.Array:
-    """The array as factors take it: exact beside a narrow weight, complex where it is."""
+    """Returns the array as factors use it: float32 or wider, complex if the array is."""
     array = jnp.asarray(array)
     return array.astype(wide_dtype(product_dtype(weight.base.dtype, array.dtype)))
 
 
 def _scaled(eqn, weight, array, base, reason: str):
-    """Base and terms take the array; gains multiply what comes of it.
+    """Scales the base and the terms by an array; gains multiply the result of that.
 
-    An array along an axis that a matrix multiplies is one more gain.
+    An array along the axis that a turn multiplies becomes one more gain.
     """
     shape, weight = eqn.out_shape, weight.resolved()
     if weight.turn is not None and array.size != 1 and array.shape[weight.turn.axis] != 1:
@@ -105,6 +107,7 @@ def _scaled(eqn, weight, array, base, reason: str):
         blank = Term((jnp.ones((), array.dtype),), ((),), tuple((x,) for x in labels),
                      weight.turn.term.sources)  # fmt: skip
         gain = times(blank, array, shape, reason)
+        # The base is unchanged: the gain multiplies it when the weight is used.
         return eqn.rows_or_weight(dataclasses.replace(weight, gains=(*weight.gains, gain)))
     terms = [times(term, array, shape, reason) for term in weight.terms]
     check_size(0, max((len(term.factors) for term in terms), default=0))
@@ -115,7 +118,7 @@ def _scaled(eqn, weight, array, base, reason: str):
 
 @defrule("mul", gains=True)
 def _mul(eqn, left, right, *, out_dtype=None):
-    """Of two weights of unequal size, the smaller one is built."""
+    """Multiplies a weight by an array; of two weights of unequal size, the smaller is built."""
     if is_weight(left) and is_weight(right):
         if not (left.is_sum and right.is_sum):
             raise Inexpressible("multiplies two weights, one of which has a gain or dropout")
@@ -127,6 +130,7 @@ def _mul(eqn, left, right, *, out_dtype=None):
         array = eqn.materialize(smaller, reason)
         left, right = (array, right) if smaller is left else (left, array)
     else:
+        # As it was before it was broadcast, so that a gain [out] stays narrow.
         array = eqn.narrow(0 if is_weight(right) else 1)
     weight = left if is_weight(left) else right
     return _scaled(

@@ -1,4 +1,4 @@
-"""Branches: a weight comes out of a `cond` where every branch returns the same kind of it."""
+"""Branches: a `cond` returns a weight if every branch returns the same kind of weight."""
 
 import itertools
 from typing import Any
@@ -19,7 +19,8 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     alike = None
 
     def finish(inside, outs):
-        # A weight comes out as one where every branch returns the same kind of it.
+        # On the first trace, `alike` is unknown and weights are kept; after it, outputs that differ
+        # between branches are materialized.
         return (
             outs
             if alike is None
@@ -32,11 +33,12 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     bodies = [eqn.body(branch, finish) for branch in branches]
     traced = [_traced(body, args) for body in bodies]
     outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
-    # Of one kind: the same structure of base and terms, with the same shapes and dtypes.
+    # The same kind means the same structure of base and terms, shapes and dtypes.
     alike = [len(set(kinds)) == 1 for kinds in outs]
-    # Traced again, now that it is known which outputs have to be arrays.
+    # Trace again, now that it is known which outputs must be arrays.
     if not all(alike):
         traced = [_traced(body, args) for body in bodies]
+    # Branches are functions of flat arrays, so that `switch` sees no weights.
     leaves = jax.tree.leaves(args)
     functions = [function for function, _, _ in traced]
     if branches_platforms is None:
@@ -52,13 +54,13 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
         jax.tree.unflatten(kind[0], [next(flat) for _ in range(kind[0].num_leaves)])
         for kind in traced[0][1]
     ]
-    # Whichever branch is taken, the weight may be the one that any of them returns.
+    # The branch is unknown, so an output may come from the weight of any branch.
     names = zip(*(names for _, _, names in traced), strict=True)
     return with_sources(outs, (tuple(dict.fromkeys(itertools.chain(*each))) for each in names))
 
 
 def _traced(body, args):
-    """A branch as a function of flat arrays, the kinds of its outputs, and their weights."""
+    """Returns a branch as a function of flat arrays, its output kinds, and their source names."""
     structure = jax.tree.structure(args)
     kinds, names = [], []
 

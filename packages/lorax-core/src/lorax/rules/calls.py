@@ -1,8 +1,8 @@
-"""Bodies that are run once where they are called: `jit`, `remat` and `closed_call`.
+"""Calls whose body is evaluated once where it is called: `jit`, `remat` and `closed_call`.
 
-A weight is a pytree of arrays, so it passes through them as an operand like any other. The
-parameters of these primitives are never edited: the transformed body goes back through the public
-function, with every option the equation had.
+A weight is a pytree of arrays, so it is passed as an operand like any other. The parameters of
+these primitives are never edited: the transformed body is passed to the public function, with every
+option that the equation has.
 """
 
 import dataclasses
@@ -27,30 +27,32 @@ def _closed_call(eqn, *args, call_jaxpr):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A transformed body as its primitive takes it, and as the interpreter runs it."""
+    """A transformed body, as JAX calls it (`function`) and as the interpreter runs it (`body`)."""
 
     function: Any
     body: Body
 
 
 def _call(eqn, key, args, jaxpr, finish, wrap):
-    """Calls a transformed body, made once for the same body and the same kinds of weights.
+    """Calls a transformed body, cached per body and structure of its weights.
 
-    Inside the body a weight is known by the position of its term among the operands, so that
-    twelve layers that call one function share one transformed function.
+    Inside the body, a weight is named by its position among the operands instead of its path, so
+    that twelve layers that call one function share one transformed function.
 
     Args:
         eqn: the equation.
-        key: what tells one way of wrapping the body from another.
+        key: distinguishes different ways to wrap the same body.
         args: arrays and weights.
         jaxpr: the body.
         finish: maps the body's outputs, as in `Equation.body`.
-        wrap: makes the callable of flat arrays (`jax.jit`, `jax.checkpoint`) from a plain one.
+        wrap: applies `jax.jit` or `jax.checkpoint` to a function of flat arrays.
     """
     args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
     sources = [names for arg in args if is_weight(arg) for names in arg.sources]
     args = with_sources(args, iter([(k,) for k in range(len(sources))]))
+    # The structure has the labels and settings of each weight, and so is part of the key.
     leaves, structure = jax.tree.flatten(args)
+    # `id` is safe: the cached `Body` keeps the jaxpr alive.
     whole_key: Hashable = (eqn.eqn.primitive, id(jaxpr), structure, *key)
     call = eqn.interpreter.transformed.get(whole_key)
     if call is None:
@@ -62,6 +64,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
         call = eqn.interpreter.transformed[whole_key] = _Call(wrap(function), body)
     outs = call.function(*leaves)
     eqn.adopt(
+        # Positions are translated back to the paths of this call.
         dataclasses.replace(use, source=source)
         for use in call.body.uses
         for source in sources[cast(int, use.source)]
@@ -74,7 +77,7 @@ def _call(eqn, key, args, jaxpr, finish, wrap):
 
 
 def with_sources(values, sources) -> list[Any]:
-    """The same weights, their pieces renamed in order."""
+    """Returns the same weights with their pieces renamed in order."""
     return [value.with_sources(sources) if is_weight(value) else value for value in values]
 
 
@@ -94,13 +97,13 @@ def _jit(
     inline,
     compiler_options_kvs,
 ):
-    """Per-argument options apply to the base only."""
+    """Per-argument options of the equation, such as shardings, apply to the base only."""
     if any(layout is not None for layout in (*in_layouts, *out_layouts)):
         return NotImplemented
     pinned = [s if isinstance(s, jax.sharding.Sharding) else None for s in out_shardings]
 
     def finish(inside, outs):
-        # A sharding asked for by name is one of an array.
+        # An explicit output sharding is that of an array.
         return [
             out if sharding is None else inside.materialize(out)
             for out, sharding in zip(outs, pinned, strict=True)
@@ -112,7 +115,7 @@ def _jit(
         if compiler_options_kvs:
             options["compiler_options"] = dict(compiler_options_kvs)
         owner = [k for k, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
-        # One argument of the equation is several leaves here: a base, and its factors behind it.
+        # An argument of the equation may be several leaves here: the base first, then factors.
         first = {k: i for i, k in reversed(list(enumerate(owner)))}
         if any(donated_invars):
             options["donate_argnums"] = [first[k] for k, gone in enumerate(donated_invars) if gone]

@@ -1,17 +1,17 @@
 """Collectives on weights that the user has split, inside `shard_map`.
 
-On device j a term is a_j @ b_j. Gathering the factors that differ between devices gives them one
-more label, the device, which each collective then shows, sums over or steps along:
+On device j, a term is a_j @ b_j. Gathering the factors that differ between devices gives them one
+more label, the device. Each collective shows that label or sums over it:
 
     all_gather      shows it                        [j, in, out]
     psum            sums over it                    Σ_j a_j @ b_j
     reduce_scatter  sums over it, and keeps this device's part of an axis
     all_to_all      shows it, and keeps this device's part of an axis
 
-Factors that are the same on all devices stay as they are. JAX knows which are, except under
-`check_vma=False` and under a named `vmap`; there all are gathered.
+Factors that are the same on all devices are not gathered. Their types show which these are, except
+under `check_vma=False` and under a named `vmap`, where all factors are gathered.
 
-`_coded_collectives` has what becomes of a base that is held as codes.
+For bases that are held as codes, see `_coded_collectives`.
 """
 
 import dataclasses
@@ -38,16 +38,17 @@ def _size(names, groups) -> int:
 
 
 def _position(names, groups) -> jax.Array:
-    """Where this device comes among those that it exchanges with."""
+    """Returns the position of this device in its group, or along `names` without groups."""
     index = jax.lax.axis_index(names)
     if groups is None:
         return index
+    # Every device is in exactly one group.
     places = {device: place for group in groups for place, device in enumerate(group)}
     return jnp.asarray([places[device] for device in sorted(places)], index.dtype)[index]
 
 
 def _varying(weight: FactoredArray, term: Term, names) -> list[int]:
-    """The factors that may differ between the devices along `names`."""
+    """Returns the positions of the factors that may differ between the devices along `names`."""
     base = weight.base.first if is_coded(weight.base) else weight.base
     if not _compat.varying_axes(base).issuperset(names):
         return list(range(len(term.factors)))  # Nothing is known.
@@ -59,7 +60,7 @@ def _varying(weight: FactoredArray, term: Term, names) -> list[int]:
 
 
 def _with_devices(term: Term, varying, size: int, gather) -> tuple[Term, Label]:
-    """The term whose factors that vary have all devices' entries along one more label."""
+    """Gathers the factors that vary along one more label, the device; returns it as well."""
     device = term.fresh(size)
     factors, labels = list(term.factors), list(term.labels)
     for k in varying:
@@ -74,7 +75,7 @@ def _gathered(weight, term, names, groups) -> tuple[Term, Label]:
 
 
 def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
-    """The devices as a separate axis, or in front of an axis."""
+    """Shows the device label as an axis of its own or, if tiled, in front of an axis."""
     out = list(term.out)
     if tiled:
         # [devices · size]: device by device, so its label is the most significant one.
@@ -85,7 +86,7 @@ def _show(term: Term, device: Label, axis: int, tiled: bool) -> Term:
 
 
 def _own_part(term: Term, axis: int, names, groups, tiled: bool) -> Term:
-    """This device's part of an axis, which is its one entry where it is not tiled."""
+    """Keeps this device's part of an axis; if not tiled, that is one entry without an axis."""
     term, (label,) = term.fuse_all([axis])
     part = label.size // _size(names, groups)
     # Part d of an axis [devices · part] begins at d · part.
@@ -108,6 +109,7 @@ def _all_gather(
     names = _names(axis_name)
 
     def gathered(term: Term) -> Term:
+        # Only these are gathered; the device label is without an owner if there are none.
         varying = _varying(weight, term, names)
         term, device = _with_devices(term, varying, axis_size, gather)
         return _show(term, device, all_gather_dimension, tiled)
@@ -118,7 +120,8 @@ def _all_gather(
 
 @defrule("psum", "psum_invariant")
 def _psum(eqn, *operands, axes, axis_index_groups=None):
-    """One factor that varies is summed; of several, the sum over devices is a longer rank."""
+    """Sums a single varying factor; with several, the devices become part of the rank."""
+    # Integers are positional axes, over which this device alone sums.
     if any(isinstance(axis, int) for axis in axes):
         return NotImplemented
     size = _size(axes, axis_index_groups)
@@ -127,7 +130,7 @@ def _psum(eqn, *operands, axes, axis_index_groups=None):
     alone = lambda factor: eqn(factor)[0] if several else eqn(factor)  # noqa: E731
 
     def gather(factor):
-        """The entries of all devices, the same on each, as a sum over devices must be."""
+        """Returns the entries of all devices as a sum, whose type shows that it is equal on all."""
         # [device, *factor]: this device's entry in its place, zeros elsewhere, and then the sum.
         mine = jnp.arange(size) == _position(axes, axis_index_groups)
         return alone(jnp.where(mine.reshape(size, *(1,) * factor.ndim), factor[None], 0))
@@ -189,10 +192,11 @@ def _all_to_all(eqn, weight, *, split_axis, concat_axis, axis_name, axis_index_g
 
 @defrule("ppermute")
 def _ppermute(eqn, weight, *, axis_name, perm):
-    """A device that nothing is sent to gets zeros, so one factor at least is sent."""
+    """Sends what varies, or the smallest factor: one must be zero where nothing arrives."""
     terms = []
     for term in weight.terms:
         smallest = min(range(len(term.factors)), key=lambda k: term.factors[k].size)
+        # Factors that are equal on all devices need not be sent.
         going = _varying(weight, term, _names(axis_name)) or [smallest]
         factors = tuple(
             jax.lax.ppermute(factor, axis_name, perm) if k in going else factor

@@ -1,9 +1,9 @@
-"""Complex weights: what makes them of real ones, and their parts.
+"""Complex weights: how they are made from real ones, and their real and imaginary parts.
 
     Re (a @ b)  =  Re a @ Re b  −  Im a @ Im b
 
-A part is linear for real numbers only, so all factors but one become real first: their own parts
-run along one more label.
+Taking a part is linear over real numbers only. So all factors but one are made real first: their
+two parts become one more label of size two.
 """
 
 import dataclasses
@@ -40,10 +40,11 @@ def _is_complex(term: Term) -> bool:
 
 
 def _part(term: Term, part) -> Term:
-    """The real or the imaginary part of a term, taken in its smallest complex factor."""
+    """Returns the real or the imaginary part of a term, taken in its smallest complex factor."""
     if term.is_dense:
         raise Inexpressible("takes one part of a product of weights that is made entry by entry")
     wide = [k for k, factor in enumerate(term.factors) if jnp.iscomplexobj(factor)]
+    # The factor that stays complex doubles along the part label, so the smallest one does.
     k = min(wide, key=lambda k: term.factors[k].size)
     term = term.complex_in(k)
     factors = (*term.factors[:k], part(term.factors[k]), *term.factors[k + 1 :])

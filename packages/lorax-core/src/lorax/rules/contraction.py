@@ -3,22 +3,22 @@
     x · (W + Σ terms)  =  x · W  +  Σ einsum(x, factors of the term)
 
 `x · W` is the original equation. For a term, the axes that the equation contracts or batches
-get common labels on both sides, and one einsum over x and the factors follows; `_contract`
-chooses its order, and never multiplies the factors of one weight into the weight's shape.
+get common labels on both sides, and a single einsum over x and the factors follows. `_contract`
+chooses its order, and never multiplies the factors of a weight into an array of its shape.
 
-A weight times a weight is a weight again, of as many terms as the two have:
+A weight times a weight is a weight, with as many terms as both have together:
 
     (W + a b) · (V + c d)  =  W · V  +  a · (b · (V + c d))  +  (W · c) · d
 
-The factors of a term that own the contracted axes absorb the other weight, and are one narrow
-factor again, so no chain of weights has terms of more factors than its first.
+The factors of a term that own the contracted axes absorb the other weight and become one narrow
+factor, so the number of factors per term does not grow along a chain of weights.
 
 Sharp edges:
 
 * A label of the contracted axis that no factor owns sums x over that axis.
-* A batched axis may be owned by some factors only; the others serve every entry of the batch.
-* Of the two halves of a term beside `ragged_dot`, at least one owns the expert axis, so that rows
-  beyond the last group come out as in the plain model.
+* A batched axis may be owned by some factors only; the others are shared by all of its entries.
+* For `ragged_dot`, at least one of the two halves of a term owns the expert axis, so that rows
+  beyond the last group have the same result as in the plain model.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from .._registry import defrule
 from .._term_products import align, check_size, operand, product, relabeled
 from .._terms import Inexpressible, Term
 
-# As `jax.lax.dot_general` has them: the axes that are summed over, and those of a batch.
+# As in `jax.lax.dot_general`: the axes that are summed over, and the batched axes, of both sides.
 Sequences = tuple[Sequence[int], Sequence[int]]
 DimensionNumbers = tuple[Sequences, Sequences]
 
 
 def _dot(left: Term, right: Term, dimension_numbers: DimensionNumbers) -> Term:
-    """The term of `dot_general(left, right)`."""
+    """Returns the term of `dot_general(left, right)`."""
     (l_sum, r_sum), (l_batch, r_batch) = dimension_numbers
     pairs = (*zip(l_sum, r_sum, strict=True), *zip(l_batch, r_batch, strict=True))
     left, right = align(left, relabeled(left, right), pairs)
@@ -57,17 +57,17 @@ def _dot(left: Term, right: Term, dimension_numbers: DimensionNumbers) -> Term:
 def add_product(
     out: jax.Array, x: jax.Array, weight: FactoredArray, dimension_numbers: DimensionNumbers
 ) -> jax.Array:
-    """What a rule returns for a product: `out + Σ einsum(x, factors of the term)`.
+    """Returns `out + Σ einsum(x, factors of the term)`: the result of a rule for a product.
 
     Args:
         out: the product with the base, `[*batch, *kept of x, *kept of the weight]`.
-        x: what the weight is multiplied by, on its left.
+        x: the left operand of the product.
         weight: the weight, without gains, dropout or a pending norm.
         dimension_numbers: those of `jax.lax.dot_general(x, weight)`.
 
     Returns:
-        The product with the adapted weight, in the dtype of `out`. Factors are multiplied in the
-        order that forms no array as large as the weight.
+        The product with the adapted weight, in the dtype of `out`. No array as large as the weight
+        is formed.
 
     Raises:
         Inexpressible: where a term is not a product of small factors.
@@ -82,6 +82,7 @@ def add_product(
     """
     if not weight.is_sum or any(term.is_dense for term in weight.terms):
         raise Inexpressible("multiplies by more than a base and terms of small factors")
+    # Of the operands, not of the factors: float32 factors leave a bfloat16 model in bfloat16.
     dtype = product_dtype(x.dtype, weight.base.dtype, out=out.dtype)
     for term in weight.terms:
         out = _dot(operand(x), term, dimension_numbers).added_to(out, dtype, meets=0)
@@ -108,7 +109,7 @@ def _dot_general(
     on_left = is_weight(left)
     weight, met = (left, right) if on_left else (right, left)
     weight, met, batched, finish = _paid(eqn, weight, met, dimension_numbers, on_left, precision)
-    # x [*n, in] · W [in, out]: the equation as it is in the user's function.
+    # x [*n, in] · W [in, out]: the original equation, with all of its options.
     base = eqn(weight.base, met) if on_left else eqn(met, weight.base)
 
     def with_terms(met):
@@ -117,6 +118,7 @@ def _dot_general(
             # x [*n, in] · a [in, rank] · b [rank, out] -> [*n, out]
             sides = (term, operand(met)) if on_left else (operand(met), term)
             term = _dot(*sides, dimension_numbers)
+            # `_dot` puts the factors of the left side first, so x is the last or the first factor.
             meets = len(term.factors) - 1 if on_left else 0
             total = term.added_to(total, dtype, meets=meets, **keywords)
         return total
@@ -125,15 +127,20 @@ def _dot_general(
 
 
 def _paid(eqn, weight, met, dimension_numbers, is_left, precision):
-    """The weight without gains, what it meets, the batched axes of both, and a last step."""
+    """Moves gains, turn and meter to the operand and the result; see `pay`.
+
+    Returns:
+        The weight without them, the operand, a map from batched axes of the weight to those of the
+        operand, and a function to apply to the result.
+    """
     if weight.is_sum:
         return weight, met, {}, lambda result: result
     summed, batch = (axes if is_left else axes[::-1] for axes in dimension_numbers)
     batched = dict(zip(*batch, strict=True))
     used = (*summed[0], *batch[0])
     kept = [d for d in range(len(weight.shape)) if d not in used]
-    # The result is [*batch, *left's own, *right's own], so the axes that the weight keeps begin
-    # behind those of what it meets, or before them.
+    # The result is [*batch, *left's own, *right's own]: the axes that the weight keeps come
+    # directly after the batch if it is on the left, and after those of the operand otherwise.
     first = len(batched) + (0 if is_left else met.ndim - len(used))
     shown = {d: k for k, d in enumerate(batch[0])} | {d: first + k for k, d in enumerate(kept)}
     # The axis of the operand that meets each axis of the weight.
@@ -146,7 +153,7 @@ def _paid(eqn, weight, met, dimension_numbers, is_left, precision):
 
 
 def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keywords):
-    """The weight that two weights make."""
+    """Returns the weight that is the product of two weights."""
     summed, batch = dimension_numbers
     if not summed[0]:  # Nothing to absorb: every pair of terms is a term.
         # (W + Σ s) ⊗ (V + Σ t)  =  W ⊗ V  +  Σ s ⊗ V  +  Σ W ⊗ t  +  ΣΣ s ⊗ t
@@ -155,19 +162,21 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
         terms += [_dot(operand(left.base), term, dimension_numbers) for term in right.terms]
         terms += [_dot(x, y, dimension_numbers) for x in left.terms for y in right.terms]
         check_size(0, max(len(term.factors) for term in terms))
+        # The position of the factor that is a whole base: last in s ⊗ V, first in W ⊗ t.
         meets = [len(term.factors) for term in left.terms] + [0] * len(right.terms)
         meets += [None] * (len(left.terms) * len(right.terms))
         return eqn.rows_or_weight(FactoredArray(base, tuple(terms)), meets=meets)
     # (W + Σ s) · (V + Σ t)  =  W · V  +  Σ s · (V + Σ t)  +  Σ W · t
     check_size(len(left.terms) + len(right.terms))
     terms = [_absorb(term, right, dimension_numbers, dtype, **keywords) for term in left.terms]
-    # The other way about, the two are exchanged, and what each keeps is exchanged back.
+    # W · t is computed as t · W with the sides exchanged, and the axes are permuted back.
     exchanged = tuple(axes[::-1] for axes in dimension_numbers)
     if isinstance(keywords["precision"], tuple):
         keywords = keywords | {"precision": keywords["precision"][::-1]}
     shared, kept = len(batch[0]), len(right.shape) - len(summed[1])
     # [*shared, *right's own, *left's own] -> [*shared, *left's own, *right's own]
     order = [*range(shared), *range(kept, base.ndim), *range(shared, kept)]
+    # Without its terms: s · t is already in the terms of the left side, above.
     alone = FactoredArray(left.base, ())
     for term in right.terms:
         absorbed = _absorb(term, alone, exchanged, dtype, **keywords)
@@ -176,7 +185,7 @@ def _weight_of_weights(eqn, left, right, base, dimension_numbers, dtype, keyword
 
 
 def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywords) -> Term:
-    """The term of `dot_general(term, weight)`: what owns the contracted axes meets the weight.
+    """Returns the term of `dot_general(term, weight)`: one factor absorbs the weight.
 
     (Σ_r a[i, r] b[r, o]) · W[o, p]  =  Σ_r a[i, r] (b · W)[r, p]
     """
@@ -187,6 +196,7 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
         raise Inexpressible(
             "multiplies two adapted weights entry by entry along an axis that several factors own"
         ) from None
+    # Labels of the contracted axes; the factors that own one of them meet the other weight.
     gone = [label for d in summed for label in term.out[d]]
     for label in gone:
         term = term.own(label)
@@ -198,7 +208,8 @@ def _absorb(term: Term, weight: FactoredArray, dimension_numbers, dtype, **keywo
     met = dict.fromkeys(label for _, labels in meeting for label in labels)
     inner_labels = tuple(label for label in met if label in needed and label not in shared)
 
-    # The factors that meet, as [*inner, *shared, *gone], meet the weight: [*shared, *inner, *new].
+    # meeting [*inner, *shared, *gone] · W [*shared, *gone, *new] -> [*shared, *inner, *new], the
+    # order of `dot_general`: batch, then left, then right.
     first, second = len(inner_labels), len(inner_labels) + len(shared)
     axes = (*((label,) for label in (*inner_labels, *shared)), *(term.out[d] for d in summed))
     arrays, owned = zip(*meeting, strict=True)

@@ -2,24 +2,24 @@
 
     conv(x, W + Σ terms)  =  conv(x, W)  +  Σ second(first(x))
 
-A term falls into two halves: the factors that own the input features, and the rest. Each spatial
-axis of the window belongs to one half, which takes that axis's stride, padding and dilations;
-the other half sees a window of one there. With the window in the first half the second is a
-product over the rank alone.
+A term is split into two halves: the factors that own the input features, and the rest. Each spatial
+axis of the window belongs to one half, which takes the stride, padding and dilations of that axis;
+the other half has a window of size one there. If the window is in the first half, the second half
+is a product over the rank alone.
 
 Sharp edges:
 
-* Feature groups: `W`'s input axis is one group's share and its output axis runs over the groups.
-  The first kernel serves every group, so it is repeated for each; the second is cut by group. In
-  a depthwise convolution that is rank times the base's arithmetic: keep the rank small there.
-  On one CPU the groups are examples instead, which the first kernel sees as it is: XLA takes
-  many times as long for the gradient of a grouped kernel.
+* Feature groups: the input axis of `W` has the features of one group, and its output axis runs over
+  the groups. The first kernel is the same for every group, so it is repeated; the second is cut by
+  group. In a depthwise convolution, this takes rank times the arithmetic of the base, so keep the
+  rank small there. On a single CPU, groups become examples instead, and the first kernel is not
+  repeated: XLA takes many times as long for the gradient of a grouped kernel.
 * Stacked kernels: `vmap` merges the stack into the output axis, whose first labels both halves
-  then own. Each entry of the stack has its own first kernel, and its own group in the
-  product over the rank. Kernels that differ by a gain over the inputs alone, as of a modulated
+  then own. Each entry of the stack has a first kernel of its own, and a group of its own in the
+  product over the rank. Kernels that differ only by a gain over the inputs, as in a modulated
   convolution, are such a stack, whose entries share the second kernel.
-* Batch groups: the output axis of `W` runs over the groups of the batch, so the first kernel
-  sees the batch whole, and the second meets each part of it with its own outputs.
+* Batch groups: the output axis of `W` runs over the groups of the batch. The first kernel is
+  applied to the whole batch, and the second to each part of it with the outputs of that part.
 """
 
 import math
@@ -55,7 +55,7 @@ def _conv_general_dilated(
     out_sharding=None,
 ):
     if isinstance(x, FactoredArray):
-        # A learned array, as a generator's first; the kernel's factors go on without it.
+        # A learned input, such as a generator's first array: only the kernel stays factored.
         x = eqn.materialize(x, "takes it as the input and not as the kernel")
     if not isinstance(kernel, FactoredArray):
         return eqn(x, kernel)
@@ -105,7 +105,7 @@ def _conv_general_dilated(
 
 
 def _metered(kernel: FactoredArray, x, windows, numbers, groups: int):
-    """The input, whose patches are what meets the kernel."""
+    """Returns the input, metered by its patches, which are the rows that meet the kernel."""
     _, in_axis, *spatial = numbers.rhs_spec
     window = [kernel.shape[d] for d in spatial]
     channels = kernel.shape[in_axis]
@@ -135,22 +135,23 @@ def _metered(kernel: FactoredArray, x, windows, numbers, groups: int):
 
 
 def _check_groups(kernel: FactoredArray, out_axis: int, groups: int) -> None:
-    """A matrix on the outputs multiplies the result, unless its blocks reach into other groups."""
+    """Raises if a turn on the outputs has blocks that reach into another group."""
     turn = kernel.turn
     if turn is None or turn.axis != out_axis:
         return
     labels = turn.term.out[out_axis]
-    # Behind the label of the block, the labels step within one of its entries.
+    # The labels after that of the block subdivide one of its entries.
     block = math.prod(label.size for label in labels[labels.index(turn.label) :])
     if kernel.shape[out_axis] // groups % block != 0:
         raise Inexpressible("has groups that cut a block of its kernel in two")
 
 
 class _Stages(NamedTuple):
-    """The two kernels as [out, in, *window].
+    """The two kernels of a term, as [out, in, *window].
 
-    The first consists of `blocks`, each of which serves `repeats` groups. `in_first` says of each
-    axis of the window whether the first kernel owns it.
+    The first consists of `blocks`, each of which is used for `repeats` groups. `in_first` has one
+    entry
+    per axis of the window: whether the first kernel owns it.
     """
 
     first: jax.Array
@@ -161,7 +162,7 @@ class _Stages(NamedTuple):
 
 
 def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Stages:
-    """Cuts a term into the two kernels."""
+    """Splits a term into its two kernels."""
     out_axis, *in_axes = rhs_spec
     term, (inner, *window) = term.fuse_all(in_axes)
     outputs = term.out[out_axis]
@@ -180,10 +181,11 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         raise Inexpressible
     # first [*stack, in, rank, *window] and second [*outputs, rank, *window]
     rank = tuple(label for label in inner_labels if label not in stack)
+    # A window axis belongs to the half whose factors own it.
     in_first = [any(label in labels for _, labels in first) for label in window]
 
-    # The outputs fall into blocks, each with its own first kernel; a group is part of a block
-    # or a block part of a group.
+    # The outputs consist of blocks, each with a first kernel of its own. The number of groups must
+    # be a multiple of the number of blocks, or the other way around.
     blocks = outputs[: max((outputs.index(label) + 1 for label in stack), default=0)]
     count = math.prod(label.size for label in blocks)
     if max(groups, count) % min(groups, count) or (stack and batch_groups > 1):
@@ -194,7 +196,7 @@ def _stages(term: Term, rhs_spec, groups: int, batch_groups: int, dtype) -> _Sta
         math.prod(label.size for label in labels)
         for labels in ((*blocks, *rank, inner, *mine), (*outputs, *rank, *others))
     ]
-    # A first kernel for each block can be as large as the weight, and then nothing is gained.
+    # The first kernels of all blocks can be as large as the weight, and then nothing is gained.
     if stack and max(sizes) >= math.prod(term.shape):
         raise Inexpressible("needs a kernel for each group that are together as large as it")
 
@@ -220,6 +222,7 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
 
     def conv(x, kernel, lhs_spec, owned, groups, batch_groups, preferred):
         spec = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
+        # The other half has a window of size one: stride 1, no padding, no dilation.
         mine = [w if own else Window() for w, own in zip(windows, owned, strict=True)]
         # [out, in, *window] -> the order of axes in the user's kernel
         layout = sorted(range(kernel.ndim), key=lambda d: rhs_spec[d])
@@ -243,7 +246,7 @@ def _convolve(x, stages, windows, numbers, groups, batch_groups, precision, pref
 
 
 def _as_examples(x, lhs_spec, groups: int):
-    """Every group of features as a separate example: all those of the first group come first."""
+    """Makes every group of features a separate example, all examples of group 0 first."""
     batch_axis, feature_axis, *_ = lhs_spec
     shape = list(x.shape)
     shape[feature_axis] //= groups
@@ -254,7 +257,7 @@ def _as_examples(x, lhs_spec, groups: int):
 
 
 def _mix_features(x, kernel, out_spec, groups, batch_groups, precision, preferred):
-    """The product over the rank, group by group: [batch, groups·rank, …] to [batch, out, …]."""
+    """Multiplies over the rank, group by group: [batch, groups·rank, …] to [batch, out, …]."""
     batch_axis, feature_axis, *_ = out_spec
     out_size, rank = kernel.shape[:2]
     count = max(groups, batch_groups)

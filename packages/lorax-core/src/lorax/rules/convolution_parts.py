@@ -1,4 +1,4 @@
-"""Convolution with terms of more than two parts."""
+"""Convolutions with terms that do not fall into two halves."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from ._windows import convolve
 
 
 def has_parts(term: Term, rhs_spec) -> bool:
-    """Whether the input features have several owners, or a factor has the window to itself."""
+    """Whether the input features have several owners, or a factor owns nothing but the window."""
     _, in_axis, *spatial = rhs_spec
     try:
         term.fuse(in_axis)
@@ -24,9 +24,9 @@ def has_parts(term: Term, rhs_spec) -> bool:
 
 
 class Plan(NamedTuple):
-    """A term in three parts: factors before the window, those along it, and factors after it.
+    """A term in three parts: the factors before the window, those along it, and those after it.
 
-    `groups` are the labels of the groups of features, `inputs` those of a group's features.
+    `groups` are the labels of the feature groups, `inputs` those of the features of one group.
     """
 
     term: Term
@@ -40,11 +40,11 @@ class Plan(NamedTuple):
 
 
 def plan_of(term: Term, rhs_spec, groups: int) -> Plan:
-    """Which factors meet before, along and after the window."""
+    """Decides which factors are multiplied before, along and after the window."""
     out_axis, in_axis, *spatial = rhs_spec
     term, window = term.fuse_all(spatial)
     count, of_groups = groups, 0
-    # The first output labels run over the groups: as many labels as make the number of groups.
+    # The leading output labels run over the groups, until their sizes multiply to the number.
     while count > 1:
         label = term.out[out_axis][of_groups]
         if count % label.size:
@@ -58,8 +58,8 @@ def plan_of(term: Term, rhs_spec, groups: int) -> Plan:
     # The input x has the labels of a group's inputs and of the groups themselves.
     of_x = {*inputs, *outputs[:of_groups]}
     factors = list(zip(term.factors, term.labels, strict=True))
-    # Factors of the window are the convolution itself. Those that join x to them are multiplied
-    # before it, and all others after it.
+    # Factors that own the window make the convolution itself. Factors that join x to these are
+    # multiplied before it, and all others after it.
     along = [factor for factor in factors if not set(window).isdisjoint(factor[1])]
     owned = {label for _, labels in along for label in labels}
     if math.prod(label.size for label in owned) > math.prod(term.shape):
@@ -76,7 +76,7 @@ def plan_of(term: Term, rhs_spec, groups: int) -> Plan:
 
 
 def convolve_parts(x, plan: Plan, windows, numbers, precision, preferred):
-    """Labels that meet only the window are features there; all others are examples."""
+    """Convolves with the factors of a plan; labels without the window become examples."""
     lhs_spec, out_spec = numbers.lhs_spec, numbers.out_spec
     spatial = len(windows)
     # As [batch, *spatial, features].
@@ -90,6 +90,7 @@ def convolve_parts(x, plan: Plan, windows, numbers, precision, preferred):
     def labels_of(operands):
         return list(dict.fromkeys(label for _, labels in operands for label in labels))
 
+    # Labels that something after the window still needs.
     later = {*plan.outputs, *labels_of(plan.after)}
     needed = {*later, *labels_of(plan.along), *place}
     reached = dict.fromkeys((*met, *labels_of(plan.before)))
@@ -98,7 +99,9 @@ def convolve_parts(x, plan: Plan, windows, numbers, precision, preferred):
     owned = [label for label in labels_of(plan.along) if label not in plan.window]
     groups = tuple(label for label in features if label in owned and label in later)
     summed = tuple(label for label in features if label in owned and label not in later)
+    # Labels that the convolution adds, such as its side of the rank.
     new = tuple(label for label in owned if label not in features and label in later)
+    # Not in the window's factors: these become examples.
     rest = tuple(label for label in features if label not in owned)
 
     def size(labels):

@@ -1,7 +1,7 @@
 """Functions with a custom derivative: `custom_jvp` and `custom_vjp`.
 
-Such a function is an array in, an array out: a weight that enters it is built, unless the user asks
-to run through it. Then the function itself is run on weights, and its own derivative is left out.
+By default, a weight that enters such a function is materialized. If the user asks to run through
+it, the function itself is evaluated on weights, and its derivative rule is dropped.
 """
 
 from .._registry import defrule

@@ -1,9 +1,9 @@
-"""Picking entries of a weight: `gather` (embedding look-ups, row selects) and `dynamic_slice`.
+"""Picking entries of a weight: `gather` (embedding lookups, row selects) and `dynamic_slice`.
 
-Every factor that owns an indexed axis is indexed by that axis's part of the indices; the others
-finish the product. Out-of-range indices keep their meaning because it is a matter of each axis
-alone: clipping an axis clips its owners alike, and where the model fills, each owner fills with
-zero, so the term vanishes and the base's fill value remains.
+Every factor that owns an indexed axis is indexed by the part of the indices for that axis; the
+other factors complete the product. Out-of-range indices keep their meaning, because it is decided
+per axis: clipping clips all owners of an axis alike. If the model fills, each owner fills with
+zeros, so the term is zero there, and the fill value of the base remains.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def _gather(
         return picked if arguments[0] is term else _rows(picked)
 
     moved = weight.moved(looked_up)
-    # One index alone picks a layer or an expert; an array of them looks rows up.
-    # The axes of a slice in the result; a row has at most one of more than one entry.
+    # A single index picks a layer or an expert; an array of indices looks up rows.
+    # A row has at most one axis with more than one entry left.
     left = [size for d, size in enumerate(eqn.out_shape) if d in dimension_numbers.offset_dims]
     are_rows = indices.ndim > 1 and sum(size != 1 for size in left) < 2
     finished = weight.is_bare and are_rows
@@ -77,16 +77,16 @@ def _gather_codes(
     mode,
     fill_value,
 ) -> Term:
-    """Codes are looked up as if every index were in range; what is not is then not a number."""
+    """Looks codes up as if every index were in range, and multiplies the others by NaN."""
     numbers, fills = dimension_numbers, mode == jax.lax.GatherScatterMode.FILL_OR_DROP
-    # A number, unlike NaN, has no gain that codes could be multiplied by.
+    # Filling with NaN is a gain of NaN; no gain turns a code into another number.
     if fills and fill_value is not None and fill_value == fill_value:
         raise Inexpressible("fills with a number")
     clip = jax.lax.GatherScatterMode.CLIP if fills else mode
     looked_up = _gather_term(*_split_indices(term, indices, numbers, slice_sizes, clip), clip)
     if not fills:
         return looked_up
-    # The last start at which the slice is still inside.
+    # The largest start index at which the slice is inside the array.
     limits = [term.shape[d] - slice_sizes[d] for d in numbers.start_index_map]
     limits = jnp.asarray(limits, indices.dtype).reshape((1,) * (indices.ndim - 1) + (-1,))
     in_range = jnp.all((indices >= 0) & (indices <= limits), -1)  # [*batch]
@@ -97,9 +97,9 @@ def _gather_codes(
 
 
 def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
-    """The same look-up where each indexed axis that different factors own is several axes.
+    """Returns the same lookup, with several axes for an indexed axis of several owners.
 
-    Row 7 of blocks of 3 is row 1 of block 2. Every axis has its own column of the indices.
+    Row 7 of blocks of 3 is row 1 of block 2, so each of these axes has its own column of indices.
     """
     several = []
     for d in numbers.start_index_map:
@@ -129,8 +129,9 @@ def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
             index = jnp.clip(index, 0, term.shape[d] - 1)
         sizes = [math.prod(label.size for label in out[k]) for k in axes[d]]
         for k, axis in enumerate(axes[d]):
-            # The first part of an index that is out of range is out of range, too.
+            # For an index out of range, the first part is out of range as well.
             unit = math.prod(sizes[k + 1 :])
+            # Row-major: the quotient is the block, the remainder the place within it.
             part = index // unit
             columns.append(part if k == 0 else part % sizes[k])
             indexed.append(axis)
@@ -144,7 +145,7 @@ def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
 
 
 def _rows(term: Term) -> Term:
-    """Rows of a Kronecker product are data, as large as those of the base: one factor."""
+    """Multiplies rows of a Kronecker product into one factor: they are as large as the base's."""
     if sum(any(not label.is_index for label in axis) for axis in term.out) > 1:
         return term
     owned = tuple(label for label in term.shown if term.owners(label))
@@ -200,9 +201,9 @@ def _gather_term(term: Term, indices, numbers, slice_sizes, mode) -> Term:
 def _gather_factor(
     factor, labels, indices, batch, paired, indexed, label_of, windows, slice_sizes, collapsed, mode
 ):
-    """One factor by the part of the indices that runs over the axes it owns."""
+    """Indexes one factor by the part of the indices that runs over the axes that it owns."""
     mine = {axis: labels.index(label_of[axis]) for axis in indexed if label_of[axis] in labels}
-    # E [vocab, embed] = a [vocab, rank] · b [rank, embed]: of the look-up, only a has the axis.
+    # E [vocab, embed] = a [vocab, rank] · b [rank, embed]: only a is looked up.
     if not mine:
         return factor, labels
     batching = {axis: labels.index(label_of[axis]) for axis in paired if label_of[axis] in labels}
@@ -210,6 +211,7 @@ def _gather_factor(
     for axis, k in mine.items():
         sizes[k] = slice_sizes[axis]
     for k in batching.values():
+        # A paired axis has one entry per index.
         sizes[k] = 1
     # A collapsed axis has one entry in the slice, and no axis in the result.
     gone = tuple(k for axis, k in mine.items() if axis in collapsed)
@@ -224,6 +226,7 @@ def _gather_factor(
             paired[axis] for axis, _ in sorted(batching.items(), key=lambda item: item[1])
         ),
     )
+    # Only the columns of the indices that run over axes of this factor.
     columns = [indexed[axis] for axis in mine]
     part = indices if columns == list(range(indices.shape[-1])) else indices[..., columns]
     with jax.named_scope("lora"):

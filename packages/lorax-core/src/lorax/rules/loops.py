@@ -1,7 +1,7 @@
-"""Loops: `scan` and `while`, whose body runs on weights in every step.
+"""Loops: `scan` and `while`, whose bodies are evaluated on weights in every step.
 
-A scan slices the factors of a stack with its base. A weight that is carried and returned as it was
-is a constant of the loop.
+A scan slices the factors of a stack together with its base. A weight that is carried through a loop
+unchanged becomes a constant of the loop.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from .._terms import Inexpressible, Label
 
 
 def _untouched(jaxpr, first: int) -> list[bool]:
-    """Which carried values a loop's body returns as it got them; `first` is the first's input."""
+    """Returns which carried values a loop's body returns unchanged; `first` is where they begin."""
     sources = _forwarded(jaxpr)
     jaxpr, _ = _compat.open_jaxpr(jaxpr)
     count = min(len(jaxpr.invars) - first, len(jaxpr.outvars))
@@ -28,12 +28,13 @@ def _untouched(jaxpr, first: int) -> list[bool]:
 
 
 def _forwarded(jaxpr) -> list[int | None]:
-    """For each output, the position of the input that it is, looking through nested bodies."""
+    """Returns, per output, the position of the input that it is, also through nested bodies."""
     jaxpr, _ = _compat.open_jaxpr(jaxpr)
     origin: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         rule = RULES.get(eqn.primitive)
+        # Without a rule the call materializes its weights, so its outputs are not its inputs.
         if rule is None or unfit(rule, len(eqn.invars), eqn.params):
             continue
         # A nested call hands values on: its outputs may be its inputs.
@@ -43,6 +44,7 @@ def _forwarded(jaxpr) -> list[int | None]:
             first, body = _loop_body(eqn)
             # A value that a loop carries without change is the loop's own input.
             kept = _untouched(body, first)
+            # The operands of `while` are those of the condition first; the carried ones come last.
             start = len(eqn.invars) - len(kept) if name == "while" else first
             inner = [start + k if same else None for k, same in enumerate(kept)]
             inner += [None] * (len(eqn.outvars) - len(inner))
@@ -56,7 +58,7 @@ def _forwarded(jaxpr) -> list[int | None]:
 
 
 def _loop_body(eqn) -> tuple[int, Any]:
-    """Where the carried values begin among the inputs of a loop's body, and the body."""
+    """Returns the body of a loop, and where the carried values begin among its inputs."""
     if eqn.primitive.name == "scan":
         return _scan_split(eqn.params)[0], eqn.params["jaxpr"]
     return eqn.params["body_nconsts"], eqn.params["body_jaxpr"]
@@ -72,7 +74,13 @@ def _scan_split(params) -> tuple[int, int]:
 
 
 def _carry(eqn, init, untouched):
-    """Carried weights that the loop returns untouched are constants of it; others are built."""
+    """Splits the carried values: weights returned unchanged become constants, others are built.
+
+    Returns:
+        The values to carry, a function that puts the constants back among them, and a function that
+        maps the body's outputs to the values to carry.
+    """
+    # position -> the weight, for those that every step gets and returns unchanged
     fixed = {
         k: value
         for k, (value, same) in enumerate(zip(init, untouched, strict=True))
@@ -80,6 +88,7 @@ def _carry(eqn, init, untouched):
     }
     moving = [eqn.materialize(value) for k, value in enumerate(init) if k not in fixed]
 
+    # [*moving] -> all carried values, in their order
     def whole(values):
         values = iter(values)
         return [fixed[k] if k in fixed else next(values) for k in range(len(init))]
@@ -96,7 +105,9 @@ def _while(eqn, *args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     cond_consts, args = args[:cond_nconsts], args[cond_nconsts:]
     body_consts, init = args[:body_nconsts], args[body_nconsts:]
     moving, whole, moved = _carry(eqn, init, _untouched(body_jaxpr, body_nconsts))
+    # The condition returns a scalar, the body the moving values as arrays.
     cond, body = eqn.body(cond_jaxpr), eqn.body(body_jaxpr, moved)
+    # Constants are closed over; only the moving values are carried.
     final = jax.lax.while_loop(
         lambda carry: cond(*cond_consts, *whole(carry))[0],
         lambda carry: body(*body_consts, *whole(carry)),
@@ -129,14 +140,15 @@ def _scan(
     split = [_unstack(eqn, x) for x in xs]
 
     def finish(inside, outs):
-        # Codes are not stacked: what is returned in every step is an array.
+        # Codes are not stacked over steps, so a quantized weight is decoded first.
         stacked = [inside.materialize(x) if _has_codes(x) else x for x in outs[n_carry:]]
         return moved(inside, outs[:n_carry]), stacked
 
     run = eqn.body(jaxpr, finish)
 
     steps = (*consts, *init)
-    # Weights that serve every step draw other masks in each.
+    # Dropout on a weight that all steps share needs a new mask per step, and a quantized stack with
+    # deferred equations is indexed by step: both need the step number.
     counts = any(is_weight(value) and value.keys is not None for value in steps)
     counts = counts or any(is_weight(x) and is_coded(x.base) and x.base.moves for x in xs)
 
@@ -145,6 +157,7 @@ def _scan(
         whole_slices = [
             rebuild((leaves, step)) for (_, rebuild), leaves in zip(split, slices, strict=True)
         ]
+        # [consts, carry, slices] are the inputs of the body, in this order.
         every = (*consts, *whole(carry))
         if step is not None:
             every = tuple(_of_step(value, step) for value in every)
@@ -174,21 +187,24 @@ def _of_step(value, step):
 
 
 def _unstack(eqn, weight):
-    """The arrays of a weight that a scan slices, and how a slice is put together again.
+    """Returns the arrays of a weight that a scan slices, and a function that rebuilds a slice.
 
-    Factors that do not own the stacked axis are not sliced: they serve every step.
+    Factors that do not own the stacked axis are not sliced, since they are the same in every step.
     """
     try:
         if is_weight(weight) and weight.norm is not None:
             gone = weight.norm.term.out[0]
             if any(label.size != 1 and not weight.norm.term.owners(label) for label in gone):
                 weight = weight.resolved()  # A step has a part of what the norm runs over.
+        # The entries of a block, or the inputs of a meter, must stay together.
         if is_weight(weight) and weight.steps_through(0):
             raise Inexpressible
+        # Axis 0 must be one label in every piece, which its owners are sliced along.
         owned = [piece.fuse(0) for piece in weight.pieces] if is_weight(weight) else None
     except Inexpressible:
         owned = None
     if owned is None:
+        # The stack is materialized once, and the scan slices the array.
         return [eqn.materialize(weight)], lambda slices: slices[0][0]
     leaves, whole_base = _unstack_base(weight.base)
     count = len(leaves)
@@ -219,17 +235,20 @@ def _unstack(eqn, weight):
 
 
 def _unstack_base(base):
-    """The arrays of a base that a scan slices, and how those of a step and its number make one.
+    """Returns the arrays of a base that a scan slices, and a function that rebuilds one step.
 
-    Equations that wait on codes are not played on the stack: they wait in every step, beside one
-    more that picks the step's part of it.
+    If equations are deferred on a stack of codes, the stack is not sliced: each step defers one
+    more
+    equation on it, which picks the step's entry.
     """
     if not is_coded(base):
         return [base], lambda leaves, _: leaves[0]
     term, (label, *more) = base.term, base.term.out[0] or (None,)
     moved = [move for move in base.moves if not move.commutes]
+    # Deferred moves of axes, and a stacked axis of several labels, prevent slicing the codes.
     if moved or more or label is None:
         return [], lambda _, step: base.entry(step)
+    # Scales may lack the stacked axis; these arrays are the same in every step.
     owners = term.owners(label)
     leaves = [jnp.moveaxis(term.factors[k], term.labels[k].index(label), 0) for k in owners]
 
@@ -247,7 +266,7 @@ def _unstack_base(base):
 
 
 def _restack(value):
-    """A weight that a scan stacked: every array of it has a new leading axis."""
+    """Gives a weight that a scan has stacked its new leading axis."""
     if not is_weight(value):
         return value
     pieces = []

@@ -1,9 +1,9 @@
-"""Weights multiplied entry by entry, as for a norm.
+"""Products of weights entry by entry, as in a norm.
 
     Σ (W + Δ)²  =  Σ W²  +  2 Σ W ⊙ Δ  +  Σ Δ ⊙ Δ
 
-A term of the product holds the base, or the other weight's factors, as further factors, and the
-sum that follows contracts them factor by factor. Any other use of the product gets it as an array.
+A term of the product has the base, or the factors of the other weight, as additional factors. The
+sum that follows contracts them factor by factor. Any other use of the product materializes it.
 """
 
 import jax.extend.core as jex
@@ -17,7 +17,7 @@ NOT_LINEAR = "is not linear in the weight"
 
 
 def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
-    """The product of two weights of one shape."""
+    """Returns the product of two weights of one shape."""
     _refuse_products(left, right)
     # (W + Σ s) ⊙ (V + Σ t)  =  W ⊙ V  +  Σ s ⊙ V  +  Σ W ⊙ t  +  ΣΣ s ⊙ t
     check_size((len(left.terms) + 1) * (len(right.terms) + 1) - 1)
@@ -28,21 +28,22 @@ def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
 
 
 def square(base, weight: FactoredArray) -> FactoredArray:
-    """The square of a weight, beside the square `base` of its base."""
+    """Returns the square of a weight, given the square `base` of its base."""
     _refuse_products(weight)
     # n terms beside W, n squares and n (n − 1) / 2 pairs
     check_size(len(weight.terms) * (len(weight.terms) + 3) // 2)
     terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
     for k, term in enumerate(weight.terms):
+        # (W + Σ t)² = W² + 2 Σ W t + Σ t² + 2 Σ_{j<k} t_j t_k
         terms.append(entrywise(term, term))
         terms += [entrywise(term, other).scale(2) for other in weight.terms[k + 1 :]]
     return FactoredArray(base, tuple(terms))
 
 
 def gathered(term: Term, axes) -> Term:
-    """A term before it is summed over `axes`: beside the base, one factor owns what is summed.
+    """Returns a term ready for a sum over `axes`: one factor beside the base owns each.
 
-    Else it could be less work to multiply the factors of one weight into its delta.
+    Otherwise, multiplying the factors of one weight into its delta could be the cheapest order.
     """
     for label in [label for d in axes for label in term.out[d]]:
         dense = term.dense_factor
@@ -74,7 +75,7 @@ def _integer_pow(eqn, weight, *, y):
 
 @defrule("pow")
 def _pow(eqn, weight, exponent):
-    """`w ** 2.0`, whose exponent is a number in the program."""
+    """Handles `w ** 2.0`, whose exponent is a literal of the program."""
     if not isinstance(eqn.eqn.invars[1], jex.Literal) or exponent != 2:
         raise Inexpressible(NOT_LINEAR)
     return square(eqn(weight.base, exponent), weight)

@@ -1,4 +1,4 @@
-"""`ragged_dot_general`: rows in groups, each of which meets a weight of its own."""
+"""`ragged_dot_general`: rows in groups, each multiplied by its own slice of a weight."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def _ragged_dot_general(
     group_offset,
     out_sharding=None,
 ):
-    """Rows sorted by expert, each group of them against one slice of the weight."""
+    """Multiplies rows that are sorted by expert, each group by one slice of the weight."""
     numbers = ragged_dot_dimension_numbers
     (l_sum, r_sum), (l_batch, _) = numbers.dot_dimension_numbers
     groups, ragged = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
@@ -44,6 +44,7 @@ def _ragged_dot_general(
     for term in right.terms:
         kept = [d for d in range(len(term.out)) if d not in (*r_sum, *groups)]
         if _is_in_parts(term, (*r_sum, *kept)):
+            # Blocks with different owners cannot be fused into one axis: multiply in steps.
             in_parts.append(_steps(term, left, l_sum, r_sum, groups[0]))
             continue
         fused, labels = term.fuse_all((*r_sum, *groups, *kept))
@@ -51,6 +52,7 @@ def _ragged_dot_general(
         first, second, inner_labels = fused.split_factors(inputs, outputs)
         inner_labels = [label for label in inner_labels if label != group]
         deltas.append((first, second, inputs, inner_labels, outputs, group))
+    # The axes of the rows that the result keeps.
     free = [d for d in range(left.ndim) if d not in l_sum]
     dtype = eqn.product_dtype(left, right.base)
     base = eqn(met, right.base, group_sizes)
@@ -58,7 +60,8 @@ def _ragged_dot_general(
     def delta_of(rows, first, second, inputs, inner_labels, outputs, group):
 
         def multiply(x, summed, ragged_axis, half, inputs, outputs, preferred, group=group):
-            # A factor that all experts share meets all rows in an ordinary product.
+            # A half without the group label is shared by all experts: an ordinary product.
+            # Whether each group has its own version of this half.
             owned = any(group in labels for _, labels in half)
             kernel_axes = ((group,) if owned else ()) + (*inputs, *outputs)
             kernel = contract(half, kernel_axes, dtype=dtype)
@@ -95,9 +98,10 @@ def _ragged_dot_general(
 
 
 def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
-    """A weight without gains, the rows that meet it, and a function of the result.
+    """Moves gains and turn to the rows and the result, where each row takes those of its group.
 
-    Each row takes the gain of its own group.
+    Returns:
+        The weight without them, the rows, and a function to apply to the result.
     """
     (l_sum, r_sum), _ = numbers.dot_dimension_numbers
     (group,), (ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
@@ -133,7 +137,7 @@ def _paid_by_rows(eqn, weight, rows, group_sizes, numbers, precision):
 
 
 def _is_in_parts(term: Term, axes) -> bool:
-    """Whether one of the axes is blocks that different factors own."""
+    """Whether one of the axes consists of blocks that different factors own."""
     try:
         term.fuse_all(axes, own=False)
     except Inexpressible:
@@ -142,7 +146,7 @@ def _is_in_parts(term: Term, axes) -> bool:
 
 
 class _Steps(NamedTuple):
-    """The factors in the order in which they meet the rows, and the labels of both ends."""
+    """The factors in the order in which they meet the rows, and the labels at both ends."""
 
     row: Label
     inputs: tuple[Label, ...]
@@ -159,7 +163,7 @@ def _steps(term: Term, rows, l_sum, r_sum, group_axis: int) -> _Steps:
     inputs, outputs = term.out[r_sum[0]], term.out[out_axis]
     for label in outputs:
         term = term.own(label)
-    # A factor that meets nothing yet waits for another.
+    # A factor that shares no label with what was met so far has to wait for one that does.
     rest, ordered, met = list(zip(term.factors, term.labels, strict=True)), [], {*inputs}
     while rest:
         k = next((k for k, (_, labels) in enumerate(rest) if met.intersection(labels)), None)
@@ -173,9 +177,9 @@ def _steps(term: Term, rows, l_sum, r_sum, group_axis: int) -> _Steps:
 
 
 def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
-    """Rows by one factor after another; what a factor does not meet is more rows to it."""
+    """Multiplies rows by one factor after another; labels that a factor lacks act as rows."""
     row, labels = steps.row, (steps.row, *steps.inputs)
-    # later[k]: the labels of factor k, of all behind it, and of the outputs.
+    # later[k]: the labels of factor k, of all factors after it, and of the outputs.
     later = [{*steps.outputs}]
     for _, factor_labels in reversed(steps.factors):
         later.append(later[-1] | {*factor_labels})
@@ -209,13 +213,14 @@ def _multiply_in_steps(x, group_sizes, steps: _Steps, precision, preferred):
             )
             keywords = {"precision": precision, "preferred_element_type": preferred}
             if owned:
-                # Every row is `rest` rows now, one behind the other, all of the same expert.
+                # Each row has become `rest` adjacent rows of the same expert.
                 sizes = group_sizes * size(rest)
                 dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, **keywords)
             else:
                 dot = functools.partial(jnp.dot, **keywords)
-            # `ragged_dot` has no batch; there are as many products as blocks.
+            # `ragged_dot` has no batch axes, so there is one product per block.
             x = jnp.stack([dot(*both) for both in zip(x, kernel, strict=True)])
+            # [batch, row · rest, new] -> one axis per label
             labels = (*batch, row, *rest, *new)
             x = x.reshape([label.size for label in labels])
         return arranged(x, labels, (row, *steps.outputs)).reshape(row.size, -1)

@@ -1,10 +1,11 @@
-"""Weights that are masked or written into: `select_n`, `scatter` and `dynamic_update_slice`.
+"""Masked and updated weights: `select_n`, `scatter` and `dynamic_update_slice`.
 
     where(mask, W, V)  =  mask ⊙ W  +  (1 − mask) ⊙ V
 
-The base goes through the original equation; what that leaves of a term is a mask. A mask that
-varies along some of the weight's axes only, as one of whole rows, is one more factor. The mask of
-an update is what the same update makes of ones, with all axes that it covers shrunk to one entry.
+The base goes through the original equation. A term is multiplied by a mask of the entries that are
+kept. A mask that varies along some of the weight's axes only, such as a mask of whole rows, is one
+more factor. The mask of an update is the same update applied to an array of ones, in which all axes
+that the update covers are shrunk to one entry.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ def _select_n(eqn, which, *cases):
     dtype = wide_dtype(base.dtype)
     terms = []
     for k, case in enumerate(cases):
-        # where(which == k)  =  Σ_k mask_k ⊙ case_k
+        # select_n(which, *cases)  =  Σ_k mask_k ⊙ case_k
         mask = (which == jnp.asarray(k, which.dtype)).astype(dtype)
         terms += [times(term, mask, eqn.out_shape, _FULL) for term in terms_of(case)]
     return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
@@ -51,8 +52,8 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
     kept = [d for d, size in enumerate(shape) if size != window[d]]
     terms = []
     if terms_of(weight):
-        # 1 where the weight stays, and 0 in the window. An axis that is replaced whole has one
-        # entry.
+        # 1 where the weight is kept, 0 in the window. An axis that is replaced as a whole is shrunk
+        # to one entry, so that the mask does not vary along it.
         ones = jnp.ones([size if d in kept else 1 for d, size in enumerate(shape)], base.dtype)
         zeros = jnp.zeros([size if d in kept else 1 for d, size in enumerate(window)], base.dtype)
         terms += _masked(weight, jax.lax.dynamic_update_slice(ones, zeros, starts))
@@ -62,7 +63,7 @@ def _dynamic_update_slice(eqn, weight, update, *starts):
             def write(room, factor, k, start=starts[d]):
                 return jax.lax.dynamic_update_slice_in_dim(room, factor, start, k)
 
-            # The update's term, written into zeros of the weight's shape.
+            # The term of the update, written into zeros of the weight's shape.
             term = _written(term, d, shape[d], write)
         terms.append(term)
     return eqn.rows_or_weight(FactoredArray(base, tuple(terms)))
@@ -82,7 +83,7 @@ def _scatter(
     update_jaxpr,
     update_consts,
 ):
-    """Additions leave a weight's terms alone; replacements and scales mask them."""
+    """Additions leave the weight's terms unchanged; replacements and scales mask them."""
     name = eqn.eqn.primitive.name
     if name == "scatter-mul" and is_weight(updates):
         raise Inexpressible("multiplies by it")
@@ -106,7 +107,7 @@ def _masked(weight: FactoredArray, mask: jax.Array) -> list[Term]:
 
 
 def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
-    """The equation applied to ones; `narrow` has a size of one where the updates are constant.
+    """Returns the equation applied to ones; `narrow` has size one where updates are constant.
 
     An axis that every window covers and that no index moves along is shrunk to one entry.
     """
@@ -115,7 +116,7 @@ def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
     windows = [d for d in range(len(weight.shape)) if d not in outside]
     room, update = list(weight.shape), list(shape)
     for d, k in zip(windows, numbers.update_window_dims, strict=True):
-        # The window covers the axis and starts at its begin, so the mask is constant along it.
+        # The window covers the whole axis, so the mask is constant along it.
         covered = room[d] == update[k] and d not in numbers.scatter_dims_to_operand_dims
         if covered and narrow.shape[k] == 1:
             room[d] = update[k] = 1
@@ -124,16 +125,17 @@ def _mask(eqn, weight, indices, shape, narrow) -> jax.Array:
 
 
 def _scattered(term: Term, shape, indices, numbers, mode) -> Term:
-    """The term of one window written into zeros of `shape`, axis by axis."""
+    """Returns the term of one window, written into zeros of `shape` axis by axis."""
     if indices.ndim != 1 or numbers.operand_batching_dims:
         raise Inexpressible("writes parts of it to several places")
-    # Axes of which the window has one entry and no axis.
+    # Axes that the window does not have: it has one entry along them.
     for d in sorted(numbers.inserted_window_dims):
         new: tuple[Label, ...] = (term.fresh(1),)
         term = dataclasses.replace(term, out=(*term.out[:d], new, *term.out[d:]))
     indexed = dict(zip(numbers.scatter_dims_to_operand_dims, range(len(indices)), strict=True))
     for d, size in enumerate(shape):
         if d not in indexed:
+            # Without an index, the window starts at 0.
             term = pad_axis(term, d, 0, size - term.shape[d])
             continue
 
@@ -147,7 +149,10 @@ def _scattered(term: Term, shape, indices, numbers, mode) -> Term:
 
 
 def _written(term: Term, axis: int, size: int, write) -> Term:
-    """The term with an axis of `size`, zero but for what `write(room, factor, axis)` writes."""
+    """Returns the term with an axis of `size`: zero, except for what `write` writes into it.
+
+    `write(room, factor, axis)` writes a factor into zeros.
+    """
     term, label = term.fuse(axis)
 
     def change(factor: jax.Array, k: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`shard_map`: each factor is split over the devices as the weight's axes that it owns are."""
+"""`shard_map`: each factor is partitioned like the weight's axes that it owns."""
 
 import dataclasses
 
@@ -22,11 +22,11 @@ def _shard_map(
             leaves.append(arg)
             specs.append(spec)
             continue
-        # A factor is split over the devices as the axes that it owns are, and is whole on each
-        # otherwise.
+        # A factor is partitioned like the axes of the weight that it owns, and replicated over the
+        # other mesh axes.
         split = [d for d, entry in enumerate(spec) if entry is not None]
         if arg.norm is not None:
-            # A device has a part of what the norm runs over, or does not know the rest.
+            # A device has only a part of the entries that the norm runs over.
             arg = arg.resolved()
         arg = eqn.with_own_keys(arg, of_body=True)
         pieces = [
@@ -62,22 +62,23 @@ def _shard_map(
 
 
 def _base_spec(base, mesh, spec):
-    """The partition of a base; one held as codes has one for each of its arrays."""
+    """Returns the partition of a base; a quantized base gets one for each of its arrays."""
     if not is_coded(base):
         return spec
     specs = tuple(array_spec(mesh, spec, base.term.out, labels) for labels in base.term.labels)
     for d, entry in enumerate(spec):
         axis = base.term.out[d]
+        # The number of blocks is not divisible, so `array_spec` has left the axis whole.
         if entry is not None and all(entry not in part for part in specs):
             raise Inexpressible(f"splits {axis[0].size} blocks of codes over the axis {entry!r}")
-    # What waits and moves no axis has numbers for operands, the same on all devices.
+    # The other operands of deferred equations that stay deferred are scalars: replicated.
     others = jax.tree.map(lambda _: PartitionSpec(), base.others)
     term = dataclasses.replace(base.term, factors=specs)
     return dataclasses.replace(base, term=term, others=others)
 
 
 def _local(weight: FactoredArray) -> FactoredArray:
-    """A shard of a weight, whose labels have the sizes of the shard."""
+    """Returns a shard of a weight, whose labels have the sizes of the shard."""
     base = weight.base
     if is_coded(base):
         term = _local_term(base.term, ())
@@ -87,8 +88,9 @@ def _local(weight: FactoredArray) -> FactoredArray:
 
 
 def _local_term(term, shape):
-    """A shard of a term; where it is known, `shape` is that of the weight."""
-    # Within the body every label has the size of a shard: [in / devices] where the mesh splits it.
+    """Returns a shard of a term; `shape` is that of the weight's shard, or () if it is unknown."""
+    # Inside the body, a label has the size of a shard: [in / devices] where the axis is split. A
+    # label without an owner gets its size from the base, any other from the factors.
     sizes = {x[0]: size for x, size in zip(term.out, shape, strict=bool(shape)) if len(x) == 1}
     sizes |= {
         label: size

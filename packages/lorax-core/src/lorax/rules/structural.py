@@ -1,6 +1,6 @@
 """Primitives that move, merge, repeat or cut the axes of a weight, or change how it is stored.
 
-The factors of a term are not touched, or only cut along the axis they own.
+Factors are left unchanged, or cut along an axis that they own.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ defdirect("layout_constraint", parameters=("layout",))
 
 @defrule("pvary", gains=True)
 def _pvary(eqn, *weights, axes, axis_index_groups=None):
-    """Factors vary over an axis of `shard_map`'s mesh as soon as they meet what does."""
+    """Varies only the base: factors become varying when they meet something that is."""
     if not eqn.eqn.primitive.multiple_results:
         (weight,) = weights
         # Codes and scales vary each by itself.
@@ -41,7 +41,7 @@ def _pvary(eqn, *weights, axes, axis_index_groups=None):
 
 @defrule("convert_element_type", gains=True)
 def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
-    """Casts between floating types are followed; one that is not linear builds the weight."""
+    """Casts the base between inexact types; casts that are not linear build the weight."""
     old = weight.base.dtype
     loses_imaginary = jnp.issubdtype(old, jnp.complexfloating) and not jnp.issubdtype(
         new_dtype, jnp.complexfloating
@@ -54,18 +54,18 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
 
 @defrule("stop_gradient", gains=True)
 def _stop_gradient(eqn, weight):
-    # The user stops the gradient of the adapted weight, so that of its factors stops, too.
+    # The user stops the gradient of the adapted weight, which includes that of its factors.
     return jax.tree.map(jax.lax.stop_gradient, weight.replace_base(eqn(weight.base)))
 
 
 @defrule("optimization_barrier", gains=True)
 def _optimization_barrier(eqn, *operands):
-    """One barrier around the bases and the factors together."""
+    """Puts one barrier around the bases and the factors together."""
     return jax.lax.optimization_barrier(list(operands))
 
 
 def _placed(eqn, weight, sharding, place):
-    """The factors go where the base goes, axis by axis, and so do codes and scales."""
+    """Places factors like the base, axis by axis; codes and scales are placed the same way."""
 
     def placed_codes(term: Term) -> Term:
         if not isinstance(sharding, NamedSharding):
@@ -86,6 +86,7 @@ def _placed(eqn, weight, sharding, place):
         return dataclasses.replace(term, factors=factors)
 
     base = weight.base
+    # Codes and scales are placed by the partition of their blocks.
     base = base.changed(placed_codes) if is_coded(base) else eqn(base)
     return weight.moved(placed).replace_base(base)
 
@@ -104,7 +105,7 @@ def _reshard(eqn, weight, *, dst_sharding, concrete_mesh=None):
 def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     placed = []
     coded = [is_coded(base_of(weight)) for weight in weights]
-    # One equation places several values; its bases are arrays or codes, and it takes one kind.
+    # One equation places several values at once, and bases must all be arrays or all codes.
     if any(coded) and not all(coded):
         raise Inexpressible("places arrays beside a base that is held as codes")
     outs = weights if all(coded) else eqn(*map(base_of, weights))
@@ -125,7 +126,7 @@ defstructural("squeeze", lambda term, *, dimensions: term.drop(dimensions))
 
 def _reshape(term: Term, *, new_sizes, dimensions, sharding) -> Term:
     order = range(len(term.out)) if dimensions is None else dimensions
-    # `dimensions`, where given, is the order of the axes before the reshape.
+    # `dimensions`, if given, is a permutation that is applied before the reshape.
     return term.permute(order).reshape(new_sizes)
 
 
@@ -142,7 +143,7 @@ defstructural("broadcast_in_dim", _broadcast)
 def _flip(term: Term, *, dimensions) -> Term:
     for axis in dimensions:
         for label in term.out[axis]:
-            # Row-major: an axis of several labels is reversed by reversing each of them.
+            # Index (i, j) of [m, n] is i · n + j, so reversing both reverses the row-major axis.
             term, _ = term.along(label, lambda f, k: jnp.flip(f, k), label.size)
     return term
 
@@ -151,7 +152,7 @@ defstructural("rev", _flip)
 
 
 def _tile(term: Term, *, reps) -> Term:
-    """Repeating an axis puts a label that nobody owns in front of it."""
+    """Adds a label without an owner in front of each repeated axis."""
     # [a, b] tiled twice is [a, b, a, b]: the repeat is the most significant label.
     repeats = [term.fresh(n, skip=k) for k, n in enumerate(reps)]
     out = tuple(
@@ -168,7 +169,7 @@ defstructural("tile", _tile)
 
 
 def cut(term: Term, axis: int, start: int, limit: int, stride: int = 1) -> Term:
-    """The term of `weight[start:limit:stride]` along one axis."""
+    """Returns the term of `weight[start:limit:stride]` along one axis."""
     size = term.shape[axis]
     if (start, limit, stride) == (0, size, 1):
         return term
@@ -176,7 +177,7 @@ def cut(term: Term, axis: int, start: int, limit: int, stride: int = 1) -> Term:
         term, label, unit = term.leading(axis, (start, limit))
     else:
         (term, label), unit = term.fuse(axis), 1
-    # A label of 6 steps of 3 entries each: the axis cut at 9 is the label cut at 3.
+    # A leading label of 6 steps of 3 entries each: cutting the axis at 9 cuts the label at 3.
     start, limit = start // unit, limit // unit
     return term.along(
         label,
@@ -196,11 +197,12 @@ defstructural("slice", _slice)
 
 
 def _bounds(sizes):
+    # sizes (2, 3) -> bounds (0, 2), (2, 5)
     return list(itertools.pairwise(itertools.accumulate((int(n) for n in sizes), initial=0)))
 
 
 def _pieces(eqn, weight, changes):
-    """Several weights from one, each by its own change."""
+    """Returns several weights from one, each by a change of its own."""
     parts = [weight.moved(change) for change in changes]
     # The equation splits the base once, and each term is cut for each of the pieces.
     bases = eqn(weight.base)
@@ -234,15 +236,16 @@ defmove("unstack")(
 
 
 def pad_axis(term: Term, axis: int, low: int, high: int, interior: int = 0) -> Term:
-    """The term of the weight padded along one axis, with zeros in the term."""
+    """Returns the term of the weight padded along one axis, with zeros in the term."""
     if (low, high, interior) == (0, 0, 0):
         return term
     if interior == 0:
         term, label, unit = term.leading(axis, (low, high))
     else:
         (term, label), unit = term.fuse(axis), 1
-    # Zeros around it: the term is no longer constant along the axis, so a factor has to own it.
+    # With zeros around it, the term is no longer constant along the axis: a factor must own it.
     term = term.own(label)
+    # Padding is counted in steps of the leading label.
     low, high = low // unit, high // unit
 
     def change(factor: jax.Array, k: int) -> jax.Array:
@@ -260,6 +263,7 @@ def _pad(eqn, weight, value, *, padding_config):
         return NotImplemented
     terms = []
     for term in weight.terms:
+        # The base is padded with `value`; the terms are padded with zeros.
         for axis, config in enumerate(padding_config):
             term = pad_axis(term, axis, *config)
         terms.append(term)
@@ -268,7 +272,7 @@ def _pad(eqn, weight, value, *, padding_config):
 
 @defrule("concatenate")
 def _concatenate(eqn, *operands, dimension):
-    """Each term is padded to the whole length, in the factor that owns the axis."""
+    """Pads each term to the whole length, in the factor that owns the axis."""
     sizes = [operand.shape[dimension] for operand in operands]
     bases, terms = [], []
     for k, operand in enumerate(operands):
@@ -284,7 +288,7 @@ def _concatenate(eqn, *operands, dimension):
 
 @defrule("stack")
 def _stack(eqn, *operands, axis):
-    """Each term gets the new axis as a label of size one, padded to the number of operands."""
+    """Gives each term the new axis as a label of size one, padded to the number of operands."""
     bases, terms = [], []
     for k, operand in enumerate(operands):
         if not isinstance(operand, FactoredArray):
