@@ -421,3 +421,12 @@ def test_frozen_factors_of_a_base_that_stays_are_the_same_arrays():
     )
     square = frozen["w"].factors["square"]
     assert quantize(frozen, {"w": None, "v": Int8()})["w"].factors["square"] is square
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float8_e4m3fn], ids=["complex", "float8"])
+def test_weights_of_other_dtypes_are_left_with_a_warning(dtype):
+    params = {"w": N(0, 64, 8), "other": N(1, 8, 3).astype(dtype)}
+    fn = lambda p, x: (x @ p["w"]).astype(p["other"].dtype) @ p["other"]  # noqa: E731
+    with pytest.warns(UnquantizedWarning, match=f"`other` is {jnp.dtype(dtype).name}"):
+        frozen = quantize(params, Int8(), fn=fn, args=(N(2, 5, 64),))
+    assert frozen["other"] is params["other"] and isinstance(frozen["w"], QuantizedWeight)

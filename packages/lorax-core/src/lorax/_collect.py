@@ -223,9 +223,8 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
         leaves, structure = jax.tree.flatten((params, batch))
         moves = tuple(map(is_array, leaves))
         rest = [None if dynamic else leaf for dynamic, leaf in zip(moves, leaves, strict=True)]
-        # Leaves that are not arrays are part of the program and compared by `str`; they need not be
-        # hashable.
-        key: Hashable = (structure, moves, str(rest))
+        # Leaves that are not arrays are part of the program.
+        key: Hashable = (structure, moves, tuple(map(_identity, rest)))
         if key not in compiled:
 
             def step(
@@ -249,6 +248,15 @@ def _summed(derivative: Callable[..., Any], model: _Model, batches: Sequence[Any
         arrays = [leaf for dynamic, leaf in zip(moves, leaves, strict=True) if dynamic]
         totals = compiled[key](totals, arrays)
     return totals
+
+
+def _identity(leaf: Any) -> Hashable:
+    """Returns what two leaves share only if they are equal; one that has no hash equals itself."""
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)  # `compiled` keeps the leaf alive
+    return type(leaf), leaf
 
 
 def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list[Any]:

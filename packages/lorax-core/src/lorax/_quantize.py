@@ -165,6 +165,9 @@ def _everywhere(
             if chosen:
                 # A weight that is quantized already is an error, not silently left out.
                 _refuse_twice(path, base)
+                reasons.append(
+                    f"`{path}` is {base.dtype}; the formats hold floats of 16 bits or more."
+                )
             blanks.append(None)
             continue
         along = roles.tables[path] if is_table else roles.axes[path][0]

@@ -75,17 +75,11 @@ class _Opaque:
 def _with_rank(spec: Any, rank: int) -> Any:
     if rank == 0:
         return LORA_FREEZE
-    inner = spec
-    while not hasattr(inner, "rank"):
-        inner = inner.spec
-    if inner.alpha is None:
+    if not hasattr(spec, "rank"):
+        return dataclasses.replace(spec, spec=_with_rank(spec.spec, rank))
+    if spec.alpha is None:
         return spec.with_size(rank)
-    ratio = rank / inner.rank
+    ratio = rank / spec.rank
     # scale = alpha / rank, or alpha / √rank for rsLoRA, is kept.
-    alpha = inner.alpha * (math.sqrt(ratio) if inner.scaling == "rslora" else ratio)
-    inner = dataclasses.replace(inner, rank=rank, alpha=alpha)
-    return (
-        inner
-        if inner is spec or not hasattr(spec, "spec")
-        else dataclasses.replace(spec, spec=inner)
-    )
+    alpha = spec.alpha * (math.sqrt(ratio) if spec.scaling == "rslora" else ratio)
+    return dataclasses.replace(spec, rank=rank, alpha=alpha)

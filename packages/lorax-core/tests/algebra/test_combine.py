@@ -7,6 +7,7 @@ from lorax import (
     DoraSpec,
     LoraSpec,
     PairError,
+    SpecError,
     combine_adapters,
     init_lora,
     merge_params,
@@ -200,3 +201,16 @@ def test_fully_trained_parameters():
         combine_adapters({"1": (full, 1), "2": (full, 1)})
     with pytest.raises(PairError, match="'1' has a full parameter at `kernel`"):
         combine_adapters({"1": (full, 1), "2": (two, 1)})
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "ties_svd"])
+def test_signs_of_complex_factors_raise(method):
+    params = {"w": jnp.ones((9, 7), jnp.complex64)}
+    pair = [
+        init_lora(params, {"w": 2}, jax.random.key(k), b_init="gaussian").tunable for k in (0, 1)
+    ]
+    settings = {"density": 0.5, "rank": 2 if method.endswith("svd") else None}
+    if method.startswith("dare"):
+        settings["key"] = jax.random.key(0)
+    with pytest.raises(SpecError, match="`w.*` is complex, and .* elects signs"):
+        combine_adapters({"one": (pair[0], 1.0), "two": (pair[1], 1.0)}, method, **settings)

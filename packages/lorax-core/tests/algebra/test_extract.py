@@ -118,3 +118,18 @@ def test_invalid_arguments_raise():
         extract_lora(BASE, BASE, {"kernel": 2})
     with pytest.raises(ValueError, match="energy is 2"):
         extract_lora(BASE, BASE, SPEC, energy=2)
+
+
+@pytest.mark.parametrize("shape", [(11, 7), (90, 85)], ids=["exact", "randomized"])
+def test_complex_parameters(shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b, base = (
+        jax.random.normal(key, shape, jnp.complex64)
+        for key, shape in zip(keys, ((shape[0], 2), (2, shape[1]), shape), strict=True)
+    )
+    found, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(2)})
+    np.testing.assert_allclose(merge_params(found)["w"], base + a @ b, rtol=1e-3, atol=1e-4)
+    assert errors["w"] < 1e-5
+    _, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(1)})
+    values = np.linalg.svd(a @ b, compute_uv=False)
+    np.testing.assert_allclose(errors["w"], values[1] / np.hypot(*values[:2]), rtol=1e-4)

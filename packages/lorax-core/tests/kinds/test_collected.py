@@ -501,3 +501,32 @@ def test_a_quantized_base_is_read_as_its_floats(init):
             np.testing.assert_allclose(actual[path][name], array, rtol=1e-4, atol=1e-5)
     frozen, _ = init_lora(held, spec, KEY, collected=actual)
     assert isinstance(frozen["layers"], QuantizedWeight)
+
+
+class _Opaque:
+    """A setting that prints as any other."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __repr__(self):
+        return "Opaque()"
+
+
+class _Unhashable(_Opaque):
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __eq__(self, other):
+        return True
+
+
+@pytest.mark.parametrize("kind", [_Opaque, _Unhashable])
+def test_settings_that_print_alike_are_not_one_program(kind):
+    model = lambda p, x, setting: setting.factor * x @ p["w"]  # noqa: E731
+    params, spec = {"w": N(0, 5, 3)}, {"w": LoraSpec(2, init="eva")}
+    batches = [(N(1, 7, 5), kind(1.0)), (N(2, 7, 5), kind(100.0))]
+    got = collect_starts(model, params, spec, batches)
+    scaled = [(x * setting.factor, kind(1.0)) for x, setting in batches]
+    expected = collect_starts(model, params, spec, scaled)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4)

@@ -93,3 +93,10 @@ def test_a_difference_of_other_trees_raises():
     _, dora = init_lora(PARAMS, {"w": DoraSpec(2)}, KEY)
     with pytest.raises(PairError, match="`w` has a dora adapter"):
         adapter_difference(dora, dora)
+
+
+def test_orthogonal_factors_of_a_complex_weight_have_no_product():
+    params = {"w": jnp.ones((9, 7), jnp.complex64)}
+    _, tunable = init_lora(params, {"w": LoraSpec(4, init="orthogonal")}, jax.random.key(0))
+    a, b = tunable["w"].a, tunable["w"].b
+    assert jnp.abs(a).min() > 0 and jnp.abs(a @ b).max() < 1e-7

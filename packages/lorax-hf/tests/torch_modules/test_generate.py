@@ -156,3 +156,7 @@ def test_wrong_arguments_are_named():
         lorax_hf.generate(fn, params, IDS, max_new_tokens=0)
     with pytest.raises(TypeError, match="do_sample=True needs `rng=`"):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=2, do_sample=True)
+    for name, value in (("temperature", 0.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)):
+        settings = {"do_sample": True, "rng": jax.random.key(0), name: value}
+        with pytest.raises(ValueError, match=f"{name}={value}: it is "):
+            lorax_hf.generate(fn, params, IDS, max_new_tokens=2, **settings)

@@ -584,6 +584,8 @@ def make_base_folder(files=2):
         "merges.txt": "a b",
         "tokenizer.model": "m",
         "chat_template.jinja": "{{ x }}",
+        "modeling_custom.py": "",
+        "vocabulary.tiktoken": "IQ== 0",
         "pytorch_model.bin": "pickle",
     }
     for name, text in texts.items():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter import Adapter
-from .._errors import PairError
+from .._errors import PairError, SpecError
 from ..kinds.lora import LoraWeight
 from ._matrices import Approximation, Matrices, flatten_adapters, plus, relative_error, truncated
 
@@ -288,6 +288,11 @@ def _merge(
     weighted = stacked * weights[:, None, None, None]
     if not method.elects:
         return weighted.sum(0)
+    if np.iscomplexobj(stacked):
+        raise SpecError(
+            f"combine_adapters: `{path}` is complex, and {options.method!r} elects signs. "
+            "Use a method that does not, such as 'concatenate' or 'linear'."
+        )
     votes = np.sign(stacked) if options.signs == "frequency" else stacked
     # TIES: each entry elects a sign, and the mean is over the adapters that agree with it. The
     # votes are unweighted, as in PEFT.

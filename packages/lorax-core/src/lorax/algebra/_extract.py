@@ -157,7 +157,7 @@ def _closest(
         left, values, right, squares = _decomposed(most)(deltas, keys)
         rank = most if energy is None else rank_for(values, squares, energy)
         a = left[:, :, :rank]  # [entries, in, rank]
-        b = values[:, :rank, None] * right[:, :rank]  # [entries, rank, out]
+        b = values[:, :rank, None].astype(wide) * right[:, :rank]  # [entries, rank, out]
         error = float(jnp.sqrt(_squared_error(deltas, a, b).sum()))
     # The Frobenius norm of all entries of the weight.
     size = float(jnp.sqrt(squares.sum()))
@@ -179,26 +179,31 @@ def _decomposed(rank: int) -> Any:
             left, values, right = _randomized(delta, rank + _OVERSAMPLED, key)
         else:
             left, values, right = jnp.linalg.svd(delta, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank], jnp.sum(delta * delta)
+        return left[:, :rank], values[:rank], right[:rank], _square(delta)
 
     # Sequential `map`, not `vmap`: the temporary arrays are those of a single matrix.
     return jax.jit(lambda deltas, keys: jax.lax.map(lambda x: one(*x), (deltas, keys)))
+
+
+def _square(matrix: jax.Array) -> jax.Array:
+    """Returns `‖matrix‖²`, also of complex numbers."""
+    return jnp.sum((matrix * matrix.conj()).real)
 
 
 def _randomized(delta: jax.Array, width: int, key: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the singular value decomposition within the range of a random sketch."""
     sketch = delta @ jax.random.normal(key, (delta.shape[1], width), delta.dtype)  # [in, width]
     basis = jnp.linalg.qr(sketch)[0]
-    # Each iteration multiplies the sketch by ΔΔᵀ, which makes the largest singular directions
+    # Each iteration multiplies the sketch by ΔΔᴴ, which makes the largest singular directions
     # dominate; the QR decompositions keep its columns from becoming parallel.
     for _ in range(_POWERS):
-        back = jnp.linalg.qr(delta.T @ basis)[0]  # [out, width]
+        back = jnp.linalg.qr(delta.conj().T @ basis)[0]  # [out, width]
         basis = jnp.linalg.qr(delta @ back)[0]  # [in, width]
-    left, values, right = jnp.linalg.svd(basis.T @ delta, full_matrices=False)
+    left, values, right = jnp.linalg.svd(basis.conj().T @ delta, full_matrices=False)
     return basis @ left, values, right
 
 
 @jax.jit
 def _squared_error(deltas: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns `‖delta − a b‖²` of each entry."""
-    return jnp.sum((deltas - a @ b) ** 2, axis=(1, 2))
+    return jax.vmap(_square)(deltas - a @ b)

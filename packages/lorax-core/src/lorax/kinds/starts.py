@@ -41,10 +41,10 @@ def orthogonal(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Fa
     """Returns random factors whose product is zero, through orthogonal halves of the rank."""
     q_key, a_key, b_key = jax.random.split(key, 3)
     q = jnp.linalg.qr(jax.random.normal(q_key, (rank, rank), matrix.dtype))[0]
-    # a = A q[even], b = q[odd]ᵀ B: rows of an orthogonal q are orthogonal, so a b = A 0 B = 0.
+    # a = A q[even], b = q[odd]ᴴ B: rows of a unitary q are orthogonal, so a b = A 0 B = 0.
     half = rank // 2
     a = jax.random.normal(a_key, (matrix.shape[0], half), matrix.dtype) @ q[0::2]
-    b = q[1::2].T @ jax.random.normal(b_key, (half, matrix.shape[1]), matrix.dtype)
+    b = q[1::2].conj().T @ jax.random.normal(b_key, (half, matrix.shape[1]), matrix.dtype)
     return a / 10, b / 10
 
 

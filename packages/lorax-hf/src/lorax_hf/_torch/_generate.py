@@ -47,6 +47,7 @@ def generate(
         raise ValueError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
     if options.do_sample and rng is None:
         raise TypeError("do_sample=True needs `rng=`, a key of `jax.random`.")
+    _check_sampling(options)
     length = ids.shape[1] + options.max_new_tokens
     key = (length, options, *sorted(lora.items()))
     if key not in fn.programs:
@@ -59,6 +60,25 @@ def generate(
             f"{fn.__name__} decides in Python by what is in its cache, which is then not of "
             "constant size. Generate in PyTorch."
         ) from error
+
+
+def _check_sampling(options: Options) -> None:
+    """Raises `ValueError` for settings with which no token, or every token, would be drawn."""
+    for name, is_valid, range_of in (
+        (
+            "temperature",
+            options.temperature > 0,
+            "above 0; for the most likely token, leave out do_sample",
+        ),
+        ("top_k", options.top_k is None or options.top_k >= 1, "at least 1, or None"),
+        (
+            "top_p",
+            options.top_p is None or 0 < options.top_p <= 1,
+            "above 0 and at most 1, or None",
+        ),
+    ):
+        if not is_valid:
+            raise ValueError(f"{name}={getattr(options, name)}: it is {range_of}.")
 
 
 def _program(

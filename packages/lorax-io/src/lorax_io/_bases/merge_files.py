@@ -28,7 +28,8 @@ from .outputs import Lazy, bytes_of, files_of_gguf, outputs
 from .ties import is_embedding, is_head, ties, untied
 
 # Files beside the weights that still apply to the merged model: configs, tokenizers, templates.
-_COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja")
+# Config, tokenizer, card, and the code of models that are not part of transformers.
+_COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja", ".py", ".tiktoken")
 
 
 def merge_files(
