@@ -128,7 +128,7 @@ def merge_files(
             _add_to_index(index, checkpoint)
         if floats and not checkpoint.is_gguf:
             _index_floats(folder)
-    assert not left, left
+        assert not left, left  # within `new_folder`, so that a bug here leaves no folder
     if losses:
         worst = max(losses, key=lambda name: losses[name])
         warn(
