@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,7 +211,7 @@ def test_signs_of_complex_factors_raise(method):
     pair = [
         init_lora(params, {"w": 2}, jax.random.key(k), b_init="gaussian").tunable for k in (0, 1)
     ]
-    settings = {"density": 0.5, "rank": 2 if method.endswith("svd") else None}
+    settings: dict[str, Any] = {"density": 0.5, "rank": 2 if method.endswith("svd") else None}
     if method.startswith("dare"):
         settings["key"] = jax.random.key(0)
     with pytest.raises(SpecError, match="`w.*` is complex, and .* elects signs"):
