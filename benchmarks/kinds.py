@@ -1,6 +1,6 @@
 """Counts and times a training step with each kind of adapter, beside the same step with LoRA.
 
-    python benchmarks/kinds.py [--rounds N] [--works NAME ...] [--no-peer]
+    python benchmarks/kinds.py [--rounds N] [--works NAME ...] [--rows NAME ...] [--no-peer]
 
 FLOPs, temporary bytes and the bytes kept for the backward pass are exact. The time is the median
 ratio of paired runs. Beside it are the same ratio in PEFT on torch, and the time of ours over that
@@ -43,6 +43,8 @@ KINDS: dict[str, lorax.AdapterSpec] = {
     "DeLoRA": lorax.DeloraSpec(RANK),
 }
 
+DROPOUT, FLOOR = "LoRA, dropout", "floor"
+
 WORKS: dict[str, Callable[[], Model]] = {
     "GPT": gpt,
     "GPT, scan + remat": lambda: gpt(scan=True, remat=True),
@@ -61,12 +63,14 @@ class Step(NamedTuple):
     trained: int
 
 
-def steps(model: Model) -> dict[str, Step]:
-    """A training step of every kind, of LoRA with dropout, and the floor."""
-    found = {name: Step(*_step(model, spec)) for name, spec in KINDS.items()}
-    found["LoRA, dropout"] = Step(*_step(model, LORA, dropout=True))
-    found["floor"] = Step(variant(Program(*floor(model))), 0)
-    return found
+ROWS = (*KINDS, DROPOUT, FLOOR)
+
+
+def make_step(model: Model, row: str) -> Step:
+    """A training step of a kind, of LoRA with dropout, or of the floor."""
+    if row == FLOOR:
+        return Step(variant(Program(*floor(model))), 0)
+    return Step(*_step(model, KINDS.get(row, LORA), dropout=row == DROPOUT))
 
 
 def _step(model: Model, spec: Any, dropout: bool = False) -> tuple[Variant, int]:
@@ -82,10 +86,11 @@ def _step(model: Model, spec: Any, dropout: bool = False) -> tuple[Variant, int]
     return variant(Program(trained.step, calls, trained.loss)), lorax.count_params(adapted.tunable)
 
 
-def table(model: Model, rounds: int, peer: bool) -> str:
+def table(model: Model, rounds: int, peer: bool, rows: Iterable[str] = ROWS) -> str:
     """Each kind as a ratio to LoRA."""
-    made = steps(model)
+    made = {row: make_step(model, row) for row in dict.fromkeys(("LoRA", *rows))}
     of_peft = peft_steps(model) if peer and rounds else {}
+    of_peft = {name: step for name, step in of_peft.items() if name in made}
     runs = {name: partial(step_milliseconds, step.variant) for name, step in made.items()}
     runs |= {f"PEFT: {name}": partial(run_milliseconds, run) for name, run in of_peft.items()}
     times = paired(runs, rounds)
@@ -123,17 +128,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="of paired runs; 0 only counts")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="beside LoRA")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="without PEFT")
     options = parser.parse_args()
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
-    show(options.works, options.rounds, options.peer)
+    show(options.works, options.rounds, options.peer, options.rows)
 
 
-def show(works: Iterable[str] = WORKS, rounds: int = 0, peer: bool = False) -> None:
+def show(
+    works: Iterable[str] = WORKS,
+    rounds: int = 0,
+    peer: bool = False,
+    rows: Iterable[str] = ROWS,
+) -> None:
     """Prints the tables; without rounds there are counts alone."""
     print(f"\nKinds of adapters, rank {RANK}, beside LoRA", flush=True)
     for name in works:
-        print(f"\n{name}\n\n{table(WORKS[name](), rounds, peer)}", flush=True)
+        print(f"\n{name}\n\n{table(WORKS[name](), rounds, peer, rows)}", flush=True)
 
 
 if __name__ == "__main__":
