@@ -83,15 +83,3 @@ def make_pair(kind):
     frozen, tunable = init_lora(params, spec | {"bias": 0, "scale": -1}, jax.random.key(0))
     key = jax.random.key(1)
     return Pair(frozen, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), tunable))
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
-def assert_close(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6), left, right)

@@ -65,14 +65,6 @@ def numbers(seed, shape, dtype="float32"):
     return array.reshape(shape)
 
 
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert x.tobytes() == y.tobytes()
-
-
 def assert_alike(left, right):
     """The same paths and shapes."""
     shapes = [jax.tree_util.tree_leaves_with_path(jax.tree.map(np.shape, t)) for t in (left, right)]

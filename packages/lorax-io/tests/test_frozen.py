@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_same
 
 from lorax import (
     FP8,
@@ -55,13 +56,6 @@ SHAPES = {"stack": (3, 64, 6), "odd": (5, 64, 7), "table": (7, 64)}
 
 def draw(shape, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), dtype)
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for x, y in zip(*map(jax.tree.leaves, (left, right)), strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def test_every_format_has_a_row():

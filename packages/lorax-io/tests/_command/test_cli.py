@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from comparing import assert_same
 
 import lorax
 from lorax_io import (
@@ -86,13 +87,6 @@ def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
         return lora(a, b, alpha=8.0, **axes)
 
     return {path: row(path) for path in paths}
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 def lorax_command(line, capsys):

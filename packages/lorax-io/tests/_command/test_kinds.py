@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from kinds_of_adapters import HELD, KINDS, NAMES, assert_close, assert_same, make_pair, make_params
+from comparing import assert_close, assert_same
+from kinds_of_adapters import HELD, KINDS, NAMES, make_pair, make_params
 
 import lorax
 from lorax import (

@@ -5,16 +5,9 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_same
 from hypothesis import given, strategies as st
-from random_files import (
-    NAMES,
-    assert_same,
-    examples,
-    load_or_refuse,
-    make_params,
-    make_tunable,
-    numbers,
-)
+from random_files import NAMES, examples, load_or_refuse, make_params, make_tunable, numbers
 
 import lorax
 from lorax_io import (

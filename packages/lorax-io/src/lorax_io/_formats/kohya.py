@@ -215,14 +215,12 @@ def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[s
             renamed[f"{name}{_DORA}"] = tensor.reshape(tensor.size, 1, *window)
         else:
             renamed[f"{name}.{end.get(match[1], match[1])}"] = tensor
-        rank, alpha = config.rank(module), config.alpha(module)
-        if config.use_rslora:
-            alpha *= rank**0.5
+        alpha = config.standard_alpha(module)
         if {f"{module}.lokr_w1", f"{module}.lokr_w2"} <= tensors.keys():
             # LoKr of two whole matrices has no rank, and readers ignore alpha: the scale is
             # multiplied into the first.
             if match[1] == "lokr_w1":
-                renamed[f"{name}.lokr_w1"] = (tensor * (alpha / rank)).astype(tensor.dtype)
+                renamed[f"{name}.lokr_w1"] = (tensor * config.scale(module)).astype(tensor.dtype)
             alpha = 1
         renamed[f"{name}.alpha"] = np.asarray(alpha, np.float32)
     return renamed

@@ -72,11 +72,8 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
                 raise UnsupportedAdapterError(
                     f"these files have factors of linear and convolution layers, not `{key}`."
                 )
-            rank, alpha = config.rank(module), config.alpha(module)
-            found[f"{PREFIX}{key}"] = tensor
-            found[f"{PREFIX}{module}.{ALPHA}"] = np.asarray(
-                alpha * (rank**0.5 if config.use_rslora else 1), np.float32
-            )
+            alpha = np.asarray(config.standard_alpha(module), np.float32)
+            found |= {f"{PREFIX}{key}": tensor, f"{PREFIX}{module}.{ALPHA}": alpha}
         with one_writer() as writer:
             if writer:
                 write_tensors(Path(path), found, {"format": "pt", **signature()})

@@ -24,6 +24,7 @@ from .._layouts import Linear
 from .._tree import pair_rows
 from .format import Content, Format
 from .self_described import self_described
+from .signature import signature
 from .source import Own, Source, Stored, check_any
 
 TREE = "model_params"  # the name of the tree in which tunix saves the model
@@ -228,7 +229,7 @@ def save_tunix(
                 inner[f"{name}_lora_{side}"] = {"value": np.asarray(array, order="C")}
         with one_writer() as writer:
             if writer:
-                write_orbax(folder, step, TREE, tree, {ALPHA: alpha, "lorax": "1"})
+                write_orbax(folder, step, TREE, tree, {ALPHA: alpha, **signature()})
 
 
 def _one_alpha(rows: Mapping[str, LoraWeight]) -> float:

@@ -1,6 +1,5 @@
 """Writes frozen trees."""
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from .._disk.streams import in_order, write_stream
 from .._disk.tensors import check_dtype
 from .._errors import AdapterError, about
 from .._formats.native import FROZEN_KEY, PREFIX
+from .._formats.signature import signature
 from .._tree import frozen_leaves, is_array
 from .header import BASES, FORMAT, PACKED, Entry, all_arrays, check_numbers
 
@@ -72,7 +72,7 @@ def save_frozen(
         header = {
             **(metadata or {}),
             FROZEN_KEY: FORMAT,
-            PREFIX + "version": importlib.metadata.version("lorax-io"),
+            **signature(),
             BASES: json.dumps({p: entry.settings() for p, entry in entries.items()}),
             PACKED: json.dumps({name: row.settings() for name, row in packed.items()}),
         }

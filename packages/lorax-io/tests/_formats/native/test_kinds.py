@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from kinds_of_adapters import (
-    HELD,
-    KINDS,
-    OTHERS,
-    assert_close,
-    assert_same,
-    make_pair,
-    make_params,
-)
+from comparing import assert_close, assert_same
+from kinds_of_adapters import HELD, KINDS, OTHERS, make_pair, make_params
 
 import lorax
 from lorax import (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from comparing import assert_same
 
 import lorax
 from lorax_io import (
@@ -35,13 +36,6 @@ def make_tunable(alpha=None, seed=0):
         "stack": lorax.LoraSpec(2, 3.5, "rslora", in_axes=(1, 3), shared_axes=(0,)),
     }
     return lorax.init_lora(make_params(), spec, jax.random.key(seed))[1]
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import json
 
 import jax
+from comparing import assert_same
 from hypothesis import given, strategies as st
 from random_files import (
     SEEDS,
     VALUES,
-    assert_same,
     base_of,
     examples,
     load_or_refuse,

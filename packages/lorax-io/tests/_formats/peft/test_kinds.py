@@ -5,14 +5,8 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from kinds_of_adapters import (
-    NAMES,
-    OTHERS,
-    assert_close,
-    assert_same,
-    make_pair,
-    make_params,
-)
+from comparing import assert_close, assert_same
+from kinds_of_adapters import NAMES, OTHERS, make_pair, make_params
 
 import lorax
 from lorax import (

@@ -3,15 +3,9 @@
 import dataclasses
 
 import numpy as np
+from comparing import assert_same
 from hypothesis import assume, given, strategies as st
-from random_files import (
-    SEEDS,
-    assert_same,
-    base_of,
-    examples,
-    make_weight,
-    numbers,
-)
+from random_files import SEEDS, base_of, examples, make_weight, numbers
 
 from lorax import LoraWeight
 from lorax_io import (

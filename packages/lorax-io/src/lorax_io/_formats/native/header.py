@@ -14,9 +14,7 @@ from ..._disk.tensors import (
 from ..._errors import AdapterFileError
 
 PREFIX = "lorax."
-FORMAT_KEY, VERSION, ADAPTER, BASE, HELD = (
-    PREFIX + key for key in ("format", "version", "adapter", "base", "held")
-)
+FORMAT_KEY, ADAPTER, BASE, HELD = (PREFIX + key for key in ("format", "adapter", "base", "held"))
 FROZEN_KEY = PREFIX + "frozen_format"
 _FORMATS = ("1", "2")
 _SHORT = reprlib.Repr()  # settings in an untrusted file may be nested very deeply

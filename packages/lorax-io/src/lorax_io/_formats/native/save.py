@@ -1,6 +1,5 @@
 """Writes native files."""
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,9 @@ from ..._tree import (
     pair_rows,
     settings_of,
 )
+from ..signature import signature
 from .fingerprint import fingerprint
-from .header import ADAPTER, BASE, FIRST_KINDS, FORMAT_KEY, HELD, PREFIX, VERSION
+from .header import ADAPTER, BASE, FIRST_KINDS, FORMAT_KEY, HELD, PREFIX
 
 
 def save_adapter(
@@ -99,7 +99,7 @@ def write(
     header = {
         **(metadata or {}),
         FORMAT_KEY: "1" if is_first else "2",
-        VERSION: importlib.metadata.version("lorax-io"),
+        **signature(),
         ADAPTER: json.dumps(settings),
     }
     if held:

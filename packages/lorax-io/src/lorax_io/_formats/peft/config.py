@@ -85,6 +85,11 @@ class PeftConfig:
         """The alpha of a module."""
         return self._alphas.find(name, self.lora_alpha)
 
+    def standard_alpha(self, name: str) -> float:
+        """The alpha of a module for readers whose scale is always `alpha / rank`."""
+        rank = self.rank(name)
+        return self.alpha(name) * (math.sqrt(rank) if self.use_rslora else 1)
+
     def scale(self, name: str) -> float:
         """The scale of a module's delta, by its rank and alpha."""
         rank = self.rank(name)

@@ -177,8 +177,7 @@ class Lora(Tuner):
         more = tensors.get(f"{module}.{BIAS}")
         if more is None:
             return None
-        rank = config.rank(module)
-        scale = config.alpha(module) / (rank**0.5 if config.use_rslora else rank)
+        scale = config.scale(module)
         return lambda bias: bias + scale * more.view().astype(np.float64).reshape(bias.shape)
 
     def needs_base(self, config: PeftConfig) -> str | None:
