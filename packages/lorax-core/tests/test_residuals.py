@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorax import LoraSpec, LoraWeight, init_lora, lora
+from lorax import LoraSpec, LoraWeight, init_lora, lora, with_dropout
 from lorax.testing import random_factors
 
 LAYERS, BATCH, TIME, WIDTH, HIDDEN, TOKENS = 3, 2, 5, 6, 10, 11
@@ -139,3 +139,21 @@ def test_nothing_is_kept_that_hand_written_lora_does_not_keep(row, jit):
     assert jnp.allclose(ours(tunable), theirs(factors), rtol=1e-4, atol=1e-4)
     mine, their = residuals(around(ours), tunable), residuals(around(theirs), factors)
     assert mine[0] <= their[0] and mine[1] <= their[1], (mine, their)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_dropout_keeps_no_masked_input(jit):
+    params = {"q": jnp.ones((32, 48)) / 32, "k": jnp.ones((32, 48)) / 32}
+    frozen, tunable = init_lora(params, {"q": 2, "k": 2}, jax.random.key(0))
+    tunable = random_factors(tunable, jax.random.key(1))
+    x = jnp.ones((64, 32))
+    model = lora(lambda p, x: jnp.sin(x @ p["q"]) + x @ p["k"])
+    around = jax.jit if jit else lambda fn: fn
+
+    def dropped(tunable):
+        return model((frozen, with_dropout(tunable, jax.random.key(2), 0.1)), x)
+
+    _, without, _ = residuals(around(lambda tunable: model((frozen, tunable), x)), tunable)
+    _, kept, _ = residuals(around(dropped), tunable)
+    # A masked input has as many bytes as `x`; a key has 8.
+    assert kept <= without + 64 < without + x.nbytes

@@ -133,3 +133,13 @@ def test_complex_parameters(shape):
     _, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(1)})
     values = np.linalg.svd(a @ b, compute_uv=False)
     np.testing.assert_allclose(errors["w"], values[1] / np.hypot(*values[:2]), rtol=1e-4)
+
+
+def test_the_randomized_decomposition_of_complex_parameters_comes_close_to_the_best():
+    draw = lambda seed, n: jax.random.normal(jax.random.key(seed), (n, 90), jnp.complex64)  # noqa: E731
+    left, right = np.linalg.qr(draw(1, 120))[0], np.linalg.qr(draw(2, 90))[0]
+    values = 1 / np.sqrt(np.arange(1, 91))
+    delta = jnp.asarray((left * values) @ right.conj().T).astype(jnp.complex64)
+    _, errors = extract_lora({"w": jnp.zeros_like(delta)}, {"w": delta}, {"w": LoraSpec(3)})
+    least = np.sqrt((values[3:] ** 2).sum() / (values**2).sum())
+    assert least <= errors["w"] * 1.0001 and errors["w"] <= least * 1.01

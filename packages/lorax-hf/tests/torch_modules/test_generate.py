@@ -158,5 +158,5 @@ def test_wrong_arguments_are_named():
         lorax_hf.generate(fn, params, IDS, max_new_tokens=2, do_sample=True)
     for name, value in (("temperature", 0.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)):
         settings = {"do_sample": True, "rng": jax.random.key(0), name: value}
-        with pytest.raises(ValueError, match=f"{name}={value}: it is "):
+        with pytest.raises(ValueError, match=f"{name}={value} must be "):
             lorax_hf.generate(fn, params, IDS, max_new_tokens=2, **settings)

@@ -46,16 +46,18 @@ def moved_base(
         return eqn(base)
     try:
         _check_alike(base, names)
-        # `changed` applies the move to the codes first and the deferred equations after it, which
-        # is
-        # wrong for f(0) ≠ 0 on devices that receive zeros.
-        if makes_zeros and not {move.primitive.name for move in base.moves if move.commutes} <= (
-            _OF_ZERO_ZERO
-        ):
-            raise Inexpressible("leaves zeros on some devices, of which a number is still made")
+        # `changed` applies the deferred equations after the move: wrong for f(0) ≠ 0 where a device
+        # receives zeros.
+        deferred = {move.primitive.name for move in base.moves if move.commutes}
+        if makes_zeros and not deferred <= _OF_ZERO_ZERO:
+            raise Inexpressible("leaves zeros on some devices, which a deferred operation changes")
         return base.changed(change)
     except Inexpressible as reason:
-        eqn.use(weight, "materialized", str(reason) or "moves parts of which codes have none")
+        eqn.use(
+            weight,
+            "materialized",
+            str(reason) or "moves parts into which the codes cannot be split",
+        )
         return eqn(base)
 
 
@@ -64,7 +66,7 @@ def summed_base(eqn: Any, weight: Any) -> Any:
     if not isinstance(weight, FactoredArray):
         return weight
     if is_coded(weight.base):
-        eqn.use(weight, "materialized", "adds up floats of several devices")
+        eqn.use(weight, "materialized", "sums the weight over several devices")
     return weight.base
 
 
@@ -79,7 +81,7 @@ def _check_alike(base: CodedArray, names: Any) -> None:
             differs = not is_known or not _compat.varying_axes(other).isdisjoint(names)
             if _compat.is_tracer(other) and differs:
                 raise Inexpressible(
-                    "moves entries to which each device may have applied a number of its own"
+                    "moves entries that each device may have scaled by a different number"
                 )
 
 

@@ -78,7 +78,7 @@ def _check_sampling(options: Options) -> None:
         ),
     ):
         if not is_valid:
-            raise ValueError(f"{name}={getattr(options, name)}: it is {range_of}.")
+            raise ValueError(f"{name}={getattr(options, name)} must be {range_of}.")
 
 
 def _program(
