@@ -150,3 +150,59 @@ def test_attributes_keep_their_dtype():
     fn, _ = lorax_hf.from_torch(module, dtype=jnp.bfloat16)
     dtypes = {name: str(array.dtype) for name, array in fn.buffers.items()}
     assert dtypes == {"saved": "bfloat16", "plain": "float32"}
+
+
+def data_parallel(module):
+    wrapper = nn.DataParallel.__new__(nn.DataParallel)  # its `__init__` looks for devices
+    nn.Module.__init__(wrapper)
+    wrapper.module = module
+    return wrapper
+
+
+WRAPPERS = {"compile": torch.compile, "data parallel": data_parallel}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrapped_modules_have_their_own_names(name):
+    module = nn.Sequential(nn.Linear(6, 6))
+    wrapper = WRAPPERS[name](module)
+    fn, params = lorax_hf.from_torch(wrapper)
+    np.testing.assert_allclose(fn(params, X), module(torch.from_numpy(X)).detach(), atol=1e-6)
+    assert params.keys() == lorax_hf.peft_names(wrapper).keys() == {"0.weight", "0.bias"}
+    assert lorax_hf.spec(wrapper, rank=2, targets="all-linear").keys() == params.keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_compiled_graphs_are_named():
+    script = torch.jit.trace(nn.Linear(6, 6), torch.from_numpy(X))
+    with pytest.raises(TypeError, match="`0` is a TopLevelTracedModule.*not in Python"):
+        lorax_hf.from_torch(nn.Sequential(script))
+
+
+def of_a_module(module):
+    module.register_full_backward_hook(lambda module, given, returned: None)
+
+
+def of_a_parameter(module):
+    module.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.parametrize(("hook", "name"), [(of_a_module, "0"), (of_a_parameter, "0.weight")])
+def test_backward_hooks_are_named(hook, name):
+    module = nn.Sequential(nn.Linear(6, 6))
+    hook(module[0])
+    with pytest.warns(
+        lorax_hf.ModuleWarning, match=f"`{name}` of Sequential has hooks of the back"
+    ):
+        lorax_hf.from_torch(module)
+
+
+def test_integers_of_64_bits_are_not_cut():
+    module = nn.Linear(6, 6)
+    module.register_buffer("primes", torch.tensor([2**40 + 15]))
+    with pytest.raises(ValueError, match="int64 .* has integers that int32 does not hold.*1099511"):
+        lorax_hf.from_torch(module)
+    fn, params = lorax_hf.from_torch(nn.Linear(6, 6))
+    with pytest.raises(ValueError, match="does not hold"):
+        fn(params, np.array([[2**33] * 6]))

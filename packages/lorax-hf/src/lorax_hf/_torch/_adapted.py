@@ -11,6 +11,7 @@ import lorax
 from .._pytorch import generate
 from ._function import ModuleFunction
 from ._state import refuse_without_values, state_of
+from ._wrappers import unwrapped
 
 
 class AdaptedModule:
@@ -47,6 +48,7 @@ def adapted(
         if train or scan_layers:
             raise TypeError("lora: `train` and `scan_layers` are options of `from_torch`.")
         return AdaptedModule(model.module, model, **options)
+    model = unwrapped(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
     refuse_without_values(state_of(model).buffers)

@@ -25,6 +25,7 @@ from ._quantized import refuse_quantized
 from ._restore import restored
 from ._scan import scanned
 from ._state import State, state_of, without_weights
+from ._wrappers import warn_of_backward_hooks
 
 
 class ModuleFunction:
@@ -49,6 +50,7 @@ class ModuleFunction:
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
         refuse_quantized(module)
+        warn_of_backward_hooks(module)
         environment()
         state = state_of(module)
         self.runs = runs_of(module, scan_layers)

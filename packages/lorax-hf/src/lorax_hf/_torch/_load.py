@@ -20,6 +20,7 @@ from ._place import Placement, placed, sharding_of
 from ._quantized import refuse_quantized
 from ._rows import of_config
 from ._state import state_of, tied_names
+from ._wrappers import unwrapped
 
 
 class Read(NamedTuple):
@@ -41,6 +42,7 @@ def load(
     files = Files(folder)
     if module is None:
         module = _module_of(files.folder)
+    module = unwrapped(module)
     refuse_quantized(module)
     reads = _reads(module, files)
     _fill_buffers(module, reads, files.folder)
