@@ -35,8 +35,8 @@ def from_torch(
     unless the call has `use_cache=True`.
 
     Args:
-        module: any `torch.nn.Module`: a transformers or diffusers model, or your own. Of a module of
-            `torch.compile` or `DataParallel`, the one that it wraps.
+        module: any `torch.nn.Module`: a transformers or diffusers model, or your own. Of a wrapper,
+            such as `torch.compile` returns, the module that it wraps is taken.
         sharding: where to put the parameters: one sharding, a dict of shardings by name, or a
             function of name and shape. By default JAX decides.
         dtype: the dtype of floating-point parameters and persistent buffers; by default the
@@ -59,9 +59,9 @@ def from_torch(
             layers than to call one after the other; the message says why.
 
     Warns:
-        ModuleWarning: about layers that `scan_layers` leaves out, hooks of the backward pass, and, in
-            calls, buffers that the module changes and tensors that are constants although they
-            require a gradient.
+        ModuleWarning: about layers that `scan_layers` leaves out, and hooks of the backward pass;
+            in calls, about buffers that the module changes, and tensors that are constants although
+            they require a gradient.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_hf, torch
@@ -110,11 +110,13 @@ def load_torch(
 
     Raises:
         FileNotFoundError: if the folder lacks a file.
-        ValueError: if a tensor is missing or has another shape.
+        ValueError: if a tensor is missing, has another shape or is in two files, if tied tensors
+            differ, or a tensor is in no file and computed only when the model is made.
         QuantizedModuleError: if the files have quantized weights.
 
     Warns:
-        ModuleWarning: if the files have tensors that the module does not have.
+        ModuleWarning: if the files have tensors that the module does not have, or transformers does
+            not have the class that config.json names.
 
     Example:
         >>> import lorax_hf, tempfile, transformers
@@ -185,8 +187,10 @@ def generate(
     need("torch")
     from ._torch._generate import Options, generate as run
 
-    ends = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
-    pad = ends[0] if ends and pad_token_id is None else pad_token_id
+    ends: tuple[int, ...] = ()
+    if eos_token_id is not None:
+        ends = tuple(np.ravel(np.asarray(eos_token_id)).tolist())
+    pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     options = Options(max_new_tokens, do_sample, temperature, top_k, top_p, ends, pad)
     return run(fn, params, ids, attention_mask, rng, options)
 

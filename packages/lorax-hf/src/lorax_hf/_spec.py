@@ -78,8 +78,8 @@ def spec(
 
     Raises:
         SpecError: if a target matches nothing (the message suggests similar names), the model does
-            not have one of the `layers`, the input axes of a weight that is targeted by name are not
-            known, or a PyTorch module already has adapters of PEFT.
+            not have one of the `layers`, the input axes of a weight that is targeted by name are
+            not known, or a PyTorch module already has adapters of PEFT.
         TypeError: if `adapter` is combined with an option that it replaces.
 
     Warns:

@@ -161,6 +161,18 @@ REFUSED = {
         ),
         "BertLMHeadModel is an encoder.*`is_decoder=True`",
     ),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoForCausalLM(
+            transformers.GPTNeoConfig(
+                hidden_size=16,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                num_heads=2,
+                vocab_size=31,
+            )
+        ),
+        r"GPTNeoForCausalLM \(gpt_neo\) computes its mask from the length of its cache",
+    ),
     "linear": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
 }
 

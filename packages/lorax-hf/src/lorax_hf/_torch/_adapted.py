@@ -48,9 +48,9 @@ def adapted(
         if train or scan_layers:
             raise TypeError("lora: `train` and `scan_layers` are options of `from_torch`.")
         return AdaptedModule(model.module, model, **options)
-    model = unwrapped(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
+    model = unwrapped(model)
     refuse_without_values(state_of(model).buffers)
     function = ModuleFunction(model, train=train, scan_layers=scan_layers)
     return AdaptedModule(model, function, **options)

@@ -14,6 +14,9 @@ from .._errors import ModuleWarning, StaticCacheError
 # are computed from positions, so these layers do not need a cache of their own.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
+# Types that take the last rows of a table of masks, by the length of the cache.
+_BY_LENGTH = {"bark", "coarse_acoustics", "gpt_neo", "imagegpt", "semantic"}
+
 # The name of the cache argument in transformers 5.24, and before.
 _CACHES = ("cache", "past_key_values")
 
@@ -60,8 +63,13 @@ def _cache_argument(model: Any) -> str:
         raise StaticCacheError(f"{name} is an encoder and a decoder; generate takes causal models.")
     if _is_encoder(model):
         raise StaticCacheError(
-            f"{name} is an encoder, whose tokens attend to later ones. Set `is_decoder=True` in its "
-            "config."
+            f"{name} is an encoder, whose tokens attend to later ones. Set `is_decoder=True` in "
+            "its config."
+        )
+    if model.config.model_type in _BY_LENGTH:
+        raise StaticCacheError(
+            f"{name} ({model.config.model_type}) computes its mask from the length of its cache, "
+            "which is then not of constant size. Generate in PyTorch."
         )
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
     taken = inspect.signature(model.forward).parameters

@@ -41,14 +41,12 @@ class ModuleFunction:
 
     def __init__(
         self,
-        module: Any,
+        module: torch.nn.Module,
         *,
         train: bool = False,
         dtype: Any = None,
         scan_layers: bool | Collection[str] = False,
     ) -> None:
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
         refuse_quantized(module)
         warn_of_backward_hooks(module)
         environment()

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import lorax
 
@@ -23,7 +24,7 @@ class Options(NamedTuple):
     top_k: int | None
     top_p: float | None
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
+    pad_token_id: int
 
 
 def generate(
@@ -68,12 +69,12 @@ def generate(
 
 
 def _padding(mask: Any, shape: tuple[int, ...]) -> jax.Array:
-    """An attention mask as integers; raises `ValueError` if it is not one of padding on the left."""
+    """An attention mask as integers; raises `ValueError` if it pads a prompt on its right."""
     mask = jnp.asarray(mask)
     if mask.shape != shape:
         raise ValueError(f"attention_mask has the shape {mask.shape}, and ids have {shape}.")
     mask = (mask != 0).astype(jnp.int32)
-    if not isinstance(mask, jax.core.Tracer) and not bool(mask[:, -1].all()):
+    if not isinstance(mask, Tracer) and not bool(mask[:, -1].all()):
         raise ValueError(
             "attention_mask is zero at the end of a prompt: pad prompts on their left, since new "
             "tokens follow the last one."

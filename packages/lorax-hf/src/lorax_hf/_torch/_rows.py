@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorax import Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
 
 from .._ends import HEADS, TOKEN_TABLES
+from .._errors import ModuleWarning
 from .._rows import Described, Row, ends_in
 from ._arrays import dtype_of
 from ._function import ModuleFunction
@@ -86,7 +87,15 @@ def of_config(config: Any) -> torch.nn.Module:
         for name in config.architectures or ():
             if hasattr(transformers, name):
                 return getattr(transformers, name)(config)
-        return transformers.AutoModel.from_config(config)
+        model = transformers.AutoModel.from_config(config)
+    if config.architectures:
+        warnings.warn(
+            f"transformers has no class {config.architectures[0]}, which the config names: a "
+            f"{type(model).__name__} is built. For a class of your own, pass a module.",
+            ModuleWarning,
+            stacklevel=5,
+        )
+    return model
 
 
 class _Rows:

@@ -25,14 +25,15 @@ _REFUSED = {
 }
 
 
-def unwrapped(module: Any) -> Any:
+def unwrapped(module: Any) -> nn.Module:
     """The module that a wrapper, such as that of `torch.compile`, runs; another one as it is.
 
     Raises:
-        TypeError: if the module, or one in it, cannot be run as a function of its parameters.
+        TypeError: if it is not a module, or it or one in it cannot be run as a function of its
+            parameters.
     """
     if not isinstance(module, nn.Module):
-        return module
+        raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
     while (attribute := _entry(module, _WRAPPED)) is not None:
         module = getattr(module, attribute)
     for name, owner in module.named_modules():
