@@ -139,10 +139,11 @@ def init_lora(
 
 def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) -> None:
     """Raises for collected entries that no spec uses, instead of ignoring them."""
+    # `eva_ranks` freezes a weight that gets no rank, and its entry stays.
     asking = {
         path
         for (path, _), spec in zip(leaves, checked, strict=True)
-        if isinstance(spec, tuple) and spec[0].collects is not None
+        if spec == LORA_FREEZE or (isinstance(spec, tuple) and spec[0].collects is not None)
     }
     if unused := sorted(collected.keys() - asking):
         raise SpecError(
