@@ -196,6 +196,8 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
 
 def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
     """Returns the axes of a reshaped array: each shows the sides of the old axes it is made of."""
+    if 0 in new:  # Sizes of zero do not tell which axes became which.
+        return (frozenset[Side]().union(*axes),) * len(new)
     out: list[Sides] = []
     rest = list(zip(axes, old, strict=True))
     shown: Sides = frozenset()
