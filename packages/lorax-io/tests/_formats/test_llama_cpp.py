@@ -71,6 +71,14 @@ def test_gguf_reads_names_and_numbers(files, dtype):
         np.testing.assert_array_equal(b, tunable[module].b.T.astype(np.float32))
 
 
+def test_an_alpha_of_zero_is_multiplied_into_b(files):
+    """llama.cpp reads an alpha of 0 as a scale of 1."""
+    save_gguf("a.gguf", make(files, alpha=0.0), NAMES, config=CONFIG)
+    fields, tensors = read("a.gguf")
+    assert fields["adapter.lora.alpha"] == 3
+    assert not any(tensors[f"{name}.weight.lora_b"].any() for name in MODULES.values())
+
+
 def test_rows_of_other_models_keep_their_order(files):
     tunable = make(files)
     save_gguf("a.gguf", tunable, NAMES, config=CONFIG | {"model_type": "qwen2"})

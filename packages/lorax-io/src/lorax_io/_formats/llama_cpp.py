@@ -77,7 +77,8 @@ def save_gguf(
         layouts = as_layouts(names)
         exported = export(tunable, layouts, plain=True)
         one = exported.config
-        if one.rank_pattern or one.alpha_pattern or one.use_rslora:
+        # llama.cpp reads an alpha of 0 as a scale of 1.
+        if one.rank_pattern or one.alpha_pattern or one.use_rslora or one.lora_alpha == 0:
             exported = export(tunable, layouts, plain=True, fold_scale=True)
         tensors = _in_llama_cpp(exported.tensors, kind, values, is_permuted)
         with one_writer() as writer:

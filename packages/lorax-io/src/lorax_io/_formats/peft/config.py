@@ -5,13 +5,20 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import regex
 
+from ..._errors import AdapterError
 from .patterns import Patterns, listed, match, prefixes, suffixes
 
 CONFIG_NAME = "adapter_config.json"
+# The formats that have such a config, and the names of their weights, of today and of earlier.
+WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "peft": ("adapter_model.safetensors", "adapter_model.bin"),
+    "mlx": ("adapters.safetensors", "adapters.npz"),
+}
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -183,6 +190,20 @@ class PeftConfig:
         """The settings that determine the rank and scale of every module, as JSON."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
+
+
+def check_free(folder: Path, format: str) -> None:
+    """Refuses a folder whose config is that of an adapter in another format.
+
+    Writing there would replace the config, and the other adapter could not be read again.
+    """
+    others = [name for key, names in WEIGHTS.items() if key != format for name in names]
+    found = next((name for name in others if (folder / name).exists()), None)
+    if found is not None and (folder / CONFIG_NAME).exists():
+        raise AdapterError(
+            f"has `{found}`, an adapter in another format, and its `{CONFIG_NAME}` would be "
+            "replaced. Give another folder."
+        )
 
 
 def _is_all_linear(target: Sequence[str] | str) -> bool:
