@@ -108,6 +108,9 @@ class PeftConfig:
             return None
         if self._excludes(name) or not self._includes(name):
             return False
+        # PEFT compares the layers of modules that are listed by the ends of their names only.
+        if isinstance(self.target_modules, str) or name in self._full_names:
+            return True
         return self.layers_to_transform is None or self._is_in_layers(name)
 
     def targets_parameter(self, name: str) -> bool:
@@ -154,6 +157,10 @@ class PeftConfig:
     @functools.cached_property
     def _includes(self) -> Callable[[str], bool]:
         return listed(self.target_modules)
+
+    @functools.cached_property
+    def _full_names(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
 
     @functools.cached_property
     def _excludes(self) -> Callable[[str], bool]:
