@@ -22,8 +22,7 @@ class LoraxError(Exception):
     """Base class of every error that Lorax raises on purpose.
 
     The address of its documentation is a note (`__notes__`), so that it ends the traceback and is
-    not
-    repeated in messages that quote another.
+    not repeated in messages that quote another.
     """
 
     def __init__(self, *args: object) -> None:

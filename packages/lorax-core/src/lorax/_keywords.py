@@ -13,10 +13,8 @@ def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that takes `fn`, its arguments and keywords, and options of its own.
 
     An option whose name is also a keyword of `fn` could be meant for either, and raises
-    `TypeError`. A
-    keyword that `functools.partial` has bound is not ambiguous. If `fn` takes `**kwargs`, the
-    option is
-    Lorax's.
+    `TypeError`. A keyword that `functools.partial` has bound is not ambiguous. If `fn` takes
+    `**kwargs`, the option is Lorax's.
     """
     parameters = inspect.signature(function).parameters.values()
     options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
