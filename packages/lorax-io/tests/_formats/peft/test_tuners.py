@@ -229,6 +229,16 @@ def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_rows_of_tokens_beside_a_parameter_in_full_are_refused(tmp_path):
+    params = {"table": jnp.ones((13, 8)), "norm": jnp.ones(8)}
+    names = {"table": Embedding("table"), "norm": Tensor("norm", parameter="weight")}
+    spec = {"table": TokensSpec([3, 1]), "norm": lorax.LORA_FULL}
+    pair = lorax.init_lora(params, spec, jax.random.key(0))
+    with pytest.raises(UnsupportedAdapterError, match="`norm` in full, and .* no `modules_to_s"):
+        save_peft(tmp_path / "a", pair, names)
+    assert not (tmp_path / "a").exists()
+
+
 def test_rows_of_tokens_that_are_a_scalar_are_an_error_of_the_file(files):
     delta = {"embed.trainable_tokens_delta": np.array(1, np.float32)}
     files.peft(delta)
