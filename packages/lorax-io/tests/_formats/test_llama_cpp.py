@@ -11,6 +11,7 @@ import pytest
 
 from lorax import LoraWeight
 from lorax_io import (
+    AdapterError,
     AdapterMismatchError,
     Conv,
     Embedding,
@@ -77,6 +78,16 @@ def test_an_alpha_of_zero_is_multiplied_into_b(files):
     fields, tensors = read("a.gguf")
     assert fields["adapter.lora.alpha"] == 3
     assert not any(tensors[f"{name}.weight.lora_b"].any() for name in MODULES.values())
+
+
+def test_factors_that_are_not_finite_raise(files):
+    tunable = make(files)
+    tunable["lm_head"] = tunable["lm_head"].with_factors(
+        {"a": jnp.full((WIDTH, 3), jnp.nan), "b": tunable["lm_head"].b}
+    )
+    with pytest.raises(AdapterError, match="`lm_head.lora_A.weight` holds NaN"):
+        save_gguf("a.gguf", tunable, NAMES, config=CONFIG)
+    assert not pathlib.Path("a.gguf").exists()
 
 
 def test_rows_of_other_models_keep_their_order(files):

@@ -224,6 +224,15 @@ def test_a_cause_outside_the_file_is_not_called_damage(tmp_path, monkeypatch, ca
         open_adapter(tmp_path / "a", alpha=2.0)
 
 
+def test_an_alpha_of_zero_is_multiplied_into_b(tmp_path):
+    weight = lorax.LoraWeight(jnp.ones((5, 2)), jnp.ones((2, 3)), 2, 0.0)
+    save_tunix(tmp_path / "a", {"w": weight})
+    row = load_any(tmp_path / "a", {"w": jnp.ones((5, 3))}).tunable["w"]
+    assert row.scale and not row.b.any()
+    with pytest.raises(AdapterError, match="alpha=0; it is a finite number other than 0"):
+        save_tunix(tmp_path / "b", {"w": weight}, alpha=0)
+
+
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     wider = jax.tree.map(lambda x: jnp.ones((*x.shape[:-1], x.shape[-1] + 1)), PARAMS)
