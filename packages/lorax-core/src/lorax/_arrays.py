@@ -44,6 +44,19 @@ def own(leaf: Any) -> Any:
     return jax.device_put(leaf, may_alias=False)
 
 
+def checked_key(key: Any, function: str) -> jax.Array:
+    """Returns a single PRNG key, of the new style; raises `TypeError` for anything else."""
+    dtype = getattr(key, "dtype", None)
+    if dtype == jnp.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.ndim:
+        given = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(
+            f"{function} takes one PRNG key, as jax.random.key returns it, not {given}."
+        )
+    return key
+
+
 def path_string(key_path: Any) -> str:
     """Returns a path as Lorax writes it in specs, messages and files: `h/0/attn/kernel`.
 
