@@ -11,6 +11,7 @@ import lorax
 from .._pytorch import generate
 from ._function import ModuleFunction
 from ._state import refuse_without_values, state_of
+from ._wrappers import unwrapped
 
 
 class AdaptedModule:
@@ -49,6 +50,7 @@ def adapted(
         return AdaptedModule(model.module, model, **options)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
+    model = unwrapped(model)
     refuse_without_values(state_of(model).buffers)
     function = ModuleFunction(model, train=train, scan_layers=scan_layers)
     return AdaptedModule(model, function, **options)

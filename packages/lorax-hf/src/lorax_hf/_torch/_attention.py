@@ -32,6 +32,8 @@ def attention(
     scores = jnp.matmul(query, jnp.swapaxes(key, -1, -2)) * scale  # [*batch, queries, keys]
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if is_causal:
+        if attn_mask is not None:
+            raise ValueError("scaled_dot_product_attention takes `attn_mask` or `is_causal`.")
         attn_mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     if attn_mask is not None:
         hidden = jnp.where(attn_mask, 0.0, -jnp.inf) if attn_mask.dtype == bool else attn_mask

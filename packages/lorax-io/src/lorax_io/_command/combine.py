@@ -13,7 +13,16 @@ from .._errors import AdapterError, about
 from .._formats.opening import OpenedAdapter
 from .._layouts import Layout
 from .convert import OUT, add_writing, write_as
-from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
+from .options import (
+    ADAPTER,
+    SAME,
+    add_naming,
+    check_unused,
+    opened,
+    print_errors,
+    renamed,
+    renaming,
+)
 
 HELP = "several adapters of one base as one"
 
@@ -32,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int, help="of the result, for svd and …_svd")
     parser.add_argument("--density", type=float, help="of what pruning keeps, above 0 to 1")
-    parser.add_argument("--signs", default="total", choices=("total", "frequency"), help="of ties")
-    parser.add_argument("--seed", type=int, default=0, help="of dare_linear and dare_ties")
+    parser.add_argument(
+        "--signs", choices=("total", "frequency"), help="of ties and dare_ties; by default total"
+    )
+    parser.add_argument("--seed", type=int, help="of dare_linear and dare_ties; by default 0")
     add_naming(parser)
     add_writing(parser, required=False)
 
@@ -46,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
             f"is made of {len(args.adapter)} adapters, and there are {len(weights)} weights.",
             args.out,
         )
+    for option, methods in (("signs", "ties"), ("seed", "dare")):
+        if methods not in args.method:
+            check_unused(args, (option,), f"with the method {args.method}")
     rename = renaming(args.rename)
     adapters = [renamed(opened(path, args), rename) for path in args.adapter]
     _check_shared(adapters)
@@ -62,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
                 args.method,
                 rank=args.rank,
                 density=args.density,
-                signs=args.signs,
-                key=jax.random.key(args.seed),
+                signs=args.signs or "total",
+                key=jax.random.key(args.seed or 0),
             )
         except ValueError as error:
             raise AdapterError(f"cannot be made: {error}") from error

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,18 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=float, help="of adapters in formats that do not store it, as tunix's"
     )
+
+
+def check_unused(args: argparse.Namespace, options: Iterable[str], when: str) -> None:
+    """Refuses options that would have no effect, instead of ignoring them.
+
+    Raises:
+        AdapterError: if one of them was given.
+    """
+    for option in options:
+        value = getattr(args, option, None)
+        if value is not None and value is not False and value != []:
+            raise AdapterError(f"has no effect {when}.", f"--{option.replace('_', '-')}")
 
 
 def renaming(pairs: Sequence[Sequence[str]]) -> Rename:

@@ -6,7 +6,7 @@ from pathlib import Path
 from .._bases.fit import fit_adapter
 from .._bases.gguf_checkpoint import ARCHITECTURES
 from .._bases.opening import open_base
-from .options import ADAPTER, SAME, add_naming, opened, renaming
+from .options import ADAPTER, SAME, add_naming, check_unused, opened, renaming
 
 HELP = "whether an adapter is whole, and fits a base"
 BASE = "safetensors file, folder of transformers, or pipeline of diffusers"
@@ -32,6 +32,8 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks an adapter as loading it does: its file, its config, every number; and the base."""
+    if args.base is None:
+        check_unused(args, ("rename", "allow_missing"), "without --base")
     adapter = opened(args.adapter, args)
     fits = ""
     if args.base is not None:
