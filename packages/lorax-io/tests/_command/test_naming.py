@@ -58,3 +58,16 @@ def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
 def test_rename_to_one_name_raises(shell, files):
     files.peft(files.pair("a", OUT, IN) | files.pair("b", OUT, IN), target_modules=["a", "b"])
     assert "renamed" in shell.fail("convert adapter out --to native --rename [ab] c")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["inspect adapter", "convert adapter out --to native", "merge adapter --base base --out out"],
+)
+def test_rename_of_no_module_warns(shell, files, line):
+    files.peft(files.pair("a", OUT, IN), target_modules=["a"])
+    files.base({"a.weight": files.draw(OUT, IN)})
+    found = shell(f"{line} --rename b c")
+    assert found.code == 0
+    assert "--rename: no module has 'b', so it renamed nothing" in found.err
+    assert "renamed nothing" not in shell(f"{line} --rename a a").err

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     for option, methods in (("signs", "ties"), ("seed", "dare")):
         if methods not in args.method:
             check_unused(args, (option,), f"with the method {args.method}")
-    rename = renaming(args.rename)
+    rename = renaming(args)
     adapters = [renamed(opened(path, args), rename) for path in args.adapter]
     _check_shared(adapters)
     paths = dict.fromkeys(path for adapter in adapters for path in adapter.rows)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         check_unused(args, ("base",), f"on an adapter of the format {adapter.format}")
     if args.base is not None:
         adapter = _with_dots(adapter, open_checkpoint(args.base))
-    adapter = renamed(adapter, renaming(args.rename))
+    adapter = renamed(adapter, renaming(args))
     if args.part is not None:
         adapter = _one_part(adapter, args.part)
     write_as(adapter, args)
@@ -131,7 +131,7 @@ def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
     if adapter.names:
         return adapter.names
     layouts = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
-    rename = renaming(args.rename)
+    rename = renaming(args)
     return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in layouts.items()}
 
 

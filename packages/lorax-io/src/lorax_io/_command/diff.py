@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
-    rename = renaming(args.rename)
+    rename = renaming(args)
     first, second = (renamed(opened(path, args), rename) for path in (args.first, args.second))
     differences = compare(first.rows, second.rows, first.held, second.held)
     if args.json:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what an adapter is, and a line for each parameter: rank, alpha, shapes, and norms."""
-    adapter = renamed(opened(args.adapter, args), renaming(args.rename))
+    adapter = renamed(opened(args.adapter, args), renaming(args))
     lines = summarize(adapter.rows)
     about = _about(adapter, lines)
     if args.json:

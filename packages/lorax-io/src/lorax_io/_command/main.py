@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always")
         try:
             code = args.run(args)
+            if "renaming" in args:
+                args.renaming.warn_unused()
         except (LoraxError, OSError, ImportError) as error:
             errors.print(f"lorax: {error}")
             for note in getattr(error, "__notes__", ()):

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes a base's files with adapters merged into them, and config and tokenizer beside."""
-    checkpoint, rename = open_base(args.base, args.dtype), renaming(args.rename)
+    checkpoint, rename = open_base(args.base, args.dtype), renaming(args)
     scales = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
     if len(scales) != len(args.adapter):
         raise AdapterError(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from .._errors import AdapterError
+from .._errors import AdapterError, warn
 from .._formats.opening import OpenedAdapter, open_adapter
 from .._formats.table import FORMATS
 from .._hub import pull_from_hub
@@ -72,26 +72,47 @@ def check_unused(args: argparse.Namespace, options: Iterable[str], when: str) ->
             raise AdapterError(f"has no effect {when}.", f"--{option.replace('_', '-')}")
 
 
-def renaming(pairs: Sequence[Sequence[str]]) -> Rename:
-    """The function on module names that the values of `--rename` describe.
+@dataclasses.dataclass
+class Renaming:
+    """The function on module names that `--rename` describes, and the patterns that it used."""
+
+    pairs: Sequence[tuple[re.Pattern[str], str]]
+    used: set[re.Pattern[str]] = dataclasses.field(default_factory=set)
+
+    def __call__(self, module: str) -> str:
+        for pattern, replacement in self.pairs:
+            module, count = pattern.subn(replacement, module)
+            if count:
+                self.used.add(pattern)
+        return module
+
+    def warn_unused(self) -> None:
+        """Warns of patterns that no module had."""
+        for pattern, _ in self.pairs:
+            if pattern not in self.used:
+                warn(
+                    f"--rename: no module has {pattern.pattern!r}, so it renamed nothing. "
+                    "`lorax inspect` shows the names of an adapter."
+                )
+
+
+def renaming(args: argparse.Namespace) -> Renaming:
+    """The function that the values of `--rename` describe, one for each run of the command.
 
     Raises:
         AdapterError: if a pattern or its replacement is invalid.
     """
+    if "renaming" in args:
+        return args.renaming
     compiled: list[tuple[re.Pattern[str], str]] = []
-    for pattern, replacement in pairs:
+    for pattern, replacement in args.rename:
         try:
             compiled.append((re.compile(pattern), replacement))
             compiled[-1][0].sub(replacement, "")
         except re.error as error:
             raise AdapterError(f"is not a pattern and a replacement ({error}).", pattern) from error
-
-    def rename(module: str) -> str:
-        for pattern, replacement in compiled:
-            module = pattern.sub(replacement, module)
-        return module
-
-    return rename
+    args.renaming = Renaming(compiled)
+    return args.renaming
 
 
 def opened(path: str, args: argparse.Namespace) -> OpenedAdapter:

@@ -30,7 +30,7 @@ def add_ranks(parser: argparse.ArgumentParser, **of_rank: object) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the best approximation of a lower rank, and prints its error for each weight."""
-    adapter = renamed(opened(args.adapter, args), renaming(args.rename))
+    adapter = renamed(opened(args.adapter, args), renaming(args))
     with about(adapter.path):
         try:
             resized, errors = resize_adapter(

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     adapter = opened(args.adapter, args)
     fits = ""
     if args.base is not None:
-        checkpoint, rename = open_base(args.base), renaming(args.rename)
+        checkpoint, rename = open_base(args.base), renaming(args)
         fit_adapter(adapter, checkpoint, rename, allow_missing=args.allow_missing)
         fits = f", fits {args.base}"
     print(f"{args.adapter}: {len(adapter.rows)} parameters, OK{fits}")
