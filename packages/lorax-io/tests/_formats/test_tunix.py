@@ -152,11 +152,11 @@ def test_the_command_opens_and_converts_it(shell):
     shell.succeed("convert a b --to tunix --alpha 6")
     shell.succeed("diff a b")
     shell.succeed("convert a peft --to peft --rename ^layers model.layers")
-    names = {layout.module for layout in open_adapter("peft").names.values()}
+    names = {torch_name.module for torch_name in open_adapter("peft").names.values()}
     assert names == {"model.layers.0.q", "model.layers.0.out", "mlp.gate", "mlp.kernel"}
 
 
-def test_a_base_in_the_layout_of_pytorch_is_merged_with(shell, files):
+def test_a_base_with_axes_as_in_pytorch_is_merged_with(shell, files):
     pair = make()
     save_tunix("a", pair.tunable)
     tree = {path: x for path, x in zip(PATHS, jax.tree.leaves(PARAMS), strict=True)}

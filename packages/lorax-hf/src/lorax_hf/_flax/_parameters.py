@@ -37,7 +37,7 @@ class Parameter(NamedTuple):
     preset: Preset
 
     @property
-    def torch_name(self) -> str:
+    def tensor_name(self) -> str:
         """Its name in its PyTorch module."""
         return _TORCH_NAMES.get(self.name, self.name)
 

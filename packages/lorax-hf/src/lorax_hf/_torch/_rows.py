@@ -99,16 +99,18 @@ class _Rows:
         shape = tuple(getattr(owner, name).shape)
         weight = weight_of(owner, name)
         if weight is None:
-            layout: dict[str, Any] = {"layout": "Tensor", "module": module, "parameter": name}
+            torch_name: dict[str, Any] = {"type": "Tensor", "module": module, "parameter": name}
             if len(shape) == 2:
-                layout |= {"layout": "Parameter", "order": order_of(owner, name)}
+                torch_name |= {"type": "Parameter", "order": order_of(owner, name)}
             unsure = sum(size > 1 for size in shape) > 1
-            return Row(path, module, shape, None, layout, frozenset(), unsure, type(owner).__name__)
-        layout = {**weight.layout, "module": module}
+            return Row(
+                path, module, shape, None, torch_name, frozenset(), unsure, type(owner).__name__
+            )
+        torch_name = {**weight.torch_name, "module": module}
         if weight.kind == "embedding" and path in self.tied:
-            layout["tied"] = True
+            torch_name["tied"] = True
         words = frozenset(self._words(module, weight))
-        return Row(path, module, shape, weight.axes, layout, words, False, type(owner).__name__)
+        return Row(path, module, shape, weight.axes, torch_name, words, False, type(owner).__name__)
 
     def _words(self, module: str, weight: Weight) -> Iterator[str]:
         if weight.kind in ("embedding",):
@@ -158,21 +160,24 @@ class _Rows:
 def _stacked(row: Row, path: str, stack: Stack) -> Row:
     """The row of a stack, from that of one layer's parameter: the axis of layers comes first."""
     layer = stack.layers[0]
-    layout: dict[str, Any] = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
+    torch_name: dict[str, Any] = {
+        **row.torch_name,
+        "shared_axes": [-1, *row.torch_name.get("shared_axes", ())],
+    }
     for name in ("in_axes", "out_axes", "shared_axes"):
-        if name in layout:
-            layout[name] = [axis + 1 for axis in layout[name]]
-    if "channel_axis" in layout:
-        layout["channel_axis"] += 1
-    layout["module"] = f"{inside(stack.owner)}{{}}{row.module.removeprefix(layer)}"
+        if name in torch_name:
+            torch_name[name] = [axis + 1 for axis in torch_name[name]]
+    if "channel_axis" in torch_name:
+        torch_name["channel_axis"] += 1
+    torch_name["module"] = f"{inside(stack.owner)}{{}}{row.module.removeprefix(layer)}"
     if stack.numbers != range(len(stack.numbers)):
-        layout["numbers"] = list(stack.numbers)
+        torch_name["numbers"] = list(stack.numbers)
     return row._replace(
         path=path,
         module=f"{stack.name}{row.module.removeprefix(layer)}",
         shape=(len(stack.numbers), *row.shape),
         axes=None if row.axes is None else _behind(row.axes),
-        layout=layout,
+        torch_name=torch_name,
     )
 
 

@@ -16,8 +16,8 @@ from .._disk.arrays import place as put
 from .._disk.packed import Packed
 from .._errors import AdapterError, warn
 from .._frozen.header import check_numbers
-from .._layouts import Embedding, Tensor
 from .._places import Array, Place, unpack
+from .._torch_names import Embedding, Tensor
 from .blocks import (
     Runs,
     Target,
@@ -71,7 +71,7 @@ def load_parameter(
     """Loads one parameter onto its devices, and adds to `notes`."""
     weights: dict[tuple[int, ...], Weight] = {}
     for index, module in place.modules.items():
-        weights[index] = needed(source, module, place.layout.parameter)
+        weights[index] = needed(source, module, place.torch_name.parameter)
         check_shape(place, module, weights[index].shape)
     first = next(iter(weights.values()))
     with fitting(place.path):
@@ -179,7 +179,7 @@ def _anew(
     if anew == FLOAT:
         notes.anew.append(f"`{place.path}` (as floats: {why})")
         return array
-    along = place.axes.outputs if isinstance(place.layout, Embedding) else place.axes.inputs
+    along = place.axes.outputs if isinstance(place.torch_name, Embedding) else place.axes.inputs
     form = with_along(format_of(anew), along)
     held = quantize({place.path: array}, {place.path: form})[place.path]
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))

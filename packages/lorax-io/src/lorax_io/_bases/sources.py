@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from .._disk.tensors import TensorFile
 from .._errors import AdapterMismatchError
-from .._layouts import tensor_name
 from .._places import Array
+from .._torch_names import tensor_name
 from .._tree import suggestion
 from .checkpoint import Checkpoint, open_checkpoint
 from .coded import MARKS, coding_of

@@ -11,7 +11,7 @@ from lorax import combine_adapters
 
 from .._errors import AdapterError, about
 from .._formats.opening import OpenedAdapter
-from .._layouts import Layout
+from .._torch_names import TorchName
 from .convert import OUT, add_writing, write_as
 from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except ValueError as error:
             raise AdapterError(f"cannot be made: {error}") from error
-    names: dict[str, Layout] = {}
+    names: dict[str, TorchName] = {}
     for adapter in reversed(adapters):
         names |= adapter.names
     result = adapters[0]._replace(rows=combined, names={p: names[p] for p in paths if p in names})

@@ -29,9 +29,9 @@ from .._formats.peft.folder import save_peft
 from .._formats.restore import restore
 from .._formats.source import Source, Stored
 from .._formats.tunix import save_tunix
-from .._layouts import Layouts
 from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
+from .._torch_names import TorchNames
 from .._tree import Row, beside
 from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
 from .verify import BASE
@@ -104,8 +104,8 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:
     """A kohya adapter with its modules named as in the base, with dots."""
     base_names = {
-        layout.module: resolve(f"{layout.module}.weight", base.shapes, base.parts)
-        for layout in adapter.names.values()
+        torch_name.module: resolve(f"{torch_name.module}.weight", base.shapes, base.parts)
+        for torch_name in adapter.names.values()
     }
     return renamed(adapter, lambda module: base_names[module].removesuffix(".weight"))
 
@@ -123,12 +123,14 @@ def _one_part(adapter: OpenedAdapter, part: str) -> OpenedAdapter:
     return renamed(of_part, lambda module: module.removeprefix(begin))
 
 
-def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
+def _torch_names(adapter: OpenedAdapter, args: argparse.Namespace) -> TorchNames:
     if adapter.names:
         return adapter.names
-    layouts = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    torch_names = (
+        flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    )
     rename = renaming(args.rename)
-    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in layouts.items()}
+    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in torch_names.items()}
 
 
 def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_peft(
         args.out,
         _pair(adapter),
-        _layouts(adapter, args),
+        _torch_names(adapter, args),
         base_model=args.base_model or config.base_model_name_or_path,
         revision=None if args.base_model else config.revision,
         task_type=args.task_type or config.task_type,
@@ -193,28 +195,32 @@ def _in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
 
 
 def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    if flux.is_original(layout.module for layout in adapter.names.values()):
+    if flux.is_original(torch_name.module for torch_name in adapter.names.values()):
         adapter = _in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
         kept = None  # the adapter has several parts, and its names begin with them
     prefix = kept if args.prefix is None else args.prefix
     save_diffusers(
-        args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale
+        args.out,
+        _pair(adapter),
+        _torch_names(adapter, args),
+        prefix=prefix,
+        fold_scale=args.fold_scale,
     )
 
 
 def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     prefix = "lora_unet" if args.prefix is None else args.prefix
-    save_kohya(args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix)
+    save_kohya(args.out, _pair(adapter), _torch_names(adapter, args), prefix=prefix)
 
 
 def _to_original(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    save_original(args.out, _pair(adapter), _layouts(adapter, args))
+    save_original(args.out, _pair(adapter), _torch_names(adapter, args))
 
 
 def _to_keras(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    save_keras(args.out, _pair(adapter), _layouts(adapter, args))
+    save_keras(args.out, _pair(adapter), _torch_names(adapter, args))
 
 
 def _to_tunix(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
@@ -224,13 +230,13 @@ def _to_tunix(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     base = adapter.config.base_model_name_or_path if adapter.config else None
     model = args.base_model or base
-    save_mlx(args.out, _pair(adapter), _layouts(adapter, args), model=model)
+    save_mlx(args.out, _pair(adapter), _torch_names(adapter, args), model=model)
 
 
 def _to_gguf(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     if args.model_config is None:
         raise AdapterError("needs --model-config, the base's config.json.", args.out)
-    save_gguf(args.out, _pair(adapter), _layouts(adapter, args), config=args.model_config)
+    save_gguf(args.out, _pair(adapter), _torch_names(adapter, args), config=args.model_config)
 
 
 WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {

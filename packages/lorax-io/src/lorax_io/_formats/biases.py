@@ -11,15 +11,15 @@ import jax
 import numpy as np
 
 from .._errors import UnsupportedAdapterError
-from .._layouts import Tensor
 from .._places import Array, Place, unpack
+from .._torch_names import Tensor
 from .source import Source
 from .whole import whole_tensors
 
 
 def is_bias(place: Place) -> bool:
     """Whether a parameter is the bias of a module."""
-    return isinstance(place.layout, Tensor) and place.layout.parameter == "bias"
+    return isinstance(place.torch_name, Tensor) and place.torch_name.parameter == "bias"
 
 
 def changed_biases(

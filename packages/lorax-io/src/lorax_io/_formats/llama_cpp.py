@@ -15,7 +15,7 @@ from .._disk.files import regular_file, replacing
 from .._disk.tensors import read_json
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, about
 from .._places import Array
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
 from .export import export
 from .peft.tuners import FACTOR
 
@@ -50,7 +50,7 @@ def save_gguf(
     Args:
         path: the file.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path.
+        names: the PyTorch name of each parameter, by its path.
         config: the base model's `config.json`, as a path or as a dict.
 
     Raises:
@@ -74,11 +74,11 @@ def save_gguf(
     with about(path):
         values = config if isinstance(config, Mapping) else read_json(regular_file(config))
         kind, is_permuted = _kind(values)
-        layouts = as_layouts(names)
-        exported = export(tunable, layouts, plain=True)
+        torch_names = as_torch_names(names)
+        exported = export(tunable, torch_names, plain=True)
         one = exported.config
         if one.rank_pattern or one.alpha_pattern or one.use_rslora:
-            exported = export(tunable, layouts, plain=True, fold_scale=True)
+            exported = export(tunable, torch_names, plain=True, fold_scale=True)
         tensors = _in_llama_cpp(exported.tensors, kind, values, is_permuted)
         with one_writer() as writer:
             if writer:

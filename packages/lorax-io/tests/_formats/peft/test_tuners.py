@@ -416,7 +416,7 @@ def test_a_native_file_of_each_kind_converts(shell, files):
     params, pair = make({"up": LokrSpec(2, 5)})
     save_adapter("a.safetensors", pair.tunable)
     pathlib.Path("names.json").write_text(
-        json.dumps({"up": {"layout": "Linear", "module": "blocks.0.up"}})
+        json.dumps({"up": {"type": "Linear", "module": "blocks.0.up"}})
     )
     shell.succeed("convert a.safetensors adapter --to peft --names names.json")
     loaded = load_peft("adapter", params, names_of(params))
