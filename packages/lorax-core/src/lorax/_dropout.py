@@ -11,6 +11,7 @@ import jax
 
 from ._adapter import Adapter, Labeled, static
 from ._arrays import path_string
+from ._errors import ArgumentError
 from ._factored import FactoredArray, Keys
 from ._pair import is_tunable_leaf
 from ._terms import Term
@@ -39,7 +40,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        ValueError: where the rate is not in [0, 1).
+        ArgumentError: where the rate is not in [0, 1).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -53,7 +54,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         (3, 1)
     """
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
+        raise ArgumentError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
     if rate == 0:
         return tunable
     # An old-style key of uint32.

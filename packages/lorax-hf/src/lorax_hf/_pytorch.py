@@ -49,10 +49,11 @@ def from_torch(
         The function, and a flat dict of its parameters by PyTorch's names.
 
     Raises:
-        ImportError: if PyTorch or torchax is missing or too new; the message says what to install.
+        lorax.MissingPackageError: if PyTorch or torchax is missing or too new; the message says
+            what to install.
         OperatorError: in calls, if torchax lacks an operator.
         QuantizedModuleError: if the module has quantized weights.
-        ValueError: if no layers can be scanned, or, in calls, if the module does more with scanned
+        ScanError: if no layers can be scanned, or, in calls, if the module does more with scanned
             layers than to call one after the other; the message says why.
 
     Warns:
@@ -102,8 +103,8 @@ def load_torch(
         the function; `fn.module` is the module without weights.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file.
-        ValueError: if a tensor is missing or has another shape.
+        CheckpointNotFoundError: if the folder lacks a file.
+        CheckpointError: if a tensor is missing or has another shape.
         QuantizedModuleError: if the files have quantized weights.
 
     Warns:

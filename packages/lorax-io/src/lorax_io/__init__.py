@@ -18,6 +18,7 @@ from ._errors import (
     AdapterMismatchError as AdapterMismatchError,
     AdapterNotFoundError as AdapterNotFoundError,
     AdapterWarning as AdapterWarning,
+    AdapterWriteError as AdapterWriteError,
     UnsupportedAdapterError as UnsupportedAdapterError,
     warn as _warn,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "AdapterMismatchError",
     "AdapterNotFoundError",
     "AdapterWarning",
+    "AdapterWriteError",
     "Conv",
     "Conv1D",
     "Embedding",

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from lorax import LoraxError, LoraxWarning
 
+# The reason of an `AdapterWriteError`.
+UNEQUAL = (
+    "what was written does not read back the same, so it was removed. Check the disk, or write to "
+    "another one."
+)
+
 # The end of each `DeprecationWarning`.
 UNTIL = "The old name will be removed in the next minor version."
 
@@ -49,6 +55,10 @@ class AdapterError(LoraxError, ValueError):
 
 class AdapterNotFoundError(AdapterError, FileNotFoundError):
     """The file or folder does not exist."""
+
+
+class AdapterWriteError(AdapterError, OSError):
+    """What was written does not read back the same; a file that was there before is kept."""
 
 
 class AdapterFileError(AdapterError):

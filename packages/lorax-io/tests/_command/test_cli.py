@@ -646,7 +646,9 @@ def test_merge_refuses_experts_with_as_many_inputs_as_outputs(capsys):
     weight = lora(jnp.ones((4, 3, 1)), jnp.ones((4, 1, 3)), **EXPERT_AXES)
     save_peft("peft", {"e": weight}, names)
     safetensors.numpy.save_file({"experts.up": np.ones((4, 3, 3))}, "base.safetensors")
-    assert "its axes are ambiguous" in fail("merge peft --base base.safetensors --out merged", capsys)
+    assert "its axes are ambiguous" in fail(
+        "merge peft --base base.safetensors --out merged", capsys
+    )
 
 
 # Errors

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter import Adapter
-from .._errors import PairError, SpecError
+from .._errors import ArgumentError, PairError, SpecError
 from ..kinds.lora import LoraWeight
 from ._matrices import Approximation, Matrices, flatten_adapters, plus, relative_error, truncated
 
@@ -88,7 +88,7 @@ def combine_adapters(
         delta against `Σ weight · delta`.
 
     Raises:
-        ValueError: for invalid settings.
+        ArgumentError: for invalid settings.
         PairError: where the trees are not adapters of one base, are not plain LoRA, or several of
             them train one parameter in full.
 
@@ -133,8 +133,8 @@ class _Part(NamedTuple):
 
 
 def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key: Any) -> _Options:
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"combine_adapters: {why}")
+    def refuse(why: str) -> ArgumentError:
+        return ArgumentError(f"combine_adapters: {why}")
 
     if not adapters:
         raise refuse("there are no adapters to combine.")
@@ -240,7 +240,7 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
     ranks = {part.name: part.leaf.rank for part in parts}
     if len(set(ranks.values())) > 1:
         listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
-        raise ValueError(
+        raise ArgumentError(
             f"combine_adapters: {options.method!r} adds factors, which needs equal ranks, and at "
             f"`{path}` {listed}. Use 'concatenate' or 'svd'"
             + (f", or '{options.method}_svd'." if options.method != "linear" else ".")

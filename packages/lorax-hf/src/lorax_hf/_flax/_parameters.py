@@ -8,7 +8,7 @@ import jax
 import transformers
 from transformers.models.auto.modeling_flax_auto import FLAX_MODEL_MAPPING_NAMES
 
-from lorax import SpecError, path_string
+from lorax import ArgumentError, SpecError, path_string
 
 from .._rows import ends_in
 from ._presets import COMPOSITES, PRESETS, Preset
@@ -85,7 +85,7 @@ def config_of(model: Any) -> transformers.PretrainedConfig:
         return model
     config = getattr(model, "config", None)
     if not isinstance(config, transformers.PretrainedConfig):
-        raise TypeError(
+        raise ArgumentError(
             f"a Flax model of transformers, or its config, is needed, not {type(model).__name__}."
         )
     return config

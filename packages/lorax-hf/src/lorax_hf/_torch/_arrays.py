@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from lorax import ArgumentError
+
 # `Tensor.numpy` does not support bfloat16 and float8: their bits are viewed as integers.
 _BY_BITS = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
@@ -46,7 +48,7 @@ def in_jax(env: Any, value: Any) -> Any:
     if isinstance(value, jax.Array):
         return env.j2t_iso(value)
     if isinstance(value, torch.Tensor):
-        raise TypeError(
+        raise ArgumentError(
             "the function of a PyTorch module takes JAX arrays, not tensors of PyTorch: pass "
             "`jnp.asarray(x)`."
         )
@@ -85,7 +87,7 @@ def _mapped(value: Any, change: Callable[[Any], Any], other: Callable[[Any], Any
 
 
 def _refuse(value: Any) -> Any:
-    raise TypeError(
+    raise ArgumentError(
         f"the module returns a {type(value).__name__}, which is neither an array nor a tuple, "
         "list, dict or dataclass of them. Call it so that it does not (for a cache, "
         "`use_cache=False`), or wrap it in a module that returns arrays."

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lorax import MissingPackageError
+
 from . import _attention, _embedding, _gradients, _grouped_mm, _linear
 from ._importing import missing_overloads_allowed
 
@@ -20,7 +22,7 @@ def environment() -> Any:
 
             env = torchax.default_env()
     except Exception as error:
-        raise ImportError(f"torchax cannot be imported. {_installed()}") from error
+        raise MissingPackageError(f"torchax cannot be imported. {_installed()}") from error
     for mend in (_attention, _grouped_mm, _embedding, _gradients, _linear):
         for op, function in mend.OPERATORS.items():
             _put(env, op, function)
@@ -50,7 +52,9 @@ def _put(env: Any, op: Any, function: Callable[..., Any]) -> None:
         for each in _overloads(op):
             env._ops[each] = entry
     except AttributeError as error:
-        raise ImportError(f"This torchax has no table of operators. {_installed()}") from error
+        raise MissingPackageError(
+            f"This torchax has no table of operators. {_installed()}"
+        ) from error
 
 
 def _overloads(op: Any) -> list[Any]:

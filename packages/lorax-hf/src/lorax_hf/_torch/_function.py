@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lorax import QuantizedWeight
+from lorax import ArgumentError, QuantizedWeight
 
 from ._arrays import in_jax, numpy_of, out_of_jax
 from ._blame import errors_named
@@ -46,7 +46,7 @@ class ModuleFunction:
         scan_layers: bool | Collection[str] = False,
     ) -> None:
         if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
+            raise ArgumentError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
         refuse_quantized(module)
         environment()
         state = state_of(module)
@@ -115,7 +115,7 @@ class ModuleFunction:
 
     def _check(self, params: Any) -> None:
         if not isinstance(params, Mapping):
-            raise TypeError(
+            raise ArgumentError(
                 f"{self.__name__} takes a dict of parameters by name, as `from_torch` returns it, "
                 f"not {type(params).__name__}."
             )
@@ -123,9 +123,11 @@ class ModuleFunction:
         if missing or unknown:
             problems = [f"lacks {_some(missing)}"] if missing else []
             problems += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
-            raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(problems)}.")
+            raise ArgumentError(
+                f"the dict of parameters of {self.__name__} {' and '.join(problems)}."
+            )
         if coded := [name for name in params if isinstance(params[name], QuantizedWeight)]:
-            raise TypeError(
+            raise ArgumentError(
                 f"{self.__name__} takes arrays, and {_some(coded)} {'are' if coded[1:] else 'is'} "
                 "held in few bits. `lorax.lora(fn)` takes such a tree as the frozen part of the "
                 "pair; or give `fn` what `lorax.dequantize` returns for it."
@@ -186,7 +188,7 @@ def _randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
     keys = type(before).override(before, prng=rng)
 
     def refuse() -> Any:
-        raise TypeError(
+        raise ArgumentError(
             f"{name} draws random numbers here: call it with `rng=`, a key of `jax.random`."
         )
 

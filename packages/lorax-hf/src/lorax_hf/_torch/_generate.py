@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import lorax
+from lorax import ArgumentError
 
 from .._errors import StaticCacheError
 from ._adapted import AdaptedModule
@@ -33,20 +34,20 @@ def generate(
     lora: Mapping[str, Any] = {}
     if isinstance(fn, AdaptedModule):
         if isinstance(params, Mapping):
-            raise TypeError("generate: an adapted module takes the pair `(frozen, tunable)`.")
+            raise ArgumentError("generate: an adapted module takes the pair `(frozen, tunable)`.")
         fn, lora = fn.function, fn.options
     if not isinstance(fn, ModuleFunction):
-        raise TypeError(
+        raise ArgumentError(
             "generate takes the function that `from_torch` or `load_torch` returns, or the module "
             "that `lora` does."
         )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
+        raise ArgumentError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
     if options.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
+        raise ArgumentError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
     if options.do_sample and rng is None:
-        raise TypeError("do_sample=True needs `rng=`, a key of `jax.random`.")
+        raise ArgumentError("do_sample=True needs `rng=`, a key of `jax.random`.")
     _check_sampling(options)
     length = ids.shape[1] + options.max_new_tokens
     key = (length, options, *sorted(lora.items()))
@@ -63,7 +64,7 @@ def generate(
 
 
 def _check_sampling(options: Options) -> None:
-    """Raises `ValueError` for settings with which no token, or every token, would be drawn."""
+    """Raises `ArgumentError` for settings with which no token, or every token, would be drawn."""
     for name, is_valid, range_of in (
         (
             "temperature",
@@ -78,7 +79,7 @@ def _check_sampling(options: Options) -> None:
         ),
     ):
         if not is_valid:
-            raise ValueError(f"{name}={getattr(options, name)} must be {range_of}.")
+            raise ArgumentError(f"{name}={getattr(options, name)} must be {range_of}.")
 
 
 def _program(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import torch
 
-from lorax import Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
+from lorax import ArgumentError, Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
 
 from .._ends import HEADS, TOKEN_TABLES
 from .._rows import Described, Row, ends_in
@@ -195,7 +195,7 @@ def _inference(
     def infer(paths: Sequence[str], inputs: Any) -> Mapping[str, Axes]:
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         if not isinstance(args, tuple):
-            raise TypeError(
+            raise ArgumentError(
                 "spec: `inputs` is a tuple or a dict of what the module is called with."
             )
         fn = ModuleFunction(module, scan_layers={run.owner for run in runs})

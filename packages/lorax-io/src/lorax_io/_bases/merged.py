@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax import Pair, merge_params
+from lorax import ArgumentError, Pair, merge_params
 
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, write_text
@@ -77,7 +77,7 @@ def save_merged(
         names = tunable if names is None else names
         frozen, tunable = frozen
     if names is None:
-        raise TypeError("save_merged needs `names`, the PyTorch name of every parameter.")
+        raise ArgumentError("save_merged needs `names`, the PyTorch name of every parameter.")
     with about(folder), bars(progress):
         _save_merged(Path(folder), frozen, tunable, as_torch_names(names), config, shard_bytes)
 

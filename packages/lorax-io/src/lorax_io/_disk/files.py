@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Generator
 from pathlib import Path
 
-from .._errors import AdapterFileError, AdapterNotFoundError
+from .._errors import UNEQUAL, AdapterFileError, AdapterNotFoundError, AdapterWriteError
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         if unfinished.read_text(encoding="utf-8") != text:
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, about
+from .._errors import (
+    UNEQUAL,
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterWriteError,
+    about,
+)
 from .files import regular_file, replacing
 from .strangers import identified
 
@@ -231,7 +238,7 @@ def _compare(
     with TensorFile(path) as file:
         same = file.metadata == dict(metadata) and file.entries.keys() == tensors.keys()
         if not same or not all(_is_same(file.view(name), x) for name, x in tensors.items()):
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def _is_same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:

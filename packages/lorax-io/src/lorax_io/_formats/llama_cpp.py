@@ -10,10 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from lorax import MissingPackageError
+
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, replacing
 from .._disk.tensors import read_json
-from .._errors import AdapterMismatchError, UnsupportedAdapterError, about
+from .._errors import (
+    UNEQUAL,
+    AdapterMismatchError,
+    AdapterWriteError,
+    UnsupportedAdapterError,
+    about,
+)
 from .._places import Array
 from .._plain_names import Names, as_torch_names
 from .export import export
@@ -155,7 +163,7 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
         if written.keys() != tensors.keys() or not all(
             np.array_equal(written[name], tensor) for name, tensor in tensors.items()
         ):
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def half_order(rows: Array, heads: int) -> Array:
@@ -164,9 +172,11 @@ def half_order(rows: Array, heads: int) -> Array:
 
 
 def import_gguf() -> Any:
-    """Imports the package `gguf`; an `ImportError` names the extra to install."""
+    """Imports the package `gguf`; a `MissingPackageError` names the extra to install."""
     try:
         import gguf
     except ImportError as error:
-        raise ImportError('llama.cpp\'s files need gguf: pip install "lorax-io[gguf]"') from error
+        raise MissingPackageError(
+            'llama.cpp\'s files need gguf: pip install "lorax-io[gguf]"'
+        ) from error
     return gguf
