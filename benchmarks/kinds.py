@@ -4,7 +4,7 @@
 
 FLOPs, temporary bytes and the bytes kept for the backward pass are exact. The time is the median
 ratio of paired runs. Beside it are the same ratio in PEFT on torch, and the time of ours over that
-of PEFT.
+of PEFT. Some kinds have a row in which they are written into the model.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax
 import lorax
 from adapted import adapt
 from counts import paired
+from kinds_by_hand import WRITTEN
 from models import Model
 from report import spread
 from steps import floor, start, train
@@ -33,6 +34,7 @@ KINDS: dict[str, lorax.AdapterSpec] = {
     "IA³": lorax.IA3Spec(),
     "LoHa, rank 8": lorax.LohaSpec(8, alpha=8),
     "LoKr": lorax.LokrSpec(RANK, alpha=RANK),
+    "LoKr, rank 8, factor 8": lorax.LokrSpec(8, alpha=8, factor=8),
     "MiSS": lorax.MissSpec(RANK),
     "GraLoRA": lorax.GraloraSpec(RANK, alpha=RANK, blocks=2),
     "BD-LoRA": lorax.BdloraSpec(RANK, alpha=RANK),
@@ -44,6 +46,7 @@ KINDS: dict[str, lorax.AdapterSpec] = {
 }
 
 DROPOUT, FLOOR = "LoRA, dropout", "floor"
+BY_HAND = {f"{name}, hand-written": name for name in WRITTEN}
 
 WORKS: dict[str, Callable[[], Model]] = {
     "GPT": gpt,
@@ -63,13 +66,15 @@ class Step(NamedTuple):
     trained: int
 
 
-ROWS = (*KINDS, DROPOUT, FLOOR)
+ROWS = (*KINDS, DROPOUT, *BY_HAND, FLOOR)
 
 
 def make_step(model: Model, row: str) -> Step:
-    """A training step of a kind, of LoRA with dropout, or of the floor."""
+    """A training step of a kind, of LoRA with dropout, of a hand-written kind, or of the floor."""
     if row == FLOOR:
         return Step(variant(Program(*floor(model))), 0)
+    if row in BY_HAND:
+        return _written(model, BY_HAND[row])
     return Step(*_step(model, KINDS.get(row, LORA), dropout=row == DROPOUT))
 
 
@@ -84,6 +89,27 @@ def _step(model: Model, spec: Any, dropout: bool = False) -> tuple[Variant, int]
         )
     calls = [(start(adapted.tunable), frozen, model.batch)]
     return variant(Program(trained.step, calls, trained.loss)), lorax.count_params(adapted.tunable)
+
+
+def _written(model: Model, kind: str) -> Step:
+    """The same factors and frozen factors, in a model that is written for them."""
+    adapted, apply = adapt(model, KINDS[kind]), model.written(WRITTEN[kind])
+
+    def written(factors, frozen, batch):
+        over = partial(jax.tree.map, is_leaf=_has_factors)
+        bases = over(lambda node: node.base if _has_factors(node) else node, frozen)
+        held = lambda node: node.factors if _has_factors(node) else {}  # noqa: E731
+        factors = over(lambda node, own: own and {**own, **held(node)}, frozen, factors)
+        return apply(factors, bases, batch)
+
+    trained = train(written)
+    calls = [(start(adapted.factors), adapted.frozen, model.batch)]
+    program = Program(trained.step, calls, trained.loss)
+    return Step(variant(program), lorax.count_params(adapted.tunable))
+
+
+def _has_factors(node: Any) -> bool:
+    return isinstance(node, lorax.FrozenWeight)
 
 
 def table(model: Model, rounds: int, peer: bool, rows: Iterable[str] = ROWS) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from lorax import IA3Spec, LoraSpec, _contract, _order, init_lora, lora
+from lorax import DoraSpec, IA3Spec, LoraSpec, _contract, _order, init_lora, lora
 from lorax._terms import Label
 
 B, I, O, R, S, E, T, K = (  # noqa: E741
@@ -406,15 +406,40 @@ def test_whole_rows_move_where_the_result_is_transposed():
     assert products(fn, *operands)[-1] == sizes(E, B, O)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_the_gradient_of_a_gain_sums_over_one_axis_of_examples(on_cpu, monkeypatch):
+GAINS = {
+    "beside terms, on one CPU": (DoraSpec(LoraSpec(2)), True, (0,)),
+    "beside terms": (DoraSpec(LoraSpec(2)), False, (0, 1)),
+    "alone, on one CPU": (IA3Spec(), True, (0, 1)),
+    "alone": (IA3Spec(), False, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("row", GAINS)
+def test_the_gradient_of_a_gain_sums_over_one_axis_of_examples_beside_terms(row, monkeypatch):
+    spec, on_cpu, axes = GAINS[row]
     params, x = {"w": jnp.ones((6, 10))}, jnp.ones((4, 8, 6))
-    frozen, tunable = init_lora(params, {"w": IA3Spec()}, jax.random.key(0))
+    frozen, tunable = init_lora(params, {"w": spec}, jax.random.key(0))
     fn = lora(lambda p, x: x @ p["w"])
     monkeypatch.setattr(_contract, "is_for_one_cpu", lambda _: on_cpu)
     grad = jax.make_jaxpr(jax.grad(lambda tunable: (fn((frozen, tunable), x) ** 2).sum()))
-    sums = [eqn.params["axes"] for eqn in grad(tunable).eqns if eqn.primitive.name == "reduce_sum"]
-    assert sums == [(0, 1, 2), (0,) if on_cpu else (0, 1)]
+    sums = [eqn for eqn in grad(tunable).eqns if eqn.primitive.name == "reduce_sum"]
+    of_examples = [eqn for eqn in sums if eqn.invars[0].aval.size == 4 * 8 * 10]
+    loss, gain = (eqn.params["axes"] for eqn in of_examples)
+    assert (loss, gain) == ((0, 1, 2), axes)
+
+
+def test_a_gain_alone_costs_what_a_hand_written_one_costs():
+    params, x = {"w": jnp.ones((64, 48))}, jnp.ones((4, 32, 64))
+    frozen, tunable = init_lora(params, {"w": IA3Spec()}, jax.random.key(0))
+    fn = lora(lambda p, x: x @ p["w"])
+    ours = lambda tunable, x: jnp.sin(fn((frozen, tunable), x)).sum()  # noqa: E731
+    by_hand = lambda gain, x: jnp.sin((x @ params["w"]) * gain[None, None]).sum()  # noqa: E731
+
+    def costs(loss, trained):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, x).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    assert costs(ours, tunable) == costs(by_hand, tunable["w"].gain)
 
 
 def test_many_directions_and_many_adapters():

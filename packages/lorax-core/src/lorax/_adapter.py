@@ -115,10 +115,9 @@ class Adapter:
     """The trained factors of one weight, and how they change it.
 
     A kind of adapter is a frozen dataclass under `@defkind`. Its fields are factors, nested
-    adapters,
-    and settings (`static`), three of which are `in_axes`, `out_axes` and `shared_axes`. `layout`
-    defines how its factors run along the weight. If the weight is the base plus the einsum of all
-    factors, nothing else is needed; other kinds override `applied`.
+    adapters, and settings (`static`), three of which are `in_axes`, `out_axes` and `shared_axes`.
+    `layout` defines how its factors run along the weight. If the weight is the base plus the einsum
+    of all factors, nothing else is needed; other kinds override `applied`.
     """
 
     kind: ClassVar[str]
@@ -177,8 +176,7 @@ class Adapter:
         """Returns the einsum of all factors, scaled."""
         layout = self.layout(shape)
         labels = {**layout.factors, **layout.held}
-        # Even if the user differentiates with respect to the frozen tree, these stay constant.
-        factors = {**self.factors(), **jax.lax.stop_gradient(dict(held))}
+        factors = {**self.factors(), **held}
         term = make_term({n: factors[n] for n in labels}, labels, layout.out, source)
         return term if self.scale == 1 else term.scale(self.scale)
 

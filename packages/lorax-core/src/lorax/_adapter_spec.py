@@ -76,8 +76,7 @@ class AdapterSpec:
     """How one weight is adapted: a leaf of the spec tree.
 
     A kind of spec is a frozen dataclass with the fields `in_axes`, `out_axes` and `shared_axes`
-    besides
-    its own settings.
+    besides its own settings.
     """
 
     # Whether the delta is a product of narrow factors, so that its norm needs no weight-sized

@@ -29,8 +29,8 @@ def own(leaf: Any) -> Any:
     """Returns a copy of an array with the same placement; any other leaf is returned unchanged.
 
     A training step that donates its state deletes these buffers, which must not be in use
-    elsewhere.
-    Tracers are copied too, because `jax.vmap` returns an input that passes through it unchanged.
+    elsewhere. Tracers are copied too, because `jax.vmap` returns an input that passes through it
+    unchanged.
     """
     if isinstance(leaf, np.ndarray):
         return np.array(leaf)

@@ -39,8 +39,7 @@ def resolve_axes(
 
     If neither inputs nor outputs are given, the last axis that is not shared is the output, as in a
     `(in, out)`, `(heads, head_dim, out)` or `(height, width, in, out)` kernel. If one of them is
-    given,
-    the other is the rest.
+    given, the other is the rest.
 
     Raises:
         SpecError: where an axis does not have exactly one role, or inputs or outputs are empty.

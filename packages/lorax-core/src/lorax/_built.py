@@ -86,8 +86,7 @@ def excess(got: Counts, expected: Counts) -> dict[tuple[int, ...], int]:
     extra: dict[tuple[int, ...], int] = {}
     for shape in {whole.shape for whole in got}:
         # A base piece in the plain program may be an array that counts in the adapted one, so both
-        # are
-        # allowed for; but no more than `count` can be in excess.
+        # are allowed for; but no more than `count` can be in excess.
         count, pieces = (got[Whole(shape, counts)] for counts in (True, False))
         allowed = sum(expected[Whole(shape, counts)] for counts in (True, False))
         if (most := min(count, count + pieces - allowed)) > 0:

@@ -252,11 +252,9 @@ def decode(term: Term, names: Sequence[str], format: Any, dtype: Any) -> jax.Arr
     """Returns the array that a bundle of codes and scales encodes.
 
     Each array gets an axis of size one for each label that it lacks, in the order in which the
-    codes
-    are stored. One entrywise function of all arrays follows, and axes are transposed only after it,
-    which fuses into the consumer. Scales are frozen like the codes: the barrier would give a
-    derivative
-    to all of its operands, which would cost a product as large as the weight.
+    codes are stored. One entrywise function of all arrays follows, and axes are transposed only
+    after it, which fuses into the consumer. Scales are frozen like the codes: the barrier would
+    give a derivative to all of its operands, which would cost a product as large as the weight.
     """
     shown = [label for axis in term.out for label in axis]
     # Decoded in the order in which the codes are stored, and transposed once at the end: codes are

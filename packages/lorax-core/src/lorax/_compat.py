@@ -60,9 +60,8 @@ def _linearized_once(
     """Returns a primitive as a function whose derivative JAX computes once for all equal equations.
 
     Reverse mode differentiates every bare equation anew, at several times the cost of tracing it
-    (JAX
-    0.8 to 0.12), and caches derivatives of jitted functions only. The functions of `jax.numpy` are
-    jitted for the same reason.
+    (JAX 0.8 to 0.12), and caches derivatives of jitted functions only. The functions of `jax.numpy`
+    are jitted for the same reason.
     """
 
     def function(*operands: Any) -> Any:
@@ -122,8 +121,7 @@ def source_line(eqn: jex.JaxprEqn) -> str:
 
     Empty if a library made the equation. No public name provides it. JAX 0.8 caches the body of a
     jitted function with the frames of its first caller, so the search ends where the tracing of a
-    body
-    begins.
+    body begins.
     """
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
@@ -156,8 +154,7 @@ def rebind(function: Any, primitive: str, changes: dict[str, Any], *operands: An
     """Calls `function`, which binds `primitive` once, with some of its parameters replaced.
 
     For parameters that no public function sets, such as `differentiated=True` of a checkpoint
-    inside a
-    gradient (all JAX versions).
+    inside a gradient (all JAX versions).
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
     (eqn,) = closed.jaxpr.eqns

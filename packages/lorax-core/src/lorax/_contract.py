@@ -34,9 +34,8 @@ def product_dtype(*dtypes, out=jnp.float32):
     """Returns the dtype in which an equation computes with operands of `dtypes`.
 
     This is the promoted dtype of those operands that can hold factors, even under strict promotion.
-    If
-    none can, it is the dtype `out` of the result, or float32. The dtype of the factors is ignored:
-    float32 factors would otherwise turn every product of a bfloat16 model into float32.
+    If none can, it is the dtype `out` of the result, or float32. The dtype of the factors is
+    ignored: float32 factors would otherwise turn every product of a bfloat16 model into float32.
     """
     wide = [dtype for dtype in dtypes if holds_factors(dtype)]
     if wide:
@@ -126,8 +125,7 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     """Emits one `dot_general`; `out`, if given, decides which operand comes first.
 
     With `joins`, adjacent axes are joined, except those of `shared`, an operand with other uses:
-    JAX
-    would keep both forms of it for the backward pass.
+    JAX would keep both forms of it for the backward pass.
     """
     (x, xs), (y, ys) = left, right
     # A label of one side that nothing else needs is summed out first: less to multiply.
@@ -176,24 +174,18 @@ def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
     """Whether a program is traced for a single CPU, where some forms of a product are faster.
 
     The gradient of `b` in `(x @ a) @ b` contracts all axes that x keeps, such as batch and
-    sequence.
-    XLA on CPU copies the whole cotangent for that, unless they are one axis, so axes are joined
-    there.
-    (For `a` it copies the cotangent of `x @ a`, which is only a rank wide.) On other platforms
-    nothing
-    is gained: joined axes cost memory on TPU, and collectives where several of them are sharded.
-    The
-    rule for convolutions uses this as well, to join the groups of features with the batch.
+    sequence. XLA on CPU copies the whole cotangent for that, unless they are one axis, so axes are
+    joined there. (For `a` it copies the cotangent of `x @ a`, which is only a rank wide.) On other
+    platforms nothing is gained: joined axes cost memory on TPU, and collectives where several of
+    them are sharded. The rule for convolutions uses this as well, to join the groups of features
+    with the batch.
 
     The mesh is in the type of the array, or in the context, and may be of another platform than
-    this
-    host's. A trace does not show what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)`
-    compile
-    for, nor the device of a `SingleDeviceSharding`: a host without an accelerator that compiles for
-    one
-    should put a mesh on its arguments, or call `jax.set_mesh`. A symbolic size means that the
-    program
-    is exported, for any platform; JAX also cannot always tell that a product of such sizes is one.
+    this host's. A trace does not show what `jax.jit(in_shardings=…)` or `jax.export(platforms=…)`
+    compile for, nor the device of a `SingleDeviceSharding`: a host without an accelerator that
+    compiles for one should put a mesh on its arguments, or call `jax.set_mesh`. A symbolic size
+    means that the program is exported, for any platform; JAX also cannot always tell that a product
+    of such sizes is one.
     """
     if any(map(jax.export.is_symbolic_dim, itertools.chain(*(array.shape for array in arrays)))):
         return False

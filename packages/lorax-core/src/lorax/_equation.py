@@ -52,8 +52,7 @@ class Equation:
         """Evaluates the original equation on plain arrays, or on bases that are held as codes.
 
         On a quantized base, an equation whose result is still a weight is deferred. Any other
-        equation
-        decodes the base for itself alone.
+        equation decodes the base for itself alone.
         """
         coded = [k for k, operand in enumerate(operands) if is_coded(operand)]
         if coded and self._waits(operands):
@@ -112,10 +111,8 @@ class Equation:
         """Returns a body of this equation as a function of arrays and weights.
 
         Its uses of weights are recorded once, however often JAX traces it. `finish(inside, outs)`
-        maps its
-        outputs, where `inside` is this equation as seen from the body: whatever `finish`
-        materializes is
-        computed inside the body.
+        maps its outputs, where `inside` is this equation as seen from the body: whatever `finish`
+        materializes is computed inside the body.
         """
         self.bodies.append(Body(self, jaxpr, finish))
         return self.bodies[-1]
@@ -212,10 +209,8 @@ class Equation:
         """Returns a weight, or an array if keeping its pieces apart no longer saves anything.
 
         A looked-up row of an embedding table becomes an array, for example: the model itself would
-        add the
-        delta to such a row. A weight in an 8-bit float stays factored until it is cast, because a
-        sum in
-        8 bits would round the terms away.
+        add the delta to such a row. A weight in an 8-bit float stays factored until it is cast,
+        because a sum in 8 bits would round the terms away.
 
         Args:
             weight: the weight.
@@ -254,8 +249,7 @@ class Body:
     """A body of an equation as a function; `uses` has the uses recorded by its last run.
 
     It holds the jaxpr, but neither the operands nor the record of the call that made it, so it can
-    be
-    cached beyond that call.
+    be cached beyond that call.
     """
 
     def __init__(self, equation: Equation, jaxpr: Any, finish: Finish | None = None):

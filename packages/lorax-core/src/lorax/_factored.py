@@ -81,8 +81,7 @@ class FactoredArray:
         """Whether keeping the pieces apart saves nothing.
 
         That is so if one factor of each term spans all that is left of the weight, and the gains
-        vary along
-        all of it.
+        vary along all of it.
         """
         of_gains = (*self.gains, *([self.norm.term] if self.norm else ()))
         flat = all(term.is_flat for term in self.terms) and self.meter is None
@@ -208,16 +207,14 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
     """Returns an array times a gain, in the dtype of the array.
 
     The gain is float32 or wider. A narrower array is saved for the backward pass as it is, not
-    widened.
-    On a mesh with explicit axes, the gain is sharded like the array.
+    widened. On a mesh with explicit axes, the gain is sharded like the array.
 
     Args:
         array: any array.
         gain: has the same number of axes; those of size one are broadcast.
         joins: whether adjacent axes may be joined for the product, on a single CPU. The gradient of
             the gain is a sum over all axes that the gain is constant along, which XLA on CPU fuses
-            only
-            over a single axis. If the array has other uses, JAX would keep both forms of it.
+            only over a single axis. If the array has other uses, JAX would keep both forms of it.
     """
     if joins and _contract.is_for_one_cpu([array]):
         return times_gain(*_joined(array, gain)).reshape(array.shape)

@@ -17,8 +17,7 @@ class FrozenWeight:
     """A node of the frozen tree: a base, with the frozen factors of its adapter.
 
     `init_lora` makes one for kinds of adapters that need it, for the norms of DoRA or the matrices
-    of
-    VeRA; otherwise the frozen tree has the bare base.
+    of VeRA; otherwise the frozen tree has the bare base.
 
     Attributes:
         base: the frozen weight.

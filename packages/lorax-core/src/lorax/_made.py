@@ -155,8 +155,7 @@ def _led_on(made: Made, summed: int, met: Sides) -> Made:
     """Returns weight w after it met another weight along the axis `summed`, as in `w @ v`.
 
     To `w`, `v` is data. What is left of `w` takes the sides of the axis of `v` that it met, because
-    the
-    product may later be multiplied by the rest of `v`.
+    the product may later be multiplied by the rest of `v`.
     """
     # Weights that this axis shows and the met axis does not: two different weights meet.
     gone = {k for k, _ in made.axes[summed] if k >= 0} - {k for k, _ in met}

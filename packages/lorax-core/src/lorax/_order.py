@@ -27,10 +27,9 @@ def pairwise_order(labels: tuple[tuple[Any, ...], ...], out: tuple[Any, ...], me
     """Returns the order of pairwise products with the fewest multiplications.
 
     Each step names the positions of two operands, whose product is appended to the list. If an
-    operand
-    meets the weight (`meets`), factors are never multiplied with each other into an array that
-    spans
-    both inputs and outputs of the weight, or all of its axes: that would be the delta itself.
+    operand meets the weight (`meets`), factors are never multiplied with each other into an array
+    that spans both inputs and outputs of the weight, or all of its axes: that would be the delta
+    itself.
 
     Args:
         labels: the labels of each operand.
@@ -141,8 +140,8 @@ class _Search:
         """Whether one group only scales the other along inner labels, such as the rank.
 
         The operand is just as narrow after it has met a factor, so scaling it there costs next to
-        nothing.
-        The gradient of the scale then keeps that narrow product instead of the whole operand.
+        nothing. The gradient of the scale then keeps that narrow product instead of the whole
+        operand.
         """
         few, many = sorted(map(self.labels_of, (left, right)), key=int.bit_count)
         return not few & ~(self.inner & many) and few not in (0, many)

@@ -99,7 +99,9 @@ def pay(
             result = turned(turn, result, shown, precision=precision)
         # After the turn: gains multiply turn · W.
         for array, places in after:
-            result = times_gain(result, spread(array, places, result.ndim), joins=True)
+            # The products of terms have joined axes as well; a gain alone fuses as it is.
+            joins = bool(weight.terms)
+            result = times_gain(result, spread(array, places, result.ndim), joins=joins)
         return result
 
     return dataclasses.replace(weight, gains=(), turn=None), operand, pay_result
@@ -151,8 +153,7 @@ def with_dropout_on(
     """Returns `function` of the operand after dropout, as the terms see it.
 
     For the backward pass, the mask and the products of the terms are recomputed: a dropped operand
-    is
-    as large as the operand itself, and every weight has one of its own. Under an outer
+    is as large as the operand itself, and every weight has one of its own. Under an outer
     `jax.checkpoint`, saved products would keep the dropped operand as well.
 
     Args:
@@ -203,10 +204,8 @@ def _noise(words: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns uniform 32-bit numbers: a hash of two words of a key and the position of each entry.
 
     `jax.random.bits` would make temporary arrays as large as the operand. This takes a few
-    operations
-    per entry that fuse into the consumer, and is random enough for a mask. It applies the finalizer
-    of
-    MurmurHash3 once per axis.
+    operations per entry that fuse into the consumer, and is random enough for a mask. It applies
+    the finalizer of MurmurHash3 once per axis.
     """
     mixed = _mix(words[0] ^ _mix(words[-1]))
     for size in shape:

@@ -70,9 +70,8 @@ def _recomputed(
     function: Callable[..., Any], name: str, structure: Any, several: bool = True
 ) -> Callable[..., Any]:
     def flat(*leaves: Any) -> Any:
-        # Codes are available from the start: without the barrier, a compiler may decode all
-        # weights at once.
-        # Scalars, such as indices, need no barrier.
+        # Codes are available from the start: without the barrier, a compiler may decode all weights
+        # at once. Scalars, such as indices, need no barrier.
         held = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
         waited = jax.lax.optimization_barrier([leaves[k] for k in held])
         every = dict(enumerate(leaves)) | dict(zip(held, waited, strict=True))

@@ -149,8 +149,7 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
     """Defines the rule of a primitive that is linear in its one operand.
 
     `change(term, **params)` returns the term of the result. With `moves`, the primitive only moves
-    or
-    cuts axes, so gains are changed the same way as terms.
+    or cuts axes, so gains are changed the same way as terms.
     """
 
     def rule(eqn, weight, *others, **params):
@@ -170,8 +169,7 @@ def defmove(*names: str) -> Callable[[Any], Any]:
     """Registers how primitives that move or cut axes change a term, for bases held as codes.
 
     `change(term, *others, **params)` returns a term, or a list of terms for a primitive with
-    several
-    results.
+    several results.
     """
 
     def register(change: Any) -> Any:

@@ -49,8 +49,7 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
     """Gives pairs of axes, one of `left` and one of `right`, the same labels.
 
     Labels of a pair are split until their sizes agree. Then `right` takes those of `left`, or
-    `left`
-    those of `right` if they run over the entries of an index array.
+    `left` those of `right` if they run over the entries of an index array.
     """
     for l_axis, r_axis in axes:
         i = 0

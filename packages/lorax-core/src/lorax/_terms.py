@@ -112,8 +112,7 @@ class Term:
         """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
 
         Such a term waits for a sum over its axes, as in a norm. A product with it would cost as
-        much as a
-        product with the whole weight.
+        much as a product with the whole weight.
         """
         return self.dense_factor is not None
 
@@ -324,8 +323,7 @@ class Term:
         """Returns the leading label of `axis` and how many entries one step of it spans.
 
         An axis whose labels have different owners can still be cut or padded between two steps of
-        its
-        first label, if all `numbers` are multiples of such a step. Otherwise `Inexpressible` is
+        its first label, if all `numbers` are multiples of such a step. Otherwise `Inexpressible` is
         raised.
         """
         try:

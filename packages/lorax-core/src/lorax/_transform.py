@@ -224,8 +224,7 @@ def trace(fn: Callable[..., Any], call: Call, adapt: Callable[[Leaf], Any] | Non
     """Traces `fn` at its base weights; each adapted weight is a `FactoredArray` in `operands`.
 
     All arrays in pairs become inputs of the jaxpr, and so do JAX arrays in other arguments. Any
-    other
-    argument reaches `fn` as the Python value that it is.
+    other argument reaches `fn` as the Python value that it is.
     """
     if adapt is None:
         adapt = lambda leaf: leaf.applied(leaf.path)  # noqa: E731

@@ -3,8 +3,7 @@
     W'[(n i), …]  =  W[(n i), …]  +  Σ_j matrix[n, i, j] · W[(n j), …]
 
 It multiplies a weight without an array of the weight's size: if the axis is summed over, the
-operand
-is multiplied by the matrix instead; if the axis is kept, the result is.
+operand is multiplied by the matrix instead; if the axis is kept, the result is.
 """
 
 import dataclasses
@@ -34,8 +33,7 @@ def arranged(
 
     Returns:
         The array with one axis per label, the labels of each of its original axes, and an iterator
-        over
-        unused label numbers.
+        over unused label numbers.
     """
     # The labels on each axis of the array.
     axes = {places[d]: term.out[d] for d in places}
@@ -102,8 +100,7 @@ class Turn:
         """Returns the matrix as operands that replace `label` by `other`.
 
         With `by_rows`, `label` is contracted with the rows of the matrix, as for the operand of a
-        product.
-        The weight and the result are contracted with its columns.
+        product. The weight and the result are contracted with its columns.
         """
         (matrix, *more), ((*blocks, row, column), *rest) = self.term.factors, self.term.labels
         # R[row, column]: x · R meets rows, R · W and R · result meet columns.

@@ -12,8 +12,7 @@ class Within(Adapter):
     """An adapter that wraps another one; subclasses are dataclasses with an `adapter` field.
 
     It is made inside the function that is differentiated and never stored, so its kind, settings
-    and
-    factors are those of the wrapped adapter.
+    and factors are those of the wrapped adapter.
     """
 
     adapter: Any

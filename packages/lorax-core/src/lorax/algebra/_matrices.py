@@ -159,8 +159,7 @@ def matrices_of_term(term: Term, axes: Axes) -> Matrices:
     """Returns a term as two matrices.
 
     A factor that runs along inputs and outputs goes to one side. Its labels of the other side
-    become
-    part of the rank, and an identity joins them to the axis there:
+    become part of the rank, and an identity joins them to the axis there:
 
         d[ρ, o]  =  Σ_ρ' eye[ρ, ρ'] · d[ρ', o]
     """

@@ -83,7 +83,7 @@ class DeloraWeight(Adapter):
         gain = self.length.astype(square.dtype)[..., None] / (self.rank * jnp.sqrt(square))
         factors = {
             # Δ = norm [in] ⊙ a [in, rank] · diag(gain [rank]) · b [rank, out]
-            "norm": jax.lax.stop_gradient(held["norm"]),
+            "norm": held["norm"],
             "a": self.a,
             "gain": gain,
             "b": self.b,

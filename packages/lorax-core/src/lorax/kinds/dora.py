@@ -87,7 +87,7 @@ class DoraWeight(Adapter):
         kept = (*axes.shared, *axes.outputs)
         # `square` is ‖W‖², [*shared, *out]. It is computed once, so that a training step only
         # computes what Δ adds to it.
-        factors = {"magnitude": self.magnitude, "square": jax.lax.stop_gradient(held["square"])}
+        factors = {"magnitude": self.magnitude, "square": held["square"]}
         term = make_term(factors, dict.fromkeys(factors, kept), axes.out, source)
         fan_in, _ = self.axes.sizes(base.shape)
         return dataclasses.replace(weight, norm=Norm(term, fan_in, self.detached))

@@ -74,7 +74,7 @@ class TokensWeight(Adapter):
             )
         (vocabulary,), chosen = axes.inputs, axes.inner(0, len(self.indices))
         # onehot [k, vocabulary] · (values − replaced) [k, *out]: zero in all other rows.
-        more = self.values - jax.lax.stop_gradient(held["replaced"])
+        more = self.values - held["replaced"]
         onehot = jax.nn.one_hot(jnp.asarray(self.indices), vocabulary.size, dtype=more.dtype)
         labels = {"onehot": (chosen, vocabulary), "more": rows}
         return make_term({"onehot": onehot, "more": more}, labels, layout.out, source)

@@ -66,8 +66,7 @@ def _looked_up(
     """Returns entries of a table with axes `kept` in the result; records lookups of rows.
 
     A single constant index picks a layer. If a matrix is left, such as that of an expert, the
-    product
-    that follows determines the roles.
+    product that follows determines the roles.
     """
     shape = shape_of(eqn.outvars[0])
     parts: dict[Any, Part] = {}

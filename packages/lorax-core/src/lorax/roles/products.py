@@ -54,8 +54,7 @@ class Side(NamedTuple):
         """Returns the part that the result shows.
 
         A constant maps one axis to another, as a resize does. Beside a constant, the summed axes
-        are
-        carried over to the axis that the constant keeps.
+        are carried over to the axis that the constant keeps.
         """
         # The axes that the product keeps, at their places in the result.
         axes = list(map(blank, shape))

@@ -258,8 +258,7 @@ class Walk:
         """Returns a value whose entries come from several operands, as after a concatenation.
 
         A weight next to activations, such as a class token, is data from then on. Next to data that
-        has not
-        met any weight, it may be either, and its next use decides: see `leave_to_data`.
+        has not met any weight, it may be either, and its next use decides: see `leave_to_data`.
         """
         merged = merge(operands)
         data = [operand for operand in operands if operand.data]

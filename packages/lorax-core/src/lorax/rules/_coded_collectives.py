@@ -90,8 +90,8 @@ def exchanged(term: Term, axis: int, size: int, name: Any, groups: Any) -> tuple
 
     Returns:
         The term, in which `axis` has this device's part and every array a leading label for the
-        device
-        that it came from, and that label. Arrays that do not run along the axis are gathered.
+        device that it came from, and that label. Arrays that do not run along the axis are
+        gathered.
     """
     label = term.out[axis][0] if term.out[axis] else Label(-1, 1)
     if label.size % size:
@@ -116,8 +116,7 @@ def sent(term: Term, name: Any, perm: Sequence[tuple[int, int]], size: int) -> T
     """Sends arrays from device to device, as `ppermute` does.
 
     A device that receives nothing keeps its own arrays, times a gain of zero: codes of zero need
-    not
-    decode to zero.
+    not decode to zero.
     """
     arrays = tuple(jax.lax.ppermute(array, name, perm) for array in term.factors)
     if len(perm) == size:

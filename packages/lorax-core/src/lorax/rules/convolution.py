@@ -150,8 +150,7 @@ class _Stages(NamedTuple):
     """The two kernels of a term, as [out, in, *window].
 
     The first consists of `blocks`, each of which is used for `repeats` groups. `in_first` has one
-    entry
-    per axis of the window: whether the first kernel owns it.
+    entry per axis of the window: whether the first kernel owns it.
     """
 
     first: jax.Array

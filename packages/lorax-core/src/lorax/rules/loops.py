@@ -238,8 +238,7 @@ def _unstack_base(base):
     """Returns the arrays of a base that a scan slices, and a function that rebuilds one step.
 
     If equations are deferred on a stack of codes, the stack is not sliced: each step defers one
-    more
-    equation on it, which picks the step's entry.
+    more equation on it, which picks the step's entry.
     """
     if not is_coded(base):
         return [base], lambda leaves, _: leaves[0]
