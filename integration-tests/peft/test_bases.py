@@ -314,10 +314,12 @@ def test_groups_of_gptq_in_another_order(tmp_path):
     write(tmp_path, Written({**written.tensors, "g_idx": of}, written.weight, written.config))
     with pytest.raises(AdapterError, match="`up` that cannot be kept: its groups are not neigh"):
         load_base(tmp_path, {"up": Linear(MODULE)})
-    with pytest.warns(AdapterWarning, match=r"coded anew: `up` as int8, 0\.0\d+ from the file's"):
+    with pytest.warns(
+        AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.0\d+ from the file's"
+    ):
         held = load_base(tmp_path, {"up": Linear(MODULE)}, anew="int8")
     assert held["up"].format == "int8"
-    with pytest.warns(AdapterWarning, match="coded anew: `up` .as floats"):
+    with pytest.warns(AdapterWarning, match="codes are not kept: `up` .as floats"):
         floats = load_base(tmp_path, {"up": Linear(MODULE)}, anew="float")
     layer = gptq_layer()(4, 64, IN, OUT, False, weight_dtype=torch.float16)
     layer.load_state_dict({**written.tensors, "g_idx": of}, strict=False)

@@ -146,7 +146,7 @@ class Adapter:
         for name in ("rank", "blocks"):
             value = getattr(self, name, None)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise SpecError(f"`{path}` has {name} {value}; it is positive.")
+                raise SpecError(f"`{path}` has {name} {value}; it must be positive.")
 
     def neutral(self) -> Mapping[str, Neutral] | None:
         """Returns the trained factors with which the weight equals its base, or None if unknown.
@@ -253,7 +253,9 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
 
 def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
     if depth == _DEEPEST:
-        raise ArgumentError(f"No adapter has {depth} adapters within each other.")
+        raise ArgumentError(
+            f"The settings nest adapters {depth} levels deep; the limit is {_DEEPEST - 1}."
+        )
     given = dict(settings)
     cls = KINDS[given.pop("kind")]
     values: dict[str, Any] = {}
@@ -262,7 +264,7 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
             values[field.name] = with_tuples(given.pop(field.name))
             if not is_of(values[field.name], field.type):
                 raise ArgumentError(
-                    f"A {cls.kind} adapter has {field.name}={values[field.name]!r}."
+                    f"A {cls.kind} adapter cannot have {field.name}={values[field.name]!r}."
                 )
         elif field.type is Adapter:
             values[field.name] = _from_settings(given.pop(field.name), depth + 1)
@@ -304,7 +306,7 @@ def defkind(cls: type[Any]) -> type[Any]:
     jax.tree_util.register_dataclass(cls)
     register_with_export(cls)
     if cls.kind in KINDS:
-        raise ArgumentError(f"There is a kind {cls.kind!r} already: {KINDS[cls.kind]}.")
+        raise ArgumentError(f"The kind {cls.kind!r} is already defined, by {KINDS[cls.kind]}.")
     KINDS[cls.kind] = cls
     return cls
 

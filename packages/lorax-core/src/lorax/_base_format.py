@@ -191,7 +191,7 @@ def defformat(cls: type[Any]) -> type[Any]:
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     if cls.name in FORMATS:
-        raise ArgumentError(f"There is a format {cls.name!r} already: {FORMATS[cls.name]}.")
+        raise ArgumentError(f"The format {cls.name!r} is already defined, by {FORMATS[cls.name]}.")
     FORMATS[cls.name] = cls
     return cls
 

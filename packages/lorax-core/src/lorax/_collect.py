@@ -86,9 +86,9 @@ def collect_starts(
     wanted = _wanted(leaves, flatten_spec(spec, structure))
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not batches:
-        raise ArgumentError("collect_starts was given no batch.")
+        raise ArgumentError("collect_starts needs at least one batch.")
     if at_once is not None and at_once < 1:
-        raise ArgumentError(f"collect_starts: at_once is {at_once}; it is at least 1.")
+        raise ArgumentError(f"collect_starts: at_once is {at_once}; it must be at least 1.")
     collected: Collected = {}
     # Moments and gradients need different passes over the batches.
     for is_gradient in (False, True):

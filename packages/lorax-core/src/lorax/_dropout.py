@@ -54,7 +54,9 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         (3, 1)
     """
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ArgumentError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
+        raise ArgumentError(
+            f"with_dropout: the rate is {rate!r}; it must be at least 0 and below 1."
+        )
     if rate == 0:
         return tunable
     # An old-style key of uint32.

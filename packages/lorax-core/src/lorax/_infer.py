@@ -95,7 +95,7 @@ def infer_spec(
         ((0, 1), (2,), 0)
     """
     if (rank is None) == (spec is None):
-        raise ArgumentError("infer_spec takes `rank` or `spec`: one of them, and not both.")
+        raise ArgumentError("infer_spec takes either `rank` or `spec`.")
     kind = LoraSpec(rank, alpha, scaling) if rank is not None else spec
     assert kind is not None
     leaves, structure = flatten_params(params)

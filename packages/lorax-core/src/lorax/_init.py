@@ -168,7 +168,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
     if initializer not in INITIALIZERS:
         known = ", ".join(repr(known) for known in INITIALIZERS)
         raise SpecError(
-            f"{name}={initializer!r} is not known; it is one of {known}, or a function."
+            f"{name}={initializer!r} is unknown; it must be one of {known}, or a function."
         )
     return INITIALIZERS[initializer]
 

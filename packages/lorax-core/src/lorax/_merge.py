@@ -187,7 +187,7 @@ def merge_params(
         {'w': 0.0}
     """
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ArgumentError(f"merge_params: scale is {scale!r}; it is a finite number.")
+        raise ArgumentError(f"merge_params: scale is {scale!r}; it must be a finite number.")
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     in_full = [leaf.path for leaf in leaves if not leaf.is_adapted and leaf.tunable is not None]

@@ -258,7 +258,7 @@ def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(base))))):
         raise SpecError(
             f"`{path}` has entries that are not finite, and a block with such an entry has no "
-            "scale. Mend the weight, or give it None."
+            "scale. Repair the weight, or give it None."
         )
 
 

@@ -97,7 +97,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
                 continue
             if primitive in RULES:
                 name = primitive.name
-                raise ArgumentError(f"There is a rule for `{name}` already: {RULES[primitive]}.")
+                raise ArgumentError(f"`{name}` already has a rule: {RULES[primitive]}.")
             RULES[primitive] = rule
             if gains:
                 CARRIERS.add(primitive)

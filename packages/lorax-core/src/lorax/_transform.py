@@ -87,7 +87,7 @@ def lora(
     """
     for name, policy in (("on_materialize", on_materialize), ("on_unused", on_unused)):
         if policy not in ("warn", "error", "allow"):
-            raise ArgumentError(f"{name}={policy!r}: it is 'warn', 'error' or 'allow'.")
+            raise ArgumentError(f"{name}={policy!r}: it must be 'warn', 'error' or 'allow'.")
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
 

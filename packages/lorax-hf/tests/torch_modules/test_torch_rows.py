@@ -139,7 +139,7 @@ def test_weights_of_unknown_axes_are_named():
         spec = lorax_hf.spec(module, rank=2, targets=lambda name: name != "embed")
     assert spec["across.weight"] == spec["scores"] == lorax.LORA_FREEZE
     assert spec["window.weight"].in_axes == (1, 2)
-    with pytest.raises(TypeError, match="`inputs` is a tuple or a dict"):
+    with pytest.raises(TypeError, match="`inputs` must be a tuple or a dict"):
         lorax_hf.spec(module, targets=["across"], inputs=jnp.asarray(IDS))
 
 

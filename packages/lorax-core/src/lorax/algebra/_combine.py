@@ -140,7 +140,7 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
         raise refuse("there are no adapters to combine.")
     for name, weight in ((name, weight) for name, (_, weight) in adapters.items()):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise refuse(f"the weight of {name!r} is {weight!r}; it is a finite number.")
+            raise refuse(f"the weight of {name!r} is {weight!r}; it must be a finite number.")
     entrywise = METHODS.get(method.removesuffix("_svd"))
     if method not in ("concatenate", "svd") and (entrywise is None or method == "linear_svd"):
         pruning = [name for name in METHODS if name != "linear"]
@@ -149,14 +149,14 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
     if rank is not None and not method.endswith("svd"):
         raise refuse(f"rank={rank} goes with a method that ends in 'svd', and not with {method!r}.")
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise refuse(f"rank={rank!r}; it is a positive int.")
+        raise refuse(f"rank={rank!r}; it must be a positive int.")
     prunes = entrywise is not None and entrywise.prune is not None
     if prunes and (density is None or not 0 < density <= 1):
         raise refuse(f"{method!r} takes a density above 0 and at most 1, and got {density!r}.")
     if not prunes and density is not None:
         raise refuse(f"{method!r} prunes nothing; leave density={density!r} out.")
     if signs not in ("total", "frequency"):
-        raise refuse(f"signs={signs!r}; it is 'total' or 'frequency'.")
+        raise refuse(f"signs={signs!r}; it must be 'total' or 'frequency'.")
     if entrywise is not None and entrywise.prune == "random" and key is None:
         raise refuse(f"{method!r} drops random entries; give it a key.")
     return _Options(method, rank, 1.0 if density is None else float(density), signs, key)

@@ -106,7 +106,7 @@ def extract_lora(
         if jnp.shape(leaf) != jnp.shape(new):
             raise ArgumentError(
                 f"extract_lora: `{path}` is {jnp.shape(leaf)} in base and {jnp.shape(new)} in "
-                "tuned; both are parameters of one model."
+                "tuned; both must be parameters of one model."
             )
         checked = check_leaf(path, leaf, leaf_spec)
         if checked == LORA_FULL:

@@ -149,7 +149,9 @@ def energy_of(function: str, energy: float | None, tolerance: float | None) -> f
     """Returns the fraction of the energy to keep, given it or a relative error as `tolerance`."""
     for name, value in (("energy", energy), ("tolerance", tolerance)):
         if value is not None and not 0 <= value <= 1:
-            raise ArgumentError(f"{function}: {name} is {value!r}; it is a number from 0 to 1.")
+            raise ArgumentError(
+                f"{function}: {name} is {value!r}; it must be a number from 0 to 1."
+            )
     if energy is not None and tolerance is not None:
         raise ArgumentError(f"{function}: give energy or tolerance; energy is 1 − tolerance².")
     return energy if tolerance is None else 1 - tolerance**2

@@ -64,7 +64,7 @@ def resize_adapter(
     if rank is None and share is None:
         raise ArgumentError("resize_adapter: give a rank, an energy or a tolerance.")
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise ArgumentError(f"resize_adapter: rank is {rank!r}; it is a positive int.")
+        raise ArgumentError(f"resize_adapter: rank is {rank!r}; it must be a positive int.")
     leaves, structure = flatten_adapters(tunable)
     errors: dict[str, float] = {}
     resized = [

@@ -91,7 +91,9 @@ def stack_adapters(
         raise ArgumentError("stack_adapters: there are no adapters to stack.")
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
-        raise ArgumentError(f"stack_adapters: {len(adapters)} adapters do not fit {slots} slots.")
+        raise ArgumentError(
+            f"stack_adapters: {len(adapters)} adapters do not fit into {slots} slots."
+        )
     flat = [flatten_adapters(tree) for tree in adapters]
     leaves, structure = flat[0]
     for k, (_, other) in enumerate(flat):
@@ -279,7 +281,7 @@ def check_bank(function: str, bank: Any, *others: type) -> None:
     """Raises `ArgumentError` for anything but a bank of a type that the function accepts."""
     if not isinstance(bank, (AdapterBank, *others)):
         raise ArgumentError(
-            f"{function} takes a bank, as `stack_adapters` returns it, and was given "
+            f"{function} takes a bank, as `stack_adapters` returns it, but got "
             f"{type(bank).__name__}."
         )
 

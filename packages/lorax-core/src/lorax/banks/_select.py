@@ -121,7 +121,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     index = jnp.asarray(index)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ArgumentError(
-            f"select_adapters: the index is {index.dtype}{list(index.shape)}; it is a scalar "
+            f"select_adapters: the index is {index.dtype}{list(index.shape)}; it must be a scalar "
             "integer. For an index of each row, call it under jax.vmap over the rows."
         )
     if not is_tracer(index) and not -1 <= int(index) < bank.slots:

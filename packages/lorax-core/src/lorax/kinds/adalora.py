@@ -259,7 +259,7 @@ def adalora_pruner(
     if not (target_rank >= 1 and every >= 1 and 0 <= t_init < end <= total_steps):
         raise ArgumentError(
             f"adalora_pruner takes target_rank and every from 1, and 0 ≤ t_init < total_steps - "
-            f"t_final, and was given {target_rank=}, {every=}, {t_init=}, {total_steps=}, "
+            f"t_final, but got {target_rank=}, {every=}, {t_init=}, {total_steps=}, "
             f"{t_final=}."
         )
 

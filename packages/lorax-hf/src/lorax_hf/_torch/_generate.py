@@ -34,7 +34,9 @@ def generate(
     lora: Mapping[str, Any] = {}
     if isinstance(fn, AdaptedModule):
         if isinstance(params, Mapping):
-            raise ArgumentError("generate: an adapted module takes the pair `(frozen, tunable)`.")
+            raise ArgumentError(
+                "generate: an adapted module takes the pair `(frozen, tunable)` as its parameters."
+            )
         fn, lora = fn.function, fn.options
     if not isinstance(fn, ModuleFunction):
         raise ArgumentError(
@@ -43,9 +45,11 @@ def generate(
         )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ArgumentError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
+        raise ArgumentError(
+            f"ids must be integers of shape [batch, length], not {ids.dtype} {ids.shape}."
+        )
     if options.max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
+        raise ArgumentError(f"max_new_tokens={options.max_new_tokens} must be at least 1.")
     if options.do_sample and rng is None:
         raise ArgumentError("do_sample=True needs `rng=`, a key of `jax.random`.")
     _check_sampling(options)

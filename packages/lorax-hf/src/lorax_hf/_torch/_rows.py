@@ -196,7 +196,7 @@ def _inference(
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         if not isinstance(args, tuple):
             raise ArgumentError(
-                "spec: `inputs` is a tuple or a dict of what the module is called with."
+                "spec: `inputs` must be a tuple or a dict: the arguments of a call of the module."
             )
         fn = ModuleFunction(module, scan_layers={run.owner for run in runs})
         # Only arrays: a traced function cannot return the module's other outputs.

@@ -52,7 +52,7 @@ class Notes(NamedTuple):
                 f"memory are shorter and scales are repeated{_some(self.shorter)}"
             )
         if self.anew:
-            warn(f"has weights that are coded anew{_some(self.anew)}")
+            warn(f"has weights whose codes are not kept{_some(self.anew)}")
 
 
 def _some(names: list[str]) -> str:
@@ -162,8 +162,8 @@ def _anew(
     why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
     if anew is None:
         raise AdapterError(
-            f"has codes for `{place.path}` that cannot be kept: {why}. Say how to hold it: "
-            '`anew="nf4"`, or another format, codes it again; `anew="float"` holds it decoded.'
+            f"has codes for `{place.path}` that cannot be kept: {why}. Choose how to store it: "
+            '`anew="nf4"`, or another format, quantizes it again; `anew="float"` decodes it.'
         )
     dtype = np.dtype(dtype or dtype_of(source, first))
     target = plain_target(place, dtype)

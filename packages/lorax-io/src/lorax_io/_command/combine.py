@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     weights = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter):
         raise AdapterError(
-            f"is made of {len(args.adapter)} adapters, and there are {len(weights)} weights.",
+            f"combines {len(args.adapter)} adapters, but --weights has {len(weights)} numbers.",
             args.out,
         )
     rename = renaming(args.rename)

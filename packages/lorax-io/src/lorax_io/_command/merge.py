@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     scales = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
     if len(scales) != len(args.adapter):
         raise AdapterError(
-            f"is merged from {len(args.adapter)} adapters, and there are {len(scales)} scales.",
+            f"merges {len(args.adapter)} adapters, but --scale has {len(scales)} numbers.",
             args.out,
         )
     fitted: list[Fitted] = []

@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     if path.is_dir():
         raise AdapterFileError("is a folder; a file is to be written there.", path)
     if not path.parent.is_dir():
-        raise AdapterNotFoundError(f"there is not a folder {path.parent}; make it first.", path)
+        raise AdapterNotFoundError(f"{path.parent} is not a folder; create it first.", path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise AdapterFileError(f"cannot be made a folder: {error}", path) from error
+        raise AdapterFileError(f"cannot be created: {error}", path) from error
 
 
 def _flush(path: Path) -> None:

@@ -45,7 +45,7 @@ class Hdf5File:
             except AdapterFileError:
                 raise
             except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-                raise AdapterFileError(f"is not a sound HDF5 file ({error}).") from error
+                raise AdapterFileError(f"is not a valid HDF5 file ({error}).") from error
         self.entries = {name: Entry(x.dtype, x.shape) for name, x in self._arrays.items()}
 
     def _read(self, h5py: Any, group: Any, begin: str) -> None:

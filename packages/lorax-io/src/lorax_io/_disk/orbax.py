@@ -105,7 +105,7 @@ def _sound() -> Generator[None]:
         raise
     except Exception as error:  # of JSON, of TensorStore, and of its own, of any type
         text = " ".join(str(error).split())[:300]
-        raise AdapterFileError(f"is not a sound checkpoint of Orbax ({text}).") from error
+        raise AdapterFileError(f"is not a valid Orbax checkpoint ({text}).") from error
 
 
 @contextlib.contextmanager

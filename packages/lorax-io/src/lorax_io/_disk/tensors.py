@@ -170,7 +170,7 @@ def check_width(name: str, dtype: Any) -> None:
 def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
     """Refuses NaN and infinity, and bytes other than 0 and 1 in an array of bools."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
-        raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
+        raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs
         finite = not jnp.issubdtype(array.dtype, jnp.inexact) or np.isfinite(array).all()
     if not finite:

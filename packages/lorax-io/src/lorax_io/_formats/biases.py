@@ -44,7 +44,7 @@ def changed_biases(
             if alone:
                 continue
             raise UnsupportedAdapterError(
-                f"changes the bias `{path}` by what it is in the base, and was given its shape "
+                f"changes the bias `{path}` by its value in the base, but got only its "
                 "alone. Give the parameters themselves."
             )
         own = {module: tensor for module, _, tensor in whole_tensors(place, leaves[path])}

@@ -216,7 +216,7 @@ def _tensors(
     is_tied = isinstance(place.torch_name, Embedding) and place.torch_name.tied
     if is_tied and not isinstance(weight, TokensWeight):  # of rows, PEFT ties both
         warn(
-            f"the head shares the embedding `{place.path}`. PEFT adapts the look-up alone until "
+            f"the head shares the embedding `{place.path}`. PEFT adapts only the lookup until "
             "the adapter is merged, so that its outputs differ from these."
         )
     axes_by_name = axes_of(weight, place.shape).of

@@ -256,8 +256,8 @@ def _with_sides(source: Source, place: Place, tensors: Mapping[Slot, Stored]) ->
     fan_in, fan_out = place.axes.sizes(place.shape)
     if fan_in == fan_out:
         raise UnsupportedAdapterError(
-            f"`{place.path}` has as many inputs as outputs, so that nothing tells which of the two "
-            "PEFT took for which. Say it in `names`: Experts(…, swapped=True), or False."
+            f"`{place.path}` has as many inputs as outputs, so it is ambiguous whether PEFT "
+            "swapped them. Specify it in `names`: Experts(…, swapped=True), or False."
         )
     shape = next(tensor.shape for slot, tensor in tensors.items() if slot.key == "lora_A.weight")
     return place.with_torch_name(torch_name.with_swapped(bool(shape) and shape[-1] == fan_out))

@@ -62,7 +62,7 @@ def load_frozen(
         [0.0, 0.0, 0.0]
     """
     if (params is None) == (like is None):
-        raise ArgumentError("load_frozen needs `params` or `like`: one of them, and not both.")
+        raise ArgumentError("load_frozen needs either `params` or `like`.")
     given = params if like is None else like
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars(progress))

@@ -73,7 +73,7 @@ def load_adapter(
         2
     """
     if (params is None) == (like is None):
-        raise ArgumentError("load_adapter needs `params` or `like`: one of them, and not both.")
+        raise ArgumentError("load_adapter needs either `params` or `like`.")
     if like is None:
         with bars(progress):
             loaded = read(path, params, sharding, with_held=False)

@@ -41,7 +41,7 @@ class Oft(Tuner):
 
     def check_config(self, config: PeftConfig) -> None:
         if config.coft and not (config.eps or 0) > 0:
-            raise AdapterFileError(f"has eps = {config.eps} under coft; it is positive.")
+            raise AdapterFileError(f"has eps = {config.eps} under coft; it must be positive.")
         if config.use_cayley_neumann and _release(config.peft_version) < _release(_SINCE):
             warn(
                 f"was written by PEFT before {_SINCE}, which summed another series for its "
