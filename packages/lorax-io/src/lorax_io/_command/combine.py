@@ -15,7 +15,7 @@ from .._torch_names import TorchName
 from .convert import OUT, add_writing, write_as
 from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
 
-HELP = "several adapters of one base as one"
+HELP = "combine several adapters of one base into one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,23 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", nargs="+", help=f"two or more: {ADAPTER}")
     parser.add_argument("--out", type=Path, required=True, help=OUT)
     parser.add_argument(
-        "--weights", type=float, nargs="+", help="one for each adapter; by default 1"
+        "--weights", type=float, nargs="+", help="a weight for each adapter; by default 1"
     )
     parser.add_argument(
         "--method",
         default="concatenate",
         help="as in lorax.combine_adapters: concatenate (the exact sum), svd, linear, ties, …",
     )
-    parser.add_argument("--rank", type=int, help="of the result, for svd and …_svd")
-    parser.add_argument("--density", type=float, help="of what pruning keeps, above 0 to 1")
-    parser.add_argument("--signs", default="total", choices=("total", "frequency"), help="of ties")
-    parser.add_argument("--seed", type=int, default=0, help="of dare_linear and dare_ties")
+    parser.add_argument("--rank", type=int, help="the rank of the result (methods svd and …_svd)")
+    parser.add_argument(
+        "--density",
+        type=float,
+        help="the fraction of entries that pruning keeps, above 0 and at most 1",
+    )
+    parser.add_argument(
+        "--signs", default="total", choices=("total", "frequency"), help="how ties elects signs"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the random seed of dare_linear and dare_ties"
+    )
     add_naming(parser)
     add_writing(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the weighted sum of adapters, and prints how far each weight is from the exact one."""
+    """Writes the weighted sum of adapters, and prints the error of each weight."""
     weights = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter):
         raise AdapterError(

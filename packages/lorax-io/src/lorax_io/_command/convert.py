@@ -36,8 +36,8 @@ from .._tree import Row, beside
 from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
 from .verify import BASE
 
-HELP = "an adapter in another form"
-OUT = "file, or folder for PEFT, diffusers, mlx-lm and tunix"
+HELP = "write an adapter in another format"
+OUT = "a file, or a folder (PEFT, diffusers, mlx-lm and tunix)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
-    parser.add_argument("--base", type=Path, help=f"for the names in kohya files: {BASE}")
-    parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
+    parser.add_argument("--base", type=Path, help=f"resolves the names in kohya files: {BASE}")
+    parser.add_argument(
+        "--part", help="the part to convert, if the adapter is for several parts of a pipeline"
+    )
     add_writing(parser, required=True)
 
 
@@ -56,22 +58,26 @@ def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--to",
         choices=tuple(WRITERS),
         required=required,
-        help="the format" + ("" if required else "; by default that of the first adapter"),
+        help="the format to write" + ("" if required else "; by default that of the first adapter"),
     )
     parser.add_argument(
-        "--fold-scale", action="store_true", help="multiply b by the scale: PEFT, diffusers"
+        "--fold-scale", action="store_true", help="multiply b by the scale (PEFT and diffusers)"
     )
-    parser.add_argument("--base-model", metavar="NAME", help="for PEFT, mlx-lm: the base's name")
-    parser.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
-    parser.add_argument("--model-config", type=Path, help="for GGUF: the base's config.json")
+    parser.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="the name of the base model to record (PEFT and mlx-lm)",
+    )
+    parser.add_argument("--task-type", choices=TASK_TYPES, help="the task type to record (PEFT)")
+    parser.add_argument("--model-config", type=Path, help="the base model's config.json (GGUF)")
     parser.add_argument(
         "--prefix",
-        help="for diffusers: the part of a pipeline; for kohya: what names begin with",
+        help="the part of a pipeline (diffusers), or the prefix of all names (kohya)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes an adapter in another form."""
+    """Writes an adapter in another format."""
     adapter = opened(args.adapter, args)
     if adapter.format == "kohya" and args.base is not None:
         adapter = _with_dots(adapter, open_checkpoint(args.base))

@@ -47,7 +47,9 @@ def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: st
 def add_naming(parser: argparse.ArgumentParser) -> None:
     """Adds the options `--names`, `--rename` and `--alpha`."""
     parser.add_argument(
-        "--names", type=Path, help="PyTorch names by path, as lorax_io.write_names writes them"
+        "--names",
+        type=Path,
+        help="a JSON file of PyTorch names by path, written by lorax_io.write_names",
     )
     parser.add_argument(
         "--rename",
@@ -55,10 +57,12 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("PATTERN", "REPLACEMENT"),
-        help="another name for each module that a regular expression finds; may be repeated",
+        help="rename the modules that match a regular expression; may be repeated",
     )
     parser.add_argument(
-        "--alpha", type=float, help="of adapters in formats that do not store it, as tunix's"
+        "--alpha",
+        type=float,
+        help="the adapter's alpha, for formats that do not store it, such as tunix",
     )
 
 
