@@ -121,6 +121,17 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
 
         return jax.vmap(row)(x, index)
 
+    def grouped(x, params, bank):
+        """The rows of each adapter side by side, and the bank mapped over like the rows."""
+
+        def of_slot(tunable, scales, rows):
+            pair = (params, lorax.with_scales(tunable, scales))
+            return jax.vmap(lambda row: adapted(pair, row))(rows)
+
+        rows = x.reshape(-1, slots, *x.shape[1:]).swapaxes(0, 1)
+        out = jax.vmap(of_slot)(bank.tunable, bank.scales, rows)
+        return out.swapaxes(0, 1).reshape(x.shape)
+
     interleaved = lorax.interleave_adapters(bank)
     return {
         "none": Served(base, (x, params)),
@@ -128,6 +139,7 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
         f"{slots}, `select_adapters`": Served(selected, (x, params, bank, index)),
         f"{slots}, `mix_adapters`": Served(mixed, (x, params, bank, index)),
         f"{slots}, `mix_adapters`, interleaved": Served(mixed, (x, params, interleaved, index)),
+        f"{slots}, as many rows each": Served(grouped, (x, params, bank)),
         f"{slots}, hand-written `vmap`": Served(
             by_hand, (x, params, as_factors(bank.tunable), index)
         ),

@@ -78,6 +78,7 @@ CONFIGS = {
     "LoKr in full": LoKrConfig(r=64, alpha=5, target_modules=LINEAR),
     "LoKr of both": LoKrConfig(r=1, alpha=5, target_modules=LINEAR, decompose_both=True),
     "LoKr in blocks of four": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=4),
+    "LoKr in blocks of eight": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=8),
     "LoKr of a convolution": LoKrConfig(r=1, alpha=5, target_modules=ALL),
     "LoKr with a core": LoKrConfig(r=1, alpha=5, target_modules=ALL, use_effective_conv2d=True),
     "LoKr of a convolution in full": LoKrConfig(r=64, alpha=5, target_modules=ALL),

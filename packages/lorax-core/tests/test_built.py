@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, _transform, infer_spec, init_lora, testing
+from lorax import Axes, DoraSpec, LoraSpec, _transform, infer_spec, init_lora, testing
 from lorax._built import Weights, built, excess
 from lorax._made import Made
 from lorax._registry import RULES
@@ -83,6 +83,8 @@ BUILDING = {
     "column-by-column": column_by_column,
     "written-into-zeros": written_into_zeros,
     "base-copied": lambda x, w, a, b: x @ (w * 2) / 2 + (x @ a) @ b,
+    "base-copied-by-a-reshape": lambda x, w, a, b: (
+        x @ lax.reshape(w, w.shape[::-1], (1, 0)).T + (x @ a) @ b),
 }  # fmt: skip
 
 FACTORED = {
@@ -91,6 +93,7 @@ FACTORED = {
     "transposed": lambda x, w, a, b: x @ w + (b.T @ (a.T @ x.T)).T,
     "scaled-by-data": lambda x, w, a, b: x @ w + (x @ (x.sum() * a)) @ b / x.sum(),
     "in-scan": lambda x, w, a, b: lax.map(lambda x: x @ w + (x @ a) @ b, x),
+    "base-reshaped": lambda x, w, a, b: x @ w.reshape(-1).reshape(w.shape) + (x @ a) @ b,
 }
 
 
@@ -232,3 +235,44 @@ def test_axis_with_both_sides_is_not_a_weight():
 
     assert counted(lambda a, b: (a * b.T).sum(1)) == {}
     assert counted(lambda a, b: (a @ b).reshape(49)) == {(7, 7): 1, (49,): 1}
+
+
+def convolved_by_each(params, x):
+    one = lambda w, x: lax.conv_general_dilated(  # noqa: E731
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jax.vmap(one)(params["w"], x)
+
+
+def heads_of_one_part(params, x):
+    w = params["w"].reshape(7, 3, 2, 1).transpose(1, 0, 2, 3)
+    return jnp.einsum("bi,kihd->kbhd", x, w)
+
+
+def either(params, x):
+    w = params["w"]
+    return jax.vmap(lambda x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: (x * 2) @ w))(x)
+
+
+DORA = DoraSpec(LoraSpec(2))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "spec", "of_x"),
+    [
+        (
+            convolved_by_each,
+            (3, 3, 2, 4, 6),
+            DORA.with_axes(Axes((0,), (1, 2, 3), (4,))),
+            (3, 2, 5, 5, 4),
+        ),
+        (heads_of_one_part, (7, 6), DORA, (3, 7)),
+        (lambda p, x: x @ jnp.kron(jnp.ones((2, 1)), p["w"]), (7, 6), DORA, (3, 14)),
+        (lambda p, x: x @ lax.stop_gradient(p["w"]), (7, 6), DORA, (3, 7)),
+        # JAX selects between the weight and a copy without a gradient.
+        (either, (7, 6), LoraSpec(2), (3, 7)),
+    ],
+    ids=["vmapped-convolution", "heads", "kronecker", "stopped", "branches-of-each-row"],
+)
+def test_a_base_that_moves_in_place_passes(function, shape, spec, of_x):
+    testing.check(function, {"w": N(*shape)}, {"w": spec}, N(*of_x), transforms=False)

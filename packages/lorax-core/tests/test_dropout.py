@@ -12,6 +12,7 @@ from lorax import (
     DoraSpec,
     IA3Spec,
     LoraSpec,
+    PairError,
     explain,
     init_lora,
     lora,
@@ -106,6 +107,18 @@ def test_without_it_nothing_changes():
 def test_a_rate_that_is_not_one_raises(rate):
     with pytest.raises(ValueError, match="the rate is"):
         with_dropout({}, KEY, rate)
+
+
+def test_what_cannot_have_dropout_raises():
+    frozen, tunable = pair_of({"w": N(0, 5, 4)})
+    with pytest.raises(PairError, match="the tree has no adapter"):
+        with_dropout(frozen, KEY, 0.1)
+    once = with_dropout(tunable, KEY, 0.1)
+    with pytest.raises(PairError, match="the adapter at `w` has dropout already"):
+        with_dropout(once, KEY, 0.1)
+    for key in (0, None, jax.random.split(KEY)):
+        with pytest.raises(TypeError, match="with_dropout takes one PRNG key"):
+            with_dropout(tunable, key, 0.1)  # pyright: ignore[reportArgumentType]
 
 
 def test_weights_have_their_own_masks():

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, _compared, init_lora, lora, merge_params, testing
+from lorax import (
+    DeloraSpec,
+    DoraSpec,
+    IA3Spec,
+    LoraSpec,
+    OftSpec,
+    _compared,
+    init_lora,
+    lora,
+    merge_params,
+    testing,
+)
 
 # The derivative of a complex product in its real operand is real. JAX says so, in plain models too:
 # of `dot_general` up to 0.8, of `ragged_dot_general` up to 0.12.
@@ -198,3 +209,18 @@ def test_the_stacked_halves_of_a_complex_weight():
     tunable = testing.random_factors(tunable, jax.random.key(1))
     gradient = jax.grad(lambda t: (lora(model)((frozen, t), u) ** 2).sum())(tunable)
     assert (jnp.abs(gradient["B"].b).max((1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [IA3Spec(), IA3Spec("in"), DeloraSpec(2), DoraSpec(LoraSpec(2)), OftSpec(3)],
+    ids=["ia3", "ia3-in", "delora", "dora", "oft"],
+)
+def test_a_gain_of_a_complex_weight_on_a_real_operand(spec):
+    params, u = {"w": draw(0, (6, 7), jnp.complex128)}, draw(1, (3, 6), jnp.float64)
+
+    def model(p, u):
+        state = dot(u, p["w"])
+        return jnp.tanh(state.real) + state.imag
+
+    testing.check(model, params, {"w": spec}, u, transforms=False)

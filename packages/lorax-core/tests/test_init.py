@@ -248,3 +248,29 @@ def test_old_names_of_arguments():
     del by_old_name["rng"]
     with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="both `param_tree` and"):
         init_lora(params=params, key=key, **by_old_name)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
+def test_what_an_initializer_returns_is_checked(shape):
+    params, spec = {"w": jnp.ones(shape)}, {"w": LoraSpec(2, shared_axes=[0][: len(shape) - 2])}
+    several: list[Any] = [
+        lambda key, shape, dtype: jnp.ones(3, dtype),
+        lambda key, shape, dtype: jnp.ones(shape, jnp.int32),
+        lambda key, shape, dtype: None,
+    ]
+    for wrong in several:
+        with pytest.raises(SpecError, match=r"^`w`: the initializer returned .* float32\[5, 2\]"):
+            init_lora(params, spec, key(), a_init=wrong)
+    of_float32 = lambda key, shape, dtype: jnp.ones(shape)  # noqa: E731
+    tunable = init_lora(params, spec, key(), a_init=of_float32, dtype=jnp.bfloat16).tunable
+    assert tunable["w"].a.dtype == jnp.bfloat16
+
+
+def test_keys_and_dtypes_are_checked():
+    params = {"w": jnp.ones((5, 7))}
+    for wrong in (0, None, "0", jax.random.split(key())):
+        with pytest.raises(TypeError, match="init_lora takes one PRNG key"):
+            init_lora(params, {"w": 2}, wrong)  # pyright: ignore[reportArgumentType]
+    for dtype in (jnp.int32, bool, jnp.float8_e4m3fn):
+        with pytest.raises(SpecError, match="cannot hold factors"):
+            init_lora(params, {"w": 2}, key(), dtype=dtype)

@@ -18,7 +18,10 @@ from lorax import (
     init_lora,
     materialize,
     merge_params,
+    select_adapters,
+    stack_adapters,
     unmerge,
+    with_dropout,
 )
 from lorax.testing import random_factors
 
@@ -334,3 +337,38 @@ def test_scales_that_raise():
     for scale in bad:
         with pytest.raises(ValueError, match="finite number"):
             merge_params(frozen, tunable, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "message"),
+    [
+        (jnp.ones((8, 6)), None, r"do not fit a base of shape \(8, 6\)"),
+        (None, None, "NoneType there instead of its base"),
+        (jnp.ones((9, 6), jnp.int32), None, "whose base holds int32"),
+        (jnp.ones((9, 6)), DoraSpec(LoraSpec(2)), r"needs square \(6,\) beside its base"),
+    ],
+    ids=["shape", "none", "integers", "no norm"],
+)
+def test_an_adapter_that_does_not_fit_its_base(base, adapter, message):
+    spec = LoraSpec(2) if adapter is None else adapter
+    weight = init_lora({"w": jnp.ones((9, 6))}, {"w": spec}, jax.random.key(0)).tunable["w"]
+    with pytest.raises(PairError, match=message):
+        materialize(base, weight)
+    with pytest.raises(PairError, match=message):
+        merge_params({"w": base}, {"w": weight})
+    if adapter is None:
+        with pytest.raises(PairError, match=message):
+            unmerge({"w": base}, {"w": weight})
+
+
+def test_materialize_takes_leaves():
+    pair = init_lora({"w": jnp.ones((9, 6))}, {"w": 2}, jax.random.key(0))
+    with pytest.raises(PairError, match="materialize takes a leaf of frozen and the adapter"):
+        materialize(*pair)
+
+
+def test_only_factors_are_counted():
+    tunable = init_lora({"w": jnp.ones((9, 6))}, {"w": 2}, jax.random.key(0)).tunable
+    bank = stack_adapters([tunable, tunable])
+    for one in (with_dropout(tunable, jax.random.key(1), 0.5), select_adapters(bank, 1)):
+        assert count_params(one) == count_params(tunable) == 30

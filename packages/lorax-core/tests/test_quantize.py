@@ -359,6 +359,19 @@ def test_quantizes_bases_beside_frozen_factors():
     np.testing.assert_allclose(got, N(1, 2, 64) @ params["w"], rtol=0.1, atol=0.02)
 
 
+def test_frozen_factors_stay_where_they_are():
+    device = jax.devices()[0]
+    for params, committed in (
+        ({"w": N(0, 64, 8)}, False),
+        ({"w": jax.device_put(N(0, 64, 8), device)}, True),
+    ):
+        frozen, _ = init_lora(params, {"w": DoraSpec(2)}, jax.random.key(0))
+        square = quantize(frozen, {"w": Int8()})["w"].factors["square"]
+        assert square.committed is committed
+        decoded = dequantize(quantize(params, {"w": Int8()}))["w"]
+        np.testing.assert_allclose(square, (decoded**2).sum(0), rtol=1e-5)
+
+
 def test_is_exported():
     pytest.importorskip("flatbuffers")
     frozen = quantize({"w": N(0, 64, 8)}, {"w": NF4()})

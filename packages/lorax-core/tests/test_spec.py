@@ -115,6 +115,7 @@ def test_a_spec_that_does_not_fit_raises_that_names_the_path(leaf, message):
         (jnp.ones(5), "1 dimension, so it cannot take rank 2"),
         (jnp.ones((5, 7), jnp.int32), "holds int32, which has no gradient"),
         (jnp.ones((5, 7), bool), "holds bool, which has no gradient"),
+        (jnp.ones((0, 7)), r"has shape \(0, 7\), without an entry to adapt"),
         (jax.nn.relu, "is .*, not an array; give it LORA_FREEZE"),
         (3.0, "is float, not an array"),
     ],

@@ -134,3 +134,30 @@ def test_functions_of_a_model_refuse_plain_parameters(function, given):
     params = {"w": jnp.ones((3, 2)), "v": jnp.ones(2)}
     with pytest.raises(lorax.PairError, match=r"must be the pair|the structure of the parameters"):
         function(lambda params, x: x @ params["w"], params, *given, jnp.ones((4, 3)))
+
+
+def test_a_quantized_base_is_checked():
+    params = lorax.quantize({"w": jnp.ones((32, 5)) / 3}, {"w": lorax.NF4(32)})
+    x = jnp.ones((3, 32)) / 7
+    testing.check(model, params, {"w": 2}, x)
+    built = lambda params, x: x @ jnp.tanh(params["w"])  # noqa: E731
+    testing.check(built, params, {"w": 2}, x, materializes=True)
+    with pytest.raises(AssertionError, match="adapted weights are materialized"):
+        testing.check(built, params, {"w": 2}, x)
+
+
+def test_an_adapter_that_carries_more_than_factors_is_followed():
+    frozen, tunable = init_lora(PARAMS, {"w": 2}, jax.random.key(0))
+    bank = lorax.stack_adapters([tunable, tunable])
+    built = lambda params, x: x @ jnp.tanh(params["w"])  # noqa: E731
+    selected = lorax.select_adapters(bank, 1)
+    dropped = lorax.with_dropout(tunable, jax.random.key(1), 0.5)
+    for one in (selected, dropped, lorax.mix_adapters(bank, jnp.ones(2))):
+        assert testing.weight_sized(model, (frozen, one), X) == {}
+    for one in (selected, dropped):
+        assert (7, 5) in testing.weight_sized(built, (frozen, one), X)
+
+
+@pytest.mark.parametrize("spec", [2, lorax.LohaSpec(2)])
+def test_an_empty_batch_passes(spec):
+    testing.check(model, PARAMS, {"w": spec}, X[:0], transforms=False)

@@ -4,6 +4,7 @@ That each library's codes are decoded bit for bit is tested beside the libraries
 `integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
 """
 
+import json
 import re
 import tracemalloc
 from typing import Any
@@ -282,6 +283,19 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"weight_packed": np.ones((4, 0), np.uint8), "weight_scale": np.ones((4, 1), np.uint8)},
         {}, r"`up.weight_scale` of shape \(4, 1\) beside a weight of \(4, 0\)",
     ),
+    "EXL2": ({"q_weight": np.ones((4, 8), np.int32)}, {}, "as EXL2 .*, which is not read"),
+    "MLX": (
+        {"weight": np.ones((4, 8), np.uint32), "scales": np.ones((4, 1), np.float32)}, {},
+        "`up.weight` as MLX",
+    ),
+    "ComfyUI": (
+        {"weight": fp8()[0]["weight"], "scale_weight": np.ones(1, np.float32)}, {}, "ComfyUI",
+    ),
+    "ModelOpt": (
+        {"weight": np.ones((4, 8), np.uint8), "weight_scale": np.ones((4, 1), np.float32),
+         "weight_scale_2": np.ones(1, np.float32)}, {}, "`up.weight` as FP8, or",
+    ),
+    "bare integers": ({"weight": np.ones((4, 8), np.int8)}, {}, "an unknown format, in int8"),
     "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not read"),
     "format": (fp8()[0], {"anew": None, "params": {"up": jnp.ones(3)}}, "fit"),
 }  # fmt: skip
@@ -293,6 +307,22 @@ def test_errors_name_the_problem(tmp_path, case):
     path = save(tmp_path / "model.safetensors", up=tensors)
     with pytest.raises(AdapterError, match=message):
         load_base(path, {"up": Linear("up")}, **options)
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_settings_beside_the_weights_decide_the_zero_points(tmp_path, name, of):
+    tensors = {
+        "qweight": np.full((1, 8), 0x33333333, np.int32),
+        "qzeros": np.full((1, 1), 0x11111111, np.int32),
+        "scales": np.ones((1, 8), np.float16),
+    }
+    path = save(tmp_path / "model.safetensors", up=tensors)
+    settings = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
+    content = {"quantization_config": settings} if name == "config.json" else settings
+    (tmp_path / name).write_text(json.dumps(content))
+    frozen = load_base(tmp_path if of == "folder" else path, {"up": Linear("up")})
+    assert (dequantize(frozen)["up"] == 2).all()  # 3 − 1; the first version would give 3 − 2
 
 
 def test_names_and_paths_that_are_none(file):

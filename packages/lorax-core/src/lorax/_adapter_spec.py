@@ -6,11 +6,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import Adapter
 from ._arrays import Held, own
 from ._axes import Axes, resolve_axes
+from ._contract import holds_factors
 from ._errors import SpecError, a_kind
 from ._statics import make_plain
 
@@ -58,10 +60,21 @@ class Start(NamedTuple):
         shared = [self.base.shape[d] for d in self.axes.shared]
         if not shared:
             # A copy, because an initializer may return an array that the caller still uses.
-            return own(init(key, matrix, self.dtype)).reshape(shape)
+            return own(self._drawn(init, key, matrix)).reshape(shape)
         # entries × [fan_in, rank] -> [*shared, *in, rank]
         keys = jax.random.split(key, math.prod(shared))
-        return jax.vmap(lambda key: init(key, matrix, self.dtype))(keys).reshape(shape)
+        return jax.vmap(lambda key: self._drawn(init, key, matrix))(keys).reshape(shape)
+
+    def _drawn(self, init: Initializer, key: jax.Array, matrix: tuple[int, int]) -> Any:
+        """Returns the matrix that an initializer draws, in the dtype of the factors."""
+        drawn = init(key, matrix, self.dtype)
+        shape, dtype = tuple(getattr(drawn, "shape", ())), getattr(drawn, "dtype", type(drawn))
+        if shape != matrix or not holds_factors(dtype):
+            raise SpecError(
+                f"`{self.path}`: the initializer returned {dtype}{list(shape)}, and was asked for "
+                f"{jnp.dtype(self.dtype)}{list(matrix)}."
+            )
+        return drawn if dtype == self.dtype else drawn.astype(self.dtype)
 
 
 class Started(NamedTuple):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
+from ._errors import ArgumentError
 
 
 class Held:
@@ -42,6 +43,19 @@ def own(leaf: Any) -> Any:
         # `device_put` does not accept arrays with shards in other processes.
         return jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
     return jax.device_put(leaf, may_alias=False)
+
+
+def checked_key(key: Any, function: str) -> jax.Array:
+    """Returns a single PRNG key, of the new style; raises `TypeError` for anything else."""
+    dtype = getattr(key, "dtype", None)
+    if dtype == jnp.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.ndim:
+        given = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+        raise ArgumentError(
+            f"{function} takes one PRNG key, as jax.random.key returns it, not {given}."
+        )
+    return key
 
 
 def path_string(key_path: Any) -> str:

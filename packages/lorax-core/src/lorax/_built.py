@@ -113,12 +113,20 @@ def _follow(
         inside = _bodies(eqn, operands, weights)
         if inside is None:
             outs = results_of(eqn, operands)
-            counts += _whole(eqn.outvars, outs, weights)
+            if not _keeps_base(eqn, outs):
+                counts += _whole(eqn.outvars, outs, weights)
         else:
             outs, more = inside
             counts += more
         made |= zip(eqn.outvars, outs, strict=True)
     return [read(atom) for atom in jaxpr.outvars], counts
+
+
+def _keeps_base(eqn: Any, outs: Sequence[Made | None]) -> bool:
+    """Whether this is a base whose entries stay in order: no copy, unlike a transpose or a cast."""
+    name = eqn.primitive.name
+    reshapes = name == "squeeze" or (name == "reshape" and eqn.params["dimensions"] is None)
+    return reshapes and all(made is not None and not made.factors for made in outs)
 
 
 def _live(jaxpr: Any) -> list[Any]:

@@ -239,7 +239,11 @@ def _precisions(precision, meets, left_met: bool, right_met: bool):
 
 def _sum_out(array, labels, kept, dtype) -> Operand:
     axes = [axis for axis, label in enumerate(labels) if label not in kept]
-    if axes:
+    ones = [axis for axis in axes if array.shape[axis] == 1]
+    if ones and len(ones) == len(axes):
+        # A sum over one entry would copy a base, which may be among the operands.
+        array = jnp.squeeze(array, ones)
+    elif axes:
         array = jnp.sum(array, axes, dtype=dtype)
     return array, tuple(label for label in labels if label in kept)
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from ._adapter import Adapter, Labeled, static
-from ._arrays import path_string
-from ._errors import ArgumentError
+from ._arrays import checked_key, path_string
+from ._errors import ArgumentError, PairError
 from ._factored import FactoredArray, Keys
-from ._pair import is_tunable_leaf
+from ._pair import has_adapters, is_tunable_leaf
 from ._terms import Term
 from ._within import Within
 
@@ -41,6 +41,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
 
     Raises:
         ArgumentError: where the rate is not in [0, 1).
+        PairError: where the tree has no adapter, or dropout already.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -59,13 +60,20 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         )
     if rate == 0:
         return tunable
-    # An old-style key of uint32.
-    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    if not has_adapters(tunable):
+        raise PairError(
+            "with_dropout: the tree has no adapter, so there is nothing to drop. Pass the tunable "
+            "tree of a pair."
+        )
+    key = checked_key(key, "with_dropout")
 
     def dropped(path: Any, node: Any) -> Any:
         if not isinstance(node, Adapter):
             return node
+        if isinstance(node, _Dropped):
+            raise PairError(
+                f"with_dropout: the adapter at `{path_string(path)}` has dropout already."
+            )
         # Folded from the path, so that adding a layer changes no other layer's mask.
         own = jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
         return _Dropped(node, own, float(rate))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
 
 from . import _contract
 from ._coded import CodedArray, is_coded
@@ -204,7 +205,7 @@ class FactoredArray:
 
 
 def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax.Array:
-    """Returns an array times a gain, in the dtype of the array.
+    """Returns an array times a gain, in the dtype of the array; complex if the gain is.
 
     The gain is float32 or wider. A narrower array is saved for the backward pass as it is, not
     widened. On a mesh with explicit axes, the gain is sharded like the array.
@@ -221,8 +222,12 @@ def times_gain(array: jax.Array, gain: jax.Array, *, joins: bool = False) -> jax
     # [*axes] ⊙ [*axes], where the gain has size 1 along each axis that it is constant along
     gain = sharded_like(gain, array)
 
+    # A complex weight may meet a real operand.
+    keeps_phase = jnp.iscomplexobj(gain) and not jnp.iscomplexobj(array)
+    dtype = gain.dtype if keeps_phase else array.dtype
+
     def times(array: jax.Array, gain: jax.Array) -> jax.Array:
-        return (array.astype(gain.dtype) * gain).astype(array.dtype)
+        return (array.astype(gain.dtype) * gain).astype(dtype)
 
     with jax.named_scope("lora"):
         # Without the checkpoint, JAX would keep the widened copy of a narrow array.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ._adapter import Adapter, static
+from ._base import decoded
 from ._formats import register_with_export
 
 
@@ -52,6 +53,41 @@ class FrozenWeight:
 def base_and_held(leaf: Any) -> tuple[Any, dict[str, Any]]:
     """Splits a leaf of the frozen tree into its base and its frozen factors."""
     return (leaf.base, leaf.factors) if isinstance(leaf, FrozenWeight) else (leaf, {})
+
+
+def factors_from_base(
+    adapter: Adapter, base: Any, shardings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the frozen factors that follow from the base, such as the norms of DoRA.
+
+    They follow from the decoded weight of a quantized base: that is what the model multiplies by.
+
+    Args:
+        adapter: the adapter; only its settings are used.
+        base: the frozen weight, quantized or not.
+        shardings: the sharding of each factor by name; a factor that is not listed is placed as
+            JAX chooses.
+
+    Returns:
+        The factors by name, computed under `jit`, so that processes may hold shards of the base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lorax import DoraSpec, LoraSpec, init_lora
+        >>> from lorax.kinds import factors_from_base
+        >>> params = {"w": jnp.full((2, 3), 2.0)}
+        >>> frozen, tunable = init_lora(params, {"w": DoraSpec(LoraSpec(1))}, jax.random.key(0))
+        >>> factors_from_base(tunable["w"], params["w"])["square"].tolist()
+        [8.0, 8.0, 8.0]
+    """
+    blank = adapter.with_factors(dict.fromkeys(adapter.factors()))
+    names = jax.eval_shape(_derived, blank, base)
+    where = {name: (shardings or {}).get(name) for name in names}
+    return jax.jit(_derived, out_shardings=where)(blank, base)
+
+
+def _derived(adapter: Adapter, base: Any) -> dict[str, Any]:
+    return adapter.derived(decoded(base))
 
 
 register_with_export(FrozenWeight)

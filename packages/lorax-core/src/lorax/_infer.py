@@ -18,6 +18,7 @@ from ._factored import FactoredArray
 from ._keywords import refuses_ambiguous_keywords
 from ._pair import Leaf, flatten_params
 from ._spec import LORA_FREEZE, Pattern, matches, shown, some
+from ._statics import plain_number
 from ._terms import Term
 from ._transform import Call, FlatPair, trace
 from .kinds.lora import LoraSpec, Scaling
@@ -77,7 +78,8 @@ def infer_spec(
         leaves as you like.
 
     Raises:
-        SpecError: where no weight is found, or none that `where` accepts.
+        SpecError: where the rank is not a positive int; where no weight is found, or none that
+            `where` accepts.
         ArgumentError: where an option is given whose name is also a keyword of `fn`.
 
     Warns:
@@ -96,6 +98,8 @@ def infer_spec(
     """
     if (rank is None) == (spec is None):
         raise ArgumentError("infer_spec takes either `rank` or `spec`.")
+    if rank is not None and (type(plain_number(rank)) is not int or rank < 1):
+        raise SpecError(f"infer_spec: the rank is {rank!r}; it must be a positive int.")
     kind = LoraSpec(rank, alpha, scaling) if rank is not None else spec
     assert kind is not None
     leaves, structure = flatten_params(params)

@@ -11,12 +11,12 @@ from jax.sharding import AxisType, NamedSharding
 
 from ._adapter import Adapter
 from ._adapter_spec import AdapterSpec, Initializer, Start, Started
-from ._arrays import own
+from ._arrays import checked_key, own
 from ._axes import Axes
 from ._base import QuantizedWeight, encoded, first_array
 from ._boxes import box_factors
 from ._compat import is_tracer
-from ._contract import wide_dtype
+from ._contract import holds_factors, wide_dtype
 from ._errors import SpecError
 from ._frozen_weight import FrozenWeight
 from ._pair import Pair, flatten_params
@@ -93,6 +93,7 @@ def init_lora(
 
     Raises:
         SpecError: where the spec does not fit the parameters; the message names the path.
+        ArgumentError: where `key` is not a PRNG key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -103,7 +104,10 @@ def init_lora(
         >>> tunable["w"].a.shape, tunable["w"].b.shape, tunable["scale"], frozen["b"]
         ((5, 2), (2, 3), None, None)
     """
+    key = checked_key(key, "init_lora")
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
+    if dtype is not None and not holds_factors(dtype):
+        raise SpecError(f"dtype={jnp.dtype(dtype)} cannot hold factors: floats of 16 or more bits.")
     leaves, structure = flatten_params(params)
     specs = flatten_spec(spec, structure)
     # All leaves are validated before anything is drawn.
@@ -139,10 +143,11 @@ def init_lora(
 
 def _check_collected(collected: Mapping[str, Any], leaves: Any, checked: Any) -> None:
     """Raises for collected entries that no spec uses, instead of ignoring them."""
+    # `eva_ranks` freezes a weight that gets no rank, and its entry stays.
     asking = {
         path
         for (path, _), spec in zip(leaves, checked, strict=True)
-        if isinstance(spec, tuple) and spec[0].collects is not None
+        if spec == LORA_FREEZE or (isinstance(spec, tuple) and spec[0].collects is not None)
     }
     if unused := sorted(collected.keys() - asking):
         raise SpecError(
@@ -163,7 +168,7 @@ def _common(leaves: Any, checked: Any, key: jax.Array) -> dict[Hashable, Any]:
 
 
 def _initializer(name: str, initializer: str | Initializer) -> Initializer:
-    if not isinstance(initializer, str):
+    if callable(initializer):
         return initializer
     if initializer not in INITIALIZERS:
         known = ", ".join(repr(known) for known in INITIALIZERS)

@@ -95,9 +95,11 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
                 axes[d] = sides
             return [first._replace(axes=tuple(axes))]
         if name == "reshape":
-            shapes = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            # With `dimensions`, the operand is transposed first.
             order = params["dimensions"] or range(ndims[0])
-            return [first._replace(axes=_regrouped([first.axes[d] for d in order], *shapes))]
+            axes = _regrouped([first.axes[d] for d in order], [old[d] for d in order], new)
+            return [first._replace(axes=axes)]
         if name == "squeeze":
             return [pick(first, *params["dimensions"])]
         if name == "unstack":
@@ -193,6 +195,8 @@ def _gather(numbers: Any, made: Made, indices_ndim: int) -> Made | None:
 
 def _regrouped(axes: Sequence[Sides], old: Sequence[int], new: Sequence[int]) -> tuple[Sides, ...]:
     """Returns the axes of a reshaped array: each shows the sides of the old axes it is made of."""
+    if 0 in new:  # Sizes of zero do not tell which axes became which.
+        return (frozenset[Side]().union(*axes),) * len(new)
     out: list[Sides] = []
     rest = list(zip(axes, old, strict=True))
     shown: Sides = frozenset()

@@ -1,6 +1,7 @@
 """Merges a pair into plain parameters, and removes an adapter from merged ones."""
 
 import functools
+import itertools
 import math
 import numbers
 from collections import Counter
@@ -20,11 +21,13 @@ from ._frozen_weight import FrozenWeight, base_and_held
 from ._pair import (
     ABSENT,
     Leaf,
+    check_leaf_of_pair,
     combine,
     flatten_pair,
     flatten_params,
     flatten_tunable,
     has_adapters,
+    layout_on,
     two_trees,
 )
 from ._sharding import devices_of, in_device_memory, placement
@@ -42,6 +45,9 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
     Returns:
         An array with the shape and dtype of `base`.
 
+    Raises:
+        PairError: where the adapter does not fit the base.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lorax import init_lora, materialize
@@ -50,7 +56,14 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
         >>> materialize(frozen["w"], trained["w"]).tolist()
         [[2.0, 1.0], [1.0, 2.0]]
     """
+    given: Any = weight
+    if not isinstance(given, Adapter):
+        raise PairError(
+            f"materialize takes a leaf of frozen and the adapter of the same path in tunable, not "
+            f"{type(weight).__name__}. `merge_params` takes the trees."
+        )
     base, held = base_and_held(base)
+    check_leaf_of_pair("materialize", Leaf(".", base, weight, held))
     return weight.applied(as_base(base), held).array()
 
 
@@ -271,7 +284,12 @@ def unmerge(params: Any, tunable: Any) -> Any:
     if structure != other:
         raise PairError("unmerge: params and tunable must have the same structure.")
     for (path, leaf), new in zip(leaves, news, strict=True):
-        if isinstance(new, Adapter) and new.layout(tuple(leaf.shape)).held:
+        if not isinstance(new, Adapter):
+            continue
+        layout = layout_on(new, tuple(getattr(leaf, "shape", ())))
+        if layout is None or not layout.held:
+            check_leaf_of_pair("unmerge", Leaf(path, leaf, new))
+        else:
             raise PairError(
                 f"unmerge: the {new.kind} adapter at `{path}` has frozen factors beside its base, "
                 "which are not in merged parameters. Keep the frozen tree instead."
@@ -305,5 +323,8 @@ def count_params(tree: Any) -> int:
         >>> count_params(frozen), count_params(tunable)
         (600, 100)
     """
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Held))
-    return sum(leaf.size for leaf in leaves if hasattr(leaf, "size"))
+    whole = lambda node: isinstance(node, Held | Adapter)  # noqa: E731
+    leaves = jax.tree.leaves(tree, is_leaf=whole)
+    # Only the factors of an adapter: a dropout key and the scale of a bank are not trained.
+    several = (leaf.factors().values() if isinstance(leaf, Adapter) else (leaf,) for leaf in leaves)
+    return sum(leaf.size for leaf in itertools.chain(*several) if hasattr(leaf, "size"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 from ._adapter import Adapter, Layout, sizes
 from ._arrays import is_array, path_string
@@ -150,7 +151,7 @@ def flatten_pair(frozen: Any, tunable: Any, function: str) -> tuple[list[Leaf], 
     for (path, leaf), new in zip(left, right, strict=True):
         base, held = base_and_held(leaf)
         leaves.append(Leaf(path, base, new, held))
-        _check_leaf(function, leaves[-1])
+        check_leaf_of_pair(function, leaves[-1])
     return leaves, structure
 
 
@@ -179,7 +180,8 @@ def _brief(structure: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-def _check_leaf(function: str, leaf: Leaf) -> None:
+def check_leaf_of_pair(function: str, leaf: Leaf) -> None:
+    """Raises `PairError` where a parameter has two values, or an adapter does not fit its base."""
     path, base, new, held = leaf
     if not leaf.is_adapted:
         if base is not None and new is not None:
@@ -193,11 +195,17 @@ def _check_leaf(function: str, leaf: Leaf) -> None:
             f"{function}: tunable has an adapter at `{path}`, but frozen has "
             f"{type(base).__name__} there instead of its base weight."
         )
+    dtype = getattr(base, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise PairError(
+            f"{function}: tunable has an adapter at `{path}`, whose base holds {dtype}. A sum with "
+            "its delta would be rounded to integers."
+        )
     # Leaves may be anything with a shape: tracers under vmap, `ShapeDtypeStruct`s, or specs.
     shape = _shape(base)
     shapes = {name: _shape(factor) for name, factor in new.factors().items()}
     beside = {name: _shape(factor) for name, factor in held.items()}
-    layout = _layout(new, shape)
+    layout = layout_on(new, shape)
     if layout is not None:
         needed = {name: sizes(labels) for name, labels in layout.held.items()}
         # DoRA, VeRA and others need frozen factors; a bare base lacks them.
@@ -215,7 +223,7 @@ def _check_leaf(function: str, leaf: Leaf) -> None:
     )
 
 
-def _layout(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
+def layout_on(weight: Adapter, shape: tuple[int, ...]) -> Layout | None:
     """Returns the layout of the factors on a base of this shape, or None if it cannot have them."""
     if sorted(axis for group in weight.axes for axis in group) != list(range(len(shape))):
         return None

@@ -16,9 +16,10 @@ from ._base import QuantizedWeight, blank_of, decoded, encoded
 from ._base_format import Format, format_of
 from ._compat import is_tracer
 from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning
-from ._frozen_weight import FrozenWeight, base_and_held
+from ._frozen_weight import FrozenWeight, base_and_held, factors_from_base
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
+from ._sharding import placement
 from ._spec import Pattern, matches, shown, some
 
 
@@ -138,12 +139,11 @@ def _on_base(leaf: FrozenWeight, base: QuantizedWeight) -> FrozenWeight:
     factors = dict(leaf.factors)
     if leaf.settings:
         adapter = adapter_from_settings(json.loads(leaf.settings))
-        # From the decoded weight: what the model will multiply by.
-        derived = jax.jit(lambda weight: adapter.derived(weight.array()))(base)
+        traced = any(map(is_tracer, jax.tree.leaves((base, factors))))
+        where = {} if traced else {name: placement(old) for name, old in factors.items()}
+        derived = factors_from_base(adapter, base, where)
         for name in factors.keys() & derived.keys():
-            old, new = factors[name], derived[name].astype(factors[name].dtype)
-            is_placed = isinstance(old, jax.Array) and not is_tracer(old) and not is_tracer(new)
-            factors[name] = jax.device_put(new, old.sharding) if is_placed else new
+            factors[name] = derived[name].astype(factors[name].dtype)
     return dataclasses.replace(leaf, base=base, factors=factors)
 
 

@@ -30,7 +30,7 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
         A spec tree for `init_lora`, with the same `collected`.
 
     Raises:
-        SpecError: where `collected` has a path that the spec does not have.
+        SpecError: where `collected` has a path that the spec does not have, or does not adapt.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,6 +49,12 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
     if unknown := sorted(collected.keys() - specs.keys()):
         raise SpecError(f"The spec has no `{unknown[0]}`, which `collected` has.")
     ratios = {path: x["ratios"] for path, x in collected.items() if "ratios" in x}
+    for path in ratios:
+        if getattr(specs[path], "collects", None) is None:
+            raise SpecError(
+                f"`{path}` has the spec {specs[path]!r}, whose rank cannot be redistributed, and "
+                "`collected` has its components. Pass the spec that `collect_starts` was given."
+            )
     budget = sum(len(ratio) * specs[path].size for path, ratio in ratios.items())
     shares = [
         (-float(share), path, len(ratio))

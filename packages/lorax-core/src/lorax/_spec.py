@@ -192,5 +192,10 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | in
             "LORA_FREEZE or LORA_FULL."
         )
     axes = spec.axes(path, leaf.ndim)
+    if 0 in axes.sizes(leaf.shape):
+        raise SpecError(
+            f"`{path}` has shape {tuple(leaf.shape)}, without an entry to adapt; give it "
+            "LORA_FREEZE."
+        )
     spec.check(path, tuple(leaf.shape), axes)
     return spec, axes

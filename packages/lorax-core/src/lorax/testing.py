@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ._adapter import Adapter, Layout
+from ._arrays import Held, checked_key
 from ._built import Weights, built, excess
 from ._compared import (
     arrays_of,
@@ -173,12 +174,13 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
         >>> bool((random_factors(tunable, jax.random.key(1))["w"].b == 0).any())
         False
     """
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
+    words = jax.random.key_data(checked_key(key, "random_factors"))
     # NumPy draws without compiling; JAX would compile a program for each shape.
-    generator = np.random.default_rng(np.asarray(key))
+    generator = np.random.default_rng(np.asarray(words))
 
     def draw(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf  # such as a dropout key
         numbers = generator.standard_normal(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             numbers = numbers + 1j * generator.standard_normal(leaf.shape)
@@ -251,7 +253,10 @@ def weight_sized(
     leaves, structure = flatten_pair(frozen, tunable, "weight_sized")
     adapters = [leaf.tunable for leaf in leaves if leaf.is_adapted]
     bases = [leaf.frozen for leaf in leaves if leaf.is_adapted]
-    held = [dict(leaf.held) for leaf in leaves if leaf.is_adapted]
+    # In the order in which JAX flattens them.
+    held = [dict(sorted(leaf.held.items())) for leaf in leaves if leaf.is_adapted]
+    # Whatever else an adapter carries, such as the scale of a bank or a dropout key, is data.
+    factors = [dict(sorted(adapter.factors().items())) for adapter in adapters]
     adapted = lora(
         fn,
         on_materialize="allow",
@@ -261,15 +266,25 @@ def weight_sized(
     data, fill = split_data(args)
 
     def ours(bases: Any, held: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
-        frozen, tunable = _with_adapters(leaves, structure, bases, held, factors)
+        news = [old.with_factors(new) for old, new in zip(adapters, factors, strict=True)]
+        frozen, tunable = _with_adapters(leaves, structure, bases, held, news)
         return arrays_of(adapted((frozen, tunable), *fill(data), **kwargs))
 
     def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
         rest = iter(bases)
         params = combine(leaves, structure, lambda _: next(rest))
-        return arrays_of(fn(params, *fill(data), **kwargs))
+        if not is_held:
+            return arrays_of(fn(params, *fill(data), **kwargs))
+        nothing = jax.tree.unflatten(structure, [None] * len(leaves))
+        return arrays_of(adapted((params, nothing), *fill(data), **kwargs))
 
-    of_bases = [_of_base(k, weight) for k, weight in enumerate(adapters)]
+    is_held = any(isinstance(leaf.frozen, Held) for leaf in leaves)
+    # Codes are data: a decoded weight has its delta, which is found by its factors.
+    of_bases = [
+        None if isinstance(base, Held) else _of_base(k, weight)
+        for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
+        for _ in jax.tree.leaves(base)
+    ]
     of_held: list[Made | None] = []
     of_factors: list[Made | None] = []
     sizes: list[int] = []
@@ -283,10 +298,8 @@ def weight_sized(
             for label in layout.out[d]
         }
         shared = {label for d in adapter.axes.shared for label in layout.out[d]}
-        # In the order in which JAX flattens them.
-        beside = dict(sorted(held[k].items()))
-        of_held += _of_factors(k, layout, sides, shared, beside, True)
-        of_factors += _of_factors(k, layout, sides, shared, adapter.factors(), False)
+        of_held += _of_factors(k, layout, sides, shared, held[k], True)
+        of_factors += _of_factors(k, layout, sides, shared, factors[k], False)
         in_blocks = _spans(layout, sides)
         blocks |= {k} if in_blocks else set()
         sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
@@ -299,7 +312,7 @@ def weight_sized(
     )
     weights = Weights(thin, sizes, frozenset(blocks))
     rest = [None] * len(data)
-    got = jax.make_jaxpr(ours)(bases, held, adapters, data)
+    got = jax.make_jaxpr(ours)(bases, held, factors, data)
     expected = jax.make_jaxpr(plain)(bases, data)
     return excess(
         built(got, of_bases + of_held + of_factors + rest, weights),

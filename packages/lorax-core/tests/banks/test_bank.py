@@ -14,10 +14,12 @@ from lorax import (
     PairError,
     drop_adapter,
     init_lora,
+    select_adapters,
     set_adapter,
     stack_adapters,
     testing,
     unstack_adapters,
+    with_dropout,
 )
 
 PARAMS = {
@@ -159,3 +161,16 @@ def test_adapters_that_do_not_fit_a_bank_raise():
     full = stack_adapters([adapter(0, 2, bias=LORA_FULL)])
     with pytest.raises(PairError, match="parameter in full at `bias`"):
         drop_adapter(full, 0)
+
+
+def test_what_is_not_a_sequence_of_stored_adapters_raises():
+    one = adapter(1, 2)
+    bank = stack_adapters([one, one])
+    with pytest.raises(TypeError, match="takes a sequence of tunable trees, not one tree"):
+        stack_adapters(one)
+    assert stack_adapters(tree for tree in (one, one)).slots == 2  # pyright: ignore[reportArgumentType]
+    for within in (with_dropout(one, jax.random.key(0), 0.5), select_adapters(bank, 0)):
+        with pytest.raises(PairError, match="at `heads` is one of a single call, as with_dropout"):
+            stack_adapters([within])
+        with pytest.raises(PairError, match="is one of a single call"):
+            set_adapter(bank, 0, within)

@@ -263,6 +263,29 @@ def test_decoding_with_an_interleaved_bank_copies_no_factor():
     assert copied >= 2 * bank.tunable["w"].a.nbytes
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a count of XLA on the CPU")
+def test_rows_grouped_by_adapter_move_the_base_and_the_factors_once():
+    """64 rows of one token, four for each of 16 adapters of rank 16 with their own scales."""
+    params = {"w": jnp.zeros((2048, 1024), jnp.float32)}
+    spec = {"w": LoraSpec(16, alpha=3)}
+    trees = [init_lora(params, spec, jax.random.key(k)).tunable for k in range(16)]
+    bank, x = stack_adapters(trees), jnp.zeros((16, 4, 2048), jnp.float32)
+    run = lora(lambda params, x: x @ params["w"])
+
+    def grouped(params, bank, x):
+        def of_slot(tunable, scales, rows):
+            pair = (params, with_scales(tunable, scales))
+            return jax.vmap(lambda row: run(pair, row))(rows)
+
+        return jax.vmap(of_slot)(bank.tunable, bank.scales, x)
+
+    analysis: Any = jax.jit(grouped).lower(params, bank, x).compile().cost_analysis()
+    inputs = sum(leaf.nbytes for leaf in jax.tree.leaves((params, bank.tunable)))
+    # A scaled copy of one factor would add at least twice its 1 MiB. The rest are rows.
+    assert inputs < analysis["bytes accessed"] < inputs + bank.tunable["w"].b.nbytes + 6 * x.nbytes
+    assert analysis["flops"] <= 1.1 * 2 * 64 * (2048 * 1024 + 16 * (2048 + 1024))
+
+
 def test_cost_of_rows_with_mixed_adapters():
     """No factor is gathered for a mixture; where rows are long, gathering costs no FLOPs."""
     params = {"w": jnp.zeros((256, 192), jnp.float32)}

@@ -182,6 +182,9 @@ USES = {
         scanned_after_moves, (3, 64, 8, 8), Axes((0,), (1,), (2, 3)), [(2, 64)]
     ),
     "scan-after-a-cast": Use(scanned_after_cast, (3, 64, 64), STACK, [(2, 64)]),
+    "scan-along-blocks": Use(
+        lambda p, x: lax.scan(lambda y, wx: (y + wx[1][:, None] @ wx[0][None], None),
+                              jnp.zeros((3, 10)), (p["w"], x.T))[0], *DENSE, kept=True),
     "loop": Use(looped, (64, 64), KERNEL, [(2, 64)]),
     "jit": Use(lambda p, x: jax.jit(lambda w: x @ w)(p["w"].T), (10, 64), TABLE, [(3, 64)]),
     "remat": Use(lambda p, x: jax.checkpoint(lambda w: jnp.sin(x @ w))(p["w"]), *DENSE),
@@ -235,7 +238,15 @@ USES = {
 
 # One of each form in which codes are read; one cell of CI has the whole product.
 SAMPLE = ("merged-heads", "scan", "lookup-out-of-range")
-OF_NF4 = (*SAMPLE, "scan-after-moves", "ragged", "tied", "sliced-across-blocks", "convolution")
+OF_NF4 = (
+    *SAMPLE,
+    "scan-after-moves",
+    "scan-along-blocks",
+    "ragged",
+    "tied",
+    "sliced-across-blocks",
+    "convolution",
+)
 
 # Axes of one or two entries more than a block divides.
 REFUSED = {("fp8-squares", "scan-after-moves")}

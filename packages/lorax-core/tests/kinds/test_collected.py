@@ -282,9 +282,10 @@ def test_corda_of_the_smallest_and_of_the_largest_values():
             scanned, PARAMS, specs(CordaStart(method)), BATCHES
         )  # fmt: skip
         layers[method] = collected["layers"]
-    assert (layers["ipm"]["values"].min(1) > layers["kpm"]["values"].max(1)).all()
+    largest, smallest = layers["ipm"]["ipm values"], layers["kpm"]["kpm values"]
+    assert (largest.min(1) > smallest.max(1)).all()
     whole = collect_starts(scanned, PARAMS, specs("corda", 4) | {"layers": LORA_FREEZE}, BATCHES)
-    a, values, b = (whole["out"][name][0] for name in ("inputs", "values", "outputs"))
+    a, values, b = (whole["out"][name][0] for name in ("ipm inputs", "ipm values", "ipm outputs"))
     np.testing.assert_allclose((a * values[None]) @ b, PARAMS["out"], atol=1e-4)
 
 
@@ -370,6 +371,8 @@ def test_ranks_follow_the_variance():
     assert ranked["b"].spec.alpha == 4 and ranked["c"] == LORA_FREEZE and ranked["other"] == 3
     with pytest.raises(SpecError, match="The spec has no `c`"):
         eva_ranks({name: spec[name] for name in ("a", "b", "stack")}, collected)
+    with pytest.raises(SpecError, match="`c` has the spec 0, whose rank cannot be redistributed"):
+        eva_ranks(ranked, collected)
 
 
 def test_ranks_that_were_handed_out_are_taken():
@@ -380,6 +383,17 @@ def test_ranks_that_were_handed_out_are_taken():
     assert changed["out"].rank == 4 and changed["layers"].rank == 1  # of 3 · 2 + 2
     _, tunable = init_lora(PARAMS, changed, KEY, collected=collected)
     assert tunable["layers"].a.shape == (3, 6, 1) and tunable["out"].a.shape == (6, 4)
+
+
+def test_a_weight_that_gets_no_rank_is_frozen():
+    params, spec = {"v": N(0, 6, 3), "w": N(1, 6, 3)}, LoraSpec(1, init=EvaStart(rho=2.0))
+    spec = {"v": spec, "w": spec}
+    # Two features explain the inputs of v; all six those of w.
+    batch = N(2, 20, 6) * jnp.array([[9, 9, 0.1, 0.1, 0.1, 0.1]]), N(3, 20, 6)
+    model = lambda p, x, y: (x @ p["v"], y @ p["w"])  # noqa: E731
+    collected = collect_starts(model, params, spec, [batch])
+    frozen, tunable = init_lora(params, eva_ranks(spec, collected), KEY, collected=collected)
+    assert tunable["v"].rank == 2 and tunable["w"] is None and frozen["w"] is params["w"]
 
 
 # Bad input.
@@ -478,6 +492,17 @@ def test_collected_for_another_spec_raises():
         init_lora(W, {"w": LoraSpec(3, init="eva")}, KEY, collected=collected)
     with pytest.raises(SpecError, match="what was collected for it belongs to another"):
         init_lora(W, {"w": LoraSpec(2, init="corda")}, KEY, collected=collected)
+    loss = lambda p, x: jnp.mean((x @ p["w"]) ** 2)  # noqa: E731
+    of_gradient = collect_starts(loss, W, {"w": LoraSpec(1, init="lora_ga")}, [ROWS])
+    of_inputs = collect_starts(loss, W, {"w": LoraSpec(2, init="corda")}, [ROWS])
+    for other, init, rank in (
+        (of_gradient, "lora_ga", 2),  # of rank 1
+        (of_gradient, "corda", 2),
+        (of_inputs, "lora_ga", 1),
+        (of_inputs, CordaStart("kpm"), 2),
+    ):
+        with pytest.raises(SpecError, match="what was collected for it belongs to another"):
+            init_lora(W, {"w": LoraSpec(rank, init=init)}, KEY, collected=other)
     with pytest.raises(SpecError, match="`collected` has `w`, whose spec has no `init`"):
         init_lora(W, {"w": 2}, KEY, collected=collected)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lorax import LoraSpec
+from lorax import GraloraSpec, LoraSpec
 
 struct = jax.ShapeDtypeStruct
 W = {"w": (11, 7)}
@@ -66,6 +66,8 @@ ROWS = [
     ("mean-of-squares", lambda p, x: x * (p["w"] ** 2).mean(1)[None], W, {"w": 2}, [(3, 11)]),
     ("higher-rank", lambda p, x: x * (p["w"] ** 2).sum(0)[None], W, {"w": LoraSpec(5, alpha=3.0)},
      [(3, 7)]),
+    ("of-blocks", lambda p, x: x * (p["w"] ** 2).sum(), {"w": (9, 6)},
+     {"w": GraloraSpec(3, blocks=3)}, [(3, 5)]),
     ("linalg-norm", lambda p, x: x * jnp.linalg.norm(p["w"], axis=0)[None], W, {"w": 2}, [(3, 7)]),
     ("frobenius", lambda p, x: x * jnp.linalg.norm(p["w"]), W, {"w": 2}, [(3, 5)]),
     ("einsum", lambda p, x: x * jnp.einsum("io,io->o", p["w"], p["w"])[None], W, {"w": 2},

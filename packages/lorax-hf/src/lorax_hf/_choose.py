@@ -38,9 +38,11 @@ def choose(rows: Sequence[Row], targets: Targets, option: str) -> set[str]:
     accepts = _accepts(rows, targets, option)
     paths = {row.path for row in rows if accepts(row.module)}
     if not paths:
-        raise SpecError(
-            f"{option}={shown(targets)} matches no module. {_suggestion(str(targets), rows)}"
-        )
+        how = ""
+        if isinstance(targets, str) and any(ends_in((targets,), row.module) for row in rows):
+            how = f"A string is a pattern for the whole name; for its end, pass [{targets!r}]. "
+        hint = how or _suggestion(str(targets), rows)
+        raise SpecError(f"{option}={shown(targets)} matches no module. {hint}".rstrip())
     return paths
 
 
@@ -60,8 +62,13 @@ def _accepts(rows: Sequence[Row], targets: Targets, option: str) -> Callable[[st
 def check_patterns(rows: Sequence[Row], option: str, patterns: Mapping[str, Any]) -> None:
     """Raises `SpecError` if a pattern does not match the end of any module's name."""
     for key in patterns:
-        if not any(_matches(key, row.module) for row in rows):
+        if not matches_any(key, [row.module for row in rows]):
             raise SpecError(f"{option}: no module ends in {key!r}. {_suggestion(key, rows)}")
+
+
+def matches_any(key: str, modules: Sequence[str]) -> bool:
+    """Whether a pattern matches the end of one of these names."""
+    return any(_matches(key, module) for module in modules)
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

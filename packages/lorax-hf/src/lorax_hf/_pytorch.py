@@ -1,9 +1,10 @@
 """PyTorch modules as JAX functions: `from_torch`, `load_torch`, `generate`, `register_op`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from ._extras import need
@@ -34,7 +35,8 @@ def from_torch(
     unless the call has `use_cache=True`.
 
     Args:
-        module: any `torch.nn.Module`: a transformers or diffusers model, or your own.
+        module: any `torch.nn.Module`: a transformers or diffusers model, or your own. Of a wrapper,
+            such as `torch.compile` returns, the module that it wraps is taken.
         sharding: where to put the parameters: one sharding, a dict of shardings by name, or a
             function of name and shape. By default JAX decides.
         dtype: the dtype of floating-point parameters and persistent buffers; by default the
@@ -53,11 +55,14 @@ def from_torch(
             what to install.
         OperatorError: in calls, if torchax lacks an operator.
         QuantizedModuleError: if the module has quantized weights.
+        ArgumentError: if the module is a TorchScript module, or is wrapped for FSDP.
         ScanError: if no layers can be scanned, or, in calls, if the module does more with scanned
             layers than to call one after the other; the message says why.
 
     Warns:
-        ModuleWarning: about layers that `scan_layers` leaves out.
+        ModuleWarning: about layers that `scan_layers` leaves out, and hooks of the backward pass;
+            in calls, about buffers that the module changes, and tensors that are constants although
+            they require a gradient.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax, lorax_hf, torch
@@ -70,7 +75,9 @@ def from_torch(
     need("torch")
     from ._torch._function import ModuleFunction
     from ._torch._parameters import parameters_of
+    from ._torch._wrappers import unwrapped
 
+    module = unwrapped(module)
     fn = ModuleFunction(module, train=train, dtype=dtype, scan_layers=scan_layers)
     return fn, parameters_of(module, fn.members, sharding, dtype)
 
@@ -104,11 +111,13 @@ def load_torch(
 
     Raises:
         CheckpointNotFoundError: if the folder lacks a file.
-        CheckpointError: if a tensor is missing or has another shape.
+        CheckpointError: if a tensor is missing, has another shape or is in two files, if tied
+            tensors differ, or a tensor is in no file and computed only when the model is made.
         QuantizedModuleError: if the files have quantized weights.
 
     Warns:
-        ModuleWarning: if the files have tensors that the module does not have.
+        ModuleWarning: if the files have tensors that the module does not have, or transformers does
+            not have the class that config.json names.
 
     Example:
         >>> import lorax_hf, tempfile, transformers
@@ -137,7 +146,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     rng: jax.Array | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> jax.Array:
     """Generates tokens with a causal model, in one compiled loop with a cache of constant size.
@@ -153,14 +162,20 @@ def generate(
         top_k: samples only from this many of the most likely tokens.
         top_p: samples only from the fewest most likely tokens whose probabilities sum to it.
         rng: the key of `jax.random` for sampling.
-        eos_token_id: the token that ends a sequence; `pad_token_id` fills the rest.
-        pad_token_id: by default `eos_token_id`.
+        eos_token_id: the token, or the tokens, that end a sequence; `pad_token_id` fills the rest.
+            By default nothing ends a sequence.
+        pad_token_id: by default the first of `eos_token_id`.
 
     Returns:
         The prompts and the generated tokens, [batch, length + max_new_tokens].
 
     Raises:
         StaticCacheError: if the model's cache cannot have a constant size; the message says why.
+        ArgumentError: if `do_sample` has no key, the model is in training mode or has no positions
+            for the new tokens, a setting is out of range, or a prompt is padded on its right.
+
+    Warns:
+        ModuleWarning: if rotary positions are beyond those that the model was trained with.
 
     Example:
         >>> import jax.numpy as jnp, lorax_hf, transformers
@@ -172,8 +187,11 @@ def generate(
     need("torch")
     from ._torch._generate import Options, generate as run
 
-    pad = eos_token_id if pad_token_id is None else pad_token_id
-    options = Options(max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, pad)
+    ends: tuple[int, ...] = ()
+    if eos_token_id is not None:
+        ends = tuple(np.ravel(np.asarray(eos_token_id)).tolist())
+    pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    options = Options(max_new_tokens, do_sample, temperature, top_k, top_p, ends, pad)
     return run(fn, params, ids, attention_mask, rng, options)
 
 

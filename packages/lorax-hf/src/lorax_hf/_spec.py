@@ -18,7 +18,15 @@ from lorax import (
     path_string,
 )
 
-from ._choose import Targets, by_pattern, check_patterns, choose, is_named, shown
+from ._choose import (
+    Targets,
+    by_pattern,
+    check_patterns,
+    choose,
+    is_named,
+    matches_any,
+    shown,
+)
 from ._doctor import warn_of_defects
 from ._library import described
 from ._rows import Row, layers_of
@@ -70,14 +78,17 @@ def spec(
         A tree with the structure of the parameters, for `lorax.init_lora`.
 
     Raises:
-        SpecError: if a target matches nothing (the message suggests similar names), or the input
-            axes of a weight that is targeted by name are not known.
+        SpecError: if a target matches nothing (the message suggests similar names), the model does
+            not have one of the `layers`, the input axes of a weight that is targeted by name are
+            not known, or a PyTorch module already has adapters of PEFT.
         ArgumentError: if `adapter` is combined with an option that it replaces.
 
     Warns:
         UnadaptedWarning: if a module that a named choice such as "all-linear" includes has fewer
             inputs or outputs than the rank, such as a classifier of two classes; it stays frozen. A
-            module that is targeted by its own name gets the rank anyway.
+            module that is targeted by its own name gets the rank anyway. Also if a pattern of
+            `rank_pattern` or `alpha_pattern` matches no module that is adapted, or the axes of a
+            weight that a parametrization uses are not known.
 
     Example:
         >>> import jax, lorax, lorax_hf, transformers
@@ -93,16 +104,24 @@ def spec(
     warn_of_defects(model)
     if inputs is not None:
         axes = infer([row.path for row in rows if row.unsure], inputs)
-        rows = [row._replace(axes=axes.get(row.path, row.axes), unsure=False) for row in rows]
+        # A weight of a named choice stays unsure if the trace does not find its axes.
+        rows = [
+            row._replace(
+                axes=axes.get(row.path, row.axes),
+                unsure=row.unsure and row.path not in axes and bool(row.words),
+            )
+            for row in rows
+        ]
     by_path = {row.path: row for row in rows}
     weights = [row for row in rows if row.axes is not None or row.unsure]
     chosen = _with_axes(by_path, choose(weights, targets, "targets"), targets)
     left_out = set[str]() if exclude is None else choose(weights, exclude, "exclude")
     in_full = choose(rows, full, "full") if full else set[str]()
-    wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
+    wanted = _wanted(rows, layers)
     for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         check_patterns(rows, name, patterns or {})
     small: list[str] = []
+    adapted_modules: list[str] = []
 
     def decide(key_path: Any, _: Any) -> int | AdapterSpec:
         row = by_path[path_string(key_path)]
@@ -117,6 +136,7 @@ def spec(
         if is_named(targets) and own_rank is not None and own_rank > min(fan_in, fan_out):
             small.append(f"`{row.module}` ({fan_in} inputs × {fan_out} outputs)")
             return LORA_FREEZE
+        adapted_modules.append(row.module)
         own = kind
         if own_rank is not None and own_rank != kind.size:
             own = kind.with_size(own_rank)
@@ -140,7 +160,31 @@ def spec(
             f"`exclude` and `layers` leave nothing of targets={shown(targets)}; the layers are "
             f"{sorted({layer for row in rows for layer in layers_of(row.module)})}."
         )
+    for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if unused := [key for key in patterns or {} if not matches_any(key, adapted_modules)]:
+            warnings.warn(
+                f"spec: {name} has {unused[0]!r}, which matches no module that is adapted.",
+                UnadaptedWarning,
+                stacklevel=2,
+            )
     return tree
+
+
+def _wanted(rows: Sequence[Row], layers: int | Sequence[int] | None) -> set[int] | None:
+    """The indices of the wanted layers; None for all.
+
+    Raises:
+        SpecError: if the model does not have one of them.
+    """
+    if layers is None:
+        return None
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    known = {layer for row in rows for layer in layers_of(row.module)}
+    if unknown := sorted(wanted - known, key=str):
+        raise SpecError(
+            f"layers={layers!r}: there is no layer {unknown[0]!r}; the layers are {sorted(known)}."
+        )
+    return wanted
 
 
 def _is_in(row: Row, wanted: set[int] | None) -> bool:

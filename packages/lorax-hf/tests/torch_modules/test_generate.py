@@ -60,6 +60,12 @@ def test_padded_prompts_and_ends():
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
     assert (tokens[0, 11:] == 3).all()
     assert (np.asarray(run(eos_token_id=end))[0, 11:] == end).all()
+    several = np.asarray(run(eos_token_id=[198, end], pad_token_id=3))
+    np.testing.assert_array_equal(several, tokens)
+    with pytest.raises(ValueError, match="pad prompts on their left"):
+        lorax_hf.generate(fn, params, ids, max_new_tokens=8, attention_mask=mask[:, ::-1])
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(2, 3\)"):
+        lorax_hf.generate(fn, params, ids, max_new_tokens=8, attention_mask=mask[:, :3])
 
 
 def test_an_adapter_generates_what_the_merged_model_does():
@@ -117,6 +123,15 @@ def test_it_compiles_once():
     )
 
 
+def test_lengths_beyond_the_positions_of_a_model_are_named():
+    fn, params = lorax_hf.from_torch(tiny_torch.causal("gpt2", n_positions=9))
+    with pytest.raises(ValueError, match="are 10 tokens, and GPT2LMHeadModel has positions for 9"):
+        lorax_hf.generate(fn, params, IDS, max_new_tokens=3)
+    fn, params = lorax_hf.from_torch(tiny_torch.causal("llama", max_position_embeddings=9))
+    with pytest.warns(lorax_hf.ModuleWarning, match="positions for 9"):
+        lorax_hf.generate(fn, params, IDS, max_new_tokens=3)
+
+
 REFUSED = {
     "mamba": (
         lambda: transformers.MambaForCausalLM(
@@ -133,6 +148,30 @@ REFUSED = {
             )
         ),
         "is an encoder and a decoder",
+    ),
+    "bert": (
+        lambda: transformers.BertLMHeadModel(
+            transformers.BertConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=24,
+                vocab_size=31,
+            )
+        ),
+        "BertLMHeadModel is an encoder.*`is_decoder=True`",
+    ),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoForCausalLM(
+            transformers.GPTNeoConfig(
+                hidden_size=16,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                num_heads=2,
+                vocab_size=31,
+            )
+        ),
+        r"GPTNeoForCausalLM \(gpt_neo\) computes its mask from the length of its cache",
     ),
     "linear": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
 }
@@ -154,6 +193,11 @@ def test_wrong_arguments_are_named():
         lorax_hf.generate(fn, params, IDS[0], max_new_tokens=2)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=0)
+    with pytest.raises(ValueError, match="have no prompt to continue"):
+        lorax_hf.generate(fn, params, IDS[:, :0], max_new_tokens=2)
+    drops, _ = lorax_hf.from_torch(tiny_torch.causal("llama"), train=True)
+    with pytest.raises(TypeError, match="is in training mode"):
+        lorax_hf.generate(drops, params, IDS, max_new_tokens=2)
     with pytest.raises(TypeError, match="do_sample=True needs `rng=`"):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=2, do_sample=True)
     for name, value in (("temperature", 0.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)):

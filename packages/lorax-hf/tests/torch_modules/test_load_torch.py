@@ -113,6 +113,55 @@ def test_damaged_folders_are_named(tmp_path):
         lorax_hf.load_torch(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_named(tmp_path):
+    saved("llama", tmp_path, max_shard_size="40KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    arrays = [safetensors.numpy.load_file(file) for file in (first, second)]
+    name = next(iter(arrays[0]))
+    changed = {**arrays[1], name: arrays[0][name] + 1}
+    safetensors.numpy.save_file(changed, second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"`{name}` is in two files of .*{second.name} and"):
+        lorax_hf.load_torch(tmp_path)
+
+
+def test_tied_tensors_that_differ_are_named(tmp_path):
+    saved("qwen3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    table = arrays["model.embed_tokens.weight"]
+    for head in (table, table + 1):
+        tensors = {**arrays, "lm_head.weight": head}
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+        if head is table:
+            _, params = lorax_hf.load_torch(tmp_path)
+            np.testing.assert_array_equal(params["model.embed_tokens.weight"], table)
+        else:
+            with pytest.raises(ValueError, match="have other values, and Qwen3ForCausalLM ties"):
+                lorax_hf.load_torch(tmp_path)
+
+
+def test_attributes_without_values_are_named(tmp_path):
+    class Plain(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5)
+            self.scale = torch.full((5,), 2.0)
+
+    arrays = {name: tensor.numpy() for name, tensor in Plain().state_dict().items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = Plain()
+    with pytest.raises(ValueError, match="`scale` of Plain is a plain attribute"):
+        lorax_hf.load_torch(tmp_path, module=module)
+
+
+def test_an_unknown_class_is_named(tmp_path):
+    saved("qwen3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Mine"]}))
+    with pytest.warns(lorax_hf.ModuleWarning, match="no class Mine.*a Qwen3Model is built"):
+        lorax_hf.load_torch(tmp_path)
+
+
 def test_a_damaged_index_is_named(tmp_path):
     saved("llama", tmp_path, max_shard_size="40KB")
     index = tmp_path / "model.safetensors.index.json"

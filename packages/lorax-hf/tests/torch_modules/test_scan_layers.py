@@ -103,7 +103,7 @@ def test_layers_are_chosen_together(models):
     assert chosen == ["model.layers.1:4:2.self_attn.q_proj.weight"]
     with pytest.raises(lorax.SpecError, match=r"layers=\[1\].*one parameter for the layers \[1, 3"):
         lorax_hf.spec(fn, targets=["q_proj"], layers=1)
-    with pytest.raises(lorax.SpecError, match=r"leave nothing.*\[0, 1, 2, 3\]"):
+    with pytest.raises(lorax.SpecError, match=r"no layer 7.*\[0, 1, 2, 3\]"):
         lorax_hf.spec(fn, targets=["q_proj"], layers=7)
 
 
@@ -216,6 +216,12 @@ def times(factor):
     return lambda x: x * factor
 
 
+def hooked(factor):
+    layer = nn.Linear(3, 3)
+    layer.register_forward_hook(lambda module, args, y: y * factor)
+    return layer
+
+
 DIFFERENT = {
     "class": (nn.Linear(3, 3), nn.Bilinear(3, 3, 3), "it is a Bilinear, not a Linear"),
     "shape": (nn.Linear(3, 3), nn.Linear(3, 4), r"`weight` has the shape \(4, 3\), not \(3, 3\)"),
@@ -233,6 +239,18 @@ DIFFERENT = {
         "`f.closure.0` is 'b', not 'a'",
     ),
     "index": (Layer(0), Layer(2), "`layer_idx` is 2, not 0"),
+    "number in a list": (Layer(0, f=[5]), Layer(1, f=[6]), "`f.0` is 6, not 5"),
+    "tensor in a list": (
+        Layer(0, f=[torch.zeros(2)]),
+        Layer(1, f=[torch.ones(2)]),
+        "`f.0` has other values",
+    ),
+    "module in a list": (
+        Layer(0, f=[nn.Linear(2, 2)]),
+        Layer(1, f=[nn.Linear(2, 2)]),
+        "`f.0.weight` has other values",
+    ),
+    "hook": (hooked(2.0), hooked(3.0), "`Linear` has other hooks"),
 }
 
 

@@ -180,7 +180,12 @@ def test_names():
 REFUSED = {
     "near": ({"targets": ["q_prj"]}, "'q_prj'. Did you mean 'q_proj'"),
     "experts": ({"targets": "experts"}, "targets='experts': this architecture has none"),
-    "empty": ({"layers": 9}, r"leave nothing of targets='default'.*\[0, 1\]"),
+    "layer": ({"layers": [0, 9]}, r"there is no layer 9; the layers are \[0, 1\]"),
+    "empty": ({"layers": []}, r"leave nothing of targets='default'.*\[0, 1\]"),
+    "string": (
+        {"targets": "q_proj"},
+        r"pattern for the whole name; for its end, pass \['q_proj'\]",
+    ),
     "pattern": ({"rank_pattern": {"query": 2}}, "rank_pattern: no module ends in 'query'"),
 }
 
@@ -190,6 +195,30 @@ def test_wrong_options_are_named(name):
     options, message = REFUSED[name]
     with pytest.raises(lorax.SpecError, match=message):
         lorax_hf.spec(tiny_torch.causal("llama"), **options)
+
+
+def test_patterns_without_an_effect_are_named():
+    with pytest.warns(
+        lorax.UnadaptedWarning, match="alpha_pattern has 'up_proj', which matches no"
+    ):
+        lorax_hf.spec(tiny_torch.causal("llama"), alpha_pattern={"up_proj": 2, "q_proj": 3})
+
+
+def test_weights_that_are_computed_are_named():
+    normalized = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    module = nn.Sequential(normalized, nn.Linear(6, 6))
+    original = "0.parametrizations.weight.original1"
+    with pytest.warns(lorax.UnadaptedWarning, match=f"`{original}` of Param.*`inputs=`"):
+        assert adapted(module, rank=2, targets="all-linear").keys() == {"1.weight"}
+    traced = adapted(module, rank=2, targets="all-linear", inputs=(jnp.ones((2, 6)),))
+    assert traced.keys() == {"1.weight", original}
+
+
+def test_a_module_with_adapters_of_peft_is_named():
+    tuned = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    for use in (lorax_hf.spec, lorax_hf.peft_names):
+        with pytest.raises(lorax.SpecError, match="`1` is a Linear of PEFT: .*merge_and_unload"):
+            use(nn.Sequential(nn.Linear(6, 6), tuned(6, 6)))
 
 
 def test_a_type_without_a_default_of_peft_is_named():

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import Adapter, SpecError, dequantize
+from lorax import Adapter, SpecError
+from lorax.kinds import factors_from_base
 
 from ._disk.arrays import sharding_beside
 from ._errors import AdapterMismatchError
@@ -176,15 +177,5 @@ def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> 
     derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base) if lacking else {}
     if shapes.held and not isinstance(base, jax.ShapeDtypeStruct):
         where = {name: sharding_beside(base, axes) for name, axes in shapes.axes.items()}
-        derived = _derived(weight, base, where)
+        derived = factors_from_base(weight, base, where)
     return {name: derived[name] if name in derived else held[name] for name in shapes.held}
-
-
-def _derived(weight: Adapter, base: Any, where: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The factors computed from a base, under `jit`: other processes may hold shards of it."""
-
-    def derived(base: Any) -> dict[str, Any]:
-        return weight.derived(dequantize(base))
-
-    names = jax.eval_shape(derived, base)
-    return jax.jit(derived, out_shardings={name: where[name] for name in names})(base)

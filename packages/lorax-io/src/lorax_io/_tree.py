@@ -1,5 +1,6 @@
 """Tunable trees as rows: one for each trained parameter, named by its path."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,6 +62,20 @@ def pair_rows(tree: Any) -> tuple[list[Row], Held]:
     return rows, {p: x.factors for p, x in frozen.items() if isinstance(x, FrozenWeight)}
 
 
+def _check_scale(path: str, leaf: Any) -> None:
+    """Refuses an adapter whose scale is not a finite number, which no file can hold."""
+    for weight in (leaf, getattr(leaf, "delta", None)):
+        if not isinstance(weight, Adapter):
+            continue
+        try:
+            is_finite = math.isfinite(weight.scale)
+        except (TypeError, ValueError, ArithmeticError):
+            is_finite = False
+        if not is_finite:
+            alpha = repr(getattr(weight, "alpha", None))
+            raise AdapterError(f"`{path}` has alpha {alpha:.40}, which is not a finite number.")
+
+
 def tunable_rows(tunable: Any) -> list[Row]:
     """The checked rows of a tunable tree of arrays or shapes."""
     if _is_pair(tunable):
@@ -75,6 +90,7 @@ def tunable_rows(tunable: Any) -> list[Row]:
         if path in seen:
             raise AdapterError(f"two parameters are both called `{path}`; rename one.")
         seen.add(path)
+        _check_scale(path, leaf)
         for name, array in arrays_of(path, leaf).items():
             _check_array(name, array)
     return rows

@@ -33,6 +33,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ModelOpt": (
         {"weight": u8(64, 16), "weight_scale": fp8(64, 2), "weight_scale_2": f32()}, "a scale",
     ),
+    "EXL2": ({"q_weight": i32(4, 64), "q_invperm": i32(32), "q_scale": i32(1, 8)}, "EXL2"),
+    "EXL3": ({"trellis": u8(4, 64), "suh": f32(32), "svh": f32(64)}, "EXL3"),
+    "torchao": ({"_weight_qdata": i8(64, 32), "_weight_scale": f32(64, 1)}, "torchao"),
+    "QuIP#": ({"Qidxs": i8(64, 4), "SU": f32(32), "SV": f32(64)}, "QuIP#"),
+    "SpQR": ({"dense_weights": i8(64), "col_vals": i32(3)}, "SpQR"),
+    "EETQ": ({"weight": i8(32, 64), "weight_scales": f32(64)}, "EETQ"),
+    "sparse": ({"weight.compressed": f32(9), "weight.bitmask": u8(64, 4)}, "sparse"),
+    "FP8 with `scale`": ({"weight": fp8(64, 32), "scale": f32(1)}, "FP8, with a scale"),
     "integers": ({"weight": i8(64, 32)}, "int8"),
     "GPTQ of 3 bits": (
         {"qweight": i32(3, 64), "qzeros": i32(1, 6), "scales": f32(1, 64)}, "codes of 3.0 bits",
@@ -74,6 +82,26 @@ def test_config_names_the_method(shell, files):
     )
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     assert "fbgemm_fp8" in shell.fail("merge adapter --base base --out m")
+
+
+_GPTQ = {"qweight": i32(4, 64), "qzeros": i32(1, 8), "scales": f32(1, 64)}
+_SCALED = {"weight": i8(64, 32), "weight_scale": f32(64, 1)}
+# Settings that change what codes mean, and a word of the message.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "only the config": ({"blob": u8(9)}, {"quant_method": "later"}, "is stored as later"),
+    "layout": (_GPTQ, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
+    "method": (_GPTQ, {"quant_method": "auto-round"}, "of auto-round"),
+    "bits": (_GPTQ, {"quant_method": "gptq", "bits": 8}, "in 4 bits, and its config says 8"),
+    "rotated": (_SCALED, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_are_not_read_raise_by_name(shell, files, case):
+    tensors, settings, word = SETTINGS[case]
+    write(files, Q, tensors, {"quantization_config": settings})
+    files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
+    assert word in shell.fail("merge adapter --base base --out m")
 
 
 def test_8_bit_floats_without_a_scale_are_numbers(shell, files):
@@ -153,7 +181,11 @@ DECODED = {
     "fp8 in blocks": lambda: floats_8(True),
     "fp8 with a scale": lambda: floats_8(False),
 }
-CONFIG = {"quantization_config": {"quant_method": "x"}, "model_type": "m"}
+
+
+def config_of(form: str) -> dict[str, Any]:
+    settings = {"quant_method": "gptq" if form == "GPTQ" else "x"}
+    return {"quantization_config": settings, "model_type": "m"}
 
 
 @pytest.fixture
@@ -162,7 +194,7 @@ def coded(files):
 
     def written(form, adapted=("q_proj",)):
         tensors, weight = DECODED[form]()
-        write(files, Q, tensors, CONFIG)
+        write(files, Q, tensors, config_of(form))
         pairs = {"q_proj": files.pair(Q, OUT, IN), "v_proj": files.pair(V, 64, 32)}
         tensors = {name: x for module in adapted for name, x in pairs[module].items()}
         files.peft(tensors, target_modules=list(adapted))
@@ -218,13 +250,13 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
     assert before.keys() == after.keys()
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {f"{V}.weight"}
-    assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
+    assert json.loads((tmp_path / "m/config.json").read_text()) == config_of(form)
 
 
 @pytest.mark.parametrize("form", ["fp8 with a scale"])
 def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
-    shell.succeed("merge adapter --base base --out m --requantize", "coded again")
+    shell.succeed("merge adapter --base base --out m --requantize", "quantized again")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
     assert {n: (x.shape, x.dtype) for n, x in after.items()} == {
         n: (x.shape, x.dtype) for n, x in before.items()
@@ -232,7 +264,7 @@ def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
     decoded = after[f"{Q}.weight"].astype(np.float32) * after[f"{Q}.weight_scale"]
     error = np.linalg.norm(decoded - weight - delta) / np.linalg.norm(weight + delta)
     assert 0.001 < error < 0.04
-    assert json.loads((tmp_path / "m/config.json").read_text()) == CONFIG
+    assert json.loads((tmp_path / "m/config.json").read_text()) == config_of(form)
 
 
 def test_requantize_fp8_in_blocks(shell, files):
@@ -240,7 +272,7 @@ def test_requantize_fp8_in_blocks(shell, files):
     write(files, Q, {"weight": codes, "weight_scale_inv": scales})
     pair = files.pair(Q, 256, 128)
     files.peft(pair, target_modules=["q_proj"])
-    out = shell.succeed("merge adapter --base base --out m --requantize", "coded again; of all 1")
+    out = shell.succeed("merge adapter --base base --out m --requantize", "quantized again; of all 1")
     assert "1 of them adapted" in out
     tensors = files.read("m/model.safetensors")
     each = np.repeat(tensors[f"{Q}.weight_scale_inv"], 128, 0)

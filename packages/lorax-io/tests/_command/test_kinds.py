@@ -1,5 +1,7 @@
 """Kinds of adapters and the command."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -86,3 +88,18 @@ def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
     save_adapter(other, Pair(frozen, pair.tunable))
     code, out = run(capsys, "diff", file, other)
     assert code == 1 and out.count("frozen factors") == 1
+
+
+def test_biases_without_their_weights_stay_biases(shell, files, tmp_path):
+    """PEFT cannot load a module of `modules_to_save` that has a bias alone."""
+    biases = {"up.base_layer.bias": files.draw(6), "norm.bias": files.draw(5)}
+    tensors = files.pair("up", 6, 5) | biases
+    files.peft(tensors, target_modules=["up"], bias="all")
+    shell.succeed("convert adapter out --to peft")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["bias"], config["modules_to_save"]) == ("all", None)
+    written = files.read("out/adapter_model.safetensors")
+    assert written.keys() == {f"base_model.model.{name}" for name in tensors}
+    weights = {"up.weight": files.draw(6, 5), "norm.weight": files.draw(5)}
+    files.base(weights | {"up.bias": files.draw(6), "norm.bias": files.draw(5)})
+    shell.succeed("verify out --base base")

@@ -26,6 +26,29 @@ def test_rename_still_reports_missing_tensors(shell, files):
     assert "layers.1.q_proj" in shell.fail(f"verify adapter --base base {rename}")
 
 
+# Options without a use in a command: the line, and the option that its message names.
+UNUSED = [
+    ("verify adapter --rename a b", "--rename"),
+    ("verify adapter --allow-missing", "--allow-missing"),
+    ("convert adapter out --to native --fold-scale", "--fold-scale"),
+    ("convert adapter out --to mlx --task-type CAUSAL_LM", "--task-type"),
+    ("convert adapter out --to kohya --base-model me/model", "--base-model"),
+    ("convert adapter out --to peft --base base", "--base"),
+    ("resize adapter out --rank 1 --prefix unet", "--prefix"),
+    ("combine adapter adapter --out out --signs total", "--signs"),
+    ("combine adapter adapter --out out --method svd --seed 0", "--seed"),
+    ("merge adapter --base base --out out --requantize", "--requantize"),
+]
+
+
+@pytest.mark.parametrize(("line", "option"), UNUSED)
+def test_options_without_an_effect_raise(shell, files, tmp_path, line, option):
+    files.peft(files.pair("a", OUT, IN), target_modules=["a"])
+    files.base({"a.weight": files.draw(OUT, IN)})
+    assert f"{option}: has no effect" in shell.fail(line)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("rename", ["--rename ( x", r"--rename a \2"])
 def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
     files.peft(files.pair("a", OUT, IN), target_modules=["a"])

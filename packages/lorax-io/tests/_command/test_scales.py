@@ -51,6 +51,13 @@ def test_scales_are_one_or_one_for_each(shell, two):
     )
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_scales_are_finite(shell, two, scale):
+    assert "--scale: is not a finite number" in shell.fail(
+        f"merge one --base base --out merged --scale {scale}"
+    )
+
+
 def test_order_counts_where_a_module_is_replaced(shell, files, two):
     _, first, _ = two
     head = files.draw(OUT, IN)

@@ -168,3 +168,13 @@ def test_convert_keeps_the_part(shell, files, part):
     np.testing.assert_array_equal(tensors[factor], 2 * pair[factor])
     shell.succeed(f"{line} --prefix other")
     assert all(k.startswith("other.") for k in files.read("out/pytorch_lora_weights.safetensors"))
+
+
+def test_a_part_without_a_config_has_a_scale_of_1(shell, files):
+    pairs = [files.pair(f"{part}.down.to_q", 6, 5) for part in ("unet", "text_encoder")]
+    write_file(pairs[0] | pairs[1], {f"unet.{k}": v for k, v in config_for().items()})
+    shell.succeed("convert pytorch_lora_weights.safetensors out --to diffusers --fold-scale")
+    tensors = files.read("out/pytorch_lora_weights.safetensors")
+    for pair, scale in zip(pairs, (2, 1), strict=True):
+        factor = next(name for name in pair if "lora_B" in name)
+        np.testing.assert_array_equal(tensors[factor], scale * pair[factor])

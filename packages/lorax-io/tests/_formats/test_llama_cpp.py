@@ -11,6 +11,7 @@ import pytest
 
 from lorax import LoraWeight
 from lorax_io import (
+    AdapterError,
     AdapterMismatchError,
     Conv,
     Embedding,
@@ -69,6 +70,24 @@ def test_gguf_reads_names_and_numbers(files, dtype):
         if "attn_q" in name or "attn_k" in name:
             b = unpermuted(b, HEADS if "attn_q" in name else KV_HEADS)
         np.testing.assert_array_equal(b, tunable[module].b.T.astype(np.float32))
+
+
+def test_an_alpha_of_zero_is_multiplied_into_b(files):
+    """llama.cpp reads an alpha of 0 as a scale of 1."""
+    save_gguf("a.gguf", make(files, alpha=0.0), NAMES, config=CONFIG)
+    fields, tensors = read("a.gguf")
+    assert fields["adapter.lora.alpha"] == 3
+    assert not any(tensors[f"{name}.weight.lora_b"].any() for name in MODULES.values())
+
+
+def test_factors_that_are_not_finite_raise(files):
+    tunable = make(files)
+    tunable["lm_head"] = tunable["lm_head"].with_factors(
+        {"a": jnp.full((WIDTH, 3), jnp.nan), "b": tunable["lm_head"].b}
+    )
+    with pytest.raises(AdapterError, match="`lm_head.lora_A.weight` holds NaN"):
+        save_gguf("a.gguf", tunable, NAMES, config=CONFIG)
+    assert not pathlib.Path("a.gguf").exists()
 
 
 def test_rows_of_other_models_keep_their_order(files):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from formats_of_files import (
@@ -14,10 +15,14 @@ from formats_of_files import (
     save,
 )
 
+from lorax import LoraWeight
 from lorax_io import (
     AdapterError,
+    Linear,
     UnsupportedAdapterError,
     open_adapter,
+    save_mlx,
+    save_peft,
 )
 
 
@@ -82,3 +87,22 @@ def test_other_configs_of_mlx_raise(files, config, error):
     write_mlx({f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}, **config)
     with pytest.raises(error):
         open_adapter("mlx")
+
+
+def test_float64_raises(files):
+    tunable = {"q": LoraWeight(np.ones((IN, 1)), np.ones((1, OUT)), 1)}
+    with pytest.raises(UnsupportedAdapterError, match="is float64; MLX"):
+        save_mlx("mlx", tunable, {"q": Linear(Q)})
+    assert not pathlib.Path("mlx").exists()
+
+
+@pytest.mark.parametrize(("first", "second"), [(save_mlx, save_peft), (save_peft, save_mlx)])
+def test_the_config_of_another_format_is_kept(tmp_path, first, second):
+    """PEFT and mlx-lm have configs of one name."""
+    tunable = {"q": LoraWeight(jnp.ones((IN, 1)), jnp.ones((1, OUT)), 1)}
+    first(tmp_path / "a", tunable, {"q": Linear(Q)})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with pytest.raises(AdapterError, match="an adapter in another format"):
+        second(tmp_path / "a", tunable, {"q": Linear(Q)})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    first(tmp_path / "a", tunable, {"q": Linear(Q)})

@@ -211,6 +211,28 @@ def test_what_is_not_sound_is_refused(tmp_path, case):
     assert str(raised.value).startswith(str(tmp_path))
 
 
+@pytest.mark.parametrize("cause", [MemoryError, PermissionError])
+def test_a_cause_outside_the_file_is_not_called_damage(tmp_path, monkeypatch, cause):
+    import orbax.checkpoint as ocp
+
+    def fail(*args, **options):
+        raise cause("there is none left")
+
+    save_tunix(tmp_path / "a", make().tunable)
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", fail)
+    with pytest.raises(cause, match="none left"):
+        open_adapter(tmp_path / "a", alpha=2.0)
+
+
+def test_an_alpha_of_zero_is_multiplied_into_b(tmp_path):
+    weight = lorax.LoraWeight(jnp.ones((5, 2)), jnp.ones((2, 3)), 2, 0.0)
+    save_tunix(tmp_path / "a", {"w": weight})
+    row = load_any(tmp_path / "a", {"w": jnp.ones((5, 3))}).tunable["w"]
+    assert row.scale and not row.b.any()
+    with pytest.raises(AdapterError, match="alpha=0; it must be a finite number other than 0"):
+        save_tunix(tmp_path / "b", {"w": weight}, alpha=0)
+
+
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     wider = jax.tree.map(lambda x: jnp.ones((*x.shape[:-1], x.shape[-1] + 1)), PARAMS)

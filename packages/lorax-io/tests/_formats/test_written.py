@@ -17,6 +17,7 @@ from formats_of_files import (
 
 import lorax
 from lorax_io import (
+    AdapterError,
     AdapterMismatchError,
     Conv,
     Embedding,
@@ -28,6 +29,7 @@ from lorax_io import (
     save_kohya,
     save_mlx,
     save_original,
+    save_peft,
 )
 
 NAMES = {
@@ -100,3 +102,19 @@ def test_convert_writes_every_format(shell, files, form):
     assert adapter.format == form
     [written] = adapter.rows.values()
     np.testing.assert_allclose(delta_of(written), delta_of(row), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**400, "3"])
+def test_an_alpha_that_is_not_a_finite_number_raises(tmp_path, alpha):
+    weight = lorax.LoraWeight(jnp.ones((IN, 2)), jnp.ones((2, OUT)), 2, alpha)
+    for tree in ({"q": weight}, {"q": lorax.DoraWeight(weight, jnp.ones(OUT))}):
+        writers = (
+            lambda tree=tree: save_adapter(tmp_path / "a", tree),
+            lambda tree=tree: save_peft(tmp_path / "b", tree, {"q": Linear(Q)}),
+            lambda tree=tree: save_mlx(tmp_path / "c", tree, {"q": Linear(Q)}),
+            lambda tree=tree: save_kohya(tmp_path / "d", tree, {"q": Linear(Q)}),
+        )
+        for write in writers:
+            with pytest.raises(AdapterError, match="`q` has alpha .*, which is not a finite numb"):
+                write()
+    assert not list(tmp_path.iterdir())

@@ -136,6 +136,11 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
     def refuse(why: str) -> ArgumentError:
         return ArgumentError(f"combine_adapters: {why}")
 
+    if not isinstance(adapters, Mapping):
+        raise ArgumentError(
+            f"combine_adapters takes a mapping from names to (adapter, weight), not "
+            f"{type(adapters).__name__}."
+        )
     if not adapters:
         raise refuse("there are no adapters to combine.")
     for name, weight in ((name, weight) for name, (_, weight) in adapters.items()):

@@ -17,9 +17,10 @@ import numpy as np
 
 from .._arrays import path_string
 from .._axes import Axes
-from .._errors import ArgumentError
+from .._errors import ArgumentError, PairError
 from .._pair import is_tunable_leaf
 from .._terms import Label, Labels, Term
+from .._within import Within
 from ..kinds.lora import LoraWeight, at_same_scale
 
 
@@ -38,6 +39,12 @@ class Approximation(NamedTuple):
 def flatten_adapters(tunable: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Returns the leaves of a tunable tree with their paths, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tunable, is_leaf=is_tunable_leaf)
+    for path, leaf in leaves:
+        if isinstance(leaf, Within):
+            raise PairError(
+                f"The adapter at `{path_string(path)}` is one of a single call, as with_dropout, "
+                "select_adapters and mix_adapters return it. Pass the adapter that it was made of."
+            )
     return [(path_string(path), leaf) for path, leaf in leaves], structure
 
 

@@ -1,7 +1,7 @@
 """Banks: adapters of any ranks and scales side by side, which are added and removed by slot."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,9 @@ def stack_adapters(
         >>> bank.tunable["w"].a.shape, bank.slots
         ((4, 5, 3), 4)
     """
+    if isinstance(adapters, Mapping):
+        raise ArgumentError("stack_adapters takes a sequence of tunable trees, not one tree.")
+    adapters = list(adapters)
     if not adapters:
         raise ArgumentError("stack_adapters: there are no adapters to stack.")
     slots = len(adapters) if slots is None else slots

@@ -81,7 +81,13 @@ class _Scaled(Within):
         weight = self.adapter.applied(base, held, source)
         # The scale follows from rank and alpha. Although it is an array here, it is not trained.
         number = jax.lax.stop_gradient(self.number)
-        return dataclasses.replace(weight, terms=tuple(term.scale(number) for term in weight.terms))
+        # One more factor without labels, which can multiply the narrow product x · a. Times `a` or
+        # `b`, it would make a copy of that factor of each adapter in every step.
+        terms = tuple(
+            dataclasses.replace(term, factors=(*term.factors, number), labels=(*term.labels, ()))
+            for term in weight.terms
+        )
+        return dataclasses.replace(weight, terms=terms)
 
 
 def select_adapters(bank: AdapterBank, index: Any) -> Any:

@@ -14,6 +14,7 @@ from .._adapter import (
     static as static,
 )
 from .._adapter_spec import Start as Start, Started as Started
+from .._frozen_weight import factors_from_base as factors_from_base
 from . import (
     adalora as adalora,
     bdlora as bdlora,
@@ -32,4 +33,13 @@ from . import (
     vera as vera,
 )
 
-__all__ = ["Labeled", "Layout", "Start", "Started", "defkind", "make_term", "static"]
+__all__ = [
+    "Labeled",
+    "Layout",
+    "Start",
+    "Started",
+    "defkind",
+    "factors_from_base",
+    "make_term",
+    "static",
+]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from .._errors import SpecError
+from .._errors import ArgumentError, SpecError
 from .leading import leading_vectors
 
 Factors = tuple[jax.Array, jax.Array | None]
@@ -175,13 +175,19 @@ class CordaStart(CollectedStart):
             left, values, right = left[:, -rank:], values[-rank:], right[-rank:]
         # Vᵀ C⁻¹ undoes the covariance, so that the product approximates Wᵀ itself.
         back = jnp.matmul(right, inverse, precision=highest)  # [rank, in]
-        return {"inputs": back.T, "values": values, "outputs": left.T}
+        return dict(zip(self._names, (back.T, values, left.T), strict=True))
+
+    @property
+    def _names(self) -> list[str]:
+        # Named by the method, so that `factors` does not take what another start has collected.
+        return [f"{self.method} {name}" for name in ("inputs", "values", "outputs")]
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
         """Returns factors that each take the root of the values."""
         # scale · a b  =  (V C⁻¹)ᵀ diag(values) Uᵀ, the part of W that the factors take over
-        root = jnp.sqrt(kept["values"] / scale)
-        return kept["inputs"] * root[None], root[:, None] * kept["outputs"]
+        inputs, values, outputs = (kept[name] for name in self._names)
+        root = jnp.sqrt(values / scale)
+        return inputs * root[None], root[:, None] * outputs
 
 
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
@@ -249,6 +255,8 @@ class LoraGAStart(CollectedStart):
         """Returns factors that each take half of the vectors."""
         # Of the 2 · rank singular vectors, a takes `rank` of the input side, and b takes `rank` of
         # the output side.
+        if len(kept["values"]) < 2 * rank:
+            raise ArgumentError(f"{len(kept['values'])} vectors of a gradient, of {2 * rank}")
         every = jnp.arange(2 * rank)
         drawn = jax.random.permutation(key, every)[:rank]
         of_a, of_b = {

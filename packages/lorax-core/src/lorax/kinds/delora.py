@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from .._adapter import Adapter, Labeled, Layout, Neutral, defkind, make_term, static
 from .._adapter_spec import AdapterSpec, Start, Started
 from .._axes import Axes
+from .._contract import product_dtype
 from .._errors import SpecError
 from .._norm import norm_squared
 from .._terms import Term
@@ -80,7 +81,9 @@ class DeloraWeight(Adapter):
         square = _clamped(self.a, (*range(shared), self.a.ndim - 1))
         square *= _clamped(self.b, range(shared + 1))
         # length [*shared] / (rank · ‖a_r‖ ‖b_r‖) [*shared, rank]
-        gain = self.length.astype(square.dtype)[..., None] / (self.rank * jnp.sqrt(square))
+        wide = product_dtype(square.dtype, self.length.dtype)
+        lengths = (self.rank * jnp.sqrt(square)).astype(wide)
+        gain = self.length.astype(wide)[..., None] / lengths
         factors = {
             # Δ = norm [in] ⊙ a [in, rank] · diag(gain [rank]) · b [rank, out]
             "norm": held["norm"],
@@ -153,6 +156,8 @@ class DeloraSpec(AdapterSpec):
         a, b = draw_two(start, self.rank, *start.initializers)
         weight = self.blank(base.shape, start.axes)
         shape = weight.layout(base.shape).shapes()["length"]
-        length = jnp.full(shape, self.length, start.dtype)
-        norm = _norm(base, start.axes).astype(start.dtype)
+        # Real, as the norms are, also where the weight is complex.
+        real = jnp.finfo(start.dtype).dtype
+        length = jnp.full(shape, self.length, real)
+        norm = _norm(base, start.axes).astype(real)
         return Started(weight.with_factors({"a": a, "b": b, "length": length}), {"norm": norm})

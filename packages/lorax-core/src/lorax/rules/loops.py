@@ -147,10 +147,10 @@ def _scan(
     run = eqn.body(jaxpr, finish)
 
     steps = (*consts, *init)
-    # Dropout on a weight that all steps share needs a new mask per step, and a quantized stack with
-    # deferred equations is indexed by step: both need the step number.
+    # Dropout on a weight that all steps share needs a new mask per step, and some quantized stacks
+    # are indexed by step: both need the step number.
     counts = any(is_weight(value) and value.keys is not None for value in steps)
-    counts = counts or any(is_weight(x) and is_coded(x.base) and x.base.moves for x in xs)
+    counts = counts or any(_has_codes(x) and _stays_whole(x.base) for x in xs)
 
     def body(carry, slices):
         slices, step = slices
@@ -237,16 +237,14 @@ def _unstack(eqn, weight):
 def _unstack_base(base):
     """Returns the arrays of a base that a scan slices, and a function that rebuilds one step.
 
-    If equations are deferred on a stack of codes, the stack is not sliced: each step defers one
-    more equation on it, which picks the step's entry.
+    Where a stack of codes is not sliced, each step defers one more equation on it, which picks the
+    step's entry.
     """
     if not is_coded(base):
         return [base], lambda leaves, _: leaves[0]
-    term, (label, *more) = base.term, base.term.out[0] or (None,)
-    moved = [move for move in base.moves if not move.commutes]
-    # Deferred moves of axes, and a stacked axis of several labels, prevent slicing the codes.
-    if moved or more or label is None:
+    if _stays_whole(base):
         return [], lambda _, step: base.entry(step)
+    term, (label,) = base.term, base.term.out[0]
     # Scales may lack the stacked axis; these arrays are the same in every step.
     owners = term.owners(label)
     leaves = [jnp.moveaxis(term.factors[k], term.labels[k].index(label), 0) for k in owners]
@@ -262,6 +260,11 @@ def _unstack_base(base):
         return dataclasses.replace(base, term=entry, shape=base.shape[1:])
 
     return leaves, whole
+
+
+def _stays_whole(base) -> bool:
+    """Whether a stack of codes is not sliced: it was moved, or its first axis is in blocks."""
+    return any(not move.commutes for move in base.moves) or len(base.term.out[0]) != 1
 
 
 def _restack(value):

@@ -51,8 +51,10 @@ def gathered(term: Term, axes) -> Term:
         if dense is not None and len(owners) > 1:
             labels = dict.fromkeys(name for k in owners for name in term.labels[k])
             # Σ_i base[i, o] · a[i, r] · b[r, o] has one owner of i beside the base. With two, as in
-            # a[i, r] · c[i, s], they become one factor [i, r, s].
-            term = term.multiplied(owners, tuple(labels))
+            # a[i, r] · c[i, s], they become one factor [i, r, s]. But the two owners of a block n,
+            # a[n, i, r] · b[n, r, o], would become the delta.
+            if not labels.keys() >= set(term.labels[dense]):
+                term = term.multiplied(owners, tuple(labels))
     return term
 
 

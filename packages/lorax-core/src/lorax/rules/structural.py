@@ -55,7 +55,7 @@ def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
 @defrule("stop_gradient", gains=True)
 def _stop_gradient(eqn, weight):
     # The user stops the gradient of the adapted weight, which includes that of its factors.
-    return jax.tree.map(jax.lax.stop_gradient, weight.replace_base(eqn(weight.base)))
+    return jax.tree.map(jax.lax.stop_gradient, weight).replace_base(eqn(weight.base))
 
 
 @defrule("optimization_barrier", gains=True)

@@ -12,6 +12,7 @@ from lorax import ArgumentError
 from .._pytorch import generate
 from ._function import ModuleFunction
 from ._state import refuse_without_values, state_of
+from ._wrappers import unwrapped
 
 
 class AdaptedModule:
@@ -50,6 +51,7 @@ def adapted(
         return AdaptedModule(model.module, model, **options)
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
+    model = unwrapped(model)
     refuse_without_values(state_of(model).buffers)
     function = ModuleFunction(model, train=train, scan_layers=scan_layers)
     return AdaptedModule(model, function, **options)

@@ -29,8 +29,22 @@ def numpy_of(tensor: torch.Tensor, dtype: Any = None) -> np.ndarray[Any, Any]:
         array = tensor.contiguous().view(bits).numpy().view(native)
     else:
         array = tensor.numpy()
+    refuse_lost_bits(array)
     wanted = dtype if dtype is not None and tensor.is_floating_point() else None
     return np.array(array, dtype=wanted, order="C")
+
+
+def refuse_lost_bits(array: np.ndarray[Any, Any]) -> None:
+    """Raises `ValueError` if JAX would wrap integers of an array to its narrower type."""
+    kept = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind not in "iu" or kept == array.dtype or not array.size:
+        return
+    limits = np.iinfo(kept)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ArgumentError(
+            f"an array {array.dtype} {array.shape} has integers that {kept} does not hold, such as "
+            f"{array.max()}. JAX has 64 bits under `jax.config.update('jax_enable_x64', True)`."
+        )
 
 
 def dtype_of(tensor: torch.Tensor) -> Any:
@@ -44,6 +58,7 @@ def dtype_of(tensor: torch.Tensor) -> Any:
 def in_jax(env: Any, value: Any) -> Any:
     """A module's arguments, with every array in them converted to a torchax tensor."""
     if isinstance(value, np.ndarray):
+        refuse_lost_bits(value)
         value = jnp.asarray(value)
     if isinstance(value, jax.Array):
         return env.j2t_iso(value)

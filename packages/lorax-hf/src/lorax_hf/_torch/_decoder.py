@@ -1,17 +1,23 @@
 """One decoding step of a causal model, with its cache passed in and returned as arrays."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 import transformers
 from transformers.cache_utils import Cache, StaticLayer
 
-from .._errors import StaticCacheError
+from lorax import ArgumentError
+
+from .._errors import ModuleWarning, StaticCacheError
 
 # Types of layers that work with a cache of all positions. The masks of sliding windows and chunks
 # are computed from positions, so these layers do not need a cache of their own.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# Types that take the last rows of a table of masks, by the length of the cache.
+_BY_LENGTH = {"bark", "coarse_acoustics", "gpt_neo", "imagegpt", "semantic"}
 
 # The name of the cache argument in transformers 5.24, and before.
 _CACHES = ("cache", "past_key_values")
@@ -57,6 +63,16 @@ def _cache_argument(model: Any) -> str:
         raise StaticCacheError(f"{name} is not a model of transformers that generates text.")
     if model.config.is_encoder_decoder:
         raise StaticCacheError(f"{name} is an encoder and a decoder; generate takes causal models.")
+    if _is_encoder(model):
+        raise StaticCacheError(
+            f"{name} is an encoder, whose tokens attend to later ones. Set `is_decoder=True` in "
+            "its config."
+        )
+    if model.config.model_type in _BY_LENGTH:
+        raise StaticCacheError(
+            f"{name} ({model.config.model_type}) computes its mask from the length of its cache, "
+            "which is then not of constant size. Generate in PyTorch."
+        )
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
     taken = inspect.signature(model.forward).parameters
     argument = next((cache for cache in _CACHES if cache in taken), None)
@@ -68,3 +84,33 @@ def _cache_argument(model: Any) -> str:
             "sequence for each token, or generate in PyTorch."
         )
     return argument
+
+
+def _is_encoder(model: torch.nn.Module) -> bool:
+    """Whether a model of a type that may be either, such as BERT, is an encoder."""
+    owners = list(model.modules())
+    roles = [owner.is_decoder for owner in owners if hasattr(owner, "is_decoder")]
+    causal = any(getattr(owner, "is_causal", False) for owner in owners)
+    return bool(roles) and not any(roles) and not causal
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raises `ValueError` if a table of positions ends before a length; warns beyond training."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, transformers.PretrainedConfig):
+        return
+    config = config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or length <= longest or getattr(config, "alibi", False):
+        return
+    problem = (
+        f"the prompt and the new tokens are {length} tokens, and {type(model).__name__} has "
+        f"positions for {longest} (`max_position_embeddings`)"
+    )
+    if not any("inv_freq" in name for name, _ in model.named_buffers()):
+        raise ArgumentError(f"{problem}. Take a shorter prompt or fewer new tokens.")
+    warnings.warn(
+        f"{problem}. It computes rotary positions beyond them, for which it was not trained.",
+        ModuleWarning,
+        stacklevel=4,
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,19 @@ import torch
 
 from lorax import MissingPackageError
 
-from . import _attention, _embedding, _gradients, _grouped_mm, _linear
+from . import (
+    _attention,
+    _convolution,
+    _embedding,
+    _gradients,
+    _grouped_mm,
+    _linear,
+    _pooling,
+    _random,
+)
+from ._autograd import use_backward
 from ._importing import missing_overloads_allowed
+from ._modes import running
 
 
 @functools.cache
@@ -23,10 +35,26 @@ def environment() -> Any:
             env = torchax.default_env()
     except Exception as error:
         raise MissingPackageError(f"torchax cannot be imported. {_installed()}") from error
-    for mend in (_attention, _grouped_mm, _embedding, _gradients, _linear):
-        for op, function in mend.OPERATORS.items():
+    for module in _MODULES:
+        for op, function in module.OPERATORS.items():
             _put(env, op, function)
+    for op, functional in _random.IN_PLACE.items():
+        _put_in_place(env, op, functional)
+    _gradients.stop_at_data()
+    use_backward(env, running)
     return env
+
+
+_MODULES = (
+    _attention,
+    _convolution,
+    _embedding,
+    _gradients,
+    _grouped_mm,
+    _linear,
+    _pooling,
+    _random,
+)
 
 
 def register(op: Any, function: Callable[..., Any]) -> None:
@@ -45,9 +73,29 @@ def _put(env: Any, op: Any, function: Callable[..., Any]) -> None:
         function,
         is_jax_function=True,
         is_user_defined=True,
-        needs_env=function is _attention.attention,
+        needs_env="env" in inspect.signature(function).parameters,
         is_view_op=False,
     )
+    _set(env, op, entry)
+
+
+def _put_in_place(env: Any, op: Any, functional: Any) -> None:
+    """Sets an operator that changes a tensor to what another one returns."""
+    from torchax.ops.op_base import InplaceOp
+    from torchax.ops.ops_registry import Operator
+
+    entry = Operator(
+        op,
+        InplaceOp(functional),
+        is_jax_function=False,
+        is_user_defined=True,
+        needs_env=False,
+        is_view_op=True,
+    )
+    _set(env, op, entry)
+
+
+def _set(env: Any, op: Any, entry: Any) -> None:
     try:
         for each in _overloads(op):
             env._ops[each] = entry

@@ -24,44 +24,59 @@ def difference(one: nn.Module, other: nn.Module, step: int) -> str | None:
     return next(_differences("", one, other, step), None)
 
 
-def _differences(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
+def _differences(name: str, one: Any, other: Any, step: int, inside: bool = False) -> Iterator[str]:
+    """The differences of two members of layers.
+
+    What is `inside` another object than a module is the same for all layers of a scan, so tensors
+    and integers must be equal there.
+    """
+    if one is other:
+        return
     label = f"`{name}`" if name else "it"
     if type(one) is not type(other):
         yield f"{label} is a {type(other).__name__}, not a {type(one).__name__}"
         return
     if isinstance(one, nn.Module):
-        yield from _of_modules(name, one, other, step)
+        yield from _of_modules(name, one, other, step, inside)
     elif isinstance(one, torch.Tensor):
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             yield f"{label} has the shape {tuple(other.shape)}, not {tuple(one.shape)}"
+        elif inside and not _same_values(one, other):
+            yield f"{label} has other values"
     elif isinstance(one, dict):
-        yield from _of_members(name, one, other, step)
+        yield from _of_members(name, one, other, step, inside=True)
     elif isinstance(one, list | tuple):
-        yield from _of_members(name, dict(enumerate(one)), dict(enumerate(other)), step)
-    elif one is not other and not _is_index(one, other, step) and not _same(one, other):
+        ones, others = (dict(enumerate(value)) for value in (one, other))
+        yield from _of_members(name, ones, others, step, inside=True)
+    elif not inside and _is_index(one, other, step):
+        return
+    elif not _same(one, other):
         parts, others = _parts(one), _parts(other)
         if parts is None or others is None:
             yield f"{label} is {other!r}, not {one!r}"
         else:
-            yield from _of_members(name, parts, others, step)
+            yield from _of_members(name, parts, others, step, inside=True)
 
 
-def _of_modules(name: str, one: nn.Module, other: nn.Module, step: int) -> Iterator[str]:
+def _of_modules(
+    name: str, one: nn.Module, other: nn.Module, step: int, inside: bool
+) -> Iterator[str]:
     for members in ("_parameters", "_buffers", "_modules"):
-        yield from _of_members(name, getattr(one, members), getattr(other, members), step)
-    yield from _of_members(name, _attributes(one), _attributes(other), step)
+        yield from _of_members(name, getattr(one, members), getattr(other, members), step, inside)
+    yield from _of_members(name, _attributes(one), _attributes(other), step, inside)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        if len(getattr(one, hooks)) != len(getattr(other, hooks)):
+        ones, others = (list(getattr(module, hooks).values()) for module in (one, other))
+        if next(_differences(hooks, ones, others, step), None) is not None:
             yield f"`{name or type(one).__name__}` has other hooks"
 
 
-def _of_members(name: str, one: Any, other: Any, step: int) -> Iterator[str]:
+def _of_members(name: str, one: Any, other: Any, step: int, inside: bool = False) -> Iterator[str]:
     prefix = f"{name}." if name else ""
     for key in [*one, *(key for key in other if key not in one)]:
         if key not in one or key not in other:
             yield f"`{prefix}{key}` is in one of them alone"
         else:
-            yield from _differences(f"{prefix}{key}", one[key], other[key], step)
+            yield from _differences(f"{prefix}{key}", one[key], other[key], step, inside)
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
@@ -81,6 +96,12 @@ def _parts(value: Any) -> dict[str, Any] | None:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _COMMON}
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.device.type == other.device.type == "meta":
+        return True
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _is_index(one: Any, other: Any, step: int) -> bool:

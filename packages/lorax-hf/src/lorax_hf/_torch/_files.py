@@ -27,6 +27,7 @@ _DTYPES = {
 
 
 _ALIGNMENT = 64  # in bytes
+_STEP = 1 << 24  # in bytes
 
 
 class Entry(NamedTuple):
@@ -47,9 +48,15 @@ class Files:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.entries = {
-            name: entry for file in _files(self.folder) for name, entry in _entries(file).items()
-        }
+        self.entries: dict[str, Entry] = {}
+        for file in _files(self.folder):
+            entries = _entries(file)
+            if twice := sorted(entries.keys() & self.entries.keys()):
+                raise CheckpointError(
+                    f"`{twice[0]}` is in two files of {self.folder}: {file.name} and "
+                    f"{self.entries[twice[0]].file.name}. Remove one of them."
+                )
+            self.entries |= entries
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as a PyTorch tensor, for transformers' converters."""
@@ -71,6 +78,21 @@ class Files:
         if not entry.shape or 0 in entry.shape:
             return _read(entry)[index]
         return np.array(np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)[index])
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same; they are compared in parts."""
+        a, b = (_bytes(self.entries[name]) for name in (one, other))
+        steps = range(0, max(len(a), 1), _STEP)
+        return len(a) == len(b) and all(
+            np.array_equal(a[k : k + _STEP], b[k : k + _STEP]) for k in steps
+        )
+
+
+def _bytes(entry: Entry) -> np.ndarray[Any, Any]:
+    size = math.prod(entry.shape) * entry.dtype.itemsize
+    if not size:
+        return np.empty(0, np.uint8)
+    return np.memmap(entry.file, np.uint8, "r", entry.offset, (size,))
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:

@@ -1,10 +1,10 @@
 """A PyTorch module as a pure function of its parameters."""
 
-import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,14 +16,16 @@ from lorax import ArgumentError, QuantizedWeight
 
 from ._arrays import in_jax, numpy_of, out_of_jax
 from ._blame import errors_named
-from ._constants import Constants
+from ._changes import warn_of_changes, warn_of_derived
 from ._environment import environment
-from ._gradients import NoGradients
 from ._host import turn_off_host_choices
 from ._layers import members_of, runs_of, stacked, unstacked
+from ._modes import running
 from ._quantized import refuse_quantized
+from ._restore import restored
 from ._scan import scanned
 from ._state import State, state_of, without_weights
+from ._wrappers import warn_of_backward_hooks
 
 
 class ModuleFunction:
@@ -39,15 +41,14 @@ class ModuleFunction:
 
     def __init__(
         self,
-        module: Any,
+        module: torch.nn.Module,
         *,
         train: bool = False,
         dtype: Any = None,
         scan_layers: bool | Collection[str] = False,
     ) -> None:
-        if not isinstance(module, torch.nn.Module):
-            raise ArgumentError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
         refuse_quantized(module)
+        warn_of_backward_hooks(module)
         environment()
         state = state_of(module)
         self.runs = runs_of(module, scan_layers)
@@ -56,6 +57,14 @@ class ModuleFunction:
         self.buffers = stacked(_buffers(module, state, dtype), constants, np.stack)
         self._all = {**constants, **self.members}
         self._stacks = {name for name, parts in self._all.items() if parts != (name,)}
+        self._shapes = {
+            name: _shape(state.parameters[parts[0]], 0 if parts == (name,) else len(parts))
+            for name, parts in self.members.items()
+        }
+        self._derived = {name for name, tensor in state.buffers.items() if tensor.requires_grad}
+        self._originals = {
+            name: weakref.ref(parameter) for name, parameter in state.parameters.items()
+        }
         self.module = without_weights(module, state).train(train)
         self.__name__ = type(module).__name__
         self._inner = ""  # the prefix of the original module within `self.module`, see `around`
@@ -85,17 +94,15 @@ class ModuleFunction:
         if self._inner:  # as for `generate`, whose cache needs every layer by itself
             runs, arrays = [], unstacked(arrays, self._all)
         stacks = {name: arrays.pop(name) for name in self._stacks & arrays.keys()}
-        state = {f"{self._inner}{n}": env.j2t_iso(jnp.asarray(x)) for n, x in arrays.items()}
+        arrays = {f"{self._inner}{name}": jnp.asarray(x) for name, x in arrays.items()}
+        state = {name: env.j2t_iso(array) for name, array in arrays.items()}
+        given = dict(state)
         with (
             self._lock,
-            _unchanged(self.module),
-            _randomness(env, rng, self.__name__),
+            restored(self.module),
             errors_named(self.module),
-            env,
-            NoGradients(),
-            Constants(env),
+            running(env, self.__name__, rng, self._values(state)),
             scanned(self.module, runs, stacks, env),
-            torch.enable_grad(),
             warnings.catch_warnings(),
         ):
             # PyTorch's integers have 64 bits, which JAX has only under `jax_enable_x64`.
@@ -104,7 +111,23 @@ class ModuleFunction:
             returned = torch.func.functional_call(
                 self.module, state, args, kwargs, tie_weights=True
             )
-            return out_of_jax(returned)
+            output = out_of_jax(returned)
+            changed = {name for name in arrays if state[name] is not given[name]}
+            derived = {f"{self._inner}{name}" for name in self._derived} & arrays.keys()
+        warn_of_changes(self.module, arrays, state)
+        warn_of_derived(self.module, derived - changed)
+        return output
+
+    def _values(self, state: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The values of parameters, by the ids of the parameters they replace."""
+        values: dict[int, torch.Tensor] = {}
+        copies = dict(self.module.named_parameters())
+        for name, original in self._originals.items():
+            value = state.get(f"{self._inner}{name}")
+            for parameter in (copies.get(f"{self._inner}{name}"), original()):
+                if value is not None and parameter is not None:
+                    values[id(parameter)] = value
+        return values
 
     def around(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> "ModuleFunction":
         """The function of a module that wraps this one as `model`, with the same parameters."""
@@ -126,12 +149,22 @@ class ModuleFunction:
             raise ArgumentError(
                 f"the dict of parameters of {self.__name__} {' and '.join(problems)}."
             )
+        if wrong := [name for name in params if jnp.shape(params[name]) != self._shapes[name]]:
+            raise ArgumentError(
+                f"`{wrong[0]}` of {self.__name__} has the shape {self._shapes[wrong[0]]}, and its "
+                f"array has {jnp.shape(params[wrong[0]])}."
+            )
         if coded := [name for name in params if isinstance(params[name], QuantizedWeight)]:
             raise ArgumentError(
                 f"{self.__name__} takes arrays, and {_some(coded)} {'are' if coded[1:] else 'is'} "
                 "held in few bits. `lorax.lora(fn)` takes such a tree as the frozen part of the "
                 "pair; or give `fn` what `lorax.dequantize` returns for it."
             )
+
+
+def _shape(tensor: torch.Tensor, layers: int) -> tuple[int, ...]:
+    """The shape of a parameter, or of a stack of those of several layers."""
+    return (*((layers,) if layers else ()), *tensor.shape)
 
 
 def _some(names: Collection[str]) -> str:
@@ -146,6 +179,7 @@ def _buffers(module: torch.nn.Module, state: State, dtype: Any) -> dict[str, np.
         for prefix, owner in module.named_modules()
         for name in owner._non_persistent_buffers_set
     }
+    fixed |= state.buffers.keys() - dict(module.named_buffers()).keys()  # plain attributes
     buffers: dict[str, np.ndarray[Any, Any]] = {}
     for name, tensor in state.buffers.items():
         if tensor.device.type == "meta":  # `spec` traces such modules, for the axes alone
@@ -160,42 +194,3 @@ def _without_cache(module: torch.nn.Module) -> None:
         config: Any = getattr(owner, "config", None)
         if getattr(config, "use_cache", None):
             config.use_cache = False
-
-
-@contextlib.contextmanager
-def _unchanged(module: torch.nn.Module) -> Generator[None]:
-    """Restores all attributes of a module at the end of this block, so that none keeps a tracer."""
-    inner = ("_parameters", "_buffers", "_modules")
-    before = [
-        (owner, dict(vars(owner)), [dict(vars(owner)[name]) for name in inner])
-        for owner in module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for owner, attributes, members in before:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-            for name, entries in zip(inner, members, strict=True):
-                vars(owner)[name].clear()
-                vars(owner)[name].update(entries)
-
-
-@contextlib.contextmanager
-def _randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
-    """Random numbers inside this block come from `rng`; without it, drawing one is an error."""
-    before = env._property.content
-    keys = type(before).override(before, prng=rng)
-
-    def refuse() -> Any:
-        raise ArgumentError(
-            f"{name} draws random numbers here: call it with `rng=`, a key of `jax.random`."
-        )
-
-    if rng is None:
-        keys.get_and_rotate_prng_key = refuse
-    env._property.content = keys
-    try:
-        yield
-    finally:
-        env._property.content = before

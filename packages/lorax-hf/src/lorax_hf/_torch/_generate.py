@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import lorax
 from lorax import ArgumentError
 
 from .._errors import StaticCacheError
 from ._adapted import AdaptedModule
-from ._decoder import Decoder
+from ._decoder import Decoder, check_length
 from ._function import ModuleFunction
 
 
@@ -23,8 +24,8 @@ class Options(NamedTuple):
     temperature: float
     top_k: int | None
     top_p: float | None
-    eos_token_id: int | None
-    pad_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
 
 
 def generate(
@@ -43,21 +44,28 @@ def generate(
             "generate takes the function that `from_torch` or `load_torch` returns, or the module "
             "that `lora` does."
         )
+    if fn.module.training:
+        raise ArgumentError(
+            "generate: the function is in training mode. Take it without `train=True`."
+        )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ArgumentError(
             f"ids must be integers of shape [batch, length], not {ids.dtype} {ids.shape}."
         )
+    if 0 in ids.shape:
+        raise ArgumentError(f"ids of the shape {ids.shape} have no prompt to continue.")
     if options.max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens={options.max_new_tokens} must be at least 1.")
     if options.do_sample and rng is None:
         raise ArgumentError("do_sample=True needs `rng=`, a key of `jax.random`.")
     _check_sampling(options)
     length = ids.shape[1] + options.max_new_tokens
+    check_length(fn.module, length)
+    mask = None if mask is None else _padding(mask, ids.shape)
     key = (length, options, *sorted(lora.items()))
     if key not in fn.programs:
         fn.programs[key] = jax.jit(_program(fn, length, options, lora))
-    mask = None if mask is None else jnp.asarray(mask)
     try:
         return fn.programs[key](params, ids, mask, rng)
     except jax.errors.ConcretizationTypeError as error:
@@ -65,6 +73,20 @@ def generate(
             f"{fn.__name__} decides in Python by what is in its cache, which is then not of "
             "constant size. Generate in PyTorch."
         ) from error
+
+
+def _padding(mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """An attention mask as integers; raises `ArgumentError` if it pads a prompt on its right."""
+    mask = jnp.asarray(mask)
+    if mask.shape != shape:
+        raise ArgumentError(f"attention_mask has the shape {mask.shape}, and ids have {shape}.")
+    mask = (mask != 0).astype(jnp.int32)
+    if not isinstance(mask, Tracer) and not bool(mask[:, -1].all()):
+        raise ArgumentError(
+            "attention_mask is zero at the end of a prompt: pad prompts on their left, since new "
+            "tokens follow the last one."
+        )
+    return mask
 
 
 def _check_sampling(options: Options) -> None:
@@ -108,10 +130,10 @@ def _program(
 
         def chosen(logits: Any, done: Any, index: Any) -> tuple[Any, Any]:
             token = _next(logits, None if keys is None else keys[index], options).astype(ids.dtype)
-            if options.eos_token_id is None or options.pad_token_id is None:
+            if not options.eos_token_ids:
                 return token, done
             token = jnp.where(done, options.pad_token_id, token).astype(ids.dtype)
-            return token, done | (token == options.eos_token_id)
+            return token, done | jnp.isin(token, jnp.asarray(options.eos_token_ids))
 
         def one(carry: Any, index: Any) -> Any:
             token, done, state = carry

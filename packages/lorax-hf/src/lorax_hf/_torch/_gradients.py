@@ -1,6 +1,6 @@
-"""Stops gradients in JAX where PyTorch does: at `detach` and under `no_grad`.
+"""Stops gradients in JAX where PyTorch does: at `detach`, `data` and under `no_grad`.
 
-torchax 0.0.13 treats both as the identity. Values are then correct but gradients are not, for
+torchax 0.0.13 treats these as the identity. Values are then correct but gradients are not, for
 instance those of a straight-through estimator.
 """
 
@@ -28,3 +28,17 @@ def _stopped(value: Any) -> Any:
         # In place, since an operator that works in place has returned an existing tensor.
         value._elem = jax.lax.stop_gradient(elem)
     return value
+
+
+def stop_at_data() -> None:
+    """Makes `data` of torchax's tensors a tensor without a gradient; setting it is unchanged."""
+    from torchax.tensor import Tensor
+
+    def stopped(self: Any) -> Any:
+        return type(self)(jax.lax.stop_gradient(self.jax()), self._env)
+
+    def converted(self: Any, other: torch.Tensor) -> Any:
+        return self.to(other.dtype)
+
+    Tensor.data = property(stopped, Tensor.data.fset)
+    Tensor.type_as = converted  # that of torchax converts the tensor itself

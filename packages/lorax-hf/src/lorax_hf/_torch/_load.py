@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from ._place import Placement, placed, sharding_of
 from ._quantized import refuse_quantized
 from ._rows import of_config
 from ._state import state_of, tied_names
+from ._wrappers import unwrapped
 
 
 class Read(NamedTuple):
@@ -39,11 +41,11 @@ def load(
 ) -> tuple[ModuleFunction, dict[str, jax.Array]]:
     """The function and the parameters of the model in a folder."""
     files = Files(folder)
-    if module is None:
-        module = _module_of(files.folder)
+    module = _module_of(files.folder) if module is None else unwrapped(module)
     refuse_quantized(module)
     reads = _reads(module, files)
     _fill_buffers(module, reads, files.folder)
+    _check_attributes(module, files.folder)
     fn = ModuleFunction(module, train=train, dtype=dtype, scan_layers=scan_layers)
     tensors = state_of(module).parameters
     params: dict[str, jax.Array] = {}
@@ -106,17 +108,27 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
     reads: dict[str, Read] = {}
     unused: list[str] = []
     converters: dict[str, Any] = {}
+    keys: dict[str, str] = {}
+    ignored = re.compile("|".join(getattr(module, _IGNORED, None) or ["(?!)"]))
     for key in sorted(files.entries, key=_natural):
         name, pattern, converter = renamed(key)
         if name not in wanted:
-            unused.append(key)
+            unused += [] if ignored.search(name) else [key]
         elif converter is None:
             if files.entries[key].shape != wanted[name]:
                 raise CheckpointError(
                     f"`{key}` in {files.folder} has the shape {files.entries[key].shape}, and "
                     f"`{name}` of {type(module).__name__} has {wanted[name]}."
                 )
-            reads[first.get(name, name)] = Read(
+            target = first.get(name, name)
+            other = keys.setdefault(target, key)
+            if other != key and not files.are_equal(key, other):
+                raise CheckpointError(
+                    f"`{key}` and `{other}` in {files.folder} have other values, and "
+                    f"{type(module).__name__} ties them. If its config has `tie_word_embeddings`, "
+                    "set it to false."
+                )
+            reads[target] = Read(
                 functools.partial(files.placed, key), functools.partial(files.part, key)
             )
         else:
@@ -141,6 +153,10 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
             stacklevel=5,
         )
     return reads
+
+
+# The patterns of names that older files of a model have, which transformers does not read either.
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
 def _some(names: list[str]) -> str:
@@ -187,6 +203,17 @@ def _converted(module: Any, name: str, target: str, converter: Any) -> Read:
         return numpy_of(tensor[0] if isinstance(tensor, list) else tensor)
 
     return Read(lambda sharding: placed(whole(), sharding), lambda index: whole()[index])
+
+
+def _check_attributes(module: torch.nn.Module, folder: Path) -> None:
+    """Raises `ValueError` if a tensor that is not registered has no values."""
+    for name, tensor in state_of(module).buffers.items():
+        if tensor.device.type == "meta":
+            raise CheckpointError(
+                f"`{name}` of {type(module).__name__} is a plain attribute, which is in no file of "
+                f"{folder}, and is computed only when the model is made. Use `from_pretrained` and "
+                "`from_torch`."
+            )
 
 
 def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:

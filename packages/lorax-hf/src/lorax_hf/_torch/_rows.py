@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorax import ArgumentError, Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
 
 from .._ends import HEADS, TOKEN_TABLES
+from .._errors import ModuleWarning
 from .._rows import Described, Row, ends_in
 from ._arrays import dtype_of
 from ._function import ModuleFunction
@@ -19,6 +21,7 @@ from ._quantized import refuse_quantized
 from ._state import state_of, tied_names
 from ._targets import DEFAULT_TARGETS
 from ._weights import Weight, order_of, weight_of
+from ._wrappers import unwrapped
 
 # Names of modules or classes of attention, and of feed-forward networks. If both contain a weight,
 # the innermost decides.
@@ -34,6 +37,7 @@ def described(model: Any, params: Any = None) -> Described:
     """A module, its function, or the module of a config, as rows."""
     module = module_of(model)
     refuse_quantized(module)
+    _refuse_adapters_of_peft(module)
     runs = model.runs if isinstance(model, ModuleFunction) else runs_in(module, params or ())
     tensors = state_of(module).parameters
     members = members_of(tensors, runs)
@@ -50,11 +54,23 @@ def described(model: Any, params: Any = None) -> Described:
     )
 
 
+def _refuse_adapters_of_peft(module: torch.nn.Module) -> None:
+    """Raises `SpecError` if a module has adapters of PEFT, whose weights would be targets too."""
+    for name, owner in module.named_modules():
+        if any(f"{cls.__module__}.".startswith("peft.") for cls in type(owner).__mro__):
+            where = f"`{name}`" if name else "the module"
+            raise SpecError(
+                f"{where} is a {type(owner).__name__} of PEFT: the module already has adapters. "
+                "Take the model before `get_peft_model`, or what `merge_and_unload` returns. To "
+                "continue the training of a saved adapter, read it with `lorax_io.load_peft`."
+            )
+
+
 def module_of(model: Any) -> torch.nn.Module:
     """The module of a function, of a config, or itself."""
     if isinstance(model, ModuleFunction):
         return model.module
-    return model if isinstance(model, torch.nn.Module) else of_config(model)
+    return unwrapped(model) if isinstance(model, torch.nn.Module) else of_config(model)
 
 
 def _shape(tensors: Mapping[str, Any], name: str, parts: tuple[str, ...]) -> Any:
@@ -71,7 +87,15 @@ def of_config(config: Any) -> torch.nn.Module:
         for name in config.architectures or ():
             if hasattr(transformers, name):
                 return getattr(transformers, name)(config)
-        return transformers.AutoModel.from_config(config)
+        model = transformers.AutoModel.from_config(config)
+    if config.architectures:
+        warnings.warn(
+            f"transformers has no class {config.architectures[0]}, which the config names: a "
+            f"{type(model).__name__} is built. For a class of your own, pass a module.",
+            ModuleWarning,
+            stacklevel=5,
+        )
+    return model
 
 
 class _Rows:
@@ -103,14 +127,20 @@ class _Rows:
             if len(shape) == 2:
                 torch_name |= {"type": "Parameter", "order": order_of(owner, name)}
             unsure = sum(size > 1 for size in shape) > 1
-            return Row(
-                path, module, shape, None, torch_name, frozenset(), unsure, type(owner).__name__
-            )
+            words = frozenset(self._words_of_parametrized(module)) if unsure else frozenset()
+            return Row(path, module, shape, None, torch_name, words, unsure, type(owner).__name__)
         torch_name = {**weight.torch_name, "module": module}
         if weight.kind == "embedding" and path in self.tied:
             torch_name["tied"] = True
         words = frozenset(self._words(module, weight))
         return Row(path, module, shape, weight.axes, torch_name, words, False, type(owner).__name__)
+
+    def _words_of_parametrized(self, module: str) -> Iterator[str]:
+        """The words of a linear layer, for the parameters that its weight is computed from."""
+        name, _, weight = module.rpartition(".parametrizations.")
+        if isinstance(self.by_name[module], ParametrizationList) and weight == "weight":
+            if isinstance(self.by_name[name], torch.nn.Linear):
+                yield from self._words(name, Weight("linear", Axes((), (1,), (0,)), {}))
 
     def _words(self, module: str, weight: Weight) -> Iterator[str]:
         if weight.kind in ("embedding",):

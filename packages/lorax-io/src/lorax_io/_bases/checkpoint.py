@@ -17,6 +17,7 @@ from .._places import Array
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 STEMS = ("model", "diffusion_pytorch_model")
+_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 class BaseFile(NamedTuple):
@@ -107,6 +108,22 @@ def config_of(path: Path) -> dict[str, Any] | None:
     config = read_json(file_in(path, CONFIG_NAME))
     if not isinstance(config, dict):
         raise AdapterFileError("is not a JSON object.", path / CONFIG_NAME)
+    return config
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config that says how weights are quantized, also that beside a file of the model.
+
+    AutoGPTQ and AutoAWQ before transformers 4.35 write their settings to a file of their own.
+    """
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    config = config_of(folder) or {}
+    for name, method in _SETTINGS.items():
+        if "quantization_config" not in config and (folder / name).exists():
+            own = read_json(file_in(folder, name))
+            if not isinstance(own, dict):
+                raise AdapterFileError("is not a JSON object.", folder / name)
+            config = {**config, "quantization_config": {"quant_method": method, **own}}
     return config
 
 

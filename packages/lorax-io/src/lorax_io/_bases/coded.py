@@ -24,6 +24,13 @@ MARKS: dict[str, str] = {
     "weight_scales": "EETQ",
     "scale_weight": "FP8 of ComfyUI, with a scale",
     "codebooks": "AQLM",
+    "_weight_qdata": "torchao",
+    "q_weight": "EXL2",
+    "trellis": "EXL3",
+    "Qidxs": "QuIP#",
+    "dense_weights": "SpQR",
+    "weight.compressed": "compressed-tensors, sparse",
+    "weight.bitmask": "compressed-tensors, sparse",
     "scales": "MLX, or another with `scales`",
 }
 # The same for a parameter that is not called `weight`, such as those of experts: what is appended
@@ -59,6 +66,32 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
     return method if isinstance(method, str) else None
 
 
+def coding_of_any(
+    name: str, dtype: Any, names: Container[str], config: Mapping[str, Any] | None
+) -> str | None:
+    """The quantization format of a tensor that no reader has decoded, for messages; None if it has
+    plain numbers.
+
+    Args:
+        name: the tensor's name.
+        dtype: its dtype; None if the tensor is absent, with others in its place.
+        names: as in `coding_of`.
+        config: as in `coding_of`.
+    """
+    coding = coding_of(name, names, config)
+    if coding is not None:
+        return coding
+    if dtype is None:
+        return _method(config)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return _method(config) or f"an unknown format, in {dtype}"
+    if jnp.dtype(dtype).itemsize == 1:
+        # 8-bit floats without a scale are numbers, unless the config says that they are codes.
+        scale = f"{name.rpartition('.')[0]}.scale"
+        return _method(config) or (f"FP8, with a scale (`{scale}`)" if scale in names else None)
+    return None
+
+
 def check_plain(
     name: str,
     dtype: Any,
@@ -70,12 +103,7 @@ def check_plain(
     Raises:
         UnsupportedAdapterError: if the tensor holds codes.
     """
-    coding = coding_of(name, names, config)
-    if coding is None and dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        coding = _method(config) or f"an unknown format, in {dtype}"
-    # 8-bit floats without a scale are numbers, unless the config says that they are codes.
-    if coding is None and dtype is not None and jnp.dtype(dtype).itemsize == 1:
-        coding = _method(config)
+    coding = coding_of_any(name, dtype, names, config)
     if coding is not None:
         raise UnsupportedAdapterError(
             f"has quantized weights: `{name}` is stored as {coding}, which is not decoded here, "

@@ -1,17 +1,18 @@
 """Opens a base's files, safetensors or GGUF, and finds its weights by module."""
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from .._disk.tensors import TensorFile
-from .._errors import AdapterMismatchError
+from .._errors import AdapterMismatchError, UnsupportedAdapterError
 from .._places import Array
 from .._torch_names import tensor_name
 from .._tree import suggestion
-from .checkpoint import Checkpoint, open_checkpoint
-from .coded import MARKS, coding_of
+from .checkpoint import Checkpoint, open_checkpoint, settings_of
+from .coded import MARKS, coding_of, coding_of_any
 from .codings import Coded, Decoded, find_coded
 from .codings.coding import Part, whole
 from .gguf import GGUFSource, is_gguf
@@ -42,7 +43,7 @@ class SafetensorsSource:
     """The tensors of safetensors files, which stay open."""
 
     def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
-        self.config: Mapping[str, Any] = checkpoint.config or {}
+        self.config: Mapping[str, Any] = settings_of(checkpoint)
         self.used: set[str] = set()
         self._checkpoint = checkpoint
         self.names: dict[str, tuple[TensorFile, str]] = {}
@@ -70,7 +71,14 @@ class SafetensorsSource:
             return None
         self.used.add(name)
         view = self.view(name)
+        self._check_plain(name, view.dtype if parameter == "weight" else None)
         return whole(view, (1,) * view.ndim)
+
+    def _check_plain(self, name: str, dtype: Any) -> None:
+        """Refuses codes that no reader has decoded. Buffers, such as positions, may be integers."""
+        known = coding_of if dtype is None else functools.partial(coding_of_any, dtype=dtype)
+        if coding := known(name, names=self.names, config=self.config):
+            raise UnsupportedAdapterError(f"has `{name}` as {coding}, which is not read.")
 
     def _module(self, module: str, parameter: str) -> str:
         """The checkpoint's name for a module; `module` itself if there is not exactly one."""
@@ -83,7 +91,10 @@ class SafetensorsSource:
 
     def lacking(self, name: str) -> str:
         """A sentence for the error: why the weight cannot be found."""
-        coding = coding_of(name, self.names, self.config)
+        beside = f"{name.rpartition('.')[0]}."
+        is_here = any(known.startswith(beside) for known in self.names)
+        known = functools.partial(coding_of_any, dtype=None) if is_here else coding_of
+        coding = known(name, names=self.names, config=self.config)
         if coding is not None:
             return f"has `{name}` as {coding}, which is not read."
         return f"has no tensor for `{name}`.{suggestion(name, self.names)}"

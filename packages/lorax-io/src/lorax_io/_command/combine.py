@@ -13,7 +13,16 @@ from .._errors import AdapterError, about
 from .._formats.opening import OpenedAdapter
 from .._torch_names import TorchName
 from .convert import OUT, add_writing, write_as
-from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
+from .options import (
+    ADAPTER,
+    SAME,
+    add_naming,
+    check_unused,
+    opened,
+    print_errors,
+    renamed,
+    renaming,
+)
 
 HELP = "combine several adapters of one base into one"
 
@@ -37,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the fraction of entries that pruning keeps, above 0 and at most 1",
     )
     parser.add_argument(
-        "--signs", default="total", choices=("total", "frequency"), help="how ties elects signs"
+        "--signs",
+        choices=("total", "frequency"),
+        help="how ties and dare_ties elect signs; by default total",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="the random seed of dare_linear and dare_ties"
+        "--seed", type=int, help="the random seed of dare_linear and dare_ties; by default 0"
     )
     add_naming(parser)
     add_writing(parser, required=False)
@@ -54,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
             f"combines {len(args.adapter)} adapters, but --weights has {len(weights)} numbers.",
             args.out,
         )
+    for option, methods in (("signs", "ties"), ("seed", "dare")):
+        if methods not in args.method:
+            check_unused(args, (option,), f"with the method {args.method}")
     rename = renaming(args.rename)
     adapters = [renamed(opened(path, args), rename) for path in args.adapter]
     _check_shared(adapters)
@@ -70,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
                 args.method,
                 rank=args.rank,
                 density=args.density,
-                signs=args.signs,
-                key=jax.random.key(args.seed),
+                signs=args.signs or "total",
+                key=jax.random.key(args.seed or 0),
             )
         except ValueError as error:
             raise AdapterError(f"cannot be made: {error}") from error

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
 from .._torch_names import TorchNames
 from .._tree import Row, beside
-from .options import ADAPTER, SAME, add_naming, opened, renamed, renaming
+from .options import ADAPTER, SAME, add_naming, check_unused, opened, renamed, renaming
 from .verify import BASE
 
 HELP = "write an adapter in another format"
@@ -79,7 +79,9 @@ def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes an adapter in another format."""
     adapter = opened(args.adapter, args)
-    if adapter.format == "kohya" and args.base is not None:
+    if adapter.format != "kohya":
+        check_unused(args, ("base",), f"on an adapter of the format {adapter.format}")
+    if args.base is not None:
         adapter = _with_dots(adapter, open_checkpoint(args.base))
     adapter = renamed(adapter, renaming(args.rename))
     if args.part is not None:
@@ -103,7 +105,9 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
             f"{', '.join(WRITERS)}.",
             adapter.path,
         )
-    WRITERS[format](adapter, args)
+    writer = WRITERS[format]
+    check_unused(args, OPTIONS - writer.options, f"in the format {format}")
+    writer.write(adapter, args)
     print(f"{args.out}: {len(adapter.rows)} parameters")
 
 
@@ -245,14 +249,22 @@ def _to_gguf(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_gguf(args.out, _pair(adapter), _torch_names(adapter, args), config=args.model_config)
 
 
-WRITERS: dict[str, Callable[[OpenedAdapter, argparse.Namespace], None]] = {
-    "native": _to_native,
-    "peft": _to_peft,
-    "diffusers": _to_diffusers,
-    "kohya": _to_kohya,
-    "original": _to_original,
-    "keras": _to_keras,
-    "tunix": _to_tunix,
-    "mlx": _to_mlx,
-    "gguf": _to_gguf,
+class Writer(NamedTuple):
+    """How the command writes a format, and the options of `add_writing` that it uses."""
+
+    write: Callable[[OpenedAdapter, argparse.Namespace], None]
+    options: frozenset[str] = frozenset()
+
+
+WRITERS: dict[str, Writer] = {
+    "native": Writer(_to_native),
+    "peft": Writer(_to_peft, frozenset(("fold_scale", "base_model", "task_type"))),
+    "diffusers": Writer(_to_diffusers, frozenset(("fold_scale", "prefix"))),
+    "kohya": Writer(_to_kohya, frozenset(("prefix",))),
+    "original": Writer(_to_original),
+    "keras": Writer(_to_keras),
+    "tunix": Writer(_to_tunix),
+    "mlx": Writer(_to_mlx, frozenset(("base_model",))),
+    "gguf": Writer(_to_gguf, frozenset(("model_config",))),
 }
+OPTIONS = frozenset(("fold_scale", "base_model", "task_type", "model_config", "prefix"))

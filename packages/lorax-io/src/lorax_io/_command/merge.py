@@ -1,13 +1,14 @@
 """`lorax merge`."""
 
 import argparse
+import math
 from pathlib import Path
 
 from .._bases.fit import Fitted, fit_adapter
 from .._bases.merge_files import merge_files
 from .._bases.opening import open_base
 from .._errors import AdapterError
-from .options import ADAPTER, SAME, add_naming, opened, renaming
+from .options import ADAPTER, SAME, add_naming, check_unused, opened, renaming
 from .verify import MERGED_BASE, add_missing
 
 HELP = "merge adapters into a base model"
@@ -56,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
             f"merges {len(args.adapter)} adapters, but --scale has {len(scales)} numbers.",
             args.out,
         )
+    if not all(map(math.isfinite, scales)):
+        raise AdapterError("is not a finite number.", "--scale")
+    if not (checkpoint.coded or checkpoint.broken):
+        check_unused(args, ("requantize",), "on a base without quantized weights")
     fitted: list[Fitted] = []
     for path in args.adapter:
         adapter = opened(path, args)

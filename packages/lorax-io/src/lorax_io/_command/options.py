@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,18 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="the adapter's alpha, for formats that do not store it, such as tunix",
     )
+
+
+def check_unused(args: argparse.Namespace, options: Iterable[str], when: str) -> None:
+    """Refuses options that would have no effect, instead of ignoring them.
+
+    Raises:
+        AdapterError: if one of them was given.
+    """
+    for option in options:
+        value = getattr(args, option, None)
+        if value is not None and value is not False and value != []:
+            raise AdapterError(f"has no effect {when}.", f"--{option.replace('_', '-')}")
 
 
 def renaming(pairs: Sequence[Sequence[str]]) -> Rename:

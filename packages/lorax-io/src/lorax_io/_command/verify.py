@@ -6,7 +6,7 @@ from pathlib import Path
 from .._bases.fit import fit_adapter
 from .._bases.gguf_checkpoint import ARCHITECTURES
 from .._bases.opening import open_base
-from .options import ADAPTER, SAME, add_naming, opened, renaming
+from .options import ADAPTER, SAME, add_naming, check_unused, opened, renaming
 
 HELP = "check that an adapter is complete and fits a base model"
 BASE = "a safetensors file, a transformers folder, or a diffusers pipeline"
@@ -32,6 +32,8 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs every check of loading: the file, the config, all numbers and, with --base, the base."""
+    if args.base is None:
+        check_unused(args, ("rename", "allow_missing"), "without --base")
     adapter = opened(args.adapter, args)
     fits = ""
     if args.base is not None:

@@ -97,11 +97,14 @@ def _sizes(folder: Path) -> Generator[int]:
 
 @contextlib.contextmanager
 def _sound() -> Generator[None]:
-    """Inside this block, errors that Orbax raises become errors of the file."""
+    """Inside this block, errors that Orbax raises become errors of the file.
+
+    Errors that have another cause than the file remain what they are.
+    """
     try:
         with _quiet():
             yield
-    except AdapterError:
+    except (AdapterError, MemoryError, ImportError, PermissionError):
         raise
     except Exception as error:  # of JSON, of TensorStore, and of its own, of any type
         text = " ".join(str(error).split())[:300]

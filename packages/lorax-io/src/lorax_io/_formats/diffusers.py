@@ -162,7 +162,9 @@ def _recognizes(content: Content) -> bool:
 def _read(content: Content) -> Source:
     tensors = stored(content.file)
     configs = _configs(content)
-    parts = {*configs} if configs else {_part(name) for name in tensors}
+    parts = {_part(name) for name in tensors}
+    if configs:  # a part without a config has a scale of 1; a name without a part is an error
+        parts = {*configs} if "" in configs else {*configs, *parts} - {""}
     # If all tensors are of one part, it is removed from their names; otherwise names keep it.
     part = next(iter(parts)) if len(parts) == 1 else None
     prefix = f"{part}." if part else ""

@@ -103,6 +103,11 @@ def export(
     targets = _targets(modules, names, target_modules, tuner)
     rows = without_changed(rows, names, bases, tensors, config, tuner)
     saved, bias = add_full(tensors, rows, names, params, task_type, modules)
+    if saved and "modules_to_save" in tuner.lacking:
+        raise UnsupportedAdapterError(
+            f"trains `{saved[0]}` in full, and {tuner.called} has no `modules_to_save` in PEFT. "
+            "Freeze it, or use `save_adapter` or `save_merged`."
+        )
     if bias != "none" and "bias" not in tuner.fields:
         raise UnsupportedAdapterError(
             f"trains the bias of an adapted module, and {tuner.called} has no key for it in PEFT. "

@@ -14,7 +14,7 @@ from lorax import MissingPackageError
 
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, replacing
-from .._disk.tensors import read_json
+from .._disk.tensors import check_finite, read_json
 from .._errors import (
     UNEQUAL,
     AdapterMismatchError,
@@ -85,7 +85,8 @@ def save_gguf(
         torch_names = as_torch_names(names)
         exported = export(tunable, torch_names, plain=True)
         one = exported.config
-        if one.rank_pattern or one.alpha_pattern or one.use_rslora:
+        # llama.cpp reads an alpha of 0 as a scale of 1.
+        if one.rank_pattern or one.alpha_pattern or one.use_rslora or one.lora_alpha == 0:
             exported = export(tunable, torch_names, plain=True, fold_scale=True)
         tensors = _in_llama_cpp(exported.tensors, kind, values, is_permuted)
         with one_writer() as writer:
@@ -119,6 +120,7 @@ def _in_llama_cpp(
             raise AdapterMismatchError(f"llama.cpp has no tensor for `{module}` in {kind} models.")
         if tensor.dtype == np.float64:
             raise UnsupportedAdapterError(f"`{key}` is float64; llama.cpp reads float32. Cast it.")
+        check_finite(key, tensor)
         wide = tensor if tensor.dtype == np.float16 else tensor.astype(np.float32)
         if is_permuted and match[1] == "lora_B.weight":
             wide = _in_pairs(wide, name, config)

@@ -17,13 +17,13 @@ from .._plain_names import Names, as_torch_names
 from .._torch_names import MAGNITUDE
 from .export import export
 from .format import Content, Format
-from .peft.config import CONFIG_NAME, PeftConfig
+from .peft.config import CONFIG_NAME, WEIGHTS, PeftConfig, check_free
 from .peft.tuners import FACTOR
 from .self_described import self_described
 from .signature import signature
 from .source import Source, Stored, stored
 
-WEIGHTS_NAME = "adapters.safetensors"
+WEIGHTS_NAME = WEIGHTS["mlx"][0]
 _ENDS = {"lora_a": "A", "lora_b": "B", "m": None}
 
 
@@ -127,6 +127,7 @@ def save_mlx(
         }
         with one_writer() as writer:
             if writer:
+                check_free(folder, "mlx")
                 make_folder(folder)
                 write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "mlx", **signature()})
                 write_text(folder / CONFIG_NAME, json.dumps(settings, indent=4) + "\n")
@@ -136,6 +137,8 @@ def _in_mlx(key: str, tensor: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any
     match = FACTOR.search(key)
     if match is None or tensor.ndim > 2:
         raise UnsupportedAdapterError(f"mlx-lm has no place for `{key}`.")
+    if tensor.dtype == np.float64:
+        raise UnsupportedAdapterError(f"`{key}` is float64; MLX reads float32. Cast it.")
     module = key[: match.start()]
     if match[1] == MAGNITUDE:
         return f"{module}.m", tensor

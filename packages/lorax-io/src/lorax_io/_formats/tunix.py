@@ -19,7 +19,14 @@ from lorax import LoraWeight
 from .._disk.arrays import one_writer, to_host
 from .._disk.orbax import OrbaxTree, write_orbax
 from .._disk.tensors import check_finite, is_number
-from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about, warn
+from .._errors import (
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    UnsupportedAdapterError,
+    about,
+    warn,
+)
 from .._torch_names import Linear
 from .._tree import pair_rows
 from .format import Content, Format
@@ -214,7 +221,12 @@ def save_tunix(
                     f"tunix has plain LoRA of weights without shared axes alone, and `{path}` has "
                     "another adapter. Use `save_adapter`."
                 )
-        alpha = _one_alpha(rows) if alpha is None else alpha
+        if alpha is not None and not (math.isfinite(alpha) and alpha):
+            raise AdapterError(
+                f"was given alpha={alpha!r}; it must be a finite number other than 0."
+            )
+        # An alpha of 0 is multiplied into `b`.
+        alpha = _one_alpha(rows) or 1.0 if alpha is None else alpha
         tree: dict[str, Any] = {}
         for path, weight in rows.items():
             a, b = to_host(weight.a), to_host(weight.b)

@@ -33,9 +33,12 @@ def add_full(
 ) -> tuple[list[str] | None, str]:
     """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
 
-    PEFT saves the whole module of such a parameter. The exception is the bias of an adapted module,
-    which is saved alone, beside the factors.
+    PEFT saves the whole module of such a parameter. The exceptions are the bias of an adapted
+    module, which is saved alone, beside the factors, and a bias of which `names` has the module's
+    other parameters nowhere, as in an adapter that was itself saved with `bias="all"`.
     """
+    in_head = PeftConfig(modules_to_save=HEADS.get(task_type, ())).saves
+    others = {torch_name.module for torch_name in names.values() if torch_name.parameter != "bias"}
     adapted = {module.name for module in modules}
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
     bias = "none"
@@ -48,8 +51,12 @@ def add_full(
                     f"`{path}` is trained in full and is in no module, and PEFT saves modules. Use "
                     "`save_adapter` or `save_merged`.",
                 )
-            if name in adapted and parameter == "bias":
-                bias = "lora_only"
+            module = names[path].module
+            if parameter == "bias" and module not in others and not in_head(module):
+                bias = "all"
+                add(tensors, f"{name}.{parameter}", tensor)
+            elif name in adapted and parameter == "bias":
+                bias = "lora_only" if bias == "none" else bias
                 add(tensors, f"{name}.base_layer.bias", tensor)
             elif name in adapted:
                 raise UnsupportedAdapterError(
@@ -57,12 +64,11 @@ def add_full(
                     "PEFT has no place for that. Use `save_adapter` or `save_merged`.",
                 )
             else:
-                saved[names[path].module].add(name)
+                saved[module].add(name)
                 add(tensors, f"{name}.{parameter}", tensor)
     heads = HEADS.get(task_type, ())
     _add_rest(tensors, rows, names, params, saved, heads)
     # Of nested modules, PEFT lists only the outermost.
-    in_head = PeftConfig(modules_to_save=heads).saves
     outer = {
         name
         for module, entries in saved.items()

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from untrusted import CONFIG, NAMES, NESTED, assert_refused, make_params, rows, without_none
 
@@ -51,6 +52,7 @@ def test_a_config_that_may_not_be_read_raises(place, monkeypatch):
     def forbid(path, **kwargs):
         raise PermissionError(13, "Permission denied")
 
+    jax.devices()  # JAX reads files, too, when it is first used
     monkeypatch.setattr("pathlib.Path.read_text", forbid)
     assert_refused(place, "peft", AdapterFileError, "cannot be read: .*Permission denied")
 

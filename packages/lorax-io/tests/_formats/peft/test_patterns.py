@@ -10,6 +10,7 @@ from lorax_io import (
     Linear,
     load_peft,
 )
+from lorax_io._formats.peft.config import PeftConfig
 
 PATTERNED = {
     "target_modules": lambda pattern: {"target_modules": pattern},
@@ -52,7 +53,7 @@ SLOW_PATTERNS = {
 
 
 def write_pattern(place, key, pattern):
-    config = CONFIG | {"target_modules": [LONG_NAME]} | PATTERNED[key](pattern)
+    config = CONFIG | {"target_modules": [LONG_NAME.partition(".")[2]]} | PATTERNED[key](pattern)
     prefix = f"base_model.model.{LONG_NAME}."
     factors = {"lora_A.weight": floats(2, 5), "lora_B.weight": floats(3, 2)}
     place.write(config, {prefix + name: tensor for name, tensor in factors.items()})
@@ -121,3 +122,15 @@ def test_long_lists_take_linear_time(place, changes, message):
 def test_a_layers_pattern_without_a_number_finds_no_layer(place, pattern):
     place.write(CONFIG | {"layers_pattern": pattern, "layers_to_transform": [0]}, TENSORS)
     assert_refused(place, "peft", AdapterFileError, "not a target in its config")
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_target"),
+    [(["up"], False), (["1.up"], False), (["layers.1.up"], True), (r".*\.up", True)],
+)
+def test_layers_are_compared_for_ends_of_names_only(targets, is_target):
+    """PEFT compares `layers_to_transform` neither with full names nor for a pattern."""
+    config = PeftConfig(target_modules=targets, layers_to_transform=[0])
+    assert config.targets("layers.1.up") is is_target
+    excluded = config.replace(exclude_modules=["up"])
+    assert excluded.targets("layers.1.up") is False

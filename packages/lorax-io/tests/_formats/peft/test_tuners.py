@@ -21,9 +21,11 @@ from lorax import (
     IA3Spec,
     LohaSpec,
     LokrSpec,
+    LokrWeight,
     LoraSpec,
     MissSpec,
     OftSpec,
+    Pair,
     TokensSpec,
     VeraSpec,
 )
@@ -227,6 +229,16 @@ def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_rows_of_tokens_beside_a_parameter_in_full_are_refused(tmp_path):
+    params = {"table": jnp.ones((13, 8)), "norm": jnp.ones(8)}
+    names = {"table": Embedding("table"), "norm": Tensor("norm", parameter="weight")}
+    spec = {"table": TokensSpec([3, 1]), "norm": lorax.LORA_FULL}
+    pair = lorax.init_lora(params, spec, jax.random.key(0))
+    with pytest.raises(UnsupportedAdapterError, match="`norm` in full, and .* no `modules_to_s"):
+        save_peft(tmp_path / "a", pair, names)
+    assert not (tmp_path / "a").exists()
+
+
 def test_rows_of_tokens_that_are_a_scalar_are_an_error_of_the_file(files):
     delta = {"embed.trainable_tokens_delta": np.array(1, np.float32)}
     files.peft(delta)
@@ -266,7 +278,7 @@ def test_gains_of_outputs_change_the_bias_too(shell, files, side):
     if side == "in":
         return
     shapes = jax.eval_shape(lambda: params)
-    with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by what it is"):
+    with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by its value"):
         load_peft("adapter", shapes, names)
     with pytest.raises(UnsupportedAdapterError, match="and here it is frozen"):
         save_peft("again", pair.tunable, names)
@@ -421,3 +433,16 @@ def test_a_native_file_of_each_kind_converts(shell, files):
     shell.succeed("convert a.safetensors adapter --to peft --names names.json")
     loaded = load_peft("adapter", params, names_of(params))
     assert_close(lorax.merge_params(loaded), lorax.merge_params(pair))
+
+
+@pytest.mark.parametrize(("size", "factor"), [(8, 4), (24, 8)])
+def test_a_factor_that_divides_an_axis_is_the_number_of_blocks(tmp_path, size, factor):
+    shapes = {"w1": (2, factor), "w2": (3, size // factor)}
+    arrays = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    blank = LokrWeight(*[None] * 7, 9, 5, (2, factor), (False, False), False, (0, 1), (0,), (1,))
+    pair = Pair(
+        {"up": jax.ShapeDtypeStruct((6, size), jnp.float32)}, {"up": blank.with_factors(arrays)}
+    )
+    save_peft(tmp_path, pair, {"up": Linear("up")})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["decompose_factor"] == factor

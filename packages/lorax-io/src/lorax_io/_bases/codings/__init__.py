@@ -1,5 +1,6 @@
 """How other libraries store quantized weights, one module each."""
 
+from ..._errors import UnsupportedAdapterError
 from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from .coding import (
     AnyCoded as AnyCoded,
@@ -8,6 +9,7 @@ from .coding import (
     Finder,
     Tensors as Tensors,
     fitting as fitting,
+    setting,
 )
 
 # Tried in this order; the first that finds a weight is used.
@@ -27,4 +29,17 @@ def find_coded(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None
     """The codes of a quantized weight; None if it is not quantized in a form that can be read."""
     with fitting(f"{module}.{parameter}"):
         candidates = (find(tensors, module, parameter) for find in CODINGS.values())
-        return next((coded for coded in candidates if coded is not None), None)
+        coded = next((coded for coded in candidates if coded is not None), None)
+        if coded is not None:
+            _check_unrotated(tensors, coded)
+        return coded
+
+
+def _check_unrotated(tensors: Tensors, coded: AnyCoded) -> None:
+    """Refuses weights that meet rotated inputs, such as those of SpinQuant and QuIP."""
+    transforms = setting(tensors, "transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        raise UnsupportedAdapterError(
+            f"has `{coded.names[0]}`, and `transform_config` of its config rotates the inputs of "
+            "weights, or weights, when the model runs. Use the unquantized weights."
+        )

@@ -34,11 +34,16 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     words = need(tensors, f"{prefix}qweight", ndim=2, dtypes=[np.int32])
     scales = need(tensors, f"{prefix}scales", ndim=2)
     zeros = need(tensors, f"{prefix}qzeros", ndim=2, dtypes=[np.int32])
-    (groups, outputs), kind = scales.shape, str(setting(tensors, "quant_method", ""))
+    kind = _method(tensors, prefix)
+    groups, outputs = scales.shape
     if groups < 1 or outputs < 1 or zeros.shape[0] != groups:
         raise AdapterFileError(f"has `{prefix}scales` {scales.shape} and zeros {zeros.shape}.")
     names = tuple(f"{prefix}{end}" for end in ("qweight", "scales", "qzeros"))
     bits = check_bits(names[0], 32 * zeros.shape[1] / outputs)
+    if setting(tensors, "bits", bits) != bits and not setting(tensors, "dynamic"):
+        raise AdapterFileError(
+            f"has `{names[0]}` in {bits} bits, and its config says {setting(tensors, 'bits')!r}."
+        )
     is_awq = kind == "awq" or (words.shape[1] != outputs and kind != "gptq")
     inputs = words.shape[0] if is_awq else words.shape[0] * 32 // bits
     if inputs % groups:
@@ -91,6 +96,22 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
     why = "its groups are not neighbors (desc_act)"
     return Decoded(names, why, decoded, shape, scales.dtype)
+
+
+def _method(tensors: Tensors, prefix: str) -> str:
+    """The library that wrote the weight, or "" if the config does not say."""
+    method = str(setting(tensors, "quant_method", ""))
+    if method not in ("", "gptq", "awq"):
+        raise UnsupportedAdapterError(
+            f"has `{prefix}qweight` of {method}, whose zero points may be stored in another way "
+            "than those of GPTQ and AWQ, which are read."
+        )
+    form = setting(tensors, "checkpoint_format", "gptq")
+    if method != "awq" and form not in ("gptq", "gptq_v2"):
+        raise UnsupportedAdapterError(
+            f"has `{prefix}qweight` in the format {form!r}; gptq and gptq_v2 are read."
+        )
+    return method
 
 
 def _of_awq(words: Any, rows: slice) -> Array:

@@ -5,13 +5,20 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import regex
 
+from ..._errors import AdapterError
 from .patterns import Patterns, listed, match, prefixes, suffixes
 
 CONFIG_NAME = "adapter_config.json"
+# The formats that have such a config, and the names of their weights, of today and of earlier.
+WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "peft": ("adapter_model.safetensors", "adapter_model.bin"),
+    "mlx": ("adapters.safetensors", "adapters.npz"),
+}
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -101,6 +108,9 @@ class PeftConfig:
             return None
         if self._excludes(name) or not self._includes(name):
             return False
+        # PEFT compares the layers of modules that are listed by the ends of their names only.
+        if isinstance(self.target_modules, str) or name in self._full_names:
+            return True
         return self.layers_to_transform is None or self._is_in_layers(name)
 
     def targets_parameter(self, name: str) -> bool:
@@ -149,6 +159,10 @@ class PeftConfig:
         return listed(self.target_modules)
 
     @functools.cached_property
+    def _full_names(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    @functools.cached_property
     def _excludes(self) -> Callable[[str], bool]:
         return listed(self.exclude_modules)
 
@@ -183,6 +197,20 @@ class PeftConfig:
         """The settings that determine the rank and scale of every module, as JSON."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return json.dumps({key: getattr(self, key) for key in keys}, sort_keys=True)
+
+
+def check_free(folder: Path, format: str) -> None:
+    """Refuses a folder whose config is that of an adapter in another format.
+
+    Writing there would replace the config, and the other adapter could not be read again.
+    """
+    others = [name for key, names in WEIGHTS.items() if key != format for name in names]
+    found = next((name for name in others if (folder / name).exists()), None)
+    if found is not None and (folder / CONFIG_NAME).exists():
+        raise AdapterError(
+            f"has `{found}`, an adapter in another format, and its `{CONFIG_NAME}` would be "
+            "replaced. Give another folder."
+        )
 
 
 def _is_all_linear(target: Sequence[str] | str) -> bool:

@@ -21,11 +21,11 @@ from ..format import Content, Format
 from ..restore import restore
 from ..signature import signature
 from ..source import Source, plain_keys, stored, without_copies
-from .config import CONFIG_NAME, TASK_TYPES, PeftConfig
+from .config import CONFIG_NAME, TASK_TYPES, WEIGHTS, PeftConfig, check_free
 from .keys import config_to_json, read_config
 from .tuners import TUNERS
 
-WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = WEIGHTS["peft"][0]
 _MODEL = "base_model."  # the prefix of tensors that are in no module
 PREFIX = f"{_MODEL}model."
 # PEFT does not read a file's metadata, so a key of our own is safe.
@@ -103,6 +103,7 @@ def save_peft(
 
 
 def _write(folder: Path, exported: Export) -> None:
+    check_free(folder, "peft")
     make_folder(folder)
     common = TUNERS[exported.config.peft_type].common
     tensors = {

@@ -144,10 +144,12 @@ def _lokr(module: Module) -> Any:
 
 
 def _cut(size: int, factor: int) -> tuple[int, int]:
-    """How PEFT splits an axis: the number of blocks and the size of each, the smaller first."""
+    """How PEFT splits an axis: the number of blocks and the size of each.
+
+    The smaller is first, unless the factor divides the axis; LyCORIS puts it first there, too.
+    """
     if factor > 0 and size % factor == 0:
-        count = factor
-    else:
-        most = min(math.isqrt(size), size if factor < 0 else factor)
-        count = max(k for k in range(1, most + 1) if size % k == 0)
-    return min(count, size // count), max(count, size // count)
+        return factor, size // factor
+    most = min(math.isqrt(size), size if factor < 0 else factor)
+    count = max(k for k in range(1, most + 1) if size % k == 0)
+    return count, size // count
