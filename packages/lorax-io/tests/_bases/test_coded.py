@@ -272,7 +272,9 @@ def test_requantize_fp8_in_blocks(shell, files):
     write(files, Q, {"weight": codes, "weight_scale_inv": scales})
     pair = files.pair(Q, 256, 128)
     files.peft(pair, target_modules=["q_proj"])
-    out = shell.succeed("merge adapter --base base --out m --requantize", "quantized again; of all 1")
+    out = shell.succeed(
+        "merge adapter --base base --out m --requantize", "quantized again; of all 1"
+    )
     assert "1 of them adapted" in out
     tensors = files.read("m/model.safetensors")
     each = np.repeat(tensors[f"{Q}.weight_scale_inv"], 128, 0)
