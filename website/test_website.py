@@ -163,10 +163,12 @@ def test_our_names_are_links_where_they_can_mean_nothing_else():
         assert names.linked(kept) == kept
 
 
-# Built-in errors that Python's protocols ask for, or that never leave the file they are raised in.
+# Built-in errors that Python's protocols ask for, that never leave the file they are raised in, or
+# that pass on the error of another library.
 BUILTIN = {
     "lorax_hf/_flax/_adapted.py": {"AttributeError"},
     "lorax_hf/_torch/_adapted.py": {"AttributeError"},
+    "lorax_hf/_torch/_blame.py": {"ValueError"},
     "lorax_io/__init__.py": {"AttributeError"},
     "lorax_io/_formats/peft/patterns.py": {"TimeoutError"},
 }

@@ -386,12 +386,11 @@ def test_ranks_that_were_handed_out_are_taken():
 
 
 def test_a_weight_that_gets_no_rank_is_frozen():
-    params, spec = {"v": N(0, 6, 3), "w": N(1, 6, 3)}, LoraSpec(1, init=EvaStart(rho=2.0))
-    spec = {"v": spec, "w": spec}
-    # Two features explain the inputs of v; all six those of w.
-    batch = N(2, 20, 6) * jnp.array([[9, 9, 0.1, 0.1, 0.1, 0.1]]), N(3, 20, 6)
-    model = lambda p, x, y: (x @ p["v"], y @ p["w"])  # noqa: E731
-    collected = collect_starts(model, params, spec, [batch])
+    params, one = {"v": N(0, 6, 3), "w": N(1, 6, 3)}, LoraSpec(1, init=EvaStart(rho=2.0))
+    spec = {"v": one, "w": one}
+    model = lambda p, x: (x @ p["v"], x @ p["w"])  # noqa: E731
+    collected = collect_starts(model, params, spec, [N(2, 20, 6)])
+    collected["w"]["ratios"] = jnp.zeros((1, 2))
     frozen, tunable = init_lora(params, eva_ranks(spec, collected), KEY, collected=collected)
     assert tunable["v"].rank == 2 and tunable["w"] is None and frozen["w"] is params["w"]
 

@@ -1,5 +1,7 @@
 """Operators that torchax computes differently: values, gradients and random numbers of PyTorch."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,3 +139,10 @@ def test_random_numbers_of_the_host_raise(name):
 def test_a_single_number_may_decide():
     fn, params = lorax_hf.from_torch(Applies(lambda y: y if torch.rand([]) < 0.0 else 2 * y))
     np.testing.assert_allclose(fn(params, X), 2 * X @ np.asarray(params["weight"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("combine", [operator.add, operator.mul, operator.matmul])
+def test_shapes_that_do_not_match_are_named(combine):
+    fn, params = lorax_hf.from_torch(Applies(lambda y: combine(y, y[:, :5])))
+    with pytest.raises(ValueError, match=r"incompatible shapes|\(6,\) and \(5,\)|contract"):
+        fn(params, X)

@@ -18,6 +18,7 @@ from formats_of_files import (
 from lorax import LoraWeight
 from lorax_io import (
     AdapterError,
+    AdapterFileError,
     Linear,
     UnsupportedAdapterError,
     open_adapter,
@@ -81,6 +82,8 @@ def test_full_fine_tuning_of_mlx_is_read(shell, files):
         ({"lora_parameters": {}}, AdapterError),
         ({"lora_parameters": {"scale": "20"}}, AdapterError),
         ({"lora_parameters": None}, AdapterError),
+        ({"fine_tune_type": "dora"}, AdapterFileError),
+        ({"lora_parameters": {"rank": RANK + 1, "scale": 2.0}}, AdapterFileError),
     ],
 )
 def test_other_configs_of_mlx_raise(files, config, error):
@@ -106,3 +109,10 @@ def test_the_config_of_another_format_is_kept(tmp_path, first, second):
         second(tmp_path / "a", tunable, {"q": Linear(Q)})
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
     first(tmp_path / "a", tunable, {"q": Linear(Q)})
+
+
+def test_a_magnitude_that_the_config_does_not_have_raises(files):
+    a, b, m = files.draw(IN, RANK), files.draw(RANK, OUT), files.draw(OUT)
+    write_mlx({f"{Q}.lora_a": a, f"{Q}.lora_b": b, f"{Q}.m": m})
+    with pytest.raises(AdapterFileError, match="has `.*q_proj.m`, and its config says lora"):
+        open_adapter("mlx")

@@ -3,11 +3,9 @@
 import pathlib
 
 import pytest
-from formats_of_files import IN, OUT, RANK, Q, save
+from formats_of_files import IN, OUT, RANK, TO_Q, Q, save
 
-from lorax_io import (
-    open_adapter,
-)
+from lorax_io import AdapterWarning, open_adapter
 
 
 @pytest.mark.parametrize(
@@ -36,3 +34,11 @@ def test_a_single_file_may_have_any_name(shell, files):
     save({f"{Q}.lora_A.weight": files.draw(RANK, IN), f"{Q}.lora_B.weight": files.draw(OUT, RANK)},
          "folder/style.safetensors")  # fmt: skip
     assert open_adapter("folder").format == "diffusers"
+
+
+def test_a_folder_with_two_adapters_is_named(files):
+    files.peft(files.pair(Q, OUT, IN), target_modules=["q_proj"])
+    save(files.pair(f"unet.{TO_Q}", OUT, IN), "adapter/pytorch_lora_weights.safetensors")
+    with pytest.warns(AdapterWarning, match="`adapter_model.safetensors`, which is read, and `py"):
+        assert open_adapter("adapter").format == "peft"
+    assert open_adapter("adapter/pytorch_lora_weights.safetensors").format == "diffusers"

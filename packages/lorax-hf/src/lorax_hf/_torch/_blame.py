@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 import jax
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .._errors import OperatorError
 
@@ -32,6 +34,29 @@ def errors_named(module: torch.nn.Module) -> Generator[None]:
     except Exception as error:
         error.add_note(f"Raised while {_running(module, error)} was running.")
         raise
+
+
+class OperandErrors(TorchFunctionMode):
+    """Turns a `TypeError` in `x + y`, such as for shapes that do not match, into a `ValueError`.
+
+    For a `TypeError`, Python would report that the operator does not support these types.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except TypeError as error:
+            if func not in _BINARY:
+                raise
+            raise ValueError(str(error)) from error
+
+
+_BINARY = {
+    getattr(torch.Tensor, f"__{side}{name}__")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+    for side in ("", "r")
+    if hasattr(torch.Tensor, f"__{side}{name}__")
+} | {getattr(torch.Tensor, name) for name in ("add", "sub", "mul", "div", "matmul", "pow")}
 
 
 def _running(module: torch.nn.Module, error: BaseException) -> str:

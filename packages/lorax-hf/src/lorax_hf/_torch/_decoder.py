@@ -63,6 +63,10 @@ def _cache_argument(model: Any) -> str:
         raise StaticCacheError(f"{name} is not a model of transformers that generates text.")
     if model.config.is_encoder_decoder:
         raise StaticCacheError(f"{name} is an encoder and a decoder; generate takes causal models.")
+    if not hasattr(model.config.get_text_config(decoder=True), "num_hidden_layers"):
+        raise StaticCacheError(
+            f"{name} has no single list of layers (`num_hidden_layers`). Generate in PyTorch."
+        )
     if _is_encoder(model):
         raise StaticCacheError(
             f"{name} is an encoder, whose tokens attend to later ones. Set `is_decoder=True` in "

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import torch
 
+from ._blame import OperandErrors
 from ._constants import Constants
 from ._gradients import NoGradients
 from ._in_place import InPlace
@@ -35,6 +36,7 @@ def running(
         Constants(env, values or {}),
         Draws(),
         InPlace(),
+        OperandErrors(),
         torch.enable_grad(),
     ):
         yield

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,24 @@ def _read(content: Content) -> Source:
             f"has fine_tune_type = {kind!r}; lora, dora and full are read."
         )
     modules = {key[: match.start()] for key in tensors if (match := FACTOR.search(key))}
+    _check(tensors, sorted(modules), kind, config)
     return self_described(tensors, scales=dict.fromkeys(modules, scale))
+
+
+def _check(
+    tensors: Mapping[str, Stored], modules: Sequence[str], kind: str, config: Mapping[str, Any]
+) -> None:
+    """Refuses tensors of another kind or rank than the config says; mlx-lm could not load them."""
+    rank = config["lora_parameters"].get("rank")
+    for module in modules:
+        if (f"{module}.{MAGNITUDE}" in tensors) != (kind == "dora"):
+            has = "lacks" if kind == "dora" else "has"
+            raise AdapterFileError(f"{has} `{module}.m`, and its config says {kind}.")
+        first = tensors.get(f"{module}.lora_A.weight")
+        if first is not None and rank not in (None, first.shape[0]):
+            raise AdapterFileError(
+                f"has factors of rank {first.shape[0]} for `{module}`; its config says {rank!r}."
+            )
 
 
 def _scale(config: Mapping[str, Any]) -> float:

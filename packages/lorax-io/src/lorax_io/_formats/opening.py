@@ -13,7 +13,7 @@ from .._disk.hdf5 import Hdf5File, is_hdf5, open_hdf5
 from .._disk.orbax import OrbaxTree, is_orbax, open_orbax, tree_of
 from .._disk.progress import bars
 from .._disk.tensors import TensorFile, is_number
-from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about
+from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about, warn
 from .._plain_names import Names, as_torch_names
 from .._torch_names import TorchNames
 from .._tree import Held
@@ -244,10 +244,11 @@ def content_of(path: Path, alpha: float | None) -> Generator[Content]:
 
 def _weights_in(folder: Path) -> Path:
     """The file with the adapter's tensors in a folder."""
-    for row in FORMATS.values():
-        for name in row.files:
-            if (folder / name).exists():
-                return file_in(folder, name)
+    known = (name for row in FORMATS.values() for name in row.files)
+    if found := [name for name in known if (folder / name).exists()]:
+        if len(found) > 1:
+            warn(f"has `{found[0]}`, which is read, and `{found[1]}`; give the file's path for it.")
+        return file_in(folder, found[0])
     others = {file.name for file in folder.iterdir()}
     if "pytorch_adapter.bin" in others:
         raise AdapterFileError(

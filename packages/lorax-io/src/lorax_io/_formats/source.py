@@ -8,14 +8,16 @@ from .._disk.hdf5 import Hdf5File
 from .._disk.orbax import OrbaxTree
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError
-from .._torch_names import TorchName
+from .._torch_names import MAGNITUDE, TorchName
 from .peft.config import PeftConfig
 from .peft.tuners import TUNERS, Tuner
 from .stored import Stored as Stored
 
 Tensors = TensorFile | Hdf5File | OrbaxTree  # what arrays are read from
 
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)")
+_ADAPTER_NAME = re.compile(
+    rf"\.(lora_A|lora_B|lora_embedding_[AB]|{MAGNITUDE})\.(?!weight$|bias$)([^.]+)"
+)
 _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 
 
@@ -97,6 +99,8 @@ def plain_keys(
         if match := _ADAPTER_NAME.search(key):
             adapters.add(match[2])
             key = key.replace(match[0], f".{match[1]}", 1)
+        # In a model of PEFT it is a module with a weight; in its files it is an array.
+        key = key.removesuffix(".weight") if key.endswith(f".{MAGNITUDE}.weight") else key
         if key in renamed or len(adapters) > 1:
             other = renamed.get(key, next(iter(renamed.values()))).name
             raise AdapterFileError(f"has `{name}` and `{other}`: two adapters in one file.")

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from untrusted import CONFIG, LAYER, NAMES, NESTED, TENSORS, assert_refused, make_tunable, rows
 
 from lorax_io import (
     AdapterFileError,
+    open_adapter,
     save_peft,
 )
 
@@ -50,3 +52,15 @@ def test_header_and_config_agree_on_the_scale(place):
     ours["unsaid"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
     safetensors.numpy.save_file(tensors, place.weights, metadata | {"lorax": json.dumps(ours)})
     assert_refused(place, "peft", AdapterFileError, "disagree on the scale of `.*q_proj`")
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
+def test_magnitudes_of_a_state_with_the_adapters_name_are_read(files, end):
+    module, magnitude = "model.layers.0.self_attn.q_proj", files.draw(6)
+    tensors = files.pair(module, 6, 5)
+    if "default" in end:
+        tensors = {k.replace(".weight", ".default.weight"): x for k, x in tensors.items()}
+    tensors[f"{module}.lora_magnitude_vector{end}"] = magnitude
+    files.peft(tensors, target_modules=["q_proj"], use_dora=True)
+    [row] = open_adapter("adapter").rows.values()
+    np.testing.assert_array_equal(row.magnitude, magnitude)
