@@ -17,7 +17,10 @@ from release.notes import notes
 PLACEHOLDER = "OWNER"
 
 # Files that name the repository, which pyproject.toml of the core defines.
-NAME_THE_REPOSITORY = ["README.md", "mkdocs.yml", "SECURITY.md", "docs/install.md", "docs/index.md"]
+NAME_THE_REPOSITORY = [
+    *["README.md", "mkdocs.yml", "SECURITY.md", "docs/install.md", "docs/index.md"],
+    *(f"packages/{package}/README.md" for package in PROJECTS),
+]
 
 # Those that name the site: its own configuration, and the last line of each error and warning.
 NAME_THE_DOCUMENTATION = ["mkdocs.yml", "packages/lorax-core/src/lorax/_errors.py"]

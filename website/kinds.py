@@ -103,13 +103,13 @@ def files(spec: str) -> str:
     assert table, "docs/adapters.md has no table of PEFT's types"
     # A spec that another one is combined with has a row without it.
     types = [
-        (kind, layouts)
-        for kind, specs, layouts in table
+        (kind, names)
+        for kind, specs, names in table
         if f"`{spec}`" in re.split(r" beside | with ", specs)[0]
     ]
     if not types:
         return f"{native} PEFT folders do not support it."
-    named = " or ".join(f"{kind} (layouts: {layouts})" for kind, layouts in types)
+    named = " or ".join(f"{kind} (names: {names})" for kind, names in types)
     return f"{native} [PEFT folders](../adapters.md#pefts-folder) store it as {named}."
 
 

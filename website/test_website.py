@@ -1,5 +1,7 @@
 """Tests of the site's checks, pictures and generated pages."""
 
+import ast
+import builtins
 import importlib
 import re
 from pathlib import Path
@@ -159,6 +161,58 @@ def test_our_names_are_links_where_they_can_mean_nothing_else():
     assert 'identifier="lorax.merge_params"' in linked and 'identifier="lorax.lora"' in linked
     for kept in ("<code>spec</code>", "<code>Linear</code>", "<code>lora</code>"):
         assert names.linked(kept) == kept
+
+
+# Built-in errors that Python's protocols ask for, that never leave the file they are raised in, or
+# that pass on the error of another library.
+BUILTIN = {
+    "lorax_hf/_flax/_adapted.py": {"AttributeError"},
+    "lorax_hf/_torch/_adapted.py": {"AttributeError"},
+    "lorax_hf/_torch/_blame.py": {"ValueError"},
+    "lorax_io/__init__.py": {"AttributeError"},
+    "lorax_io/_formats/peft/patterns.py": {"TimeoutError"},
+}
+
+
+def builtin_errors(source: str) -> set[str]:
+    """Built-in errors that a source makes, other than `raise NotImplementedError` of a method."""
+    made = {
+        node.func.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    raised = {
+        node.exc.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name)
+    }
+    names = made | (raised - {"NotImplementedError"})
+    errors = vars(builtins).items()
+    return names & {n for n, v in errors if isinstance(v, type) and issubclass(v, BaseException)}
+
+
+def test_all_errors_are_our_own_and_so_end_with_their_address():
+    found = {
+        path.relative_to(root).as_posix(): errors
+        for root in versions.ROOT.glob("packages/*/src")
+        for path in root.rglob("*.py")
+        if (errors := builtin_errors(path.read_text(encoding="utf-8")))
+    }
+    assert found == BUILTIN
+
+
+@pytest.mark.parametrize(
+    ("source", "errors"),
+    [
+        ("raise ValueError('no')", {"ValueError"}),
+        ("def refuse(): return OSError('no')", {"OSError"}),
+        ("raise KeyError", {"KeyError"}),
+        ("assert x, 'no'\nraise SpecError('no')\nraise NotImplementedError", set()),
+        ("raise NotImplementedError('no such case')", {"NotImplementedError"}),
+    ],
+)
+def test_builtin_errors_are_found(source: str, errors: set[str]):
+    assert builtin_errors(source) == errors
 
 
 SECTION = re.compile(r"^### (\w+)$", re.MULTILINE)

@@ -18,7 +18,7 @@ mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisT
 mesh
 
 # %% [markdown]
-# ## A model and its layout
+# ## A model and its sharding
 #
 # The model is a stack of MLP blocks that run in a scan. The first kernel is sharded by columns and
 # the second by rows, so a block needs one sum over the devices of "model". The batch is sharded
@@ -26,7 +26,7 @@ mesh
 
 # %%
 DEPTH, WIDTH, HIDDEN = 4, 64, 256
-layout = {"up": P(None, None, "model"), "down": P(None, "model", None)}
+specs = {"up": P(None, None, "model"), "down": P(None, "model", None)}
 
 
 def model(params, x):
@@ -41,7 +41,7 @@ params = {
     "up": jax.random.normal(keys[0], (DEPTH, WIDTH, HIDDEN)) / WIDTH**0.5,
     "down": jax.random.normal(keys[1], (DEPTH, HIDDEN, WIDTH)) / HIDDEN**0.5,
 }
-params = {k: jax.device_put(w, NamedSharding(mesh, layout[k])) for k, w in params.items()}
+params = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in params.items()}
 x = jax.device_put(jax.random.normal(keys[2], (32, WIDTH)), NamedSharding(mesh, P("data")))
 
 # %% [markdown]
@@ -57,7 +57,7 @@ spec = infer_spec(model, params, x, rank=8)
 frozen, tunable = init_lora(params, spec, jax.random.key(1))
 for name in params:
     weight = tunable[name]
-    print(f"{name:5} base {layout[name]}")
+    print(f"{name:5} base {specs[name]}")
     print(f"      a {weight.a.shape} {weight.a.sharding.spec}")
     print(f"      b {weight.b.shape} {weight.b.sharding.spec}")
 
@@ -123,12 +123,12 @@ file = Path(tempfile.mkdtemp(), "adapter.safetensors")
 save_adapter(file, tunable, base=params)
 
 wide = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
-elsewhere = {k: jax.device_put(w, NamedSharding(wide, layout[k])) for k, w in params.items()}
+elsewhere = {k: jax.device_put(w, NamedSharding(wide, specs[k])) for k, w in params.items()}
 loaded = load_adapter(file, params=elsewhere)
 print(loaded["up"].b.sharding.mesh.shape, loaded["up"].b.sharding.spec)
 
 # %% [markdown]
 # More in [many devices](../devices.md): explicit axes, multiple processes, and what is communicated
-# for each layout. [Accelerators](../accelerators.md) compares a step of a model with 7 billion
+# for each sharding. [Accelerators](../accelerators.md) compares a step of a model with 7 billion
 # parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and collectives
 # are the same.

@@ -69,9 +69,9 @@ save_file(tensors, folder / "adapter_model.safetensors")
 # %% [markdown]
 # ## Names
 #
-# Each parameter needs a layout: its module in PyTorch, and which of its axes are inputs. The rest
-# follows from the shapes. (`lorax_hf.peft_names` returns the layouts of transformers' models, and
-# `lorax_io.flax_names` those of models that follow Flax's conventions.)
+# `names` gives each parameter's name in PyTorch: its module, and which of its axes are inputs. The
+# rest follows from the shapes. (`lorax_hf.peft_names` returns the names for transformers' models,
+# and `lorax_io.flax_names` those for models that follow Flax's conventions.)
 
 # %%
 from lorax_io import Linear, load_peft, save_peft

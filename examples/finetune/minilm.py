@@ -144,7 +144,7 @@ def check_weights(model, path):
     params = flatten_dict(model.params, sep="/")
     found = {}
     for name, row in lorax_hf.peft_names(model).items():
-        transposed = row["layout"] == "Linear"  # (out, in) in PyTorch
+        transposed = row["type"] == "Linear"  # (out, in) in PyTorch
         tensor = params[name].T if transposed else params[name]
         found[f"{row['module']}.{row.get('parameter', 'weight')}"] = np.asarray(tensor)
     wrong = {

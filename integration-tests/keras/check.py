@@ -65,7 +65,7 @@ expected = outputs(theirs)
 assert np.abs(expected - outputs(base)).max() > 1e-2 * np.abs(expected).max()
 
 adapter = open_adapter(home / "theirs.lora.h5")
-indices = sorted(int(layout.module) for layout in adapter.names.values())
+indices = sorted(int(name.module) for name in adapter.names.values())
 assert indices == sorted(theirs._lora_enabled_layers)
 kernels = {str(k): layers_of(base)[k].kernel for k in indices}
 params = {name: jnp.asarray(kernel) for name, kernel in kernels.items()}

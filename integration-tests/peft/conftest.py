@@ -44,8 +44,8 @@ def _settings_of_jax():
         jax.config.update(name, value)
 
 
-# The kinds of module that LoRA is for: the layout, and the axes of torch's weight in the order in
-# which JAX's libraries have them. All other tensors are `Tensor`.
+# For each class of module that LoRA is for: the class of its name, and the axes of torch's weight
+# in the order of JAX's libraries. All other tensors are `Tensor`.
 KINDS: dict[type[nn.Module], tuple[Any, tuple[int, ...]]] = {
     nn.Linear: (lorax_io.Linear, (1, 0)),
     TorchConv1D: (lorax_io.Conv1D, (0, 1)),
@@ -56,8 +56,8 @@ KINDS: dict[type[nn.Module], tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def layout_of(name, module, parameter, ndim):
-    """The layout of one parameter, and torch's axes in JAX's order."""
+def torch_name_of(name, module, parameter, ndim):
+    """The name of one parameter, and torch's axes in JAX's order."""
     if isinstance(module, GptOssExperts) and ndim == 3:
         order = ("gate_up_proj", "down_proj").index(parameter)
         # transformers 4 has no `is_transposed`, by which this PEFT would know the sides.
@@ -66,8 +66,8 @@ def layout_of(name, module, parameter, ndim):
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     if kind is None or parameter != "weight":
         return lorax_io.Tensor(name, parameter=parameter), tuple(range(ndim))
-    layout, order = KINDS[kind]
-    return layout(name), order
+    torch_name, order = KINDS[kind]
+    return torch_name(name), order
 
 
 @dataclasses.dataclass
@@ -78,41 +78,41 @@ class Twin:
     inputs: dict[str, torch.Tensor]
 
     @functools.cached_property
-    def _layouts(self):
-        layouts = {
-            f"{name}.{parameter}": layout_of(name, module, parameter, tensor.ndim)
+    def _torch_names(self):
+        torch_names = {
+            f"{name}.{parameter}": torch_name_of(name, module, parameter, tensor.ndim)
             for name, module in self.model.named_modules()
             for parameter, tensor in module.named_parameters(recurse=False)
             if name
         }
         # A tensor that a model has twice is one parameter. One of no module stays out.
         paths = [path for path, _ in self.model.named_parameters() if "." in path]
-        chosen = {path: layouts[path] for path in paths}
-        for path in layouts.keys() - chosen.keys():
+        chosen = {path: torch_names[path] for path in paths}
+        for path in torch_names.keys() - chosen.keys():
             shared = self.model.get_parameter(path)
             first = next(p for p, tensor in self.model.named_parameters() if tensor is shared)
-            layout, order = chosen[first]
-            tied_head = layout.tied or path == "lm_head.weight"
-            chosen[first] = (dataclasses.replace(layout, tied=tied_head), order)
+            torch_name, order = chosen[first]
+            tied_head = torch_name.tied or path == "lm_head.weight"
+            chosen[first] = (dataclasses.replace(torch_name, tied=tied_head), order)
         return chosen
 
     @property
     def names(self):
-        return {path: layout for path, (layout, _) in self._layouts.items()}
+        return {path: torch_name for path, (torch_name, _) in self._torch_names.items()}
 
     @property
     def params(self):
         tensors = dict(self.model.named_parameters())
         return {
             path: to_jax(tensors[path]).transpose(order)
-            for path, (_, order) in self._layouts.items()
+            for path, (_, order) in self._torch_names.items()
         }
 
     def outputs(self, params=None, model=None):
         """The model's; that of other parameters; or another model's."""
         model = copy.deepcopy(self.model) if model is None else model
         for path, tensor in {} if params is None else params.items():
-            array = np.asarray(tensor, np.float32).transpose(np.argsort(self._layouts[path][1]))
+            array = np.asarray(tensor, np.float32).transpose(np.argsort(self._torch_names[path][1]))
             with torch.no_grad():
                 model.get_parameter(path).copy_(torch.tensor(array))
         with torch.no_grad():
@@ -129,31 +129,31 @@ class Twin:
         assert np.abs(ours - base).max() > 1e-2 * size
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * size)
 
-    def stacked(self, layout, shape, order=None):
-        """The same with a parameter `stack` of this layout, in place of those that it is made of.
+    def stacked(self, torch_name, shape, order=None):
+        """The same with a parameter `stack` of this name, in place of those that it is made of.
 
         It has this shape before its axes are put in this order.
         """
-        return Stacked(self.model, self.inputs, layout, shape, order or range(len(shape)))
+        return Stacked(self.model, self.inputs, torch_name, shape, order or range(len(shape)))
 
 
 @dataclasses.dataclass
 class Stacked(Twin):
     """A twin of which some parameters are one."""
 
-    layout: lorax_io.Layout
+    torch_name: lorax_io.TorchName
     shape: tuple[int, ...]
     order: Sequence[int]
 
     @functools.cached_property
     def _parts(self):
-        name = re.escape(f"{self.layout.module}.{self.layout.parameter}")
+        name = re.escape(f"{self.torch_name.module}.{self.torch_name.parameter}")
         return [path for path in super().names if re.fullmatch(name.replace(r"\{\}", r"\d+"), path)]
 
     @property
     def names(self):
         rest = {path: x for path, x in super().names.items() if path not in self._parts}
-        return {**rest, "stack": self.layout}
+        return {**rest, "stack": self.torch_name}
 
     @property
     def params(self):

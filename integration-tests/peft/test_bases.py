@@ -314,10 +314,12 @@ def test_groups_of_gptq_in_another_order(tmp_path):
     write(tmp_path, Written({**written.tensors, "g_idx": of}, written.weight, written.config))
     with pytest.raises(AdapterError, match="`up` that cannot be kept: its groups are not neigh"):
         load_base(tmp_path, {"up": Linear(MODULE)})
-    with pytest.warns(AdapterWarning, match=r"coded anew: `up` as int8, 0\.0\d+ from the file's"):
+    with pytest.warns(
+        AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.0\d+ from the file's"
+    ):
         held = load_base(tmp_path, {"up": Linear(MODULE)}, anew="int8")
     assert held["up"].format == "int8"
-    with pytest.warns(AdapterWarning, match="coded anew: `up` .as floats"):
+    with pytest.warns(AdapterWarning, match="codes are not kept: `up` .as floats"):
         floats = load_base(tmp_path, {"up": Linear(MODULE)}, anew="float")
     layer = gptq_layer()(4, 64, IN, OUT, False, weight_dtype=torch.float16)
     layer.load_state_dict({**written.tensors, "g_idx": of}, strict=False)
@@ -340,8 +342,8 @@ def test_experts_in_mxfp4(tmp_path):
     blocks, scales = byte(0, 256, 3, 40, 4, 16), byte(110, 140, 3, 40, 4)
     tensors = {"mlp.experts.down_proj_blocks": blocks, "mlp.experts.down_proj_scales": scales}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-    layout = Experts("mlp.experts", parameter="down_proj", shared_axes=[0])
-    loaded = load_base(tmp_path, {"down": layout})
+    torch_name = Experts("mlp.experts", parameter="down_proj", shared_axes=[0])
+    loaded = load_base(tmp_path, {"down": torch_name})
     assert loaded["down"].bits == 4.25
     theirs = convert_moe_packed_tensors(blocks, scales)
     shape = (3, 128, 40)
@@ -397,7 +399,7 @@ def test_blocks_of_llama_cpp(tmp_path, kind):
         "attn_q": Linear("model.layers.0.self_attn.q_proj"),
         "attn_k": Linear("model.layers.0.self_attn.k_proj"),
         "ffn_down": Linear("model.layers.0.mlp.down_proj"),
-        "norm": {"layout": "Tensor", "module": "model.norm", "parameter": "weight"},
+        "norm": {"type": "Tensor", "module": "model.norm", "parameter": "weight"},
     }
     frozen = load_base(file, names)
     np.testing.assert_array_equal(frozen["norm"], norm)

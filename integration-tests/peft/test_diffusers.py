@@ -215,7 +215,7 @@ def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
     assert main(["convert", str(file), str(tmp_path / "out"), "--to", "diffusers"]) == 0
     opened = open_adapter(tmp_path / "out")
     assert opened.part == "transformer"
-    modules = {layout.module: opened.rows[path] for path, layout in opened.names.items()}
+    modules = {torch_name.module: opened.rows[path] for path, torch_name in opened.names.items()}
     theirs = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
     assert modules.keys() == theirs and len(theirs) == len(ORIGINAL) + 2 + 2 + 3
     for module, row in modules.items():

@@ -32,11 +32,11 @@ def ends_in(name, ends):
 
 def specs(twin, targets, scaling):
     """A spec for each target, with the settings in turn."""
-    layouts = twin.names
+    torch_names = twin.names
     paths = [
         path
-        for path, layout in layouts.items()
-        if ends_in(layout.module, targets) and layout.parameter == "weight"
+        for path, torch_name in torch_names.items()
+        if ends_in(torch_name.module, targets) and torch_name.parameter == "weight"
     ]
     return spec_of(twin, paths, scaling)
 

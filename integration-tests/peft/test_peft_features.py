@@ -30,7 +30,7 @@ from lorax_io import (
     save_peft,
 )
 
-# Parameters that several modules are made of: the model, its layout, its shape before its axes are
+# Parameters that several modules are made of: the model, its name, its shape before its axes are
 # put in order, and that order.
 ATTENTION = "model.layers.{}.self_attn"
 MOE = "model.layers.{}.block_sparse_moe.experts.{}.w1"
@@ -91,21 +91,21 @@ def stacked(twin, case):
 @pytest.mark.parametrize("case", STACKS)
 def test_peft_reads_our_stacks(twin, to_peft, case):
     model = stacked(twin, case)
-    layout, shape = model.names["stack"], model.params["stack"].shape
-    roles = layout.at("stack", shape).axes
+    torch_name, shape = model.names["stack"], model.params["stack"].shape
+    roles = torch_name.at("stack", shape).axes
     to_peft(model, {"stack": LoraSpec(3, 5, "standard", roles.inputs, roles.outputs, roles.shared)})
 
 
 @pytest.mark.parametrize("case", STACKS)
 def test_we_read_pefts_stacks(twin, from_peft, case):
     model = stacked(twin, case)
-    layout = model.names["stack"]
-    end = layout.module.rpartition(".")[2]
+    torch_name = model.names["stack"]
+    end = torch_name.module.rpartition(".")[2]
     targets = {"target_modules": rf".*\.{end}"}
-    if "{" not in layout.module:
-        targets = {"target_modules": [layout.module]}
-    if isinstance(layout, Experts):
-        targets = {"target_modules": [], "target_parameters": [f"{end}.{layout.parameter}"]}
+    if "{" not in torch_name.module:
+        targets = {"target_modules": [torch_name.module]}
+    if isinstance(torch_name, Experts):
+        targets = {"target_modules": [], "target_parameters": [f"{end}.{torch_name.parameter}"]}
     from_peft(model, LoraConfig(r=3, lora_alpha=5, **targets))
 
 
@@ -286,11 +286,13 @@ def test_sides_of_experts_follow_from_their_shapes(twin, from_peft, tmp_path):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=3, target_modules=[], target_parameters=parameters)
     _, tunable = from_peft(model, config)
-    layouts = {
-        path: dataclasses.replace(layout, swapped=None) if isinstance(layout, Experts) else layout
-        for path, layout in model.names.items()
+    torch_names = {
+        path: dataclasses.replace(torch_name, swapped=None)
+        if isinstance(torch_name, Experts)
+        else torch_name
+        for path, torch_name in model.names.items()
     }
-    _, loaded = load_peft(tmp_path / "theirs", model.params, layouts)
+    _, loaded = load_peft(tmp_path / "theirs", model.params, torch_names)
     jax.tree.map(np.testing.assert_array_equal, loaded, tunable)
 
 
@@ -324,9 +326,9 @@ def test_peft_reads_our_dora(twin, to_peft, case, fold_scale):
     name, ends = DORA[case]
     model = twin(name)
     spec = {}
-    for path, layout in model.names.items():
-        if layout.parameter == "weight" and layout.module.endswith(tuple(ends)):
-            axes = layout.at(path, model.params[path].shape).axes
+    for path, torch_name in model.names.items():
+        if torch_name.parameter == "weight" and torch_name.module.endswith(tuple(ends)):
+            axes = torch_name.at(path, model.params[path].shape).axes
             spec[path] = DoraSpec(LoraSpec(3, 5)).with_axes(axes)
     assert len(spec) >= len(ends)
     to_peft(model, spec, change=at_random, fold_scale=fold_scale)

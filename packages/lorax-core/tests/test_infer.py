@@ -262,11 +262,11 @@ def test_any_kind_of_adapter():
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, "2", True])
 def test_takes_a_positive_rank(rank):
-    with pytest.raises(SpecError, match="the rank is .*; it is a positive int"):
+    with pytest.raises(SpecError, match="the rank is .*; it must be a positive int"):
         infer_spec(lambda p, x: x @ p, jnp.ones((9, 6)), jnp.ones((4, 9)), rank=rank)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "spec": IA3Spec()}])
 def test_takes_a_rank_or_a_spec(options):
-    with pytest.raises(TypeError, match="takes `rank` or `spec`: one of them"):
+    with pytest.raises(TypeError, match="takes either `rank` or `spec`"):
         infer_spec(lambda p, x: x @ p, jnp.ones((9, 6)), jnp.ones((4, 9)), **options)

@@ -73,7 +73,7 @@ def test_initialisers_by_function_see_the_matrix_of_one_entry():
 
 
 def test_an_unknown_initialiser_raises():
-    with pytest.raises(SpecError, match="a_init='unifrom' is not known; it is one of 'uniform'"):
+    with pytest.raises(SpecError, match="a_init='unifrom' is unknown; it must be one of 'uniform'"):
         init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init="unifrom")
 
 

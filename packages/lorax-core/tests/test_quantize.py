@@ -172,7 +172,7 @@ def test_settings_of_strangers():
         with pytest.raises((ValueError, TypeError, KeyError)):
             quantized_from_settings(settings | change, held.arrays)
     outer = held.arrays["outer"].at[0].set(jnp.nan)
-    with pytest.raises(ValueError, match="outer has entries that are not finite"):
+    with pytest.raises(ValueError, match="`outer` has entries that are not finite"):
         quantized_from_settings(settings, held.arrays | {"outer": outer})
     with pytest.raises(ValueError, match="scales has shape"):
         quantized_from_settings(settings, held.arrays | {"scales": held.arrays["codes"]})
@@ -228,11 +228,11 @@ def test_other_mistakes():
         quantize(PARAMS, {"up": "nf4"})
     with pytest.raises(SpecError, match="`norm` is float32 .* two or more axes"):
         quantize(PARAMS, dict.fromkeys(PARAMS) | {"norm": "int8"})
-    with pytest.raises(SpecError, match="NF4 has a block of 16; it has 32 to 4096"):
+    with pytest.raises(SpecError, match="NF4 has block=16; it must be from 32 to 4096"):
         NF4(16)
     with pytest.raises(SpecError, match="FP8 has kind 'e4m2'"):
         FP8("e4m2")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SpecError, match="A block has 0 entries"):
+    with pytest.raises(SpecError, match="block=0; it must be"):
         Int4(0)
     _, tunable = init_lora({"w": N(0, 6, 5)}, {"w": 1}, jax.random.key(0))
     with pytest.raises(lorax.PairError, match="this one has adapters"):

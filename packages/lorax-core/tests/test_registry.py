@@ -41,7 +41,7 @@ def registered_names() -> Iterator[str]:
 
 
 def test_a_second_rule_for_a_primitive_raises():
-    with pytest.raises(ValueError, match="a rule for `dot_general` already"):
+    with pytest.raises(ValueError, match="`dot_general` already has a rule"):
         defrule("dot_general")(lambda eqn, *operands: None)
 
 

@@ -70,9 +70,9 @@ def test_rules_first_match_wins():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("h/*/attn/kernl", 2)], r"'h/\*/attn/kernl' decides no parameter: the paths are `h/0"),
-        ([(re.compile("kernl"), 2)], "'kernl' decides no parameter"),
-        ([("*", 0), ("head", 2)], "'head' decides no parameter: earlier rules .* `head`"),
+        ([("h/*/attn/kernl", 2)], r"'h/\*/attn/kernl' matches no parameter: the paths are `h/0"),
+        ([(re.compile("kernl"), 2)], "'kernl' matches no parameter"),
+        ([("*", 0), ("head", 2)], "'head' matches no parameter: earlier rules .* `head`"),
     ],
 )
 def test_a_rule_that_decides_nothing_raises(rules, message):
@@ -92,7 +92,7 @@ def test_a_rule_that_decides_nothing_raises(rules, message):
         (LoraSpec(0), "`w` has a LoraSpec of rank 0"),
         (LoraSpec(-1), "`w` has a LoraSpec of rank -1"),
         (LoraSpec(True), "`w` has rank True"),
-        (LoraSpec(2, alpha=float("inf")), "alpha inf; it is a finite number"),
+        (LoraSpec(2, alpha=float("inf")), "alpha inf; it must be a finite number"),
         (LoraSpec(2, alpha="8"), "alpha '8'"),  # pyright: ignore[reportArgumentType]
         (LoraSpec(2, scaling="rs"), "scaling 'rs'"),  # pyright: ignore[reportArgumentType]
         (LoraSpec(2, in_axes=(2,)), r"in_axes=\(2,\) names one that is not among them"),

@@ -71,7 +71,7 @@ def test_check_fails_for_a_silently_materialized_weight(broken_dot):
 
 def test_catches_silence(broken_dot):
     broken_dot(rule(lambda eqn, x, w: eqn(x, w.array())))
-    with pytest.raises(AssertionError, match="without a warning"):
+    with pytest.raises(AssertionError, match="without a MaterializeWarning"):
         testing.check(model, PARAMS, {"w": 2}, X, materializes=True)
 
 

@@ -549,7 +549,7 @@ def test_many_unused_adapters_are_one_warning():
 
 @pytest.mark.parametrize("bad", ["loud", None, True])
 def test_an_unknown_mode_raises(bad):
-    with pytest.raises(ValueError, match="it is 'warn', 'error' or 'allow'"):
+    with pytest.raises(ValueError, match="it must be 'warn', 'error' or 'allow'"):
         lora(model, on_materialize=bad)
 
 

@@ -229,13 +229,13 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
     "no object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
-    "adapter": (adapter({"kind": "nothing"}), "of which adapter the factors beside `scaled` are"),
-    "no adapter": (adapter([]), "of which adapter the factors beside `scaled` are"),
-    "half an adapter": (adapter({"kind": "dora"}), "of which adapter the factors beside `scaled`"),
+    "adapter": (adapter({"kind": "nothing"}), "the adapter of the factors beside `scaled`"),
+    "no adapter": (adapter([]), "the adapter of the factors beside `scaled`"),
+    "half an adapter": (adapter({"kind": "dora"}), "the adapter of the factors beside `scaled`"),
     "packed shape": (packing(shape=[2, 64, 7]), "`w/codes` of uint8 .* is uint8"),
     "packed axis": (packing(axis=5), "does not say how `w/codes` is packed"),
     "packed type": (packing(dtype="int2"), "does not say how `w/codes` is packed"),
-    "packed as float": (packing(dtype="int4"), "has codes in int4"),
+    "packed as float": (packing(dtype="int4"), "does not have codes in int4"),
     "not packed": (unpacked, "is not JSON that can be read"),
     "later": (lambda h: h["__metadata__"].update({"lorax.frozen_format": "9"}), "Update it"),
     "foreign": (lambda h: h.pop("__metadata__"), "not a frozen tree of `save_frozen`"),
@@ -243,7 +243,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "infinite scale": ({"w/outer": (0, np.float32(np.inf).tobytes())}, "`w/outer` holds NaN or"),
     "NaN of a base": ({"norm": (8, NAN)}, "`norm` holds NaN"),
     "NaN of a factor": ({"scaled/square": (0, NAN)}, "`scaled/square` holds NaN"),
-    "bool": ({"on": (1, b"\x07")}, "`on` holds what is neither true nor false"),
+    "bool": ({"on": (1, b"\x07")}, "`on` has a boolean that is neither true nor false"),
 }  # fmt: skip
 
 

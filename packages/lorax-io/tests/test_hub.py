@@ -352,4 +352,4 @@ def test_missing_hub_package_raises(adapter, monkeypatch):
     for call in (lambda: push_to_hub(adapter.folder, "me/a"), lambda: pull_from_hub("me/a")):
         with pytest.raises(ImportError, match=r'pip install "lorax-io\[hub\]"') as raised:
             call()
-        assert type(raised.value) is ImportError
+        assert type(raised.value) is lorax.MissingPackageError

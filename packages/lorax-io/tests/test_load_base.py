@@ -96,7 +96,7 @@ def test_layers_are_stacked(tmp_path):
         np.testing.assert_array_equal(dequantize(loaded)[k].T, fp8(seed=k)[1])
 
 
-def test_numbers_of_a_layout_choose_the_layers(tmp_path):
+def test_numbers_of_a_name_choose_the_layers(tmp_path):
     numbers = np.random.default_rng(0)
     layers = {f"layers.{k}.up": {"weight": numbers.normal(size=(7, 5))} for k in (1, 2, 3)}
     layers = {name: {"weight": x["weight"].astype(np.float32)} for name, x in layers.items()}
@@ -112,8 +112,8 @@ def test_experts_are_a_stack_in_a_tensor(tmp_path):
     codes = draw(3, OUT, IN).astype(jnp.float8_e4m3fn)
     scales = np.abs(draw(3, 1, 1)).astype(np.float32)
     path = save(tmp_path / "f", mlp={"up": codes, "up_scale_inv": scales})
-    layout = Experts("mlp", parameter="up", shared_axes=[0], out_first=True)
-    loaded = load_base(path, {"up": layout})["up"]
+    torch_name = Experts("mlp", parameter="up", shared_axes=[0], out_first=True)
+    loaded = load_base(path, {"up": torch_name})["up"]
     expected = (codes.astype(np.float32) * scales).astype(jnp.bfloat16)
     np.testing.assert_array_equal(dequantize(loaded).swapaxes(1, 2), expected)
 
@@ -217,11 +217,15 @@ def test_types_that_no_format_has(tmp_path):
     with pytest.raises(AdapterError, match='`up` that cannot be kept: blocks of Q2_K.*anew="nf4"'):
         load_base(file, names)
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K).T
-    with pytest.warns(AdapterWarning, match=r"anew: `up` as int8, 0\.00\d+ from the file's"):
+    with pytest.warns(
+        AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.00\d+ from the file's"
+    ):
         loaded = load_base(file, names, anew=Int8(32))["up"]
     error = np.linalg.norm(dequantize(loaded) - expected) / np.linalg.norm(expected)
     assert 0 < error < 0.01
-    with pytest.warns(AdapterWarning, match=r"anew: `up` \(as floats: blocks of Q2_K"):
+    with pytest.warns(
+        AdapterWarning, match=r"codes are not kept: `up` \(as floats: blocks of Q2_K"
+    ):
         np.testing.assert_array_equal(load_base(file, names, anew="float")["up"], expected)
 
 
@@ -269,7 +273,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "GPU's order": (
         {"weight": np.ones((4, 8), np.int8), "SCB": np.ones(4, np.float32),
-         "weight_format": np.array(2, np.uint8)}, {}, "in a layout of a GPU",
+         "weight_format": np.array(2, np.uint8)}, {}, "in the order of a GPU",
     ),
     "packed": (
         {"weight_packed": np.ones((4, 2), np.int32), "weight_scale": np.ones((4, 1), np.float32),
@@ -328,7 +332,7 @@ def test_names_and_paths_that_are_none(file):
         AdapterMismatchError, match="`names` has `up`, which is not in the parameters"
     ):
         load_base(file, {"up": Linear("up")}, params={})
-    with pytest.raises(AdapterMismatchError, match="`names` has no layout for `b`"):
+    with pytest.raises(AdapterMismatchError, match="`names` has no entry for `b`"):
         load_base(file, {"a": Linear("up")}, params={"a": jnp.ones((IN, OUT)), "b": jnp.ones(2)})
     with pytest.raises(AdapterMismatchError, match="Give `params`"):
         load_base(file, {"up": Linear("up", in_axes=[0], out_axes=[1, 2])})

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import lorax
+import lorax_io
 from lorax_io import (
     AdapterFileError,
     AdapterMismatchError,
@@ -21,6 +22,7 @@ from lorax_io import (
     Linear,
     Parameter,
     Tensor,
+    TorchName,
     flax_names,
     read_names,
     write_names,
@@ -57,15 +59,15 @@ def test_the_convention_of_flax(shapes):
     assert flax_names(params) == EXPECTED
 
 
-def test_layouts_that_are_given_come_first():
-    layout = Linear("lm_head", in_axes=(0,))
-    assert flax_names(make_params(), {"kernel": layout}) == EXPECTED | {"kernel": layout}
+def test_given_names_come_first():
+    torch_name = Linear("lm_head", in_axes=(0,))
+    assert flax_names(make_params(), {"kernel": torch_name}) == EXPECTED | {"kernel": torch_name}
     conv = {"conv": {"kernel": jnp.ones((2, 2, 5, 3))}}
     assert flax_names(conv, {"conv/kernel": Conv("c")}) == {"conv/kernel": Conv("c")}
 
 
 @pytest.mark.parametrize(
-    ("params", "layouts", "message"),
+    ("params", "names", "message"),
     [
         ({"c": {"kernel": jnp.ones((2, 5, 3))}}, {}, "^c/kernel: has 3 axes and the name `kernel`"),
         ({"c": {"weight": jnp.ones((5, 3))}}, {}, "has 2 axes and the name `weight`"),
@@ -76,9 +78,9 @@ def test_layouts_that_are_given_come_first():
     ],
     ids=["conv", "matrix", "biases", "scalar", "name", "unknown"],
 )
-def test_ambiguous_axes_raise(params, layouts, message):
+def test_ambiguous_axes_raise(params, names, message):
     with pytest.raises(AdapterMismatchError, match=message):
-        flax_names(params, layouts)
+        flax_names(params, names)
 
 
 def test_the_old_name_of_the_argument():
@@ -95,7 +97,7 @@ def file(tmp_path):
 
 AXES: dict[str, Any] = {"in_axes": (1, 2), "out_axes": (3, -1), "shared_axes": (0,)}
 STACK: dict[str, Any] = {**AXES, "numbers": (3, 1)}
-LAYOUTS = {
+TORCH_NAMES = {
     "linear": Linear("h.{}.q", **STACK, parameter="w"),
     "conv1d": Conv1D("h.{}.q", **STACK, parameter="w"),
     "embedding": Embedding("h.{}.e", **STACK, parameter="w", tied=True),
@@ -112,11 +114,13 @@ LAYOUTS = {
 
 
 def test_names_round_trip(file):
-    write_names(file, LAYOUTS)
-    layouts = read_names(str(file))
-    assert layouts == LAYOUTS
-    assert list(layouts) == list(LAYOUTS)  # in their order
-    assert [type(layout) for layout in layouts.values()] == list(map(type, LAYOUTS.values()))
+    write_names(file, TORCH_NAMES)
+    torch_names = read_names(str(file))
+    assert torch_names == TORCH_NAMES
+    assert list(torch_names) == list(TORCH_NAMES)  # in their order
+    assert [type(torch_name) for torch_name in torch_names.values()] == list(
+        map(type, TORCH_NAMES.values())
+    )
     write_names(file, {})  # it is replaced
     assert read_names(file) == {}
 
@@ -124,18 +128,36 @@ def test_names_round_trip(file):
 def test_only_non_default_fields_are_written(file):
     write_names(file, {"w": Linear("q"), "b": Tensor("q"), "s": Tensor("n", parameter="weight")})
     assert json.loads(file.read_text()) == {
-        "w": {"layout": "Linear", "module": "q"},
-        "b": {"layout": "Tensor", "module": "q"},
-        "s": {"layout": "Tensor", "module": "n", "parameter": "weight"},
+        "w": {"type": "Linear", "module": "q"},
+        "b": {"type": "Tensor", "module": "q"},
+        "s": {"type": "Tensor", "module": "n", "parameter": "weight"},
     }
 
 
-def test_every_field_of_every_layout_is_tried():
+def test_old_files_are_read_with_a_warning(file):
+    file.write_text('{"w": {"layout": "Linear", "module": "q"}}')
+    with pytest.warns(DeprecationWarning, match="w: its key `layout` is called `type` now"):
+        assert read_names(file) == {"w": Linear("q")}
+
+
+def test_the_old_name_of_the_class_warns():
+    with pytest.warns(DeprecationWarning, match="Layout is called `TorchName` now") as caught:
+        assert lorax_io.Layout is TorchName
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'Layouts'"):
+        getattr(lorax_io, "Layouts")  # noqa: B009
+
+
+def test_every_field_of_every_type_is_tried():
     """Else a new field would not be known to come back."""
-    for kind in {type(layout) for layout in LAYOUTS.values()}:
-        layouts = [layout for layout in LAYOUTS.values() if type(layout) is kind]
+    for kind in {type(torch_name) for torch_name in TORCH_NAMES.values()}:
+        torch_names = [
+            torch_name for torch_name in TORCH_NAMES.values() if type(torch_name) is kind
+        ]
         for field in dataclasses.fields(kind):
-            assert any(getattr(layout, field.name) != field.default for layout in layouts)
+            assert any(
+                getattr(torch_name, field.name) != field.default for torch_name in torch_names
+            )
 
 
 @pytest.mark.parametrize(
@@ -145,12 +167,12 @@ def test_every_field_of_every_layout_is_tried():
         (b"{", "is not (a )?JSON"),
         (b"\xff\xfe{\0}\0", "is not UTF-8 text"),
         (b"[" * 100_000, "is not (a )?JSON"),
-        (b"[]", "is not a JSON object of layouts"),
-        (b'{"w": null}', "is not a JSON object of layouts"),
+        (b"[]", "is not a JSON object of names"),
+        (b'{"w": null}', "is not a JSON object of names"),
         (b'{"w": {}, "w": {}}', "the key 'w' twice"),
-        (b'{"w": {"module": "q"}}', "`w` .*`layout` is not one of Linear, Conv1D"),
-        (b'{"w": {"layout": "Layout", "module": "q"}}', "`w` .*is not one of Linear"),
-        (b'{"w": {"layout": ["Linear"], "module": "q"}}', "`w` .*is not one of Linear"),
+        (b'{"w": {"module": "q"}}', "`w` .*`type` is not one of Linear, Conv1D"),
+        (b'{"w": {"type": "TorchName", "module": "q"}}', "`w` .*is not one of Linear"),
+        (b'{"w": {"type": ["Linear"], "module": "q"}}', "`w` .*is not one of Linear"),
     ],
 )
 def test_other_files_raise(file, content, message):
@@ -160,7 +182,7 @@ def test_other_files_raise(file, content, message):
 
 
 @pytest.mark.parametrize(
-    ("layout", "fields", "message"),
+    ("type_", "fields", "message"),
     [
         ("Linear", {"module": None}, "module = null"),
         ("Linear", {"tied": True}, "unexpected keyword argument 'tied'"),
@@ -189,17 +211,17 @@ def test_other_files_raise(file, content, message):
     ],
     ids=str,
 )
-def test_fields_that_a_layout_cannot_have_raise(file, layout, fields, message):
-    file.write_text(json.dumps({"w": {"layout": layout, "module": "q"} | fields}))
+def test_fields_that_a_name_cannot_have_raise(file, type_, fields, message):
+    file.write_text(json.dumps({"w": {"type": type_, "module": "q"} | fields}))
     with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
         read_names(file)
 
 
 def test_there_is_a_number_for_each_module_of_a_stack():
-    layout = Linear("h.{}.q", shared_axes=(0,), numbers=(3, 1))
-    assert layout.at("q", (2, 5, 4)).modules == {(0,): "h.3.q", (1,): "h.1.q"}
+    torch_name = Linear("h.{}.q", shared_axes=(0,), numbers=(3, 1))
+    assert torch_name.at("q", (2, 5, 4)).modules == {(0,): "h.3.q", (1,): "h.1.q"}
     with pytest.raises(AdapterMismatchError, match=r"numbers 2 modules, and it stacks \[3\]"):
-        _ = layout.at("q", (3, 5, 4)).modules
+        _ = torch_name.at("q", (3, 5, 4)).modules
 
 
 def test_either_axis_of_a_parameter_may_be_the_input():
@@ -213,7 +235,7 @@ def test_either_axis_of_a_parameter_may_be_the_input():
 
 
 def test_a_module_is_needed(file):
-    file.write_text('{"w": {"layout": "Linear"}}')
+    file.write_text('{"w": {"type": "Linear"}}')
     with pytest.raises(AdapterFileError, match="`w` .*'module'"):
         read_names(file)
 

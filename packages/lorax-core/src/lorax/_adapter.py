@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 
 from ._axes import Axes
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._factored import FactoredArray
 from ._formats import register_with_export, register_with_flax
 from ._statics import is_of, make_plain, with_tuples
@@ -146,7 +146,7 @@ class Adapter:
         for name in ("rank", "blocks"):
             value = getattr(self, name, None)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise SpecError(f"`{path}` has {name} {value}; it is positive.")
+                raise SpecError(f"`{path}` has {name} {value}; it must be positive.")
 
     def neutral(self) -> Mapping[str, Neutral] | None:
         """Returns the trained factors with which the weight equals its base, or None if unknown.
@@ -253,7 +253,9 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
 
 def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
     if depth == _DEEPEST:
-        raise ValueError(f"No adapter has {depth} adapters within each other.")
+        raise ArgumentError(
+            f"The settings nest adapters {depth} levels deep; the limit is {_DEEPEST - 1}."
+        )
     given = dict(settings)
     cls = KINDS[given.pop("kind")]
     values: dict[str, Any] = {}
@@ -261,13 +263,15 @@ def _from_settings(settings: Mapping[str, Any], depth: int) -> Adapter:
         if field.metadata.get("static"):
             values[field.name] = with_tuples(given.pop(field.name))
             if not is_of(values[field.name], field.type):
-                raise ValueError(f"A {cls.kind} adapter has {field.name}={values[field.name]!r}.")
+                raise ArgumentError(
+                    f"A {cls.kind} adapter cannot have {field.name}={values[field.name]!r}."
+                )
         elif field.type is Adapter:
             values[field.name] = _from_settings(given.pop(field.name), depth + 1)
         else:
             values[field.name] = None
     if given:
-        raise ValueError(f"A {cls.kind} adapter has no setting {min(given)!r}.")
+        raise ArgumentError(f"A {cls.kind} adapter has no setting {min(given)!r}.")
     adapter = cls(**values)
     adapter.check_settings(f"a {cls.kind} adapter")
     return adapter
@@ -283,7 +287,7 @@ def defkind(cls: type[Any]) -> type[Any]:
         The class.
 
     Raises:
-        ValueError: where a kind of that name exists.
+        ArgumentError: where a kind of that name exists.
 
     Example:
         >>> import lorax
@@ -302,7 +306,7 @@ def defkind(cls: type[Any]) -> type[Any]:
     jax.tree_util.register_dataclass(cls)
     register_with_export(cls)
     if cls.kind in KINDS:
-        raise ValueError(f"There is a kind {cls.kind!r} already: {KINDS[cls.kind]}.")
+        raise ArgumentError(f"The kind {cls.kind!r} is already defined, by {KINDS[cls.kind]}.")
     KINDS[cls.kind] = cls
     return cls
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
+from ._errors import ArgumentError
 
 
 class Held:
@@ -51,7 +52,7 @@ def checked_key(key: Any, function: str) -> jax.Array:
         return jax.random.wrap_key_data(jnp.asarray(key))
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.ndim:
         given = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
-        raise TypeError(
+        raise ArgumentError(
             f"{function} takes one PRNG key, as jax.random.key returns it, not {given}."
         )
     return key

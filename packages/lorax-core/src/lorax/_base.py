@@ -19,7 +19,7 @@ from ._base_format import FORMATS, Blocks, Format, fields_of
 from ._coded import CodedArray, array_spec, weight_spec
 from ._compat import is_tracer
 from ._contract import wide_dtype
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._formats import register_with_export
 from ._statics import is_of, with_tuples
 from ._terms import Labels, Term
@@ -240,38 +240,42 @@ def quantized_from_settings(
     cls = FORMATS[given.pop("format")]
     blocks, along, dtype = (with_tuples(given.pop(key)) for key in ("blocks", "along", "dtype"))
     if not is_of(blocks, tuple[tuple[int, ...], ...]) or not is_of(along, tuple[int, ...]):
-        raise ValueError(f"A quantized weight has blocks={blocks!r} and along={along!r}.")
+        raise ArgumentError(
+            f"A quantized weight cannot have blocks={blocks!r} and along={along!r}."
+        )
     names = fields_of(cls)
     if given.keys() != names.keys():
-        raise ValueError(f"A format {cls.name!r} has the settings {sorted(names)}.")
+        raise ArgumentError(f"The format {cls.name!r} needs exactly the settings {sorted(names)}.")
     for name, hint in names.items():
         if not is_of(given[name], hint):
-            raise ValueError(f"A format {cls.name!r} has {name}={given[name]!r}.")
+            raise ArgumentError(f"The format {cls.name!r} cannot have {name}={given[name]!r}.")
     options = tuple(given[name] for name in names)
     format = cls(**given)  # checks them
     # Aliases such as "f4" would make settings of equal weights differ.
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
-        raise ValueError(f"A quantized weight has dtype={dtype!r}.")
+        raise ArgumentError(f"A quantized weight cannot have dtype={dtype!r}.")
     weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
     codes = arrays["codes"]
     if codes.dtype not in map(jnp.dtype, format.dtypes()):
-        raise ValueError(f"A format {cls.name!r} has codes in {codes.dtype}.")
+        raise ArgumentError(f"The format {cls.name!r} does not have codes in {codes.dtype}.")
     # (axis, entries) or (axis, blocks per group, entries)
     if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
-        raise ValueError(f"A quantized weight has blocks={blocks}.")
+        raise ArgumentError(f"A quantized weight cannot have blocks={blocks}.")
     axes, ndim = [d for d, *_ in blocks], weight.ndim
     if not all(0 <= d < ndim for d in (*along, *axes)) or len(set(axes)) < len(axes):
-        raise ValueError(f"A weight of {ndim} axes has blocks={blocks} and along={along}.")
+        raise ArgumentError(
+            f"A weight of {ndim} axes cannot have blocks={blocks} and along={along}."
+        )
     _, labels = weight.labels()
     if set(weight.names) != set(arrays):
-        raise ValueError(f"A format {cls.name!r} does not have the arrays {sorted(arrays)}.")
+        raise ArgumentError(f"The format {cls.name!r} does not have the arrays {sorted(arrays)}.")
     for name, axis_labels in labels.items():
         is_shape = isinstance(arrays[name], jax.ShapeDtypeStruct)
         if not is_shape and not format.are_numbers(name, arrays[name]):
-            raise ValueError(f"{name} has entries that are not finite.")
+            raise ArgumentError(f"`{name}` has entries that are not finite.")
         sizes = tuple(label.size for label in axis_labels)
         if tuple(arrays[name].shape) != sizes:
-            raise ValueError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
+            raise ArgumentError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
     return weight
 
 

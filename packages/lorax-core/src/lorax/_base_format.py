@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._statics import make_plain
 from ._terms import Label, Labels
 
@@ -179,7 +179,7 @@ def defformat(cls: type[Any]) -> type[Any]:
         The class.
 
     Raises:
-        ValueError: where a format of that name exists.
+        ArgumentError: where a format of that name exists.
 
     Example:
         >>> from lorax.bases import Format, defformat
@@ -191,7 +191,7 @@ def defformat(cls: type[Any]) -> type[Any]:
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     if cls.name in FORMATS:
-        raise ValueError(f"There is a format {cls.name!r} already: {FORMATS[cls.name]}.")
+        raise ArgumentError(f"The format {cls.name!r} is already defined, by {FORMATS[cls.name]}.")
     FORMATS[cls.name] = cls
     return cls
 

@@ -18,7 +18,7 @@ from ._arrays import is_array
 from ._axes import Axes
 from ._base import as_base, decoded
 from ._contract import wide_dtype
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._factored import FactoredArray
 from ._init import flatten_spec
 from ._interpreter import Interpreter
@@ -69,7 +69,7 @@ def collect_starts(
     Raises:
         SpecError: where no spec needs collected statistics; where the inputs of a weight cannot be
             read, or are fewer rows than its rank. The message names the path.
-        ValueError: where there is no batch, or `fn` must be a loss and is not.
+        ArgumentError: where there is no batch, or `fn` must be a loss and is not.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -86,9 +86,9 @@ def collect_starts(
     wanted = _wanted(leaves, flatten_spec(spec, structure))
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not batches:
-        raise ValueError("collect_starts was given no batch.")
+        raise ArgumentError("collect_starts needs at least one batch.")
     if at_once is not None and at_once < 1:
-        raise ValueError(f"collect_starts: at_once is {at_once}; it is at least 1.")
+        raise ArgumentError(f"collect_starts: at_once is {at_once}; it must be at least 1.")
     collected: Collected = {}
     # Moments and gradients need different passes over the batches.
     for is_gradient in (False, True):
@@ -270,7 +270,7 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
         out = model.fn(model.tree(list(map(decoded, arrays))), *batch)
         if not (is_array(out) and out.ndim == 0 and jnp.issubdtype(out.dtype, jnp.floating)):
             shape = getattr(out, "shape", type(out).__name__)
-            raise ValueError(
+            raise ArgumentError(
                 f'init="lora_ga" of `{model.group[0].path}` takes the gradient of a loss, but the '
                 f"function returned {shape}. Give collect_starts one that returns a number."
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._arrays import is_array
+from ._errors import CheckError
 
 
 def split_data(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -93,32 +94,40 @@ def scanned_over(function: Any, args: Any) -> Callable[[Any], Any]:
 
 def compare(name: str, got: Any, expected: Any, tolerance: float | None) -> None:
     got, expected = arrays_of(got), arrays_of(expected)
-    assert len(got) == len(expected), f"{name}: {len(got)} results instead of {len(expected)}"
+    _require(len(got) == len(expected), f"{name}: {len(got)} results instead of {len(expected)}")
     bound = _bound(expected) if tolerance is None else tolerance
     for k, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         label = f"{name}, result {k}"
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
-            f"{label}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}"
+        _require(
+            ours.shape == theirs.shape and ours.dtype == theirs.dtype,
+            f"{label}: {ours.dtype}{ours.shape} instead of {theirs.dtype}{theirs.shape}",
         )
         if jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key):
             ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
         inexact = jnp.issubdtype(theirs.dtype, jnp.inexact)
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         if not inexact:
-            assert (ours == theirs).all(), f"{label} differs"
+            _require((ours == theirs).all(), f"{label} differs")
             continue
         wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
         ours, theirs = ours.astype(wide), theirs.astype(wide)
         # NaN fill values must be in the same places; elsewhere they would hide errors.
-        assert (np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ"
+        _require((np.isnan(ours) == np.isnan(theirs)).all(), f"{label}: NaNs differ")
         ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
         # Errors are relative to the largest entry: small entries may be sums that cancel.
         largest = np.max(np.abs(theirs), initial=0.0)
         error = np.max(np.abs(ours - theirs), initial=0.0)
-        assert error <= bound * max(largest, 1e-30), (
+        _require(
+            error <= bound * max(largest, 1e-30),
             f"{label}: differs by {error:.3g} where the largest entry is {largest:.3g} "
-            f"(relative {error / max(largest, 1e-30):.2g}, allowed {bound:.2g})"
+            f"(relative {error / max(largest, 1e-30):.2g}, allowed {bound:.2g})",
         )
+
+
+def _require(holds: Any, message: str) -> None:
+    # Not an `assert`: `python -O` would remove it, and the check with it.
+    if not holds:
+        raise CheckError(message)
 
 
 # The rounding unit of float32 products in matrix units by default: TF32 on GPU, bfloat16 on TPU.

@@ -11,7 +11,7 @@ import jax
 
 from ._adapter import Adapter, Labeled, static
 from ._arrays import checked_key, path_string
-from ._errors import PairError
+from ._errors import ArgumentError, PairError
 from ._factored import FactoredArray, Keys
 from ._pair import has_adapters, is_tunable_leaf
 from ._terms import Term
@@ -40,7 +40,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        ValueError: where the rate is not in [0, 1).
+        ArgumentError: where the rate is not in [0, 1).
         PairError: where the tree has no adapter, or dropout already.
 
     Example:
@@ -55,7 +55,9 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         (3, 1)
     """
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ValueError(f"with_dropout: the rate is {rate!r}; it is at least 0 and below 1.")
+        raise ArgumentError(
+            f"with_dropout: the rate is {rate!r}; it must be at least 0 and below 1."
+        )
     if rate == 0:
         return tunable
     if not has_adapters(tunable):

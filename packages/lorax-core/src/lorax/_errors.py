@@ -25,8 +25,8 @@ class LoraxError(Exception):
     not repeated in messages that quote another.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
         self.add_note(remedies(type(self)))
 
 
@@ -35,6 +35,25 @@ class LoraxWarning(UserWarning):
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{remedies(type(self))}"
+
+
+class ArgumentError(LoraxError, ValueError, TypeError):
+    """An argument of a wrong type or value, or a combination of arguments that is not allowed.
+
+    It is a `ValueError` and a `TypeError`, so that code that catches either one works.
+    """
+
+
+class SlotError(LoraxError, IndexError):
+    """A slot that a bank of adapters does not have."""
+
+
+class MissingPackageError(LoraxError, ImportError):
+    """An optional package is not installed, or its version does not work with this one."""
+
+
+class CheckError(LoraxError, AssertionError):
+    """A check of `lorax.testing` failed; the message says which one, with the numbers."""
 
 
 class SpecError(LoraxError, ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.export
 
+from ._errors import ArgumentError
 from ._statics import with_tuples
 
 
@@ -51,7 +52,7 @@ def _to_state(weight: Any) -> dict[str, Any]:
 def _from_state(weight: Any, state: dict[str, Any]) -> Any:
     factors = weight.factors()
     if state.keys() != factors.keys():
-        raise ValueError(
+        raise ArgumentError(
             f"A {weight.kind} adapter has the factors {' and '.join(factors)}, but the state has "
             f"{sorted(state)}."
         )

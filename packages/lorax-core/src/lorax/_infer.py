@@ -13,7 +13,7 @@ from ._adapter_spec import AdapterSpec
 from ._arrays import is_array
 from ._axes import Axes, normalize, resolve_axes
 from ._base import as_base
-from ._errors import SpecError, UnadaptedWarning
+from ._errors import ArgumentError, SpecError, UnadaptedWarning
 from ._factored import FactoredArray
 from ._keywords import refuses_ambiguous_keywords
 from ._pair import Leaf, flatten_params
@@ -80,7 +80,7 @@ def infer_spec(
     Raises:
         SpecError: where the rank is not a positive int; where no weight is found, or none that
             `where` accepts.
-        TypeError: where an option is given whose name is also a keyword of `fn`.
+        ArgumentError: where an option is given whose name is also a keyword of `fn`.
 
     Warns:
         UnadaptedWarning: names weights that are left frozen or get a lower rank, each with the
@@ -97,9 +97,9 @@ def infer_spec(
         ((0, 1), (2,), 0)
     """
     if (rank is None) == (spec is None):
-        raise TypeError("infer_spec takes `rank` or `spec`: one of them, and not both.")
+        raise ArgumentError("infer_spec takes either `rank` or `spec`.")
     if rank is not None and (type(plain_number(rank)) is not int or rank < 1):
-        raise SpecError(f"infer_spec: the rank is {rank!r}; it is a positive int.")
+        raise SpecError(f"infer_spec: the rank is {rank!r}; it must be a positive int.")
     kind = LoraSpec(rank, alpha, scaling) if rank is not None else spec
     assert kind is not None
     leaves, structure = flatten_params(params)

@@ -93,7 +93,7 @@ def init_lora(
 
     Raises:
         SpecError: where the spec does not fit the parameters; the message names the path.
-        TypeError: where `key` is not a PRNG key.
+        ArgumentError: where `key` is not a PRNG key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -173,7 +173,7 @@ def _initializer(name: str, initializer: str | Initializer) -> Initializer:
     if initializer not in INITIALIZERS:
         known = ", ".join(repr(known) for known in INITIALIZERS)
         raise SpecError(
-            f"{name}={initializer!r} is not known; it is one of {known}, or a function."
+            f"{name}={initializer!r} is unknown; it must be one of {known}, or a function."
         )
     return INITIALIZERS[initializer]
 

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from ._errors import ArgumentError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -13,7 +15,7 @@ def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that takes `fn`, its arguments and keywords, and options of its own.
 
     An option whose name is also a keyword of `fn` could be meant for either, and raises
-    `TypeError`. A keyword that `functools.partial` has bound is not ambiguous. If `fn` takes
+    `ArgumentError`. A keyword that `functools.partial` has bound is not ambiguous. If `fn` takes
     `**kwargs`, the option is Lorax's.
     """
     parameters = inspect.signature(function).parameters.values()
@@ -23,7 +25,7 @@ def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in sorted(options & kwargs.keys()):
             if args and name in _keywords(args[0]):
-                raise TypeError(
+                raise ArgumentError(
                     f"`{name}` is an option of {function.__name__} and a keyword of the function "
                     f"that it is given, so {name}={kwargs[name]!r} could be meant for either. Bind "
                     f"the function's own first, with functools.partial(fn, {name}=...) or a "

@@ -16,7 +16,7 @@ from ._arrays import Held, own
 from ._base import QuantizedWeight, as_base, decoded, encoded, first_array
 from ._compat import is_tracer
 from ._contract import wide_dtype
-from ._errors import PairError
+from ._errors import ArgumentError, PairError
 from ._frozen_weight import FrozenWeight, base_and_held
 from ._pair import (
     ABSENT,
@@ -184,7 +184,7 @@ def merge_params(
         PairError: where the two trees are not a pair; where a weight and its factors are committed
             to different devices; where the scale is not 1 and a parameter is fully trained, since
             its base is unknown.
-        ValueError: where the scale is not a finite number.
+        ArgumentError: where the scale is not a finite number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -200,7 +200,7 @@ def merge_params(
         {'w': 0.0}
     """
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f"merge_params: scale is {scale!r}; it is a finite number.")
+        raise ArgumentError(f"merge_params: scale is {scale!r}; it must be a finite number.")
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     in_full = [leaf.path for leaf in leaves if not leaf.is_adapted and leaf.tunable is not None]

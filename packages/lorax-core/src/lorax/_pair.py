@@ -85,7 +85,7 @@ def two_trees(frozen: Any, tunable: Any, function: str) -> Pair:
     if _is_two(frozen):
         return Pair(*frozen)
     raise PairError(
-        f"{function} takes a pair, as `init_lora` returns it, or its two trees, and was given "
+        f"{function} takes a pair, as `init_lora` returns it, or its two trees, but got "
         f"{type(frozen).__name__}: {function}(frozen, tunable)."
     )
 

@@ -15,7 +15,7 @@ from ._adapter import adapter_from_settings
 from ._base import QuantizedWeight, blank_of, decoded, encoded
 from ._base_format import Format, format_of
 from ._compat import is_tracer
-from ._errors import PairError, SpecError, UnquantizedWarning
+from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning
 from ._frozen_weight import FrozenWeight, base_and_held, factors_from_base
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
@@ -63,7 +63,7 @@ def quantize(
         SpecError: where a format does not fit a leaf of a tree of formats, or is not one; where a
             weight is quantized already, or has entries that are not finite; where this JAX or this
             backend lacks a dtype; where nothing is found.
-        TypeError: where one format is given for all, and no `fn`.
+        ArgumentError: where one format is given for all, and no `fn`.
 
     Warns:
         UnquantizedWarning: names weights of products that are left unchanged because blocks do not
@@ -152,7 +152,7 @@ def _everywhere(
 ) -> list[QuantizedWeight | None]:
     """Returns blanks for one format on every weight of a product."""
     if roles is None:
-        raise TypeError(
+        raise ArgumentError(
             "quantize takes `fn` and `args` beside one format for all weights, to find which they "
             "are. Without a function, give it a tree of formats."
         )
@@ -258,7 +258,7 @@ def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(base))))):
         raise SpecError(
             f"`{path}` has entries that are not finite, and a block with such an entry has no "
-            "scale. Mend the weight, or give it None."
+            "scale. Repair the weight, or give it None."
         )
 
 

@@ -27,6 +27,7 @@ from jax.extend.core import Primitive
 
 from . import _compat
 from ._coded import MOVES
+from ._errors import ArgumentError
 from ._factored import FactoredArray, is_weight
 from ._terms import Term
 
@@ -67,7 +68,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
         A decorator that returns the rule unchanged.
 
     Raises:
-        ValueError: where a primitive has a rule already.
+        ArgumentError: where a primitive has a rule already.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -96,7 +97,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
                 continue
             if primitive in RULES:
                 name = primitive.name
-                raise ValueError(f"There is a rule for `{name}` already: {RULES[primitive]}.")
+                raise ArgumentError(f"`{name}` already has a rule: {RULES[primitive]}.")
             RULES[primitive] = rule
             if gains:
                 CARRIERS.add(primitive)

@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ._errors import ArgumentError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -27,7 +29,7 @@ def takes_old_names(**names: str) -> Callable[[F], F]:
                         stacklevel=2,
                     )
                     if new in kwargs:
-                        raise TypeError(f"{fn.__name__}() got both `{old}` and `{new}`.")
+                        raise ArgumentError(f"{fn.__name__}() got both `{old}` and `{new}`.")
                     kwargs[new] = kwargs.pop(old)
             return fn(*args, **kwargs)
 

@@ -96,7 +96,7 @@ def spec_from_rules(
         The spec tree.
 
     Raises:
-        SpecError: where a rule decides no parameter.
+        SpecError: where a rule matches no parameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,7 +133,7 @@ def spec_from_rules(
             if shadowed[k]
             else f"the paths are {some([path for path, leaf in leaves if is_array(leaf)])}"
         )
-        raise SpecError(f"Rule {shown(pattern)} decides no parameter: {reason}.")
+        raise SpecError(f"Rule {shown(pattern)} matches no parameter: {reason}.")
     return spec
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from . import _uses, rules
 from ._arrays import is_array
 from ._coded import is_coded
-from ._errors import PairError
+from ._errors import ArgumentError, PairError
 from ._factored import FactoredArray, base_of
 from ._interpreter import Interpreter
 from ._pair import Leaf, flatten_pair, split_pair
@@ -87,7 +87,7 @@ def lora(
     """
     for name, policy in (("on_materialize", on_materialize), ("on_unused", on_unused)):
         if policy not in ("warn", "error", "allow"):
-            raise ValueError(f"{name}={policy!r}: it is 'warn', 'error' or 'allow'.")
+            raise ArgumentError(f"{name}={policy!r}: it must be 'warn', 'error' or 'allow'.")
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
 

@@ -29,7 +29,7 @@ from ._compared import (
     split_data,
     value_and_gradient,
 )
-from ._errors import MaterializeError
+from ._errors import ArgumentError, CheckError, MaterializeError
 from ._frozen_weight import FrozenWeight
 from ._init import init_lora
 from ._keywords import refuses_ambiguous_keywords
@@ -46,7 +46,7 @@ from ._pair import (
 from ._terms import Label
 from ._transform import lora
 
-__all__ = ["check", "random_factors", "weight_sized"]
+__all__ = ["CheckError", "check", "random_factors", "weight_sized"]
 
 
 @refuses_ambiguous_keywords
@@ -90,9 +90,10 @@ def check(
             `functools.partial` before.
 
     Raises:
-        AssertionError: where a check fails; it says which one, with the numbers.
-        TypeError: where an argument is a shape instead of an array, or an option has the name of a
-            keyword of `fn`.
+        CheckError: where a check fails; it says which one, with the numbers. It is an
+            `AssertionError`.
+        ArgumentError: where an argument is a shape instead of an array, or an option has the name
+            of a keyword of `fn`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,7 +103,7 @@ def check(
     """
     for leaf in jax.tree.leaves((params, args, kwargs)):
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
+            raise ArgumentError(
                 f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
                 "symbolic sizes, call check at several concrete ones."
             )
@@ -126,7 +127,10 @@ def check(
         whole = weight_sized(
             fn, frozen, tunable, *args, through_custom_derivatives=through, **kwargs
         )
-        assert not whole, f"adapted weights are materialized, as arrays of these shapes: {whole}"
+        if whole:
+            raise CheckError(
+                f"adapted weights are materialized, as arrays of these shapes: {whole}"
+            )
     programs = {"value and gradient": value_and_gradient}
     if transforms:
         programs |= {
@@ -381,4 +385,6 @@ def _expect_message(fn: Any, frozen: Any, tunable: Any, args: Any, kwargs: Any) 
         lora(fn, on_materialize="error")((frozen, tunable), *args, **kwargs)
     except MaterializeError:
         return
-    raise AssertionError("a weight is materialized, or should be, without a warning")
+    raise CheckError(
+        "`materializes=True`, but no weight is materialized, or one is without a MaterializeWarning"
+    )

@@ -114,7 +114,7 @@ def test_narrow_factors_stay_narrow():
     ("trees", "options", "error", "message"),
     [
         ([], {}, ValueError, "no adapters to stack"),
-        ([adapter(0, 2), adapter(1, 2)], {"slots": 1}, ValueError, "2 adapters do not fit 1"),
+        ([adapter(0, 2), adapter(1, 2)], {"slots": 1}, ValueError, "2 adapters do not fit into 1"),
         ([{"w": None}], {}, ValueError, "have no adapters"),
         ([adapter(0, 2), {"kernel": None}], {}, PairError, "adapter 1 has another structure"),
         (

@@ -63,7 +63,7 @@ def test_other_weights_have_no_penalty():
 BAD = {
     "rank 0": (AdaloraSpec(0), "`w` has an AdaloraSpec of rank 0; ranks begin at 1"),
     "rank 1.5": (AdaloraSpec(1.5), "`w` has rank 1.5; a rank is a positive int"),  # pyright: ignore
-    "alpha": (AdaloraSpec(2, alpha=float("nan")), "`w` has alpha nan; it is a finite number"),
+    "alpha": (AdaloraSpec(2, alpha=float("nan")), "`w` has alpha nan; it must be a finite number"),
 }
 
 

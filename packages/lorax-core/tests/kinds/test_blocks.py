@@ -173,7 +173,7 @@ BAD = {
     "scale of LoHa": (LohaSpec(2, alpha=math.inf), "`w` has alpha inf"),
     "rank of LoKr": (LokrSpec(2.0), "`w` has rank 2.0"),  # pyright: ignore
     "scale of LoKr": (LokrSpec(2, alpha="1"), "`w` has alpha '1'"),  # pyright: ignore
-    "factor": (LokrSpec(2, factor=0), "`w` has factor 0; it is a positive int, or -1"),
+    "factor": (LokrSpec(2, factor=0), "`w` has factor 0; it must be a positive int, or -1"),
     "factor that does not divide": (
         LokrSpec(2, factor=4),
         r"`w` .*factor=4, which does not divide axis 1 of its shape \(8, 6\).*3 is nearest.*or -1",
@@ -181,7 +181,10 @@ BAD = {
     "axes to split": (LokrSpec(2, split_axes=[0]), r"`w` .*split_axes=\(0,\); give one of its"),
     "axes that are not": (GraloraSpec(2, split_axes=[0, 5]), "`w` has 2 axes; split_axes"),
     "rank of LoCon": (LoconSpec(-3), "`w` has a LoconSpec of rank -3"),
-    "channels": (LoconSpec(2, channel_axis=1), "`w` .*channel_axis=1; it is one of the input axes"),
+    "channels": (
+        LoconSpec(2, channel_axis=1),
+        "`w` .*channel_axis=1; it must be one of the input axes",
+    ),
     "rank of MiSS": (MissSpec(0), "`w` has a MissSpec of rank 0"),
     "more rows than inputs": (MissSpec(9), "`w` .*rank 9, .*axis 0 has size 8. Take a rank up to"),
     "rank of GraLoRA": (GraloraSpec(0), "`w` has a GraloraSpec of rank 0"),

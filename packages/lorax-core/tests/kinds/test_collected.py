@@ -464,12 +464,12 @@ def test_nothing_to_collect():
         ("eva", 7, "rank 7 and init='eva', which takes its factors from inputs of rank 6 at most"),
         ("corda", 7, "rank 7 and init='corda'"),
         ("lora_ga", 4, "rank 4 and init='lora_ga', which takes twice as many vectors"),
-        ("evva", 2, "it is one of 'pissa', .*'eva', 'corda', 'lora_ga', or None"),
-        (EvaStart(rho=0.5), 2, "rho=0.5; it is at least 1"),
-        (CordaStart("all"), 2, "method 'all'; it is one of 'ipm', 'kpm'"),  # pyright: ignore
+        ("evva", 2, "it must be one of 'pissa', .*'eva', 'corda', 'lora_ga', or None"),
+        (EvaStart(rho=0.5), 2, "rho=0.5; it must be at least 1"),
+        (CordaStart("all"), 2, "method 'all'; it must be one of 'ipm', 'kpm'"),  # pyright: ignore
         (LoraGAStart("BrAr"), 2, "direction 'BrAr'"),  # pyright: ignore
         (LoraGAStart(scale="big"), 2, "scale 'big'"),  # pyright: ignore
-        (LoraGAStart(stable_gamma=0), 2, "stable_gamma=0; it is above 0"),
+        (LoraGAStart(stable_gamma=0), 2, "stable_gamma=0; it must be above 0"),
         ("eva", 2, r"EvaStart\(.*takes its factors from inputs. Pass init_lora\(collected="),
     ],
     ids=range(10),
@@ -481,7 +481,7 @@ def test_specs_that_cannot_be(init, rank, message):
 
 def test_scales_that_have_no_root():
     for init in ("corda", LoraGAStart(scale="gd_scale")):
-        with pytest.raises(SpecError, match="alpha is positive"):
+        with pytest.raises(SpecError, match="alpha must be positive"):
             init_lora(W, {"w": LoraSpec(2, -1, init=init)}, KEY)
 
 

@@ -57,8 +57,8 @@ def test_first_values():
 BAD = {
     "rank 0": (DeloraSpec(0), "`w` has a DeloraSpec of rank 0; ranks begin at 1"),
     "rank '2'": (DeloraSpec("2"), "`w` has rank '2'; a rank is a positive int"),  # pyright: ignore
-    "length 0": (DeloraSpec(2, length=0), "`w` has length 0; .* not zero"),
-    "no number": (DeloraSpec(2, length="x"), "`w` has length 'x'; it is a finite number"),  # pyright: ignore
+    "length 0": (DeloraSpec(2, length=0), "`w` has length 0; .* other than zero"),
+    "no number": (DeloraSpec(2, length="x"), "`w` has length 'x'; it must be a finite number"),  # pyright: ignore
     "DoRA": (DoraSpec(DeloraSpec(2)), "`w` has a DoraSpec of a DeloraSpec"),
 }
 

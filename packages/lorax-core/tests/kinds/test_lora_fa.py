@@ -90,8 +90,11 @@ def test_without_its_frozen_factor_it_raises():
 BAD = {
     "rank 0": (LoraFASpec(0), "`w` has a LoraFASpec of rank 0; ranks begin at 1"),
     "rank 1.5": (LoraFASpec(1.5), "`w` has rank 1.5; a rank is a positive int"),  # pyright: ignore
-    "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it is a finite number or None"),  # pyright: ignore
-    "scaling": (LoraFASpec(2, scaling="no"), "`w` has scaling 'no'; it is 'standard' or 'rslora'"),  # pyright: ignore
+    "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it must be a finite number or None"),  # pyright: ignore
+    "scaling": (
+        LoraFASpec(2, scaling="no"),
+        "`w` has scaling 'no'; it must be 'standard' or 'rslora'",
+    ),  # pyright: ignore
 }
 
 

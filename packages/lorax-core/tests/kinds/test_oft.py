@@ -177,7 +177,7 @@ def test_groups_that_contain_whole_blocks():
     [
         (OftSpec(5), r"`w` .* block_size 5, which does not divide its axis 0 of size 12. Take 4,"),
         (OftSpec(4, "out"), "its axis 1 of size 7. Take 7,"),
-        (OftSpec(1), "a block of one entry cannot turn"),
+        (OftSpec(1), "a block of one entry cannot rotate"),
         (OftSpec(True), "has block_size True"),
         (OftSpec(4, terms=1), "has 1 terms of the Neumann series"),
         (OftSpec(4, "up"), "of side 'up'"),  # pyright: ignore[reportArgumentType]

@@ -73,11 +73,11 @@ def test_dora_of_pissa():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (LoraSpec(2, init="svd"), "`w` has init='svd'; it is one of 'pissa'"),
+        (LoraSpec(2, init="svd"), "`w` has init='svd'; it must be one of 'pissa'"),
         (LoraSpec(7, init="pissa"), "`w` has rank 7 and init='pissa', .* of rank 6 at most"),
         (LoraSpec(7, init="olora"), "`w` has rank 7 and init='olora'"),
         (LoraSpec(3, init="orthogonal"), "takes an even rank"),
-        (LoraSpec(2, -1, init="pissa"), "alpha is positive"),
+        (LoraSpec(2, -1, init="pissa"), "alpha must be positive"),
     ],
 )
 def test_bad_input(spec, message):

@@ -96,8 +96,8 @@ def test_weights_sharded_alike_share_it_on_a_mesh():
 BAD = {
     "rank 0": (VeraSpec(0), "`q` has a VeraSpec of rank 0; ranks begin at 1"),
     "rank True": (VeraSpec(True), "`q` has rank True; a rank is a positive int"),
-    "nothing to begin with": (VeraSpec(3, d_initial=0), "`q` has d_initial 0; .* not zero"),
-    "no number": (VeraSpec(3, d_initial="x"), "`q` has d_initial 'x'; it is a finite number"),  # pyright: ignore
+    "nothing to begin with": (VeraSpec(3, d_initial=0), "`q` has d_initial 0; .* other than zero"),
+    "no number": (VeraSpec(3, d_initial="x"), "`q` has d_initial 'x'; it must be a finite number"),  # pyright: ignore
     "infinite": (VeraSpec(3, d_initial=float("inf")), "`q` has d_initial inf"),
 }
 

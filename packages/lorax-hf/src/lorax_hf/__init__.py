@@ -6,9 +6,12 @@ import inspect
 from ._defects import DefectWarning as DefectWarning, Finding as Finding
 from ._doctor import doctor as doctor
 from ._errors import (
+    CheckpointError as CheckpointError,
+    CheckpointNotFoundError as CheckpointNotFoundError,
     ModuleWarning as ModuleWarning,
     OperatorError as OperatorError,
     QuantizedModuleError as QuantizedModuleError,
+    ScanError as ScanError,
     StaticCacheError as StaticCacheError,
 )
 from ._flax._clip import clip_mended as clip_mended
@@ -31,6 +34,8 @@ __version__ = importlib.metadata.version("lorax-hf")
 
 __all__ = [
     "COMPOSITES",
+    "CheckpointError",
+    "CheckpointNotFoundError",
     "DefectWarning",
     "Finding",
     "ModuleWarning",
@@ -38,6 +43,7 @@ __all__ = [
     "PRESETS",
     "Preset",
     "QuantizedModuleError",
+    "ScanError",
     "StaticCacheError",
     "clip_mended",
     "doctor",

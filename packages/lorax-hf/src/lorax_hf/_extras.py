@@ -7,6 +7,8 @@ environment can only have one of the parts.
 import importlib.metadata
 import importlib.util
 
+from lorax import MissingPackageError
+
 # The purpose of each extra, and the modules that it installs.
 EXTRAS = {
     "flax": ("the Flax models of transformers 4", ("flax", "transformers")),
@@ -15,11 +17,11 @@ EXTRAS = {
 
 
 def need(extra: str) -> None:
-    """Raises `ImportError`, with what to install, if packages of an extra are missing."""
+    """Raises `MissingPackageError`, with what to install, if packages of an extra are missing."""
     purpose, modules = EXTRAS[extra]
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(
+        raise MissingPackageError(
             f"lorax_hf needs {' and '.join(missing)} for {purpose}: {_install(extra)}",
             name=missing[0],
         )
@@ -28,13 +30,13 @@ def need(extra: str) -> None:
 
 
 def refuse_transformers_5(version: str) -> None:
-    """Raises `ImportError` if this version of transformers has no Flax models any more.
+    """Raises `MissingPackageError` if this version of transformers has no Flax models any more.
 
     A later `pip install -U transformers` ignores the declared range. Without this check, the error
     would only name a missing class.
     """
     if _major(version) >= 5:
-        raise ImportError(
+        raise MissingPackageError(
             f"transformers {version} has no Flax models: version 5 removed them. For these, "
             f"{_install('flax')}; PyTorch models need {_install('torch')}",
             name="transformers",

@@ -5,6 +5,8 @@ import importlib
 import sys
 from typing import Any, Protocol
 
+from lorax import ArgumentError
+
 from ._defects import Defect
 from ._extras import EXTRAS, major, need
 from ._rows import Described
@@ -29,14 +31,14 @@ class Part(Protocol):
 
 
 def part_of(model: Any) -> Part:
-    """The part for a model; an `ImportError` names what to install if its packages are missing."""
+    """The part for a model; a `MissingPackageError` says what to install if it needs more."""
     if _is_of(model, "torch", "nn.Module") or _is_function(model):
         return _part("torch")
     if _is_of(model, "transformers", "PretrainedConfig"):
         return _part("torch" if major("transformers") >= 5 else "flax")
     if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
         return _part("flax")
-    raise TypeError(
+    raise ArgumentError(
         "lorax_hf takes a PyTorch module or its function, a Flax model of transformers, or the "
         f"config of one, not {type(model).__name__}."
     )

@@ -51,11 +51,12 @@ def from_torch(
         The function, and a flat dict of its parameters by PyTorch's names.
 
     Raises:
-        ImportError: if PyTorch or torchax is missing or too new; the message says what to install.
+        lorax.MissingPackageError: if PyTorch or torchax is missing or too new; the message says
+            what to install.
         OperatorError: in calls, if torchax lacks an operator.
         QuantizedModuleError: if the module has quantized weights.
-        TypeError: if the module is a TorchScript module, or is wrapped for FSDP.
-        ValueError: if no layers can be scanned, or, in calls, if the module does more with scanned
+        ArgumentError: if the module is a TorchScript module, or is wrapped for FSDP.
+        ScanError: if no layers can be scanned, or, in calls, if the module does more with scanned
             layers than to call one after the other; the message says why.
 
     Warns:
@@ -109,9 +110,9 @@ def load_torch(
         the function; `fn.module` is the module without weights.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file.
-        ValueError: if a tensor is missing, has another shape or is in two files, if tied tensors
-            differ, or a tensor is in no file and computed only when the model is made.
+        CheckpointNotFoundError: if the folder lacks a file.
+        CheckpointError: if a tensor is missing, has another shape or is in two files, if tied
+            tensors differ, or a tensor is in no file and computed only when the model is made.
         QuantizedModuleError: if the files have quantized weights.
 
     Warns:
@@ -170,9 +171,8 @@ def generate(
 
     Raises:
         StaticCacheError: if the model's cache cannot have a constant size; the message says why.
-        TypeError: if `do_sample` has no key, or the model is in training mode.
-        ValueError: if a setting is out of range, a prompt is padded on its right, or the model has
-            no positions for the new tokens.
+        ArgumentError: if `do_sample` has no key, the model is in training mode or has no positions
+            for the new tokens, a setting is out of range, or a prompt is padded on its right.
 
     Warns:
         ModuleWarning: if rotary positions are beyond those that the model was trained with.

@@ -17,7 +17,7 @@ class Row(NamedTuple):
     module: str  # the module in PyTorch that it belongs to
     shape: tuple[int, ...]
     axes: Axes | None  # None if it is not a weight, or its axes are not known
-    layout: Mapping[str, Any]  # for lorax_io, as plain data
+    torch_name: Mapping[str, Any]  # for lorax_io, as plain data
     words: frozenset[str]  # the named choices that include it, such as "attention"
     unsure: bool = False  # whether it may be a weight although its axes are not known
     owner: str = ""  # the class of its module, if there is one

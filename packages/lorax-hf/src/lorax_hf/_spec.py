@@ -11,6 +11,7 @@ from lorax import (
     LORA_FREEZE,
     LORA_FULL,
     AdapterSpec,
+    ArgumentError,
     LoraSpec,
     SpecError,
     UnadaptedWarning,
@@ -80,7 +81,7 @@ def spec(
         SpecError: if a target matches nothing (the message suggests similar names), the model does
             not have one of the `layers`, the input axes of a weight that is targeted by name are
             not known, or a PyTorch module already has adapters of PEFT.
-        TypeError: if `adapter` is combined with an option that it replaces.
+        ArgumentError: if `adapter` is combined with an option that it replaces.
 
     Warns:
         UnadaptedWarning: if a module that a named choice such as "all-linear" includes has fewer
@@ -236,10 +237,10 @@ def _kind(
         return LoraSpec(8 if rank is None else rank, alpha, "rslora" if rslora else "standard")
     given = {"rank": rank, "alpha": alpha, "rslora": rslora or None}
     if taken := [name for name, value in given.items() if value is not None]:
-        raise TypeError(f"spec: `adapter` has its own settings; leave {taken[0]} out.")
+        raise ArgumentError(f"spec: `adapter` has its own settings; leave {taken[0]} out.")
     name = type(adapter).__name__
     if rank_pattern and adapter.size is None:
-        raise TypeError(f"spec: rank_pattern needs a kind of adapter with a rank, not {name}.")
+        raise ArgumentError(f"spec: rank_pattern needs a kind of adapter with a rank, not {name}.")
     if alpha_pattern and not isinstance(adapter, LoraSpec):
-        raise TypeError(f"spec: alpha_pattern is for LoraSpec, not for {name}.")
+        raise ArgumentError(f"spec: alpha_pattern is for LoraSpec, not for {name}.")
     return adapter

@@ -250,7 +250,7 @@ def test_shardings():
         _, params = lorax_hf.from_torch(module, sharding=sharding)
         assert params["weight"].sharding == split
         assert params["bias"].sharding == (whole if way == "function" else split)
-    with pytest.raises(KeyError, match="no entry for the parameter `bias`"):
+    with pytest.raises(lorax.ArgumentError, match="no entry for the parameter `bias`"):
         lorax_hf.from_torch(module, sharding={"weight": split})
 
 

@@ -189,7 +189,7 @@ def test_wrong_arguments_are_named():
     fn, params = lorax_hf.from_torch(tiny_torch.causal("llama"))
     with pytest.raises(TypeError, match="the function that `from_torch`"):
         lorax_hf.generate(lambda p, x: x, params, IDS, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"integers \[batch, length\], not int32 \(7,\)"):
+    with pytest.raises(ValueError, match=r"integers of shape \[batch, length\], not int32 \(7,\)"):
         lorax_hf.generate(fn, params, IDS[0], max_new_tokens=2)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=0)

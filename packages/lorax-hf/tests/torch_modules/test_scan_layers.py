@@ -83,7 +83,7 @@ def test_names_are_those_of_single_layers(models):
     fn, _ = lorax_hf.from_torch(models["gpt_oss"], scan_layers=True)
     names = lorax_hf.peft_names(fn)
     assert names["model.layers.1:4:2.mlp.experts.down_proj"] == {
-        "layout": "Experts",
+        "type": "Experts",
         "module": "model.layers.{}.mlp.experts",
         "parameter": "down_proj",
         "order": 2,

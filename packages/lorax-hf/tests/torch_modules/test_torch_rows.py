@@ -1,4 +1,4 @@
-"""`spec`, `peft_names` and `lora` for PyTorch modules: what is chosen, its axes, its layout."""
+"""`spec`, `peft_names` and `lora` for PyTorch modules: choices, axes, PyTorch names."""
 
 import re
 
@@ -139,34 +139,34 @@ def test_weights_of_unknown_axes_are_named():
         spec = lorax_hf.spec(module, rank=2, targets=lambda name: name != "embed")
     assert spec["across.weight"] == spec["scores"] == lorax.LORA_FREEZE
     assert spec["window.weight"].in_axes == (1, 2)
-    with pytest.raises(TypeError, match="`inputs` is a tuple or a dict"):
+    with pytest.raises(TypeError, match="`inputs` must be a tuple or a dict"):
         lorax_hf.spec(module, targets=["across"], inputs=jnp.asarray(IDS))
 
 
 def test_names():
     names = lorax_hf.peft_names(Mixed())
     assert names["head.weight"] == {
-        "layout": "Linear",
+        "type": "Linear",
         "module": "head",
         "in_axes": [1],
         "out_axes": [0],
     }
-    assert names["turned.weight"]["layout"] == "Conv1D"
-    assert names["embed.weight"]["layout"] == "Embedding"
+    assert names["turned.weight"]["type"] == "Conv1D"
+    assert names["embed.weight"]["type"] == "Embedding"
     assert names["window.weight"]["channel_axis"] == 1 and "grouped" not in names["window.weight"]
     assert names["groups.weight"]["grouped"] is True
     for path in ("across.weight", "head.bias"):
         module, _, parameter = path.rpartition(".")
-        assert names[path] == {"layout": "Tensor", "module": module, "parameter": parameter}
+        assert names[path] == {"type": "Tensor", "module": module, "parameter": parameter}
     assert names["scores"] == {
-        "layout": "Parameter",
+        "type": "Parameter",
         "module": "",
         "parameter": "scores",
         "order": 0,
     }
     experts = lorax_hf.peft_names(tiny_torch.causal("mixtral"))
     assert experts[f"{LAYER}mlp.experts.down_proj"] == {
-        "layout": "Experts",
+        "type": "Experts",
         "module": f"{LAYER}mlp.experts",
         "parameter": "down_proj",
         "order": 1,

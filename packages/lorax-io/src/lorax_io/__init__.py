@@ -7,16 +7,20 @@ shell.
 
 import importlib.metadata
 import inspect
+from typing import Any
 
 from ._bases.load_base import load_base as load_base
 from ._bases.merged import save_merged as save_merged
 from ._errors import (
+    UNTIL as _UNTIL,
     AdapterError as AdapterError,
     AdapterFileError as AdapterFileError,
     AdapterMismatchError as AdapterMismatchError,
     AdapterNotFoundError as AdapterNotFoundError,
     AdapterWarning as AdapterWarning,
+    AdapterWriteError as AdapterWriteError,
     UnsupportedAdapterError as UnsupportedAdapterError,
+    warn as _warn,
 )
 from ._formats.diffusers import save_diffusers as save_diffusers
 from ._formats.keras import save_keras as save_keras
@@ -39,22 +43,22 @@ from ._formats.peft.folder import load_peft as load_peft, save_peft as save_peft
 from ._formats.tunix import save_tunix as save_tunix
 from ._frozen import load_frozen as load_frozen, save_frozen as save_frozen
 from ._hub import pull_from_hub as pull_from_hub, push_to_hub as push_to_hub
-from ._layouts import (
-    Conv as Conv,
-    Conv1D as Conv1D,
-    Embedding as Embedding,
-    Experts as Experts,
-    Layout as Layout,
-    Linear as Linear,
-    Parameter as Parameter,
-    Tensor as Tensor,
-)
 from ._names import (
     flax_names as flax_names,
     read_names as read_names,
     write_names as write_names,
 )
-from ._plain_layouts import Names as Names
+from ._plain_names import Names as Names
+from ._torch_names import (
+    Conv as Conv,
+    Conv1D as Conv1D,
+    Embedding as Embedding,
+    Experts as Experts,
+    Linear as Linear,
+    Parameter as Parameter,
+    Tensor as Tensor,
+    TorchName as TorchName,
+)
 
 __version__ = importlib.metadata.version("lorax-io")
 
@@ -64,16 +68,17 @@ __all__ = [
     "AdapterMismatchError",
     "AdapterNotFoundError",
     "AdapterWarning",
+    "AdapterWriteError",
     "Conv",
     "Conv1D",
     "Embedding",
     "Experts",
-    "Layout",
     "Linear",
     "Names",
     "OpenedAdapter",
     "Parameter",
     "Tensor",
+    "TorchName",
     "UnsupportedAdapterError",
     "flax_names",
     "load_adapter",
@@ -105,3 +110,10 @@ __all__ = [
 for _value in [globals()[_name] for _name in __all__]:
     if inspect.isclass(_value) or inspect.isfunction(_value):
         _value.__module__ = __name__
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Layout":
+        _warn(f"lorax_io.Layout is called `TorchName` now. {_UNTIL}", DeprecationWarning)
+        return TorchName
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,15 @@ from pathlib import Path
 
 from lorax import LoraxError, LoraxWarning
 
+# The reason of an `AdapterWriteError`.
+UNEQUAL = (
+    "what was written does not read back the same, so it was removed. Check the disk, or write to "
+    "another one."
+)
+
+# The end of each `DeprecationWarning`.
+UNTIL = "The old name will be removed in the next minor version."
+
 _LONGEST = 1000  # characters in a message; a name from an untrusted file may be megabytes long
 
 _place: contextvars.ContextVar[str | None] = contextvars.ContextVar("place", default=None)
@@ -48,6 +57,10 @@ class AdapterNotFoundError(AdapterError, FileNotFoundError):
     """The file or folder does not exist."""
 
 
+class AdapterWriteError(AdapterError, OSError):
+    """What was written does not read back the same; a file that was there before is kept."""
+
+
 class AdapterFileError(AdapterError):
     """The file is damaged, or is not of the expected format."""
 
@@ -64,11 +77,11 @@ class AdapterWarning(LoraxWarning):
     """Part of an adapter was left out, or may have changed."""
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = AdapterWarning) -> None:
     """Warns, naming the current place, at the line of the user's code that called this package."""
     place = _place.get()
     text = message if place is None else f"{place}: {message}"
-    warnings.warn(text, AdapterWarning, stacklevel=_level_of_caller())
+    warnings.warn(text, category, stacklevel=_level_of_caller())
 
 
 def _level_of_caller() -> int:

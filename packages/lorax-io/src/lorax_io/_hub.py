@@ -6,6 +6,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from lorax import MissingPackageError
+
 from ._errors import AdapterError, AdapterNotFoundError, about
 from ._formats.peft.config import CONFIG_NAME, PeftConfig
 from ._formats.peft.folder import WEIGHTS_NAME, open_peft
@@ -131,7 +133,9 @@ def _import_hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError('the Hub needs huggingface_hub: pip install "lorax-io[hub]"') from error
+        raise MissingPackageError(
+            'the Hub needs huggingface_hub: pip install "lorax-io[hub]"'
+        ) from error
     return huggingface_hub
 
 

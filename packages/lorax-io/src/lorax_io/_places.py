@@ -20,7 +20,7 @@ from lorax import Adapter, Axes
 from ._errors import AdapterMismatchError
 
 if TYPE_CHECKING:
-    from ._layouts import Layout
+    from ._torch_names import TorchName
 
 Array = np.ndarray[Any, Any]
 Groups = tuple[tuple[int, ...], ...]  # for each axis of a tensor, the axes it combines
@@ -37,9 +37,9 @@ class Factor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A layout, resolved against the path and the shape of a parameter."""
+    """A name, resolved against the path and the shape of a parameter."""
 
-    layout: "Layout"
+    torch_name: "TorchName"
     path: str
     shape: tuple[int, ...]
     axes: Axes
@@ -53,30 +53,31 @@ class Place:
     def stack(self) -> tuple[int, ...]:
         """The shared axes that index modules; those within one tensor are not among them."""
         shared = self.axes.shared
-        return shared[: len(shared) - self.layout.stacked_in_tensor]
+        return shared[: len(shared) - self.torch_name.stacked_in_tensor]
 
     @functools.cached_property
     def modules(self) -> dict[tuple[int, ...], str]:
         """The module's name by index into the stack; only `()` if nothing is stacked."""
         entries = itertools.product(*(range(self.shape[d]) for d in self.stack))
-        numbers = self.layout.numbers
+        numbers = self.torch_name.numbers
         sizes = [self.shape[d] for d in self.stack]
         if numbers is not None and sizes != [len(numbers)]:
             raise AdapterMismatchError(
-                f"its layout numbers {len(numbers)} modules, and it stacks {sizes}.", self.path
+                f"its entry in `names` numbers {len(numbers)} modules, and it stacks {sizes}.",
+                self.path,
             )
         named = lambda index: index if numbers is None else (numbers[index[0]],)  # noqa: E731
-        return {index: self.layout.module.format(*named(index)) for index in entries}
+        return {index: self.torch_name.module.format(*named(index)) for index in entries}
 
     @functools.cached_property
     def whole(self) -> Groups:
         """The axes of the parameter's own tensor."""
-        return self.layout.whole(self.axes)
+        return self.torch_name.whole(self.axes)
 
     @functools.cached_property
     def inputs(self) -> Groups:
         """The input axes of the tensor: the channel, then the window."""
-        return self.layout.inputs(self.axes)
+        return self.torch_name.inputs(self.axes)
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -86,20 +87,20 @@ class Place:
     @functools.cached_property
     def factors(self) -> tuple[Factor, ...]:
         """The tensors of LoRA's factors."""
-        return self.layout.factors(self.axes)
+        return self.torch_name.factors(self.axes)
 
     @functools.cached_property
     def magnitude(self) -> tuple[Factor, ...]:
         """The tensor of DoRA's magnitudes."""
-        return self.layout.magnitude(self.axes)
+        return self.torch_name.magnitude(self.axes)
 
     def pattern_name(self, module: str) -> str:
         """The name by which PEFT targets a module, or a parameter of one (`by_parameter`)."""
-        return f"{module}.{self.layout.parameter}" if self.layout.by_parameter else module
+        return f"{module}.{self.torch_name.parameter}" if self.torch_name.by_parameter else module
 
-    def with_layout(self, layout: "Layout") -> "Place":
-        """The same parameter in another layout."""
-        return dataclasses.replace(self, layout=layout)
+    def with_torch_name(self, torch_name: "TorchName") -> "Place":
+        """The same parameter under another name."""
+        return dataclasses.replace(self, torch_name=torch_name)
 
 
 class Axed(NamedTuple):

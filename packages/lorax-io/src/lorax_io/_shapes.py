@@ -86,24 +86,29 @@ def base_sizes(weight: Adapter) -> Sequence[int | None]:
     """The size of each of the base's axes, inferred from the factors; None if it is not known.
 
     Raises:
-        ValueError: if the factors fit no base.
+        AdapterMismatchError: if the factors fit no base.
     """
     ndim = sum(map(len, weight.axes))
     try:
         weight.axes.check(weight.kind, ndim)
         layout = weight.layout((1,) * ndim)
     except SpecError as error:
-        raise ValueError(str(error)) from error
+        raise AdapterMismatchError(str(error)) from error
     except _ERRORS:
         return [None] * ndim  # a kind that splits the axes into blocks
     sizes: dict[Any, int] = {}
     for name, factor in weight.factors().items():
         labels = layout.factors[name]
         if len(labels) != len(factor.shape):
-            raise ValueError(f"{name} has {len(factor.shape)} axes, not {len(labels)}")
+            raise AdapterMismatchError(
+                f"the factor {name} has {len(factor.shape)} axes, not {len(labels)}"
+            )
         for label, size in zip(labels, factor.shape, strict=True):
             if sizes.setdefault(label.id, size) != size:
-                raise ValueError(f"{name} has shape {tuple(factor.shape)}")
+                raise AdapterMismatchError(
+                    f"the factor {name} has the shape {tuple(factor.shape)}, which does not fit "
+                    "the other factors"
+                )
     return [
         math.prod(sizes[label.id] for label in labels)
         if all(label.id in sizes for label in labels)
@@ -120,7 +125,7 @@ def base_shape(weight: Adapter) -> tuple[int, ...] | None:
     shape = tuple(size for size in sizes if size is not None)
     shapes = {name: tuple(factor.shape) for name, factor in weight.factors().items()}
     if weight.layout(shape).shapes() != shapes:
-        raise ValueError(f"factors of {shapes}")
+        raise AdapterMismatchError(f"the factors have the shapes {shapes}, which fit no weight")
     return shape
 
 

@@ -256,7 +256,7 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
 @pytest.mark.parametrize("form", ["fp8 with a scale"])
 def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
-    shell.succeed("merge adapter --base base --out m --requantize", "coded again")
+    shell.succeed("merge adapter --base base --out m --requantize", "quantized again")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
     assert {n: (x.shape, x.dtype) for n, x in after.items()} == {
         n: (x.shape, x.dtype) for n, x in before.items()
@@ -272,7 +272,9 @@ def test_requantize_fp8_in_blocks(shell, files):
     write(files, Q, {"weight": codes, "weight_scale_inv": scales})
     pair = files.pair(Q, 256, 128)
     files.peft(pair, target_modules=["q_proj"])
-    out = shell.succeed("merge adapter --base base --out m --requantize", "coded again; of all 1")
+    out = shell.succeed(
+        "merge adapter --base base --out m --requantize", "quantized again; of all 1"
+    )
     assert "1 of them adapted" in out
     tensors = files.read("m/model.safetensors")
     each = np.repeat(tensors[f"{Q}.weight_scale_inv"], 128, 0)

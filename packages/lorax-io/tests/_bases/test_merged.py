@@ -183,7 +183,7 @@ def test_an_empty_folder_is_filled_and_others_raise(folder):
 
 
 def without(names, *paths):
-    return {path: layout for path, layout in names.items() if path not in paths}
+    return {path: torch_name for path, torch_name in names.items() if path not in paths}
 
 
 def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -200,7 +200,7 @@ def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
         (spoiled(gpt2=make_pair()[1]["gpt2"]), NAMES, "adapts `gpt2`"),
         (spoiled(more=jnp.ones(3)), NAMES, "adapts `more`"),
     ],
-    ids=["no layout", "same tensor", "same layer", "no base", "not in the base"],
+    ids=["no name", "same tensor", "same layer", "no base", "not in the base"],
 )
 def test_a_model_that_would_be_wrong_raises(folder, tmp_path, pair, names, message):
     frozen, tunable = pair

@@ -95,7 +95,7 @@ def test_disjoint_adapters(shell):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("combine one two --out x --weights 1", "2 adapters, and there are 1 weights"),
+        ("combine one two --out x --weights 1", "2 adapters, but --weights has 1 numbers"),
         ("combine one two --out x --method cat", "not one of concatenate"),
         ("combine one two --out x --method linear", "needs equal ranks"),
         ("combine one two --out x --method ties", "takes a density"),

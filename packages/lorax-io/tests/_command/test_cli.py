@@ -201,10 +201,10 @@ def torch_name(path):
 
 
 def to_torch(path, array):
-    layout = NAMES[path]
-    if isinstance(layout, Conv):
+    name = NAMES[path]
+    if isinstance(name, Conv):
         array = array.transpose(3, 2, 0, 1)
-    elif isinstance(layout, Linear):
+    elif isinstance(name, Linear):
         array = array.T
     return np.ascontiguousarray(array)
 
@@ -435,7 +435,7 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
         ({"q": Linear("h.{}.q", shared_axes=(0,))}, "lacks some of the modules"),
         ({"q": Linear("h.{}.q", shared_axes=(0,), numbers=(0, 2))}, "lacks `h.2.q`"),
     ],
-    ids=["module", "heads", "layout", "no number", "gap", "numbers"],
+    ids=["module", "heads", "type", "no number", "gap", "numbers"],
 )
 def test_convert_refuses_names_that_do_not_fit(names, message, capsys):
     tunable = make_tunable(PLAIN[:1])
@@ -538,13 +538,13 @@ def test_merge_recognizes_weights_of_gpt2(capsys):
 @pytest.mark.parametrize("out_first", [False, True])
 def test_merge_tells_the_axes_of_experts(out_first, swapped, capsys):
     path = "h/0/experts/down"
-    layout = Experts(
+    experts = Experts(
         "h.0.experts", parameter="down", shared_axes=(0,), swapped=swapped, out_first=out_first
     )
     tunable = make_tunable((path,))
-    save_peft("peft", tunable, {path: layout})
+    save_peft("peft", tunable, {path: experts})
     params = make_params((path,))
-    save_merged("expected", params, tunable, {path: layout})
+    save_merged("expected", params, tunable, {path: experts})
     base = params[path].swapaxes(1, 2) if out_first else params[path]
     safetensors.numpy.save_file({torch_name(path): base.copy()}, "base.safetensors")
     succeed("merge peft --base base.safetensors --out merged", capsys)
@@ -646,7 +646,9 @@ def test_merge_refuses_experts_with_as_many_inputs_as_outputs(capsys):
     weight = lora(jnp.ones((4, 3, 1)), jnp.ones((4, 1, 3)), **EXPERT_AXES)
     save_peft("peft", {"e": weight}, names)
     safetensors.numpy.save_file({"experts.up": np.ones((4, 3, 3))}, "base.safetensors")
-    assert "which of its axes" in fail("merge peft --base base.safetensors --out merged", capsys)
+    assert "its axes are ambiguous" in fail(
+        "merge peft --base base.safetensors --out merged", capsys
+    )
 
 
 # Errors

@@ -46,7 +46,7 @@ def test_half_precision_is_rounded_once(shell, files, two):
 
 
 def test_scales_are_one_or_one_for_each(shell, two):
-    assert "2 adapters, and there are 3 scales" in shell.fail(
+    assert "2 adapters, but --scale has 3 numbers" in shell.fail(
         "merge one two --base base --out merged --scale 1 2 3"
     )
 

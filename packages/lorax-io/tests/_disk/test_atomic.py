@@ -385,15 +385,20 @@ def test_saving_through_a_link_to_nothing_makes_its_target(tmp_path):
     ("form", "path", "error", "message"),
     [
         ("native", "folder", AdapterFileError, "folder: is a folder; a file is to be written"),
-        ("native", "absent/file", AdapterNotFoundError, "there is not a folder .*absent; make it"),
+        (
+            "native",
+            "absent/file",
+            AdapterNotFoundError,
+            "absent is not a folder; create it",
+        ),
         (
             "native",
             "file/file",
             AdapterNotFoundError,
-            "there is not a folder .*file; make it first",
+            "file is not a folder; create it first",
         ),
-        ("peft", "file", AdapterFileError, "file: cannot be made a folder"),
-        ("peft", "file/folder", AdapterFileError, "folder: cannot be made a folder"),
+        ("peft", "file", AdapterFileError, "file: cannot be created"),
+        ("peft", "file/folder", AdapterFileError, "folder: cannot be created"),
     ],
 )
 def test_unwritable_path_raises(tmp_path, form, path, error, message):

@@ -57,7 +57,7 @@ def check(file, deltas):
     """The file has the changes of each module, fused, and diffusers' names have them again."""
     opened = open_adapter(file)
     flat = "lora_unet_" if opened.format == "kohya" else ""
-    rows = {layout.module: opened.rows[path] for path, layout in opened.names.items()}
+    rows = {torch_name.module: opened.rows[path] for path, torch_name in opened.names.items()}
     merged = {
         name: np.asarray(row.scale * np.asarray(row.a) @ np.asarray(row.b))
         for name, row in rows.items()

@@ -64,7 +64,7 @@ def test_the_command_opens_and_converts_it(shell, files):
     shell.succeed("convert a.lora.h5 adapter --to peft")
     shell.succeed("convert adapter b.lora.h5 --to keras")
     again = open_adapter("b.lora.h5")
-    assert {layout.module for layout in again.names.values()} == {"11", "3"}
+    assert {torch_name.module for torch_name in again.names.values()} == {"11", "3"}
 
 
 REFUSED = {
@@ -89,7 +89,7 @@ REFUSED = {
     "a name": (None, NAMES | {"out": Linear("output")}, AdapterMismatchError, "number of a layer"),
     "a convolution": (None, NAMES | {"out": Conv("3")}, AdapterMismatchError, "not a Linear"),
     "one number twice": (None, NAMES | {"out": Linear("11")}, AdapterMismatchError, "two param"),
-    "no layout": (None, {"out": Linear("3")}, AdapterMismatchError, "no module for `query`"),
+    "no name": (None, {"out": Linear("3")}, AdapterMismatchError, "no module for `query`"),
 }
 
 

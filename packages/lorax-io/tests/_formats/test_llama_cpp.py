@@ -128,9 +128,9 @@ def test_other_configs_raise(files, tmp_path, config, error, message):
 
 def test_kinds_llama_cpp_cannot_hold_raise(files, tmp_path):
     row = make(files)["lm_head"]
-    for layout in (Linear("model.other"), Embedding("model.embed_tokens"), Conv("conv")):
+    for torch_name in (Linear("model.other"), Embedding("model.embed_tokens"), Conv("conv")):
         with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)):
-            save_gguf("a.gguf", {"x": row}, {"x": layout}, config=CONFIG)
+            save_gguf("a.gguf", {"x": row}, {"x": torch_name}, config=CONFIG)
     with pytest.raises(UnsupportedAdapterError):
         save_gguf("a.gguf", {"x": jnp.ones((3, 4))}, {"x": Linear("lm_head")}, config=CONFIG)
     assert list(tmp_path.iterdir()) == []

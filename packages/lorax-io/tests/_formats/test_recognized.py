@@ -89,8 +89,8 @@ def test_file_format_is_detected_by_content(files, case):
     adapter = open_adapter("a.safetensors")
     assert (adapter.format, adapter.part) == (case.form, case.part)
     [row] = adapter.rows.values()
-    [layout] = adapter.names.values()
-    assert layout.module == case.module
+    [torch_name] = adapter.names.values()
+    assert torch_name.module == case.module
     assert row.scale == case.scale
     np.testing.assert_allclose(delta_of(row), delta, rtol=1e-5)
 

@@ -152,11 +152,11 @@ def test_the_command_opens_and_converts_it(shell):
     shell.succeed("convert a b --to tunix --alpha 6")
     shell.succeed("diff a b")
     shell.succeed("convert a peft --to peft --rename ^layers model.layers")
-    names = {layout.module for layout in open_adapter("peft").names.values()}
+    names = {torch_name.module for torch_name in open_adapter("peft").names.values()}
     assert names == {"model.layers.0.q", "model.layers.0.out", "mlp.gate", "mlp.kernel"}
 
 
-def test_a_base_in_the_layout_of_pytorch_is_merged_with(shell, files):
+def test_a_base_with_axes_as_in_pytorch_is_merged_with(shell, files):
     pair = make()
     save_tunix("a", pair.tunable)
     tree = {path: x for path, x in zip(PATHS, jax.tree.leaves(PARAMS), strict=True)}
@@ -229,7 +229,7 @@ def test_an_alpha_of_zero_is_multiplied_into_b(tmp_path):
     save_tunix(tmp_path / "a", {"w": weight})
     row = load_any(tmp_path / "a", {"w": jnp.ones((5, 3))}).tunable["w"]
     assert row.scale and not row.b.any()
-    with pytest.raises(AdapterError, match="alpha=0; it is a finite number other than 0"):
+    with pytest.raises(AdapterError, match="alpha=0; it must be a finite number other than 0"):
         save_tunix(tmp_path / "b", {"w": weight}, alpha=0)
 
 

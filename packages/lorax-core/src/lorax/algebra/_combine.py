@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter import Adapter
-from .._errors import PairError, SpecError
+from .._errors import ArgumentError, PairError, SpecError
 from ..kinds.lora import LoraWeight
 from ._matrices import Approximation, Matrices, flatten_adapters, plus, relative_error, truncated
 
@@ -88,7 +88,7 @@ def combine_adapters(
         delta against `Σ weight · delta`.
 
     Raises:
-        ValueError: for invalid settings.
+        ArgumentError: for invalid settings.
         PairError: where the trees are not adapters of one base, are not plain LoRA, or several of
             them train one parameter in full.
 
@@ -133,11 +133,11 @@ class _Part(NamedTuple):
 
 
 def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key: Any) -> _Options:
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"combine_adapters: {why}")
+    def refuse(why: str) -> ArgumentError:
+        return ArgumentError(f"combine_adapters: {why}")
 
     if not isinstance(adapters, Mapping):
-        raise TypeError(
+        raise ArgumentError(
             f"combine_adapters takes a mapping from names to (adapter, weight), not "
             f"{type(adapters).__name__}."
         )
@@ -145,7 +145,7 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
         raise refuse("there are no adapters to combine.")
     for name, weight in ((name, weight) for name, (_, weight) in adapters.items()):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise refuse(f"the weight of {name!r} is {weight!r}; it is a finite number.")
+            raise refuse(f"the weight of {name!r} is {weight!r}; it must be a finite number.")
     entrywise = METHODS.get(method.removesuffix("_svd"))
     if method not in ("concatenate", "svd") and (entrywise is None or method == "linear_svd"):
         pruning = [name for name in METHODS if name != "linear"]
@@ -154,14 +154,14 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
     if rank is not None and not method.endswith("svd"):
         raise refuse(f"rank={rank} goes with a method that ends in 'svd', and not with {method!r}.")
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise refuse(f"rank={rank!r}; it is a positive int.")
+        raise refuse(f"rank={rank!r}; it must be a positive int.")
     prunes = entrywise is not None and entrywise.prune is not None
     if prunes and (density is None or not 0 < density <= 1):
         raise refuse(f"{method!r} takes a density above 0 and at most 1, and got {density!r}.")
     if not prunes and density is not None:
         raise refuse(f"{method!r} prunes nothing; leave density={density!r} out.")
     if signs not in ("total", "frequency"):
-        raise refuse(f"signs={signs!r}; it is 'total' or 'frequency'.")
+        raise refuse(f"signs={signs!r}; it must be 'total' or 'frequency'.")
     if entrywise is not None and entrywise.prune == "random" and key is None:
         raise refuse(f"{method!r} drops random entries; give it a key.")
     return _Options(method, rank, 1.0 if density is None else float(density), signs, key)
@@ -245,7 +245,7 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
     ranks = {part.name: part.leaf.rank for part in parts}
     if len(set(ranks.values())) > 1:
         listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
-        raise ValueError(
+        raise ArgumentError(
             f"combine_adapters: {options.method!r} adds factors, which needs equal ranks, and at "
             f"`{path}` {listed}. Use 'concatenate' or 'svd'"
             + (f", or '{options.method}_svd'." if options.method != "linear" else ".")

@@ -13,7 +13,7 @@ import numpy as np
 from .._arrays import own
 from .._axes import Axes
 from .._contract import wide_dtype
-from .._errors import SpecError, UnadaptedWarning
+from .._errors import ArgumentError, SpecError, UnadaptedWarning
 from .._init import flatten_spec
 from .._pair import Pair, flatten_params
 from .._spec import LORA_FREEZE, LORA_FULL, check_leaf, some
@@ -73,7 +73,7 @@ def extract_lora(
 
     Raises:
         SpecError: where the spec does not fit or has adapters of other kinds.
-        ValueError: where the trees differ in structure or shapes.
+        ArgumentError: where the trees differ in structure or shapes.
 
     Warns:
         UnadaptedWarning: names frozen parameters that differ in `tuned`; the result lacks these
@@ -93,7 +93,7 @@ def extract_lora(
     leaves, structure = flatten_params(base)
     after, other = flatten_params(tuned)
     if other != structure:
-        raise ValueError(
+        raise ArgumentError(
             f"extract_lora: base has the structure {structure} and tuned {other}; both are "
             "parameters of one model."
         )
@@ -104,9 +104,9 @@ def extract_lora(
     left_out: list[str] = []
     for (path, leaf), (_, new), leaf_spec in zip(leaves, after, specs, strict=True):
         if jnp.shape(leaf) != jnp.shape(new):
-            raise ValueError(
+            raise ArgumentError(
                 f"extract_lora: `{path}` is {jnp.shape(leaf)} in base and {jnp.shape(new)} in "
-                "tuned; both are parameters of one model."
+                "tuned; both must be parameters of one model."
             )
         checked = check_leaf(path, leaf, leaf_spec)
         if checked == LORA_FULL:

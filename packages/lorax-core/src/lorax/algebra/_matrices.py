@@ -17,7 +17,7 @@ import numpy as np
 
 from .._arrays import path_string
 from .._axes import Axes
-from .._errors import PairError
+from .._errors import ArgumentError, PairError
 from .._pair import is_tunable_leaf
 from .._terms import Label, Labels, Term
 from .._within import Within
@@ -156,9 +156,11 @@ def energy_of(function: str, energy: float | None, tolerance: float | None) -> f
     """Returns the fraction of the energy to keep, given it or a relative error as `tolerance`."""
     for name, value in (("energy", energy), ("tolerance", tolerance)):
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{function}: {name} is {value!r}; it is a number from 0 to 1.")
+            raise ArgumentError(
+                f"{function}: {name} is {value!r}; it must be a number from 0 to 1."
+            )
     if energy is not None and tolerance is not None:
-        raise ValueError(f"{function}: give energy or tolerance; energy is 1 − tolerance².")
+        raise ArgumentError(f"{function}: give energy or tolerance; energy is 1 − tolerance².")
     return energy if tolerance is None else 1 - tolerance**2
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter import Adapter
-from .._errors import PairError
+from .._errors import ArgumentError, PairError
 from .._pair import ABSENT, Leaf, flatten_pair, two_trees
 from ..kinds.lora import LoraWeight
 from ._matrices import (
@@ -48,7 +48,7 @@ def resize_adapter(
         The tree, with fully trained parameters unchanged, and the relative error of each path.
 
     Raises:
-        ValueError: where neither a rank nor an energy is given, or one is out of range.
+        ArgumentError: where neither a rank nor an energy is given, or one is out of range.
         PairError: for an adapter that is not plain LoRA.
 
     Example:
@@ -62,9 +62,9 @@ def resize_adapter(
     """
     share = energy_of("resize_adapter", energy, tolerance)
     if rank is None and share is None:
-        raise ValueError("resize_adapter: give a rank, an energy or a tolerance.")
+        raise ArgumentError("resize_adapter: give a rank, an energy or a tolerance.")
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise ValueError(f"resize_adapter: rank is {rank!r}; it is a positive int.")
+        raise ArgumentError(f"resize_adapter: rank is {rank!r}; it must be a positive int.")
     leaves, structure = flatten_adapters(tunable)
     errors: dict[str, float] = {}
     resized = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter import Adapter
-from .._errors import PairError
+from .._errors import ArgumentError, PairError, SlotError
 from .._pair import is_tunable_leaf
 from ..algebra._matrices import flatten_adapters
 from ..kinds.lora import LoraWeight
@@ -76,7 +76,7 @@ def stack_adapters(
 
     Raises:
         PairError: where the trees are not adapters of one base, or cannot be stacked.
-        ValueError: where there are no adapters, or more than slots.
+        ArgumentError: where there are no adapters, or more than slots.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -88,13 +88,15 @@ def stack_adapters(
         ((4, 5, 3), 4)
     """
     if isinstance(adapters, Mapping):
-        raise TypeError("stack_adapters takes a sequence of tunable trees, not one tree.")
+        raise ArgumentError("stack_adapters takes a sequence of tunable trees, not one tree.")
     adapters = list(adapters)
     if not adapters:
-        raise ValueError("stack_adapters: there are no adapters to stack.")
+        raise ArgumentError("stack_adapters: there are no adapters to stack.")
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
-        raise ValueError(f"stack_adapters: {len(adapters)} adapters do not fit {slots} slots.")
+        raise ArgumentError(
+            f"stack_adapters: {len(adapters)} adapters do not fit into {slots} slots."
+        )
     flat = [flatten_adapters(tree) for tree in adapters]
     leaves, structure = flat[0]
     for k, (_, other) in enumerate(flat):
@@ -119,7 +121,7 @@ def stack_adapters(
         if isinstance(blank, LoraWeight):
             scales[path] = jnp.asarray(records[path].scale())
     if all(node is None for node in stacked):
-        raise ValueError("stack_adapters: the trees have no adapters.")
+        raise ArgumentError("stack_adapters: the trees have no adapters.")
     return AdapterBank(jax.tree.unflatten(structure, stacked), scales, records)
 
 
@@ -169,7 +171,7 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
         The new bank; the old one is unchanged.
 
     Raises:
-        IndexError: where there is no such slot.
+        SlotError: where there is no such slot.
         PairError: where the tree belongs to another base, adapts a target that the bank does not,
             or has a higher rank or another dtype.
 
@@ -226,7 +228,7 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
         The new bank; the old one is unchanged.
 
     Raises:
-        IndexError: where there is no such slot.
+        SlotError: where there is no such slot.
         PairError: where the neutral factors depend on the base.
 
     Example:
@@ -279,10 +281,10 @@ def interleave_adapters(bank: AdapterBank) -> InterleavedBank:
 
 
 def check_bank(function: str, bank: Any, *others: type) -> None:
-    """Raises `TypeError` for anything but a bank of a type that the function accepts."""
+    """Raises `ArgumentError` for anything but a bank of a type that the function accepts."""
     if not isinstance(bank, (AdapterBank, *others)):
-        raise TypeError(
-            f"{function} takes a bank, as `stack_adapters` returns it, and was given "
+        raise ArgumentError(
+            f"{function} takes a bank, as `stack_adapters` returns it, but got "
             f"{type(bank).__name__}."
         )
 
@@ -290,7 +292,7 @@ def check_bank(function: str, bank: Any, *others: type) -> None:
 def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
     check_bank(function, bank)
     if not isinstance(index, int | np.integer) or not 0 <= index < bank.slots:
-        raise IndexError(
+        raise SlotError(
             f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."
         )
 

@@ -11,7 +11,7 @@ from .._adapter import Adapter, Layout, static
 from .._arrays import path_string
 from .._compat import is_tracer
 from .._contract import product_dtype
-from .._errors import PairError
+from .._errors import ArgumentError, PairError, SlotError
 from .._factored import FactoredArray
 from .._pair import is_tunable_leaf
 from .._terms import Label
@@ -106,8 +106,8 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         A tunable tree for `lora(fn)`.
 
     Raises:
-        IndexError: where there is no such slot.
-        TypeError: where the index is not a scalar integer.
+        SlotError: where there is no such slot.
+        ArgumentError: where the index is not a scalar integer.
         PairError: where the bank has fully trained parameters, or a kind of adapter without
             `neutral` factors.
 
@@ -126,12 +126,12 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     check_bank("select_adapters", bank)
     index = jnp.asarray(index)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(
-            f"select_adapters: the index is {index.dtype}{list(index.shape)}; it is a scalar "
+        raise ArgumentError(
+            f"select_adapters: the index is {index.dtype}{list(index.shape)}; it must be a scalar "
             "integer. For an index of each row, call it under jax.vmap over the rows."
         )
     if not is_tracer(index) and not -1 <= int(index) < bank.slots:
-        raise IndexError(
+        raise SlotError(
             f"select_adapters: there is no slot {int(index)}; the bank has 0 to {bank.slots - 1}, "
             "and -1 is the base."
         )
@@ -204,7 +204,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
         A tunable tree for `lora(fn)`.
 
     Raises:
-        ValueError: where there is not a weight for each slot.
+        ArgumentError: where there is not a weight for each slot.
         PairError: where the bank has full parameters, or adapters that multiply the base.
 
     Example:
@@ -220,7 +220,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     check_bank("mix_adapters", bank, InterleavedBank)
     weights = jnp.asarray(weights)
     if weights.shape != (bank.slots,) or not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(
+        raise ArgumentError(
             f"mix_adapters: the weights are {weights.dtype}{list(weights.shape)}; they are floats, "
             f"one for each of the {bank.slots} slots. For weights of each row, call it under "
             "jax.vmap over the rows."

@@ -55,7 +55,7 @@ class Affine(Format):
         check_block(self.block)
         check_block(self.group)
         if self.bits not in (4, 8):
-            raise SpecError(f"Affine has codes of {self.bits!r} bits; they have 4 or 8.")
+            raise SpecError(f"Affine has bits={self.bits!r}; it must be 4 or 8.")
 
     def dtypes(self) -> tuple[Any, ...]:
         """The dtype of the codes."""

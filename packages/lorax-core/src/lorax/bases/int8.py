@@ -59,6 +59,4 @@ class Int8(Format):
 def check_block(block: Any) -> None:
     """Raises `SpecError` for an invalid block size."""
     if block is not None and (type(block) is not int or block < 1):
-        raise SpecError(
-            f"A block has {block!r} entries; it has a positive number of them, or None."
-        )
+        raise SpecError(f"block={block!r}; it must be a positive int, or None.")

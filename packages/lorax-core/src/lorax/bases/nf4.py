@@ -52,7 +52,7 @@ class NF4(Format):
         """Raises `SpecError` for invalid settings."""
         if type(self.block) is not int or not SMALLEST <= self.block <= LARGEST:
             raise SpecError(
-                f"NF4 has a block of {self.block!r}; it has {SMALLEST} to {LARGEST} entries."
+                f"NF4 has block={self.block!r}; it must be from {SMALLEST} to {LARGEST}."
             )
 
     def dtypes(self) -> tuple[Any, ...]:

@@ -25,8 +25,8 @@ def channel_axis_of(path: str, spec: Any, ndim: int, axes: Axes) -> int:
     (channels,) = normalize(path, ndim, "channel_axis", (spec.channel_axis,))
     if channels not in axes.inputs:
         raise SpecError(
-            f"`{path}` has {a_kind(spec)} with channel_axis={spec.channel_axis}; it is one of the "
-            f"input axes {axes.inputs}."
+            f"`{path}` has {a_kind(spec)} with channel_axis={spec.channel_axis}; it must be "
+            f"one of the input axes {axes.inputs}."
         )
     return channels
 
@@ -50,7 +50,7 @@ def has_window(shape: tuple[int, ...], axes: Axes, channels: int) -> bool:
 def check_tucker(path: str, spec: Any, shape: tuple[int, ...], axes: Axes) -> None:
     """Raises `SpecError` for core settings that do not fit the weight."""
     if type(spec.tucker) is not bool:
-        raise SpecError(f"`{path}` has tucker={spec.tucker!r}; it is True or False.")
+        raise SpecError(f"`{path}` has tucker={spec.tucker!r}; it must be True or False.")
     if not spec.tucker and spec.channel_axis is not None:
         raise SpecError(
             f"`{path}` has {a_kind(spec)} with channel_axis={spec.channel_axis}, which only cores "

@@ -16,6 +16,7 @@ from .._adapter_spec import AdapterSpec, Start, Started
 from .._arrays import path_string
 from .._axes import Axes
 from .._contract import wide_dtype
+from .._errors import ArgumentError
 from .lora import (
     check_rank,
     check_scale,
@@ -240,7 +241,7 @@ def adalora_pruner(
         `step` may be traced. Other leaves of `tunable` are unchanged.
 
     Raises:
-        ValueError: where the numbers are inconsistent.
+        ArgumentError: where the numbers are inconsistent.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -256,9 +257,9 @@ def adalora_pruner(
     """
     end = total_steps - t_final
     if not (target_rank >= 1 and every >= 1 and 0 <= t_init < end <= total_steps):
-        raise ValueError(
+        raise ArgumentError(
             f"adalora_pruner takes target_rank and every from 1, and 0 ≤ t_init < total_steps - "
-            f"t_final, and was given {target_rank=}, {every=}, {t_init=}, {total_steps=}, "
+            f"t_final, but got {target_rank=}, {every=}, {t_init=}, {total_steps=}, "
             f"{t_final=}."
         )
 

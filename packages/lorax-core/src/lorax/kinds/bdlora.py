@@ -131,7 +131,7 @@ class BdloraSpec(AdapterSpec):
         check_scale(path, self.alpha, self.scaling)
         if self.side not in ("in", "out"):
             raise SpecError(
-                f"`{path}` has a BdloraSpec of side {self.side!r}; it is 'in' or 'out'."
+                f"`{path}` has a BdloraSpec of side {self.side!r}; it must be 'in' or 'out'."
             )
         side = axes.inputs if self.side == "in" else axes.outputs
         axis = self._split_axis(path, len(shape), axes)

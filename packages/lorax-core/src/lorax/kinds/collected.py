@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from .._errors import SpecError
+from .._errors import ArgumentError, SpecError
 from .leading import leading_vectors
 
 Factors = tuple[jax.Array, jax.Array | None]
@@ -50,7 +50,7 @@ def _check_rank(path: str, init: str, rank: int, most: int, source: str) -> None
 def _check_choice(path: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         known = ", ".join(map(repr, choices))
-        raise SpecError(f"`{path}` has {name} {value!r}; it is one of {known}.")
+        raise SpecError(f"`{path}` has {name} {value!r}; it must be one of {known}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,9 @@ class EvaStart(CollectedStart):
         """Raises `SpecError` for more components than inputs."""
         _check_rank(path, "eva", rank, fan_in, "inputs")
         if not _is_number(self.rho) or self.rho < 1:
-            raise SpecError(f"`{path}` has an EvaStart with rho={self.rho!r}; it is at least 1.")
+            raise SpecError(
+                f"`{path}` has an EvaStart with rho={self.rho!r}; it must be at least 1."
+            )
 
     def reduced(self, matrix: jax.Array, collected: Any, rank: int) -> Reduced:
         """Returns the largest components, their singular values, and shares of the variance."""
@@ -231,7 +233,7 @@ class LoraGAStart(CollectedStart):
         gamma: Any = self.stable_gamma
         if not _is_number(gamma) or gamma <= 0:
             raise SpecError(
-                f"`{path}` has a LoraGAStart with stable_gamma={gamma!r}; it is above 0."
+                f"`{path}` has a LoraGAStart with stable_gamma={gamma!r}; it must be above 0."
             )
         if 2 * rank > (most := min(fan_in, fan_out)):
             raise SpecError(
@@ -254,7 +256,7 @@ class LoraGAStart(CollectedStart):
         # Of the 2 · rank singular vectors, a takes `rank` of the input side, and b takes `rank` of
         # the output side.
         if len(kept["values"]) < 2 * rank:
-            raise ValueError(f"{len(kept['values'])} vectors of a gradient, of {2 * rank}")
+            raise ArgumentError(f"{len(kept['values'])} vectors of a gradient, of {2 * rank}")
         every = jnp.arange(2 * rank)
         drawn = jax.random.permutation(key, every)[:rank]
         of_a, of_b = {
@@ -283,7 +285,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_positive(path: str, init: str, scale: float) -> None:
     if scale <= 0:
-        raise SpecError(f"`{path}` has scale {scale} and init={init!r}: alpha is positive.")
+        raise SpecError(f"`{path}` has scale {scale} and init={init!r}: alpha must be positive.")
 
 
 COLLECTED: dict[str, CollectedStart] = {

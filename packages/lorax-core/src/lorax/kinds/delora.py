@@ -141,7 +141,7 @@ class DeloraSpec(AdapterSpec):
         first = self.length
         if not isinstance(first, numbers.Real) or not math.isfinite(first) or first == 0:
             raise SpecError(
-                f"`{path}` has length {first!r}; it is a finite number, and not zero, which "
+                f"`{path}` has length {first!r}; it must be a finite number other than zero, which "
                 "would leave all gradients of the factors zero. PEFT's default is 15."
             )
         warn_of_high_rank(path, self.rank, shape, axes)

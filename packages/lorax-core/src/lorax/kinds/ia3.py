@@ -98,7 +98,9 @@ class IA3Spec(AdapterSpec):
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Raises `SpecError` for an invalid side, and for axes that are not of that side."""
         if self.side not in ("out", "in"):
-            raise SpecError(f"`{path}` has an IA3Spec of side {self.side!r}; it is 'out' or 'in'.")
+            raise SpecError(
+                f"`{path}` has an IA3Spec of side {self.side!r}; it must be 'out' or 'in'."
+            )
         over = axes.inputs if self.side == "in" else axes.outputs
         if not set(self._gain_axes(path, len(shape)) or over) <= set(over):
             raise SpecError(

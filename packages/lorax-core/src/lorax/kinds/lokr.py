@@ -159,9 +159,11 @@ class LokrSpec(AdapterSpec):
         check_rank(path, self, self.rank)
         check_scale(path, self.alpha)
         if type(self.tucker) is not bool:
-            raise SpecError(f"`{path}` has tucker={self.tucker!r}; it is True or False.")
+            raise SpecError(f"`{path}` has tucker={self.tucker!r}; it must be True or False.")
         if type(self.factor) is not int or not (self.factor == -1 or self.factor > 0):
-            raise SpecError(f"`{path}` has factor {self.factor!r}; it is a positive int, or -1.")
+            raise SpecError(
+                f"`{path}` has factor {self.factor!r}; it must be a positive int, or -1."
+            )
         for d in resolve_split(path, self, len(shape), axes, self.split_axes):
             if self.factor > 0 and shape[d] % self.factor:
                 divisors = [k for k in range(1, shape[d] + 1) if shape[d] % k == 0]

@@ -169,7 +169,7 @@ class LoraSpec(AdapterSpec):
             format_of(format)
         elif self.init not in STARTS:
             known = ", ".join(map(repr, (*STARTS, LOFTQ, *COLLECTED)))
-            raise SpecError(f"`{path}` has init={self.init!r}; it is one of {known}, or None.")
+            raise SpecError(f"`{path}` has init={self.init!r}; it must be one of {known}, or None.")
         if (self.init in MOVING or format) and self.rank > most:
             raise SpecError(
                 f"`{path}` has rank {self.rank} and init={self.init!r}, which takes its factors "
@@ -182,7 +182,7 @@ class LoraSpec(AdapterSpec):
         of_values = self.init == "pissa" or format is not None
         if of_values and lora_scale(self.rank, self.alpha, self.scaling) <= 0:
             raise SpecError(
-                f"`{path}` has alpha {self.alpha} and init={self.init!r}: alpha is positive."
+                f"`{path}` has alpha {self.alpha} and init={self.init!r}: alpha must be positive."
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LoraWeight:
@@ -242,7 +242,7 @@ def warn_of_high_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) 
         warnings.warn(
             f"`{path}` has shape {tuple(shape)}: a matrix of {fan_in} inputs × {fan_out} "
             f"outputs, whose rank is at most {min(fan_in, fan_out)}. An adapter of rank "
-            f"{rank} has more numbers than it and can do no more. Lower the rank, or give "
+            f"{rank} has more parameters and no more capacity. Lower the rank, or give "
             "it LORA_FULL.",
             RankWarning,
             stacklevel=5,
@@ -263,6 +263,6 @@ def check_rank(path: str, spec: Any, rank: Any, name: str = "rank") -> None:
 def check_scale(path: str, alpha: Any, scaling: Any = "standard") -> None:
     """Raises `SpecError` for an invalid alpha or scaling."""
     if scaling not in ("standard", "rslora"):
-        raise SpecError(f"`{path}` has scaling {scaling!r}; it is 'standard' or 'rslora'.")
+        raise SpecError(f"`{path}` has scaling {scaling!r}; it must be 'standard' or 'rslora'.")
     if alpha is not None and not (isinstance(alpha, numbers.Real) and math.isfinite(alpha)):
-        raise SpecError(f"`{path}` has alpha {alpha!r}; it is a finite number or None.")
+        raise SpecError(f"`{path}` has alpha {alpha!r}; it must be a finite number or None.")

@@ -251,7 +251,9 @@ class OftSpec(AdapterSpec):
     def check(self, path: str, shape: tuple[int, ...], axes: Axes) -> None:
         """Raises `SpecError` for blocks that do not fit the weight."""
         if self.side not in ("in", "out"):
-            raise SpecError(f"`{path}` has an OftSpec of side {self.side!r}; it is 'in' or 'out'.")
+            raise SpecError(
+                f"`{path}` has an OftSpec of side {self.side!r}; it must be 'in' or 'out'."
+            )
         check_blocks(path, self.block_size, self.terms)
         check_bound(path, self.eps)
         side = axes.inputs if self.side == "in" else axes.outputs
@@ -295,13 +297,13 @@ def check_blocks(path: str, size: Any, terms: Any) -> None:
     """Raises `SpecError` for an invalid block size or number of terms."""
     if type(size) is not int or size < 2:
         raise SpecError(
-            f"`{path}` has block_size {size!r}; it is an int of at least 2: a block of one entry "
-            "cannot turn."
+            f"`{path}` has block_size {size!r}; it must be an int of at least 2: a block of one "
+            "entry cannot rotate."
         )
     if terms is not None and (type(terms) is not int or terms < 2):
         raise SpecError(
-            f"`{path}` has {terms!r} terms of the Neumann series; it is an int of at least 2, or "
-            "None for the exact inverse."
+            f"`{path}` has {terms!r} terms of the Neumann series; it must be an int of at least "
+            "2, or None for the exact inverse."
         )
 
 
@@ -310,4 +312,4 @@ def check_bound(path: str, eps: Any) -> None:
     if eps is None:
         return
     if type(eps) is bool or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-        raise SpecError(f"`{path}` has eps {eps!r}; it is a positive number, or None.")
+        raise SpecError(f"`{path}` has eps {eps!r}; it must be a positive number, or None.")

@@ -134,8 +134,8 @@ class VeraSpec(AdapterSpec):
         first = self.d_initial
         if not isinstance(first, numbers.Real) or not math.isfinite(first) or first == 0:
             raise SpecError(
-                f"`{path}` has d_initial {first!r}; it is a finite number, and not zero, which "
-                "would leave all gradients zero. PEFT's default is 0.1."
+                f"`{path}` has d_initial {first!r}; it must be a finite number other than zero, "
+                "which would leave all gradients zero. PEFT's default is 0.1."
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> VeraWeight:

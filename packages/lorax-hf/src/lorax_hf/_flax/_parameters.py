@@ -8,7 +8,7 @@ import jax
 import transformers
 from transformers.models.auto.modeling_flax_auto import FLAX_MODEL_MAPPING_NAMES
 
-from lorax import SpecError, path_string
+from lorax import ArgumentError, SpecError, path_string
 
 from .._rows import ends_in
 from ._presets import COMPOSITES, PRESETS, Preset
@@ -37,7 +37,7 @@ class Parameter(NamedTuple):
     preset: Preset
 
     @property
-    def torch_name(self) -> str:
+    def tensor_name(self) -> str:
         """Its name in its PyTorch module."""
         return _TORCH_NAMES.get(self.name, self.name)
 
@@ -85,7 +85,7 @@ def config_of(model: Any) -> transformers.PretrainedConfig:
         return model
     config = getattr(model, "config", None)
     if not isinstance(config, transformers.PretrainedConfig):
-        raise TypeError(
+        raise ArgumentError(
             f"a Flax model of transformers, or its config, is needed, not {type(model).__name__}."
         )
     return config

@@ -18,7 +18,7 @@ class Preset:
         mlp: the linear layers of its feed-forward network.
         default: the modules that PEFT adapts by default; if PEFT has no default for the model, the
             queries and values, as for similar models.
-        kernel: the layout of a `kernel` with two axes: "linear" is (in, out), and "conv1d" is
+        kernel: the axes of a `kernel` with two axes: "linear" is (in, out), and "conv1d" is
             (out, in), as in `FlaxConv1D`.
         grouped: convolutions with several groups, which PEFT's format does not support.
         bare: parameters that are lookup tables, although they are not called `embedding`.

@@ -33,7 +33,7 @@ def _row(parameter: Parameter, tied: bool) -> Row:
         parameter.module,
         tuple(parameter.leaf.shape),
         None if axes is None else Axes((), *axes),
-        _layout(parameter, tied),
+        _torch_name(parameter, tied),
         frozenset(_words(parameter)),
     )
 
@@ -52,19 +52,19 @@ def _words(row: Parameter) -> Iterator[str]:
         yield "embeddings"
 
 
-def _layout(row: Parameter, tied: bool) -> dict[str, Any]:
+def _torch_name(row: Parameter, tied: bool) -> dict[str, Any]:
     ndim = len(row.leaf.shape)
     if row.name == "kernel" and ndim >= 2:
         if row.is_conv1d:
-            return {"layout": "Conv1D", "module": row.module, "in_axes": [1], "out_axes": [0]}
+            return {"type": "Conv1D", "module": row.module, "in_axes": [1], "out_axes": [0]}
         if ndim == 2:
-            return {"layout": "Linear", "module": row.module}
+            return {"type": "Linear", "module": row.module}
         grouped = {"grouped": True} if ends_in(row.preset.grouped, row.module) else {}
-        return {"layout": "Conv", "module": row.module, **grouped}
+        return {"type": "Conv", "module": row.module, **grouped}
     if row.name == "embedding":
         is_tied = {"tied": True} if tied and ends_in(TOKEN_TABLES, row.module) else {}
-        return {"layout": "Embedding", "module": row.module, **is_tied}
-    return {"layout": "Tensor", "module": row.module, "parameter": row.torch_name}
+        return {"type": "Embedding", "module": row.module, **is_tied}
+    return {"type": "Tensor", "module": row.module, "parameter": row.tensor_name}
 
 
 def _has_head(model: Any) -> bool:

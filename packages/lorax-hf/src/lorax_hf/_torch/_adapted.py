@@ -7,6 +7,7 @@ import jax
 import torch
 
 import lorax
+from lorax import ArgumentError
 
 from .._pytorch import generate
 from ._function import ModuleFunction
@@ -46,10 +47,10 @@ def adapted(
     """A module, or the function of one, under `lorax.lora` with these options."""
     if isinstance(model, ModuleFunction):
         if train or scan_layers:
-            raise TypeError("lora: `train` and `scan_layers` are options of `from_torch`.")
+            raise ArgumentError("lora: `train` and `scan_layers` are options of `from_torch`.")
         return AdaptedModule(model.module, model, **options)
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
+        raise ArgumentError(f"lora takes a PyTorch module, not a {type(model).__name__}.")
     model = unwrapped(model)
     refuse_without_values(state_of(model).buffers)
     function = ModuleFunction(model, train=train, scan_layers=scan_layers)

@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from lorax import ArgumentError
+
 # `Tensor.numpy` does not support bfloat16 and float8: their bits are viewed as integers.
 _BY_BITS = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
@@ -39,7 +41,7 @@ def refuse_lost_bits(array: np.ndarray[Any, Any]) -> None:
         return
     limits = np.iinfo(kept)
     if array.min() < limits.min or array.max() > limits.max:
-        raise ValueError(
+        raise ArgumentError(
             f"an array {array.dtype} {array.shape} has integers that {kept} does not hold, such as "
             f"{array.max()}. JAX has 64 bits under `jax.config.update('jax_enable_x64', True)`."
         )
@@ -61,7 +63,7 @@ def in_jax(env: Any, value: Any) -> Any:
     if isinstance(value, jax.Array):
         return env.j2t_iso(value)
     if isinstance(value, torch.Tensor):
-        raise TypeError(
+        raise ArgumentError(
             "the function of a PyTorch module takes JAX arrays, not tensors of PyTorch: pass "
             "`jnp.asarray(x)`."
         )
@@ -100,7 +102,7 @@ def _mapped(value: Any, change: Callable[[Any], Any], other: Callable[[Any], Any
 
 
 def _refuse(value: Any) -> Any:
-    raise TypeError(
+    raise ArgumentError(
         f"the module returns a {type(value).__name__}, which is neither an array nor a tuple, "
         "list, dict or dataclass of them. Call it so that it does not (for a cache, "
         "`use_cache=False`), or wrap it in a module that returns arrays."

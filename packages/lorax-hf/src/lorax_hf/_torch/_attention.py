@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from lorax import ArgumentError
+
 
 def attention(
     query: jax.Array,
@@ -33,7 +35,7 @@ def attention(
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if is_causal:
         if attn_mask is not None:
-            raise ValueError("scaled_dot_product_attention takes `attn_mask` or `is_causal`.")
+            raise ArgumentError("scaled_dot_product_attention takes `attn_mask` or `is_causal`.")
         attn_mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     if attn_mask is not None:
         hidden = jnp.where(attn_mask, 0.0, -jnp.inf) if attn_mask.dtype == bool else attn_mask

@@ -14,6 +14,9 @@ import torch
 from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from lorax import ArgumentError
+
+from .._errors import OperatorError
 from ._arrays import numpy_of
 
 
@@ -55,7 +58,7 @@ class Context:
         self.constant = list(tensors)
 
     def mark_dirty(self, *tensors: Any) -> None:
-        raise NotImplementedError(
+        raise OperatorError(
             "a torch.autograd.Function that changes its inputs in place (`mark_dirty`) is not "
             "supported. Return a new tensor."
         )
@@ -136,7 +139,7 @@ class _Call:
             return jnp.zeros(array.shape, array.dtype)
         gradient = value.jax() if _is_array(value) else jnp.asarray(numpy_of(value))
         if gradient.shape != array.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.cls.__name__}.backward returns a gradient of the shape {gradient.shape} "
                 f"for its argument {number}, whose shape is {array.shape}."
             )

@@ -6,6 +6,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from .._errors import ScanError
+
 
 class Between(torch.Tensor):
     """A placeholder for a layer's result inside a scan: it has a shape, but no values."""
@@ -36,7 +38,7 @@ class BetweenRefused(TorchFunctionMode):
 
 
 def refuse_between() -> None:
-    raise ValueError(
+    raise ScanError(
         "what single layers return is used, such as for `output_hidden_states`, and is not there "
         "where layers are scanned. Call the module without it, or take the function without "
         "`scan_layers`."
@@ -50,7 +52,7 @@ class LayerIndex:
         self._name = name
 
     def _refuse(self, *_: Any) -> Any:
-        raise ValueError(
+        raise ScanError(
             f"a layer uses its index, `{self._name}`, such as for a cache, and has none where "
             "layers are scanned. Call the module without a cache, or take the function without "
             "`scan_layers`."

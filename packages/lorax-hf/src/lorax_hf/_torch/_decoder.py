@@ -8,6 +8,8 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, StaticLayer
 
+from lorax import ArgumentError
+
 from .._errors import ModuleWarning, StaticCacheError
 
 # Types of layers that work with a cache of all positions. The masks of sliding windows and chunks
@@ -110,7 +112,7 @@ def check_length(model: Any, length: int) -> None:
         f"positions for {longest} (`max_position_embeddings`)"
     )
     if not any("inv_freq" in name for name, _ in model.named_buffers()):
-        raise ValueError(f"{problem}. Take a shorter prompt or fewer new tokens.")
+        raise ArgumentError(f"{problem}. Take a shorter prompt or fewer new tokens.")
     warnings.warn(
         f"{problem}. It computes rotary positions beyond them, for which it was not trained.",
         ModuleWarning,

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lorax import MissingPackageError
+
 from . import (
     _attention,
     _convolution,
@@ -32,7 +34,7 @@ def environment() -> Any:
 
             env = torchax.default_env()
     except Exception as error:
-        raise ImportError(f"torchax cannot be imported. {_installed()}") from error
+        raise MissingPackageError(f"torchax cannot be imported. {_installed()}") from error
     for module in _MODULES:
         for op, function in module.OPERATORS.items():
             _put(env, op, function)
@@ -98,7 +100,9 @@ def _set(env: Any, op: Any, entry: Any) -> None:
         for each in _overloads(op):
             env._ops[each] = entry
     except AttributeError as error:
-        raise ImportError(f"This torchax has no table of operators. {_installed()}") from error
+        raise MissingPackageError(
+            f"This torchax has no table of operators. {_installed()}"
+        ) from error
 
 
 def _overloads(op: Any) -> list[Any]:

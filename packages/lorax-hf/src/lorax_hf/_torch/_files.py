@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from .._errors import CheckpointError, CheckpointNotFoundError
 from ._place import placed
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -51,7 +52,7 @@ class Files:
         for file in _files(self.folder):
             entries = _entries(file)
             if twice := sorted(entries.keys() & self.entries.keys()):
-                raise ValueError(
+                raise CheckpointError(
                     f"`{twice[0]}` is in two files of {self.folder}: {file.name} and "
                     f"{self.entries[twice[0]].file.name}. Remove one of them."
                 )
@@ -107,7 +108,7 @@ def _read(entry: Entry) -> np.ndarray[Any, Any]:
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
         if file.readinto(whole.reshape(-1).view(np.uint8).data) != whole.nbytes:
-            raise ValueError(f"{entry.file} ends before its last tensor does.")
+            raise CheckpointError(f"{entry.file} ends before its last tensor does.")
     return whole
 
 
@@ -121,7 +122,7 @@ def _entries(file: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for name, row in header.items():
         if row["dtype"] not in _DTYPES:
-            raise ValueError(
+            raise CheckpointError(
                 f"`{name}` in {file} is of the type {row['dtype']}, which is not read."
             )
         dtype, shape = np.dtype(_DTYPES[row["dtype"]]), tuple(row["shape"])
@@ -131,7 +132,7 @@ def _entries(file: Path) -> dict[str, Entry]:
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise CheckpointNotFoundError(
             f"{folder} is not a folder. `load_torch` reads one with config.json and safetensors "
             "files, such as `huggingface_hub.snapshot_download` or `save_pretrained` makes."
         )
@@ -140,16 +141,18 @@ def _files(folder: Path) -> list[Path]:
             entries = json.loads((folder / _INDEX).read_text())["weight_map"]
             files = sorted({folder / file for file in entries.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX} is not an index of safetensors files.") from error
+            raise CheckpointError(
+                f"{folder / _INDEX} is not an index of safetensors files."
+            ) from error
         outside = [file for file in files if file.parent != folder]
         missing = [file for file in files if not file.is_file()]
         if wrong := sorted(map(str, outside + missing)):
-            raise FileNotFoundError(
+            raise CheckpointNotFoundError(
                 f"{folder / _INDEX} names {wrong[0]}, which is not in the folder."
             )
         return files
     if not (folder / _SINGLE).is_file():
-        raise FileNotFoundError(
+        raise CheckpointNotFoundError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; files of another format are read by "
             "`from_pretrained` and `from_torch`."
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lorax import QuantizedWeight
+from lorax import ArgumentError, QuantizedWeight
 
 from ._arrays import in_jax, numpy_of, out_of_jax
 from ._blame import errors_named
@@ -138,7 +138,7 @@ class ModuleFunction:
 
     def _check(self, params: Any) -> None:
         if not isinstance(params, Mapping):
-            raise TypeError(
+            raise ArgumentError(
                 f"{self.__name__} takes a dict of parameters by name, as `from_torch` returns it, "
                 f"not {type(params).__name__}."
             )
@@ -146,14 +146,16 @@ class ModuleFunction:
         if missing or unknown:
             problems = [f"lacks {_some(missing)}"] if missing else []
             problems += [f"has {_some(unknown)}, which the module does not have"] if unknown else []
-            raise ValueError(f"the dict of parameters of {self.__name__} {' and '.join(problems)}.")
+            raise ArgumentError(
+                f"the dict of parameters of {self.__name__} {' and '.join(problems)}."
+            )
         if wrong := [name for name in params if jnp.shape(params[name]) != self._shapes[name]]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`{wrong[0]}` of {self.__name__} has the shape {self._shapes[wrong[0]]}, and its "
                 f"array has {jnp.shape(params[wrong[0]])}."
             )
         if coded := [name for name in params if isinstance(params[name], QuantizedWeight)]:
-            raise TypeError(
+            raise ArgumentError(
                 f"{self.__name__} takes arrays, and {_some(coded)} {'are' if coded[1:] else 'is'} "
                 "held in few bits. `lorax.lora(fn)` takes such a tree as the frozen part of the "
                 "pair; or give `fn` what `lorax.dequantize` returns for it."

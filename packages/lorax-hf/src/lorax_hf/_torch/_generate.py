@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 import lorax
+from lorax import ArgumentError
 
 from .._errors import StaticCacheError
 from ._adapted import AdaptedModule
@@ -34,24 +35,30 @@ def generate(
     lora: Mapping[str, Any] = {}
     if isinstance(fn, AdaptedModule):
         if isinstance(params, Mapping):
-            raise TypeError("generate: an adapted module takes the pair `(frozen, tunable)`.")
+            raise ArgumentError(
+                "generate: an adapted module takes the pair `(frozen, tunable)` as its parameters."
+            )
         fn, lora = fn.function, fn.options
     if not isinstance(fn, ModuleFunction):
-        raise TypeError(
+        raise ArgumentError(
             "generate takes the function that `from_torch` or `load_torch` returns, or the module "
             "that `lora` does."
         )
     if fn.module.training:
-        raise TypeError("generate: the function is in training mode. Take it without `train=True`.")
+        raise ArgumentError(
+            "generate: the function is in training mode. Take it without `train=True`."
+        )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids are integers [batch, length], not {ids.dtype} {ids.shape}.")
+        raise ArgumentError(
+            f"ids must be integers of shape [batch, length], not {ids.dtype} {ids.shape}."
+        )
     if 0 in ids.shape:
-        raise ValueError(f"ids of the shape {ids.shape} have no prompt to continue.")
+        raise ArgumentError(f"ids of the shape {ids.shape} have no prompt to continue.")
     if options.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={options.max_new_tokens}: at least one is made.")
+        raise ArgumentError(f"max_new_tokens={options.max_new_tokens} must be at least 1.")
     if options.do_sample and rng is None:
-        raise TypeError("do_sample=True needs `rng=`, a key of `jax.random`.")
+        raise ArgumentError("do_sample=True needs `rng=`, a key of `jax.random`.")
     _check_sampling(options)
     length = ids.shape[1] + options.max_new_tokens
     check_length(fn.module, length)
@@ -69,13 +76,13 @@ def generate(
 
 
 def _padding(mask: Any, shape: tuple[int, ...]) -> jax.Array:
-    """An attention mask as integers; raises `ValueError` if it pads a prompt on its right."""
+    """An attention mask as integers; raises `ArgumentError` if it pads a prompt on its right."""
     mask = jnp.asarray(mask)
     if mask.shape != shape:
-        raise ValueError(f"attention_mask has the shape {mask.shape}, and ids have {shape}.")
+        raise ArgumentError(f"attention_mask has the shape {mask.shape}, and ids have {shape}.")
     mask = (mask != 0).astype(jnp.int32)
     if not isinstance(mask, Tracer) and not bool(mask[:, -1].all()):
-        raise ValueError(
+        raise ArgumentError(
             "attention_mask is zero at the end of a prompt: pad prompts on their left, since new "
             "tokens follow the last one."
         )
@@ -83,7 +90,7 @@ def _padding(mask: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _check_sampling(options: Options) -> None:
-    """Raises `ValueError` for settings with which no token, or every token, would be drawn."""
+    """Raises `ArgumentError` for settings with which no token, or every token, would be drawn."""
     for name, is_valid, range_of in (
         (
             "temperature",
@@ -98,7 +105,7 @@ def _check_sampling(options: Options) -> None:
         ),
     ):
         if not is_valid:
-            raise ValueError(f"{name}={getattr(options, name)} must be {range_of}.")
+            raise ArgumentError(f"{name}={getattr(options, name)} must be {range_of}.")
 
 
 def _program(

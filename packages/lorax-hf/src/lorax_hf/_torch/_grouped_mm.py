@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from .._errors import OperatorError
+
 
 def _grouped_mm(
     rows: jax.Array,
@@ -21,7 +23,7 @@ def _grouped_mm(
         sizes = jnp.diff(offs, prepend=jnp.zeros((1,), offs.dtype)).astype(jnp.int32)
         out = jax.lax.ragged_dot(rows, kernels, sizes)  # [rows, out]
     else:
-        raise NotImplementedError(
+        raise OperatorError(
             f"_grouped_mm of operands of {rows.ndim} and {kernels.ndim} axes with offsets; "
             "`lorax_hf.register_op` takes another implementation."
         )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
-from .._errors import ModuleWarning
+from .._errors import ModuleWarning, ScanError
 from ._equal import difference
 from ._state import tied_names
 
@@ -126,7 +126,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
         wanted: whether to look for runs, or the names of the lists to look in.
 
     Raises:
-        ValueError: if there are no runs, or a named list has none; the message says why.
+        ScanError: if there are no runs, or a named list has none; the message says why.
 
     Warns:
         ModuleWarning: about layers of these lists that are not in a run.
@@ -136,7 +136,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
     named = None if wanted is True else [wanted] if isinstance(wanted, str) else list(wanted)
     lists = {path: each for path, each in module.named_modules() if _is_list(each)}
     if unknown := [path for path in named or () if path not in lists]:
-        raise ValueError(
+        raise ScanError(
             f"scan_layers: {type(module).__name__} has no list of layers called {unknown[0]!r}. "
             f"It has {', '.join(map(repr, lists)) or 'none'}."
         )
@@ -154,7 +154,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
     failed = [path for path in named or () if not any(run.owner == path for run in runs)]
     if failed or not runs:
         reasons = [why[path] for path in failed or why if why[path]]
-        raise ValueError(
+        raise ScanError(
             f"scan_layers: {type(module).__name__} has no equal layers that follow each other. "
             + (" ".join(reasons) or "It has no list of layers.")
         )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import torch
 
-from .._errors import ModuleWarning, QuantizedModuleError
+from .._errors import CheckpointError, CheckpointNotFoundError, ModuleWarning, QuantizedModuleError
 from ._arrays import numpy_of
 from ._files import Files, aligned
 from ._function import ModuleFunction
@@ -87,7 +87,7 @@ def _module_of(folder: Path) -> torch.nn.Module:
     import transformers
 
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
+        raise CheckpointNotFoundError(
             f"{folder} has no config.json; pass `module=`, a module on the meta device."
         )
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -116,14 +116,14 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
             unused += [] if ignored.search(name) else [key]
         elif converter is None:
             if files.entries[key].shape != wanted[name]:
-                raise ValueError(
+                raise CheckpointError(
                     f"`{key}` in {files.folder} has the shape {files.entries[key].shape}, and "
                     f"`{name}` of {type(module).__name__} has {wanted[name]}."
                 )
             target = first.get(name, name)
             other = keys.setdefault(target, key)
             if other != key and not files.are_equal(key, other):
-                raise ValueError(
+                raise CheckpointError(
                     f"`{key}` and `{other}` in {files.folder} have other values, and "
                     f"{type(module).__name__} ties them. If its config has `tie_word_embeddings`, "
                     "set it to false."
@@ -141,7 +141,7 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
             reads[first.get(target, target)] = _converted(module, name, target, converter)
     needed = {first.get(name, name) for name in wanted}
     if missing := sorted(needed - reads.keys()):
-        raise ValueError(
+        raise CheckpointError(
             f"{files.folder} lacks {_some(missing)} of {type(module).__name__}. Load the class "
             "that the files are of, or initialize what is new with `from_pretrained` and "
             "`from_torch`."
@@ -209,7 +209,7 @@ def _check_attributes(module: torch.nn.Module, folder: Path) -> None:
     """Raises `ValueError` if a tensor that is not registered has no values."""
     for name, tensor in state_of(module).buffers.items():
         if tensor.device.type == "meta":
-            raise ValueError(
+            raise CheckpointError(
                 f"`{name}` of {type(module).__name__} is a plain attribute, which is in no file of "
                 f"{folder}, and is computed only when the model is made. Use `from_pretrained` and "
                 "`from_torch`."
@@ -233,7 +233,7 @@ def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
     once, again = (_computed(module, computed, fill) for fill in (0, 1))
     for path, *_ in computed:
         if not torch.equal(once[path], again[path]):
-            raise ValueError(
+            raise CheckpointError(
                 f"the buffer `{path}` of {type(module).__name__} is in no file of {folder}, and is "
                 "computed only when the model is made. Use `from_pretrained` and `from_torch`."
             )

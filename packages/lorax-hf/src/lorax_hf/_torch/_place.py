@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from lorax import ArgumentError
+
 # One sharding, shardings by name, or a function of name and shape; None leaves it to JAX.
 Placement = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -17,7 +19,7 @@ def sharding_of(sharding: Placement, name: str, shape: tuple[int, ...]) -> Any:
         return sharding
     if isinstance(sharding, Mapping):
         if name not in sharding:
-            raise KeyError(f"`sharding` has no entry for the parameter `{name}`.")
+            raise ArgumentError(f"`sharding` has no entry for the parameter `{name}`.")
         return sharding[name]
     return sharding(name, shape)
 

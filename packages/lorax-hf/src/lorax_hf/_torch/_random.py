@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorax import ArgumentError
+
 
 @contextlib.contextmanager
 def randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
@@ -18,7 +20,7 @@ def randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
     keys = type(before).override(before, prng=rng)
 
     def refuse() -> Any:
-        raise TypeError(
+        raise ArgumentError(
             f"{name} draws random numbers here: call it with `rng=`, a key of `jax.random`."
         )
 
@@ -51,7 +53,7 @@ class Draws(TorchFunctionMode):
         if any(hasattr(tensor, "jax") for tensor in tensors):
             if any(tensor in self._drawn for tensor in tensors):
                 # Not a `TypeError`, for which Python would report the operands instead.
-                raise ValueError(
+                raise ArgumentError(
                     "random numbers that PyTorch has drawn are used here, and would be the same "
                     "in all calls of a compiled function. Draw them on the device of an input: "
                     "pass `device=x.device` to the function that makes the tensor."

@@ -9,7 +9,7 @@ import jax
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorax import Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
+from lorax import ArgumentError, Axes, LoraSpec, SpecError, UnadaptedWarning, infer_spec
 
 from .._ends import HEADS, TOKEN_TABLES
 from .._errors import ModuleWarning
@@ -123,17 +123,17 @@ class _Rows:
         shape = tuple(getattr(owner, name).shape)
         weight = weight_of(owner, name)
         if weight is None:
-            layout: dict[str, Any] = {"layout": "Tensor", "module": module, "parameter": name}
+            torch_name: dict[str, Any] = {"type": "Tensor", "module": module, "parameter": name}
             if len(shape) == 2:
-                layout |= {"layout": "Parameter", "order": order_of(owner, name)}
+                torch_name |= {"type": "Parameter", "order": order_of(owner, name)}
             unsure = sum(size > 1 for size in shape) > 1
             words = frozenset(self._words_of_parametrized(module)) if unsure else frozenset()
-            return Row(path, module, shape, None, layout, words, unsure, type(owner).__name__)
-        layout = {**weight.layout, "module": module}
+            return Row(path, module, shape, None, torch_name, words, unsure, type(owner).__name__)
+        torch_name = {**weight.torch_name, "module": module}
         if weight.kind == "embedding" and path in self.tied:
-            layout["tied"] = True
+            torch_name["tied"] = True
         words = frozenset(self._words(module, weight))
-        return Row(path, module, shape, weight.axes, layout, words, False, type(owner).__name__)
+        return Row(path, module, shape, weight.axes, torch_name, words, False, type(owner).__name__)
 
     def _words_of_parametrized(self, module: str) -> Iterator[str]:
         """The words of a linear layer, for the parameters that its weight is computed from."""
@@ -190,21 +190,24 @@ class _Rows:
 def _stacked(row: Row, path: str, stack: Stack) -> Row:
     """The row of a stack, from that of one layer's parameter: the axis of layers comes first."""
     layer = stack.layers[0]
-    layout: dict[str, Any] = {**row.layout, "shared_axes": [-1, *row.layout.get("shared_axes", ())]}
+    torch_name: dict[str, Any] = {
+        **row.torch_name,
+        "shared_axes": [-1, *row.torch_name.get("shared_axes", ())],
+    }
     for name in ("in_axes", "out_axes", "shared_axes"):
-        if name in layout:
-            layout[name] = [axis + 1 for axis in layout[name]]
-    if "channel_axis" in layout:
-        layout["channel_axis"] += 1
-    layout["module"] = f"{inside(stack.owner)}{{}}{row.module.removeprefix(layer)}"
+        if name in torch_name:
+            torch_name[name] = [axis + 1 for axis in torch_name[name]]
+    if "channel_axis" in torch_name:
+        torch_name["channel_axis"] += 1
+    torch_name["module"] = f"{inside(stack.owner)}{{}}{row.module.removeprefix(layer)}"
     if stack.numbers != range(len(stack.numbers)):
-        layout["numbers"] = list(stack.numbers)
+        torch_name["numbers"] = list(stack.numbers)
     return row._replace(
         path=path,
         module=f"{stack.name}{row.module.removeprefix(layer)}",
         shape=(len(stack.numbers), *row.shape),
         axes=None if row.axes is None else _behind(row.axes),
-        layout=layout,
+        torch_name=torch_name,
     )
 
 
@@ -222,8 +225,8 @@ def _inference(
     def infer(paths: Sequence[str], inputs: Any) -> Mapping[str, Axes]:
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         if not isinstance(args, tuple):
-            raise TypeError(
-                "spec: `inputs` is a tuple or a dict of what the module is called with."
+            raise ArgumentError(
+                "spec: `inputs` must be a tuple or a dict: the arguments of a call of the module."
             )
         fn = ModuleFunction(module, scan_layers={run.owner for run in runs})
         # Only arrays: a traced function cannot return the module's other outputs.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from .._errors import ScanError
 from ._between import Between, BetweenRefused, LayerIndex
 from ._equal import index_names
 from ._layers import Run, named_module
@@ -212,7 +213,7 @@ class _Loop:
             content.prng = before
 
     def _error(self, place: int, problem: str) -> Exception:
-        return ValueError(
+        return ScanError(
             f"layer {self.run.numbers[place]} of {named_module(self.run.owner)} {problem}, so "
             "that the layers cannot be scanned. Take the function without "
             "`scan_layers`, or name in it the other lists of layers."

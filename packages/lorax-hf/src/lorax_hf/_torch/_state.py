@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lorax import ArgumentError
+
 
 class State(NamedTuple):
     """The tensors of a module, by name."""
@@ -21,7 +23,7 @@ def state_of(module: torch.nn.Module) -> State:
     }
     for name, parameter in parameters.items():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-            raise TypeError(
+            raise ArgumentError(
                 f"`{name}` of a lazy module has no shape yet; call the module once in PyTorch."
             )
     known = {id(parameter) for parameter in parameters.values()}
@@ -38,7 +40,7 @@ def refuse_without_values(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises if a tensor is on the meta device."""
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
-            raise ValueError(
+            raise ArgumentError(
                 f"`{name}` is on the meta device and has no values; `lorax_hf.load_torch` reads "
                 "them from files."
             )

@@ -1,4 +1,4 @@
-"""The axes and the layout on disk of the weights of each known class of modules.
+"""The axes and the PyTorch names of the weights of each known class of modules.
 
 A row of the table is a predicate on the module, the parameter's name and the parameter, and a
 function that describes the weight. The axes of other classes are not known.
@@ -18,11 +18,11 @@ class Weight(NamedTuple):
 
     kind: str  # "linear", "embedding", "conv" or "experts"
     axes: Axes
-    layout: dict[str, Any]  # for lorax_io, without the module's name
+    torch_name: dict[str, Any]  # for lorax_io, without the module's name
 
 
 def weight_of(module: nn.Module, name: str) -> Weight | None:
-    """The axes and layout of a module's parameter; None if its class is not known."""
+    """The axes and PyTorch name of a module's parameter; None if its class is not known."""
     parameter = getattr(module, name)
     for matches, describe in _CLASSES:
         if matches(module, name, parameter):
@@ -66,11 +66,11 @@ def order_of(module: nn.Module, name: str) -> int:
     return [key for key, _ in module.named_parameters(recurse=False)].index(name)
 
 
-def _of(kind: str, layout: str, axes: Axes, **more: Any) -> Weight:
+def _of(kind: str, torch_name: str, axes: Axes, **more: Any) -> Weight:
     roles = {"in_axes": list(axes.inputs), "out_axes": list(axes.outputs)}
     if axes.shared:
         roles["shared_axes"] = list(axes.shared)
-    return Weight(kind, axes, {"layout": layout, **roles, **more})
+    return Weight(kind, axes, {"type": torch_name, **roles, **more})
 
 
 def _is(*classes: type[nn.Module]) -> Callable[..., bool]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorax import ArgumentError
+
 from .._errors import ModuleWarning
 
 # The attribute of a wrapper, by the name of its class, that is the module it runs.
@@ -29,17 +31,17 @@ def unwrapped(module: Any) -> nn.Module:
     """The module that a wrapper, such as that of `torch.compile`, runs; another one as it is.
 
     Raises:
-        TypeError: if it is not a module, or it or one in it cannot be run as a function of its
+        ArgumentError: if it is not a module, or it or one in it cannot be run as a function of its
             parameters.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
+        raise ArgumentError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
     while (attribute := _entry(module, _WRAPPED)) is not None:
         module = getattr(module, attribute)
     for name, owner in module.named_modules():
         if reason := _entry(owner, _REFUSED):
             where = f"`{name}`" if name else "the module"
-            raise TypeError(f"{where} is a {type(owner).__name__}, and {reason}.")
+            raise ArgumentError(f"{where} is a {type(owner).__name__}, and {reason}.")
     return module
 
 

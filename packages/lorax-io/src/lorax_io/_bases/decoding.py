@@ -13,8 +13,8 @@ import numpy as np
 from lorax import dequantize, quantize
 
 from .._errors import AdapterError, UnsupportedAdapterError, about
-from .._layouts import tensor_name
 from .._places import Array
+from .._torch_names import tensor_name
 from .checkpoint import Checkpoint, by_end
 from .coded import ENDINGS, MARKS
 from .codings import Coded, Decoded, find_coded

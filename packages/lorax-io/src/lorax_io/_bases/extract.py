@@ -13,8 +13,8 @@ from lorax import LoraSpec, extract_lora
 from .._disk.progress import track
 from .._disk.tensors import TensorFile, check_finite
 from .._errors import AdapterMismatchError, about, warn
-from .._layouts import Conv, Conv1D, Layout, Linear
 from .._places import Array
+from .._torch_names import Conv, Conv1D, Linear, TorchName
 from .checkpoint import Checkpoint
 from .coded import check_plain
 from .decoding import with_decoded
@@ -28,7 +28,7 @@ class Extracted(NamedTuple):
     """An adapter by path, in the form of `OpenedAdapter`, and the relative error of each weight."""
 
     rows: dict[str, Any]
-    names: dict[str, Layout]
+    names: dict[str, TorchName]
     errors: dict[str, float]
 
 
@@ -85,8 +85,8 @@ def extract(
                     dtype = checkpoint.shapes[full].dtype
                     check_plain(full, dtype, checkpoint.shapes, checkpoint.config)
             check_finite(full, after)
-            layout = _layout(module, after.ndim, fan_in_fan_out)
-            _add(extracted, layout, before, after, rank, energy, tolerance)
+            torch_name = _torch_name(module, after.ndim, fan_in_fan_out)
+            _add(extracted, torch_name, before, after, rank, energy, tolerance)
     if not extracted.rows:
         raise AdapterMismatchError(
             "differs from the base in no module that is adapted.", tuned.path
@@ -151,7 +151,7 @@ def _is_target(name: str, ndim: int, targets: re.Pattern[str] | None) -> bool:
     return not is_embedding(module) and not is_head(module)
 
 
-def _layout(module: str, ndim: int, fan_in_fan_out: bool) -> Layout:
+def _torch_name(module: str, ndim: int, fan_in_fan_out: bool) -> TorchName:
     if ndim > 2:
         return Conv(module)
     return Conv1D(module, in_axes=(0,), out_axes=(1,)) if fan_in_fan_out else Linear(module)
@@ -159,7 +159,7 @@ def _layout(module: str, ndim: int, fan_in_fan_out: bool) -> Layout:
 
 def _add(
     extracted: Extracted,
-    layout: Layout,
+    torch_name: TorchName,
     before: Any,
     after: Any,
     rank: int,
@@ -167,13 +167,13 @@ def _add(
     tolerance: float | None,
 ) -> None:
     """Adds the adapter of one tensor, after transposing it to `[*window, in, out]`."""
-    if not isinstance(layout, Conv1D):
+    if not isinstance(torch_name, Conv1D):
         order = (*range(2, before.ndim), 1, 0)
         before, after = np.transpose(before, order), np.transpose(after, order)
-    path = f"{layout.module.replace('.', '/')}/kernel"
+    path = f"{torch_name.module.replace('.', '/')}/kernel"
     (_, tunable), errors = extract_lora(
         {path: before}, {path: after}, {path: LoraSpec(rank)}, energy=energy, tolerance=tolerance
     )
     extracted.rows[path] = tunable[path]
-    extracted.names[path] = layout
+    extracted.names[path] = torch_name
     extracted.errors[path] = errors[path]

@@ -9,19 +9,19 @@ from .._formats.kohya import resolve
 from .._formats.native import read
 from .._formats.opening import OpenedAdapter, fit, in_diffusers, is_translated
 from .._formats.peft.patterns import distrusted
-from .._layouts import (
+from .._shapes import base_sizes
+from .._torch_names import (
     Conv,
     Conv1D,
     Embedding,
     Experts,
-    Layout,
-    Layouts,
     Linear,
     Parameter,
     Tensor,
+    TorchName,
+    TorchNames,
     tensor_name,
 )
-from .._shapes import base_sizes
 from .._tree import Held, suggestion
 from .checkpoint import Checkpoint
 from .coded import MARKS, check_plain, coding_of
@@ -63,8 +63,8 @@ def fit_adapter(
         if adapter.config is None:
             return _fit_native(adapter, checkpoint)
         paths = {
-            tensor_name(layout.module, layout.parameter): path
-            for path, layout in adapter.names.items()
+            tensor_name(torch_name.module, torch_name.parameter): path
+            for path, torch_name in adapter.names.items()
         }
         called = {name: _renamed(name, rename) for name in paths}
         checkpoint = _with_head(checkpoint, called.values())
@@ -91,17 +91,19 @@ def fit_adapter(
         return Fitted(checkpoint, opened.rows, opened.held)
 
 
-def _biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Layout]:
-    """Layouts of the biases beside adapted weights; some kinds of adapters, as IA³, change them."""
-    beside = {name.removesuffix("weight") + "bias": layout for name, layout in names.items()}
+def _biases(names: TorchNames, checkpoint: Checkpoint) -> dict[str, TorchName]:
+    """The names of the biases beside adapted weights, which some kinds, such as IA³, change."""
+    beside = {
+        name.removesuffix("weight") + "bias": torch_name for name, torch_name in names.items()
+    }
     return {
-        name: Tensor(layout.module)
-        for name, layout in beside.items()
+        name: Tensor(torch_name.module)
+        for name, torch_name in beside.items()
         if name in checkpoint.shapes and name not in names
     }
 
 
-def _with_biases(names: Layouts, checkpoint: Checkpoint) -> dict[str, Any]:
+def _with_biases(names: TorchNames, checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's shapes, with the arrays themselves for biases, which are small."""
     biases = [name for name, x in names.items() if isinstance(x, Tensor) and x.parameter == "bias"]
     return {**checkpoint.shapes, **checkpoint.read(biases)}
@@ -193,31 +195,33 @@ def _check_coded(checkpoint: Checkpoint, name: str) -> None:
                 check_plain(full, None, checkpoint.shapes, checkpoint.config)
 
 
-def _in_pytorch(layout: Layout, row: Any, shape: tuple[int, ...], fan_in_fan_out: bool) -> Layout:
-    """The layout of a base's tensor, inferred from the shapes of the tensor and the factors."""
-    if isinstance(layout, Tensor):
-        return layout
-    if isinstance(layout, Embedding):
-        return dataclasses.replace(layout, in_axes=(0,), out_axes=(1,))
-    if isinstance(layout, Parameter):
-        return dataclasses.replace(layout, in_axes=(1,), out_axes=(0,))
-    if len(shape) > 2 and not isinstance(layout, Experts):
+def _in_pytorch(
+    torch_name: TorchName, row: Any, shape: tuple[int, ...], fan_in_fan_out: bool
+) -> TorchName:
+    """The name of a base's tensor; its axes follow from the tensor's and the factors' shapes."""
+    if isinstance(torch_name, Tensor):
+        return torch_name
+    if isinstance(torch_name, Embedding):
+        return dataclasses.replace(torch_name, in_axes=(0,), out_axes=(1,))
+    if isinstance(torch_name, Parameter):
+        return dataclasses.replace(torch_name, in_axes=(1,), out_axes=(0,))
+    if len(shape) > 2 and not isinstance(torch_name, Experts):
         rest = tuple(range(1, len(shape)))
-        return Conv(layout.module, in_axes=rest, out_axes=(0,), channel_axis=1)
+        return Conv(torch_name.module, in_axes=rest, out_axes=(0,), channel_axis=1)
     sides = base_sizes(row)[-2:]
     fits = [_fits(shape[-2:], sides), _fits(shape[-2:], sides[::-1])]
-    if isinstance(layout, Experts):
+    if isinstance(torch_name, Experts):
         first = len(shape) - 2
         if sides[0] == sides[1]:
             raise AdapterMismatchError(
-                f"`{layout.module}` has as many inputs as outputs, so that nothing tells which of "
-                f"its axes are which. Merge it in Python, with `Experts` in the names."
+                f"`{torch_name.module}` has as many inputs as outputs, so its axes are "
+                "ambiguous. Merge it in Python, with `Experts` in `names`."
             )
         inputs, outputs = (first, first + 1) if fits[0] else (first + 1, first)
-        return dataclasses.replace(layout, in_axes=(inputs,), out_axes=(outputs,))
+        return dataclasses.replace(torch_name, in_axes=(inputs,), out_axes=(outputs,))
     if fits[0] and (fan_in_fan_out or not fits[1]):
-        return Conv1D(layout.module, in_axes=(0,), out_axes=(1,))
-    return Linear(layout.module, in_axes=(1,), out_axes=(0,))
+        return Conv1D(torch_name.module, in_axes=(0,), out_axes=(1,))
+    return Linear(torch_name.module, in_axes=(1,), out_axes=(0,))
 
 
 def _fits(shape: tuple[int, ...], sides: Any) -> bool:

@@ -16,8 +16,8 @@ from .._errors import (
     warn,
 )
 from .._formats.llama_cpp import KINDS, import_gguf
-from .._layouts import tensor_name
 from .._places import Array
+from .._torch_names import tensor_name
 from .checkpoint import CONFIG_NAME, Checkpoint, by_end, config_of
 from .gguf import PLAIN, GGUFSource
 from .ties import is_head, ties

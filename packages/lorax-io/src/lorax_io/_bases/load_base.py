@@ -16,9 +16,9 @@ from .._disk.arrays import all_read, sharding_of
 from .._disk.progress import bars, track
 from .._errors import AdapterMismatchError, about
 from .._frozen.load import spread
-from .._layouts import Layout, Layouts
 from .._places import Place
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import TorchName, TorchNames
 from .._tree import absent, is_array, param_leaves
 from .parameter import Notes, load_parameter
 from .sources import Source, needed, open_source
@@ -49,7 +49,7 @@ def load_base(
 
     Args:
         path: the file or the folder.
-        names: the layout of each parameter, by its path in the tree.
+        names: the PyTorch name of each parameter, by its path in the tree.
         params: the model's parameters, as arrays or `jax.ShapeDtypeStruct`; the result has their
             structure, shapes and shardings. Without them, the result is a nested dict with the
             paths of `names`, and each parameter has the axes of its tensor.
@@ -84,13 +84,13 @@ def load_base(
         >>> frozen["up"]["kernel"].format, frozen["up"]["kernel"].shape
         ('fp8', (128, 256))
     """
-    layouts = as_layouts(names)
+    torch_names = as_torch_names(names)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars(progress))
         stack.enter_context(about(path))
         with all_read(params, sharding):
             source = open_source(Path(path), stack)
-            places = _places(source, layouts, params)
+            places = _places(source, torch_names, params)
             leaves, structure = _tree(places, params)
             where = _where(sharding, structure, leaves)
         notes = Notes([], [])
@@ -103,32 +103,34 @@ def load_base(
     return jax.tree.unflatten(structure, [loaded.get(leaf) for leaf in leaves])
 
 
-def _places(source: Source, layouts: Layouts, params: Any) -> dict[str, Place]:
-    """The resolved layout of each parameter, by path."""
+def _places(source: Source, torch_names: TorchNames, params: Any) -> dict[str, Place]:
+    """The resolved name of each parameter, by path."""
     if params is None:
-        return {path: _place(source, path, layout) for path, layout in layouts.items()}
+        return {path: _place(source, path, torch_name) for path, torch_name in torch_names.items()}
     leaves, _ = param_leaves(params)
-    if lacking := sorted(path for path in leaves if path not in layouts and is_array(leaves[path])):
-        raise AdapterMismatchError(f"`names` has no layout for `{lacking[0]}`.")
+    if lacking := sorted(
+        path for path in leaves if path not in torch_names and is_array(leaves[path])
+    ):
+        raise AdapterMismatchError(f"`names` has no entry for `{lacking[0]}`.")
     places: dict[str, Place] = {}
-    for path, layout in layouts.items():
+    for path, torch_name in torch_names.items():
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(f"`names` has `{path}`, {absent(path, leaves)}")
-        places[path] = layout.at(path, leaves[path].shape)
+        places[path] = torch_name.at(path, leaves[path].shape)
     return places
 
 
-def _place(source: Source, path: str, layout: Layout) -> Place:
-    """The resolved layout of one parameter, with the shape of its tensors in the file."""
-    counted = len(layout.shared_axes) - layout.stacked_in_tensor
-    first = needed(source, layout.first_module, layout.parameter).shape
+def _place(source: Source, path: str, torch_name: TorchName) -> Place:
+    """The resolved name of one parameter, with the shape of its tensors in the file."""
+    counted = len(torch_name.shared_axes) - torch_name.stacked_in_tensor
+    first = needed(source, torch_name.first_module, torch_name.parameter).shape
     ndim = len(first) + counted
     unknown = AdapterMismatchError(
-        f"has `{layout.module}` in other axes than `{path}`, so that its shape is not known. "
+        f"has `{torch_name.module}` in other axes than `{path}`, so that its shape is not known. "
         "Give `params`, which may be shapes."
     )
     try:
-        blank = layout.at(path, (1,) * ndim)
+        blank = torch_name.at(path, (1,) * ndim)
     except AdapterMismatchError as error:
         raise unknown from error
     if counted > 1 or any(len(group) != 1 for group in blank.whole):
@@ -137,12 +139,12 @@ def _place(source: Source, path: str, layout: Layout) -> Place:
     for (axis,), size in zip(blank.whole, first, strict=True):
         shape[axis] = size
     for axis in blank.stack:
-        if layout.numbers is not None:
-            shape[axis] = len(layout.numbers)
+        if torch_name.numbers is not None:
+            shape[axis] = len(torch_name.numbers)
             continue
-        while source.find(layout.module.format(shape[axis]), layout.parameter) is not None:
+        while source.find(torch_name.module.format(shape[axis]), torch_name.parameter) is not None:
             shape[axis] += 1
-    return layout.at(path, shape)
+    return torch_name.at(path, shape)
 
 
 def _tree(places: Mapping[str, Place], params: Any) -> tuple[Mapping[str, Any], Any]:

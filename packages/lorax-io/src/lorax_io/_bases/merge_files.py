@@ -132,8 +132,8 @@ def merge_files(
     if losses:
         worst = max(losses, key=lambda name: losses[name])
         warn(
-            f"the merged weights are coded again; of all {len(losses)}, `{worst}` is farthest from "
-            f"its floats, by {losses[worst]:.2g} of their norm."
+            f"the merged weights are quantized again; of all {len(losses)}, `{worst}` is farthest "
+            f"from its floats, by {losses[worst]:.2g} of their norm."
         )
 
 
@@ -193,7 +193,7 @@ def _merged_config(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, An
     if any(map(is_embedding, modules)) and (ties(config) or not has_head):
         warn(
             "its head is its embedding, and the adapter has the embedding. Merged, both change, as "
-            "PEFT merges them; unmerged, PEFT adapts the look-up alone."
+            "PEFT merges them; unmerged, PEFT adapts only the lookup."
         )
     return None
 

@@ -10,18 +10,18 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax import Pair, merge_params
+from lorax import ArgumentError, Pair, merge_params
 
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, write_text
 from .._disk.progress import bars, track
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterError, AdapterMismatchError, about, warn
-from .._formats.export import layout_of
+from .._formats.export import torch_name_of
 from .._formats.whole import whole_tensors
-from .._layouts import Layouts, tensor_name
 from .._places import Array
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import TorchNames, tensor_name
 from .._tree import absent, base_of, frozen_leaves, is_array, tunable_rows
 from .ties import is_embedding, is_head, ties, untied
 
@@ -49,14 +49,14 @@ def save_merged(
         folder: a new or empty folder; it appears only when it is complete.
         frozen: the frozen tree; or the whole `lorax.Pair`, followed by `names`.
         tunable: the tunable tree.
-        names: the layout of every parameter, by its path.
+        names: the PyTorch name of every parameter, by its path.
         config: the model's `config.json`, as a path or as a dict. Without it, transformers cannot
             tell which model the weights belong to.
         shard_bytes: the largest size of one file, in bytes; a larger parameter gets its own file.
         progress: whether to show a progress bar, on a terminal, if writing takes long.
 
     Raises:
-        AdapterMismatchError: if a parameter has no layout.
+        AdapterMismatchError: if a parameter is not in `names`.
         AdapterError: if the folder is not empty.
 
     Warns:
@@ -77,13 +77,13 @@ def save_merged(
         names = tunable if names is None else names
         frozen, tunable = frozen
     if names is None:
-        raise TypeError("save_merged needs `names`, the layout of every parameter.")
+        raise ArgumentError("save_merged needs `names`, the PyTorch name of every parameter.")
     with about(folder), bars(progress):
-        _save_merged(Path(folder), frozen, tunable, as_layouts(names), config, shard_bytes)
+        _save_merged(Path(folder), frozen, tunable, as_torch_names(names), config, shard_bytes)
 
 
 def _save_merged(
-    folder: Path, frozen: Any, tunable: Any, names: Layouts, config: Any, shard_bytes: int
+    folder: Path, frozen: Any, tunable: Any, names: TorchNames, config: Any, shard_bytes: int
 ) -> None:
     leaves, _ = frozen_leaves(frozen)
     rows = dict(tunable_rows(tunable))
@@ -96,14 +96,14 @@ def _save_merged(
     }
     if unknown := sorted(rows.keys() - sizes.keys()):
         raise AdapterMismatchError(f"adapts `{unknown[0]}`, {absent(unknown[0], leaves)}")
-    layouts = {path: layout_of(names, path) for path in sizes}
+    torch_names = {path: torch_name_of(names, path) for path in sizes}
     config_text = _config_text(config)
     tables: dict[str, bytes] = {}  # the hashes of embedding and head, to compare them
     parts = shards(sizes, shard_bytes)
 
     def tensors_of(path: str) -> list[tuple[str, Array]]:
         merged = merge_params(Pair({path: leaves[path]}, {path: rows.get(path)}))[path]
-        tensors = whole_tensors(layouts[path].at(path, merged.shape), merged)
+        tensors = whole_tensors(torch_names[path].at(path, merged.shape), merged)
         return [(tensor_name(module, parameter), tensor) for module, parameter, tensor in tensors]
 
     files: dict[str, str] = {}

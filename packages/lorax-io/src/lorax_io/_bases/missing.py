@@ -88,7 +88,7 @@ def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = Fals
     if not allowed:
         raise AdapterFileError(
             f"{message} The file was cut, or not all of the adapter was gathered when it was "
-            "saved. Where these are rightly left as they are in the base, say `--allow-missing`.",
+            "saved. Where these are rightly left as they are in the base, pass `--allow-missing`.",
         )
     warn(f"{message} They stay as they are.")
 

@@ -16,8 +16,8 @@ from .._disk.arrays import place as put
 from .._disk.packed import Packed
 from .._errors import AdapterError, warn
 from .._frozen.header import check_numbers
-from .._layouts import Embedding, Tensor
 from .._places import Array, Place, unpack
+from .._torch_names import Embedding, Tensor
 from .blocks import (
     Runs,
     Target,
@@ -52,7 +52,7 @@ class Notes(NamedTuple):
                 f"memory are shorter and scales are repeated{_some(self.shorter)}"
             )
         if self.anew:
-            warn(f"has weights that are coded anew{_some(self.anew)}")
+            warn(f"has weights whose codes are not kept{_some(self.anew)}")
 
 
 def _some(names: list[str]) -> str:
@@ -71,7 +71,7 @@ def load_parameter(
     """Loads one parameter onto its devices, and adds to `notes`."""
     weights: dict[tuple[int, ...], Weight] = {}
     for index, module in place.modules.items():
-        weights[index] = needed(source, module, place.layout.parameter)
+        weights[index] = needed(source, module, place.torch_name.parameter)
         check_shape(place, module, weights[index].shape)
     first = next(iter(weights.values()))
     with fitting(place.path):
@@ -162,8 +162,8 @@ def _anew(
     why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
     if anew is None:
         raise AdapterError(
-            f"has codes for `{place.path}` that cannot be kept: {why}. Say how to hold it: "
-            '`anew="nf4"`, or another format, codes it again; `anew="float"` holds it decoded.'
+            f"has codes for `{place.path}` that cannot be kept: {why}. Choose how to store it: "
+            '`anew="nf4"`, or another format, quantizes it again; `anew="float"` decodes it.'
         )
     dtype = np.dtype(dtype or dtype_of(source, first))
     target = plain_target(place, dtype)
@@ -179,7 +179,7 @@ def _anew(
     if anew == FLOAT:
         notes.anew.append(f"`{place.path}` (as floats: {why})")
         return array
-    along = place.axes.outputs if isinstance(place.layout, Embedding) else place.axes.inputs
+    along = place.axes.outputs if isinstance(place.torch_name, Embedding) else place.axes.inputs
     form = with_along(format_of(anew), along)
     held = quantize({place.path: array}, {place.path: form})[place.path]
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))

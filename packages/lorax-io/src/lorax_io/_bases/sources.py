@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from .._disk.tensors import TensorFile
 from .._errors import AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import tensor_name
 from .._places import Array
+from .._torch_names import tensor_name
 from .._tree import suggestion
 from .checkpoint import Checkpoint, open_checkpoint, settings_of
 from .coded import MARKS, coding_of, coding_of_any

@@ -11,7 +11,7 @@ from lorax import combine_adapters
 
 from .._errors import AdapterError, about
 from .._formats.opening import OpenedAdapter
-from .._layouts import Layout
+from .._torch_names import TorchName
 from .convert import OUT, add_writing, write_as
 from .options import (
     ADAPTER,
@@ -24,7 +24,7 @@ from .options import (
     renaming,
 )
 
-HELP = "several adapters of one base as one"
+HELP = "combine several adapters of one base into one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,29 +32,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", nargs="+", help=f"two or more: {ADAPTER}")
     parser.add_argument("--out", type=Path, required=True, help=OUT)
     parser.add_argument(
-        "--weights", type=float, nargs="+", help="one for each adapter; by default 1"
+        "--weights", type=float, nargs="+", help="a weight for each adapter; by default 1"
     )
     parser.add_argument(
         "--method",
         default="concatenate",
         help="as in lorax.combine_adapters: concatenate (the exact sum), svd, linear, ties, …",
     )
-    parser.add_argument("--rank", type=int, help="of the result, for svd and …_svd")
-    parser.add_argument("--density", type=float, help="of what pruning keeps, above 0 to 1")
+    parser.add_argument("--rank", type=int, help="the rank of the result (methods svd and …_svd)")
     parser.add_argument(
-        "--signs", choices=("total", "frequency"), help="of ties and dare_ties; by default total"
+        "--density",
+        type=float,
+        help="the fraction of entries that pruning keeps, above 0 and at most 1",
     )
-    parser.add_argument("--seed", type=int, help="of dare_linear and dare_ties; by default 0")
+    parser.add_argument(
+        "--signs",
+        choices=("total", "frequency"),
+        help="how ties and dare_ties elect signs; by default total",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="the random seed of dare_linear and dare_ties; by default 0"
+    )
     add_naming(parser)
     add_writing(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the weighted sum of adapters, and prints how far each weight is from the exact one."""
+    """Writes the weighted sum of adapters, and prints the error of each weight."""
     weights = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter):
         raise AdapterError(
-            f"is made of {len(args.adapter)} adapters, and there are {len(weights)} weights.",
+            f"combines {len(args.adapter)} adapters, but --weights has {len(weights)} numbers.",
             args.out,
         )
     for option, methods in (("signs", "ties"), ("seed", "dare")):
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except ValueError as error:
             raise AdapterError(f"cannot be made: {error}") from error
-    names: dict[str, Layout] = {}
+    names: dict[str, TorchName] = {}
     for adapter in reversed(adapters):
         names |= adapter.names
     result = adapters[0]._replace(rows=combined, names={p: names[p] for p in paths if p in names})

@@ -29,15 +29,15 @@ from .._formats.peft.folder import save_peft
 from .._formats.restore import restore
 from .._formats.source import Source, Stored
 from .._formats.tunix import save_tunix
-from .._layouts import Layouts
 from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
+from .._torch_names import TorchNames
 from .._tree import Row, beside
 from .options import ADAPTER, SAME, add_naming, check_unused, opened, renamed, renaming
 from .verify import BASE
 
-HELP = "an adapter in another form"
-OUT = "file, or folder for PEFT, diffusers, mlx-lm and tunix"
+HELP = "write an adapter in another format"
+OUT = "a file, or a folder (PEFT, diffusers, mlx-lm and tunix)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("out", type=Path, help=OUT)
     add_naming(parser)
-    parser.add_argument("--base", type=Path, help=f"for the names in kohya files: {BASE}")
-    parser.add_argument("--part", help="of an adapter for several parts of a pipeline, which one")
+    parser.add_argument("--base", type=Path, help=f"resolves the names in kohya files: {BASE}")
+    parser.add_argument(
+        "--part", help="the part to convert, if the adapter is for several parts of a pipeline"
+    )
     add_writing(parser, required=True)
 
 
@@ -56,22 +58,26 @@ def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--to",
         choices=tuple(WRITERS),
         required=required,
-        help="the format" + ("" if required else "; by default that of the first adapter"),
+        help="the format to write" + ("" if required else "; by default that of the first adapter"),
     )
     parser.add_argument(
-        "--fold-scale", action="store_true", help="multiply b by the scale: PEFT, diffusers"
+        "--fold-scale", action="store_true", help="multiply b by the scale (PEFT and diffusers)"
     )
-    parser.add_argument("--base-model", metavar="NAME", help="for PEFT, mlx-lm: the base's name")
-    parser.add_argument("--task-type", choices=TASK_TYPES, help="for PEFT")
-    parser.add_argument("--model-config", type=Path, help="for GGUF: the base's config.json")
+    parser.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="the name of the base model to record (PEFT and mlx-lm)",
+    )
+    parser.add_argument("--task-type", choices=TASK_TYPES, help="the task type to record (PEFT)")
+    parser.add_argument("--model-config", type=Path, help="the base model's config.json (GGUF)")
     parser.add_argument(
         "--prefix",
-        help="for diffusers: the part of a pipeline; for kohya: what names begin with",
+        help="the part of a pipeline (diffusers), or the prefix of all names (kohya)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes an adapter in another form."""
+    """Writes an adapter in another format."""
     adapter = opened(args.adapter, args)
     if adapter.format != "kohya":
         check_unused(args, ("base",), f"on an adapter of the format {adapter.format}")
@@ -108,8 +114,8 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 def _with_dots(adapter: OpenedAdapter, base: Any) -> OpenedAdapter:
     """A kohya adapter with its modules named as in the base, with dots."""
     base_names = {
-        layout.module: resolve(f"{layout.module}.weight", base.shapes, base.parts)
-        for layout in adapter.names.values()
+        torch_name.module: resolve(f"{torch_name.module}.weight", base.shapes, base.parts)
+        for torch_name in adapter.names.values()
     }
     return renamed(adapter, lambda module: base_names[module].removesuffix(".weight"))
 
@@ -127,12 +133,14 @@ def _one_part(adapter: OpenedAdapter, part: str) -> OpenedAdapter:
     return renamed(of_part, lambda module: module.removeprefix(begin))
 
 
-def _layouts(adapter: OpenedAdapter, args: argparse.Namespace) -> Layouts:
+def _torch_names(adapter: OpenedAdapter, args: argparse.Namespace) -> TorchNames:
     if adapter.names:
         return adapter.names
-    layouts = flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    torch_names = (
+        flax_names(_shapes(adapter.rows)) if args.names is None else read_names(args.names)
+    )
     rename = renaming(args)
-    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in layouts.items()}
+    return {p: dataclasses.replace(x, module=rename(x.module)) for p, x in torch_names.items()}
 
 
 def _shapes(rows: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     save_peft(
         args.out,
         _pair(adapter),
-        _layouts(adapter, args),
+        _torch_names(adapter, args),
         base_model=args.base_model or config.base_model_name_or_path,
         revision=None if args.base_model else config.revision,
         task_type=args.task_type or config.task_type,
@@ -197,28 +205,32 @@ def _in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
 
 
 def _to_diffusers(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    if flux.is_original(layout.module for layout in adapter.names.values()):
+    if flux.is_original(torch_name.module for torch_name in adapter.names.values()):
         adapter = _in_diffusers(adapter)
     kept = "transformer" if adapter.part is None else adapter.part
     if adapter.part is None and adapter.format == "diffusers":
         kept = None  # the adapter has several parts, and its names begin with them
     prefix = kept if args.prefix is None else args.prefix
     save_diffusers(
-        args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix, fold_scale=args.fold_scale
+        args.out,
+        _pair(adapter),
+        _torch_names(adapter, args),
+        prefix=prefix,
+        fold_scale=args.fold_scale,
     )
 
 
 def _to_kohya(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     prefix = "lora_unet" if args.prefix is None else args.prefix
-    save_kohya(args.out, _pair(adapter), _layouts(adapter, args), prefix=prefix)
+    save_kohya(args.out, _pair(adapter), _torch_names(adapter, args), prefix=prefix)
 
 
 def _to_original(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    save_original(args.out, _pair(adapter), _layouts(adapter, args))
+    save_original(args.out, _pair(adapter), _torch_names(adapter, args))
 
 
 def _to_keras(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
-    save_keras(args.out, _pair(adapter), _layouts(adapter, args))
+    save_keras(args.out, _pair(adapter), _torch_names(adapter, args))
 
 
 def _to_tunix(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
@@ -228,13 +240,13 @@ def _to_tunix(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
 def _to_mlx(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     base = adapter.config.base_model_name_or_path if adapter.config else None
     model = args.base_model or base
-    save_mlx(args.out, _pair(adapter), _layouts(adapter, args), model=model)
+    save_mlx(args.out, _pair(adapter), _torch_names(adapter, args), model=model)
 
 
 def _to_gguf(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     if args.model_config is None:
         raise AdapterError("needs --model-config, the base's config.json.", args.out)
-    save_gguf(args.out, _pair(adapter), _layouts(adapter, args), config=args.model_config)
+    save_gguf(args.out, _pair(adapter), _torch_names(adapter, args), config=args.model_config)
 
 
 class Writer(NamedTuple):

@@ -18,19 +18,19 @@ from .options import (
     renaming,
 )
 
-HELP = "how two adapters differ"
+HELP = "show where two adapters differ"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("first", help=ADAPTER)
     parser.add_argument("second", help=ADAPTER)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_naming(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the parameters in which two adapters differ; exits with 1 where there are any."""
+    """Prints the parameters in which two adapters differ. The exit code is 1 if there are any."""
     rename = renaming(args)
     first, second = (renamed(opened(path, args), rename) for path in (args.first, args.second))
     differences = compare(first.rows, second.rows, first.held, second.held)

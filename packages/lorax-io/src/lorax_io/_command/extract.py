@@ -13,7 +13,7 @@ from .options import SAME, print_errors
 from .resize import add_ranks
 from .verify import BASE
 
-HELP = "the adapter that comes closest to a full fine-tune"
+HELP = "extract the adapter that is closest to a full fine-tune"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,20 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ranks(parser, required=True)
     parser.add_argument(
         "--targets",
-        help="a regular expression for modules; by default all linear layers and convolutions but "
-        "embeddings and heads",
+        help="a regular expression for modules; by default all linear layers and convolutions, "
+        "without embeddings and heads",
     )
     parser.add_argument(
         "--fan-in-fan-out",
         action="store_true",
-        help="matrices are (in, out), as those of transformers' Conv1D in GPT-2",
+        help="matrices are stored as (in, out), like transformers' Conv1D in GPT-2",
     )
     add_writing(parser, required=True)
     parser.set_defaults(names=None, rename=[], alpha=None)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes an adapter of the difference of two checkpoints, and prints its error by weight."""
+    """Writes the difference of two checkpoints as an adapter, and prints each weight's error."""
     try:
         targets = None if args.targets is None else re.compile(args.targets)
     except re.error as error:

@@ -18,7 +18,7 @@ from .._formats.table import FORMATS
 from .._summary import Line, summarize
 from .options import ADAPTER, SAME, add_naming, console, opened, printable, renamed, renaming
 
-HELP = "what is in an adapter"
+HELP = "show what an adapter contains"
 # The last part of a parameter's path, after its module.
 _LEAVES = frozenset(("kernel", "embedding", "weight", "w"))
 
@@ -26,12 +26,12 @@ _LEAVES = frozenset(("kernel", "embedding", "weight", "w"))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("adapter", help=ADAPTER)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_naming(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what an adapter is, and a line for each parameter: rank, alpha, shapes, and norms."""
+    """Prints an adapter's format, and the rank, alpha, shapes and norm for each parameter."""
     adapter = renamed(opened(args.adapter, args), renaming(args))
     lines = summarize(adapter.rows)
     about = _about(adapter, lines)

@@ -1,4 +1,4 @@
-"""The command `lorax`: look at adapters, compare, convert, combine and merge them."""
+"""The command `lorax` inspects, checks, compares, converts, combines and merges adapters."""
 
 import argparse
 import warnings

@@ -11,7 +11,7 @@ from .._errors import AdapterError
 from .options import ADAPTER, SAME, add_naming, check_unused, opened, renaming
 from .verify import MERGED_BASE, add_missing
 
-HELP = "a base with adapters merged into it"
+HELP = "merge adapters into a base model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,37 +24,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[1.0],
-        help="multiply the change that an adapter makes: one for all, or one for each",
+        help="factors for the changes that the adapters make: one for all, or one for each",
     )
     parser.add_argument(
         "--sum",
         action="store_true",
-        help="merge each adapter into the base, and sum the changes; by default each is merged "
-        "into what the last has left, which is the same for LoRA",
+        help="merge each adapter into the base and add the changes; by default each is merged "
+        "into the result of the previous one, which is the same for LoRA",
     )
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="write quantized weights that are adapted in the same codes again, and leave others "
-        "as they are; by default all of them become floats",
+        help="quantize the adapted weights again, in the base's format, and keep the others; by "
+        "default all quantized weights become floats",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the tensors that a GGUF file becomes; by default that of its matrices, and "
-        "bfloat16 where they are quantized",
+        help="the dtype in which a GGUF base is written; by default that of its matrices, or "
+        "bfloat16 if they are quantized",
     )
     add_naming(parser)
     add_missing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes a base's files with adapters merged into them, and config and tokenizer beside."""
+    """Writes a base model with adapters merged into it, and copies its config and tokenizer."""
     checkpoint, rename = open_base(args.base, args.dtype), renaming(args)
     scales = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
     if len(scales) != len(args.adapter):
         raise AdapterError(
-            f"is merged from {len(args.adapter)} adapters, and there are {len(scales)} scales.",
+            f"merges {len(args.adapter)} adapters, but --scale has {len(scales)} numbers.",
             args.out,
         )
     if not all(map(math.isfinite, scales)):

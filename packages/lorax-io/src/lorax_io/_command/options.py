@@ -46,17 +46,23 @@ def print_errors(rows: Mapping[str, Any], errors: Mapping[str, float], label: st
 
 def add_naming(parser: argparse.ArgumentParser) -> None:
     """Adds the options `--names`, `--rename` and `--alpha`."""
-    parser.add_argument("--names", type=Path, help="layouts by path, of lorax_io.write_names")
+    parser.add_argument(
+        "--names",
+        type=Path,
+        help="a JSON file of PyTorch names by path, written by lorax_io.write_names",
+    )
     parser.add_argument(
         "--rename",
         nargs=2,
         action="append",
         default=[],
         metavar=("PATTERN", "REPLACEMENT"),
-        help="another name for each module that a regular expression finds; may be repeated",
+        help="rename the modules that match a regular expression; may be repeated",
     )
     parser.add_argument(
-        "--alpha", type=float, help="of adapters in formats that do not store it, as tunix's"
+        "--alpha",
+        type=float,
+        help="the adapter's alpha, for formats that do not store it, such as tunix",
     )
 
 
@@ -132,20 +138,20 @@ def local(path: str) -> Path:
 def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
     """The adapter with renamed modules; a path that follows its module's name is renamed too."""
     names, rows, held = dict(adapter.names), dict(adapter.rows), dict(adapter.held)
-    for path, layout in adapter.names.items():
-        module = rename(layout.module)
-        if module == layout.module:
+    for path, torch_name in adapter.names.items():
+        module = rename(torch_name.module)
+        if module == torch_name.module:
             continue
-        begin, end = layout.module.replace(".", "/"), path.rpartition("/")[2]
+        begin, end = torch_name.module.replace(".", "/"), path.rpartition("/")[2]
         follows = path == f"{begin}/{end}"
         other = f"{module.replace('.', '/')}/{end}" if follows else path
         if other != path and other in adapter.rows:
             raise AdapterError(
-                f"`{layout.module}` would be renamed to `{module}`, which it has already.",
+                f"`{torch_name.module}` would be renamed to `{module}`, which it has already.",
                 adapter.path,
             )
         del names[path]
-        names[other] = dataclasses.replace(layout, module=module)
+        names[other] = dataclasses.replace(torch_name, module=module)
         for table in (rows, held):
             if path in table:
                 table[other] = table.pop(path)

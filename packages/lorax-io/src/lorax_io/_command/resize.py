@@ -9,7 +9,7 @@ from .._errors import AdapterError, about
 from .convert import OUT, add_writing, write_as
 from .options import ADAPTER, SAME, add_naming, opened, print_errors, renamed, renaming
 
-HELP = "an adapter of a lower rank"
+HELP = "lower the rank of an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_ranks(parser: argparse.ArgumentParser, **of_rank: object) -> None:
     """Adds the options that limit the rank: `--rank`, `--energy` and `--tolerance`."""
-    parser.add_argument("--rank", type=int, help="of the result, at most", **of_rank)  # pyright: ignore
-    parser.add_argument("--energy", type=float, help="the share of ‖delta‖² to keep, 0 to 1")
-    parser.add_argument("--tolerance", type=float, help="the relative error to allow, 0 to 1")
+    parser.add_argument("--rank", type=int, help="the highest rank of the result", **of_rank)  # pyright: ignore
+    parser.add_argument(
+        "--energy", type=float, help="the fraction of ‖delta‖² to keep, from 0 to 1"
+    )
+    parser.add_argument("--tolerance", type=float, help="the relative error to allow, from 0 to 1")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from .._bases.gguf_checkpoint import ARCHITECTURES
 from .._bases.opening import open_base
 from .options import ADAPTER, SAME, add_naming, check_unused, opened, renaming
 
-HELP = "whether an adapter is whole, and fits a base"
-BASE = "safetensors file, folder of transformers, or pipeline of diffusers"
+HELP = "check that an adapter is complete and fits a base model"
+BASE = "a safetensors file, a transformers folder, or a diffusers pipeline"
 MERGED_BASE = f"{BASE}; or a GGUF file of {', '.join(ARCHITECTURES)}"
 
 
@@ -26,12 +26,12 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="leave targets of the adapter that it has no tensors for as they are",
+        help="warn, instead of failing, if the adapter lacks tensors for some of its targets",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks an adapter as loading it does: its file, its config, every number; and the base."""
+    """Runs every check of loading: the file, the config, all numbers and, with --base, the base."""
     if args.base is None:
         check_unused(args, ("rename", "allow_missing"), "without --base")
     adapter = opened(args.adapter, args)

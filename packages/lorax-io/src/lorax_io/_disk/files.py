@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Generator
 from pathlib import Path
 
-from .._errors import AdapterFileError, AdapterNotFoundError
+from .._errors import UNEQUAL, AdapterFileError, AdapterNotFoundError, AdapterWriteError
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     if path.is_dir():
         raise AdapterFileError("is a folder; a file is to be written there.", path)
     if not path.parent.is_dir():
-        raise AdapterNotFoundError(f"there is not a folder {path.parent}; make it first.", path)
+        raise AdapterNotFoundError(f"{path.parent} is not a folder; create it first.", path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise AdapterFileError(f"cannot be made a folder: {error}", path) from error
+        raise AdapterFileError(f"cannot be created: {error}", path) from error
 
 
 def _flush(path: Path) -> None:
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         if unfinished.read_text(encoding="utf-8") != text:
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:

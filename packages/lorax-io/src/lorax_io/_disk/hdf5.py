@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._errors import AdapterFileError, about
+from lorax import MissingPackageError
+
+from .._errors import UNEQUAL, AdapterFileError, AdapterWriteError, about
 from .files import regular_file, replacing
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -43,7 +45,7 @@ class Hdf5File:
             except AdapterFileError:
                 raise
             except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-                raise AdapterFileError(f"is not a sound HDF5 file ({error}).") from error
+                raise AdapterFileError(f"is not a valid HDF5 file ({error}).") from error
         self.entries = {name: Entry(x.dtype, x.shape) for name, x in self._arrays.items()}
 
     def _read(self, h5py: Any, group: Any, begin: str) -> None:
@@ -124,12 +126,14 @@ def write_hdf5(
                 for name, x in arrays.items()
             )
         ):
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def _import_h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError('Keras\'s files need h5py: pip install "lorax-io[keras]"') from error
+        raise MissingPackageError(
+            'Keras\'s files need h5py: pip install "lorax-io[keras]"'
+        ) from error
     return h5py

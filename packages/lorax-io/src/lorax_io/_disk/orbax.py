@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._errors import AdapterError, AdapterFileError, about
+from lorax import MissingPackageError
+
+from .._errors import UNEQUAL, AdapterError, AdapterFileError, AdapterWriteError, about
 from .tensors import DTYPES, read_json
 
 TREE, STEP = "_METADATA", "_CHECKPOINT_METADATA"
@@ -105,7 +108,7 @@ def _sound() -> Generator[None]:
         raise
     except Exception as error:  # of JSON, of TensorStore, and of its own, of any type
         text = " ".join(str(error).split())[:300]
-        raise AdapterFileError(f"is not a sound checkpoint of Orbax ({text}).") from error
+        raise AdapterFileError(f"is not a valid Orbax checkpoint ({text}).") from error
 
 
 @contextlib.contextmanager
@@ -170,7 +173,8 @@ def write_orbax(folder: Path, step: int, name: str, tree: Any, metadata: dict[st
         written = OrbaxTree(folder / str(step) / name, lambda _: True)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if written.view("/".join(map(_key, keys))).tobytes() != np.asarray(leaf).tobytes():
-                raise OSError(f"{folder}: what was written does not read back the same")
+                shutil.rmtree(folder / str(step))
+                raise AdapterWriteError(UNEQUAL, folder)
 
 
 def _metadata(tree: Path) -> dict[str, str]:
@@ -185,7 +189,7 @@ def _import_orbax() -> Any:
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'checkpoints of tunix and qwix need Orbax: pip install "lorax-io[orbax]"'
         ) from error
     return ocp

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import AdapterError
+from .._errors import UNEQUAL, AdapterError, AdapterWriteError
 from .files import replacing
 from .tensors import DTYPES, TensorFile, check_dtype
 
@@ -35,7 +35,7 @@ def write_stream(
 
     Raises:
         AdapterError: if the format cannot hold a tensor or its name.
-        OSError: if the file does not read back the same.
+        AdapterWriteError: if the file does not read back the same.
     """
     if not write:
         for _ in tensors:
@@ -53,7 +53,7 @@ def write_stream(
         with TensorFile(unfinished) as written:
             same = written.metadata == dict(metadata) and written.entries.keys() == sums.keys()
             if not same or any(sums[name] != _sum_of(written.view(name)) for name in sums):
-                raise OSError(f"{path}: what was written does not read back the same")
+                raise AdapterWriteError(UNEQUAL, path)
 
 
 def in_order(shapes: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .._errors import AdapterError, AdapterFileError, AdapterMismatchError, about
+from .._errors import (
+    UNEQUAL,
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterWriteError,
+    about,
+)
 from .files import regular_file, replacing
 from .strangers import identified
 
@@ -163,7 +170,7 @@ def check_width(name: str, dtype: Any) -> None:
 def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
     """Refuses NaN and infinity, and bytes other than 0 and 1 in an array of bools."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
-        raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
+        raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs
         finite = not jnp.issubdtype(array.dtype, jnp.inexact) or np.isfinite(array).all()
     if not finite:
@@ -231,7 +238,7 @@ def _compare(
     with TensorFile(path) as file:
         same = file.metadata == dict(metadata) and file.entries.keys() == tensors.keys()
         if not same or not all(_is_same(file.view(name), x) for name, x in tensors.items()):
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def _is_same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:

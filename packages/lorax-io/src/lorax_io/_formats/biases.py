@@ -11,15 +11,15 @@ import jax
 import numpy as np
 
 from .._errors import UnsupportedAdapterError
-from .._layouts import Tensor
 from .._places import Array, Place, unpack
+from .._torch_names import Tensor
 from .source import Source
 from .whole import whole_tensors
 
 
 def is_bias(place: Place) -> bool:
     """Whether a parameter is the bias of a module."""
-    return isinstance(place.layout, Tensor) and place.layout.parameter == "bias"
+    return isinstance(place.torch_name, Tensor) and place.torch_name.parameter == "bias"
 
 
 def changed_biases(
@@ -44,7 +44,7 @@ def changed_biases(
             if alone:
                 continue
             raise UnsupportedAdapterError(
-                f"changes the bias `{path}` by what it is in the base, and was given its shape "
+                f"changes the bias `{path}` by its value in the base, but got only its "
                 "alone. Give the parameters themselves."
             )
         own = {module: tensor for module, _, tensor in whole_tensors(place, leaves[path])}

@@ -12,10 +12,10 @@ from .._disk.arrays import one_writer
 from .._disk.files import make_folder
 from .._disk.tensors import parse_json, write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Layout, Layouts
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import TorchName, TorchNames
 from .._tree import pair_rows
-from .export import export, layout_of
+from .export import export, torch_name_of
 from .format import Content, Format
 from .peft.config import PeftConfig
 from .peft.keys import config_of, config_to_json
@@ -49,7 +49,7 @@ def save_diffusers(
     Args:
         folder: the folder, which is created if it does not exist.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path: `Linear` and `Conv` only.
+        names: the PyTorch name of each parameter, by its path: `Linear` and `Conv` only.
         prefix: the part of the pipeline: "transformer", "unet" or "text_encoder"; "" for the
             model's own `load_lora_adapter(folder, prefix=None)`; None if the names of modules
             already begin with their part, so that there may be several.
@@ -76,12 +76,12 @@ def save_diffusers(
     with about(folder):
         found_rows, held = pair_rows(tunable)
         rows = {row.path: row.leaf for row in found_rows}
-        layouts = as_layouts(names)
+        torch_names = as_torch_names(names)
         tensors: dict[str, Any] = {}
         config: dict[str, Any] = {}
-        for part, paths in _by_part(rows, layouts, prefix).items():
+        for part, paths in _by_part(rows, torch_names, prefix).items():
             begin = f"{part}." if part else ""
-            within = {path: layouts[path] for path in paths if path in layouts}
+            within = {path: torch_names[path] for path in paths if path in torch_names}
             if prefix is None:
                 within = {p: _without(x, begin) for p, x in within.items()}
             part_rows = {path: rows[path] for path in paths if path in rows}
@@ -105,13 +105,15 @@ def _check_factors(names: Iterable[str]) -> None:
             )
 
 
-def _by_part(rows: Mapping[str, Any], names: Layouts, prefix: str | None) -> dict[str, list[str]]:
+def _by_part(
+    rows: Mapping[str, Any], names: TorchNames, prefix: str | None
+) -> dict[str, list[str]]:
     """The paths of each part: all in `prefix`, or by the beginnings of their modules' names."""
     if prefix is not None:
         return {prefix: [*names, *(path for path in rows if path not in names)]}
     parts: dict[str, list[str]] = {}
     for path in rows:
-        module = layout_of(names, path).module
+        module = torch_name_of(names, path).module
         part = _part(module)
         if not part:
             raise AdapterMismatchError(
@@ -121,8 +123,8 @@ def _by_part(rows: Mapping[str, Any], names: Layouts, prefix: str | None) -> dic
     return parts
 
 
-def _without(layout: Layout, begin: str) -> Layout:
-    return dataclasses.replace(layout, module=layout.module.removeprefix(begin))
+def _without(torch_name: TorchName, begin: str) -> TorchName:
+    return dataclasses.replace(torch_name, module=torch_name.module.removeprefix(begin))
 
 
 # The names of factors in files of older releases of diffusers, as PEFT's names.

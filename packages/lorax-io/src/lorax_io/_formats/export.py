@@ -10,9 +10,9 @@ from lorax import Adapter, DoraWeight, Pair, TokensWeight
 from .._disk.arrays import to_host
 from .._disk.progress import track
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import Embedding, Layout, Layouts
 from .._places import Array, Factor, Place, axes_of, pack
 from .._shapes import complete, padded_shape
+from .._torch_names import Embedding, TorchName, TorchNames
 from .._tree import Held, is_array, pair_rows, param_leaves, suggestion
 from .peft.config import PeftConfig
 from .peft.patterns import suffixes
@@ -32,7 +32,7 @@ class Export(NamedTuple):
 
 def export(
     tunable: Any,
-    names: Layouts,
+    names: TorchNames,
     *,
     params: Any = None,
     task_type: str | None = None,
@@ -46,7 +46,7 @@ def export(
 
     Args:
         tunable: the tree, or a pair.
-        names: the layout of each parameter, by path.
+        names: the PyTorch name of each parameter, by path.
         params: the base's parameters, for the frozen ones in a module that is saved whole.
         task_type: PEFT's task type; for some, PEFT saves a head whole.
         fold_scale: whether to multiply a factor by the scale.
@@ -64,14 +64,14 @@ def export(
     rows = {row.path: row.leaf for row in found_rows}
     adapted = {path: leaf for path, leaf in rows.items() if isinstance(leaf, Adapter)}
     tuner = _one_tuner(adapted, plain, lycoris)
-    layouts = {path: layout_of(names, path) for path in rows}
+    torch_names = {path: torch_name_of(names, path) for path in rows}
     if not adapted:
         raise UnsupportedAdapterError(
             "no parameter has factors; PEFT needs one. Use `save_adapter` or `save_merged`."
         )
     bases = _bases(tunable, params)
     places = {
-        path: _place(layouts[path], path, weight, bases.get(path))
+        path: _place(torch_names[path], path, weight, bases.get(path))
         for path, weight in adapted.items()
     }
     stacks = [
@@ -178,11 +178,11 @@ def _of_each_kind(adapted: Mapping[str, Adapter]) -> list[tuple[str, Adapter]]:
     return list({weight.kind: (path, weight) for path, weight in adapted.items()}.values())
 
 
-def layout_of(names: Layouts, path: str) -> Layout:
-    """The layout of a parameter."""
+def torch_name_of(names: TorchNames, path: str) -> TorchName:
+    """The PyTorch name of a parameter."""
     if path not in names:
         raise AdapterMismatchError(
-            f"`names` has no module for `{path}`.{suggestion(path, names)} Add its layout."
+            f"`names` has no module for `{path}`.{suggestion(path, names)} Add it."
         )
     return names[path]
 
@@ -193,23 +193,23 @@ def _bases(tunable: Any, params: Any) -> dict[str, Any]:
     return {} if base is None else param_leaves(base)[0]
 
 
-def _place(layout: Layout, path: str, weight: Adapter, base: Any) -> Place:
+def _place(torch_name: TorchName, path: str, weight: Adapter, base: Any) -> Place:
     """The place of an adapted parameter.
 
     Without its base, axes that the factors do not determine have size 1.
     """
     shape = base.shape if is_array(base) else padded_shape(weight)
-    place = layout.fitted(weight.axes).at(path, shape)
+    place = torch_name.fitted(weight.axes).at(path, shape)
     if place.axes != weight.axes:
         ours, theirs = weight.axes, place.axes
         raise AdapterMismatchError(
             f"the adapter of `{path}` has in_axes={ours.inputs}, out_axes={ours.outputs}, "
-            f"shared_axes={ours.shared}, but its layout in `names` has in_axes={theirs.inputs}, "
+            f"shared_axes={ours.shared}, but its entry in `names` has in_axes={theirs.inputs}, "
             f"out_axes={theirs.outputs}, shared_axes={theirs.shared}."
         )
     if not place.factors:
         raise AdapterMismatchError(
-            f"`{path}` is adapted, but `names` has {type(layout).__name__} for it."
+            f"`{path}` is adapted, but `names` has {type(torch_name).__name__} for it."
         )
     return place
 
@@ -218,10 +218,10 @@ def _tensors(
     place: Place, weight: Adapter, factors: Sequence[Factor], arrays: Mapping[str, Array]
 ) -> Iterator[tuple[str, str, Array]]:
     """Yields the tensors of one parameter: the module, the key in it, and the array."""
-    is_tied = isinstance(place.layout, Embedding) and place.layout.tied
+    is_tied = isinstance(place.torch_name, Embedding) and place.torch_name.tied
     if is_tied and not isinstance(weight, TokensWeight):  # of rows, PEFT ties both
         warn(
-            f"the head shares the embedding `{place.path}`. PEFT adapts the look-up alone until "
+            f"the head shares the embedding `{place.path}`. PEFT adapts only the lookup until "
             "the adapter is merged, so that its outputs differ from these."
         )
     axes_by_name = axes_of(weight, place.shape).of
@@ -240,15 +240,15 @@ def _times(array: Array, gain: float) -> Array:
 
 
 def _targets(
-    modules: Sequence[Module], names: Layouts, ends: Sequence[str] | None, tuner: Tuner
+    modules: Sequence[Module], names: TorchNames, ends: Sequence[str] | None, tuner: Tuner
 ) -> dict[str, Any]:
     rows = tuner.beside(modules)
     modules = [module for module in modules if module not in rows]
-    parameters = sorted(m.name for m in modules if m.place.layout.by_parameter)
+    parameters = sorted(m.name for m in modules if m.place.torch_name.by_parameter)
     adapted = {module.name for module in modules} - set(parameters)
     targets = sorted(adapted if ends is None else ends)
     config = PeftConfig(target_modules=targets)
-    plain = {layout.module for layout in names.values() if "{" not in layout.module}
+    plain = {torch_name.module for torch_name in names.values() if "{" not in torch_name.module}
     # Modules that PEFT would adapt too, by the ends of their names: `aux.head` besides `head`.
     more = sorted(filter(config.targets, plain - adapted))
     if more and "exclude_modules" in tuner.lacking:

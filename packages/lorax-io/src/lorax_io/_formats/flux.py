@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .._errors import AdapterFileError, UnsupportedAdapterError
-from .._layouts import MAGNITUDE
+from .._torch_names import MAGNITUDE
 from .peft.tuners import FACTOR
 from .self_described import self_described
 from .source import Source

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import MAGNITUDE, Layouts
 from .._places import Array
+from .._torch_names import MAGNITUDE, TorchNames
 from . import flux
 from .peft.config import PeftConfig
 from .peft.patterns import distrusted
@@ -70,13 +70,13 @@ def in_original(
     )
 
 
-def is_flux(tensors: Iterable[str], names: Layouts) -> bool:
+def is_flux(tensors: Iterable[str], names: TorchNames) -> bool:
     """Whether an adapter is for diffusers' Flux, by its single blocks, adapted or only in `names`.
 
     Warns:
         AdapterWarning: if it may be for Flux, but nothing distinguishes it from other models.
     """
-    modules = [layout.module for layout in names.values()]
+    modules = [torch_name.module for torch_name in names.values()]
     if flux.is_of_diffusers(tensors) or flux.is_of_diffusers(modules):
         return True
     if flux.may_be_of_diffusers(tensors):

@@ -17,10 +17,10 @@ from .._disk.arrays import one_writer, to_host
 from .._disk.hdf5 import Hdf5File, write_hdf5
 from .._disk.tensors import check_finite
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import Linear
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import Linear
 from .._tree import pair_rows
-from .export import layout_of
+from .export import torch_name_of
 from .format import Content, Format
 from .self_described import self_described
 from .signature import signature
@@ -67,7 +67,7 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
     Args:
         path: the file.
         tunable: the tunable tree.
-        names: the layout of each parameter: `Linear`, whose module is the layer's number. Its
+        names: the PyTorch name of each parameter: `Linear`, whose module is the layer's number. Its
             `out_axes` is the last axis of the kernel, and its `in_axes` are all others.
 
     Raises:
@@ -87,20 +87,21 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
         'keras'
     """
     with about(path):
-        layouts = as_layouts(names)
+        torch_names = as_torch_names(names)
         rows, _ = pair_rows(tunable)
         ranks = {getattr(weight, "rank", None) for _, weight in rows}
         if len(ranks) != 1 or not all(isinstance(weight, LoraWeight) for _, weight in rows):
             raise UnsupportedAdapterError("KerasHub's files have plain LoRA of one rank alone.")
         arrays: dict[str, Any] = {_RANK: np.asarray(ranks.pop(), np.int64)}
         for path_, weight in rows:
-            layout = layout_of(layouts, path_)
+            torch_name = torch_name_of(torch_names, path_)
             outputs, inputs = weight.axes.outputs, weight.axes.inputs
             last = len(inputs)
-            if not layout.module.isdecimal() or not isinstance(layout, Linear):
+            if not torch_name.module.isdecimal() or not isinstance(torch_name, Linear):
                 raise AdapterMismatchError(
-                    f"the layout of `{path_}` is not a Linear with the number of a layer for its "
-                    f"module, but {type(layout).__name__}({layout.module!r})."
+                    f"the entry of `{path_}` in `names` is not a Linear whose "
+                    "module is the number of a layer, but "
+                    f"{type(torch_name).__name__}({torch_name.module!r})."
                 )
             if (inputs, outputs, weight.axes.shared) != (tuple(range(last)), (last,), ()):
                 raise UnsupportedAdapterError(
@@ -109,10 +110,12 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
                 )
             a, b = to_host(weight.a), to_host(weight.b)
             scaled = b.astype(np.float64) * weight.scale  # rounded once, below
-            begin = f"lora/{int(layout.module)}/vars/lora_kernel"
+            begin = f"lora/{int(torch_name.module)}/vars/lora_kernel"
             for name, array in ((f"{begin}_a", a), (f"{begin}_b", scaled)):
                 if name in arrays:
-                    raise AdapterMismatchError(f"`names` gives two parameters `{layout.module}`.")
+                    raise AdapterMismatchError(
+                        f"`names` gives two parameters `{torch_name.module}`."
+                    )
                 check_finite(name, array)
                 arrays[name] = np.asarray(array, np.promote_types(b.dtype, np.float32))
         with one_writer() as writer:

@@ -18,8 +18,8 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, about
-from .._layouts import MAGNITUDE, Layout, Layouts
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import MAGNITUDE, TorchName, TorchNames
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
@@ -128,18 +128,18 @@ def resolve(name: str, known: Iterable[str], parts: Iterable[str]) -> str:
     return f"{candidates.pop()}.{parameter}"
 
 
-def with_flat_names(names: Layouts, keys: Iterable[str]) -> dict[str, Layout]:
-    """The layouts, with a file's kohya names for the modules that it has."""
+def with_flat_names(names: TorchNames, keys: Iterable[str]) -> dict[str, TorchName]:
+    """The PyTorch names, with a file's kohya names for the modules that it has."""
     begins = {match["part"] for key in keys if (match := _NAME.match(key))}
     known = {key[: match.end() - 1] for key in keys if (match := _NAME.match(key))}
-    layouts: dict[str, Layout] = {}
-    for path, layout in names.items():
-        flat = {f"{begin}_{layout.module.replace('.', '_')}" for begin in begins}
+    torch_names: dict[str, TorchName] = {}
+    for path, torch_name in names.items():
+        flat = {f"{begin}_{torch_name.module.replace('.', '_')}" for begin in begins}
         here = sorted(flat & known) or [name for name in sorted(flat) if "{}" in name][:1]
         if len(here) > 1:
             raise AdapterMismatchError(f"has `{here[0]}` and `{here[1]}` for `{path}`.")
-        layouts[path] = dataclasses.replace(layout, module=here[0]) if here else layout
-    return layouts
+        torch_names[path] = dataclasses.replace(torch_name, module=here[0]) if here else torch_name
+    return torch_names
 
 
 def _modules(known: Iterable[str], parameter: str) -> list[str]:
@@ -159,7 +159,7 @@ def save_kohya(
     Args:
         path: the file.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path.
+        names: the PyTorch name of each parameter, by its path.
         prefix: the prefix of names: "lora_unet", or "lora_te1" or "lora_te2" for text encoders.
 
     Raises:
@@ -179,10 +179,10 @@ def save_kohya(
     with about(path):
         if _NAME.match(f"{prefix}_x.") is None:
             raise AdapterMismatchError(f"prefix={prefix!r} is not one of {', '.join(_FOLDERS)}.")
-        layouts = as_layouts(names)
-        exported = export(tunable, layouts, lycoris=True)
+        torch_names = as_torch_names(names)
+        exported = export(tunable, torch_names, lycoris=True)
         tensors, config = exported.tensors, exported.config
-        if prefix == "lora_unet" and is_flux(tensors, layouts):
+        if prefix == "lora_unet" and is_flux(tensors, torch_names):
             tensors, config = in_original(tensors, config)
         tensors = _flat(tensors, config, prefix)
         with one_writer() as writer:

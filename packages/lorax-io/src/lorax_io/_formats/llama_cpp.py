@@ -10,12 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from lorax import MissingPackageError
+
 from .._disk.arrays import one_writer
 from .._disk.files import regular_file, replacing
 from .._disk.tensors import check_finite, read_json
-from .._errors import AdapterMismatchError, UnsupportedAdapterError, about
+from .._errors import (
+    UNEQUAL,
+    AdapterMismatchError,
+    AdapterWriteError,
+    UnsupportedAdapterError,
+    about,
+)
 from .._places import Array
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
 from .export import export
 from .peft.tuners import FACTOR
 
@@ -50,7 +58,7 @@ def save_gguf(
     Args:
         path: the file.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path.
+        names: the PyTorch name of each parameter, by its path.
         config: the base model's `config.json`, as a path or as a dict.
 
     Raises:
@@ -74,12 +82,12 @@ def save_gguf(
     with about(path):
         values = config if isinstance(config, Mapping) else read_json(regular_file(config))
         kind, is_permuted = _kind(values)
-        layouts = as_layouts(names)
-        exported = export(tunable, layouts, plain=True)
+        torch_names = as_torch_names(names)
+        exported = export(tunable, torch_names, plain=True)
         one = exported.config
         # llama.cpp reads an alpha of 0 as a scale of 1.
         if one.rank_pattern or one.alpha_pattern or one.use_rslora or one.lora_alpha == 0:
-            exported = export(tunable, layouts, plain=True, fold_scale=True)
+            exported = export(tunable, torch_names, plain=True, fold_scale=True)
         tensors = _in_llama_cpp(exported.tensors, kind, values, is_permuted)
         with one_writer() as writer:
             if writer:
@@ -157,7 +165,7 @@ def _write(path: Path, kind: str, alpha: float, tensors: Mapping[str, Array]) ->
         if written.keys() != tensors.keys() or not all(
             np.array_equal(written[name], tensor) for name, tensor in tensors.items()
         ):
-            raise OSError(f"{path}: what was written does not read back the same")
+            raise AdapterWriteError(UNEQUAL, path)
 
 
 def half_order(rows: Array, heads: int) -> Array:
@@ -166,9 +174,11 @@ def half_order(rows: Array, heads: int) -> Array:
 
 
 def import_gguf() -> Any:
-    """Imports the package `gguf`; an `ImportError` names the extra to install."""
+    """Imports the package `gguf`; a `MissingPackageError` names the extra to install."""
     try:
         import gguf
     except ImportError as error:
-        raise ImportError('llama.cpp\'s files need gguf: pip install "lorax-io[gguf]"') from error
+        raise MissingPackageError(
+            'llama.cpp\'s files need gguf: pip install "lorax-io[gguf]"'
+        ) from error
     return gguf

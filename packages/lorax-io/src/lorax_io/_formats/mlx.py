@@ -13,8 +13,8 @@ from .._disk.arrays import one_writer
 from .._disk.files import file_in, make_folder, write_text
 from .._disk.tensors import is_number, read_json, write_tensors
 from .._errors import AdapterFileError, UnsupportedAdapterError, about
-from .._layouts import MAGNITUDE
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import MAGNITUDE
 from .export import export
 from .format import Content, Format
 from .peft.config import CONFIG_NAME, WEIGHTS, PeftConfig, check_free
@@ -105,7 +105,7 @@ def save_mlx(
     Args:
         folder: the folder, which is created if it does not exist.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path.
+        names: the PyTorch name of each parameter, by its path.
         model: the base's name.
 
     Raises:
@@ -124,7 +124,7 @@ def save_mlx(
     """
     folder = Path(folder)
     with about(folder):
-        exported = export(tunable, as_layouts(names))
+        exported = export(tunable, as_torch_names(names))
         config = exported.config
         if config.peft_type != "LORA" or config.rank_pattern or config.alpha_pattern:
             raise UnsupportedAdapterError("mlx-lm has LoRA and DoRA of one rank and scale alone.")

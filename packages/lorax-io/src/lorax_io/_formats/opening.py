@@ -14,8 +14,8 @@ from .._disk.orbax import OrbaxTree, is_orbax, open_orbax, tree_of
 from .._disk.progress import bars
 from .._disk.tensors import TensorFile, is_number
 from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about, warn
-from .._layouts import Layouts
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
+from .._torch_names import TorchNames
 from .._tree import Held
 from . import flux, kohya, native, tunix
 from .format import Content, Format, Rows
@@ -33,7 +33,7 @@ class OpenedAdapter(NamedTuple):
         format: "native", "peft", "diffusers", or the name of another format.
         path: the path that was given.
         rows: the adapter of each parameter, by path; an array if it is trained in full.
-        names: the layout of each parameter in PyTorch, by path; empty for a native file.
+        names: the name of each parameter in PyTorch, by path; empty for a native file.
         metadata: the strings in the file's header.
         config: the settings in PEFT's terms; None for a native file.
         held: the frozen factors in the file, by path of their base and by name.
@@ -46,7 +46,7 @@ class OpenedAdapter(NamedTuple):
     format: str
     path: Path
     rows: dict[str, Any]
-    names: Layouts
+    names: TorchNames
     metadata: dict[str, str]
     config: PeftConfig | None = None
     held: Held = {}
@@ -65,8 +65,8 @@ def open_adapter(
 
     Args:
         path: a file or a folder.
-        names: the layout of each parameter, by path, as in `load_peft`. By default each module is
-            one parameter, whose path follows Flax's convention: `layers/0/q_proj/kernel`.
+        names: the PyTorch name of each parameter, by path, as in `load_peft`. By default each
+            module is one parameter, whose path follows Flax's convention: `layers/0/q_proj/kernel`.
         alpha: the adapter's alpha, for formats that do not store it: tunix and torchtune.
 
     Returns:
@@ -86,7 +86,7 @@ def open_adapter(
         >>> adapter.format, adapter.rows["bias"].tolist()
         ('native', [1.0, 1.0, 1.0])
     """
-    return fit(Path(path), None if names is None else as_layouts(names), None, alpha=alpha)
+    return fit(Path(path), None if names is None else as_torch_names(names), None, alpha=alpha)
 
 
 def is_translated(modules: Iterable[str], names: Iterable[str]) -> bool:
@@ -101,7 +101,7 @@ def in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
 
 def fit(
     path: Path,
-    names: Layouts | None,
+    names: TorchNames | None,
     base: Mapping[str, Any] | None,
     *,
     translate: bool = False,
@@ -151,8 +151,8 @@ def load_any(
     Args:
         path: a file or a folder.
         params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`.
-        names: the layout of each parameter that the adapter may adapt, by its path. Native files
-            and checkpoints of tunix contain paths and need no names.
+        names: the PyTorch name of each parameter that the adapter may adapt, by its path. Native
+            files and checkpoints of tunix contain paths and need no names.
         alpha: as in `open_adapter`.
         sharding: where to put the arrays, as in `load_peft`.
         progress: whether to show a progress bar, on a terminal, if loading takes long.
@@ -183,12 +183,12 @@ def load_any(
             return native.load_pair(path, params, sharding=sharding)
         source = row.read(content)
         assert isinstance(source, Source)
-        layouts = names_on(source, params) if names is None else as_layouts(names)
-        if is_translated(flux.modules_of(source), (x.module for x in layouts.values())):
+        torch_names = names_on(source, params) if names is None else as_torch_names(names)
+        if is_translated(flux.modules_of(source), (x.module for x in torch_names.values())):
             source = flux.in_diffusers(source)
         elif row is FORMATS["kohya"]:
-            layouts = kohya.with_flat_names(layouts, source.tensors)
-        return restore(source, params, layouts, sharding).pair()
+            torch_names = kohya.with_flat_names(torch_names, source.tensors)
+        return restore(source, params, torch_names, sharding).pair()
 
 
 def _format_of(content: Content) -> Format:

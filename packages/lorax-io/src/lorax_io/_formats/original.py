@@ -13,7 +13,7 @@ import numpy as np
 from .._disk.arrays import one_writer
 from .._disk.tensors import write_tensors
 from .._errors import UnsupportedAdapterError, about
-from .._plain_layouts import Names, as_layouts
+from .._plain_names import Names, as_torch_names
 from .diffusers import peft_key
 from .export import export
 from .format import Content, Format
@@ -44,7 +44,7 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
     Args:
         path: the file.
         tunable: the tunable tree.
-        names: the layout of each parameter, by its path.
+        names: the PyTorch name of each parameter, by its path.
 
     Raises:
         AdapterMismatchError: if `names` does not fit the tree.
@@ -61,9 +61,9 @@ def save_original(path: str | os.PathLike[str], tunable: Any, names: Names) -> N
         ['single_blocks/0/linear1/kernel']
     """
     with about(path):
-        layouts = as_layouts(names)
-        tensors, config, _ = export(tunable, layouts, plain=True)
-        if is_flux(tensors, layouts):
+        torch_names = as_torch_names(names)
+        tensors, config, _ = export(tunable, torch_names, plain=True)
+        if is_flux(tensors, torch_names):
             tensors, config = in_original(tensors, config)
         found: dict[str, Any] = {}
         for key, tensor in tensors.items():

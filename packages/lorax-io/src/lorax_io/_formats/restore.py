@@ -13,9 +13,9 @@ from .._disk.arrays import place as put, placements, shape_of
 from .._disk.progress import track
 from .._disk.tensors import check_finite, check_width
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import Experts, Layouts
 from .._places import Array, Axed, Factor, Groups, Place, axes_of, packed_shape, unpack
 from .._shapes import blank_rows, complete
+from .._torch_names import Experts, TorchNames
 from .._tree import absent, filled, frozen_of, is_array, param_leaves, with_leaves
 from .biases import changed_biases
 from .peft.patterns import distrusted
@@ -44,24 +44,24 @@ class Restored(NamedTuple):
 
 
 def restore(
-    source: Source, params: Any, names: Layouts, sharding: Any = None, *, alone: bool = False
+    source: Source, params: Any, names: TorchNames, sharding: Any = None, *, alone: bool = False
 ) -> Restored:
     """Reads the adapter's arrays, and places them by `sharding`, or like their base.
 
     Args:
         source: the adapter.
         params: the base's parameters, or their shapes.
-        names: the layout of each parameter, by path.
+        names: the PyTorch name of each parameter, by path.
         sharding: as in `load_peft`.
         alone: whether the shapes come from the adapter, without a base; biases that depend on the
             base are then left out.
     """
     leaves, structure = param_leaves(params)
     places: dict[str, Place] = {}
-    for path, layout in names.items():
+    for path, torch_name in names.items():
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(f"`names` has `{path}`, {absent(path, leaves)}")
-        places[path] = layout.at(path, leaves[path].shape)
+        places[path] = torch_name.at(path, leaves[path].shape)
     source = source._replace(tensors=source.tuner.spread(source.tensors, source.config, places))
     with distrusted():
         slots_of = find(source, places)
@@ -154,7 +154,7 @@ def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence
     for index, module in place.modules.items():
         for key in keys:
             if Slot(place.path, index, key) not in tensors:
-                lacking = place.layout.parameter if key == WHOLE else key
+                lacking = place.torch_name.parameter if key == WHOLE else key
                 raise AdapterFileError(f"lacks `{module}.{lacking}`, beside `{first}`.")
     for slot, tensor in tensors.items():
         if slot.key not in keys:
@@ -250,14 +250,14 @@ def _checked(tensor: Stored, groups: Groups, sizes: Mapping[int, int]) -> Array:
 
 def _with_sides(source: Source, place: Place, tensors: Mapping[Slot, Stored]) -> Place:
     """The place; for experts, with PEFT's swap of inputs and outputs, by the shape of `lora_A`."""
-    layout = place.layout
-    if not isinstance(layout, Experts) or layout.swapped is not None or source.written_here:
+    torch_name = place.torch_name
+    if not isinstance(torch_name, Experts) or torch_name.swapped is not None or source.written_here:
         return place
     fan_in, fan_out = place.axes.sizes(place.shape)
     if fan_in == fan_out:
         raise UnsupportedAdapterError(
-            f"`{place.path}` has as many inputs as outputs, so that nothing tells which of the two "
-            "PEFT took for which. Say it in `names`: Experts(…, swapped=True), or False."
+            f"`{place.path}` has as many inputs as outputs, so it is ambiguous whether PEFT "
+            "swapped them. Specify it in `names`: Experts(…, swapped=True), or False."
         )
     shape = next(tensor.shape for slot, tensor in tensors.items() if slot.key == "lora_A.weight")
-    return place.with_layout(layout.with_swapped(bool(shape) and shape[-1] == fan_out))
+    return place.with_torch_name(torch_name.with_swapped(bool(shape) and shape[-1] == fan_out))

@@ -6,7 +6,7 @@ import numpy as np
 
 from .._disk.tensors import check_finite
 from .._errors import AdapterFileError, UnsupportedAdapterError
-from .._layouts import MAGNITUDE
+from .._torch_names import MAGNITUDE
 from .peft.config import PeftConfig
 from .peft.tuners import FACTOR, TUNERS
 from .peft.tuners.tuner import most_frequent, pattern

@@ -1,4 +1,4 @@
-"""Matches the tensors of an adapter with those that the layouts and the config allow.
+"""Matches the tensors of an adapter with those that the names and the config allow.
 
 Unknown and missing tensors are errors. PEFT ignores the former, warns about the latter, and lets a
 file replace base weights.
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from .._bases.ties import is_embedding, is_head
 from .._errors import AdapterFileError, AdapterMismatchError, UnsupportedAdapterError, warn
-from .._layouts import MAGNITUDE, Embedding, Layout, tensor_name
 from .._places import Place, packed_shape
+from .._torch_names import MAGNITUDE, Embedding, TorchName, tensor_name
 from .._tree import suggestion
 from .biases import is_bias
 from .peft.config import PeftConfig
@@ -63,7 +63,7 @@ def find(source: Source, places: Places) -> SlotTensors:
             continue
         slot = slots[key]
         if slot.key == WHOLE and not _may_be_whole(source.config, key):
-            if not is_of_vocabulary(key, places[slot.path].layout):
+            if not is_of_vocabulary(key, places[slot.path].torch_name):
                 raise AdapterFileError(
                     f"`{tensor.name}` would replace a base weight, and neither `modules_to_save` "
                     "nor `bias` of its config says so."
@@ -90,10 +90,10 @@ def _check_bias(key: str, biases: Collection[str], config: PeftConfig) -> None:
         )
 
 
-def is_of_vocabulary(key: str, layout: Layout | None = None) -> bool:
+def is_of_vocabulary(key: str, torch_name: TorchName | None = None) -> bool:
     """Whether a tensor is an embedding or head, which PEFT saves if the vocabulary was resized."""
     module, _, parameter = key.rpartition(".")
-    is_table = isinstance(layout, Embedding) or is_embedding(module) or is_head(module)
+    is_table = isinstance(torch_name, Embedding) or is_embedding(module) or is_head(module)
     return parameter == "weight" and is_table and not module.endswith(".base_layer")
 
 
@@ -103,7 +103,7 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
         (module, place)
         for place in places.values()
         for module in place.modules.values()
-        if place.layout.by_parameter and source.tuner.targets(source.config, place, module)
+        if place.torch_name.by_parameter and source.tuner.targets(source.config, place, module)
     ]
     depths = wrapper_depths(experts)
     wrapped = {module for module, _ in experts}
@@ -111,11 +111,11 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for path, place in places.items():
         adaptable = source.tuner.keys(place, source.config) if place.factors else ()
-        parameter = place.layout.parameter
+        parameter = place.torch_name.parameter
         for index, module in place.modules.items():
             prefix = factor_prefix(place, module, depths)
             keys = {f"{prefix}.{key}": key for key in adaptable}
-            if place.layout.by_parameter and place.pattern_name(module) not in depths:
+            if place.torch_name.by_parameter and place.pattern_name(module) not in depths:
                 if module in wrapped | unwrapped:
                     keys = {}  # the module's factors belong to another of its parameters
                 unwrapped.add(module)
@@ -180,7 +180,10 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
 
 def _check_copy(tensor: Stored, module: str, place: Place) -> None:
     """Accepts the copy of the base's weight that PEFT saves beside an adapted embedding or head."""
-    if not isinstance(place.layout, Embedding) and module.rpartition(".")[2] not in _SAVED_AGAIN:
+    if (
+        not isinstance(place.torch_name, Embedding)
+        and module.rpartition(".")[2] not in _SAVED_AGAIN
+    ):
         raise AdapterFileError(f"`{tensor.name}` would replace a base weight.")
     wanted = packed_shape(place.whole, place.sizes)
     if tensor.shape != wanted:
@@ -199,7 +202,7 @@ def _check_targets(source: Source, slots_of: SlotTensors, places: Places) -> Non
             if config.saves(module) and keys != {WHOLE}:
                 raise AdapterFileError(
                     f"`modules_to_save` of its config has `{module}`, but the file lacks "
-                    f"`{module}.{place.layout.parameter}`."
+                    f"`{module}.{place.torch_name.parameter}`."
                 )
             if not place.factors or config.saves(module):
                 continue

@@ -8,7 +8,7 @@ from .._disk.hdf5 import Hdf5File
 from .._disk.orbax import OrbaxTree
 from .._disk.tensors import TensorFile
 from .._errors import AdapterFileError
-from .._layouts import MAGNITUDE, Layout
+from .._torch_names import MAGNITUDE, TorchName
 from .peft.config import PeftConfig
 from .peft.tuners import TUNERS, Tuner
 from .stored import Stored as Stored
@@ -24,7 +24,7 @@ _COPY_OF_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 class Own(NamedTuple):
     """A parameter that a file names by its path in a tree, not by a module."""
 
-    layout: Layout
+    torch_name: TorchName
     shape: tuple[int, ...]  # of the parameter, with its inputs first
     # From a parameter's shape to its input and output axes; None if the factors do not fit it.
     axes: Callable[[Sequence[int]], tuple[tuple[int, ...], tuple[int, ...]] | None]
@@ -37,7 +37,7 @@ class Source(NamedTuple):
     config: PeftConfig
     # The alpha and scaling of modules whose config expresses the same scale differently.
     original_scaling: Mapping[str, Mapping[str, Any]] = {}
-    written_here: bool = False  # by lorax-io: experts are not swapped, unless the layout is
+    written_here: bool = False  # by lorax-io: experts are not swapped, unless their name says so
     part: str | None = None  # of a pipeline, for diffusers
     own: Mapping[str, Own] = {}  # by path, if the file has paths instead of modules
 

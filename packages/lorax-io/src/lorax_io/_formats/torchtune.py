@@ -9,7 +9,7 @@ from typing import Any
 from .._disk.files import file_in
 from .._disk.tensors import is_number, read_json
 from .._errors import AdapterFileError, UnsupportedAdapterError, about, warn
-from .._layouts import MAGNITUDE
+from .._torch_names import MAGNITUDE
 from .format import Content, Format
 from .peft.config import CONFIG_NAME
 from .peft.tuners import FACTOR

@@ -27,7 +27,7 @@ from .._errors import (
     about,
     warn,
 )
-from .._layouts import Linear
+from .._torch_names import Linear
 from .._tree import pair_rows
 from .format import Content, Format
 from .self_described import self_described
@@ -64,7 +64,7 @@ class _Pair(NamedTuple):
         return (*self.a.shape[:-1], *self.b.shape[1:])
 
     @property
-    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         count = len(self.a.shape) - 1
         return tuple(range(count)), tuple(range(count, len(self.shape)))
 
@@ -76,12 +76,12 @@ def _read(content: Content) -> Source:
     tensors: dict[str, Stored] = {}
     own: dict[str, Own] = {}
     for path, pair in pairs.items():
-        module, (inputs, outputs) = modules[path], pair.layout
+        module, (inputs, outputs) = modules[path], pair.axes
         flat_a, flat_b = (math.prod(pair.a.shape[:-1]), pair.rank), (pair.rank, -1)
         tensors[f"{module}.lora_A.weight"] = pair.a.shaped(flat_a).turned()
         tensors[f"{module}.lora_B.weight"] = pair.b.shaped(flat_b).turned()
-        layout = Linear(module, in_axes=inputs, out_axes=outputs)
-        own[path] = Own(layout, pair.shape, lambda shape, x=pair: _axes(x, shape))
+        torch_name = Linear(module, in_axes=inputs, out_axes=outputs)
+        own[path] = Own(torch_name, pair.shape, lambda shape, x=pair: _axes(x, shape))
     alpha = content.alpha if content.alpha is not None else _stored_alpha(content.file)
     ranks = {modules[path]: pair.rank for path, pair in pairs.items()}
     scales = {module: alpha / rank for module, rank in ranks.items()}
@@ -165,7 +165,7 @@ def _axes(pair: _Pair, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int
     if len(fits) > 1 and len(first) != 1:
         raise AdapterMismatchError(
             f"has factors of shapes {pair.a.shape} and {pair.b.shape}, which fit {tuple(shape)} in "
-            "several ways. Give the parameter's layout in `names`."
+            "several ways. Give the parameter in `names`."
         )
     return next(iter(first or fits), None)
 
@@ -222,7 +222,9 @@ def save_tunix(
                     "another adapter. Use `save_adapter`."
                 )
         if alpha is not None and not (math.isfinite(alpha) and alpha):
-            raise AdapterError(f"was given alpha={alpha!r}; it is a finite number other than 0.")
+            raise AdapterError(
+                f"was given alpha={alpha!r}; it must be a finite number other than 0."
+            )
         # An alpha of 0 is multiplied into `b`.
         alpha = _one_alpha(rows) or 1.0 if alpha is None else alpha
         tree: dict[str, Any] = {}

@@ -11,8 +11,8 @@ from lorax import Adapter
 
 from .._disk.arrays import to_host
 from .._errors import AdapterMismatchError, UnsupportedAdapterError
-from .._layouts import Layouts, Tensor
 from .._places import Array, Place, pack
+from .._torch_names import Tensor, TorchNames
 from .._tree import is_array, param_leaves
 from .peft.config import HEADS, PeftConfig
 from .peft.patterns import prefixes
@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 def add_full(
     tensors: dict[str, Array],
     rows: Mapping[str, Any],
-    names: Layouts,
+    names: TorchNames,
     params: Any,
     task_type: str | None,
     modules: Sequence[Module],
@@ -38,7 +38,7 @@ def add_full(
     other parameters nowhere, as in an adapter that was itself saved with `bias="all"`.
     """
     in_head = PeftConfig(modules_to_save=HEADS.get(task_type, ())).saves
-    others = {layout.module for layout in names.values() if layout.parameter != "bias"}
+    others = {torch_name.module for torch_name in names.values() if torch_name.parameter != "bias"}
     adapted = {module.name for module in modules}
     saved: dict[str, set[str]] = collections.defaultdict(set)  # by the module in `names`
     bias = "none"
@@ -75,7 +75,9 @@ def add_full(
         if not in_head(module) and saved.keys().isdisjoint(prefixes(module)[:-1])
         for name in entries
     }
-    head_modules = [layout.module for layout in names.values() if in_head(layout.module)]
+    head_modules = [
+        torch_name.module for torch_name in names.values() if in_head(torch_name.module)
+    ]
     outer |= {h for h in heads if any(map(PeftConfig(modules_to_save=[h]).saves, head_modules))}
     return sorted(outer) or None, bias
 
@@ -83,7 +85,7 @@ def add_full(
 def _add_rest(
     tensors: dict[str, Array],
     rows: Mapping[str, Any],
-    names: Layouts,
+    names: TorchNames,
     params: Any,
     saved: Collection[str],
     heads: Sequence[str],
@@ -91,8 +93,8 @@ def _add_rest(
     """Adds the frozen parameters of modules that are saved whole."""
     leaves = {} if params is None else param_leaves(params)[0]
     config, in_head = (PeftConfig(modules_to_save=m) for m in ([*saved, *heads], heads))
-    for path, layout in names.items():
-        module, row = layout.module, rows.get(path)
+    for path, torch_name in names.items():
+        module, row = torch_name.module, rows.get(path)
         if not config.saves(module) or (row is not None and not isinstance(row, Adapter)):
             continue
         if not in_head.saves(module) and not any(outer in saved for outer in prefixes(module)):
@@ -112,7 +114,7 @@ def _add_rest(
                 "`params=`, the base's parameters, or train it in full, too.",
             )
         for name, parameter, tensor in whole_tensors(
-            layout.at(path, leaves[path].shape), leaves[path]
+            torch_name.at(path, leaves[path].shape), leaves[path]
         ):
             add(tensors, f"{name}.{parameter}", tensor)
 
@@ -122,14 +124,14 @@ def whole_tensors(place: Place, leaf: Any) -> list[tuple[str, str, Array]]:
     rest = [d for d in range(len(place.shape)) if d not in place.stack]
     array = to_host(leaf).transpose([*place.stack, *rest])
     return [
-        (module, place.layout.parameter, pack(array[index], rest, place.whole))
+        (module, place.torch_name.parameter, pack(array[index], rest, place.whole))
         for index, module in place.modules.items()
     ]
 
 
 def without_changed(
     rows: Mapping[str, Any],
-    names: Layouts,
+    names: TorchNames,
     bases: Mapping[str, Any],
     tensors: Mapping[str, Array],
     config: PeftConfig,
@@ -143,10 +145,10 @@ def without_changed(
     """
     stored = {key: Stored.of(key, tensor) for key, tensor in tensors.items()}
     kept = dict(rows)
-    for path, layout in names.items():
-        if not (isinstance(layout, Tensor) and layout.parameter == "bias"):
+    for path, torch_name in names.items():
+        if not (isinstance(torch_name, Tensor) and torch_name.parameter == "bias"):
             continue
-        change = tuner.bias(stored, config, layout.first_module)
+        change = tuner.bias(stored, config, torch_name.first_module)
         if change is None:
             continue
         base, row = bases.get(path), kept.pop(path, None)
@@ -155,13 +157,13 @@ def without_changed(
                 "is frozen" if row is None else "has to be compared with the base: give `params=`"
             )
             raise UnsupportedAdapterError(
-                f"PEFT scales the bias `{path}` with the outputs of `{layout.module}`, and here it "
-                f"{given}. Train it in full as what PEFT makes of it, or use `save_adapter` or "
-                "`save_merged`."
+                f"PEFT scales the bias `{path}` with the outputs of `{torch_name.module}`, and "
+                f"here it {given}. Train it in full as what PEFT makes of it, or use "
+                "`save_adapter` or `save_merged`."
             )
         for (module, _, old), (_, _, new) in zip(
-            whole_tensors(layout.at(path, base.shape), base),
-            whole_tensors(layout.at(path, row.shape), row),
+            whole_tensors(torch_name.at(path, base.shape), base),
+            whole_tensors(torch_name.at(path, row.shape), row),
             strict=True,
         ):
             change = tuner.bias(stored, config, module)

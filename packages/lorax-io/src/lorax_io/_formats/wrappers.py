@@ -3,8 +3,8 @@
 import collections
 from collections.abc import Iterable, Mapping
 
-from .._layouts import Experts, Parameter
 from .._places import Place
+from .._torch_names import Experts, Parameter
 
 
 def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
@@ -17,8 +17,8 @@ def wrapper_depths(places: Iterable[tuple[str, Place]]) -> dict[str, int]:
     """
     of_module: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for module, place in places:
-        if isinstance(place.layout, Experts | Parameter):
-            of_module[module][place.layout.order] = place.pattern_name(module)
+        if isinstance(place.torch_name, Experts | Parameter):
+            of_module[module][place.torch_name.order] = place.pattern_name(module)
     return {
         parameters[order]: depth
         for parameters in of_module.values()

@@ -158,7 +158,7 @@ def _adapter(path: str, settings: Any) -> str:
         return json.dumps(adapter_from_settings(settings).settings())
     except (ValueError, TypeError, KeyError, AttributeError, LoraxError) as error:
         raise AdapterFileError(
-            f"its header does not say of which adapter the factors beside `{path}` are: {error}"
+            f"its header does not describe the adapter of the factors beside `{path}`: {error}"
         ) from error
 
 
@@ -174,7 +174,7 @@ def check_numbers(name: str, array: np.ndarray[Any, Any], held: Any = None) -> N
     """
     for part in parts_of(array):
         if part.dtype == bool and (part.view(np.uint8) > 1).any():
-            raise AdapterFileError(f"`{name}` holds what is neither true nor false.")
+            raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
         if held is not None and not held.are_numbers(name.rpartition("/")[2], part):
             raise AdapterError(
                 f"`{name}` holds NaN or infinity, so its weight cannot be decoded. Quantize the "

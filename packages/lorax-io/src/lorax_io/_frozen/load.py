@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from lorax import FrozenWeight, QuantizedWeight
+from lorax import ArgumentError, FrozenWeight, QuantizedWeight
 
 from .._disk.arrays import all_read, place, sharding_of
 from .._disk.packed import Packed
@@ -62,7 +62,7 @@ def load_frozen(
         [0.0, 0.0, 0.0]
     """
     if (params is None) == (like is None):
-        raise TypeError("load_frozen needs `params` or `like`: one of them, and not both.")
+        raise ArgumentError("load_frozen needs either `params` or `like`.")
     given = params if like is None else like
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars(progress))

@@ -223,5 +223,5 @@ def test_bools_of_other_bits_raise(place):
     save_adapter(place.native, {"w": jnp.ones(4, bool)})
     data = place.native.read_bytes()
     place.native.write_bytes(data[:-1] + b"\x02")
-    with pytest.raises(AdapterFileError, match="`w` holds .* neither true nor false"):
+    with pytest.raises(AdapterFileError, match="`w` has a boolean .* neither true nor false"):
         load_adapter(place.native, params={"w": jnp.ones(4, bool)})

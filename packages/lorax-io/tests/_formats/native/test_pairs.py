@@ -93,11 +93,11 @@ def test_a_tunable_tree_raises_where_the_base_is_asked_for(tmp_path, pair):
 
 
 @pytest.mark.parametrize(
-    "layout, message",
+    "torch_name, message",
     [
         (
             Linear("m.q", in_axes=[4]),
-            r"the layout of `m.q` .*in_axes=\(4,\) names one that is not among them",
+            r"the entry of `m.q` .*in_axes=\(4,\) names one that is not among them",
         ),
         (Linear("m.q", out_axes=[-3]), r"out_axes=\(-3,\) names one"),
         (Linear("{}.q", shared_axes=[2]), r"shared_axes=\(2,\) names one"),
@@ -105,13 +105,13 @@ def test_a_tunable_tree_raises_where_the_base_is_asked_for(tmp_path, pair):
         (Linear("m.q", in_axes=[0, -2]), "names an axis twice"),
     ],
 )
-def test_axes_that_the_parameter_does_not_have_raise(tmp_path, pair, layout, message):
+def test_axes_that_the_parameter_does_not_have_raise(tmp_path, pair, torch_name, message):
     frozen, tunable = pair
-    names = {"q": layout, "bias": Tensor("m.q")}
+    names = {"q": torch_name, "bias": Tensor("m.q")}
     save_peft(tmp_path / "peft", tunable, NAMES)
     for call in (
-        lambda: save_peft(tmp_path / "other", tunable, {"q": layout}),
-        lambda: load_peft(tmp_path / "peft", PARAMS, {"q": layout}),
+        lambda: save_peft(tmp_path / "other", tunable, {"q": torch_name}),
+        lambda: load_peft(tmp_path / "peft", PARAMS, {"q": torch_name}),
         lambda: save_merged(tmp_path / "merged", frozen, tunable, names),
     ):
         with pytest.raises(AdapterMismatchError, match=message):

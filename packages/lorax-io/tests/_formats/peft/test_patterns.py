@@ -87,7 +87,7 @@ def test_patterns_that_take_too_long_together_raise(place, monkeypatch):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
-    layouts = {f"{k}": Linear(name) for k, name in enumerate(names)}
+    torch_names = {f"{k}": Linear(name) for k, name in enumerate(names)}
     tensors = {
         f"base_model.model.{name}.{key}": tensor
         for name in names
@@ -95,7 +95,7 @@ def test_patterns_that_take_too_long_together_raise(place, monkeypatch):
     }
     place.write(CONFIG | {"target_modules": names, "rank_pattern": {pattern: 2}}, tensors)
     with pytest.raises(AdapterFileError, match="take too long to match"):
-        load_peft(place.folder, dict.fromkeys(layouts, jnp.ones((5, 3))), layouts)
+        load_peft(place.folder, dict.fromkeys(torch_names, jnp.ones((5, 3))), torch_names)
 
 
 MANY = [f"m{k}" for k in range(200_000)]

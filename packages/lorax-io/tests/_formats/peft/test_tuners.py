@@ -278,7 +278,7 @@ def test_gains_of_outputs_change_the_bias_too(shell, files, side):
     if side == "in":
         return
     shapes = jax.eval_shape(lambda: params)
-    with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by what it is"):
+    with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by its value"):
         load_peft("adapter", shapes, names)
     with pytest.raises(UnsupportedAdapterError, match="and here it is frozen"):
         save_peft("again", pair.tunable, names)
@@ -428,7 +428,7 @@ def test_a_native_file_of_each_kind_converts(shell, files):
     params, pair = make({"up": LokrSpec(2, 5)})
     save_adapter("a.safetensors", pair.tunable)
     pathlib.Path("names.json").write_text(
-        json.dumps({"up": {"layout": "Linear", "module": "blocks.0.up"}})
+        json.dumps({"up": {"type": "Linear", "module": "blocks.0.up"}})
     )
     shell.succeed("convert a.safetensors adapter --to peft --names names.json")
     loaded = load_peft("adapter", params, names_of(params))

@@ -115,9 +115,9 @@ def find_8bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     expect(scale, scales, (codes.shape[0], 1))
     parts = {"codes": whole(codes, (1, 1)), "scales": whole(scales, (1, codes.shape[1]))}
     names = [weight, scale]
-    layout = f"{module}.weight_format"
-    if layout in tensors:
-        if tensors.view(layout).any():
-            raise AdapterFileError(f"has `{weight}` in a layout of a GPU. Save it by rows.")
-        names.append(layout)
+    order = f"{module}.weight_format"
+    if order in tensors:
+        if tensors.view(order).any():
+            raise AdapterFileError(f"has `{weight}` in the order of a GPU. Save it by rows.")
+        names.append(order)
     return Coded(tuple(names), LLMInt8(), parts, codes.shape)

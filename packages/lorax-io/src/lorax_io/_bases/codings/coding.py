@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lorax import LoraxError
 from lorax.bases import Format
 
-from ..._errors import AdapterFileError, UnsupportedAdapterError
+from ..._errors import AdapterError, AdapterFileError, UnsupportedAdapterError
 from ..._places import Array
 
 
@@ -100,7 +99,7 @@ def fitting(name: str) -> Generator[None]:
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
-        if isinstance(error, LoraxError):
+        if isinstance(error, AdapterError):
             raise
         message = f"has tensors of `{name}` that do not fit each other: {error}."
         raise AdapterFileError(message) from error

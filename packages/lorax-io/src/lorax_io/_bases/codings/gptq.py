@@ -106,10 +106,10 @@ def _method(tensors: Tensors, prefix: str) -> str:
             f"has `{prefix}qweight` of {method}, whose zero points may be stored in another way "
             "than those of GPTQ and AWQ, which are read."
         )
-    layout = setting(tensors, "checkpoint_format", "gptq")
-    if method != "awq" and layout not in ("gptq", "gptq_v2"):
+    form = setting(tensors, "checkpoint_format", "gptq")
+    if method != "awq" and form not in ("gptq", "gptq_v2"):
         raise UnsupportedAdapterError(
-            f"has `{prefix}qweight` in the layout {layout!r}; gptq and gptq_v2 are read."
+            f"has `{prefix}qweight` in the format {form!r}; gptq and gptq_v2 are read."
         )
     return method
 

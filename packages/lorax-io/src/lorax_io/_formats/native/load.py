@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lorax import Adapter, Pair
+from lorax import Adapter, ArgumentError, Pair
 
 from ..._disk.arrays import all_read, place, placements
 from ..._disk.progress import bars, track
@@ -17,7 +17,7 @@ from ..._disk.tensors import (
     check_finite,
     check_width,
 )
-from ..._errors import AdapterFileError
+from ..._errors import AdapterError, AdapterFileError
 from ..._shapes import base_shape, complete
 from ..._tree import (
     Held,
@@ -73,7 +73,7 @@ def load_adapter(
         2
     """
     if (params is None) == (like is None):
-        raise TypeError("load_adapter needs `params` or `like`: one of them, and not both.")
+        raise ArgumentError("load_adapter needs either `params` or `like`.")
     if like is None:
         with bars(progress):
             loaded = read(path, params, sharding, with_held=False)
@@ -173,9 +173,9 @@ def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
         try:
             if blank is not None:
                 base_shape(rows[path])
-        except ValueError as error:
+        except AdapterError as error:
             raise AdapterFileError(
-                f"has factors of `{path}` that do not fit its axes: {error}."
+                f"has factors of `{path}` that do not fit its axes: {error.reason}."
             ) from error
     held = {
         path: {name: shapes[f"{path}/{name}"] for name in names}

@@ -15,7 +15,7 @@ from ..._disk.files import file_in, make_folder, write_text
 from ..._disk.progress import bars
 from ..._disk.tensors import TensorFile, is_number, parse_json, write_tensors
 from ..._errors import AdapterError, AdapterFileError, AdapterNotFoundError, about
-from ..._plain_layouts import Names, as_layouts
+from ..._plain_names import Names, as_torch_names
 from ..export import Export, export
 from ..format import Content, Format
 from ..restore import restore
@@ -55,7 +55,7 @@ def save_peft(
     Args:
         folder: the folder, which is created if it does not exist; other files in it are kept.
         tunable: the tunable tree, or the whole `lorax.Pair` for kinds with frozen factors.
-        names: the layout of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
+        names: the PyTorch name of each parameter, by its path: `Linear`, `Embedding`, `Conv`, ….
         base_model: the base's name on the Hub, or its folder.
         task_type: "CAUSAL_LM", "SEQ_CLS" or another of PEFT's types, which selects PEFT's wrapper.
         revision: the base's revision.
@@ -88,7 +88,7 @@ def save_peft(
             raise AdapterError(f"task_type={task_type!r} is not one of {', '.join(TASK_TYPES)}.")
         exported = export(
             tunable,
-            as_layouts(names),
+            as_torch_names(names),
             params=params,
             task_type=task_type,
             target_modules=target_modules,
@@ -129,7 +129,7 @@ def load_peft(
         folder: a folder with `adapter_config.json` and `adapter_model.safetensors`. For an adapter
             on the Hub, see `pull_from_hub`.
         params: the base's parameters, as arrays or `jax.ShapeDtypeStruct`.
-        names: the layout of each parameter that the adapter may adapt, by its path.
+        names: the PyTorch name of each parameter that the adapter may adapt, by its path.
         sharding: where to put the arrays: one sharding, or a tree of shardings with the structure
             of `tunable` or a prefix of it. By default, factors are sharded like their base.
         progress: whether to show a progress bar, on a terminal, if loading takes long.
@@ -155,7 +155,7 @@ def load_peft(
         1
     """
     with bars(progress), all_read(params, sharding), open_peft(folder) as source:
-        return restore(source, params, as_layouts(names), sharding).pair()
+        return restore(source, params, as_torch_names(names), sharding).pair()
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ class IA3(Tuner):
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         inner = sorted(module.name for module in modules if module.weight.side == "in")
-        conv1d = any(module.place.layout.fan_in_fan_out for module in modules)
+        conv1d = any(module.place.torch_name.fan_in_fan_out for module in modules)
         config = PeftConfig(
             peft_type=self.peft_type, feedforward_modules=inner, fan_in_fan_out=conv1d
         )

@@ -16,8 +16,8 @@ from lorax import (
 )
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError
-from ...._layouts import MAGNITUDE, Conv, Embedding
 from ...._places import RANK, Array, Factor, Place
+from ...._torch_names import MAGNITUDE, Conv, Embedding
 from ..config import PeftConfig
 from ..patterns import suffixes
 from . import bdlora
@@ -91,14 +91,16 @@ class Lora(Tuner):
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
         keys = tuple(factor.key for factor in _factors(place, bool(config.use_dora)))
-        if isinstance(place.layout, Conv) and not config.is_given:
+        if isinstance(place.torch_name, Conv) and not config.is_given:
             keys = (*keys, MID)
         return (*keys, _ROWS) if config.trainable_token_indices else keys
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
-        if isinstance(place.layout, Embedding) and isinstance(config.trainable_token_indices, dict):
+        if isinstance(place.torch_name, Embedding) and isinstance(
+            config.trainable_token_indices, dict
+        ):
             return config.tokens(module) is not None or super().targets(config, place, module)
-        if isinstance(place.layout, Embedding) and config.trainable_token_indices:
+        if isinstance(place.torch_name, Embedding) and config.trainable_token_indices:
             return None  # the model's own embedding, whichever that is
         return super().targets(config, place, module)
 
@@ -127,8 +129,8 @@ class Lora(Tuner):
             return plain
         if not place.magnitude:
             raise UnsupportedAdapterError(
-                f"is DoRA, which PEFT does not have for `{place.path}` with a layout "
-                f"{type(place.layout).__name__}."
+                f"is DoRA, which PEFT does not have for `{place.path}`, which is "
+                f"{type(place.torch_name).__name__}."
             )
         return DoraWeight(plain, None)
 
@@ -142,8 +144,8 @@ class Lora(Tuner):
         factors = _factors(place, isinstance(weight, DoraWeight))
         if len(factors) < len(weight.factors()):
             raise UnsupportedAdapterError(
-                f"`{place.path}` has DoRA, which PEFT does not have for a layout "
-                f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
+                f"`{place.path}` has DoRA, which PEFT does not have for "
+                f"{type(place.torch_name).__name__}. Use `save_adapter` or `save_merged`."
             )
         return factors
 
@@ -227,7 +229,7 @@ class Lora(Tuner):
             use_rslora=rslora,
             rank_pattern=pattern(ranks, r),
             alpha_pattern=pattern(alphas, alpha),
-            fan_in_fan_out=any(module.place.layout.fan_in_fan_out for module in modules),
+            fan_in_fan_out=any(module.place.torch_name.fan_in_fan_out for module in modules),
             use_dora=any(isinstance(module.weight, DoraWeight) for module in modules),
             use_bdlora=bdlora.settings(modules),
             trainable_token_indices={n: list(x.indices) for n, x in tables.items()} or None,
@@ -237,7 +239,7 @@ class Lora(Tuner):
 
 def _with_core(place: Place, weight: LoconWeight) -> tuple[Factor, ...]:
     """A Tucker core between two 1×1 convolutions; the core has the window."""
-    if not isinstance(place.layout, Conv) or place.inputs[0] != (weight.channel_axis,):
+    if not isinstance(place.torch_name, Conv) or place.inputs[0] != (weight.channel_axis,):
         raise UnsupportedAdapterError(
             f"`{place.path}` has a core between its factors, which is for convolutions, and over "
             "the axis of their channels."

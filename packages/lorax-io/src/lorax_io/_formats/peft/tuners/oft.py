@@ -8,8 +8,8 @@ from typing import Any
 from lorax import Adapter, OftWeight
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError, warn
-from ...._layouts import Embedding, Linear
 from ...._places import RANK, Factor, Place
+from ...._torch_names import Embedding, Linear
 from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, the_one
 
@@ -41,7 +41,7 @@ class Oft(Tuner):
 
     def check_config(self, config: PeftConfig) -> None:
         if config.coft and not (config.eps or 0) > 0:
-            raise AdapterFileError(f"has eps = {config.eps} under coft; it is positive.")
+            raise AdapterFileError(f"has eps = {config.eps} under coft; it must be positive.")
         if config.use_cayley_neumann and _release(config.peft_version) < _release(_SINCE):
             warn(
                 f"was written by PEFT before {_SINCE}, which summed another series for its "
@@ -50,7 +50,7 @@ class Oft(Tuner):
             )
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:
-        return (self.marks[isinstance(place.layout, Embedding)],)
+        return (self.marks[isinstance(place.torch_name, Embedding)],)
 
     def blank(self, place: Place, config: PeftConfig, module: str, shapes: Shapes) -> Adapter:
         side, axes = self._turned(place)
@@ -85,9 +85,9 @@ class Oft(Tuner):
 
     def _turned(self, place: Place) -> tuple[Any, tuple[int, ...]]:
         """The side that PEFT rotates, and its axes."""
-        if isinstance(place.layout, Embedding):
+        if isinstance(place.torch_name, Embedding):
             return "out", place.outputs
-        if not isinstance(place.layout, Linear):
+        if not isinstance(place.torch_name, Linear):
             raise UnsupportedAdapterError(
                 f"`{place.path}` has OFT, which PEFT has for linear layers and embeddings, and for "
                 "convolutions in another form: there it turns window and channels together. Use "
@@ -111,7 +111,7 @@ class Oft(Tuner):
                 oft_block_size=one("block size", lambda weight: weight.block_size),
                 block_share=one("shared blocks", lambda weight: weight.block_share),
                 use_cayley_neumann=terms is not None,
-                fan_in_fan_out=any(module.place.layout.fan_in_fan_out for module in modules),
+                fan_in_fan_out=any(module.place.torch_name.fan_in_fan_out for module in modules),
                 **exact,
                 **bound,
             )

@@ -6,8 +6,8 @@ from typing import Any
 from lorax import Adapter, TokensWeight
 
 from ...._errors import AdapterFileError, UnsupportedAdapterError
-from ...._layouts import Embedding
 from ...._places import RANK, Factor, Place
+from ...._torch_names import Embedding
 from ..config import PeftConfig
 from .tuner import Module, Scaling, Shapes, Sides, Tuner, the_one
 
@@ -75,9 +75,9 @@ def row_factors(place: Place, key: str) -> tuple[Factor, ...]:
 
 
 def _check(place: Place) -> None:
-    if not isinstance(place.layout, Embedding) or len(place.axes.inputs) > 1:
+    if not isinstance(place.torch_name, Embedding) or len(place.axes.inputs) > 1:
         raise UnsupportedAdapterError(
-            f"replaces rows of `{place.path}`; its layout is {type(place.layout).__name__}, not "
-            "Embedding with one axis of rows. PEFT does so for a head, too; give such a head an "
-            "Embedding in `names`, or merge it in PEFT."
+            f"replaces rows of `{place.path}`; its entry in `names` is "
+            f"{type(place.torch_name).__name__}, not Embedding with one axis of rows. PEFT does so "
+            "for a head, too; give such a head an Embedding in `names`, or merge it in PEFT."
         )

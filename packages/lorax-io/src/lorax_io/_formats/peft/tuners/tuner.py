@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 from lorax import Adapter
 
 from ...._errors import UnsupportedAdapterError
-from ...._layouts import Layouts, Linear
 from ...._places import Array, Factor, Place
+from ...._torch_names import Linear, TorchNames
 from ..config import PeftConfig
 from ..patterns import suffixes
 
@@ -108,7 +108,7 @@ class Tuner:
 
     def targets(self, config: PeftConfig, place: Place, module: str) -> bool | None:
         """Whether the config targets a module; None if the config alone does not determine it."""
-        if place.layout.by_parameter:
+        if place.torch_name.by_parameter:
             return config.targets_parameter(place.pattern_name(module))
         return config.targets(module)
 
@@ -148,7 +148,7 @@ class Tuner:
         """The shape of a module's weight, from the shapes of its tensors."""
         raise NotImplementedError
 
-    def check(self, config: PeftConfig, names: Layouts, place: Place) -> None:
+    def check(self, config: PeftConfig, names: TorchNames, place: Place) -> None:
         """Refuses what PEFT does in addition to adapting one parameter."""
 
     def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
@@ -222,19 +222,19 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def check_linear(place: Place, called: str) -> None:
-    """Refuses layouts other than `Linear`, for kinds that PEFT supports only on linear layers."""
+    """Refuses names other than `Linear`, for kinds that PEFT supports only on linear layers."""
     check_flat(place, called)
-    if not isinstance(place.layout, Linear):
+    if not isinstance(place.torch_name, Linear):
         raise UnsupportedAdapterError(
-            f"`{place.path}` has {called}, which PEFT has for linear layers alone, and its layout "
-            f"is {type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
+            f"`{place.path}` has {called}, which PEFT has for linear layers alone, and it "
+            f"is {type(place.torch_name).__name__}. Use `save_adapter` or `save_merged`."
         )
 
 
 def check_flat(place: Place, called: str) -> None:
-    """Refuses experts, and layouts that PEFT cannot adapt at all."""
-    if place.layout.by_parameter or not place.factors:
+    """Refuses experts, and weights that PEFT cannot adapt at all."""
+    if place.torch_name.by_parameter or not place.factors:
         raise UnsupportedAdapterError(
-            f"`{place.path}` has {called}, which PEFT does not have for a layout "
-            f"{type(place.layout).__name__}. Use `save_adapter` or `save_merged`."
+            f"`{place.path}` has {called}, which PEFT does not have for "
+            f"{type(place.torch_name).__name__}. Use `save_adapter` or `save_merged`."
         )

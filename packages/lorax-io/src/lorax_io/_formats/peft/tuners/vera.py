@@ -100,7 +100,7 @@ class Vera(Tuner):
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
         rank = the_one(modules, self.called, "rank", lambda weight: weight.rank)
-        conv1d = any(module.place.layout.fan_in_fan_out for module in modules)
+        conv1d = any(module.place.torch_name.fan_in_fan_out for module in modules)
         return Scaling(PeftConfig(peft_type=self.peft_type, r=rank, fan_in_fan_out=conv1d))
 
 

@@ -1,72 +1,77 @@
-"""Checks layouts, given as objects or as plain data: `{"layout": "Linear", "module": …}`."""
+"""Checks names, given as objects or as plain data: `{"type": "Linear", "module": …}`."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from ._errors import AdapterMismatchError, about
-from ._layouts import (
+from ._errors import UNTIL, AdapterMismatchError, about, warn
+from ._torch_names import (
     Conv,
     Conv1D,
     Embedding,
     Experts,
-    Layout,
-    Layouts,
     Linear,
     Parameter,
     Tensor,
+    TorchName,
+    TorchNames,
 )
 
-LAYOUTS: dict[str, type[Layout]] = {
-    layout.__name__: layout
-    for layout in (Linear, Conv1D, Embedding, Conv, Experts, Parameter, Tensor)
+TORCH_NAMES: dict[str, type[TorchName]] = {
+    torch_name.__name__: torch_name
+    for torch_name in (Linear, Conv1D, Embedding, Conv, Experts, Parameter, Tensor)
 }
 
-Names = Mapping[str, Layout | Mapping[str, Any]]
+Names = Mapping[str, TorchName | Mapping[str, Any]]
 
 
-def as_layouts(names: Names) -> Layouts:
-    """Checked layouts by path; plain data is converted to `Layout` objects.
+def as_torch_names(names: Names) -> TorchNames:
+    """Checked names by path; plain data is converted to `TorchName` objects.
 
     Raises:
-        AdapterMismatchError: if one is not a valid layout; the error's `path` is the parameter's.
+        AdapterMismatchError: if one is not a valid name; the error's `path` is the parameter's.
     """
-    layouts: dict[str, Layout] = {}
+    torch_names: dict[str, TorchName] = {}
     for path, row in names.items():
         with about(path):
-            layouts[path] = _as_layout(row)
-            _check_fields(layouts[path])
-    return layouts
+            torch_names[path] = _as_torch_name(row)
+            _check_fields(torch_names[path])
+    return torch_names
 
 
-def _as_layout(row: Layout | Mapping[str, Any]) -> Layout:
-    if isinstance(row, Layout):
+def _as_torch_name(row: TorchName | Mapping[str, Any]) -> TorchName:
+    if isinstance(row, TorchName):
         return row
     fields = dict(row)
-    kind = LAYOUTS.get(str(fields.pop("layout", None)))
+    if "layout" in fields and "type" not in fields:
+        warn(f"its key `layout` is called `type` now. {UNTIL}", DeprecationWarning)
+        fields["type"] = fields.pop("layout")
+    kind = TORCH_NAMES.get(str(fields.pop("type", None)))
     if kind is None:
-        raise AdapterMismatchError(f"its `layout` is not one of {', '.join(LAYOUTS)}: {dict(row)}.")
+        raise AdapterMismatchError(
+            f"its `type` is not one of {', '.join(TORCH_NAMES)}: {dict(row)}."
+        )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
         return kind(**values)
     except TypeError as error:
-        raise AdapterMismatchError(f"is not a layout: {error}.") from error
+        raise AdapterMismatchError(f"is not a valid name: {error}.") from error
 
 
-def _check_fields(layout: Layout) -> None:
-    for field in dataclasses.fields(layout):
-        value = getattr(layout, field.name)
+def _check_fields(torch_name: TorchName) -> None:
+    for field in dataclasses.fields(torch_name):
+        value = getattr(torch_name, field.name)
         if not _may_hold(field.name, value):
             raise AdapterMismatchError(f"has {field.name} = {json.dumps(value, default=repr)}.")
-    *texts, last = layout.module.split("{}")
-    stacked = max(len(layout.shared_axes) - layout.stacked_in_tensor, 0)
+    *texts, last = torch_name.module.split("{}")
+    stacked = max(len(torch_name.shared_axes) - torch_name.stacked_in_tensor, 0)
     if len(texts) != stacked or not {"{", "}"}.isdisjoint("".join([*texts, last])):
         raise AdapterMismatchError(
             "needs one `{}` in its module for each axis that stacks modules, and no other."
         )
-    if layout.numbers is not None and (
-        stacked != 1 or len({*layout.numbers}) < len(layout.numbers)
+    if torch_name.numbers is not None and (
+        stacked != 1 or len({*torch_name.numbers}) < len(torch_name.numbers)
     ):
         raise AdapterMismatchError("needs a number for each module of its one stack.")
 

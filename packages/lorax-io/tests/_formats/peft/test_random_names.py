@@ -1,4 +1,4 @@
-"""Random layouts come back from a folder of PEFT as they were."""
+"""Random names come back from a folder of PEFT as they were."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ from lorax_io import (
 
 
 @st.composite
-def layouts(draw, module):
-    """A layout, and a weight that fits it."""
+def torch_names(draw, module):
+    """A name, and a weight that fits it."""
     kind = draw(st.sampled_from((Linear, Conv1D, Embedding, Conv, Experts)))
     counts = [draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 2))]
     counts[0] += kind is Conv
@@ -40,8 +40,8 @@ def layouts(draw, module):
         more["swapped"] = draw(st.sampled_from((None, True, False)))
         more["parameter"] = "down_proj"
     module += ".{}" * (len(shared) - (kind is Experts)) + ".proj"
-    layout = kind(module, in_axes=inputs, out_axes=outputs, shared_axes=shared, **more)
-    return layout, weight
+    torch_name = kind(module, in_axes=inputs, out_axes=outputs, shared_axes=shared, **more)
+    return torch_name, weight
 
 
 @st.composite
@@ -49,7 +49,7 @@ def adapters(draw):
     """Names, and a tree that fits them."""
     names, tree = {}, {}
     for k in range(draw(st.integers(1, 3))):
-        names[f"w{k}"], tree[f"w{k}"] = draw(layouts(f"m{k}"))
+        names[f"w{k}"], tree[f"w{k}"] = draw(torch_names(f"m{k}"))
     dtypes = st.sampled_from(("float32", "bfloat16", "float16"))
     if draw(st.booleans()):  # the bias of an adapted module
         names["bias"] = Tensor("own.proj", flat=True)
@@ -71,11 +71,11 @@ def adapters(draw):
 
 @given(adapter=adapters())
 @examples(80)
-def test_random_layouts_round_trip(home, adapter):
+def test_random_names_round_trip(home, adapter):
     names, tree = adapter
     params = {path: base_of(leaf) for path, leaf in tree.items()}
-    save_peft(home / "layouts", tree, names)
-    frozen, tunable = load_peft(home / "layouts", params, names)
+    save_peft(home / "names", tree, names)
+    frozen, tunable = load_peft(home / "names", params, names)
     assert_same(tunable, tree)
     full = {path for path, leaf in tree.items() if not isinstance(leaf, LoraWeight)}
     assert frozen == {path: None if path in full else leaf for path, leaf in params.items()}
@@ -83,7 +83,7 @@ def test_random_layouts_round_trip(home, adapter):
 
 @given(adapter=adapters())
 @examples(25)
-def test_random_layouts_keep_their_delta_with_the_scale_folded(home, adapter):
+def test_random_names_keep_their_delta_with_the_scale_folded(home, adapter):
     names, tree = adapter
     tree = {
         path: leaf

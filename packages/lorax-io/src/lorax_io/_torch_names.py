@@ -1,8 +1,8 @@
-"""How PyTorch stores a parameter: `Linear`, `Embedding`, `Conv`, `Experts` and others.
+"""The name of a parameter in PyTorch: `Linear`, `Embedding`, `Conv`, `Experts` and others.
 
-A layout maps each axis of a PyTorch tensor to the axes of our parameter that it combines.
-`Layout.at` resolves a layout against the path and shape of one parameter. The resulting `Place` is
-all that reading and writing need.
+A name is a module, a tensor in it, and the axes of our parameter that each axis of the tensor
+combines. `TorchName.at` resolves a name against the path and shape of one parameter. Reading and
+writing need only the resulting `Place`.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """The base class of all layouts.
+class TorchName:
+    """The name of a parameter in PyTorch; the base class of `Linear`, `Embedding` and others.
 
     Args:
         module: the module's name in PyTorch. If the parameter stacks several modules along
@@ -51,8 +51,8 @@ class Layout:
         number = 0 if self.numbers is None else self.numbers[0]
         return self.module.format(*[number] * self.module.count("{}"))
 
-    def fitted(self, axes: Axes) -> "Layout":
-        """This layout, with the adapter's axes where the layout does not specify any."""
+    def fitted(self, axes: Axes) -> "TorchName":
+        """This name, with the adapter's axes where it does not specify any."""
         return self
 
     def inputs(self, roles: Axes) -> Groups:
@@ -72,7 +72,7 @@ class Layout:
         return ()
 
     def at(self, path: str, shape: Sequence[int]) -> Place:
-        """Resolves this layout for one parameter.
+        """Resolves this name for one parameter.
 
         Args:
             path: the parameter's path.
@@ -82,13 +82,13 @@ class Layout:
             The parameter's modules in PyTorch, and the axes of its tensors.
 
         Raises:
-            AdapterMismatchError: if the layout does not fit the shape.
+            AdapterMismatchError: if the name does not fit the shape.
         """
         try:
             axes = self._roles(path, len(shape))
         except SpecError as error:
             raise AdapterMismatchError(
-                f"the layout of `{self.module}` does not fit: {error}"
+                f"the entry of `{self.module}` in `names` does not fit: {error}"
             ) from error
         return Place(self, path, tuple(shape), axes)
 
@@ -99,7 +99,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(Layout):
+class Linear(TorchName):
     """`nn.Linear`: a weight (out, in).
 
     A parameter with several input or output axes, such as (in, heads, features), is flattened in
@@ -140,7 +140,7 @@ class Conv1D(Linear):
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedding(Layout):
+class Embedding(TorchName):
     """`nn.Embedding`: a weight (vocabulary, features).
 
     Args:
@@ -164,7 +164,7 @@ class Embedding(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv(Layout):
+class Conv(TorchName):
     """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: a weight (out, in, *window).
 
     Args:
@@ -183,8 +183,8 @@ class Conv(Layout):
             channel = self.channel_axis + ndim * (self.channel_axis < 0)
         if channel not in roles.inputs:
             raise AdapterMismatchError(
-                f"the layout of `{self.module}` is wrong: its channel_axis={channel} is not among "
-                f"its in_axes={roles.inputs}."
+                f"the entry of `{self.module}` in `names` is wrong: its "
+                f"channel_axis={channel} is not among its in_axes={roles.inputs}."
             )
         return ((channel,), *((d,) for d in roles.inputs if d != channel))
 
@@ -208,7 +208,7 @@ class Conv(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts(Layout):
+class Experts(TorchName):
     """A parameter that stacks the weights of all experts, such as gpt-oss's `down_proj`.
 
     The last shared axis indexes the experts. PEFT adapts such a parameter through
@@ -231,7 +231,7 @@ class Experts(Layout):
     by_parameter: ClassVar[bool] = True
 
     def with_swapped(self, swapped: bool) -> "Experts":
-        """This layout, for a file in which PEFT did or did not swap inputs and outputs."""
+        """This name, for a file in which PEFT did or did not swap inputs and outputs."""
         return dataclasses.replace(self, swapped=swapped)
 
     def whole(self, roles: Axes) -> Groups:
@@ -252,7 +252,7 @@ class Experts(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter(Layout):
+class Parameter(TorchName):
     """A matrix in a module of any other class, such as the router of a mixture of experts.
 
     PEFT adapts it through `target_parameters`, and treats its last axis as the input. Unless
@@ -274,8 +274,8 @@ class Parameter(Layout):
 
     def _roles(self, path: str, ndim: int) -> Axes:
         is_open = self.in_axes is None and self.out_axes is None
-        layout = self.fitted(Axes((), (-1,), (-2,))) if is_open else self
-        return super(Parameter, layout)._roles(path, ndim)
+        torch_name = self.fitted(Axes((), (-1,), (-2,))) if is_open else self
+        return super(Parameter, torch_name)._roles(path, ndim)
 
     def whole(self, roles: Axes) -> Groups:
         first, second = sorted((roles.outputs, roles.inputs))
@@ -291,8 +291,8 @@ class Parameter(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor(Layout):
-    """A parameter that PyTorch stores in the same layout: a bias, a scale, a position table.
+class Tensor(TorchName):
+    """A parameter that PyTorch stores with the same axes: a bias, a scale, a position table.
 
     Args:
         flat: whether PyTorch stores it as one axis, as the bias of a layer with several heads.
@@ -305,8 +305,8 @@ class Tensor(Layout):
         """All axes that are not shared count as outputs, since none is contracted."""
         if not all(-ndim <= d < ndim for d in self.shared_axes):
             raise AdapterMismatchError(
-                f"the layout of `{self.module}` has shared_axes={tuple(self.shared_axes)}, and "
-                f"`{path}` has {ndim} axes."
+                f"the entry of `{self.module}` in `names` has "
+                f"shared_axes={tuple(self.shared_axes)}, and `{path}` has {ndim} axes."
             )
         shared = tuple(sorted(d % ndim for d in self.shared_axes))
         return Axes(shared, (), tuple(d for d in range(ndim) if d not in shared))
@@ -319,7 +319,7 @@ class Tensor(Layout):
         return ()
 
 
-Layouts = Mapping[str, Layout]
+TorchNames = Mapping[str, TorchName]
 
 
 def tensor_name(module: str, parameter: str) -> str:
