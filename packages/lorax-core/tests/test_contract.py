@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -436,7 +437,7 @@ def test_a_gain_alone_costs_what_a_hand_written_one_costs():
     by_hand = lambda gain, x: jnp.sin((x @ params["w"]) * gain[None, None]).sum()  # noqa: E731
 
     def costs(loss, trained):
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, x).compile()
+        compiled: Any = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, x).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
     assert costs(ours, tunable) == costs(by_hand, tunable["w"].gain)

@@ -92,9 +92,9 @@ BAD = {
     "rank 1.5": (LoraFASpec(1.5), "`w` has rank 1.5; a rank is a positive int"),  # pyright: ignore
     "alpha": (LoraFASpec(2, alpha="x"), "`w` has alpha 'x'; it must be a finite number or None"),  # pyright: ignore
     "scaling": (
-        LoraFASpec(2, scaling="no"),
+        LoraFASpec(2, scaling="no"),  # pyright: ignore
         "`w` has scaling 'no'; it must be 'standard' or 'rslora'",
-    ),  # pyright: ignore
+    ),
 }
 
 
