@@ -317,10 +317,10 @@ def test_groups_of_gptq_in_another_order(tmp_path):
     with pytest.warns(
         AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.0\d+ from the file's"
     ):
-        held = load_base(tmp_path, {"up": Linear(MODULE)}, anew="int8")
+        held = load_base(tmp_path, {"up": Linear(MODULE)}, requantize="int8")
     assert held["up"].format == "int8"
     with pytest.warns(AdapterWarning, match="codes are not kept: `up` .as floats"):
-        floats = load_base(tmp_path, {"up": Linear(MODULE)}, anew="float")
+        floats = load_base(tmp_path, {"up": Linear(MODULE)}, requantize="float")
     layer = gptq_layer()(4, 64, IN, OUT, False, weight_dtype=torch.float16)
     layer.load_state_dict({**written.tensors, "g_idx": of}, strict=False)
     scale, zero = layer.scales[of.long()], _zeros(layer.qzeros)[of.long()]

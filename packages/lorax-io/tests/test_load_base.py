@@ -214,19 +214,21 @@ def test_types_that_no_format_has(tmp_path):
     data = blocks("Q2_K")
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, "Q2_K")})
     names = {"up": Linear("model.layers.0.mlp.up_proj")}
-    with pytest.raises(AdapterError, match='`up` that cannot be kept: blocks of Q2_K.*anew="nf4"'):
+    with pytest.raises(
+        AdapterError, match='`up` that cannot be kept: blocks of Q2_K.*requantize="nf4"'
+    ):
         load_base(file, names)
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K).T
     with pytest.warns(
         AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.00\d+ from the file's"
     ):
-        loaded = load_base(file, names, anew=Int8(32))["up"]
+        loaded = load_base(file, names, requantize=Int8(32))["up"]
     error = np.linalg.norm(dequantize(loaded) - expected) / np.linalg.norm(expected)
     assert 0 < error < 0.01
     with pytest.warns(
         AdapterWarning, match=r"codes are not kept: `up` \(as floats: blocks of Q2_K"
     ):
-        np.testing.assert_array_equal(load_base(file, names, anew="float")["up"], expected)
+        np.testing.assert_array_equal(load_base(file, names, requantize="float")["up"], expected)
 
 
 @pytest.mark.parametrize("size", [4, 100, 2000])
@@ -297,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "bare integers": ({"weight": np.ones((4, 8), np.int8)}, {}, "an unknown format, in int8"),
     "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not read"),
-    "format": (fp8()[0], {"anew": None, "params": {"up": jnp.ones(3)}}, "fit"),
+    "format": (fp8()[0], {"requantize": None, "params": {"up": jnp.ones(3)}}, "fit"),
 }  # fmt: skip
 
 

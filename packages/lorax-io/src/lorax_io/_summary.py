@@ -106,7 +106,7 @@ class Difference(NamedTuple):
     """How one parameter of two adapters differs."""
 
     path: str
-    what: str
+    difference: str
     relative: float | None  # norm of the difference / norm of the first; None if undefined
 
 

@@ -130,11 +130,11 @@ def save_each(paths=PLAIN, metadata=None):
 @pytest.mark.parametrize(
     ("adapter", "about"),
     [
-        ("native.safetensors", {"form": "native", "task": "reviews"}),
-        ("peft", {"form": "peft", "base": "me/base", "task": "CAUSAL_LM"}),
-        ("peft/adapter_model.safetensors", {"form": "peft"}),
-        ("diffusers", {"form": "diffusers"}),
-        ("diffusers/pytorch_lora_weights.safetensors", {"form": "diffusers"}),
+        ("native.safetensors", {"format": "native", "task": "reviews"}),
+        ("peft", {"format": "peft", "base": "me/base", "task": "CAUSAL_LM"}),
+        ("peft/adapter_model.safetensors", {"format": "peft"}),
+        ("diffusers", {"format": "diffusers"}),
+        ("diffusers/pytorch_lora_weights.safetensors", {"format": "diffusers"}),
     ],
 )
 def test_inspect_prints_every_form(adapter, about, capsys):
@@ -454,7 +454,7 @@ def test_convert_folds_the_scale(to, capsys):
     assert {line["scale"] for line in lines} == {1.0}
     _, out, _ = lorax_command("diff a.safetensors out --json", capsys)
     for row in json.loads(out):
-        assert row["what"] == "alpha 8.0 and 2" and row["relative"] < 1e-6
+        assert row["difference"] == "alpha 8.0 and 2" and row["relative"] < 1e-6
 
 
 def test_convert_to_diffusers_and_back(capsys):

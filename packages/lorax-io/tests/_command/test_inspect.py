@@ -46,7 +46,7 @@ def test_writer_and_targets_of_every_format_are_shown(shell, files, format):
     write, target = WRITERS[format]
     write("a", make(files))
     about = json.loads(shell.succeed("inspect a --json"))
-    assert about["form"] == format
+    assert about["format"] == format
     assert about["written by"] == f"lorax-io {importlib.metadata.version('lorax-io')}"
     assert about["targets"] == [target]
 

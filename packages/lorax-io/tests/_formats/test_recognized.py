@@ -121,6 +121,6 @@ def test_file_is_merged(shell, files, case, prefix):
 def test_inspect_reports_the_format(shell, files, case):
     case.write(files)
     report = json.loads(shell.succeed("inspect a.safetensors --json"))
-    assert report["form"] == case.form
+    assert report["format"] == case.form
     assert (report["rank"], report["scale"]) == ([RANK], [case.scale])
     assert "load_any" in report["to load it"]

@@ -30,7 +30,7 @@ def load_base(
     *,
     params: Any = None,
     dtype: Any = None,
-    anew: Format | str | None = None,
+    requantize: Format | str | None = None,
     sharding: Any = None,
     progress: bool = True,
 ) -> Any:
@@ -45,7 +45,7 @@ def load_base(
     Blocks run along one axis of the parameter. If the blocks of the file do not divide that axis,
     such as the features of a head, blocks in memory are shorter and scales are repeated; a warning
     reports the resulting bits per weight. Some codes cannot be kept, such as GPTQ groups in another
-    order (`desc_act`) and GGUF's types below 4 bits; `anew` decides what happens to these.
+    order (`desc_act`) and GGUF's types below 4 bits; `requantize` decides what happens to these.
 
     Args:
         path: the file or the folder.
@@ -54,9 +54,9 @@ def load_base(
             structure, shapes and shardings. Without them, the result is a nested dict with the
             paths of `names`, and each parameter has the axes of its tensor.
         dtype: the dtype of decoded weights; by default that of the file, and float32 for GGUF.
-        anew: what to do with weights whose codes cannot be kept. A format, such as `NF4()` or its
-            name, quantizes them again, and "float" keeps them decoded; a warning reports the error
-            of each. By default they are an error.
+        requantize: what to do with weights whose codes cannot be kept. A format, such as `NF4()` or
+            its name, quantizes them again, and "float" keeps them decoded; a warning reports the
+            error of each. By default they are an error.
         sharding: where to put the weights: one sharding, or a tree of shardings with the structure
             of the result or a prefix of it. Codes and scales are sharded like their weight.
         progress: whether to show a progress bar, on a terminal, if loading takes long.
@@ -66,11 +66,11 @@ def load_base(
 
     Raises:
         AdapterError: if a file is damaged, a weight is missing or has another shape, scales are
-            NaN, or codes cannot be kept and `anew` is None. Nothing is returned in part.
+            NaN, or codes cannot be kept and `requantize` is None. Nothing is returned in part.
 
     Warns:
         AdapterWarning: if the file has tensors that are not in `names`, if blocks are shorter than
-            those of the file, or if weights are quantized anew.
+            those of the file, or if weights are quantized again.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, pathlib, safetensors.numpy, tempfile
@@ -96,7 +96,7 @@ def load_base(
         notes = Notes([], [])
         with all_read(params, sharding):
             loaded = {
-                leaf: load_parameter(source, place, dtype, anew, where[leaf], notes)
+                leaf: load_parameter(source, place, dtype, requantize, where[leaf], notes)
                 for leaf, place in track(places.items(), "Loading the base")
             }
             notes.warn(source)

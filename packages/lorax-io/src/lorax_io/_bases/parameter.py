@@ -40,10 +40,10 @@ class Notes(NamedTuple):
     """What to warn about, once all parameters are loaded."""
 
     shorter: list[str]  # weights with shorter blocks than in the file
-    anew: list[str]  # weights whose codes could not be kept
+    requantized: list[str]  # weights whose codes could not be kept
 
     def warn(self, source: Source) -> None:
-        """Warns about unused tensors, shorter blocks and weights that were quantized anew."""
+        """Warns about unused tensors, shorter blocks and weights that were quantized again."""
         if left := sorted(source.names.keys() - source.used):
             warn(f"has tensors that are in none of `names`{_some(left)}")
         if self.shorter:
@@ -51,8 +51,8 @@ class Notes(NamedTuple):
                 "has blocks that do not divide an axis of their parameter, so that blocks in "
                 f"memory are shorter and scales are repeated{_some(self.shorter)}"
             )
-        if self.anew:
-            warn(f"has weights whose codes are not kept{_some(self.anew)}")
+        if self.requantized:
+            warn(f"has weights whose codes are not kept{_some(self.requantized)}")
 
 
 def _some(names: list[str]) -> str:
@@ -64,7 +64,7 @@ def load_parameter(
     source: Source,
     place: Place,
     dtype: Any,
-    anew: Format | str | None,
+    requantize: Format | str | None,
     where: Sharding | None,
     notes: Notes,
 ) -> Any:
@@ -82,7 +82,7 @@ def load_parameter(
         if isinstance(first, Part) and of_one_kind:
             parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
             return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
-        return _anew(source, place, weights, dtype, anew, where, notes)
+        return _requantized(source, place, weights, dtype, requantize, where, notes)
 
 
 def _kind(row: Weight) -> Any:
@@ -148,22 +148,23 @@ def _array(
     return packed.unpack(data, where)
 
 
-def _anew(
+def _requantized(
     source: Source,
     place: Place,
     weights: Mapping[tuple[int, ...], Weight],
     dtype: Any,
-    anew: Format | str | None,
+    requantize: Format | str | None,
     where: Sharding | None,
     notes: Notes,
 ) -> Any:
-    """A parameter whose codes cannot be kept: decoded, then quantized unless `anew` is "float"."""
+    """A parameter whose codes cannot be kept: decoded, and quantized unless as "float"."""
     first = next(row for row in weights.values() if not isinstance(row, Part))
     why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
-    if anew is None:
+    if requantize is None:
         raise AdapterError(
             f"has codes for `{place.path}` that cannot be kept: {why}. Choose how to store it: "
-            '`anew="nf4"`, or another format, quantizes it again; `anew="float"` decodes it.'
+            '`requantize="nf4"`, or another format, quantizes it again; `requantize="float"` '
+            "decodes it."
         )
     dtype = np.dtype(dtype or dtype_of(source, first))
     target = plain_target(place, dtype)
@@ -176,16 +177,18 @@ def _anew(
         whole[tuple(picks)] = unpack(_floats(row, dtype), rest, place.whole, place.sizes)
     check_numbers(place.path, whole)
     array = put(target.shape, whole.dtype, lambda index: whole[index], where)
-    if anew == FLOAT:
-        notes.anew.append(f"`{place.path}` (as floats: {why})")
+    if requantize == FLOAT:
+        notes.requantized.append(f"`{place.path}` (as floats: {why})")
         return array
     along = place.axes.outputs if isinstance(place.torch_name, Embedding) else place.axes.inputs
-    form = with_along(format_of(anew), along)
+    form = with_along(format_of(requantize), along)
     held = quantize({place.path: array}, {place.path: form})[place.path]
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
     lost = dequantize(held).astype(jnp.float32) - array.astype(jnp.float32)
     error = float(jnp.linalg.norm(lost.reshape(-1)) / jnp.maximum(norm, 1e-30))
-    notes.anew.append(f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})")
+    notes.requantized.append(
+        f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})"
+    )
     return held
 
 

@@ -67,8 +67,8 @@ def _about(adapter: OpenedAdapter, lines: list[Line]) -> dict[str, Any]:
     """A summary of the adapter; keys without a value are left out."""
     config = adapter.config
     about: dict[str, Any] = {
-        "form": adapter.format,
-        "what": FORMATS[adapter.format].description,
+        "format": adapter.format,
+        "description": FORMATS[adapter.format].description,
         "written by": _writer(adapter),
         "parameters trained": sum(math.prod(s) for line in lines for s in line.shapes),
         "kinds": _counted([line.kind for line in lines]),
