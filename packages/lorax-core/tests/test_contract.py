@@ -68,6 +68,11 @@ CASES = [
     ([(B, E, T, I), (E, I, R), (E, R, O)], (E, B, T, O), 0),
     ([(B, T, I), (I, R), (R,), (R, S), (S, O)], (B, T, O), 0),
     ([(B, T, R), (R, O)], (B, T, O), None),
+    ([(B, T, I), (I,), (I, R), (R, O)], (B, T, O), 0),
+    ([(R, O), (O, R)], (O,), None),
+    ([(B, R, O), (O, B, R)], (O, B), None),
+    ([(I, O), (I, R), (R, O)], (O,), 0),
+    ([(), (B, T, I), (I, R), (R, O)], (B, T, O), 1),
 ]
 
 
@@ -441,6 +446,37 @@ def test_a_gain_alone_costs_what_a_hand_written_one_costs():
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
     assert costs(ours, tunable) == costs(by_hand, tunable["w"].gain)
+
+
+ELEMENTWISE = {
+    "a scale": ([(R, O), (O,)], (R, O), ["mul"]),
+    "a scale in front": ([(O,), (R, O)], (R, O), ["mul"]),
+    "a number": ([(), (R, O)], (R, O), ["mul"]),
+    "rows by rows": ([(R, O), (R, O)], (O,), ["mul", "reduce_sum"]),
+    "rows by columns": ([(R, O), (O, R)], (O,), ["transpose", "mul", "reduce_sum"]),
+    "an outer product": ([(R,), (O,)], (R, O), ["dot_general"]),
+    "a matrix by a vector": ([(R, O), (O,)], (R,), ["dot_general"]),
+}
+
+
+@pytest.mark.parametrize("row", ELEMENTWISE)
+def test_products_without_free_labels_of_one_side_are_elementwise(row):
+    operands, out, primitives = ELEMENTWISE[row]
+    found = [name for name, _ in shapes_made(arrays(*operands), out)]
+    layout = {"reshape", "broadcast_in_dim", "expand_dims", "pjit", "jit"}
+    assert [name for name in found if name not in layout] == primitives
+
+
+def test_rows_by_rows_in_half_precision_are_summed_in_a_dot_product():
+    names = [name for name, _ in shapes_made(arrays((R, O), (R, O), dtype=jnp.bfloat16), (O,),
+             dtype=jnp.bfloat16)]  # fmt: skip
+    assert names == ["dot_general"]
+
+
+def test_an_operand_that_is_summed_over_its_first_axis_is_on_the_right():
+    # As W [in, out] in the norm of DoRA: aᵀ W reads W as it is, Wᵀ a would transpose it.
+    made = shapes_made(arrays((I, O), (I, R), (R, O)), (O,), meets=0)
+    assert [aval.shape for name, aval in made if name == "dot_general"] == [(R.size, O.size)]
 
 
 def test_many_directions_and_many_adapters():

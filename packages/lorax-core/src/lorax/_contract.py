@@ -141,9 +141,21 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     summed = tuple(label for label in both if label not in elsewhere)
     x_free = tuple(label for label in xs if label not in both)
     y_free = tuple(label for label in ys if label not in both)
-    if out is not None and x_free and y_free and x_free[-1] == out[-1]:
+    if mesh.mesh is None and x.dtype == y.dtype == (preferred or x.dtype):
+        is_scaled = not (x_free and y_free) and not summed
+        is_row_by_row = not (x_free or y_free) and wide_dtype(x.dtype) == x.dtype
+        if is_scaled or is_row_by_row:
+            return _elementwise((x, xs), (y, ys), summed)
+    if out is None:
+        # The left operand is read along its last axis and the right one along its first. This
+        # matters for the operand that meets the weight, which may be as large as the weight.
+        leads = xs[len(batch) :][: len(summed)] == summed
+        turned = bool(x_free and summed) and leads and (shared is None or x is shared)
+    else:
         # With the operands in this order, the last axis of the result is already in place. If the
         # result must be transposed, whole rows are moved.
+        turned = bool(x_free and y_free) and x_free[-1] == out[-1]
+    if turned:
         x, xs, x_free, y, ys, y_free = y, ys, y_free, x, xs, x_free
         # A pair of precisions has one for each operand, so it is exchanged with them.
         if isinstance(precision, tuple):
@@ -168,6 +180,20 @@ def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins,
     )
     # Joined axes are separated again: [batch · seq, rank] -> [batch, seq, rank].
     return _reshape(result, out_labels), out_labels
+
+
+def _elementwise(left: Operand, right: Operand, summed: Sequence[Any]) -> Operand:
+    """Multiplies an operand by one whose labels it has all; sums over `summed`.
+
+    As a `dot_general`, this is a batch of products of single numbers or rows, which XLA on CPU
+    computes one by one, and whose result has its axes in another order.
+    """
+    (x, xs), (y, ys) = sorted((left, right), key=lambda operand: -len(operand[1]))
+    # y [*ys] -> [*xs], with size 1 along the labels that it does not have
+    order = [ys.index(label) for label in xs if label in ys]
+    y = jnp.transpose(y, order)
+    y = jnp.expand_dims(y, [k for k, label in enumerate(xs) if label not in ys])
+    return _sum_out(x * y, xs, set(xs) - set(summed), x.dtype)
 
 
 def is_for_one_cpu(arrays: Sequence[jax.Array]) -> bool:
