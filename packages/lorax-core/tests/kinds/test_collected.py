@@ -450,7 +450,7 @@ def test_non_loss_raises():
 def test_nothing_to_collect():
     with pytest.raises(SpecError, match="No leaf of the spec is made from inputs"):
         collect_starts(lambda p, x: x @ p["w"], W, {"w": 2}, [ROWS])
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="at least one batch"):
         collect_starts(lambda p, x: x @ p["w"], W, EVA, [])
     with pytest.raises(ValueError, match="at_once is 0"):
         collect_starts(lambda p, x: x @ p["w"], W, EVA, [ROWS], at_once=0)
