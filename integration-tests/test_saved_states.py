@@ -97,7 +97,7 @@ def by_pickle(training, _):
     [by_flax, by_flax_train_state, by_orbax, by_equinox, by_pickle, lambda t, _: copy.deepcopy(t)],
     ids=["flax", "flax TrainState", "orbax", "equinox", "pickle", "deepcopy"],
 )
-def test_training_goes_on_where_it_was_saved(trained, save_and_restore, tmp_path):
+def test_training_resumes_from_a_checkpoint(trained, save_and_restore, tmp_path):
     frozen, training = trained
     restored = save_and_restore(training, tmp_path)
     assert jax.tree.structure(restored) == jax.tree.structure(training)

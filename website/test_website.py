@@ -156,7 +156,7 @@ def test_names_of_others_are_links_where_they_are_not_links_already():
         assert names.linked(kept) == kept
 
 
-def test_our_names_are_links_where_they_can_mean_nothing_else():
+def test_unambiguous_public_names_are_links():
     linked = names.linked("<p><code>merge_params</code> <code>lorax.lora</code></p>")
     assert 'identifier="lorax.merge_params"' in linked and 'identifier="lorax.lora"' in linked
     for kept in ("<code>spec</code>", "<code>Linear</code>", "<code>lora</code>"):
@@ -218,7 +218,7 @@ def test_builtin_errors_are_found(source: str, errors: set[str]):
 SECTION = re.compile(r"^### (\w+)$", re.MULTILINE)
 
 
-def test_troubleshooting_has_a_section_for_each_warning_and_error_and_for_nothing_else():
+def test_troubleshooting_has_exactly_one_section_for_each_warning_and_error():
     page = (versions.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     ours = []
     for name in reference.public_names():

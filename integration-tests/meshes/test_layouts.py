@@ -111,7 +111,7 @@ FULLY = {name: kind for name, kind in SETTINGS.items() if name.startswith("fully
 
 
 @pytest.mark.parametrize("kind", FULLY.values(), ids=FULLY)
-def test_a_folder_of_peft_is_loaded_where_its_base_lies(kind, tmp_path):
+def test_a_peft_folder_is_loaded_onto_the_devices_of_its_base(kind, tmp_path):
     where = setting(**kind)
     names = names_for_peft(where.stacked)
     with where.context():

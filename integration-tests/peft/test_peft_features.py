@@ -139,7 +139,7 @@ def test_peft_reads_our_heads_of_several_modules(twin, to_peft, task_type):
     to_peft(twin("roberta"), spec, change=at_random, task_type=task_type)
 
 
-def test_peft_reads_our_factors_beside_a_frozen_head(twin, to_peft):
+def test_peft_reads_our_factors_with_a_frozen_head(twin, to_peft):
     model = twin("bert")
     to_peft(model, FACTORS, task_type="SEQ_CLS", params=model.params)
 
@@ -386,7 +386,7 @@ def test_biases_of_factors_become_those_of_the_model(twin, from_peft):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_the_embedding_are_read_beside_lora(twin, from_peft, tied):
+def test_trained_rows_of_the_embedding_are_read_with_lora(twin, from_peft, tied):
     config = LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[7, 2])
 
     def train(model):

@@ -67,7 +67,7 @@ def test_values_and_gradients():
     testing.check(model_of(join), params(), spec, X, materializes=True, transforms=False)
 
 
-def test_beside_data_that_has_met_no_weight():
+def test_with_data_that_no_weight_has_multiplied():
     """Such data may be a part of a weight; here another weight maps both."""
 
     def model(p, x):
@@ -85,7 +85,7 @@ def test_beside_another_argument_that_is_used_as_a_weight():
     testing.check(model, {"w": params()["w"]}, {"w": 2}, jnp.ones((11, 4)), jnp.ones((3, 11)))
 
 
-def test_codes_beside_data_are_decoded_there():
+def test_codes_concatenated_with_data_are_decoded_there():
     join, _ = ROWS["concatenated"]
     frozen = quantize(params(), dict.fromkeys(SHAPES, "int8"))
     explanation = explain(model_of(join), (frozen, dict.fromkeys(SHAPES)), X)

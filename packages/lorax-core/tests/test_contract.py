@@ -333,7 +333,7 @@ def test_axes_are_joined_on_cpu(case):
 
 
 @pytest.mark.parametrize("case", JOINED, ids=str)
-def test_nothing_is_moved_to_join_axes(case):
+def test_joining_axes_moves_no_data(case):
     names, out, meets, _ = case
     made = shapes_made(arrays(*names), out, meets=meets)
     assert {name for name, _ in made} <= {"dot_general", "reshape"}

@@ -98,7 +98,7 @@ def test_the_same_key_gives_the_same_numbers():
     np.testing.assert_array_equal(run(jax.random.PRNGKey(3)), run(jax.random.key(3)))
 
 
-def test_without_it_nothing_changes():
+def test_a_rate_of_zero_returns_the_tree():
     _, tunable = pair_of({"w": N(0, 5, 3)})
     assert with_dropout(tunable, KEY, 0) is tunable
 

@@ -145,7 +145,7 @@ def test_bytes_that_are_kept_are_those_that_a_compiled_forward_pass_returns(func
     assert kept is not None and abs(kept - expected) <= 0.05 * expected, (kept, expected)
 
 
-def test_where_there_is_no_backward_pass():
+def test_without_a_backward_pass():
     def model(params, x):
         body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ params["w"]))  # noqa: E731
         return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]

@@ -225,7 +225,7 @@ def test_members_of_an_ensemble_have_their_own_factors(shared):
     testing.check(ENSEMBLE, MEMBERS, spec, x, transforms=False)
 
 
-def test_shared_axes_that_fit_nothing_raise():
+def test_shared_axes_that_match_no_weight_raise():
     x = jnp.ones((2, 11))
     with pytest.raises(SpecError, match=r"shared_axes: 'inn' matches no parameter.*`in`, `out`"):
         infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes={"inn": [0]})

@@ -92,7 +92,7 @@ def test_factors_are_at_least_float32(base, factors):
     assert tunable["w"].a.dtype == tunable["w"].b.dtype == factors
 
 
-def test_factors_are_float64_beside_float64():
+def test_factors_of_float64_weights_are_float64():
     with jax.enable_x64(True):
         _, tunable = init_lora({"w": jnp.ones((5, 7), jnp.float64)}, {"w": 2}, key())
         assert tunable["w"].a.dtype == jnp.float64
@@ -179,7 +179,7 @@ class Layer:
     extra: Any
 
 
-def test_any_pytree_goes_in():
+def test_any_pytree_is_accepted():
     params = [Layer(jnp.ones((5, 7)), ({"k": jnp.ones((2, 3))}, ()))]
     spec = [Layer(2, ({"k": LORA_FREEZE}, ()))]
     frozen, tunable = init_lora(params, spec, key())

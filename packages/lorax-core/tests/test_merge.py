@@ -182,7 +182,7 @@ KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
     ids=["numpy", "float32", "bfloat16", "complex64"],
 )
 @pytest.mark.parametrize("donate", [False, True])
-def test_an_uncommitted_base_goes_where_its_factors_are(kind, specs, base, donate):
+def test_an_uncommitted_base_is_moved_to_its_factors(kind, specs, base, donate):
     """As after data-parallel training of parameters that were never placed."""
     base = base.copy()
     weight = factors()
@@ -223,7 +223,7 @@ def test_uncommitted_arrays_stay_uncommitted(donate):
 
 
 @pytest.mark.devices(4)
-def test_a_placed_base_keeps_its_place():
+def test_a_base_is_not_moved_to_another_device():
     mesh, weight = mesh_of(AxisType.Auto), factors()
     placed = NamedSharding(mesh, P(None, "x"))
     for sharding in (placed, jax.sharding.SingleDeviceSharding(jax.devices()[2])):
@@ -250,7 +250,7 @@ def test_other_devices_than_the_base_raise(function, name):
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("donate", [False, True])
-def test_a_base_in_host_memory_stays_there(donate):
+def test_a_base_in_host_memory_is_not_moved(donate):
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("x"), memory_kind="pinned_host")
     if "pinned_host" not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
         pytest.skip("this backend has no pinned host memory")

@@ -349,7 +349,7 @@ def test_an_adapter_on_codes_that_no_rule_covers_is_reported():
         lora(lambda p, x: x @ jnp.sort(p["w"]), on_materialize="error")(pair, N(1, 2, 64))
 
 
-def test_quantizes_bases_beside_frozen_factors():
+def test_quantizes_bases_with_frozen_factors():
     params = {"w": N(0, 64, 8)}
     frozen, tunable = init_lora(params, {"w": DoraSpec(2)}, jax.random.key(0))
     coded = quantize(frozen, {"w": Int8()})
@@ -428,7 +428,7 @@ def test_frozen_factors_follow_the_quantized_base(kind, format):
         np.testing.assert_allclose(one.astype(float), two.astype(float), rtol=1e-5)
 
 
-def test_frozen_factors_of_a_base_that_stays_are_the_same_arrays():
+def test_frozen_factors_of_an_unchanged_base_are_the_same_arrays():
     frozen, _ = init_lora(
         {"w": N(0, 64, 24), "v": N(0, 64, 24)}, {"w": DoraSpec(3), "v": 3}, jax.random.key(1)
     )

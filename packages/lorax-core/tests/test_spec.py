@@ -75,7 +75,7 @@ def test_rules_first_match_wins():
         ([("*", 0), ("head", 2)], "'head' matches no parameter: earlier rules .* `head`"),
     ],
 )
-def test_a_rule_that_decides_nothing_raises(rules, message):
+def test_a_rule_without_an_effect_raises(rules, message):
     with pytest.raises(SpecError, match=message):
         spec_from_rules(PARAMS, rules)
 

@@ -250,7 +250,7 @@ def test_align_of_sizes_that_do_not_divide():
         align(left, relabeled(left, right), [(0, 1)])
 
 
-def test_product_with_an_axis_that_nobody_owns():
+def test_product_with_an_axis_without_a_factor():
     left = term(5, 3).broadcast((7, 5, 3), (1, 2))
     right = operand(jnp.ones((2, 4)))
     out = product(left, relabeled(left, right), (left.out[1],))

@@ -313,7 +313,7 @@ def test_errors_name_the_problem(tmp_path, case):
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
 @pytest.mark.parametrize("of", ["folder", "file"])
-def test_settings_beside_the_weights_decide_the_zero_points(tmp_path, name, of):
+def test_settings_in_the_folder_decide_the_zero_points(tmp_path, name, of):
     tensors = {
         "qweight": np.full((1, 8), 0x33333333, np.int32),
         "qzeros": np.full((1, 1), 0x11111111, np.int32),

@@ -1,8 +1,9 @@
 """Emits all einsums with factors: chooses their order, form and dtype.
 
 Rules say *which* labels meet. `contract` decides how: pairwise, in the order with the fewest
-multiplications, each pair as one `dot_general` whose factors are cast to the operand's dtype, under
-the named scope `lora`. On one CPU, adjacent axes are joined into one for the product.
+multiplications, each pair as one `dot_general`, or as an elementwise product if one side only
+scales the other. Factors are cast to the operand's dtype. Everything is under the named scope
+`lora`. On one CPU, adjacent axes are joined into one for the product.
 
 A label is any hashable with a `size`; it names one axis of an operand.
 """
@@ -122,7 +123,7 @@ def contract(
 
 
 def _pair(left, right, elsewhere, mesh, dtype, precision, preferred, out, joins, shared) -> Operand:
-    """Emits one `dot_general`; `out`, if given, decides which operand comes first.
+    """Emits one product; `out`, if given, decides which operand comes first.
 
     With `joins`, adjacent axes are joined, except those of `shared`, an operand with other uses:
     JAX would keep both forms of it for the backward pass.

@@ -112,7 +112,7 @@ def test_no_adapter_is_the_base_bit_for_bit(place):
             np.testing.assert_allclose(jax.jit(run)(jnp.asarray(k)), wanted, rtol=1e-13, atol=1e-13)
 
 
-def test_a_slot_that_is_not_a_number_stays_out_of_the_others():
+def test_nan_in_one_slot_does_not_reach_the_others():
     bank = set_adapter(bank_of(), 1, jax.tree.map(lambda x: x * jnp.nan, adapter(2, 3)))
     run = lambda k: lora(model)((PARAMS, select_adapters(bank, k)), TOKENS[0])  # noqa: E731
     assert jnp.isfinite(run(0)).all() and jnp.isfinite(run(-1)).all() and jnp.isnan(run(1)).any()
@@ -354,7 +354,7 @@ def test_scales_get_no_gradient():
     assert all(grad == 0 for grad in grads.values())
 
 
-def test_dropout_goes_around_it():
+def test_dropout_of_a_selected_adapter():
     bank = bank_of()
     run = lambda k: lora(model)(  # noqa: E731
         (PARAMS, with_dropout(select_adapters(bank, k), jax.random.key(0), 0.5)), TOKENS[0]

@@ -73,7 +73,7 @@ def test_blocks_are_as_nearly_square_as_they_can_be(size, blocks):
     assert weight.blocks == (blocks, 2)
 
 
-def test_the_window_of_lokr_goes_with_the_second_matrix():
+def test_the_window_of_lokr_is_in_the_second_matrix():
     # [in, out, window]
     spec = LokrSpec(9, factor=2, split_axes=[0, 1], in_axes=[0, 2], out_axes=[1])
     delta, w = delta_of(spec, (6, 4, 3))
@@ -151,7 +151,7 @@ def test_one_factor_is_zero_at_first_and_the_others_are_in_their_bounds(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_entries_of_a_stack_start_apart(name):
+def test_entries_of_a_stack_have_different_initial_factors(name):
     spec = SPECS[name].with_axes(Axes((0,), (1,), (2,)))
     _, tunable = init_lora(
         {"w": jnp.ones((3, 8, 6))}, {"w": spec}, jax.random.key(0), b_init="gaussian"
@@ -160,7 +160,7 @@ def test_entries_of_a_stack_start_apart(name):
         assert not jnp.allclose(factor[0], factor[1]), key
 
 
-def test_blocks_start_apart():
+def test_blocks_have_different_initial_factors():
     for spec in (GraloraSpec(4), BdloraSpec(4)):
         _, tunable = init_lora({"w": jnp.ones((8, 6))}, {"w": spec}, jax.random.key(0))
         assert not jnp.allclose(tunable["w"].a[0], tunable["w"].a[1])

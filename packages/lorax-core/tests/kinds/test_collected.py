@@ -165,7 +165,7 @@ def test_the_smaller_of_rows_and_moments_is_kept(size, kept):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_moments_of_what_meets_a_weight(use):
+def test_moments_of_the_inputs_of_a_weight(use):
     """Each output is the product of a row with one output of the weight: its derivative by that."""
     function, shape, axes, args = USES[use]
     args = [
@@ -424,7 +424,7 @@ def test_inputs_that_are_not_collected(function, batch, message):
         collect_starts(function, W, EVA, [jnp.asarray(batch)])
 
 
-def test_an_expert_that_no_row_meets():
+def test_an_expert_without_rows():
     experts = {"w": N(0, 3, 6, 6)}
     spec = {"w": LoraSpec(2, init="corda", shared_axes=[0])}
 

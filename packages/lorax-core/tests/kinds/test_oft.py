@@ -208,7 +208,7 @@ def test_a_bound_shortens_the_matrix_of_each_block_and_passes_the_gradient():
     np.testing.assert_allclose(again, w, atol=1e-5)
 
 
-def test_every_entry_of_a_stack_has_a_bound_of_its_own():
+def test_the_bound_is_per_entry_of_a_stack():
     w = N(1, 4, 6, 5)
     spec = {"w": OftSpec(3, shared_axes=[0], eps=0.1)}
     _, tunable = init_lora({"w": w}, spec, jax.random.key(0))

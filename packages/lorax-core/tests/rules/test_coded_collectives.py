@@ -116,7 +116,7 @@ def test_other_formats(name, format):
 
 
 @pytest.mark.parametrize("name", [*IN_GROUPS, "all-to-all", "ppermute-to-some"])
-def test_where_nothing_is_known_of_what_varies(name):
+def test_without_information_on_varying_axes(name):
     compare((MOVES | IN_GROUPS)[name], FORMATS["nf4"], False, True)
 
 
@@ -132,7 +132,7 @@ def test_what_makes_floats_is_decoded_and_named(name):
 
 
 @pytest.mark.parametrize("name", ["all-gather", "all-to-all", "ppermute-to-some", "psum"])
-def test_beside_an_adapter(name):
+def test_codes_with_an_adapter_are_moved(name):
     change = (MOVES | DECODED)[name]
 
     def product(w):

@@ -287,7 +287,7 @@ def test_preferred_type():
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_of_two_weights_the_kernel_stays_factored():
+def test_in_a_convolution_of_two_weights_the_kernel_stays_factored():
     """A learned array as the input, as a generator's first one, is built alone."""
 
     def fn(p, x):

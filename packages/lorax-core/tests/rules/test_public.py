@@ -75,7 +75,7 @@ def test_a_kernel_without_a_rule_gets_the_weight():
 
 
 @pytest.mark.usefixtures("with_rule")
-def test_a_kernel_with_a_rule_has_no_weight_in_full():
+def test_a_kernel_with_a_rule_materializes_no_weight():
     spec = {"up": 2, "down": LoraSpec(3, alpha=5)}
     testing.check(model, params(), spec, X, through_custom_derivatives=True)
 

@@ -58,7 +58,7 @@ def test_targets(llama, targets):
     assert len(chosen) == (1 if targets == "embeddings" else 2 * len(ENDS[targets]))
 
 
-def test_gpt2_modules_of_the_same_name_are_kept_apart():
+def test_gpt2_modules_of_the_same_name_are_different_targets():
     config = tiny.config_of("gpt2")
     assert modules(config, targets="attention", layers=0) == {"h/0/attn/c_attn", "h/0/attn/c_proj"}
     assert modules(config, targets="mlp", layers=0) == {"h/0/mlp/c_fc", "h/0/mlp/c_proj"}
@@ -192,6 +192,6 @@ def test_any_kind_of_adapter(llama):
         ({"alpha_pattern": {"q_proj": 2}}, "is for LoraSpec, not for IA3Spec"),
     ],
 )
-def test_settings_beside_an_adapter_raise(llama, options, message):
+def test_settings_with_an_adapter_raise(llama, options, message):
     with pytest.raises(TypeError, match=message):
         lorax_hf.spec(llama, adapter=lorax.IA3Spec(), **options)

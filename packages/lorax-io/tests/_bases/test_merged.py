@@ -126,7 +126,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 7, "é": None}
 
 
 @pytest.mark.parametrize("form", ["dict", "file", "string"])
-def test_the_config_is_written_beside_the_weights(folder, tmp_path, form):
+def test_the_config_is_written_to_the_folder_of_the_weights(folder, tmp_path, form):
     file = tmp_path / "some config.json"
     file.write_text(json.dumps(CONFIG, ensure_ascii=False), encoding="utf-8")
     config = {"dict": CONFIG, "file": file, "string": str(file)}[form]

@@ -188,7 +188,7 @@ def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
     assert outcomes.count(1) == outcomes.count(2) == 1
 
 
-def test_new_weights_beside_the_old_config_raise(tmp_path, monkeypatch):
+def test_new_weights_with_the_old_config_raise(tmp_path, monkeypatch):
     """What a kill between the two files leaves."""
     save_folder(tmp_path, 1)
     monkeypatch.setattr("lorax_io._formats.peft.folder.write_text", lambda path, text: None)
@@ -374,7 +374,7 @@ def test_saving_through_a_link_writes_its_target(tmp_path, form):
     assert which(target) == which(link) == 2
 
 
-def test_saving_through_a_link_to_nothing_makes_its_target(tmp_path):
+def test_saving_through_a_dangling_link_creates_its_target(tmp_path):
     (tmp_path / "link").symlink_to("target")
     save_native(tmp_path / "link", 2)
     assert which_native(tmp_path / "target") == 2
@@ -414,7 +414,7 @@ def test_the_folder_of_a_peft_adapter_is_made(tmp_path):
     assert which_folder(tmp_path / "a" / "b") == 1
 
 
-def test_nothing_is_written_where_the_tree_cannot_be(tmp_path):
+def test_nothing_is_written_for_a_tree_that_cannot_be_saved(tmp_path):
     save_native(tmp_path / "adapter", 1)
     before = files_of(tmp_path)
     for tree in ({"w": jnp.array([jnp.nan])}, {"\ud800": np.ones(1)}, {"w": object()}):

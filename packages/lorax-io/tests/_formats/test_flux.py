@@ -29,7 +29,7 @@ def flux_file(files, prefix, ends):
 @pytest.mark.parametrize(
     ("prefix", "ends"), [("diffusion_model.", PEFT), ("lora_unet_", KOHYA)], ids=["dots", "kohya"]
 )
-def test_fused_products_are_split_for_a_base_that_has_them_apart(shell, files, prefix, ends):
+def test_fused_products_are_split_for_a_base_with_separate_ones(shell, files, prefix, ends):
     deltas = flux_file(files, prefix, ends)
     one, two = "transformer_blocks.0.attn.", "single_transformer_blocks.1."
     parts = {f"{one}to_{x}": IN for x in "qkv"} | {f"{two}attn.to_{x}": IN for x in "qkv"}

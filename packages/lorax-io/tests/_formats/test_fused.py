@@ -178,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_has_no_place_raises(tmp_path, case):
+def test_adapters_that_a_fused_weight_cannot_hold_raise(tmp_path, case):
     spec, names, error, message = REFUSED[case]
     pair = make(dict.fromkeys(SIZES, spec))
     with pytest.raises(error, match=message):

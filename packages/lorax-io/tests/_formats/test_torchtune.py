@@ -41,7 +41,7 @@ def test_its_factors_are_read_with_the_alpha_that_is_given(tmp_path, shell, file
     assert "`alpha=` in Python, `--alpha`" in shell.fail("inspect a.safetensors")
 
 
-def test_alpha_is_in_the_config_beside_it(tmp_path, files):
+def test_alpha_is_in_the_config(tmp_path, files):
     file = tmp_path / "adapter_model.safetensors"
     save(file, tensors(files), {"r": 2, "lora_alpha": 5, "target_modules": ["o_proj"]})
     for path in (tmp_path, file):

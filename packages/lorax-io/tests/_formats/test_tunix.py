@@ -63,7 +63,7 @@ def leaf(*shape, value=0.5):
     return {"value": np.full(shape, value, np.float32)}
 
 
-def test_a_checkpoint_comes_back_without_names(tmp_path):
+def test_a_checkpoint_loads_without_names(tmp_path):
     pair, folder = make(), tmp_path / "checkpoint"
     save_tunix(folder, pair.tunable, step=3)
     found = load_any(folder, PARAMS)

@@ -73,7 +73,7 @@ DTYPES = (
 
 @pytest.mark.parametrize("dtype", DTYPES.split())
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 3)], ids=str)
-def test_every_dtype_comes_back(file, dtype, shape):
+def test_every_dtype_loads_as_saved(file, dtype, shape):
     numbers = np.random.default_rng(0).integers(1, 3, shape)  # one of the types has no zero
     tree = {"w": jnp.asarray(numbers == 1 if dtype == "bool" else numbers).astype(dtype)}
     save_adapter(file, tree)

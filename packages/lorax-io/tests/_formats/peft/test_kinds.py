@@ -94,7 +94,7 @@ def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_experts_beside_an_adapter_are_left_alone(tmp_path):
+def test_experts_without_an_adapter_are_unchanged(tmp_path):
     experts = {name: Experts("moe", parameter=name, shared_axes=(0,)) for name in ("up", "down")}
     names = {**experts, "q": Linear("q")}
     params = {"up": jnp.ones((3, 4, 5)), "down": jnp.ones((3, 5, 4)), "q": jnp.ones((4, 6))}

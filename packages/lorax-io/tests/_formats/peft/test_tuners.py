@@ -229,7 +229,7 @@ def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_rows_of_tokens_beside_a_parameter_in_full_are_refused(tmp_path):
+def test_rows_of_tokens_with_a_full_parameter_are_refused(tmp_path):
     params = {"table": jnp.ones((13, 8)), "norm": jnp.ones(8)}
     names = {"table": Embedding("table"), "norm": Tensor("norm", parameter="weight")}
     spec = {"table": TokensSpec([3, 1]), "norm": lorax.LORA_FULL}
