@@ -60,7 +60,7 @@ def test_file_round_trips(tmp_path, alpha):
 def test_the_command_opens_and_converts_it(shell, files):
     save_keras("a.lora.h5", make().tunable, NAMES)
     text = shell.succeed("inspect a.lora.h5")
-    assert "form: keras" in text and "rank: 3" in text and "scale: 1.0" in text
+    assert "format: keras" in text and "rank: 3" in text and "scale: 1.0" in text
     shell.succeed("convert a.lora.h5 adapter --to peft")
     shell.succeed("convert adapter b.lora.h5 --to keras")
     again = open_adapter("b.lora.h5")

@@ -37,7 +37,7 @@ def test_its_factors_are_read_with_the_alpha_that_is_given(tmp_path, shell, file
         np.testing.assert_array_equal(row.a, a.T)
         np.testing.assert_array_equal(row.b, b.T)
     text = shell.succeed("inspect a.safetensors --alpha 3")
-    assert "form: torchtune" in text and "scale: 1.5" in text
+    assert "format: torchtune" in text and "scale: 1.5" in text
     assert "`alpha=` in Python, `--alpha`" in shell.fail("inspect a.safetensors")
 
 

@@ -147,7 +147,7 @@ def test_other_arrays_are_left_out_with_a_warning(tmp_path):
 def test_the_command_opens_and_converts_it(shell):
     save_tunix("a", make().tunable)
     text = shell.succeed("inspect a")
-    for line in ("form: tunix", "rank: 3", "alpha: 6", "scale: 2.0", "written by: lorax-io"):
+    for line in ("format: tunix", "rank: 3", "alpha: 6", "scale: 2.0", "written by: lorax-io"):
         assert line in text
     shell.succeed("convert a b --to tunix --alpha 6")
     shell.succeed("diff a b")
