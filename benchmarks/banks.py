@@ -139,7 +139,7 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
         f"{slots}, `select_adapters`": Served(selected, (x, params, bank, index)),
         f"{slots}, `mix_adapters`": Served(mixed, (x, params, bank, index)),
         f"{slots}, `mix_adapters`, interleaved": Served(mixed, (x, params, interleaved, index)),
-        f"{slots}, as many rows each": Served(grouped, (x, params, bank)),
+        f"{slots}, rows grouped by adapter": Served(grouped, (x, params, bank)),
         f"{slots}, hand-written `vmap`": Served(
             by_hand, (x, params, as_factors(bank.tunable), index)
         ),

@@ -46,7 +46,7 @@ def own(leaf: Any) -> Any:
 
 
 def checked_key(key: Any, function: str) -> jax.Array:
-    """Returns a single PRNG key, of the new style; raises `TypeError` for anything else."""
+    """Returns a single PRNG key, of the new style; raises `ArgumentError` for anything else."""
     dtype = getattr(key, "dtype", None)
     if dtype == jnp.uint32 and key.ndim == 1:
         return jax.random.wrap_key_data(jnp.asarray(key))

@@ -83,11 +83,7 @@ class _Scaled(Within):
         number = jax.lax.stop_gradient(self.number)
         # One more factor without labels, which can multiply the narrow product x · a. Times `a` or
         # `b`, it would make a copy of that factor of each adapter in every step.
-        terms = tuple(
-            dataclasses.replace(term, factors=(*term.factors, number), labels=(*term.labels, ()))
-            for term in weight.terms
-        )
-        return dataclasses.replace(weight, terms=terms)
+        return dataclasses.replace(weight, terms=tuple(t.times(number, ()) for t in weight.terms))
 
 
 def select_adapters(bank: AdapterBank, index: Any) -> Any:
@@ -289,7 +285,4 @@ class _Mixed(Within):
             of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
             term, weights = jax.vmap(of_slot)(self.adapter), self.weights
             term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))
-        term = dataclasses.replace(
-            term, factors=(weights, *term.factors), labels=((slot,), *term.labels)
-        )
-        return FactoredArray(base, (term,))
+        return FactoredArray(base, (term.times(weights, (slot,)),))

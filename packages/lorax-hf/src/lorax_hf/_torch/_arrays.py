@@ -35,7 +35,7 @@ def numpy_of(tensor: torch.Tensor, dtype: Any = None) -> np.ndarray[Any, Any]:
 
 
 def refuse_lost_bits(array: np.ndarray[Any, Any]) -> None:
-    """Raises `ValueError` if JAX would wrap integers of an array to its narrower type."""
+    """Raises `ArgumentError` if JAX would wrap integers of an array to its narrower type."""
     kept = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind not in "iu" or kept == array.dtype or not array.size:
         return

@@ -99,7 +99,7 @@ def _is_encoder(model: torch.nn.Module) -> bool:
 
 
 def check_length(model: Any, length: int) -> None:
-    """Raises `ValueError` if a table of positions ends before a length; warns beyond training."""
+    """Raises `ArgumentError` if a length exceeds a table of positions; warns beyond training."""
     config: Any = getattr(model, "config", None)
     if not isinstance(config, transformers.PretrainedConfig):
         return

@@ -206,7 +206,7 @@ def _converted(module: Any, name: str, target: str, converter: Any) -> Read:
 
 
 def _check_attributes(module: torch.nn.Module, folder: Path) -> None:
-    """Raises `ValueError` if a tensor that is not registered has no values."""
+    """Raises `CheckpointError` if a tensor that is not registered has no values."""
     for name, tensor in state_of(module).buffers.items():
         if tensor.device.type == "meta":
             raise CheckpointError(
