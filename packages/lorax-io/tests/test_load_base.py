@@ -87,6 +87,23 @@ def test_floats_are_as_they_are(tmp_path):
     np.testing.assert_array_equal(loaded.T, weight)
 
 
+def test_layers_in_several_dtypes(tmp_path):
+    dtypes = (np.float16, jnp.bfloat16)
+    weights = [draw(6, 5).astype(dtype) for dtype in dtypes]
+    layers = {f"layers.{k}.up": {"weight": weight} for k, weight in enumerate(weights)}
+    names = {"up": Linear("layers.{}.up", shared_axes=[0])}
+    path = save(tmp_path / "f", **layers)
+    with pytest.warns(AdapterWarning, match=r"`up` \(bfloat16 and float16, as float32\)"):
+        loaded = load_base(path, names)["up"]
+    for k, weight in enumerate(weights):
+        np.testing.assert_array_equal(loaded[k].T, weight.astype(np.float32))
+    layers["layers.0.up"] = {"bias": np.arange(5)}
+    layers["layers.1.up"] = {"bias": np.ones(5, np.float32)}
+    names = {"b": Tensor("layers.{}.up", shared_axes=[0], parameter="bias")}
+    with pytest.raises(AdapterError, match="modules of `b` in float32 and int64, which have no"):
+        load_base(save(tmp_path / "f", **layers), names)
+
+
 def test_layers_are_stacked(tmp_path):
     layers = {f"layers.{k}.up": fp8(seed=k)[0] for k in range(3)}
     path = save(tmp_path / "f", **layers)

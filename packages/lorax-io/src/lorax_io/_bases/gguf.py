@@ -199,16 +199,18 @@ class GGUFSource:
         """The shape of a tensor, in the order of transformers."""
         return tuple(int(n) for n in reversed(self.names[name].shape))
 
-    def floats(self, name: str) -> Array:
-        """A tensor by llama.cpp's own name, decoded to float32 or wider."""
+    def floats(self, name: str, rows: slice = slice(None)) -> Array:
+        """Rows of a tensor by llama.cpp's own name, decoded to float32 or wider."""
         tensor, shape = self.names[name], self.shape(name)
         order, kind = self._order(name, shape), tensor.tensor_type.name
+        picked = rows if order is None else order[rows]
         if kind in PLAIN:
-            values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)
-            values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-        else:
-            values = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        return values if order is None else values[order]
+            values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)[picked]
+            return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+        if len(shape) == 1:
+            return import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)[picked]
+        data = tensor.data.reshape(*shape[:-1], -1)[picked]
+        return import_gguf().dequantize(data, tensor.tensor_type).reshape(-1, *shape[1:])
 
     def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
         """A weight by its name in transformers or in llama.cpp; None if there is none."""
@@ -227,7 +229,7 @@ class GGUFSource:
         if kind in BLOCKS and len(shape) > 1:
             return _coded(name, BLOCKS[kind], tensor.data, shape, order)
         why = f"blocks of {kind} are not those of a format"
-        return Decoded((name,), why, lambda: self.floats(name), shape, FLOAT32)
+        return Decoded((name,), why, lambda rows: self.floats(name, rows), shape, FLOAT32)
 
     def name_of(self, module: str, parameter: str) -> str:
         """The name in the file, where `gguf` has one for that of transformers."""
