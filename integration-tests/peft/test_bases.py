@@ -27,6 +27,7 @@ from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer impo
 )
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from lorax import QuantizedWeight, dequantize
 from lorax_io import AdapterError, AdapterWarning, Experts, Linear, load_base
@@ -391,6 +392,23 @@ def random_blocks(kind: Any, out: int, inputs: int, seed: int) -> np.ndarray[Any
     else:
         data[..., :4] = scales
     return data.reshape(out, -1)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "nemotron", "qwen3", "llama"])
+def test_norms_of_llama_cpp(tmp_path, arch):
+    """Transformers reads GGUF files, too, and undoes the same changes of llama.cpp's converter."""
+    file, norm = tmp_path / "model.gguf", draw(40).numpy()
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_block_count(1)
+    writer.add_tensor("output_norm.weight", norm)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config={})
+    expected = processor.process(norm, "output_norm.weight").weights
+    names = {"norm": {"type": "Tensor", "module": "model.norm", "parameter": "weight"}}
+    np.testing.assert_array_equal(load_base(file, names)["norm"], expected)
 
 
 @pytest.mark.parametrize("kind", TYPES)
