@@ -45,6 +45,19 @@ def bits_of(name: str, schemes: list[Scheme], inputs: int, words: int) -> int:
     )
 
 
+def is_symmetric_in(tensors: Tensors, zero: str, schemes: list[Scheme]) -> bool:
+    """Whether a weight has no zero points.
+
+    Raises:
+        AdapterFileError: if they are absent, and the config says that every weight has them.
+    """
+    if zero in tensors:
+        return False
+    if schemes and all(scheme.get("symmetric") is False for scheme in schemes):
+        raise AdapterFileError(f"lacks `{zero}`, and its config says that codes are asymmetric.")
+    return True
+
+
 def grains_of(
     name: str, shape: tuple[int, ...], scales: tuple[int, ...], schemes: list[Scheme]
 ) -> tuple[int, ...]:
