@@ -208,7 +208,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "one number that is zero": (
         {"weight_packed": np.ones((4, 8), np.uint8), "weight_scale": fp8(4, 1)[0]["weight"],
-         "weight_global_scale": np.zeros(1, np.float32)}, {}, "`up/outer` holds .* zero that is divided",
+         "weight_global_scale": np.zeros(1, np.float32)}, {}, "`up/outer` holds .* zero that is",
     ),
     "scales of GPTQ in integers": (
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.uint8),
