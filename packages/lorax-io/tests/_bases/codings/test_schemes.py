@@ -52,6 +52,12 @@ def test_blocks_that_are_cut_are_those_of_the_config(tmp_path, shape, sides):
         load(tmp_path, tensors, block(7, 9))
 
 
+def test_a_config_of_another_type(tmp_path):
+    tensors, _ = fp8((8, 64), (8, 32))
+    with pytest.raises(AdapterFileError, match="`up.weight` in codes of the type float"):
+        load(tmp_path, tensors, integers(8))
+
+
 def test_scales_that_are_powers_of_two(tmp_path):
     """MXFP8: a byte for each 32 inputs."""
     tensors, _ = fp8((6, 64), (1, 32))

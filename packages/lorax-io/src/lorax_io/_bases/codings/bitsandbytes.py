@@ -32,6 +32,7 @@ from .coding import (
 )
 
 SHORTEST = 8  # entries in a run: below this, float32 scales would take more memory than the codes
+_STORAGE = (np.uint8, np.float16, jnp.bfloat16, np.float32, np.float64)
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
@@ -45,7 +46,8 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     shape, block, dtype, settings = _state(tensors, f"{state}{kind}")
     size = math.prod(shape)
     # The bytes may be stored as numbers of another dtype (`bnb_4bit_quant_storage`).
-    data = np.ascontiguousarray(need(tensors, weight)).reshape(-1).view(np.uint8)
+    stored = need(tensors, weight, dtypes=_STORAGE)
+    data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
     expect(weight, data, ((size + 1) // 2,))
     codes_of = f"{weight}.quant_map"
     table = expect(codes_of, need_scales(tensors, codes_of), (16,)).astype(np.float32)

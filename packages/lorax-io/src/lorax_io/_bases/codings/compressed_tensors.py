@@ -49,7 +49,7 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     outputs, inputs = (int(n) for n in expect(size, need(tensors, size), (2,)))
     if outputs != words.shape[0] or not 0 < inputs <= 32 * words.shape[1]:
         raise AdapterFileError(f"has `{packed}` {words.shape} for a weight of {outputs, inputs}.")
-    schemes = schemes_of(tensors, np.int8)
+    schemes = schemes_of(tensors, packed, np.int8)
     bits = check_bits(packed, bits_of(packed, schemes, inputs, words.shape[1]))
     scales = _scales(tensors, scale, (outputs, inputs))
     grains = grains_of(scale, (outputs, inputs), scales.shape, schemes)
@@ -107,7 +107,7 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     if codes.ndim < 2 or codes.dtype not in [*_FLOATS, np.dtype(np.int8)]:
         return None
     scales = _scales(tensors, scale, codes.shape, has_exponents=codes.dtype in _FLOATS)
-    schemes = schemes_of(tensors, codes.dtype)
+    schemes = schemes_of(tensors, weight, codes.dtype)
     grains = grains_of(scale, codes.shape, scales.shape, schemes)
     ones = (1,) * codes.ndim
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
@@ -139,7 +139,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return None
     data, scales = need(tensors, packed, ndim=2), need(tensors, scale, ndim=2)
     shape = (data.shape[0], 2 * data.shape[1])
-    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, np.float32))
+    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, packed, np.float32))
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
     if scales.dtype in (np.uint8, EXPONENT):
         parts["scales"] = whole(scales.view(np.uint8), grains)
