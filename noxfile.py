@@ -46,6 +46,16 @@ nox.options.tags = DEFAULT
 
 FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 
+# Files that GitHub and citation managers read, by the schema that each has to match.
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-actions": ".github/actions/*/action.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
 # A worker for each processor: these tests spend their time in XLA compiling small programs.
 PYTEST = ["pytest", "--numprocesses=auto"]
 
@@ -81,13 +91,16 @@ def install_locked(session: nox.Session, *args: str) -> None:
 
 @nox.session(tags=DEFAULT)
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format; zizmor: workflows. `nox -s lint -- --fix` mends what it can."""
+    """Ruff, zizmor, and the schemas of workflows. `nox -s lint -- --fix` applies Ruff's fixes."""
     install_locked(session, "--group", "lint")
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
     # Actions that are not pinned by hash, credentials that are kept, inputs that are run.
     session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", ".github")
+    for schema, pattern in SCHEMAS.items():
+        files = map(str, sorted(Path().glob(pattern)))
+        session.run("check-jsonschema", "--quiet", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 @nox.session(tags=DEFAULT)
