@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import Adapter
-from ._arrays import Held, own
+from ._arrays import Encoded, own
 from ._axes import Axes, resolve_axes
 from ._contract import holds_factors
 from ._errors import SpecError, a_kind
@@ -44,7 +44,7 @@ class Start(NamedTuple):
 
     def array(self, spec: Any, needed: str) -> Any:
         """Returns the parameter as an array; raises `SpecError` if only its shape is known."""
-        if isinstance(self.base, Held):
+        if isinstance(self.base, Encoded):
             return self.base.array()
         if not isinstance(self.base, jax.Array | np.ndarray):
             raise SpecError(
@@ -81,7 +81,7 @@ class Started(NamedTuple):
     """The initial state of an adapter, with frozen factors, and a new base if it has changed."""
 
     adapter: Adapter
-    held: Mapping[str, Any] = {}
+    frozen: Mapping[str, Any] = {}
     base: Any = None
 
 

@@ -1,4 +1,4 @@
-"""A base that is held as codes while the transformed function runs.
+"""A base that is stored as codes while the transformed function runs.
 
     W[i, o]  =  decode(codes[i, o], scales[block of i, o], …)
 
@@ -237,7 +237,7 @@ def _sharding_of(array: Any) -> Any:
 
 
 def is_coded(value: Any) -> TypeGuard[CodedArray]:
-    """Whether a base is held as codes."""
+    """Whether a base is stored as codes."""
     return isinstance(value, CodedArray)
 
 

@@ -49,7 +49,7 @@ class Equation:
         self.bodies: list[Body] = []
 
     def __call__(self, *operands: Any) -> Any:
-        """Evaluates the original equation on plain arrays, or on bases that are held as codes.
+        """Evaluates the original equation on plain arrays, or on bases that are stored as codes.
 
         On a quantized base, an equation whose result is still a weight is deferred. Any other
         equation decodes the base for itself alone.
@@ -185,7 +185,7 @@ class Equation:
     def built(self, value: Value, reason: str = "") -> Any:
         """Returns the value as an operand for an equation without a rule; see `materialize`.
 
-        A base that is held as codes is decoded inside the equation.
+        A base that is stored as codes is decoded inside the equation.
         """
         if not isinstance(value, FactoredArray) or not is_coded(value.base):
             return self.materialize(value, reason)

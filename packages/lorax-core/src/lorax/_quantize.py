@@ -16,7 +16,7 @@ from ._base import QuantizedWeight, blank_of, decoded, encoded
 from ._base_format import Format, format_of
 from ._compat import is_tracer
 from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning
-from ._frozen_weight import FrozenWeight, base_and_held, factors_from_base
+from ._frozen_weight import FrozenWeight, base_and_frozen_factors, factors_from_base
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
 from ._sharding import placement
@@ -81,7 +81,7 @@ def quantize(
     if has_adapters(params):
         raise PairError("quantize takes parameters or a frozen tree, and this one has adapters.")
     leaves, structure = flatten_params(params)
-    bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
+    bases = [(path, base_and_frozen_factors(leaf)[0]) for path, leaf in leaves]
     roles = None
     if fn is not None:
         # Traced on the bases, whether or not some of them are quantized already.
@@ -100,8 +100,8 @@ def quantize(
         if key not in made:
             _check(path, base, blank)
             made[key] = encoded(blank, base)
-        held = made[key]
-        out.append(_on_base(leaf, held) if isinstance(leaf, FrozenWeight) else held)
+        quantized = made[key]
+        out.append(_on_base(leaf, quantized) if isinstance(leaf, FrozenWeight) else quantized)
     return jax.tree.unflatten(structure, out)
 
 
@@ -242,7 +242,7 @@ def _is_float(base: Any) -> bool:
 def _refuse_twice(path: str, base: Any) -> None:
     if isinstance(base, QuantizedWeight):
         raise SpecError(
-            f"`{path}` is quantized already, as {base.held}. Call dequantize first, or give it "
+            f"`{path}` is quantized already, as {base.codec}. Call dequantize first, or give it "
             "None."
         )
 
@@ -250,7 +250,7 @@ def _refuse_twice(path: str, base: Any) -> None:
 def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for dtypes that this backend lacks, and for entries that are not finite."""
     # Before the weight is encoded, so that the error names it.
-    for dtype in blank.held.dtypes():
+    for dtype in blank.codec.dtypes():
         _check_backend(path, jnp.dtype(dtype).name)
     if is_tracer(base) or isinstance(base, jax.ShapeDtypeStruct):
         return

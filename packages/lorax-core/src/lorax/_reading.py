@@ -1,4 +1,4 @@
-"""Equations that read a weight that is held as codes, which is an array only inside them.
+"""Equations that read a weight that is stored as codes, which is an array only inside them.
 
 Under `jax.checkpoint`, such an equation saves the codes for the backward pass and nothing that was
 computed from them. A barrier keeps compilers from decoding a weight before it is needed.

@@ -166,7 +166,7 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
 
 
 def defmove(*names: str) -> Callable[[Any], Any]:
-    """Registers how primitives that move or cut axes change a term, for bases held as codes.
+    """Registers how primitives that move or cut axes change a term, for bases stored as codes.
 
     `change(term, *others, **params)` returns a term, or a list of terms for a primitive with
     several results.

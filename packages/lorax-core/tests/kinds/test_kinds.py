@@ -354,7 +354,7 @@ def test_unmerges_or_says_why_not(kind):
     frozen, tunable = init_lora(params, spec, jax.random.key(0))
     tunable = testing.random_factors(tunable, jax.random.key(1))
     merged = merge_params(frozen, tunable)
-    if tunable["w"].layout((9, 6)).held:
+    if tunable["w"].layout((9, 6)).frozen:
         with pytest.raises(
             lorax.PairError, match=r"`w` has frozen factors .* Keep the frozen tree"
         ):

@@ -76,9 +76,9 @@ class _Scaled(Within):
     number: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        weight = self.adapter.applied(base, held, source)
+        weight = self.adapter.applied(base, frozen, source)
         # The scale follows from rank and alpha. Although it is an array here, it is not trained.
         number = jax.lax.stop_gradient(self.number)
         # One more factor without labels, which can multiply the narrow product x · a. Times `a` or
@@ -166,19 +166,19 @@ class _Selected(Within):
     is_there: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        held = held or {}
+        frozen = frozen or {}
         factors = self.adapter.factors()
         for name, number in self.adapter.neutral().items():
             factor, other = factors[name], number
             if callable(number):
-                other: Any = jax.lax.stop_gradient(number(held))
+                other: Any = jax.lax.stop_gradient(number(frozen))
                 # Without rounding, so that the result is bit-identical to the base.
                 wide = product_dtype(factor.dtype, other.dtype)
                 factor, other = factor.astype(wide), other.astype(wide)
             factors[name] = jnp.where(self.is_there, factor, other)
-        return self.adapter.with_factors(factors).applied(base, held, source)
+        return self.adapter.with_factors(factors).applied(base, frozen, source)
 
 
 def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
@@ -266,23 +266,23 @@ class _Mixed(Within):
         return layout._replace(factors=factors)
 
     def _slot(self, layout: Layout) -> Label:
-        used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        used = [*layout.out, *layout.factors.values(), *layout.frozen.values()]
         # A label that nothing in the layout uses yet.
         return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         slot = self._slot(self.adapter.layout(base.shape))
         if type(self.adapter).term is Adapter.term:
             # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed over like
             # the rank.
-            term = self.term(base.shape, held or {}, source)
+            term = self.term(base.shape, frozen or {}, source)
             weights = self.weights * self.adapter.scale
         else:
             # The term is not a plain einsum of the factors, so it is computed per slot by vmap; the
             # new leading axis of every factor is the slot.
-            of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
+            of_slot = lambda adapter: adapter.term(base.shape, frozen or {}, source)  # noqa: E731
             term, weights = jax.vmap(of_slot)(self.adapter), self.weights
             term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))
         return FactoredArray(base, (term.times(weights, (slot,)),))

@@ -165,8 +165,8 @@ class VeraSpec(AdapterSpec):
             # Zero, so that Δ is initially zero. If lambda_d were zero too, so would both gradients.
             "lambda_b": jnp.zeros(shapes["lambda_b"], start.dtype),
         }
-        held = {
+        frozen = {
             name: start.common.part(name, sizes(labels), start.dtype)
-            for name, labels in layout.held.items()
+            for name, labels in layout.frozen.items()
         }
-        return Started(weight.with_factors(factors), held)
+        return Started(weight.with_factors(factors), frozen)

@@ -49,13 +49,13 @@ class CodedWeight(NamedTuple):
                 "`--requantize` out: then the merged model is written as floats."
             )
         format = _same_blocks(self.name, coded)
-        held = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
+        quantized = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
         tensors = {
-            name: np.asarray(held.arrays[key]).reshape(shape).astype(dtype)
+            name: np.asarray(quantized.arrays[key]).reshape(shape).astype(dtype)
             for key, (name, shape, dtype) in coded.stored.items()
         }
         wide = array.astype(np.float32)
-        lost = np.asarray(dequantize(held), np.float32) - wide
+        lost = np.asarray(dequantize(quantized), np.float32) - wide
         return tensors, float(np.linalg.norm(lost) / max(np.linalg.norm(wide), 1e-30))
 
 

@@ -77,8 +77,8 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         zero_points = from_words(zeros.T, bits)[:, :outputs].T
         parts["zeros"] = whole(np.ascontiguousarray(zero_points), grains, unsigned)
         names.append(zero)
-    held = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
-    return Coded(tuple(names), held, parts, (outputs, inputs), scales.dtype)
+    codec = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
+    return Coded(tuple(names), codec, parts, (outputs, inputs), scales.dtype)
 
 
 def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -95,8 +95,8 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
     if codes.dtype != np.int8:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        held = _FLOATS[codes.dtype]
-        return Coded((weight, scale), held, parts, codes.shape, scales.dtype, stored=as_is)
+        codec = _FLOATS[codes.dtype]
+        return Coded((weight, scale), codec, parts, codes.shape, scales.dtype, stored=as_is)
     if zero not in tensors:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
         return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
@@ -108,8 +108,8 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         "scales": whole(scales, grains),
         "zeros": whole(unsigned(np.array(zeros)), grains),
     }
-    held = Int8(symmetric=False)
-    return Coded((weight, scale, zero), held, parts, codes.shape, scales.dtype)
+    codec = Int8(symmetric=False)
+    return Coded((weight, scale, zero), codec, parts, codes.shape, scales.dtype)
 
 
 def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -123,15 +123,15 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
     if scales.dtype in (np.uint8, np.dtype(jnp.float8_e8m0fnu)):
         parts["scales"] = whole(scales.view(np.uint8), grains)
-        held = MXFP4(block=grains[1])
-        return Coded((packed, scale), held, parts, shape, np.dtype(jnp.bfloat16))
+        codec = MXFP4(block=grains[1])
+        return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
     if scales.dtype != np.dtype(jnp.float8_e4m3fn):
         raise AdapterFileError(f"has `{scale}` in {scales.dtype}, of which no FP4 format is.")
     number = np.asarray(need(tensors, outer)).astype(np.float32).reshape(-1)
     parts["scales"] = whole(scales, grains)
     parts["outer"] = whole(expect(outer, number, (1,)).reshape(1, 1), shape)
-    held = NVFP4(block=grains[1])
-    return Coded((packed, scale, outer), held, parts, shape, np.dtype(jnp.bfloat16))
+    codec = NVFP4(block=grains[1])
+    return Coded((packed, scale, outer), codec, parts, shape, np.dtype(jnp.bfloat16))
 
 
 def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Array:

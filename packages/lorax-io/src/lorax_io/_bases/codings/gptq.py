@@ -72,7 +72,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return (stored + 1) & (2**bits - 1)  # GPTQ's v1 files store the zero point minus one
 
     dtype = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
-    held = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
+    codec = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
     shape = (outputs, inputs)
     parts = {
         "codes": Part(codes, (1, 1), shape, dtype),
@@ -81,11 +81,11 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     }
     order = f"{prefix}g_idx"
     if order not in tensors:
-        return Coded(names, held, parts, shape, scales.dtype)
+        return Coded(names, codec, parts, shape, scales.dtype)
     names = (*names, order)
     of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
     if np.array_equal(of, np.arange(inputs) // group) or not of.any():
-        return Coded(names, held, parts, shape, scales.dtype)
+        return Coded(names, codec, parts, shape, scales.dtype)
     if of.min() < 0 or of.max() >= groups:
         raise AdapterFileError(f"has a group in `{order}` that has no scale.")
 
