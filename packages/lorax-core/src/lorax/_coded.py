@@ -108,6 +108,12 @@ class CodedArray:
         return len(self.shape)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether several codes share a byte, so that they are unpacked before they are read."""
+        integers = [x.dtype for x in self.term.factors if jnp.issubdtype(x.dtype, jnp.integer)]
+        return any(jnp.iinfo(dtype).bits < 8 for dtype in integers)
+
+    @property
     def size(self) -> int:
         """The number of entries of the weight."""
         return math.prod(self.shape)

@@ -72,11 +72,19 @@ def _recomputed(
     def flat(*leaves: Any) -> Any:
         # Codes are available from the start: without the barrier, a compiler may decode all weights
         # at once. Scalars, such as indices, need no barrier.
-        held = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
-        waited = jax.lax.optimization_barrier([leaves[k] for k in held])
-        every = dict(enumerate(leaves)) | dict(zip(held, waited, strict=True))
+        arrays = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
+        waited = jax.lax.optimization_barrier([leaves[k] for k in arrays])
+        every = dict(enumerate(leaves)) | dict(zip(arrays, waited, strict=True))
         operands = jax.tree.unflatten(structure, list(every.values()))
-        return function(*operands) if several else function(operands)
+        if not several:
+            return function(operands)
+        if not any(is_coded(operand) and operand.is_packed for operand in operands):
+            # A product converts whole bytes as it reads them. XLA then fuses it with the equation
+            # that computes the other operand, if that one is taken from before the barrier.
+            given = jax.tree.unflatten(structure, leaves)
+            pairs = zip(given, operands, strict=True)
+            operands = [waited if is_coded(waited) else early for early, waited in pairs]
+        return function(*operands)
 
     flat.__name__ = flat.__qualname__ = name
     nothing = jax.checkpoint_policies.nothing_saveable
