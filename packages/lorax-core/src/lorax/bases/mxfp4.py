@@ -43,7 +43,7 @@ class MXFP4(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if type(self.block) is not int or self.block < 1:
+        if self.block < 1:
             raise SpecError(f"MXFP4 has block={self.block!r}; it must be a positive int.")
 
     def are_numbers(self, name: str, array: Any) -> bool:
