@@ -15,9 +15,11 @@ from lorax import (
     LoraWeight,
     PairError,
     count_params,
+    dequantize,
     init_lora,
     materialize,
     merge_params,
+    quantize,
     select_adapters,
     stack_adapters,
     unmerge,
@@ -123,6 +125,15 @@ def test_unmerge_gives_the_base_back():
     back = unmerge(merge_params(frozen, tunable), tunable)
     assert jnp.allclose(back["w"], frozen["w"], atol=1e-6) and back["v"] is None
     assert not jnp.allclose(merge_params(frozen, tunable)["w"], frozen["w"], atol=0.1)
+
+
+def test_unmerge_refuses_codes():
+    params = {"w": jnp.ones((6, 5))}
+    frozen, tunable = init_lora(quantize(params, {"w": "int8"}), {"w": 2}, jax.random.key(0))
+    held, _ = merge_params(frozen, tunable, requantize=True)
+    with pytest.raises(PairError, match="unmerge: `w` is quantized"):
+        unmerge(held, tunable)
+    assert unmerge(dequantize(held), tunable)["w"].shape == (6, 5)
 
 
 def test_unmerge_refuses_another_structure():

@@ -16,6 +16,7 @@ from lorax import (
     LORA_FULL,
     MXFP4,
     NF4,
+    ArgumentError,
     DeloraSpec,
     DoraSpec,
     IA3Spec,
@@ -69,6 +70,7 @@ PARAMS = {
     "layers": N(3, 3, 128, 128),
 }
 IDS = jnp.arange(5)
+KEY = jax.random.key(0)
 
 
 def quantized(tree):
@@ -230,13 +232,88 @@ def test_other_mistakes():
         quantize(PARAMS, dict.fromkeys(PARAMS) | {"norm": "int8"})
     with pytest.raises(SpecError, match="NF4 has block=16; it must be from 32 to 4096"):
         NF4(16)
-    with pytest.raises(SpecError, match="FP8 has kind 'e4m2'"):
+    with pytest.raises(SpecError, match="FP8 has kind='e4m2'; it must be one of 'e4m3', 'e5m2'"):
         FP8("e4m2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match="block=0; it must be"):
         Int4(0)
     _, tunable = init_lora({"w": N(0, 6, 5)}, {"w": 1}, jax.random.key(0))
     with pytest.raises(lorax.PairError, match="this one has adapters"):
         quantize(tunable, {"w": "int8"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"args": IDS}, "`args` is a tuple .* it was given an ArrayImpl"),
+        ({"fn": "model"}, "`fn` is a function, and it was given a str"),
+        ({"args": (IDS,), "kwargs": [1]}, "`kwargs` is a dict"),
+        ({"args": (IDS,), "where": 3}, "A filter on paths is a glob"),
+    ],
+)
+def test_arguments_of_a_wrong_type(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        quantize(PARAMS, "int8", **{"fn": model} | arguments)
+
+
+@pytest.mark.parametrize("option", [{"where": "up"}, {"tables": True}])
+def test_a_choice_beside_a_tree_of_formats_raises(option):
+    with pytest.raises(ArgumentError, match=f"`{next(iter(option))}` chooses weights"):
+        quantize(PARAMS, dict.fromkeys(PARAMS) | {"up": "int8"}, **option)
+
+
+@pytest.mark.parametrize(
+    ("format", "settings", "message"),
+    [
+        (Int8, {"block": 16.0}, "Int8 has block=16.0; it must be int or None"),
+        (Int8, {"block": True}, "Int8 has block=True"),
+        (Int4, {"symmetric": "no"}, "Int4 has symmetric='no'; it must be bool"),
+        (MXFP4, {"block": None}, "MXFP4 has block=None; it must be int"),
+        (NF4, {"along": 0}, r"NF4 has along=0; it must be tuple\[int, ...\] or None"),
+    ],
+)
+def test_settings_of_a_wrong_type(format, settings, message):
+    with pytest.raises(SpecError, match=message):
+        format(**settings)
+
+
+def test_settings_of_numpy_and_lists():
+    assert Int8(np.int64(16), along=[1]) == Int8(16, along=(1,))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 64, 3)])
+def test_weights_without_entries_are_named(shape):
+    with pytest.raises(SpecError, match=rf"`w` has shape {re.escape(str(shape))}: it has no ent"):
+        quantize({"w": jnp.zeros(shape)}, {"w": "int8"})
+
+
+def test_a_weight_that_would_grow_is_left():
+    """One input: a scale for each entry. By name, the user decides."""
+    params = {"time": N(0, 1, 64), "w": N(1, 64, 8)}
+    function = lambda p, x: jnp.tanh(x @ p["time"]) @ p["w"]  # noqa: E731
+    with pytest.warns(UnquantizedWarning, match=r"`time` .* takes 40 bits .* float32 takes 32"):
+        frozen = quantize(params, "int8", fn=function, args=(N(2, 3, 1),))
+    assert quantized(frozen) == {"w"}
+    assert quantized(quantize(params, {"time": "int8", "w": None})) == {"time"}
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_shapes_of_a_weight_give_shapes_of_codes(format):
+    weight = N(0, 128, 64)
+    held = quantize({"w": weight}, {"w": format})
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
+    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
+    placed = quantize({"w": jax.device_put(weight, sharding)}, {"w": format})
+    for given, expected in ((jax.eval_shape(lambda x: x, weight), held), (shape, placed)):
+        made = quantize({"w": given}, {"w": format})
+        assert jax.tree.structure(made) == jax.tree.structure(expected)
+        for one, other in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
+            assert isinstance(one, jax.ShapeDtypeStruct)
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert given is not shape or one.sharding == other.sharding
+        floats = dequantize(made)["w"]
+        assert isinstance(floats, jax.ShapeDtypeStruct) and floats.shape == weight.shape
+        assert given is not shape or floats.sharding == sharding
 
 
 def test_full_training_of_a_quantized_weight_raises():
@@ -314,6 +391,19 @@ def test_merges_to_floats_and_to_codes():
     assert errors.keys() == {"w"} and 0 < errors["w"] < 0.01
     np.testing.assert_allclose(errors["w"], error, rtol=1e-4)
     np.testing.assert_array_equal(lorax.materialize(frozen["w"], tunable["w"]), merged["w"])
+    traced = jax.jit(lambda *pair: merge_params(*pair, requantize=True))(frozen, tunable)
+    np.testing.assert_array_equal(traced.params["w"].array(), again["w"].array())
+    np.testing.assert_allclose(traced.errors["w"], errors["w"], rtol=1e-5)
+
+
+def test_a_merge_that_cannot_be_quantized_raises():
+    frozen, tunable = init_lora(quantize({"w": N(0, 64, 16)}, {"w": "int8"}), {"w": 2}, KEY)
+    name: Any = "nf4"
+    with pytest.raises(ArgumentError, match="requantize='nf4'; it must be a bool"):
+        merge_params(frozen, tunable, requantize=name)
+    diverged = jax.tree.map(lambda factor: factor * jnp.nan, tunable)
+    with pytest.raises(SpecError, match="`w` has entries that are not finite"):
+        merge_params(frozen, diverged, requantize=True)
 
 
 def test_a_base_without_adapters():

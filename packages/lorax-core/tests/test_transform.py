@@ -13,6 +13,7 @@ from jax.interpreters import ad
 from lorax import (
     LORA_FREEZE,
     LORA_FULL,
+    ArgumentError,
     LoraSpec,
     MaterializeError,
     MaterializeWarning,
@@ -73,6 +74,31 @@ def test_several_positions_and_keywords():
     for argnums in ((0, 2), (0, -1), [2, 0]):
         wrapped = lora(fn, argnums=argnums, argnames="third")
         assert equal(wrapped(pairs[0], X, pairs[1], third=pairs[2]), expected)
+
+
+def test_positions_of_numpy():
+    first: Any = np.int64(0)
+    assert equal(lora(model, argnums=first)(pair(), X), lora(model)(pair(), X))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"argnums": "p"}, {"argnums": 1.5}, {"argnums": None}, {"argnums": (0, "x")},
+        {"argnames": 3}, {"argnames": [0]},
+    ],
+)  # fmt: skip
+def test_other_positions_and_names_raise(options):
+    (name,) = options
+    with pytest.raises(ArgumentError, match=f"lora: {name}=.*; it must be one "):
+        lora(model, **options)
+
+
+def test_a_function_without_a_pair_raises():
+    with pytest.raises(ArgumentError, match="so no argument is a pair"):
+        lora(model, argnums=())
+    with pytest.raises(ArgumentError, match="lora takes a function, and it was given a str"):
+        lora("model")  # pyright: ignore[reportArgumentType]
 
 
 def test_positional_parameters_passed_by_name():

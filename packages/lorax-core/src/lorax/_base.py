@@ -286,7 +286,11 @@ def as_base(base: Any, source: Any = None) -> Any:
 
 def decoded(base: Any) -> Any:
     """Returns a base as an array, sharded like its codes; any other leaf is returned unchanged."""
-    return _decode(base) if isinstance(base, QuantizedWeight) else base
+    if not isinstance(base, QuantizedWeight):
+        return base
+    if isinstance(base.arrays["codes"], jax.ShapeDtypeStruct):
+        return _shape_of(base.shape, base.dtype, base.sharding)
+    return _decode(base)
 
 
 @jax.jit
@@ -299,8 +303,23 @@ def first_array(base: Any) -> Any:
     return base.arrays["codes"] if isinstance(base, QuantizedWeight) else base
 
 
+def check_finite(path: str, array: Any) -> None:
+    """Raises for entries that are not finite; those of shapes and tracers are unknown."""
+    if is_tracer(array) or isinstance(array, jax.ShapeDtypeStruct):
+        return
+    # One reduction: a NaN or an infinity anywhere makes the maximum not finite.
+    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(array))))):
+        raise SpecError(
+            f"`{path}` has entries that are not finite, and a block with such an entry has no "
+            "scale. Repair the weight, or leave it as floats."
+        )
+
+
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
-    """Returns the weight with the codes and scales of `array`, sharded as the array is."""
+    """Returns the weight with the codes and scales of `array`, sharded as the array is.
+
+    Of a shape, the shapes of codes and scales.
+    """
     blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
     labels = weight.codec.labels(blocks)
 
@@ -323,11 +342,21 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     options: dict[str, Any] = {}
     # While tracing, the compiler places the codes.
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)
-    if isinstance(sharding, NamedSharding):
+    is_shape = isinstance(array, jax.ShapeDtypeStruct)
+    if isinstance(sharding, NamedSharding) or is_shape:
         # The shardings depend on the arrays that the format makes, so their shapes are found first.
         shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
-        options["out_shardings"] = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
+        if sharding is not None:
+            where = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
+            options["out_shardings"] = where
+            shapes = {n: _shape_of(x.shape, x.dtype, where[n]) for n, x in shapes.items()}
+        if is_shape:
+            return dataclasses.replace(weight, arrays=shapes)
     return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
+
+
+def _shape_of(shape: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:

@@ -95,4 +95,4 @@ class RankWarning(LoraxWarning):
 def a_kind(value: object) -> str:
     """Returns the class name of a value with its article, for messages."""
     name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"

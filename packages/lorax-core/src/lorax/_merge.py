@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ._adapter import Adapter
 from ._arrays import Encoded, own
-from ._base import QuantizedWeight, as_base, decoded, encoded, first_array
+from ._base import QuantizedWeight, as_base, check_finite, decoded, encoded, first_array
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import ArgumentError, PairError
@@ -143,11 +143,12 @@ class Requantized(NamedTuple):
 
     Attributes:
         params: the parameters, each merged weight in the format of its base.
-        errors: for each of these, by path, `‖quantized − merged‖ / ‖merged‖`.
+        errors: for each of these, by path, `‖quantized − merged‖ / ‖merged‖`; scalar arrays if the
+            merge is traced.
     """
 
     params: Any
-    errors: dict[str, float]
+    errors: dict[str, Any]
 
 
 def merge_params(
@@ -184,7 +185,8 @@ def merge_params(
         PairError: where the two trees are not a pair; where a weight and its factors are committed
             to different devices; where the scale is not 1 and a parameter is fully trained, since
             its base is unknown.
-        ArgumentError: where the scale is not a finite number.
+        ArgumentError: where the scale is not a finite number, or `requantize` is not a bool.
+        SpecError: with `requantize`, where a merged weight has entries that are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -201,6 +203,12 @@ def merge_params(
     """
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ArgumentError(f"merge_params: scale is {scale!r}; it must be a finite number.")
+    given: Any = requantize
+    if not isinstance(given, bool):
+        raise ArgumentError(
+            f"merge_params: requantize={given!r}; it must be a bool: each weight keeps the "
+            "format of its base. For another format, call quantize on the merged parameters."
+        )
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     in_full = [leaf.path for leaf in leaves if not leaf.is_adapted and leaf.tunable is not None]
@@ -221,8 +229,10 @@ def merge_params(
         value = merged(leaf)
         if not isinstance(leaf.frozen, QuantizedWeight):
             return value
+        check_finite(leaf.path, value)
         quantized = encoded(leaf.frozen, value)
-        errors[leaf.path] = float(_distance(quantized, value))
+        error = _distance(quantized, value)
+        errors[leaf.path] = error if is_tracer(error) else float(error)
         return quantized
 
     # Fully trained parameters are copied, and quantized ones decoded unless they are kept.
@@ -234,7 +244,7 @@ def merge_params(
         )
         for leaf in leaves
     ]
-    errors: dict[str, float] = {}
+    errors: dict[str, Any] = {}
     if requantize:
         return Requantized(combine(leaves, structure, again), errors)
     return combine(leaves, structure, merged)
@@ -265,7 +275,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
 
     Raises:
         PairError: where the trees do not fit, or an adapter has frozen factors beside its base,
-            such as the norms of DoRA, which merged parameters do not contain.
+            such as the norms of DoRA, which merged parameters do not contain; where an adapted
+            weight is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -286,6 +297,11 @@ def unmerge(params: Any, tunable: Any) -> Any:
     for (path, leaf), new in zip(leaves, news, strict=True):
         if not isinstance(new, Adapter):
             continue
+        if isinstance(leaf, QuantizedWeight):
+            raise PairError(
+                f"unmerge: `{path}` is quantized, and the rounding of its codes cannot be undone. "
+                "Keep the frozen tree, or pass dequantize(params) for floats near the base's."
+            )
         layout = layout_on(new, tuple(getattr(leaf, "shape", ())))
         if layout is None or not layout.frozen:
             check_leaf_of_pair("unmerge", Leaf(path, leaf, new))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ._adapter_spec import AdapterSpec
 from ._arrays import Encoded, is_array, path_string
 from ._axes import Axes
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._pair import flatten_params
 from ._statics import plain_number
 from .kinds.lora import LoraSpec
@@ -40,6 +40,11 @@ def matches(pattern: Pattern, path: str) -> bool:
         return fnmatch.fnmatchcase(path, pattern)
     if isinstance(pattern, re.Pattern):
         return pattern.search(path) is not None
+    if not callable(pattern):
+        raise ArgumentError(
+            f"A filter on paths is a glob, a compiled regular expression or a callable, not "
+            f"{pattern!r}."
+        )
     return bool(pattern(path))
 
 

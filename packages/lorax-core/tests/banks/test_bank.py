@@ -28,6 +28,7 @@ PARAMS = {
     "heads": jnp.zeros((8, 3, 10)),
     "bias": jnp.zeros(7),
 }
+PAIR = init_lora(PARAMS, dict.fromkeys(PARAMS, 0) | {"kernel": 2}, jax.random.key(0))
 
 
 def adapter(seed, rank, alpha=None, scaling: Any = "standard", **changes):
@@ -116,6 +117,12 @@ def test_narrow_factors_stay_narrow():
         ([], {}, ValueError, "no adapters to stack"),
         ([adapter(0, 2), adapter(1, 2)], {"slots": 1}, ValueError, "2 adapters do not fit into 1"),
         ([{"w": None}], {}, ValueError, "have no adapters"),
+        ([adapter(0, 2)], {"slots": "3"}, ValueError, "slots='3'; it must be a positive int"),
+        ([adapter(0, 2)], {"slots": 2.5}, ValueError, "slots=2.5; it must be"),
+        ([adapter(0, 2)], {"rank": -1}, ValueError, "rank=-1; it must be a positive int"),
+        (None, {}, ValueError, "takes a sequence of tunable trees, not a NoneType"),
+        (PAIR, {}, ValueError, "trees, not a Pair"),
+        ([PAIR], {}, PairError, "take the tunable tree"),
         ([adapter(0, 2), {"kernel": None}], {}, PairError, "adapter 1 has another structure"),
         (
             [adapter(0, 2), adapter(1, 2, heads=LoraSpec(2, in_axes=[0, 1]))],
@@ -146,7 +153,7 @@ def test_stack_errors(trees, options, error, message):
 
 def test_adapters_that_do_not_fit_a_bank_raise():
     bank = stack_adapters([adapter(0, 2, kernel=0)], slots=2)
-    bad: tuple[Any, ...] = (-1, 2, 1.0)
+    bad: tuple[Any, ...] = (-1, 2, 1.0, True)
     for index in bad:
         with pytest.raises(IndexError, match="the bank has 0 to 1"):
             set_adapter(bank, index, adapter(1, 2, kernel=0))
@@ -166,7 +173,7 @@ def test_adapters_that_do_not_fit_a_bank_raise():
 def test_what_is_not_a_sequence_of_stored_adapters_raises():
     one = adapter(1, 2)
     bank = stack_adapters([one, one])
-    with pytest.raises(TypeError, match="takes a sequence of tunable trees, not one tree"):
+    with pytest.raises(TypeError, match="takes a sequence of tunable trees, not a dict"):
         stack_adapters(one)
     assert stack_adapters(tree for tree in (one, one)).slots == 2  # pyright: ignore[reportArgumentType]
     for within in (with_dropout(one, jax.random.key(0), 0.5), select_adapters(bank, 0)):

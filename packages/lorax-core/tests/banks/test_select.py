@@ -10,6 +10,7 @@ from jax import lax
 from lorax import (
     LORA_FULL,
     AdaloraSpec,
+    ArgumentError,
     BdloraSpec,
     DeloraSpec,
     DoraSpec,
@@ -491,3 +492,15 @@ def test_invalid_arguments_raise():
             mix_adapters(bank, weights)
     with pytest.raises(PairError, match="no adapter at `other`"):
         with_scales(bank.tunable, bank.scales | {"other": jnp.ones(4)})
+    for call in (select_adapters, mix_adapters):
+        with pytest.raises(ArgumentError, match=f"{call.__name__}: .* cannot be None"):
+            call(bank, None)
+    for scales in ([1.0], None, jnp.ones(3), {"w": "2"}):
+        with pytest.raises(ArgumentError, match="with_scales.* not an? "):
+            with_scales(other, scales)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PairError, match="no adapter at `bias`"):
+        with_scales(other, {"bias": jnp.ones(())})
+    # Over the slots, scales are vectors, which is an error without `jax.vmap`.
+    scaled = with_scales(other, {"w": jnp.ones(2)})
+    with pytest.raises(ArgumentError, match=r"at `w` has shape \(2,\), and an adapter has one"):
+        lora(lambda p, x: x @ p["w"])(({"w": params["w"], "bias": None}, scaled), jnp.ones((2, 6)))

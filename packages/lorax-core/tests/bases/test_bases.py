@@ -6,6 +6,7 @@ function on the dequantized base.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -347,3 +348,15 @@ def _keeps_codes_alone(of_base, coded, adapter, data):
     codes = [x for x in kept if x.dtype == dtype]
     most = sum(x.size for x in arrays.values() if x.dtype == dtype)
     assert sum(x.size for x in codes) <= most, [x.shape for x in codes]
+
+
+def looped_rows(p, x):
+    return lax.scan(lambda y, wx: (y + wx[0] * wx[1], None), jnp.zeros(10), (p["w"], x))[0]
+
+
+def test_a_step_along_blocks_decodes_one_entry():
+    coded = quantize({"w": jnp.ones((64, 10))}, {"w": NF4(32)})
+    run = lambda coded, x: lora(looped_rows)((coded, {"w": None}), x)  # noqa: E731
+    text = str(jax.make_jaxpr(run)(coded, jnp.ones(64)))
+    assert "u4[2,32,10]" in text
+    assert not re.findall(r"f32\[(?:2,32|64),10\]", text)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, init_lora, lora, merge_params, testing
+from lorax import LokrSpec, LoraSpec, init_lora, lora, merge_params, testing
 
 struct = jax.ShapeDtypeStruct
 TABLE = {"w": (19, 5)}  # (words, features)
@@ -149,6 +149,12 @@ ROWS = [
      {"w": 2}, [(3, 4), np.array(-3, np.int32), np.array(2, np.int32)]),
     ("dynamic-slice-beyond-the-end", lambda p, x, i: x @ lax.dynamic_slice_in_dim(p["w"], i, 4),
      TABLE, {"w": 2}, [(3, 4), np.array(17, np.int32)]),
+    ("dynamic-entry-of-a-merged-axis",
+     lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"].reshape(33, 5), i, 0), {"w": (11, 3, 5)},
+     {"w": LoraSpec(2, in_axes=[0], out_axes=[1, 2])}, [(4, 1), np.array(29, np.int32)]),
+    ("dynamic-entry-beyond-blocks",
+     lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"], i, 0), {"w": (12, 8)},
+     {"w": LokrSpec(2, factor=4)}, [(4, 1), np.array(77, np.int32)]),
     ("dynamic-slice-columns", lambda p, x, i: x @ lax.dynamic_slice_in_dim(p["w"], i, 3, 1),
      {"w": (5, 19)}, {"w": 2}, [(4, 5), np.array(6, np.int32)]),
     ("dynamic-slice-a-merged-axis",

@@ -44,8 +44,6 @@ class FP8(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if self.kind not in KINDS:
-            raise SpecError(f"FP8 has kind {self.kind!r}; it must be one of {', '.join(KINDS)}.")
         check_block(self.block)
         if self.square and self.block is None:
             raise SpecError("FP8 has square=True and no block, which is the side of a square.")

@@ -50,7 +50,7 @@ class NF4(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if type(self.block) is not int or not SMALLEST <= self.block <= LARGEST:
+        if not SMALLEST <= self.block <= LARGEST:
             raise SpecError(
                 f"NF4 has block={self.block!r}; it must be from {SMALLEST} to {LARGEST}."
             )
