@@ -265,12 +265,12 @@ def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> Quanti
 
 def _check_smaller(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for a weight that would take as many bits as it has, such as one of one input."""
-    held = encoded(blank, jax.ShapeDtypeStruct(base.shape, base.dtype))
+    quantized = encoded(blank, jax.ShapeDtypeStruct(base.shape, base.dtype))
     bits = 8 * base.dtype.itemsize
-    if held.bits >= bits:
+    if quantized.bits >= bits:
         raise SpecError(
-            f"`{path}` has shape {tuple(base.shape)}: with its scales, {blank.held} takes "
-            f"{held.bits:.4g} bits per entry, and {base.dtype} takes {bits}."
+            f"`{path}` has shape {tuple(base.shape)}: with its scales, {blank.codec} takes "
+            f"{quantized.bits:.4g} bits per entry, and {base.dtype} takes {bits}."
         )
 
 

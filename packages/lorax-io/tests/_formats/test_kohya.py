@@ -5,6 +5,7 @@ import pytest
 from formats_of_files import ALPHA, ATTN, FLAT, IN, OUT, RANK, delta_of, save
 
 from lorax_io import (
+    AdapterFileError,
     UnsupportedAdapterError,
     open_adapter,
 )
@@ -28,12 +29,23 @@ def test_underscores_that_may_be_several_raise(shell, files, names):
     assert "with `_` for each `.`" in message
 
 
-@pytest.mark.parametrize("key", ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm"])
+MORE = ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm", "scalar", "lora_up.bias"]
+
+
+@pytest.mark.parametrize("key", MORE)
 def test_more_than_lora_of_kohya_raises(files, key):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           f"lora_unet_a.{key}": files.draw(OUT, 1)})  # fmt: skip
     with pytest.raises(UnsupportedAdapterError, match=f"lora_unet_a.{key}"):
+        open_adapter("a.safetensors")
+
+
+def test_an_unknown_tensor_raises(files):
+    save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
+          "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
+          "lora_unet_a.strange": files.draw(OUT, 1)})  # fmt: skip
+    with pytest.raises(AdapterFileError, match="`lora_unet_a.strange`, which is not a factor"):
         open_adapter("a.safetensors")
 
 

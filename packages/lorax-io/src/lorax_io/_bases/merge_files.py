@@ -20,8 +20,8 @@ from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
 from .._tree import FrozenFactors, beside
-from .checkpoint import CONFIG_NAME, PIPELINE_NAME, Checkpoint
-from .decoding import home_of, without_codes
+from .checkpoint import CONFIG_NAME, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
+from .decoding import home_of
 from .fit import Fitted
 from .merged import INDEX_NAME, new_folder
 from .outputs import Lazy, bytes_of, files_of_gguf, outputs
@@ -75,9 +75,13 @@ def merge_files(
     again = touched if requantize else set[str]()
     losses: dict[str, float] = {}
     with about(checkpoint.path):
+        if floats and checkpoint.broken:
+            name, error = min(checkpoint.broken.items())
+            raise UnsupportedAdapterError(
+                f"has quantized weights that the merged model would have as floats, but `{name}` "
+                f"cannot be decoded: {error}"
+            ) from error
         config = _merged_config(checkpoint, adapted)
-        if floats:
-            config = without_codes(checkpoint.config if config is None else config)
 
     def merged(name: str, view: Array) -> Array:
         changes = [
@@ -121,6 +125,8 @@ def merge_files(
         _copy_companions(checkpoint, folder)
         if config is not None:
             write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        if floats:
+            _drop_settings(folder)
         index = folder / INDEX_NAME
         if checkpoint.is_gguf:
             _write_index(index, checkpoint)
@@ -164,6 +170,16 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
             target = folder / path.relative_to(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _drop_settings(folder: Path) -> None:
+    """Removes what configs say about codes, from those of a model whose weights are now floats."""
+    for path in [path for name in SETTINGS for path in folder.rglob(name)]:
+        path.unlink()
+    for path in folder.rglob(CONFIG_NAME):
+        config = read_json(path)
+        if isinstance(config, dict) and config.pop(SETTINGS_KEY, None) is not None:
+            write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _check_replaced(adapters: Sequence[Fitted]) -> None:
