@@ -88,10 +88,10 @@ KERNEL = "encoder.layer.1.attention.self.query.weight"
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda tensors: tensors.pop(KERNEL), f"has no {KERNEL}"),
+        (lambda tensors: tensors.pop(KERNEL), f"does not contain {KERNEL}"),
         (
             lambda tensors: tensors.update({"cls.weight": np.ones(3)}),
-            "has an unknown cls.weight",
+            "contains the unknown cls.weight",
         ),
     ],
     ids=["missing", "extra"],
