@@ -87,7 +87,7 @@ def test_sharded_kind_equals_merged_model(kind, axis_type):
             return (adapted((frozen, tunable), x, explicit) ** 2).sum()
 
         actual, expected = (jax.jit(jax.value_and_grad(f))(tunable) for f in (split, merged))
-        for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-            np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4 * np.abs(y).max())
+        for leaf, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=2e-4 * np.abs(wanted).max())
         differs = abs(jax.jit(dropped)(tunable) - actual[0]) > 1e-3 * abs(actual[0])
         assert bool(differs) == (not kind.startswith(("ia3", "oft")))
