@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter of a pair; `held` has the frozen factors beside its base."""
+    """One parameter of a pair; `held` has the frozen factors of its adapter."""
 
     path: str
     frozen: Any
