@@ -99,7 +99,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_raise(row):
+def test_invalid_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((5, 3))}, {"w": spec}, jax.random.key(0))

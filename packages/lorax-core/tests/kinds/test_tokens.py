@@ -70,7 +70,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_indices_raise(row):
+def test_invalid_indices_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=f"^`table` has a .*{message}"):
         init_pair(spec)

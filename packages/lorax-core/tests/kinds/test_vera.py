@@ -105,7 +105,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_raise(row):
+def test_invalid_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         init_pair({"q": spec})
