@@ -1,13 +1,13 @@
-"""Adapters: labelled factors beside a base, and settings. One class per kind.
+"""Adapters: factors with labelled axes, and settings. One class per kind.
 
 All code outside `kinds/` handles adapters through this file, and names no kind:
 
 * `Adapter` is a node of the tunable tree. Its arrays are trained; everything else is static.
-* `FrozenWeight` is a node of the frozen tree: a base with the frozen factors beside it.
-* `AdapterSpec` is a leaf of the spec tree, which makes the first factors.
+* `FrozenWeight` is a node of the frozen tree: a base and the frozen factors of its adapter.
+* `AdapterSpec` is a leaf of the spec tree, which makes the initial factors.
 
 `Layout` maps the axes of each factor to axes of the weight. Shapes, placement, boxes, files and the
-work oracle follow from it, and for most kinds also the delta: the einsum of all factors.
+oracle follow from it, and for most kinds also the delta: the einsum of all factors.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ class Adapter:
 
         Args:
             base: the frozen weight.
-            frozen: the frozen factors beside it.
+            frozen: the frozen factors of the adapter.
             source: the name of the weight in messages, its path.
         """
         return FactoredArray(base, (self.term(base.shape, frozen or {}, source),))

@@ -1,4 +1,4 @@
-"""Adapter specs: leaves of the spec tree that check a weight and make the first factors."""
+"""Adapter specs: leaves of the spec tree that check a weight and make the initial factors."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 class Start(NamedTuple):
-    """The inputs from which a kind makes its first factors.
+    """The inputs from which a kind makes its initial factors.
 
     Attributes:
         path: the path of the parameter.
@@ -101,7 +101,7 @@ class AdapterSpec:
 
     @property
     def collects(self) -> Any:
-        """The start that computes the first factors from collected statistics, or None."""
+        """The start that computes the initial factors from collected statistics, or None."""
         return None
 
     def __post_init__(self) -> None:

@@ -325,7 +325,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
         entries, axis = array.astype(wide_dtype(array.dtype)), 0
-        for group in blocks.out:  # one axis after the other, as explicit meshes want it
+        for group in blocks.out:  # one axis after the other, as explicit meshes require
             if len(group) > 1:
                 sizes = [label.size for label in group]
                 # […, in, …] -> […, in / block, block, …]

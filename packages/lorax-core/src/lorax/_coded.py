@@ -305,7 +305,7 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     positions = sorted(range(len(labels)), key=lambda k: order.index(labels[k]))
     if positions != list(range(len(labels))):
         array = jnp.transpose(array, positions)
-    # scales [in / 64, out] -> [in / 64, 1, out], beside codes [in / 64, 64, out]
+    # scales [in / 64, out] -> [in / 64, 1, out], like codes [in / 64, 64, out]
     missing = [d for d, label in enumerate(order) if label not in labels]
     return jnp.expand_dims(array, missing) if missing else array
 

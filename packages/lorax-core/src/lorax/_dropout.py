@@ -1,4 +1,4 @@
-"""Dropout on the input of adapters, with keys beside the factors; the model needs no changes."""
+"""Dropout on the input of adapters, with PRNG keys in the adapter; the model needs no changes."""
 
 import dataclasses
 import math

@@ -206,7 +206,7 @@ class Equation:
     def rows_or_weight(
         self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False
     ) -> Value:
-        """Returns a weight, or an array if keeping its pieces apart no longer saves anything.
+        """Returns a weight, or an array if keeping its pieces separate no longer saves anything.
 
         A looked-up row of an embedding table becomes an array, for example: the model itself would
         add the delta to such a row. A weight in an 8-bit float stays factored until it is cast,
@@ -221,7 +221,7 @@ class Equation:
         base = weight.base
         if weight.is_bare and not finished:
             return weight
-        # Not yet: the base cannot take a sum, or factors are still apart.
+        # Not yet: the base cannot take a sum, or factors are still separate.
         if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
             return weight
         self.use(weight, "rows")

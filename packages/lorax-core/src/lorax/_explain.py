@@ -177,9 +177,9 @@ def explain(
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
-        whether its uses are covered by rules, materialize the weight, or do not exist; what a
-        call costs beside the base model's, as XLA counts it before optimization; and the bytes that
-        a backward pass needs.
+        whether its uses are covered by rules, materialize the weight, or do not exist; the costs
+        of a call and of the same call of the base model, as XLA counts them before optimization;
+        and the bytes that a backward pass needs.
 
     Raises:
         PairError: where `pair` is not a pair.
@@ -279,7 +279,7 @@ def _kept(
     given = [leaf for d, leaf in zip(dynamic, rest, strict=True) if d]
     try:
         jaxpr = jax.make_jaxpr(kept)(chosen, given).jaxpr
-    except Exception as error:  # whatever the derivative of somebody's primitive raises
+    except Exception as error:  # the derivative of a user's primitive may raise anything
         return None, str(error).partition("\n")[0]
     # Residuals that are inputs or constants take no additional memory.
     before = {*jaxpr.invars, *jaxpr.constvars}

@@ -79,7 +79,7 @@ class FactoredArray:
 
     @property
     def is_flat(self) -> bool:
-        """Whether keeping the pieces apart saves nothing.
+        """Whether keeping the pieces separate saves nothing.
 
         That is so if one factor of each term spans all that is left of the weight, and the gains
         vary along all of it.

@@ -194,7 +194,7 @@ def merge_params(
         >>> params = {"w": jnp.eye(3)}
         >>> frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
         >>> merged = merge_params(frozen, tunable)
-        >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
+        >>> bool((merged["w"] == params["w"]).all())  # b is initially zero
         True
         >>> quantized = quantize(frozen, {"w": Int8()})
         >>> {path: round(error, 4) for path, error in
@@ -274,9 +274,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
         The frozen tree, with None where `tunable` has a fully trained parameter.
 
     Raises:
-        PairError: where the trees do not fit, or an adapter has frozen factors beside its base,
-            such as the norms of DoRA, which merged parameters do not contain; where an adapted
-            weight is quantized.
+        PairError: where the trees do not fit, or an adapter has frozen factors, such as the norms of
+            DoRA, which merged parameters do not contain; where an adapted weight is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp

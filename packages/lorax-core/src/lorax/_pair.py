@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter of a pair; `frozen_factors` are those beside its base."""
+    """One parameter of a pair; `frozen_factors` are those of its adapter."""
 
     path: str
     frozen: Any

@@ -105,7 +105,7 @@ def quantize(
         if blank is None:
             out.append(leaf)
             continue
-        key = (id(base), jax.tree.structure(blank))  # An array at two paths stays one.
+        key = (id(base), jax.tree.structure(blank))  # An array at two paths is quantized once.
         if key not in made:
             _check(path, base, blank)
             made[key] = encoded(blank, base)

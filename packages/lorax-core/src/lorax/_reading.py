@@ -32,7 +32,7 @@ def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _consumer(primitive: Any, params: Any, structure: Any) -> Callable[..., list[Any]]:
-    """Returns one function for all equations that are alike, so that JAX traces it once."""
+    """Returns one function for all equal equations, so that JAX traces it once."""
 
     def function(*operands: Any) -> list[Any]:
         return _compat.bind_params(primitive, dict(params), *map(array_of, operands))

@@ -113,7 +113,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     other, through batch norm or expert capacity, computes different results for a row alone.
 
     Args:
-        bank: a bank of adapters of any kind, which share the frozen factors beside the base.
+        bank: a bank of adapters of any kind, which share the frozen factors.
         index: the slot, a scalar; −1 selects the base, bit for bit. Inside `jax.jit`, where the
             value is unknown, any other invalid slot selects the base as well.
 
@@ -171,7 +171,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         return row if is_free(neutral) else _Selected(row, place < bank.slots)
 
     tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
-    # Out of range, the scale is 1; the factors are neutral anyway.
+    # Out of range, the factors are neutral, and the scale is 1.
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 

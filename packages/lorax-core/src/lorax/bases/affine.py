@@ -18,7 +18,7 @@ TOP = 63  # scales and minimums of the blocks of a group have 6 bits
 
 @defformat
 class Affine(Format):
-    """Integers times a scale, above a minimum: Q4_1, Q4_K and their kin in GGUF files.
+    """Integers times a scale, above a minimum: Q4_1, Q4_K and related types of GGUF files.
 
         W[in, out]  =  codes[in, out] · scales[block, out] + mins[block, out]
 

@@ -33,7 +33,7 @@ class DeloraWeight(Adapter):
 
         delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
 
-    for a kernel `[in, out]`. The frozen tree holds `norm` beside the base: the norms `‖W[in, :]‖`
+    for a kernel `[in, out]`. Besides the base, the frozen tree holds `norm`: the norms `‖W[in, :]‖`
     of the base over its outputs, `[*shared, *in]`. Bini et al. 2025, arXiv:2503.18225.
 
     Attributes:

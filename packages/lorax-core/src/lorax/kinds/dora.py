@@ -32,7 +32,7 @@ class DoraWeight(Adapter):
         magnitude: `[*shared, *out]`.
         detached: whether the norm has no gradient, as in section 4.3 of the paper and in PEFT.
 
-    The frozen tree holds `square` beside the base: `‖W‖²`, `[*shared, *out]`.
+    Besides the base, the frozen tree holds `square`: `‖W‖²`, `[*shared, *out]`.
     """
 
     kind = "dora"

@@ -1,4 +1,4 @@
-"""First factors of plain LoRA that are made from the weight or from collected statistics.
+"""Initial factors of plain LoRA that are made from the weight or from collected statistics.
 
 Each function in `STARTS` takes one matrix `[in, out]`, the rank, the scale and a key, and returns
 `a [in, r]` and `b [r, out]`. For those in `MOVING`, the product is subtracted from the base, so

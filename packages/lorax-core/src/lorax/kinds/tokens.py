@@ -25,8 +25,8 @@ class TokensWeight(Adapter):
 
         W' = W + onehot[in, k] @ (values - W[indices])
 
-    The frozen tree holds `replaced` beside the base: the original rows of the base. This is PEFT's
-    `TrainableTokensConfig`.
+    Besides the base, the frozen tree holds `replaced`: the original rows of the base. This is
+    PEFT's `TrainableTokensConfig`.
 
     Attributes:
         values: `[*shared, k, *out]`, the rows in the order of `indices`.

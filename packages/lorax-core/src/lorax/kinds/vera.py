@@ -25,7 +25,7 @@ class VeraWeight(Adapter):
 
         delta = a @ diag(lambda_d) @ b @ diag(lambda_b)      for a kernel [in, out]
 
-    The frozen tree holds `a`, `[*in, rank]`, and `b`, `[rank, *out]`, beside the base: the same
+    Besides the base, the frozen tree holds `a`, `[*in, rank]`, and `b`, `[rank, *out]`: the same
     arrays for all weights of one size. Kopiczko et al. 2023, arXiv:2310.11454.
 
     Attributes:

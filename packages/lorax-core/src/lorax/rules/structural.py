@@ -41,7 +41,7 @@ def _pvary(eqn, *weights, axes, axis_index_groups=None):
 
 @defrule("convert_element_type", gains=True)
 def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
-    """Casts the base between inexact types; casts that are not linear build the weight."""
+    """Casts the base between inexact types; casts that are not linear materialize it."""
     old = weight.base.dtype
     loses_imaginary = jnp.issubdtype(old, jnp.complexfloating) and not jnp.issubdtype(
         new_dtype, jnp.complexfloating
