@@ -291,17 +291,17 @@ def test_weights_without_entries_are_named(shape):
 
 def test_a_weight_that_would_grow_is_left():
     """One input: a scale for each entry. By name, the user decides."""
-    params = {"time": N(0, 1, 64), "w": N(1, 64, 8)}
+    params = {"time": normal(0, 1, 64), "w": normal(1, 64, 8)}
     function = lambda p, x: jnp.tanh(x @ p["time"]) @ p["w"]  # noqa: E731
     with pytest.warns(UnquantizedWarning, match=r"`time` .* takes 40 bits .* float32 takes 32"):
-        frozen = quantize(params, "int8", fn=function, args=(N(2, 3, 1),))
+        frozen = quantize(params, "int8", fn=function, args=(normal(2, 3, 1),))
     assert quantized(frozen) == {"w"}
     assert quantized(quantize(params, {"time": "int8", "w": None})) == {"time"}
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_shapes_of_a_weight_give_shapes_of_codes(format):
-    weight = N(0, 128, 64)
+    weight = normal(0, 128, 64)
     held = quantize({"w": weight}, {"w": format})
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
@@ -403,7 +403,7 @@ def test_merges_to_floats_and_to_codes():
 
 
 def test_a_merge_that_cannot_be_quantized_raises():
-    frozen, tunable = init_lora(quantize({"w": N(0, 64, 16)}, {"w": "int8"}), {"w": 2}, KEY)
+    frozen, tunable = init_lora(quantize({"w": normal(0, 64, 16)}, {"w": "int8"}), {"w": 2}, KEY)
     name: Any = "nf4"
     with pytest.raises(ArgumentError, match="requantize='nf4'; it must be a bool"):
         merge_params(frozen, tunable, requantize=name)

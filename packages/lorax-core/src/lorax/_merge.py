@@ -274,8 +274,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
         The frozen tree, with None where `tunable` has a fully trained parameter.
 
     Raises:
-        PairError: where the trees do not fit, or an adapter has frozen factors, such as the norms of
-            DoRA, which merged parameters do not contain; where an adapted weight is quantized.
+        PairError: where the trees do not fit; where an adapter has frozen factors, such as the
+            norms of DoRA, which merged parameters do not contain; where a weight is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp

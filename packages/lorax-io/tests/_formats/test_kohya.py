@@ -29,15 +29,8 @@ def test_ambiguous_underscores_raise(shell, files, names):
     assert "with `_` for each `.`" in message
 
 
-UNSUPPORTED = [
-    "lora_mid.weight",
-    "oft_blocks",
-    "diff",
-    "diff_b",
-    "w_norm",
-    "scalar",
-    "lora_up.bias",
-]
+UNSUPPORTED = ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm", "scalar"]
+UNSUPPORTED += ["lora_up.bias"]
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
