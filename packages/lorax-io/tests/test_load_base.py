@@ -1,8 +1,7 @@
-"""`load_base`: trees, shapes, places, and files that are refused.
+"""`load_base`: trees, shapes, shardings, memory, and invalid files.
 
-That each library's codes are decoded bit for bit is tested beside the libraries, in
-`integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also in
-`_bases/test_gguf.py`.
+`integration-tests/peft/test_bases.py` tests with each library that its codes are decoded bit for
+bit. GGUF, whose library does not need PyTorch, is also tested in `_bases/test_gguf.py`.
 """
 
 import json
@@ -60,7 +59,7 @@ NAMES: dict[str, Any] = {
 }
 
 
-def test_a_tree_of_the_paths(file):
+def test_load_base_returns_a_tree_by_path(file):
     loaded = load_base(file, NAMES)
     assert isinstance(loaded["mlp"]["up"]["kernel"], QuantizedWeight)
     assert loaded["mlp"]["norm"]["scale"].dtype == jnp.float32
@@ -68,7 +67,7 @@ def test_a_tree_of_the_paths(file):
     np.testing.assert_array_equal(dequantize(loaded)["embed"], fp8(seed=1)[1])
 
 
-def test_the_structure_of_parameters(file):
+def test_load_base_has_the_structure_of_params(file):
     params = {"mlp": [jnp.ones((IN, 4, OUT // 4))], "rest": None}
     with pytest.warns(AdapterWarning, match=r"in none of `names`: e.weight, e.weight_scale, norm"):
         loaded = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
@@ -77,7 +76,7 @@ def test_the_structure_of_parameters(file):
     np.testing.assert_array_equal(kernel.T, fp8()[1])
 
 
-def test_floats_are_as_they_are(tmp_path):
+def test_floats_are_unchanged(tmp_path):
     weight = draw(6, 5).astype(jnp.bfloat16)
     path = save(tmp_path / "f", up={"weight": weight})
     loaded = load_base(path, {"up": Linear("up")})["up"]
@@ -113,7 +112,7 @@ def test_layers_are_stacked(tmp_path):
         np.testing.assert_array_equal(dequantize(loaded)[k].T, fp8(seed=k)[1])
 
 
-def test_numbers_of_a_name_choose_the_layers(tmp_path):
+def test_numbers_in_a_name_select_layers(tmp_path):
     numbers = np.random.default_rng(0)
     layers = {f"layers.{k}.up": {"weight": numbers.normal(size=(7, 5))} for k in (1, 2, 3)}
     layers = {name: {"weight": x["weight"].astype(np.float32)} for name, x in layers.items()}
@@ -125,7 +124,7 @@ def test_numbers_of_a_name_choose_the_layers(tmp_path):
     np.testing.assert_array_equal(loaded, expected)
 
 
-def test_experts_are_a_stack_in_a_tensor(tmp_path):
+def test_experts_in_one_tensor_are_a_stack(tmp_path):
     codes = draw(3, OUT, IN).astype(jnp.float8_e4m3fn)
     scales = np.abs(draw(3, 1, 1)).astype(np.float32)
     path = save(tmp_path / "f", mlp={"up": codes, "up_scale_inv": scales})
@@ -135,20 +134,20 @@ def test_experts_are_a_stack_in_a_tensor(tmp_path):
     np.testing.assert_array_equal(dequantize(loaded).swapaxes(1, 2), expected)
 
 
-def test_another_dtype(file):
+def test_dtype_of_decoded_weights(file):
     loaded = load_base(file, NAMES, dtype=jnp.float16)["embed"]
     assert loaded.dtype == jnp.float16
     np.testing.assert_array_equal(dequantize(loaded), fp8(seed=1)[1].astype(np.float16))
 
 
-def test_a_prefix_that_the_names_have(tmp_path):
+def test_prefix_of_the_names_is_matched(tmp_path):
     path = save(tmp_path / "f", **{"language_model.up": fp8()[0]})
     np.testing.assert_array_equal(
         dequantize(load_base(path, {"up": Linear("up")}))["up"].T, fp8()[1]
     )
 
 
-def test_it_is_a_base_for_adapters_and_files(file, tmp_path):
+def test_loaded_base_is_adapted_and_saved(file, tmp_path):
     frozen = load_base(file, NAMES)
     kernel = {"kernel": frozen["mlp"]["up"]["kernel"]}
     pair = init_lora(kernel, {"kernel": 2}, jax.random.key(0))
@@ -160,7 +159,7 @@ def test_it_is_a_base_for_adapters_and_files(file, tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(frozen)
 
 
-# Refused.
+# Errors
 
 
 def spoiled(**changes):
@@ -183,7 +182,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.float16),
          "qzeros": np.ones((2, 8), np.int32)}, {}, "`up.scales`",
     ),
-    "a group that is not": (
+    "an uneven group": (
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((2, 64), np.float16),
          "qzeros": np.ones((2, 8), np.int32), "g_idx": np.arange(64, dtype=np.int32)},
         {}, "a group in `up.g_idx` that has no scale",
@@ -241,7 +240,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_name_the_problem(tmp_path, case):
+def test_damaged_checkpoints_raise(tmp_path, case):
     tensors, options, message = BAD[case]
     path = save(tmp_path / "model.safetensors", up=tensors)
     with pytest.raises(AdapterError, match=message):
@@ -250,7 +249,7 @@ def test_errors_name_the_problem(tmp_path, case):
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
 @pytest.mark.parametrize("of", ["folder", "file"])
-def test_settings_in_the_folder_decide_the_zero_points(tmp_path, name, of):
+def test_quantization_config_determines_the_zero_points(tmp_path, name, of):
     tensors = {
         "qweight": np.full((1, 8), 0x33333333, np.int32),
         "qzeros": np.full((1, 1), 0x11111111, np.int32),
@@ -264,7 +263,7 @@ def test_settings_in_the_folder_decide_the_zero_points(tmp_path, name, of):
     assert (dequantize(frozen)["up"] == 2).all()  # 3 − 1; the first version would give 3 − 2
 
 
-def test_names_and_paths_that_are_none(file):
+def test_unknown_names_and_paths_raise(file):
     with pytest.raises(AdapterMismatchError, match="has no tensor for `pu.weight`.*mean `up.weig"):
         load_base(file, {"up": Linear("pu")})
     with pytest.raises(

@@ -14,8 +14,8 @@ from lorax_io import AdapterError, AdapterFileError, AdapterWarning, Linear, Ten
 
 # JAX 0.8 frees host memory that it has borrowed some time after the array is gone.
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="JAX 0.8 holds two weights at times")
-def test_no_more_memory_than_the_largest_weight(tmp_path):
-    """Codes of four bits in another order than they are stored in."""
+def test_memory_is_limited_by_the_largest_weight(tmp_path):
+    """4-bit codes that are stored in another order."""
     file, side = tmp_path / "model.gguf", 4096
     bytes_of = side * side // 32 * 18
     data = np.random.default_rng(0).integers(0, 100, (side, side // 32 * 18), dtype=np.uint8)
@@ -45,7 +45,7 @@ def write_gguf(path, tensors, arch="llama"):
 
 
 def blocks(kind, out=32, inputs=512):
-    """Blocks of random bytes; every float16 of them is a number."""
+    """Blocks of random bytes in which every float16 is finite."""
     entries, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.default_rng(0)
     data = random.integers(0, 256, (out, inputs // entries * size), dtype=np.uint8)
@@ -56,7 +56,7 @@ KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_llama_cpp(tmp_path, kind):
+def test_gguf_blocks_are_decoded_like_llama_cpp(tmp_path, kind):
     data = blocks(kind)
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, kind)})
     loaded = load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})["up"]
@@ -65,7 +65,7 @@ def test_blocks_of_llama_cpp(tmp_path, kind):
     np.testing.assert_array_equal(np.asarray(dequantize(loaded)).T, expected)
 
 
-def test_heads_that_a_group_does_not_divide(tmp_path):
+def test_heads_that_groups_do_not_divide(tmp_path):
     data = blocks("Q4_K")
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.attn_output.weight": (data, "Q4_K")})
     params = {"o": jnp.ones((8, 64, 32))}
@@ -76,7 +76,7 @@ def test_heads_that_a_group_does_not_divide(tmp_path):
     np.testing.assert_array_equal(dequantize(loaded).reshape(512, 32).T, expected)
 
 
-def test_types_that_no_format_has(tmp_path):
+def test_unsupported_gguf_types_raise(tmp_path):
     data = blocks("Q2_K")
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, "Q2_K")})
     names = {"up": Linear("model.layers.0.mlp.up_proj")}
@@ -97,7 +97,7 @@ def test_types_that_no_format_has(tmp_path):
         np.testing.assert_array_equal(load_base(file, names, requantize="float")["up"], expected)
 
 
-def test_what_the_converter_of_llama_cpp_changes(tmp_path):
+def test_changes_of_llama_cpp_converter_are_undone(tmp_path):
     norm = np.random.default_rng(0).normal(size=8).astype(np.float32)
     tensors = {"blk.0.attn_norm.weight": (norm, "F32")}
     names = {"norm": Tensor("model.layers.0.input_layernorm", parameter="weight")}
@@ -110,7 +110,7 @@ def test_what_the_converter_of_llama_cpp_changes(tmp_path):
 
 
 @pytest.mark.parametrize("size", [4, 100, 2000])
-def test_a_gguf_file_cut_short(tmp_path, size):
+def test_truncated_gguf_raises(tmp_path, size):
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (blocks("Q8_0"), "Q8_0")})
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(AdapterFileError, match="is not a GGUF file that can be read"):

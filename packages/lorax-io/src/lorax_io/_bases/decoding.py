@@ -49,13 +49,13 @@ class CodedWeight(NamedTuple):
                 "`--requantize` out: then the merged model is written as floats."
             )
         format = _same_blocks(self.name, coded)
-        held = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
-        tensors, rounded = {}, dict(held.arrays)
+        quantized = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
+        tensors, rounded = {}, dict(quantized.arrays)
         for key, (name, shape, dtype) in coded.stored.items():
-            rounded[key] = held.arrays[key].astype(dtype)
+            rounded[key] = quantized.arrays[key].astype(dtype)
             tensors[name] = np.asarray(rounded[key]).reshape(shape)
         wide = array.astype(np.float32)
-        again = dequantize(dataclasses.replace(held, arrays=rounded))
+        again = dequantize(dataclasses.replace(quantized, arrays=rounded))
         lost = np.asarray(again, np.float32) - wide
         return tensors, float(np.linalg.norm(lost) / max(np.linalg.norm(wide), 1e-30))
 

@@ -19,7 +19,7 @@ from .._disk.tensors import TensorFile, check_finite, read_json
 from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
-from .._tree import Held, beside
+from .._tree import FrozenFactors, beside
 from .checkpoint import CONFIG_NAME, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
 from .decoding import home_of
 from .fit import Fitted
@@ -85,7 +85,7 @@ def merge_files(
 
     def merged(name: str, view: Array) -> Array:
         changes = [
-            (fitted.rows[name], fitted.held, scale)
+            (fitted.rows[name], fitted.frozen, scale)
             for fitted, scale in zip(adapters, scales, strict=True)
             if name in fitted.rows
         ]
@@ -93,9 +93,9 @@ def merge_files(
             return _merged(name, view, *changes[0][:2])
         wide = view.astype(np.promote_types(view.dtype, np.float32))
         whole = wide
-        for row, held, scale in changes:
+        for row, frozen, scale in changes:
             before = wide if summed else whole
-            whole = whole + scale * (_merged(name, before, row, held) - before)
+            whole = whole + scale * (_merged(name, before, row, frozen) - before)
         check_finite(name, whole)
         return whole.astype(view.dtype)
 
@@ -250,9 +250,9 @@ def _index_floats(folder: Path) -> None:
         write_text(path, text + "\n")
 
 
-def _merged(name: str, view: Array, row: Any, held: Held) -> Array:
+def _merged(name: str, view: Array, row: Any, frozen: FrozenFactors) -> Array:
     if not isinstance(row, Adapter):
         return np.asarray(row, order="C").astype(view.dtype)
     base = jnp.asarray(view)
-    leaf = beside(base, complete(name, row, base, held.get(name, {})), row)
+    leaf = beside(base, complete(name, row, base, frozen.get(name, {})), row)
     return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])

@@ -151,14 +151,14 @@ def _coded(
 ) -> QuantizedWeight:
     first = next(iter(weights.values()))
     runs = Runs.of(place, first)
-    held_blank = blank(place.path, place, first, runs, dtype)
-    shardings = {} if where is None else held_blank.shardings(where)
+    empty = blank(place.path, place, first, runs, dtype)
+    shardings = {} if where is None else empty.shardings(where)
     arrays: dict[str, Any] = {}
-    for name, target in targets(held_blank).items():
+    for name, target in targets(empty).items():
         parts = {index: row.parts[name] for index, row in weights.items()}
         full = f"{place.path}/{name}"
         arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
-    result = dataclasses.replace(held_blank, arrays=arrays)
+    result = dataclasses.replace(empty, arrays=arrays)
     notes.assumed.extend(
         f"`{place.path}`: {row.assumed}" for row in weights.values() if row.assumed
     )
@@ -173,12 +173,12 @@ def _array(
     target: Target,
     parts: Mapping[tuple[int, ...], Part],
     where: Sharding | None,
-    held: Format | None,
+    codec: Format | None,
 ) -> jax.Array:
     """Puts one array on its devices; 4-bit codes are transferred as bytes."""
     packed: Packed | None = packing(place, target)
     whole = assemble(place, target, parts, packed)
-    check_numbers(name, whole, held if packed is None else None)
+    check_numbers(name, whole, codec if packed is None else None)
 
     def read(index: Any) -> Array:
         return whole[index]
@@ -200,7 +200,7 @@ def _requantized(
 ) -> Any:
     """A parameter whose codes cannot be kept: decoded, and quantized unless as "float"."""
     first = next(row for row in weights.values() if not isinstance(row, Part))
-    why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
+    why = first.why if isinstance(first, Decoded) else "its modules are stored in several forms"
     if requantize is None:
         raise AdapterError(
             f"has codes for `{place.path}` that cannot be kept: {why}. Choose how to store it: "
@@ -220,14 +220,14 @@ def _requantized(
         return array
     along = place.axes.outputs if isinstance(place.torch_name, Embedding) else place.axes.inputs
     form = with_along(format_of(requantize), along)
-    held = quantize({place.path: array}, {place.path: form})[place.path]
+    quantized = quantize({place.path: array}, {place.path: form})[place.path]
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
-    lost = dequantize(held).astype(jnp.float32) - array.astype(jnp.float32)
+    lost = dequantize(quantized).astype(jnp.float32) - array.astype(jnp.float32)
     error = float(jnp.linalg.norm(lost.reshape(-1)) / jnp.maximum(norm, 1e-30))
     notes.requantized.append(
-        f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})"
+        f"`{place.path}` as {quantized.format}, {error:.2g} from the file's ({why})"
     )
-    return held
+    return quantized
 
 
 def _floats(row: Weight, dtype: Any) -> Part:

@@ -74,8 +74,8 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
             "codes": Part(codes, (*ones, 1), shape, jnp.uint4),
             "scales": Part(scale, (*ones, run), (*shape[:-1], count), np.dtype(np.float32)),
         }
-        held = NF4(block=min(max(block, 32), 4096), double=False)
-        return Coded(names, held, parts, shape, dtype, run < block)
+        codec = NF4(block=min(max(block, 32), 4096), double=False)
+        return Coded(names, codec, parts, shape, dtype, run < block)
 
     def decoded(rows: slice) -> Array:
         entries = codes(rows)

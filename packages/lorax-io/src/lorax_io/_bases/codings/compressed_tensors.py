@@ -80,8 +80,8 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
             raw = lambda rows: codes(rows) ^ flip  # noqa: E731
             read = in_groups(raw, zeros, scales.__getitem__, groups)
             return Decoded(tuple(names), UNORDERED, read, (outputs, inputs), scales.dtype)
-    held = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
-    return Coded(tuple(names), held, parts, (outputs, inputs), scales.dtype)
+    codec = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
+    return Coded(tuple(names), codec, parts, (outputs, inputs), scales.dtype)
 
 
 def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bits: int) -> Array:
@@ -113,10 +113,10 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
     if codes.dtype != np.int8:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        held, dtype = _FLOATS[codes.dtype], scales.dtype
+        codec, dtype = _FLOATS[codes.dtype], scales.dtype
         if dtype.itemsize == 1:
             as_is, dtype = {}, np.dtype(jnp.bfloat16)
-        return Coded((weight, scale), held, parts, codes.shape, dtype, stored=as_is)
+        return Coded((weight, scale), codec, parts, codes.shape, dtype, stored=as_is)
     if is_symmetric_in(tensors, zero, schemes):
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
         return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
@@ -128,8 +128,8 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         "scales": whole(scales, grains),
         "zeros": whole(unsigned(np.array(zeros)), grains),
     }
-    held = Int8(symmetric=False)
-    return Coded((weight, scale, zero), held, parts, codes.shape, scales.dtype)
+    codec = Int8(symmetric=False)
+    return Coded((weight, scale, zero), codec, parts, codes.shape, scales.dtype)
 
 
 def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -143,15 +143,15 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
     if scales.dtype in (np.uint8, EXPONENT):
         parts["scales"] = whole(scales.view(np.uint8), grains)
-        held = MXFP4(block=grains[1])
-        return Coded((packed, scale), held, parts, shape, np.dtype(jnp.bfloat16))
+        codec = MXFP4(block=grains[1])
+        return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
     if scales.dtype != np.dtype(jnp.float8_e4m3fn):
         raise AdapterFileError(f"has `{scale}` in {scales.dtype}, of which no FP4 format is.")
     number = np.asarray(need_scales(tensors, outer)).astype(np.float32).reshape(-1)
     parts["scales"] = whole(scales, grains)
     parts["outer"] = whole(expect(outer, number, (1,)).reshape(1, 1), shape)
-    held = NVFP4(block=grains[1])
-    return Coded((packed, scale, outer), held, parts, shape, np.dtype(jnp.bfloat16))
+    codec = NVFP4(block=grains[1])
+    return Coded((packed, scale, outer), codec, parts, shape, np.dtype(jnp.bfloat16))
 
 
 def _scales(

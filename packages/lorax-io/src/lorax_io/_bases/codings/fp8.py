@@ -38,9 +38,9 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         "codes": whole(codes, (*ones, 1, 1)),
         "scales": whole(scales, (*ones, *sides)),
     }
-    held = FP8(block=sides[1], square=True)
+    codec = FP8(block=sides[1], square=True)
     as_is = stored(codes=(weight, codes), scales=(scale, tensors.view(scale)))
     if scales.dtype.itemsize == 1:
         as_is = {}
     dtype = np.dtype(jnp.bfloat16)
-    return Coded((weight, scale), held, parts, codes.shape, dtype, stored=as_is)
+    return Coded((weight, scale), codec, parts, codes.shape, dtype, stored=as_is)

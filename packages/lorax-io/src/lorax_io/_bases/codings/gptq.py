@@ -79,7 +79,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return (stored + 1) & (2**bits - 1)  # GPTQ's v1 files store the zero point minus one
 
     dtype = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
-    held = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
+    codec = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
     shape = (outputs, inputs)
     parts = {
         "codes": Part(codes, (1, 1), shape, dtype),
@@ -88,13 +88,13 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     }
     neighbors = np.arange(inputs) // group
     if of is None or np.array_equal(of, neighbors):
-        return Coded(names, held, parts, shape, scales.dtype)
+        return Coded(names, codec, parts, shape, scales.dtype)
     if not of.any():
         assumed = (
             f"all of `{order}` is 0, which is read as {groups} groups of neighbors, as exllama's "
             "kernels do"
         )
-        return Coded(names, held, parts, shape, scales.dtype, assumed=assumed)
+        return Coded(names, codec, parts, shape, scales.dtype, assumed=assumed)
     read = in_groups(codes, zero_points, lambda rows: scales[:, rows].T, of)
     return Decoded(names, UNORDERED, read, shape, scales.dtype)
 
