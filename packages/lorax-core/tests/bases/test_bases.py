@@ -235,6 +235,9 @@ USES = {
     "stopped": Use(lambda p, x: x @ lax.stop_gradient(p["w"]), *DENSE, adapted=False),
     "held-back": Use(lambda p, x: x @ lax.optimization_barrier(p["w"]), *DENSE),
     "returned": Use(lambda p, x: (p["w"], x)[0], *DENSE, moves=True, kept=True),
+    "returned-times-data": Use(
+        jax.checkpoint(lambda p, x: p["w"].T * jnp.sum(x)), *DENSE[:2], [(3, 7)]
+    ),
 }  # fmt: skip
 
 # One of each form in which codes are read; one cell of CI has the whole product.
@@ -247,6 +250,7 @@ OF_NF4 = (
     "tied",
     "sliced-across-blocks",
     "convolution",
+    "returned-times-data",
 )
 
 # Axes of one or two entries more than a block divides.
