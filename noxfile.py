@@ -5,11 +5,12 @@
 # ///
 """Every check of this repository, each in its own environment.
 
-`pip install nox && nox` runs those that any machine can run in reasonable time. nox sees from the
-header above that it needs uv as well, and fetches it from PyPI where it is not installed.
+`pip install nox && nox` runs those that any machine can run in reasonable time. The header above
+tells nox that it also needs uv, which it installs from PyPI if it is missing.
 
-The tests are a matrix of package × Python × JAX × backend. `nox -t matrix` runs all of it, the tags
-`cpu`, `cuda12`, `cuda13`, `tpu` and `floor` a part, and `nox -s "tests(lorax-core, 3.13)"` a cell.
+The tests form a matrix of package × Python × JAX × backend. `nox -t matrix` runs all of it, the
+tags `cpu`, `cuda12`, `cuda13`, `tpu` and `floor` run a part, and `nox -s "tests(lorax-core, 3.13)"`
+runs one cell.
 """
 
 import shutil
@@ -35,22 +36,32 @@ from matrix.records import counts, recorded  # noqa: E402
 
 nox.needs_version = ">=2026.2.9"
 nox.options.default_venv_backend = "uv"
-# An interpreter is used where there is one and never downloaded: its session is skipped, in so many
-# words, and all other sessions need nothing but a package index.
+# Interpreters are never downloaded. If one is missing, its sessions are skipped with a message, so
+# that all sessions need only a package index.
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 
-# What `nox` runs.
+# The sessions that plain `nox` runs.
 DEFAULT = ["default"]
 nox.options.tags = DEFAULT
 
 FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 
-# A worker for each processor: these tests spend their time in XLA compiling small programs.
+# Files that GitHub and citation managers read, by the schema that each has to match.
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-actions": ".github/actions/*/action.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
+# One worker per processor: these tests spend their time compiling small programs in XLA.
 PYTEST = ["pytest", "--numprocesses=auto"]
 
 
-# The part of a package that its sessions take, unless they say otherwise.
+# The default extra of a package in its sessions.
 EXTRAS = {"lorax-hf": "lorax-hf[flax]"}
 
 
@@ -64,10 +75,10 @@ def test_group(package: str) -> list[str]:
 
 
 def install_locked(session: nox.Session, *args: str) -> None:
-    """Installs what `args` ask for, at the versions of uv.lock where it has one.
+    """Installs `args` at the versions in uv.lock.
 
-    The lock file serves as constraints and not as the source, so that an index other than PyPI,
-    set in the usual way, is respected.
+    The lock file is used as constraints, not as a source, so that pip's settings for another index
+    than PyPI are respected.
     """
     constraints = f"{session.create_tmp()}/constraints.txt"
     everything = ["--all-packages", "--all-groups", "--no-emit-workspace"]
@@ -81,18 +92,21 @@ def install_locked(session: nox.Session, *args: str) -> None:
 
 @nox.session(tags=DEFAULT)
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format; zizmor: workflows. `nox -s lint -- --fix` mends what it can."""
+    """Ruff, zizmor, and the schemas of workflows. `nox -s lint -- --fix` applies Ruff's fixes."""
     install_locked(session, "--group", "lint")
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
-    # Actions that are not pinned by hash, credentials that are kept, inputs that are run.
+    # Reports actions that are not pinned by hash, persisted credentials, and injected inputs.
     session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", ".github")
+    for schema, pattern in SCHEMAS.items():
+        files = map(str, sorted(Path().glob(pattern)))
+        session.run("check-jsonschema", "--quiet", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 @nox.session(tags=DEFAULT)
 def types(session: nox.Session) -> None:
-    """Pyright over the packages and the integration tests."""
+    """Runs Pyright over the packages and the integration tests."""
     groups = [arg for package in PACKAGES for arg in test_group(package)]
     groups += ["--group", "types", "--group", "integration", "--group", "site"]
     install_locked(session, *editable(*PACKAGES), *groups, *FINETUNE)
@@ -103,22 +117,22 @@ def types(session: nox.Session) -> None:
 
 
 def install_cell(session: nox.Session, package: str, jax: str, *args: str) -> str:
-    """Installs a package alone, with the newest or the oldest of all; returns JAX's version."""
-    wanted = [*editable(package), *test_group(package), *args]
+    """Installs a package with its newest or oldest dependencies; returns JAX's version."""
+    requirements = [*editable(package), *test_group(package), *args]
     if jax == "floor":
-        session.install("--resolution=lowest-direct", *wanted)
+        session.install("--resolution=lowest-direct", *requirements)
     else:
-        install_locked(session, *wanted)
+        install_locked(session, *requirements)
     return jax_version(session)
 
 
 def jax_version(session: nox.Session) -> str:
-    ask = "import importlib.metadata as metadata; print(metadata.version('jax'))"
-    return str(session.run("python", "-c", ask, silent=True)).strip()
+    program = "import importlib.metadata as metadata; print(metadata.version('jax'))"
+    return str(session.run("python", "-c", program, silent=True)).strip()
 
 
 def run_cell(session: nox.Session, record: dict[str, Any], *command: str, **options: Any) -> None:
-    """Runs pytest, and puts into the record how many tests passed."""
+    """Runs pytest, and records how many tests passed."""
     junit = Path(session.create_tmp(), "junit.xml")
     junit.unlink(missing_ok=True)
     try:
@@ -133,36 +147,37 @@ def run_cell(session: nox.Session, record: dict[str, Any], *command: str, **opti
     [cell.param() for cell in CELLS if cell.backend == CPU and cell.package != WITH_TORCH],
 )
 def tests(session: nox.Session, package: str, backend: str, jax: str) -> None:
-    """One package's tests, with what it declares and nothing else."""
+    """Runs the tests of one package, with only its declared dependencies."""
     with recorded(session.name) as record:
         record["jax"] = install_cell(session, package, jax)
         record["did"] = "tests"
-        options = rows_of(session, package, jax)
-        env = quick_to_compile(record["jax"]) if package == "lorax-core" else {}
+        options = transform_options(session, package, jax)
+        env = fast_compilation(record["jax"]) if package == "lorax-core" else {}
         run_cell(session, record, *PYTEST, f"packages/{package}/tests", *options, env=env)
 
 
-def rows_of(session: nox.Session, package: str, jax: str) -> list[str]:
-    """Rows of the core's tables are transformed in one cell; elsewhere value and work suffice."""
-    everywhere = package != "lorax-core" or (session.python, jax) == (HERE, "newest")
-    return [] if everywhere else ["--without-transforms"]
+def transform_options(session: nox.Session, package: str, jax: str) -> list[str]:
+    """Applies transforms to the core's table rows in one cell only; others check value and work."""
+    with_transforms = package != "lorax-core" or (session.python, jax) == (HERE, "newest")
+    return [] if with_transforms else ["--without-transforms"]
 
 
-def quick_to_compile(version: str) -> dict[str, str]:
-    """The environment in which XLA spends least on the loops of the CPU, for the core's tests.
+def fast_compilation(version: str) -> dict[str, str]:
+    """The environment in which XLA compiles loops for the CPU fastest, for the core's tests.
 
-    These compile thousands of small programs, and the older generator of loops takes 0.6 to 0.7
-    of the processor time of the default one. Products and the structure of programs are the same.
-    XLA of JAX 0.12 no longer has the choice, so the cells of the newest JAX test the default. Whole
-    models of other packages are compared to the last bit, and there programs are fused differently.
+    These compile thousands of small programs, and the older loop emitter takes 0.6 to 0.7 of the
+    processor time of the default one. Products and the structure of programs are the same. In JAX
+    0.12, XLA no longer has this option, so the cells of the newest JAX test the default. The option
+    changes fusions, so it is not used for the other packages, which compare whole models bit for
+    bit.
     """
-    without = tuple(map(int, version.split(".")[:2])) < (0, 11)
-    return {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"} if without else {}
+    supported = tuple(map(int, version.split(".")[:2])) < (0, 11)
+    return {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"} if supported else {}
 
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """The tests of the core with tonight's JAX, which PyPI does not have."""
+    """Runs the tests of the core with JAX's nightly build."""
     session.install(*editable("lorax-core"), *test_group("lorax-core"))
     index = "https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/"
     session.install("--prerelease=allow", "--upgrade", "--index", index, "jax", "jaxlib")
@@ -173,35 +188,35 @@ def nightly(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def coverage(session: nox.Session, package: str) -> None:
-    """Which lines and branches the tests of a package run; writes coverage-PACKAGE.md."""
+    """Measures the line and branch coverage of a package's tests; writes coverage-PACKAGE.md."""
     install_cell(session, package, "newest", "pytest-cov>=7")
-    measured = [f"--cov=packages/{package}/src", "--cov-branch"]
+    source = [f"--cov=packages/{package}/src", "--cov-branch"]
     report = f"--cov-report=markdown:coverage-{package}.md"
     session.run(
-        *[*PYTEST, f"packages/{package}/tests", *measured, report, "--cov-report=term"],
+        *[*PYTEST, f"packages/{package}/tests", *source, report, "--cov-report=term"],
         *session.posargs,
     )
 
 
-# Older ones say `topology not implemented for cuda`. (0.9.1 was not tried.)
-COMPILES_FOR_CUDA = (0, 9, 2)
+# Older versions raise `topology not implemented for cuda`. (0.9.1 was not tested.)
+OLDEST_COMPILER_FOR_CUDA = (0, 9, 2)
 
 
 def install_compiler(session: nox.Session, backend: str, version: str) -> None:
-    """Installs what it takes to compile for a backend, beside JAX of that version."""
+    """Installs the compiler for a backend, of the same version as JAX."""
     if backend == "tpu":
         session.install(f"jax[tpu]=={version}")
     else:
-        # Without CUDA itself, which takes gigabytes: compiling does without.
+        # Without CUDA itself, which takes gigabytes and is not needed for compilation.
         parts = [f"jax-{backend}-{part}=={version}" for part in ("plugin", "pjrt")]
         session.install("--no-deps", *parts)
 
 
 def compile_only(backend: str) -> dict[str, str]:
-    """The environment for compiling without such a device."""
+    """The environment for compiling without a device."""
     env = {"JAX_PLATFORMS": "cpu"}
     if backend == "tpu":
-        # It asks a cloud's metadata server what TPU it is on, unless it is given one.
+        # Otherwise libtpu asks a cloud's metadata server for the type of the TPU.
         env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
         env |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     return env
@@ -210,7 +225,7 @@ def compile_only(backend: str) -> dict[str, str]:
 @nox.session
 @nox.parametrize(ARGUMENTS, [cell.param() for cell in CELLS if cell.backend != CPU])
 def accelerator(session: nox.Session, package: str, backend: str, jax: str) -> None:
-    """One package on a GPU or TPU: its tests, or without a device its programs compiled for one."""
+    """Tests one package on a GPU or TPU; without a device, compiles its programs for one."""
     platform = backend.rstrip("0123456789")
     with recorded(session.name) as record:
         reason = missing_device(backend)
@@ -219,15 +234,18 @@ def accelerator(session: nox.Session, package: str, backend: str, jax: str) -> N
         if reason is None:
             session.install(f"jax[{backend}]=={version}")
             record["did"] = "tests on the device"
-            # What the suite compares with is exact, and the matrix units are not by default.
+            # The tests expect exact products; by default, matrix units round their inputs.
             exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-            here = {"JAX_PLATFORMS": f"{platform},cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            run_cell(session, record, "pytest", f"packages/{package}/tests", env=here | exact)
+            on_device = {
+                "JAX_PLATFORMS": f"{platform},cpu",
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            }
+            run_cell(session, record, "pytest", f"packages/{package}/tests", env=on_device | exact)
             return
-        if platform == "cuda" and tuple(map(int, version.split("."))) < COMPILES_FOR_CUDA:
-            why = f"{reason}, and JAX {version} cannot compile for one that is not there"
-            record |= {"outcome": "skipped", "reason": why}
-            session.skip(why)
+        if platform == "cuda" and tuple(map(int, version.split("."))) < OLDEST_COMPILER_FOR_CUDA:
+            reason = f"{reason}, and JAX {version} cannot compile for CUDA without one"
+            record |= {"outcome": "skipped", "reason": reason}
+            session.skip(reason)
         session.log(f"{reason}: programs are compiled for one")
         install_compiler(session, backend, version)
         record["did"] = "compiled"
@@ -236,12 +254,12 @@ def accelerator(session: nox.Session, package: str, backend: str, jax: str) -> N
         run_cell(session, record, "pytest", file, f"--platform={platform}", env=env)
 
 
-# The rest
+# Other sessions
 
 
 @nox.session(tags=DEFAULT)
 def integration(session: nox.Session) -> None:
-    """What crosses packages and frameworks, and the parts of the examples."""
+    """Tests packages and frameworks together, and the parts of the examples."""
     install_locked(session, *editable(*PACKAGES), "--group", "integration", *FINETUNE)
     tests = ["integration-tests", "--ignore=integration-tests/peft", f"--ignore={PYTORCH}"]
     session.run(*PYTEST, *tests, *session.posargs)
@@ -249,12 +267,12 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv", tags=DEFAULT)
 def peft(session: nox.Session) -> None:
-    """PEFT, transformers and diffusers read what we write, and we read what they write.
+    """Tests that PEFT, transformers and diffusers read our files, and that we read theirs.
 
-    By pip, for the sake of torch: uv would take the build with CUDA from PyPI.
+    Installed with pip, since uv would install the CUDA build of torch from PyPI.
     """
     session.install("--requirement", "integration-tests/peft/requirements.txt", *FINETUNE)
-    # The package itself cannot be imported without datasets; one module of it writes GPTQ's files.
+    # The tests use one module, which writes GPTQ files. The package itself needs datasets.
     session.install("--no-deps", "auto-gptq==0.7.1")
     session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", "integration-tests/peft", *session.posargs)
@@ -264,14 +282,14 @@ PYTORCH = "integration-tests/pytorch"
 
 
 def install_torch(session: nox.Session, *args: str) -> None:
-    """Installs lorax-hf[torch] at the pinned versions, by pip: uv would take torch with CUDA."""
+    """Installs lorax-hf[torch] at the pinned versions. uv would install torch with CUDA."""
     pinned = ["--constraint", f"{PYTORCH}/requirements.txt"]
     session.install(*pinned, *editable("lorax-core", WITH_TORCH), *args)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv", tags=[*DEFAULT, "matrix", CPU])
 def torch(session: nox.Session) -> None:
-    """The part of lorax-hf for PyTorch: its tests alone, then beside lorax-io and PEFT."""
+    """Tests lorax-hf with PyTorch: first alone, then together with lorax-io and PEFT."""
     with recorded(session.name) as record:
         install_torch(session, "pytest", "pytest-xdist")
         record |= {"jax": jax_version(session), "did": "tests"}
@@ -280,22 +298,22 @@ def torch(session: nox.Session) -> None:
         session.install(
             *("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"), *FINETUNE)
         )
-        # The sample of the sweep is the sweep's own code.
+        # One test runs a sample of the sweep, which is imported from the root.
         session.run(*PYTEST, PYTORCH, env={"PYTHONPATH": "."})
         plugin = ["-p", "markdown_examples", "--doctest-modules"]
         pages = ["docs/frameworks/pytorch.md", "packages/lorax-hf/src/lorax_hf/__init__.py"]
         session.run("pytest", *plugin, *pages, env={"PYTHONPATH": "docs"})
-        # The session `types` is without PyTorch.
+        # The session `types` does not have PyTorch.
         session.install("--group", "types")
         session.run("pyright", "--project", f"{PYTORCH}/pyrightconfig.json")
 
 
 @nox.session(name="sweep-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
 def sweep_torch(session: nox.Session) -> None:
-    """Every type of PyTorch models that a tiny config builds. `-- --record` writes the table."""
+    """Runs every PyTorch model type that has a tiny config. `-- --record` writes the table."""
     install_torch(session)
     session.install("--requirement", f"{PYTORCH}/requirements.txt", *editable("lorax-io"))
-    # torchvision asks for PyTorch with CUDA, and timm for torchvision.
+    # timm requires torchvision, which requires PyTorch with CUDA.
     timm = str(Path(session.create_tmp(), "timm").absolute())
     into = ["--upgrade", "--no-deps", "--target", timm]
     session.install(*into, "timm==1.0.31", "torchvision==0.28.0")
@@ -320,7 +338,7 @@ def bench_torch(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """vLLM's reader accepts the folders that we write. Downloads its wheel of 340 MB."""
+    """Tests that vLLM's reader accepts our folders. Downloads its wheel (340 MB)."""
     install_locked(session, *editable("lorax-core", "lorax-io"), "pip")
     folder = session.create_tmp()
     wheel = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--dest", folder]
@@ -331,7 +349,7 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session
 def mlx(session: nox.Session) -> None:
-    """mlx-lm and lorax-io read each other's adapters, on the CPU."""
+    """Tests that mlx-lm and lorax-io read each other's adapters, on the CPU."""
     session.install(
         *editable("lorax-core", "lorax-io"), "-r", "integration-tests/mlx/requirements.txt"
     )
@@ -340,7 +358,7 @@ def mlx(session: nox.Session) -> None:
 
 @nox.session
 def keras(session: nox.Session) -> None:
-    """KerasHub and lorax-io read each other's files, on JAX."""
+    """Tests that KerasHub and lorax-io read each other's files, on JAX."""
     session.install(
         *editable("lorax-core", "lorax-io"), "-r", "integration-tests/keras/requirements.txt"
     )
@@ -350,16 +368,16 @@ def keras(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST_PYTHON)
 def tunix(session: nox.Session) -> None:
-    """tunix and lorax-io read each other's checkpoints, of models with LoRA of qwix."""
+    """Tests that tunix and lorax-io read each other's checkpoints of models with qwix's LoRA."""
     session.install("-r", "integration-tests/tunix/requirements.txt")
-    # tunix asks for an older safetensors than lorax-io does.
+    # tunix requires an older safetensors than lorax-io.
     session.install("--no-deps", "safetensors>=0.8", *editable("lorax-core", "lorax-io"))
     session.run("python", "integration-tests/tunix/check.py", env={"JAX_PLATFORMS": "cpu"})
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def torchtune(session: nox.Session) -> None:
-    """torchtune's adapters, in its own names and in PEFT's, are read as torchtune computes them."""
+    """Tests that torchtune's adapters, with its own and PEFT's names, compute the same in JAX."""
     session.install("-r", "integration-tests/torchtune/requirements.txt")
     session.install("--no-deps", "torchao==0.13.0", "torchtune==0.6.1")
     session.install("--no-deps", *editable("lorax-core", "lorax-io"))
@@ -368,9 +386,9 @@ def torchtune(session: nox.Session) -> None:
 
 @nox.session(python="3.12")
 def wild(session: nox.Session) -> None:
-    """Models of other people's packages. `-- --record` writes docs/wild.md again.
+    """Tests models of other packages. `-- --record` accepts the results, and writes docs/wild.md.
 
-    On the one Python for which all of those packages are published.
+    Uses the only Python version for which all of those packages are published.
     """
     session.install("--requirement", "wild/requirements.txt")
     session.install("--no-deps", *editable("lorax-core"))
@@ -384,7 +402,7 @@ def docs(session: nox.Session) -> None:
     pages = ["README.md", "docs", *(f"packages/{package}/README.md" for package in PACKAGES)]
     sources = [f"packages/{package}/src" for package in PACKAGES]
     plugin = ["-p", "markdown_examples"]
-    # JAX warns, and pytest fails, where an example makes weights constants of a jitted program.
+    # JAX warns, and so pytest fails, if an example makes weights constants of a jitted program.
     environment = {"PYTHONPATH": "docs", "JAX_CAPTURED_CONSTANTS_WARN_BYTES": "4096"}
     session.run(
         *["pytest", *plugin, "--doctest-modules", *pages, *sources, *session.posargs],
@@ -397,7 +415,7 @@ def site(session: nox.Session) -> None:
     """Builds the documentation site, warnings as errors. `-- --serve` shows it while you edit."""
     packages = editable("lorax-core", "lorax-io", "lorax-hf")
     install_locked(session, *packages, "--group", "site")
-    # Material for MkDocs warns of its end of life in 2027 on every run, which is not about a page.
+    # Silences the notice about Material for MkDocs' end of life in 2027, which every run prints.
     env = {"JAX_PLATFORMS": "cpu", "NO_MKDOCS_2_WARNING": "1"}
     if "--serve" in session.posargs:
         session.run("mkdocs", "serve", env=env | {"SITE_KEEP_OUTPUTS": "1"})
@@ -407,7 +425,7 @@ def site(session: nox.Session) -> None:
         session.run("python", "-m", "website.links", "site")
 
 
-# Run in a new environment: each package as a user gets it, not as it is in this folder.
+# Runs in a new environment, to check the installed package and not the files in this folder.
 CHECK_INSTALLED = """
 import importlib, importlib.metadata as metadata, sys
 for name in sys.argv[1:]:
@@ -416,7 +434,7 @@ for name in sys.argv[1:]:
     for wanted in ("__init__.py", "py.typed", "LICENSE"):
         assert any(file.endswith(wanted) for file in files), f"{name}: no {wanted} in {files}"
     assert not any(file.startswith("tests/") for file in files), f"{name}: tests are installed"
-    assert module.__version__ == metadata.version("lorax-core"), f"{name}: another version"
+    assert module.__version__ == metadata.version("lorax-core"), f"{name}: wrong version"
     print(name, module.__version__, module.__file__)
 installed = {dist.name for dist in metadata.distributions() if dist.name.startswith("lorax-")}
 assert installed == {"lorax-core", *sys.argv[1:]}, f"{sys.argv[1:]} installed {installed}"
@@ -425,13 +443,13 @@ assert installed == {"lorax-core", *sys.argv[1:]}, f"{sys.argv[1:]} installed {i
 
 @nox.session(tags=DEFAULT)
 def build(session: nox.Session) -> None:
-    """Builds wheels and sdists, checks them, and installs them, each package alone and together."""
+    """Builds wheels and sdists, checks them, and installs the packages alone and together."""
     build_and_install(session)
 
 
 @nox.session(name="release-check")
 def release_check(session: nox.Session) -> None:
-    """All of a release but publishing it. `-- --tag v0.1.0` checks the tag and its notes, too."""
+    """Does every step of a release but publishing. `-- --tag v0.1.0` also checks tag and notes."""
     install_locked(session, "--group", "release")
     manifests = [f"packages/{package}/pyproject.toml" for package in PACKAGES]
     session.run("validate-pyproject", *manifests)
@@ -451,14 +469,14 @@ def build_and_install(session: nox.Session) -> None:
             p: str(next(Path("dist").glob(f"{p.replace('-', '_')}-*{suffix}"))) for p in PACKAGES
         }
         for together in (*([package] for package in PACKAGES), PACKAGES):
-            # The core is a dependency of both others, and no index has it.
-            wanted = [files[package] for package in dict.fromkeys(["lorax-core", *together])]
+            # The other packages depend on the core, which is not on an index yet.
+            built = [files[package] for package in dict.fromkeys(["lorax-core", *together])]
             folder = Path(session.create_tmp(), "alone")
             session.run(
                 "uv", "venv", "--quiet", "--clear", "--python", session.python or HERE, folder
             )
             python = str(folder / "bin" / "python")
-            session.run("uv", "pip", "install", "--quiet", "--python", python, *wanted)
+            session.run("uv", "pip", "install", "--quiet", "--python", python, *built)
             session.run(python, "-I", "-c", CHECK_INSTALLED, *together, external=True)
 
 
@@ -471,14 +489,14 @@ def matrix_report(session: nox.Session) -> None:
 
 @nox.session
 def finetune(session: nox.Session) -> None:
-    """The fine-tuning example. Arguments after `--` go to the program."""
+    """Runs the fine-tuning example. Arguments after `--` are passed to the program."""
     install_locked(session, *editable("lorax-core", "lorax-io"), *FINETUNE)
     session.run("python", "examples/finetune/finetune.py", *session.posargs)
 
 
 @nox.session(name="finetune-torch", python=OLDEST_PYTHON, venv_backend="virtualenv")
 def finetune_torch(session: nox.Session) -> None:
-    """The same example beside transformers' own Llama, and PEFT on PyTorch as the judge."""
+    """Runs the example also with transformers' Llama, and checks the adapter with PEFT."""
     install_torch(session, *editable("lorax-io"), *FINETUNE)
     session.install("--requirement", f"{PYTORCH}/requirements.txt")
     session.run("python", "examples/finetune/finetune_torch.py", *session.posargs)
@@ -487,9 +505,9 @@ def finetune_torch(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("backend", ["tpu", "cuda13"], ids=["tpu", "cuda13"])
 def large(session: nox.Session, backend: str) -> None:
-    """Compiles a step of 7 billion parameters for 16 TPU v5e or 8 H100, ours and hand-written.
+    """Compiles a step of a 7B model for 16 TPU v5e or 8 H100, ours and hand-written.
 
-    And in few bits for one of them.
+    Also compiles quantized models for one chip.
     """
     platform = backend.rstrip("0123456789")
     version = install_cell(session, "lorax-core", "newest", "--group", "accelerators")
@@ -501,37 +519,37 @@ def large(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def minilm(session: nox.Session) -> None:
-    """The same sentences, with a model of transformers. Arguments after `--` go to the program."""
+    """Runs the example with a Flax model of transformers. Arguments are passed to the program."""
     install_locked(session, *editable(*PACKAGES), *FINETUNE)
     session.run("python", "examples/finetune/minilm.py", *session.posargs)
 
 
 @nox.session
 def costs(session: nox.Session) -> None:
-    """Counts FLOPs and bytes, ours and hand-written. Arguments after `--` go to the program."""
+    """Counts FLOPs and bytes, ours and hand-written. Arguments are passed to the program."""
     install_locked(session, *editable("lorax-core"))
     session.run("python", "benchmarks/costs.py", *session.posargs)
 
 
 @nox.session
 def bases(session: nox.Session) -> None:
-    """Counts and times each format of a quantized base beside floats. Arguments as above."""
+    """Counts and times each format of a quantized base, relative to floats."""
     install_locked(session, *editable("lorax-core"))
     session.run("python", "benchmarks/bases.py", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def kinds(session: nox.Session) -> None:
-    """Counts and times each kind of adapter beside LoRA, and beside PEFT's. By pip, for torch."""
+    """Counts and times each kind of adapter, relative to LoRA and to PEFT. Installed with pip."""
     install_peers(session)
     session.run("python", "benchmarks/kinds.py", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def banks(session: nox.Session) -> None:
-    """Counts and times many adapters: trained in one step, and in rows. By pip, for torch.
+    """Counts and times many adapters in one step and in one batch. Installed with pip.
 
-    `--rounds N` after `--` goes to both programs.
+    `--rounds N` after `--` is passed to both programs.
     """
     install_peers(session)
     session.run("python", "benchmarks/bank_steps.py", *session.posargs)
@@ -540,14 +558,14 @@ def banks(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Times training steps: ours, hand-written, and with other libraries. By pip, for torch."""
+    """Times training steps: ours, hand-written, and with other libraries. Installed with pip."""
     install_peers(session)
     session.run("python", "benchmarks/bench.py", *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="virtualenv")
 def profile(session: nox.Session) -> None:
-    """Sorts the operations of a training step by what they are, in JAX and in PEFT on torch."""
+    """Profiles a training step by kind of operation, in JAX and in PEFT on torch."""
     install_peers(session)
     session.run("python", "benchmarks/profile_step.py", *session.posargs)
 

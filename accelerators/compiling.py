@@ -1,4 +1,4 @@
-"""Programs compiled for a mesh, and what the executable says of itself."""
+"""Compiles programs for a mesh, and reads the facts of their executables."""
 
 import collections
 import math
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# What has a name in the compiled text and yet no memory itself, or only a place
-# nearer to the processor for what is in memory already.
+# Instructions that do not allocate an array in memory: they only name one, or copy one to a place
+# nearer to the processor.
 NO_ARRAY = {"parameter", "get-tuple-element", "bitcast", "tuple", "copy-start", "copy-done"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -24,16 +24,16 @@ class Facts(NamedTuple):
     peak: int
     arguments: int
     temp: int
-    flops: float | None  # not known of a GPU
+    flops: float | None  # None for a GPU
     collectives: collections.Counter[str]
-    arrays: collections.Counter[int]  # how many are made of each number of entries
-    floats: collections.Counter[int]  # of these, arrays of floats of two bytes or more
+    arrays: collections.Counter[int]  # number of arrays of each size
+    floats: collections.Counter[int]  # those of floats of two bytes or more
 
 
 def compiled(fn: Callable[..., Any], *shapes: Any, donated: Sequence[int] = ()) -> Facts:
-    """Compiles `fn` for the devices that the shardings of `shapes` name.
+    """Compiles `fn` for the devices in the shardings of `shapes`.
 
-    `donated` are the arguments whose memory the results may take.
+    `donated` are the positions of donated arguments.
     """
     executable = jax.jit(fn, donate_argnums=donated).lower(*shapes).compile()
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
@@ -52,11 +52,9 @@ def compiled(fn: Callable[..., Any], *shapes: Any, donated: Sequence[int] = ()) 
 def _instructions(
     text: str,
 ) -> tuple[collections.Counter[str], collections.Counter[int], collections.Counter[int]]:
-    """How often each kind of instruction is in a program, and each size of its results.
+    """Counts instructions by kind, their results by size, and results of floats by size.
 
-    The last are those sizes of floats alone.
-
-    What happens within a fusion never leaves the processor, and is left out.
+    The instructions inside a fusion do not allocate arrays, and are left out.
     """
     kinds: collections.Counter[str] = collections.Counter()
     arrays: collections.Counter[int] = collections.Counter()
@@ -65,8 +63,8 @@ def _instructions(
     for line in text.splitlines():
         if start := COMPUTATION.match(line):
             fused = "fused" in start[1]
-        elif not fused and (found := INSTRUCTION.match(line)):
-            dtype, dims, kind = found.groups()
+        elif not fused and (instruction := INSTRUCTION.match(line)):
+            dtype, dims, kind = instruction.groups()
             # A collective that overlaps with other work is two instructions.
             kinds[kind.removesuffix("-start")] += 1
             if kind not in NO_ARRAY:
@@ -77,7 +75,7 @@ def _instructions(
 
 
 def on_mesh(mesh: Mesh, tree: Any, partition: Callable[[Any], PartitionSpec]) -> Any:
-    """Shapes of the leaves of `tree`, with a sharding each."""
+    """Shapes of the leaves of `tree`, each with a sharding."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition(leaf))
@@ -87,7 +85,7 @@ def on_mesh(mesh: Mesh, tree: Any, partition: Callable[[Any], PartitionSpec]) ->
 
 
 def shapes_of(mesh: Mesh, fn: Callable[..., Any], *shapes: Any) -> Any:
-    """The shapes of what `fn` returns, sharded as its arguments say; nothing is computed.
+    """The shapes and shardings of the results of `fn`; nothing is computed.
 
     Only a mesh with explicit axes carries shardings through a trace, so `fn` is traced on one.
     """

@@ -1,4 +1,4 @@
-"""Which platform the programs are compiled for, and the table of what came out."""
+"""The option `--platform`, and the table of results."""
 
 import pathlib
 import sys
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-# For `targets` and its neighbors, and for the models that the benchmarks have.
+# For the modules of this folder, and the models of the benchmarks.
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks")]
 
 from compiling import Facts  # noqa: E402
@@ -20,7 +20,7 @@ class Row(NamedTuple):
     target: str
     name: str
     ours: Facts
-    theirs: Facts
+    baseline: Facts
 
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -32,11 +32,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
-    config.addinivalue_line("markers", "every_target: not for the first chip of a platform alone")
+    config.addinivalue_line(
+        "markers", "every_target: run for every chip of a platform, not only for the first"
+    )
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes a `target` is run for the first one of the platform, or for `@every`."""
+    """Runs a test for the first target of the platform, or with `every_target` for each one."""
     if "target" in metafunc.fixturenames:
         platform = metafunc.config.getoption("platform")
         names = [name for name, target in TARGETS.items() if target.platform == platform]
@@ -51,10 +53,10 @@ def mesh(target):
 
 @pytest.fixture
 def report(request, target):
-    """Puts a program into the table at the end."""
+    """Adds a program to the table that is printed at the end."""
 
-    def add(name, ours, theirs):
-        request.config.stash[ROWS].append(Row(target, name, ours, theirs))
+    def add(name, ours, baseline):
+        request.config.stash[ROWS].append(Row(target, name, ours, baseline))
 
     return add
 
@@ -63,15 +65,17 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
-    say = terminalreporter.write_line
-    terminalreporter.section("bytes of one device, and ratios to what each is compared with")
-    say(f"{'target':8} {'program':44} {'peak':>12} {'arguments':>12} {'temp':>12} {'ratio of':>8}")
-    say(f"{'':8} {'':44} {'':12} {'':12} {'':12} {'peak':>8} {'FLOPs':>6}  collectives")
+    write = terminalreporter.write_line
+    terminalreporter.section("bytes of one device, and ratios to the baseline")
+    write(
+        f"{'target':8} {'program':44} {'peak':>12} {'arguments':>12} {'temp':>12} {'ratio of':>8}"
+    )
+    write(f"{'':8} {'':44} {'':12} {'':12} {'':12} {'peak':>8} {'FLOPs':>6}  collectives")
     for row in rows:
-        ours, theirs = row.ours, row.theirs
-        flops = f"{ours.flops / theirs.flops:6.3f}" if ours.flops and theirs.flops else "     –"
+        ours, baseline = row.ours, row.baseline
+        flops = f"{ours.flops / baseline.flops:6.3f}" if ours.flops and baseline.flops else "     –"
         moves = ", ".join(f"{n} {kind}" for kind, n in ours.collectives.items()) or "none"
-        say(
+        write(
             f"{row.target:8} {row.name:44} {ours.peak:12,} {ours.arguments:12,} {ours.temp:12,} "
-            f"{ours.peak / max(theirs.peak, 1):8.3f} {flops}  {moves}"
+            f"{ours.peak / max(baseline.peak, 1):8.3f} {flops}  {moves}"
         )

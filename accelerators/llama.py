@@ -1,4 +1,4 @@
-"""A Llama in plain JAX, its layers scanned and rematerialized, and its hand-written twin."""
+"""A Llama in plain JAX, scanned and rematerialized, and the same with hand-written LoRA."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from programs import Model
 
 
 class Size(NamedTuple):
-    """The sizes of a model; with `chunk`, so many queries meet all keys at once."""
+    """The sizes of a model. With `chunk`, attention runs over chunks of so many queries."""
 
     layers: int
     width: int
@@ -25,7 +25,7 @@ class Size(NamedTuple):
 
 SEVEN_BILLION = Size(layers=32, width=4096, hidden=11008, heads=32, vocabulary=32000)
 EIGHT_BILLION = Size(32, 4096, 14336, heads=32, vocabulary=128256, kv_heads=8, chunk=256)
-# 5 and 7 are factors of the weights' sizes, and not both of an activation's, however it is divided.
+# 5 and 7 divide the sizes of weights, but never both the size of an activation or of its shards.
 SMALL = Size(layers=4, width=5 * 64, hidden=7 * 128, heads=4, vocabulary=1024)
 
 
@@ -63,18 +63,18 @@ def rotate(x):
 
 
 def attention(q, k, v, chunk: int | None):
-    """Causal attention, by chunks of queries where there are some: scores are computed again."""
+    """Causal attention. With chunks of queries, the backward pass recomputes the scores."""
     if chunk is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     batch, length, heads, channels = q.shape
 
-    def some(queries, start):
+    def attend_chunk(queries, start):
         mask = start + jnp.arange(chunk)[:, None] >= jnp.arange(length)
         return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
 
     chunks = jnp.moveaxis(q.reshape(batch, -1, chunk, heads, channels), 1, 0)
     starts = jnp.arange(0, length, chunk)
-    mixed = jax.lax.map(lambda pair: jax.checkpoint(some)(*pair), (chunks, starts))
+    mixed = jax.lax.map(lambda pair: jax.checkpoint(attend_chunk)(*pair), (chunks, starts))
     return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
 
 
@@ -92,7 +92,7 @@ def block(dense: Callable[..., Any], size: Size, layer: Any, x):
 
 
 def run(dense: Callable[..., Any], size: Size, params: Any, layers: Any, tokens):
-    """The logits; by chunks, the mean loss, as all logits at once are larger than the model."""
+    """The logits, or with chunks the mean loss, since all logits are larger than the model."""
     step = jax.checkpoint(functools.partial(block, dense, size))
     x = params["embedding"][tokens]
     x, _ = jax.lax.scan(lambda x, layer: (step(layer, x), None), x, layers)
@@ -112,8 +112,8 @@ def model(size: Size) -> Callable[[Any, Any], Any]:
     return lambda params, tokens: run(dense, size, params, params["layers"], tokens)
 
 
-def by_hand(size: Size) -> Callable[[Any, Any, Any], Any]:
-    """`forward(factors, params, tokens) -> logits`, for adapters on every kernel of the layers."""
+def hand_written(size: Size) -> Callable[[Any, Any, Any], Any]:
+    """`forward(factors, params, tokens) -> logits`, with adapters on every kernel of the layers."""
 
     def dense(layer, name, x):
         params, factors = layer
@@ -130,19 +130,19 @@ def _losses(logits, targets):
     return jax.nn.logsumexp(logits.astype(jnp.float32), -1) - chosen.astype(jnp.float32)
 
 
-def loss(found, tokens):
-    """The mean loss of each token, given those before it; what is a loss already, as it is."""
-    return jnp.mean(_losses(found[:, :-1], tokens[:, 1:])) if found.ndim else found
+def loss(output, tokens):
+    """The mean loss of each token given those before it. An output that is a loss is returned."""
+    return jnp.mean(_losses(output[:, :-1], tokens[:, 1:])) if output.ndim else output
 
 
-# How the weights are sharded over a mesh of `data` by `model`, by the name of the weight.
+# The sharding of each weight over a mesh of `data` by `model`, by the weight's name.
 
 ALL = ("data", "model")
 COLUMN, ROW = P(None, None, "model"), P(None, "model")
 LAYOUTS: dict[str, dict[str, P]] = {
     # Every device has all weights, and a part of the batch.
     "data": {},
-    # Every device has a part of every weight, and fetches the rest when it is needed.
+    # Every device has a part of every weight, and gathers the rest for each use.
     "fully sharded": {
         **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), P(None, ALL)),
         "embedding": P(None, ALL),
@@ -158,7 +158,7 @@ BATCH = {"data": P(ALL), "fully sharded": P(ALL), "tensor": P("data")}
 
 
 def on(mesh: Any, size: Size, layout: str, batch: tuple[int, int], rank: int) -> Model:
-    """The model and its twin, with their shapes on a mesh."""
+    """The model, plain and hand-written, with shapes on a mesh."""
     placed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -168,4 +168,4 @@ def on(mesh: Any, size: Size, layout: str, batch: tuple[int, int], rank: int) ->
         shapes(size),
     )
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(mesh, BATCH[layout]))
-    return Model(model(size), by_hand(size), loss, placed, tokens, rank, where="layers/*")
+    return Model(model(size), hand_written(size), loss, placed, tokens, rank, where="layers/*")

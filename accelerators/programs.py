@@ -1,4 +1,4 @@
-"""What is compiled of a model: its forward pass, a training step, and the merge."""
+"""The programs that are compiled of a model: forward pass, training step, and merge."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ OPTIMIZER = optax.adam(1e-3)
 
 
 class Model(NamedTuple):
-    """A plain model and its hand-written twin, with the shapes that they are compiled for."""
+    """A model, plain and with hand-written LoRA, and the shapes for which it is compiled."""
 
     plain: Callable[..., Any]  # of (params, batch)
-    by_hand: Callable[..., Any]  # of (factors, params, batch)
+    hand_written: Callable[..., Any]  # of (factors, params, batch)
     loss: Callable[..., Any]  # of (output, batch)
     params: Any
     batch: Any
@@ -27,17 +27,17 @@ class Model(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A function and its arguments, in each of its forms."""
+    """A program, ours and hand-written, each as a function followed by its arguments."""
 
     name: str
     ours: tuple[Any, ...]
-    by_hand: tuple[Any, ...]
-    plain: tuple[Any, ...] | None  # without adapters, where that means something
-    sizes: set[int]  # how many entries an adapted weight has, and one device's part of it
+    hand_written: tuple[Any, ...]
+    plain: tuple[Any, ...] | None  # without adapters, or None for programs that need them
+    sizes: set[int]  # entries of an adapted weight, and of one device's shard of it
 
 
 def programs(mesh: Any, model: Model) -> Iterator[Program]:
-    """The programs of a model, one after the other."""
+    """Yields the programs of a model."""
     params, batch = model.params, model.batch
     spec = lorax.infer_spec(
         model.plain, params, batch, rank=model.rank, where=model.where, skip_small=False
@@ -56,21 +56,21 @@ def programs(mesh: Any, model: Model) -> Iterator[Program]:
     yield Program(
         "forward",
         (ours, tunable, frozen, batch),
-        (model.by_hand, factors, params, batch),
+        (model.hand_written, factors, params, batch),
         (model.plain, params, batch),
         sizes,
     )
     yield Program(
         "training step",
         (step_of(ours, model.loss), tunable, states[0], frozen, batch),
-        (step_of(model.by_hand, model.loss), factors, states[1], params, batch),
+        (step_of(model.hand_written, model.loss), factors, states[1], params, batch),
         None,
         sizes,
     )
     yield Program(
         "merge",
         (lambda tunable, frozen: lorax.merge_params(frozen, tunable), tunable, frozen),
-        (merge_by_hand, factors, params),
+        (hand_written_merge, factors, params),
         None,
         sizes,
     )
@@ -88,8 +88,8 @@ def step_of(forward: Callable[..., Any], loss: Callable[..., Any]) -> Callable[.
     return step
 
 
-def merge_by_hand(factors: Any, params: Any) -> Any:
-    """Every weight plus its delta, as one would write it."""
+def hand_written_merge(factors: Any, params: Any) -> Any:
+    """Every weight plus its delta."""
 
     def add(weight, pair):
         if pair is None:
@@ -105,7 +105,7 @@ def is_lora(node: Any) -> bool:
 
 
 def weight_sizes(tunable: Any, frozen: Any) -> set[int]:
-    """How many entries an adapted weight has: all of it or one device's part, stacked or not."""
+    """Entries of an adapted weight: of all or one device's shard, of a stack or one layer."""
     sizes: set[int] = set()
 
     def collect(base, weight):

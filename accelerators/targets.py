@@ -1,7 +1,7 @@
-"""The chips that programs are compiled for, on a machine that need not have one.
+"""The chips for which programs are compiled, on a machine without them.
 
-XLA's compilers for TPU and GPU run on any host: the first comes with libtpu, the second with JAX's
-CUDA plugin and needs a description of the chip, which the `.txtpb` files beside this one hold.
+XLA's compilers for TPU and GPU run on any host. The first comes with libtpu, the second with JAX's
+CUDA plugin. The second also needs a description of the chip, which the `.txtpb` files contain.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 class Target(NamedTuple):
-    """Some chips of one kind, joined as `topology` says."""
+    """Chips of one kind in a topology."""
 
     platform: str
     topology: str
@@ -48,7 +48,7 @@ SHAPES = {4: (2, 2), 8: (4, 2), 16: (4, 4)}
 
 
 def mesh_of(target: Target) -> Mesh:
-    """All chips of a target, as a mesh of `data` by `model`."""
+    """A mesh of `data` by `model` over all chips of a target."""
     devices = target.devices()
     grid = np.array(devices).reshape(SHAPES[len(devices)])
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -1,4 +1,4 @@
-"""Models of transformers, adapted as their users would, compiled for chips that are not here."""
+"""Models of transformers, adapted as a user would, compiled without a device."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ VIT = transformers.ViTConfig(
     hidden_size=320, num_hidden_layers=2, num_attention_heads=4, intermediate_size=896,
     image_size=8, patch_size=8,
 )  # fmt: skip
-# As in test_core.py, a device's tokens are a power of two: an image of one patch has two.
+# As in test_core.py, the number of tokens is a power of two: an image of one patch has two tokens.
 TOKENS, IMAGES = ((2, 32), jnp.int32), ((8, 3, 8, 8), jnp.float32)
 MODELS = {
     "GPT-2": (transformers.FlaxGPT2LMHeadModel, GPT2, "input_ids", TOKENS),
@@ -31,8 +31,8 @@ EVERYWHERE = P(("data", "model"))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(mesh, report, name):
-    """Each device has all weights and a part of the batch; nothing of a weight's size is built."""
+def test_models_create_no_weight_sized_array(mesh, report, name):
+    """Each device has all weights and a part of the batch."""
     cls, config, argument, ((first, *rest), dtype) = MODELS[name]
     model = cls(config, _do_init=False)
     params = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), model.input_shape))
@@ -52,9 +52,11 @@ def test_models(mesh, report, name):
         return adapted(**{argument: batch}, params=(frozen, tunable)).logits
 
     def on_vectors(vectors, kernels, batch):
-        return plain(jax.tree.map(either, vectors, kernels, is_leaf=lambda x: x is None), batch)
+        return plain(
+            jax.tree.map(first_not_none, vectors, kernels, is_leaf=lambda x: x is None), batch
+        )
 
-    # The model without adapters trains what it has beside kernels, in every layer.
+    # For comparison, the model without adapters trains everything but its kernels.
     vectors = jax.tree.map(lambda leaf: leaf if leaf.ndim < 2 else None, params)
     kernels = jax.tree.map(lambda leaf: leaf if leaf.ndim >= 2 else None, params)
     step, base = step_of(ours, loss), step_of(on_vectors, loss)
@@ -66,15 +68,17 @@ def test_models(mesh, report, name):
         ),
     }
     for program, (adapted_form, plain_form) in programs.items():
-        found, expected = compiled(*adapted_form), compiled(*plain_form)
-        report(f"{name}: {program}", found, expected)
+        adapted_facts, plain_facts = compiled(*adapted_form), compiled(*plain_form)
+        report(f"{name}: {program}", adapted_facts, plain_facts)
         for size in weight_sizes(tunable, frozen):
-            assert found.arrays[size] <= expected.arrays[size], f"{program}: {size} entries"
+            assert adapted_facts.arrays[size] <= plain_facts.arrays[size], (
+                f"{program}: {size} entries"
+            )
 
 
 def loss(logits, _):
     return jnp.mean(logits**2)
 
 
-def either(vector, kernel):
+def first_not_none(vector, kernel):
     return kernel if vector is None else vector

@@ -1,4 +1,4 @@
-"""Adapters read from a file, compiled for chips that are not here: the program does not change."""
+"""Programs on adapters that were read from a file, compiled without a device."""
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ def peft(folder, tunable, params):
     return lorax_io.load_peft(folder, params, names)[1]
 
 
-@pytest.mark.parametrize("through", [native, peft])
-def test_a_loaded_adapter(mesh, report, tmp_path, through):
+@pytest.mark.parametrize("roundtrip", [native, peft])
+def test_loaded_adapter_gives_the_same_program(mesh, report, tmp_path, roundtrip):
     params = {
         "up": {"kernel": jnp.ones((WIDTH, HIDDEN))},
         "down": {"kernel": jnp.ones((HIDDEN, WIDTH))},
@@ -37,7 +37,7 @@ def test_a_loaded_adapter(mesh, report, tmp_path, through):
     frozen, tunable = lorax.init_lora(
         params, {"up": {"kernel": 8}, "down": {"kernel": 4}}, jax.random.key(0)
     )
-    loaded = through(tmp_path, random_factors(tunable, jax.random.key(1)), params)
+    loaded = roundtrip(tmp_path, random_factors(tunable, jax.random.key(1)), params)
 
     def adapted(tunable, frozen, x):
         return lorax.lora(model, on_materialize="error")((frozen, tunable), x)
@@ -46,7 +46,7 @@ def test_a_loaded_adapter(mesh, report, tmp_path, through):
     x = on_mesh(mesh, x, lambda _: P(("data", "model")))
     trees = [on_mesh(mesh, tree, lambda _: P()) for tree in (tunable, loaded, frozen, params)]
     before, after = (compiled(adapted, tree, trees[2], x) for tree in trees[:2])
-    report(f"{through.__name__} file: forward", after, before)
+    report(f"{roundtrip.__name__} file: forward", after, before)
     assert after == before
     base = compiled(model, trees[3], x)
     assert after.arrays[WIDTH * HIDDEN] <= base.arrays[WIDTH * HIDDEN]

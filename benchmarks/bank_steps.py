@@ -1,9 +1,9 @@
-"""Counts and times a training step of many adapters, beside one adapter on all of their rows.
+"""Counts and times a training step of many adapters, relative to one adapter on all of their rows.
 
-    python benchmarks/bank_steps.py [--rounds N] [--works NAME ...] [--slots N]
+    python benchmarks/bank_steps.py [--rounds N] [--workloads NAME ...] [--slots N]
 
-The adapters have ranks of 4 to 64 in turn, and their own scales and rates. In float64, the
-factors of each are compared with those of the same adapter trained alone.
+The ranks cycle through 4 to 64, and each adapter has its own scale and learning rate. In float64,
+the factors of each are compared with those of the same adapter trained alone.
 """
 
 import argparse
@@ -22,26 +22,26 @@ from lorax.testing import random_factors
 from models import Model, blocks
 from steps import objective
 from variants import run_milliseconds
-from works import gpt
+from workloads import gpt
 
 RANKS = (4, 8, 16, 64)
 
-WORKS: dict[str, Callable[..., Model]] = {
+WORKLOADS: dict[str, Callable[..., Model]] = {
     "GPT": gpt,
     "GPT, scan + remat": partial(gpt, scan=True, remat=True),
 }
 
-# The same in float64 takes gigabytes for 32 adapters; whether factors differ does not need width.
+# In float64 the models above take gigabytes for 32 adapters. Comparing factors does not need width.
 SMALL: dict[str, Callable[..., Model]] = {
     "GPT": partial(blocks, 4, batch=1, time=8),
     "GPT, scan + remat": partial(blocks, 4, batch=1, time=8, scan=True, remat=True),
 }
 
-HEADER = "| work | adapters | FLOPs | temporary bytes | time |\n|---|---|---:|---:|---:|"
+HEADER = "| workload | adapters | FLOPs | temporary bytes | time |\n|---|---|---:|---:|---:|"
 
 
 def adapter(model: Model, seed: int, rank: int, alpha: float) -> Any:
-    """Random factors that keep many layers tame."""
+    """An adapter with random factors, scaled down so that activations stay bounded."""
     spec = lorax.infer_spec(
         model.apply,
         model.params,
@@ -56,13 +56,13 @@ def adapter(model: Model, seed: int, rank: int, alpha: float) -> Any:
 
 
 def adapters(model: Model, slots: int) -> list[Any]:
-    """One for each slot, of other ranks and scales."""
-    made = ((k, RANKS[k % len(RANKS)]) for k in range(slots))
-    return [adapter(model, k, rank, rank * (1 + k / slots)) for k, rank in made]
+    """One for each slot, with different ranks and scales."""
+    ranks = [RANKS[k % len(RANKS)] for k in range(slots)]
+    return [adapter(model, k, rank, rank * (1 + k / slots)) for k, rank in enumerate(ranks)]
 
 
 def step_of(model: Model) -> Callable[..., Any]:
-    """A step of gradient descent on (tunable, rows, rate), with the scales of a bank or without."""
+    """A step of gradient descent on (tunable, rows, rate), with or without the scales of a bank."""
     adapted = lorax.lora(model.apply, on_materialize="error", on_unused="error")
 
     def loss(tunable, rows, scales):
@@ -82,7 +82,7 @@ def rates_of(slots: int) -> jax.Array:
 
 
 def difference(model: Model, slots: int, steps: int = 2) -> float:
-    """The largest of the factors, relative to the largest factor, between together and alone."""
+    """The largest relative difference of factors, trained in one bank and trained alone."""
     trees, rates = adapters(model, slots), rates_of(slots)
     batches = jax.random.normal(jax.random.key(9), (steps, slots, *model.batch.shape))
     bank = lorax.stack_adapters(trees)
@@ -91,20 +91,20 @@ def difference(model: Model, slots: int, steps: int = 2) -> float:
     tunable = bank.tunable
     for rows in batches:
         _, tunable = together(tunable, rows, rates, bank.scales)
-    found = lorax.unstack_adapters(dataclasses.replace(bank, tunable=tunable))
+    from_bank = lorax.unstack_adapters(dataclasses.replace(bank, tunable=tunable))
     alone = jax.jit(step)
     worst = 0.0
     for k, tree in enumerate(trees):
         for rows in batches:
             _, tree = alone(tree, rows[k], rates[k])
-        for one, two in zip(jax.tree.leaves(found[k]), jax.tree.leaves(tree), strict=True):
+        for one, two in zip(jax.tree.leaves(from_bank[k]), jax.tree.leaves(tree), strict=True):
             worst = max(worst, float(abs(one - two).max() / abs(two).max()))
     return worst
 
 
 def table(name: str, slots: int, rounds: int) -> str:
-    """All adapters in one step, and one adapter of the bank's rank on the rows of all."""
-    one_row = WORKS[name](batch=1)
+    """All adapters in one step, and one adapter of the bank's rank on all rows."""
+    one_row = WORKLOADS[name](batch=1)
     step, rates = step_of(one_row), rates_of(slots)
     bank = lorax.stack_adapters(adapters(one_row, slots))
     rows = jax.random.normal(jax.random.key(9), (slots, *one_row.batch.shape))
@@ -113,34 +113,32 @@ def table(name: str, slots: int, rounds: int) -> str:
         f"1, rank {max(RANKS)}": (step, (wide, rows.reshape(-1, *rows.shape[2:]), rates[0])),
         f"{slots}, ranks {RANKS}": (jax.vmap(step), (bank.tunable, rows, rates, bank.scales)),
     }
-    made = {way: compiled(fn, *args) for way, (fn, args) in runs.items()}
-    calls = {way: partial(made[way], *args) for way, (_, args) in runs.items()}
-    times = paired({way: partial(run_milliseconds, call) for way, call in calls.items()}, rounds)
-    counts = {way: count(run) for way, run in made.items()}
+    executables = {row: compiled(fn, *args) for row, (fn, args) in runs.items()}
+    calls = {row: partial(executables[row], *args) for row, (_, args) in runs.items()}
+    times = paired({row: partial(run_milliseconds, call) for row, call in calls.items()}, rounds)
+    counts = {row: count(run) for row, run in executables.items()}
     first = next(iter(runs))
     lines = []
-    for way, found in counts.items():
-        flops = found.flops / counts[first].flops
-        temporary = found.temp_bytes / counts[first].temp_bytes
-        cells = f"{flops:.3f} | {temporary:.3f} | {ratio(times[way], times[first])}"
-        lines.append(f"| {name} | {way} | {cells} |")
+    for row, counted in counts.items():
+        flops = counted.flops / counts[first].flops
+        temporary = counted.temp_bytes / counts[first].temp_bytes
+        cells = f"{flops:.3f} | {temporary:.3f} | {ratio(times[row], times[first])}"
+        lines.append(f"| {name} | {row} | {cells} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="of paired runs; 0 only counts")
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--slots", type=int, default=32)
     options = parser.parse_args()
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}\n\n{HEADER}", flush=True)
-    for name in options.works:
+    for name in options.workloads:
         print(table(name, options.slots, options.rounds), flush=True)
-    print(
-        "\nFactors of 4 blocks of width 128 after two steps, together against alone, in float64:\n"
-    )
+    print("\nFactors of 4 blocks of width 128 after two steps in float64, in a bank and alone:\n")
     with jax.enable_x64(True):
-        for name in options.works:
+        for name in options.workloads:
             worst = difference(to_double(SMALL[name]()), options.slots)
             print(f"- {name}: {worst:.0e}", flush=True)
 

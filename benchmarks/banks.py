@@ -1,9 +1,10 @@
-"""Counts and times rows of mixed adapters, beside the base and beside one adapter for all rows.
+"""Counts and times batches whose rows use different adapters.
 
     python benchmarks/banks.py [--rounds N] [--slots N] [--no-peer]
 
-FLOPs and bytes are XLA's count of the compiled program; the time is the median ratio of paired
-runs, to the base. PEFT's ratio is to the same base in PyTorch.
+Each is compared with the base, and with one adapter for all rows. FLOPs and bytes are XLA's count
+of the compiled program. The time is the median ratio of paired runs to the base. PEFT's ratio is to
+the same base in PyTorch.
 """
 
 import argparse
@@ -25,17 +26,17 @@ WIDTH, HIDDEN, LAYERS, RANK, ROWS = 1024, 4096, 2, 16, 64
 STEPS = 16
 
 
-class Work(NamedTuple):
-    """What a row is, and how often each program runs on its own output, in one compiled loop."""
+class Workload(NamedTuple):
+    """The tokens of a row, and how often a program runs on its own output in one compiled loop."""
 
     tokens: int
     steps: int = 1
 
 
-WORKS = {
-    "decoding, 1 token": Work(1),
-    f"decoding, {STEPS} steps of 1 token": Work(1, STEPS),
-    "prefill, 128 tokens": Work(128),
+WORKLOADS = {
+    "decoding, 1 token": Workload(1),
+    f"decoding, {STEPS} steps of 1 token": Workload(1, STEPS),
+    "prefill, 128 tokens": Workload(128),
 }
 
 HEADER = (
@@ -45,21 +46,21 @@ HEADER = (
 
 
 def model(params: Any, x: jax.Array) -> jax.Array:
-    """Blocks of two products."""
+    """Residual blocks of two products."""
     for layer in params:
         x = x + jax.nn.relu(x @ layer["up"]) @ layer["down"]
     return x
 
 
 class Served(NamedTuple):
-    """A program and what it is called with, the rows first."""
+    """A program and its arguments, rows first."""
 
     program: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
 def repeated(program: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """The program on its own output, as tokens are decoded."""
+    """The program applied to its own output, as in decoding."""
     if steps == 1:
         return program
 
@@ -70,7 +71,7 @@ def repeated(program: Callable[..., Any], steps: int) -> Callable[..., Any]:
 
 
 def programs(slots: int, tokens: int) -> dict[str, Served]:
-    """All ways to compute the same rows, and the base."""
+    """All programs that compute the same rows, and the base."""
     keys = iter(jax.random.split(jax.random.key(0), 2 * LAYERS + slots + 1))
     params = [
         {
@@ -100,7 +101,7 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
 
         return jax.vmap(row)(x, index)
 
-    def by_hand(x, params, factors, index):
+    def hand_written(x, params, factors, index):
         def row(x, k):
             for layer, pairs in zip(params, jax.tree.map(lambda f: f[k], factors), strict=True):
                 up, down = pairs["up"], pairs["down"]
@@ -112,8 +113,8 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
 
     def in_turn(x, params, trees):
         rows = x.reshape(-1, slots, *x.shape[1:])
-        made = [one(rows[:, k], params, tree) for k, tree in enumerate(trees)]
-        return jnp.stack(made, 1).reshape(x.shape)
+        outputs = [one(rows[:, k], params, tree) for k, tree in enumerate(trees)]
+        return jnp.stack(outputs, 1).reshape(x.shape)
 
     def mixed(x, params, bank, index):
         def row(x, k):
@@ -122,7 +123,7 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
         return jax.vmap(row)(x, index)
 
     def grouped(x, params, bank):
-        """The rows of each adapter side by side, and the bank mapped over like the rows."""
+        """Groups the rows by adapter, and maps over the bank and the groups together."""
 
         def of_slot(tunable, scales, rows):
             pair = (params, lorax.with_scales(tunable, scales))
@@ -141,51 +142,51 @@ def programs(slots: int, tokens: int) -> dict[str, Served]:
         f"{slots}, `mix_adapters`, interleaved": Served(mixed, (x, params, interleaved, index)),
         f"{slots}, rows grouped by adapter": Served(grouped, (x, params, bank)),
         f"{slots}, hand-written `vmap`": Served(
-            by_hand, (x, params, as_factors(bank.tunable), index)
+            hand_written, (x, params, as_factors(bank.tunable), index)
         ),
         f"{slots}, one at a time": Served(in_turn, (x, params, trees)),
     }
 
 
-def peft_runs(slots: int, work: Work) -> dict[str, Callable[[], Any]]:
-    """Rows of mixed adapters in PEFT, and its base. It needs PyTorch."""
+def peft_runs(slots: int, workload: Workload) -> dict[str, Callable[[], Any]]:
+    """The same batches in PEFT, and its base. Needs PyTorch."""
     from peers import peft_banks
 
-    x = np.asarray(jax.random.normal(jax.random.key(1), (ROWS, work.tokens, WIDTH)))
-    return peft_banks.runs(WIDTH, HIDDEN, LAYERS, RANK, slots, x, work.steps)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (ROWS, workload.tokens, WIDTH)))
+    return peft_banks.runs(WIDTH, HIDDEN, LAYERS, RANK, slots, x, workload.steps)
 
 
 def table(slots: int, rounds: int, peer: bool) -> str:
-    """Each way as a ratio to the base."""
+    """One row for each program, relative to the base."""
     lines = [HEADER]
-    for name, work in WORKS.items():
-        made = programs(slots, work.tokens)
+    for name, workload in WORKLOADS.items():
+        served_programs = programs(slots, workload.tokens)
         runs = {
-            way: compiled(repeated(served.program, work.steps), *served.arguments)
-            for way, served in made.items()
+            row: compiled(repeated(served.program, workload.steps), *served.arguments)
+            for row, served in served_programs.items()
         }
         calls: dict[str, Callable[[], Any]] = {
-            way: partial(runs[way], *served.arguments) for way, served in made.items()
+            row: partial(runs[row], *served.arguments) for row, served in served_programs.items()
         }
-        of_peft = peft_runs(slots, work) if peer and rounds else {}
+        peft_calls = peft_runs(slots, workload) if peer and rounds else {}
         times = paired(
-            {w: partial(run_milliseconds, c) for w, c in (calls | of_peft).items()}, rounds
+            {row: partial(run_milliseconds, c) for row, c in (calls | peft_calls).items()}, rounds
         )
         base = counts(runs["none"])
-        for way, run in runs.items():
+        for row, run in runs.items():
             cells = [f"{x / y:.3f}" for x, y in zip(counts(run), base, strict=True)]
-            cells.append(ratio(times[way], times["none"]))
-            lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
-        for way in of_peft:
-            cells = ["–", "–", "–", ratio(times[way], times["PEFT on torch, none"])]
-            lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
+            cells.append(ratio(times[row], times["none"]))
+            lines.append(f"| {name} | {row} | {' | '.join(cells)} |")
+        for row in peft_calls:
+            cells = ["–", "–", "–", ratio(times[row], times["PEFT on torch, none"])]
+            lines.append(f"| {name} | {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def counts(run: Any) -> tuple[float, float, float]:
-    """FLOPs, bytes that are read and written, and temporary bytes of a compiled program."""
-    found = count(run)
-    return found.flops, run.cost_analysis()["bytes accessed"], found.temp_bytes
+    """FLOPs, bytes read and written, and temporary bytes of a compiled program."""
+    counted = count(run)
+    return counted.flops, run.cost_analysis()["bytes accessed"], counted.temp_bytes
 
 
 def main() -> None:

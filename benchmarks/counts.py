@@ -1,4 +1,4 @@
-"""What XLA says of a compiled program, what JAX keeps for its gradient, and how long both take."""
+"""XLA's analysis of a compiled program, the bytes kept for its gradient, and its times."""
 
 import gc
 import math
@@ -22,7 +22,7 @@ class Counts(NamedTuple):
 
 
 def count(compiled: Any) -> Counts:
-    """XLA's analysis of an executable, in which a loop's body counts once."""
+    """XLA's analysis of an executable. The body of a loop counts once."""
     memory = compiled.memory_analysis()
     instructions = re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
     return Counts(
@@ -39,10 +39,10 @@ def compiled(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def residual_bytes(loss: Callable[..., Any], x: Any, *args: Any) -> int:
-    """What the derivative of `loss` by x holds on to, without what it was called with anyway.
+    """Bytes kept between the forward and backward pass of `loss`, excluding its arguments.
 
-    It counts as `lorax.explain` does for `kept_bytes`: codes of four bits are half a byte, and an
-    array that is held twice counts once.
+    Counts like `kept_bytes` of `lorax.explain`: a code of four bits is half a byte, and an array
+    that is kept twice counts once.
     """
 
     def kept(x, *args):
@@ -65,21 +65,21 @@ T = TypeVar("T")
 
 
 def paired(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each measures in each round; a ratio within a round is of neighbors in time."""
-    taken: dict[str, list[T]] = {name: [] for name in measures}
+    """The result of each measurement in each round, so that ratios compare runs close in time."""
+    results: dict[str, list[T]] = {name: [] for name in measures}
     order = random.Random(0)
     for _ in range(rounds):
-        # Who went before leaves caches, memory and threads in another state. In turns, that
-        # would always be the same one.
+        # Random order: each measurement changes caches, memory and threads for the next one, which
+        # in a fixed order would always be the same.
         for name in order.sample(list(measures), len(measures)):
-            taken[name].append(measures[name]())
-    return taken
+            results[name].append(measures[name]())
+    return results
 
 
 class Seconds(NamedTuple):
-    """Of a first call, from empty caches."""
+    """Times of a first call, from empty caches."""
 
-    trace: float  # of this thread alone, so that other work on the machine counts less
+    trace: float  # CPU time of this thread, which depends less on other load
     call: float  # tracing, lowering, compiling and running
 
 

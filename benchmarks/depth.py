@@ -1,10 +1,10 @@
-"""What the number of layers costs before the first step: a PyTorch module with and without a scan.
+"""Times tracing and compiling a PyTorch module by its number of layers, with and without a scan.
 
     python benchmarks/depth.py [--layers N …] [--rounds N]
 
-A Llama of small layers with LoRA on all of them; the program is the gradient of its loss. Equations
-are those of the traced program, with those of the bodies of its loops; seconds are the least of the
-rounds, which take turns.
+The program is the gradient of the loss of a Llama with small layers, all of them with LoRA.
+Equations are those of the traced program, including the bodies of its loops. Seconds are the
+minimum over rounds, which alternate between the two.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def program(layers: int, scan: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The gradient of a loss, and what it is called with."""
+    """The gradient of a loss, and its arguments."""
     config = transformers.LlamaConfig(**SIZES, **HEADS, num_hidden_layers=layers)
     model = transformers.LlamaForCausalLM(config)
     fn, params = lorax_hf.from_torch(model, scan_layers=scan)
@@ -42,7 +42,7 @@ def program(layers: int, scan: bool) -> tuple[Callable[..., Any], tuple[Any, ...
 
 
 def seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, float, int]:
-    """Of tracing and of compiling, from empty caches, and the equations between."""
+    """Trace time and compile time from empty caches, and the number of equations."""
     jax.clear_caches()
     start = time.perf_counter()
     traced = jax.jit(lambda *args: fn(*args)).trace(*args)
@@ -52,7 +52,7 @@ def seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, float
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner programs too."""
+    """All equations, including those of inner programs."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         for value in equation.params.values():
@@ -68,12 +68,12 @@ def main() -> None:
     options = parser.parse_args()
     print("| layers | | equations | trace | compile |\n|---|---|---|---|---|")
     for layers in options.layers:
-        ways = {"unrolled": program(layers, False), "scanned": program(layers, True)}
-        runs = {way: (lambda made=made: seconds(*made)) for way, made in ways.items()}
-        for way, found in paired(runs, options.rounds).items():
-            trace, compiling, count = (min(column) for column in zip(*found, strict=True))
+        programs = {"unrolled": program(layers, False), "scanned": program(layers, True)}
+        runs = {row: (lambda made=made: seconds(*made)) for row, made in programs.items()}
+        for row, results in paired(runs, options.rounds).items():
+            trace, compiling, count = (min(column) for column in zip(*results, strict=True))
             print(
-                f"| {layers} | {way} | {count:,} | {trace:.1f} s | {compiling:.1f} s |", flush=True
+                f"| {layers} | {row} | {count:,} | {trace:.1f} s | {compiling:.1f} s |", flush=True
             )
 
 

@@ -1,4 +1,4 @@
-"""Models whose modules are a library's own, with hand-written LoRA into the same parameters."""
+"""Models made of a library's modules, and hand-written versions with the same parameters."""
 
 import flax.linen as nn
 import jax
@@ -32,17 +32,17 @@ def linen_attention(layers=4, width=512, heads=8, batch=4, time=128) -> Model:
     module = Attention(layers, heads)
     x = jax.random.normal(jax.random.key(1), (batch, time, width))
 
-    def forward(way, factors, params, x):
+    def forward(ops, factors, params, x):
         for k in range(layers):
             f, p = factors[f"attention_{k}"], params[f"attention_{k}"]
             h = layer_norm(params[f"norm_{k}"], x, 1e-6)
             q, k, v = (
-                way.to_heads(f[name]["kernel"], p[name]["kernel"], h) + p[name]["bias"]
+                ops.to_heads(f[name]["kernel"], p[name]["kernel"], h) + p[name]["bias"]
                 for name in ("query", "key", "value")
             )
             scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q / q.shape[-1] ** 0.5, k))
             mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, v)
-            x = x + way.from_heads(f["out"]["kernel"], p["out"]["kernel"], mixed) + p["out"]["bias"]
+            x = x + ops.from_heads(f["out"]["kernel"], p["out"]["kernel"], mixed) + p["out"]["bias"]
         return x
 
     params = module.init(jax.random.key(0), x)["params"]
@@ -56,31 +56,31 @@ def flax_gpt2(batch=2, time=64, **sizes) -> Model:
     model = FlaxGPT2Model(config, seed=0)
     tokens = jax.random.randint(jax.random.key(1), (batch, time), 0, config.vocab_size)
 
-    def linear(way, f, p, x):
-        return way.transposed(f["kernel"], p["kernel"], x) + p["bias"]
+    def linear(ops, f, p, x):
+        return ops.transposed(f["kernel"], p["kernel"], x) + p["bias"]
 
     def norm(p, x):
         return layer_norm(p, x, config.layer_norm_epsilon)
 
-    def forward(way, factors, params, tokens):
+    def forward(ops, factors, params, tokens):
         x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][: tokens.shape[1]]
         for k in range(config.n_layer):
             f, p = factors["h"][str(k)], params["h"][str(k)]
-            h = linear(way, f["attn"]["c_attn"], p["attn"]["c_attn"], norm(p["ln_1"], x))
+            h = linear(ops, f["attn"]["c_attn"], p["attn"]["c_attn"], norm(p["ln_1"], x))
             heads = (split_heads(part, config.n_head) for part in jnp.split(h, 3, -1))
             mixed = attend(*heads)
             mixed = mixed.reshape(*mixed.shape[:2], -1)
-            x = x + linear(way, f["attn"]["c_proj"], p["attn"]["c_proj"], mixed)
-            h = linear(way, f["mlp"]["c_fc"], p["mlp"]["c_fc"], norm(p["ln_2"], x))
-            x = x + linear(way, f["mlp"]["c_proj"], p["mlp"]["c_proj"], jax.nn.gelu(h))
+            x = x + linear(ops, f["attn"]["c_proj"], p["attn"]["c_proj"], mixed)
+            h = linear(ops, f["mlp"]["c_fc"], p["mlp"]["c_fc"], norm(p["ln_2"], x))
+            x = x + linear(ops, f["mlp"]["c_proj"], p["mlp"]["c_proj"], jax.nn.gelu(h))
         return norm(params["ln_f"], x)
 
     def apply(params, tokens):
         return model(tokens, params=params, train=False).last_hidden_state
 
     def call(method, first, tokens):
-        places = jnp.broadcast_to(jnp.arange(time), tokens.shape)
-        return method(first, tokens, jnp.ones_like(tokens), places, return_dict=False)
+        positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
+        return method(first, tokens, jnp.ones_like(tokens), positions, return_dict=False)
 
-    library = Library(apply, model.module, call, lambda found: found[0])
+    library = Library(apply, model.module, call, lambda outputs: outputs[0])
     return Model(forward, model.params, tokens, library, "h/*", Leaf(("h", "0", "ln_1", "bias")))

@@ -1,6 +1,6 @@
 """The benchmarked models, each written once.
 
-`way` says what takes the place of each adapted weight: nothing in here knows about LoRA.
+`ops` computes each use of a weight (see layer_ops.py), so nothing in this file knows about LoRA.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ways import PLAIN, Plain
+from layer_ops import PLAIN, PlainOps
 
 
 class Leaf(NamedTuple):
@@ -24,32 +24,32 @@ class Leaf(NamedTuple):
         return functools.reduce(lambda tree, name: tree[name], self.path, params)
 
     def replace(self, params: Any, leaf: jax.Array) -> Any:
-        """The parameters, with another one in its place."""
+        """The parameters with this one replaced."""
         first, *rest = self.path
-        below = Leaf(tuple(rest)).replace(params[first], leaf) if rest else leaf
-        return {**params, first: below}
+        subtree = Leaf(tuple(rest)).replace(params[first], leaf) if rest else leaf
+        return {**params, first: subtree}
 
 
 class Library(NamedTuple):
-    """The model in a library's own modules."""
+    """The model made of a library's modules."""
 
     apply: Callable[[Any, Any], Any]  # (params, batch) -> output
-    module: Any  # of Linen
+    module: Any  # a Linen module
     # (its `init` or `apply`, the first argument, batch)
     call: Callable[[Any, Any, Any], Any] = lambda method, first, batch: method(first, batch)
-    output: Callable[[Any], Any] = lambda found: found  # out of what `apply` returns
+    output: Callable[[Any], Any] = lambda outputs: outputs  # from what `apply` returns
 
 
 class Model(NamedTuple):
-    """A function of a way, the factors, the parameters and a batch, with both of the latter."""
+    """`forward(ops, factors, params, batch)`, with parameters and a batch."""
 
-    forward: Callable[[Plain, Any, Any, Any], Any]
+    forward: Callable[[PlainOps, Any, Any, Any], Any]
     params: Any
     batch: Any
     library: Library | None = None
     where: Any = "*"  # which weights are adapted, as `lorax.infer_spec` takes it
-    bottom: Leaf | None = None  # near the input, where the batch has no gradient
-    stack: int = 0  # layers that a scan goes over, where the parameters are stacked
+    bottom: Leaf | None = None  # a parameter near the input, for batches that have no gradient
+    stack: int = 0  # number of stacked layers that a scan goes over
 
     def apply(self, params: Any, batch: Any) -> Any:
         """The output without LoRA."""
@@ -57,13 +57,13 @@ class Model(NamedTuple):
             return self.library.apply(params, batch)
         return self.forward(PLAIN, jax.tree.map(lambda _: None, params), params, batch)
 
-    def written(self, way: Plain) -> Callable[[Any, Any, Any], Any]:
+    def with_ops(self, ops: PlainOps) -> Callable[[Any, Any, Any], Any]:
         """The model with LoRA written into it: a function of factors, parameters and a batch."""
-        return lambda factors, params, batch: self.forward(way, factors, params, batch)
+        return lambda factors, params, batch: self.forward(ops, factors, params, batch)
 
 
 def kernel(key, *shape):
-    """Of a stack, every entry has the fan-in of all but its last axis."""
+    """A random kernel whose fan-in is the product of all axes but the last."""
     return jax.random.normal(key, shape) / math.prod(shape[:-1]) ** 0.5
 
 
@@ -91,16 +91,16 @@ def attend(q, k, v):
 # Transformer blocks
 
 
-def block(way, heads, f, p, x, cache=None):
-    """Returns its output, and its keys and values behind those of the cache."""
+def block(ops, heads, f, p, x, cache=None):
+    """The output, and the keys and values, appended to those of the cache."""
     h = norm(p["norm1"], x)
-    q, k, v = (split_heads(part, heads) for part in way.several(f, p, "qkv", h))
+    q, k, v = (split_heads(part, heads) for part in ops.dense_each(f, p, "qkv", h))
     if cache is not None:
         k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
     mixed = attend(q, k, v)
-    x = x + way.dense(f["o"], p["o"], mixed.reshape(*mixed.shape[:2], -1))
-    h = jax.nn.gelu(way.dense(f["up"], p["up"], norm(p["norm2"], x)))
-    return x + way.dense(f["down"], p["down"], h), (k, v)
+    x = x + ops.dense(f["o"], p["o"], mixed.reshape(*mixed.shape[:2], -1))
+    h = jax.nn.gelu(ops.dense(f["up"], p["up"], norm(p["norm2"], x)))
+    return x + ops.dense(f["down"], p["down"], h), (k, v)
 
 
 def init_block(key, width, hidden):
@@ -118,9 +118,9 @@ def blocks(
 ) -> Model:
     """The blocks of a GPT."""
 
-    def forward(way, factors, params, x):
+    def forward(ops, factors, params, x):
         def run(x, layer):
-            return block(way, heads, *layer, x)[0], None
+            return block(ops, heads, *layer, x)[0], None
 
         run = jax.checkpoint(run) if remat else run
         if scan:
@@ -137,14 +137,14 @@ def blocks(
 
 
 def decoding(layers=6, width=512, hidden=2048, heads=8, past=127) -> Model:
-    """One token after others, whose keys and values are at hand."""
+    """Decodes one token, with the keys and values of earlier tokens cached."""
 
-    def forward(way, factors, params, batch):
-        x, made = batch["x"], []
+    def forward(ops, factors, params, batch):
+        x, keys_and_values = batch["x"], []
         for f, p, cache in zip(factors, params, batch["cache"], strict=True):
-            x, (k, v) = block(way, heads, f, p, x, cache)
-            made.append((k[:, -1], v[:, -1]))
-        return x, made
+            x, (k, v) = block(ops, heads, f, p, x, cache)
+            keys_and_values.append((k[:, -1], v[:, -1]))
+        return x, keys_and_values
 
     first, *keys = jax.random.split(jax.random.key(1), 1 + 2 * layers)
     cached = [jax.random.normal(key, (1, past, heads, width // heads)) for key in keys]
@@ -161,15 +161,15 @@ def decoding(layers=6, width=512, hidden=2048, heads=8, past=127) -> Model:
 def mlp(sizes=(128, 512, 512, 10), batch=256) -> Model:
     """Linear layers with a bias, and ReLU between them."""
 
-    def forward(way, factors, params, x):
+    def forward(ops, factors, params, x):
         layers = list(zip(factors, params, strict=True))
         for f, p in layers[:-1]:
-            x = jax.nn.relu(way.dense(f["kernel"], p["kernel"], x) + p["bias"])
+            x = jax.nn.relu(ops.dense(f["kernel"], p["kernel"], x) + p["bias"])
         f, p = layers[-1]
-        return way.dense(f["kernel"], p["kernel"], x) + p["bias"]
+        return ops.dense(f["kernel"], p["kernel"], x) + p["bias"]
 
     *keys, last = jax.random.split(jax.random.key(0), len(sizes))
-    # ReLU halves the square of what it sees: without the factor, nothing is left of many layers.
+    # ReLU halves the mean square of its input. Without the factor, activations would vanish.
     params = [
         {"kernel": 2**0.5 * kernel(key, n, m), "bias": jnp.zeros(m)}
         for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
@@ -180,12 +180,12 @@ def mlp(sizes=(128, 512, 512, 10), batch=256) -> Model:
 def convnet(images=4, pixels=16, channels=32, colors=16) -> Model:
     """A plain, a depthwise, a pointwise and a grouped convolution."""
 
-    def forward(way, f, p, x):
-        x = jax.nn.relu(way.conv(f["stem"], p["stem"], x, stride=2))
-        x = jax.nn.relu(way.conv(f["depthwise"], p["depthwise"], x, groups=channels))
-        x = jax.nn.relu(way.conv(f["pointwise"], p["pointwise"], x))
-        x = jax.nn.relu(way.conv(f["grouped"], p["grouped"], x, groups=2))
-        return way.dense(f["head"], p["head"], x.mean((1, 2)))
+    def forward(ops, f, p, x):
+        x = jax.nn.relu(ops.conv(f["stem"], p["stem"], x, stride=2))
+        x = jax.nn.relu(ops.conv(f["depthwise"], p["depthwise"], x, groups=channels))
+        x = jax.nn.relu(ops.conv(f["pointwise"], p["pointwise"], x))
+        x = jax.nn.relu(ops.conv(f["grouped"], p["grouped"], x, groups=2))
+        return ops.dense(f["head"], p["head"], x.mean((1, 2)))
 
     shapes = {
         "stem": (5, 5, colors, channels),
@@ -199,13 +199,13 @@ def convnet(images=4, pixels=16, channels=32, colors=16) -> Model:
 
 
 def tied(vocabulary=1000, width=128, hidden=512, batch=4, time=64) -> Model:
-    """An embedding whose table is the output layer too."""
+    """An embedding whose table is also the output layer."""
 
-    def forward(way, f, p, tokens):
-        x = way.embed(f["embedding"], p["embedding"], tokens)
-        h = jax.nn.gelu(way.dense(f["up"], p["up"], norm(p["norm"], x)))
-        x = x + way.dense(f["down"], p["down"], h)
-        return way.logits(f["embedding"], p["embedding"], x)
+    def forward(ops, f, p, tokens):
+        x = ops.embed(f["embedding"], p["embedding"], tokens)
+        h = jax.nn.gelu(ops.dense(f["up"], p["up"], norm(p["norm"], x)))
+        x = x + ops.dense(f["down"], p["down"], h)
+        return ops.logits(f["embedding"], p["embedding"], x)
 
     shapes = {"embedding": (vocabulary, width), "up": (width, hidden), "down": (hidden, width)}
     params = kernels(jax.random.key(0), shapes) | {"norm": jnp.ones(width)}
@@ -214,17 +214,17 @@ def tied(vocabulary=1000, width=128, hidden=512, batch=4, time=64) -> Model:
 
 
 def experts(count=8, tokens=512, capacity=96, width=256, hidden=1024) -> Model:
-    """A layer of experts: each token goes to the one that its router picks, while there is room."""
+    """A layer of experts: each token goes to the one that the router picks, up to its capacity."""
 
-    def forward(way, f, p, x):
-        gates = jax.nn.softmax(way.dense(f["router"], p["router"], norm(p["norm"], x)))
+    def forward(ops, f, p, x):
+        gates = jax.nn.softmax(ops.dense(f["router"], p["router"], norm(p["norm"], x)))
         chosen = jax.nn.one_hot(jnp.argmax(gates, -1), count)
-        # A token's place among those of its expert; where there is none left, its row is zero.
-        place = jnp.where(chosen > 0, jnp.cumsum(chosen, 0) - 1, capacity).astype(int)
-        sent = chosen[..., None] * jax.nn.one_hot(place, capacity)
+        # A token's position among those of its expert. Beyond the capacity, its row is zero.
+        position = jnp.where(chosen > 0, jnp.cumsum(chosen, 0) - 1, capacity).astype(int)
+        sent = chosen[..., None] * jax.nn.one_hot(position, capacity)
         h = jnp.einsum("nec,nd->ecd", sent, x)
-        h = jax.nn.gelu(way.experts(f["up"], p["up"], h))
-        h = way.experts(f["down"], p["down"], h)
+        h = jax.nn.gelu(ops.experts(f["up"], p["up"], h))
+        h = ops.experts(f["down"], p["down"], h)
         return x + jnp.einsum("nec,ne,ecd->nd", sent, gates, h)
 
     shapes = {

@@ -1,4 +1,4 @@
-"""A training step: the loss, the gradient of the factors, and Adam."""
+"""A training step: the loss, its gradient with respect to the factors, and Adam."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from models import Model
 
 
 class NotCompared(Exception):
-    """Why a library is not in the table, in our words; what it says itself is any other error."""
+    """A reason of ours why a library is not in the table. The library's own errors are others."""
 
 
 class State(NamedTuple):
@@ -22,13 +22,13 @@ class State(NamedTuple):
 
 
 def start(factors: Any) -> State:
-    """Before the first step."""
+    """The state before the first step."""
     zeros = jax.tree.map(jnp.zeros_like, factors)
     return State(factors, zeros, zeros)
 
 
 def objective(out: jax.Array) -> jax.Array:
-    """The mean of the fourth powers: that of the squares is constant behind a layer norm."""
+    """The mean of fourth powers. The mean of squares would be constant after a layer norm."""
     return jnp.mean((out * out) ** 2)
 
 
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 
 
 def train(apply: Callable[..., jax.Array]) -> Trained:
-    """On `apply(factors, frozen, batch)`."""
+    """The training step of `apply(factors, frozen, batch)`."""
 
     def loss(factors, frozen, x):
         return objective(apply(factors, frozen, x))
@@ -58,9 +58,9 @@ def train(apply: Callable[..., jax.Array]) -> Trained:
 
 
 def floor(model: Model) -> tuple[Callable[..., Any], list[tuple[Any, ...]], Callable[..., Any]]:
-    """What no LoRA can go below: the frozen model, and its gradient down to its input.
+    """A lower bound for any LoRA: the frozen model, and its gradient with respect to the input.
 
-    Tokens have no gradient; there, it goes down to the parameter that the model names.
+    Tokens have no gradient. For them, it is the gradient of the parameter `model.bottom`.
     """
     lowest = model.batch if model.bottom is None else model.bottom.get(model.params)
 

@@ -1,10 +1,10 @@
-"""A training step of transformers' Llama in JAX, beside PEFT on PyTorch and a Llama written in JAX.
+"""Times a training step of transformers' Llama in JAX, PEFT on PyTorch, and a hand-written Llama.
 
     python benchmarks/torch_step.py [--layers N] [--vocabulary N] [--rounds N] [--json FILE]
 
-The shape is SmolLM2-135M's, with random weights; LoRA of rank 8 on q_proj and v_proj; Adam; 4
+The shape is SmolLM2-135M's, with random weights, LoRA of rank 8 on q_proj and v_proj, Adam, and 4
 sequences of 128 tokens. All start from the same weights and factors, and must compute the same
-losses. Every round runs each variant, in a random order, and a ratio is of two times of a round.
+losses. Every round runs each variant once, in random order. A ratio is of two times of one round.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from counts import count, paired
 from lorax import testing
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "finetune"))
-import model as by_hand  # noqa: E402
+import model as hand_written  # noqa: E402
 
 BATCH, TIME, RANK, ALPHA = 4, 128, 8, 16
 LEARNING_RATE = 1e-4
 TARGETS = ["self_attn.q_proj", "self_attn.v_proj"]
 OURS, SCANNED = "lorax on torchax", "lorax on torchax, scan_layers"
-HAND, PEFT = "hand-written Llama under lorax", "PEFT on torch"
+HAND_WRITTEN, PEFT = "hand-written Llama under lorax", "PEFT on torch"
 
 
 class Variant(NamedTuple):
-    """A step, which returns its loss and goes on from where the last one ended."""
+    """A step that returns its loss and continues from the previous state."""
 
     run: Callable[[], float]
-    flops: float | None  # as XLA counts them; a loop's body counts once
+    flops: float | None  # XLA's count, in which the body of a loop counts once
 
 
 def config(layers: int, vocabulary: int) -> Any:
@@ -80,20 +80,20 @@ def in_jax(apply: Callable[..., Any], frozen: Any, tunable: Any, ids: Any) -> Va
         updates, state = optimizer.update(gradient, state)
         return value, optax.apply_updates(tunable, updates), state
 
-    # The variants share arrays, which a donated buffer would take from the others.
+    # Copied, since the variants share arrays and a step donates its own.
     state = jax.tree.map(jnp.copy, (tunable, optimizer.init(tunable)))
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, frozen, ids).compile()
-    held = list(state)
+    current = list(state)
 
     def run() -> float:
-        value, *held[:] = compiled(*held, frozen, ids)
+        value, *current[:] = compiled(*current, frozen, ids)
         return float(jax.block_until_ready(value))
 
     return Variant(run, count(compiled).flops)
 
 
 def on_torch(module: Any, folder: str, ids: Any) -> Variant:
-    """A step of the module with the adapter of a folder."""
+    """A step of the module with the adapter in a folder."""
     torch.set_num_threads(os.cpu_count() or 1)
     net = peft.PeftModel.from_pretrained(module, folder, is_trainable=True)
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -114,17 +114,17 @@ def on_torch(module: Any, folder: str, ids: Any) -> Variant:
 
 
 def hand_logits(params: Any, ids: Any, config: Any) -> jax.Array:
-    """The logits of the example's own Llama, at every position."""
+    """The logits of the example's Llama at every position."""
     tree = params["model"]
     x = tree["embed_tokens"]["embedding"][ids]
     for k in range(config.layers):
-        x = by_hand.layer(tree["layers"][str(k)], x, config)
-    x = by_hand.rms_norm(x, tree["norm"]["weight"], config.norm_eps)
+        x = hand_written.layer(tree["layers"][str(k)], x, config)
+    x = hand_written.rms_norm(x, tree["norm"]["weight"], config.norm_eps)
     return x @ tree["embed_tokens"]["embedding"].T
 
 
-def as_by_hand(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a module as the example's own Llama has them."""
+def as_hand_written(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a module in the tree of the example's Llama."""
     tree: dict[str, Any] = {}
     for name, array in params.items():
         *path, leaf = name.split(".")
@@ -137,11 +137,11 @@ def as_by_hand(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def variants(layers: int, vocabulary: int) -> dict[str, Variant]:
-    """Every variant, from the same weights and factors."""
+    """Every variant, with the same initial weights and factors."""
     torch.manual_seed(0)
     module = transformers.LlamaForCausalLM(config(layers, vocabulary)).eval()
     ids = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, vocabulary)
-    found: dict[str, Variant] = {}
+    by_name: dict[str, Variant] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, scan in ((OURS, False), (SCANNED, True)):
             fn, params = lorax_hf.from_torch(module, scan_layers=scan)
@@ -154,29 +154,29 @@ def variants(layers: int, vocabulary: int) -> dict[str, Variant]:
                 factors = testing.random_factors(tunable, jax.random.key(2))
                 pair = frozen, jax.tree.map(lambda x: 0.1 * x, factors)
                 lorax_io.save_peft(folder, pair[1], names, task_type="CAUSAL_LM")
-                tree = as_by_hand(params)
+                tree = as_hand_written(params)
             apply = lorax.lora(fn, on_materialize="error", on_unused="error")
             logits = lambda pair, ids, apply=apply: apply(pair, ids).logits  # noqa: E731
-            found[name] = in_jax(logits, *pair, ids)
+            by_name[name] = in_jax(logits, *pair, ids)
         names = lorax_io.flax_names(tree)
-        shape = by_hand.Config(layers, 9, 3, 100_000.0, 1e-5)
+        shape = hand_written.Config(layers, 9, 3, 100_000.0, 1e-5)
         logits = functools.partial(hand_logits, config=shape)
         hand = lorax.lora(logits, on_materialize="error", on_unused="error")
-        found[HAND] = in_jax(hand, *lorax_io.load_peft(folder, tree, names), ids)
-        found[PEFT] = on_torch(module, folder, ids)
-    return found
+        by_name[HAND_WRITTEN] = in_jax(hand, *lorax_io.load_peft(folder, tree, names), ids)
+        by_name[PEFT] = on_torch(module, folder, ids)
+    return by_name
 
 
-def check_same(found: dict[str, Variant]) -> None:
-    """Times mean nothing unless all compute the same, for two steps."""
-    losses = {name: [variant.run() for _ in range(2)] for name, variant in found.items()}
+def check_same(by_name: dict[str, Variant]) -> None:
+    """Raises unless all compute the same losses for two steps."""
+    losses = {name: [variant.run() for _ in range(2)] for name, variant in by_name.items()}
     for name, values in losses.items():
         if not np.allclose(values, losses[OURS], rtol=1e-5, atol=0):
             raise AssertionError(f"{name} has the losses {values}, and {OURS} {losses[OURS]}")
 
 
 def milliseconds(variant: Variant) -> float:
-    """Of one step."""
+    """The time of one step."""
     start = time.perf_counter()
     variant.run()
     return 1e3 * (time.perf_counter() - start)
@@ -189,15 +189,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write a file")
     options = parser.parse_args(arguments)
-    found = variants(options.layers, options.vocabulary)
-    check_same(found)
+    by_name = variants(options.layers, options.vocabulary)
+    check_same(by_name)
     times = paired(
-        {name: functools.partial(milliseconds, variant) for name, variant in found.items()},
+        {name: functools.partial(milliseconds, variant) for name, variant in by_name.items()},
         options.rounds,
     )
     rows: dict[str, Any] = {}
     print(f"| | GFLOPs by XLA | step | {OURS} / this | quartiles |\n|---|---|---|---|---|")
-    for name, variant in found.items():
+    for name, variant in by_name.items():
         ratios = np.array(times[OURS]) / np.array(times[name])
         rows[name] = {"flops": variant.flops, "step_ms": times[name]}
         flops = "–" if variant.flops is None else f"{variant.flops / 1e9:.2f}"

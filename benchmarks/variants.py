@@ -1,4 +1,4 @@
-"""A program that is counted and timed."""
+"""A compiled program with its counts, ready to be timed."""
 
 import time
 from collections.abc import Callable
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 
 from counts import compiled, count, residual_bytes
 from steps import State
-from works import Program
+from workloads import Program
 
 
 class Variant(NamedTuple):
-    """One row: what is counted, and how it is run."""
+    """One row of a table: how it runs, and its counts."""
 
     run: Callable[[], Any]
     counts: dict[str, float]
-    program: Program | None  # none of PyTorch
+    program: Program | None  # None for PyTorch
 
 
 def variant(program: Program) -> Variant:
-    """Compiled, and counted over all of its calls."""
+    """Compiles a program, and counts it over all of its calls."""
     first = program.calls[0]
     trains = isinstance(first[0], State)
     executable = compiled(program.fn, *first, donate_argnums=(0,) if trains else ())
@@ -32,26 +32,26 @@ def variant(program: Program) -> Variant:
         counts["residual_bytes"] = residual_bytes(program.loss, factors, *first[1:])
     if not trains:
         return Variant(lambda: [executable(*args) for args in program.calls], counts, program)
-    # As in a training loop, a step gives its state to the next one and is given that memory back.
+    # As in a training loop, each step donates its state to the next one.
     states = [jax.tree.map(jnp.copy, state) for state, *_ in program.calls]
 
     def run():
-        made = []
+        results = []
         for k, (_, *rest) in enumerate(program.calls):
             value, states[k] = executable(states[k], *rest)
-            made.append((value, states[k]))
-        return made
+            results.append((value, states[k]))
+        return results
 
     return Variant(run, counts, program)
 
 
 def step_milliseconds(variant: Variant, times: int = 1) -> float:
-    """The mean of so many, one right after the other, and after one that does not count."""
+    """The mean time of consecutive steps, after one that is not timed."""
     return run_milliseconds(variant.run, times)
 
 
 def run_milliseconds(run: Callable[[], Any], times: int = 1) -> float:
-    """The same of any function."""
+    """The same for any function."""
     jax.block_until_ready(run())
     start = time.perf_counter()
     for _ in range(times):

@@ -1,7 +1,7 @@
-"""Fine-tune a GPT-2 of transformers on a text, and write the adapter as a PEFT folder.
+"""Fine-tune a GPT-2 of transformers on a text, and save the adapter as a PEFT folder.
 
-The model is read from a local folder or the Hub (`--model gpt2`); without one it is a tiny random
-one, so that the program runs anywhere. The text is the Zen of Python.
+The model is loaded from a local folder or the Hub (`--model gpt2`). By default it is a tiny random
+model, so that the program runs anywhere. The text is the Zen of Python.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lorax_io import load_peft, save_peft
 
 
 def text():
-    """The Zen of Python, which the standard library keeps in rot13."""
+    """The Zen of Python, which the standard library contains in rot13."""
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     return codecs.decode(this.s, "rot13")
@@ -45,7 +45,7 @@ def load(name):
 
 
 def loss_of(logits, ids):
-    """The mean loss of each token, given those before it."""
+    """The mean loss of each token given those before it."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
     return losses.mean()
 
@@ -53,7 +53,9 @@ def loss_of(logits, ids):
 def main(arguments=None):
     """Train, save, load, and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder, or name on the Hub; a tiny random one without")
+    parser.add_argument(
+        "--model", help="folder, or name on the Hub; by default, a tiny random model"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpt2-adapter"))
     args = parser.parse_args(arguments)
@@ -84,10 +86,10 @@ def main(arguments=None):
 
     names = lorax_hf.peft_names(model)
     save_peft(args.out, tunable, names, base_model=args.model, task_type="CAUSAL_LM")
-    again = load_peft(args.out, model.params, names)
-    ours = adapted(ids[:1], params=(frozen, tunable)).logits
-    difference = np.abs(adapted(ids[:1], params=again).logits - ours).max()
-    print(f"{args.out}: loaded again, the logits differ by {difference:g}")
+    reloaded = load_peft(args.out, model.params, names)
+    logits = adapted(ids[:1], params=(frozen, tunable)).logits
+    difference = np.abs(adapted(ids[:1], params=reloaded).logits - logits).max()
+    print(f"{args.out}: after reloading, the logits differ by {difference:g}")
     return losses, difference
 
 

@@ -1,4 +1,4 @@
-"""Thirty layers of 5000 × 5000, adapted: 3 GB of weights, and 9 million numbers to train.
+"""Adapts thirty layers of 5000 × 5000: 3 GB of weights, and 9 million trained parameters.
 
 pip install lorax-core optax
 python examples/thirty_layers.py [--dim 500]
@@ -16,7 +16,7 @@ LAYERS, RANK, BATCH = 30, 30, 16
 
 
 def model(params, x):
-    """Written without LoRA in mind."""
+    """A plain model."""
     for w in params:
         x = jax.nn.relu(x @ w)
     return x
@@ -33,12 +33,12 @@ def main(dim, steps):
         params=params, spec=lora_spec, key=jax.random.PRNGKey(0)
     )
     print(f"{count_params(params):,} parameters, of which the adapter trains")
-    print(f"{count_params(tunable_params):,}; so Adam keeps two numbers for each of those only")
+    print(f"{count_params(tunable_params):,}, so Adam keeps two numbers only for each of these")
 
     optimizer = optax.adam(learning_rate=1e-4)
     state = optimizer.init(tunable_params)
 
-    # The frozen weights are an argument: caught from outside they would be constants of the
+    # The frozen weights are an argument. As captured variables, they would be constants of the
     # program, and the compiler would copy all of them.
     @jax.jit
     def step(tunable_params, state, frozen_params):
@@ -54,7 +54,7 @@ def main(dim, steps):
         print(f"step {i + 1}: loss {value:.4f}")
 
     split = lora_model((frozen_params, tunable_params), x)
-    # A second set of weights; `donate=True` would free the frozen ones on the way.
+    # This makes a second set of weights; `donate=True` would free the frozen ones.
     merged_params = merge_params(frozen_params, tunable_params)
     merged = model(merged_params, x)
     difference = jnp.max(jnp.abs(merged - split)) / jnp.max(jnp.abs(merged))

@@ -1,4 +1,4 @@
-"""Adapters of every framework's parameter tree in a native file."""
+"""Native files store adapters for the parameter trees of every framework."""
 
 import equinox as eqx
 import flax.linen as linen
@@ -14,7 +14,7 @@ from lorax_io import load_adapter, save_adapter
 
 
 class Two(eqx.Module):
-    """A module with a function among its leaves."""
+    """A module whose leaves include a function."""
 
     first: eqx.nn.Linear
     second: eqx.nn.Linear
@@ -56,6 +56,6 @@ def test_trees_of_every_framework_round_trip(tmp_path, framework):
     loaded = load_adapter(file, params=params)
     assert jax.tree.structure(loaded) == jax.tree.structure(tunable)
     assert jax.tree.leaves(tunable)
-    for ours, saved in zip(jax.tree.leaves(loaded), jax.tree.leaves(tunable), strict=True):
-        assert ours.dtype == saved.dtype
-        np.testing.assert_array_equal(ours, saved)
+    for actual, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(tunable), strict=True):
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)

@@ -1,4 +1,4 @@
-"""What the benchmarks compare: every way of each model has the same loss and gradient."""
+"""The programs that the benchmarks compare have the same losses and gradients."""
 
 import functools
 import itertools
@@ -15,9 +15,9 @@ import bank_steps  # noqa: E402
 import library_models  # noqa: E402
 import models  # noqa: E402
 from adapted import adapt  # noqa: E402
+from layer_ops import PLAIN, FlatLoraOps, FusedLoraOps, LoraOps  # noqa: E402
 from steps import objective  # noqa: E402
-from ways import PLAIN, ByHand, Flat, SideBySide  # noqa: E402
-from works import ADAPTERS, WORKS  # noqa: E402
+from workloads import ADAPTERS, WORKLOADS  # noqa: E402
 
 SMALL = functools.partial(models.blocks, 2, 8, 12, heads=2, batch=3, time=5)
 MODELS = {
@@ -32,61 +32,63 @@ MODELS = {
         2, 5, n_layer=2, n_embd=8, n_head=2, vocab_size=13, n_positions=7
     ),
 }
-WAYS = list(itertools.product(MODELS, (ByHand, Flat)))
+CASES = list(itertools.product(MODELS, (LoraOps, FlatLoraOps)))
 
 
-def equal(actual, wanted):
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+def assert_close(actual, expected):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4 * float(abs(np.asarray(y)).max()))
 
 
 @pytest.mark.filterwarnings("ignore:TensorFlow and JAX classes are deprecated")
-@pytest.mark.parametrize(("name", "way"), [*WAYS, ("blocks", SideBySide), ("scanned", SideBySide)])
-def test_ours_equals_the_hand_written_model(name, way):
+@pytest.mark.parametrize(
+    ("name", "ops"), [*CASES, ("blocks", FusedLoraOps), ("scanned", FusedLoraOps)]
+)
+def test_ours_equals_the_hand_written_model(name, ops):
     model = MODELS[name]()
     adapted = adapt(model, 2)
     gradient = lambda fn: jax.jit(jax.value_and_grad(lambda *args: objective(fn(*args))))  # noqa: E731
-    ours = gradient(adapted.ours)(adapted.tunable, adapted.frozen, model.batch)
-    theirs = gradient(model.written(way()))(adapted.factors, model.params, model.batch)
-    equal(ours, theirs)
+    ours = gradient(adapted.apply)(adapted.tunable, adapted.frozen, model.batch)
+    hand_written = gradient(model.with_ops(ops()))(adapted.factors, model.params, model.batch)
+    assert_close(ours, hand_written)
 
 
-def test_one_token():
+def test_decoding_one_token_gives_equal_outputs():
     model = models.decoding(2, 8, 12, heads=2, past=4)
-    programs = WORKS["one token"].programs(model, adapt(model, 2))
+    programs = WORKLOADS["one token"].programs(model, adapt(model, 2))
     outputs = {name: program.fn(*program.calls[0]) for name, program in programs.items()}
     for name in ("ours", "hand-written, flat", "merged"):
-        equal(outputs[name], outputs["hand-written"])
+        assert_close(outputs[name], outputs["hand-written"])
     assert abs(outputs["base"][0] - outputs["hand-written"][0]).max() > 1e-3
 
 
-def test_last_token_attends_to_the_cache():
+def test_decoding_the_last_token_equals_the_full_forward_pass():
     model = SMALL(batch=1)
     x = model.batch
-    whole = model.apply(model.params, x)
-    cache, made = [], []
+    full_output = model.apply(model.params, x)
+    cache, keys_and_values = [], []
     h = x
     for p in model.params:
         h, (k, v) = models.block(PLAIN, 2, dict.fromkeys(p), p, h)
         cache.append((k[:, :-1], v[:, :-1]))
-        made.append((k[:, -1], v[:, -1]))
+        keys_and_values.append((k[:, -1], v[:, -1]))
     decoding = models.decoding(2, 8, 12, heads=2, past=4)
     output = decoding.apply(model.params, {"x": x[:, -1:], "cache": cache})
-    equal(output, (whole[:, -1:], made))
+    assert_close(output, (full_output[:, -1:], keys_and_values))
 
 
-def test_adapters_at_once_and_in_turn():
+def test_adapters_in_one_call_equal_one_call_each():
     model = SMALL(batch=1)
-    programs = WORKS["8 adapters"].programs(model, adapt(model, 2))
+    programs = WORKLOADS["8 adapters"].programs(model, adapt(model, 2))
     at_once, _ = programs["ours"].fn(*programs["ours"].calls[0])
     in_turn = [programs["ours, in turn"].fn(*call)[0] for call in programs["ours, in turn"].calls]
     assert at_once.shape == (ADAPTERS,)
     assert len(set(map(float, in_turn))) == ADAPTERS
-    equal(at_once, np.array(in_turn))
+    assert_close(at_once, np.array(in_turn))
 
 
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": True}], ids=["GPT", "scanned"])
-def test_adapters_that_train_together_are_as_if_alone(options):
+def test_adapters_trained_in_a_bank_equal_adapters_trained_alone(options):
     with jax.enable_x64(True):
         model = models.blocks(2, 64, 96, heads=2, batch=1, time=5, **options)
         assert bank_steps.difference(bank_steps.to_double(model), slots=5) < 1e-6

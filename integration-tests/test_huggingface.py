@@ -1,4 +1,4 @@
-"""Hugging Face transformers: a small random GPT-2, as its library makes it."""
+"""Hugging Face transformers: a small random GPT-2."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def model():
     config = transformers.GPT2Config(
         vocab_size=59, n_positions=8, n_embd=22, n_layer=2, n_head=2, use_cache=False
     )
-    # In float64: the norms of a model so small enlarge what float32 rounds, by processor.
+    # In float64, since the norms of such a small model amplify rounding errors of float32.
     with jax.enable_x64(True):
         model = transformers.FlaxGPT2LMHeadModel(config, seed=0, dtype=jnp.float64)
         model.params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
@@ -32,25 +32,25 @@ def logits(model):
     return apply
 
 
-def test_every_weight_with_dropout(prove, model):
+def test_every_weight_with_dropout(check_adapter, model):
     spec = lorax.infer_spec(
         logits(model), model.params, TOKENS, KEY, rank=2, train=True, where="transformer/*"
     )
-    # FlaxConv1D keeps (out, in).
+    # Kernels are (out, in) in FlaxConv1D.
     c_attn = spec["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"]
     assert c_attn == lorax.LoraSpec(2, in_axes=(1,), out_axes=(0,))
     assert spec["transformer"]["wte"]["embedding"] == lorax.LoraSpec(2, in_axes=(0,), out_axes=(1,))
     for train in (True, False):
-        prove(
+        check_adapter(
             logits(model), model.params, spec, TOKENS, KEY, train=train, tolerance=1e-7,
             transforms=train,
         )  # fmt: skip
 
 
-def test_attention_only_by_rules(prove, model):
+def test_rules_select_attention_only(check_adapter, model):
     rule = lorax.LoraSpec(2, alpha=4, in_axes=(1,), out_axes=(0,))
     spec = lorax.spec_from_rules(model.params, [("*/attn/c_attn/kernel", rule)])
-    frozen, tunable = prove(
+    frozen, tunable = check_adapter(
         logits(model), model.params, spec, TOKENS, KEY, train=False, tolerance=1e-7
     )
     assert lorax.count_params(tunable) == 2 * 2 * (22 + 66)

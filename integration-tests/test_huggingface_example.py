@@ -12,15 +12,15 @@ PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "huggingface_gpt2.py"
 
 @pytest.fixture
 def no_weights_as_constants():
-    """JAX warns, which is an error here, where a program has its weights as constants."""
-    before = jax.config.jax_captured_constants_warn_bytes  # pyright: ignore[reportAttributeAccessIssue]
+    """JAX warns, which is an error here, if a program has its weights as constants."""
+    previous = jax.config.jax_captured_constants_warn_bytes  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_captured_constants_warn_bytes", 20_000)
     yield
-    jax.config.update("jax_captured_constants_warn_bytes", before)
+    jax.config.update("jax_captured_constants_warn_bytes", previous)
 
 
 @pytest.mark.usefixtures("no_weights_as_constants")
-def test_it_trains_and_saves(tmp_path):
+def test_example_trains_and_saves(tmp_path):
     spec = importlib.util.spec_from_file_location("huggingface_gpt2", PROGRAM)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Flax Linen: the modules of its own library, with and without `nn.scan` and `nn.remat`."""
+"""Flax Linen: modules of its library, with and without `nn.scan` and `nn.remat`."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_mlp_with_state_and_dropout(prove):
+def test_mlp_with_state_and_dropout(check_adapter):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -33,16 +33,18 @@ def test_mlp_with_state_and_dropout(prove):
     key = jax.random.PRNGKey(1)
     spec = lorax.spec_from_rules(params, [("*kernel", 2), ("*BatchNorm*", lorax.LORA_FULL)])
     for train in (False, True):
-        frozen, tunable = prove(apply, params, spec, stats, key, x, train=train, tolerance=1e-4)
-    # New statistics are the plain model's.
+        frozen, tunable = check_adapter(
+            apply, params, spec, stats, key, x, train=train, tolerance=1e-4
+        )
+    # The new statistics equal those of the plain model.
     jit = lambda fn: jax.jit(fn, static_argnames="train")  # noqa: E731
-    ours = jit(lorax.lora(apply))((frozen, tunable), stats, key, x, train=True)[1]
+    adapted = jit(lorax.lora(apply))((frozen, tunable), stats, key, x, train=True)[1]
     merged = jit(apply)(lorax.merge_params(frozen, tunable), stats, key, x, train=True)[1]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, merged)
-    assert not np.allclose(ours["batch_stats"]["BatchNorm_0"]["mean"], 0)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), adapted, merged)
+    assert not np.allclose(adapted["batch_stats"]["BatchNorm_0"]["mean"], 0)
 
 
-def test_conv_net(prove):
+def test_conv_net(check_adapter):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -54,7 +56,7 @@ def test_conv_net(prove):
     model, x = Model(), normal(1, 2, 9, 15, 5)
     params = jax.jit(model.init)(KEY, x)
     spec = lorax.infer_spec(model.apply, params, x, rank=2)
-    prove(model.apply, params, spec, x, tolerance=1e-4)
+    check_adapter(model.apply, params, spec, x, tolerance=1e-4)
 
 
 class Block(nn.Module):
@@ -105,7 +107,7 @@ class ScannedRemat(Scanned):
 
 
 @pytest.mark.parametrize("cls", [Unrolled, Remat, Scanned, ScannedRemat])
-def test_language_model(prove, cls):
+def test_language_model(check_adapter, cls):
     model, tokens = cls(), np.array([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 28]])
     params = jax.jit(model.init, static_argnums=2)(KEY, tokens, False)
 
@@ -120,11 +122,11 @@ def test_language_model(prove, cls):
         if leaf
     }
     stacked = (0,) if "Scanned" in cls.__name__ else ()
-    axes = lambda *of: tuple(d + len(stacked) for d in of)  # noqa: E731
+    shifted = lambda *axes: tuple(d + len(stacked) for d in axes)  # noqa: E731
     query = roles["MultiHeadDotProductAttention_0/query/kernel"]
-    assert query == lorax.LoraSpec(2, None, "standard", axes(0), axes(1, 2), stacked)
-    back = roles["DenseGeneral_1/kernel"]
-    assert back == lorax.LoraSpec(2, None, "standard", axes(0, 1), axes(2), stacked)
-    prove(
+    assert query == lorax.LoraSpec(2, None, "standard", shifted(0), shifted(1, 2), stacked)
+    output = roles["DenseGeneral_1/kernel"]
+    assert output == lorax.LoraSpec(2, None, "standard", shifted(0, 1), shifted(2), stacked)
+    check_adapter(
         apply, params, spec, key, tokens, train=True, tolerance=1e-4, transforms=cls is ScannedRemat
     )

@@ -1,4 +1,4 @@
-"""examples/finetune/minilm.py, with a tiny random BERT and without its downloads."""
+"""Tests of examples/finetune/minilm.py with a tiny random BERT, without its downloads."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    """The model as PyTorch would save it, and its tokenizer."""
+    """A folder with the model in PyTorch's format, and its tokenizer."""
     folder = tmp_path / "model"
     blank = jax.tree.map(lambda leaf: None, model.params)
     names = lorax_hf.peft_names(model)
@@ -64,8 +64,8 @@ def folder(model, tmp_path):
     return folder
 
 
-def change(folder, edit):
-    """Rewrites the file of weights."""
+def edit_weights(folder, edit):
+    """Applies `edit` to the tensors of the weights file."""
     path = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     edit(tensors)
@@ -74,7 +74,7 @@ def change(folder, edit):
 
 def test_every_parameter_is_loaded(minilm, model, folder):
     buffer = {"embeddings.position_ids": np.arange(512)[None]}
-    change(folder, lambda tensors: tensors.update(buffer))
+    edit_weights(folder, lambda tensors: tensors.update(buffer))
     loaded, tokenizer = minilm.load(folder)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
     assert tokenizer.encode("A film: lovely!").tokens == [
@@ -88,27 +88,27 @@ KERNEL = "encoder.layer.1.attention.self.query.weight"
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda tensors: tensors.pop(KERNEL), f"has no {KERNEL}"),
+        (lambda tensors: tensors.pop(KERNEL), f"does not contain {KERNEL}"),
         (
             lambda tensors: tensors.update({"cls.weight": np.ones(3)}),
-            "has an unknown cls.weight",
+            "contains the unknown cls.weight",
         ),
     ],
     ids=["missing", "extra"],
 )
-def test_other_weights_raise(minilm, folder, edit, message):
-    change(folder, edit)
+def test_missing_or_unknown_tensors_raise(minilm, folder, edit, message):
+    edit_weights(folder, edit)
     with pytest.raises(minilm.LoadError, match=message):
         minilm.load(folder)
 
 
-def test_weights_of_another_model_raise(minilm, model, folder):
-    change(folder, lambda tensors: tensors.update({KERNEL: tensors[KERNEL].T.copy()}))
+def test_different_weights_raise(minilm, model, folder):
+    edit_weights(folder, lambda tensors: tensors.update({KERNEL: tensors[KERNEL].T.copy()}))
     with pytest.raises(minilm.LoadError, match=f"differs from the model in {KERNEL}"):
         minilm.check_weights(model, folder / "model.safetensors")
 
 
-def test_padding_changes_nothing(minilm, model):
+def test_padding_does_not_change_embeddings(minilm, model):
     embed = minilm.mean_embedding(model)
     tokens = np.array([[2, 4, 10, 9, 3]])
     alone = embed(model.params, tokens, np.array([4]))
@@ -120,7 +120,7 @@ def test_padding_changes_nothing(minilm, model):
     np.testing.assert_allclose(alone, np.mean(outputs, axis=1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_probe_is_at_the_minimum(minilm):
+def test_probe_minimizes_its_loss(minilm):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 5)).astype(np.float32)
     positive = x[:, 0] + rng.normal(size=200) > 0.5
@@ -137,7 +137,7 @@ def test_the_probe_is_at_the_minimum(minilm):
 
 @pytest.fixture
 def run(minilm, folder, tmp_path, monkeypatch):
-    """`run(*arguments)`: the whole program, with these files for its downloads."""
+    """`run(*arguments)`: runs the program with local files instead of downloads."""
     rng = random.Random(0)
     rows = []
     for number in range(1400):
@@ -155,7 +155,7 @@ def run(minilm, folder, tmp_path, monkeypatch):
     return lambda *arguments: minilm.main([*fixed, *arguments])
 
 
-def test_it_trains_and_saves(minilm, run, tmp_path, capsys):
+def test_example_trains_and_saves(minilm, run, tmp_path, capsys):
     assert run() == 0
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 16)
@@ -165,7 +165,7 @@ def test_it_trains_and_saves(minilm, run, tmp_path, capsys):
     assert head["weight"].shape == (32,) and head["bias"].shape == ()
 
 
-def test_changed_adapter_fails(minilm, run, monkeypatch):
+def test_modified_adapter_fails_the_check(minilm, run, monkeypatch):
     load_peft = minilm.load_peft
 
     def halved(*args):
@@ -176,6 +176,6 @@ def test_changed_adapter_fails(minilm, run, monkeypatch):
     assert run("--steps", "2") == 1
 
 
-def test_weights_that_are_not_the_models_fail(run, folder):
-    change(folder, lambda tensors: tensors.pop(KERNEL))
+def test_wrong_weights_exit_with_an_error(run, folder):
+    edit_weights(folder, lambda tensors: tensors.pop(KERNEL))
     assert run() == 1

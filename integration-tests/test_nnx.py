@@ -1,4 +1,4 @@
-"""Flax NNX: modules taken apart by `nnx.split` and put together inside the function."""
+"""Flax NNX: modules are split with `nnx.split`, and merged inside the function."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_mlp_with_state_and_dropout(prove):
+def test_mlp_with_state_and_dropout(check_adapter):
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.first = nnx.Linear(5, 11, rngs=rngs)
@@ -28,22 +28,22 @@ def test_mlp_with_state_and_dropout(prove):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params, rest, x):
-        """Returns the new statistics and counts of keys beside the output."""
-        # NNX refuses to update a state of an outer trace, so this updates a copy.
+        """Returns the output, and the new statistics."""
+        # NNX does not update a state of an outer trace, so this updates a copy.
         model = nnx.merge(graph, params, rest, copy=True)
         y = model(x)
         return y, nnx.state(model, nnx.BatchStat)
 
     x = normal(1, 13, 5)
     spec = lorax.spec_from_rules(params, [("*kernel*", 2), ("norm*", lorax.LORA_FULL)])
-    frozen, tunable = prove(apply, params, spec, rest, x, tolerance=1e-4)
-    ours = jax.jit(lorax.lora(apply))((frozen, tunable), rest, x)[1]
+    frozen, tunable = check_adapter(apply, params, spec, rest, x, tolerance=1e-4)
+    adapted = jax.jit(lorax.lora(apply))((frozen, tunable), rest, x)[1]
     merged = jax.jit(apply)(lorax.merge_params(frozen, tunable), rest, x)[1]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, merged)
-    assert not np.allclose(jax.tree.leaves(ours)[0], jax.tree.leaves(rest)[0])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), adapted, merged)
+    assert not np.allclose(jax.tree.leaves(adapted)[0], jax.tree.leaves(rest)[0])
 
 
-def test_conv_net(prove):
+def test_conv_net(check_adapter):
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.first = nnx.Conv(5, 11, (3, 3), strides=2, rngs=rngs)
@@ -59,10 +59,10 @@ def test_conv_net(prove):
         return nnx.merge(graph, params)(x)
 
     x = normal(1, 2, 9, 15, 5)
-    prove(apply, params, lorax.infer_spec(apply, params, x, rank=2), x, tolerance=1e-4)
+    check_adapter(apply, params, lorax.infer_spec(apply, params, x, rank=2), x, tolerance=1e-4)
 
 
-def test_transformer(prove):
+def test_transformer(check_adapter):
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.norm = nnx.LayerNorm(10, rngs=rngs)
@@ -100,4 +100,4 @@ def test_transformer(prove):
     spec = lorax.infer_spec(apply, params, tokens, rank=2)
     shared = [leaf.shared_axes for leaf in jax.tree.leaves(spec) if leaf]
     assert sorted(shared) == [(), *[(0,)] * 6]
-    prove(apply, params, spec, tokens, tolerance=1e-4, transforms=True)
+    check_adapter(apply, params, spec, tokens, tolerance=1e-4, transforms=True)

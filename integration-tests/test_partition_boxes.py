@@ -1,4 +1,4 @@
-"""Parameters that Flax has boxed with their partition: the factors get boxes with theirs."""
+"""Parameters that Flax has boxed with their partition: the factors get boxes, too."""
 
 import functools
 from typing import Any
@@ -74,7 +74,7 @@ def test_factors_have_the_partition_of_their_axes():
     assert first["bias"] == P("model")
     assert stack["kernel"].a == P("layer", "wide", None)
     assert stack["kernel"].b == P("layer", None, "wide too")
-    # Its partition names the first of three axes alone.
+    # Its partition names only the first of three axes.
     assert (last["kernel"].a, last["kernel"].b) == (P("model", None), P(None, None, None))
     assert nn.get_partition_spec(frozen)["Dense_0"]["kernel"] == P(None, "model")
     logical = tunable["ScanLayer_0"]["Dense_0"]["kernel"].a
@@ -90,22 +90,22 @@ def test_boxed_parameters_are_adapted_and_merged():
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     plain = nn.unbox(frozen), nn.unbox(tunable)
     np.testing.assert_allclose(forward(merged, X), lorax.lora(forward)(plain, X), atol=1e-5)
-    back = lorax.unmerge(merged, tunable)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), back, frozen)
+    unmerged = lorax.unmerge(merged, tunable)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), unmerged, frozen)
 
 
-def test_another_structure_still_raises():
+def test_mismatched_structure_raises():
     frozen, tunable = make_pair()
     tunable = {**tunable, "DenseGeneral_0": {"kernel": None}}
     with pytest.raises(lorax.PairError, match="structure of the parameters"):
         lorax.merge_params(frozen, tunable)
 
 
-def test_a_train_state_is_laid_out_by_its_boxes():
+def test_train_state_is_sharded_by_its_boxes():
     mesh = jax.make_mesh((2, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
     rules = (("wide", "data"), ("wide too", "model"), ("layer", None))
 
-    params, spec = make_params(), make_spec()  # cached, so not made while `init` is traced
+    params, spec = make_params(), make_spec()  # cached here, so that `init` does not trace them
 
     def init():
         frozen, tunable = lorax.init_lora(params, spec, jax.random.key(1))
@@ -129,7 +129,7 @@ def test_a_train_state_is_laid_out_by_its_boxes():
         )
 
 
-def test_boxed_adapters_are_saved_by_the_paths_of_their_bases(tmp_path):
+def test_boxed_adapters_roundtrip(tmp_path):
     frozen, tunable = make_pair()
     tunable = testing.random_factors(tunable, jax.random.key(2))
     save_adapter(tmp_path / "a.safetensors", tunable, base=make_params())
@@ -144,7 +144,7 @@ def test_boxed_adapters_are_saved_by_the_paths_of_their_bases(tmp_path):
     )
 
 
-def test_nnx_variables_with_a_partition():
+def test_factors_of_nnx_variables_have_the_partition_of_their_axes():
     class Net(nnx.Module):
         def __init__(self, rngs):
             kernel = nnx.with_partitioning(NORMAL, ("embed", "mlp"))
@@ -155,7 +155,7 @@ def test_nnx_variables_with_a_partition():
             return self.plain(jnp.tanh(self.boxed(x)))
 
     mesh = jax.make_mesh((2, 4), ("embed", "mlp"), axis_types=(AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):  # NNX places such a parameter where it is made
+    with jax.set_mesh(mesh):  # NNX shards such a parameter when it creates it
         graph, params = nnx.split(Net(nnx.Rngs(0)))
     apply = lambda params, x: nnx.merge(graph, params)(x)  # noqa: E731
     spec = lorax.infer_spec(apply, params, X, rank=2)
@@ -164,6 +164,6 @@ def test_nnx_variables_with_a_partition():
     specs = nnx.get_partition_spec(tunable)["boxed"]["kernel"]
     assert (specs.a.get_value(), specs.b.get_value()) == (P("embed", None), P(None, "mlp"))
     assert tunable["boxed"]["kernel"].a.get_value().sharding.spec == P("embed", None)
-    # Without a partition there is nothing to say about the factors.
+    # A parameter without a partition gives factors without one.
     assert isinstance(tunable["plain"]["kernel"], nnx.Param)
     assert jax.tree.structure(lorax.merge_params(frozen, tunable)) == jax.tree.structure(params)

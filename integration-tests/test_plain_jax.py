@@ -30,7 +30,7 @@ def mlp(layers, x, activation):
 
 
 @pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh])
-def test_mlp_with_a_function_among_its_arguments(prove, activation):
+def test_mlp_with_a_function_argument(check_adapter, activation):
     sizes = (5, 11, 7, 3)
     layers = [
         Layer(normal(k, n, m), jnp.zeros(m))
@@ -38,18 +38,18 @@ def test_mlp_with_a_function_among_its_arguments(prove, activation):
     ]
     x = normal(9, 13, 5)
     spec = lorax.spec_from_rules(layers, [("*kernel", 2), ("2/bias", lorax.LORA_FULL)])
-    _, tunable = prove(mlp, layers, spec, x, activation=activation)
+    _, tunable = check_adapter(mlp, layers, spec, x, activation=activation)
     assert tunable[0].bias is None and tunable[2].bias.shape == (3,)
 
 
-def test_the_rules_and_the_trace_agree_on_a_plain_kernel():
+def test_rules_and_trace_agree_on_a_plain_kernel():
     layers = [Layer(normal(0, 5, 7), jnp.zeros(7))]
     spec = lorax.infer_spec(mlp, layers, normal(9, 13, 5), jnp.tanh, rank=2)
     assert spec[0].kernel == lorax.LoraSpec(2, in_axes=(0,), out_axes=(1,))
     assert spec[0].bias == lorax.LORA_FREEZE
 
 
-def test_conv_net(prove):
+def test_conv_net(check_adapter):
     params = {
         "strided": normal(0, 3, 3, 5, 11) / 4,
         "depthwise": normal(1, 3, 3, 1, 11),
@@ -64,7 +64,7 @@ def test_conv_net(prove):
         return jax.lax.conv_transpose(jax.nn.relu(x), p["transposed"], (2, 2), "VALID")
 
     x = normal(3, 3, 9, 15, 5)
-    prove(conv_net, params, lorax.infer_spec(conv_net, params, x, rank=2), x)
+    check_adapter(conv_net, params, lorax.infer_spec(conv_net, params, x, rank=2), x)
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +91,7 @@ def block(p, x):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_language_model_with_stacked_layers(prove, remat):
+def test_language_model_with_stacked_layers(check_adapter, remat):
     def model(params, tokens):
         run = jax.checkpoint(block) if remat else block
         x = params["embedding"][tokens]
@@ -112,4 +112,4 @@ def test_language_model_with_stacked_layers(prove, remat):
         2, in_axes=(1,), out_axes=(2, 3, 4), shared_axes=(0,)
     )
     assert spec["blocks"].out == lorax.LoraSpec(2, in_axes=(1, 2), out_axes=(3,), shared_axes=(0,))
-    prove(model, params, spec, tokens, transforms=remat)
+    check_adapter(model, params, spec, tokens, transforms=remat)

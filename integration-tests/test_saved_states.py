@@ -1,4 +1,4 @@
-"""Training states in the formats that people keep them in: Flax, Orbax, Equinox, pickle, export."""
+"""Training states survive a round trip through Flax, Orbax, Equinox, pickle and jax.export."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from flax.training.train_state import TrainState
 import lorax
 
 X = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
-NUMPY: Any = np  # whose numbers are not what the signatures ask for
+NUMPY: Any = np  # untyped, since its scalars are not the types in the signatures
 SPEC = {
     "w": lorax.LoraSpec(2, alpha=NUMPY.float32(16), scaling="rslora"),
     "stack": lorax.LoraSpec(NUMPY.int64(3), in_axes=[-2], shared_axes=NUMPY.array([0])),
@@ -49,7 +49,7 @@ def step(frozen, tunable, state):
     return optax.apply_updates(tunable, updates), state
 
 
-def fresh(seed=0):
+def initial_state(seed=0):
     """`(frozen, tunable, state)` before the first step."""
     frozen, tunable = lorax.init_lora(make_params(), SPEC, jax.random.key(seed))
     return frozen, tunable, OPTIMIZER.init(tunable)
@@ -57,21 +57,21 @@ def fresh(seed=0):
 
 @pytest.fixture(scope="module")
 def trained():
-    frozen, *training = fresh()
+    frozen, *training = initial_state()
     for _ in range(3):
         training = step(frozen, *training)
     return frozen, tuple(training)
 
 
 def by_flax(training, _):
-    return serialization.from_bytes(fresh(1)[1:], serialization.to_bytes(training))
+    return serialization.from_bytes(initial_state(1)[1:], serialization.to_bytes(training))
 
 
 def by_flax_train_state(training, _):
     tunable, state = training
     make = lambda tunable: TrainState.create(apply_fn=model, params=tunable, tx=OPTIMIZER)  # noqa: E731
     data = serialization.to_bytes(make(tunable).replace(opt_state=state))
-    restored: Any = serialization.from_bytes(make(fresh(1)[1]), data)
+    restored: Any = serialization.from_bytes(make(initial_state(1)[1]), data)
     return restored.params, restored.opt_state
 
 
@@ -79,13 +79,13 @@ def by_orbax(training, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", training)
         checkpointer.wait_until_finished()
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh(1)[1:])
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, initial_state(1)[1:])
         return checkpointer.restore(folder / "state", shapes)
 
 
 def by_equinox(training, folder):
     eqx.tree_serialise_leaves(folder / "state.eqx", training)
-    return eqx.tree_deserialise_leaves(folder / "state.eqx", fresh(1)[1:])
+    return eqx.tree_deserialise_leaves(folder / "state.eqx", initial_state(1)[1:])
 
 
 def by_pickle(training, _):
@@ -101,15 +101,15 @@ def test_training_resumes_from_a_checkpoint(trained, save_and_restore, tmp_path)
     frozen, training = trained
     restored = save_and_restore(training, tmp_path)
     assert jax.tree.structure(restored) == jax.tree.structure(training)
-    same(restored, training)
-    same(step(frozen, *restored), step(frozen, *training))
+    assert_equal(restored, training)
+    assert_equal(step(frozen, *restored), step(frozen, *training))
 
 
-def same(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_a_state_of_another_kind_raises():
+def test_state_of_another_kind_raises():
     weight = lorax.LoraWeight(np.ones((3, 1)), np.ones((1, 2)), 1)
     with pytest.raises(ValueError, match=r"the state has \['a', 'bias'\]"):
         serialization.from_state_dict({"w": weight}, {"w": {"a": weight.a, "bias": weight.b}})
@@ -127,12 +127,12 @@ assert flax.serialization.from_bytes({{"w": weight}}, data)["w"].alpha == 4.0
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
-def test_an_exported_step_takes_the_adapter_and_the_optimizers_state(trained):
+def test_exported_step_accepts_adapter_and_optimizer_state(trained):
     frozen, training = trained
     for name in ("EmptyState", "ScaleByAdamState", "ScaleByScheduleState"):
         cls = getattr(optax, name)
         jax.export.register_namedtuple_serialization(cls, serialized_name=f"optax.{name}")
     data = jax.export.export(step)(frozen, *training).serialize()
     exported = jax.export.deserialize(bytearray(data))
-    same(exported.call(frozen, *training), step(frozen, *training))
+    assert_equal(exported.call(frozen, *training), step(frozen, *training))
     assert exported.in_tree == jax.tree.structure(((frozen, *training), {}))

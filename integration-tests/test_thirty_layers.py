@@ -9,13 +9,13 @@ import sys
 PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "thirty_layers.py"
 
 
-def test_it_trains_and_merges():
+def test_example_trains_and_merges():
     command = [sys.executable, "-W", "error", str(PROGRAM), "--dim", "40", "--steps", "4"]
-    # A warning, and so an error, if the weights were constants of a program.
+    # JAX warns, which is an error here, if a program has its weights as constants.
     environment = {**os.environ, "JAX_CAPTURED_CONSTANTS_WARN_BYTES": "20000"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    losses = [float(number) for number in re.findall(r"loss (\S+)", done.stdout)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    losses = [float(number) for number in re.findall(r"loss (\S+)", process.stdout)]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    (difference,) = re.findall(r"differ by (\S+)", done.stdout)
+    (difference,) = re.findall(r"differ by (\S+)", process.stdout)
     assert float(difference) < 1e-5

@@ -1,4 +1,4 @@
-"""What judges other people's models in `nox -s wild`, on small functions."""
+"""The oracle and the verdicts of `nox -s wild`, on small functions."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def branched(params, x):
 
 REACHED = {
     "product": (lambda p, x: x @ p["w"], {"w"}),
-    "look-up": (lambda p, x: p["w"][x.astype(int)[:, 0]], {"w"}),
+    "lookup": (lambda p, x: p["w"][x.astype(int)[:, 0]], {"w"}),
     "behind a mask": (lambda p, x: x @ jnp.tril(jnp.exp(p["w"])), {"w"}),
     "bias and gain": (lambda p, x: x * p["w"][0] + p["v"][1], set()),
     "two weights": (lambda p, x: x @ (p["w"] @ p["v"]), {"w", "v"}),
@@ -47,32 +47,34 @@ REACHED = {
 
 
 @pytest.mark.parametrize("name", REACHED)
-def test_reached(name):
+def test_reached_parameters(name):
     fn, expected = REACHED[name]
     assert reached(fn, {"w": W, "v": W}, X) == expected
 
 
-FOUND = Finding("p: m", weights=3, factored=1, materialized={"w": "`mul` has no rule"})
+RECORDED = Finding("p: m", weights=3, factored=1, materialized={"w": "`mul` has no rule"})
 
 
 @pytest.mark.parametrize(
     "actual, fault, expected",
     [
-        (FOUND, None, []),
+        (RECORDED, None, []),
         (Finding("p: m", weights=3, factored=2), None, ["factored: 2 instead of 1", "`w`: no"]),
-        (Finding("p: m", weights=3, factored=1, unsaid=["v"]), None, ["`v`: yes", "`w`: no"]),
+        (Finding("p: m", weights=3, factored=1, unreported=["v"]), None, ["`v`: yes", "`w`: no"]),
         (Finding("p: m", fault="check: 0.4"), None, ["check: 0.4"]),
         (Finding("p: m", weights=3, factored=1, fault="x"), "x", ["`w`: no"]),
         (Finding("p: m", fault="y"), "x", ["fails in another way: y"]),
-        (FOUND, "x", ["no longer fails"]),
+        (RECORDED, "x", ["no longer fails"]),
     ],
 )
-def test_difference_is_reported(actual, fault, expected, tmp_path, monkeypatch):
+def test_differences_from_recorded_results_are_reported(
+    actual, fault, expected, tmp_path, monkeypatch
+):
     monkeypatch.setattr(verdict, "FILE", tmp_path / "expected.json")
     model = Model("p", "m", lambda: pytest.fail("not built"), False, False, fault)
     monkeypatch.setitem(verdict.CATALOG, model.title, model)
-    assert verdict.record([model], [FOUND]) == [FOUND]
-    assert verdict.recorded() == {"p: m": FOUND}
+    assert verdict.record([model], [RECORDED]) == [RECORDED]
+    assert verdict.recorded() == {"p: m": RECORDED}
     differences = [str(difference) for difference in verdict.differences([model], [actual])]
     for text in expected:
         assert any(text in difference for difference in differences), differences

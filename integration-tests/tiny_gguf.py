@@ -1,4 +1,4 @@
-"""A random Llama of two layers, with a tokenizer, as a GGUF file."""
+"""Writes a random Llama with two layers and a tokenizer as a GGUF file."""
 
 import pathlib
 

@@ -1,1 +1,1 @@
-"""Package × Python × JAX × backend: the cells, what this machine has for them, what came out."""
+"""The matrix of package × Python × JAX × backend: its cells, devices, records and report."""

@@ -10,15 +10,15 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the Python that n
 OLDEST_PYTHON, NEWEST_PYTHON = "3.11", "3.13"
 PYTHONS = sorted({OLDEST_PYTHON, "3.12", NEWEST_PYTHON, HERE}, key=lambda v: int(v.split(".")[1]))
 
-# The newest JAX that uv.lock has for a Python, and the oldest that a package says it works with.
+# The newest JAX in uv.lock for a Python version, and the oldest that a package allows.
 JAX = ["newest", "floor"]
 CPU = "cpu"
 ACCELERATORS = ["cuda12", "cuda13", "tpu"]
 
 ARGUMENTS = "package, backend, python, jax"
 
-# The part of lorax-hf that needs PyTorch, which pip installs: uv would take the build with CUDA.
-# There is a CPU build of the pinned PyTorch for one Python.
+# The part of lorax-hf that needs PyTorch. pip installs it, since uv would install the CUDA build.
+# The pinned PyTorch has a CPU build for one Python version.
 WITH_TORCH = "lorax-hf[torch]"
 
 
@@ -32,35 +32,35 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What is in the brackets of the session's name, without the defaults.
+        """The arguments in the session's name, without defaults.
 
         `lorax-core`, `lorax-core, 3.12, floor`, `lorax-io, tpu`.
         """
-        silent = (CPU, HERE, JAX[0])
-        return ", ".join(part for part in self if part not in silent)
+        defaults = (CPU, HERE, JAX[0])
+        return ", ".join(part for part in self if part not in defaults)
 
     @property
     def session(self) -> str:
-        """The name of the session that runs it."""
+        """The name of the session that runs this cell."""
         if self.package == WITH_TORCH:
             return "torch"
         return f"{'tests' if self.backend == CPU else 'accelerator'}({self.name})"
 
     @property
     def is_default(self) -> bool:
-        """Whether plain `nox` runs it."""
+        """Whether plain `nox` runs this cell."""
         if self.package == WITH_TORCH:
             return True
         newest, floor = JAX
         here = (self.python, self.jax) == (HERE, newest)
         if self.backend != CPU:
             return here and self.package == "lorax-core" and self.backend in ("cuda13", "tpu")
-        # All models of transformers take long, and `peft` runs them here as well.
+        # The models of transformers are slow, and the session `peft` also runs them on this Python.
         here = here and self.package != "lorax-hf"
         return here or (self.python, self.jax) in {(HERE, floor), (NEWEST_PYTHON, newest)}
 
     def param(self) -> Any:
-        """Itself, as nox takes it."""
+        """The cell as a parameter of a nox session."""
         tags = [self.backend, self.jax, "matrix", *(["default"] if self.is_default else [])]
         return nox.param(*self, id=self.name, tags=tags)
 

@@ -1,4 +1,4 @@
-"""What this machine has: interpreters, and chips that JAX can run on."""
+"""Detects the interpreters and accelerators of this machine."""
 
 import functools
 import pathlib
@@ -7,28 +7,28 @@ import subprocess
 
 from .cells import HERE
 
-# The oldest driver that each CUDA runs with, from NVIDIA's table of minor version compatibility.
+# The oldest driver for each CUDA version, from NVIDIA's table of minor version compatibility.
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 
 
 @functools.cache
 def missing_python(python: str) -> str | None:
-    """Why a Python cannot be used, or None."""
+    """The reason why a Python version cannot be used, or None."""
     if python == HERE:
         return None
     command = f"python{python}"
     if shutil.which(command) is None:
         return f"{command} is not on the path"
-    # A shim of pyenv is on the path for every version that is installed, and runs the chosen ones.
+    # pyenv has a shim on the path for each installed version, but runs only the selected ones.
     if _output(command, "--version") is None:
-        return f"{command} is on the path and does not run"
+        return f"{command} is on the path but does not run"
     return None
 
 
 @functools.cache
 def missing_device(backend: str) -> str | None:
-    """Why programs cannot run on a backend here, or None where they can."""
+    """The reason why programs cannot run on a backend here, or None."""
     return _missing_tpu() if backend == "tpu" else _missing_gpu(OLDEST_DRIVER[backend])
 
 
@@ -45,14 +45,14 @@ def _missing_gpu(oldest: int) -> str | None:
         return "nvidia-smi finds no GPU"
     driver = drivers.splitlines()[0]
     if int(driver.split(".")[0]) < oldest:
-        return f"the GPU's driver is {driver}, and {oldest} or newer is needed"
+        return f"the GPU's driver is {driver}, but {oldest} or newer is needed"
     return None
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where there is none or it fails."""
+    """The output of a command, or None if it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""What each cell did when it last ran, kept in files for the report."""
+"""Records of the last run of each cell, stored in files for the report."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(".nox/matrix")
 
 @contextlib.contextmanager
 def recorded(session: str) -> Generator[dict[str, Any]]:
-    """Keeps the record that the block fills, whether the block ends well or not."""
+    """Yields a record, and writes it to a file at the end of the block, even after an error."""
     now = datetime.datetime.now(datetime.UTC)
     record: dict[str, Any] = {"session": session, "when": f"{now:%Y-%m-%d %H:%M}"}
     record |= {"outcome": "failed", "did": "installed", "jax": None, "counts": {}}
@@ -26,20 +26,20 @@ def recorded(session: str) -> Generator[dict[str, Any]]:
 
 
 def read(session: str) -> dict[str, Any] | None:
-    """The record of a session, if it ever ran."""
+    """The record of a session, or None if it never ran."""
     file = _file(session)
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def counts(junit: pathlib.Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, from pytest's own report."""
+    """The numbers of tests that passed, failed and were skipped, from pytest's report."""
     if not junit.exists():
         return {}
     suite = next(xml.parse(junit).getroot().iter("testsuite"))
-    found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = found["failures"] + found["errors"]
-    passed = found["tests"] - failed - found["skipped"]
-    return {"passed": passed, "failed": failed, "skipped": found["skipped"]}
+    reported = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = reported["failures"] + reported["errors"]
+    passed = reported["tests"] - failed - reported["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": reported["skipped"]}
 
 
 def _file(session: str) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Prints the matrix: what ran, what did not, and why.
+"""Prints which cells of the matrix ran, which did not, and why.
 
 python -m matrix.report
 """
@@ -17,7 +17,7 @@ MARK = {"passed": "[green]✓[/]", "failed": "[red]✗[/]"}
 
 
 def entry(cell: Cell | None) -> str:
-    """What a cell says in the table; there may be none for a backend."""
+    """The text of a cell in the table. A backend may not have a cell, which is None."""
     if cell is None:
         return "[dim]–[/]"
     record = records.read(cell.session)
@@ -25,21 +25,21 @@ def entry(cell: Cell | None) -> str:
         return "[dim]no Python[/]" if missing_python(cell.python) else "[dim]not run[/]"
     if record["outcome"] == "skipped":
         return "[dim]skipped[/]"
-    found = ", ".join(f"{n} {what}" for what, n in record["counts"].items() if n)
-    return f"{MARK[record['outcome']]} {record['did']}: {found or record['outcome']}"
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in record["counts"].items() if n)
+    return f"{MARK[record['outcome']]} {record['did']}: {counts or record['outcome']}"
 
 
 def reasons() -> dict[str, int]:
-    """Why cells did not run, and how many."""
-    found: dict[str, int] = collections.Counter()
+    """The reasons why cells did not run, and the number of cells for each."""
+    by_reason: dict[str, int] = collections.Counter()
     for cell in CELLS:
         record, reason = records.read(cell.session), missing_python(cell.python)
         if record is None:
-            asked = "not asked for (`nox -t matrix` asks for all)"
-            found[f"skipped: {reason}" if reason else f"not run: {asked}"] += 1
+            hint = "not requested (`nox -t matrix` runs all)"
+            by_reason[f"skipped: {reason}" if reason else f"not run: {hint}"] += 1
         elif record["outcome"] == "skipped":
-            found[f"skipped: {record['reason']}"] += 1
-    return found
+            by_reason[f"skipped: {record['reason']}"] += 1
+    return by_reason
 
 
 def main() -> None:
@@ -52,19 +52,19 @@ def main() -> None:
     for cell in CELLS:
         rows[cell.package, cell.python, cell.jax][cell.backend] = cell
     for (package, python, jax), row in rows.items():
-        known = [record for cell in row.values() if (record := records.read(cell.session))]
-        versions = sorted({record["jax"] for record in known if record["jax"]})
+        records_of_row = [record for cell in row.values() if (record := records.read(cell.session))]
+        versions = sorted({record["jax"] for record in records_of_row if record["jax"]})
         label = f"{jax} ({', '.join(versions)})" if versions else jax
         entries = [entry(row.get(backend)) for backend in (CPU, *ACCELERATORS)]
-        table.add_row(escape(package), python, label, *entries)  # an extra is in brackets
+        table.add_row(escape(package), python, label, *entries)  # an extra has brackets
     console.print(table)
     for backend in ACCELERATORS:
         reason = missing_device(backend)
-        means = f"{reason}: programs are compiled for one" if reason else "tests run on the device"
-        console.print(f"{backend}: {means}")
+        mode = f"{reason}: programs are compiled for one" if reason else "tests run on the device"
+        console.print(f"{backend}: {mode}")
     for reason, count in reasons().items():
         console.print(f"{count} cells {reason}")
-    console.print(f"The names of cells leave out Python {HERE}, the newest JAX, and the CPU.")
+    console.print(f"Names of cells omit the defaults: Python {HERE}, the newest JAX, and the CPU.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is checked before a release, apart from the packages themselves: see noxfile.py."""
+"""Checks of a release's metadata and notes; see `release-check` in noxfile.py."""

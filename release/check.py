@@ -1,6 +1,7 @@
-"""Checks what a release says of itself: versions, names, addresses, notes.
+"""Checks the metadata of a release: versions, names, addresses and notes.
 
-`python -m release.check`, and with `--tag v0.1.0` that the tag is the version and has notes.
+`python -m release.check`; with `--tag v0.1.0`, also checks that the tag is the version and has
+notes.
 """
 
 import argparse
@@ -13,21 +14,21 @@ from website.versions import PROJECTS, ROOT
 
 from release.notes import notes
 
-# In place of the account that hosts the repository until there is one.
+# A placeholder for the account that will host the repository.
 PLACEHOLDER = "OWNER"
 
-# Files that name the repository, which pyproject.toml of the core defines.
-NAME_THE_REPOSITORY = [
+# Files that contain the repository's address, which the core's pyproject.toml defines.
+FILES_WITH_REPOSITORY_URL = [
     *["README.md", "mkdocs.yml", "SECURITY.md", "docs/install.md", "docs/index.md"],
     *(f"packages/{package}/README.md" for package in PROJECTS),
 ]
 
-# Those that name the site: its own configuration, and the last line of each error and warning.
-NAME_THE_DOCUMENTATION = ["mkdocs.yml", "packages/lorax-core/src/lorax/_errors.py"]
+# Files that contain the site's address: its configuration, and the last line of each error.
+FILES_WITH_SITE_URL = ["mkdocs.yml", "packages/lorax-core/src/lorax/_errors.py"]
 
 
 def main() -> None:
-    """Prints each fault, and exits with 1 where there is one."""
+    """Prints each fault, and exits with 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tag", help="of the release, such as v0.1.0")
     parser.add_argument("--offline", action="store_true", help="do not ask the package index")
@@ -37,14 +38,14 @@ def main() -> None:
 
 
 def faults(tag: str | None, offline: bool) -> Iterator[str]:
-    """What keeps this from being released."""
+    """Yields the reasons why this cannot be released."""
     core = PROJECTS["lorax-core"]
     version, addresses = core["version"], core["urls"]
     for package, other in PROJECTS.items():
         if other["version"] != version:
-            yield f"{package} has version {other['version']}, and lorax-core {version}"
+            yield f"{package} has version {other['version']}, but lorax-core has {version}"
         if other["urls"] != addresses:
-            yield f"{package} has other [project.urls] than lorax-core"
+            yield f"[project.urls] of {package} differs from that of lorax-core"
         needed = [wanted for wanted in other["dependencies"] if wanted.startswith("lorax-")]
         if package != "lorax-core" and needed != [f"lorax-core~={version}"]:
             yield f"{package} needs {needed}, not lorax-core~={version}"
@@ -54,32 +55,32 @@ def faults(tag: str | None, offline: bool) -> Iterator[str]:
                 yield f"{package} {version} is published already"
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     if str(citation["version"]) != version:
-        yield f"CITATION.cff has version {citation['version']}, and lorax-core {version}"
+        yield f"CITATION.cff has version {citation['version']}, but lorax-core has {version}"
     if citation["repository-code"] != addresses["Source"]:
         yield f"CITATION.cff has repository-code {citation['repository-code']}"
-    for name in NAME_THE_REPOSITORY:
+    for name in FILES_WITH_REPOSITORY_URL:
         if addresses["Source"] not in (ROOT / name).read_text(encoding="utf-8"):
-            yield f"{name} does not name {addresses['Source']}"
-    for name in NAME_THE_DOCUMENTATION:
+            yield f"{name} does not contain {addresses['Source']}"
+    for name in FILES_WITH_SITE_URL:
         if f'"{addresses["Documentation"]}"' not in (ROOT / name).read_text(encoding="utf-8"):
-            yield f"{name} does not name {addresses['Documentation']}"
+            yield f"{name} does not contain {addresses['Documentation']}"
     if tag and f"/{PLACEHOLDER}/" in addresses["Source"]:
-        yield f"{addresses['Source']} does not say which account hosts the repository"
+        yield f"{addresses['Source']} still has the placeholder {PLACEHOLDER} for the account"
     if tag and tag != f"v{version}":
-        yield f"the tag is {tag}, and the version {version}"
+        yield f"the tag is {tag}, but the version is {version}"
     if tag and not notes(version):
         yield f"CHANGELOG.md has no section [{version}]: rename [Unreleased]"
 
 
 def versions_on_index(package: str) -> list[str]:
-    """The versions that pip finds, none where the name is free."""
+    """The published versions of a package; empty if the name is free."""
     command = [sys.executable, "-m", "pip", "index", "versions", "--pre", package]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode:
-        if "No matching distribution found" in asked.stderr:
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        if "No matching distribution found" in process.stderr:
             return []
-        sys.exit(f"pip cannot ask for {package}:\n{asked.stderr}")
-    lines = [line for line in asked.stdout.splitlines() if line.startswith("Available versions:")]
+        sys.exit(f"pip cannot query the versions of {package}:\n{process.stderr}")
+    lines = [line for line in process.stdout.splitlines() if line.startswith("Available versions:")]
     return lines[0].partition(":")[2].replace(" ", "").split(",")
 
 

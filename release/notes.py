@@ -8,14 +8,13 @@ CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
 
 def notes(version: str) -> str | None:
-    """The section of a version without its heading, or None where there is none."""
+    """The section of a version without its heading, or None if it is missing."""
     text = CHANGELOG.read_text(encoding="utf-8")
     heading = re.compile(rf"^## \[{re.escape(version)}\].*\n", re.MULTILINE)
-    found = heading.search(text)
-    return found and text[found.end() :].partition("\n## [")[0].strip()
+    match = heading.search(text)
+    return match and text[match.end() :].partition("\n## [")[0].strip()
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1].removeprefix("v")
-    found = notes(wanted)
-    print(found or sys.exit(f"CHANGELOG.md has no section for {wanted}"))
+    version = sys.argv[1].removeprefix("v")
+    print(notes(version) or sys.exit(f"CHANGELOG.md does not have a section for {version}"))

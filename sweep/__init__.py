@@ -1,1 +1,1 @@
-"""Types of PyTorch models through lorax_hf, at tiny sizes: `nox -s sweep-torch`."""
+"""Runs PyTorch model types through lorax_hf at tiny sizes: `nox -s sweep-torch`."""

@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before the processes are forked: importing takes longer than most models. JAX itself is first used
-# in each of them, since its threads do not survive a fork.
+# Imported before the processes are forked, since importing takes longer than most models. JAX
+# itself is only used after the fork, which its threads would not survive.
 import jax
 import peft  # noqa: F401
 import torch
@@ -31,22 +31,24 @@ from .trial import try_model
 with missing_overloads_allowed():
     import torchax.tensor  # noqa: F401
 
-SECONDS = 120  # of one model, past which it does not end
+SECONDS = 120  # time limit for one model
 RESULTS = Path("sweep", "results.json")
 
 
 def main() -> int:
-    """The exit status: 0 where every model is as it was recorded."""
+    """Runs the models; returns 0 if no result is worse than recorded."""
     parser = argparse.ArgumentParser(prog="nox -s sweep-torch --", description=__doc__)
     parser.add_argument("--only", default="", help="the models whose title contains this")
     parser.add_argument("--record", action="store_true", help="write the results and the page")
-    parser.add_argument("--again", action="store_true", help="those with a fault alone")
+    parser.add_argument(
+        "--again", action="store_true", help="only models with a fault or a large error"
+    )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     known = _read()
     findings: dict[str, Finding] = {}
     for title in titles():
-        if options.only in title and not (options.again and _is_well(known.get(title))):
+        if options.only in title and not (options.again and _is_good(known.get(title))):
             findings[title] = _in_a_process(title)
             print(summary(findings[title]), flush=True)
             if options.record:
@@ -56,38 +58,37 @@ def main() -> int:
         return 0
     worse = [t for t, f in findings.items() if t in known and _is_worse(f, known[t])]
     for title in worse:
-        print(f"not as recorded: {title}: {summary(known[title])}")
+        print(f"worse than recorded: {title}: {summary(known[title])}")
     return 1 if worse else 0
 
 
-def _is_well(finding: Finding | None) -> bool:
-    if finding is None or finding.fault or finding.unlike:
+def _is_good(finding: Finding | None) -> bool:
+    if finding is None or finding.fault or finding.axes_differ:
         return False
-    return finding.no_peft != "" or (finding.peft or 0) <= 1e-4
+    return finding.not_in_peft != "" or (finding.peft or 0) <= 1e-4
 
 
-def _is_worse(found: Finding, known: Finding) -> bool:
-    if found.fault or known.fault:
-        return bool(found.fault) and not known.fault
-    errors = [
-        (getattr(found, name), getattr(known, name)) for name in ("forward", "merged", "peft")
-    ]
-    compared = [(new, old) for new, old in errors if new is not None and old is not None]
-    grown = any(new > 10 * old + 1e-5 for new, old in compared)
-    return grown or found.factored < known.factored
+def _is_worse(new: Finding, old: Finding) -> bool:
+    if new.fault or old.fault:
+        return bool(new.fault) and not old.fault
+    errors = [(getattr(new, name), getattr(old, name)) for name in ("forward", "merged", "peft")]
+    compared = [(x, y) for x, y in errors if x is not None and y is not None]
+    larger = any(x > 10 * y + 1e-5 for x, y in compared)
+    return larger or new.factored < old.factored
 
 
 def _in_a_process(title: str) -> Finding:
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, title))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, title))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        return ours.recv() if ours.poll(SECONDS) else Finding(title, f"does not end in {SECONDS} s")
+        timeout = f"did not finish in {SECONDS} s"
+        return receiver.recv() if receiver.poll(SECONDS) else Finding(title, timeout)
     except EOFError:
         process.join()
-        return Finding(title, f"the process ends with {process.exitcode}")
+        return Finding(title, f"the process exited with {process.exitcode}")
     finally:
         process.kill()
         process.join()

@@ -1,11 +1,11 @@
-"""A tiny config of any model type of transformers, from the class of its config alone."""
+"""Tiny configs of transformers' model types, made from the config classes."""
 
 import inspect
 from typing import Any
 
 import transformers
 
-# What a config is given where it has an attribute of that name.
+# Values for the attributes that a config has.
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_dim"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2),
@@ -38,7 +38,7 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_expand": 2}
 _ROTARY = {"rotary_dim": 8, "n_ctx": 64}
 _SAME_HEADS = {"head_dim": 12, "num_key_value_heads": 4}
 
-# What else a type needs, since its config says so.
+# Additional values that the config of a type requires.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "codegen": _ROTARY,
@@ -62,7 +62,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(kind: str) -> Any:
-    """The config of a type, with small sizes throughout."""
+    """A config of a model type with small sizes."""
     return _tiny(transformers.CONFIG_MAPPING[kind], kind)
 
 
@@ -74,7 +74,7 @@ def _tiny(cls: Any, kind: str) -> Any:
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _tiny(type(part), part.model_type).to_dict()
     if "kv_lora_rank" in options:
-        # Latent attention has a head for every query, of a size that is the sum of two others.
+        # Latent attention has one key head for each query head, and derives the head size.
         options.pop("head_dim", None)
         options["num_key_value_heads"] = options["num_attention_heads"]
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
@@ -84,13 +84,13 @@ def _tiny(cls: Any, kind: str) -> Any:
 
 
 def _takes(config: Any, name: str) -> bool:
-    """Whether a config has an attribute that may be given."""
+    """Whether a config has an attribute that can be set."""
     if isinstance(getattr(type(config), name, None), property):
         return False
     try:
         value = getattr(config, name, None)
     except Exception:
-        return False  # One of those that differ from layer to layer.
+        return False  # an attribute that differs between layers
     if value is None or callable(value):
         return False
     return isinstance(value, list | tuple) == isinstance(TINY[name], list | tuple)

@@ -1,4 +1,4 @@
-"""The models of the sweep: a title, and how each is built."""
+"""The models of the sweep: their titles, and how each is made."""
 
 import inspect
 import os
@@ -37,20 +37,20 @@ class Subject(NamedTuple):
 
 
 def titles() -> list[str]:
-    """`causal: llama` and so on; a type is in the first of its groups alone."""
-    found: dict[str, str] = {}
+    """Titles such as `causal: llama`. A type is listed only in the first of its groups."""
+    by_kind: dict[str, str] = {}
     for group, (_, types) in GROUPS.items():
         for kind in sorted(types):
-            found.setdefault(kind, f"{group}: {kind}")
+            by_kind.setdefault(kind, f"{group}: {kind}")
     return [
-        *found.values(),
+        *by_kind.values(),
         *(f"diffusers: {name}" for name in DIFFUSERS),
         *(f"timm: {name}" for name in TIMM),
     ]
 
 
 def build(title: str) -> Subject:
-    """The model of a title; whatever transformers raises, it raises."""
+    """Makes the model of a title. Errors of transformers are passed on."""
     group, _, kind = title.partition(": ")
     torch.manual_seed(0)
     if group == "diffusers":
@@ -64,13 +64,13 @@ def build(title: str) -> Subject:
     module = subject.module.eval()
     with torch.no_grad():
         for parameter in module.parameters():
-            # Zeros and ones, as of biases and gains, would hide faults.
+            # Biases of zero and gains of one would hide errors.
             parameter.add_(0.02 * torch.randn_like(parameter))
     return subject
 
 
 def _inputs(module: Any) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    takes = inspect.signature(module.forward).parameters
+    accepted = inspect.signature(module.forward).parameters
     config = module.config
     vision = getattr(config, "vision_config", None) or config
     side = getattr(vision, "image_size", None) or 32
@@ -82,13 +82,13 @@ def _inputs(module: Any) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         "input_features": (1, getattr(config, "num_mel_bins", 8), 32),
     }
     main = module.main_input_name
-    both = {"input_ids", "pixel_values"} <= set(takes) and hasattr(config, "text_config")
-    if "input_ids" in takes and (main == "input_ids" or both):
+    both = {"input_ids", "pixel_values"} <= set(accepted) and hasattr(config, "text_config")
+    if "input_ids" in accepted and (main == "input_ids" or both):
         yield "input_ids", IDS[:1] if both else IDS
     if main in waves or both:
         name = "pixel_values" if both else main
         yield name, _wave(waves[name])
-    if config.is_encoder_decoder and "decoder_input_ids" in takes:
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         yield "decoder_input_ids", IDS[: 1 if main in waves else 2, :4]
 
 
@@ -169,7 +169,7 @@ DIFFUSERS: dict[str, Callable[[], Subject]] = {
     "FluxTransformer2DModel": _flux,
 }
 
-# The classes of timm at a tiny size.
+# timm's models at tiny sizes.
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2},
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "stem_width": 8},
@@ -182,10 +182,10 @@ TIMM: dict[str, dict[str, Any]] = {
 
 
 def _timm(kind: str) -> Subject:
-    # In a folder of their own, so that transformers runs without them in every other process.
+    # timm has its own folder, so that transformers does not import it in the other processes.
     sys.path.append(os.environ["TIMM"])
-    # timm imports torchvision for its data. The wheel of that on PyPI has operators for CUDA alone,
-    # and is imported where two of them have names; the models call none.
+    # timm imports torchvision for its data. The wheel on PyPI has only CUDA operators, and can be
+    # imported if two of them are defined. The models do not call them.
     torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         torchvision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,4 +1,4 @@
-"""The table of the sweep in docs/frameworks/pytorch.md, and a line for each model."""
+"""The section of the sweep in docs/frameworks/pytorch.md, and a summary line for each model."""
 
 import collections
 import re
@@ -11,23 +11,24 @@ from .finding import Finding
 PAGE = Path("docs", "frameworks", "pytorch.md")
 BEGIN, END = "<!-- sweep -->", "<!-- end of sweep -->"
 _PACKAGES = ("torch", "torchax", "transformers", "diffusers", "peft", "jax")
-CLOSE = 1e-4  # of PEFT's outputs; what is farther away is named
+CLOSE = 1e-4  # larger differences from PEFT's outputs are listed
 
 
 def summary(finding: Finding) -> str:
     """One line for the terminal."""
     if finding.fault:
         return f"✗ {finding.title}: {finding.fault}"
+    differ = f", axes differ: {finding.axes_differ}" if finding.axes_differ else ""
     return (
         f"✓ {finding.title}: forward {_error(finding.forward)}, factored {finding.factored} of "
         f"{finding.weights}, merged {_error(finding.merged)}, PEFT "
-        f"{finding.no_peft or _error(finding.peft)}"
-        f"{f', axes unlike: {finding.unlike}' if finding.unlike else ''} ({finding.seconds} s)"
+        f"{finding.not_in_peft or _error(finding.peft)}"
+        f"{differ} ({finding.seconds} s)"
     )
 
 
 def record(findings: Mapping[str, Finding]) -> None:
-    """Writes what was found between the two marks in the page."""
+    """Replaces the section between the two marks of the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n\n{_section(findings)}\n\n{END}{after}")
@@ -35,14 +36,14 @@ def record(findings: Mapping[str, Finding]) -> None:
 
 def _section(findings: Mapping[str, Finding]) -> str:
     ran = [finding for finding in findings.values() if not finding.fault]
-    built_by_torch = [f for f in findings.values() if not _is_of_torch(f)]
+    run_by_torch = [f for f in findings.values() if not _is_of_torch(f)]
     weights, factored = sum(f.weights for f in ran), sum(f.factored for f in ran)
     compared = [finding for finding in ran if finding.peft is not None]
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     lines = [
         f"Versions: {versions}.",
         "",
-        f"PyTorch runs {len(built_by_torch)} models at a tiny size, and {len(ran)} of them run in "
+        f"PyTorch runs {len(run_by_torch)} models at a tiny size, and {len(ran)} of them run in "
         f"JAX. {factored} of their {weights} weights stay factored. PEFT loads the adapters of "
         f"{len(compared)} models.",
         "",
@@ -68,7 +69,7 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     yield "**Materialized weights**, with the reason that the warning gives:"
     yield ""
     for finding in rows:
-        for reason in finding.built.values():
+        for reason in finding.materialized.values():
             cause, *_ = _clean(reason).partition(", so the adapted weight")
             yield f"- {finding.title}: {cause}"
     yield ""
@@ -82,8 +83,8 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
             yield f"- {finding.title}, compared without {', '.join(names)}: {why}"
     reasons: dict[str, list[str]] = collections.defaultdict(list)
     for finding in rows:
-        if finding.no_peft:
-            reasons[finding.no_peft].append(finding.title)
+        if finding.not_in_peft:
+            reasons[finding.not_in_peft].append(finding.title)
     for reason, titles in reasons.items():
         yield f"- {', '.join(titles)}: {_clean(reason)}"
     yield ""
@@ -101,16 +102,16 @@ def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
 
 
 def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
-    """The modules that are left out for each reason, those of all layers as one."""
-    found: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    """The excluded modules for each reason; modules that differ in the layer number are one."""
+    modules: dict[str, dict[str, None]] = collections.defaultdict(dict)
     for name, why in left_out.items():
         name = re.sub(r"\.[0-9]+\.", ".*.", name)
-        found[why][f"`{name}`"] = None
-    return {why: list(names) for why, names in found.items()}
+        modules[why][f"`{name}`"] = None
+    return {why: list(names) for why, names in modules.items()}
 
 
 def _is_of_torch(finding: Finding) -> bool:
-    """Whether the model did not even run in PyTorch."""
+    """Whether the model failed already in PyTorch."""
     return finding.fault.startswith(("build:", "torch:"))
 
 
@@ -119,6 +120,6 @@ def _error(value: float | None) -> str:
 
 
 def _clean(text: str) -> str:
-    """One line, without the places in files, which differ between machines."""
+    """The text on one line, without file paths, which differ between machines."""
     text = re.sub(r" at /\S*( \([^)]*\))?", "", " ".join(text.split()))
     return text[:220].replace("|", "\\|").replace("<", "&lt;")

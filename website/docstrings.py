@@ -1,4 +1,4 @@
-"""A griffe extension: reads the sources of this repository as Python reads them."""
+"""A griffe extension for the docstrings and decorators of this repository."""
 
 import re
 from typing import Any
@@ -7,12 +7,12 @@ import griffe
 
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
-# Decorators that make a frozen dataclass, among other things.
+# Decorators that also make a class a frozen dataclass.
 DATACLASSES = {"defkind", "defformat"}
 
 
 class Docstrings(griffe.Extension):
-    """Examples are code, and classes of our own decorators have the signature of a dataclass."""
+    """Renders examples as code, and classes with our decorators as dataclasses."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Turns `Example:` into a section of examples instead of a note."""
@@ -20,11 +20,11 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = EXAMPLE.sub("Examples:", obj.docstring.value)
 
     def on_class_instance(self, *, cls: griffe.Class, **kwargs: Any) -> None:
-        """Adds `@dataclasses.dataclass` where one of our decorators applies it."""
+        """Adds `@dataclasses.dataclass` if one of our decorators applies it."""
         if any(str(decorator.value) in DATACLASSES for decorator in cls.decorators):
             module = griffe.ExprName("dataclasses", parent=cls.parent)
-            made = griffe.ExprAttribute([module, griffe.ExprName("dataclass", parent=module)])
-            cls.decorators.append(griffe.Decorator(made, lineno=None, endlineno=None))
+            dataclass = griffe.ExprAttribute([module, griffe.ExprName("dataclass", parent=module)])
+            cls.decorators.append(griffe.Decorator(dataclass, lineno=None, endlineno=None))
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
         """Shows the default of a field that is `static(default)`."""

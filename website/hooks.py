@@ -1,4 +1,4 @@
-"""MkDocs calls these: generated pages, links out of docs/, and the check of the reference."""
+"""MkDocs hooks: generated pages, links to files outside docs/, and the check of the reference."""
 
 import os
 import re
@@ -28,7 +28,7 @@ CODE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 @event_priority(100)  # before mkdocstrings reads the inventories
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Shows the version beside the name, and lists the pages of the kinds."""
+    """Adds the version to the site's name, and the pages of the kinds to the navigation."""
     if os.environ.get("SITE_ONLINE"):
         handlers = config.plugins["mkdocstrings"].config["handlers"]
         handlers["python"]["inventories"] = names.UPSTREAM["inventories"]
@@ -40,7 +40,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages, and fails if a public name has none."""
+    """Adds the generated pages, and fails if a public name does not have a page."""
     generated = {page.path: page.markdown() for page in kinds.PAGES}
     generated |= tutorials.pages(Path(config.docs_dir, "tutorials"), config.repo_url or "")
     for path, content in generated.items():
@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         {f.src_uri: f.content_string for f in files.documentation_pages()}
     )
     if problems := reference.problems(documented):
-        raise PluginError("\n".join(["The API reference does not fit the packages.", *problems]))
+        raise PluginError("\n".join(["The API reference does not match the packages.", *problems]))
     return files
 
 
@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links names in code."""
-    return names.linked(html)
+    return names.link_names(html)
 
 
 def outside_code(markdown: str, change: Any) -> str:

@@ -1,4 +1,4 @@
-"""Pages of the kinds of adapters, from kinds.toml, the docstrings, and the tables of docs/."""
+"""Makes the pages of adapter kinds from kinds.toml, docstrings, and the tables in docs/."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class KindPage(NamedTuple):
-    """A table of kinds.toml."""
+    """The page of one kind, from a table of kinds.toml."""
 
     slug: str
     title: str
@@ -28,7 +28,7 @@ class KindPage(NamedTuple):
         return f"kinds/{self.slug}.md"
 
     def markdown(self) -> str:
-        """The page."""
+        """The text of the page."""
         # The other members of these classes are internal, or for authors of new kinds.
         without_members = "\n    options:\n      heading_level: 3\n      members: false"
         objects = "\n\n".join(f"::: lorax.{name}{without_members}" for name in self.names)
@@ -79,7 +79,7 @@ def costs(kinds: list[str]) -> str:
     for model in ("GPT", "GPT, scan + remat"):
         table = section.partition(f"\n{model}:\n\n")[2].partition("\n\n")[0]
         lines = [line for line in table.splitlines() if line.split("|")[1].strip() in kinds]
-        assert len(lines) == len(kinds), f"docs/kinds.md has {lines} of {kinds} for {model}"
+        assert len(lines) == len(kinds), f"docs/kinds.md has only {lines} of {kinds} for {model}"
         rows += [f"| {model} {line}" for line in lines]
     return "\n".join(
         [
@@ -96,12 +96,12 @@ def costs(kinds: list[str]) -> str:
 
 
 def files(spec: str) -> str:
-    """The files that can store a kind, from the table of PEFT's types in docs/adapters.md."""
+    """The files that can store a kind, from the table of PEFT types in docs/adapters.md."""
     native = "[Native files](../adapters.md#a-native-file) store it with all settings."
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| (`[A-Z].+?) \| (`\w+Spec`.*?) \| (.+?) \|$", text, re.MULTILINE)
-    assert table, "docs/adapters.md has no table of PEFT's types"
-    # A spec that another one is combined with has a row without it.
+    assert table, "docs/adapters.md does not have a table of PEFT types"
+    # Specs after "beside" or "with" are combined with the first one, and have their own rows.
     types = [
         (kind, names)
         for kind, specs, names in table

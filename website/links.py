@@ -1,7 +1,7 @@
-"""Checks a built site: every link and every picture within it leads to a page, and to its anchor.
+"""Checks a built site: every internal link and picture must lead to an existing file and anchor.
 
-MkDocs checks what is written in Markdown. This reads the HTML, so it also sees what docstrings,
-generated pages and the theme link to. `python -m website.links site`.
+MkDocs checks links in Markdown. This reads the HTML, so it also checks links from docstrings,
+generated pages and the theme. `python -m website.links site`.
 """
 
 import sys
@@ -20,26 +20,26 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Called for each element."""
-        found = dict(attrs)
-        self.anchors |= {value for name in ("id", "name") if (value := found.get(name))}
-        self.links |= {value for name in ("href", "src") if (value := found.get(name))}
+        """Collects the links and anchors of an element."""
+        attributes = dict(attrs)
+        self.anchors |= {value for name in ("id", "name") if (value := attributes.get(name))}
+        self.links |= {value for name in ("href", "src") if (value := attributes.get(name))}
 
 
-def broken(site: Path) -> list[str]:
+def broken_links(site: Path) -> list[str]:
     """Broken links within the site."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     return [
         f"{path.relative_to(site)} links to {link}"
         for path, page in sorted(pages.items())
-        # It is shown at any address, and links from the root of the host.
+        # 404.html is served for any address, so its links start at the root of the host.
         if path.name != "404.html"
         for link in sorted(page.links)
-        if leads_nowhere(path, link, pages)
+        if is_broken(path, link, pages)
     ]
 
 
-def leads_nowhere(path: Path, link: str, pages: dict[Path, Page]) -> bool:
+def is_broken(path: Path, link: str, pages: dict[Path, Page]) -> bool:
     """Whether a link points to a missing file or anchor."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
@@ -54,5 +54,5 @@ def leads_nowhere(path: Path, link: str, pages: dict[Path, Page]) -> bool:
 
 
 if __name__ == "__main__":
-    found = broken(Path(sys.argv[1]).resolve())
+    found = broken_links(Path(sys.argv[1]).resolve())
     sys.exit("\n".join(found) if found else 0)

@@ -1,4 +1,4 @@
-"""Links names in code: ours to the reference, those of others to their documentation."""
+"""Links names in code: ours to the reference, names of other libraries to their documentation."""
 
 import re
 import tomllib
@@ -14,23 +14,23 @@ ADDRESSES: dict[str, str] = {
     for name in table["names"]
 }
 
-# Ours are linked with their module, and without it if they can mean nothing else.
-UNLIKE_OTHERS = re.compile(r"[a-z]+_\w+|LORA_\w+|[A-Z]\w*[a-z0-9][A-Z]\w+")
+# Our names are linked with their module, and also without it if they are unambiguous.
+UNAMBIGUOUS = re.compile(r"[a-z]+_\w+|LORA_\w+|[A-Z]\w*[a-z0-9][A-Z]\w+")
 OURS: dict[str, str] = {name: name for name in public_names()} | {
     name.rpartition(".")[2]: name
     for name in sorted(public_names())
-    if UNLIKE_OTHERS.fullmatch(name.rpartition(".")[2])
+    if UNAMBIGUOUS.fullmatch(name.rpartition(".")[2])
 }
 
-# A link, a heading or a block of code, which stay as they are; or a name in a text, or its call.
+# A link, a heading or a code block, which are not changed; or a name or call in text.
 PART = re.compile(
     r"<(a|autoref|h\d|pre)\b.*?</\1>|<code>(?P<name>[A-Za-z_][\w.]*)(?:\([^<]*\))?</code>",
     re.DOTALL,
 )
 
 
-def linked(html: str) -> str:
-    """A page in which each known name is a link."""
+def link_names(html: str) -> str:
+    """The page with a link for each known name."""
 
     def link(match: re.Match[str]) -> str:
         name = match["name"] or ""

@@ -1,9 +1,9 @@
 """Draws an adapted weight as boxes: `W[in,out] + s · a[in,r]* b[r,out]*`.
 
-A box is `name[rows,columns]`; a star means that it is trained, and a pattern in braces says which
-of its entries there are: `{diagonal}`, `{blocks}`, `{grid}`, `{rows}`, `{stripes}`. `a[in,r|i,r]`
-also labels the axes: beside the rows, and above the columns. What is between boxes is text. The
-colors are those of the page, so a picture follows light and dark.
+A box is `name[rows,columns]`. A star means that it is trained. A pattern in braces shows which
+entries exist: `{diagonal}`, `{blocks}`, `{grid}`, `{rows}`, `{stripes}`. `a[in,r|i,r]` also labels
+the axes, next to the rows and above the columns. Everything between boxes is text. The colors are
+those of the page, so a picture adapts to light and dark mode.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
-# Lengths of sides. Any two that differ in a model differ here.
+# Lengths of sides. Sizes that can differ in a model differ here.
 SIDES = {"1": 9, "r": 26, "R": 44, "in": 96, "out": 132, "m": 40, "l": 52, "n": 60, "k": 78}
 GAP, HEIGHT, MARGIN, LABEL = 10, 132, 4, 14
 
@@ -30,7 +30,7 @@ class Rectangle(NamedTuple):
 
 
 def diagonal(width: float, height: float, n: int) -> list[Rectangle]:
-    """Blocks on the diagonal; an oblong is cut into as many as a square."""
+    """The `n` blocks on the diagonal of a rectangle."""
     return [Rectangle(k * width / n, k * height / n, width / n, height / n) for k in range(n)]
 
 
@@ -58,7 +58,7 @@ WITH_LABEL_ABOVE = {"diagonal", "blocks", "grid", "stripes"}
 
 
 def svg(notation: str) -> str:
-    """The picture, as an element for a page."""
+    """The picture as an HTML element."""
     parts: list[str] = []
     x = float(MARGIN)
     kinds: set[str] = set()
@@ -88,18 +88,18 @@ def svg(notation: str) -> str:
 
 
 def tokens(notation: str) -> list[str | dict[str, str]]:
-    """Boxes, and the texts between them."""
-    found: list[str | dict[str, str]] = []
+    """The boxes, and the text between them."""
+    parsed: list[str | dict[str, str]] = []
     end = 0
     for match in BOX.finditer(notation):
-        found += notation[end : match.start()].split()
-        found.append({key: value or "" for key, value in match.groupdict().items()})
+        parsed += notation[end : match.start()].split()
+        parsed.append({key: value or "" for key, value in match.groupdict().items()})
         end = match.end()
-    return found + notation[end:].split()
+    return parsed + notation[end:].split()
 
 
 def box(x: float, token: dict[str, str], kind: str) -> str:
-    """One array, in the middle of the height."""
+    """One array, vertically centered."""
     width, height = SIDES[token["columns"]], SIDES[token["rows"]]
     y = MARGIN + (HEIGHT - height) / 2
     pattern = PATTERNS.get(token["pattern"])
@@ -110,7 +110,7 @@ def box(x: float, token: dict[str, str], kind: str) -> str:
         f'width="{r.width:g}" height="{r.height:g}"/>'
         for r in (pattern(width, height) if pattern else [])
     )
-    # A label that does not fit is written above, and so is one that entries would be behind.
+    # A label is written above the box if it does not fit, or if it would cover entries.
     above = width < 10 * len(token["name"]) or height < 20 or token["pattern"] in WITH_LABEL_ABOVE
     at = y - 9 if above else y + height / 2
     role = "name" if above else "name inside"
@@ -122,7 +122,7 @@ def box(x: float, token: dict[str, str], kind: str) -> str:
 
 
 def text(x: float, y: float, content: str, role: str) -> str:
-    """A text whose middle is at a point."""
+    """A text centered at a point."""
     return f'<text class="{role}" x="{x:g}" y="{y:g}">{escape(content)}</text>'
 
 

@@ -1,4 +1,4 @@
-"""Checks the API reference: each public name is on one page, and its docstring has all parts."""
+"""Checks the API reference: each public name is on one page, and its docstring is complete."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ MODULES = [
     *["lorax_hf", "lorax_io"],
 ]
 
-# A line of mkdocstrings, which renders the docstring of one name.
+# A directive of mkdocstrings, which renders the docstring of one name.
 DIRECTIVE = re.compile(r"^::: (lorax\S*)$", re.MULTILINE)
 
 
@@ -22,32 +22,32 @@ def public_names() -> set[str]:
 
 
 def documented(pages: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each name, the pages that render it."""
-    found: dict[str, list[str]] = {}
+    """The pages that render each name."""
+    pages_of_name: dict[str, list[str]] = {}
     for path, markdown in pages.items():
         for name in DIRECTIVE.findall(markdown):
-            found.setdefault(name, []).append(path)
-    return found
+            pages_of_name.setdefault(name, []).append(path)
+    return pages_of_name
 
 
 def problems(documented: Mapping[str, list[str]]) -> list[str]:
-    """Problems of the reference, one line for each name."""
+    """The problems of the reference, one line for each name."""
     public = public_names()
     missing = [
-        f"{name} is public and has no page: add `::: {name}` to one in docs/reference/, "
+        f"{name} is public and does not have a page: add `::: {name}` to one in docs/reference/, "
         "or to `names` in website/kinds.toml"
         for name in sorted(public - documented.keys())
     ]
-    gone = [
+    not_public = [
         f"{name}, in {', '.join(documented[name])}, is not a public name"
         for name in sorted(documented.keys() - public)
     ]
-    twice = [
+    duplicate = [
         f"{name} is rendered more than once: {', '.join(pages)}"
         for name, pages in sorted(documented.items())
         if len(pages) > 1
     ]
-    return missing + gone + twice
+    return missing + not_public + duplicate
 
 
 def incomplete() -> Iterator[str]:
@@ -61,8 +61,8 @@ def incomplete() -> Iterator[str]:
         signature = inspect.signature(value)
         for parameter in signature.parameters:
             if not re.search(rf"^ +(\*|\w+, )*{parameter}(, \w+)*:", doc, re.MULTILINE):
-                yield f"{name} does not say what `{parameter}` is"
+                yield f"{name} does not describe `{parameter}`"
         if signature.return_annotation not in (None, "None") and "\nReturns:" not in doc:
-            yield f"{name} does not say what it returns"
+            yield f"{name} does not describe what it returns"
         if ">>>" not in doc:
-            yield f"{name} has no example"
+            yield f"{name} does not have an example"

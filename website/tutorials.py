@@ -1,7 +1,7 @@
-"""Tutorials: one Python file each becomes a page with its outputs, and a notebook.
+"""Turns each tutorial, a Python file, into a page with outputs and a notebook.
 
 The files are in jupytext's percent format. They run when the site is built, and an error fails the
-build. What a file showed is kept beside its hash, so that `--serve` runs only what has changed.
+build. Outputs are cached by the file's hash, so that `--serve` only runs changed files.
 """
 
 import hashlib
@@ -23,30 +23,30 @@ COLAB = "https://colab.research.google.com"
 
 def pages(folder: Path, repository: str) -> dict[str, str]:
     """The content of the page and of the notebook of each tutorial, by path in docs/."""
-    found: dict[str, str] = {}
+    content: dict[str, str] = {}
     for source in sorted(folder.glob("*.py")):
         notebook = run(source)
         name = f"{folder.name}/{source.stem}"
-        found[f"{name}.md"] = page(notebook, name, repository)
-        found[f"{name}.ipynb"] = nbformat.writes(unrun(notebook))
-    return found
+        content[f"{name}.md"] = page(notebook, name, repository)
+        content[f"{name}.ipynb"] = nbformat.writes(without_outputs(notebook))
+    return content
 
 
 def run(source: Path) -> NotebookNode:
     """The notebook with the outputs of its cells."""
     text = source.read_text(encoding="utf-8")
-    kept = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()}.ipynb"
-    if os.environ.get("SITE_KEEP_OUTPUTS") and kept.exists():
-        return nbformat.read(kept, as_version=4)
+    cached = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()}.ipynb"
+    if os.environ.get("SITE_KEEP_OUTPUTS") and cached.exists():
+        return nbformat.read(cached, as_version=4)
     CACHE.mkdir(parents=True, exist_ok=True)
     notebook = jupytext.reads(text, fmt="py:percent")
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(CACHE))
-    nbformat.write(notebook, kept)
+    nbformat.write(notebook, cached)
     return notebook
 
 
-def unrun(notebook: NotebookNode) -> NotebookNode:
-    """The notebook for readers: without outputs, with a cell that installs the packages."""
+def without_outputs(notebook: NotebookNode) -> NotebookNode:
+    """The notebook for download: without outputs, and with a cell that installs the packages."""
     install = nbformat.v4.new_code_cell(
         f"%pip install --quiet optax flax matplotlib scikit-learn {INSTALL}"
     )
@@ -80,7 +80,7 @@ def page(notebook: NotebookNode, name: str, repository: str) -> str:
 
 
 def shown(outputs: list[NotebookNode]) -> Iterator[str]:
-    """The outputs of a cell; printed text is joined into one block."""
+    """The outputs of a cell. Printed text is joined into one block."""
     for printed, group in itertools.groupby(outputs, lambda o: o.output_type == "stream"):
         if printed:
             yield fenced("".join(output.text for output in group))

@@ -19,5 +19,5 @@ def from_git(package: str) -> str:
     return f'"{package} @ git+{REPOSITORY}#subdirectory=packages/{package}"'
 
 
-# On the day of publication: "lorax-core lorax-io".
+# After publication: "lorax-core lorax-io".
 INSTALL = " ".join(from_git(package) for package in ("lorax-core", "lorax-io"))

@@ -28,10 +28,12 @@ PAGE = Path("docs", "wild.md")
 
 
 def main() -> int:
-    """The exit status: 0 where all is as expected."""
+    """Runs the trials; returns 0 if all results are as expected."""
     parser = argparse.ArgumentParser(prog="nox -s wild --", description=__doc__)
     parser.add_argument("--only", default="", help="the models whose title contains this")
-    parser.add_argument("--record", action="store_true", help=f"expect what is found; write {PAGE}")
+    parser.add_argument(
+        "--record", action="store_true", help=f"accept the results, and write {PAGE}"
+    )
     options = parser.parse_args()
     console = Console(width=None if Console().is_terminal else 150)
 
@@ -42,24 +44,24 @@ def main() -> int:
     if options.record:
         single = {model.title for model in every if model.single}
         PAGE.write_text(page(record(models, findings), single))
-    wrong = list(differences(models, findings))
-    for difference in wrong:
+    unexpected = list(differences(models, findings))
+    for difference in unexpected:
         console.print(f"✗ {difference}", markup=False, highlight=False, soft_wrap=True)
-    as_expected = len(models) - len({difference.title for difference in wrong})
+    as_expected = len(models) - len({difference.title for difference in unexpected})
     faults = sum(model.fault is not None for model in models)
     console.print(f"{as_expected} of {len(models)} models as expected, {faults} with a known fault")
-    return 1 if wrong else 0
+    return 1 if unexpected else 0
 
 
 def run(models: Sequence[Model], console: Console) -> list[Finding]:
-    """All trials, as many at a time as there are processors."""
+    """Runs all trials, one at a time on each processor."""
     with (
         Progress(console=console, disable=not console.is_terminal) as progress,
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         task = progress.add_task("models", total=len(models))
 
-        def one(model: Model) -> Finding:
+        def run_one(model: Model) -> Finding:
             finding = trial(model)
             mark = f"✗ {finding.fault}" if finding.fault else "✓"
             progress.console.print(
@@ -68,20 +70,20 @@ def run(models: Sequence[Model], console: Console) -> list[Finding]:
             progress.advance(task)
             return finding
 
-        return list(pool.map(one, models))
+        return list(pool.map(run_one, models))
 
 
 def trial(model: Model) -> Finding:
-    """One model in its own process."""
+    """Runs the trial of one model in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "finding.json")
         command = [sys.executable, "-m", "wild.trial", model.title, str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
         if not file.exists():
-            stage = " ".join(done.stdout.split()[-1:]) or "import"
-            reason = " ".join(done.stderr.strip().splitlines()[-1:])
-            if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
-                reason = f"does not end in {SECONDS} s"
+            stage = " ".join(process.stdout.split()[-1:]) or "import"
+            reason = " ".join(process.stderr.strip().splitlines()[-1:])
+            if -process.returncode in (signal.SIGXCPU, signal.SIGKILL):
+                reason = f"did not finish in {SECONDS} s"
             return Finding(model.title, model.version, fault=f"{stage}: {reason}")
         return Finding(**json.loads(file.read_text()))
 

@@ -1,4 +1,4 @@
-"""The models: what each file of `models/` registers with `@model`."""
+"""The catalog of models that the files of `models/` register with `@model`."""
 
 import importlib
 import importlib.metadata
@@ -10,7 +10,7 @@ from . import models
 
 
 class Subject(NamedTuple):
-    """A model as Lorax takes it: a function of the parameters first, and what to call it with."""
+    """A function whose first argument is the parameters, and its arguments."""
 
     fn: Callable[..., Any]
     params: Any
@@ -21,14 +21,14 @@ class Model(NamedTuple):
     """One row of the table.
 
     Attributes:
-        module: the file of `models/`, which has the name that its package is imported by.
-        name: what the model is called in the table.
-        make: builds it.
-        single: whether it runs in float32, where the model cannot run in float64. In float64,
-            what is not rounding is a fault.
-        transforms: whether `testing.check` tries `vmap`, `checkpoint` and `scan` too, which
-            takes long. One model of each framework has it.
-        fault: a part of the message with which the model is known to fail.
+        module: the file of `models/`, named like the module that it imports.
+        name: the model's name in the table.
+        make: builds the model.
+        single: whether it runs in float32, because the model cannot run in float64. In float64,
+            any error larger than rounding is a fault.
+        transforms: whether `testing.check` also applies `vmap`, `checkpoint` and `scan`, which
+            is slow. It is set for one model of each framework.
+        fault: a part of the error message, if the model is known to fail.
     """
 
     module: str
@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name by which a command or a record asks for the model."""
+        """The model's name on the command line and in records."""
         return f"{self.module}: {self.name}"
 
     @property
@@ -61,7 +61,7 @@ def model(
     def register(make: Callable[[], Subject]) -> Callable[[], Subject]:
         module = make.__module__.rpartition(".")[2]
         row = Model(module, name, make, single, transforms, fault)
-        assert row.title not in CATALOG, f"two models are called {row.title}"
+        assert row.title not in CATALOG, f"two models have the title {row.title}"
         CATALOG[row.title] = row
         return make
 
@@ -69,11 +69,11 @@ def model(
 
 
 def modules() -> list[str]:
-    """The files of `models/`."""
+    """The names of the files in `models/`."""
     return sorted(info.name for info in pkgutil.iter_modules(models.__path__))
 
 
 def load(module: str) -> list[Model]:
-    """The models of one file, whose package is imported now."""
+    """Imports one file of `models/`; returns its models."""
     importlib.import_module(f"{models.__name__}.{module}")
     return [row for row in CATALOG.values() if row.module == module]

@@ -1,27 +1,27 @@
-"""What a trial finds out about one model."""
+"""The results of one model's trial."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class Finding:
-    """What a trial found.
+    """The results of one model's trial.
 
-    Weights are parameters of two or more axes that take part in a product, a convolution or a
-    look-up, or that have an adapter.
+    Weights are parameters with two or more axes that reach a product, a convolution or a lookup, or
+    that have an adapter.
 
     Attributes:
         title: of the model.
         version: the distribution and its version.
-        weights: how many there are.
-        factored: how many are adapted, and never built.
-        materialized: the adapted weights that are built, and the reason.
-        left_out: the weights that `infer_spec` names as left out, and the reason.
-        unsaid: the weights that reach a product, are left out, and are not named.
-        still: the adapted weights of which a step of training changes no factor.
-        error: the largest relative error of value and gradients beside the merged model.
-        trace: the time to trace ours over that of the plain model.
-        fault: what went wrong, if anything.
+        weights: the number of weights.
+        factored: the number of adapted weights that are never materialized.
+        materialized: the adapted weights that are materialized, with the reason.
+        left_out: the weights that `infer_spec` reports as left out, with the reason.
+        unreported: the weights that reach a product and are left out without a report.
+        unchanged: the adapted weights whose factors a training step does not change.
+        error: the largest error of values and gradients, relative to the merged model.
+        trace: the trace time of the adapted model, divided by that of the plain model.
+        fault: the stage that failed and its error, if any.
     """
 
     title: str
@@ -30,8 +30,8 @@ class Finding:
     factored: int = 0
     materialized: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
-    unsaid: list[str] = dataclasses.field(default_factory=list)
-    still: list[str] = dataclasses.field(default_factory=list)
+    unreported: list[str] = dataclasses.field(default_factory=list)
+    unchanged: list[str] = dataclasses.field(default_factory=list)
     error: float | None = None
     trace: float | None = None
     fault: str | None = None

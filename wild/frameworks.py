@@ -1,4 +1,4 @@
-"""How a module of each framework becomes a function of its parameters."""
+"""Converts the modules of each framework to functions of their parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,17 @@ KEY = jax.random.key(0)
 
 
 def normal(*shape: int, seed: int = 1) -> jax.Array:
-    """An input."""
+    """A random input."""
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def tokens(below: int, *shape: int) -> jax.Array:
-    """Token ids."""
+    """Random token ids."""
     return jax.random.randint(jax.random.key(1), shape, 0, below)
 
 
 def equinox(module: Any, call: Callable[..., Any], *args: Any) -> Subject:
-    """The floating-point arrays of a module of Equinox; all else is the model's own."""
+    """An Equinox module; its floating-point arrays are the parameters."""
     import equinox as eqx
 
     params, static = eqx.partition(module, eqx.is_inexact_array)
@@ -29,13 +29,13 @@ def equinox(module: Any, call: Callable[..., Any], *args: Any) -> Subject:
 
 
 def nnx(module: Any, call: Callable[..., Any], *args: Any) -> Subject:
-    """The `nnx.Param`s of a module of Flax NNX; other variables are constants."""
+    """An NNX module; its `nnx.Param`s are the parameters, and other variables are constants."""
     from flax import nnx as flax_nnx
 
     graph, params, rest = flax_nnx.split(module, flax_nnx.Param, ...)
 
     def fn(params: Any, *args: Any) -> Any:
-        # A module may count the random keys that it takes, in its own variables.
+        # A call may change the module's variables, such as its count of random keys.
         fresh = jax.tree.map(lambda leaf: leaf, rest)
         return call(flax_nnx.merge(graph, params, fresh), *args)
 
@@ -43,24 +43,21 @@ def nnx(module: Any, call: Callable[..., Any], *args: Any) -> Subject:
 
 
 def linen(module: Any, *args: Any, **options: Any) -> Subject:
-    """The collection "params" of a module of Flax Linen; other collections are constants.
-
-    What the module does to those is lost.
-    """
+    """A Linen module; other collections than "params" are constants, and their updates are lost."""
     variables = dict(module.init(KEY, *args, **options))
     params = variables.pop("params")
 
     def fn(params: Any, *args: Any) -> Any:
-        every = {"params": params, **variables}
-        return module.apply(every, *args, **options, mutable=list(variables))[0]
+        collections = {"params": params, **variables}
+        return module.apply(collections, *args, **options, mutable=list(variables))[0]
 
     return Subject(fn, params, args)
 
 
 def haiku(forward: Callable[..., Any], *args: Any, **options: Any) -> Subject:
-    """A function that makes modules of Haiku; their state is a constant.
+    """A function that uses Haiku modules; their state is a constant.
 
-    The options are for the call that makes the parameters alone.
+    The options are passed only to the call that initializes the parameters.
     """
     import haiku as hk
 
@@ -74,7 +71,7 @@ def haiku(forward: Callable[..., Any], *args: Any, **options: Any) -> Subject:
 
 
 def keras(model: Any, *args: Any) -> Subject:
-    """The trainable variables of a model of Keras, each under its path."""
+    """A Keras model; its trainable variables are the parameters, by path."""
     paths = [variable.path for variable in model.trainable_variables]
     params = {v.path: v.value for v in model.trainable_variables}
     state = [variable.value for variable in model.non_trainable_variables]

@@ -1,4 +1,4 @@
-"""The table, on a terminal and as docs/wild.md."""
+"""The table of results, for the terminal and for docs/wild.md."""
 
 import collections
 import re
@@ -16,17 +16,17 @@ COLUMNS = ("model", "factored", "materialized", "left out", "error", "trace")
 
 def table(findings: Sequence[Finding]) -> Table:
     """The table for a terminal."""
-    shown = Table(title="Other people's models", box=box.SIMPLE_HEAD)
+    rendered = Table(title="Other people's models", box=box.SIMPLE_HEAD)
     for column in COLUMNS:
-        shown.add_column(column, overflow="fold")
+        rendered.add_column(column, overflow="fold")
     for package, rows in _packages(findings).items():
-        shown.add_row(f"[bold]{escape(package)}[/]")
+        rendered.add_row(f"[bold]{escape(package)}[/]")
         for finding in rows:
             cells = [escape(cell) for cell in _cells(finding)]
             if finding.fault:
                 cells[0] = f"[red]✗[/] {cells[0]}"
-            shown.add_row(*cells)
-    return shown
+            rendered.add_row(*cells)
+    return rendered
 
 
 PAGE = """\
@@ -61,7 +61,7 @@ page (here with JAX {jax}).
 
 
 def page(findings: Sequence[Finding], single: set[str]) -> str:
-    """docs/wild.md; `single` are the titles of the models that run in float32."""
+    """The text of docs/wild.md. `single` contains the titles of the models that run in float32."""
     packages = _packages(findings)
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
     for package, rows in packages.items():
@@ -81,15 +81,15 @@ def page(findings: Sequence[Finding], single: set[str]) -> str:
 
 
 def _packages(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    found: dict[str, list[Finding]] = collections.defaultdict(list)
+    by_package: dict[str, list[Finding]] = collections.defaultdict(list)
     for finding in findings:
-        found[finding.version].append(finding)
-    return dict(sorted(found.items()))
+        by_package[finding.version].append(finding)
+    return dict(sorted(by_package.items()))
 
 
 def _cells(finding: Finding) -> list[str]:
     left_out = [f"{len(finding.left_out)}"] if finding.left_out else []
-    left_out += [f"{len(finding.unsaid)} not named"] if finding.unsaid else []
+    left_out += [f"{len(finding.unreported)} not named"] if finding.unreported else []
     return [
         finding.title.partition(": ")[2],
         f"{finding.factored} of {finding.weights}",
@@ -105,24 +105,26 @@ def _reasons(findings: Sequence[Finding]) -> Iterator[str]:
         for finding in rows:
             lines = [*_grouped("materialized", finding.materialized)]
             lines += _grouped("left out", finding.left_out)
-            lines += _grouped("not named", dict.fromkeys(finding.unsaid, ""))
-            lines += _grouped("zero gradient at initialization", dict.fromkeys(finding.still, ""))
+            lines += _grouped("not named", dict.fromkeys(finding.unreported, ""))
+            lines += _grouped(
+                "zero gradient at initialization", dict.fromkeys(finding.unchanged, "")
+            )
             lines += [f"**fault**: {_code_safe(finding.fault)}"] if finding.fault else []
             if lines:
                 yield f"- {package}, {finding.title.partition(': ')[2]}:"
                 yield from (f"  - {line}" for line in lines)
 
 
-def _grouped(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
-    """Paths with the same reason on one line, and layers that differ in their number as one."""
+def _grouped(status: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """One line for paths with the same reason, and one name for paths that differ in numbers."""
     paths: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for path, reason in reasons.items():
         paths[re.sub(r"\d+", "…", path), reason].append(path)
-    several: dict[str, list[str]] = collections.defaultdict(list)
+    by_reason: dict[str, list[str]] = collections.defaultdict(list)
     for (pattern, reason), members in paths.items():
-        several[reason].append(f"`{members[0] if len(members) == 1 else pattern}`")
-    for reason, names in several.items():
-        yield ": ".join(part for part in (", ".join(names), what, reason) if part)
+        by_reason[reason].append(f"`{members[0] if len(members) == 1 else pattern}`")
+    for reason, names in by_reason.items():
+        yield ": ".join(part for part in (", ".join(names), status, reason) if part)
 
 
 def _code_safe(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What is expected of each model, and what differs from it.
+"""The expected results of each model, and the differences from them.
 
 `expected.json` has the findings of the last run with `--record`. A run fails if the numbers of
 weights, the weights that are materialized or left out, or the reasons differ. Errors and times are
@@ -16,27 +16,27 @@ from .catalog import CATALOG, Model
 from .finding import Finding
 
 FILE = Path(__file__).parent / "expected.json"
-COMPARED = ("weights", "factored", "materialized", "left_out", "unsaid", "still")
+COMPARED = ("weights", "factored", "materialized", "left_out", "unreported", "unchanged")
 
 
 class Difference(NamedTuple):
-    """One thing that is not as expected."""
+    """One unexpected result."""
 
     title: str
-    what: str
+    description: str
 
     def __str__(self) -> str:
-        return f"{self.title}: {self.what}"
+        return f"{self.title}: {self.description}"
 
 
 def differences(models: Sequence[Model], findings: Sequence[Finding]) -> Iterator[Difference]:
-    """All that is not as expected; `findings` are those of `models`, in the same order."""
+    """Yields the unexpected results. `findings` are those of `models`, in the same order."""
     expected = recorded()
     for model, finding in zip(models, findings, strict=True):
         yield from _faults(model, finding)
         known = expected.get(model.title)
         if known is None:
-            yield Difference(model.title, "has no expectation: run with --record")
+            yield Difference(model.title, "no expected results: run with --record")
         elif finding.fault is None or model.fault is not None:
             yield from _changes(model.title, known, finding)
 
@@ -46,14 +46,14 @@ def _faults(model: Model, finding: Finding) -> Iterator[Difference]:
         if finding.fault is not None:
             yield Difference(model.title, finding.fault)
     elif finding.fault is None:
-        yield Difference(model.title, f"no longer fails; take its fault away: {model.fault}")
+        yield Difference(model.title, f"no longer fails; remove its fault: {model.fault}")
     elif model.fault not in finding.fault:
         yield Difference(model.title, f"fails in another way: {finding.fault}")
 
 
-def _changes(title: str, known: Finding, found: Finding) -> Iterator[Difference]:
+def _changes(title: str, known: Finding, actual: Finding) -> Iterator[Difference]:
     for key in COMPARED:
-        before, after = getattr(known, key), getattr(found, key)
+        before, after = getattr(known, key), getattr(actual, key)
         if before == after:
             continue
         if isinstance(before, int):
@@ -72,19 +72,19 @@ def _at(recorded: dict[str, str] | list[str], path: str) -> str:
 
 
 def recorded() -> dict[str, Finding]:
-    """What the last run with `--record` found, by title."""
+    """The results of the last run with `--record`, by title."""
     if not FILE.exists():
         return {}
     return {title: Finding(title, **rest) for title, rest in json.loads(FILE.read_text()).items()}
 
 
 def record(models: Sequence[Model], findings: Sequence[Finding]) -> list[Finding]:
-    """Makes what was found the expectation of `models`; returns all expectations.
+    """Accepts the results of `models`; returns all accepted results.
 
-    Those of models that are not in the catalog any more are dropped.
+    Results of models that are no longer in the catalog are removed.
     """
-    every = recorded() | {model.title: f for model, f in zip(models, findings, strict=True)}
-    kept = {title: every[title] for title in sorted(every) if title in CATALOG}
+    all_results = recorded() | {model.title: f for model, f in zip(models, findings, strict=True)}
+    kept = {title: all_results[title] for title in sorted(all_results) if title in CATALOG}
     rows = {title: dataclasses.asdict(finding) for title, finding in kept.items()}
     for row in rows.values():
         del row["title"]

@@ -1,7 +1,7 @@
-"""The same programs with other LoRA libraries, each used as its own documentation says.
+"""The same programs with other LoRA libraries, each used as its documentation describes.
 
-Every peer gets the weights and the factors of ours, and so has to compute the same loss and, in
-JAX, the same gradient. What it says of a model that it cannot do is left as it is.
+Every peer gets the same weights and factors as ours, so it must compute the same loss and, in JAX,
+the same gradient. If a library does not support a model, its error is reported unchanged.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from peers.qwix_lora import with_qwix
 
 
 class Peer(NamedTuple):
-    """A library, and how it takes a work, its model and our adapters."""
+    """A library, and a function that adapts a workload's model with it."""
 
-    package: str  # as it is imported
-    make: Callable[..., Any]  # `Lora`; or, outside JAX, what runs the program
+    package: str  # import name
+    make: Callable[..., Any]  # returns a `Lora`, or outside JAX a function that runs the program
 
 
 PEERS = {

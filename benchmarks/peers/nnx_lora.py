@@ -8,23 +8,23 @@ import numpy as np
 from flax import nnx
 
 from adapted import Adapted
+from layer_ops import PlainOps
 from models import Model
 from steps import NotCompared
-from ways import Plain
-from works import Lora, Work
+from workloads import Lora, Workload
 
 
-def with_nnx(work: Work, model: Model, adapted: Adapted) -> Lora:
-    """The factors and the weights stay where they are; modules are made of them where they meet."""
+def with_nnx(workload: Workload, model: Model, adapted: Adapted) -> Lora:
+    """Keeps weights and factors as they are, and makes modules of them at each use."""
     if model.library is not None:
-        raise NotCompared("it wraps modules of flax.nnx, and these are Linen's")
-    return Lora(model.written(Nnx()), adapted.factors, model.params)
+        raise NotCompared("it wraps modules of flax.nnx, and these are Linen modules")
+    return Lora(model.with_ops(Nnx()), adapted.factors, model.params)
 
 
-class Nnx(Plain):
-    """A module is split once into its structure and its variables, and put together where used.
+class Nnx(PlainOps):
+    """Splits each module once into its structure and variables, and merges them at each use.
 
-    In this form it goes through `jax.lax.scan` and `jax.checkpoint` as well.
+    In this form it works in `jax.lax.scan` and `jax.checkpoint`, too.
     """
 
     def dense(self, f, w, x):
@@ -47,17 +47,17 @@ class Nnx(Plain):
         structure, variables = abstract(kind, sizes, tuple(options.items()), rank)
         paths = {("base_module", name): w, ("lora_a",): f["a"], ("lora_b",): f["b"]}
         for path, value in paths.items():
-            wanted = variables[path].shape
-            if wanted != value.shape:
-                # It adapts something else: let it say so itself.
-                value = jnp.zeros(wanted, value.dtype)
+            shape = variables[path].shape
+            if shape != value.shape:
+                # It adapts something else. Let it raise its own error.
+                value = jnp.zeros(shape, value.dtype)
             variables = variables | {path: value}
         return nnx.merge(structure, nnx.State.from_flat_path(variables))(x)
 
 
 @functools.cache
 def abstract(kind: Any, sizes: Any, options: Any, rank: int) -> Any:
-    """The structure of a module, and its variables by path, without their values."""
+    """The structure of a module, and the shapes of its variables by path."""
 
     def make():
         rngs = nnx.Rngs(0)

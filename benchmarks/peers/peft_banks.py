@@ -1,4 +1,4 @@
-"""Rows of mixed adapters in PEFT, which takes the name of an adapter for each row."""
+"""Batches whose rows use different adapters in PEFT, which takes an adapter name for each row."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Block(nn.Module):
 def runs(
     width: int, hidden: int, layers: int, rank: int, slots: int, x: np.ndarray, steps: int
 ) -> dict[str, Callable[[], Any]]:
-    """The base, and as many adapters as there are slots, which take turns from row to row."""
+    """The base alone, and one adapter for each slot, which alternate from row to row."""
     torch.set_num_threads(os.cpu_count() or 1)
     rows = torch.tensor(x)
     names = [f"adapter {k}" for k in range(slots)]

@@ -1,6 +1,6 @@
-"""PEFT's training step with each kind of adapter that it has, on the same model in PyTorch.
+"""PEFT's training step with each kind of adapter that it supports, on the same model in PyTorch.
 
-The factors are those that PEFT starts with: only times are compared.
+The factors are PEFT's initial ones, since only times are compared.
 """
 
 import os
@@ -16,7 +16,7 @@ from models import Model
 from peers import torch_models
 from peers.peft_lora import by_name, one_step
 
-# By the names of our table. Each is given the names of the adapted modules and the rank.
+# By the names in our table. Each takes the names of the adapted modules and the rank.
 Config = Callable[[list[str], int], peft.PeftConfig]
 
 
@@ -25,7 +25,7 @@ def lora(names: list[str], rank: int, **options: Any) -> peft.LoraConfig:
 
 
 def bdlora(names: list[str], rank: int) -> peft.LoraConfig:
-    """Blocks of `a` everywhere, as ours."""
+    """Blocks in every `a`, as in ours."""
     blocks = BdLoraConfig(target_modules_bd_a=names, target_modules_bd_b=[], nblocks=2)
     return lora(names, rank, use_bdlora=blocks)
 
@@ -58,11 +58,11 @@ def steps(model: Model, rank: int) -> dict[str, Callable[[], Any]]:
     """A training step of each kind."""
     torch.set_num_threads(os.cpu_count() or 1)
     names = list(by_name(adapt(model, rank).factors, model.stack))
-    found = {}
+    step_of_kind = {}
     for kind, config in KINDS.items():
         net = peft.get_peft_model(torch_models.model(model), config(names, rank))
         if kind == "LoRA-FA":
             for name, parameter in net.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
-        found[kind] = one_step(net, model.batch)
-    return found
+        step_of_kind[kind] = one_step(net, model.batch)
+    return step_of_kind

@@ -1,4 +1,4 @@
-"""PEFT on the same model in PyTorch, with as many threads; a call runs the program once."""
+"""PEFT on the same model in PyTorch, with one thread per core."""
 
 import os
 from collections.abc import Callable
@@ -9,45 +9,45 @@ import numpy as np
 import peft
 import torch
 
-import works
+import workloads
 from adapted import Adapted, is_pair
 from models import Model
 from peers import torch_models
 from peers.torch_models import tensor
-from works import ADAPTERS, Work, scaled
+from workloads import ADAPTERS, Workload, scaled
 
-Run = Callable[[], list[tuple[Any, ...]]]  # a loss or an output of each call
+Run = Callable[[], list[tuple[Any, ...]]]  # runs the program once: a loss or an output of each call
 
 
-def with_peft(work: Work, model: Model, adapted: Adapted) -> Run:
-    """An adapter of the module, or several that take turns: PEFT has no `vmap`."""
+def with_peft(workload: Workload, model: Model, adapted: Adapted) -> Run:
+    """One adapter, or several in turn, since PEFT has no `vmap`."""
     torch.set_num_threads(os.cpu_count() or 1)
     pairs = by_name(adapted.factors, model.stack)
-    config = config_for(pairs, work.rank, fan_in_fan_out="wte" in model.params)
+    config = config_for(pairs, workload.rank, fan_in_fan_out="wte" in model.params)
     net = peft.get_peft_model(torch_models.model(model), config)
     fill(net, "default", pairs)
-    return RUNS[work.program](net, config, pairs, model.batch)
+    return RUNS[workload.program](net, config, pairs, model.batch)
 
 
 def by_name(factors: Any, stack: int) -> dict[str, Any]:
-    """Of every adapted module, under its name in PyTorch: that in JAX."""
+    """The factors of every adapted module, by the module's name in PyTorch."""
     if stack:
         factors = torch_models.layers(factors, stack)
-    found = jax.tree_util.tree_leaves_with_path(factors, is_leaf=is_pair)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found]
+    leaves = jax.tree_util.tree_leaves_with_path(factors, is_leaf=is_pair)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     return {
         name.removesuffix(".kernel"): f
-        for name, (_, f) in zip(names, found, strict=True)
+        for name, (_, f) in zip(names, leaves, strict=True)
         if f is not None
     }
 
 
-def of_experts(f: Any) -> bool:
+def is_expert_pair(f: Any) -> bool:
     return f["a"].ndim == f["b"].ndim == 3
 
 
 def config_for(pairs: dict[str, Any], rank: int, **options: Any) -> peft.LoraConfig:
-    """Experts are a parameter; everything else is a module."""
+    """PEFT's config: experts are target parameters, everything else is a target module."""
     ranks = {name: f["a"].shape[-1] for name, f in pairs.items()}
     others = {name: smaller for name, smaller in ranks.items() if smaller < rank}
     return peft.LoraConfig(
@@ -55,14 +55,14 @@ def config_for(pairs: dict[str, Any], rank: int, **options: Any) -> peft.LoraCon
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=[name for name, f in pairs.items() if not of_experts(f)],
-        target_parameters=[f"{name}.weight" for name, f in pairs.items() if of_experts(f)],
+        target_modules=[name for name, f in pairs.items() if not is_expert_pair(f)],
+        target_parameters=[f"{name}.weight" for name, f in pairs.items() if is_expert_pair(f)],
         **options,
     )
 
 
 def fill(net: Any, adapter: str, pairs: dict[str, Any]) -> None:
-    """Our factors, in the shapes that PEFT has for them."""
+    """Sets PEFT's factors to ours, in PEFT's shapes."""
     for name, f in pairs.items():
         module = net.base_model.model.get_submodule(name)
         if adapter in module.lora_embedding_A:
@@ -74,10 +74,10 @@ def fill(net: Any, adapter: str, pairs: dict[str, Any]) -> None:
 
 
 def as_peft(a: Any, b: Any) -> tuple[Any, Any]:
-    """Inputs last in the first, outputs first in the second."""
+    """Factors in PEFT's layout: `A [rank, in]`, `B [out, rank]`."""
     a, b = np.asarray(a), np.asarray(b)
     rank = a.shape[-1]
-    if a.ndim == b.ndim == 3:  # experts: theirs are outside of the rank, and inside of it
+    if a.ndim == b.ndim == 3:  # experts come before the rank in A, and after it in B
         return a.swapaxes(1, 2).reshape(-1, a.shape[1]), b.transpose(2, 1, 0)
     if a.ndim == 4:  # a convolution
         return a.transpose(3, 2, 0, 1), b.T
@@ -88,7 +88,7 @@ def as_peft(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def one_step(net: Any, batch: Any) -> Callable[[], tuple[float]]:
-    """Of the adapter that is active now."""
+    """A training step of the active adapter."""
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     x = torch_models.batch(batch)
 
@@ -139,4 +139,4 @@ def adapters(net: Any, config: Any, pairs: dict[str, Any], batch: Any) -> Run:
     return run
 
 
-RUNS = {works.step: training, works.forward: output, works.at_once: adapters}
+RUNS = {workloads.step: training, workloads.forward: output, workloads.at_once: adapters}

@@ -1,4 +1,4 @@
-"""`qwix.apply_lora_to_model`, on modules of flax.nnx or of Linen."""
+"""`qwix.apply_lora_to_model` on flax.nnx or Linen modules."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ import qwix
 from flax import nnx
 
 from adapted import Adapted, is_pair
+from layer_ops import PlainOps
 from models import Leaf, Library, Model, attend, norm, split_heads
 from steps import NotCompared
-from ways import Plain
-from works import HEADS, Lora, Work
+from workloads import HEADS, Lora, Workload
 
 
-def with_qwix(work: Work, model: Model, adapted: Adapted) -> Lora:
-    """On the model's own modules, or on modules made of its weights."""
-    provider = qwix.LoraProvider(module_path=".*", rank=work.rank, alpha=work.rank)
+def with_qwix(workload: Workload, model: Model, adapted: Adapted) -> Lora:
+    """Adapts the model's own modules, or modules made of its weights."""
+    provider = qwix.LoraProvider(module_path=".*", rank=workload.rank, alpha=workload.rank)
     if model.library is not None:
         return on_linen(model.library, provider, adapted.factors, model.params, model.batch)
     if model.stack:
@@ -28,27 +28,27 @@ def with_qwix(work: Work, model: Model, adapted: Adapted) -> Lora:
     return on_nnx(model, provider, adapted.factors)
 
 
-def said_nothing(found: int, wanted: int) -> None:
-    if found < wanted:
-        raise NotCompared(f"it adapts {found} of {wanted} weights, and says nothing")
+def check_adapted(adapted: int, expected: int) -> None:
+    if adapted < expected:
+        raise NotCompared(f"it adapts only {adapted} of {expected} weights, without a warning")
 
 
 # flax.nnx
 
 
 class Net(nnx.Module):
-    """A model whose adapted weights are modules, in which qwix looks for them."""
+    """A model whose adapted weights are modules, as qwix requires."""
 
     def __init__(self, model: Model, modules: Any, params: Any):
         self.forward, self.modules, self.params = model.forward, modules, nnx.data(params)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The output of the model."""
+        """The model's output."""
         return self.forward(AsModules(), self.modules, self.params, x)
 
 
-class AsModules(Plain):
-    """Every weight is a module that has it."""
+class AsModules(PlainOps):
+    """Every weight is a module that contains it."""
 
     def dense(self, module, _, x):
         return module(x)
@@ -81,8 +81,8 @@ def on_nnx(model: Model, provider: Any, factors: Any) -> Lora:
         jax.tree.leaves(factors, is_leaf=is_pair), jax.tree.leaves(model.params), strict=True
     )
     pairs = [(f, w) for f, w in leaves if f is not None]
-    found = 0
-    # It does not keep the modules that it is given: a weight tells which is which.
+    adapted = 0
+    # qwix does not keep the modules that it gets, so they are identified by weight.
     for _, module in nnx.iter_modules(net):
         name = "embedding" if hasattr(module, "embedding") else "kernel"
         if not hasattr(module, f"{name}_lora_a"):
@@ -91,25 +91,25 @@ def on_nnx(model: Model, provider: Any, factors: Any) -> Lora:
         (f,) = [f for f, w in pairs if np.array_equal(w, value)]
         for factor in "ab":
             fill(getattr(module, f"{name}_lora_{factor}"), f[factor])
-        found += 1
-    said_nothing(found, len(pairs))
+        adapted += 1
+    check_adapted(adapted, len(pairs))
     graph, lora, rest = nnx.split(net, nnx.LoRAParam, ...)
     return Lora(lambda lora, rest, x: nnx.merge(graph, lora, rest)(x), lora, rest)
 
 
 def fill(variable: Any, value: jax.Array) -> None:
     if variable[...].size != value.size:
-        raise NotCompared(f"its factor is {variable[...].shape}, and not {value.shape}")
+        raise NotCompared(f"its factor has shape {variable[...].shape}, not {value.shape}")
     variable[...] = value.reshape(variable[...].shape)
 
 
 def modules(factors: Any, params: Any, name: str = "") -> Any:
-    """A module for every adapted weight, in NNX's lists and dicts."""
+    """A module for each adapted weight, in NNX lists and dicts."""
     if is_pair(factors):
         return None if factors is None else module_of(name, params)
     if isinstance(factors, dict):
-        found = {k: modules(f, params[k], k) for k, f in factors.items()}
-        return nnx.Dict({k: module for k, module in found.items() if module is not None})
+        children = {k: modules(f, params[k], k) for k, f in factors.items()}
+        return nnx.Dict({k: module for k, module in children.items() if module is not None})
     return nnx.List([modules(f, p) for f, p in zip(factors, params, strict=True)])
 
 
@@ -143,7 +143,7 @@ def module_of(name: str, w: jax.Array) -> nnx.Module:
 
 
 class Block(nn.Module):
-    """A block of a GPT, as `jax.lax.scan` takes it."""
+    """A block of a GPT, as the body of a scan."""
 
     width: int
     hidden: int
@@ -178,29 +178,31 @@ class Blocks(nn.Module):
 
 
 def scanned(model: Model) -> Library:
-    """The same model, of modules: qwix adapts those, and no function."""
+    """The same model made of modules, since qwix does not adapt functions."""
     net = Blocks(model.stack, *model.params["up"].shape[1:])
     return Library(lambda params, x: net.apply({"params": params}, x), net)
 
 
 def in_linen(tree: Any, kernels: list[str]) -> Any:
-    """The parameters of the scan, where Linen has them."""
-    found = {name: {"kernel": leaf} if name in kernels else leaf for name, leaf in tree.items()}
-    return {"blocks": found}
+    """The parameters of the scan, in the tree that Linen uses."""
+    block = {name: {"kernel": leaf} if name in kernels else leaf for name, leaf in tree.items()}
+    return {"blocks": block}
 
 
 def on_linen(library: Library, provider: Any, factors: Any, params: Any, batch: Any) -> Lora:
-    """Its new parameters are beside the kernels."""
+    """Adapts a Linen module. qwix adds the factors as siblings of the kernels."""
     call = library.call
     net = qwix.apply_lora_to_model(library.module, provider)
     shapes = jax.eval_shape(lambda: call(net.init, jax.random.key(0), batch))["params"]
-    given = {at(path): f for path, f in leaves_with_path(factors) if f is not None}
+    factors_by_path = {
+        path_string(path): f for path, f in leaves_with_path(factors) if f is not None
+    }
     filled: dict[str, jax.Array] = {}
     for path, leaf in leaves_with_path(shapes):
-        weight, *factor = at(path).rsplit("_lora_", 1)
+        weight, *factor = path_string(path).rsplit("_lora_", 1)
         if factor:
-            filled[at(path)] = given[weight][factor[0]].reshape(leaf.shape)
-    said_nothing(len(filled) // 2, len(given))
+            filled[path_string(path)] = factors_by_path[weight][factor[0]].reshape(leaf.shape)
+    check_adapted(len(filled) // 2, len(factors_by_path))
 
     def apply(filled, params, x):
         for name, value in filled.items():
@@ -214,5 +216,5 @@ def leaves_with_path(tree: Any) -> Any:
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_pair)
 
 
-def at(path: Any) -> str:
+def path_string(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""The models in PyTorch, with the weights of those in JAX and modules of the same names."""
+"""The models in PyTorch, with the same weights and names as in JAX."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model
 
 from models import Model
-from works import CAPACITY, HEADS
+from workloads import CAPACITY, HEADS
 
 
 def model(model: Model) -> nn.Module:
-    """The module of a model."""
+    """The PyTorch module of a model."""
     params = model.params
     if model.stack:
         return Rematerialized(map(Block, layers(params, model.stack)))
@@ -34,7 +34,7 @@ def layers(stack: Any, count: int) -> list[Any]:
 
 
 def batch(tree: Any) -> Any:
-    """Of tensors; a cache as attention has it, [batch, head, time, width]."""
+    """The batch as tensors. A cache has PyTorch's layout, [batch, head, time, width]."""
     if isinstance(tree, dict):
         cache = [tuple(tensor(part).transpose(1, 2) for part in pair) for pair in tree["cache"]]
         return tensor(tree["x"]), cache
@@ -100,11 +100,11 @@ class Decoder(nn.ModuleList):
             for block in self:
                 x, _ = block(x)
             return x
-        (x, cached), made = x, []
+        (x, cached), keys_and_values = x, []
         for block, cache in zip(self, cached, strict=True):
             x, (k, v) = block(x, cache)
-            made.append((k[:, :, -1], v[:, :, -1]))
-        return x, made
+            keys_and_values.append((k[:, :, -1], v[:, :, -1]))
+        return x, keys_and_values
 
 
 class Rematerialized(nn.ModuleList):
@@ -148,7 +148,7 @@ def gpt2(params: Any) -> nn.Module:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         module, kind = name.rsplit(".", 1)
-        # Flax keeps a Conv1D's kernel with its outputs first, PyTorch with its inputs.
+        # A Conv1D kernel is [out, in] in Flax, and [in, out] in PyTorch.
         value = tensor(leaf.T if kind == "kernel" else leaf)
         bias = f"{module}.bias"
         state[bias if kind == "bias" else f"{module}.weight"].copy_(value)
@@ -199,15 +199,15 @@ class ConvNet(nn.Module):
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2)
-        x = functional.relu(self.stem(same(x, window=5, stride=2)))
-        x = functional.relu(self.depthwise(same(x, window=3)))
+        x = functional.relu(self.stem(pad_same(x, window=5, stride=2)))
+        x = functional.relu(self.depthwise(pad_same(x, window=3)))
         x = functional.relu(self.pointwise(x))
-        x = functional.relu(self.grouped(same(x, window=3)))
+        x = functional.relu(self.grouped(pad_same(x, window=3)))
         return self.head(x.mean((2, 3)))
 
 
-def same(x, window, stride=1):
-    """Padded as XLA does for SAME: the odd row and column come last."""
+def pad_same(x, window, stride=1):
+    """Pads like XLA's SAME: the odd row and column come last."""
     pads = []
     for size in (x.shape[3], x.shape[2]):
         missing = max((-(-size // stride) - 1) * stride + window - size, 0)
@@ -216,7 +216,7 @@ def same(x, window, stride=1):
 
 
 class Experts(nn.Module):
-    is_transposed = True  # inputs before outputs, PEFT reads here
+    is_transposed = True  # PEFT reads this: inputs come before outputs
 
     def __init__(self, w):
         super().__init__()
@@ -235,9 +235,9 @@ class Mixture(nn.Module):
     def forward(self, x):
         gates = functional.softmax(self.router(self.norm(x)), -1)
         chosen = functional.one_hot(gates.argmax(-1), gates.shape[-1])
-        place = torch.where(chosen > 0, chosen.cumsum(0) - 1, CAPACITY).clamp(max=CAPACITY)
-        room = functional.one_hot(place, CAPACITY + 1)[..., :CAPACITY]
-        sent = (chosen[..., None] * room).to(x.dtype)
+        position = torch.where(chosen > 0, chosen.cumsum(0) - 1, CAPACITY).clamp(max=CAPACITY)
+        slot = functional.one_hot(position, CAPACITY + 1)[..., :CAPACITY]
+        sent = (chosen[..., None] * slot).to(x.dtype)
         h = torch.einsum("nec,nd->ecd", sent, x)
         h = self.down(gelu(self.up(h)))
         return x + torch.einsum("nec,ne,ecd->nd", sent, gates, h)

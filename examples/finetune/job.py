@@ -1,4 +1,4 @@
-"""The job of both programs: score a model, train an adapter, score again, save it and check it."""
+"""Scores a model, trains an adapter, scores it again, saves it and checks the saved file."""
 
 import functools
 from typing import Any, NamedTuple
@@ -24,35 +24,35 @@ from lorax_io import load_peft, save_peft
 from metrics import difference, score
 from training import TRAIN_BATCH, predict, train
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose modules the adapter fits
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the base model in the adapter's config
 TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest logit
 
 
 class Subject(NamedTuple):
-    """A model to teach."""
+    """A model to fine-tune."""
 
     params: Any
     model: Any  # model(params, tokens, last): the logits of the token after position `last`
     spec: Any
-    names: Any  # where each parameter is in PyTorch
-    form: str = "float32"  # how the parameters are held
+    names: Any  # the PyTorch name of each parameter
+    form: str = "float32"  # format of the parameters
 
 
-class Taught(NamedTuple):
-    """What came of it."""
+class Result(NamedTuple):
+    """The results of fine-tuning."""
 
     before: Any
     after: Any
-    folder: Any  # of the adapter
-    batch: Any  # tokens and last
-    logits: Any  # of the trained model on it
-    reloaded: float  # differences from these logits
+    folder: Any  # the saved adapter
+    batch: Any  # `tokens` and `last`
+    logits: Any  # of the trained model on `batch`
+    reloaded: float  # differences from `logits`
     merged: float
     base: float
 
 
 class Job:
-    """Sentences to train and to be scored on, the same for every model."""
+    """The sentences for training and evaluation, the same for every model."""
 
     def __init__(self, args, sentences, tokenizer):
         self.args = args
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def title(self):
-        """Of the table of scores."""
+        """The title of the table of scores."""
         return f"On {len(self.evaluation) - CALIBRATION} held-out sentences"
 
     def naive_bayes(self):
@@ -76,13 +76,13 @@ class Job:
         baseline = np.array([classify(review.text) for review in self.evaluation])
         return score(baseline, labels(self.evaluation), CALIBRATION)
 
-    def teach(self, subject, out, seconds):
-        """Train an adapter of a model, and save it in the folder `out`."""
+    def fine_tune(self, subject, out, seconds):
+        """Train an adapter for a model, and save it in the folder `out`."""
         params, model, spec, names, form = subject
-        of = "" if form == "float32" else f", {form}"
+        suffix = "" if form == "float32" else f", {form}"
         frozen, tunable = init_lora(params, spec, jax.random.key(self.args.seed))
         adapted = lora(model)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=is_coded))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
         console.print(f"Base: {count_params(params):,} parameters, {form}, {size / 1e6:.0f} MB")
         console.print(f"Adapter on every q_proj and v_proj: {count_params(tunable):,} parameters")
 
@@ -92,14 +92,14 @@ class Job:
             return logits[:, self.positive] - logits[:, self.negative]
 
         def evaluate(tunable, label):
-            with timed(seconds, f"{label.lower()}{of}"):
+            with timed(seconds, f"{label.lower()}{suffix}"):
                 prompts = self.prompts_of(self.evaluation)
                 margins = predict(margin, tunable, frozen, prompts, label)
             return score(margins, labels(self.evaluation), CALIBRATION)
 
-        # b is zero at first, so the adapted model is the base model, bit for bit.
+        # b is initially zero, so the adapted model is bit-identical to the base model.
         before = evaluate(tunable, "Evaluate before")
-        with timed(seconds, f"train{of}"):
+        with timed(seconds, f"train{suffix}"):
             prompts, positives = self.prompts_of(self.training), labels(self.training)
             tunable, curve = train(
                 margin,
@@ -113,7 +113,7 @@ class Job:
         after = evaluate(tunable, "Evaluate after")
 
         with (
-            timed(seconds, f"save and check{of}"),
+            timed(seconds, f"save and check{suffix}"),
             console.status("Saving and checking the adapter"),
         ):
             out.mkdir(parents=True, exist_ok=True)
@@ -123,11 +123,11 @@ class Job:
             save_peft(folder, tunable, names, base_model=BASE, task_type="CAUSAL_LM")
             _, *batch = batches(self.prompts_of(self.evaluation[:TRAIN_BATCH]), TRAIN_BATCH)[0]
             forms = forms_of(subject, (frozen, tunable), folder, batch)
-        return Taught(before, after, folder, batch, *forms)
+        return Result(before, after, folder, batch, *forms)
 
 
 def forms_of(subject, pair, folder, batch):
-    """A pair's logits, and how far those of the adapter's other forms and of the base are."""
+    """The logits of a pair, and the differences of the adapter's other forms and of the base."""
     model, adapted = jax.jit(subject.model), jax.jit(lora(subject.model))
     logits = adapted(pair, *batch)
     reloaded = adapted(load_peft(folder, subject.params, subject.names), *batch)
@@ -136,6 +136,6 @@ def forms_of(subject, pair, folder, batch):
     return logits, *(difference(form, logits) for form in (reloaded, merged, base))
 
 
-def is_coded(node):
-    """Whether a node of a tree is a weight in codes."""
+def is_quantized(node):
+    """Whether a node of a tree is a quantized weight."""
     return isinstance(node, QuantizedWeight)

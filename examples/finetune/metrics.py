@@ -1,4 +1,4 @@
-"""How well margins, the larger the more positive, tell positive sentences from negative ones."""
+"""Scores of a classifier, from margins that are larger for positive sentences."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Scores(NamedTuple):
-    """What there is to say about one classifier."""
+    """The scores of one classifier."""
 
     accuracy: float
     calibrated: float
@@ -14,9 +14,9 @@ class Scores(NamedTuple):
 
 
 def score(margins, positive, calibration):
-    """Scores on all but the last `calibration` sentences, which set the calibrated threshold.
+    """Scores on all but the last `calibration` sentences, which determine the calibrated threshold.
 
-    The calibrated accuracy shows how much of a gain is more than a corrected lean to one answer.
+    The calibrated accuracy excludes gains that only correct a bias toward one answer.
     """
     threshold = fit_threshold(margins[-calibration:], positive[-calibration:])
     margins, positive = margins[:-calibration], positive[:-calibration]
@@ -28,20 +28,20 @@ def score(margins, positive, calibration):
 
 
 def accuracy(margins, positive, threshold=0.0):
-    """The share of sentences that are positive just where their margin is above the threshold."""
+    """The share of sentences whose margin is on the correct side of the threshold."""
     return float(np.mean((margins > threshold) == positive))
 
 
 def fit_threshold(margins, positive):
-    """The threshold above which there are as many margins as there are positive sentences.
+    """The threshold that as many margins exceed as there are positive sentences.
 
-    The threshold of the best accuracy would follow the noise of a small sample.
+    The threshold with the best accuracy would depend on the noise of a small sample.
     """
     return np.quantile(margins, 1 - np.mean(positive))
 
 
 def auc(margins, positive):
-    """The chance that a positive sentence has a larger margin than a negative one."""
+    """The probability that a positive sentence has a larger margin than a negative one."""
     differences = margins[positive][:, None] - margins[~positive][None, :]
     return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
 

@@ -1,8 +1,8 @@
-"""Teach a sentence encoder to judge movie reviews: LoRA beside a probe of the frozen encoder.
+"""Fine-tune a sentence encoder to classify movie reviews: LoRA, compared with a frozen probe.
 
-all-MiniLM-L6-v2 goes from PyTorch's file into a FlaxBertModel, without PyTorch. The probe is a
-logistic regression on the mean of its outputs. LoRA starts from that: it trains the same head,
-on the same sentences, together with an adapter in the encoder.
+The PyTorch checkpoint of all-MiniLM-L6-v2 is loaded into a FlaxBertModel, without PyTorch. The
+probe is a logistic regression on the mean of its outputs. LoRA starts from the probe: it trains the
+same head on the same sentences, together with an adapter in the encoder.
 """
 
 import functools
@@ -28,17 +28,17 @@ from lorax_io import load_peft, save_peft
 from metrics import difference, score
 from training import EVAL_BATCH, TRAIN_BATCH, predict, train
 
-BASE = "sentence-transformers/all-MiniLM-L6-v2"  # whose modules the adapter fits
-UNUSED = ["pooler.dense"]  # makes an output of the model that the mean does without
+BASE = "sentence-transformers/all-MiniLM-L6-v2"  # the base model in the adapter's config
+UNUSED = ["pooler.dense"]  # the mean of the outputs does not use it
 TOLERANCE = 1e-4  # between the forms of the adapter, relative to the largest embedding
 
 
 class LoadError(Exception):
-    """The weights of a file are not those of the model."""
+    """The weights in a file do not match the model's parameters."""
 
 
 def main(arguments=None):
-    """Run the job; the exit code is 1 where a download, the load or the closing check fails."""
+    """Run the program; the exit code is 1 if a download, the load or the final check fails."""
     args = parse_args(__doc__, arguments, out="minilm-output", steps=160)
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
@@ -77,7 +77,7 @@ def main(arguments=None):
 
     prompts, positive = prompts_of(training), labels(training)
     with timed(seconds, "probe"):
-        # b is zero at first, so these are the embeddings of the frozen model, bit for bit.
+        # b is initially zero, so these embeddings are bit-identical to those of the frozen model.
         embeddings = predict(embed, adapter, frozen, prompts + prompts_of(evaluation), "Embed")
         head = fit_probe(embeddings[: len(prompts)], positive)
     probe = linear(head, embeddings[len(prompts) :])
@@ -123,44 +123,44 @@ def main(arguments=None):
 
 
 def load(folder):
-    """Model and tokenizer out of a folder as the Hub has it."""
-    transformers.logging.set_verbosity_error()  # what it warns of, `check_weights` refuses
+    """The model and tokenizer in a folder of the Hub's layout."""
+    transformers.logging.set_verbosity_error()  # `check_weights` raises instead of its warnings
     model = transformers.FlaxBertModel.from_pretrained(folder)
     check_weights(model, folder / "model.safetensors")
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # As it comes, it pads and cuts every sentence to 128 tokens.
+    # By default, it pads and truncates every sentence to 128 tokens.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return model, tokenizer
 
 
 def check_weights(model, path):
-    """Raise unless the parameters of the model are the tensors of PyTorch's file, all of them.
+    """Raise unless the parameters of the model are exactly the tensors of PyTorch's file.
 
-    transformers leaves a parameter random where the file has no tensor for it.
+    transformers initializes a parameter randomly if the file does not have a tensor for it.
     """
     tensors = load_file(path)
-    tensors.pop("embeddings.position_ids", None)  # 0, 1, 2, …, which Flax makes as it goes
+    tensors.pop("embeddings.position_ids", None)  # 0, 1, 2, …, not a parameter in Flax
     params = flatten_dict(model.params, sep="/")
-    found = {}
+    expected = {}
     for name, row in lorax_hf.peft_names(model).items():
         transposed = row["type"] == "Linear"  # (out, in) in PyTorch
         tensor = params[name].T if transposed else params[name]
-        found[f"{row['module']}.{row.get('parameter', 'weight')}"] = np.asarray(tensor)
-    wrong = {
-        "has no": found.keys() - tensors.keys(),
-        "has an unknown": tensors.keys() - found.keys(),
+        expected[f"{row['module']}.{row.get('parameter', 'weight')}"] = np.asarray(tensor)
+    mismatches = {
+        "does not contain": expected.keys() - tensors.keys(),
+        "contains the unknown": tensors.keys() - expected.keys(),
         "differs from the model in": {
             name
-            for name in found.keys() & tensors.keys()
-            if not np.array_equal(found[name], tensors[name])
+            for name in expected.keys() & tensors.keys()
+            if not np.array_equal(expected[name], tensors[name])
         },
     }
-    for what, names in wrong.items():
+    for problem, names in mismatches.items():
         if names:
             raise LoadError(
-                f"{path} {what} {', '.join(sorted(names))}. "
-                f"It must hold the weights of {type(model).__name__}, all of them and no others."
+                f"{path} {problem} {', '.join(sorted(names))}. "
+                f"It must contain exactly the weights of {type(model).__name__}."
             )
 
 
@@ -176,12 +176,12 @@ def mean_embedding(model):
 
 
 def linear(head, embeddings):
-    """The margin: how much more positive than negative."""
+    """The margin, larger for positive sentences."""
     return embeddings @ head["weight"] + head["bias"]
 
 
 def fit_probe(embeddings, positive, decay=3e-3, steps=60):
-    """A logistic regression by L-BFGS, of which `decay` times the squared weights is a part."""
+    """A logistic regression by L-BFGS, with `decay` times the squared weights in the loss."""
     sign = jnp.where(positive, 1.0, -1.0)
 
     def loss(head):

@@ -1,7 +1,8 @@
-"""A Llama in plain JAX, and its weights out of a GGUF file.
+"""A Llama in plain JAX, and its weights from a GGUF file.
 
-Nothing here knows about LoRA: parameters are a nested dict of arrays, and the model is a function.
-The dict has the paths that Flax and PyTorch use for this architecture; a kernel is (in, out).
+Nothing in this file is specific to LoRA: parameters are a nested dict of arrays, and the model is a
+function. The dict has the paths that Flax and PyTorch use for this architecture. Kernels are
+(in, out).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the shapes of the weights do not tell."""
+    """Settings that do not follow from the shapes of the weights."""
 
     layers: int
     heads: int
@@ -24,12 +25,12 @@ class Config:
 
 
 def rms_norm(x, weight, eps):
-    """Scale to unit root mean square, then by `weight`."""
+    """Normalize to unit root mean square, then scale by `weight`."""
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * weight
 
 
 def rotate(x, theta):
-    """Turn each pair (x[i], x[i + d/2]) by an angle that grows with its position in time."""
+    """Rotate each pair (x[i], x[i + d/2]) by an angle that grows with its position in time."""
     time, half = x.shape[1], x.shape[-1] // 2
     angle = jnp.arange(time)[:, None] * theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]  # [time, 1, half]
@@ -65,7 +66,7 @@ def layer(p, x, config):
 def next_token_logits(params, tokens, last, config):
     """Logits for the token after position `last` [batch] of `tokens` [batch, time].
 
-    Attention is causal, so what is to the right of `last` is padding that changes nothing.
+    Attention is causal, so padding to the right of `last` has no effect.
     """
     model = params["model"]
     x = model["embed_tokens"]["embedding"][tokens]
@@ -76,7 +77,7 @@ def next_token_logits(params, tokens, last, config):
     return x @ model["embed_tokens"]["embedding"].T  # the head is the embedding, transposed
 
 
-_PLACES = {
+_PATHS = {
     "attn_norm": "input_layernorm/weight",
     "attn_q": "self_attn/q_proj/kernel",
     "attn_k": "self_attn/k_proj/kernel",
@@ -108,7 +109,7 @@ def load_llama(reader):
             array = unpermute(array, config.heads)
         if name == "attn_k":
             array = unpermute(array, config.kv_heads)
-        *path, leaf = ["model", *(["layers", layer[1]] if layer else []), *_PLACES[name].split("/")]
+        *path, leaf = ["model", *(["layers", layer[1]] if layer else []), *_PATHS[name].split("/")]
         node = params
         for key in path:
             node = node.setdefault(key, {})
@@ -117,7 +118,7 @@ def load_llama(reader):
 
 
 def unpermute(weight, heads):
-    """Rows of q or k in the order of `rotate`: llama.cpp keeps the two of a pair side by side."""
+    """Rows of q or k in the order of `rotate`. llama.cpp stores the two rows of a pair together."""
     out, features = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, features)
     return np.swapaxes(pairs, 1, 2).reshape(out, features)

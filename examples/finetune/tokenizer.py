@@ -1,11 +1,11 @@
-"""The byte-level BPE tokenizer that a GGUF file carries."""
+"""The byte-level BPE tokenizer of a GGUF file."""
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 
 def load_tokenizer(reader):
-    """Build the tokenizer from an open `gguf.GGUFReader`; it adds no tokens itself."""
+    """Build the tokenizer from an open `gguf.GGUFReader`. It does not add special tokens."""
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = reader.fields["tokenizer.ggml.merges"].contents()
     return build_tokenizer(tokens, merges)
@@ -14,7 +14,7 @@ def load_tokenizer(reader):
 def build_tokenizer(tokens, merges):
     """Build from the tokens in order of their ids, and the merges ("left right") in order of rank.
 
-    Each digit is a token, as the model was trained: "1984" is four of them.
+    As in the model's training, each digit is a token: "1984" has four.
     """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]

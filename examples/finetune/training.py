@@ -1,7 +1,7 @@
-"""Training and prediction with a margin: the logit of one answer less that of the other.
+"""Training and prediction with a margin: the difference between the logits of two answers.
 
-A margin is a function `margin(tunable, frozen, tokens, last) -> [batch]`. That the two trees are an
-adapter and its base is not known here: gradients and optimizer state are those of `tunable`.
+A margin is a function `margin(tunable, frozen, tokens, last) -> [batch]`. Nothing in this file is
+specific to adapters: gradients and optimizer state are those of `tunable`.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ TRAIN_BATCH, EVAL_BATCH = 16, 40
 
 
 class Curve(NamedTuple):
-    """What each step saw of its own sentences, before it."""
+    """The loss and accuracy of each step on its own sentences, before the update."""
 
     losses: list[float]
     accuracies: list[float]
@@ -31,30 +31,32 @@ def train(margin, tunable, frozen, prompts, positive, learning_rate, seed):
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, len(steps)))
 
     def loss(tunable, frozen, tokens, last, sign):
-        # Cross-entropy between two answers is the softplus of the margin of the wrong one.
-        right = sign * margin(tunable, frozen, tokens, last)
-        return jnp.mean(jax.nn.softplus(-right)), jnp.mean(right > 0)
+        # The cross-entropy between two answers is the softplus of the wrong answer's margin.
+        correct = sign * margin(tunable, frozen, tokens, last)
+        return jnp.mean(jax.nn.softplus(-correct)), jnp.mean(correct > 0)
 
     @jax.jit
     def step(tunable, state, frozen, *batch):
-        seen, gradient = jax.value_and_grad(loss, has_aux=True)(tunable, frozen, *batch)
+        loss_and_accuracy, gradient = jax.value_and_grad(loss, has_aux=True)(
+            tunable, frozen, *batch
+        )
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(tunable, updates), state, seen
+        return optax.apply_updates(tunable, updates), state, loss_and_accuracy
 
     state = optimizer.init(tunable)
     curve = Curve([], [])
     with steps_bar("Train", len(steps)) as advance:
         for rows, tokens, last in steps:
             sign = np.where(positive[rows], 1.0, -1.0).astype(np.float32)
-            tunable, state, seen = step(tunable, state, frozen, tokens, last, sign)
-            for values, value in zip(curve, seen, strict=True):
+            tunable, state, loss_and_accuracy = step(tunable, state, frozen, tokens, last, sign)
+            for values, value in zip(curve, loss_and_accuracy, strict=True):
                 values.append(float(value))
             advance(f"loss {np.mean(curve.losses[-10:]):.3f}")
     return tunable, curve
 
 
 def predict(function, tunable, frozen, prompts, label):
-    """What `function`, called as a margin is, gives for every prompt."""
+    """The outputs of `function`, which has the arguments of a margin, for every prompt."""
     steps = batches(prompts, EVAL_BATCH)
     outputs = []
     with steps_bar(label, len(steps)) as advance:

@@ -1,4 +1,4 @@
-"""KerasHub and lorax-io read each other's files, with the same outputs. Runs without pytest."""
+"""Checks that KerasHub and lorax-io read each other's files, with equal outputs."""
 
 import os
 
@@ -34,7 +34,7 @@ def make_backbone():
 
 
 def layers_of(backbone):
-    """The layers with weights, which a file counts."""
+    """The layers with weights, in the order of their numbers in a file."""
     return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
 
@@ -54,19 +54,19 @@ def assert_close(actual, expected):
 
 
 base = make_backbone()
-theirs = copy_of(base)
-theirs.enable_lora(RANK)
+adapted = copy_of(base)
+adapted.enable_lora(RANK)
 numbers = np.random.default_rng(0)
-for weight in theirs.trainable_weights:
+for weight in adapted.trainable_weights:
     weight.assign(numbers.normal(0, 0.2, weight.shape))
 home = Path(tempfile.mkdtemp())
-theirs.save_lora_weights(home / "theirs.lora.h5")
-expected = outputs(theirs)
+adapted.save_lora_weights(home / "theirs.lora.h5")
+expected = outputs(adapted)
 assert np.abs(expected - outputs(base)).max() > 1e-2 * np.abs(expected).max()
 
 adapter = open_adapter(home / "theirs.lora.h5")
 indices = sorted(int(name.module) for name in adapter.names.values())
-assert indices == sorted(theirs._lora_enabled_layers)
+assert indices == sorted(adapted._lora_enabled_layers)
 kernels = {str(k): layers_of(base)[k].kernel for k in indices}
 params = {name: jnp.asarray(kernel) for name, kernel in kernels.items()}
 names = {name: Linear(name, **AXES) for name in params}
@@ -78,21 +78,21 @@ for name, weight in lorax.merge_params(pair).items():
     layers_of(merged)[int(name)].kernel.assign(weight)
 assert_close(outputs(merged), expected)
 
-# A layer as a function of its kernel, without building the kernel.
+# A layer as a function of its kernel, without materializing the merged kernel.
 name = str(indices[0])
 x = jnp.asarray(numbers.normal(size=(2, 5, 16)), jnp.float32)
 equation = layers_of(base)[indices[0]].equation
 
 
-def one(kernel, x):
+def layer(kernel, x):
     return jnp.einsum(equation, x, kernel)
 
 
-output = lorax.lora(one)((pair.frozen[name], pair.tunable[name]), x)
-assert_close(output, one(lorax.merge_params(pair)[name], x))
+output = lorax.lora(layer)((pair.frozen[name], pair.tunable[name]), x)
+assert_close(output, layer(lorax.merge_params(pair)[name], x))
 
 save_keras(home / "ours.lora.h5", pair.tunable, names)
-again = copy_of(base)
-again.load_lora_weights(home / "ours.lora.h5")
-assert_close(outputs(again), expected)
+reloaded = copy_of(base)
+reloaded.load_lora_weights(home / "ours.lora.h5")
+assert_close(outputs(reloaded), expected)
 print("KerasHub reads what lorax-io writes, and lorax-io what KerasHub writes")

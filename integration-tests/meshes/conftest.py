@@ -1,4 +1,4 @@
-"""Lets the tests import `sharded`."""
+"""Makes the module `sharded` importable."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""A small transformer, plain and with LoRA written into it, and the layouts it is tried in."""
+"""A small transformer, plain and with hand-written LoRA, and the layouts in which it is tested."""
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ import lorax
 from lorax import LoraWeight
 from lorax_io import Linear, Tensor
 
-# Layers, batch, time, width, heads, size of a head, hidden: no two are equal, and no product that
-# is a weight's size is one of activations, so that a collective tells what it moves by its size.
+# Layers, batch, time, width, heads, head size, hidden size. All differ, and no activation has as
+# many entries as a weight, so that the size of a collective identifies the array that it moves.
 SIZES = {"l": 2, "b": 16, "t": 6, "d": 40, "h": 8, "k": 4, "f": 56, "e": 40}
 RANK = 3
 EQUATIONS = {
@@ -28,7 +28,7 @@ EQUATIONS = {
     "up": "btd,df->btf",
     "down": "btf,fd->btd",
 }
-NORMS = {"norm1": "e", "norm2": "e"}  # as wide as the model, and cut in no layout
+NORMS = {"norm1": "e", "norm2": "e"}  # as wide as the model, and never sharded
 
 
 def split(equation: str) -> tuple[str, str, str]:
@@ -45,14 +45,14 @@ LABELS = {name: split(equation)[1] for name, equation in EQUATIONS.items()} | NO
 
 
 class Layout(NamedTuple):
-    """A mesh, and for each labelled axis the axis of the mesh that it is cut along."""
+    """A mesh, and the mesh axis along which each labeled axis is sharded."""
 
     mesh: dict[str, int]
     weights: dict[str, str]
     activations: dict[str, str]
 
 
-# Queries, keys, values and `up` by columns; `o` and `down` by rows.
+# Queries, keys, values and `up` are sharded by columns; `o` and `down` by rows.
 COLUMNS_AND_ROWS = {"h": "model", "f": "model"}
 LAYOUTS = {
     "one device": Layout({"data": 1}, {}, {}),
@@ -71,7 +71,7 @@ LAYOUTS = {
 
 
 class Setting(NamedTuple):
-    """A layout on a mesh whose axes are of one type, for layers in a list or in a stack."""
+    """A layout on a mesh with axes of one type, for a list or a stack of layers."""
 
     layout: Layout
     mesh: Mesh
@@ -87,15 +87,15 @@ class Setting(NamedTuple):
     def activation(self, labels: str) -> NamedSharding:
         return self._sharding(self.layout.activations, labels)
 
-    def _sharding(self, cuts: dict[str, str], labels: str) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*(cuts.get(label) for label in labels)))
+    def _sharding(self, mesh_axes: dict[str, str], labels: str) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*(mesh_axes.get(label) for label in labels)))
 
     def stored(self, name: str) -> str:
-        """The labels of a parameter as it is stored."""
+        """The labels of a stored parameter."""
         return ("l" if self.stacked else "") + LABELS[name]
 
     def einsum(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        """With explicit axes, the model gathers what is sharded, and shards results."""
+        """An einsum. With explicit axes, gathers sharded weights, and shards the result."""
         if not self.explicit:
             return jnp.einsum(equation, x, w)
         _, labels, out = split(equation)
@@ -103,7 +103,7 @@ class Setting(NamedTuple):
         return jnp.einsum(equation, x, w, out_sharding=self.activation(out))
 
     def constrained(self, x: jax.Array, labels: str) -> jax.Array:
-        """With automatic axes, the model says where its activations are to be."""
+        """Activations. With automatic axes, constrains their sharding."""
         return x if self.explicit else jax.lax.with_sharding_constraint(x, self.activation(labels))
 
 
@@ -151,7 +151,7 @@ def blocks(dense, stacked, params, x):
 
 
 def plain(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
-    """The model: nothing in it knows about LoRA."""
+    """The plain model."""
 
     def dense(name, w, x):
         equation = EQUATIONS[name]
@@ -160,8 +160,8 @@ def plain(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
     return functools.partial(blocks, dense, where.stacked)
 
 
-def by_hand(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
-    """The model of the pair, as a careful user would write it."""
+def hand_written(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
+    """The model with hand-written LoRA."""
 
     def dense(name, weight, x):
         base, a, b = weight
@@ -173,19 +173,19 @@ def by_hand(where: Setting) -> Callable[[Any, jax.Array], jax.Array]:
         delta = where.einsum(f"{middle},r{outputs}->{out}", low, b)
         return where.constrained(where.einsum(EQUATIONS[name], x, base) + delta, out)
 
-    def both(base, new):
-        if isinstance(new, LoraWeight):
-            return base, new.a, new.b
-        return base if new is None else new
+    def combine(base, leaf):
+        if isinstance(leaf, LoraWeight):
+            return base, leaf.a, leaf.b
+        return base if leaf is None else leaf
 
     def apply(pair, x):
         is_absent = lambda leaf: leaf is None  # noqa: E731
-        return blocks(dense, where.stacked, jax.tree.map(both, *pair, is_leaf=is_absent), x)
+        return blocks(dense, where.stacked, jax.tree.map(combine, *pair, is_leaf=is_absent), x)
 
     return apply
 
 
-# Its numbers, from NumPy: the same in every layout and in every process.
+# Parameters and batches come from NumPy, so they are the same in every layout and process.
 
 
 def make_params(stacked: bool) -> Any:
@@ -205,12 +205,12 @@ def make_batch() -> Any:
 
 
 def put(array: np.ndarray[Any, Any], sharding: NamedSharding) -> jax.Array:
-    """A global array, of which each process puts its part."""
+    """A global array, to which each process contributes its part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class Adapted(NamedTuple):
-    """The model's numbers where a setting says, with an adapter in which no delta is zero."""
+    """Parameters and batch, sharded by a setting, and an adapter with nonzero deltas."""
 
     params: Any
     frozen: Any
@@ -222,8 +222,8 @@ def name_of(path: Any) -> str:
     return next(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def made(where: Setting) -> tuple[Any, Any, Any]:
-    """The parameters, the spec of their adapter, and a batch with what should become of it."""
+def make_inputs(where: Setting) -> tuple[Any, Any, Any]:
+    """The parameters, the spec of their adapter, and a batch of inputs and targets."""
     params = jax.tree_util.tree_map_with_path(
         lambda path, array: put(array, where.weight(where.stored(name_of(path)))),
         make_params(where.stacked),
@@ -237,13 +237,13 @@ def made(where: Setting) -> tuple[Any, Any, Any]:
 
 
 def adapt(where: Setting) -> Adapted:
-    params, spec, batch = made(where)
+    params, spec, batch = make_inputs(where)
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0), b_init="gaussian")
     return Adapted(params, frozen, tunable, batch)
 
 
 def names_for_peft(stacked: bool) -> dict[str, Any]:
-    """The layouts of the parameters: attention's heads are flattened in PyTorch's weights."""
+    """The PyTorch names of the parameters. In PyTorch's weights, heads are flattened."""
     inputs = {"o": (0, 1)}
     names: dict[str, Any] = {}
     for layer in [None] if stacked else range(SIZES["l"]):
@@ -258,12 +258,12 @@ def names_for_peft(stacked: bool) -> dict[str, Any]:
 
 
 def loss_of(model: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """As a function of the tunable tree, the frozen one, a batch and what it should become."""
+    """The loss as a function of the tunable tree, the frozen tree, inputs and targets."""
     return lambda tunable, frozen, x, y: jnp.mean((model((frozen, tunable), x) - y) ** 2)
 
 
-def train(where: Setting, actual: Adapted, steps: int = 3) -> tuple[Any, list[float]]:
-    """The tunable tree after some steps, and the losses on the way."""
+def train(where: Setting, adapted: Adapted, steps: int = 3) -> tuple[Any, list[float]]:
+    """The tunable tree after some steps, and the loss of each step."""
     optimizer = optax.adam(1e-2)
     loss = loss_of(lorax.lora(plain(where), on_materialize="error", on_unused="error"))
 
@@ -273,8 +273,8 @@ def train(where: Setting, actual: Adapted, steps: int = 3) -> tuple[Any, list[fl
         updates, state = optimizer.update(grads, state, tunable)
         return optax.apply_updates(tunable, updates), state, value
 
-    tunable, state, losses = actual.tunable, optimizer.init(actual.tunable), []
+    tunable, state, losses = adapted.tunable, optimizer.init(adapted.tunable), []
     for _ in range(steps):
-        tunable, state, value = step(tunable, state, actual.frozen, *actual.batch)
+        tunable, state, value = step(tunable, state, adapted.frozen, *adapted.batch)
         losses.append(float(value))
     return tunable, losses

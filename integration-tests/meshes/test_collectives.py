@@ -1,8 +1,8 @@
-"""What moves between devices: no more than with hand-written LoRA, and no base weight more
-than in the plain model.
+"""Programs do not move more between devices than with hand-written LoRA, and do not move more base
+weights than the plain model.
 
-The compiled programs are read. `jax_disable_most_optimizations`, which these tests run under,
-leaves out work of LLVM's; the passes that place, join and remove collectives still run.
+The tests read the compiled programs. They run with `jax_disable_most_optimizations`, which only
+disables LLVM optimizations; the passes that place, join and remove collectives still run.
 """
 
 import collections
@@ -23,7 +23,7 @@ from sharded import (
     SETTINGS,
     SIZES,
     adapt,
-    by_hand,
+    hand_written,
     loss_of,
     plain,
     setting,
@@ -32,13 +32,13 @@ from sharded import (
 import lorax
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# `-done` of the two halves of an asynchronous one: what `-start` makes holds its operands, too.
+# An asynchronous collective has a `-start` and a `-done`. The result of `-start` includes operands.
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-done)?\(")
 ARRAY = re.compile(r"\b[a-z]+(\d+)\[([\d,]*)\]")
 
 
 class Moved(NamedTuple):
-    """One array that a collective makes."""
+    """One result array of a collective."""
 
     kind: str
     entries: int
@@ -46,7 +46,7 @@ class Moved(NamedTuple):
 
 
 def collectives(compiled):
-    """Each collective of a compiled program: all that it makes. Of a loop, the body counts once."""
+    """The result arrays of each collective in a program. The body of a loop counts once."""
     moved = []
     for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
@@ -64,37 +64,37 @@ def compiled(function, *args):
     return collectives(jax.jit(function).lower(*args).compile())
 
 
-def counts(actual):
-    """How many collectives of each kind there are, and how many bytes they make."""
+def counts(found):
+    """The number of collectives of each kind, and the bytes of their results."""
     total = collections.Counter()
-    for arrays in actual:
+    for arrays in found:
         total[arrays[0].kind] += 1
         total[f"{arrays[0].kind} bytes"] += sum(moved.bytes for moved in arrays)
     return total
 
 
 def weight_sizes(where):
-    """The entries of the weights, of stacks of them, and of the parts that devices hold."""
+    """The numbers of entries of weights, of their stacks, and of their shards."""
     weights = [math.prod(SIZES[label] for label in LABELS[name]) for name in EQUATIONS]
     return {
-        weight * stack // cut
+        weight * stack // shards
         for weight in weights
         for stack in (1, SIZES["l"])
-        for cut in cuts(where)
+        for shards in shard_counts(where)
     }
 
 
-def cuts(where):
+def shard_counts(where):
     return {1, *where.layout.mesh.values(), where.mesh.size}
 
 
-def weights_among(actual, where):
-    moved = [moved for arrays in actual for moved in arrays]
+def weights_among(found, where):
+    moved = [moved for arrays in found for moved in arrays]
     sizes = weight_sizes(where)
     return collections.Counter(moved[:2] for moved in moved if moved.entries in sizes)
 
 
-def test_counter_sees_every_collective():
+def test_counter_detects_every_collective():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @jax.shard_map(mesh=mesh, in_specs=P("d"), out_specs=(P(), P("d"), P("d"), P("d"), P("d")))
@@ -119,7 +119,7 @@ def test_counter_sees_every_collective():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sizes_tell_weights_from_all_else(layout):
+def test_weight_sizes_differ_from_other_arrays(layout):
     where = setting(layout, explicit=False, stacked=False)
     adapters = [LABELS[name] for name in EQUATIONS]
     sides = {
@@ -128,11 +128,11 @@ def test_sizes_tell_weights_from_all_else(layout):
     factors = {RANK * side * stack for side in sides for stack in (1, SIZES["l"])}
     rows = SIZES["b"] * SIZES["t"]
     activations = {rows * size for size in (SIZES["d"], RANK, *sides)}
-    others = {size // cut for size in factors | activations for cut in cuts(where)}
+    others = {size // shards for size in factors | activations for shards in shard_counts(where)}
     assert others.isdisjoint(weight_sizes(where))
 
 
-# A list and a stack move the same things: of lists, the layout that moves the most will do.
+# A list and a stack of layers move the same arrays, so for lists one layout suffices.
 CHOSEN = {
     name: kind
     for name, kind in SETTINGS.items()
@@ -141,33 +141,33 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("kind", CHOSEN.values(), ids=CHOSEN)
-def test_collectives_equal_the_hand_written_ones(kind):
+def test_collectives_do_not_exceed_hand_written_lora(kind):
     where = setting(**kind)
     with where.context():
         adapted = adapt(where)
         pair, (x, y) = (adapted.frozen, adapted.tunable), adapted.batch
-        model, hand = plain(where), by_hand(where)
+        model, written = plain(where), hand_written(where)
         ours = lorax.lora(model, on_materialize="error")
 
         forward = compiled(ours, pair, x)
-        assert counts(forward) <= counts(compiled(hand, pair, x))
+        assert counts(forward) <= counts(compiled(written, pair, x))
         assert weights_among(forward, where) <= weights_among(
             compiled(model, adapted.params, x), where
         )
 
         gradient = compiled(jax.value_and_grad(loss_of(ours)), *pair[::-1], x, y)
-        by_hands = compiled(jax.value_and_grad(loss_of(hand)), *pair[::-1], x, y)
-        assert counts(gradient) <= counts(by_hands)
-        # The plain model's gradient, to the input: through every layer, and of no weight.
-        through = compiled(jax.value_and_grad(plain_loss(model)), x, adapted.params, y)
-        assert weights_among(gradient, where) <= weights_among(through, where)
+        expected = compiled(jax.value_and_grad(loss_of(written)), *pair[::-1], x, y)
+        assert counts(gradient) <= counts(expected)
+        # The gradient of the plain model with respect to its input, but not to a weight.
+        to_input = compiled(jax.value_and_grad(plain_loss(model)), x, adapted.params, y)
+        assert weights_among(gradient, where) <= weights_among(to_input, where)
 
 
 def plain_loss(model):
     return lambda x, params, y: jnp.mean((model(params, x) - y) ** 2)
 
 
-def test_weights_that_are_merged_in_the_step_are_seen_to_move():
+def test_merging_in_the_step_is_detected():
     where = setting("fully sharded and tensor", explicit=True, stacked=False)
     with where.context():
         adapted = adapt(where)
@@ -175,5 +175,5 @@ def test_weights_that_are_merged_in_the_step_are_seen_to_move():
         merged = lambda pair, x: plain(where)(lorax.merge_params(*pair), x)  # noqa: E731
         step = jax.value_and_grad(loss_of(merged))
         gradient = compiled(step, adapted.tunable, adapted.frozen, x, y)
-        through = compiled(jax.value_and_grad(plain_loss(plain(where))), x, adapted.params, y)
-        assert not weights_among(gradient, where) <= weights_among(through, where)
+        to_input = compiled(jax.value_and_grad(plain_loss(plain(where))), x, adapted.params, y)
+        assert not weights_among(gradient, where) <= weights_among(to_input, where)

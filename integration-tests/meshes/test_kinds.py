@@ -1,4 +1,4 @@
-"""Kinds of adapters and dropout on a mesh: factors beside their base, numbers as on one device."""
+"""Kinds of adapters and dropout on a mesh: factors are sharded like their base."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ SHARDED = {"up": P(None, "data", "model"), "down": P(None, "model", "data")}
 
 
 def model(params, x, explicit=False):
-    """Tensor-parallel layers whose weights are split over the data axis, too."""
+    """Tensor-parallel layers whose weights are also sharded over the data axis."""
 
     def layer(x, weights):
         up, down = weights
@@ -49,7 +49,7 @@ def model(params, x, explicit=False):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_on_a_mesh(kind, axis_type):
+def test_sharded_kind_equals_merged_model(kind, axis_type):
     explicit = axis_type is AxisType.Explicit
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     keys = dict(zip(SHAPES, jax.random.split(jax.random.key(0)), strict=True))
@@ -68,15 +68,15 @@ def test_a_kind_on_a_mesh(kind, axis_type):
         for name, weight in tunable.items():
             layout = weight.layout(SHAPES[name])
             leaf = frozen[name]
-            held = leaf.factors if isinstance(leaf, FrozenWeight) else {}
-            for factor, array in {**weight.factors(), **held}.items():
-                axes = map(layout.axis_of, {**layout.factors, **layout.held}[factor])
+            frozen_factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
+            for factor, array in {**weight.factors(), **frozen_factors}.items():
+                axes = map(layout.axis_of, {**layout.factors, **layout.frozen}[factor])
                 expected = P(*(None if d is None else SHARDED[name][d] for d in axes))
                 assert array.sharding.is_equivalent_to(NamedSharding(mesh, expected), array.ndim)
         tunable = testing.random_factors(tunable, jax.random.key(3))
         adapted = lora(model, on_materialize="error")
 
-        def ours(tunable):
+        def split(tunable):
             return (adapted((frozen, tunable), x, explicit) ** 2).sum()
 
         def merged(tunable):
@@ -86,8 +86,8 @@ def test_a_kind_on_a_mesh(kind, axis_type):
             tunable = with_dropout(tunable, jax.random.key(4), 0.5)
             return (adapted((frozen, tunable), x, explicit) ** 2).sum()
 
-        got, expected = (jax.jit(jax.value_and_grad(f))(tunable) for f in (ours, merged))
-        for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(other).max())
-        differs = abs(jax.jit(dropped)(tunable) - got[0]) > 1e-3 * abs(got[0])
+        actual, expected = (jax.jit(jax.value_and_grad(f))(tunable) for f in (split, merged))
+        for leaf, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=2e-4 * np.abs(wanted).max())
+        differs = abs(jax.jit(dropped)(tunable) - actual[0]) > 1e-3 * abs(actual[0])
         assert bool(differs) == (not kind.startswith(("ia3", "oft")))

@@ -1,4 +1,4 @@
-"""Two and four processes, which talk over this machine's loopback, agree with one."""
+"""Two and four processes, connected over the loopback interface, agree with one process."""
 
 import contextlib
 import functools
@@ -17,9 +17,9 @@ import safetensors.numpy
 import worker
 
 PROGRAM = pathlib.Path(worker.__file__)
-SECONDS = 300  # processes that have not ended by then hang
-GRACE = 3  # seconds for the others to say what they think, once one has failed
-# The devices sum in another order: relative to the largest entry of each array.
+SECONDS = 300  # time limit, after which processes are assumed to hang
+GRACE = 3  # seconds for the other processes to print their errors after one has failed
+# The devices sum in a different order. Relative to the largest entry of each array.
 TOLERANCE = 1e-4
 
 
@@ -34,15 +34,15 @@ def free_port():
 
 
 def run_processes(program, count, home, *, seconds=SECONDS):
-    """Runs `program PROCESS COUNT PORT HOME` for every process; what they print is in an error.
+    """Runs `program PROCESS COUNT PORT HOME` for every process. Errors contain their outputs.
 
-    Where one fails, and where they hang, all of them are killed.
+    If one fails or they hang, all are killed.
     """
     codes, outputs = [], [""]
     for _ in range(3):
         with free_port() as port:
             codes, outputs = _run_once(program, count, port, home, seconds)
-        # JAX's coordinator may say this and crash; the processes are not to blame.
+        # JAX's coordinator may crash with this message, regardless of the processes.
         if "Failed to add port to server" not in outputs[0]:
             break
     report = "\n".join(
@@ -76,7 +76,7 @@ def _run_once(program, count, port, home, seconds):
     return codes, [file.read_text() for file in files]
 
 
-def tensors_of(file):
+def read_file(file):
     with safetensors.safe_open(file, "numpy") as opened:
         return safetensors.numpy.load_file(file), opened.metadata()
 
@@ -86,26 +86,26 @@ def test_processes_agree_with_one(count, tmp_path):
     several, one = tmp_path / "several", tmp_path / "one"
     for home in (several, one):
         home.mkdir()
-    wanted = worker.run(worker.setting_for(count), one)
+    expected = worker.run(worker.setting_for(count), one)
     run_processes(PROGRAM, count, several)
     for k in range(count):
         losses = json.loads((several / f"losses of process {k}.json").read_text())
-        np.testing.assert_allclose(losses, wanted, rtol=TOLERANCE)
+        np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)
     for file in ("adapter", "folder/adapter_model.safetensors"):
-        ours, header = tensors_of(several / file)
-        theirs, their_header = tensors_of(one / file)
-        assert header == their_header and ours.keys() == theirs.keys()
-        for key, y in theirs.items():
-            assert ours[key].dtype == y.dtype
+        actual, header = read_file(several / file)
+        tensors, expected_header = read_file(one / file)
+        assert header == expected_header and actual.keys() == tensors.keys()
+        for key, y in tensors.items():
+            assert actual[key].dtype == y.dtype
             atol = TOLERANCE * np.abs(y).max()
-            np.testing.assert_allclose(ours[key], y, rtol=0, atol=atol)
+            np.testing.assert_allclose(actual[key], y, rtol=0, atol=atol)
     config = "folder/adapter_config.json"
     assert (several / config).read_bytes() == (one / config).read_bytes()
 
 
-LASTING = """
+SLEEPING = """
 import sys, time
-print("process", sys.argv[1], "says so", flush=True)
+print("process", sys.argv[1], "has printed", flush=True)
 if sys.argv[1] == "1": {}
 time.sleep(600)
 """
@@ -114,9 +114,9 @@ time.sleep(600)
 @pytest.mark.parametrize("code", ["pass", "sys.exit(3)"], ids=["hang", "failure"])
 def test_hang_raises_with_the_output_of_every_process(code, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(LASTING.format(code))
+    program.write_text(SLEEPING.format(code))
     with pytest.raises(AssertionError) as error:
         run_processes(program, 2, tmp_path, seconds=4)
     for k in range(2):
-        assert f"process {k} says so" in str(error.value)
+        assert f"process {k} has printed" in str(error.value)
     assert ("process 1, which ended with 3" in str(error.value)) == (code != "pass")

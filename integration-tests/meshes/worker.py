@@ -1,4 +1,4 @@
-"""One of several processes with one adapter: `worker.py PROCESS COUNT PORT HOME`."""
+"""Runs one of several processes that share an adapter: `worker.py PROCESS COUNT PORT HOME`."""
 
 import json
 import pathlib
@@ -13,21 +13,21 @@ from sharded import Setting, adapt, names_for_peft, plain, setting, train
 import lorax
 from lorax_io import load_adapter, load_peft, save_adapter, save_peft
 
-DEVICES = 8  # of all processes together
+DEVICES = 8  # of all processes
 
 
 def setting_for(count: int) -> Setting:
-    """With four processes, each axis of the mesh reaches over several of them."""
+    """The setting for this number of processes. With four, each mesh axis spans several of them."""
     if count == 2:
         return setting("fully sharded", explicit=False, stacked=False)
     return setting("fully sharded and tensor", explicit=True, stacked=False)
 
 
 def run(where: Setting, home: pathlib.Path) -> list[float]:
-    """Trains an adapter, saves it in both forms, loads it from both, and merges it.
+    """Trains an adapter, saves it in both formats, loads it from both, and merges it.
 
     Returns:
-        The losses on the way, the last of which is the merged model's.
+        The loss of each step, and the loss of the merged model.
     """
     names = names_for_peft(where.stacked)
     with where.context():
@@ -37,8 +37,8 @@ def run(where: Setting, home: pathlib.Path) -> list[float]:
         save_peft(home / "folder", tunable, names)
         loaded = load_adapter(home / "adapter", params=adapted.params)
         assert_same(loaded, tunable)
-        _, again = load_peft(home / "folder", adapted.params, names)
-        assert_same(again, tunable)
+        _, reloaded = load_peft(home / "folder", adapted.params, names)
+        assert_same(reloaded, tunable)
         merged = lorax.merge_params(adapted.frozen, loaded)
         x, y = adapted.batch
         model = plain(where)
@@ -46,10 +46,10 @@ def run(where: Setting, home: pathlib.Path) -> list[float]:
         return [*losses, float(loss(merged, x, y))]
 
 
-def assert_same(actual: Any, wanted: Any) -> None:
-    """The same numbers on the same devices, of those that this process has."""
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+def assert_same(actual: Any, expected: Any) -> None:
+    """Asserts equal values on the same devices, of those of this process."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         parts = {shard.device: shard for shard in y.addressable_shards}
         assert parts.keys() == {shard.device for shard in x.addressable_shards}
         for shard in x.addressable_shards:

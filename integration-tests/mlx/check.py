@@ -1,4 +1,4 @@
-"""mlx-lm and lorax-io read each other's folders, with the same outputs. Runs without pytest."""
+"""Checks that mlx-lm and lorax-io read each other's folders, with equal outputs."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def outputs(model):
 
 
 def weights(model):
-    """The weights by PyTorch's names, and parameters with JAX's order of axes."""
+    """The parameters in JAX's order of axes, and their PyTorch names."""
     arrays = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     modules = [f"model.layers.{k}.{key}" for k in range(LAYERS) for key in KEYS]
     params = {module: jnp.asarray(arrays[f"{module}.weight"].T) for module in modules}
@@ -53,7 +53,7 @@ def weights(model):
 
 
 def merged_outputs(pair):
-    """The outputs of mlx's model with weights that the core has merged."""
+    """The outputs of mlx's model with weights merged by the core."""
     model = make_model()
     merged = lorax.merge_params(pair)
     model.load_weights(
@@ -65,8 +65,8 @@ def merged_outputs(pair):
 
 def check_close(actual, expected, base, label):
     error = np.abs(actual - expected).max() / np.abs(expected - base).max()
-    assert error < 1e-4, f"{label}: apart by {error}"
-    print(f"{label}: apart by {error:.1e} of what the adapter changes")
+    assert error < 1e-4, f"{label}: differs by {error}"
+    print(f"{label}: error {error:.1e}, relative to the change by the adapter")
 
 
 def check_ours(home, scaling):

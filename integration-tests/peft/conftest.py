@@ -1,6 +1,6 @@
-"""What the tests with the real PEFT share: tiny torch models, each also as a tree of JAX arrays.
+"""Fixtures of the tests with PEFT: tiny torch models, each also as a tree of JAX arrays.
 
-They need torch and transformers, and run in the nox session `peft`.
+The tests need torch and transformers, and run in the nox session `peft`.
 """
 
 import copy
@@ -36,16 +36,16 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
-def _settings_of_jax():
-    """The command changes them for its process."""
+def _restore_jax_config():
+    """The command changes JAX's settings for its process."""
     settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
     yield
     for name, value in settings.items():
         jax.config.update(name, value)
 
 
-# For each class of module that LoRA is for: the class of its name, and the axes of torch's weight
-# in the order of JAX's libraries. All other tensors are `Tensor`.
+# For each class of adapted modules: the class of its name, and the axes of torch's weight in the
+# order of JAX libraries. All other tensors are `Tensor`.
 KINDS: dict[type[nn.Module], tuple[Any, tuple[int, ...]]] = {
     nn.Linear: (lorax_io.Linear, (1, 0)),
     TorchConv1D: (lorax_io.Conv1D, (0, 1)),
@@ -57,12 +57,12 @@ KINDS: dict[type[nn.Module], tuple[Any, tuple[int, ...]]] = {
 
 
 def torch_name_of(name, module, parameter, ndim):
-    """The name of one parameter, and torch's axes in JAX's order."""
+    """The name of a parameter, and torch's axes in JAX's order."""
     if isinstance(module, GptOssExperts) and ndim == 3:
         order = ("gate_up_proj", "down_proj").index(parameter)
-        # transformers 4 has no `is_transposed`, by which this PEFT would know the sides.
-        named = {"parameter": parameter, "order": order, "swapped": True}
-        return lorax_io.Experts(name, shared_axes=(0,), **named), (0, 1, 2)
+        # transformers 4 does not have `is_transposed`, which tells PEFT the order of axes.
+        options = {"parameter": parameter, "order": order, "swapped": True}
+        return lorax_io.Experts(name, shared_axes=(0,), **options), (0, 1, 2)
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     if kind is None or parameter != "weight":
         return lorax_io.Tensor(name, parameter=parameter), tuple(range(ndim))
@@ -85,7 +85,7 @@ class Twin:
             for parameter, tensor in module.named_parameters(recurse=False)
             if name
         }
-        # A tensor that a model has twice is one parameter. One of no module stays out.
+        # A shared tensor is one parameter. A parameter outside of any module is left out.
         paths = [path for path, _ in self.model.named_parameters() if "." in path]
         chosen = {path: torch_names[path] for path in paths}
         for path in torch_names.keys() - chosen.keys():
@@ -109,7 +109,7 @@ class Twin:
         }
 
     def outputs(self, params=None, model=None):
-        """The model's; that of other parameters; or another model's."""
+        """The outputs of the model, of the model with other parameters, or of another model."""
         model = copy.deepcopy(self.model) if model is None else model
         for path, tensor in {} if params is None else params.items():
             array = np.asarray(tensor, np.float32).transpose(np.argsort(self._torch_names[path][1]))
@@ -119,27 +119,24 @@ class Twin:
             output = model(**self.inputs)
         return (output if isinstance(output, torch.Tensor) else output[0]).float().numpy()
 
-    def proves(self, params, model, tolerance=1e-5):
-        """Asserts that a PEFT model does what these parameters do, and not what the base does.
-
-        What they do may not be lost in the tolerance.
-        """
-        ours, theirs, base = self.outputs(params), self.outputs(model=model), self.outputs()
+    def check_equal(self, params, model, tolerance=1e-5):
+        """Asserts that a PEFT model and these parameters have equal outputs, unlike the base."""
+        actual, expected, base = self.outputs(params), self.outputs(model=model), self.outputs()
         size = np.abs(base).max()
-        assert np.abs(ours - base).max() > 1e-2 * size
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * size)
+        assert np.abs(actual - base).max() > 1e-2 * size  # much larger than the tolerance
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
 
     def stacked(self, torch_name, shape, order=None):
-        """The same with a parameter `stack` of this name, in place of those that it is made of.
+        """The same twin, with one parameter `stack` of this name in place of its parts.
 
-        It has this shape before its axes are put in this order.
+        `shape` is the shape before the axes are transposed by `order`.
         """
         return Stacked(self.model, self.inputs, torch_name, shape, order or range(len(shape)))
 
 
 @dataclasses.dataclass
 class Stacked(Twin):
-    """A twin of which some parameters are one."""
+    """A twin in which some parameters are stacked."""
 
     torch_name: lorax_io.TorchName
     shape: tuple[int, ...]
@@ -177,7 +174,7 @@ def to_jax(tensor):
 
 
 class Net(nn.Module):
-    """A convolution of each number of axes, and dense layers of which one name ends another."""
+    """Convolutions of each dimension, and dense layers of which one name is a suffix of another."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +198,7 @@ VISION = dict(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2)
 VISION |= dict(num_attention_heads=4, intermediate_size=24)
 BERT = dict(TEXT, intermediate_size=24, num_labels=3)
 
-# The class, what its config is made of, and the inputs.
+# The class, the values of its config, and the inputs.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
     "gpt2": ("GPT2LMHeadModel", dict(vocab_size=61, n_embd=16, n_layer=2, n_head=4), IDS),
     "llama": ("LlamaForCausalLM", LLAMA, IDS),
@@ -255,7 +252,7 @@ def _twin(name: str, **changes: Any) -> Twin:
         kind = getattr(transformers, kind)
         model = kind(kind.config_class(**{**values, **changes}))
     with torch.no_grad():
-        # No parameter is left at zero or one, where a misplaced one would not show.
+        # Parameters of zero or one would hide misplaced values.
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return Twin(model.eval(), inputs)
@@ -263,16 +260,16 @@ def _twin(name: str, **changes: Any) -> Twin:
 
 @pytest.fixture
 def twin():
-    """`twin(name, **changes)`: a model of `MODELS`, with these changes in its config."""
+    """`twin(name, **changes)`: a model of `MODELS` with changes in its config."""
     return _twin
 
 
 @pytest.fixture
 def to_peft(tmp_path):
-    """`to_peft(twin, spec, **kwargs)`: saves random factors, loads them in PEFT, and proves it.
+    """`to_peft(twin, spec, **kwargs)`: saves random factors, and checks PEFT's outputs with them.
 
-    `spec` has a leaf for some of the parameters; the others are frozen. PEFT only warns of tensors
-    that it misses, and pytest makes an error of it; it says nothing of those that it ignores.
+    `spec` has leaves for some of the parameters; the others are frozen. PEFT warns about missing
+    tensors, which is an error here, but ignores unexpected tensors silently.
     """
 
     def to_peft(twin, spec, *, change=lambda tunable: tunable, merged=False, **kwargs):
@@ -284,10 +281,10 @@ def to_peft(tmp_path):
         folder = tmp_path / "ours"
         save_peft(folder, tunable, twin.names, **kwargs)
         adapted = PeftModel.from_pretrained(copy.deepcopy(twin.model), folder)
-        in_use = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        assert_same(in_use, tensors_in(folder))
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        assert_same(loaded, tensors_in(folder))
         model = adapted.merge_and_unload() if merged else adapted
-        twin.proves(lorax.merge_params(frozen, tunable), model)
+        twin.check_equal(lorax.merge_params(frozen, tunable), model)
         return adapted
 
     return to_peft
@@ -295,9 +292,9 @@ def to_peft(tmp_path):
 
 @pytest.fixture
 def from_peft(tmp_path):
-    """`from_peft(twin, config)`: loads what PEFT saves of random factors, and proves it.
+    """`from_peft(twin, config)`: loads random factors that PEFT saved, and checks the outputs.
 
-    Then saves it again and compares the files. `change` edits PEFT's model before it is saved.
+    Then saves them again and compares the files. `change` edits PEFT's model before it is saved.
     """
 
     def from_peft(
@@ -306,7 +303,7 @@ def from_peft(tmp_path):
         *,
         change=lambda model: None,
         merged=False,
-        again=True,
+        resave=True,
         name="default",
         tolerance=1e-5,
         **kwargs,
@@ -324,8 +321,8 @@ def from_peft(tmp_path):
         folder = folder if name == "default" else folder / name
         frozen, tunable = load_peft(folder, twin.params, twin.names)
         model = adapted.merge_and_unload() if merged else adapted
-        twin.proves(lorax.merge_params(frozen, tunable), model, tolerance)
-        if again:
+        twin.check_equal(lorax.merge_params(frozen, tunable), model, tolerance)
+        if resave:
             save_peft(tmp_path / "ours", tunable, twin.names, params=twin.params)
             assert_same(tensors_in(tmp_path / "ours"), tensors_in(folder))
         return frozen, tunable
@@ -335,13 +332,13 @@ def from_peft(tmp_path):
 
 def save_pretrained(model: PeftModel, folder: Path) -> None:
     with warnings.catch_warnings():
-        # It says that it repeats the weights of an adapted embedding or head.
+        # PEFT warns that it also saves the weights of an adapted embedding or head.
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
         model.save_pretrained(folder)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, less what PEFT repeats of the base."""
+    """The tensors of a folder, without those that PEFT copies from the base."""
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     return {
         name: tensor
@@ -352,9 +349,9 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """The same names, types, shapes and bits."""
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype, name
-        assert torch.equal(tensor, right[name]), name
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Asserts equal names, dtypes, shapes and bits."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name

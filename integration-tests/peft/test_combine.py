@@ -1,4 +1,4 @@
-"""`combine_adapters` beside PEFT's `add_weighted_adapter`, on the same factors."""
+"""`combine_adapters` equals PEFT's `add_weighted_adapter` on the same factors."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Model(torch.nn.Module):
         return self.second(self.first(x))
 
 
-def configured(name):
+def config_for(name):
     return peft.LoraConfig(
         r=RANKS[name],
         lora_alpha=ALPHAS[name],
@@ -37,9 +37,9 @@ def configured(name):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(Model(), configured("one"), adapter_name="one")
+    adapted = peft.get_peft_model(Model(), config_for("one"), adapter_name="one")
     for name in ("two", "three"):
-        adapted.add_adapter(name, configured(name))
+        adapted.add_adapter(name, config_for(name))
     return adapted
 
 
@@ -62,7 +62,7 @@ def tunable(model, adapter):
 
 
 def pattern(shape):
-    """A mask that is the same for a factor and for its transpose."""
+    """A mask that is symmetric, so that a factor and its transpose have the same one."""
     rows, columns = np.indices(shape[-2:])
     return np.broadcast_to((rows + columns) * 3 % 5 < 3, shape)
 
@@ -84,7 +84,7 @@ METHODS = [
         (f"{method}{suffix}", f"{method}{suffix}", {"density": density, **signs})
         for method in ("magnitude_prune", "ties", "dare_linear", "dare_ties")
         for suffix in ("", "_svd")
-        # At a density of 1 PEFT draws no mask.
+        # At a density of 1, PEFT does not draw a mask.
         for density in ((0.55,) if method.startswith("dare") else (0.55, 1.0))
         for signs in ([{}, {"signs": "frequency"}] if "ties" in method else [{}])
     ),
@@ -92,25 +92,25 @@ METHODS = [
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
-@pytest.mark.parametrize(("theirs", "ours", "options"), METHODS)
+@pytest.mark.parametrize(("peft_method", "method", "options"), METHODS)
 @pytest.mark.parametrize("weights", [(0.6, 0.4), (1.5, -0.7)])
-def test_the_same_delta(theirs, ours, options, weights, model, same_masks):
-    # Concatenation and the decompositions take other ranks as well.
-    names = ["one", "three"] if theirs in ("cat", "svd") else ["one", "two"]
+def test_combined_delta_equals_pefts(peft_method, method, options, weights, model, same_masks):
+    # Concatenation and decompositions also accept different ranks.
+    names = ["one", "three"] if peft_method in ("cat", "svd") else ["one", "two"]
     model.add_weighted_adapter(
         names,
         list(weights),
         "both",
-        combination_type=theirs,
+        combination_type=peft_method,
         svd_rank=options.get("rank"),
         density=options.get("density"),
         majority_sign_method=options.get("signs", "total"),
     )
-    given = {
+    adapters = {
         name: (tunable(model, name), weight) for name, weight in zip(names, weights, strict=True)
     }
-    combined, _ = combine_adapters(given, ours, key=jax.random.key(0), **options)
+    combined, _ = combine_adapters(adapters, method, key=jax.random.key(0), **options)
     for name, layer in layers(model).items():
-        wanted = layer.get_delta_weight("both").detach().numpy().T
+        expected = layer.get_delta_weight("both").detach().numpy().T
         delta = materialize(jnp.zeros(SIZES[name]), combined[name])
-        np.testing.assert_allclose(delta, wanted, rtol=1e-4, atol=2e-6)
+        np.testing.assert_allclose(delta, expected, rtol=1e-4, atol=2e-6)

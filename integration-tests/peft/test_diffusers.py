@@ -1,4 +1,4 @@
-"""The file for diffusers: its loader takes the scale that is in the header."""
+"""diffusers and lorax-io read each other's files, including kohya's and Flux's names."""
 
 import copy
 
@@ -48,7 +48,7 @@ def output(model):
 
 
 @pytest.mark.parametrize("fold_scale", [False, True], ids=["header", "folded"])
-def test_diffusers_gives_the_output_of_the_merged_model(flux, tmp_path, fold_scale):
+def test_diffusers_equals_the_merged_model(flux, tmp_path, fold_scale):
     names = {
         f"{name}.weight": Linear(name, in_axes=(1,), out_axes=(0,))
         for name, module in flux.named_modules()
@@ -66,16 +66,18 @@ def test_diffusers_gives_the_output_of_the_merged_model(flux, tmp_path, fold_sca
     for path, weight in lorax.merge_params(frozen, tunable).items():
         with torch.no_grad():
             merged.get_parameter(path).copy_(torch.tensor(np.asarray(weight)))
-    ours, base = output(merged), output(flux)
-    assert np.abs(ours - base).max() > 1e-2 * np.abs(base).max()
+    expected, base = output(merged), output(flux)
+    assert np.abs(expected - base).max() > 1e-2 * np.abs(base).max()
     adapted = copy.deepcopy(flux)
     adapted.load_lora_adapter(
         tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="transformer"
     )
-    np.testing.assert_allclose(output(adapted), ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    np.testing.assert_allclose(
+        output(adapted), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
 
 
-# kohya's names, and diffusers' own reader of them
+# kohya's names, and diffusers' reader of them
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def make_adapter(unet):
         if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_v", "to_out.0"))
     }
     params = {path: jnp.asarray(unet.get_parameter(path).detach().numpy()) for path in names}
-    # One alpha for all: diffusers 0.35 looks for those of single attention layers in vain.
+    # One alpha for all, since diffusers 0.35 does not find those of single attention layers.
     spec = dict.fromkeys(params, lorax.LoraSpec(3, alpha=11, in_axes=(1,), out_axes=(0,)))
     pair = lorax.init_lora(params, spec, jax.random.key(0))
     tunable = testing.random_factors(pair.tunable, jax.random.key(1))
@@ -130,16 +132,16 @@ def loaded_by_diffusers(unet, file):
     return adapted
 
 
-def test_diffusers_reads_our_file_in_kohyas_form(unet, tmp_path):
+def test_diffusers_loads_our_kohya_file(unet, tmp_path):
     names, pair = make_adapter(unet)
     save_kohya(tmp_path / "style.safetensors", pair.tunable, names)
-    ours = noise(with_weights(unet, lorax.merge_params(pair)))
-    assert np.abs(ours - noise(unet)).max() > 1e-2 * np.abs(ours).max()
-    theirs = noise(loaded_by_diffusers(unet, tmp_path / "style.safetensors"))
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    expected = noise(with_weights(unet, lorax.merge_params(pair)))
+    assert np.abs(expected - noise(unet)).max() > 1e-2 * np.abs(expected).max()
+    actual = noise(loaded_by_diffusers(unet, tmp_path / "style.safetensors"))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_the_command_merges_kohyas_file_into_a_model_of_diffusers(unet, tmp_path):
+def test_command_merges_kohya_file_into_diffusers_model(unet, tmp_path):
     names, pair = make_adapter(unet)
     file = tmp_path / "style.safetensors"
     save_kohya(file, pair.tunable, names)
@@ -153,7 +155,7 @@ def test_the_command_merges_kohyas_file_into_a_model_of_diffusers(unet, tmp_path
     np.testing.assert_allclose(noise(merged), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_we_read_what_diffusers_writes(unet, tmp_path):
+def test_diffusers_files_are_loaded(unet, tmp_path):
     names, pair = make_adapter(unet)
     save_kohya(tmp_path / "style.safetensors", pair.tunable, names)
     adapted = loaded_by_diffusers(unet, tmp_path / "style.safetensors")
@@ -164,11 +166,11 @@ def test_we_read_what_diffusers_writes(unet, tmp_path):
     for folder, part in (("bare", ""), ("parts", "unet")):
         assert open_adapter(tmp_path / folder).part == part
     loaded = load_any(tmp_path / "bare", params, names)
-    ours, expected = noise(with_weights(unet, lorax.merge_params(loaded))), noise(adapted)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    actual, expected = noise(with_weights(unet, lorax.merge_params(loaded))), noise(adapted)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-# Flux in the names of its own code, and diffusers' own table of them
+# Flux in its original names, and diffusers' table of them
 
 D, MLP, RANK = 3072, 12288, 2
 ORIGINAL = {  # outputs, inputs
@@ -196,11 +198,11 @@ ORIGINAL = {  # outputs, inputs
     "final_layer_linear": (64, D),
     "final_layer_adaLN_modulation_1": (2 * D, D),
 }
-# The names of which diffusers drops alpha.
+# diffusers ignores alpha for these names.
 NO_ALPHA = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
 
 
-def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
+def test_fused_flux_layers_are_split_as_in_diffusers(tmp_path):
     numbers = np.random.default_rng(0)
     draw = lambda *shape: numbers.normal(size=shape).astype(np.float32)  # noqa: E731
     tensors = {}
@@ -216,21 +218,21 @@ def test_fused_products_of_flux_are_split_as_in_diffusers(tmp_path):
     opened = open_adapter(tmp_path / "out")
     assert opened.part == "transformer"
     modules = {torch_name.module: opened.rows[path] for path, torch_name in opened.names.items()}
-    theirs = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
-    assert modules.keys() == theirs and len(theirs) == len(ORIGINAL) + 2 + 2 + 3
+    expected = {key.removeprefix("transformer.").partition(".lora_")[0] for key in state}
+    assert modules.keys() == expected and len(expected) == len(ORIGINAL) + 2 + 2 + 3
     for module, row in modules.items():
-        # diffusers has no part in the names of what it takes from these layers.
-        begin = next(b for b in ("transformer.", "") if f"{b}{module}.lora_A.weight" in state)
-        a, b = (state[f"{begin}{module}.lora_{x}.weight"].numpy() for x in "AB")
+        # diffusers omits the prefix from the names of some layers.
+        prefix = next(p for p in ("transformer.", "") if f"{p}{module}.lora_A.weight" in state)
+        a, b = (state[f"{prefix}{module}.lora_{x}.weight"].numpy() for x in "AB")
         if module == "norm_out.linear":
-            a = a[::-1]  # diffusers swaps the halves of this factor, too, and they are of the rank
+            a = a[::-1]  # diffusers also swaps the halves of this factor, along the rank
         left, right = np.asarray(row.a), row.scale * np.asarray(row.b)
-        some = numbers.normal(size=(4, left.shape[0])).astype(np.float32)
-        np.testing.assert_allclose(some @ left @ right, some @ a.T @ b.T, rtol=2e-3, atol=2e-3)
+        x = numbers.normal(size=(4, left.shape[0])).astype(np.float32)
+        np.testing.assert_allclose(x @ left @ right, x @ a.T @ b.T, rtol=2e-3, atol=2e-3)
 
 
-def test_parts_of_flux_are_fused_as_diffusers_splits_them(tmp_path):
-    """Adapters of q, k and v with factors of their own, one file of Flux's names, and diffusers."""
+def test_flux_layers_are_fused_as_diffusers_splits_them(tmp_path):
+    """Adapters of q, k and v are fused in Flux's names, and diffusers splits them again."""
     numbers = np.random.default_rng(1)
     draw = lambda *shape: numbers.normal(size=shape).astype(np.float32)  # noqa: E731
     double, single = "transformer_blocks.0.", "single_transformer_blocks.0."

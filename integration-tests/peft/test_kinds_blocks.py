@@ -1,4 +1,4 @@
-"""LoHa, LoKr, MiSS, GraLoRA and BD-LoRA with the factors of a real PEFT model do what it does."""
+"""LoHa, LoKr, MiSS, GraLoRA and BD-LoRA equal PEFT's with the same factors."""
 
 import copy
 
@@ -17,7 +17,7 @@ from lorax import BdloraSpec, GraloraSpec, LohaSpec, LokrSpec, MissSpec
 
 
 class Dense(nn.Module):
-    """Two dense layers, of sizes that no other size equals."""
+    """Two dense layers with different sizes."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Dense(nn.Module):
 
 
 class Image(nn.Module):
-    """Two convolutions, the second of them in two groups."""
+    """Two convolutions, the second one with two groups."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ def dense(params, x):
 
 
 def image(params, x):
-    """Kernels are [in, height, width, out], so that PEFT's order of the inputs is ours."""
+    """Kernels are [in, height, width, out], so that the inputs have PEFT's order."""
     numbers = ("NCHW", "IHWO", "NCHW")
     conv = jax.lax.conv_general_dilated
     x = conv(x, params["up"], (2, 1), [(1, 1), (1, 1)], dimension_numbers=numbers)
@@ -72,9 +72,9 @@ def loha(layer):
 def lokr(layer):
     factors = {}
     for n in (1, 2):
-        whole = getattr(layer, f"lokr_w{n}")
-        if "default" in whole:  # [out, in, *window]
-            factors[f"w{n}"] = torch.movedim(whole["default"], 0, -1)
+        full = getattr(layer, f"lokr_w{n}")
+        if "default" in full:  # [out, in, *window]
+            factors[f"w{n}"] = torch.movedim(full["default"], 0, -1)
         else:
             factors[f"a{n}"] = getattr(layer, f"lokr_w{n}_b")["default"].T
             factors[f"b{n}"] = getattr(layer, f"lokr_w{n}_a")["default"].T
@@ -82,13 +82,13 @@ def lokr(layer):
 
 
 def loha_with_cores(layer):
-    """A core of theirs is [rank of the outputs, rank of the inputs, height, width]."""
-    found = {}
+    """A core in PEFT is [output rank, input rank, height, width]."""
+    factors = {}
     for k in (1, 2):
-        found[f"a{k}"] = getattr(layer, f"hada_w{k}_b")["default"].T
-        found[f"b{k}"] = getattr(layer, f"hada_w{k}_a")["default"]
-        found[f"core{k}"] = getattr(layer, f"hada_t{k}")["default"].permute(2, 3, 1, 0)
-    return found
+        factors[f"a{k}"] = getattr(layer, f"hada_w{k}_b")["default"].T
+        factors[f"b{k}"] = getattr(layer, f"hada_w{k}_a")["default"]
+        factors[f"core{k}"] = getattr(layer, f"hada_t{k}")["default"].permute(2, 3, 1, 0)
+    return factors
 
 
 def lokr_with_a_core(layer):
@@ -110,14 +110,14 @@ def gralora(layer):
 
 def bdlora(layer):
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    if isinstance(layer.lora_A["default"], nn.Linear):  # The outputs are in two blocks.
+    if isinstance(layer.lora_A["default"], nn.Linear):  # the outputs have two blocks
         return {"a": a.T, "b": b.view(2, -1, b.shape[-1]).permute(0, 2, 1)}
     return {"a": a.view(2, -1, a.shape[-1]).permute(0, 2, 1), "b": b.T}
 
 
 SPLIT = {"split_axes": (0, -1)}
 TARGETS = {"target_modules": ["up", "down"]}
-# The model, PEFT's config, our spec, and PEFT's factors by our names.
+# The model, PEFT's config, our spec, and a function from a PEFT layer to factors by our names.
 CASES = {
     "loha": ("dense", peft.LoHaConfig(r=3, alpha=5, **TARGETS), LohaSpec(3, alpha=5), loha),
     "loha-convolution": (
@@ -182,7 +182,7 @@ def as_array(tensor):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_peft(case):
+def test_outputs_and_merged_weights_equal_pefts(case):
     kind, config, spec, factors_of = CASES[case]
     cls, function, shape, order = MODELS[kind]
     torch.manual_seed(0)
@@ -206,7 +206,7 @@ def test_equals_peft(case):
     adapted = get_peft_model(copy.deepcopy(model), config).eval()
     layers = {name: getattr(adapted.base_model.model, name) for name in ("up", "down")}
     base = as_array(model(x))
-    # PEFT's first factors leave the model as it is, and so do ours.
+    # Neither PEFT's initial factors nor ours change the model.
     np.testing.assert_allclose(as_array(adapted(x)), base, rtol=0, atol=1e-6)
     np.testing.assert_allclose(
         lorax.lora(function)((frozen, tunable), as_array(x)), base, rtol=0, atol=1e-5
@@ -221,19 +221,19 @@ def test_equals_peft(case):
                 factor.copy_(0.4 * torch.randn_like(factor))
     for name, layer in layers.items():
         factors = factors_of(layer)
-        ours = tunable[name].factors()
-        assert {key for key, factor in ours.items() if not factor.any()} == zero[name]
-        # A window that PEFT flattens is axes of ours; of two blocks of a rank, too.
+        initial = tunable[name].factors()
+        assert {key for key, factor in initial.items() if not factor.any()} == zero[name]
+        # PEFT flattens windows and blocks that are axes in our factors.
         tunable[name] = tunable[name].with_factors(
-            {key: as_array(factors[key]).reshape(ours[key].shape) for key in ours}
+            {key: as_array(factors[key]).reshape(initial[key].shape) for key in initial}
         )
     expected = as_array(adapted(x))
     size = np.abs(expected).max()
     assert np.abs(expected - base).max() > 1e-2 * size
-    got = lorax.lora(function)((frozen, tunable), as_array(x))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * size)
+    actual = lorax.lora(function)((frozen, tunable), as_array(x))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * size)
     merged = lorax.merge_params(frozen, tunable)
-    theirs = adapted.merge_and_unload()
+    peft_merged = adapted.merge_and_unload()
     for name in ("up", "down"):
-        weight = as_array(getattr(theirs, name).weight.permute(order))
+        weight = as_array(getattr(peft_merged, name).weight.permute(order))
         np.testing.assert_allclose(merged[name], weight, rtol=0, atol=1e-5 * np.abs(weight).max())

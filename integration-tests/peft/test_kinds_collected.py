@@ -1,4 +1,4 @@
-"""First factors from inputs and gradients against those of a real PEFT model, vector by vector."""
+"""Initial factors from inputs and gradients equal PEFT's."""
 
 import copy
 
@@ -29,13 +29,13 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def ours(params, x):
+def model_output(params, x):
     hidden = jnp.tanh(x @ params["up"] + params["up bias"])
     return hidden @ params["down"] + params["down bias"]
 
 
 def loss(params, x):
-    return jnp.mean(ours(params, x) ** 3)
+    return jnp.mean(model_output(params, x) ** 3)
 
 
 def array(tensor):
@@ -48,16 +48,16 @@ def net():
     net = Net()
     with torch.no_grad():
         for name in LAYERS:
-            # PEFT finds the largest singular value of a weight by a few random vectors.
+            # PEFT approximates the largest singular value with a few random vectors.
             weight = getattr(net, name).weight
             weight.add_(torch.outer(torch.sin(torch.arange(len(weight)) + 1.0), weight[0]))
     return net
 
 
-def batches(count, fall=0.6):
-    """Inputs of a falling spectrum, beside a mean: PEFT's decomposition is an approximate one."""
+def batches(count, decay=0.6):
+    """Inputs with a decaying spectrum and a mean, since PEFT's decomposition is approximate."""
     torch.manual_seed(1)
-    spectrum = 3.0 * fall ** torch.arange(10.0)
+    spectrum = 3.0 * decay ** torch.arange(10.0)
     return [torch.randn(40, 10) * spectrum + 0.5 for _ in range(count)]
 
 
@@ -66,7 +66,7 @@ def params_of(net):
     return kernels | {f"{name} bias": array(getattr(net, name).bias) for name in LAYERS}
 
 
-def collected(net, init, data, function=ours, rank=RANK):
+def collected(net, init, data, function=model_output, rank=RANK):
     params = params_of(net)
     spec = {
         name: LoraSpec(rank, ALPHA, init=init) if name in LAYERS else lorax.LORA_FREEZE
@@ -76,20 +76,20 @@ def collected(net, init, data, function=ours, rank=RANK):
     return params, spec, starts
 
 
-def started(net, init, data, function=ours):
+def init_pair(net, init, data, function=model_output):
     params, spec, starts = collected(net, init, data, function)
     return lorax.init_lora(params, spec, jax.random.key(0), collected=starts)
 
 
-def close(got, expected, tolerance=1e-4):
-    got, expected = np.asarray(got), np.asarray(expected)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+def assert_close(actual, expected, tolerance=1e-4):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def up_to_signs(got, expected, axis):
-    """Singular vectors have a sign by chance."""
-    signs = np.sign(np.sum(np.asarray(got) * np.asarray(expected), axis, keepdims=True))
-    close(got * signs, expected)
+def assert_close_up_to_signs(actual, expected, axis):
+    """The signs of singular vectors are arbitrary."""
+    signs = np.sign(np.sum(np.asarray(actual) * np.asarray(expected), axis, keepdims=True))
+    assert_close(actual * signs, expected)
 
 
 def layer_of(model, name):
@@ -115,29 +115,29 @@ def eva(net, data, rank=RANK, **settings):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_eva(net, count):
-    # PEFT stops as soon as two batches agree, whatever comes after them.
+def test_eva_equals_pefts(net, count):
+    # PEFT stops when two batches agree, so all batches are equal.
     data = batches(1) * count
     model = eva(net, data, rho=1.0)
-    frozen, tunable = started(net, "eva", data)
+    frozen, tunable = init_pair(net, "eva", data)
     for name in LAYERS:
         a, b = a_and_b(model, name)
-        close(tunable[name].a, a)
+        assert_close(tunable[name].a, a)
         assert not b.any() and not tunable[name].b.any()
-        close(frozen[name], array(layer_of(model, name).weight).T, 1e-6)
+        assert_close(frozen[name], array(layer_of(model, name).weight).T, 1e-6)
 
 
-def test_whitened_eva(net):
-    """PEFT goes over its one batch twice before it stops, so its values are of twice the rows."""
+def test_whitened_eva_equals_pefts(net):
+    """PEFT processes its only batch twice before it stops, so its values are for twice the rows."""
     data = batches(1)
     model = eva(net, data, rho=1.0, whiten=True)
-    _, tunable = started(net, EvaStart(whiten=True), data)
+    _, tunable = init_pair(net, EvaStart(whiten=True), data)
     for name in LAYERS:
-        close(tunable[name].a, a_and_b(model, name)[0] * 2**0.25)
+        assert_close(tunable[name].a, a_and_b(model, name)[0] * 2**0.25)
 
 
-def test_ranks_of_eva(net):
-    data = batches(1, fall=1.0)
+def test_eva_ranks_equal_pefts(net):
+    data = batches(1, decay=1.0)
     model = eva(net, data, rank=4, rho=2.0)
     params, spec, starts = collected(net, EvaStart(rho=2.0), data, rank=4)
     spec = lorax.eva_ranks(spec, starts)
@@ -148,49 +148,49 @@ def test_ranks_of_eva(net):
         layer = layer_of(model, name)
         assert layer.r["default"] == ranks[name]
         assert layer.scaling["default"] == pytest.approx(tunable[name].scale)
-        close(tunable[name].a, a_and_b(model, name)[0], 1e-3)
+        assert_close(tunable[name].a, a_and_b(model, name)[0], 1e-3)
 
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_corda(net, method, count):
+def test_corda_equals_pefts(net, method, count):
     data = batches(count)
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=list(LAYERS), init_lora_weights="corda",
         corda_config=CordaConfig(corda_method=method),
     )  # fmt: skip
-    theirs = copy.deepcopy(net)
-    corda.preprocess_corda(theirs, config, run_model=lambda: [theirs(x) for x in data])
-    model = get_peft_model(theirs, config)
-    frozen, tunable = started(net, CordaStart(method), data)
+    peft_net = copy.deepcopy(net)
+    corda.preprocess_corda(peft_net, config, run_model=lambda: [peft_net(x) for x in data])
+    model = get_peft_model(peft_net, config)
+    frozen, tunable = init_pair(net, CordaStart(method), data)
     for name in LAYERS:
         a, b = a_and_b(model, name)
-        up_to_signs(tunable[name].a, a, 0)
-        up_to_signs(tunable[name].b, b, 1)
+        assert_close_up_to_signs(tunable[name].a, a, 0)
+        assert_close_up_to_signs(tunable[name].b, b, 1)
         base = array(layer_of(model, name).weight).T
         assert np.abs(base - params_of(net)[name]).max() > 1e-3
-        close(frozen[name], base)
+        assert_close(frozen[name], base)
 
 
 @pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
-def test_lora_ga(net, direction, scale):
+def test_lora_ga_equals_pefts(net, direction, scale):
     data = batches(2)
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=list(LAYERS), init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(direction=direction, scale=scale),
     )  # fmt: skip
-    theirs = copy.deepcopy(net)
+    peft_net = copy.deepcopy(net)
 
     def train():
         for x in data:
-            (theirs(x.requires_grad_()) ** 3).mean().backward()
+            (peft_net(x.requires_grad_()) ** 3).mean().backward()
 
-    loraga.preprocess_loraga(theirs, config, train)
-    model = get_peft_model(theirs, config)
-    frozen, tunable = started(net, LoraGAStart(direction, scale), data, loss)
+    loraga.preprocess_loraga(peft_net, config, train)
+    model = get_peft_model(peft_net, config)
+    frozen, tunable = init_pair(net, LoraGAStart(direction, scale), data, loss)
     for name in LAYERS:
         a, b = a_and_b(model, name)
-        up_to_signs(tunable[name].a, a, 0)
-        up_to_signs(tunable[name].b, b, 1)
-        close(lorax.merge_params(frozen, tunable)[name], params_of(net)[name])
+        assert_close_up_to_signs(tunable[name].a, a, 0)
+        assert_close_up_to_signs(tunable[name].b, b, 1)
+        assert_close(lorax.merge_params(frozen, tunable)[name], params_of(net)[name])

@@ -1,6 +1,6 @@
-"""Kinds with frozen or computed factors against the same kinds in PEFT, factor by factor.
+"""Kinds with frozen or computed factors equal PEFT's, factor by factor.
 
-Outputs, merged weights and gradients are PEFT's, with PEFT's own factors.
+With PEFT's factors, outputs, merged weights and gradients are PEFT's.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(self.table(tokens))))
 
 
-def ours(params, tokens):
+def model_output(params, tokens):
     x = params["table"][tokens]
     x = jnp.tanh(x @ params["up"] + params["up bias"])
     return x @ params["down"] + params["down bias"]
@@ -58,14 +58,14 @@ def params_of(net):
     return params | {"table": array(net.table.weight)}
 
 
-# A tensor of the layer in PEFT by the name of our factor, and its axes in our order.
+# For each of our factors: the tensor of PEFT's layer, and how to reorder its axes.
 
 
-def of_lora(layer):
+def lora_factors(layer):
     return {"a": (layer.lora_A["default"].weight, "T"), "b": (layer.lora_B["default"].weight, "T")}
 
 
-def of_vera(layer):
+def vera_factors(layer):
     columns, rows = layer.in_features, layer.out_features
     return {
         "lambda_d": (layer.vera_lambda_d["default"], ""),
@@ -75,7 +75,7 @@ def of_vera(layer):
     }
 
 
-def of_adalora(layer):
+def adalora_factors(layer):
     return {
         "a": (layer.lora_A["default"], "T"),
         "e": (layer.lora_E["default"], "flat"),
@@ -83,7 +83,7 @@ def of_adalora(layer):
     }
 
 
-def of_delora(layer):
+def delora_factors(layer):
     return {
         "a": (layer.delora_A["default"], "T"),
         "b": (layer.delora_B["default"], "T"),
@@ -92,19 +92,19 @@ def of_delora(layer):
     }
 
 
-def of_tokens(layer):
+def tokens_factors(layer):
     return {
         "values": (layer.trainable_tokens_delta["default"], ""),
         "replaced": (layer.trainable_tokens_original["default"], ""),
     }
 
 
-def of_oft(layer):
+def oft_factors(layer):
     blocks = layer.oft_embedding_R if "default" in layer.oft_embedding_R else layer.oft_R
     return {"q": (blocks["default"].weight, "")}
 
 
-def of_shared_oft(layer):
+def shared_oft_factors(layer):
     return {"q": (layer.oft_R["default"].weight, "flat")}
 
 
@@ -121,7 +121,7 @@ def freeze_a(model):
 
 
 @dataclasses.dataclass
-class Row:
+class Case:
     config: Any
     spec: Any
     factors: Callable[[Any], dict[str, Any]]
@@ -130,30 +130,30 @@ class Row:
 
 
 KINDS = {
-    "LoRA-FA": Row(
+    "LoRA-FA": Case(
         LoraConfig(r=3, lora_alpha=5, target_modules=list(LAYERS)),
         LoraFASpec(3, 5),
-        of_lora,
+        lora_factors,
         freeze_a,
     ),
-    "VeRA": Row(VeraConfig(r=4, target_modules=list(LAYERS)), VeraSpec(4), of_vera),
-    "AdaLoRA": Row(
+    "VeRA": Case(VeraConfig(r=4, target_modules=list(LAYERS)), VeraSpec(4), vera_factors),
+    "AdaLoRA": Case(
         AdaLoraConfig(init_r=3, lora_alpha=5, total_step=10, target_modules=list(LAYERS)),
         AdaloraSpec(3, 5),
-        of_adalora,
+        adalora_factors,
     ),
-    "DeLoRA": Row(
+    "DeLoRA": Case(
         DeloraConfig(r=3, delora_lambda=4, target_modules=list(LAYERS)),
         DeloraSpec(3, length=4),
-        of_delora,
+        delora_factors,
     ),
-    "OFT": Row(OFTConfig(oft_block_size=4, target_modules=list(LAYERS)), OftSpec(4), of_oft),
-    "OFT within a bound": Row(
+    "OFT": Case(OFTConfig(oft_block_size=4, target_modules=list(LAYERS)), OftSpec(4), oft_factors),
+    "OFT within a bound": Case(
         OFTConfig(oft_block_size=4, coft=True, eps=0.3, target_modules=list(LAYERS)),
         OftSpec(4, eps=0.3),
-        of_oft,
+        oft_factors,
     ),
-    "OFT, exact and shared": Row(
+    "OFT, exact and shared": Case(
         OFTConfig(
             oft_block_size=4,
             block_share=True,
@@ -161,30 +161,30 @@ KINDS = {
             target_modules=list(LAYERS),
         ),
         OftSpec(4, block_share=True, terms=None),
-        of_shared_oft,
+        shared_oft_factors,
     ),
-    "OFT of an embedding": Row(
+    "OFT of an embedding": Case(
         OFTConfig(oft_block_size=2, num_cayley_neumann_terms=3, target_modules=["table"]),
         OftSpec(2, "out", terms=3),
-        of_oft,
+        oft_factors,
         names=("table",),
     ),
-    "trainable tokens": Row(
+    "trainable tokens": Case(
         TrainableTokensConfig(target_modules=["table"], token_indices=[5, 1, 9]),
         TokensSpec([5, 1, 9]),
-        of_tokens,
+        tokens_factors,
         names=("table",),
     ),
 }
 
 
-def adapted(row, at_random=True):
+def adapted(row, randomize=True):
     torch.manual_seed(0)
     net = Net()
     params = params_of(net)
     model = get_peft_model(net, row.config)
     row.prepare(model)
-    if at_random:
+    if randomize:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -198,92 +198,94 @@ def layer_of(model, name):
 
 
 def with_factors_of(model, row, pair):
-    """The pair with PEFT's numbers; our own must have their shapes."""
+    """The pair with PEFT's factors, which must have the shapes of ours."""
     frozen, tunable = dict(pair.frozen), dict(pair.tunable)
     for name in row.names:
         factors = {
             key: ORDERS[order](array(tensor))
             for key, (tensor, order) in row.factors(layer_of(model, name)).items()
         }
-        held = getattr(frozen[name], "factors", {})
-        assert factors.keys() == tunable[name].factors().keys() | held.keys()
-        for key, factor in (tunable[name].factors() | held).items():
+        frozen_factors = getattr(frozen[name], "factors", {})
+        assert factors.keys() == tunable[name].factors().keys() | frozen_factors.keys()
+        for key, factor in (tunable[name].factors() | frozen_factors).items():
             assert factor.shape == factors[key].shape, key
         tunable[name] = tunable[name].with_factors(factors)
-        if held:
-            beside = {key: factors[key] for key in held}
-            frozen[name] = lorax.FrozenWeight(frozen[name].base, beside)
+        if frozen_factors:
+            from_peft = {key: factors[key] for key in frozen_factors}
+            frozen[name] = lorax.FrozenWeight(frozen[name].base, from_peft)
     return lorax.Pair(frozen, tunable)
 
 
-def close(got, expected, tolerance=1e-5):
-    got, expected = np.asarray(got), np.asarray(expected)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+def assert_close(actual, expected, tolerance=1e-5):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_merged_weights_are_pefts(kind):
+def test_outputs_and_merged_weights_equal_pefts(kind):
     row = KINDS[kind]
     model, params, pair = adapted(row)
     frozen, tunable = with_factors_of(model, row, pair)
     tokens, expected = jnp.asarray(TOKENS.numpy()), array(model.eval()(TOKENS))
-    assert np.abs(ours(params, tokens) - expected).max() > 1e-2 * np.abs(expected).max()
-    close(lorax.lora(ours)((frozen, tunable), tokens), expected)
+    assert np.abs(model_output(params, tokens) - expected).max() > 1e-2 * np.abs(expected).max()
+    assert_close(lorax.lora(model_output)((frozen, tunable), tokens), expected)
     merged = model.merge_and_unload()
     for name, weight in params_of(merged).items():
-        close(lorax.merge_params(frozen, tunable)[name], weight)
+        assert_close(lorax.merge_params(frozen, tunable)[name], weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_pefts(kind):
+def test_gradients_equal_pefts(kind):
     row = KINDS[kind]
     model, _, pair = adapted(row)
     frozen, tunable = with_factors_of(model, row, pair)
     torch.sin(model.eval()(TOKENS)).sum().backward()
     tokens = jnp.asarray(TOKENS.numpy())
-    grads = jax.grad(lambda t: jnp.sin(lorax.lora(ours)((frozen, t), tokens)).sum())(tunable)
+    grads = jax.grad(lambda t: jnp.sin(lorax.lora(model_output)((frozen, t), tokens)).sum())(
+        tunable
+    )
     for name in row.names:
         trained = row.factors(layer_of(model, name))
         with_gradient = {key for key, (tensor, _) in trained.items() if tensor.grad is not None}
         assert with_gradient == grads[name].factors().keys()
         for key, factor in grads[name].factors().items():
             tensor, order = trained[key]
-            close(factor, ORDERS[order](array(tensor.grad)), 2e-5)
+            assert_close(factor, ORDERS[order](array(tensor.grad)), 2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_begins_as_peft_does(kind):
-    """All that is not drawn at random, and how far what is drawn spreads."""
+def test_initial_factors_equal_pefts(kind):
+    """Compares the range of random factors, and the values of all others."""
     row = KINDS[kind]
-    model, _, pair = adapted(row, at_random=False)
-    theirs = with_factors_of(model, row, pair)
+    model, _, pair = adapted(row, randomize=False)
+    peft_pair = with_factors_of(model, row, pair)
     for name in row.names:
-        held = getattr(pair.frozen[name], "factors", {})
-        for key, factor in (pair.tunable[name].factors() | held).items():
-            other = theirs.tunable[name].factors().get(key)
-            other = theirs.frozen[name].factors[key] if other is None else other
+        frozen_factors = getattr(pair.frozen[name], "factors", {})
+        for key, factor in (pair.tunable[name].factors() | frozen_factors).items():
+            other = peft_pair.tunable[name].factors().get(key)
+            other = peft_pair.frozen[name].factors[key] if other is None else other
             if (kind, key) in RANDOM:
                 assert 0.5 < jnp.abs(factor).max() / jnp.abs(other).max() < 2
             else:
-                close(factor, other, 1e-6)
+                assert_close(factor, other, 1e-6)
 
 
 RANDOM = {("LoRA-FA", "a"), ("VeRA", "a"), ("VeRA", "b"), ("DeLoRA", "a")}
 RANDOM |= {("AdaLoRA", "a"), ("AdaLoRA", "b")}
 
 
-def test_steps_of_constrained_oft_are_pefts():
-    """PEFT moves its numbers within the bound in each pass, and never drops a block."""
+def test_steps_of_constrained_oft_equal_pefts():
+    """PEFT projects in each forward pass, and never drops a block."""
     config = OFTConfig(
         oft_block_size=4, coft=True, eps=0.3, module_dropout=0.9, target_modules=list(LAYERS)
     )
-    row = Row(config, OftSpec(4, eps=0.3), of_oft)
+    row = Case(config, OftSpec(4, eps=0.3), oft_factors)
     model, _, pair = adapted(row)
     frozen, tunable = with_factors_of(model, row, pair)
     tokens = jnp.asarray(TOKENS.numpy())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
-    loss = lambda tunable: jnp.sin(lorax.lora(ours)((frozen, tunable), tokens)).sum()  # noqa: E731
+    loss = lambda tunable: jnp.sin(lorax.lora(model_output)((frozen, tunable), tokens)).sum()  # noqa: E731
     for _ in range(3):
         optimizer.zero_grad()
         torch.sin(model(TOKENS)).sum().backward()
@@ -292,10 +294,10 @@ def test_steps_of_constrained_oft_are_pefts():
         tunable = jax.tree.map(lambda x, g: x - 1e-2 * g, tunable, jax.grad(loss)(tunable))
     for name in row.names:
         for key, (tensor, order) in row.factors(layer_of(model, name)).items():
-            close(tunable[name].factors()[key], ORDERS[order](array(tensor)), 2e-5)
+            assert_close(tunable[name].factors()[key], ORDERS[order](array(tensor)), 2e-5)
 
 
-def test_the_penalty_of_adalora_is_pefts():
+def test_adalora_penalty_equals_pefts():
     row = KINDS["AdaLoRA"]
     model, _, pair = adapted(row)
     _, tunable = with_factors_of(model, row, pair)
@@ -307,10 +309,10 @@ def test_the_penalty_of_adalora_is_pefts():
             layer.lora_B["default"].T @ layer.lora_B["default"],
         ):
             expected.append(torch.linalg.norm(gram - torch.eye(3)).item())
-    close(lorax.adalora_orthogonality(tunable), np.mean(expected))
+    assert_close(lorax.adalora_orthogonality(tunable), np.mean(expected))
 
 
-def test_the_ranks_of_adalora_are_set_to_zero_as_in_peft():
+def test_adalora_prunes_the_ranks_that_peft_prunes():
     schedule = {"tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 9}
     row = dataclasses.replace(
         KINDS["AdaLoRA"],
@@ -340,15 +342,15 @@ def test_the_ranks_of_adalora_are_set_to_zero_as_in_peft():
         }
         tunable, state = update(tunable, grads, state, step)
         model.base_model.update_and_allocate(step)
-        theirs = with_factors_of(model, row, pair).tunable
+        expected = with_factors_of(model, row, pair).tunable
         for name in LAYERS:
-            np.testing.assert_array_equal(tunable[name].e, theirs[name].e)
-        counts.append(sum(int((theirs[name].e != 0).sum()) for name in LAYERS))
+            np.testing.assert_array_equal(tunable[name].e, expected[name].e)
+        counts.append(sum(int((expected[name].e != 0).sum()) for name in LAYERS))
     assert counts[0] == 6 and counts[-1] == 2 and len(set(counts)) > 2
 
 
-def convolved(window):
-    """A convolution with OFT in PEFT, and the same with ours: outputs of both and of the base."""
+def oft_convolution(window):
+    """A convolution with OFT in PEFT, its input, blocks and base output, and ours as a function."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 6, window))
     x = torch.randn(2, 4, 5, 5)
@@ -373,20 +375,20 @@ def convolved(window):
     )
 
 
-def test_channels_of_a_convolution_are_turned_as_in_peft():
-    model, x, blocks, base, ours = convolved(1)
+def test_oft_of_a_pointwise_convolution_equals_pefts():
+    model, x, blocks, base, apply_ours = oft_convolution(1)
     with torch.no_grad():
         blocks.copy_(0.5 * torch.randn_like(blocks))
     expected = array(model(x))
     assert np.abs(base - expected).max() > 1e-2
-    close(ours(array(blocks)), expected)
-    close(array(model.merge_and_unload()(x)), expected)
+    assert_close(apply_ours(array(blocks)), expected)
+    assert_close(array(model.merge_and_unload()(x)), expected)
 
 
-def test_a_window_in_peft_is_not_the_base_at_the_start():
-    """It sums overlapping windows into an image, so there is nothing of it to be equal to."""
-    model, x, blocks, base, ours = convolved(3)
+def test_initial_oft_of_a_window_is_the_base_unlike_in_peft():
+    """PEFT sums overlapping windows, so its initial output is wrong and cannot be compared."""
+    model, x, blocks, base, apply_ours = oft_convolution(3)
     assert not blocks.any()
-    close(ours(jnp.zeros((2, 1))), base, 1e-6)
+    assert_close(apply_ours(jnp.zeros((2, 1))), base, 1e-6)
     assert np.abs(array(model(x)) - base).max() > np.abs(base).max()
-    close(array(model.merge_and_unload()(x)), base)
+    assert_close(array(model.merge_and_unload()(x)), base)

@@ -1,4 +1,4 @@
-"""Files of LyCORIS, kohya's and its own: what LyCORIS merges is what the core merges, both ways."""
+"""LyCORIS and lorax-io read each other's files, with equal outputs."""
 
 import copy
 
@@ -39,7 +39,7 @@ REFUSED = {
     "DoRA with cores": {"algo": "lora", "dora_wd": True, "use_tucker": True},
     "DoRA of LoHa": {"algo": "loha", "dora_wd": True},
     "rotations": {"algo": "diag-oft"},
-    "whole differences": {"algo": "full"},
+    "full differences": {"algo": "full"},
 }
 
 
@@ -65,7 +65,7 @@ def params_of(net):
 
 
 def trained(net, settings):
-    """A network of LyCORIS on a copy of the model, with random factors."""
+    """A LyCORIS network on a copy of the model, with random factors."""
     LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"], "enable_conv": True})
     model = copy.deepcopy(net)
     sizes = {"linear_dim": 3, "linear_alpha": 5, "conv_dim": 2, "conv_alpha": 3}
@@ -79,7 +79,7 @@ def trained(net, settings):
 
 
 def outputs(model):
-    """Of each layer. What LyCORIS 4.1 merges is another thing: LoHa and LoKr are scaled twice."""
+    """The outputs of each layer. LyCORIS 4.1 scales LoHa and LoKr twice when it merges them."""
     numbers = torch.Generator().manual_seed(2)
     shapes = {"up": (5, 24), "conv": (2, 4, 5, 5), "one": (2, 6, 3, 3)}
     with torch.no_grad():
@@ -104,9 +104,9 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_we_read_what_lycoris_writes_and_it_reads_what_we_write(net, tmp_path, case):
+def test_roundtrip_with_lycoris(net, tmp_path, case):
     network, model = trained(net, CASES[case])
-    file, again = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    file, our_file = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
     network.save_weights(str(file), torch.float32, {})
     expected = outputs(model)
     assert all(np.abs(expected[name] - x).max() > 0.1 for name, x in outputs(net).items())
@@ -114,19 +114,20 @@ def test_we_read_what_lycoris_writes_and_it_reads_what_we_write(net, tmp_path, c
     assert_close(outputs(with_params(net, lorax.merge_params(pair))), expected)
     assert open_adapter(file).format == "kohya"
 
-    save_kohya(again, pair.tunable, NAMES, prefix="lycoris")
-    theirs, ours = load_file(file), load_file(again)
-    assert {name: x.shape for name, x in ours.items()} == {n: x.shape for n, x in theirs.items()}
+    save_kohya(our_file, pair.tunable, NAMES, prefix="lycoris")
+    theirs, ours = load_file(file), load_file(our_file)
+    shapes = {name: x.shape for name, x in theirs.items()}
+    assert {name: x.shape for name, x in ours.items()} == shapes
     if case == "LoKr with a core":
-        return  # which LyCORIS 4.1 does not read: it takes the outputs of `lokr_w2_a` for its rank
+        return  # LyCORIS 4.1 mistakes the outputs of `lokr_w2_a` for the rank
     model = copy.deepcopy(net)
-    network, _ = create_lycoris_from_weights(1.0, str(again), model, ours)
+    network, _ = create_lycoris_from_weights(1.0, str(our_file), model, ours)
     network.apply_to()
     assert_close(outputs(model), expected)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_kinds_missing_in_the_core_raise_by_name(net, tmp_path, case):
+def test_unsupported_lycoris_kinds_raise(net, tmp_path, case):
     network, _ = trained(net, REFUSED[case])
     file = tmp_path / "theirs.safetensors"
     network.save_weights(str(file), torch.float32, {})

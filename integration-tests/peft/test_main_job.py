@@ -1,4 +1,4 @@
-"""The adapter of the main job's model in PyTorch, with the real weights."""
+"""The adapter of the fine-tuning example in PyTorch, with the real weights."""
 
 import functools
 import importlib
@@ -19,12 +19,12 @@ from lorax import testing
 from lorax_io import flax_names, load_peft, save_merged, save_peft
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "finetune"
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit
 
 
 @pytest.fixture(scope="module")
 def base():
-    """Parameters, configuration, and the function, as the program loads them."""
+    """The parameters, configuration and model of the example."""
     sys.path.insert(0, str(FOLDER))
     try:
         download, model = (importlib.import_module(name) for name in ("download", "model"))
@@ -36,7 +36,7 @@ def base():
 
 
 def hf_config(params, config):
-    """`config.json` of the model, from the shapes of its weights."""
+    """The model's `config.json`, from the shapes of its weights."""
     embedding = params["model"]["embed_tokens"]["embedding"]
     gate = params["model"]["layers"]["0"]["mlp"]["gate_proj"]["kernel"]
     return {
@@ -55,12 +55,12 @@ def hf_config(params, config):
     }
 
 
-def test_peft_gives_the_same_logits(base, tmp_path):
+def test_peft_has_the_same_logits(base, tmp_path):
     params, config, model = base
     leaf = lorax.LoraSpec(rank=8, alpha=16)
     spec = lorax.spec_from_rules(params, [("*/self_attn/[qv]_proj/kernel", leaf)])
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
-    # About as large as trained ones, which change the logits by half of their size.
+    # As large as trained factors, which change the logits by half of their size.
     tunable = jax.tree.map(lambda x: x / 8, testing.random_factors(tunable, jax.random.key(1)))
     names = flax_names(params)
     save_peft(tmp_path / "adapter", tunable, names, task_type="CAUSAL_LM")
@@ -71,20 +71,20 @@ def test_peft_gives_the_same_logits(base, tmp_path):
     tokens = np.array([[1, 504, 1743, 314, 260, 2240, 30], [1, 28, 39, 1, 7, 11, 13]])
     last = jnp.array([6, 6])
     plain = np.asarray(jax.jit(model)(params, tokens, last))
-    ours = np.asarray(jax.jit(lorax.lora(model))((frozen, tunable), tokens, last))
-    again = load_peft(tmp_path / "adapter", params, names)
-    np.testing.assert_array_equal(jax.jit(lorax.lora(model))(again, tokens, last), ours)
+    expected = np.asarray(jax.jit(lorax.lora(model))((frozen, tunable), tokens, last))
+    reloaded = load_peft(tmp_path / "adapter", params, names)
+    np.testing.assert_array_equal(jax.jit(lorax.lora(model))(reloaded, tokens, last), expected)
 
     def logits(model):
         with torch.no_grad():
             return model(torch.from_numpy(tokens)).logits[:, -1].numpy()
 
     pretrained = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    close(logits(pretrained), plain)
-    assert np.abs(ours - plain).max() > 0.05 * np.abs(plain).max()
-    close(logits(PeftModel.from_pretrained(pretrained, tmp_path / "adapter")), ours)
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours)
+    assert_close(logits(pretrained), plain)
+    assert np.abs(expected - plain).max() > 0.05 * np.abs(plain).max()
+    assert_close(logits(PeftModel.from_pretrained(pretrained, tmp_path / "adapter")), expected)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
-def close(theirs, ours):
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=TOLERANCE * np.abs(ours).max())
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())

@@ -17,7 +17,7 @@ from lorax import testing
 from lorax_io import save_peft
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "finetune"
-TOLERANCE = 1e-4  # of the largest embedding
+TOLERANCE = 1e-4  # relative to the largest embedding
 SENTENCES = [
     "The film is a delight.",
     "This movie is wonderful, and I loved all of it.",
@@ -27,7 +27,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def base():
-    """Program, model, tokenizer, and the folder that they are from."""
+    """The example's module, and the model, the tokenizer and their folder."""
     sys.path.insert(0, str(FOLDER))
     try:
         minilm, download = (importlib.import_module(name) for name in ("minilm", "download"))
@@ -37,7 +37,7 @@ def base():
     return minilm, *minilm.load(files[0].parent), files[0].parent
 
 
-def test_peft_gives_the_same_embeddings(base, tmp_path):
+def test_peft_has_the_same_embeddings(base, tmp_path):
     minilm, model, tokenizer, folder = base
     spec = lorax_hf.spec(model, rank=8, alpha=16, targets="all-linear", exclude=minilm.UNUSED)
     frozen, tunable = lorax.init_lora(model.params, spec, jax.random.key(0))
@@ -47,7 +47,7 @@ def test_peft_gives_the_same_embeddings(base, tmp_path):
     prompts = [tokenizer.encode(sentence).ids for sentence in SENTENCES]
     (rows, tokens, last), *_ = importlib.import_module("data").batches(prompts, len(prompts))
     plain = minilm.mean_embedding(model)(model.params, tokens, last)
-    ours = minilm.mean_embedding(lorax_hf.lora(model))((frozen, tunable), tokens, last)
+    expected = minilm.mean_embedding(lorax_hf.lora(model))((frozen, tunable), tokens, last)
 
     def embeddings(model):
         model.eval()
@@ -57,9 +57,9 @@ def test_peft_gives_the_same_embeddings(base, tmp_path):
         return ((outputs * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
 
     pretrained = BertModel.from_pretrained(folder)
-    close(embeddings(pretrained), plain)
-    assert np.abs(ours - plain).max() > 0.05 * np.abs(plain).max()
-    close(embeddings(PeftModel.from_pretrained(pretrained, tmp_path)), ours)
+    assert_close(embeddings(pretrained), plain)
+    assert np.abs(expected - plain).max() > 0.05 * np.abs(plain).max()
+    assert_close(embeddings(PeftModel.from_pretrained(pretrained, tmp_path)), expected)
 
     unit = np.asarray(plain)[np.argsort(rows)]
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -67,5 +67,5 @@ def test_peft_gives_the_same_embeddings(base, tmp_path):
     assert films > 0.4 > 0.2 > other.max()
 
 
-def close(theirs, ours):
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=TOLERANCE * np.abs(ours).max())
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())

@@ -1,11 +1,11 @@
-"""Adapters of a dozen architectures, from ours to PEFT and from PEFT to ours: equal outputs."""
+"""Adapters of a dozen architectures have equal outputs in PEFT and here, in both directions."""
 
 import pytest
 from peft import LoraConfig
 
 from lorax import LoraSpec
 
-# What is adapted in each model: the ends of the modules' names.
+# The suffixes of the names of the adapted modules in each model.
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"],
@@ -20,14 +20,14 @@ TARGETS = {
     "mixtral": ["q_proj", "gate", "w1", "w2", "w3"],
     "net": ["one", "two", "three", "head"],
 }
-# Rank and alpha, one after the other: many modules differ from the most frequent.
+# Rank and alpha in turn, so that many modules differ from the most frequent values.
 SETTINGS = [(3, 4.0), (2, 5.0), (3, 7), (3, 4.0), (5, 1.5)]
 
 both_scalings = pytest.mark.parametrize("scaling", ["standard", "rslora"])
 
 
-def ends_in(name, ends):
-    return any(f".{name}".endswith(f".{end}") for end in ends)
+def has_suffix(name, suffixes):
+    return any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
 
 
 def specs(twin, targets, scaling):
@@ -36,7 +36,7 @@ def specs(twin, targets, scaling):
     paths = [
         path
         for path, torch_name in torch_names.items()
-        if ends_in(torch_name.module, targets) and torch_name.parameter == "weight"
+        if has_suffix(torch_name.module, targets) and torch_name.parameter == "weight"
     ]
     return spec_of(twin, paths, scaling)
 
@@ -52,14 +52,14 @@ def spec_of(twin, paths, scaling):
 
 @both_scalings
 @pytest.mark.parametrize("name", TARGETS)
-def test_peft_reads_ours(twin, to_peft, name, scaling):
+def test_peft_loads_our_adapters(twin, to_peft, name, scaling):
     model = twin(name)
     to_peft(model, specs(model, TARGETS[name], scaling))
 
 
 @both_scalings
 @pytest.mark.parametrize("name", TARGETS)
-def test_we_read_pefts(twin, from_peft, name, scaling):
+def test_peft_adapters_are_loaded(twin, from_peft, name, scaling):
     first, *_, last = TARGETS[name]
     config = LoraConfig(
         r=3,
@@ -73,13 +73,13 @@ def test_we_read_pefts(twin, from_peft, name, scaling):
     from_peft(twin(name), config)
 
 
-# Those of which PEFT wraps one parameter or both, alone and beside modules.
+# Experts in which PEFT wraps one or both parameters.
 EXPERTS = {
     "both": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "inner": ["mlp.experts.gate_up_proj"],
     "outer": ["mlp.experts.down_proj"],
 }
-# PEFT says so of patterns for parameters, in error: it does use them.
+# PEFT warns about patterns for parameters by mistake: it does use them.
 patterns_in_use = pytest.mark.filterwarnings(
     r"ignore:The following (rank|alpha)_pattern keys did not match any targeted module"
 )
@@ -88,23 +88,23 @@ patterns_in_use = pytest.mark.filterwarnings(
 @patterns_in_use
 @both_scalings
 @pytest.mark.parametrize("targets", EXPERTS)
-def test_peft_reads_our_experts(twin, to_peft, targets, scaling):
+def test_peft_loads_our_experts(twin, to_peft, targets, scaling):
     model = twin("gptoss")
-    paths = [path for path in model.names if ends_in(path, [*EXPERTS[targets], "q_proj.weight"])]
+    paths = [path for path in model.names if has_suffix(path, [*EXPERTS[targets], "q_proj.weight"])]
     to_peft(model, spec_of(model, paths, scaling))
 
 
 @patterns_in_use
-def test_peft_reads_experts_alone(twin, to_peft):
+def test_peft_loads_our_experts_without_modules(twin, to_peft):
     model = twin("gptoss")
-    paths = [path for path in model.names if ends_in(path, EXPERTS["both"])]
+    paths = [path for path in model.names if has_suffix(path, EXPERTS["both"])]
     to_peft(model, spec_of(model, paths, "standard"))
 
 
 @patterns_in_use
 @both_scalings
 @pytest.mark.parametrize("targets", EXPERTS)
-def test_we_read_pefts_experts(twin, from_peft, targets, scaling):
+def test_peft_experts_are_loaded(twin, from_peft, targets, scaling):
     config = LoraConfig(
         r=3,
         lora_alpha=4,
@@ -117,15 +117,15 @@ def test_we_read_pefts_experts(twin, from_peft, targets, scaling):
     from_peft(twin("gptoss"), config)
 
 
-# PEFT's own forward pass fails for this module of transformers 4, but its merge does not.
+# PEFT's forward pass fails for this module of transformers 4, but its merge does not.
 CONV = ["encoder.conv1", "encoder.conv2", "q_proj"]
 
 
-def test_peft_reads_our_whisper_convolutions(twin, to_peft):
+def test_peft_loads_our_whisper_convolutions(twin, to_peft):
     model = twin("whisper")
     to_peft(model, specs(model, CONV, "standard"), merged=True)
 
 
-def test_we_read_pefts_whisper_convolutions(twin, from_peft):
+def test_peft_whisper_convolutions_are_loaded(twin, from_peft):
     config = LoraConfig(r=3, lora_alpha=4, target_modules=CONV, rank_pattern={"conv1": 5})
     from_peft(twin("whisper"), config, merged=True)

@@ -1,4 +1,4 @@
-"""What adapters may hold beside plain factors, and their places in a tree: as in PEFT."""
+"""Stacks, heads, biases, tied embeddings and other features of adapters agree with PEFT."""
 
 import copy
 import dataclasses
@@ -30,8 +30,8 @@ from lorax_io import (
     save_peft,
 )
 
-# Parameters that several modules are made of: the model, its name, its shape before its axes are
-# put in order, and that order.
+# Stacks of several modules' parameters: the model, the name, the shape before the axes are
+# transposed, and the order of axes.
 ATTENTION = "model.layers.{}.self_attn"
 MOE = "model.layers.{}.block_sparse_moe.experts.{}.w1"
 FUSED = {"parameter": "down_proj", "order": 1, "swapped": True}
@@ -55,13 +55,13 @@ STACKS = {
         (2, 16, 8),
         (0, 2, 1),
     ),
-    "heads out": (
+    "output heads": (
         "llama",
         Linear(f"{ATTENTION}.v_proj", in_axes=(1,), out_axes=(2, 3), shared_axes=(0,)),
         (2, 16, 2, 4),
         None,
     ),
-    "heads in": (
+    "input heads": (
         "llama",
         Linear(f"{ATTENTION}.o_proj", in_axes=(1, 2), shared_axes=(0,)),
         (2, 4, 4, 16),
@@ -89,7 +89,7 @@ def stacked(twin, case):
 
 
 @pytest.mark.parametrize("case", STACKS)
-def test_peft_reads_our_stacks(twin, to_peft, case):
+def test_peft_loads_our_stacks(twin, to_peft, case):
     model = stacked(twin, case)
     torch_name, shape = model.names["stack"], model.params["stack"].shape
     roles = torch_name.at("stack", shape).axes
@@ -97,7 +97,7 @@ def test_peft_reads_our_stacks(twin, to_peft, case):
 
 
 @pytest.mark.parametrize("case", STACKS)
-def test_we_read_pefts_stacks(twin, from_peft, case):
+def test_peft_stacks_are_loaded(twin, from_peft, case):
     model = stacked(twin, case)
     torch_name = model.names["stack"]
     end = torch_name.module.rpartition(".")[2]
@@ -109,70 +109,70 @@ def test_we_read_pefts_stacks(twin, from_peft, case):
     from_peft(model, LoraConfig(r=3, lora_alpha=5, **targets))
 
 
-def at_random(tunable):
-    """Parameters that are trained in full have changed, too."""
+def perturbed(tunable):
+    """Random changes, also of fully trained parameters."""
     key = jax.random.key(7)
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(key, x.shape), tunable)
 
 
-# Factors for a model of `BERT`, beside what is trained in full.
+# Factors for a `BERT` model, in addition to fully trained parameters.
 FACTORS = {f"bert.encoder.layer.{i}.attention.self.value.weight": 3 for i in (0, 1)}
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
-def test_peft_reads_our_heads(twin, to_peft, task_type):
+def test_peft_loads_our_heads(twin, to_peft, task_type):
     head = {"classifier.weight": LORA_FULL, "classifier.bias": LORA_FULL}
-    to_peft(twin("bert"), FACTORS | head, change=at_random, task_type=task_type)
+    to_peft(twin("bert"), FACTORS | head, change=perturbed, task_type=task_type)
 
 
-def test_peft_reads_our_heads_of_which_a_part_is_frozen(twin, to_peft):
+def test_peft_loads_our_partly_frozen_heads(twin, to_peft):
     model = twin("bert")
     head = {"classifier.weight": LORA_FULL}
-    to_peft(model, FACTORS | head, change=at_random, params=model.params)
+    to_peft(model, FACTORS | head, change=perturbed, params=model.params)
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
-def test_peft_reads_our_heads_of_several_modules(twin, to_peft, task_type):
+def test_peft_loads_our_heads_of_several_modules(twin, to_peft, task_type):
     spec = {"roberta.encoder.layer.0.attention.self.query.weight": 3}
     for module in ("dense", "out_proj"):
         spec |= {f"classifier.{module}.{name}": LORA_FULL for name in ("weight", "bias")}
-    to_peft(twin("roberta"), spec, change=at_random, task_type=task_type)
+    to_peft(twin("roberta"), spec, change=perturbed, task_type=task_type)
 
 
-def test_peft_reads_our_factors_with_a_frozen_head(twin, to_peft):
+def test_peft_loads_our_factors_with_a_frozen_head(twin, to_peft):
     model = twin("bert")
     to_peft(model, FACTORS, task_type="SEQ_CLS", params=model.params)
 
 
-def test_peft_reads_our_modules_that_hold_others(twin, to_peft, tmp_path):
+def test_peft_loads_our_parent_modules(twin, to_peft, tmp_path):
     model = twin("vit")
     spec = {"vit.embeddings.cls_token": LORA_FULL, "vit.layernorm.weight": LORA_FULL}
     spec |= {f"vit.encoder.layer.{i}.attention.attention.value.weight": 3 for i in (0, 1)}
-    to_peft(model, spec, change=at_random, params=model.params)
+    to_peft(model, spec, change=perturbed, params=model.params)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["vit.embeddings", "vit.layernorm"]
 
 
-def test_peft_reads_our_stacks_of_norms(twin, to_peft):
+def test_peft_loads_our_stacks_of_norms(twin, to_peft):
     norms = Tensor("model.layers.{}.input_layernorm", parameter="weight", shared_axes=(0,))
     model = twin("llama").stacked(norms, (2, 16))
     spec = {"stack": LORA_FULL, "model.norm.weight": LORA_FULL, "lm_head.weight": 3}
-    to_peft(model, spec, change=at_random)
+    to_peft(model, spec, change=perturbed)
 
 
-def test_peft_reads_our_biases(twin, to_peft):
+def test_peft_loads_our_biases(twin, to_peft):
     biases = {path.replace("weight", "bias"): LORA_FULL for path in FACTORS}
-    to_peft(twin("bert"), FACTORS | biases, change=at_random)
+    to_peft(twin("bert"), FACTORS | biases, change=perturbed)
 
 
-def train_in_full(*ends):
-    """Changes the copies of these parameters that PEFT trains."""
+def perturb_trained(*suffixes):
+    """Randomly changes the copies of these parameters that PEFT trains."""
 
     def change(model):
         trained = [
             parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and "lora_" not in name and name.endswith(ends)
+            if parameter.requires_grad and "lora_" not in name and name.endswith(suffixes)
         ]
         assert trained
         for parameter in trained:
@@ -191,20 +191,20 @@ FULL = {
 
 
 @pytest.mark.parametrize("case", FULL)
-def test_we_read_pefts_full_parameters(twin, from_peft, case):
+def test_peft_full_parameters_are_loaded(twin, from_peft, case):
     name, values = FULL[case]
     config = LoraConfig(r=3, lora_alpha=4, **values)
-    _, tunable = from_peft(twin(name), config, change=train_in_full("weight", "bias"))
+    _, tunable = from_peft(twin(name), config, change=perturb_trained("weight", "bias"))
     assert any(isinstance(leaf, jax.Array) for leaf in tunable.values())
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["classifier"]])
-def test_we_read_all_of_pefts_biases(twin, from_peft, modules_to_save):
+def test_all_peft_biases_are_loaded(twin, from_peft, modules_to_save):
     config = LoraConfig(r=3, target_modules=["key"], bias="all", modules_to_save=modules_to_save)
-    from_peft(twin("bert"), config, change=train_in_full("bias"), again=False)
+    from_peft(twin("bert"), config, change=perturb_trained("bias"), resave=False)
 
 
-# Ways to say which modules are adapted, and other settings that change no number.
+# Ways to select modules, and other settings that do not change values.
 SELECTIONS = {
     "pattern": {"target_modules": r".*layers\.1\..*\.[qv]_proj"},
     "all": {"target_modules": "all-linear"},
@@ -224,21 +224,21 @@ SELECTIONS = {
 
 
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_we_read_pefts_selections(twin, from_peft, case):
+def test_peft_selections_are_loaded(twin, from_peft, case):
     from_peft(twin("llama"), LoraConfig(**{"r": 3, "lora_alpha": 4, **SELECTIONS[case]}))
 
 
 @pytest.mark.parametrize("adapted", [["head"], ["aux.head"], ["head", "aux.head"]])
-def test_peft_reads_ours_of_names_that_end_others(twin, to_peft, adapted):
+def test_peft_loads_our_modules_whose_names_are_suffixes(twin, to_peft, adapted):
     settings = {"head": LoraSpec(2, 3), "aux.head": LoraSpec(3, 4)}
     to_peft(twin("net"), {f"{name}.weight": settings[name] for name in adapted})
 
 
-def test_we_read_adapters_of_another_name(twin, from_peft):
+def test_peft_adapters_of_another_name_are_loaded(twin, from_peft):
     from_peft(twin("llama"), LoraConfig(r=3, target_modules=["q_proj"]), name="other")
 
 
-# What a config may hold of the scale: rank, alpha and kind of two layers.
+# Scales that a config can contain: rank, alpha and scaling of two layers.
 SCALES = {
     "of one": [(3, None, "standard"), (2, None, "standard")],
     "of one and another": [(3, None, "standard"), (2, 5, "rslora")],
@@ -248,24 +248,24 @@ SCALES = {
 
 @pytest.mark.parametrize("fold_scale", [False, True])
 @pytest.mark.parametrize("case", SCALES)
-def test_peft_reads_our_scales(twin, to_peft, case, fold_scale):
+def test_peft_loads_our_scales(twin, to_peft, case, fold_scale):
     paths = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
     spec = {path: LoraSpec(*scale) for path, scale in zip(paths, SCALES[case], strict=True)}
     to_peft(twin("llama"), spec, fold_scale=fold_scale, target_modules=["q_proj"])
 
 
-# PEFT adapts the look-up alone until the factors are merged into the table, and warns of it.
+# PEFT warns that it adapts only the lookup until the factors are merged into the table.
 TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 
 
 @TIED
-def test_peft_reads_our_tied_embeddings_where_it_merges(twin, to_peft):
+def test_peft_loads_our_tied_embeddings_when_merged(twin, to_peft):
     with pytest.warns(AdapterWarning, match="the head shares the embedding"):
         to_peft(twin("gpt2"), {"transformer.wte.weight": 3}, merged=True)
 
 
 @TIED
-def test_we_read_pefts_tied_embeddings_where_it_merges(twin, from_peft):
+def test_merged_peft_tied_embeddings_are_loaded(twin, from_peft):
     config = LoraConfig(r=3, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
     with pytest.warns(AdapterWarning, match="the head shares the embedding"):
         from_peft(twin("gpt2"), config, merged=True)
@@ -281,7 +281,7 @@ def test_narrow_types_round_trip_bit_for_bit(twin, from_peft, tmp_path, dtype):
     assert {str(x.dtype) for x in adapters} == {str(dtype).removeprefix("torch.")}
 
 
-def test_sides_of_experts_follow_from_their_shapes(twin, from_peft, tmp_path):
+def test_axes_of_experts_are_inferred_from_shapes(twin, from_peft, tmp_path):
     model = twin("gptoss")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=3, target_modules=[], target_parameters=parameters)
@@ -296,7 +296,7 @@ def test_sides_of_experts_follow_from_their_shapes(twin, from_peft, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, tunable)
 
 
-def test_auto_classes_find_the_base(twin, tmp_path):
+def test_auto_classes_load_the_base(twin, tmp_path):
     model = twin("llama")
     model.model.save_pretrained(tmp_path / "base")
     spec = {path: 3 if path.endswith("q_proj.weight") else 0 for path in model.names}
@@ -304,13 +304,13 @@ def test_auto_classes_find_the_base(twin, tmp_path):
     named = {"base_model": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
     save_peft(tmp_path / "ours", tunable, model.names, **named)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
-    model.proves(lorax.merge_params(frozen, tunable), loaded)
+    model.check_equal(lorax.merge_params(frozen, tunable), loaded)
     plain = copy.deepcopy(model.model)
     plain.load_adapter(str(tmp_path / "ours"))
-    model.proves(lorax.merge_params(frozen, tunable), plain)
+    model.check_equal(lorax.merge_params(frozen, tunable), plain)
 
 
-# DoRA: a model, and what is adapted in it, by the ends of the modules' names.
+# DoRA: a model, and the suffixes of the adapted modules' names.
 DORA = {
     "linear": ("llama", ["q_proj", "down_proj"]),
     "with a bias": ("bert", ["query", "intermediate.dense"]),
@@ -322,41 +322,41 @@ DORA = {
 
 @pytest.mark.parametrize("fold_scale", [False, True])
 @pytest.mark.parametrize("case", DORA)
-def test_peft_reads_our_dora(twin, to_peft, case, fold_scale):
-    name, ends = DORA[case]
+def test_peft_loads_our_dora(twin, to_peft, case, fold_scale):
+    name, suffixes = DORA[case]
     model = twin(name)
     spec = {}
     for path, torch_name in model.names.items():
-        if torch_name.parameter == "weight" and torch_name.module.endswith(tuple(ends)):
+        if torch_name.parameter == "weight" and torch_name.module.endswith(tuple(suffixes)):
             axes = torch_name.at(path, model.params[path].shape).axes
             spec[path] = DoraSpec(LoraSpec(3, 5)).with_axes(axes)
-    assert len(spec) >= len(ends)
-    to_peft(model, spec, change=at_random, fold_scale=fold_scale)
+    assert len(spec) >= len(suffixes)
+    to_peft(model, spec, change=perturbed, fold_scale=fold_scale)
 
 
 @pytest.mark.parametrize("case", DORA)
-def test_we_read_pefts_dora(twin, from_peft, case):
-    name, ends = DORA[case]
+def test_peft_dora_is_loaded(twin, from_peft, case):
+    name, suffixes = DORA[case]
     config = LoraConfig(
-        r=3, lora_alpha=5, target_modules=ends, use_dora=True, fan_in_fan_out=name == "gpt2"
+        r=3, lora_alpha=5, target_modules=suffixes, use_dora=True, fan_in_fan_out=name == "gpt2"
     )
     frozen, tunable = from_peft(twin(name), config)
     assert {leaf.kind for leaf in tunable.values() if leaf is not None} == {"dora"}
     assert {type(frozen[path]) for path, leaf in tunable.items() if leaf} == {FrozenWeight}
 
 
-DORA_STACKS = ["layers last", "heads out", "layers and experts"]
+DORA_STACKS = ["layers last", "output heads", "layers and experts"]
 
 
 @pytest.mark.parametrize("case", DORA_STACKS)
-def test_peft_reads_our_stacks_of_dora(twin, to_peft, case):
+def test_peft_loads_our_stacks_of_dora(twin, to_peft, case):
     model = stacked(twin, case)
     axes = model.names["stack"].at("stack", model.params["stack"].shape).axes
-    to_peft(model, {"stack": DoraSpec(LoraSpec(3, 5)).with_axes(axes)}, change=at_random)
+    to_peft(model, {"stack": DoraSpec(LoraSpec(3, 5)).with_axes(axes)}, change=perturbed)
 
 
 @pytest.mark.parametrize("case", DORA_STACKS)
-def test_we_read_pefts_stacks_of_dora(twin, from_peft, case):
+def test_peft_stacks_of_dora_are_loaded(twin, from_peft, case):
     targets = rf".*\.{STACKS[case][1].module.rpartition('.')[2]}"
     config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_dora=True)
     from_peft(stacked(twin, case), config)
@@ -368,17 +368,17 @@ REFUSED = {
     "replication": LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
     "MiSS times the base": MissConfig(r=4, target_modules=["q_proj"], init_weights="bat"),
     "MiSS repeated": MissConfig(r=4, target_modules=["q_proj"], init_weights="mini", mini_r=4),
-    "GraLoRA with a rest": GraloraConfig(r=4, hybrid_r=2, target_modules=["q_proj"]),
+    "hybrid GraLoRA": GraloraConfig(r=4, hybrid_r=2, target_modules=["q_proj"]),
     "Fourier": FourierFTConfig(n_frequency=8, target_modules=["q_proj"]),
     "RandLoRA": RandLoraConfig(r=4, target_modules=["q_proj"]),
 }
 
 
-# PEFT says that a bias was not gathered from several devices, in error.
+# PEFT warns by mistake that a bias was not gathered from several devices.
 @pytest.mark.filterwarnings(r"ignore:Adapter 'default'.*lora_B\.bias")
-def test_biases_of_factors_become_those_of_the_model(twin, from_peft):
+def test_biases_of_factors_become_model_biases(twin, from_peft):
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], lora_bias=True)
-    _, tunable = from_peft(twin("llama", attention_bias=True), config, again=False)
+    _, tunable = from_peft(twin("llama", attention_bias=True), config, resave=False)
     full = {path for path, leaf in tunable.items() if leaf is not None and "bias" in path}
     assert {path.rpartition(".layers.")[2] for path in full} == {
         f"{k}.self_attn.q_proj.bias" for k in range(2)
@@ -386,7 +386,7 @@ def test_biases_of_factors_become_those_of_the_model(twin, from_peft):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_trained_rows_of_the_embedding_are_read_with_lora(twin, from_peft, tied):
+def test_trained_embedding_rows_are_loaded_with_lora(twin, from_peft, tied):
     config = LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[7, 2])
 
     def train(model):
@@ -401,7 +401,7 @@ def test_trained_rows_of_the_embedding_are_read_with_lora(twin, from_peft, tied)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_kinds_other_than_plain_lora_raise(twin, tmp_path, case):
+def test_unsupported_peft_types_raise(twin, tmp_path, case):
     model = twin("llama", attention_bias=True)
     get_peft_model(copy.deepcopy(model.model), REFUSED[case]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedAdapterError):

@@ -1,4 +1,4 @@
-"""`lorax merge` on models of transformers: what it writes is loaded, and gives PEFT's outputs."""
+"""`lorax merge` on models of transformers writes models with PEFT's outputs."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def make(cls=LlamaForCausalLM, **config):
 
 
 def adapted(model, folder, config, **options):
-    """PEFT's model with random factors, and its folder."""
+    """Saves a PEFT model with random factors to a folder, and returns it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft_model = get_peft_model(copy.deepcopy(model), config)
@@ -65,7 +65,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["one tensor", "both tensors"])
-def test_a_head_that_was_tied_is_kept(tmp_path, both):
+def test_untied_head_is_saved(tmp_path, both):
     base = make(tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
     if both:
@@ -81,7 +81,7 @@ def test_a_head_that_was_tied_is_kept(tmp_path, both):
     assert np.abs(logits(base) - logits(model)).max() > 1e-3
 
 
-def test_a_sequence_classifier_of_old_peft_is_merged(tmp_path):
+def test_sequence_classifier_of_old_peft_is_merged(tmp_path):
     base = make(LlamaForSequenceClassification, num_labels=3)
     base.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=3, target_modules=["q_proj"], task_type=TaskType.SEQ_CLS)
@@ -89,20 +89,20 @@ def test_a_sequence_classifier_of_old_peft_is_merged(tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     # PEFT 0.10 does not list the head.
     file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
-    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
-    assert_close(logits(again), logits(model))
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    assert_close(logits(reloaded), logits(model))
     assert_close(logits(merged(tmp_path, AutoModelForSequenceClassification)), logits(model))
 
 
-def test_a_resized_vocabulary_is_merged(tmp_path):
+def test_resized_vocabulary_is_merged(tmp_path):
     base = make(tie_word_embeddings=False)
     base.resize_token_embeddings(64)
     base.save_pretrained(tmp_path / "base")
-    grown = copy.deepcopy(base)
+    resized = copy.deepcopy(base)
     with torch.no_grad():
-        grown.get_input_embeddings().weight[61:] += 1
-        grown.get_output_embeddings().weight[61:] += 1
+        resized.get_input_embeddings().weight[61:] += 1
+        resized.get_output_embeddings().weight[61:] += 1
     config = LoraConfig(r=3, target_modules=["q_proj"])
-    model = adapted(grown, tmp_path / "adapter", config, save_embedding_layers=True)
+    model = adapted(resized, tmp_path / "adapter", config, save_embedding_layers=True)
     assert_close(logits(merged(tmp_path)), logits(model))
     assert np.abs(logits(base) - logits(model)).max() > 1e-3

@@ -1,6 +1,6 @@
-"""PEFT's other kinds of adapters, both ways: what PEFT merges is what the core merges.
+"""PEFT's other adapter types give the same merged weights in PEFT and here, in both directions.
 
-Random factors stand in for trained ones.
+Factors are random, as after training.
 """
 
 import copy
@@ -45,7 +45,7 @@ from lorax_io._command import main
 
 
 class Net(nn.Module):
-    """Kinds of layers, none of them square, with or without biases."""
+    """Layers of different kinds, none of them square, with or without biases."""
 
     def __init__(self, bias):
         super().__init__()
@@ -58,7 +58,7 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def seeded(**settings):
+def seeded_vera(**settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Specified to not save vera_A")
         return VeraConfig(save_projection=False, **settings)
@@ -75,20 +75,20 @@ CONFIGS = {
         r=3, alpha=5, target_modules=LINEAR, rank_pattern={"up": 2}, alpha_pattern={"down": 7}
     ),
     "LoKr": LoKrConfig(r=2, alpha=5, target_modules=LINEAR),
-    "LoKr in full": LoKrConfig(r=64, alpha=5, target_modules=LINEAR),
-    "LoKr of both": LoKrConfig(r=1, alpha=5, target_modules=LINEAR, decompose_both=True),
+    "full LoKr": LoKrConfig(r=64, alpha=5, target_modules=LINEAR),
+    "LoKr, both decomposed": LoKrConfig(r=1, alpha=5, target_modules=LINEAR, decompose_both=True),
     "LoKr in blocks of four": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=4),
     "LoKr in blocks of eight": LoKrConfig(r=2, alpha=5, target_modules=LINEAR, decompose_factor=8),
     "LoKr of a convolution": LoKrConfig(r=1, alpha=5, target_modules=ALL),
     "LoKr with a core": LoKrConfig(r=1, alpha=5, target_modules=ALL, use_effective_conv2d=True),
-    "LoKr of a convolution in full": LoKrConfig(r=64, alpha=5, target_modules=ALL),
+    "full LoKr of a convolution": LoKrConfig(r=64, alpha=5, target_modules=ALL),
     "AdaLoRA": AdaLoraConfig(init_r=4, lora_alpha=5, target_modules=LINEAR, total_step=9),
     "IA3": IA3Config(target_modules=LINEAR, feedforward_modules=["down"]),
     "IA3 of a convolution": IA3Config(target_modules=ALL, feedforward_modules=["conv"]),
     "IA3 of channels out": IA3Config(target_modules=ALL, feedforward_modules=[]),
     "rsLoRA": LoraConfig(r=3, lora_alpha=5, target_modules=ALL, use_rslora=True),
     "VeRA": VeraConfig(r=5, target_modules=LINEAR, projection_prng_key=3),
-    "VeRA of a seed": seeded(r=5, target_modules=LINEAR, projection_prng_key=2**33 + 7),
+    "VeRA of a seed": seeded_vera(r=5, target_modules=LINEAR, projection_prng_key=2**33 + 7),
     "OFT": OFTConfig(oft_block_size=8, target_modules=LINEAR),
     "OFT, exact and shared": OFTConfig(
         oft_block_size=4, target_modules=LINEAR, block_share=True, use_cayley_neumann=False
@@ -96,7 +96,7 @@ CONFIGS = {
     "OFT of a table": OFTConfig(
         oft_block_size=4, target_modules=["up", "table"], num_cayley_neumann_terms=3
     ),
-    "OFT of counted blocks": OFTConfig(r=4, oft_block_size=0, target_modules=["down"]),
+    "OFT with a number of blocks": OFTConfig(r=4, oft_block_size=0, target_modules=["down"]),
     "OFT within a bound": OFTConfig(
         oft_block_size=4, target_modules=LINEAR, coft=True, eps=0.3, module_dropout=0.5
     ),
@@ -111,24 +111,24 @@ CONFIGS = {
         use_rslora=True,
         use_bdlora=BdLoraConfig(["up"], ["down"], nblocks=2),
     ),
-    "BD-LoRA beside LoRA": LoraConfig(
+    "BD-LoRA and LoRA": LoraConfig(
         r=4,
         lora_alpha=5,
         target_modules=LINEAR,
         use_bdlora=BdLoraConfig(None, ["down"], nblocks=4, match_strict=False),
     ),
     "trainable tokens": TrainableTokensConfig(target_modules=["table"], token_indices=[5, 1, 9]),
-    "tokens beside LoRA": LoraConfig(
+    "tokens and LoRA": LoraConfig(
         r=3, lora_alpha=5, target_modules=LINEAR, trainable_token_indices={"table": [7, 0]}
     ),
-    "tokens beside DoRA": LoraConfig(
+    "tokens and DoRA": LoraConfig(
         r=3, target_modules=LINEAR, use_dora=True, trainable_token_indices={"table": [2]}
     ),
     "LoRA of a table": LoraConfig(r=3, lora_alpha=5, target_modules=["up", "table"]),
 }  # fmt: skip
-# With biases that are trained, or changed with the weight beside them.
+# With biases that are trained, or scaled together with the weight.
 BIASED = {
-    "LoRA and its own biases": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
+    "LoRA and its biases": LoraConfig(r=3, target_modules=LINEAR, bias="lora_only"),
     "LoRA and all biases": LoraConfig(r=3, target_modules=["up"], bias="all"),
     "LoRA with biased factors": LoraConfig(
         r=3, lora_alpha=5, target_modules=LINEAR, lora_bias=True
@@ -160,7 +160,7 @@ def nets():
 
 @pytest.fixture
 def net(nets, request):
-    """Of a case; without biases by default."""
+    """The net of a case; by default without biases."""
     callspec = getattr(request.node, "callspec", None)
     return nets[callspec is not None and callspec.params.get("case") in BIASED]
 
@@ -173,7 +173,7 @@ def names_of(net):
 
 
 def make_params(net):
-    """The weights with the axes that JAX libraries use."""
+    """The weights in the layout of JAX libraries."""
     weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
     order = {"conv.weight": (2, 3, 1, 0), "table.weight": (0, 1)}
     axes = lambda name, ndim: order.get(name, (1, 0) if ndim > 1 else (0,))  # noqa: E731
@@ -184,7 +184,7 @@ def make_params(net):
 
 
 def trained(net, config):
-    """PEFT's model with random factors."""
+    """A PEFT model with random factors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(copy.deepcopy(net), copy.deepcopy(config))
@@ -196,7 +196,7 @@ def trained(net, config):
 
 
 def merged_by_peft(model):
-    """The weights after PEFT's own merge, with the axes that JAX libraries use."""
+    """The weights merged by PEFT, in the layout of JAX libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make_params(copy.deepcopy(model).merge_and_unload())
@@ -211,13 +211,13 @@ def assert_close(actual, expected, bound=3e-6):
 
 def save(model, folder):
     with warnings.catch_warnings():
-        # It takes the biases of factors for factors that were cut.
+        # PEFT mistakes the biases of factors for truncated factors.
         warnings.filterwarnings("ignore", ".*invalid shape.*lora_B.bias")
         model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_we_read_what_peft_writes(net, tmp_path, case):
+def test_peft_folder_gives_pefts_merged_weights(net, tmp_path, case):
     model = trained(net, CASES[case])
     save(model, tmp_path)
     pair = load_peft(tmp_path, make_params(net), names_of(net))
@@ -227,7 +227,7 @@ def test_we_read_what_peft_writes(net, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peft_reads_what_we_write(net, tmp_path, case):
+def test_our_folder_gives_the_same_weights_in_peft(net, tmp_path, case):
     model = trained(net, CASES[case])
     save(model, tmp_path / "theirs")
     params = make_params(net)
@@ -235,14 +235,14 @@ def test_peft_reads_what_we_write(net, tmp_path, case):
     save_peft(tmp_path / "ours", pair, names_of(net), params=params)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # PEFT warns of its own code on this Python.
+        # PEFT's own code causes warnings on this Python.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        again = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "ours")
-    assert_close(merged_by_peft(again), merged_by_peft(model))
+        reloaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "ours")
+    assert_close(merged_by_peft(reloaded), merged_by_peft(model))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_command_merges_as_peft_does(net, tmp_path, case):
+def test_command_merges_like_peft(net, tmp_path, case):
     model = trained(net, CASES[case])
     save(model, tmp_path / "adapter")
     base, out = tmp_path / "base.safetensors", tmp_path / "merged"
@@ -260,7 +260,7 @@ def test_the_command_merges_as_peft_does(net, tmp_path, case):
         )
 
 
-def test_pruned_adalora_is_read(net, tmp_path):
+def test_pruned_adalora_is_loaded(net, tmp_path):
     model = trained(net, CONFIGS["AdaLoRA"])
     config = model.peft_config["default"]
     config.rank_pattern = {
@@ -280,7 +280,7 @@ def test_pruned_adalora_is_read(net, tmp_path):
     assert_close(lorax.merge_params(pair), expected)
 
 
-# Values that mean "absent": whatever PEFT reads, we read, with the same scale.
+# Empty values: if PEFT loads a config, so do we, with the same scale.
 
 KEYS = (
     "use_rslora use_dora fan_in_fan_out init_lora_weights modules_to_save layers_to_transform"
@@ -292,7 +292,7 @@ KEYS = (
 
 @pytest.mark.parametrize("value", [None, "", []], ids=repr)
 @pytest.mark.parametrize("key", KEYS)
-def test_empty_values_are_read_as_peft_reads_them(net, tmp_path, key, value):
+def test_empty_config_values_are_read_as_in_peft(net, tmp_path, key, value):
     model = trained(net, LoraConfig(r=2, lora_alpha=6, target_modules=LINEAR))
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
@@ -300,14 +300,14 @@ def test_empty_values_are_read_as_peft_reads_them(net, tmp_path, key, value):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            theirs = merged_by_peft(PeftModel.from_pretrained(copy.deepcopy(net), tmp_path))
+            expected = merged_by_peft(PeftModel.from_pretrained(copy.deepcopy(net), tmp_path))
         except Exception:
-            return  # what PEFT refuses, we may refuse, or read as it was meant
+            return  # if PEFT rejects a config, we may reject it or not
     pair = load_peft(tmp_path, make_params(net), NAMES)
-    assert_close(lorax.merge_params(pair), theirs)
+    assert_close(lorax.merge_params(pair), expected)
 
 
-def test_a_resized_vocabulary_is_read(twin, tmp_path):
+def test_resized_vocabulary_is_loaded(twin, tmp_path):
     net = copy.deepcopy(twin("llama").model)
     net.resize_token_embeddings(net.config.vocab_size + 5)
     with warnings.catch_warnings():

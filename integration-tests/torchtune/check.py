@@ -1,4 +1,4 @@
-"""torchtune's adapters are read as torchtune computes them. Runs without pytest."""
+"""Checks that torchtune's adapters have torchtune's outputs when read."""
 
 import json
 import tempfile
@@ -54,7 +54,7 @@ def outputs(model):
 
 
 def merged(model, pair):
-    """A copy of the model with merged weights, and without its factors."""
+    """A copy of the model with merged weights and without factors."""
     state = {name: x.clone() for name, x in model.state_dict().items()}
     for name, x in lorax.merge_params(pair).items():
         state[f"{name}.weight"] = torch.tensor(np.asarray(x))
@@ -70,25 +70,25 @@ def check(home, dora):
     model = make_model(dora)
     adapter = {k: v.detach().clone() for k, v in get_adapter_params(model).items()}
     base = {k: v for k, v in model.state_dict().items() if k not in adapter}
-    torn = {"in_axes": (1,), "out_axes": (0,)}
+    axes = {"in_axes": (1,), "out_axes": (0,)}
     modules = sorted({name.partition(".lora_")[0] for name in adapter if ".lora_" in name})
     params = {name: jnp.asarray(base[f"{name}.weight"].numpy()) for name in modules}
-    names = {name: Linear(name, **torn) for name in modules}
+    names = {name: Linear(name, **axes) for name in modules}
     file = home / f"own {dora}.safetensors"
     safetensors.torch.save_file(adapter, file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         pair = load_any(file, params, names, alpha=ALPHA)
     expected = outputs(model)
-    found = outputs(merged(model, pair))
-    apart = np.abs(found - expected).max() / np.abs(expected).max()
-    assert apart < 1e-5, apart
-    print(f"torchtune's names, DoRA {dora}: apart by {apart:.1e}")
+    actual = outputs(merged(model, pair))
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error < 1e-5, error
+    print(f"torchtune's names, DoRA {dora}: error {error:.1e}")
     return adapter, base, pair
 
 
 def check_peft(home, adapter, base, pair):
-    """The folder of PEFT that torchtune writes of the same adapter is the same weights."""
+    """Checks that torchtune's PEFT folder of the same adapter gives the same weights."""
     folder = home / "peft"
     folder.mkdir()
     weights = tune_to_peft_adapter_weights(dict(adapter), **HEADS)
@@ -103,15 +103,15 @@ def check_peft(home, adapter, base, pair):
     modules = sorted({name for name in modules if name})
     params = {name: jnp.asarray(in_hf[f"{name}.weight"]) for name in modules}
     names = {name: Linear(name, in_axes=(1,), out_axes=(0,)) for name in modules}
-    theirs = lorax.merge_params(load_peft(folder, params, names))
+    from_peft = lorax.merge_params(load_peft(folder, params, names))
     ours = {
         f"{name}.weight": torch.tensor(np.asarray(x))
         for name, x in lorax.merge_params(pair).items()
     }
     expected = tune_to_hf(ours, **HEADS)
     for name in modules:
-        np.testing.assert_allclose(theirs[name], expected[f"{name}.weight"].numpy(), atol=1e-6)
-    print(f"{len(modules)} modules of torchtune's folder of PEFT are the same")
+        np.testing.assert_allclose(from_peft[name], expected[f"{name}.weight"].numpy(), atol=1e-6)
+    print(f"{len(modules)} modules of torchtune's PEFT folder are equal")
 
 
 with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""tunix and lorax-io read each other's checkpoints, with the same outputs. Runs without pytest."""
+"""Checks that tunix and lorax-io read each other's checkpoints, with equal outputs."""
 
 import tempfile
 import types
@@ -67,11 +67,11 @@ def outputs(model):
 def adapted(model, target):
     tokens, positions, cache, mask = inputs(model)
     provider = qwix.LoraProvider(module_path=target, rank=RANK, alpha=ALPHA)
-    given = {"positions": positions, "cache": cache, "attention_mask": mask}
-    return qwix.apply_lora_to_model(model, provider, tokens, rngs=nnx.Rngs(1), **given)
+    options = {"positions": positions, "cache": cache, "attention_mask": mask}
+    return qwix.apply_lora_to_model(model, provider, tokens, rngs=nnx.Rngs(1), **options)
 
 
-def randomized(model):
+def randomize(model):
     state = nnx.state(model, nnx.LoRAParam)
     draw = lambda x: jnp.asarray(numbers.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
     nnx.update(model, jax.tree.map(draw, state))
@@ -90,17 +90,17 @@ def restore(folder, model):
     return step
 
 
-def check_close(found, expected, base, what):
-    apart = np.abs(found - expected).max() / np.abs(expected - base).max()
-    assert apart < 1e-4, f"{what}: apart by {apart}"
-    print(f"{what}: apart by {apart:.1e} of what the adapter changes")
+def check_close(actual, expected, base, label):
+    error = np.abs(actual - expected).max() / np.abs(expected - base).max()
+    assert error < 1e-4, f"{label}: differs by {error}"
+    print(f"{label}: error {error:.1e}, relative to the change by the adapter")
 
 
 def check_model(name, make, home):
-    base, theirs = make(), adapted(make(), TARGETS[name])
-    randomized(theirs)
-    save(home / name, theirs)
-    expected, without = outputs(theirs), outputs(base)
+    base, tunix_model = make(), adapted(make(), TARGETS[name])
+    randomize(tunix_model)
+    save(home / name, tunix_model)
+    expected, without = outputs(tunix_model), outputs(base)
 
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
     pair = load_any(home / name, params, alpha=ALPHA)
@@ -111,18 +111,18 @@ def check_model(name, make, home):
     check_close(outputs(merged), expected, without, f"{name}, theirs read by us")
 
     save_tunix(home / f"{name} again", pair.tunable, step=3)
-    again = adapted(make(), TARGETS[name])
-    assert restore(home / f"{name} again", again) == 3
-    check_close(outputs(again), expected, without, f"{name}, ours read by them")
+    reloaded = adapted(make(), TARGETS[name])
+    assert restore(home / f"{name} again", reloaded) == 3
+    check_close(outputs(reloaded), expected, without, f"{name}, ours read by them")
     assert {row.scale for row in open_adapter(home / f"{name} again").rows.values()} == {
         ALPHA / RANK
     }
-    return theirs
+    return tunix_model
 
 
-def check_merge(theirs, weights, home):
-    """`lorax convert` and `lorax merge` write what tunix itself merges into the same files."""
-    # tunix gives it arrays of JAX, which safetensors 0.8 does not take from it.
+def check_merge(tunix_model, weights, home):
+    """Checks that `lorax convert` and `lorax merge` write the same files as tunix's merge."""
+    # tunix passes JAX arrays to safetensors, which version 0.8 does not accept.
     safetensors_saver.safe_np = types.SimpleNamespace(
         load_file=safetensors.numpy.load_file,
         save_file=lambda tensors, path: safetensors.numpy.save_file(
@@ -132,7 +132,7 @@ def check_merge(theirs, weights, home):
     safetensors_saver.save_lora_merged_model_as_safetensors(
         local_model_path=str(weights),
         output_dir=str(home / "theirs merged"),
-        lora_model=theirs,
+        lora_model=tunix_model,
         rank=RANK,
         alpha=ALPHA,
         state_key_transform_fn=lambda path: f"model.{path.replace('.attn.', '.self_attn.')}.weight",
@@ -154,33 +154,33 @@ def check_merge(theirs, weights, home):
         safetensors.numpy.load_file(weights / "model.safetensors"),
     )
     for name in ("merged", "merged from peft"):
-        found = read(name)
-        assert found.keys() == expected.keys()
+        merged = read(name)
+        assert merged.keys() == expected.keys()
         changed = [key for key in expected if (expected[key] != before[key]).any()]
         assert len(changed) == 10
         for key, tensor in expected.items():
-            np.testing.assert_allclose(found[key], tensor, rtol=0, atol=1e-5)
-    print(f"{len(changed)} of {len(expected)} tensors merged as tunix merges them")
+            np.testing.assert_allclose(merged[key], tensor, rtol=0, atol=1e-5)
+    print(f"{len(changed)} of {len(expected)} tensors merged, equal to tunix's")
 
 
 def write_weights(folder):
-    """Llama's weights under the names of transformers, which tunix reads."""
+    """Writes Llama weights with transformers' names, which tunix reads."""
     folder.mkdir()
     model = llama.Llama3(LLAMA, rngs=nnx.Rngs(0))
-    found = {}
+    tensors = {}
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = ".".join(map(str, path[:-1])).replace(".attn.", ".self_attn.")
         array = numbers.normal(0, 0.3, x.shape).astype(np.float32)
         if name == "embedder":
-            found["model.embed_tokens.weight"] = array
+            tensors["model.embed_tokens.weight"] = array
         elif name in ("lm_head", "final_norm"):
             key = {"lm_head": "lm_head", "final_norm": "model.norm"}[name]
-            found[f"{key}.weight"] = np.ascontiguousarray(array.T)
+            tensors[f"{key}.weight"] = np.ascontiguousarray(array.T)
         else:
             rows = array.shape[0] * array.shape[1] if name.endswith("o_proj") else array.shape[0]
             flat = array if array.ndim == 1 else array.reshape(rows, -1).T
-            found[f"model.{name}.weight"] = np.ascontiguousarray(flat)
-    safetensors.numpy.save_file(found, folder / "model.safetensors", {"format": "pt"})
+            tensors[f"model.{name}.weight"] = np.ascontiguousarray(flat)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
 
 
@@ -188,6 +188,6 @@ with tempfile.TemporaryDirectory() as temporary:
     home = Path(temporary)
     write_weights(home / "weights")
     make_llama = lambda: create_model_from_safe_tensors(str(home / "weights"), LLAMA)  # noqa: E731
-    theirs = check_model("llama", make_llama, home)
+    tunix_model = check_model("llama", make_llama, home)
     check_model("gemma", lambda: gemma.Gemma(GEMMA, rngs=nnx.Rngs(0)), home)
-    check_merge(theirs, home / "weights", home)  # last: the command sets 64 bits
+    check_merge(tunix_model, home / "weights", home)  # last, since the command enables 64-bit types

@@ -1,7 +1,7 @@
-"""vLLM's own reader of adapters on folders that `save_peft` writes for a causal language model.
+"""Checks that vLLM's reader of adapters accepts folders that `save_peft` writes.
 
-`python check.py FOLDER`, where FOLDER has vLLM's wheel unpacked. Of vLLM only the reader's files
-are run, with stand-ins for what they import: no GPU, no torch.
+`python check.py FOLDER`, where FOLDER contains vLLM's unpacked wheel. Only the files of the reader
+are run, with stubs for their imports, so neither a GPU nor torch is needed.
 """
 
 import ast
@@ -22,41 +22,41 @@ from lorax_io import Linear, save_peft
 
 @dataclasses.dataclass
 class LoRAConfig:
-    """vLLM's, as far as the reader looks at it, with its default."""
+    """A stub of vLLM's class, with the field that the reader uses and its default."""
 
     max_lora_rank: int = 16
 
 
 class Logger:
-    """Says nothing."""
+    """A stub of a logger, which ignores all messages."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
 
 
-def module(name, **values):
-    """A stand-in for a module."""
-    made = types.ModuleType(name)
-    made.__dict__.update(values)
-    made.__path__ = []
-    sys.modules[name] = made
-    return made.__dict__
+def add_stub(name, **values):
+    """Adds a stub module with these values; returns its namespace."""
+    stub = types.ModuleType(name)
+    stub.__dict__.update(values)
+    stub.__path__ = []
+    sys.modules[name] = stub
+    return stub.__dict__
 
 
 def read_vllm(folder):
     """`PEFTHelper` and `parse_fine_tuned_lora_name` of an unpacked wheel."""
     source = folder / "vllm" / "lora"
-    module("vllm")
-    module("vllm.config")
-    module("vllm.config.lora", LoRAConfig=LoRAConfig)
-    module("vllm.logger", init_logger=lambda name: Logger())
-    helper = module("vllm.lora.peft_helper")
+    add_stub("vllm")
+    add_stub("vllm.config")
+    add_stub("vllm.config.lora", LoRAConfig=LoRAConfig)
+    add_stub("vllm.logger", init_logger=lambda name: Logger())
+    helper = add_stub("vllm.lora.peft_helper")
     exec(compile((source / "peft_helper.py").read_text(), "peft_helper.py", "exec"), helper)
-    wanted = ("parse_fine_tuned_lora_name", "is_base_embedding_weights")
+    functions = ("parse_fine_tuned_lora_name", "is_base_embedding_weights")
     body = [
         node
         for node in ast.parse((source / "utils.py").read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name in wanted
+        if isinstance(node, ast.FunctionDef) and node.name in functions
     ]
     utils = {"WeightsMapper": None}
     exec(compile(ast.Module(body, []), "utils.py", "exec"), utils)
@@ -73,7 +73,7 @@ ADAPTERS = {
 
 
 def main(folder):
-    """Writes each adapter, and has vLLM read it."""
+    """Writes each adapter, and reads it with vLLM."""
     helper_type, parse = read_vllm(folder)
     modules = [
         f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")
@@ -96,8 +96,8 @@ def main(folder):
                     rank, scale = helper.get_rank_and_scaling(name)
                     shape = file.get_slice(key).get_shape()
                     assert shape[0 if is_a else 1] == rank == tunable[name].rank, (key, rank)
-                    wanted = 1 if "fold_scale" in options else tunable[name].scale
-                    assert abs(scale - wanted) < 1e-9, (key, scale, wanted)
+                    expected = 1 if "fold_scale" in options else tunable[name].scale
+                    assert abs(scale - expected) < 1e-9, (key, scale, expected)
         print(f"vLLM accepts: {title}")
 
 

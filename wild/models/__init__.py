@@ -1,1 +1,1 @@
-"""One file for each package, named as the package is imported."""
+"""One file for each package, with the package's import name."""

@@ -1,4 +1,4 @@
-"""Differential equations with a network in them; a solver hides it in custom derivatives."""
+"""Differential equations that contain a network. The solvers use custom derivatives."""
 
 from typing import Any
 

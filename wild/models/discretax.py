@@ -1,4 +1,4 @@
-"""State-space models: complex states of real parameters, scanned in parallel."""
+"""State-space models: complex states from real parameters, with parallel scans."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Language models on Equinox, as Hugging Face lays them out."""
+"""Language models on Equinox, in Hugging Face's architecture."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Haiku's own networks."""
+"""Networks from Haiku."""
 
 from typing import Any
 

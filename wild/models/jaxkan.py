@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold networks: a coefficient for each basis function of each edge, and its scale."""
+"""Kolmogorov-Arnold networks: each edge has a scale and a coefficient for each basis function."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Transformers of named axes: every product is an einsum over the names."""
+"""Transformers with named axes: every product is an einsum over names."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Collects the tests of the parts whose packages are installed; one environment has one of them."""
+"""Collects only the tests of the parts whose packages are installed."""
 
 import lorax_hf._extras as extras
 

@@ -1,4 +1,4 @@
-"""The two parts: neither is needed to import the package, and what is missing is named."""
+"""Extras: the package can be imported without either, and errors name the missing one."""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +28,7 @@ def test_versions_with_flax_are_accepted(version):
     _extras.refuse_transformers_5(version)
 
 
-def test_the_package_imports_without_either_part():
+def test_package_imports_without_either_part():
     code = (
         "import sys, importlib.abc\n"
         "class Refuses(importlib.abc.MetaPathFinder):\n"
@@ -48,7 +48,7 @@ def test_the_package_imports_without_either_part():
     ("missing", "extra"),
     [("flax", "flax"), ("transformers", "flax"), ("torch", "torch"), ("torchax", "torch")],
 )
-def test_a_missing_package_names_its_extra(monkeypatch, missing, extra):
+def test_missing_package_raises_with_its_extra(monkeypatch, missing, extra):
     find_spec = importlib.util.find_spec
 
     def without(name, *rest):
@@ -68,7 +68,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, missing, extra):
 _PARTS = {name for _, names in _extras.EXTRAS.values() for name in names}
 
 
-def test_a_newer_transformers_is_named_where_flax_is_asked_for(monkeypatch):
+def test_newer_transformers_without_flax_raises(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.1.0")
     with pytest.raises(ImportError, match="transformers 5.1.0 has no Flax models"):
@@ -88,6 +88,6 @@ def _names(requirements):
 
 
 @pytest.mark.parametrize("call", [lorax_hf.spec, lorax_hf.peft_names, lorax_hf.lora])
-def test_something_that_is_not_a_model_raises(call):
+def test_non_model_raises(call):
     with pytest.raises(TypeError, match="PyTorch module.*Flax model.*not int"):
         call(3)

@@ -1,4 +1,4 @@
-"""The public names, without either part being installed."""
+"""The public names, without either extra."""
 
 import inspect
 

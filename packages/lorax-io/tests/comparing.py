@@ -1,4 +1,4 @@
-"""Comparisons of trees, bit for bit and up to rounding."""
+"""Assertions that trees are equal, bit for bit or up to rounding."""
 
 import jax
 import numpy as np

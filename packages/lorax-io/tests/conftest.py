@@ -1,4 +1,4 @@
-"""What tests of the command share: a separate folder, the command, and adapters as files."""
+"""Fixtures: temporary folders, the command, and adapter files."""
 
 import json
 import pathlib
@@ -14,14 +14,14 @@ import safetensors.numpy
 from lorax_io._command import main
 from lorax_io._disk.tensors import TensorFile
 
-# What test files share is in modules beside this one.
+# For the helper modules in this folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 PREFIX = "base_model.model."
 
 
-class Ran(NamedTuple):
-    """What a command printed, and its exit code."""
+class CommandResult(NamedTuple):
+    """The output and exit code of a command."""
 
     code: int
     out: str
@@ -29,25 +29,25 @@ class Ran(NamedTuple):
 
 
 class Shell:
-    """The command, in a folder of the test's own."""
+    """Runs the command in the test's folder."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
-    def __call__(self, line: str) -> Ran:
+    def __call__(self, line: str) -> CommandResult:
         code = main(line.split())
         printed: Any = self._capsys.readouterr()
-        return Ran(code, printed.out, printed.err)
+        return CommandResult(code, printed.out, printed.err)
 
     def succeed(self, line: str, warning: str | None = None) -> str:
-        """Its output; there is a warning with this text, or none at all."""
+        """The output. There must be a warning with this text, or none by default."""
         code, out, err = self(line)
         assert code == 0, err
         assert err == "" if warning is None else warning in err
         return out
 
     def fail(self, line: str) -> str:
-        """Its message, which is all that it prints."""
+        """The error message, which must be the only output."""
         code, out, err = self(line)
         assert (code, out) == (2, "")
         assert err.startswith("lorax: ") and "Traceback" not in err
@@ -56,7 +56,7 @@ class Shell:
 
 @pytest.fixture(autouse=True)
 def _settings():
-    """The settings of JAX that the command changes are restored after the test."""
+    """Restores the JAX settings that the command changes."""
     before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_platforms")}
     yield
     for name, value in before.items():
@@ -65,50 +65,50 @@ def _settings():
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
-    """The command in a folder of its own."""
+    """The command in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     return Shell(capsys)
 
 
 @pytest.fixture
 def file(tmp_path):
-    """Where an adapter is to be."""
+    """The path of an adapter file."""
     return tmp_path / "adapter.safetensors"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """One folder for all examples of a test of random files."""
+    """One folder for all examples of a property test."""
     return tmp_path_factory.mktemp("fuzz")
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A sound native file and folder of PEFT."""
+    """A valid native file and a valid PEFT folder."""
     from untrusted import Place
 
     return Place(tmp_path)
 
 
 class Files:
-    """Hand-written adapters and bases in the forms of other libraries."""
+    """Writes adapters and bases in the formats of other libraries."""
 
     def __init__(self) -> None:
         self._numbers = np.random.default_rng(7)
 
     def draw(self, *shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
-        """Random numbers, none of them zero."""
+        """Random nonzero values."""
         return self._numbers.normal(0.5, 0.2, shape).astype(dtype)
 
     def pair(self, module: str, fan_out: int, fan_in: int, rank: int = 2) -> dict[str, Any]:
-        """PEFT's two factors of a linear module, without PEFT's prefix."""
+        """PEFT's factors of a linear module, without PEFT's prefix."""
         return {
             f"{module}.lora_A.weight": self.draw(rank, fan_in),
             f"{module}.lora_B.weight": self.draw(fan_out, rank),
         }
 
     def peft(self, tensors: Mapping[str, Any], folder: str = "adapter", **config: Any) -> None:
-        """A folder of PEFT."""
+        """Writes a PEFT folder."""
         path = pathlib.Path(folder)
         path.mkdir(exist_ok=True)
         tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -122,7 +122,7 @@ class Files:
         config: Mapping[str, Any] | None = None,
         folder: str = "base",
     ) -> None:
-        """A folder of transformers; without config where it is None."""
+        """Writes a transformers folder, without a config if it is None."""
         path = pathlib.Path(folder)
         path.mkdir(exist_ok=True)
         safetensors.numpy.save_file(dict(tensors), path / "model.safetensors", {"format": "pt"})
@@ -130,7 +130,7 @@ class Files:
             (path / "config.json").write_text(json.dumps(config))
 
     def read(self, file: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The tensors of a file, of any type."""
+        """The tensors of a file, with any dtype."""
         with TensorFile(file) as opened:
             return {name: np.array(opened.view(name)) for name in opened.entries}
 

@@ -1,4 +1,4 @@
-"""Files of every format, and what the tests of them share."""
+"""Files of every format, and helpers of their tests."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ QKV = "double_blocks.0.img_attn.qkv"
 
 
 def delta_of(row, shape=(IN, OUT)):
-    """The delta as PyTorch has it."""
+    """The delta in PyTorch's layout."""
     return np.asarray(lorax.materialize(jnp.zeros(shape), row)).T
 
 

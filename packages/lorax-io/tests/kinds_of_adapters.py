@@ -77,7 +77,7 @@ def make_params():
 
 
 def make_pair(kind):
-    """A pair of which every trained number has changed since its start."""
+    """A pair in which every trained value differs from its initial value."""
     spec = {path: KINDS[kind].with_axes(axes) for path, axes in AXES.items()}
     params = make_params()
     frozen, tunable = init_lora(params, spec | {"bias": 0, "scale": -1}, jax.random.key(0))

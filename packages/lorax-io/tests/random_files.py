@@ -1,4 +1,4 @@
-"""What tests of random files share: trees, numbers, and how many examples there are."""
+"""Helpers of property tests: trees, values, and the number of examples."""
 
 import math
 import warnings
@@ -53,7 +53,7 @@ def make_tunable():
 
 
 def numbers(seed, shape, dtype="float32"):
-    """Numbers of random bits, of which none is NaN or infinite."""
+    """Values with random bits, all of them finite."""
     dtype, size = jnp.dtype(dtype), math.prod(shape)
     random = np.random.default_rng(seed)
     if dtype == np.bool_:
@@ -65,21 +65,21 @@ def numbers(seed, shape, dtype="float32"):
     return array.reshape(shape)
 
 
-def assert_alike(left, right):
-    """The same paths and shapes."""
+def assert_same_shapes(left, right):
+    """Asserts the same paths and shapes."""
     shapes = [jax.tree_util.tree_leaves_with_path(jax.tree.map(np.shape, t)) for t in (left, right)]
     assert shapes[0] == shapes[1]
 
 
 def load_or_refuse(load, expected):
-    """Loads what is like `expected`, or raises the one error type; no other, and no warning."""
+    """Returns a tree with the shapes of `expected`, or None after the one error type."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         try:
             loaded = load()
         except AdapterError:
             return
-    assert_alike(loaded, expected)
+    assert_same_shapes(loaded, expected)
 
 
 WORDS = st.sampled_from(
@@ -113,7 +113,7 @@ SCALINGS = st.sampled_from(("standard", "rslora"))
 
 @st.composite
 def weights(draw):
-    """A LoRA weight with axes in any roles."""
+    """A LoRA weight with axes in arbitrary roles."""
     axes = draw(st.permutations(range(draw(st.integers(2, 4)))))
     first = draw(st.integers(1, len(axes) - 1))
     second = draw(st.integers(first + 1, len(axes)))
@@ -140,7 +140,7 @@ def make_weight(draw, inputs, outputs, shared, dtypes=("float32", "bfloat16", "f
 
 
 def shape_of(weight):
-    """The shape of the base that a weight fits."""
+    """The shape of a weight's base."""
     shared = len(weight.shared_axes)
     sizes = (*weight.a.shape[:-1], *weight.b.shape[shared + 1 :])
     axes = (*weight.shared_axes, *weight.in_axes, *weight.out_axes)

@@ -39,8 +39,8 @@ from lorax_io import (
 )
 from lorax_io._disk.tensors import TensorFile
 
-# How many devices a process has is settled before JAX starts: what is below as `check_…` runs in
-# a separate process, all of them in one, and each test says how its own went.
+# The number of devices is set before JAX starts. So one separate process runs all functions
+# `check_…` below, and each test reports the result of one.
 
 RUN = """
 import importlib.util, sys
@@ -66,7 +66,7 @@ def start(function, *args, devices):
 
 
 def finish(process):
-    """What a process printed last, as JSON."""
+    """The last output line of a process, as JSON."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{out}\n{err}"
     return json.loads(out.splitlines()[-1])
@@ -124,21 +124,21 @@ def make_sharded():
 
 
 def make_tunable():
-    """Factors from NumPy: what JAX compiles for random ones takes longer than all else here."""
+    """Factors from NumPy, since compiling random ones in JAX takes longer than the tests."""
     shapes = jax.eval_shape(lambda: lorax.init_lora(make_params(), TUNED, jax.random.key(0))[1])
     random = np.random.default_rng(1)
     return jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes)
 
 
 def placed_by_init(params, tunable):
-    """The tree on the devices, each array where `init_lora` puts it."""
+    """The tree with the shardings of `init_lora`."""
     init = functools.partial(lorax.init_lora, a_init="zeros", key=jax.random.key(0))
     blank = init(params, TUNED)[1]
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tunable, blank)
 
 
 def assert_same(left, right, placed=False):
-    """The same numbers and, where it is asked, in the same places."""
+    """Asserts the same values and, if `placed`, the same shardings."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert x.dtype == y.dtype
@@ -153,7 +153,7 @@ def shapes_of(tree):
 
 
 class Spy(np.ndarray):
-    """An array that notes the shapes of the parts that are taken of it."""
+    """An array that records the shapes of its slices."""
 
     view_of_file = TensorFile.view
     taken: ClassVar[list[tuple[int, ...]]] = []
@@ -165,7 +165,7 @@ class Spy(np.ndarray):
 
     @classmethod
     def watch(cls):
-        """From now on, tensors of files are of this type; returns the list of the shapes."""
+        """Makes loaders read through `Spy`; returns the list of recorded shapes."""
         TensorFile.view = lambda self, name: Spy.view_of_file(self, name).view(cls)
         cls.taken = []
         return cls.taken
@@ -177,10 +177,10 @@ def shard_shapes(tree):
     }
 
 
-# On eight devices.
+# Eight devices
 
 
-def check_a_sharded_adapter_is_the_same_file(home):
+def check_sharded_adapter_gives_the_same_file(home):
     params, tunable, *_ = saved()
     assert not tunable["dense"].a.is_fully_replicated
     save_adapter(home / "sharded", tunable, base=params, hash_base=True)
@@ -188,7 +188,7 @@ def check_a_sharded_adapter_is_the_same_file(home):
     assert (home / "sharded").read_bytes() == (home / "host").read_bytes()
 
 
-def check_a_sharded_adapter_is_the_same_folder(home):
+def check_sharded_adapter_gives_the_same_folder(home):
     _, tunable, *_ = saved()
     save_peft(home / "sharded", tunable, NAMES)
     save_peft(home / "host", make_tunable(), NAMES)
@@ -196,7 +196,7 @@ def check_a_sharded_adapter_is_the_same_folder(home):
         assert (home / "sharded" / name).read_bytes() == (home / "host" / name).read_bytes()
 
 
-def check_a_frozen_tree_is_read_where_it_is_to_be(home):
+def check_frozen_tree_is_read_with_its_sharding(home):
     mesh = make_mesh()
     formats = {
         "dense": lorax.Int8(),
@@ -232,7 +232,7 @@ def check_a_frozen_tree_is_read_where_it_is_to_be(home):
 
 @functools.cache
 def saved():
-    """Sharded parameters, their adapter, and the two loaders of its file and its folder."""
+    """Sharded parameters, their adapter, and the loaders of its file and its folder."""
     home = pathlib.Path(tempfile.mkdtemp())
     params = make_sharded()
     tunable = placed_by_init(params, make_tunable())
@@ -243,19 +243,19 @@ def saved():
     return params, tunable, (lambda params, **more: native(params=params, **more), peft), native
 
 
-def check_factors_are_placed_as_init_lora_places_them(home):
+def check_factors_have_the_shardings_of_init_lora(home):
     params, tunable, loaders, _ = saved()
     for load in loaders:
         assert_same(load(params), tunable, placed=True)
 
 
-def check_factors_are_placed_as_shapes_say(home):
+def check_factors_have_the_shardings_of_shapes(home):
     params, tunable, loaders, _ = saved()
     for load in loaders:
         assert_same(load(shapes_of(params)), tunable, placed=True)
 
 
-def check_factors_without_a_place_are_where_jax_puts_them(home):
+def check_factors_without_a_sharding_are_on_the_default_device(home):
     _, tunable, loaders, _ = saved()
     for load in loaders:
         loaded = load(make_params())
@@ -263,7 +263,7 @@ def check_factors_without_a_place_are_where_jax_puts_them(home):
         assert {x.sharding for x in jax.tree.leaves(loaded)} == {jnp.zeros(1).sharding}
 
 
-def check_factors_of_a_base_on_one_device_are_there(home):
+def check_factors_are_on_the_device_of_their_base(home):
     _, tunable, loaders, _ = saved()
     there = SingleDeviceSharding(jax.devices()[5])
     for load in loaders:
@@ -272,7 +272,7 @@ def check_factors_of_a_base_on_one_device_are_there(home):
         assert {x.sharding for x in jax.tree.leaves(loaded)} == {there}
 
 
-def check_one_sharding_is_for_all(home):
+def check_one_sharding_applies_to_all(home):
     params, tunable, loaders, _ = saved()
     mesh = make_mesh()
     for load in loaders:
@@ -282,7 +282,7 @@ def check_one_sharding_is_for_all(home):
             assert {x.sharding for x in jax.tree.leaves(loaded)} == {where}
 
 
-def check_a_tree_of_shardings_may_be_a_prefix(home):
+def check_tree_of_shardings_can_be_a_prefix(home):
     params, tunable, loaders, _ = saved()
     mesh = make_mesh()
     everywhere = NamedSharding(mesh, P())
@@ -300,7 +300,7 @@ def check_a_tree_of_shardings_may_be_a_prefix(home):
         assert loaded["heads"].a.sharding == loaded["stack"].b.sharding == everywhere
 
 
-def check_a_tree_like_it_says_where(home):
+def check_like_determines_shardings(home):
     _, tunable, _, native = saved()
     assert_same(native(like=tunable), tunable, placed=True)
     assert_same(native(like=shapes_of(tunable)), tunable, placed=True)
@@ -309,21 +309,21 @@ def check_a_tree_like_it_says_where(home):
     assert {x.sharding for x in jax.tree.leaves(loaded)} == {there}
 
 
-def check_each_part_is_read_by_itself(home):
+def check_each_part_is_read_separately(home):
     params, tunable, loaders, _ = saved()
     for load in loaders:
         taken = Spy.watch()
         assert_same(load(params), tunable, placed=True)
-        # Of a stack, one entry at a time is read from the tensors of PEFT.
+        # A stack is read from PEFT tensors one entry at a time.
         rows = {shape[1:] for shape in shard_shapes([tunable["stack"]])}
         assert set(taken) <= shard_shapes(tunable) | rows
-        # All of it, and each device's part once at most.
+        # At most the whole array once, and each device's part once.
         arrays = jax.tree.leaves(tunable)
         assert sum(map(math.prod, taken)) >= sum(array.size for array in arrays)
         assert len(taken) <= sum(len(array.addressable_shards) for array in arrays)
 
 
-def check_a_base_that_was_never_placed_merges_with_factors_on_a_mesh(home):
+def check_uncommitted_base_merges_with_sharded_factors(home):
     some = ("dense", "table", "bias")
     params = {name: jnp.asarray(make_params()[name]) for name in some}
     tunable = {name: make_tunable()[name] for name in some}
@@ -367,11 +367,11 @@ def test_on_eight_devices(checked, check):
         pytest.fail(checked[check])
 
 
-# In two processes of two devices each.
+# Two processes with two devices each
 
 
 def make_global(mesh, tree, specs):
-    """The tree over all processes, of which each puts its own part."""
+    """The global tree, to which each process contributes its part."""
 
     def make(array, spec):
         array = np.asarray(array)
@@ -383,7 +383,7 @@ def make_global(mesh, tree, specs):
 
 
 def placed(mesh, tree, specs):
-    """The shapes of the parameters with their places."""
+    """The shapes of the parameters with their shardings."""
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
         for name, x in tree.items()
@@ -395,7 +395,7 @@ def join(process, port, home):
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     mesh = jax.make_mesh((2, 2), ("x", "y"))
-    # The first axis of this mesh is of processes: `dense`, `heads` and `stack` are in both.
+    # The first axis of this mesh spans processes: both have parts of `dense`, `heads` and `stack`.
     specs = SPECS | {"stack": P("x", None, "y"), "bias": P("x")}
     home = pathlib.Path(home)
     local = make_tunable()
@@ -445,7 +445,7 @@ def join(process, port, home):
         except AdapterError as error:
             outcome["errors"].append(str(error))
 
-    # Of a file that one process cannot read, no other returns its part.
+    # If one process cannot read a file, all raise.
     if int(process) == 1:
 
         def broken(self, name):
@@ -482,7 +482,7 @@ def test_two_processes(tmp_path):
     first, second = map(finish, processes)
     for outcome in (first, second):
         assert outcome["same"] and outcome["exists"]
-        # Each device's part, of which parts that both devices of a process hold count twice.
+        # Each device's part. A part on both devices of a process counts twice.
         assert 0 < outcome["read"] <= outcome["needed"]
         assert 0 < outcome["read by peft"] <= outcome["needed"]
     for name in ("file", "folder/adapter_config.json", "folder/adapter_model.safetensors"):
@@ -495,7 +495,7 @@ def test_two_processes(tmp_path):
     assert "no file" in second["errors"][4]
 
 
-# Memory.
+# Memory
 
 COUNT, SIDE, RANK = 8, 2**14, 64  # sixteen tensors of 4 MiB each
 MARGIN = 2**20  # headers, Python, and what NumPy itself allocates
@@ -525,7 +525,7 @@ def measure(home):
     names = {path: Linear(f"layers.{path}") for path in tunable}
     params = {path: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for path in tunable}
     sizes = [x.nbytes for x in jax.tree.leaves(tunable)]
-    save_adapter(home / "small", {"w": np.ones(3)})  # imports are done
+    save_adapter(home / "small", {"w": np.ones(3)})  # after all imports
     peaks = {
         "native": peak_of(lambda: save_adapter(home / "file", tunable)),
         "peft": peak_of(lambda: save_peft(home / "folder", tunable, names)),
@@ -541,6 +541,6 @@ def test_memory(checked, capsys):
     assert peaks["adapter"] == 2 * COUNT * SIDE * RANK * 4
     most = peaks["adapter"] + peaks["tensor"] + MARGIN
     assert peaks["native"] <= most
-    # The factors of one weight are gathered beside what is written.
+    # The gathered factors of one weight are in memory together with the written data.
     assert peaks["peft"] <= most + 2 * peaks["tensor"]
     assert peaks["load"] <= most

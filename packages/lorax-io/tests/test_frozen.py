@@ -1,4 +1,4 @@
-"""Frozen trees on disk: bit for bit what was saved, or an error that names the tensor."""
+"""Frozen trees on disk: loaded bit for bit, or an error that names the tensor."""
 
 import dataclasses
 import json
@@ -103,14 +103,14 @@ def file(tmp_path):
     return tmp_path / "f"
 
 
-def test_all_that_a_frozen_tree_has(file):
+def test_frozen_tree_of_every_leaf_type_roundtrips(file):
     assert FROZEN["head"] is None and FROZEN["scaled"].factors.keys() == {"square"}
     assert_same(load_frozen(file, params=PARAMS), FROZEN)
     assert_same(load_frozen(file, like=FROZEN), FROZEN)
     assert read_metadata(file) == {"model": "mine"}
 
 
-def test_frozen_factors_follow_a_base_that_is_quantized_after_loading(tmp_path):
+def test_frozen_factors_are_recomputed_after_quantization(tmp_path):
     params, spec = {"w": jnp.ones((64, 6)) / 3}, {"w": DoraSpec(LoraSpec(2))}
     frozen = init_lora(params, spec, jax.random.key(0)).frozen
     save_frozen(tmp_path / "f", frozen)
@@ -121,7 +121,7 @@ def test_frozen_factors_follow_a_base_that_is_quantized_after_loading(tmp_path):
     np.testing.assert_allclose(coded.factors["square"], expected, rtol=1e-6)
 
 
-def test_codes_of_four_bits_are_two_to_a_byte(file):
+def test_4_bit_codes_are_packed(file):
     with TensorFile(file) as saved:
         assert saved.entries["w/codes"].shape == (2, 32, 6)
         low_high = saved.view("w/codes")[1, 3, 5]
@@ -129,7 +129,7 @@ def test_codes_of_four_bits_are_two_to_a_byte(file):
     assert low_high == codes[1, 6, 5] + 16 * codes[1, 7, 5]
 
 
-def test_the_same_tree_is_the_same_file(file, tmp_path):
+def test_equal_trees_give_identical_files(file, tmp_path):
     save_frozen(tmp_path / "again", load_frozen(file, params=PARAMS), metadata={"model": "mine"})
     assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
@@ -139,8 +139,8 @@ def test_parameters_in_another_dtype_warn(file):
         load_frozen(file, params={**PARAMS, "scaled": jnp.ones((64, 5))})
 
 
-def test_adapters_and_merged_models_of_a_quantized_base(tmp_path):
-    """Files of adapters take a quantized base where they take parameters."""
+def test_quantized_base_is_accepted_in_place_of_parameters(tmp_path):
+    """Adapter files accept a quantized base in place of parameters."""
     file = tmp_path / "a"
     save_adapter(file, TUNABLE, base=FROZEN, hash_base=True)
     assert_same(load_adapter(file, params=FROZEN | {"head": PARAMS["head"]}), TUNABLE)
@@ -164,11 +164,11 @@ def test_adapters_and_merged_models_of_a_quantized_base(tmp_path):
         np.testing.assert_array_equal(merged_file.view("w.weight"), expected)
 
 
-# Refused.
+# Damage
 
 
 def spoil(file, *, header=None, tensors=None):
-    """The same file with another header, and with bytes of tensors changed."""
+    """Rewrites a file with a changed header and changed bytes of tensors."""
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     head, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
@@ -182,7 +182,7 @@ def spoil(file, *, header=None, tensors=None):
 
 
 def bases(change):
-    """A change to what the header says of bases."""
+    """A change to the bases in the header."""
 
     def header(head):
         entries = json.loads(head["__metadata__"]["lorax.bases"])
@@ -219,7 +219,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "setting": (set_quantized(block="wide"), "does not fit the quantized weight `w`: .*'wide'"),
     "blocks": (set_quantized(blocks=[[0, 32]]), "does not fit the quantized weight `w`: codes"),
     "no blocks": (set_quantized(blocks=[[0]]), "does not fit the quantized weight `w`"),
-    "blocks of none": (set_quantized(blocks=[[0, 0]]), "does not fit the quantized weight `w`"),
+    "blocks of null": (set_quantized(blocks=[[0, 0]]), "does not fit the quantized weight `w`"),
     "axis": (set_quantized(along=[7]), "does not fit the quantized weight `w`"),
     "dtype": (set_quantized(dtype="int8"), "does not fit the quantized weight `w`: .*'int8'"),
     "another format": (set_quantized(format="int8"), "does not fit the quantized weight `w`"),
@@ -228,7 +228,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no arrays": (bases(lambda f: f["w"].update(arrays="codes")), "no list of the arrays of `w`"),
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
-    "no object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
+    "not an object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
     "adapter": (adapter({"kind": "nothing"}), "the adapter of the factors beside `scaled`"),
     "no adapter": (adapter([]), "the adapter of the factors beside `scaled`"),
     "half an adapter": (adapter({"kind": "dora"}), "the adapter of the factors beside `scaled`"),
@@ -248,7 +248,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(file, case):
+def test_damaged_file_raises(file, case):
     change, message = DAMAGE[case]
     spoil(file, **({"tensors": change} if isinstance(change, dict) else {"header": change}))
     with pytest.raises(AdapterError, match=message) as caught:
@@ -257,13 +257,13 @@ def test_damage_is_named(file, case):
 
 
 @pytest.mark.parametrize("size", [0, 7, 300, -1])
-def test_a_file_cut_short_raises(file, size):
+def test_truncated_frozen_file_raises(file, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(AdapterFileError, match="is not a safetensors file"):
         load_frozen(file, params=PARAMS)
 
 
-def test_a_power_that_is_none_raises(tmp_path):
+def test_nan_in_power_scales_raises(tmp_path):
     frozen = quantize({"w": draw((64, 2))}, {"w": MXFP4()})
     save_frozen(tmp_path / "f", frozen)
     spoil(tmp_path / "f", tensors={"w/scales": (1, b"\xff")})
@@ -281,13 +281,13 @@ OTHERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_parameters_raise(file, case):
+def test_mismatched_parameters_raise(file, case):
     params, message = OTHERS[case]
     with pytest.raises(AdapterError, match=message):
         load_frozen(file, params=params)
 
 
-def test_another_format_than_that_of_like_raises(file):
+def test_like_with_another_format_raises(file):
     like = FROZEN | quantize({"w": PARAMS["w"]}, {"w": NF4(32)})
     with pytest.raises(AdapterMismatchError, match="has `w`.*'block': 64.*but `like`"):
         load_frozen(file, like=like)
@@ -312,10 +312,10 @@ def test_adapter_and_frozen_tree_loaders_reject_each_other(file, tmp_path):
 BAD: dict[str, tuple[Any, str]] = {
     "NaN": ({"w": jnp.asarray([np.nan])}, "`w` holds NaN"),
     "an adapter": (TUNABLE, "have an adapter"),
-    "no array": ({"w": "text"}, "`w` is str, not an array"),
+    "not an array": ({"w": "text"}, "`w` is str, not an array"),
     "keys": ({"w": jax.random.key(0)}, "PRNG keys"),
     "complex": ({"w": np.ones(2, np.complex128)}, "complex128"),
-    "one name": ({"w": FROZEN["w"], "w/codes": jnp.ones(2)}, "both called `w/codes`"),
+    "duplicate names": ({"w": FROZEN["w"], "w/codes": jnp.ones(2)}, "both called `w/codes`"),
     "metadata": ({"__metadata__": jnp.ones(2)}, "cannot be called `__metadata__`"),
 }
 
@@ -330,12 +330,12 @@ def test_failed_save_leaves_the_old_file(file, case):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_keys_of_the_format_are_taken(tmp_path):
+def test_reserved_metadata_keys_raise(tmp_path):
     with pytest.raises(AdapterError, match="may not begin with 'lorax.'"):
         save_frozen(tmp_path / "f", FROZEN, metadata={"lorax.bases": "{}"})
 
 
-def test_no_more_memory_than_the_largest_tensor(tmp_path):
+def test_memory_is_limited_by_the_largest_tensor(tmp_path):
     params = {f"w{k}": jnp.full((2048, 1024), 1.0 + k, jnp.bfloat16) for k in range(4)}
     frozen = quantize(params, dict.fromkeys(params, NF4()))
     largest = 2048 * 1024 // 2
@@ -352,7 +352,7 @@ def test_no_more_memory_than_the_largest_tensor(tmp_path):
         lambda: save_frozen(tmp_path / "f", frozen),
         lambda: load_frozen(tmp_path / "f", like=frozen),
     ):
-        function()  # what is imported and traced stays
-        # XLA frees a buffer on a thread of its own, which is late on a machine with other work.
+        function()  # excludes imports and traces
+        # XLA frees buffers on another thread, with a delay on a busy machine.
         least = min(peak(function) for _ in range(3))
         assert least <= 1.1 * largest + 2**17, least

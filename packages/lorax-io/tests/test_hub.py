@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, of which a small copy runs on this machine."""
+"""The Hugging Face Hub, with a small local server."""
 
 import base64
 import functools
@@ -37,12 +37,12 @@ NAMES = {"q": Linear("model.q"), "v": Linear("model.v")}
 
 
 class Hub:
-    """What the Hub answers to the calls of its client, and which calls there were."""
+    """A server that answers the calls of the Hub's client, and records them."""
 
     def __init__(self):
-        self.repos: dict[str, dict[str, bytes]] = {}  # the files of each by name
+        self.repos: dict[str, dict[str, bytes]] = {}  # by repository: files by name
         self.calls: list[tuple[str, str]] = []
-        self.commits: list[Any] = []  # of each: summary, branch and the files' names
+        self.commits: list[Any] = []  # for each: summary, branch and file names
         self.refusal: Any = None  # a status and an error code for all calls
         self.options: dict[str, Any] = {}
         self.pull_options: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A folder of `save_peft`, with another file in it."""
+    """A folder of `save_peft` that also contains another file."""
     draw = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), "float32")  # noqa: E731
     tunable = {
         "q": lorax.LoraWeight(draw(5, 2), draw(2, 3), rank=2, alpha=4.0),
@@ -157,7 +157,7 @@ def adapter(tmp_path):
     return types.SimpleNamespace(folder=folder, tunable=tunable)
 
 
-def test_one_commit_holds_config_weights_and_card(hub, adapter):
+def test_one_commit_contains_config_weights_and_card(hub, adapter):
     url = push_to_hub(adapter.folder, "me/new", **hub.options)
     assert url == f"https://huggingface.co/me/new/commit/{COMMIT}"
     assert hub.commits == [("Upload a LoRA adapter", "main", [CARD, CONFIG, WEIGHTS])]
@@ -165,7 +165,7 @@ def test_one_commit_holds_config_weights_and_card(hub, adapter):
         assert hub.repos["me/new"][name] == (adapter.folder / name).read_bytes()
 
 
-def test_message_and_branch_are_the_users(hub, adapter):
+def test_commit_message_and_branch_are_used(hub, adapter):
     hub.repos["me/old"] = {CARD: b"mine"}
     push_to_hub(adapter.folder, "me/old", message="Better", revision="v1", **hub.options)
     assert hub.commits == [("Better", "v1", [CONFIG, WEIGHTS])]
@@ -190,7 +190,7 @@ def test_card_omits_a_base_missing_on_the_hub(hub, adapter, base):
 
 @pytest.mark.parametrize("ours", [None, "ours"])
 @pytest.mark.parametrize("theirs", [None, "theirs"])
-def test_a_card_is_made_only_where_there_is_none(hub, adapter, ours, theirs):
+def test_existing_model_card_is_kept(hub, adapter, ours, theirs):
     hub.repos["me/a"] = {} if theirs is None else {CARD: theirs.encode()}
     if ours is not None:
         (adapter.folder / CARD).write_text(ours)
@@ -241,7 +241,7 @@ def test_pushed_adapter_is_pulled_bit_for_bit(hub, adapter):
     jax.tree.map(np.testing.assert_array_equal, tunable, adapter.tunable)
 
 
-def test_cached_files_are_not_fetched_again(hub, adapter):
+def test_cached_files_are_not_downloaded_again(hub, adapter):
     push_to_hub(adapter.folder, "me/a", **hub.options)
     first = pull_from_hub("me/a", **hub.pull_options)
     hub.calls.clear()
@@ -249,7 +249,7 @@ def test_cached_files_are_not_fetched_again(hub, adapter):
     assert not [path for method, path in hub.calls if method == "GET" and "/resolve/" in path]
 
 
-def test_a_revision_is_asked_for(hub, adapter):
+def test_revision_is_pulled(hub, adapter):
     push_to_hub(adapter.folder, "me/a", **hub.options)
     hub.calls.clear()
     pull_from_hub("me/a", revision="v1", **hub.pull_options)
@@ -260,14 +260,14 @@ def test_a_revision_is_asked_for(hub, adapter):
 
 @pytest.fixture
 def within(hub, adapter):
-    """A repository with an adapter in a folder of it."""
+    """A repository with an adapter in a subfolder."""
     push_to_hub(adapter.folder, "me/a", **hub.options)
     files = hub.repos["me/a"]
     hub.repos["me/a"] = {f"runs/last/{name}": files[name] for name in (CONFIG, WEIGHTS)}
     hub.repos["me/a"][CONFIG] = b"of another"
 
 
-def test_a_subfolder_alone_is_pulled(hub, within):
+def test_only_the_subfolder_is_pulled(hub, within):
     folder = pull_from_hub("me/a", subfolder="runs/last", **hub.pull_options)
     assert (folder.name, folder.parent.name) == ("last", "runs")
     assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
@@ -278,13 +278,13 @@ def test_a_subfolder_alone_is_pulled(hub, within):
 
 
 @pytest.mark.parametrize("subfolder", ["", "..", "a/../b", "/a", "a/", "a*", "[a]", "a\\b"])
-def test_a_subfolder_that_is_none_raises_before_any_call(hub, subfolder):
+def test_invalid_subfolder_raises_before_any_call(hub, subfolder):
     with pytest.raises(AdapterError, match="is not a folder of a repository"):
         pull_from_hub("me/a", subfolder=subfolder, **hub.pull_options)
     assert not hub.calls
 
 
-def test_the_command_takes_a_name_with_revision_and_subfolder(hub, within, shell, monkeypatch):
+def test_command_accepts_a_name_with_revision_and_subfolder(hub, within, shell, monkeypatch):
     pull = functools.partial(pull_from_hub, **hub.pull_options)
     monkeypatch.setattr("lorax_io._command.options.pull_from_hub", pull)
     hub.calls.clear()
@@ -296,7 +296,7 @@ def test_the_command_takes_a_name_with_revision_and_subfolder(hub, within, shell
 
 
 @pytest.mark.parametrize("lacking", [CONFIG, WEIGHTS])
-def test_a_repository_without_an_adapter_is_none(hub, adapter, lacking):
+def test_repository_without_an_adapter_raises(hub, adapter, lacking):
     push_to_hub(adapter.folder, "me/a", **hub.options)
     del hub.repos["me/a"][lacking]
     with pytest.raises(AdapterNotFoundError, match=f"^me/a: the repository has no `{lacking}`"):
@@ -329,7 +329,7 @@ def test_gated_repository_error_explains_access(hub):
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "", "me/--"])
-def test_a_name_that_no_repository_has_raises(hub, adapter, repo):
+def test_invalid_repository_name_raises(hub, adapter, repo):
     for call in (
         lambda: push_to_hub(adapter.folder, repo, **hub.options),
         lambda: pull_from_hub(repo, **hub.pull_options),
@@ -347,7 +347,7 @@ def test_unreachable_hub_raises(adapter, tmp_path):
 
 
 def test_missing_hub_package_raises(adapter, monkeypatch):
-    assert huggingface_hub  # it is here, and hidden for this test
+    assert huggingface_hub  # installed, but hidden in this test
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: push_to_hub(adapter.folder, "me/a"), lambda: pull_from_hub("me/a")):
         with pytest.raises(ImportError, match=r'pip install "lorax-io\[hub\]"') as raised:

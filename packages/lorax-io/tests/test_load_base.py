@@ -1,25 +1,22 @@
-"""`load_base`: trees, shapes, places, memory, and files that are refused.
+"""`load_base`: trees, shapes, shardings, memory, and invalid files.
 
-That each library's codes are decoded bit for bit is tested beside the libraries, in
-`integration-tests/peft/test_bases.py`; GGUF, whose library needs no PyTorch, also here.
+`integration-tests/peft/test_bases.py` tests with each library that its codes are decoded bit for
+bit. GGUF, whose library does not need PyTorch, is also tested in `_bases/test_gguf.py`.
 """
 
 import json
 import re
-import tracemalloc
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from lorax import Int8, QuantizedWeight, dequantize, init_lora, lora
+from lorax import QuantizedWeight, dequantize, init_lora, lora
 from lorax_io import (
     AdapterError,
-    AdapterFileError,
     AdapterMismatchError,
     AdapterNotFoundError,
     AdapterWarning,
@@ -62,7 +59,7 @@ NAMES: dict[str, Any] = {
 }
 
 
-def test_a_tree_of_the_paths(file):
+def test_load_base_returns_a_tree_by_path(file):
     loaded = load_base(file, NAMES)
     assert isinstance(loaded["mlp"]["up"]["kernel"], QuantizedWeight)
     assert loaded["mlp"]["norm"]["scale"].dtype == jnp.float32
@@ -70,7 +67,7 @@ def test_a_tree_of_the_paths(file):
     np.testing.assert_array_equal(dequantize(loaded)["embed"], fp8(seed=1)[1])
 
 
-def test_the_structure_of_parameters(file):
+def test_load_base_has_the_structure_of_params(file):
     params = {"mlp": [jnp.ones((IN, 4, OUT // 4))], "rest": None}
     with pytest.warns(AdapterWarning, match=r"in none of `names`: e.weight, e.weight_scale, norm"):
         loaded = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
@@ -79,12 +76,31 @@ def test_the_structure_of_parameters(file):
     np.testing.assert_array_equal(kernel.T, fp8()[1])
 
 
-def test_floats_are_as_they_are(tmp_path):
+def test_floats_are_unchanged(tmp_path):
     weight = draw(6, 5).astype(jnp.bfloat16)
     path = save(tmp_path / "f", up={"weight": weight})
     loaded = load_base(path, {"up": Linear("up")})["up"]
     assert loaded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.T, weight)
+
+
+def test_layers_in_several_dtypes(tmp_path):
+    dtypes = (np.float16, jnp.bfloat16)
+    weights = [draw(6, 5).astype(dtype) for dtype in dtypes]
+    layers: dict[str, Any] = {
+        f"layers.{k}.up": {"weight": weight} for k, weight in enumerate(weights)
+    }
+    names = {"up": Linear("layers.{}.up", shared_axes=[0])}
+    path = save(tmp_path / "f", **layers)
+    with pytest.warns(AdapterWarning, match=r"`up` \(bfloat16 and float16, as float32\)"):
+        loaded = load_base(path, names)["up"]
+    for k, weight in enumerate(weights):
+        np.testing.assert_array_equal(loaded[k].T, weight.astype(np.float32))
+    layers["layers.0.up"] = {"bias": np.arange(5)}
+    layers["layers.1.up"] = {"bias": np.ones(5, np.float32)}
+    names = {"b": Tensor("layers.{}.up", shared_axes=[0], parameter="bias")}
+    with pytest.raises(AdapterError, match="modules of `b` in float32 and int64, which have no"):
+        load_base(save(tmp_path / "f", **layers), names)
 
 
 def test_layers_are_stacked(tmp_path):
@@ -96,7 +112,7 @@ def test_layers_are_stacked(tmp_path):
         np.testing.assert_array_equal(dequantize(loaded)[k].T, fp8(seed=k)[1])
 
 
-def test_numbers_of_a_name_choose_the_layers(tmp_path):
+def test_numbers_in_a_name_select_layers(tmp_path):
     numbers = np.random.default_rng(0)
     layers = {f"layers.{k}.up": {"weight": numbers.normal(size=(7, 5))} for k in (1, 2, 3)}
     layers = {name: {"weight": x["weight"].astype(np.float32)} for name, x in layers.items()}
@@ -108,7 +124,7 @@ def test_numbers_of_a_name_choose_the_layers(tmp_path):
     np.testing.assert_array_equal(loaded, expected)
 
 
-def test_experts_are_a_stack_in_a_tensor(tmp_path):
+def test_experts_in_one_tensor_are_a_stack(tmp_path):
     codes = draw(3, OUT, IN).astype(jnp.float8_e4m3fn)
     scales = np.abs(draw(3, 1, 1)).astype(np.float32)
     path = save(tmp_path / "f", mlp={"up": codes, "up_scale_inv": scales})
@@ -118,20 +134,20 @@ def test_experts_are_a_stack_in_a_tensor(tmp_path):
     np.testing.assert_array_equal(dequantize(loaded).swapaxes(1, 2), expected)
 
 
-def test_another_dtype(file):
+def test_dtype_of_decoded_weights(file):
     loaded = load_base(file, NAMES, dtype=jnp.float16)["embed"]
     assert loaded.dtype == jnp.float16
     np.testing.assert_array_equal(dequantize(loaded), fp8(seed=1)[1].astype(np.float16))
 
 
-def test_a_prefix_that_the_names_have(tmp_path):
+def test_prefix_of_the_names_is_matched(tmp_path):
     path = save(tmp_path / "f", **{"language_model.up": fp8()[0]})
     np.testing.assert_array_equal(
         dequantize(load_base(path, {"up": Linear("up")}))["up"].T, fp8()[1]
     )
 
 
-def test_it_is_a_base_for_adapters_and_files(file, tmp_path):
+def test_loaded_base_is_adapted_and_saved(file, tmp_path):
     frozen = load_base(file, NAMES)
     kernel = {"kernel": frozen["mlp"]["up"]["kernel"]}
     pair = init_lora(kernel, {"kernel": 2}, jax.random.key(0))
@@ -143,103 +159,7 @@ def test_it_is_a_base_for_adapters_and_files(file, tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(frozen)
 
 
-# JAX 0.8 frees host memory that it has borrowed some time after the array is gone.
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="JAX 0.8 holds two weights at times")
-def test_no_more_memory_than_the_largest_weight(tmp_path):
-    """Codes of four bits in another order than they are stored in."""
-    file, side = tmp_path / "model.gguf", 4096
-    bytes_of = side * side // 32 * 18
-    data = np.random.default_rng(0).integers(0, 100, (side, side // 32 * 18), dtype=np.uint8)
-    write_gguf(file, {"blk.0.attn_q.weight": (data, "Q4_0"), "blk.0.attn_k.weight": (data, "Q4_0")})
-    names = {side: Linear(f"model.layers.0.self_attn.{side}_proj") for side in "qk"}
-    load_base(file, names)  # what is imported and traced stays
-    tracemalloc.start()
-    loaded = load_base(file, names)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert loaded["q"].bits == 4.5
-    assert peak <= 1.1 * bytes_of, peak / bytes_of
-
-
-# GGUF.
-
-
-def write_gguf(path, tensors, arch="llama"):
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def blocks(kind, out=32, inputs=512):
-    """Blocks of random bytes; every float16 of them is a number."""
-    entries, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    random = np.random.default_rng(0)
-    data = random.integers(0, 256, (out, inputs // entries * size), dtype=np.uint8)
-    return data & 0xBB  # no exponent is all ones
-
-
-KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_llama_cpp(tmp_path, kind):
-    data = blocks(kind)
-    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, kind)})
-    loaded = load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})["up"]
-    expected = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
-    assert np.isfinite(expected).all() and isinstance(loaded, QuantizedWeight)
-    np.testing.assert_array_equal(np.asarray(dequantize(loaded)).T, expected)
-
-
-def test_heads_that_a_group_does_not_divide(tmp_path):
-    data = blocks("Q4_K")
-    file = write_gguf(tmp_path / "f.gguf", {"blk.0.attn_output.weight": (data, "Q4_K")})
-    params = {"o": jnp.ones((8, 64, 32))}
-    names = {"o": Linear("model.layers.0.self_attn.o_proj", in_axes=[0, 1])}
-    with pytest.warns(AdapterWarning, match=r"shorter .*`o` \(5\.\d\d bits a weight\)"):
-        loaded = load_base(file, names, params=params)["o"]
-    expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
-    np.testing.assert_array_equal(dequantize(loaded).reshape(512, 32).T, expected)
-
-
-def test_types_that_no_format_has(tmp_path):
-    data = blocks("Q2_K")
-    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (data, "Q2_K")})
-    names = {"up": Linear("model.layers.0.mlp.up_proj")}
-    with pytest.raises(
-        AdapterError, match='`up` that cannot be kept: blocks of Q2_K.*requantize="nf4"'
-    ):
-        load_base(file, names)
-    expected = gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K).T
-    with pytest.warns(
-        AdapterWarning, match=r"codes are not kept: `up` as int8, 0\.00\d+ from the file's"
-    ):
-        loaded = load_base(file, names, requantize=Int8(32))["up"]
-    error = np.linalg.norm(dequantize(loaded) - expected) / np.linalg.norm(expected)
-    assert 0 < error < 0.01
-    with pytest.warns(
-        AdapterWarning, match=r"codes are not kept: `up` \(as floats: blocks of Q2_K"
-    ):
-        np.testing.assert_array_equal(load_base(file, names, requantize="float")["up"], expected)
-
-
-@pytest.mark.parametrize("size", [4, 100, 2000])
-def test_a_gguf_file_cut_short(tmp_path, size):
-    file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (blocks("Q8_0"), "Q8_0")})
-    file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(AdapterFileError, match="is not a GGUF file that can be read"):
-        load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})
-
-
-# Refused.
+# Errors
 
 
 def spoiled(**changes):
@@ -262,7 +182,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.float16),
          "qzeros": np.ones((2, 8), np.int32)}, {}, "`up.scales`",
     ),
-    "a group that is not": (
+    "an uneven group": (
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((2, 64), np.float16),
          "qzeros": np.ones((2, 8), np.int32), "g_idx": np.arange(64, dtype=np.int32)},
         {}, "a group in `up.g_idx` that has no scale",
@@ -304,7 +224,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_name_the_problem(tmp_path, case):
+def test_damaged_checkpoints_raise(tmp_path, case):
     tensors, options, message = BAD[case]
     path = save(tmp_path / "model.safetensors", up=tensors)
     with pytest.raises(AdapterError, match=message):
@@ -313,7 +233,7 @@ def test_errors_name_the_problem(tmp_path, case):
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
 @pytest.mark.parametrize("of", ["folder", "file"])
-def test_settings_in_the_folder_decide_the_zero_points(tmp_path, name, of):
+def test_quantization_config_determines_the_zero_points(tmp_path, name, of):
     tensors = {
         "qweight": np.full((1, 8), 0x33333333, np.int32),
         "qzeros": np.full((1, 1), 0x11111111, np.int32),
@@ -327,7 +247,7 @@ def test_settings_in_the_folder_decide_the_zero_points(tmp_path, name, of):
     assert (dequantize(frozen)["up"] == 2).all()  # 3 − 1; the first version would give 3 − 2
 
 
-def test_names_and_paths_that_are_none(file):
+def test_unknown_names_and_paths_raise(file):
     with pytest.raises(AdapterMismatchError, match="has no tensor for `pu.weight`.*mean `up.weig"):
         load_base(file, {"up": Linear("pu")})
     with pytest.raises(

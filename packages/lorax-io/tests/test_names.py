@@ -1,4 +1,4 @@
-"""Names by the convention of Flax, and names in a file."""
+"""Names by Flax's convention, and files of names."""
 
 import dataclasses
 import json
@@ -54,12 +54,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("shapes", [False, True])
-def test_the_convention_of_flax(shapes):
+def test_flax_names_follow_the_flax_convention(shapes):
     params = jax.eval_shape(make_params) if shapes else make_params()
     assert flax_names(params) == EXPECTED
 
 
-def test_given_names_come_first():
+def test_given_names_take_precedence():
     torch_name = Linear("lm_head", in_axes=(0,))
     assert flax_names(make_params(), {"kernel": torch_name}) == EXPECTED | {"kernel": torch_name}
     conv = {"conv": {"kernel": jnp.ones((2, 2, 5, 3))}}
@@ -83,7 +83,7 @@ def test_ambiguous_axes_raise(params, names, message):
         flax_names(params, names)
 
 
-def test_the_old_name_of_the_argument():
+def test_old_argument_name_warns():
     given = {"kernel": Linear("lm_head", in_axes=(0,))}
     with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is called `names`"):
         assert flax_names(make_params(), layouts=given) == flax_names(make_params(), given)
@@ -117,11 +117,11 @@ def test_names_round_trip(file):
     write_names(file, TORCH_NAMES)
     torch_names = read_names(str(file))
     assert torch_names == TORCH_NAMES
-    assert list(torch_names) == list(TORCH_NAMES)  # in their order
+    assert list(torch_names) == list(TORCH_NAMES)  # in the same order
     assert [type(torch_name) for torch_name in torch_names.values()] == list(
         map(type, TORCH_NAMES.values())
     )
-    write_names(file, {})  # it is replaced
+    write_names(file, {})  # replaces the file
     assert read_names(file) == {}
 
 
@@ -140,7 +140,7 @@ def test_old_files_are_read_with_a_warning(file):
         assert read_names(file) == {"w": Linear("q")}
 
 
-def test_the_old_name_of_the_class_warns():
+def test_old_name_of_the_class_warns():
     with pytest.warns(DeprecationWarning, match="Layout is called `TorchName` now") as caught:
         assert lorax_io.Layout is TorchName
     assert caught[0].filename == __file__
@@ -148,8 +148,8 @@ def test_the_old_name_of_the_class_warns():
         getattr(lorax_io, "Layouts")  # noqa: B009
 
 
-def test_every_field_of_every_type_is_tried():
-    """Else a new field would not be known to come back."""
+def test_every_field_of_every_type_has_a_case():
+    """Otherwise a new field could be lost in a round trip."""
     for kind in {type(torch_name) for torch_name in TORCH_NAMES.values()}:
         torch_names = [
             torch_name for torch_name in TORCH_NAMES.values() if type(torch_name) is kind
@@ -211,20 +211,20 @@ def test_other_files_raise(file, content, message):
     ],
     ids=str,
 )
-def test_fields_that_a_name_cannot_have_raise(file, type_, fields, message):
+def test_invalid_fields_raise(file, type_, fields, message):
     file.write_text(json.dumps({"w": {"type": type_, "module": "q"} | fields}))
     with pytest.raises(AdapterFileError, match=f"`w`.*{message}"):
         read_names(file)
 
 
-def test_there_is_a_number_for_each_module_of_a_stack():
+def test_number_of_modules_must_match_the_stack():
     torch_name = Linear("h.{}.q", shared_axes=(0,), numbers=(3, 1))
     assert torch_name.at("q", (2, 5, 4)).modules == {(0,): "h.3.q", (1,): "h.1.q"}
     with pytest.raises(AdapterMismatchError, match=r"numbers 2 modules, and it stacks \[3\]"):
         _ = torch_name.at("q", (3, 5, 4)).modules
 
 
-def test_either_axis_of_a_parameter_may_be_the_input():
+def test_either_axis_can_be_the_input():
     plain = Parameter("p", parameter="w")
     turned = plain.fitted(lorax.Axes((), (0,), (1,)))
     first, second = ([factor[1:] for factor in x.at("p", (5, 3)).factors] for x in (plain, turned))
@@ -234,7 +234,7 @@ def test_either_axis_of_a_parameter_may_be_the_input():
     assert said.fitted(lorax.Axes((), (0,), (1,))) is said
 
 
-def test_a_module_is_needed(file):
+def test_missing_module_raises(file):
     file.write_text('{"w": {"type": "Linear"}}')
     with pytest.raises(AdapterFileError, match="`w` .*'module'"):
         read_names(file)

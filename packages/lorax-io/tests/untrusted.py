@@ -1,4 +1,4 @@
-"""Sound files for tests to spoil, and the check that a load refuses them."""
+"""Valid files for tests to damage, and the check that loading them raises."""
 
 import json
 import time
@@ -24,7 +24,7 @@ from lorax_io import (
     save_adapter,
 )
 
-SECONDS = 10  # in which the worst of files is refused; an honest one takes milliseconds
+SECONDS = 10  # time limit for rejecting the worst file; valid files take milliseconds
 
 
 LAYER = "model.layers.0.self_attn"
@@ -51,7 +51,7 @@ def make_params():
         "embed": jnp.ones((7, 5)),
         "norm": jnp.ones(5),
         "head": jnp.ones((5, 2)),
-        "no array": None,
+        "not an array": None,
     }
 
 
@@ -76,7 +76,7 @@ TENSORS = {
 
 
 class Place:
-    """A native file and a PEFT folder that are sound until a row spoils them."""
+    """A valid native file and PEFT folder, which a row can damage."""
 
     def __init__(self, home):
         self.home = home
@@ -92,7 +92,7 @@ class Place:
         safetensors.numpy.save_file(tensors, self.weights, metadata or {"format": "pt"})
 
     def write_native(self, changes=None, tensors=None):
-        """The sound native file, with other metadata and tensors; None takes one away."""
+        """Writes the native file with changed metadata and tensors; None removes one."""
         save_adapter(self.native, make_tunable(), base=make_params(), metadata={"task": "x"})
         with safetensors.safe_open(self.native, "numpy") as file:
             metadata = file.metadata()
@@ -118,7 +118,7 @@ LOADERS = {
 
 
 def assert_refused(place, loader, error, message):
-    """Raises just this error in time, says where, and changes neither files nor parameters."""
+    """Checks that loading raises this error in time, names the file, and changes nothing."""
     params, before, begin = make_params(), place.contents(), time.monotonic()
     with pytest.raises(AdapterError, match=message) as raised:
         LOADERS[loader](place, params)
@@ -132,7 +132,7 @@ def assert_refused(place, loader, error, message):
 
 
 def rows(*table):
-    """A parametrization of which each row begins with its name."""
+    """A parametrization whose rows begin with their ids."""
     names = [row[0] for row in table]
     assert len(set(names)) == len(names)
     return [pytest.param(*row[1:], id=row[0]) for row in table]

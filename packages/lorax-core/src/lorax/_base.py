@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, Sharding
 
-from ._arrays import Held
+from ._arrays import Encoded
 from ._axes import normalize
 from ._base_format import FORMATS, Blocks, Format, fields_of
 from ._coded import CodedArray, array_spec, weight_spec
@@ -27,8 +27,8 @@ from ._terms import Labels, Term
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight(Held):
-    """A weight that is held as codes and scales: a node of the frozen tree, made by `quantize`.
+class QuantizedWeight(Encoded):
+    """A weight that is stored as codes and scales: a node of the frozen tree, made by `quantize`.
 
     Attributes:
         arrays: by name, `codes` with one entry per entry of the weight, where an axis in blocks is
@@ -49,7 +49,7 @@ class QuantizedWeight(Held):
     stored: str = dataclasses.field(metadata={"static": True})
 
     @property
-    def held(self) -> Format:
+    def codec(self) -> Format:
         """The format with its settings."""
         cls = FORMATS[self.format]
         return cls(**dict(zip(fields_of(cls), self.options, strict=True)))
@@ -92,7 +92,7 @@ class QuantizedWeight(Held):
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
         """Returns the labels of each axis of the weight, and those of each array."""
         blocks = Blocks.of(self.shape, _sizes(self.blocks), self.along)
-        labels = self.held.labels(blocks)
+        labels = self.codec.labels(blocks)
         return blocks.out, {name: labels[name] for name in self.names}
 
     @property
@@ -137,7 +137,7 @@ class QuantizedWeight(Held):
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
         sources = () if source is None else (source,)
         return CodedArray(
-            term, (), names, self.held, dtype, (), self.shape, dtype, sources
+            term, (), names, self.codec, dtype, (), self.shape, dtype, sources
         )  # fmt: skip
 
     def array(self) -> jax.Array:
@@ -147,7 +147,7 @@ class QuantizedWeight(Held):
     def settings(self) -> dict[str, Any]:
         """Returns everything but the arrays, as JSON for `quantized_from_settings`."""
         return {
-            **self.held.settings(),
+            **self.codec.settings(),
             "blocks": [list(sizes) for sizes in self.blocks],
             "along": list(self.along),
             "dtype": self.stored,
@@ -231,8 +231,8 @@ def quantized_from_settings(
         >>> import jax.numpy as jnp
         >>> from lorax import quantize
         >>> from lorax.bases import quantized_from_settings
-        >>> held = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
-        >>> quantized_from_settings(held.settings(), held.arrays).shape
+        >>> weight = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
+        >>> quantized_from_settings(weight.settings(), weight.arrays).shape
         (64, 3)
     """
     given = dict(settings)
@@ -321,11 +321,11 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     Of a shape, the shapes of codes and scales.
     """
     blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
-    labels = weight.held.labels(blocks)
+    labels = weight.codec.labels(blocks)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
         entries, axis = array.astype(wide_dtype(array.dtype)), 0
-        for group in blocks.out:  # one axis after the other, as explicit meshes want it
+        for group in blocks.out:  # one axis after the other, as explicit meshes require
             if len(group) > 1:
                 sizes = [label.size for label in group]
                 # […, in, …] -> […, in / block, block, …]
@@ -336,7 +336,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
             tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
             for kept in (blocks.scales, blocks.outer)
         )
-        arrays = weight.held.encode(entries, within, across)
+        arrays = weight.codec.encode(entries, within, across)
         return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
     options: dict[str, Any] = {}

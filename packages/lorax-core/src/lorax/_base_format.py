@@ -79,7 +79,7 @@ class Blocks(NamedTuple):
 
 
 class Format:
-    """How a weight is held in few bits.
+    """How a weight is stored in few bits.
 
     A format is a frozen dataclass under `@defformat`, whose fields are settings. `encode` computes
     arrays from a weight, and `decode` computes an entry of the weight from one entry of each array.

@@ -16,7 +16,7 @@ from ._base import QuantizedWeight, blank_of, check_finite, decoded, encoded
 from ._base_format import Format, format_of
 from ._compat import is_tracer
 from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning, a_kind
-from ._frozen_weight import FrozenWeight, base_and_held, factors_from_base
+from ._frozen_weight import FrozenWeight, base_and_frozen_factors, factors_from_base
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
 from ._sharding import placement
@@ -84,7 +84,7 @@ def quantize(
         raise PairError("quantize takes parameters or a frozen tree, and this one has adapters.")
     _check_arguments(fn, args, kwargs)
     leaves, structure = flatten_params(params)
-    bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
+    bases = [(path, base_and_frozen_factors(leaf)[0]) for path, leaf in leaves]
     roles = None
     if fn is not None:
         # Traced on the bases, whether or not some of them are quantized already.
@@ -105,12 +105,12 @@ def quantize(
         if blank is None:
             out.append(leaf)
             continue
-        key = (id(base), jax.tree.structure(blank))  # An array at two paths stays one.
+        key = (id(base), jax.tree.structure(blank))  # An array at two paths is quantized once.
         if key not in made:
             _check(path, base, blank)
             made[key] = encoded(blank, base)
-        held = made[key]
-        out.append(_on_base(leaf, held) if isinstance(leaf, FrozenWeight) else held)
+        quantized = made[key]
+        out.append(_on_base(leaf, quantized) if isinstance(leaf, FrozenWeight) else quantized)
     return jax.tree.unflatten(structure, out)
 
 
@@ -265,12 +265,12 @@ def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> Quanti
 
 def _check_smaller(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for a weight that would take as many bits as it has, such as one of one input."""
-    held = encoded(blank, jax.ShapeDtypeStruct(base.shape, base.dtype))
+    quantized = encoded(blank, jax.ShapeDtypeStruct(base.shape, base.dtype))
     bits = 8 * base.dtype.itemsize
-    if held.bits >= bits:
+    if quantized.bits >= bits:
         raise SpecError(
-            f"`{path}` has shape {tuple(base.shape)}: with its scales, {blank.held} takes "
-            f"{held.bits:.4g} bits per entry, and {base.dtype} takes {bits}."
+            f"`{path}` has shape {tuple(base.shape)}: with its scales, {blank.codec} takes "
+            f"{quantized.bits:.4g} bits per entry, and {base.dtype} takes {bits}."
         )
 
 
@@ -282,7 +282,7 @@ def _is_float(base: Any) -> bool:
 def _refuse_twice(path: str, base: Any) -> None:
     if isinstance(base, QuantizedWeight):
         raise SpecError(
-            f"`{path}` is quantized already, as {base.held}. Call dequantize first, or give it "
+            f"`{path}` is quantized already, as {base.codec}. Call dequantize first, or give it "
             "None."
         )
 
@@ -290,7 +290,7 @@ def _refuse_twice(path: str, base: Any) -> None:
 def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for dtypes that this backend lacks, and for entries that are not finite."""
     # Before the weight is encoded, so that the error names it.
-    for dtype in blank.held.dtypes():
+    for dtype in blank.codec.dtypes():
         _check_backend(path, jnp.dtype(dtype).name)
     check_finite(path, base)
 

@@ -46,7 +46,7 @@ def make_plain(settings: Any) -> None:
             object.__setattr__(settings, name, plain)
 
 
-@functools.cache  # Each `jax.tree.map` makes every adapter anew.
+@functools.cache  # Each `jax.tree.map` rebuilds every adapter.
 def _settings_of(cls: Any) -> tuple[str, ...]:
     """Returns the names of the static fields of a class, or of all fields if none is static."""
     fields = dataclasses.fields(cls)

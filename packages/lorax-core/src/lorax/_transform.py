@@ -112,7 +112,7 @@ def lora(
             # A dry run without arithmetic: an error must be raised before anything has run.
             ahead = uses(traced, through_custom_derivatives)
             _uses.announce(call.paths, ahead, on_materialize, on_unused)
-        # Keys contain the id of a jaxpr, so functions that are traced anew each call would grow it.
+        # Keys contain the id of a jaxpr, so functions that are traced in each call would grow it.
         if len(transformed) > MOST_TRANSFORMED:
             transformed.clear()
         interpreter = Interpreter(

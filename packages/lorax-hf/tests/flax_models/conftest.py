@@ -1,4 +1,4 @@
-"""Lets the tests import `tiny`."""
+"""Makes the module `tiny` importable."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""Every Flax class of transformers: its spec is what tracing finds, and its adapter is right."""
+"""Every Flax class of transformers: its spec equals a traced one, and its adapter is correct."""
 
 import warnings
 
@@ -18,7 +18,7 @@ CLASSES = tiny.classes()
 
 
 def outputs(model):
-    """The model as a function of its parameters, without what it returns beside its outputs."""
+    """The model as a function of its parameters that returns only array outputs."""
 
     def run(params, inputs):
         with lorax_hf.clip_mended():
@@ -42,13 +42,13 @@ def spec_of(model, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_axes_are_those_that_tracing_finds(name):
-    whole = CLASSES[name] in lorax_hf.COMPOSITES  # refuses `_do_init=False`
+def test_axes_equal_those_of_a_trace(name):
+    whole = CLASSES[name] in lorax_hf.COMPOSITES  # does not support `_do_init=False`
     model = make(name, _do_init=whole)
     params = model.params if whole else model.params_shape_tree
     inputs = tiny.inputs_of(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lorax.UnadaptedWarning)  # a classifier of one class
+        warnings.simplefilter("ignore", lorax.UnadaptedWarning)  # a classifier with one class
         traced = lorax.infer_spec(outputs(model), params, inputs, rank=2, skip_small=False)
     ours = spec_of(model, params, rank=2, targets=lambda module: True)
     traced_leaves = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
@@ -56,10 +56,10 @@ def test_axes_are_those_that_tracing_finds(name):
     assert sum(map(is_spec, named_module)) >= 6
     for (path, traced_leaf), leaf in zip(traced_leaves, named_module, strict=True):
         if path[-1].key == "weight_v":
-            # Weight normalization: PyTorch has a parametrization there, which PEFT does not adapt.
+            # Weight normalization is a parametrization in PyTorch, which PEFT does not adapt.
             assert is_spec(traced_leaf) and not is_spec(leaf), path
             continue
-        # A table with one row, such as a class token, is a product of nothing.
+        # A table with one row, such as a class token, does not take part in a product.
         if is_spec(traced_leaf) and traced_leaf.rank == 2:
             assert is_spec(leaf), path
             assert (leaf.in_axes, leaf.out_axes) == (traced_leaf.in_axes, traced_leaf.out_axes), (
@@ -83,7 +83,7 @@ def test_every_model_type_has_a_preset():
     assert named <= lorax_hf.PRESETS.keys() | lorax_hf.COMPOSITES.keys()
 
 
-# One class of each architecture; the others have the same and a dense layer or two.
+# One class of each architecture. The others only add one or two dense layers.
 ONE = {kind: name for name, kind in CLASSES.items()}
 
 
@@ -91,14 +91,14 @@ WITH_A_POOLER_FOR_NOTHING = ("encoder-decoder", "vision-encoder-decoder")
 
 
 @pytest.mark.parametrize("kind", ONE)
-def test_adapters_are_right(kind):
+def test_adapters_equal_merged_models(kind):
     with jax.enable_x64(True):
-        # In float64, where no rounding needs a tolerance that hides something. Some models compute
-        # parts of themselves in float32 anyway.
+        # In float64, so that the tolerance can be small. Some models compute parts in float32
+        # anyway.
         model = make(ONE[kind], dtype=jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
         targets = "default" if kind in ("resnet", "regnet") else "all-linear"
-        # The decoder of a pair sees what the encoder's layers return, not its pooler.
+        # The decoder uses the outputs of the encoder's layers, not of its pooler.
         unused = ["encoder.pooler.dense"] if kind in WITH_A_POOLER_FOR_NOTHING else None
         spec = spec_of(model, params, rank=2, alpha=3, targets=targets, exclude=unused)
         run, inputs = outputs(model), tiny.inputs_of(model)

@@ -1,4 +1,4 @@
-"""The known defects: each is there as long as it is reported, and the patch fixes it."""
+"""Known defects: each reported defect still exists, and the patch fixes it."""
 
 import warnings
 
@@ -18,14 +18,14 @@ def findings(kind, **changes):
     return [finding.problem for finding in lorax_hf.doctor(config)]
 
 
-def test_a_model_without_defects():
+def test_model_without_defects_has_no_findings():
     assert findings("bert") == []
 
 
 def test_t5_needs_the_patch():
     kind = "t5"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 takes it, and complains
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.8 accepts it with a warning
         try:
             tiny.make("FlaxT5Model")
         except TypeError as error:
@@ -79,7 +79,7 @@ def test_basic_resnets_have_separate_names():
     assert names[path]["module"] == "encoder.stages.0.layers.0.layer.0.convolution"
 
 
-def test_electra_takes_ones():
+def test_electra_token_types_default_to_ones():
     assert any("token_type_ids" in finding for finding in findings("electra"))
     model = transformers.FlaxElectraModel(tiny.config_of("electra"))
     ids = jnp.arange(6)[None]
@@ -88,13 +88,13 @@ def test_electra_takes_ones():
     assert not np.allclose(ones, zeros)
 
 
-def test_everything_known_is_returned_without_a_model():
+def test_all_known_defects_are_returned_without_a_model():
     models = {kind for finding in lorax_hf.doctor() for kind in finding.models}
     assert models - {"t5", "mt5", "longt5"} == {"llama", "resnet", "electra"}
     assert all(finding.remedy for finding in lorax_hf.doctor())
 
 
-def test_spec_warns_of_defects_of_its_model():
+def test_spec_warns_about_defects_of_the_model():
     with pytest.warns(lorax_hf.DefectWarning, match="token_type_ids.*transformers 4.*pass"):
         lorax_hf.spec(tiny.config_of("electra"))
     assert jax.tree.leaves(lorax_hf.spec(tiny.config_of("bert")))

@@ -1,4 +1,4 @@
-"""`lora(model)`: a model that is called as before, with the pair for its parameters."""
+"""`lora(model)` is called like the model, with a pair in place of its parameters."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ def gpt2():
     ],
     ids=["plain", "dropout", "hidden states", "mask"],
 )
-def test_it_is_called_as_the_model_is(gpt2, kwargs):
+def test_adapted_model_is_called_like_the_model(gpt2, kwargs):
     model, adapted, pair, merged = gpt2
     ours, plain = adapted(IDS, params=pair, **kwargs), model(IDS, params=merged, **kwargs)
     assert type(ours) is type(plain) and ours.keys() == plain.keys()
@@ -51,7 +51,7 @@ def test_it_is_called_as_the_model_is(gpt2, kwargs):
     [{}, {"do_sample": True, "prng_key": jax.random.PRNGKey(3)}, {"num_beams": 3}],
     ids=["greedy", "sampled", "beams"],
 )
-def test_it_generates_what_the_merged_model_generates(gpt2, kwargs):
+def test_generated_tokens_equal_those_of_the_merged_model(gpt2, kwargs):
     model, adapted, pair, merged = gpt2
     kwargs = {"max_length": 9, "pad_token_id": 0, "eos_token_id": 60, **kwargs}
     ours = adapted.generate(IDS, params=pair, **kwargs).sequences
@@ -65,12 +65,12 @@ def test_gradients_reach_the_factors(gpt2):
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(jax.grad(loss)(tunable)))
 
 
-def test_all_else_is_the_models(gpt2):
+def test_other_attributes_are_the_models(gpt2):
     model, adapted, _, _ = gpt2
     assert adapted.config is model.config and adapted.dtype == model.dtype
 
 
-def test_parameters_are_needed(gpt2):
+def test_missing_parameters_raise(gpt2):
     with pytest.raises(TypeError, match="params"):
         gpt2[1](IDS)
 
@@ -78,7 +78,7 @@ def test_parameters_are_needed(gpt2):
 @pytest.mark.parametrize(
     "again", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_it_is_copied_and_pickled(gpt2, again):
+def test_adapted_model_can_be_copied_and_pickled(gpt2, again):
     model, adapted, pair, _ = gpt2
     copied = again(adapted)
     assert (copied.model is model) == (again is copy.copy)
@@ -87,6 +87,6 @@ def test_it_is_copied_and_pickled(gpt2, again):
     assert copied._options == adapted._options != {}
 
 
-def test_an_unknown_attribute_is_named(gpt2):
+def test_unknown_attribute_raises(gpt2):
     with pytest.raises(AttributeError, match="no_such_thing"):
         gpt2[1].no_such_thing  # noqa: B018

@@ -1,4 +1,4 @@
-"""`spec`: what each way of naming modules chooses, and what is refused."""
+"""`spec`: which modules each option selects, and errors."""
 
 import re
 
@@ -12,7 +12,7 @@ import lorax_hf
 
 
 def adapted(config, **kwargs):
-    """The modules that a spec adapts, each with its leaf."""
+    """The adapted modules of a spec, with their leaves."""
     spec = lorax_hf.spec(config, **kwargs)
     leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: not isinstance(x, dict))
     return {
@@ -23,7 +23,7 @@ def adapted(config, **kwargs):
 
 
 def modules(config, **kwargs):
-    """The ends of the names of what is adapted in layer 1, or anywhere."""
+    """The last names of the adapted modules, in layer 1 or outside of layers."""
     return {path.rpartition("/")[0] for path in adapted(config, **kwargs)}
 
 
@@ -74,7 +74,7 @@ def test_dense_layer_of_gpt2_is_not_conv1d():
     assert (head.in_axes, head.out_axes) == ((0,), (1,))
 
 
-def test_all_linear_leaves_the_outputs_of_the_task_out():
+def test_all_linear_excludes_the_task_head():
     config = tiny.config_of("bert")
     config.architectures = ["BertForSequenceClassification"]
     chosen = modules(config, targets="all-linear")
@@ -82,10 +82,10 @@ def test_all_linear_leaves_the_outputs_of_the_task_out():
     assert "bert/embeddings/word_embeddings" not in chosen
 
 
-def test_classifier_with_fewer_classes_than_the_rank_is_left_frozen_and_named():
+def test_classifier_with_fewer_classes_than_the_rank_warns():
     config = transformers.BertConfig(num_hidden_layers=1, architectures=["BertForPreTraining"])
-    told = r"`cls.seq_relationship` \(768 inputs × 2 outputs\)"
-    with pytest.warns(lorax.UnadaptedWarning, match=told):
+    message = r"`cls.seq_relationship` \(768 inputs × 2 outputs\)"
+    with pytest.warns(lorax.UnadaptedWarning, match=message):
         spec = lorax_hf.spec(config, rank=8, targets="all-linear")
     assert spec["cls"]["seq_relationship"]["kernel"] == lorax.LORA_FREEZE
     named = lorax_hf.spec(config, rank=8, targets=["query", "seq_relationship"])
@@ -136,7 +136,7 @@ def test_patterns_without_a_match_raise(llama, kwargs, message):
         lorax_hf.spec(llama, **kwargs)
 
 
-def test_targets_missing_in_the_architecture_raise():
+def test_targets_without_a_match_raise():
     with pytest.raises(lorax.SpecError, match="targets='mlp': this architecture has none"):
         lorax_hf.spec(tiny.config_of("resnet"), targets="mlp")
 
@@ -154,7 +154,7 @@ def test_non_model_raises_type_error():
         lorax_hf.spec({})
 
 
-def test_the_spec_has_the_structure_of_the_parameters():
+def test_spec_has_the_structure_of_the_parameters():
     model = tiny.make("FlaxResNetModel")
     spec = lorax_hf.spec(model)
     assert jax.tree.structure(spec, is_leaf=lambda x: isinstance(x, lorax.LoraSpec)) == (
@@ -163,7 +163,7 @@ def test_the_spec_has_the_structure_of_the_parameters():
     lorax.init_lora(model.params, spec, jax.random.key(0))
 
 
-def test_a_model_of_two_models_has_the_presets_of_both():
+def test_composite_model_has_both_presets():
     chosen = modules(tiny.make("FlaxEncoderDecoderModel"), layers=0)
     assert chosen == {
         *(f"encoder/encoder/layer/0/attention/self/{name}" for name in ("query", "value")),
@@ -171,7 +171,7 @@ def test_a_model_of_two_models_has_the_presets_of_both():
     }
 
 
-def test_any_kind_of_adapter(llama):
+def test_spec_accepts_any_kind_of_adapter(llama):
     kind = lorax.DoraSpec(lorax.LoraSpec(3, alpha=6))
     specs = adapted(llama, adapter=kind, rank_pattern={"v_proj": 2})
     assert {spec.spec.rank for spec in specs.values()} == {2, 3}

@@ -1,4 +1,4 @@
-"""A tiny model of every class that transformers has in Flax, and inputs for it."""
+"""Tiny models of every Flax class of transformers, and their inputs."""
 
 import importlib
 import inspect
@@ -103,7 +103,7 @@ def config_of(kind: str) -> Any:
     if kind in _PARTS:
         first, second = map(config_of, _PARTS[kind])
         if kind == "speech-encoder-decoder":
-            # Its first inputs are long, and it takes positions for all of them.
+            # Its first inputs are long, and all of them need positions.
             second.max_position_embeddings = 512
         composite: Any = transformers.CONFIG_MAPPING[kind]
         if kind == "vision-text-dual-encoder":
@@ -113,7 +113,7 @@ def config_of(kind: str) -> Any:
 
 
 def classes() -> dict[str, str]:
-    """The name of every Flax class, with its model type."""
+    """The names of all Flax classes, with their model types."""
     model_types: dict[str, str] = {}
     for package in pkgutil.iter_modules(models.__path__):
         name = f"transformers.models.{package.name}.modeling_flax_{package.name}"
@@ -129,7 +129,7 @@ def classes() -> dict[str, str]:
 
 
 def make(name: str, **options: Any) -> Any:
-    """A model of a class, by the class's name."""
+    """A model of a class, by name."""
     cls = getattr(transformers, name)
     config = config_of(cls.config_class.model_type)
     config.architectures = [name.removeprefix("Flax")]
@@ -139,7 +139,7 @@ def make(name: str, **options: Any) -> Any:
 
 
 def inputs_of(model: Any) -> dict[str, Any]:
-    """Inputs for a model, by the names of its arguments."""
+    """Inputs of a model, by argument name."""
     arguments = inspect.signature(model.__call__).parameters
     ids = np.array([[3, 5, 7, 11, 13, 17, 2]])
     if "MultipleChoice" in type(model).__name__:
@@ -159,7 +159,7 @@ def inputs_of(model: Any) -> dict[str, Any]:
     if type(model).__name__ == "FlaxBeitForMaskedImageModeling":
         chosen["bool_masked_pos"] = jnp.array([[True, False, True, False]])
     if model.config.model_type == "electra":
-        chosen["token_type_ids"] = jnp.zeros_like(chosen["input_ids"])  # by default it takes ones
+        chosen["token_type_ids"] = jnp.zeros_like(chosen["input_ids"])  # the default is ones
     if "SequenceClassification" in type(model).__name__:
         chosen.pop("decoder_input_ids", None)  # made of the inputs, whose last token is looked for
     return chosen

@@ -1,4 +1,4 @@
-"""Settings of the tests with PyTorch, and tiny models."""
+"""Settings of the PyTorch tests, and tiny models."""
 
 import pathlib
 import sys
@@ -8,5 +8,5 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 torch.set_num_threads(1)
-# These programs run once: their compilation is what takes the time.
+# These programs run once, so compilation dominates.
 jax.config.update("jax_disable_most_optimizations", True)

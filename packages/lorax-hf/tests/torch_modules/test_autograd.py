@@ -1,4 +1,4 @@
-"""`torch.autograd.Function`: its own backward pass is the gradient in JAX."""
+"""`torch.autograd.Function`: its backward pass is the gradient in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Rounds(Function):
 
 
 class Scales(Function):
-    """Keeps tensors, a number and an attribute; returns two tensors and a number."""
+    """Saves tensors, a number and an attribute; returns two tensors and a number."""
 
     @staticmethod
     def forward(ctx, x, scale, others, count):
@@ -37,10 +37,10 @@ class Scales(Function):
         return x * scale + others[0], signs, 3
 
     @staticmethod
-    def backward(ctx, gradient, of_signs, of_number):
-        assert of_number is None and ctx.needs_input_grad == (True, False, False, True)
+    def backward(ctx, gradient, signs_gradient, number_gradient):
+        assert number_gradient is None and ctx.needs_input_grad == (True, False, False, True)
         x, other = ctx.saved_tensors
-        mine = gradient * ctx.scale * x.cos() + other + ctx.halves + of_signs
+        mine = gradient * ctx.scale * x.cos() + other + ctx.halves + signs_gradient
         return mine, None, None, gradient.sum() * ctx.count
 
 
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_backward(name):
 
 
 def test_adapters_have_the_gradient_of_backward():
-    # The gradient of rounding is that of the identity.
+    # The backward pass of rounding is the identity.
     modules = [Applies(each) for each in (FUNCTIONS["round"], lambda y, number: y * number)]
     modules[1].load_state_dict(modules[0].state_dict())
     gradients = []
@@ -146,7 +146,7 @@ class Dirty(Function):
         return x.add_(1)
 
 
-def test_wrong_functions_are_named():
+def test_invalid_functions_raise():
     fn, params = lorax_hf.from_torch(Applies(lambda y, number: Wrong.apply(y)))
     with pytest.raises(ValueError, match=r"Wrong.backward returns .*\(6,\).*\(4, 6\)"):
         jax.grad(lambda p: fn(p, X).sum())(params)

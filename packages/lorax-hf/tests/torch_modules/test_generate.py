@@ -1,4 +1,4 @@
-"""`generate`: torch's greedy tokens, sampling, padding, and what is refused."""
+"""`generate`: greedy tokens equal PyTorch's; sampling, padding, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def torch_greedy(model, ids, new, **options):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_greedy_tokens_are_those_of_torch(kind):
+def test_greedy_tokens_equal_torch(kind):
     model = tiny_torch.randomized_causal(kind, **MODELS[kind])
     fn, params = lorax_hf.from_torch(model)
     tokens = lorax_hf.generate(fn, params, jnp.asarray(IDS), max_new_tokens=9)
@@ -68,7 +68,7 @@ def test_padded_prompts_and_ends():
         lorax_hf.generate(fn, params, ids, max_new_tokens=8, attention_mask=mask[:, :3])
 
 
-def test_an_adapter_generates_what_the_merged_model_does():
+def test_adapter_generates_the_tokens_of_the_merged_model():
     model = tiny_torch.randomized_causal("qwen3")
     fn, params = lorax_hf.from_torch(model)
     spec = lorax_hf.spec(model, rank=2, targets="all-linear")
@@ -111,7 +111,7 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_array_equal(*same)
 
 
-def test_it_compiles_once():
+def test_generate_compiles_once():
     model = tiny_torch.randomized_causal("llama")
     fn, params = lorax_hf.from_torch(model)
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_it_compiles_once():
     )
 
 
-def test_lengths_beyond_the_positions_of_a_model_are_named():
+def test_lengths_beyond_the_positions_raise_or_warn():
     fn, params = lorax_hf.from_torch(tiny_torch.causal("gpt2", n_positions=9))
     with pytest.raises(ValueError, match="are 10 tokens, and GPT2LMHeadModel has positions for 9"):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=3)
@@ -185,7 +185,7 @@ def test_other_models_raise(name):
         lorax_hf.generate(fn, params, IDS, max_new_tokens=2)
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     fn, params = lorax_hf.from_torch(tiny_torch.causal("llama"))
     with pytest.raises(TypeError, match="the function that `from_torch`"):
         lorax_hf.generate(lambda p, x: x, params, IDS, max_new_tokens=2)

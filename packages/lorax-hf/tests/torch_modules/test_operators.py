@@ -1,4 +1,4 @@
-"""Operators that torchax computes differently: values, gradients and random numbers of PyTorch."""
+"""Operators that torchax computes differently have PyTorch's values and gradients."""
 
 import operator
 
@@ -17,7 +17,7 @@ IMAGE = np.sin(np.arange(4 * 7 * 8, dtype=np.float32)).reshape(1, 4, 7, 8)
 
 
 class Applies(nn.Module):
-    """A function of a product with a weight."""
+    """Applies a function to the product with a weight."""
 
     def __init__(self, function):
         super().__init__()
@@ -28,7 +28,7 @@ class Applies(nn.Module):
         return self.function(x @ self.weight)
 
 
-def same_as_in_torch(module, *arrays):
+def check_equals_torch(module, *arrays):
     """Checks values and gradients of a module."""
     fn, params = lorax_hf.from_torch(module.eval())
     expected = module(*map(torch.from_numpy, arrays))
@@ -62,38 +62,38 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name):
-    same_as_in_torch(Applies(FUNCTIONS[name]), X)
+def test_functions_equal_torch(name):
+    check_equals_torch(Applies(FUNCTIONS[name]), X)
 
 
 LAYERS = {
     "grouped": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, dilation=2),
     "depthwise": lambda: nn.ConvTranspose2d(4, 4, 2, groups=4, padding=1),
     "average": lambda: nn.AvgPool2d(3, 2, ceil_mode=True),
-    "average inside": lambda: nn.AvgPool2d((3, 2), (2, 3), 1, True, False),
-    "average by": lambda: nn.AvgPool2d(2, divisor_override=3),
+    "average without padding": lambda: nn.AvgPool2d((3, 2), (2, 3), 1, True, False),
+    "average by divisor": lambda: nn.AvgPool2d(2, divisor_override=3),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(name):
+def test_layers_equal_torch(name):
     torch.manual_seed(0)
-    same_as_in_torch(nn.Sequential(nn.Conv2d(4, 4, 1), LAYERS[name]()), IMAGE)
+    check_equals_torch(nn.Sequential(nn.Conv2d(4, 4, 1), LAYERS[name]()), IMAGE)
 
 
-def test_gradients_by_frequency():
+def test_embedding_gradients_scaled_by_frequency():
     ids = np.array([[1, 2, 2, 5], [7, 2, 1, 1]])
     torch.manual_seed(0)
-    same_as_in_torch(nn.Embedding(9, 6, padding_idx=7, scale_grad_by_freq=True), ids)
+    check_equals_torch(nn.Embedding(9, 6, padding_idx=7, scale_grad_by_freq=True), ids)
 
 
-def test_indices_outside_a_table_are_visible():
+def test_indices_outside_a_table_give_nan():
     fn, params = lorax_hf.from_torch(nn.Embedding(9, 6))
     missing = np.isnan(np.asarray(fn(params, np.array([-1, 0, 8, 9, -100]))))
     np.testing.assert_array_equal(missing.all(1), [True, False, False, True, True])
 
 
-def test_a_mask_beside_a_causal_one_raises():
+def test_mask_with_is_causal_raises():
     attend = functional.scaled_dot_product_attention
     mask = torch.ones(4, 4, dtype=torch.bool)
     fn, params = lorax_hf.from_torch(Applies(lambda y: attend(y, y, y, mask, is_causal=True)))
@@ -130,19 +130,19 @@ ON_THE_HOST = {
 
 
 @pytest.mark.parametrize("name", ON_THE_HOST)
-def test_random_numbers_of_the_host_raise(name):
+def test_random_numbers_from_the_host_raise(name):
     fn, params = lorax_hf.from_torch(Applies(ON_THE_HOST[name]))
     with pytest.raises(ValueError, match="random numbers that PyTorch has drawn.*device=x.device"):
         jax.jit(fn)(params, X, rng=jax.random.key(0))
 
 
-def test_a_single_number_may_decide():
+def test_random_number_can_decide_a_branch():
     fn, params = lorax_hf.from_torch(Applies(lambda y: y if torch.rand([]) < 0.0 else 2 * y))
     np.testing.assert_allclose(fn(params, X), 2 * X @ np.asarray(params["weight"]), atol=1e-5)
 
 
 @pytest.mark.parametrize("combine", [operator.add, operator.mul, operator.matmul])
-def test_shapes_that_do_not_match_are_named(combine):
+def test_mismatched_shapes_raise(combine):
     fn, params = lorax_hf.from_torch(Applies(lambda y: combine(y, y[:, :5])))
     with pytest.raises(ValueError, match=r"incompatible shapes|\(6,\) and \(5,\)|contract"):
         fn(params, X)

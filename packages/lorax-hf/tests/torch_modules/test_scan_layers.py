@@ -1,4 +1,4 @@
-"""`scan_layers`: what the unrolled module computes, with one program for all equal layers."""
+"""`scan_layers` equals the unrolled module, with one program for all equal layers."""
 
 import re
 import warnings
@@ -36,7 +36,7 @@ STACKS = {"gpt2": {"transformer.h.0:3"}, "qwen3": {"model.layers.0:4:2", "model.
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_values_and_gradients_are_those_of_the_unrolled_module(kind, models):
+def test_values_and_gradients_equal_the_unrolled_module(kind, models):
     fn, params = lorax_hf.from_torch(models[kind])
     scan, stacks = lorax_hf.from_torch(models[kind], scan_layers=True)
     assert {".".join(name.split(".")[:3]) for name in stacks if ":" in name} == STACKS[kind]
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_unrolled_module(kind, models):
         np.testing.assert_allclose(gradient[name], wanted, atol=2e-5 * largest, err_msg=name)
 
 
-def test_stacks_are_adapted_and_never_built(models):
+def test_stacks_are_adapted_and_not_materialized(models):
     model = models["mixtral"]
     fn, params = lorax_hf.from_torch(model, scan_layers=True)
     spec = lorax_hf.spec(fn, rank=2, targets="experts")
@@ -61,7 +61,7 @@ def test_stacks_are_adapted_and_never_built(models):
     testing.check(lambda p, x: fn(p, x).logits, params, spec, IDS, transforms=False)
 
 
-def test_the_number_of_equations_does_not_grow():
+def test_number_of_equations_does_not_grow():
     counts = []
     for layers in (3, 6):
         fn, params = lorax_hf.from_torch(
@@ -79,7 +79,7 @@ def test_inputs_of_spec_are_traced_with_the_scan(models):
     )
 
 
-def test_names_are_those_of_single_layers(models):
+def test_peft_names_are_those_of_single_layers(models):
     fn, _ = lorax_hf.from_torch(models["gpt_oss"], scan_layers=True)
     names = lorax_hf.peft_names(fn)
     assert names["model.layers.1:4:2.mlp.experts.down_proj"] == {
@@ -96,7 +96,7 @@ def test_names_are_those_of_single_layers(models):
     assert names["lm_head.weight"]["module"] == "lm_head"
 
 
-def test_layers_are_chosen_together(models):
+def test_layers_are_targeted_together(models):
     fn, _ = lorax_hf.from_torch(models["gpt_oss"], scan_layers=True)
     spec = lorax_hf.spec(fn, targets=["q_proj"], layers=[1, 3])
     chosen = [name for name, leaf in spec.items() if leaf != lorax.LORA_FREEZE]
@@ -107,7 +107,7 @@ def test_layers_are_chosen_together(models):
         lorax_hf.spec(fn, targets=["q_proj"], layers=7)
 
 
-def test_dropout_differs_from_layer_to_layer():
+def test_dropout_differs_between_layers():
     class Noise(nn.Module):
         def __init__(self):
             super().__init__()
@@ -124,7 +124,7 @@ def test_dropout_differs_from_layer_to_layer():
     run = jax.jit(lambda k: fn(params, x, rng=jax.random.key(k)))
     np.testing.assert_array_equal(run(0), run(0))
     assert (run(0) != run(1)).any()
-    # The same draw in every layer would leave 0 and 8 alone.
+    # With the same draw in every layer, all values would be 0 or 8.
     assert set(np.unique(run(0))) == {0, 2, 4, 6, 8}
     with pytest.raises(TypeError, match="rng="):
         fn(params, x)
@@ -146,7 +146,7 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Layers, and what is done with them."""
+    """Layers, and a function that runs them."""
 
     def __init__(self, layers, run):
         super().__init__()
@@ -171,7 +171,7 @@ X = jnp.sin(jnp.arange(8.0)).reshape(2, 4)
 
 
 @pytest.mark.parametrize("run", [in_turn, twice])
-def test_buffers_of_layers_and_several_turns(run):
+def test_buffers_and_repeated_runs_equal_the_unrolled_module(run):
     tower = tiny_torch.randomized(Tower([Layer(k) for k in range(5)], run))
     fn, params = lorax_hf.from_torch(tower, scan_layers=["layers"])
     assert fn.buffers["layers.0:5.scale"].shape == (5,)
@@ -206,7 +206,7 @@ def test_runs_of_layers():
         np.testing.assert_allclose(fn(params, X), output, rtol=2e-6)
 
 
-def test_layers_that_are_left_out_are_warned_of():
+def test_unscanned_layers_warn():
     tower = Tower([Layer(0, kind="first"), *(Layer(k, kind="x") for k in (1, 2))], in_turn)
     with pytest.warns(UserWarning, match=r"layers 0 of `layers` are not.*`kind` is 'x', not 'firs"):
         lorax_hf.from_torch(tower, scan_layers=True)
@@ -255,7 +255,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_differences_are_named(case):
+def test_differences_between_layers_are_reported(case):
     one, other, message = DIFFERENT[case]
     assert re.match(message, difference(one, other, 1) or ""), difference(one, other, 1)
     assert difference(one, one, 0) is None
@@ -344,7 +344,7 @@ def test_modules_without_equal_layers_raise():
             lorax_hf.from_torch(module, scan_layers=wanted)
 
 
-def test_a_folder_is_loaded_into_stacks(models, tmp_path):
+def test_load_torch_into_stacks(models, tmp_path):
     for kind in ("mixtral", "gpt_oss"):
         models[kind].save_pretrained(tmp_path / kind)
         expected = lorax_hf.from_torch(models[kind], scan_layers=True)[1]
@@ -361,7 +361,7 @@ def test_a_folder_is_loaded_into_stacks(models, tmp_path):
             assert fn.members.keys() == expected.keys()
 
 
-def test_generate_takes_stacks():
+def test_generate_accepts_stacks():
     model = tiny_torch.randomized_causal("qwen3")
     fn, params = lorax_hf.from_torch(model)
     scan, stacks = lorax_hf.from_torch(model, scan_layers=True)
@@ -376,7 +376,7 @@ def test_generate_takes_stacks():
     np.testing.assert_array_equal(tokens, lorax_hf.generate(scan, merged, IDS, max_new_tokens=4))
 
 
-def test_names_of_members():
+def test_names_of_stack_members():
     runs = [Run("a.b", 1, 2, 2), Run("c", 0, 1, 3)]
     names = ["x", *(f"a.b.{k}.w" for k in range(6)), *(f"c.{k}.v.w" for k in range(3)), "cc.0.w"]
     assert members_of(names, runs) == {

@@ -1,4 +1,4 @@
-"""`spec`, `peft_names` and `lora` for PyTorch modules: choices, axes, PyTorch names."""
+"""`spec`, `peft_names` and `lora` for PyTorch modules: targets, axes and names."""
 
 import re
 
@@ -19,13 +19,13 @@ LAYER = "model.layers.0."
 
 
 def adapted(model, **options):
-    """What a spec adapts, by name."""
+    """The adapted leaves of a spec, by name."""
     spec = lorax_hf.spec(model, **options)
     return {path: leaf for path, leaf in spec.items() if leaf != lorax.LORA_FREEZE}
 
 
-def ends(model, **options):
-    """The last names of the modules, or of the experts' parameters, in layer 0 or in none."""
+def last_names(model, **options):
+    """The last names of modules or expert parameters, in layer 0 or outside of layers."""
     modules = {path.removesuffix(".weight") for path in adapted(model, **options)}
     return {path.rpartition(".")[2] for path in modules if ".0." in path or ".1." not in path}
 
@@ -53,7 +53,7 @@ CHOICES = {
 
 @pytest.mark.parametrize(("kind", "targets"), CHOICES)
 def test_named_choices(kind, targets):
-    assert ends(tiny_torch.causal(kind), targets=targets) == CHOICES[kind, targets]
+    assert last_names(tiny_torch.causal(kind), targets=targets) == CHOICES[kind, targets]
 
 
 WAYS = {
@@ -67,10 +67,10 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_other_choices(way):
     targets, expected = WAYS[way]
-    assert ends(tiny_torch.causal("llama"), targets=targets) == expected
+    assert last_names(tiny_torch.causal("llama"), targets=targets) == expected
 
 
-def test_all_options_are_those_of_flax_models():
+def test_options_equal_those_of_flax_models():
     chosen = adapted(
         tiny_torch.causal("llama"),
         rank=5,
@@ -99,7 +99,7 @@ def test_all_options_are_those_of_flax_models():
 
 
 class Mixed(nn.Module):
-    """A weight of every class of modules that says what its axes are, and of some that do not."""
+    """Weights of every module class with known axes, and of some with unknown axes."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class Mixed(nn.Module):
 IDS = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
 
 
-def test_axes_are_those_that_a_trace_finds():
+def test_axes_equal_those_of_a_trace():
     module = tiny_torch.randomized(Mixed())
     fn, params = lorax_hf.from_torch(module)
     traced = lorax.infer_spec(fn, params, jnp.asarray(IDS), rank=2, skip_small=False)
@@ -131,7 +131,7 @@ def test_axes_are_those_that_a_trace_finds():
     testing.check(fn, params, spec, jnp.asarray(IDS), transforms=False)
 
 
-def test_weights_of_unknown_axes_are_named():
+def test_weights_with_unknown_axes_raise_or_warn():
     module = Mixed()
     with pytest.raises(lorax.SpecError, match="`across.weight` of ConvTranspose1d.*`inputs=`"):
         lorax_hf.spec(module, targets=["across"])
@@ -143,7 +143,7 @@ def test_weights_of_unknown_axes_are_named():
         lorax_hf.spec(module, targets=["across"], inputs=jnp.asarray(IDS))
 
 
-def test_names():
+def test_peft_names():
     names = lorax_hf.peft_names(Mixed())
     assert names["head.weight"] == {
         "type": "Linear",
@@ -191,20 +191,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_wrong_options_are_named(name):
+def test_invalid_options_raise(name):
     options, message = REFUSED[name]
     with pytest.raises(lorax.SpecError, match=message):
         lorax_hf.spec(tiny_torch.causal("llama"), **options)
 
 
-def test_patterns_without_an_effect_are_named():
+def test_patterns_without_an_effect_warn():
     with pytest.warns(
         lorax.UnadaptedWarning, match="alpha_pattern has 'up_proj', which matches no"
     ):
         lorax_hf.spec(tiny_torch.causal("llama"), alpha_pattern={"up_proj": 2, "q_proj": 3})
 
 
-def test_weights_that_are_computed_are_named():
+def test_computed_weights_warn():
     normalized = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
     module = nn.Sequential(normalized, nn.Linear(6, 6))
     original = "0.parametrizations.weight.original1"
@@ -214,14 +214,14 @@ def test_weights_that_are_computed_are_named():
     assert traced.keys() == {"1.weight", original}
 
 
-def test_a_module_with_adapters_of_peft_is_named():
+def test_module_with_peft_adapters_raises():
     tuned = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
     for use in (lorax_hf.spec, lorax_hf.peft_names):
         with pytest.raises(lorax.SpecError, match="`1` is a Linear of PEFT: .*merge_and_unload"):
             use(nn.Sequential(nn.Linear(6, 6), tuned(6, 6)))
 
 
-def test_a_type_without_a_default_of_peft_is_named():
+def test_type_without_a_peft_default_raises():
     with pytest.raises(lorax.SpecError, match="PEFT has no default for this module"):
         lorax_hf.spec(nn.Sequential(nn.Linear(6, 5)))
     config = transformers.OlmoConfig(num_hidden_layers=1)
@@ -229,14 +229,14 @@ def test_a_type_without_a_default_of_peft_is_named():
         lorax_hf.spec(config)
 
 
-def test_a_config_is_enough():
+def test_spec_accepts_a_config():
     model = tiny_torch.causal("qwen3")
     model.config.architectures = ["Qwen3ForCausalLM"]
     assert lorax_hf.spec(model.config, rank=2) == lorax_hf.spec(model, rank=2)
     assert lorax_hf.peft_names(model.config) == lorax_hf.peft_names(model)
 
 
-def test_the_adapted_module_is_called_as_the_module_is():
+def test_adapted_module_is_called_like_the_module():
     model = tiny_torch.causal("llama")
     _, params = lorax_hf.from_torch(model)
     spec = lorax_hf.spec(model, rank=2, targets="all-linear")
@@ -256,11 +256,11 @@ def test_the_adapted_module_is_called_as_the_module_is():
         adapted.no_such_thing  # noqa: B018
 
 
-def test_doctor_takes_a_module():
+def test_doctor_accepts_a_module():
     assert lorax_hf.doctor(tiny_torch.causal("llama")) == lorax_hf.doctor(nn.Linear(2, 2)) == []
 
 
-def test_a_model_that_cannot_be_traced_is_known():
+def test_untraceable_model_warns():
     config = transformers.XLMConfig(emb_dim=16, n_layers=1, n_heads=4, n_words=31)
     model = transformers.XLMModel(config).eval()
     (finding,) = lorax_hf.doctor(model)

@@ -1,4 +1,4 @@
-"""What a module keeps, changes and refers to: nothing stays behind, and nothing is lost unseen."""
+"""State of modules: it is restored after a call, and lost changes cause warnings."""
 
 import functools
 
@@ -15,7 +15,7 @@ X = np.sin(np.arange(24, dtype=np.float32)).reshape(4, 6)
 
 
 class With(nn.Module):
-    """A linear layer, then a function of the module and its output."""
+    """A linear layer, followed by a function of the module and the output."""
 
     def __init__(self, function, **attributes):
         super().__init__()
@@ -51,7 +51,7 @@ KEPT = {"list": (append, list), "dict": (remember, dict), "object": (count, Coun
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_attributes_refer_to_is_restored(name):
+def test_objects_in_attributes_are_restored(name):
     function, kind = KEPT[name]
     module = With(function, kept=kind())
     fn, params = lorax_hf.from_torch(module)
@@ -90,7 +90,7 @@ def test_parameters_have_gradients_under_every_reference(make):
         np.testing.assert_allclose(gradient[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_parameters_of_others_are_named_constants():
+def test_parameters_of_other_modules_warn():
     other = nn.Linear(6, 6, bias=False)
     fn, params = lorax_hf.from_torch(With(lambda self, y: self.hidden[0](y), hidden=[other]))
     with pytest.warns(lorax_hf.ModuleWarning, match=r"\(6, 6\) that requires a gradient"):
@@ -103,7 +103,7 @@ def test_parameters_of_others_are_named_constants():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_parameters_that_a_hook_computes_are_no_constants():
+def test_parameters_computed_by_a_hook_are_not_constants():
     module = torch.nn.utils.weight_norm(nn.Linear(6, 5))
     fn, params = lorax_hf.from_torch(module)
     np.testing.assert_allclose(
@@ -112,7 +112,7 @@ def test_parameters_that_a_hook_computes_are_no_constants():
 
 
 class Average(nn.Module):
-    """A module that changes a buffer, in place or by another one, and normalizes with it."""
+    """A module that updates a buffer, in place or by assignment, and normalizes with it."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -128,7 +128,7 @@ class Average(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_changed_buffers_are_named(in_place):
+def test_changed_buffers_warn(in_place):
     module = Average(in_place)
     fn, params = lorax_hf.from_torch(module)
     with pytest.warns(lorax_hf.ModuleWarning, match="Average changes `mean` when it is called"):
@@ -137,7 +137,7 @@ def test_changed_buffers_are_named(in_place):
     np.testing.assert_allclose(output, module(torch.from_numpy(X)), atol=1e-6)
 
 
-def test_arrays_of_other_shapes_are_named():
+def test_mismatched_array_shapes_raise():
     fn, params = lorax_hf.from_torch(nn.Linear(6, 5))
     with pytest.raises(ValueError, match=r"`bias` of Linear has the shape \(5,\).*\(1,\)"):
         fn({**params, "bias": jnp.ones(1)}, X)
@@ -164,7 +164,7 @@ WRAPPERS = {"compile": torch.compile, "data parallel": data_parallel}
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrapped_modules_have_their_own_names(name):
+def test_names_of_wrapped_modules(name):
     module = nn.Sequential(nn.Linear(6, 6))
     wrapper = WRAPPERS[name](module)
     fn, params = lorax_hf.from_torch(wrapper)
@@ -174,7 +174,7 @@ def test_wrapped_modules_have_their_own_names(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-def test_compiled_graphs_are_named():
+def test_compiled_graphs_raise():
     script = torch.jit.trace(nn.Linear(6, 6), torch.from_numpy(X))
     with pytest.raises(TypeError, match="`0` is a TopLevelTracedModule.*not in Python"):
         lorax_hf.from_torch(nn.Sequential(script))
@@ -189,7 +189,7 @@ def of_a_parameter(module):
 
 
 @pytest.mark.parametrize(("hook", "name"), [(of_a_module, "0"), (of_a_parameter, "0.weight")])
-def test_backward_hooks_are_named(hook, name):
+def test_backward_hooks_warn(hook, name):
     module = nn.Sequential(nn.Linear(6, 6))
     hook(module[0])
     with pytest.warns(
@@ -198,7 +198,7 @@ def test_backward_hooks_are_named(hook, name):
         lorax_hf.from_torch(module)
 
 
-def test_integers_of_64_bits_are_not_cut():
+def test_64_bit_integers_are_not_truncated():
     module = nn.Linear(6, 6)
     module.register_buffer("primes", torch.tensor([2**40 + 15]))
     with pytest.raises(ValueError, match="int64 .* has integers that int32 does not hold.*1099511"):

@@ -1,4 +1,4 @@
-"""Tiny models of transformers 5, and custom ones, with inputs for them."""
+"""Tiny transformers 5 models and custom ones, with inputs."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def causal(kind: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A module with random values in every parameter and floating buffer."""
+    """A module with random values in every parameter and floating-point buffer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -43,7 +43,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def randomized_causal(kind: str, **changes: Any) -> Any:
-    """A causal model whose tokens differ: its weights are larger than those that it starts with."""
+    """A causal model with larger weights than the initial ones, so that its tokens differ."""
     model = causal(kind, **changes)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Bases whose weights are codes: decoded and merged, or refused by the format's name."""
+"""Quantized bases: decoded and merged, or rejected by the format's name."""
 
 import json
 from typing import Any
@@ -23,8 +23,8 @@ f32 = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
 fp8 = lambda *shape: np.ones(shape, jnp.float8_e4m3fn)  # noqa: E731
 draw = lambda *shape: np.random.default_rng(sum(shape)).normal(size=shape)  # noqa: E731
 
-# The tensors of a module of 64 outputs and 32 inputs in formats that are not decoded, and a word of
-# the message.
+# The tensors of a module with 64 outputs and 32 inputs in unsupported formats, and a word of the
+# message.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ComfyUI": ({"weight": fp8(64, 32), "scale_weight": f32()}, "ComfyUI"),
     "HQQ": ({"W_q": u8(32, 32), "scale": f32(64, 1), "zero": f32(64, 1)}, "HQQ"),
@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GPTQ of 3 bits": (
         {"qweight": i32(3, 64), "qzeros": i32(1, 6), "scales": f32(1, 64)}, "codes of 3.0 bits",
     ),
-    "AWQ of too few words": (
+    "AWQ with too few words": (
         {"qweight": i32(32, 7), "qzeros": i32(1, 8), "scales": f32(1, 64)}, r"(32, 8) would fit",
     ),
 }  # fmt: skip
@@ -86,7 +86,7 @@ def test_config_names_the_method(shell, files):
 
 _GPTQ = {"qweight": i32(4, 64), "qzeros": i32(1, 8), "scales": f32(1, 64)}
 _SCALED = {"weight": i8(64, 32), "weight_scale": f32(64, 1)}
-# Settings that change what codes mean, and a word of the message.
+# Settings that change the meaning of codes, and a word of the message.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "only the config": ({"blob": u8(9)}, {"quant_method": "later"}, "is stored as later"),
     "layout": (_GPTQ, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
@@ -97,14 +97,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_that_are_not_read_raise_by_name(shell, files, case):
+def test_unsupported_settings_raise_by_name(shell, files, case):
     tensors, settings, word = SETTINGS[case]
     write(files, Q, tensors, {"quantization_config": settings})
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     assert word in shell.fail("merge adapter --base base --out m")
 
 
-def test_8_bit_floats_without_a_scale_are_numbers(shell, files):
+def test_8_bit_floats_without_scales_are_plain_floats(shell, files):
     write(files, Q, {"weight": fp8(64, 32)})
     files.peft(files.pair(Q, 64, 32), target_modules=["q_proj"])
     shell.succeed("merge adapter --base base --out merged")
@@ -112,7 +112,7 @@ def test_8_bit_floats_without_a_scale_are_numbers(shell, files):
     assert merged.dtype == jnp.float8_e4m3fn
 
 
-# Decoded.
+# Supported formats
 
 
 def nf4() -> tuple[dict[str, Any], Any]:
@@ -132,7 +132,7 @@ def nf4() -> tuple[dict[str, Any], Any]:
 
 
 def words(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Eight codes of four bits to an int32 along the last axis, the first lowest."""
+    """Packs eight 4-bit codes into an int32 along the last axis, the first in the lowest bits."""
     eight = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.int64) << np.arange(0, 32, 4)
     return eight.sum(-1).astype(np.uint32).view(np.int32)
 
@@ -190,7 +190,7 @@ def config_of(form: str) -> dict[str, Any]:
 
 @pytest.fixture
 def coded(files):
-    """Writes a base with one weight in codes and one in floats; returns the coded one's floats."""
+    """Writes a base with a quantized and a float weight; returns the quantized one's values."""
 
     def written(form, adapted=("q_proj",)):
         tensors, weight = DECODED[form]()
@@ -220,8 +220,8 @@ def test_codes_are_decoded_and_merged(shell, files, tmp_path, coded, form):
 
 @pytest.mark.parametrize("form", DECODED)
 @pytest.mark.parametrize("which", ["base", "tuned"])
-def test_the_difference_to_codes_is_extracted(shell, files, coded, form, which):
-    """Either side of `extract` may be codes; the other one is floats here."""
+def test_extract_accepts_codes_on_either_side(shell, files, coded, form, which):
+    """Either side of `extract` can be quantized; the other one is floats here."""
     weight, delta = coded(form)
     held = files.read("base/model.safetensors")
     floats = {f"{Q}.weight": np.asarray(weight + delta, np.float32)}
@@ -230,12 +230,12 @@ def test_the_difference_to_codes_is_extracted(shell, files, coded, form, which):
     shell.succeed("extract --base {} --tuned {} --out x --rank 4 --to peft".format(*sides))
     tensors = files.read("x/adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{Q}.lora_{side}.weight"] for side in "AB")
-    # The file has its weight in the dtype that it is decoded to.
+    # The file has the dtype to which the weight is decoded.
     atol = 0.05 * np.abs(delta).max()
     np.testing.assert_allclose(b @ a, delta if which == "base" else -delta, rtol=0, atol=atol)
 
 
-def test_codes_that_cannot_be_read_are_refused_by_extract(shell, files):
+def test_extract_of_unreadable_codes_raises(shell, files):
     tensors, word = REFUSED["GPTQ of 3 bits"]
     write(files, Q, tensors)
     files.base({f"{Q}.weight": f32(64, 32), f"{V}.weight": f32(64, 32)}, None, "tuned")
@@ -243,7 +243,7 @@ def test_codes_that_cannot_be_read_are_refused_by_extract(shell, files):
 
 
 @pytest.mark.parametrize("form", DECODED)
-def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form):
+def test_codes_without_an_adapter_are_copied(shell, files, tmp_path, coded, form):
     coded(form, adapted=("v_proj",))
     shell.succeed("merge adapter --base base --out m")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
@@ -254,7 +254,7 @@ def test_codes_that_no_adapter_touches_stay(shell, files, tmp_path, coded, form)
 
 
 @pytest.mark.parametrize("form", ["fp8 with a scale"])
-def test_requantize_keeps_the_codes_format(shell, files, tmp_path, coded, form):
+def test_requantize_keeps_the_format_of_codes(shell, files, tmp_path, coded, form):
     weight, delta = coded(form)
     shell.succeed("merge adapter --base base --out m --requantize", "quantized again")
     before, after = files.read("base/model.safetensors"), files.read("m/model.safetensors")
@@ -285,14 +285,14 @@ def test_requantize_fp8_in_blocks(shell, files):
 
 
 @pytest.mark.parametrize("form", ["bitsandbytes, 4 bits", "GPTQ", "compressed-tensors"])
-def test_packed_codes_are_not_written(shell, tmp_path, coded, form):
+def test_requantize_to_packed_codes_raises(shell, tmp_path, coded, form):
     coded(form)
     message = shell.fail("merge adapter --base base --out m --requantize")
     assert "not written, only read" in message
     assert not (tmp_path / "m").exists()
 
 
-def test_an_index_lists_the_floats(shell, files, tmp_path, coded):
+def test_index_lists_the_decoded_floats(shell, files, tmp_path, coded):
     coded("GPTQ")
     base = tmp_path / "base"
     index = {"weight_map": dict.fromkeys(files.read("base/model.safetensors"), "part.safetensors")}
@@ -305,7 +305,28 @@ def test_an_index_lists_the_floats(shell, files, tmp_path, coded):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
 
 
-def test_a_whole_module_replaces_codes(shell, files, coded):
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_settings_of_codes_are_not_copied_with_floats(shell, tmp_path, coded, name):
+    coded("GPTQ")
+    (tmp_path / "base" / name).write_text('{"bits": 4}')
+    shell.succeed("merge adapter --base base --out m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "config.json", "model.safetensors"
+    }  # fmt: skip
+
+
+def test_merge_raises_if_other_codes_cannot_be_read(shell, files, tmp_path, coded):
+    """The config of floats would leave the other codes without a meaning."""
+    coded("GPTQ")
+    refused, _ = REFUSED["GPTQ of 3 bits"]
+    tensors = files.read("base/model.safetensors")
+    tensors |= {f"{V[:-6]}k_proj.{name}": x for name, x in refused.items()}
+    files.base(tensors, config_of("GPTQ"))
+    message = shell.fail("merge adapter --base base --out m")
+    assert "k_proj" in message and not (tmp_path / "m").exists()
+
+
+def test_fully_trained_module_replaces_codes(shell, files, coded):
     coded("fp8 in blocks")
     whole = files.draw(OUT, IN)
     files.peft(
@@ -335,7 +356,7 @@ def test_experts_in_mxfp4(shell, files):
     }
 
 
-def test_native_adapters_are_merged_likewise(shell, files, coded):
+def test_native_adapters_are_merged_into_codes(shell, files, coded):
     weight, _ = coded("fp8 in blocks")
     a, b = jnp.full((OUT, 2), 0.5), jnp.ones((2, IN))
     save_adapter("a.safetensors", {f"{Q}.weight": LoraWeight(a, b, rank=2)})

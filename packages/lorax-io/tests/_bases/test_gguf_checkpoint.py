@@ -1,4 +1,4 @@
-"""Adapters merged into GGUF files, which the `gguf` package writes from weights of transformers."""
+"""Adapters merged into GGUF files, which the `gguf` package writes from transformers weights."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ STATED = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_head
 
 
 def shapes(arch, head=True):
-    """The weights of a model in transformers, and the names that llama.cpp has for them."""
+    """The weights of a transformers model, and their names in llama.cpp."""
     kv = WIDTH // HEADS * KV_HEADS
     found = {
         "model.embed_tokens.weight": ("token_embd.weight", (TOKENS, WIDTH)),
@@ -55,7 +55,7 @@ def shapes(arch, head=True):
 
 
 def permuted(weight, heads):
-    """The rows of q and k as llama.cpp's converter writes them."""
+    """The rows of q and k in the order of llama.cpp's converter."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -63,7 +63,7 @@ def permuted(weight, heads):
 def write(
     files, arch="llama", kind=Q8_0, head=True, extra=None, fields=(), layers=LAYERS, lost=None
 ):
-    """Writes a model; gives the weights of transformers that are in it, decoded."""
+    """Writes a model; returns its decoded weights by transformers' names."""
     writer = gguf.GGUFWriter("model.gguf", arch)
     writer.add_block_count(layers)
     writer.add_embedding_length(WIDTH)
@@ -74,7 +74,7 @@ def write(
     weights = {}
     for name, (own, shape) in shapes(arch, head).items():
         array = files.draw(*shape)
-        # Codes of rows are the same in any order of them.
+        # Rows are quantized independently, so their order does not matter.
         used = gguf.GGMLQuantizationType.F32 if len(shape) == 1 else kind
         weights[name] = gguf.dequantize(gguf.quantize(array, used), used)
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
@@ -92,7 +92,7 @@ def write(
 
 
 def adapter(files, *modules, folder="adapter"):
-    """LoRA of modules, by their last names, in all layers."""
+    """Writes LoRA for the modules with these last names in all layers."""
     known = shapes("llama")
     tensors, ends = {}, modules or ("q_proj", "k_proj", "down_proj")
     for name, (_, shape) in known.items():
@@ -104,7 +104,7 @@ def adapter(files, *modules, folder="adapter"):
 
 
 def merged(weights, tensors):
-    """The weights, each with twice the product of its factors: alpha is 4, and the rank 2."""
+    """The weights plus twice the product of their factors, since alpha is 4 and the rank 2."""
     found = dict(weights)
     for name in weights:
         module = name.removesuffix(".weight")
@@ -115,7 +115,7 @@ def merged(weights, tensors):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_merging_is_merging_into_the_decoded_weights(shell, files, arch):
+def test_merge_equals_merging_into_decoded_weights(shell, files, arch):
     weights = write(files, arch)
     tensors = adapter(files)
     assert "fits model.gguf" in shell.succeed("verify adapter --base model.gguf")
@@ -127,7 +127,7 @@ def test_merging_is_merging_into_the_decoded_weights(shell, files, arch):
         if array is weights[name]:
             np.testing.assert_array_equal(found[name], array, err_msg=name)
         np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
-    # The same checkpoint of transformers, merged.
+    # The same checkpoint, merged in transformers' format.
     files.base(weights)
     shell.succeed("merge adapter --base base --out again")
     again = files.read("again/model.safetensors")
@@ -144,7 +144,7 @@ def test_dtype_follows_the_file(shell, files, kind, dtype):
     shell.succeed("merge adapter --base model.gguf --out m")
     found = files.read("m/model.safetensors")
     assert {array.dtype for array in found.values()} == {np.dtype(dtype)}
-    # It is merged in float32, and rounded once.
+    # Merged in float32, and rounded once.
     for name, array in merged(weights, tensors).items():
         close = np.abs(found[name].astype(np.float32) - array)
         assert (close <= 0.51 * np.spacing(np.abs(array).astype(dtype)).astype(np.float32)).all()
@@ -177,7 +177,7 @@ def test_several_files_with_config_and_tokenizer(shell, files, monkeypatch):
 @pytest.mark.parametrize(
     "command", ["verify a --base model.gguf", "merge a --base model.gguf --out m"]
 )
-def test_an_adapter_of_what_the_file_lacks(shell, files, tmp_path, command):
+def test_adapter_of_missing_tensors_raises(shell, files, tmp_path, command):
     write(files, head=False)
     adapter(files, "lm_head", folder="a")
     assert "put a config.json beside it" in shell.fail(command)
@@ -209,7 +209,7 @@ ODD = np.ones((2, 32), np.float32)
         ({"fields": [("general.type", "adapter")]}, "the type 'adapter'"),
     ],
 )
-def test_files_that_are_refused(shell, files, tmp_path, made, word):
+def test_unsupported_gguf_files_raise(shell, files, tmp_path, made, word):
     write(files, **made)
     adapter(files)
     assert word in shell.fail("merge adapter --base model.gguf --out m")
@@ -217,7 +217,7 @@ def test_files_that_are_refused(shell, files, tmp_path, made, word):
 
 
 @pytest.mark.parametrize("left", [0.02, 0.5, 0.999])
-def test_a_file_cut_short(shell, files, tmp_path, left):
+def test_truncated_gguf_raises(shell, files, tmp_path, left):
     write(files)
     adapter(files)
     file = pathlib.Path("model.gguf")
@@ -237,14 +237,14 @@ def test_a_file_cut_short(shell, files, tmp_path, left):
         ({"model_type": ["llama"], "tie_word_embeddings": None}, "tie_word_embeddings = true"),
     ],
 )
-def test_the_config_of_another_model(shell, files, config, word):
+def test_mismatched_config_raises(shell, files, config, word):
     write(files, head=False)
     adapter(files)
     pathlib.Path("config.json").write_text(json.dumps(config))
     assert word in shell.fail("verify adapter --base model.gguf")
 
 
-def test_options_that_do_not_fit(shell, files):
+def test_incompatible_options_raise(shell, files):
     weights = write(files)
     adapter(files)
     files.base(weights)
@@ -255,14 +255,14 @@ def test_options_that_do_not_fit(shell, files):
     assert "GGUF file itself" in shell.fail("verify adapter --base folder")
 
 
-def test_numbers_beyond_float16(shell, files, tmp_path):
+def test_merge_beyond_float16_raises(shell, files, tmp_path):
     write(files, extra={"output_norm.bias": np.full(64, 1e6, np.float32)})
     adapter(files)
     assert "float16" in shell.fail("merge adapter --base model.gguf --out m --dtype float16")
     assert not (tmp_path / "m").exists()
 
 
-def test_factors_of_positions_are_not_written(shell, files):
+def test_rope_factors_are_not_written(shell, files):
     write(files, extra={"rope_freqs.weight": np.ones(8, np.float32)})
     adapter(files)
     shell.succeed("merge adapter --base model.gguf --out m", "rope_freqs.weight")

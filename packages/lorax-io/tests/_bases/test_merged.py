@@ -1,4 +1,4 @@
-"""Merged models as folders: every tensor once, bit for bit, or no folder at all."""
+"""Merged models in folders: every tensor once, bit for bit, or no folder."""
 
 import json
 from typing import Any
@@ -36,14 +36,14 @@ def draw(*shape, dtype=np.float32):
 
 
 def make_pair(dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Adapted: `q`, of three layers, and `gpt2`; frozen: `experts`; in full: `norm` and `head`."""
+    """Adapts `q` (three layers) and `gpt2`, freezes `experts`, and trains `norm` and `head`."""
     frozen = {
         "q": draw(3, 5, 4, dtype=dtype),
         "gpt2": draw(5, 4, dtype=dtype),
         "experts": draw(2, 5, 4, dtype=dtype),
         "norm": None,
         "head": None,
-        "no array": "text",
+        "not an array": "text",
     }
     tunable = dict.fromkeys(frozen) | {
         "q": lorax.LoraWeight(draw(3, 5, 2), draw(3, 2, 4), rank=2, alpha=3.0, **AXES),
@@ -78,7 +78,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_one_file_holds_the_merged_model(folder, dtype):
+def test_one_file_contains_the_merged_model(folder, dtype):
     pair = make_pair(dtype)
     save_merged(folder, *pair, NAMES)
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
@@ -90,7 +90,7 @@ def test_one_file_holds_the_merged_model(folder, dtype):
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 300, 500, 10**9])
-def test_shards_hold_every_tensor_once(folder, shard_bytes):
+def test_shards_contain_every_tensor_once(folder, shard_bytes):
     pair = make_pair()
     save_merged(folder, *pair, NAMES, shard_bytes=shard_bytes)
     expected = expected_tensors(*pair)
@@ -114,7 +114,7 @@ def test_shards_hold_every_tensor_once(folder, shard_bytes):
         assert bytes_ <= shard_bytes or len(parameters) == 1
 
 
-def test_the_largest_parameter_does_not_bound_the_others(folder):
+def test_large_parameter_does_not_limit_shards_of_others(folder):
     params = {"a": draw(2, 3), "b large": draw(20, 30), "c": draw(2, 3)}
     names = {path: Linear(path) for path in params}
     save_merged(folder, params, dict.fromkeys(params), names, shard_bytes=50)
@@ -126,7 +126,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 7, "é": None}
 
 
 @pytest.mark.parametrize("form", ["dict", "file", "string"])
-def test_the_config_is_written_to_the_folder_of_the_weights(folder, tmp_path, form):
+def test_config_is_written_to_the_folder_of_the_weights(folder, tmp_path, form):
     file = tmp_path / "some config.json"
     file.write_text(json.dumps(CONFIG, ensure_ascii=False), encoding="utf-8")
     config = {"dict": CONFIG, "file": file, "string": str(file)}[form]
@@ -146,7 +146,7 @@ class Interrupt(BaseException):
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), Interrupt()], ids=["full", "key"])
-def test_an_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, error):
+def test_interrupted_save_leaves_no_folder(folder, tmp_path, monkeypatch, error):
     calls = []
 
     def interrupted(*arguments: Any, **options: Any):
@@ -172,7 +172,7 @@ def test_leftovers_of_a_killed_process_are_removed(folder, tmp_path):
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
 
 
-def test_an_empty_folder_is_filled_and_others_raise(folder):
+def test_nonempty_folder_raises(folder):
     folder.mkdir()
     save_merged(folder, *make_pair(), NAMES)
     before = (folder / "model.safetensors").read_bytes()
@@ -202,14 +202,14 @@ def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
     ],
     ids=["no name", "same tensor", "same layer", "no base", "not in the base"],
 )
-def test_a_model_that_would_be_wrong_raises(folder, tmp_path, pair, names, message):
+def test_incomplete_or_ambiguous_names_raise(folder, tmp_path, pair, names, message):
     frozen, tunable = pair
     with pytest.raises(AdapterMismatchError, match=message):
         save_merged(folder, frozen, tunable, names)
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_none_raise(folder, tmp_path):
+def test_nan_in_a_merged_weight_raises(folder, tmp_path):
     frozen, tunable = make_pair()
     tunable["norm"] = jnp.array([1.0, np.nan])
     with pytest.raises(AdapterError, match=r"`norm.weight` holds NaN"):
@@ -217,7 +217,7 @@ def test_numbers_that_are_none_raise(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mask_of_the_base_with_infinity(folder):
+def test_infinity_in_an_unchanged_base_is_saved(folder):
     frozen, tunable = make_pair()
     frozen["mask"] = jnp.array([0.0, -np.inf])
     tunable["mask"] = None
@@ -226,7 +226,7 @@ def test_mask_of_the_base_with_infinity(folder):
     np.testing.assert_array_equal(tensors["attn.mask"], [0.0, -np.inf])
 
 
-def test_two_entries_of_a_stack_are_not_one_tensor(folder, tmp_path):
+def test_two_stack_entries_with_one_name_raise(folder, tmp_path):
     frozen = {"w": jnp.ones((12, 12, 3, 5))}
     names = {"w": Linear("h.{}{}", shared_axes=(0, 1))}  # the same for (1, 10) and (11, 0)
     with pytest.raises(AdapterMismatchError, match="two parameters the tensor `h.110.weight`"):

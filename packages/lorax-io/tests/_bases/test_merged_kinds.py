@@ -1,4 +1,4 @@
-"""Merged models of every kind of adapter."""
+"""Saved merged models of every kind of adapter."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from lorax_io import (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_model_is_that_of_the_core(tmp_path, kind):
+def test_saved_model_equals_merge_params(tmp_path, kind):
     pair = make_pair(kind)
     save_merged(tmp_path / "merged", pair, NAMES)
     tensors = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""An adapter that lacks something never passes for a whole one."""
+"""Incomplete adapters are rejected."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ HEAD, TABLE, SCORE = "lm_head", "model.embed_tokens", "score"
 
 @pytest.fixture
 def base(files):
-    """Two layers, an embedding, a head, and what no adapter targets."""
+    """Two layers, an embedding, a head, and weights that no adapter targets."""
     tensors = {f"{Q.format(k)}.weight": files.draw(6, 5) for k in range(2)}
     tensors |= {f"{UP.format(k)}.weight": files.draw(7, 5) for k in range(2)}
     tensors |= {f"{TABLE}.weight": files.draw(11, 5), f"{HEAD}.weight": files.draw(11, 5)}
@@ -47,8 +47,8 @@ WHOLE = {
         {"target_modules": r".*(1\.self_attn\.q|0\.mlp\.up)_proj"},
     ),
     "all linear": lambda files: (q(files, 0, 1), {"target_modules": "all-linear"}),
-    "by the model's kind": lambda files: (q(files, 0, 1), {"target_modules": None}),
-    "head in full": lambda files: (
+    "by model type": lambda files: (q(files, 0, 1), {"target_modules": None}),
+    "full head": lambda files: (
         q(files, 0, 1) | {f"{SCORE}.weight": files.draw(3, 5), f"{SCORE}.bias": files.draw(3)},
         {"target_modules": ["q_proj"], "modules_to_save": ["score"]},
     ),
@@ -60,7 +60,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_whole_adapter_passes(shell, files, base, case):
+def test_complete_adapter_passes(shell, files, base, case):
     tensors, config = WHOLE[case](files)
     files.peft(tensors, **config)
     assert "OK, fits base" in shell.succeed("verify adapter --base base")
@@ -70,7 +70,7 @@ def test_whole_adapter_passes(shell, files, base, case):
 LACKING = {
     "a layer": lambda files: (q(files, 0), {"target_modules": ["q_proj"]}, Q.format(1)),
     "the first layer": lambda files: (q(files, 1), {"target_modules": ["q_proj"]}, Q.format(0)),
-    "a kind of module": lambda files: (
+    "all modules of one name": lambda files: (
         q(files, 0, 1),
         {"target_modules": ["q_proj", "up_proj"]},
         UP.format(0),
@@ -80,14 +80,14 @@ LACKING = {
         {"target_modules": r"model\.layers\.\d\.self_attn\.q_proj"},
         Q.format(1),
     ),
-    "of all linear": lambda files: (q(files, 0), {"target_modules": "all-linear"}, Q.format(1)),
-    "by the model's kind": lambda files: (q(files, 0), {"target_modules": None}, Q.format(1)),
-    "a module in full": lambda files: (
+    "from all linear": lambda files: (q(files, 0), {"target_modules": "all-linear"}, Q.format(1)),
+    "by model type": lambda files: (q(files, 0), {"target_modules": None}, Q.format(1)),
+    "a full module": lambda files: (
         q(files, 0, 1),
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         HEAD,
     ),
-    "a half of a module in full": lambda files: (
+    "part of a full module": lambda files: (
         q(files, 0, 1) | {f"{SCORE}.weight": files.draw(3, 5)},
         {"target_modules": ["q_proj"], "modules_to_save": ["score"]},
         f"{SCORE}.bias",
@@ -130,13 +130,13 @@ def test_missing_tensors_can_be_allowed(shell, files, base):
     assert same == {0: False, 1: True}
 
 
-def test_names_with_another_prefix_are_held_to_the_base_too(shell, files, base):
+def test_missing_tensors_with_another_prefix_are_reported(shell, files, base):
     bare = {name.removeprefix("model."): x for name, x in q(files, 0).items()}
     files.peft(bare, target_modules=r"layers\.\d\.self_attn\.q_proj")
     assert f"`{Q.format(1)}.weight`" in shell.fail("verify adapter --base base")
 
 
-def test_layers_are_counted_in_their_order(shell, files):
+def test_missing_layers_are_listed_in_numerical_order(shell, files):
     files.base({f"{Q.format(k)}.weight": files.draw(6, 5) for k in range(12)})
     files.peft(q(files, 0), target_modules=["q_proj"])
     message = shell.fail("verify adapter --base base")
@@ -145,8 +145,10 @@ def test_layers_are_counted_in_their_order(shell, files):
 
 EMPTY = {
     "no tensors": lambda files: {},
-    "no numbers": lambda files: {name: np.zeros(0, np.float32) for name in q(files, 0)},
-    "some without": lambda files: q(files, 0) | {f"{Q.format(1)}.lora_A.weight": files.draw(0, 5)},
+    "without layer numbers": lambda files: {name: np.zeros(0, np.float32) for name in q(files, 0)},
+    "some without layer numbers": lambda files: (
+        q(files, 0) | {f"{Q.format(1)}.lora_A.weight": files.draw(0, 5)}
+    ),
 }
 
 
@@ -165,7 +167,7 @@ def test_empty_native_adapter_raises(shell, files):
     assert "has no tensors" in shell.fail("verify a.safetensors")
 
 
-# Tensors that PEFT saves though no entry of `modules_to_save` names them.
+# Tensors that PEFT saves although `modules_to_save` does not contain them.
 
 
 def test_resized_vocabulary_is_read_with_a_warning(shell, files, base):
@@ -178,18 +180,18 @@ def test_resized_vocabulary_is_read_with_a_warning(shell, files, base):
         np.testing.assert_array_equal(merged[name], table)
 
 
-def test_vocabulary_of_another_size_is_explained(shell, files, base):
+def test_mismatched_vocabulary_raises_with_explanation(shell, files, base):
     files.peft(q(files, 0, 1) | {f"{TABLE}.weight": files.draw(13, 5)}, target_modules=["q_proj"])
     assert "its vocabulary was resized" in shell.fail("verify adapter --base base")
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", f"{UP.format(0)}.weight", f"{SCORE}.bias"])
-def test_other_weights_are_not_replaced(shell, files, base, name):
+def test_copies_of_base_weights_raise(shell, files, base, name):
     files.peft(q(files, 0, 1) | {name: files.draw(*base[name].shape)}, target_modules=["q_proj"])
     assert "would replace a base weight" in shell.fail("verify adapter --base base")
 
 
-def test_bias_of_all_with_a_head(shell, files, base):
+def test_all_biases_together_with_a_head(shell, files, base):
     bias = files.draw(3)
     head = {f"{SCORE}.weight": files.draw(3, 5), f"{SCORE}.bias": bias}
     copies = {f"{SCORE}.modules_to_save.bias": bias, f"{SCORE}.original_module.bias": files.draw(3)}
@@ -213,7 +215,7 @@ SHAPES = [(), (2,), (2, 5, 1, 1, 1, 1)]
     "key", ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"]
 )
 @pytest.mark.parametrize("command", ["inspect adapter", "verify adapter --base base"])
-def test_factors_of_any_shape_raise(shell, files, base, key, shape, command):
+def test_malformed_factors_raise(shell, files, base, key, shape, command):
     tensors = q(files, 0, 1)
     if "embedding" in key:
         tensors |= {f"{TABLE}.lora_embedding_A": files.draw(2, 11)}
@@ -228,7 +230,7 @@ def test_factors_of_any_shape_raise(shell, files, base, key, shape, command):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bases_of_any_shape_raise(shell, files, shape):
+def test_malformed_bases_raise(shell, files, shape):
     files.base({f"{Q.format(0)}.weight": files.draw(*shape)})
     files.peft(q(files, 0), target_modules=["q_proj"])
     shell.fail("verify adapter --base base")

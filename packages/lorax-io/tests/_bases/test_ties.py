@@ -1,4 +1,4 @@
-"""Heads that are the embedding: adapted, they get their own weight and config."""
+"""Tied heads: an adapted head is saved as a separate weight, and the config is updated."""
 
 import json
 import pathlib
@@ -47,7 +47,7 @@ def config_of(folder):
         {"model_type": "gpt2"},
         {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False},
     ],
-    ids=["tied", "unsaid", "tied within"],
+    ids=["tied", "not in the config", "tied in the text config"],
 )
 def test_adapted_head_is_untied(shell, files, head, config):
     base = write(files, config, head=head)
@@ -63,7 +63,7 @@ def test_adapted_head_is_untied(shell, files, head, config):
     assert config_of("base") == config
 
 
-def test_head_that_is_not_tied_leaves_the_config(shell, files):
+def test_untied_head_leaves_the_config(shell, files):
     config = {"tie_word_embeddings": False}
     write(files, config, head=True)
     adapt(files)
@@ -95,7 +95,7 @@ def test_base_without_a_head_raises(shell, files, config):
     assert "its embedding as its head" in message
 
 
-def test_model_that_scales_a_tied_head_raises(shell, files):
+def test_tied_head_with_scaled_outputs_raises(shell, files):
     write(files, {"tie_word_embeddings": True, "model_type": "t5"}, head=False)
     adapt(files)
     assert "scales its outputs" in shell.fail("merge adapter --base base --out merged")
@@ -131,13 +131,13 @@ def test_save_merged_unties_a_separate_head(files, config):
     assert config_of("merged") == config | {"tie_word_embeddings": False}
 
 
-def test_save_merged_leaves_a_head_that_is_the_embedding(files):
+def test_save_merged_keeps_a_tied_head(files):
     table = files.draw(11, 5)
     save(files, {"tie_word_embeddings": True}, embed=table, head=table.T)
     assert config_of("merged") == {"tie_word_embeddings": True}
 
 
-def test_save_merged_refuses_a_model_that_scales(files):
+def test_save_merged_of_a_model_with_scaled_outputs_raises(files):
     with pytest.raises(UnsupportedAdapterError, match="scales its outputs"):
         save(files, {"tie_word_embeddings": True, "model_type": "mt5"})
     assert not pathlib.Path("merged").exists()

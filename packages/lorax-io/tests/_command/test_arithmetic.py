@@ -43,17 +43,17 @@ def read(folder) -> Any:
     return load_peft(folder, params, NAMES)[1]
 
 
-def assert_close(actual, wanted, tolerance=1e-5):
-    for path in wanted:
-        np.testing.assert_allclose(actual[path], wanted[path], rtol=1e-4, atol=tolerance)
+def assert_close(actual, expected, tolerance=1e-5):
+    for path in expected:
+        np.testing.assert_allclose(actual[path], expected[path], rtol=1e-4, atol=tolerance)
 
 
-def test_the_weighted_sum_in_the_format_of_the_first(shell):
+def test_combine_writes_the_weighted_sum_in_the_first_format(shell):
     one, two = save_two()
     out = shell.succeed("combine one two --out both --weights 0.5 -2")
     assert "both: 2 parameters" in out and "from the weighted sum" in out
-    wanted = jax.tree.map(lambda x, y: 0.5 * x - 2 * y, deltas(one), deltas(two))
-    assert_close(deltas(read("both")), wanted)
+    expected = jax.tree.map(lambda x, y: 0.5 * x - 2 * y, deltas(one), deltas(two))
+    assert_close(deltas(read("both")), expected)
     opened = open_adapter("both")
     assert opened.config is not None and opened.config.base_model_name_or_path == "me/base"
 
@@ -66,7 +66,7 @@ def test_the_weighted_sum_in_the_format_of_the_first(shell):
         "--method dare_linear_svd --density 0.5 --seed 3",
     ],
 )
-def test_other_methods_and_another_format(shell, options):
+def test_combine_by_other_methods_and_formats(shell, options):
     save_two()
     shell.succeed(f"combine one two --out both.safetensors --to native {options}")
     words = options.replace("--", "").split()
@@ -75,16 +75,16 @@ def test_other_methods_and_another_format(shell, options):
     numbers = {"rank": int, "density": float}
     settings = {k: numbers.get(k, str)(v) for k, v in settings.items()}
     adapters = {"1. one": (read("one"), 1.0), "2. two": (read("two"), 1.0)}
-    wanted, _ = lorax.combine_adapters(adapters, **settings, key=key)
+    expected, _ = lorax.combine_adapters(adapters, **settings, key=key)
     combined_rows = open_adapter("both.safetensors").rows
     paths = {"model/q/kernel": "q/kernel", "model/v/kernel": "v/kernel"}
     assert combined_rows.keys() == paths.keys()
-    # Random entries are drawn by path.
+    # Random masks depend on the path.
     if "dare" not in options:
-        assert_close(deltas({paths[p]: w for p, w in combined_rows.items()}), deltas(wanted))
+        assert_close(deltas({paths[p]: w for p, w in combined_rows.items()}), deltas(expected))
 
 
-def test_disjoint_adapters(shell):
+def test_combine_disjoint_adapters(shell):
     save_two()
     save_adapter("other.safetensors", {"x": adapter(0)["q/kernel"]})
     assert "adapts no parameter that one adapts" in shell.fail(
@@ -104,18 +104,18 @@ def test_disjoint_adapters(shell):
         ("extract --base a --tuned b --out x --rank 2 --to peft --targets (", "regular expression"),
     ],
 )
-def test_settings_that_raise(shell, line, message):
+def test_invalid_settings_raise(shell, line, message):
     save_two()
     assert message in shell.fail(line)
 
 
-def test_a_lower_rank(shell):
+def test_resize_to_a_lower_rank(shell):
     _, two = save_two()
     assert "from the original" in shell.succeed("resize two small --rank 1")
-    wanted, _ = lorax.resize_adapter(two, 1)
+    expected, _ = lorax.resize_adapter(two, 1)
     resized = read("small")
     assert resized["q/kernel"].rank == 1
-    assert_close(deltas(resized), deltas(wanted))
+    assert_close(deltas(resized), deltas(expected))
     shell.succeed("combine one two --out both")
     shell.succeed("resize both again --tolerance 1e-6")
     assert read("again")["q/kernel"].rank == 5  # all that the matrix has
@@ -128,7 +128,7 @@ def write(path, tensors):
 
 @pytest.fixture
 def tuned(shell, tmp_path):
-    """A base and what a merged adapter made of it, with an embedding and a convolution."""
+    """A base and its fine-tuned version, with an embedding and a convolution."""
     numbers = np.random.default_rng(3)
     draw = lambda *sizes: numbers.normal(size=sizes).astype(np.float32)  # noqa: E731
     base = {
@@ -148,13 +148,13 @@ def tuned(shell, tmp_path):
     return base, after
 
 
-def test_an_adapter_of_a_difference_gives_the_fine_tune_again(shell, tuned, tmp_path):
+def test_extracted_adapter_restores_the_fine_tuned_model(shell, tuned, tmp_path):
     out = shell.succeed("extract --base base --tuned tuned --out found --rank 2 --to peft")
     assert "found: 2 parameters" in out
     shell.succeed("merge found --base base --out merged")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
-    for name, wanted in tuned[1].items():
-        np.testing.assert_allclose(merged[name], wanted, rtol=1e-4, atol=1e-5)
+    for name, expected in tuned[1].items():
+        np.testing.assert_allclose(merged[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_missing_modules_are_named(shell, tuned, tmp_path):
@@ -172,7 +172,7 @@ def test_missing_modules_are_named(shell, tuned, tmp_path):
     assert list(open_adapter("one").rows) == ["model/q/kernel"]
 
 
-def test_matrices_of_conv1d(shell, tuned, tmp_path):
+def test_extract_from_conv1d(shell, tuned, tmp_path):
     turned = {name: tuned[k]["model.q.weight"].T.copy() for k, name in enumerate(("base", "tuned"))}
     for name, matrix in turned.items():
         write(tmp_path / f"{name}1d" / "model.safetensors", {"c_attn.weight": matrix})
@@ -198,7 +198,7 @@ def test_extract_errors(shell, tuned, tmp_path):
         assert not (tmp_path / "found").exists()
 
 
-def test_narrow_checkpoints(shell, tuned, tmp_path):
+def test_extract_from_half_precision(shell, tuned, tmp_path):
     for name, tensors in zip(("base", "tuned"), tuned, strict=True):
         narrow = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
         write(tmp_path / f"{name}16" / "model.safetensors", narrow)

@@ -1,4 +1,4 @@
-"""The command `lorax`, as a shell sees it: what it prints and writes, and its exit code."""
+"""The command `lorax`: its output, files and exit codes."""
 
 import importlib.metadata
 import json
@@ -34,7 +34,7 @@ from lorax_io import (
 )
 from lorax_io._command import main
 
-# A little model of every kind of module, none of them square but `square`.
+# A small model with every kind of module. Only `square` is square.
 SHAPES = {
     "embed/embedding": (11, 5),
     "conv/kernel": (2, 3, 5, 4),
@@ -63,7 +63,7 @@ PLAIN = ("h/0/q/kernel", "h/0/square/kernel")
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path, monkeypatch):
-    """Every path is of the test's own folder."""
+    """Runs each test in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -73,7 +73,7 @@ def make_params(paths=tuple(SHAPES), dtype: Any = np.float32):
 
 
 def make_tunable(paths=tuple(SHAPES)) -> dict[str, Any]:
-    """Factors made with NumPy: `init_lora` compiles for each shape."""
+    """Factors from NumPy, since `init_lora` compiles for each shape."""
     numbers = np.random.default_rng(1)
 
     def row(path):
@@ -137,7 +137,7 @@ def save_each(paths=PLAIN, metadata=None):
         ("diffusers/pytorch_lora_weights.safetensors", {"format": "diffusers"}),
     ],
 )
-def test_inspect_prints_every_form(adapter, about, capsys):
+def test_inspect_prints_every_format(adapter, about, capsys):
     tunable = save_each(metadata={"task": "reviews"})
     report = json.loads(succeed(f"inspect {adapter} --json", capsys))
     table = succeed(f"inspect {adapter}", capsys)
@@ -156,12 +156,12 @@ def test_inspect_prints_every_form(adapter, about, capsys):
     assert "5×2 · 2×3" in table
 
 
-def test_inspect_tells_every_kind_of_parameter(capsys):
+def test_inspect_prints_every_kind_of_parameter(capsys):
     tunable = make_tunable()
     save_peft("peft", tunable, NAMES)
     lines = json.loads(succeed("inspect peft --json", capsys))["parameters"]
     kinds = {line["path"]: line["kind"] for line in lines}
-    # A weight that is saved whole is a plain tensor here: nothing says that it is of a `Linear`.
+    # A fully saved weight is a plain tensor, since a native file does not contain module types.
     expected = {path: "full" if path in FULL else "lora" for path in SHAPES if "head" not in path}
     assert kinds == expected | {"head/weight": "full"}
     for line in lines:
@@ -172,13 +172,13 @@ def test_inspect_tells_every_kind_of_parameter(capsys):
 
 
 @pytest.mark.parametrize("path", ["[red]w", "layers/:warning:", "a" * 200])
-def test_inspect_prints_names_as_they_are(path, capsys):
+def test_inspect_prints_names_unchanged(path, capsys):
     save_adapter("a.safetensors", {path: jnp.ones(3)}, metadata={"[bold]": ":smile:"})
     out = succeed("inspect a.safetensors", capsys)
     assert path in out and "[bold]: :smile:" in out
 
 
-def test_the_norm_of_complex_numbers_is_theirs(capsys):
+def test_norm_of_complex_factors(capsys):
     a, b = jnp.array([[3j], [4]], jnp.complex64), jnp.array([[1j, 1]], jnp.complex64)
     save_adapter("a.safetensors", {"w": lorax.LoraWeight(a, b, rank=1), "z": a})
     lines = json.loads(succeed("inspect a.safetensors --json", capsys))["parameters"]
@@ -189,7 +189,7 @@ def test_the_norm_of_complex_numbers_is_theirs(capsys):
 
 
 def save_torch_base(paths=tuple(SHAPES), prefix="", dtype: Any = np.float32):
-    """A hand-written base in PyTorch's form."""
+    """Writes a base in PyTorch's format."""
     params = make_params(paths, dtype)
     tensors = {f"{prefix}{torch_name(path)}": to_torch(path, x) for path, x in params.items()}
     safetensors.numpy.save_file(tensors, "base.safetensors")
@@ -210,12 +210,12 @@ def to_torch(path, array):
 
 
 @pytest.mark.parametrize("adapter", ["native.safetensors", "peft", "diffusers"])
-def test_verify_passes_a_whole_adapter(adapter, capsys):
+def test_verify_accepts_a_complete_adapter(adapter, capsys):
     save_each()
     assert succeed(f"verify {adapter}", capsys) == f"{adapter}: 2 parameters, OK\n"
 
 
-def test_verify_passes_an_adapter_that_fits_its_base(capsys):
+def test_verify_accepts_an_adapter_that_fits_its_base(capsys):
     save_each()
     save_torch_base()
     safetensors.numpy.save_file(make_params(), "flat.safetensors")
@@ -245,7 +245,7 @@ def with_nan(content):
         "diffusers/pytorch_lora_weights.safetensors",
     ],
 )
-def test_verify_refuses_a_damaged_file(file, change, message, capsys):
+def test_verify_rejects_a_damaged_file(file, change, message, capsys):
     save_each()
     file = pathlib.Path(file)
     file.write_bytes(change(bytearray(file.read_bytes())))
@@ -261,7 +261,7 @@ def test_verify_refuses_a_damaged_file(file, change, message, capsys):
     ],
     ids=["names", "shapes"],
 )
-def test_verify_refuses_another_base(adapter, base, message, capsys):
+def test_verify_rejects_a_mismatched_base(adapter, base, message, capsys):
     save_each(paths=PLAIN[:1])
     if adapter == "native.safetensors":
         base = {"h/0/q/kernel" if name == "h.0.q.weight" else name: x for name, x in base.items()}
@@ -269,7 +269,7 @@ def test_verify_refuses_another_base(adapter, base, message, capsys):
     assert message in fail(f"verify {adapter} --base base.safetensors", capsys)
 
 
-def test_verify_refuses_a_base_of_another_fingerprint(capsys):
+def test_verify_rejects_a_base_with_another_fingerprint(capsys):
     params = make_params(PLAIN)
     save_adapter("a.safetensors", make_tunable(PLAIN), base=params)
     safetensors.numpy.save_file(params, "base.safetensors")
@@ -279,7 +279,7 @@ def test_verify_refuses_a_base_of_another_fingerprint(capsys):
     assert message in fail("verify a.safetensors --base base.safetensors", capsys)
 
 
-def test_verify_warns_of_another_dtype_and_passes(capsys):
+def test_verify_warns_about_another_dtype(capsys):
     save_adapter("a.safetensors", make_tunable(PLAIN), base=make_params(PLAIN))
     safetensors.numpy.save_file(make_params(PLAIN, np.float16), "base.safetensors")
     code, _, err = lorax_command("verify a.safetensors --base base.safetensors", capsys)
@@ -292,7 +292,7 @@ def change_config(**values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_a_warning_is_given_once(capsys):
+def test_warning_is_printed_once(capsys):
     save_peft("peft", make_tunable(PLAIN), NAMES)
     change_config(some_news=1)
     save_torch_base(PLAIN)
@@ -373,7 +373,7 @@ def test_diff_prints_a_table(capsys):
     fail("diff first.safetensors third.safetensors", capsys)
 
 
-def test_diff_compares_forms(capsys):
+def test_diff_compares_formats(capsys):
     save_each()
     succeed("diff native.safetensors peft", capsys)
     succeed("diff peft diffusers", capsys)
@@ -382,7 +382,7 @@ def test_diff_compares_forms(capsys):
 # convert
 
 
-def test_convert_there_and_back_is_bit_identical(capsys):
+def test_convert_roundtrip_is_bit_identical(capsys):
     tunable = make_tunable()
     save_adapter("a.safetensors", tunable, metadata={"task": "x"})
     write_names("names.json", NAMES)
@@ -397,12 +397,12 @@ def test_convert_there_and_back_is_bit_identical(capsys):
 
 
 @pytest.mark.parametrize("path", SHAPES)
-def test_convert_without_names_takes_those_of_flax(path, capsys):
+def test_convert_without_names_uses_flax_names(path, capsys):
     paths = {path, "h/0/q/kernel"}
     tunable = make_tunable(tuple(sorted(paths)))
     save_peft("peft", tunable, NAMES)
     succeed("convert peft a.safetensors --to native", capsys)
-    if path == "head/kernel":  # whole, and a matrix: nothing says what it was
+    if path == "head/kernel":  # a full matrix, whose module type is unknown
         tunable = {"head/weight": tunable.pop("head/kernel").T, **tunable}
     assert_same(load_adapter("a.safetensors", like=tunable), tunable)
 
@@ -437,7 +437,7 @@ def test_convert_reads_stacked_layers_and_experts(capsys):
     ],
     ids=["module", "heads", "type", "no number", "gap", "numbers"],
 )
-def test_convert_refuses_names_that_do_not_fit(names, message, capsys):
+def test_convert_rejects_names_that_do_not_match(names, message, capsys):
     tunable = make_tunable(PLAIN[:1])
     module = "h.1000000.q" if message.startswith("lacks some") else "h.0.q"
     save_peft("peft", tunable, {"h/0/q/kernel": Linear(module)})
@@ -500,13 +500,13 @@ def assert_tensors(actual, expected, rounding=0.0):
         )
 
 
-# PyTorch has the axes in another order, and the same products are summed in it.
+# PyTorch has another order of axes, so products are summed in another order.
 ROUNDING = 4 * float(np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_merge_is_save_merged_to_rounding(prefix, dtype, capsys):
+def test_merge_equals_save_merged_up_to_rounding(prefix, dtype, capsys):
     tunable = make_tunable()
     tunable |= {path: tunable[path].astype(dtype) for path in FULL}
     save_peft("peft", tunable, NAMES)
@@ -516,7 +516,7 @@ def test_merge_is_save_merged_to_rounding(prefix, dtype, capsys):
     assert out == "merged: 9 tensors, 9 of them adapted\n"
     tensors = safetensors.numpy.load_file("merged/base.safetensors")
     assert_tensors(tensors, {prefix + name: x for name, x in expected.items()}, ROUNDING)
-    # What is merged is another model: the test would pass for copies otherwise.
+    # The merged model differs from the base; otherwise copies would pass.
     assert all((tensors[name] != base[name]).any() for name in tensors if "embed" in name)
 
 
@@ -536,7 +536,7 @@ def test_merge_recognizes_weights_of_gpt2(capsys):
 
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("out_first", [False, True])
-def test_merge_tells_the_axes_of_experts(out_first, swapped, capsys):
+def test_merge_infers_the_axes_of_experts(out_first, swapped, capsys):
     path = "h/0/experts/down"
     experts = Experts(
         "h.0.experts", parameter="down", shared_axes=(0,), swapped=swapped, out_first=out_first
@@ -553,7 +553,7 @@ def test_merge_tells_the_axes_of_experts(out_first, swapped, capsys):
     np.testing.assert_allclose(tensors[torch_name(path)], expected[torch_name(path)], rtol=1e-6)
 
 
-def test_merge_recognizes_experts_by_the_end_of_their_name(capsys):
+def test_merge_recognizes_experts_by_name_suffix(capsys):
     path = "h/0/experts/down"
     save_peft("peft", make_tunable((path,)), NAMES)
     change_config(target_parameters=["experts.down"])
@@ -562,7 +562,7 @@ def test_merge_recognizes_experts_by_the_end_of_their_name(capsys):
 
 
 def make_base_folder(files=2):
-    """A base as transformers saves it: shards, index, config, tokenizer, and a pickle."""
+    """A base folder like those of transformers: shards, index, config, tokenizer, and a pickle."""
     tensors = save_torch_base()
     folder = pathlib.Path("base")
     folder.mkdir()
@@ -634,14 +634,14 @@ def test_merge_into_an_existing_folder_raises(exists, tmp_path, capsys):
     ],
     ids=["shape", "two prefixes", "integers"],
 )
-def test_merge_refuses_another_base(tensors, message, tmp_path, capsys):
+def test_merge_rejects_a_mismatched_base(tensors, message, tmp_path, capsys):
     save_peft("peft", make_tunable(PLAIN[:1]), NAMES)
     safetensors.numpy.save_file(tensors, "base.safetensors")
     assert message in fail("merge peft --base base.safetensors --out merged", capsys)
     assert {file.name for file in tmp_path.iterdir()} == {"peft", "base.safetensors"}
 
 
-def test_merge_refuses_experts_with_as_many_inputs_as_outputs(capsys):
+def test_merge_rejects_square_experts(capsys):
     names = {"e": Experts("experts", parameter="up", shared_axes=(0,))}
     weight = lora(jnp.ones((4, 3, 1)), jnp.ones((4, 1, 3)), **EXPERT_AXES)
     save_peft("peft", {"e": weight}, names)
@@ -675,7 +675,7 @@ def test_merge_refuses_experts_with_as_many_inputs_as_outputs(capsys):
         "convert full.safetensors out --to peft --names names.json",
     ],
 )
-def test_errors_are_one_message(line, tmp_path, capsys):
+def test_errors_print_one_message(line, tmp_path, capsys):
     save_peft("peft", make_tunable(PLAIN), NAMES)
     save_adapter("conv.safetensors", make_tunable(("conv/kernel",)))
     save_adapter("full.safetensors", make_tunable(("norm/weight",)))
@@ -695,7 +695,7 @@ def test_errors_are_one_message(line, tmp_path, capsys):
     "line",
     ["", "prune a", "inspect", "diff one", "convert a b", "convert a b --to onnx", "merge a"],
 )
-def test_wrong_usage_is_explained(line, capsys):
+def test_invalid_usage_prints_usage(line, capsys):
     with pytest.raises(SystemExit) as exit:
         main(line.split())
     assert exit.value.code == 2
@@ -711,7 +711,7 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: lorax {command}" in capsys.readouterr().out
 
 
-def test_the_command_runs_as_a_program():
+def test_command_runs_as_a_program():
     save_adapter("first.safetensors", {"w": jnp.ones(3)})
     save_adapter("second.safetensors", {"w": jnp.zeros(3)})
     command = [sys.executable, "-m", "lorax_io._cli", "diff", "first.safetensors"]
@@ -719,12 +719,12 @@ def test_the_command_runs_as_a_program():
     assert (done.returncode, done.stderr) == (1, "") and "numbers" in done.stdout
 
 
-def test_the_command_is_installed():
+def test_command_is_installed():
     [script] = importlib.metadata.entry_points(group="console_scripts", name="lorax")
     assert script.load() is main
 
 
-def test_a_terminal_obeys_no_path(tmp_path, capsys):
+def test_control_characters_in_names_are_escaped(tmp_path, capsys):
     save_adapter(tmp_path / "a.safetensors", {"\x1b[2J": jnp.ones(3)})
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     out = capsys.readouterr().out

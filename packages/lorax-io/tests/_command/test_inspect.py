@@ -1,4 +1,4 @@
-"""`lorax inspect` of every format: what it reports about the whole adapter."""
+"""`lorax inspect` of every format."""
 
 import importlib.metadata
 import json
@@ -51,7 +51,7 @@ def test_writer_and_targets_of_every_format_are_shown(shell, files, format):
     assert about["targets"] == [target]
 
 
-def test_targets_end_in_a_name_not_a_number(shell, files):
+def test_targets_are_names_not_numbers(shell, files):
     modules = ("a.0.attn.to_out.0", "a.1.attn.to_out.0", "a.0.ff")
     save({f"{m}{end}": files.draw(RANK, RANK) for m in modules for end in PEFT})
     about = json.loads(shell.succeed("inspect a.safetensors --json"))
@@ -72,7 +72,7 @@ def flux(files, name, rank):
 
 
 def written(folder):
-    """The deltas of q, k and v in a file of diffusers, one above the other."""
+    """The concatenated deltas of q, k and v in a diffusers file."""
     rows = open_adapter(folder).rows
     paths = [f"transformer_blocks/0/attn/to_{x}/kernel" for x in "qkv"]
     assert rows.keys() == {*paths}
@@ -81,7 +81,7 @@ def written(folder):
     return np.concatenate(deltas, 1).T
 
 
-def test_flux_is_split_after_it_is_combined_or_resized(shell, files):
+def test_combined_or_resized_flux_adapter_can_be_split(shell, files):
     one, two = flux(files, "a.safetensors", 2), flux(files, "b.safetensors", 3)
     shell.succeed("combine a.safetensors b.safetensors --out sum --to diffusers")
     np.testing.assert_allclose(written("sum"), one + two, rtol=1e-4, atol=1e-5)

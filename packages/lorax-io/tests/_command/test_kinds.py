@@ -1,4 +1,4 @@
-"""Kinds of adapters and the command."""
+"""The command with every kind of adapter."""
 
 import json
 
@@ -33,7 +33,7 @@ def run(capsys, *words):
     ("kind", "whole"),
     [(kind, True) for kind in KINDS] + [(kind, False) for kind in KINDS if kind not in HELD],
 )
-def test_the_command_line_reads_it(tmp_path, file, capsys, kind, whole):
+def test_command_reads_native_files(tmp_path, file, capsys, kind, whole):
     pair, params = make_pair(kind), make_params()
     saved = pair if whole else pair.tunable
     base, other, again = (tmp_path / name for name in ("base.safetensors", "other", "again"))
@@ -59,7 +59,7 @@ def test_the_command_line_reads_it(tmp_path, file, capsys, kind, whole):
     assert_close(merged, jax.tree.map(np.asarray, merge_params(pair)))
 
 
-def test_the_command_line_reads_pefts_dora(tmp_path, file, capsys):
+def test_command_reads_peft_dora(tmp_path, file, capsys):
     pair, params = make_pair("dora"), make_params()
     folder, base = tmp_path / "peft", tmp_path / "base.safetensors"
     save_peft(folder, {"kernel": pair.tunable["kernel"]}, NAMES)
@@ -91,7 +91,7 @@ def test_differing_frozen_factors_are_reported(file, capsys, tmp_path):
 
 
 def test_biases_without_their_weights_stay_biases(shell, files, tmp_path):
-    """PEFT cannot load a module of `modules_to_save` that has a bias alone."""
+    """PEFT cannot load a module of `modules_to_save` that only has a bias."""
     biases = {"up.base_layer.bias": files.draw(6), "norm.bias": files.draw(5)}
     tensors = files.pair("up", 6, 5) | biases
     files.peft(tensors, target_modules=["up"], bias="all")

@@ -1,10 +1,10 @@
-"""`--rename`: other names for modules."""
+"""`--rename` changes the names of modules."""
 
 import pytest
 from formats_of_files import IN, OUT
 
 
-def test_rename_fits_another_prefix(shell, files):
+def test_rename_changes_the_prefix(shell, files):
     module = "language_model.model.layers.0.self_attn.q_proj"
     files.peft(files.pair(module, OUT, IN), target_modules=[module])
     base = "model.language_model.layers.0.self_attn.q_proj"
@@ -26,7 +26,7 @@ def test_rename_still_reports_missing_tensors(shell, files):
     assert "layers.1.q_proj" in shell.fail(f"verify adapter --base base {rename}")
 
 
-# Options without a use in a command: the line, and the option that its message names.
+# Options without an effect: the command line, and the option in the message.
 UNUSED = [
     ("verify adapter --rename a b", "--rename"),
     ("verify adapter --allow-missing", "--allow-missing"),
@@ -50,12 +50,12 @@ def test_options_without_an_effect_raise(shell, files, tmp_path, line, option):
 
 
 @pytest.mark.parametrize("rename", ["--rename ( x", r"--rename a \2"])
-def test_rename_of_a_bad_pattern_is_explained(shell, files, rename):
+def test_invalid_rename_pattern_raises(shell, files, rename):
     files.peft(files.pair("a", OUT, IN), target_modules=["a"])
     assert "is not a pattern" in shell.fail(f"convert adapter out --to native {rename}")
 
 
-def test_rename_to_one_name_raises(shell, files):
+def test_rename_to_a_duplicate_name_raises(shell, files):
     files.peft(files.pair("a", OUT, IN) | files.pair("b", OUT, IN), target_modules=["a", "b"])
     assert "renamed" in shell.fail("convert adapter out --to native --rename [ab] c")
 
@@ -64,7 +64,7 @@ def test_rename_to_one_name_raises(shell, files):
     "line",
     ["inspect adapter", "convert adapter out --to native", "merge adapter --base base --out out"],
 )
-def test_rename_of_no_module_warns(shell, files, line):
+def test_rename_without_a_match_warns(shell, files, line):
     files.peft(files.pair("a", OUT, IN), target_modules=["a"])
     files.base({"a.weight": files.draw(OUT, IN)})
     found = shell(f"{line} --rename b c")

@@ -1,4 +1,4 @@
-"""Several adapters in one merge, with scales."""
+"""Merges of several adapters with scales."""
 
 import ml_dtypes
 import numpy as np
@@ -45,20 +45,20 @@ def test_half_precision_is_rounded_once(shell, files, two):
     np.testing.assert_allclose(merged.astype(np.float32), wide, rtol=2**-8)
 
 
-def test_scales_are_one_or_one_for_each(shell, two):
+def test_wrong_number_of_scales_raises(shell, two):
     assert "2 adapters, but --scale has 3 numbers" in shell.fail(
         "merge one two --base base --out merged --scale 1 2 3"
     )
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf"])
-def test_scales_are_finite(shell, two, scale):
+def test_nonfinite_scale_raises(shell, two, scale):
     assert "--scale: is not a finite number" in shell.fail(
         f"merge one --base base --out merged --scale {scale}"
     )
 
 
-def test_order_counts_where_a_module_is_replaced(shell, files, two):
+def test_later_adapter_replaces_a_module(shell, files, two):
     _, first, _ = two
     head = files.draw(OUT, IN)
     files.peft({f"{Q}.weight": head}, "whole", target_modules=[], modules_to_save=["q_proj"])

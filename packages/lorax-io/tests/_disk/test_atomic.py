@@ -1,4 +1,4 @@
-"""What is on disk when saving is cut short: the old adapter or the new one, whole."""
+"""Interrupted saves leave the complete old or new adapter on disk."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ from lorax_io import (
     save_peft,
 )
 
-SIZE = 300  # of a side: a few hundred kilobytes, which are not written in one go
+SIZE = 300  # of a side: a few hundred kilobytes, which are not written at once
 NAMES = {f"w{k}": Linear(f"layers.{k}.proj") for k in range(3)}
 
 
@@ -39,7 +39,7 @@ def make_params():
 
 
 def make_tunable(which):
-    """The adapters X and Y, 1 and 2, of which everything differs."""
+    """The adapters 1 and 2, which differ in every value and setting."""
     a, b = (np.full(shape, which, np.float32) for shape in ((SIZE, 4), (4, SIZE)))
     return {path: LoraWeight(a, b, rank=4, alpha=which) for path in NAMES}
 
@@ -57,7 +57,7 @@ def save_folder(path, which):
 
 
 def which_native(path):
-    """Which adapter it is; the loader has checked that it is all of it."""
+    """Which adapter a file contains. The loader checks that it is complete."""
     return which_tree(load_adapter(path, params=make_params()))
 
 
@@ -80,10 +80,10 @@ def which_tree(tunable):
     return int(numbers.pop())
 
 
-# Killed.
+# Killed processes
 
-# Forks a process that saves X and Y over and over, says that it has begun, and waits for its end.
-# JAX has been used before the fork and computes nothing after it: these arrays are NumPy's.
+# Forks a process that saves 1 and 2 repeatedly, and reports when it has started. JAX was used
+# before the fork, so after it only NumPy is used.
 CHILD = """
 import importlib.util, os, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -109,14 +109,14 @@ for line in sys.stdin:
 
 
 class Saver:
-    """A process that saves until it is killed, as often as asked."""
+    """A process that saves until it is killed, any number of times."""
 
     def __init__(self, save, path):
         command = [sys.executable, "-c", CHILD, __file__, save.__name__, str(path)]
         self.process = subprocess.Popen(
             command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
         )
-        self.seconds = float(self.line())  # of a save of X and one of Y: a disk may be busy
+        self.seconds = float(self.line())  # of saving both adapters, since a disk may be busy
 
     def line(self):
         assert self.process.stdout is not None
@@ -138,7 +138,7 @@ class Saver:
 
 
 def kill(save, folder, name, times):
-    """The folder's files after each of the kills, each state once; most kills hit a save."""
+    """The different states of the folder after each kill. Most kills interrupt a save."""
     saver, draw = Saver(save, folder / name), random.Random(0)
     states, within = set(), 0
     try:
@@ -165,7 +165,7 @@ def put(folder, state):
 @pytest.mark.parametrize(
     ("save", "which", "times"), [(save_native, which_native, 120), (save_base, which_base, 60)]
 )
-def test_a_killed_process_leaves_a_whole_file(tmp_path, save, which, times):
+def test_killed_process_leaves_a_complete_file(tmp_path, save, which, times):
     states = kill(save, tmp_path, "adapter", times)
     assert len(states) == 2
     for state in states:
@@ -175,7 +175,7 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path, save, which, times):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
+def test_killed_process_leaves_a_complete_or_rejected_folder(tmp_path):
     outcomes = []
     for state in kill(save_folder, tmp_path, "", 80):
         put(tmp_path, state)
@@ -189,7 +189,7 @@ def test_a_killed_process_leaves_a_folder_that_is_whole_or_refused(tmp_path):
 
 
 def test_new_weights_with_the_old_config_raise(tmp_path, monkeypatch):
-    """What a kill between the two files leaves."""
+    """The state after a kill between the two files."""
     save_folder(tmp_path, 1)
     monkeypatch.setattr("lorax_io._formats.peft.folder.write_text", lambda path, text: None)
     save_folder(tmp_path, 2)
@@ -197,11 +197,11 @@ def test_new_weights_with_the_old_config_raise(tmp_path, monkeypatch):
         which_folder(tmp_path)
 
 
-# Failing.
+# Failing writes
 
 
 class Full(OSError):
-    """A full disk."""
+    """A disk that is full."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(errno.ENOSPC, "No space left on device")
@@ -235,7 +235,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("name", "failure"), FAILURES.values(), ids=FAILURES)
-def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, form, name, failure):
+def test_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, form, name, failure):
     (save, which), path = FORMS[form], tmp_path / "adapter"
     save(path, 1)
     before = files_of(tmp_path)
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, form, name, f
     assert which(path) == 2
 
 
-def test_a_disk_that_is_full_at_the_config_leaves_a_folder_that_raises(tmp_path, monkeypatch):
+def test_full_disk_at_the_config_leaves_a_rejected_folder(tmp_path, monkeypatch):
     save_folder(tmp_path, 1)
     names = set(tmp_path.iterdir())
     with monkeypatch.context() as patch, pytest.raises(Full):
@@ -262,8 +262,8 @@ def test_a_disk_that_is_full_at_the_config_leaves_a_folder_that_raises(tmp_path,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file_that_grows_too_large_leaves_the_old_adapter(tmp_path, form):
-    """A true failure of the system's, in the middle of the data."""
+def test_file_size_limit_leaves_the_old_adapter(tmp_path, form):
+    """A real error of the operating system in the middle of the data."""
     import resource
 
     (save, which), path = FORMS[form], tmp_path / "adapter"
@@ -282,7 +282,7 @@ def test_a_file_that_grows_too_large_leaves_the_old_adapter(tmp_path, form):
     assert which(path) == 1
 
 
-# Corrupted.
+# Corrupting writers
 
 save_file = safetensors.numpy.save_file
 
@@ -299,7 +299,7 @@ def one_bit(tensors, path, metadata=None):
 
 
 def negative_zero(tensors, path, metadata=None):
-    """Numbers that are equal, of other bits."""
+    """Values that are equal but have different bits."""
     save_file({name: np.negative(tensor) for name, tensor in tensors.items()}, path, metadata)
 
 
@@ -310,7 +310,7 @@ def cut_short(tensors, path, metadata=None):
 
 
 def columns_first(tensors, path, metadata=None):
-    """What safetensors 0.8.0 does to a transposed array."""
+    """Writes transposed arrays like safetensors 0.8.0, in the wrong order."""
     flat = {name: tensor.T.reshape(tensor.shape) for name, tensor in tensors.items()}
     save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path, metadata)
 
@@ -339,7 +339,7 @@ CORRUPTIONS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
-def test_a_writer_that_corrupts_is_found_out(tmp_path, monkeypatch, form, corrupt):
+def test_corrupted_write_raises(tmp_path, monkeypatch, form, corrupt):
     (save, _), path = FORMS[form], tmp_path / "adapter"
 
     def make(which):
@@ -361,7 +361,7 @@ def test_a_writer_that_corrupts_is_found_out(tmp_path, monkeypatch, form, corrup
     assert files_of(tmp_path) == before
 
 
-# Places.
+# Paths
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -409,12 +409,12 @@ def test_unwritable_path_raises(tmp_path, form, path, error, message):
     assert files_of(tmp_path) == {tmp_path / "file": b"kept"}
 
 
-def test_the_folder_of_a_peft_adapter_is_made(tmp_path):
+def test_save_peft_creates_its_folder(tmp_path):
     save_folder(tmp_path / "a" / "b", 1)
     assert which_folder(tmp_path / "a" / "b") == 1
 
 
-def test_nothing_is_written_for_a_tree_that_cannot_be_saved(tmp_path):
+def test_unsavable_tree_writes_nothing(tmp_path):
     save_native(tmp_path / "adapter", 1)
     before = files_of(tmp_path)
     for tree in ({"w": jnp.array([jnp.nan])}, {"\ud800": np.ones(1)}, {"w": object()}):
@@ -426,7 +426,7 @@ def test_nothing_is_written_for_a_tree_that_cannot_be_saved(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_the_same_adapter_is_the_same_file(tmp_path):
+def test_equal_adapters_give_identical_files(tmp_path):
     for save, path in ((save_native, "file"), (save_folder, "folder/adapter_model.safetensors")):
         contents = set()
         for _ in range(8):

@@ -1,4 +1,4 @@
-"""Random damage to the bytes of files: the same numbers, or one error."""
+"""Random damage to the bytes of files gives the same values or one error."""
 
 import warnings
 
@@ -23,7 +23,7 @@ from lorax_io import (
 
 
 class Damage:
-    """Changes to the bytes of a file, most of them in its header."""
+    """Changes to the bytes of a file, mostly in its header."""
 
     edit = st.tuples(
         st.sampled_from(("flip", "set", "insert", "delete", "cut", "repeat")),
@@ -52,7 +52,7 @@ class Damage:
 
 @given(edits=Damage.edits)
 @examples(250)
-def test_a_damaged_native_file(home, edits):
+def test_damaged_native_file_is_rejected_or_equal(home, edits):
     tunable, file = make_tunable(), home / "sound.safetensors"
     if not file.exists():
         save_adapter(file, tunable, base=make_params(), metadata={"task": "x"})
@@ -64,7 +64,7 @@ def test_a_damaged_native_file(home, edits):
 
 @given(edits=Damage.edits)
 @examples(150)
-def test_a_damaged_frozen_tree(home, edits):
+def test_damaged_frozen_tree_is_rejected_or_equal(home, edits):
     file = home / "sound.frozen"
     if not file.exists():
         weight = jnp.asarray(np.random.default_rng(0).normal(size=(64, 5)))
@@ -83,7 +83,7 @@ def test_a_damaged_frozen_tree(home, edits):
 
 @given(edits=Damage.edits, name=st.sampled_from(("model.safetensors", "config.json")))
 @examples(250)
-def test_a_damaged_folder_of_peft(home, edits, name):
+def test_damaged_peft_folder_is_rejected_or_equal(home, edits, name):
     tunable, sound, folder = make_tunable(), home / "sound", home / "damaged"
     if not sound.exists():
         save_peft(sound, tunable, NAMES, base_model="me/model", task_type="CAUSAL_LM")
@@ -97,8 +97,8 @@ def test_a_damaged_folder_of_peft(home, edits, name):
 
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
 @examples(60)
-def test_other_numbers_are_loaded_as_they_are(home, place, bit):
-    """One bit of the data, in which no structure is."""
+def test_flipped_bits_in_values_are_loaded(home, place, bit):
+    """Flips one bit in the data, which has no structure."""
     tunable, file = {"w": numbers(0, (4, 8))}, home / "numbers.safetensors"
     save_adapter(file, tunable)
     data = bytearray(file.read_bytes())

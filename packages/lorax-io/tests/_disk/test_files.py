@@ -1,4 +1,4 @@
-"""What is found where a file was expected: links, pipes, folders, pickles."""
+"""Links, pipes, folders and pickles in place of files."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def link(path, target):
 
 
 def moved_out(path):
-    """A link in the place of a file, to a copy of it outside its folder."""
+    """Replaces a file by a link to a copy outside its folder."""
     outside = path.parent.parent / "outside"
     path.rename(outside)
     path.symlink_to(outside)
@@ -46,7 +46,7 @@ def replaced_by_pipe(path):
 def replaced_by_socket(path):
     path.unlink()
     here = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket must be short
+    os.chdir(path.parent)  # names of sockets must be short
     try:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(path.name)
@@ -80,27 +80,27 @@ def test_non_file_raises(place, which, spoil, error, message):
 
 @pytest.mark.parametrize("which", ["config", "weights"])
 @pytest.mark.parametrize("spoil", [moved_out, moved_through])
-def test_a_link_that_leaves_the_folder_raises(place, which, spoil):
+def test_link_out_of_the_folder_raises(place, which, spoil):
     spoil(getattr(place, which))
     assert_refused(place, "peft", AdapterFileError, "is a link to .*, outside its folder")
 
 
 @pytest.mark.parametrize("which", ["config", "weights"])
-def test_a_link_within_the_folder_is_followed(place, which):
+def test_link_inside_the_folder_is_followed(place, which):
     path = getattr(place, which)
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].rank == 2
 
 
-def test_a_folder_may_be_a_link(place):
+def test_folder_can_be_a_link(place):
     folder = place.home / "link"
     folder.symlink_to(place.folder)
     assert load_peft(folder, make_params(), NAMES)[1]["q"].rank == 2
 
 
 def make_cache(place):
-    """The layout of the Hub's cache: files are links to `blobs` beside `snapshots`."""
+    """The layout of the Hub's cache: the files in `snapshots` are links to `blobs`."""
     repo = place.home / "models--me--adapter"
     snapshot = repo / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
@@ -113,12 +113,12 @@ def make_cache(place):
     place.config, place.weights = (snapshot / p.name for p in (place.config, place.weights))
 
 
-def test_the_cache_of_the_hub_is_read(place):
+def test_hub_cache_is_read(place):
     make_cache(place)
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].rank == 2
 
 
-def test_a_link_that_leaves_the_cache_of_the_hub_raises(place):
+def test_link_out_of_the_hub_cache_raises(place):
     make_cache(place)
     outside = place.home / "outside"
     place.weights.resolve().rename(outside)
@@ -126,7 +126,7 @@ def test_a_link_that_leaves_the_cache_of_the_hub_raises(place):
     assert_refused(place, "peft", AdapterFileError, "is a link to .*, outside its folder")
 
 
-def test_a_pickle_is_never_read(place):
+def test_pickle_is_never_read(place):
     only_pickle(place.weights)
     assert_refused(place, "peft", AdapterFileError, "are a pickle, which may run code")
 

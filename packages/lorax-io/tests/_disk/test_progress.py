@@ -1,4 +1,4 @@
-"""Bars: on a terminal, after a second, where they are wanted, and without `rich` none."""
+"""Progress bars: shown on a terminal after a second, if enabled and `rich` is installed."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ from lorax_io._disk import progress
 
 @pytest.fixture
 def started(monkeypatch):
-    """The labels of the bars that were started on a terminal where everything takes long."""
+    """The labels of started bars, on a simulated terminal where everything is slow."""
     labels = []
 
     class Bar:
@@ -47,11 +47,11 @@ def calls(home) -> dict[str, Any]:
     }
 
 
-def test_a_bar_may_be_turned_off(tmp_path, started):
+def test_progress_bar_can_be_disabled(tmp_path, started):
     for name, call in calls(tmp_path).items():
         call(progress=False)
         assert started == [], name
-        if name != "save_merged":  # its folder is there now
+        if name != "save_merged":  # its folder exists now
             call()
             assert started, name
         started.clear()

@@ -1,4 +1,4 @@
-"""Containers that are not safetensors files: each is refused, by every loader."""
+"""Every loader rejects files that are not valid safetensors files."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from lorax_io import (
 
 
 def container(header, data=b"", size=None):
-    """The bytes of a safetensors file with this header, whatever it says."""
+    """The bytes of a safetensors file with an arbitrary header."""
     if not isinstance(header, bytes):
         header = json.dumps(header).encode()
     return struct.pack("<Q", len(header) if size is None else size) + header + data
@@ -128,7 +128,7 @@ def test_non_safetensors_file_raises(place, loader, data, message):
     assert_refused(place, loader, AdapterFileError, message)
 
 
-def test_a_large_header_with_one_key_twice_raises_in_time(place):
+def test_large_header_with_a_duplicate_key_raises_quickly(place):
     entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     entries = [entry % (k % 99_999) for k in range(100_000)]
     place.weights.write_bytes(container(b"{" + b",".join(entries) + b"}"))

@@ -1,4 +1,4 @@
-"""The one file that diffusers reads."""
+"""Files for diffusers."""
 
 import json
 from typing import Any
@@ -57,7 +57,7 @@ MODULES = ["blocks.0.attn.to_k", "blocks.0.attn.to_q", "blocks.0.attn.to_v", "co
 
 
 @pytest.mark.parametrize("prefix", ["transformer", "unet", "text_encoder"])
-def test_tensors_and_header_are_of_the_part_of_the_pipeline(tmp_path, prefix):
+def test_tensors_and_header_have_the_prefix_of_the_part(tmp_path, prefix):
     folder, tunable = tmp_path / "a" / "b", make_tunable()
     file = save_diffusers(folder, tunable, NAMES, prefix=prefix)
     assert file == folder / "pytorch_lora_weights.safetensors"
@@ -83,19 +83,19 @@ def test_tensors_and_header_are_of_the_part_of_the_pipeline(tmp_path, prefix):
 
 
 def test_patterns_are_in_the_header_even_if_empty(tmp_path):
-    """diffusers indexes them without asking whether they are there."""
+    """diffusers reads them without checking that they exist."""
     tunable = {"to_q": make_tunable()["to_q"]}
     _, header = read(save_diffusers(tmp_path, tunable, NAMES))
     config = json.loads(header["lora_adapter_metadata"])
     assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {}
 
 
-def test_a_folded_scale_is_in_the_numbers(tmp_path):
+def test_folded_scale_is_in_the_factors(tmp_path):
     tunable = make_tunable(to_k=lora((5, 2), (2, 3), alpha=3.0, scaling="rslora"))
     tensors, header = read(save_diffusers(tmp_path, tunable, NAMES, fold_scale=True))
     config = json.loads(header["lora_adapter_metadata"])
     assert config["transformer.lora_alpha"] == config["transformer.r"] == 2
-    # The alpha of every module is its rank, or the scale that is left is in the numbers, too.
+    # The alpha of every module is its rank; otherwise the rest of the scale is in the factors.
     for path in ("to_q", "to_k", "to_v"):
         name = f"transformer.{NAMES[path].module}"
         module, weight = NAMES[path].module, tunable[path]
@@ -116,18 +116,18 @@ def test_a_folded_scale_is_in_the_numbers(tmp_path):
     ],
     ids=["embedding", "full", "no name", "full matrix"],
 )
-def test_kinds_diffusers_cannot_hold_raise(tmp_path, row, error, message):
+def test_kinds_that_diffusers_cannot_store_raise(tmp_path, row, error, message):
     with pytest.raises(error, match=message):
         save_diffusers(tmp_path / "out", make_tunable(**row), NAMES)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_without_factors_raises(tmp_path):
+def test_adapter_without_factors_raises(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="no parameter has factors"):
         save_diffusers(tmp_path, {"norm": None}, NAMES)
 
 
-# Read again by the command
+# Reading
 
 
 def config_for(**values):
@@ -144,8 +144,8 @@ PARTLESS = ["blocks.0.attn.to_q", "blocks.1.attn.to_q", "mid.to_q"]
 
 
 @pytest.mark.parametrize("modules", [PARTLESS[:1], PARTLESS[:2], PARTLESS], ids=["1", "2", "3"])
-def test_names_without_a_part_stay_whole(shell, files, modules):
-    """`model.save_lora_adapter` writes neither tensors nor header with a part."""
+def test_names_without_a_part_are_unchanged(shell, files, modules):
+    """`model.save_lora_adapter` writes a part neither in tensor names nor in the header."""
     write_file({k: x for m in modules for k, x in files.pair(m, 6, 5).items()}, config_for())
     shell.succeed("convert pytorch_lora_weights.safetensors peft --to peft")
     tensors = files.read("peft/adapter_model.safetensors")
@@ -170,7 +170,7 @@ def test_convert_keeps_the_part(shell, files, part):
     assert all(k.startswith("other.") for k in files.read("out/pytorch_lora_weights.safetensors"))
 
 
-def test_a_part_without_a_config_has_a_scale_of_1(shell, files):
+def test_part_without_a_config_has_scale_1(shell, files):
     pairs = [files.pair(f"{part}.down.to_q", 6, 5) for part in ("unet", "text_encoder")]
     write_file(pairs[0] | pairs[1], {f"unet.{k}": v for k, v in config_for().items()})
     shell.succeed("convert pytorch_lora_weights.safetensors out --to diffusers --fold-scale")

@@ -1,4 +1,4 @@
-"""Flux: fused products are split for a base that has them apart."""
+"""Flux adapters of fused layers are split for a base with separate layers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from lorax_io import (
 
 
 def flux_file(files, prefix, ends):
-    """Adapters of a fused product of q, k and v, and of one with the rest behind it."""
+    """Adapters of a fused layer of q, k and v, and of one that also has the MLP."""
     tensors, deltas = {}, {}
     dot = "_" if prefix.endswith("_") else "."
     for module, outputs in {QKV: 3 * IN, "single_blocks.1.linear1": 3 * IN + OUT}.items():
@@ -29,7 +29,7 @@ def flux_file(files, prefix, ends):
 @pytest.mark.parametrize(
     ("prefix", "ends"), [("diffusion_model.", PEFT), ("lora_unet_", KOHYA)], ids=["dots", "kohya"]
 )
-def test_fused_products_are_split_for_a_base_with_separate_ones(shell, files, prefix, ends):
+def test_fused_layers_are_split_for_a_base_with_separate_layers(shell, files, prefix, ends):
     deltas = flux_file(files, prefix, ends)
     one, two = "transformer_blocks.0.attn.", "single_transformer_blocks.1."
     parts = {f"{one}to_{x}": IN for x in "qkv"} | {f"{two}attn.to_{x}": IN for x in "qkv"}
@@ -54,7 +54,7 @@ def test_fused_products_are_split_for_a_base_with_separate_ones(shell, files, pr
 @pytest.mark.parametrize(
     ("prefix", "ends"), [("diffusion_model.", PEFT), ("lora_unet_", KOHYA)], ids=["dots", "kohya"]
 )
-def test_fused_products_stay_for_a_base_that_has_them(shell, files, prefix, ends):
+def test_fused_layers_are_kept_for_a_base_that_has_them(shell, files, prefix, ends):
     deltas = flux_file(files, prefix, ends)
     base = {f"{name}.weight": files.draw(*delta.shape) for name, delta in deltas.items()}
     save(base, "base.safetensors")

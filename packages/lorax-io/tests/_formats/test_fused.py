@@ -1,4 +1,4 @@
-"""Flux from the names of diffusers to those of its own code: fused products, exactly."""
+"""Flux adapters in diffusers' names are fused exactly for Flux's original names."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def deltas_of(pair):
 
 
 def check(file, deltas):
-    """The file has the changes of each module, fused, and diffusers' names have them again."""
+    """Checks that a file has the fused delta of each module, and that splitting restores them."""
     opened = open_adapter(file)
     flat = "lora_unet_" if opened.format == "kohya" else ""
     rows = {torch_name.module: opened.rows[path] for path, torch_name in opened.names.items()}
@@ -79,7 +79,7 @@ def check(file, deltas):
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_parts_of_different_ranks_and_scales_are_blocks(tmp_path, to):
+def test_parts_with_different_ranks_and_scales_become_blocks(tmp_path, to):
     spec: Any = {name: LoraSpec(1 + k % 3, 2.0 + k % 2) for k, name in enumerate(SIZES)}
     spec[f"{SINGLE}attn.to_k"] = LoraSpec(4, 3.0, "rslora")
     spec = {
@@ -94,7 +94,7 @@ def test_parts_of_different_ranks_and_scales_are_blocks(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_parts_with_one_first_factor_keep_their_rank(tmp_path, to):
+def test_parts_with_a_shared_a_keep_their_rank(tmp_path, to):
     pair = make(dict.fromkeys(SIZES, LoraSpec(2, 3.0)))
     a = next(iter(pair.tunable.values())).a
     tunable = {name: row.with_factors({"a": a, "b": row.b}) for name, row in pair.tunable.items()}
@@ -105,7 +105,7 @@ def test_parts_with_one_first_factor_keep_their_rank(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_parts_without_an_adapter_are_zeros(tmp_path, to):
+def test_parts_without_an_adapter_become_zeros(tmp_path, to):
     spec = dict.fromkeys([f"{DOUBLE}attn.to_v", f"{SINGLE}attn.to_q", f"{SINGLE}attn.to_v"], 2)
     pair = make({name: spec.get(name, lorax.LORA_FREEZE) for name in SIZES})
     WRITERS[to](tmp_path / "a.safetensors", pair.tunable, NAMES)
@@ -114,7 +114,7 @@ def test_parts_without_an_adapter_are_zeros(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_double_blocks_alone_are_flux_by_the_names_of_the_model(tmp_path, to):
+def test_double_blocks_are_recognized_by_model_names(tmp_path, to):
     spec = {name: 2 if name.startswith(DOUBLE) else lorax.LORA_FREEZE for name in SIZES}
     pair = make(spec)
     WRITERS[to](tmp_path / "a.safetensors", pair.tunable, NAMES)
@@ -123,7 +123,7 @@ def test_double_blocks_alone_are_flux_by_the_names_of_the_model(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_double_blocks_that_may_be_of_another_model_warn(tmp_path, to):
+def test_ambiguous_double_blocks_warn(tmp_path, to):
     names = {name: x for name, x in NAMES.items() if name.startswith(DOUBLE)}
     params = {name: PARAMS[name] for name in names}
     pair = make(dict.fromkeys(names, 2), params)
@@ -134,7 +134,7 @@ def test_double_blocks_that_may_be_of_another_model_warn(tmp_path, to):
     assert modules == (flat if to == "kohya" else names.keys())
 
 
-def test_halves_are_swapped(tmp_path):
+def test_halves_of_the_last_modulation_are_swapped(tmp_path):
     names = ["norm_out.linear", f"{SINGLE}proj_out"]
     pair = make({name: 2 if name in names else lorax.LORA_FREEZE for name in SIZES})
     save_original(tmp_path / "a.safetensors", pair.tunable, NAMES)
@@ -143,7 +143,7 @@ def test_halves_are_swapped(tmp_path):
     np.testing.assert_array_equal(np.asarray(row.b), np.roll(b, IN, 1))
 
 
-def test_files_convert_there_and_back(shell, files):
+def test_fused_files_convert_in_both_directions(shell, files):
     pair = make({name: LoraSpec(1 + k % 3, 2.0 + k % 2) for k, name in enumerate(SIZES)})
     save_original("a.safetensors", pair.tunable, NAMES)
     shell.succeed("convert a.safetensors diffusers --to diffusers")
@@ -153,7 +153,7 @@ def test_files_convert_there_and_back(shell, files):
     shell.succeed("diff original.safetensors a.safetensors --rename x x")
 
 
-def test_the_norms_of_dora_are_fused(tmp_path):
+def test_dora_magnitudes_are_fused(tmp_path):
     params = {name: jax.random.normal(jax.random.key(1), x.shape) for name, x in PARAMS.items()}
     pair = make(dict.fromkeys(SIZES, DoraSpec(LoraSpec(2))), params)
     save_kohya(tmp_path / "a.safetensors", pair.tunable, NAMES)
@@ -168,7 +168,7 @@ def test_the_norms_of_dora_are_fused(tmp_path):
 
 REFUSED = {
     "another kind": (lorax.LohaSpec(2), {}, UnsupportedAdapterError, "LoRA and DoRA do"),
-    "no module": (
+    "unknown module": (
         2,
         {f"{SINGLE}attn.to_q": Linear("single_transformer_blocks.1.attn.norm_q")},
         UnsupportedAdapterError,
@@ -178,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_adapters_that_a_fused_weight_cannot_hold_raise(tmp_path, case):
+def test_adapters_that_cannot_be_fused_raise(tmp_path, case):
     spec, names, error, message = REFUSED[case]
     pair = make(dict.fromkeys(SIZES, spec))
     with pytest.raises(error, match=message):
@@ -186,7 +186,7 @@ def test_adapters_that_a_fused_weight_cannot_hold_raise(tmp_path, case):
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_flux_does_not_have_raise(tmp_path):
+def test_wrong_output_size_raises(tmp_path):
     params = {"q": jnp.ones((IN, IN + 1))}
     _, tunable = lorax.init_lora(params, {"q": 2}, jax.random.key(0))
     with pytest.raises(AdapterMismatchError, match="Flux has 6 outputs there"):

@@ -1,4 +1,4 @@
-"""Random files and interrupted saves of every format: an adapter, or one error."""
+"""Random files and interrupted saves of every format give an adapter or one error type."""
 
 import json
 
@@ -66,7 +66,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=5).map(tuple)
 @pytest.mark.parametrize("form", TENSORS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_random_files_are_read_or_refused(tmp_path_factory, form, data):
+def test_random_files_are_read_or_rejected(tmp_path_factory, form, data):
     known = TENSORS[form]
     kept = data.draw(st.lists(st.sampled_from(sorted(known)), unique=True))
     shapes = {name: known[name] for name in kept}
@@ -99,7 +99,7 @@ def test_random_files_are_read_or_refused(tmp_path_factory, form, data):
 @pytest.mark.parametrize(
     "save_as", [save_kohya, save_original, save_mlx, save_diffusers, save_peft]
 )
-def test_an_interrupted_save_leaves_the_old_file(files, tmp_path, monkeypatch, save_as):
+def test_interrupted_save_leaves_the_old_file(files, tmp_path, monkeypatch, save_as):
     first, second = ({"q": make_tunable(files)["q"]} for _ in range(2))
     save_as("out", first, {"q": Linear(Q)})
     files_of = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}  # noqa: E731

@@ -1,4 +1,4 @@
-"""KerasHub's files: written and read again, told by their content, and fed with nonsense."""
+"""KerasHub files: round trips, detection by content, and invalid files."""
 
 import os
 import pathlib
@@ -57,7 +57,7 @@ def test_file_round_trips(tmp_path, alpha):
     assert not [other for other in tmp_path.iterdir() if other != file]
 
 
-def test_the_command_opens_and_converts_it(shell, files):
+def test_command_inspects_and_converts(shell, files):
     save_keras("a.lora.h5", make().tunable, NAMES)
     text = shell.succeed("inspect a.lora.h5")
     assert "format: keras" in text and "rank: 3" in text and "scale: 1.0" in text
@@ -86,15 +86,20 @@ REFUSED = {
         UnsupportedAdapterError,
         "the last axis of a kernel",
     ),
-    "a name": (None, NAMES | {"out": Linear("output")}, AdapterMismatchError, "number of a layer"),
+    "an invalid name": (
+        None,
+        NAMES | {"out": Linear("output")},
+        AdapterMismatchError,
+        "number of a layer",
+    ),
     "a convolution": (None, NAMES | {"out": Conv("3")}, AdapterMismatchError, "not a Linear"),
-    "one number twice": (None, NAMES | {"out": Linear("11")}, AdapterMismatchError, "two param"),
+    "a duplicate number": (None, NAMES | {"out": Linear("11")}, AdapterMismatchError, "two param"),
     "no name": (None, {"out": Linear("3")}, AdapterMismatchError, "no module for `query`"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_features_missing_in_the_format_raise(tmp_path, case):
+def test_unsupported_features_raise(tmp_path, case):
     spec, names, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         save_keras(tmp_path / "a.lora.h5", make(spec=spec).tunable, names)
@@ -138,25 +143,25 @@ def without_numbers(file):
 ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
 SPOILED = {
     "no rank": put("lora/vars/rank", None),
-    "a rank of text": put("lora/vars/rank", "3"),
-    "a rank of zero": put("lora/vars/rank", 0),
-    "a rank of a half": put("lora/vars/rank", 2.5),
+    "a text rank": put("lora/vars/rank", "3"),
+    "a zero rank": put("lora/vars/rank", 0),
+    "a fractional rank": put("lora/vars/rank", 2.5),
     "several ranks": put("lora/vars/rank", np.array([3, 3])),
     "another rank": put("lora/vars/rank", 2),
     "one kernel": put(f"{KERNEL}b", None),
     "no kernels": put("lora/3", None),
-    "a kernel of one axis": put(f"{KERNEL}a", ones(3)),
-    "a second kernel of three axes": put(f"{KERNEL}b", ones(3, 2, 5)),
+    "a kernel with one axis": put(f"{KERNEL}a", ones(3)),
+    "a second kernel with three axes": put(f"{KERNEL}b", ones(3, 2, 5)),
     "an empty kernel": put(f"{KERNEL}a", ones(0, 3)),
     "integers": put(f"{KERNEL}a", np.ones((24, 3), np.int32)),
     "not finite": put(f"{KERNEL}a", ones(24, 3) * np.inf),
     "another array": put("lora/3/vars/more", ones(2)),
-    "a layer of text": put("lora/x/vars/lora_kernel_a", ones(24, 3)),
+    "a text layer": put("lora/x/vars/lora_kernel_a", ones(24, 3)),
     "text": put("note", "hello"),
     "a link to another file": link(h5py.ExternalLink("/etc/passwd", "x")),
     "a link": link(h5py.SoftLink("/lora/11/vars/lora_kernel_a")),
     "compressed": compressed,
-    "without its numbers": without_numbers,
+    "without its data": without_numbers,
 }
 
 
@@ -165,7 +170,7 @@ def test_damaged_files_raise(tmp_path, case):
     file = tmp_path / "a.lora.h5"
     spoil(file, SPOILED[case])
     names = NAMES if case != "no kernels" else {"query": NAMES["query"]}
-    if case == "no kernels":  # of one layer: the other is an adapter by itself
+    if case == "no kernels":  # of one layer; the other one alone would be an adapter
         assert len(open_adapter(file).rows) == 1
         return
     with pytest.raises(AdapterError) as raised:
@@ -174,7 +179,7 @@ def test_damaged_files_raise(tmp_path, case):
 
 
 @pytest.mark.parametrize("end", [0, 4, 8, 100, 1000, -1])
-def test_a_file_that_was_cut_raises(tmp_path, end):
+def test_truncated_file_raises(tmp_path, end):
     file = tmp_path / "a.lora.h5"
     save_keras(file, make().tunable, NAMES)
     file.write_bytes(file.read_bytes()[:end])
@@ -182,7 +187,7 @@ def test_a_file_that_was_cut_raises(tmp_path, end):
         open_adapter(file)
 
 
-def test_bytes_that_were_changed_are_read_or_refused(tmp_path):
+def test_changed_bytes_are_read_or_rejected(tmp_path):
     file, numbers = tmp_path / "a.lora.h5", np.random.default_rng(0)
     save_keras(file, make().tunable, NAMES)
     data = file.read_bytes()
@@ -210,7 +215,7 @@ def test_scaled_factors_are_rounded_once(tmp_path, dtype):
     np.testing.assert_array_equal(kernels[1], (b.astype(np.float64) * (1 / 3)).astype(wide))
 
 
-def test_arrays_of_the_other_byte_order_are_read(tmp_path):
+def test_big_endian_arrays_are_read(tmp_path):
     file, other, pair = tmp_path / "a.lora.h5", tmp_path / "b.lora.h5", make(alpha=7)
     save_keras(file, pair.tunable, NAMES)
     with h5py.File(file) as source, h5py.File(other, "w") as target:
@@ -223,7 +228,7 @@ def test_arrays_of_the_other_byte_order_are_read(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-def test_other_keras_files_are_named_in_the_error(tmp_path):
+def test_other_keras_files_raise(tmp_path):
     file = tmp_path / "model.weights.h5"
     with h5py.File(file, "w") as opened:
         opened["layers/dense/vars/0"] = ones(3, 2)
@@ -233,7 +238,7 @@ def test_other_keras_files_are_named_in_the_error(tmp_path):
         load_adapter(file, params=PARAMS)
 
 
-def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_package_raises(tmp_path, monkeypatch):
     file = tmp_path / "a.lora.h5"
     save_keras(file, make().tunable, NAMES)
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
@@ -256,7 +261,7 @@ for k in range(100_000):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize("seconds", [0.0, 0.003, 0.011])
-def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path, seconds):
+def test_killed_process_leaves_a_complete_file(tmp_path, seconds):
     file = tmp_path / "a.lora.h5"
     command = [sys.executable, "-c", SAVE, str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -271,7 +276,7 @@ def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path, seconds):
     assert all(x == file or x.name.startswith(".a.lora.h5.") for x in tmp_path.iterdir())
 
 
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a.lora.h5"
     save_keras(file, make().tunable, NAMES)
     before = file.read_bytes()

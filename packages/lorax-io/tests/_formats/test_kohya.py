@@ -1,10 +1,11 @@
-"""kohya's names: resolved by the base, and kinds that they have."""
+"""kohya's names: resolution by the base, and supported kinds."""
 
 import numpy as np
 import pytest
 from formats_of_files import ALPHA, ATTN, FLAT, IN, OUT, RANK, delta_of, save
 
 from lorax_io import (
+    AdapterFileError,
     UnsupportedAdapterError,
     open_adapter,
 )
@@ -20,7 +21,7 @@ def test_underscores_are_resolved_by_the_base(shell, files):
 
 
 @pytest.mark.parametrize("names", [["a.b_c", "a_b.c"], ["x.a.b.c", "y.a.b.c"], ["a.b"]])
-def test_underscores_that_may_be_several_raise(shell, files, names):
+def test_ambiguous_underscores_raise(shell, files, names):
     save({"lora_unet_a_b_c.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a_b_c.lora_up.weight": files.draw(OUT, RANK)})  # fmt: skip
     save({f"{name}.weight": files.draw(OUT, IN) for name in names}, "base.safetensors")
@@ -28,12 +29,24 @@ def test_underscores_that_may_be_several_raise(shell, files, names):
     assert "with `_` for each `.`" in message
 
 
-@pytest.mark.parametrize("key", ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm"])
-def test_more_than_lora_of_kohya_raises(files, key):
+OF_LORA = ["lora_mid.weight", "lora_up.bias", "scalar"]
+UNSUPPORTED = [*OF_LORA, "oft_blocks", "diff", "diff_b", "w_norm"]
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_unsupported_kohya_keys_raise(files, key):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           f"lora_unet_a.{key}": files.draw(OUT, 1)})  # fmt: skip
     with pytest.raises(UnsupportedAdapterError, match=f"lora_unet_a.{key}"):
+        open_adapter("a.safetensors")
+
+
+def test_an_unknown_tensor_raises(files):
+    save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
+          "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
+          "lora_unet_a.strange": files.draw(OUT, 1)})  # fmt: skip
+    with pytest.raises(AdapterFileError, match="`lora_unet_a.strange`, which is not a factor"):
         open_adapter("a.safetensors")
 
 

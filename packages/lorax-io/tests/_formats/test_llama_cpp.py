@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, read again by its own `gguf` package."""
+"""Adapters for llama.cpp, read by its `gguf` package."""
 
 import json
 import pathlib
@@ -51,13 +51,13 @@ def read(file):
 
 
 def unpermuted(rows, heads):
-    """The inverse of what llama.cpp's converter does to the rows of q and k."""
+    """The inverse of the permutation of q and k rows in llama.cpp's converter."""
     out, rest = rows.shape
     return rows.reshape(heads, out // heads // 2, 2, rest).swapaxes(1, 2).reshape(out, rest)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_gguf_reads_names_and_numbers(files, dtype):
+def test_gguf_reads_names_and_factors(files, dtype):
     tunable = make(files, dtype=jnp.dtype(dtype))
     save_gguf("a.gguf", tunable, NAMES, config=CONFIG)
     fields, tensors = read("a.gguf")
@@ -72,7 +72,7 @@ def test_gguf_reads_names_and_numbers(files, dtype):
         np.testing.assert_array_equal(b, tunable[module].b.T.astype(np.float32))
 
 
-def test_an_alpha_of_zero_is_multiplied_into_b(files):
+def test_zero_alpha_is_folded_into_b(files):
     """llama.cpp reads an alpha of 0 as a scale of 1."""
     save_gguf("a.gguf", make(files, alpha=0.0), NAMES, config=CONFIG)
     fields, tensors = read("a.gguf")
@@ -80,7 +80,7 @@ def test_an_alpha_of_zero_is_multiplied_into_b(files):
     assert not any(tensors[f"{name}.weight.lora_b"].any() for name in MODULES.values())
 
 
-def test_factors_that_are_not_finite_raise(files):
+def test_nonfinite_factors_raise(files):
     tunable = make(files)
     tunable["lm_head"] = tunable["lm_head"].with_factors(
         {"a": jnp.full((WIDTH, 3), jnp.nan), "b": tunable["lm_head"].b}
@@ -90,7 +90,7 @@ def test_factors_that_are_not_finite_raise(files):
     assert not pathlib.Path("a.gguf").exists()
 
 
-def test_rows_of_other_models_keep_their_order(files):
+def test_rows_of_other_models_are_not_permuted(files):
     tunable = make(files)
     save_gguf("a.gguf", tunable, NAMES, config=CONFIG | {"model_type": "qwen2"})
     _, tensors = read("a.gguf")
@@ -104,7 +104,7 @@ def test_several_scales_are_folded(files):
     fields, tensors = read("a.gguf")
     for module, name in (("lm_head", "output"), ("model.layers.0.mlp.down_proj", "blk.0.ffn_down")):
         a, b = (tensors[f"{name}.weight.lora_{k}"] for k in "ab")
-        scale = fields["adapter.lora.alpha"] / a.shape[0]  # as llama.cpp has it
+        scale = fields["adapter.lora.alpha"] / a.shape[0]  # in llama.cpp's layout
         row = tunable[module]
         np.testing.assert_allclose(scale * (b @ a), row.scale * (row.a @ row.b).T, rtol=1e-5)
 
@@ -120,13 +120,13 @@ def test_several_scales_are_folded(files):
         ({"num_hidden_layers": 1}, AdapterMismatchError, "no tensor for `model.layers.1"),
     ],
 )
-def test_other_configs_raise(files, tmp_path, config, error, message):
+def test_unsupported_configs_raise(files, tmp_path, config, error, message):
     with pytest.raises(error, match=message):
         save_gguf("a.gguf", make(files), NAMES, config=CONFIG | config)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kinds_llama_cpp_cannot_hold_raise(files, tmp_path):
+def test_kinds_that_llama_cpp_cannot_store_raise(files, tmp_path):
     row = make(files)["lm_head"]
     for torch_name in (Linear("model.other"), Embedding("model.embed_tokens"), Conv("conv")):
         with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)):
@@ -136,7 +136,7 @@ def test_kinds_llama_cpp_cannot_hold_raise(files, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_writes_it(shell, files):
+def test_command_writes_gguf(shell, files):
     save_adapter("a.safetensors", {"lm_head/kernel": make(files)["lm_head"]})
     assert "--model-config" in shell.fail("convert a.safetensors a.gguf --to gguf")
     pathlib.Path("config.json").write_text(json.dumps(CONFIG))

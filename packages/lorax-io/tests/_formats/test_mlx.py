@@ -1,4 +1,4 @@
-"""mlx-lm's folders are read."""
+"""mlx-lm folders."""
 
 import json
 import pathlib
@@ -86,7 +86,7 @@ def test_full_fine_tuning_of_mlx_is_read(shell, files):
         ({"lora_parameters": {"rank": RANK + 1, "scale": 2.0}}, AdapterFileError),
     ],
 )
-def test_other_configs_of_mlx_raise(files, config, error):
+def test_unsupported_mlx_configs_raise(files, config, error):
     write_mlx({f"{Q}.lora_a": files.draw(IN, RANK), f"{Q}.lora_b": files.draw(RANK, OUT)}, **config)
     with pytest.raises(error):
         open_adapter("mlx")
@@ -100,8 +100,8 @@ def test_float64_raises(files):
 
 
 @pytest.mark.parametrize(("first", "second"), [(save_mlx, save_peft), (save_peft, save_mlx)])
-def test_the_config_of_another_format_is_kept(tmp_path, first, second):
-    """PEFT and mlx-lm have configs of one name."""
+def test_config_of_another_format_raises(tmp_path, first, second):
+    """The configs of PEFT and mlx-lm have the same file name."""
     tunable = {"q": LoraWeight(jnp.ones((IN, 1)), jnp.ones((1, OUT)), 1)}
     first(tmp_path / "a", tunable, {"q": Linear(Q)})
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
@@ -111,7 +111,7 @@ def test_the_config_of_another_format_is_kept(tmp_path, first, second):
     first(tmp_path / "a", tunable, {"q": Linear(Q)})
 
 
-def test_a_magnitude_that_the_config_does_not_have_raises(files):
+def test_magnitude_without_dora_in_the_config_raises(files):
     a, b, m = files.draw(IN, RANK), files.draw(RANK, OUT), files.draw(OUT)
     write_mlx({f"{Q}.lora_a": a, f"{Q}.lora_b": b, f"{Q}.m": m})
     with pytest.raises(AdapterFileError, match="has `.*q_proj.m`, and its config says lora"):

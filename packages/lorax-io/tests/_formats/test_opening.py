@@ -1,4 +1,4 @@
-"""What is not an adapter is told as what it is."""
+"""Errors for files and folders that are not adapters say what they are."""
 
 import pathlib
 
@@ -29,14 +29,14 @@ def test_model_without_an_adapter_raises(shell, files):
     assert "of no format that is known" in shell.fail("inspect a.safetensors")
 
 
-def test_a_single_file_may_have_any_name(shell, files):
+def test_single_file_can_have_any_name(shell, files):
     pathlib.Path("folder").mkdir()
     save({f"{Q}.lora_A.weight": files.draw(RANK, IN), f"{Q}.lora_B.weight": files.draw(OUT, RANK)},
          "folder/style.safetensors")  # fmt: skip
     assert open_adapter("folder").format == "diffusers"
 
 
-def test_a_folder_with_two_adapters_is_named(files):
+def test_folder_with_two_adapters_warns(files):
     files.peft(files.pair(Q, OUT, IN), target_modules=["q_proj"])
     save(files.pair(f"unet.{TO_Q}", OUT, IN), "adapter/pytorch_lora_weights.safetensors")
     with pytest.warns(AdapterWarning, match="`adapter_model.safetensors`, which is read, and `py"):

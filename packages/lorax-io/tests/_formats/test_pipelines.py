@@ -24,7 +24,7 @@ from lorax_io import (
 
 
 def pipeline(files):
-    """A folder of diffusers with a U-Net and a text encoder."""
+    """A diffusers folder with a U-Net and a text encoder."""
     modules = {"unet": f"{ATTN}.to_q", "text_encoder": f"{CLIP}.q_proj"}
     base = {}
     for part, module in modules.items():
@@ -70,7 +70,7 @@ def test_pipeline_is_merged_part_by_part(shell, files, form):
         )
 
 
-def test_several_parts_are_written_again_with_a_config_each(shell, files):
+def test_several_parts_keep_their_configs(shell, files):
     tensors = files.pair(f"unet.{ATTN}.to_q", OUT, IN) | files.pair(
         f"text_encoder.{CLIP}.q_proj", OUT, IN, rank=3
     )

@@ -1,4 +1,4 @@
-"""A row for each form of file: recognized by content, loaded, merged and inspected."""
+"""Every file format is detected by content, loaded, merged and inspected."""
 
 import json
 
@@ -31,7 +31,7 @@ from lorax_io import (
 
 
 class Case:
-    """A file of one module, and what it means: delta = scale · up · down."""
+    """A file with one module, whose delta is scale · up · down."""
 
     def __init__(self, form, module, name, down, up, alpha=None, part=None):
         self.form, self.module, self.part = form, module, part
@@ -58,8 +58,8 @@ FLUX, KOHYA_Q = f"diffusion_model.{QKV}", f"{FLAT}_to_q"
 
 
 CASES = {
-    "diffusers, keys of PEFT": Case("diffusers", TO_Q, UNET, *PEFT, part="unet"),
-    "diffusers, keys of its own": Case("diffusers", TO_Q, UNET, *OWN, part="unet"),
+    "diffusers, PEFT keys": Case("diffusers", TO_Q, UNET, *PEFT, part="unet"),
+    "diffusers, its own keys": Case("diffusers", TO_Q, UNET, *OWN, part="unet"),
     "diffusers, with alpha": Case("diffusers", TO_Q, UNET, *PEFT, ALPHA, part="unet"),
     "diffusers, without a part": Case("diffusers", TO_Q, TO_Q, *OWN, part=""),
     "processors": Case("diffusers", TO_Q, f"{ATTN}.processor.to_q", *OLD, part=""),

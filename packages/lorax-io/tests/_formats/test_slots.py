@@ -1,4 +1,4 @@
-"""Tensors of PEFT that are missing, unknown, or of another shape or type."""
+"""PEFT tensors that are missing, unknown, or of the wrong shape or dtype."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ A, B, NORM = "lora_A.weight", "lora_B.weight", "base_model.model.model.norm.weig
 
 
 def moved(*pairs):
-    """Tensors under other names."""
+    """The tensors under other names."""
     return {name: value for old, new in pairs for name, value in ((old, None), (new, TENSORS[old]))}
 
 
@@ -341,22 +341,22 @@ EMBEDDING = "base_model.model.model.embed_tokens."
 
 
 def embedding(shape):
-    """What PEFT writes of an adapted embedding: the embedding itself, too."""
+    """The tensors that PEFT writes for an adapted embedding, which include the embedding itself."""
     factors = {"lora_embedding_A": floats(2, 7), "lora_embedding_B": floats(5, 2)}
     return {EMBEDDING + k: v for k, v in {**factors, "base_layer.weight": floats(*shape)}.items()}
 
 
-def test_a_copy_of_an_embedding_is_left_out(place):
+def test_copy_of_an_embedding_is_ignored(place):
     place.write(CONFIG | {"target_modules": ["embed_tokens"]}, embedding((7, 5)))
     assert load_peft(place.folder, make_params(), NAMES)[1]["embed"].rank == 2
 
 
-def test_a_copy_of_an_embedding_with_more_tokens_raises(place):
+def test_copy_of_an_embedding_with_more_tokens_raises(place):
     place.write(CONFIG | {"target_modules": ["embed_tokens"]}, embedding((9, 5)))
     assert_refused(place, "peft", MISMATCH, r"of shape \(9, 5\), where the base has \(7, 5\)")
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), ADAPTERS)
-def test_an_adapter_that_does_not_fit_raises(place, changes, tensors, error, message):
+def test_mismatched_adapter_raises(place, changes, tensors, error, message):
     place.write(CONFIG | changes, without_none(TENSORS | tensors))
     assert_refused(place, "peft", error, message)

@@ -1,4 +1,4 @@
-"""The table of formats: what the documentation, the command and the functions say of each."""
+"""The table of formats agrees with the documentation and the command."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ ONLY_WRITTEN = {"gguf": ("a GGUF file for llama.cpp", "save_gguf")}
 
 
 def rows():
-    """The table of the page, a row for each format."""
+    """The rows of the table in the docs."""
     for name, row in FORMATS.items():
         [loads] = re.findall(r"lorax_io\.(\w+)\(", row.loads)
         yield name if row.saved else None, row.description, loads, row.saved
@@ -23,7 +23,7 @@ def rows():
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="the documentation is not in the sdist")
-def test_the_page_has_the_table_of_the_code():
+def test_docs_have_the_table_of_formats():
     code = lambda text: f"`{text}`" if text else ""  # noqa: E731
     lines = [
         f"| {description} | {code(name)} | {code(loads)} | {code(saved)} |"
@@ -34,7 +34,7 @@ def test_the_page_has_the_table_of_the_code():
     assert table == lines
 
 
-def test_every_format_that_is_written_is_a_choice_of_the_command():
+def test_command_offers_every_writable_format():
     assert WRITERS.keys() == {name for name, *_ in rows() if name}
     for _, _, *functions in rows():
         assert all(hasattr(lorax_io, name) for name in functions if name)

@@ -1,4 +1,4 @@
-"""Files in torchtune's own names: told by their keys, and alpha asked for."""
+"""Files with torchtune's names: detected by their keys, and read with a given alpha."""
 
 import json
 
@@ -26,7 +26,7 @@ def save(file, found, config=None):
         file.with_name("adapter_config.json").write_text(json.dumps(config))
 
 
-def test_its_factors_are_read_with_the_alpha_that_is_given(tmp_path, shell, files):
+def test_factors_are_read_with_the_given_alpha(tmp_path, shell, files):
     found = tensors(files)
     save(tmp_path / "a.safetensors", found)
     params = {name: np.zeros(shape[::-1], np.float32) for name, shape in MODULES.items()}
@@ -41,7 +41,7 @@ def test_its_factors_are_read_with_the_alpha_that_is_given(tmp_path, shell, file
     assert "`alpha=` in Python, `--alpha`" in shell.fail("inspect a.safetensors")
 
 
-def test_alpha_is_in_the_config(tmp_path, files):
+def test_alpha_is_read_from_the_config(tmp_path, files):
     file = tmp_path / "adapter_model.safetensors"
     save(file, tensors(files), {"r": 2, "lora_alpha": 5, "target_modules": ["o_proj"]})
     for path in (tmp_path, file):
@@ -53,7 +53,7 @@ def test_alpha_is_in_the_config(tmp_path, files):
         open_adapter(tmp_path)
 
 
-def test_rows_of_rotated_modules_warn(tmp_path, files):
+def test_rotated_modules_warn(tmp_path, files):
     save(tmp_path / "a.safetensors", tensors(files, {"layers.0.attn.q_proj": (6, 4)}))
     with pytest.warns(AdapterWarning, match="folder of PEFT that torchtune writes"):
         open_adapter(tmp_path / "a.safetensors", alpha=2)
@@ -68,7 +68,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_is_not_sound_is_refused(tmp_path, files, case):
+def test_damaged_files_raise(tmp_path, files, case):
     changed, message = SPOILED[case]
     found = tensors(files) | {name: files.draw(*shape) for name, shape in changed.items()}
     save(tmp_path / "a.safetensors", found)

@@ -1,4 +1,4 @@
-"""Checkpoints of tunix and qwix: written, read again, told by their content, and damaged."""
+"""Checkpoints of tunix and qwix: round trips, detection by content, and damage."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def make(alpha=6.0, params=PARAMS, rank=3):
 
 
 def save_tree(folder, tree, metadata=None):
-    """A step as tunix saves it."""
+    """Writes a step in tunix's format."""
     handlers = {"model_params": ocp.PyTreeCheckpointHandler()}
     with ocp.CheckpointManager(pathlib.Path(folder).resolve(), item_handlers=handlers) as manager:
         args = ocp.args.Composite(model_params=ocp.args.PyTreeSave(tree))
@@ -63,7 +63,7 @@ def leaf(*shape, value=0.5):
     return {"value": np.full(shape, value, np.float32)}
 
 
-def test_a_checkpoint_loads_without_names(tmp_path):
+def test_checkpoint_loads_without_names(tmp_path):
     pair, folder = make(), tmp_path / "checkpoint"
     save_tunix(folder, pair.tunable, step=3)
     found = load_any(folder, PARAMS)
@@ -71,19 +71,19 @@ def test_a_checkpoint_loads_without_names(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, lorax.merge_params(found), expected)
     weight = found.tunable["layers"]["0"]["q"]["w"]
     assert (weight.axes.inputs, weight.axes.outputs) == ((1,), (0, 2))
-    # Without a base, the inputs are first.
+    # Without a base, the first axes are the inputs.
     opened = open_adapter(folder)
     assert sorted(opened.rows) == PATHS and opened.format == "tunix"
     assert opened.rows["layers/0/q/w"].a.shape == (10, 3)
     assert opened.names["layers/0/q/w"] == Linear("layers.0.q", in_axes=(0,), out_axes=(1, 2))
     assert opened.names["mlp/gate"].module == "mlp.gate"
-    # A step and a tree of it are the same.
+    # A step and its tree are read alike.
     for inner in (folder / "3", folder / "3" / "model_params"):
         again = load_any(inner, PARAMS)
         jax.tree.map(np.testing.assert_array_equal, again.tunable, found.tunable)
 
 
-def test_alpha_is_asked_for_where_the_file_has_none(tmp_path):
+def test_missing_alpha_raises(tmp_path):
     tree = {"q": {"w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)}}
     save_tree(tmp_path / "a", tree)
     with pytest.raises(UnsupportedAdapterError, match=r"`alpha=` in Python, `--alpha`"):
@@ -99,7 +99,7 @@ def test_alpha_is_asked_for_where_the_file_has_none(tmp_path):
         open_adapter(tmp_path / "c")
 
 
-def test_alpha_is_refused_where_the_file_has_its_own(tmp_path):
+def test_alpha_for_a_file_with_its_own_raises(tmp_path):
     lorax_file = tmp_path / "a.safetensors"
     import lorax_io
 
@@ -108,7 +108,7 @@ def test_alpha_is_refused_where_the_file_has_its_own(tmp_path):
         open_adapter(lorax_file, alpha=3.0)
 
 
-def test_scales_become_that_of_the_alpha(tmp_path):
+def test_scales_are_those_of_the_given_alpha(tmp_path):
     pair = make(alpha=5.0)
     save_tunix(tmp_path / "a", pair.tunable, alpha=3.0)
     found = load_any(tmp_path / "a", PARAMS)
@@ -118,14 +118,14 @@ def test_scales_become_that_of_the_alpha(tmp_path):
     jax.tree.map(close, lorax.merge_params(found), expected)
 
 
-def test_linen_without_value_and_bfloat16(tmp_path):
+def test_linen_checkpoint_in_bfloat16_is_read(tmp_path):
     array = lambda *shape: np.full(shape, 0.5, jnp.bfloat16)  # noqa: E731
     save_tree(tmp_path / "a", {"w_lora_a": array(5, 2), "w_lora_b": array(2, 3)})
     row = open_adapter(tmp_path / "a", alpha=2).rows["w"]
     assert (row.a.dtype, row.rank) == (jnp.bfloat16, 2)
 
 
-def test_the_last_step_is_read_and_an_unfinished_one_is_not(tmp_path):
+def test_last_finished_step_is_read(tmp_path):
     folder = tmp_path / "a"
     for step in (2, 10):
         save_tunix(folder, make(alpha=float(step)).tunable, step=step)
@@ -136,7 +136,7 @@ def test_the_last_step_is_read_and_an_unfinished_one_is_not(tmp_path):
         save_tunix(folder, make().tunable, step=10)
 
 
-def test_other_arrays_are_left_out_with_a_warning(tmp_path):
+def test_other_arrays_are_ignored_with_a_warning(tmp_path):
     save_tree(
         tmp_path / "a", {"q": {"w": leaf(5, 3), "w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)}}
     )
@@ -144,7 +144,7 @@ def test_other_arrays_are_left_out_with_a_warning(tmp_path):
         assert [*open_adapter(tmp_path / "a", alpha=2).rows] == ["q/w"]
 
 
-def test_the_command_opens_and_converts_it(shell):
+def test_command_inspects_and_converts(shell):
     save_tunix("a", make().tunable)
     text = shell.succeed("inspect a")
     for line in ("format: tunix", "rank: 3", "alpha: 6", "scale: 2.0", "written by: lorax-io"):
@@ -156,7 +156,7 @@ def test_the_command_opens_and_converts_it(shell):
     assert names == {"model.layers.0.q", "model.layers.0.out", "mlp.gate", "mlp.kernel"}
 
 
-def test_a_base_with_axes_as_in_pytorch_is_merged_with(shell, files):
+def test_merge_into_a_base_in_pytorch_layout(shell, files):
     pair = make()
     save_tunix("a", pair.tunable)
     tree = {path: x for path, x in zip(PATHS, jax.tree.leaves(PARAMS), strict=True)}
@@ -192,7 +192,7 @@ BROKEN = {
         {"w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)} | {"q/w_lora_b": leaf(2, 3)},
         "lacks `q/w_lora_a`",
     ),
-    "one name": (
+    "duplicate names": (
         {
             **{"a.b": {"w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)}},
             **{"a": {"b": {"w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)}}},
@@ -203,7 +203,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_not_sound_is_refused(tmp_path, case):
+def test_damaged_files_raise(tmp_path, case):
     tree, message = BROKEN[case]
     save_tree(tmp_path / "a", tree)
     with pytest.raises(AdapterError, match=message) as raised:
@@ -212,7 +212,7 @@ def test_what_is_not_sound_is_refused(tmp_path, case):
 
 
 @pytest.mark.parametrize("cause", [MemoryError, PermissionError])
-def test_a_cause_outside_the_file_is_not_called_damage(tmp_path, monkeypatch, cause):
+def test_errors_outside_the_file_are_not_reported_as_damage(tmp_path, monkeypatch, cause):
     import orbax.checkpoint as ocp
 
     def fail(*args, **options):
@@ -224,7 +224,7 @@ def test_a_cause_outside_the_file_is_not_called_damage(tmp_path, monkeypatch, ca
         open_adapter(tmp_path / "a", alpha=2.0)
 
 
-def test_an_alpha_of_zero_is_multiplied_into_b(tmp_path):
+def test_zero_alpha_is_folded_into_b(tmp_path):
     weight = lorax.LoraWeight(jnp.ones((5, 2)), jnp.ones((2, 3)), 2, 0.0)
     save_tunix(tmp_path / "a", {"w": weight})
     row = load_any(tmp_path / "a", {"w": jnp.ones((5, 3))}).tunable["w"]
@@ -233,7 +233,7 @@ def test_an_alpha_of_zero_is_multiplied_into_b(tmp_path):
         save_tunix(tmp_path / "b", {"w": weight}, alpha=0)
 
 
-def test_shapes_that_do_not_fit_are_refused(tmp_path):
+def test_mismatched_shapes_raise(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     wider = jax.tree.map(lambda x: jnp.ones((*x.shape[:-1], x.shape[-1] + 1)), PARAMS)
     with pytest.raises(AdapterMismatchError, match="for axes"):
@@ -256,7 +256,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_format_does_not_have_is_refused(tmp_path, case):
+def test_unsupported_features_raise(tmp_path, case):
     spec, message = REFUSED[case]
     shape = (3, 4, 5) if case == "stacked" else (4, 5)
     _, tunable = lorax.init_lora({"w": jnp.ones(shape)}, {"w": spec}, jax.random.key(0))
@@ -265,7 +265,7 @@ def test_what_the_format_does_not_have_is_refused(tmp_path, case):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_alphas_are_refused_or_scaled(tmp_path):
+def test_several_alphas_raise_or_are_folded(tmp_path):
     params = {"a": jnp.ones((4, 5)), "b": jnp.ones((4, 5))}
     spec = {"a": LoraSpec(2, 4), "b": LoraSpec(2, 6)}
     pair = lorax.init_lora(params, spec, jax.random.key(0), b_init="gaussian")
@@ -281,10 +281,10 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# TensorStore calls back into a loop that Orbax has closed after the error.
+# TensorStore calls into an event loop that Orbax has closed after the error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage_of_any_file_is_refused_or_harmless(tmp_path):
-    """Cut, changed and removed files: an error of this package, or the same numbers."""
+def test_damage_to_any_file_is_rejected_or_harmless(tmp_path):
+    """Truncated, changed and removed files give an error of this package or the same values."""
     save_tunix(tmp_path / "a", make().tunable)
     expected = jax.tree.leaves(load_any(tmp_path / "a", PARAMS).tunable)
     numbers = np.random.default_rng(0)
@@ -311,7 +311,7 @@ def test_damage_of_any_file_is_refused_or_harmless(tmp_path):
     assert outcomes == {"read", "refused"}
 
 
-def test_metadata_of_nonsense_is_refused(tmp_path):
+def test_invalid_metadata_raises(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     path = tmp_path / "a" / "0" / "model_params" / "_METADATA"
     found = json.loads(path.read_text())
@@ -322,7 +322,7 @@ def test_metadata_of_nonsense_is_refused(tmp_path):
             load_any(tmp_path / "a", PARAMS)
 
 
-def test_a_link_in_it_is_refused(tmp_path):
+def test_link_in_a_checkpoint_raises(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     (tmp_path / "a" / "0" / "model_params" / "more").symlink_to("/etc/passwd")
     with pytest.raises(AdapterFileError, match="has a link"):
@@ -341,7 +341,7 @@ for k in range(10_000):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_process_that_is_killed_leaves_whole_steps(tmp_path):
+def test_killed_process_leaves_complete_steps(tmp_path):
     command = [sys.executable, "-c", SAVE, str(tmp_path / "a")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -353,7 +353,7 @@ def test_a_process_that_is_killed_leaves_whole_steps(tmp_path):
     assert np.unique(row.a).size == np.unique(row.b).size == 1
 
 
-def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_package_raises(tmp_path, monkeypatch):
     save_tunix(tmp_path / "a", make().tunable)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     for use in (lambda: open_adapter(tmp_path / "a"), lambda: save_tunix("b", make().tunable)):

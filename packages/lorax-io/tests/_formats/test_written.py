@@ -1,4 +1,4 @@
-"""Every format that is written comes back, and refuses what it does not have."""
+"""Every writable format: round trips, and errors for unsupported features."""
 
 import json
 import pathlib
@@ -74,20 +74,20 @@ def test_mlx_round_trips(files, scaling):
 
 
 @pytest.mark.parametrize("save_as", [save_kohya, save_original, save_mlx])
-def test_kinds_a_format_cannot_hold_raise(files, tmp_path, save_as):
+def test_kinds_that_a_format_cannot_store_raise(files, tmp_path, save_as):
     full = {"q": jnp.ones((IN, OUT)), "stack": make_tunable(files)["stack"]}
     with pytest.raises((UnsupportedAdapterError, AdapterMismatchError)):
         save_as("out", full, NAMES)
     assert not (tmp_path / "out").exists()
 
 
-def test_mlx_has_one_rank_and_scale(files, tmp_path):
+def test_several_ranks_or_scales_raise_for_mlx(files, tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="one rank and scale"):
         save_mlx("out", make_tunable(files), NAMES)
     assert not (tmp_path / "out").exists()
 
 
-def test_two_modules_of_one_flat_name_raise(files):
+def test_modules_with_the_same_flat_name_raise(files):
     row = make_tunable(files)["q"]
     with pytest.raises(AdapterMismatchError, match="are both called `lora_unet_a_b`"):
         save_kohya("k", {"x": row, "y": row}, {"x": Linear("a.b"), "y": Linear("a_b")})
@@ -105,7 +105,7 @@ def test_convert_writes_every_format(shell, files, form):
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**400, "3"])
-def test_an_alpha_that_is_not_a_finite_number_raises(tmp_path, alpha):
+def test_nonfinite_alpha_raises(tmp_path, alpha):
     weight = lorax.LoraWeight(jnp.ones((IN, 2)), jnp.ones((2, OUT)), 2, alpha)
     for tree in ({"q": weight}, {"q": lorax.DoraWeight(weight, jnp.ones(OUT))}):
         writers = (

@@ -89,7 +89,7 @@ class _Scaled(Within):
     number: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         if jnp.ndim(self.number):
             raise ArgumentError(
@@ -97,7 +97,7 @@ class _Scaled(Within):
                 "an adapter has one number. Scales of all slots of a bank go through jax.vmap, "
                 "over `bank.tunable` and `bank.scales` together."
             )
-        weight = self.adapter.applied(base, held, source)
+        weight = self.adapter.applied(base, frozen, source)
         # The scale follows from rank and alpha. Although it is an array here, it is not trained.
         number = jax.lax.stop_gradient(self.number)
         # One more factor without labels, which can multiply the narrow product x · a. Times `a` or
@@ -113,7 +113,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     other, through batch norm or expert capacity, computes different results for a row alone.
 
     Args:
-        bank: a bank of adapters of any kind, which share the frozen factors beside the base.
+        bank: a bank of adapters of any kind, which share the frozen factors.
         index: the slot, a scalar; −1 selects the base, bit for bit. Inside `jax.jit`, where the
             value is unknown, any other invalid slot selects the base as well.
 
@@ -171,7 +171,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         return row if is_free(neutral) else _Selected(row, place < bank.slots)
 
     tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
-    # Out of range, the scale is 1; the factors are neutral anyway.
+    # Out of range, the factors are neutral, and the scale is 1.
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 
@@ -185,19 +185,19 @@ class _Selected(Within):
     is_there: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        held = held or {}
+        frozen = frozen or {}
         factors = self.adapter.factors()
         for name, number in self.adapter.neutral().items():
             factor, other = factors[name], number
             if callable(number):
-                other: Any = jax.lax.stop_gradient(number(held))
+                other: Any = jax.lax.stop_gradient(number(frozen))
                 # Without rounding, so that the result is bit-identical to the base.
                 wide = product_dtype(factor.dtype, other.dtype)
                 factor, other = factor.astype(wide), other.astype(wide)
             factors[name] = jnp.where(self.is_there, factor, other)
-        return self.adapter.with_factors(factors).applied(base, held, source)
+        return self.adapter.with_factors(factors).applied(base, frozen, source)
 
 
 def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
@@ -292,23 +292,23 @@ class _Mixed(Within):
         return layout._replace(factors=factors)
 
     def _slot(self, layout: Layout) -> Label:
-        used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        used = [*layout.out, *layout.factors.values(), *layout.frozen.values()]
         # A label that nothing in the layout uses yet.
         return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         slot = self._slot(self.adapter.layout(base.shape))
         if type(self.adapter).term is Adapter.term:
             # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed over like
             # the rank.
-            term = self.term(base.shape, held or {}, source)
+            term = self.term(base.shape, frozen or {}, source)
             weights = self.weights * self.adapter.scale
         else:
             # The term is not a plain einsum of the factors, so it is computed per slot by vmap; the
             # new leading axis of every factor is the slot.
-            of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
+            of_slot = lambda adapter: adapter.term(base.shape, frozen or {}, source)  # noqa: E731
             term, weights = jax.vmap(of_slot)(self.adapter), self.weights
             term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))
         return FactoredArray(base, (term.times(weights, (slot,)),))

@@ -30,8 +30,8 @@ class FP8(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import FP8, quantize
-        >>> held = quantize({"w": jnp.ones((256, 384))}, {"w": FP8(block=128, square=True)})["w"]
-        >>> held.arrays["codes"].shape, held.arrays["scales"].shape
+        >>> weight = quantize({"w": jnp.ones((256, 384))}, {"w": FP8(block=128, square=True)})["w"]
+        >>> weight.arrays["codes"].shape, weight.arrays["scales"].shape
         ((2, 128, 3, 128), (2, 3))
     """
 

@@ -32,8 +32,8 @@ class MXFP4(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import MXFP4, quantize
-        >>> held = quantize({"w": jnp.full((64, 3), 1.5)}, {"w": MXFP4()})["w"]
-        >>> held.bits, held.array()[0].tolist()
+        >>> weight = quantize({"w": jnp.full((64, 3), 1.5)}, {"w": MXFP4()})["w"]
+        >>> weight.bits, weight.array()[0].tolist()
         (4.25, [1.5, 1.5, 1.5])
     """
 

@@ -1,9 +1,9 @@
-"""Picking entries of a weight: `gather` (embedding lookups, row selects) and `dynamic_slice`.
+"""Selects entries of a weight: `gather` (embedding lookups, row selects) and `dynamic_slice`.
 
 Every factor that owns an indexed axis is indexed by the part of the indices for that axis; the
 other factors complete the product. Out-of-range indices keep their meaning, because it is decided
-per axis: clipping clips all owners of an axis alike. If the model fills, each owner fills with
-zeros, so the term is zero there, and the fill value of the base remains.
+per axis: clipping clips all owners of an axis in the same way. If the model fills, each owner fills
+with zeros, so the term is zero there, and the fill value of the base remains.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Native files from strangers, of other kinds and of other parameters."""
+"""Untrusted native files of all kinds, and files for other parameters."""
 
 import json
 
@@ -170,9 +170,7 @@ OTHER_KINDS = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), OTHER_KINDS)
-def test_a_native_file_of_another_kind_that_does_not_fit_raises(
-    place, changes, tensors, error, message
-):
+def test_mismatched_native_file_of_each_kind_raises(place, changes, tensors, error, message):
     place.write_native(changes, tensors)
     for load in (load_adapter, load_pair):
         with pytest.raises(AdapterError, match=message) as raised:
@@ -185,12 +183,12 @@ def test_a_native_file_of_another_kind_that_does_not_fit_raises(
 
 
 def fit_to_itself(path):
-    """Opens a file as the command line does, without a base; then with one of no such shape."""
+    """Opens a file without a base, like the command line, then with a mismatched base."""
     open_adapter(path)
     load_pair(path, {"q": jnp.ones((2, 2)), "norm": jnp.ones(5)})
 
 
-def test_a_frozen_factor_with_nan_raises(place):
+def test_frozen_factor_with_nan_raises(place):
     place.write_native(kinds(DORA, {"q": ["square"]}), MAGNITUDE | {"q/square": floats(3) * np.nan})
     with pytest.raises(AdapterError, match="`q/square` holds NaN"):
         load_pair(place.native, make_params())
@@ -209,8 +207,8 @@ def test_peft_folder_is_not_a_native_file(place):
     assert_refused(place, "metadata", AdapterFileError, "not a native adapter; `load_peft` reads")
 
 
-def test_parameters_with_one_path_raise(place):
-    """Their paths are all that a file knows of them."""
+def test_parameters_with_equal_paths_raise(place):
+    """Files identify parameters only by their paths."""
     save_adapter(place.native, {"w": {"v": floats(2)}})
     params = {"w": {"v": floats(2)}, "w/v": floats(3)}
     with pytest.raises(AdapterError, match="two parameters are both called `w/v`"):
@@ -219,7 +217,7 @@ def test_parameters_with_one_path_raise(place):
         load_peft(place.folder, params, {})
 
 
-def test_bools_of_other_bits_raise(place):
+def test_invalid_bool_bytes_raise(place):
     save_adapter(place.native, {"w": jnp.ones(4, bool)})
     data = place.native.read_bytes()
     place.native.write_bytes(data[:-1] + b"\x02")

@@ -1,4 +1,4 @@
-"""Native files from strangers, of plain LoRA."""
+"""Untrusted native files of plain LoRA."""
 
 import json
 
@@ -13,7 +13,7 @@ from lorax_io import (
 
 
 def settings(text=None, **changes):
-    """The header's settings, in which those of `q` have been changed."""
+    """The header's settings, with changes to those of `q`."""
     values = LORA | {name: 0 for name in changes}
     texts = {name: json.dumps(value) for name, value in values.items()} | changes
     fields = ", ".join(f'"{name}": {value}' for name, value in texts.items())
@@ -144,7 +144,7 @@ NATIVE = rows(
             MISMATCH,
             f"adapts `{path}`, which",
         )
-        for path in ("absent", "no array", "", "q/a", "../q")
+        for path in ("absent", "not an array", "", "q/a", "../q")
     ),
     (
         "trains what is absent",
@@ -155,8 +155,8 @@ NATIVE = rows(
     ),
     (
         "trains what is not an array",
-        {KEY: '{"no array": {"kind": "full"}}'},
-        {"q/a": None, "q/b": None, "norm": None, "no array": floats(1)},
+        {KEY: '{"not an array": {"kind": "full"}}'},
+        {"q/a": None, "q/b": None, "norm": None, "not an array": floats(1)},
         MISMATCH,
         "which is NoneType",
     ),
@@ -171,6 +171,6 @@ NATIVE = rows(
 
 
 @pytest.mark.parametrize(("changes", "tensors", "error", "message"), NATIVE)
-def test_a_native_file_that_does_not_fit_raises(place, changes, tensors, error, message):
+def test_mismatched_native_file_raises(place, changes, tensors, error, message):
     place.write_native(changes, tensors)
     assert_refused(place, "native", error, message)

@@ -1,4 +1,4 @@
-"""Every kind of adapter in a native file."""
+"""Native files of every kind of adapter."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def metadata_of(file):
         return opened.metadata()
 
 
-def test_every_kind_is_here():
+def test_table_has_every_kind():
     kinds = {make_pair(kind).tunable["kernel"].kind for kind in KINDS}
     assert kinds == set(_adapter.KINDS)
 
@@ -55,14 +55,14 @@ def test_pair_round_trips(file, kind):
 
 
 @pytest.mark.parametrize("kind", HELD)
-def test_a_tunable_tree_that_lacks_frozen_factors_raises(file, kind):
+def test_tunable_tree_without_frozen_factors_raises(file, kind):
     with pytest.raises(AdapterError, match="lacks `kernel/a`, .* Save the whole pair"):
         save_adapter(file, make_pair(kind).tunable)
     assert not file.exists()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])
-def test_tunable_tree_round_trips_and_held_factors_follow_from_the_base(file, kind):
+def test_frozen_factors_are_computed_from_the_base(file, kind):
     pair = make_pair(kind)
     save_adapter(file, pair.tunable, base=pair.frozen)
     loaded = load_pair(file, make_params())
@@ -71,21 +71,21 @@ def test_tunable_tree_round_trips_and_held_factors_follow_from_the_base(file, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_plain_lora_is_of_the_first_format(file, kind):
+def test_only_plain_lora_has_the_first_format_version(file, kind):
     save_adapter(file, make_pair(kind))
     assert metadata_of(file)["lorax.format"] == ("2" if kind in OTHERS else "1")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_kind_raises_as_like(file, kind):
+def test_like_of_another_kind_raises(file, kind):
     save_adapter(file, make_pair(kind))
     other = "ia3" if kind == "lora" else "lora"
     with pytest.raises(AdapterMismatchError, match="`kernel` with.*but `like` has"):
         load_adapter(file, like=make_pair(other).tunable)
 
 
-def test_frozen_factors_follow_the_base_that_a_pair_is_loaded_onto(file):
-    """A pair of float weights is loaded onto the same weights in few bits."""
+def test_frozen_factors_are_computed_from_a_quantized_base(file):
+    """A pair of float weights is loaded onto the same weights, quantized."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (64, 6))}
     pair = init_lora(params, {"kernel": DoraSpec(LoraSpec(2))}, jax.random.key(1))
     save_adapter(file, pair)
@@ -96,7 +96,7 @@ def test_frozen_factors_follow_the_base_that_a_pair_is_loaded_onto(file):
     assert not np.allclose(loaded, pair.frozen["kernel"].factors["square"], rtol=1e-3)
 
 
-def test_a_damaged_frozen_factor_is_not_saved(file):
+def test_damaged_frozen_factor_is_not_saved(file):
     pair = make_pair("dora")
     pair.frozen["kernel"].factors["square"] = jnp.full(6, jnp.nan)
     with pytest.raises(AdapterError, match="`kernel/square` holds NaN"):
@@ -104,7 +104,7 @@ def test_a_damaged_frozen_factor_is_not_saved(file):
     assert not file.exists()
 
 
-def test_a_pair_of_other_trees_is_not_saved(file):
+def test_mismatched_pair_is_not_saved(file):
     pair = make_pair("dora")
     for frozen in ({"stack": pair.frozen["stack"]}, pair.frozen | {"kernel": None}):
         with pytest.raises(AdapterMismatchError, match="adapts `kernel`, which"):
@@ -112,9 +112,7 @@ def test_a_pair_of_other_trees_is_not_saved(file):
     assert not file.exists()
 
 
-def test_a_kind_whose_frozen_factors_do_not_follow_from_the_base_needs_the_pair(
-    file, monkeypatch, capsys
-):
+def test_kind_with_independent_frozen_factors_needs_the_pair(file, monkeypatch, capsys):
     pair = make_pair("dora")
     save_adapter(file, pair.tunable)
     monkeypatch.setattr(lorax.DoraWeight, "derived", lambda self, base: {})

@@ -1,4 +1,4 @@
-"""The native file: what comes back, and what is refused."""
+"""Native files: round trips and errors."""
 
 from typing import Any
 
@@ -74,20 +74,22 @@ DTYPES = (
 @pytest.mark.parametrize("dtype", DTYPES.split())
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 3)], ids=str)
 def test_every_dtype_loads_as_saved(file, dtype, shape):
-    numbers = np.random.default_rng(0).integers(1, 3, shape)  # one of the types has no zero
+    numbers = np.random.default_rng(0).integers(
+        1, 3, shape
+    )  # one of the dtypes does not have a zero
     tree = {"w": jnp.asarray(numbers == 1 if dtype == "bool" else numbers).astype(dtype)}
     save_adapter(file, tree)
     assert_same(load_adapter(file, like=tree), tree)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float4_e2m1fn", "float8_e3m4"])
-def test_dtypes_missing_in_the_format_raise(file, dtype):
+def test_unsupported_dtypes_raise(file, dtype):
     with pytest.raises(AdapterError, match=f"`w` is {dtype}, which a safetensors file cannot"):
         save_adapter(file, {"w": jnp.zeros(3, dtype)})
     assert not file.exists()
 
 
-def test_double_precision_is_not_shortened(file):
+def test_double_precision_is_preserved(file):
     save_adapter(file, {"w": np.arange(3.0)})
     with pytest.raises(AdapterMismatchError, match="`w` in float64.*jax_enable_x64"):
         load_adapter(file, params={"w": np.zeros(3)})
@@ -137,7 +139,7 @@ def test_metadata_round_trips(file):
             "two arrays are both called `w/a`",
         ),
     ],
-    ids=["same path", "nan", "infinity", "no array", "keys", "reserved", "same tensor"],
+    ids=["same path", "nan", "infinity", "not an array", "keys", "reserved", "same tensor"],
 )
 def test_unsavable_trees_raise(file, tree, message):
     with pytest.raises(AdapterError, match=message):
@@ -156,13 +158,13 @@ def test_unsavable_trees_raise(file, tree, message):
     ],
     ids=["missing", "renamed", "shape", "dtype", "kind"],
 )
-def test_another_tree_raises(file, like, message):
+def test_mismatched_like_raises(file, like, message):
     save_adapter(file, {"w": jnp.ones(3)})
     with pytest.raises(AdapterMismatchError, match=message):
         load_adapter(file, like=like)
 
 
-def test_another_alpha_raises(file):
+def test_mismatched_alpha_raises(file):
     save_adapter(file, make_tunable(alpha=8))
     with pytest.raises(AdapterMismatchError, match="`dense/kernel`.*'alpha': 8.*'alpha': 4"):
         load_adapter(file, like=make_tunable(alpha=4))
@@ -183,7 +185,7 @@ def changed(params, **dense):
     ],
     ids=["shape", "none", "path", "elsewhere", "numbers"],
 )
-def test_another_base_raises(file, params, message):
+def test_mismatched_base_raises(file, params, message):
     save_adapter(file, make_tunable(), base=make_params(), hash_base=True)
     with pytest.raises(AdapterMismatchError, match=message):
         load_adapter(file, params=params)
@@ -196,7 +198,7 @@ def test_same_base_in_another_dtype_warns(file):
         assert_same(load_adapter(file, params=params), make_tunable())
 
 
-def test_the_frozen_tree_is_a_base_too(file):
+def test_frozen_tree_is_accepted_as_base(file):
     params = make_params()
     spec = jax.tree.map(lambda leaf: lorax.LORA_FULL, params)
     spec["stack"] = 2
@@ -205,7 +207,7 @@ def test_the_frozen_tree_is_a_base_too(file):
     assert_same(load_adapter(file, params=params), tunable)
 
 
-def test_a_base_of_another_structure_raises_on_saving(file):
+def test_base_with_another_structure_raises_on_save(file):
     with pytest.raises(
         AdapterMismatchError, match="`dense/kernel`, which is not in the parameters"
     ):

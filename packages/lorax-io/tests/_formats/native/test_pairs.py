@@ -1,4 +1,4 @@
-"""A pair where one tree is asked for, and axes that a parameter does not have."""
+"""Errors for pairs in place of single trees, and for nonexistent axes."""
 
 import jax
 import jax.numpy as jnp
@@ -38,26 +38,26 @@ SAVES = {
 
 @pytest.mark.parametrize("order", [1, -1], ids=["pair", "swapped"])
 @pytest.mark.parametrize("save", SAVES)
-def test_a_pair_raises_where_the_tunable_tree_is_asked_for(tmp_path, pair, save, order):
+def test_pair_in_place_of_the_tunable_tree_raises(tmp_path, pair, save, order):
     with pytest.raises(AdapterError, match=r"was given the pair \(frozen, tunable\); give it the"):
         SAVES[save](tmp_path / "adapter", tuple(pair)[::order])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pair_of_one_parameter_raises(tmp_path):
+def test_pair_of_one_parameter_raises(tmp_path):
     pair = lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))
     with pytest.raises(AdapterError, match="was given the pair"):
         save_adapter(tmp_path / "adapter", tuple(pair))
 
 
-def test_a_pair_of_plain_lora_is_the_file_of_its_tunable_tree(tmp_path, pair):
+def test_pair_of_plain_lora_gives_the_file_of_its_tunable_tree(tmp_path, pair):
     files = tmp_path / "pair", tmp_path / "tunable"
     for file, tree in zip(files, (pair, pair.tunable), strict=True):
         save_adapter(file, tree)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_pair_is_merged_as_its_trees(tmp_path, pair):
+def test_pair_is_merged_like_its_trees(tmp_path, pair):
     names = {**NAMES, "bias": Tensor("m.q")}
     save_merged(tmp_path / "trees", pair.frozen, pair.tunable, names)
     save_merged(tmp_path / "pair", pair, names)
@@ -77,7 +77,7 @@ def test_tree_of_two_parts_is_not_a_pair(tmp_path, pair):
         assert jax.tree.structure(loaded) == jax.tree.structure(tree)
 
 
-def test_a_tunable_tree_raises_where_the_base_is_asked_for(tmp_path, pair):
+def test_tunable_tree_in_place_of_the_base_raises(tmp_path, pair):
     frozen, tunable = pair
     save_adapter(tmp_path / "adapter", tunable)
     save_peft(tmp_path / "peft", tunable, NAMES)
@@ -105,7 +105,7 @@ def test_a_tunable_tree_raises_where_the_base_is_asked_for(tmp_path, pair):
         (Linear("m.q", in_axes=[0, -2]), "names an axis twice"),
     ],
 )
-def test_axes_that_the_parameter_does_not_have_raise(tmp_path, pair, torch_name, message):
+def test_nonexistent_axes_raise(tmp_path, pair, torch_name, message):
     frozen, tunable = pair
     names = {"q": torch_name, "bias": Tensor("m.q")}
     save_peft(tmp_path / "peft", tunable, NAMES)
@@ -124,7 +124,7 @@ def conv_pair():
 
 
 @pytest.mark.parametrize("channel_axis", [2, -2])
-def test_a_channel_axis_may_be_counted_from_the_end(tmp_path, channel_axis):
+def test_negative_channel_axis_is_accepted(tmp_path, channel_axis):
     _, tunable = conv_pair()
     names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}
     save_peft(tmp_path / "peft", tunable, names)
@@ -136,7 +136,7 @@ def test_a_channel_axis_may_be_counted_from_the_end(tmp_path, channel_axis):
     "channel_axis, message",
     [(3, r"channel_axis=3 is not among its in_axes=\(0, 1, 2\)"), (4, "its channel_axis=4")],
 )
-def test_a_channel_axis_that_is_not_an_input_raises(tmp_path, channel_axis, message):
+def test_channel_axis_that_is_not_an_input_raises(tmp_path, channel_axis, message):
     names = {"k": Conv("m.k", in_axes=(0, 1, 2), channel_axis=channel_axis)}
     with pytest.raises(AdapterMismatchError, match=message):
         save_peft(tmp_path / "peft", conv_pair()[1], names)

@@ -1,4 +1,4 @@
-"""Random trees come back from a native file as they were."""
+"""Random trees are unchanged by a round trip through a native file."""
 
 import json
 
@@ -26,7 +26,7 @@ from lorax_io import (
 
 @given(changes=st.dictionaries(st.sampled_from(("q", "v", "norm", "other")), VALUES, max_size=2))
 @examples(60)
-def test_random_settings_of_a_native_file(home, changes):
+def test_random_native_settings_are_read_or_rejected(home, changes):
     tunable, file = make_tunable(), home / "settings.safetensors"
     save_adapter(file, tunable)
     size = int.from_bytes(file.read_bytes()[:8], "little")

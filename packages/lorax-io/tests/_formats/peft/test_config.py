@@ -1,4 +1,4 @@
-"""Configs from strangers: keys, types and values that PEFT does not write."""
+"""Untrusted configs: keys, types and values that PEFT does not write."""
 
 import json
 
@@ -15,7 +15,7 @@ from lorax_io import (
 
 
 def many_keys(count):
-    """An object of which the last key is the first, too."""
+    """A JSON object in which the first key is repeated at the end."""
     return b"{%s}" % b",".join(b'"%d":0' % (k % (count - 1)) for k in range(count))
 
 
@@ -48,11 +48,11 @@ TEXTS = rows(
 )
 
 
-def test_a_config_that_may_not_be_read_raises(place, monkeypatch):
+def test_unreadable_config_raises(place, monkeypatch):
     def forbid(path, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    jax.devices()  # JAX reads files, too, when it is first used
+    jax.devices()  # JAX also reads files when it is first used
     monkeypatch.setattr("pathlib.Path.read_text", forbid)
     assert_refused(place, "peft", AdapterFileError, "cannot be read: .*Permission denied")
 
@@ -73,7 +73,7 @@ def of_q(values):
     return " ".join(f'{{"q":{value}}}' for value in values)
 
 
-# Each key with values that PEFT never writes there.
+# For each key, values that PEFT never writes.
 VALUES = {
     "r": 'true false null 4.0 0 -1 1e999 NaN "4" [4] {} 1048577 ' + "9" * 400,
     "lora_alpha": 'true null NaN Infinity -Infinity 1e999 "8" [8] {} ' + "9" * 400,
@@ -103,7 +103,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("key", "value"), TYPES)
-def test_a_key_with_another_type_raises(place, key, value):
+def test_config_value_of_another_type_raises(place, key, value):
     place.config.write_text(config_text({key: value}))
     assert_refused(place, "peft", AdapterFileError, f"has {key} = .*; it must be ")
 
@@ -126,13 +126,13 @@ EMPTY = (
     [(key, "null") for key in NULLS.split()]
     + [(key, value) for key in EMPTY.split() for value in ('""', "[]")],
 )
-def test_an_empty_value_is_read_as_an_absent_key(place, key, value):
+def test_empty_value_is_read_as_a_missing_key(place, key, value):
     place.config.write_text(config_text({key: value}))
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].scale == 2
 
 
 @pytest.mark.parametrize("key", ["merge_weights", "enable_lora", "runtime_config"])
-def test_keys_of_other_releases_of_peft_are_read(place, key):
+def test_keys_of_other_peft_releases_are_accepted(place, key):
     place.config.write_text(config_text({key: "null"}))
     assert load_peft(place.folder, make_params(), NAMES)[1]["q"].scale == 2
 
@@ -205,12 +205,12 @@ MADE_UP = rows(
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [*KINDS, *MADE_UP])
-def test_more_than_plain_lora_raises(place, changes, error, message):
+def test_unsupported_config_features_raise(place, changes, error, message):
     place.config.write_text(config_text(changes))
     assert_refused(place, "peft", error, message)
 
 
-def test_unknown_key_raises(place):
+def test_unknown_key_warns(place):
     place.config.write_text(config_text({"temperature": "1"}))
     with pytest.warns(AdapterWarning, match="does not know are ignored: temperature"):
         load_peft(place.folder, make_params(), NAMES)

@@ -1,4 +1,4 @@
-"""What `save_peft` leaves in the header, changed."""
+"""Modified headers of `save_peft`."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_header_and_config_agree_on_the_scale(place):
 
 
 @pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
-def test_magnitudes_of_a_state_with_the_adapters_name_are_read(files, end):
+def test_magnitude_keys_with_the_adapter_name_are_read(files, end):
     module, magnitude = "model.layers.0.self_attn.q_proj", files.draw(6)
     tensors = files.pair(module, 6, 5)
     if "default" in end:

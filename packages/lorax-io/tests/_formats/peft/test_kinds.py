@@ -1,4 +1,4 @@
-"""Kinds of adapters in folders of PEFT."""
+"""PEFT folders of every kind of adapter."""
 
 import json
 
@@ -33,7 +33,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("save", "kind"), REFUSED)
-def test_a_form_refuses_kinds_that_it_does_not_have(tmp_path, save, kind):
+def test_unsupported_kinds_raise_on_save(tmp_path, save, kind):
     tunable = make_pair(kind).tunable
     name = tunable["kernel"].kind
     message = f"`kernel` is of the kind '{name}'.*`save_adapter`.*`save_merged`"
@@ -42,8 +42,8 @@ def test_a_form_refuses_kinds_that_it_does_not_have(tmp_path, save, kind):
     assert not list(tmp_path.iterdir())
 
 
-# `lokr` and `gralora` cut other axes here than PEFT, `ia3` is beside a bias, and `tokens` are rows
-# of tables: tests of tuners have them.
+# Without `lokr` and `gralora`, which split other axes here than in PEFT, `ia3`, which has a bias,
+# and `tokens`, which are rows of tables. test_tuners.py tests them.
 COMES_BACK = ["lora", "rslora", "dora", "loha", "ia3-in", "vera", "delora", "miss", "bdlora", "oft"]
 
 
@@ -57,7 +57,7 @@ def test_peft_folder_round_trips_with_frozen_factors(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["vera", "delora", "lora-fa"])
-def test_frozen_factors_that_peft_stores_are_asked_for(tmp_path, kind):
+def test_saving_without_required_frozen_factors_raises(tmp_path, kind):
     pair = make_pair(kind)
     with pytest.raises(AdapterMismatchError, match="the whole pair, `lorax.Pair"):
         save_peft(tmp_path / "folder", pair.tunable, NAMES)
@@ -67,8 +67,8 @@ def test_frozen_factors_that_peft_stores_are_asked_for(tmp_path, kind):
         assert_same(load_peft(tmp_path, make_params(), NAMES).tunable, pair.tunable)
 
 
-def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
-    """PEFT has LoRA-FA as an optimizer: its files are those of LoRA."""
+def test_lora_fa_is_saved_as_lora(tmp_path):
+    """In PEFT, LoRA-FA is an optimizer, so its files are those of LoRA."""
     pair = make_pair("lora-fa")
     save_peft(tmp_path, pair, NAMES)
     loaded = load_peft(tmp_path, make_params(), NAMES)
@@ -76,7 +76,7 @@ def test_a_frozen_factor_of_lora_is_trained_in_peft(tmp_path):
     assert_close(merge_params(loaded), merge_params(pair))
 
 
-def test_norm_with_gradient_warns_that_peft_lacks_it(tmp_path):
+def test_norm_with_gradient_warns(tmp_path):
     pair = make_pair("dora-with-gradient")
     with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
         save_peft(tmp_path, pair.tunable, NAMES)
@@ -85,7 +85,7 @@ def test_norm_with_gradient_warns_that_peft_lacks_it(tmp_path):
     assert_close(merge_params(loaded), merge_params(pair))
 
 
-def test_lora_and_dora_are_not_mixed_in_peft(tmp_path):
+def test_mixed_lora_and_dora_raises(tmp_path):
     tunable = make_pair("dora").tunable | {"kernel": make_pair("lora").tunable["kernel"]}
     with pytest.raises(
         UnsupportedAdapterError, match="`kernel` has a lora adapter and `stack` a dora"
@@ -107,7 +107,7 @@ def test_experts_without_an_adapter_are_unchanged(tmp_path):
     )
 
 
-def test_experts_have_no_dora_in_peft(tmp_path):
+def test_dora_of_experts_raises(tmp_path):
     axes = lorax.Axes((0,), (1,), (2,))
     spec = {"down": DoraSpec(LoraSpec(2)).with_axes(axes)}
     names = {"down": Experts("experts", parameter="down", shared_axes=(0,))}

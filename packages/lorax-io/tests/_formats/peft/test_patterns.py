@@ -1,4 +1,4 @@
-"""Patterns from strangers: what is not one, and what takes too long."""
+"""Untrusted patterns: invalid ones, and ones that take too long to match."""
 
 import jax.numpy as jnp
 import pytest
@@ -24,21 +24,21 @@ PATTERNED = {
 BAD_PATTERNS = {
     "open group": "(q_proj",
     "closed group": "q_proj)",
-    "groups the wrong way round": "q)|(v",
+    "unbalanced groups": "q)|(v",
     "star": "*",
     "open class": "[q",
     "escape at the end": "q\\",
-    "group that is not there": r"(q)\2",
+    "missing group": r"(q)\2",
     "open lookbehind": "(?<=q",
-    "bad name of a group": "(?P<1>q)",
+    "invalid group name": "(?P<1>q)",
     "deep": "(" * 2000 + "q" + ")" * 2000,
     "long": "(q)" * 1366,
     "long and plain": "q" * 4097,
-    "list that is not there": r"\L<names>",
+    "missing list": r"\L<names>",
 }
 
 
-# A name at which these take for ever: `regex` sees through the simplest, such as `(a+)+$`.
+# Matching these against this name does not end. `regex` optimizes the simplest, such as `(a+)+$`.
 LONG_NAME = "model.layers.0." + "a" * 32 + "!.0.proj"
 
 
@@ -61,7 +61,7 @@ def write_pattern(place, key, pattern):
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", BAD_PATTERNS.values(), ids=BAD_PATTERNS)
-def test_a_pattern_that_is_none_raises(place, monkeypatch, key, pattern):
+def test_invalid_pattern_raises(place, monkeypatch, key, pattern):
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     message = "not a regular expression|a pattern of 409[78] characters"
@@ -69,21 +69,21 @@ def test_a_pattern_that_is_none_raises(place, monkeypatch, key, pattern):
 
 
 @pytest.mark.parametrize("key", list(PATTERNED)[:-1])
-def test_a_pattern_that_hides_its_place_raises(place, key):
+def test_pattern_that_is_invalid_inside_another_raises(place, key):
     place.write(CONFIG | PATTERNED[key]("(?x)q_proj # and v_proj"), TENSORS)
     assert_refused(place, "peft", AdapterFileError, "not a regular expression in its place")
 
 
 @pytest.mark.parametrize("key", PATTERNED)
 @pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
-def test_a_pattern_that_takes_too_long_raises(place, monkeypatch, key, pattern):
+def test_slow_pattern_raises(place, monkeypatch, key, pattern):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS_EACH", 0.1)
     monkeypatch.setitem(NAMES, "q", Linear(LONG_NAME))
     write_pattern(place, key, pattern)
     assert_refused(place, "peft", AdapterFileError, "take too long to match")
 
 
-def test_patterns_that_take_too_long_together_raise(place, monkeypatch):
+def test_patterns_that_are_slow_together_raise(place, monkeypatch):
     monkeypatch.setattr("lorax_io._formats.peft.patterns._SECONDS", 0.5)
     pattern = "(?:.|..)*[!X]{2}"
     names = [f"model.layers.{k}." + "a" * 14 + "!.0.proj" for k in range(1000)]
@@ -119,7 +119,7 @@ def test_long_lists_take_linear_time(place, changes, message):
 
 
 @pytest.mark.parametrize("pattern", ["layers|x", "(?P<index>layers)|x", "(?x)layers # and x"])
-def test_a_layers_pattern_without_a_number_finds_no_layer(place, pattern):
+def test_layers_pattern_without_a_number_matches_nothing(place, pattern):
     place.write(CONFIG | {"layers_pattern": pattern, "layers_to_transform": [0]}, TENSORS)
     assert_refused(place, "peft", AdapterFileError, "not a target in its config")
 
@@ -128,8 +128,8 @@ def test_a_layers_pattern_without_a_number_finds_no_layer(place, pattern):
     ("targets", "is_target"),
     [(["up"], False), (["1.up"], False), (["layers.1.up"], True), (r".*\.up", True)],
 )
-def test_layers_are_compared_for_ends_of_names_only(targets, is_target):
-    """PEFT compares `layers_to_transform` neither with full names nor for a pattern."""
+def test_layers_to_transform_applies_only_to_name_suffixes(targets, is_target):
+    """PEFT ignores `layers_to_transform` for full names and for patterns."""
     config = PeftConfig(target_modules=targets, layers_to_transform=[0])
     assert config.targets("layers.1.up") is is_target
     excluded = config.replace(exclude_modules=["up"])

@@ -1,4 +1,4 @@
-"""Random configs and settings: read, or refused with one error."""
+"""Random configs and settings are read, or rejected with one error type."""
 
 import json
 
@@ -34,7 +34,7 @@ CONFIGS = st.dictionaries(st.sampled_from(KEYS.split()), VALUES, max_size=3)
 
 @given(changes=CONFIGS, sound=st.sampled_from((SOUND, {})) | st.just(SOUND))
 @examples(250)
-def test_a_random_config(home, changes, sound):
+def test_random_config_is_read_or_rejected(home, changes, sound):
     folder = home / "configs"
     if not folder.exists():
         save_peft(folder, make_tunable(), NAMES)

@@ -1,4 +1,4 @@
-"""Random names come back from a folder of PEFT as they were."""
+"""Random names are unchanged by a round trip through a PEFT folder."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from lorax_io import (
 
 @st.composite
 def torch_names(draw, module):
-    """A name, and a weight that fits it."""
+    """A name, and a matching weight."""
     kind = draw(st.sampled_from((Linear, Conv1D, Embedding, Conv, Experts)))
     counts = [draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 2))]
     counts[0] += kind is Conv
@@ -46,7 +46,7 @@ def torch_names(draw, module):
 
 @st.composite
 def adapters(draw):
-    """Names, and a tree that fits them."""
+    """Names, and a matching tree."""
     names, tree = {}, {}
     for k in range(draw(st.integers(1, 3))):
         names[f"w{k}"], tree[f"w{k}"] = draw(torch_names(f"m{k}"))
@@ -56,7 +56,7 @@ def adapters(draw):
         names["own"] = Linear("own.proj")
         tree["bias"] = numbers(draw(SEEDS), (3, 2), draw(dtypes))
         tree["own"] = make_weight(draw, [0], [1], [])
-    if draw(st.booleans()):  # a module that is saved whole
+    if draw(st.booleans()):  # a fully saved module
         names["head"] = Linear("head{}", shared_axes=(1,), out_axes=(0, 2))
         names["head bias"] = Tensor("head{}", shared_axes=(0,))
         tree["head"] = numbers(draw(SEEDS), (3, 2, 5, 4), draw(dtypes))

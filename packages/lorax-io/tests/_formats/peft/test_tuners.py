@@ -1,4 +1,4 @@
-"""PEFT's kinds of adapters beside LoRA: written and read again, merged, and fed with nonsense."""
+"""PEFT's adapter types other than LoRA: round trips, merges, and invalid files."""
 
 import json
 import pathlib
@@ -80,8 +80,11 @@ SPECS = {
         "conv": LokrSpec(1, 5, tucker=True, split_axes=(2, 3), **CONV),
     },
     "lokr": {"up": LokrSpec(2, 5), "stack": LokrSpec(2, 5, **STACK)},
-    "lokr of both": {"up": LokrSpec(1, 5, decompose_both=True)},
-    "lokr in fours": {"up": LokrSpec(2, 5, factor=4), "stack": LokrSpec(2, 5, factor=4, **STACK)},
+    "lokr, both decomposed": {"up": LokrSpec(1, 5, decompose_both=True)},
+    "lokr in blocks of four": {
+        "up": LokrSpec(2, 5, factor=4),
+        "stack": LokrSpec(2, 5, factor=4, **STACK),
+    },
     "lokr of a convolution": {"conv": LokrSpec(1, 5, split_axes=(2, 3), **CONV)},
     "adalora": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 5, **STACK)},
     "ia3": {"up": IA3Spec(), "stack": IA3Spec("in", **STACK)},
@@ -115,23 +118,23 @@ SPECS = {
         "up": BdloraSpec(4, 5, side="in"),
         "stack": BdloraSpec(6, 5, side="out", **STACK),
     },
-    "bdlora beside lora": {
+    "bdlora and lora": {
         "up": LoraSpec(3, 5),
         "heads": BdloraSpec(4, 5, side="out", split_axis=1, **HEADS),
     },
     "tokens": {"table": TokensSpec([5, 1, 9]), "tables": TokensSpec([5, 1, 9], **STACK)},
-    "tokens beside lora": {"table": TokensSpec([7, 0]), "up": LoraSpec(3, 5)},
-    "tokens beside dora": {"table": TokensSpec([2]), "up": DoraSpec(LoraSpec(3, 5))},
+    "tokens and lora": {"table": TokensSpec([7, 0]), "up": LoraSpec(3, 5)},
+    "tokens and dora": {"table": TokensSpec([2]), "up": DoraSpec(LoraSpec(3, 5))},
 }
 
 
 def make(spec):
-    """Parameters, and a pair with factors that are random, none of them zero."""
+    """Parameters, and a pair with random nonzero factors."""
     numbers = np.random.default_rng(3)
     draw = lambda shape: jnp.asarray(numbers.normal(0.5, 0.2, shape), jnp.float32)  # noqa: E731
     params = {path: draw(SHAPES[path]) for path in spec}
     if not {*map(type, spec.values())} & {VeraSpec, DeloraSpec, TokensSpec, DoraSpec}:
-        # Nothing is kept beside the base. (Shapes alone: nothing is compiled.)
+        # Without frozen factors. Only shapes are used, so nothing is compiled.
         shapes = jax.eval_shape(lambda: lorax.init_lora(params, spec, jax.random.key(0)).tunable)
         return params, lorax.Pair(params, jax.tree.map(lambda x: draw(x.shape), shapes))
     frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
@@ -161,7 +164,7 @@ def test_folder_round_trips(files, case):
 
 
 @pytest.mark.parametrize("case", [case for case in SPECS if "heads" not in case])
-def test_the_command_merges_it(shell, files, case):
+def test_command_merges_each_tuner(shell, files, case):
     spec = {p: x for p, x in SPECS[case].items() if p in ("up", "conv", "table")}
     params, pair = make(spec)
     save_peft("adapter", pair, names_of(spec))
@@ -179,7 +182,7 @@ def test_the_command_merges_it(shell, files, case):
 
 
 @pytest.mark.parametrize("case", [case for case in SPECS if "conv" not in case])
-def test_the_command_reads_it_without_a_base(shell, files, case):
+def test_command_reads_each_tuner_without_a_base(shell, files, case):
     params, pair = make(SPECS[case])
     save_peft("adapter", pair, names_of(params))
     report = json.loads(shell.succeed("inspect adapter --json"))
@@ -190,12 +193,17 @@ def test_the_command_reads_it_without_a_base(shell, files, case):
         shell.fail("convert adapter native.safetensors --to native")
         return
     shell.succeed("convert adapter native.safetensors --to native")
-    if kinds <= {"loha", "lokr", "adalora", "delora"}:  # others do not say how long each side is
+    if kinds <= {
+        "loha",
+        "lokr",
+        "adalora",
+        "delora",
+    }:  # other files do not contain the sizes of both sides
         shell.succeed("convert native.safetensors again --to peft")
         assert shell("diff adapter again").code == 0
 
 
-def test_scales_are_folded_where_there_is_a_factor_for_it(files):
+def test_fold_scale_of_loha(files):
     params, pair = make({"up": LohaSpec(3, 5)})
     save_peft("adapter", pair.tunable, names_of(params), fold_scale=True)
     loaded = load_peft("adapter", params, names_of(params))
@@ -204,32 +212,32 @@ def test_scales_are_folded_where_there_is_a_factor_for_it(files):
 
 
 REFUSED = {
-    "lokr of other axes": {"conv": LokrSpec(1, 5, split_axes=(0, 3), **CONV)},
-    "lokr of two factors": {"up": LokrSpec(2, factor=4), "stack": LokrSpec(2, factor=2, **STACK)},
-    "adalora of two scales": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 3, **STACK)},
+    "lokr with other axes": {"conv": LokrSpec(1, 5, split_axes=(0, 3), **CONV)},
+    "lokr with two factors": {"up": LokrSpec(2, factor=4), "stack": LokrSpec(2, factor=2, **STACK)},
+    "adalora with two scales": {"up": AdaloraSpec(2, 5), "stack": AdaloraSpec(2, 3, **STACK)},
     "adalora of a convolution": {"conv": AdaloraSpec(2, 5, **CONV)},
     "some cores": {
         "conv": LohaSpec(2, tucker=True, **CONV),
         "kernel": LohaSpec(2, **CONV),
     },
-    "a core beside other channels": {
+    "a core with other channels": {
         "conv": LohaSpec(2, tucker=True, channel_axis=0, **CONV),
     },
-    "oft of two bounds": {"up": OftSpec(4, eps=0.3), "stack": OftSpec(4, **STACK)},
+    "oft with two bounds": {"up": OftSpec(4, eps=0.3), "stack": OftSpec(4, **STACK)},
     "gains along a window": {"conv": IA3Spec("in", **CONV)},
     "gains along some heads": {"heads": IA3Spec(gain_axes=(1,), **HEADS)},
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_kinds_peft_cannot_hold_raise(files, tmp_path, case):
+def test_kinds_that_peft_cannot_store_raise(files, tmp_path, case):
     params, pair = make(REFUSED[case])
     with pytest.raises(UnsupportedAdapterError, match="PEFT"):
         save_peft("adapter", pair.tunable, names_of(params))
     assert not (tmp_path / "adapter").exists()
 
 
-def test_rows_of_tokens_with_a_full_parameter_are_refused(tmp_path):
+def test_tokens_with_a_full_parameter_raise(tmp_path):
     params = {"table": jnp.ones((13, 8)), "norm": jnp.ones(8)}
     names = {"table": Embedding("table"), "norm": Tensor("norm", parameter="weight")}
     spec = {"table": TokensSpec([3, 1]), "norm": lorax.LORA_FULL}
@@ -239,7 +247,7 @@ def test_rows_of_tokens_with_a_full_parameter_are_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_rows_of_tokens_that_are_a_scalar_are_an_error_of_the_file(files):
+def test_scalar_token_rows_raise(files):
     delta = {"embed.trainable_tokens_delta": np.array(1, np.float32)}
     files.peft(delta)
     config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["embed"]}
@@ -260,7 +268,7 @@ def test_frozen_bias_of_a_numbered_stack_raises(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_gains_of_outputs_change_the_bias_too(shell, files, side):
+def test_output_gains_also_scale_the_bias(shell, files, side):
     params, pair = make({"up": IA3Spec(side)})
     names = names_of(params) | {"bias": Tensor("blocks.0.up")}
     save_peft("adapter", pair.tunable, names_of(params))
@@ -330,7 +338,7 @@ SPOILED = [
 
 
 @pytest.mark.parametrize("spec", [LohaSpec(2), LokrSpec(2)], ids=["loha", "lokr"])
-def test_a_core_of_a_weight_without_a_window_is_refused(files, spec):
+def test_core_without_a_window_raises(files, spec):
     params, pair = make({"up": spec})
     save_peft("adapter", pair.tunable, names_of(params))
     file = pathlib.Path("adapter/adapter_model.safetensors")
@@ -345,7 +353,7 @@ def test_a_core_of_a_weight_without_a_window_is_refused(files, spec):
     ("spec", "changes", "config", "error"),
     [pytest.param(*row[1:], id=row[0]) for row in SPOILED],
 )
-def test_mismatches_raise(files, spec, changes, config, error):
+def test_mismatched_tuner_folders_raise(files, spec, changes, config, error):
     params = spoil(spec, changes, config)
     with pytest.raises(error) as raised:
         load_peft("adapter", params, names_of(params))
@@ -379,14 +387,14 @@ SETTINGS = {
 }
 
 
-def test_every_tuner_is_tried():
+def test_every_tuner_has_a_case():
     assert KEYS.keys() == TUNERS.keys()
 
 
 @pytest.mark.parametrize("kind", KEYS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_random_tensors_are_read_or_refused(tmp_path_factory, kind, data):
+def test_random_tensors_are_read_or_rejected(tmp_path_factory, kind, data):
     shapes = data.draw(
         st.dictionaries(
             st.sampled_from(KEYS[kind]), st.lists(st.integers(1, 4), max_size=5).map(tuple)
@@ -424,7 +432,7 @@ def test_random_tensors_are_read_or_refused(tmp_path_factory, kind, data):
     assert not base.exists()
 
 
-def test_a_native_file_of_each_kind_converts(shell, files):
+def test_native_file_of_each_kind_converts(shell, files):
     params, pair = make({"up": LokrSpec(2, 5)})
     save_adapter("a.safetensors", pair.tunable)
     pathlib.Path("names.json").write_text(
@@ -436,7 +444,7 @@ def test_a_native_file_of_each_kind_converts(shell, files):
 
 
 @pytest.mark.parametrize(("size", "factor"), [(8, 4), (24, 8)])
-def test_a_factor_that_divides_an_axis_is_the_number_of_blocks(tmp_path, size, factor):
+def test_lokr_factor_that_divides_an_axis_is_the_number_of_blocks(tmp_path, size, factor):
     shapes = {"w1": (2, factor), "w2": (3, size // factor)}
     arrays = {name: jnp.ones(shape) for name, shape in shapes.items()}
     blank = LokrWeight(*[None] * 7, 9, 5, (2, factor), (False, False), False, (0, 1), (0,), (1,))

@@ -1,4 +1,4 @@
-"""A product with a weight in codes, as an expert would write QLoRA."""
+"""A product with a quantized weight, as an expert would write QLoRA."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 import lorax
+from layer_ops import FlatLoraOps
 from lorax.bases import Format
-from ways import Flat
 
 
 def product(format: Format) -> Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]:
-    """`product(x, arrays)` on the arrays of a weight, which keeps them alone and decodes again."""
+    """`product(x, arrays)` on the arrays of a weight. Its backward pass decodes them again."""
 
     def decoded(arrays, dtype):
         """From codes [blocks, block, out], scales [blocks, out], outer [out]; or without blocks."""
@@ -43,8 +43,8 @@ def _tangent(dtype: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jax.dtypes.float0
 
 
-class CodedByHand(Flat):
-    """LoRA beside such a product, in the forms for which XLA on CPU has a fast path."""
+class QuantizedLoraOps(FlatLoraOps):
+    """Hand-written LoRA on quantized weights, in the forms for which XLA on CPU has a fast path."""
 
     def __init__(self, format: Format) -> None:
         self._coded = product(format)

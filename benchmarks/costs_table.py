@@ -1,4 +1,4 @@
-"""The rows of the report, as text and as JSON."""
+"""The rows of `costs.py`, as text and as JSON."""
 
 from typing import Any, NamedTuple
 
@@ -15,25 +15,25 @@ model                         hand-written    ratio  hand-writ.   ratio  hand-wr
 
 
 class Row(NamedTuple):
-    """One program, twice."""
+    """The counts of one program, ours and hand-written."""
 
     model: str
     program: str
     ours: Counts
-    by_hand: Counts
+    hand_written: Counts
     trace: float
 
     @property
     def ratios(self) -> Counts:
         """Ours over hand-written, for each count."""
-        return Counts(*(x / max(y, 1) for x, y in zip(self.ours, self.by_hand, strict=True)))
+        return Counts(*(x / max(y, 1) for x, y in zip(self.ours, self.hand_written, strict=True)))
 
     @property
     def above(self) -> dict[str, bool]:
-        """Which goals the row misses. The number of instructions has none."""
+        """Which goals the row misses. The number of instructions does not have a goal."""
         return {
-            "FLOPs": self.ours.flops > self.by_hand.flops,
-            "temp bytes": self.ours.temp_bytes > self.by_hand.temp_bytes,
+            "FLOPs": self.ours.flops > self.hand_written.flops,
+            "temp bytes": self.ours.temp_bytes > self.hand_written.temp_bytes,
             "trace time": self.trace > 1.5,
         }
 
@@ -42,7 +42,7 @@ def line(row: Row) -> str:
     """A row as text."""
     flops, temp, trace = (MARK if above else " " for above in row.above.values())
     cells = [
-        f"{short(getattr(row.by_hand, count)):>7} {getattr(row.ratios, count):7.3f}{mark}"
+        f"{short(getattr(row.hand_written, count)):>7} {getattr(row.ratios, count):7.3f}{mark}"
         for count, mark in (("flops", flops), ("temp_bytes", temp), ("instructions", " "))
     ]
     name = f"{row.model}, {row.program}"
@@ -50,7 +50,7 @@ def line(row: Row) -> str:
 
 
 def short(number: float) -> str:
-    """Four digits and a unit."""
+    """The number with four digits and a unit."""
     for unit in ("", " k", " M"):
         if number < 10_000:
             return f"{number:.4g}{unit}"
@@ -70,9 +70,9 @@ def summary(rows: list[Row]) -> str:
 def as_dict(row: Row) -> dict[str, Any]:
     """A row for JSON."""
     counts = {
-        name: {"ours": ours, "by_hand": by_hand, "ratio": ratio}
-        for name, ours, by_hand, ratio in zip(
-            Counts._fields, row.ours, row.by_hand, row.ratios, strict=True
+        name: {"ours": ours, "hand_written": hand_written, "ratio": ratio}
+        for name, ours, hand_written, ratio in zip(
+            Counts._fields, row.ours, row.hand_written, row.ratios, strict=True
         )
     }
     return {

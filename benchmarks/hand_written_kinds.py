@@ -1,26 +1,22 @@
-"""Kinds of adapters written into the model, as a careful user would."""
+"""Layer operations with hand-written kinds of adapters, as a careful user would write them."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from ways import Flat, Plain
+from layer_ops import FlatLoraOps, PlainOps
 
 
-class LoraByHand(Flat):
-    """`x W + (x a) b`, also with a frozen `a`."""
-
-
-class IA3ByHand(Plain):
+class IA3Ops(PlainOps):
     """`(x W) · gain`."""
 
     def dense(self, f, w, x):
         return super().dense(None, w, x) * f["gain"]
 
 
-class DoraByHand(Flat):
-    """`(x W + (x a) b) · magnitude / ‖W + a b‖`, where `square` is `‖W‖²` and the norm detached."""
+class DoraOps(FlatLoraOps):
+    """`(x W + (x a) b) · magnitude / ‖W + a b‖`, with `square = ‖W‖²` and a detached norm."""
 
     def dense(self, f, w, x):
         a, b = f["a"], f["b"]
@@ -30,10 +26,10 @@ class DoraByHand(Flat):
         return super().dense(f, w, x) * gain
 
 
-# By the names of the rows of the table.
-WRITTEN: Mapping[str, Plain] = {
-    "LoRA": LoraByHand(),
-    "DoRA": DoraByHand(),
-    "IA³": IA3ByHand(),
-    "LoRA-FA": LoraByHand(),
+# By the name of the row in the table. LoRA-FA has the operations of LoRA: its `a` is frozen.
+OPS: Mapping[str, PlainOps] = {
+    "LoRA": FlatLoraOps(),
+    "DoRA": DoraOps(),
+    "IA³": IA3Ops(),
+    "LoRA-FA": FlatLoraOps(),
 }

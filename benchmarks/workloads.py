@@ -1,4 +1,4 @@
-"""What is timed: the models, their sizes, and how each runs with LoRA in every way compared."""
+"""The timed workloads: models, their sizes, and the LoRA implementations that are compared."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import lorax
 import models
 from adapted import Adapted
+from layer_ops import FlatLoraOps, FusedLoraOps, LoraOps
 from models import Model
 from steps import floor, start, train
-from ways import ByHand, Flat, SideBySide
 
 ADAPTERS = 8  # of one base
 HEADS = 8
@@ -19,7 +19,7 @@ CAPACITY = 96  # rows of an expert
 
 
 class Lora(NamedTuple):
-    """A model with LoRA, in any way of having it."""
+    """A model with LoRA, by any implementation."""
 
     apply: Callable[[Any, Any, Any], Any]  # (factors, frozen, batch) -> output
     factors: Any
@@ -27,57 +27,61 @@ class Lora(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A function with the arguments of each of its calls, one after the other."""
+    """A function, and the arguments of each of its consecutive calls."""
 
     fn: Callable[..., Any]
     calls: list[tuple[Any, ...]]
-    loss: Callable[..., Any] | None = None  # what it differentiates by its first argument
+    loss: Callable[..., Any] | None = None  # differentiated with respect to its first argument
 
 
-class Work(NamedTuple):
-    """A model, the rank of its adapters, and what is run of it."""
+class Workload(NamedTuple):
+    """A model, the rank of its adapters, and the programs that run it."""
 
     model: Callable[[], Model]
     rank: int
-    program: Callable[[Lora, Any], Program]  # the same of every way, on a batch
-    beside: Callable[[Model, Adapted], dict[str, Program]]  # what they are compared with
+    program: Callable[[Lora, Any], Program]  # the same for every implementation, on a batch
+    baselines: Callable[[Model, Adapted], dict[str, Program]]
 
     def programs(self, model: Model, adapted: Adapted) -> dict[str, Program]:
-        """Every program that needs no other library."""
-        found = {name: self.program(way, model.batch) for name, way in ways(model, adapted).items()}
-        return found | {"hand-written again": found["hand-written"]} | self.beside(model, adapted)
+        """Every program that does not need another library."""
+        made = {
+            name: self.program(lora, model.batch)
+            for name, lora in implementations(model, adapted).items()
+        }
+        again = {"hand-written again": made["hand-written"]}
+        return made | again | self.baselines(model, adapted)
 
 
-def ways(model: Model, adapted: Adapted) -> dict[str, Lora]:
+def implementations(model: Model, adapted: Adapted) -> dict[str, Lora]:
     """LoRA by `lora`, and hand-written in two forms."""
     return {
-        "ours": Lora(adapted.ours, adapted.tunable, adapted.frozen),
-        "hand-written": Lora(model.written(ByHand()), adapted.factors, model.params),
-        "hand-written, flat": Lora(model.written(Flat()), adapted.factors, model.params),
+        "ours": Lora(adapted.apply, adapted.tunable, adapted.frozen),
+        "hand-written": Lora(model.with_ops(LoraOps()), adapted.factors, model.params),
+        "hand-written, flat": Lora(model.with_ops(FlatLoraOps()), adapted.factors, model.params),
     }
 
 
-# What is run
+# Programs
 
 
 def step(lora: Lora, batch: Any) -> Program:
-    """A training step."""
+    """One training step."""
     trained = train(lora.apply)
     return Program(trained.step, [(start(lora.factors), lora.frozen, batch)], trained.loss)
 
 
 def forward(lora: Lora, batch: Any) -> Program:
-    """The output."""
+    """The forward pass."""
     return Program(lora.apply, [(lora.factors, lora.frozen, batch)])
 
 
 def scaled(tree: Any, k: int) -> Any:
-    """What the k-th of several adapters has, factors or examples."""
+    """The factors or examples of the k-th of several adapters."""
     return jax.tree.map(lambda leaf: (1 + k / ADAPTERS) * leaf, tree)
 
 
 def in_turn(lora: Lora, batch: Any) -> Program:
-    """A training step of each of several adapters, on its own examples."""
+    """One training step for each of several adapters, each on its own examples."""
     trained = train(lora.apply)
     calls = [
         (start(scaled(lora.factors, k)), lora.frozen, scaled(batch, k)) for k in range(ADAPTERS)
@@ -86,35 +90,35 @@ def in_turn(lora: Lora, batch: Any) -> Program:
 
 
 def at_once(lora: Lora, batch: Any) -> Program:
-    """The same in one call."""
+    """The same steps in one call."""
     trained = train(lora.apply)
     states, _, batches = zip(*in_turn(lora, batch).calls, strict=True)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-    over = {"in_axes": (0, None, 0)}
+    axes = {"in_axes": (0, None, 0)}
     return Program(
-        jax.vmap(trained.step, **over),
+        jax.vmap(trained.step, **axes),
         [(stack(states), lora.frozen, stack(batches))],
-        lambda *args: jax.vmap(trained.loss, **over)(*args).sum(),
+        lambda *args: jax.vmap(trained.loss, **axes)(*args).sum(),
     )
 
 
-# What it is compared with
+# Baselines
 
 
 def bounds(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """The floor trains nothing: the plain model's loss, its gradient, down to the input."""
+    """The lower bound, and full fine-tuning."""
     plain = Lora(lambda params, _, batch: model.apply(params, batch), model.params, None)
     return {"floor": Program(*floor(model)), "full fine-tuning": step(plain, model.batch)}
 
 
 def bounds_of_blocks(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """What else could be done for weights that meet the same input."""
-    side_by_side = Lora(model.written(SideBySide()), adapted.factors, model.params)
-    return bounds(model, adapted) | {"hand-written, q|k|v": step(side_by_side, model.batch)}
+    """Also hand-written LoRA with the `a` of q, k and v concatenated."""
+    fused = Lora(model.with_ops(FusedLoraOps()), adapted.factors, model.params)
+    return bounds(model, adapted) | {"hand-written, q|k|v": step(fused, model.batch)}
 
 
 def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """Merged into the weights, and not there."""
+    """The merged model, and the base without adapters."""
     merged = lorax.merge_params(adapted.frozen, adapted.tunable)
     return {
         "merged": Program(model.apply, [(merged, model.batch)]),
@@ -123,13 +127,13 @@ def without_adapters(model: Model, adapted: Adapted) -> dict[str, Program]:
 
 
 def one_after_another(model: Model, adapted: Adapted) -> dict[str, Program]:
-    """Several adapters, in a call of each."""
-    made = ways(model, adapted)
+    """Several adapters, one call for each."""
+    loras = implementations(model, adapted)
     names = ("ours", "hand-written")
-    return {f"{name}, in turn": in_turn(made[name], model.batch) for name in names}
+    return {f"{name}, in turn": in_turn(loras[name], model.batch) for name in names}
 
 
-# The works
+# Workloads
 
 
 def gpt(**options: Any) -> Model:
@@ -148,11 +152,11 @@ def flax_gpt2() -> Model:
     return library_models.flax_gpt2()
 
 
-def training(model: Callable[[], Model], rank: int, beside: Any = bounds) -> Work:
-    return Work(model, rank, step, beside)
+def training(model: Callable[[], Model], rank: int, baselines: Any = bounds) -> Workload:
+    return Workload(model, rank, step, baselines)
 
 
-WORKS = {
+WORKLOADS = {
     "GPT": training(gpt, 16, bounds_of_blocks),
     "GPT, scan + remat": training(lambda: gpt(scan=True, remat=True), 16, bounds_of_blocks),
     "MLP": training(lambda: models.mlp((1000,) * 31, batch=256), 64),
@@ -161,6 +165,6 @@ WORKS = {
     "convnet": training(lambda: models.convnet(32, 32, 64), 8),
     "tied embedding": training(lambda: models.tied(8000, 256, 1024, 4, 128), 16),
     "experts": training(lambda: models.experts(capacity=CAPACITY), 16),
-    "one token": Work(lambda: models.decoding(heads=HEADS), 16, forward, without_adapters),
-    "8 adapters": Work(lambda: gpt(batch=1, time=16), 16, at_once, one_after_another),
+    "one token": Workload(lambda: models.decoding(heads=HEADS), 16, forward, without_adapters),
+    "8 adapters": Workload(lambda: gpt(batch=1, time=16), 16, at_once, one_after_another),
 }

@@ -1,25 +1,25 @@
-"""A weight alone, or LoRA beside it, written as a careful user would.
+"""Uses of a weight: plain, or with hand-written LoRA as a careful user would write it.
 
 A model calls one of these methods wherever it uses a weight, with the weight's factors
-`{"a": …, "b": …}`, the weight, and what meets it.
+`{"a": …, "b": …}`, the weight, and the input.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-class Plain:
-    """No LoRA: the factors are not looked at."""
+class PlainOps:
+    """Without LoRA: the factors are ignored."""
 
     def dense(self, _, w, x):
         return x @ w
 
-    def several(self, f, p, names, x):
-        """Weights that meet the same input."""
+    def dense_each(self, f, p, names, x):
+        """Products of one input with several weights."""
         return [self.dense(f[name], p[name], x) for name in names]
 
     def transposed(self, _, w, x):
-        """A kernel with its outputs first."""
+        """A kernel `[out, in]`."""
         return x @ w.T
 
     def to_heads(self, _, w, x):
@@ -46,18 +46,18 @@ class Plain:
         return x @ w.T
 
     def experts(self, _, w, x):
-        """Every expert has its own rows."""
+        """One product for each expert, on its own rows."""
         return jnp.einsum("end,edf->enf", x, w)
 
 
-PLAIN = Plain()
+PLAIN = PlainOps()
 
 
-class ByHand(Plain):
-    """Two products beside the weight."""
+class LoraOps(PlainOps):
+    """Adds `(x a) b` to the output of the weight."""
 
     def product(self, x, w):
-        """Over the last axis of x: what the variant below writes in another form."""
+        """A product over the last axis of x. The subclass below writes it in another form."""
         with jax.named_scope("lora"):  # for the profile
             return x @ w
 
@@ -79,9 +79,9 @@ class ByHand(Plain):
         return PLAIN.from_heads(f, w, x) + self.product(middle, f["b"])
 
     def conv(self, f, w, x, stride=1, groups=1):
-        """The window with the first factor; over the rank, a product.
+        """A convolution with `a`, then a product with `b`.
 
-        Every group sees the same first factor, and its own part of the second.
+        All groups share `a`, and each has its part of `b`.
         """
         y = PLAIN.conv(f, w, x, stride, groups)
         if groups == 1:
@@ -102,10 +102,10 @@ class ByHand(Plain):
         return PLAIN.experts(f, w, x) + (x @ f["a"]) @ f["b"]
 
 
-class Flat(ByHand):
-    """The same in the forms for which XLA on CPU has a fast path.
+class FlatLoraOps(LoraOps):
+    """The same, in forms for which XLA on CPU has a fast path.
 
-    Every product is over [rows, width], and the groups of a convolution are examples.
+    Every product is over [rows, width], and the groups of a convolution become examples.
     """
 
     def product(self, x, w):
@@ -124,10 +124,10 @@ class Flat(ByHand):
         return y + jnp.einsum("gnhwr,rgo->nhwgo", middle, b).reshape(y.shape)
 
 
-class SideBySide(Flat):
-    """Of weights that meet the same input, the first factors are one."""
+class FusedLoraOps(FlatLoraOps):
+    """Concatenates the `a` of weights that have the same input."""
 
-    def several(self, f, p, names, x):
+    def dense_each(self, f, p, names, x):
         middles = self.product(x, jnp.concatenate([f[name]["a"] for name in names], 1))
         middles = jnp.split(middles, len(names), -1)
         return [
