@@ -240,7 +240,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "later": (lambda h: h["__metadata__"].update({"lorax.frozen_format": "9"}), "Update it"),
     "foreign": (lambda h: h.pop("__metadata__"), "not a frozen tree of `save_frozen`"),
     "NaN of a scale": ({"scaled/scales": (4, NAN)}, "`scaled/scales` holds NaN"),
-    "infinite scale": ({"w/outer": (0, np.float32(np.inf).tobytes())}, "`w/outer` holds NaN or"),
+    "infinite scale": ({"w/outer": (0, np.float32(np.inf).tobytes())}, "`w/outer` holds NaN, inf"),
     "NaN of a base": ({"norm": (8, NAN)}, "`norm` holds NaN"),
     "NaN of a factor": ({"scaled/square": (0, NAN)}, "`scaled/square` holds NaN"),
     "bool": ({"on": (1, b"\x07")}, "`on` has a boolean that is neither true nor false"),
