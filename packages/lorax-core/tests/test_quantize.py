@@ -301,7 +301,7 @@ def test_weight_whose_codes_would_be_larger_is_not_quantized():
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_shapes_are_quantized_to_shapes(format):
-    weight = normal(0, 128, 64)
+    weight = normal(0, 128, 256)
     coded = quantize({"w": weight}, {"w": format})
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
@@ -435,7 +435,7 @@ def test_count_params_and_explain():
     assert explanation.bits is not None and 4.1 < explanation.bits < 5
     assert {(path, primitive) for path, primitive, _ in explanation.decoded} == {("up", "sort")}
     assert "`up` is decoded to a whole array for `sort`" in str(explanation)
-    assert re.search(r"are held in 4\.\d\d bits each", str(explanation))
+    assert re.search(r"are stored in 4\.\d\d bits each", str(explanation))
 
 
 def test_uncovered_use_of_a_quantized_weight_raises():

@@ -228,7 +228,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no arrays": (bases(lambda f: f["w"].update(arrays="codes")), "no list of the arrays of `w`"),
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
-    "not an object": (bases(lambda f: f.update(w=[])), "does not say how `w` is held"),
+    "not an object": (bases(lambda f: f.update(w=[])), "does not say how `w` is stored"),
     "adapter": (adapter({"kind": "nothing"}), "the adapter of the factors beside `scaled`"),
     "no adapter": (adapter([]), "the adapter of the factors beside `scaled`"),
     "half an adapter": (adapter({"kind": "dora"}), "the adapter of the factors beside `scaled`"),

@@ -29,8 +29,8 @@ def test_ambiguous_underscores_raise(shell, files, names):
     assert "with `_` for each `.`" in message
 
 
-UNSUPPORTED = ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm", "scalar"]
-UNSUPPORTED += ["lora_up.bias"]
+OF_LORA = ["lora_mid.weight", "lora_up.bias", "scalar"]
+UNSUPPORTED = [*OF_LORA, "oft_blocks", "diff", "diff_b", "w_norm"]
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
