@@ -32,7 +32,7 @@ from .._formats.tunix import save_tunix
 from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
 from .._torch_names import TorchNames
-from .._tree import Row, beside
+from .._tree import Row, frozen_leaf
 from .options import ADAPTER, SAME, add_naming, check_unused, opened, renamed, renaming
 from .verify import BASE
 
@@ -165,7 +165,7 @@ def _pair(adapter: OpenedAdapter) -> Pair:
         for path, row in adapter.rows.items()
     }
     rows, held = adapter.rows, adapter.held
-    frozen = {path: beside(shapes[path], held.get(path), row) for path, row in rows.items()}
+    frozen = {path: frozen_leaf(shapes[path], held.get(path), row) for path, row in rows.items()}
     return Pair(frozen, adapter.rows)
 
 

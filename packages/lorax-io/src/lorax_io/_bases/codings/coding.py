@@ -121,7 +121,7 @@ def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tup
     if len(scales) != len(shape) or any(
         not 0 < count <= size or size % count for size, count in zip(shape, scales, strict=False)
     ):
-        raise AdapterFileError(f"has `{name}` of shape {scales} beside a weight of {shape}.")
+        raise AdapterFileError(f"has `{name}` of shape {scales} for a weight of {shape}.")
     return tuple(size // count for size, count in zip(shape, scales, strict=True))
 
 

@@ -72,7 +72,7 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         zeros = need(tensors, zero, ndim=2, dtypes=[np.int32])
         count = scales.shape[1]
         if scales.shape[0] != outputs:
-            raise AdapterFileError(f"has `{zero}` beside one scale for all of `{packed}`.")
+            raise AdapterFileError(f"has `{zero}`, but one scale for all of `{packed}`.")
         expect(zero, zeros, (-(-outputs * bits // 32), count))
         zero_points = from_words(zeros.T, bits)[:, :outputs].T
         parts["zeros"] = whole(np.ascontiguousarray(zero_points), grains, unsigned)
