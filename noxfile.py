@@ -47,6 +47,16 @@ nox.options.tags = DEFAULT
 
 FINETUNE = ["--requirement", "examples/finetune/requirements.txt"]
 
+# Files that GitHub and citation managers read, by the schema that each has to match.
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-actions": ".github/actions/*/action.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
 # One worker per processor: these tests spend their time compiling small programs in XLA.
 PYTEST = ["pytest", "--numprocesses=auto"]
 
@@ -82,13 +92,16 @@ def install_locked(session: nox.Session, *args: str) -> None:
 
 @nox.session(tags=DEFAULT)
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format; zizmor: workflows. `nox -s lint -- --fix` applies fixes."""
+    """Ruff, zizmor, and the schemas of workflows. `nox -s lint -- --fix` applies Ruff's fixes."""
     install_locked(session, "--group", "lint")
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
     # Reports actions that are not pinned by hash, persisted credentials, and injected inputs.
     session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", ".github")
+    for schema, pattern in SCHEMAS.items():
+        files = map(str, sorted(Path().glob(pattern)))
+        session.run("check-jsonschema", "--quiet", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 @nox.session(tags=DEFAULT)

@@ -126,10 +126,9 @@ def main() -> int:
         extra = {n: ours.floats[n] - written.floats[n] for n in stack}
         extra = {n: count for n, count in extra.items() if count > 0}
         print(f"{name + ', floats of a stack':24} {extra or 'none'}")
-        fits &= not extra and ours.peak <= 1.005 * written.peak
-        if row.limit is not None:
-            print(f"{name + ', peak / limit':24} {ours.peak / row.limit:.4f}")
-            fits &= ours.peak <= row.limit
+        limit = row.limit or 1.005 * written.peak
+        print(f"{name + ', peak / limit':24} {ours.peak / limit:.4f}")
+        fits &= not extra and ours.peak <= limit
     return int(not fits)
 
 

@@ -70,7 +70,7 @@ def test_sharded_kind_equals_merged_model(kind, axis_type):
             leaf = frozen[name]
             frozen_factors = leaf.factors if isinstance(leaf, FrozenWeight) else {}
             for factor, array in {**weight.factors(), **frozen_factors}.items():
-                axes = map(layout.axis_of, {**layout.factors, **layout.held}[factor])
+                axes = map(layout.axis_of, {**layout.factors, **layout.frozen}[factor])
                 expected = P(*(None if d is None else SHARDED[name][d] for d in axes))
                 assert array.sharding.is_equivalent_to(NamedSharding(mesh, expected), array.ndim)
         tunable = testing.random_factors(tunable, jax.random.key(3))

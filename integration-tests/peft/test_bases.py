@@ -27,6 +27,7 @@ from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer impo
 )
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from lorax import QuantizedWeight, dequantize
 from lorax_io import AdapterError, AdapterWarning, Experts, Linear, load_base
@@ -60,7 +61,13 @@ class Encoded(NamedTuple):
 # vector.
 
 
-def nf4(double: bool, dtype: torch.dtype, shape: tuple[int, int] = (OUT, IN), block: int = 64):
+def nf4(
+    double: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (OUT, IN),
+    block: int = 64,
+    storage: torch.dtype = torch.uint8,
+):
     def write() -> Encoded:
         layer = bnb.nn.Linear4bit(
             *shape[::-1], bias=False, compute_dtype=dtype, compress_statistics=double,
@@ -68,7 +75,7 @@ def nf4(double: bool, dtype: torch.dtype, shape: tuple[int, int] = (OUT, IN), bl
         )  # fmt: skip
         layer.weight = bnb.nn.Params4bit(
             draw(*shape, dtype=dtype), requires_grad=False, compress_statistics=double,
-            quant_type="nf4", blocksize=block,
+            quant_type="nf4", blocksize=block, quant_storage=storage,
         )  # fmt: skip
         layer.to("cpu")
         tensors = layer.state_dict()
@@ -103,7 +110,9 @@ def compressed(form: str, args: dict[str, Any], dtype: Any = torch.bfloat16):
         compressor = BaseCompressor.get_value_from_registry(form)
         tensors = compressor.compress(state, scheme)
         decoded = compressor.decompress(dict(tensors), scheme)["weight"]
-        return Encoded(dict(tensors), decoded)
+        group = {"targets": ["Linear"], "weights": json.loads(weight_args.model_dump_json())}
+        settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        return Encoded(dict(tensors), decoded, {"quantization_config": settings})
 
     return write
 
@@ -118,8 +127,9 @@ def scales_of(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.T
     elif args.strategy == "channel":
         low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     elif args.strategy == "block":
-        side = args.block_structure[0]
-        blocks = weight.reshape(OUT // side, side, IN // side, side)
+        out, into = args.block_structure
+        filled = torch.nn.functional.pad(weight, (0, -IN % into, 0, -OUT % out))
+        blocks = filled.reshape(-(-OUT // out), out, -(-IN // into), into)
         low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
     else:
         blocks = weight.reshape(OUT, IN // args.group_size, args.group_size)
@@ -210,6 +220,9 @@ CASES: dict[str, Callable[[], Encoded]] = {
     "bitsandbytes NF4, float16, blocks of 128": nf4(False, torch.float16, block=128),
     "bitsandbytes NF4, double": nf4(True, torch.bfloat16),
     "bitsandbytes NF4, double, float32": nf4(True, torch.float32),
+    "bitsandbytes NF4, stored as bfloat16": nf4(
+        True, torch.bfloat16, storage=torch.bfloat16
+    ),
     "bitsandbytes LLM.int8": llm_int8,
     "pack-quantized, 4 bits in groups": compressed("pack-quantized", {"num_bits": 4, **GROUP}),
     "pack-quantized, zero points": compressed(
@@ -228,6 +241,16 @@ CASES: dict[str, Callable[[], Encoded]] = {
     "float-quantized, per channel": compressed("float-quantized", {**FLOAT, "strategy": "channel"}),
     "float-quantized, blocks": compressed(
         "float-quantized", {**FLOAT, "strategy": "block", "block_structure": [32, 32]}
+    ),
+    "float-quantized, blocks that the config says, cut": compressed(
+        "float-quantized", {**FLOAT, "strategy": "block", "block_structure": [64, 96]}
+    ),
+    "pack-quantized, one zero point": compressed(
+        "pack-quantized", {"num_bits": 4, "strategy": "tensor", "symmetric": False}
+    ),
+    "MXFP8": compressed(
+        "mxfp8-quantized",
+        {**FLOAT, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
     ),
     "NVFP4": compressed(
         "nvfp4-pack-quantized",
@@ -370,6 +393,23 @@ def random_blocks(kind: Any, out: int, inputs: int, seed: int) -> np.ndarray[Any
     else:
         data[..., :4] = scales
     return data.reshape(out, -1)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "nemotron", "qwen3", "llama"])
+def test_norms_of_llama_cpp(tmp_path, arch):
+    """Transformers reads GGUF files, too, and undoes the same changes of llama.cpp's converter."""
+    file, norm = tmp_path / "model.gguf", draw(40).numpy()
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_block_count(1)
+    writer.add_tensor("output_norm.weight", norm)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config={})
+    expected = processor.process(norm, "output_norm.weight").weights
+    names = {"norm": {"type": "Tensor", "module": "model.norm", "parameter": "weight"}}
+    np.testing.assert_array_equal(load_base(file, names)["norm"], expected)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -1,4 +1,4 @@
-"""What all tests of the core share: strict JAX, several CPU devices, the runner of table rows."""
+"""Shared by all tests of the core: strict JAX, several CPU devices, the runner of table rows."""
 
 import os
 import zlib
@@ -24,22 +24,22 @@ def pytest_addoption(parser):
     parser.addoption(
         "--without-transforms",
         action="store_true",
-        help="prove the rows of the tables without vmap, checkpoint and scan",
+        help="check the rows of the tables without vmap, checkpoint and scan",
     )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "devices(count): needs so many of the same kind")
+    config.addinivalue_line("markers", "devices(count): needs that many devices")
     config.addinivalue_line(
-        "markers", "whole: of a product of which one cell has more than a sample"
+        "markers", "full_product: a combination that only one CI job runs; the others run a sample"
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--without-transforms"):
-        left_out = [item for item in items if item.get_closest_marker("whole")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+        deselected = [item for item in items if item.get_closest_marker("full_product")]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not item.get_closest_marker("full_product")]
 
 
 def pytest_runtest_setup(item):
@@ -50,7 +50,7 @@ def pytest_runtest_setup(item):
 
 
 def draw(key, leaf):
-    """A random array for a shape or a `jax.ShapeDtypeStruct`; anything else is taken as it is."""
+    """A random array for a shape or a `jax.ShapeDtypeStruct`; anything else as it is."""
     if isinstance(leaf, np.ndarray):
         return jnp.asarray(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -78,12 +78,13 @@ def draw_tree(seed, tree):
 
 
 @pytest.fixture
-def prove(request):
-    """Runs a table row: (id, function, shapes of the parameters, spec, arguments, expectation).
+def check_row(request):
+    """Checks a table row: (id, function, shapes of the parameters, spec, arguments, expectation).
 
-    The expectation, which most rows leave out, holds keywords of `lorax.testing.check`, or
-    `"work": False` where its second oracle takes an activation for a weight: where a product sums
-    over a part of an axis, or over axes of both sides, what is left shows both sides.
+    The expectation, which most rows omit, holds keywords of `lorax.testing.check`, or
+    `"sizes": False` to skip its check for weight-sized arrays. That check mistakes an activation
+    for a weight where a product sums over part of an axis, or over axes of both sides: the result
+    still depends on axes of both sides.
     """
 
     options = {"transforms": False} if request.config.getoption("--without-transforms") else {}
@@ -91,11 +92,11 @@ def prove(request):
     def run(name, fn, shapes, spec, args, expectation=None):
         seed = zlib.crc32(name.encode())
         params, *args = draw_tree(seed, [shapes, *args])
-        # Small arguments keep a model's sines and its tanh where float32 can tell them apart.
+        # With small arguments, a model's tanh does not saturate.
         args = [arg / 4 if is_float(arg) else arg for arg in args]
         keywords = (expectation or {}) | options
         with pytest.MonkeyPatch.context() as patch:
-            if not keywords.pop("work", True):
+            if not keywords.pop("sizes", True):
                 patch.setattr(testing, "weight_sized", lambda *_, **__: {})
             testing.check(fn, params, spec, *args, seed=seed % 1000, **keywords)
 

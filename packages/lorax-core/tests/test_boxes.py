@@ -1,4 +1,4 @@
-"""Flax's own boxes are in integration-tests/; here a class with the same methods is used."""
+"""Boxed parameters, with a class that has the methods of Flax's boxes (see integration-tests/)."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,8 @@ class Box:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Other:
-    """A node that is not a box, for all its name."""
+class NotABox:
+    """A node that has `names` but is not a box."""
 
     names: Any
 
@@ -58,11 +58,11 @@ def make_params() -> dict[str, Any]:
     return {
         "w": Box(jax.random.normal(KEY, (5, 7)), ("x", "y")),
         "v": Box(jnp.ones(7), ("y",)),
-        "o": Other(jnp.ones(7)),
+        "o": NotABox(jnp.ones(7)),
     }
 
 
-SPEC = {"w": Box(2, ("x", "y")), "v": Box(LORA_FULL, ("y",)), "o": Other(0)}
+SPEC = {"w": Box(2, ("x", "y")), "v": Box(LORA_FULL, ("y",)), "o": NotABox(0)}
 
 
 def test_boxed_weights_are_adapted_merged_and_unmerged():
@@ -81,8 +81,8 @@ def test_boxed_weights_are_adapted_merged_and_unmerged():
     )
 
 
-def test_an_adapter_inside_the_base_box_is_taken_too():
-    """As a loader returns it that knows the structure of the parameters alone."""
+def test_an_adapter_inside_the_box_of_its_base_is_merged():
+    """As from a loader that knows only the structure of the parameters."""
     frozen, tunable = init_lora(make_params(), SPEC, KEY)
     weight = tunable["w"]
     weight = dataclasses.replace(weight, a=weight.a.value, b=weight.b.value)
@@ -91,9 +91,9 @@ def test_an_adapter_inside_the_base_box_is_taken_too():
     assert jax.tree.structure(merged) == jax.tree.structure(merge_params(frozen, tunable))
 
 
-@pytest.mark.parametrize("lost", ["w", "v", "o"])
-def test_another_structure_still_raises(lost):
+@pytest.mark.parametrize("missing", ["w", "v", "o"])
+def test_missing_leaf_raises(missing):
     frozen, tunable = init_lora(make_params(), SPEC, KEY)
-    del tunable[lost]
+    del tunable[missing]
     with pytest.raises(PairError, match="structure of the parameters"):
         merge_params(frozen, tunable)

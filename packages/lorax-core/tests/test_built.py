@@ -1,4 +1,4 @@
-"""The work oracle: every way of building a weight is caught, and no coincidence of sizes is."""
+"""The check for weight-sized arrays: it catches every materialization, and no equal size."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from lorax._built import Weights, built, excess
 from lorax._made import Made
 from lorax._registry import RULES
 
-N = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # noqa: E731
+normal = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape) / 4  # noqa: E731
 
 
 def model(params, x):
@@ -21,7 +21,7 @@ def model(params, x):
 
 SIDES = (0, "in"), (0, "out")
 
-# Rules for `x @ w` that build the weight: functions of x, the base and the two factors.
+# Rules for `x @ w` that materialize the weight: functions of x, the base and the two factors.
 
 
 @jax.custom_jvp
@@ -52,7 +52,7 @@ def written_into_zeros(x, w, a, b):
     return x @ w + x @ delta
 
 
-BUILDING = {
+MATERIALIZING = {
     "merge": lambda x, w, a, b: x @ (w + a @ b),
     "delta-alone": lambda x, w, a, b: x @ w + x @ (a @ b),
     "einsum": lambda x, w, a, b: x @ w + x @ jnp.einsum("ir,ro->io", a, b),
@@ -61,7 +61,7 @@ BUILDING = {
     "outer-products": lambda x, w, a, b: x @ (w + (a[:, :, None] * b[None]).sum(1)),
     "for-each-example": lambda x, w, a, b: x @ w + jnp.einsum(
         "nir,ro->nio", x[:, :, None] * a[None], b).sum(1),
-    "for-each-example-built": lambda x, w, a, b: (x[:, :, None] * (w + a @ b)[None]).sum(1),
+    "for-each-example-merged": lambda x, w, a, b: (x[:, :, None] * (w + a @ b)[None]).sum(1),
     "half-of-the-outputs": lambda x, w, a, b: jnp.concatenate(
         [x @ (w[:, :2] + a @ b[:, :2]), x @ w[:, 2:] + (x @ a) @ b[:, 2:]], 1),
     "in-jit": lambda x, w, a, b: jax.jit(lambda w, a, b: x @ (w + a @ b))(w, a, b),
@@ -114,55 +114,57 @@ def rule_for_products(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(3, 7, 5, 2), (7, 7, 7, 2), (7, 7, 7, 7)], ids=str)
-@pytest.mark.parametrize("how", BUILDING)
-def test_a_built_weight_is_caught(rule_for_products, how, sizes):
+@pytest.mark.parametrize("form", MATERIALIZING)
+def test_a_materialized_weight_is_caught(rule_for_products, form, sizes):
     batch, inputs, outputs, rank = sizes
-    rule_for_products(BUILDING[how])
-    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    rule_for_products(MATERIALIZING[form])
+    params, x = {"w": normal(inputs, outputs)}, normal(batch, inputs)
     with pytest.raises(AssertionError, match="adapted weights are materialized"):
         testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
 
 
 @pytest.mark.parametrize("sizes", [(3, 7, 5, 2), (7, 7, 7, 7), (3, 7, 1, 1), (3, 1, 5, 1)], ids=str)
-@pytest.mark.parametrize("how", FACTORED)
-def test_a_factored_product_passes(rule_for_products, how, sizes):
+@pytest.mark.parametrize("form", FACTORED)
+def test_a_factored_product_passes(rule_for_products, form, sizes):
     batch, inputs, outputs, rank = sizes
-    rule_for_products(FACTORED[how])
-    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    rule_for_products(FACTORED[form])
+    params, x = {"w": normal(inputs, outputs)}, normal(batch, inputs)
     testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
 
 
-@pytest.mark.parametrize("how", ["merge", "delta-alone", "in-jit", "flat", "scaled-by-data"])
+@pytest.mark.parametrize("form", ["merge", "delta-alone", "in-jit", "flat", "scaled-by-data"])
 @pytest.mark.parametrize("sizes", [(3, 7, 1, 1), (3, 1, 5, 1)], ids=["one-output", "one-input"])
-def test_a_built_vector_is_caught(rule_for_products, how, sizes):
+def test_a_materialized_vector_is_caught(rule_for_products, form, sizes):
     batch, inputs, outputs, rank = sizes
-    rule_for_products(BUILDING[how])
-    params, x = {"w": N(inputs, outputs)}, N(batch, inputs)
+    rule_for_products(MATERIALIZING[form])
+    params, x = {"w": normal(inputs, outputs)}, normal(batch, inputs)
     with pytest.raises(AssertionError, match="adapted weights are materialized"):
         testing.check(model, params, {"w": LoraSpec(rank)}, x, transforms=False)
 
 
-def test_one_layer_of_a_stack_is_caught(rule_for_products):
+def test_a_materialized_layer_of_a_stack_is_caught(rule_for_products):
     def layers(params, x):
         return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
 
-    params, spec, x = {"w": N(4, 7, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, N(3, 7)
+    params, spec, x = {"w": normal(4, 7, 7)}, {"w": LoraSpec(2, shared_axes=[0])}, normal(3, 7)
     testing.check(layers, params, spec, x, transforms=False)
-    rule_for_products(BUILDING["merge"])
+    rule_for_products(MATERIALIZING["merge"])
     with pytest.raises(AssertionError, match=r"as arrays of these shapes: {\(7, 7\): 2}"):
         testing.check(layers, params, spec, x, transforms=False)
 
 
-def test_a_piece_for_each_head_is_caught(rule_for_products):
+def test_a_materialized_piece_for_each_head_is_caught(rule_for_products):
     def heads(params, x):
         return jnp.stack([x @ params["w"][:, 4 * h : 4 * h + 4] for h in range(3)])
 
-    rule_for_products(BUILDING["merge"])
+    rule_for_products(MATERIALIZING["merge"])
     with pytest.raises(AssertionError, match="adapted weights are materialized"):
-        testing.check(heads, {"w": N(7, 12)}, {"w": LoraSpec(2)}, N(3, 7), transforms=False)
+        testing.check(
+            heads, {"w": normal(7, 12)}, {"w": LoraSpec(2)}, normal(3, 7), transforms=False
+        )
 
 
-# Sizes that coincide.
+# Shapes in which another array has the size of a weight.
 
 
 def value_head(params, x):
@@ -179,65 +181,69 @@ def conv(params, x):
 
 
 COINCIDENCES = {
-    "batch-of-inputs": (model, {"w": N(16, 24)}, N(16, 16)),
-    "batch-as-wide-as-the-outputs": (model, {"w": N(16, 24)}, N(24, 16)),
-    "square": (model, {"w": N(16, 16)}, N(16, 16)),
-    "head-of-one-output": (value_head, {"hidden": N(16, 24), "value": N(24, 1)}, N(3, 16)),
-    "head-of-one-output-and-batch": (value_head, {"hidden": N(16, 24), "value": N(24, 1)},
-                                     N(24, 16)),
-    "one-input": (model, {"w": N(1, 24)}, N(24, 1)),
-    "as-many-tokens-as-entries": (tied, {"table": N(19, 8)}, jnp.arange(19) % 7),
+    "batch-of-inputs": (model, {"w": normal(16, 24)}, normal(16, 16)),
+    "batch-as-wide-as-the-outputs": (model, {"w": normal(16, 24)}, normal(24, 16)),
+    "square": (model, {"w": normal(16, 16)}, normal(16, 16)),
+    "head-of-one-output": (value_head, {"hidden": normal(16, 24), "value": normal(24, 1)},
+                           normal(3, 16)),
+    "head-of-one-output-and-batch": (value_head, {"hidden": normal(16, 24), "value": normal(24, 1)},
+                                     normal(24, 16)),
+    "one-input": (model, {"w": normal(1, 24)}, normal(24, 1)),
+    "as-many-tokens-as-entries": (tied, {"table": normal(19, 8)}, jnp.arange(19) % 7),
     "all-positions": (lambda p, x: x + p["w"][jnp.arange(6)][None] @ p["v"],
-                      {"w": N(6, 8), "v": N(8, 8)}, N(3, 6, 8)),
-    "image-of-the-kernel's-size": (conv, {"w": N(3, 3, 3, 3)}, N(3, 3, 3, 3)),
+                      {"w": normal(6, 8), "v": normal(8, 8)}, normal(3, 6, 8)),
+    "image-of-the-kernel's-size": (conv, {"w": normal(3, 3, 3, 3)}, normal(3, 3, 3, 3)),
     "scanned-square": (lambda p, x: lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), h), x[0],
-                                             x)[1], {"w": N(5, 5)}, N(5, 5, 5)),
+                                             x)[1], {"w": normal(5, 5)}, normal(5, 5, 5)),
     "weight-and-its-transpose": (lambda p, x: x + jnp.tanh(x @ p["w"]) @ p["w"].T,
-                                 {"w": N(6, 6)}, N(6, 6)),
-    "twice-in-a-row": (lambda p, x: x @ (p["w"] @ p["w"]), {"w": N(6, 6)}, N(6, 6)),
-    "rank-of-the-width": (model, {"w": N(4, 3)}, N(3, 4)),
-    "scores-of-itself": (lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, {"w": N(6, 6)}, N(6, 6)),
+                                 {"w": normal(6, 6)}, normal(6, 6)),
+    "product-with-itself": (lambda p, x: x @ (p["w"] @ p["w"]), {"w": normal(6, 6)}, normal(6, 6)),
+    "rank-of-the-width": (model, {"w": normal(4, 3)}, normal(3, 4)),
+    "scores-of-one-projection": (lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, {"w": normal(6, 6)},
+                                 normal(6, 6)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("name", COINCIDENCES)
 @pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
-def test_sizes_may_coincide(name, rank):
+def test_activation_with_the_size_of_a_weight_passes(name, rank):
     fn, params, *args = COINCIDENCES[name]
     spec = infer_spec(fn, params, *args, rank=rank, skip_small=False)
     testing.check(fn, params, spec, *args, transforms=False)
 
 
-def test_counts_how_often_a_weight_is_built(rule_for_products):
-    rule_for_products(BUILDING["merge"])
-    frozen, tunable = init_lora({"w": N(7, 5)}, {"w": 2}, jax.random.key(0))
-    assert testing.weight_sized(model, frozen, tunable, N(3, 7)) == {(7, 5): 2}
+def test_counts_how_often_a_weight_is_materialized(rule_for_products):
+    rule_for_products(MATERIALIZING["merge"])
+    frozen, tunable = init_lora({"w": normal(7, 5)}, {"w": 2}, jax.random.key(0))
+    assert testing.weight_sized(model, frozen, tunable, normal(3, 7)) == {(7, 5): 2}
 
 
-def test_a_piece_of_the_base_does_not_count_by_itself():
+def test_a_piece_of_the_base_does_not_count():
     base = Made((frozenset({(0, "in")}), frozenset({(0, "out")})), frozenset(SIDES), False)
     weights = Weights(frozenset(), [35])
-    piece = built(jax.make_jaxpr(lambda w: w[:3] * 2)(N(7, 5)), [base], weights)
-    whole = built(jax.make_jaxpr(lambda w: (w * 2)[:3])(N(7, 5)), [base], weights)
-    assert excess(piece, Counter()) == {} and excess(whole, Counter()) == {(7, 5): 1}
-    assert excess(whole, whole) == {}
+    piece = built(jax.make_jaxpr(lambda w: w[:3] * 2)(normal(7, 5)), [base], weights)
+    entire = built(jax.make_jaxpr(lambda w: (w * 2)[:3])(normal(7, 5)), [base], weights)
+    assert excess(piece, Counter()) == {} and excess(entire, Counter()) == {(7, 5): 1}
+    assert excess(entire, entire) == {}
 
 
 def test_axis_with_both_sides_is_not_a_weight():
-    # The diagonal of a square: a vector, along which both sides vary.
+    # The diagonal of a square weight is a vector whose axis belongs to both sides.
     a = Made((frozenset({SIDES[0]}), frozenset()), frozenset({SIDES[0]}), True)
     b = Made((frozenset(), frozenset({SIDES[1]})), frozenset({SIDES[1]}), True)
     weights = Weights(frozenset(), [49])
 
     def counted(fn):
-        return excess(built(jax.make_jaxpr(fn)(N(7, 2), N(2, 7)), [a, b], weights), Counter())
+        return excess(
+            built(jax.make_jaxpr(fn)(normal(7, 2), normal(2, 7)), [a, b], weights), Counter()
+        )
 
     assert counted(lambda a, b: (a * b.T).sum(1)) == {}
     assert counted(lambda a, b: (a @ b).reshape(49)) == {(7, 7): 1, (49,): 1}
 
 
-def convolved_by_each(params, x):
+def convolved_per_example(params, x):
     one = lambda w, x: lax.conv_general_dilated(  # noqa: E731
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -258,10 +264,10 @@ DORA = DoraSpec(LoraSpec(2))
 
 
 @pytest.mark.parametrize(
-    ("function", "shape", "spec", "of_x"),
+    ("function", "shape", "spec", "x_shape"),
     [
         (
-            convolved_by_each,
+            convolved_per_example,
             (3, 3, 2, 4, 6),
             DORA.with_axes(Axes((0,), (1, 2, 3), (4,))),
             (3, 2, 5, 5, 4),
@@ -274,5 +280,5 @@ DORA = DoraSpec(LoraSpec(2))
     ],
     ids=["vmapped-convolution", "heads", "kronecker", "stopped", "branches-of-each-row"],
 )
-def test_a_base_that_moves_in_place_passes(function, shape, spec, of_x):
-    testing.check(function, {"w": N(*shape)}, {"w": spec}, N(*of_x), transforms=False)
+def test_a_base_that_is_only_rearranged_passes(function, shape, spec, x_shape):
+    testing.check(function, {"w": normal(*shape)}, {"w": spec}, normal(*x_shape), transforms=False)

@@ -1,4 +1,4 @@
-"""The one place that emits products with factors: their order, form and dtype."""
+"""Products with factors, which `_contract` alone emits: their order, form and dtype."""
 
 import functools
 import itertools
@@ -77,7 +77,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_value(case):
+def test_value_of_a_contraction(case):
     names, out, meets = case
     operands = arrays(*names)
     got = _contract.contract(operands, out, dtype=jnp.float32, precision="highest", meets=meets)
@@ -87,9 +87,9 @@ def test_value(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c[2] is not None], ids=str)
 def test_factors_are_never_multiplied_into_the_weight(case):
     names, out, meets = case
-    met = set(names[meets])
+    common = set(names[meets])
     weight = {label for k, labels in enumerate(names) if k != meets for label in labels}
-    weight &= met | set(out)
+    weight &= common | set(out)
     size = np.prod([label.size for label in weight])
     for _, aval in shapes_made(arrays(*names), out, meets=meets):
         assert not (aval.size == size and B.size not in aval.shape), aval
@@ -97,25 +97,25 @@ def test_factors_are_never_multiplied_into_the_weight(case):
 
 @pytest.mark.parametrize("rows", [1, 2, 10_000], ids=str)
 def test_the_order_does_not_depend_on_the_batch(rows):
-    # At this rank, and many rows, the delta would be cheaper to multiply by: it is not built.
-    many, rank = B._replace(size=rows), R._replace(size=6)
-    names = [(many, I), (I, rank), (rank, O)]
-    made = [aval.shape for _, aval in shapes_made(arrays(*names), (many, O), meets=0)]
+    # At this rank and with many rows, multiplying by the delta would be cheaper; it is not formed.
+    batch, rank = B._replace(size=rows), R._replace(size=6)
+    names = [(batch, I), (I, rank), (rank, O)]
+    made = [aval.shape for _, aval in shapes_made(arrays(*names), (batch, O), meets=0)]
     assert (I.size, O.size) not in made and (O.size, I.size) not in made
     assert (rows, rank.size) in made or (rank.size, rows) in made
 
 
 @pytest.mark.parametrize("rows", [1, 10_000], ids=str)
-def test_no_part_of_the_delta_is_built_beside_a_factor_of_another_input(rows):
-    # W[e, i, o] = scale[e] · a[i, r] · b[r, o]: one slice of it is as bad as all of it.
-    many, rank = B._replace(size=rows), R._replace(size=6)
-    names = [(many, E, I), (E,), (I, rank), (rank, O)]
-    made = [aval.shape for _, aval in shapes_made(arrays(*names), (many, O), meets=0)]
+def test_no_slice_of_the_delta_is_formed(rows):
+    # W[e, i, o] = scale[e] · a[i, r] · b[r, o]: not even one slice over e is formed.
+    batch, rank = B._replace(size=rows), R._replace(size=6)
+    names = [(batch, E, I), (E,), (I, rank), (rank, O)]
+    made = [aval.shape for _, aval in shapes_made(arrays(*names), (batch, O), meets=0)]
     assert (I.size, O.size) not in made and (O.size, I.size) not in made
 
 
-def test_the_cheapest_order_is_taken():
-    # With one row, or a rank of 2: x·a first, whatever the order of the factors.
+def test_the_cheapest_order_is_chosen():
+    # x @ a comes first, whatever the order of the factors.
     for order in itertools.permutations([(B, I), (I, R), (R, O)]):
         made = [a.shape for n, a in shapes_made(arrays(*order), (B, O), meets=order.index((B, I)))
                 if n == "dot_general"]  # fmt: skip
@@ -123,53 +123,53 @@ def test_the_cheapest_order_is_taken():
 
 
 def all_orders(operands, out):
-    """Every order of pairwise products: its steps, and (met, left, right, found) of each."""
+    """Every order of pairwise products: its steps, and each step's labels and result labels."""
     if len(operands) < 2:
         yield [], []
         return
     for left, right in itertools.combinations(range(len(operands)), 2):
         rest = [labels for k, labels in enumerate(operands) if k not in (left, right)]
-        elsewhere = set(out).union(*rest)
-        met = {*operands[left], *operands[right]}
+        needed = set(out).union(*rest)
+        common = {*operands[left], *operands[right]}
         product = tuple(label for label in dict.fromkeys((*operands[left], *operands[right]))
-                      if label in elsewhere)  # fmt: skip
+                      if label in needed)  # fmt: skip
         for steps, made in all_orders([*rest, product], out):
-            yield [(left, right), *steps], [(met, product), *made]
+            yield [(left, right), *steps], [(common, product), *made]
 
 
 def multiplications(made):
-    return sum(int(np.prod([label.size for label in met])) for met, _ in made)
+    return sum(int(np.prod([label.size for label in common])) for common, _ in made)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5])
-def test_no_order_is_cheaper(count):
+def test_chosen_order_is_as_cheap_as_any(count):
     generator = np.random.default_rng(count)
-    pool = [Label(k, int(size)) for k, size in enumerate(generator.choice(range(1, 17), 6))]
+    labels = [Label(k, int(size)) for k, size in enumerate(generator.choice(range(1, 17), 6))]
     for _ in range(40 if count < 5 else 10):
         order = [generator.permutation(6)[: generator.integers(0, 4)] for _ in range(count)]
-        operands = [tuple(pool[k] for k in chosen) for chosen in order]
+        operands = [tuple(labels[k] for k in chosen) for chosen in order]
         out = tuple({label for labels in operands for label in labels if label.id % 2})
         orders = list(all_orders(operands, out))
-        taken = _order.pairwise_order(tuple(operands), out, None)
-        (cost,) = [multiplications(made) for steps, made in orders if steps == taken]
+        chosen_steps = _order.pairwise_order(tuple(operands), out, None)
+        (cost,) = [multiplications(made) for steps, made in orders if steps == chosen_steps]
         assert cost == min(multiplications(made) for _, made in orders)
 
 
-def test_a_scale_of_one_side_joins_its_factor():
-    # As in a product of weights of which one is scaled: V[o, p] meets b[r, o] and gain[o].
+def test_scale_is_multiplied_into_its_factor():
+    # As in a product of weights, one of which is scaled.
     names = [(R, I), (I,), (I, O)]
     made = [aval.shape for _, aval in shapes_made(arrays(*names), (R, O), meets=2)]
     assert (I.size, O.size) not in made
 
 
 def chain(length, sizes=(19, 11, 2, 7, 3, 13)):
-    """The labels of x and of so many factors, each of which hangs on the one before."""
+    """The labels of x and of `length` factors, each of which shares a label with the one before."""
     labels = [Label(k, sizes[k % len(sizes)]) for k in range(length + 2)]
     return list(itertools.pairwise(labels)), (labels[0], labels[-1])
 
 
 @pytest.mark.parametrize("length", [_order.MOST_ORDERED + 1, 20, 40])
-def test_many_factors_are_put_in_an_order_without_trying_all(length):
+def test_many_factors_get_an_order_without_trying_all(length):
     names, out = chain(length)
     steps = _order.pairwise_order(tuple(names), out, 0)
     assert len(steps) == length
@@ -180,7 +180,7 @@ def test_many_factors_are_put_in_an_order_without_trying_all(length):
 
 
 def test_many_factors_are_not_multiplied_into_the_weight():
-    # One row: the delta would be cheap. Scales of both sides, and matrices in between.
+    # With one row the delta would be cheap. Scales of both sides, and matrices in between.
     one = B._replace(size=1)
     inner = [Label(10 + k, 2) for k in range(8)]
     names = [(one, I), (I,), (I,), (I, inner[0]), *itertools.pairwise(inner), (inner[-1], O), (O,)]
@@ -189,7 +189,7 @@ def test_many_factors_are_not_multiplied_into_the_weight():
     assert (I.size, O.size) not in made and (O.size, I.size) not in made
 
 
-def test_terms_that_look_alike_share_one_search():
+def test_equal_terms_share_one_search():
     names, out = chain(5)
     _order.pairwise_order(tuple(names), out, 0)
     searches = _order._ordered.cache_info().misses
@@ -198,14 +198,14 @@ def test_terms_that_look_alike_share_one_search():
     assert _order._ordered.cache_info().misses == searches
 
 
-def test_the_result_is_not_transposed_where_the_product_can_be_turned():
+def test_result_is_not_transposed():
     for out in ((B, O), (O, B)):
         names = [name for name, _ in shapes_made(arrays((B, I), (I, R), (R, O)), out, meets=0)]
         assert "transpose" not in names
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=str)
-def test_factors_meet_in_the_dtype_asked_for(dtype):
+def test_products_have_the_requested_dtype(dtype):
     operands = arrays((B, I), (I, R), (R, O))
     made = shapes_made(operands, (B, O), dtype=dtype, meets=0)
     assert {aval.dtype for name, aval in made if name == "dot_general"} == {jnp.dtype(dtype)}
@@ -271,11 +271,11 @@ def test_wide_dtype(dtype, expected):
     assert _contract.wide_dtype(dtype) == expected
 
 
-# The form: neighboring axes are one axis, where that is fast
+# The form: adjacent axes are joined where that is faster
 
 
 def products(fn, *args):
-    """The shapes that the products of a function make, nested bodies included."""
+    """The shapes of the results of a function's products, in nested bodies too."""
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
@@ -306,7 +306,7 @@ def sizes(*labels):
 
 
 JOINED = [
-    # x keeps its axes: JAX would keep it in both forms for the backward pass.
+    # x keeps its axes: otherwise the backward pass would keep it in both forms.
     ([(B, T, I), (I, R), (R, O)], (B, T, O), 0, [sizes(B, T, R), sizes([B, T], O)]),
     ([(B, T, I, K), (I, K, R), (R, O)], (B, T, O), 0, [sizes(B, T, R), sizes([B, T], O)]),
     ([(B, T, I), (I, R), (R, O, K)], (B, T, O, K), 0, [sizes(B, T, R), sizes([B, T], [O, K])]),
@@ -317,7 +317,7 @@ JOINED = [
         0,
         [sizes(E, B, T, R), sizes(E, [B, T], O)],
     ),
-    # An embedding's rows, or what a convolution made of its windows: nobody else has them.
+    # Rows of an embedding, or the result of a convolution: no other equation uses them.
     ([(B, T, R), (R, O)], (B, T, O), None, [sizes([B, T], O)]),
     # Nothing to join.
     ([(B, I), (I, R), (R, O)], (B, O), 0, [sizes(B, R), sizes(B, O)]),
@@ -346,7 +346,7 @@ def test_no_axes_are_joined_on_other_platforms(monkeypatch):
 
 
 def adapted(kind):
-    """A model and its adapters; an argument off a mesh, and the same argument on one."""
+    """A model, its adapters, an argument, a mesh, and a sharding of the argument on it."""
     params = {"w": jnp.ones((6, 10))}
     adapters = init_lora(params, {"w": LoraSpec(2)}, jax.random.key(0))
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind, kind))
@@ -357,28 +357,28 @@ def adapted(kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
-    "around", [lambda fn: fn, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"]
+    "wrap", [lambda fn: fn, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"]
 )
-def test_no_axes_are_joined_on_a_mesh(kind, around):
+def test_no_axes_are_joined_on_a_mesh(kind, wrap):
     fn, adapters, x, mesh, sharding = adapted(kind)
-    alone = [(4, 8, 10), (4, 8, 2), (32, 10)]
-    spread = [(4, 8, 10), (4, 8, 2), (4, 8, 10)]
-    # Off the mesh again at last: nothing remembers the other form.
-    assert products(around(fn), adapters, x) == alone
+    joined = [(4, 8, 10), (4, 8, 2), (32, 10)]
+    separate = [(4, 8, 10), (4, 8, 2), (4, 8, 10)]
+    # Off the mesh once more at the end: no cache returns the other form.
+    assert products(wrap(fn), adapters, x) == joined
     on_mesh = jax.device_put(x, sharding)
     with jax.set_mesh(mesh):
         placed = jax.device_put(adapters, NamedSharding(mesh, P()))
-        assert products(around(fn), placed, on_mesh) == spread
+        assert products(wrap(fn), placed, on_mesh) == separate
         if kind == AxisType.Auto:
-            # Whatever `in_shardings` will say.
-            assert products(around(fn), adapters, x) == spread
+            # `in_shardings` may place the argument later.
+            assert products(wrap(fn), adapters, x) == separate
     if kind == AxisType.Auto:
-        assert products(around(fn), adapters, on_mesh) == spread
-    assert products(around(fn), adapters, x) == alone
+        assert products(wrap(fn), adapters, on_mesh) == separate
+    assert products(wrap(fn), adapters, x) == joined
 
 
 def test_no_axes_are_joined_for_shapes_on_a_mesh():
-    # As when compiling ahead of time for a topology that this host does not have.
+    # As when compiling ahead of time for devices that this host does not have.
     fn, adapters, x, _, sharding = adapted(AxisType.Auto)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     text = jax.jit(fn).lower(adapters, shape).as_text()
@@ -386,13 +386,13 @@ def test_no_axes_are_joined_for_shapes_on_a_mesh():
     assert "tensor<32x10xf32>" in jax.jit(fn).lower(adapters, x).as_text()
 
 
-def test_a_mesh_of_one_device_is_a_mesh():
+def test_no_axes_are_joined_on_a_mesh_of_one_device():
     fn, adapters, x, _, _ = adapted(AxisType.Auto)
     mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
     assert (32, 10) not in products(fn, adapters, jax.device_put(x, NamedSharding(mesh, P("d"))))
 
 
-def test_the_gradient_of_b_contracts_one_axis():
+def test_gradient_of_b_contracts_one_axis():
     fn, (frozen, tunable), x, _, _ = adapted(AxisType.Auto)
     loss = lambda tunable: fn((frozen, tunable), x).sum()  # noqa: E731
     text = jax.jit(jax.grad(loss)).lower(tunable).as_text()
@@ -400,28 +400,28 @@ def test_the_gradient_of_b_contracts_one_axis():
     assert not any("contracting_dims = [0, 1] x [0, 1]" in line for line in wide), wide
 
 
-def test_axes_summed_first_are_joined():
-    # As the blocks of MiSS: what meets the factor is another array than the one that others share.
+def test_axes_of_an_intermediate_are_joined():
+    # As for the blocks of MiSS: the factor is multiplied by an array that no other equation uses.
     fn, operands = contraction([(B, T, K, R), (R, O)], (B, T, O))
     assert products(fn, *operands) == [sizes([B, T], O)]
 
 
-def test_whole_rows_move_where_the_result_is_transposed():
-    # As the blocks of GraLoRA, whose label is shown between those of the examples and the outputs.
+def test_result_is_transposed_by_whole_rows():
+    # As for the blocks of GraLoRA, whose axis is between those of the examples and the outputs.
     fn, operands = contraction([(B, E, I), (E, I, R), (E, R, O)], (B, E, O))
     assert products(fn, *operands)[-1] == sizes(E, B, O)
 
 
 GAINS = {
-    "beside terms, on one CPU": (DoraSpec(LoraSpec(2)), True, (0,)),
-    "beside terms": (DoraSpec(LoraSpec(2)), False, (0, 1)),
-    "alone, on one CPU": (IA3Spec(), True, (0, 1)),
-    "alone": (IA3Spec(), False, (0, 1)),
+    "with a delta, on one CPU": (DoraSpec(LoraSpec(2)), True, (0,)),
+    "with a delta": (DoraSpec(LoraSpec(2)), False, (0, 1)),
+    "gain only, on one CPU": (IA3Spec(), True, (0, 1)),
+    "gain only": (IA3Spec(), False, (0, 1)),
 }
 
 
 @pytest.mark.parametrize("row", GAINS)
-def test_the_gradient_of_a_gain_sums_over_one_axis_of_examples_beside_terms(row, monkeypatch):
+def test_gradient_of_a_gain_sums_over_one_axis_of_examples(row, monkeypatch):
     spec, on_cpu, axes = GAINS[row]
     params, x = {"w": jnp.ones((6, 10))}, jnp.ones((4, 8, 6))
     frozen, tunable = init_lora(params, {"w": spec}, jax.random.key(0))
@@ -434,18 +434,18 @@ def test_the_gradient_of_a_gain_sums_over_one_axis_of_examples_beside_terms(row,
     assert (loss, gain) == ((0, 1, 2), axes)
 
 
-def test_a_gain_alone_costs_what_a_hand_written_one_costs():
+def test_gain_costs_the_same_as_a_hand_written_gain():
     params, x = {"w": jnp.ones((64, 48))}, jnp.ones((4, 32, 64))
     frozen, tunable = init_lora(params, {"w": IA3Spec()}, jax.random.key(0))
     fn = lora(lambda p, x: x @ p["w"])
-    ours = lambda tunable, x: jnp.sin(fn((frozen, tunable), x)).sum()  # noqa: E731
-    by_hand = lambda gain, x: jnp.sin((x @ params["w"]) * gain[None, None]).sum()  # noqa: E731
+    adapted_fn = lambda tunable, x: jnp.sin(fn((frozen, tunable), x)).sum()  # noqa: E731
+    hand_written = lambda gain, x: jnp.sin((x @ params["w"]) * gain[None, None]).sum()  # noqa: E731
 
     def costs(loss, trained):
         compiled: Any = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, x).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
-    assert costs(ours, tunable) == costs(by_hand, tunable["w"].gain)
+    assert costs(adapted_fn, tunable) == costs(hand_written, tunable["w"].gain)
 
 
 ELEMENTWISE = {
@@ -460,11 +460,11 @@ ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("row", ELEMENTWISE)
-def test_products_without_free_labels_of_one_side_are_elementwise(row):
+def test_products_without_free_labels_on_one_side_are_elementwise(row):
     operands, out, primitives = ELEMENTWISE[row]
-    found = [name for name, _ in shapes_made(arrays(*operands), out)]
+    names = [name for name, _ in shapes_made(arrays(*operands), out)]
     layout = {"reshape", "broadcast_in_dim", "expand_dims", "pjit", "jit"}
-    assert [name for name in found if name not in layout] == primitives
+    assert [name for name in names if name not in layout] == primitives
 
 
 def test_rows_by_rows_in_half_precision_are_summed_in_a_dot_product():
@@ -473,18 +473,18 @@ def test_rows_by_rows_in_half_precision_are_summed_in_a_dot_product():
     assert names == ["dot_general"]
 
 
-def test_an_operand_that_is_summed_over_its_first_axis_is_on_the_right():
-    # As W [in, out] in the norm of DoRA: aᵀ W reads W as it is, Wᵀ a would transpose it.
+def test_operand_summed_over_its_first_axis_is_on_the_right():
+    # As W [in, out] in the norm of DoRA: aᵀ W reads W as it is stored, and Wᵀ a would transpose it.
     made = shapes_made(arrays((I, O), (I, R), (R, O)), (O,), meets=0)
     assert [aval.shape for name, aval in made if name == "dot_general"] == [(R.size, O.size)]
 
 
-def test_many_directions_and_many_adapters():
-    # Each direction and each adapter is an axis that the joined ones do not know of.
+def test_vmap_over_directions_and_adapters():
+    # vmap adds an axis for the directions, and one for the adapters, to the joined axes.
     fn, (frozen, tunable), x, _, _ = adapted(AxisType.Auto)
     tunable = jax.tree.map(lambda leaf: leaf + 0.1, tunable)
-    merged = lambda t, x: jnp.sin(jnp.cos(x) @ (frozen["w"] + t["w"].a @ t["w"].b))  # noqa: E731
-    ours = lambda t, x: fn((frozen, t), x)  # noqa: E731
+    merged_fn = lambda t, x: jnp.sin(jnp.cos(x) @ (frozen["w"] + t["w"].a @ t["w"].b))  # noqa: E731
+    adapted_fn = lambda t, x: fn((frozen, t), x)  # noqa: E731
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), tunable)
 
     def hessian_products(f):
@@ -496,6 +496,6 @@ def test_many_directions_and_many_adapters():
         return lambda ts: jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(ts, x)
 
     for transform in (hessian_products, per_example):
-        got, expected = transform(ours)(several), transform(merged)(several)
+        got, expected = transform(adapted_fn)(several), transform(merged_fn)(several)
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-        assert all(np.allclose(one, two, rtol=1e-3, atol=1e-3) for one, two in pairs)
+        assert all(np.allclose(actual, wanted, rtol=1e-3, atol=1e-3) for actual, wanted in pairs)

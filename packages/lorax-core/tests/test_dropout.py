@@ -22,7 +22,7 @@ from lorax import (
 )
 
 KEY = jax.random.key(3)
-N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
 
 
 def dense(params, x):
@@ -35,11 +35,11 @@ def pair_of(params, spec=None):
 
 
 def masks_of(function, frozen, tunable, x, key=KEY, rate=0.5):
-    """Which entries each layer keeps: the base is zero, and `b @ a` shows every input."""
+    """The entries that dropout keeps: the base is zero, and the delta is the identity."""
     return np.asarray(lora(function)((frozen, with_dropout(tunable, key, rate)), x)) != 0
 
 
-def showing(*shape):
+def pair_with_identity_delta(*shape):
     """A pair whose delta is the identity, for every entry of the leading axes."""
     *shared, n, _ = shape
     spec = LoraSpec(n, shared_axes=range(len(shared)))
@@ -49,21 +49,21 @@ def showing(*shape):
 
 
 def test_expectation_and_variance():
-    frozen, tunable = showing(64, 64)
+    frozen, tunable = pair_with_identity_delta(64, 64)
     x, rate = jnp.ones((500, 64)), 0.3
     out = lora(dense)((frozen, with_dropout(tunable, KEY, rate)), x)
     kept = np.asarray(out != 0)
     assert abs(kept.mean() - 0.7) < 4 * np.sqrt(0.3 * 0.7 / out.size)
     np.testing.assert_allclose(out[kept], 1 / 0.7, rtol=1e-4)
     assert abs(out.mean() - 1) < 4 * np.sqrt(0.3 / 0.7 / out.size)
-    # Neither rows nor columns go together.
+    # Neither whole rows nor whole columns are dropped.
     assert kept.mean(0).std() < 0.05 and kept.mean(1).std() < 0.1
 
 
-def test_masks_are_noise():
-    """No axis, no neighbor and no other key tells anything about an entry."""
+def test_masks_are_independent():
+    """An entry is independent of its neighbors along each axis, and of other keys."""
     x, rate = jnp.ones((6, 512, 64)), 0.25
-    frozen, tunable = showing(64, 64)
+    frozen, tunable = pair_with_identity_delta(64, 64)
     kept = np.stack(
         [masks_of(dense, frozen, tunable, x, jax.random.key(k), rate) for k in range(4)]
     )
@@ -82,16 +82,16 @@ def test_masks_are_noise():
         assert abs(counts.var() / expected - 1) < 0.15, axis
 
 
-def test_the_base_sees_all_of_its_input():
-    params = {"w": N(0, 5, 3)}
+def test_dropout_does_not_apply_to_the_base():
+    params = {"w": normal(0, 5, 3)}
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))  # b is zero
-    out = lora(dense)((frozen, with_dropout(tunable, KEY, 0.9)), N(1, 4, 5))
-    np.testing.assert_array_equal(out, dense(params, N(1, 4, 5)))
+    out = lora(dense)((frozen, with_dropout(tunable, KEY, 0.9)), normal(1, 4, 5))
+    np.testing.assert_array_equal(out, dense(params, normal(1, 4, 5)))
 
 
-def test_the_same_key_gives_the_same_numbers():
-    frozen, tunable = pair_of({"w": N(0, 50, 3)})
-    run = lambda key: lora(dense)((frozen, with_dropout(tunable, key, 0.5)), N(1, 4, 50))  # noqa: E731
+def test_equal_keys_give_equal_masks():
+    frozen, tunable = pair_of({"w": normal(0, 50, 3)})
+    run = lambda key: lora(dense)((frozen, with_dropout(tunable, key, 0.5)), normal(1, 4, 50))  # noqa: E731
     np.testing.assert_array_equal(run(KEY), run(KEY))
     assert not np.allclose(run(KEY), run(jax.random.key(4)))
     np.testing.assert_allclose(jax.jit(run)(KEY), run(KEY), rtol=1e-5)
@@ -99,30 +99,30 @@ def test_the_same_key_gives_the_same_numbers():
 
 
 def test_a_rate_of_zero_returns_the_tree():
-    _, tunable = pair_of({"w": N(0, 5, 3)})
+    _, tunable = pair_of({"w": normal(0, 5, 3)})
     assert with_dropout(tunable, KEY, 0) is tunable
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan"), "0.1", True])
-def test_a_rate_that_is_not_one_raises(rate):
+def test_invalid_rate_raises(rate):
     with pytest.raises(ValueError, match="the rate is"):
         with_dropout({}, KEY, rate)
 
 
-def test_what_cannot_have_dropout_raises():
-    frozen, tunable = pair_of({"w": N(0, 5, 4)})
+def test_invalid_tree_or_key_raises():
+    frozen, tunable = pair_of({"w": normal(0, 5, 4)})
     with pytest.raises(PairError, match="the tree has no adapter"):
         with_dropout(frozen, KEY, 0.1)
-    once = with_dropout(tunable, KEY, 0.1)
+    with_once = with_dropout(tunable, KEY, 0.1)
     with pytest.raises(PairError, match="the adapter at `w` has dropout already"):
-        with_dropout(once, KEY, 0.1)
+        with_dropout(with_once, KEY, 0.1)
     for key in (0, None, jax.random.split(KEY)):
         with pytest.raises(TypeError, match="with_dropout takes one PRNG key"):
             with_dropout(tunable, key, 0.1)  # pyright: ignore[reportArgumentType]
 
 
-def test_weights_have_their_own_masks():
-    frozen, tunable = showing(64, 64)
+def test_each_weight_has_its_own_mask():
+    frozen, tunable = pair_with_identity_delta(64, 64)
     frozen, tunable = ({"one": tree["w"], "two": tree["w"]} for tree in (frozen, tunable))
     masks = masks_of(
         lambda p, x: jnp.stack([x @ p["one"], x @ p["two"]]), frozen, tunable, jnp.ones((4, 64))
@@ -130,25 +130,25 @@ def test_weights_have_their_own_masks():
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
 
 
-def both(function):
+def twice(function):
     return lambda p, x: jnp.stack([function(p["w"], x), function(p["w"], x)])
 
 
-TWICE = {
-    "products": both(lambda w, x: x @ w),
-    "jit": both(jax.jit(lambda w, x: x @ w)),
-    "a-product-and-jit": lambda p, x: jnp.stack([x @ p["w"], jax.jit(lambda w: x @ w)(p["w"])]),
+TWO_USES = {
+    "products": twice(lambda w, x: x @ w),
+    "jit": twice(jax.jit(lambda w, x: x @ w)),
+    "product-and-jit": lambda p, x: jnp.stack([x @ p["w"], jax.jit(lambda w: x @ w)(p["w"])]),
     "within-jit": lambda p, x: jax.jit(lambda w: jnp.stack([x @ w, x @ w]))(p["w"]),
     "steps-of-a-scan": lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 2)[1],
-    "remat": both(jax.checkpoint(lambda w, x: x @ w)),
-    "branches": both(lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w)),
+    "remat": twice(jax.checkpoint(lambda w, x: x @ w)),
+    "branches": twice(lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w)),
     "left": lambda p, x: jnp.stack([x @ p["w"], (p["w"].T @ x.T).T]),
 }
 
 
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", TWO_USES)
 def test_each_use_has_its_own_mask(name):
-    masks = masks_of(TWICE[name], *showing(64, 64), jnp.ones((4, 64)))
+    masks = masks_of(TWO_USES[name], *pair_with_identity_delta(64, 64), jnp.ones((4, 64)))
     assert 0.4 < masks.mean() < 0.6
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
 
@@ -166,7 +166,7 @@ STACKED = {
 
 @pytest.mark.parametrize("name", STACKED)
 def test_each_entry_of_a_stack_has_its_own_mask(name):
-    masks = masks_of(STACKED[name], *showing(2, 64, 64), jnp.ones((4, 64)))
+    masks = masks_of(STACKED[name], *pair_with_identity_delta(2, 64, 64), jnp.ones((4, 64)))
     assert masks.shape == (2, 4, 64) and 0.4 < masks.mean() < 0.6
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
 
@@ -174,14 +174,17 @@ def test_each_entry_of_a_stack_has_its_own_mask(name):
 def test_experts_that_share_an_input_share_a_mask():
     """An array has one mask: `x` has no axis for the experts."""
     masks = masks_of(
-        lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]), *showing(2, 64, 64), jnp.ones((4, 64))
+        lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]),
+        *pair_with_identity_delta(2, 64, 64),
+        jnp.ones((4, 64)),
     )
     assert 0.4 < masks.mean() < 0.6 and (masks[0] == masks[1]).all()
 
 
-def test_ragged_rows_are_dropped():
+def test_ragged_dot_drops_entries():
     masks = masks_of(
-        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3])), *showing(2, 64, 64),
+        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3])),
+        *pair_with_identity_delta(2, 64, 64),
         jnp.ones((4, 64)),
     )  # fmt: skip
     assert 0.4 < masks.mean() < 0.6
@@ -202,44 +205,44 @@ def test_a_convolution_drops_entries_of_its_input():
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
 def test_the_gradient_uses_the_mask_of_the_value(wrap):
-    """Under remat the mask is drawn again: it is the same. By a difference along one direction."""
-    frozen, tunable = pair_of({"w": N(0, 4, 6, 6)}, {"w": LoraSpec(2, shared_axes=[0])})
+    """Under remat the mask is drawn again, and is the same. Compared with a finite difference."""
+    frozen, tunable = pair_of({"w": normal(0, 4, 6, 6)}, {"w": LoraSpec(2, shared_axes=[0])})
     layer = wrap(lambda x, w: (jnp.tanh(x @ w), None))
 
     def loss(tunable):
         model = lora(lambda params, x: lax.scan(layer, x, params["w"])[0])
-        return model((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 6)).sum()
+        return model((frozen, with_dropout(tunable, KEY, 0.5)), normal(1, 3, 6)).sum()
 
     gradient = jax.grad(loss)(tunable)
-    move = testing.random_factors(tunable, jax.random.key(5))
+    direction = testing.random_factors(tunable, jax.random.key(5))
     ahead, behind = (
-        loss(jax.tree.map(lambda t, m, s=s: t + s * m, tunable, move)) for s in (5e-3, -5e-3)
+        loss(jax.tree.map(lambda t, m, s=s: t + s * m, tunable, direction)) for s in (5e-3, -5e-3)
     )
-    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, m: (g * m).sum(), gradient, move)))
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, m: (g * m).sum(), gradient, direction)))
     np.testing.assert_allclose((ahead - behind) / 1e-2, slope, rtol=1e-2)
 
 
-def test_every_kind_takes_it():
-    params = {"dora": N(0, 8, 5), "ia3": N(1, 5, 5), "full": N(2, 5)}
+def test_every_kind_takes_dropout():
+    params = {"dora": normal(0, 8, 5), "ia3": normal(1, 5, 5), "full": normal(2, 5)}
     spec = {"dora": DoraSpec(LoraSpec(2)), "ia3": IA3Spec(), "full": LORA_FULL}
     frozen, tunable = pair_of(params, spec)
     model = lambda p, x: x @ p["dora"] @ p["ia3"] + p["full"][None]  # noqa: E731
-    x = N(3, 4, 8)
+    x = normal(3, 4, 8)
     plain = lora(model)((frozen, tunable), x)
     dropped = with_dropout(tunable, KEY, 0.5)
     assert not np.allclose(lora(model)((frozen, dropped), x), plain)
     assert [row.status for row in explain(model, (frozen, dropped), x).rows] == [
         "covered", "full", "covered",
     ]  # fmt: skip
-    # What is merged is the adapter without dropout.
+    # Merging ignores dropout.
     merged, expected = (merge_params(frozen, tree) for tree in (dropped, tunable))
     jax.tree.map(np.testing.assert_array_equal, merged, expected)
 
 
-def test_over_batches_of_adapters_and_data():
-    frozen, tunable = pair_of({"w": N(0, 16, 6)})
+def test_vmap_over_adapters_and_data():
+    frozen, tunable = pair_of({"w": normal(0, 16, 6)})
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), tunable)
-    x = N(1, 2, 3, 16)
+    x = normal(1, 2, 3, 16)
     run = lambda t, x, key: lora(dense)((frozen, with_dropout(t, key, 0.5)), x)  # noqa: E731
     keys = jax.random.split(KEY, 2)
     got = jax.vmap(run)(several, x, keys)
@@ -249,20 +252,22 @@ def test_over_batches_of_adapters_and_data():
 
 
 def test_materialized_weight_loses_dropout_and_warns():
-    frozen, tunable = pair_of({"w": N(0, 5, 5)})
+    frozen, tunable = pair_of({"w": normal(0, 5, 5)})
     with pytest.warns(UserWarning, match="`tanh` .* is not linear in the weight"):
         lora(lambda p, x: x @ jnp.tanh(p["w"]))(
-            (frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 5)
+            (frozen, with_dropout(tunable, KEY, 0.5)), normal(1, 3, 5)
         )
     with pytest.warns(UserWarning, match="has no rule for a weight with a gain or dropout"):
-        lora(lambda p, x: x @ (p["w"] + 1))((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 5))
+        lora(lambda p, x: x @ (p["w"] + 1))(
+            (frozen, with_dropout(tunable, KEY, 0.5)), normal(1, 3, 5)
+        )
 
 
 @pytest.mark.devices(4)
-def test_each_shard_draws_for_its_own_entries():
+def test_each_shard_has_its_own_mask():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    frozen, tunable = showing(64, 64)
+    frozen, tunable = pair_with_identity_delta(64, 64)
 
     def model(params, x):
         run = jax.shard_map(
@@ -276,9 +281,12 @@ def test_each_shard_draws_for_its_own_entries():
         assert 0.35 < (one != other).mean() < 0.65
 
 
-def test_axes_of_a_stack_in_the_middle():
-    spec = {"w": LoraSpec(2).with_axes(Axes((1,), (0,), (2,)))}
-    frozen, tunable = pair_of({"w": N(0, 9, 3, 4)}, spec)
+def test_stack_axis_in_the_middle():
+    spec = {"w": LoraSpec(64).with_axes(Axes((1,), (0,), (2,)))}
+    frozen, tunable = init_lora({"w": jnp.zeros((64, 2, 64))}, spec, jax.random.key(0))
+    eye = jnp.broadcast_to(jnp.eye(64), (2, 64, 64))  # [shared, in, rank] and [shared, rank, out]
+    tunable = {"w": tunable["w"].with_factors({"a": eye, "b": eye})}
     model = lambda p, x: jnp.einsum("ebi,ieo->ebo", x, p["w"])  # noqa: E731
-    out = lora(model)((frozen, with_dropout(tunable, KEY, 0.5)), N(1, 3, 2, 9))
-    assert out.shape == (3, 2, 4)
+    masks = masks_of(model, frozen, tunable, jnp.ones((2, 4, 64)))
+    assert masks.shape == (2, 4, 64) and 0.4 < masks.mean() < 0.6
+    assert 0.4 < (masks[0] != masks[1]).mean() < 0.6

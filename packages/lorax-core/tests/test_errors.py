@@ -9,37 +9,37 @@ import pytest
 import lorax
 from lorax._errors import remedies
 
-OURS = [
+EXCEPTIONS = [
     value
     for name in lorax.__all__
     if isinstance(value := getattr(lorax, name), type) and issubclass(value, Exception)
 ]
-ERRORS = [c for c in OURS if issubclass(c, lorax.LoraxError)]
-WARNINGS = [c for c in OURS if issubclass(c, lorax.LoraxWarning)]
+ERRORS = [c for c in EXCEPTIONS if issubclass(c, lorax.LoraxError)]
+WARNINGS = [c for c in EXCEPTIONS if issubclass(c, lorax.LoraxWarning)]
 
 
-def test_all_are_one_or_the_other():
-    assert {*ERRORS, *WARNINGS} == {*OURS} and ERRORS and WARNINGS
+def test_every_exception_is_an_error_or_a_warning():
+    assert {*ERRORS, *WARNINGS} == {*EXCEPTIONS} and ERRORS and WARNINGS
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_an_error_ends_with_its_address_in_a_traceback(error: type[Exception]):
-    last = "".join(traceback.format_exception(error("`w` is wrong."))).splitlines()[-1]
-    assert last == remedies(error)
-    assert last.endswith(f"/troubleshooting/#{error.__name__.lower()}")
+def test_error_ends_with_its_address_in_a_traceback(error: type[Exception]):
+    last_line = "".join(traceback.format_exception(error("`w` is wrong."))).splitlines()[-1]
+    assert last_line == remedies(error)
+    assert last_line.endswith(f"/troubleshooting/#{error.__name__.lower()}")
 
 
-def test_an_error_that_another_quotes_has_no_address_in_the_middle():
+def test_str_of_an_error_has_no_address():
     assert str(lorax.SpecError("`w` is wrong.")) == "`w` is wrong."
 
 
-def test_a_pickled_error_has_its_address_once():
+def test_pickled_error_has_its_address_once():
     error = pickle.loads(pickle.dumps(lorax.PairError("`w` is wrong.")))
     assert error.__notes__ == [remedies(lorax.PairError)]
 
 
 @pytest.mark.parametrize("category", WARNINGS)
-def test_a_warning_ends_with_its_address(category: type[Warning]):
+def test_warning_ends_with_its_address(category: type[Warning]):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.warn("`w` is odd.", category, stacklevel=1)
@@ -56,7 +56,7 @@ def test_filters_match_the_text_of_a_warning():
         warnings.warn("`w` is odd.", lorax.RankWarning, stacklevel=1)
 
 
-def test_a_class_of_somebody_else_has_the_address_of_ours():
+def test_subclass_has_the_address_of_its_base_class():
     class MyError(lorax.SpecError):
         pass
 

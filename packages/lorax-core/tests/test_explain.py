@@ -1,3 +1,5 @@
+"""`explain`: statuses, costs, kept bytes, and how the report is shown."""
+
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ from lorax._base import bytes_of
 
 PARAMS = {
     "used": jnp.ones((50, 70)),
-    "built": jnp.ones((50, 70)),
+    "nonlinear": jnp.ones((50, 70)),
     "typo": jnp.ones((50, 70)),
     "bias": jnp.ones(70),
 }
@@ -18,28 +20,28 @@ PARAMS = {
 def model(params, x):
     return (
         x @ params["used"]
-        + x @ jnp.sin(params["built"])
+        + x @ jnp.sin(params["nonlinear"])
         + x @ params["used"]
         + params["bias"][None]
     )
 
 
 def explained():
-    spec = {"used": 2, "built": 3, "typo": 4, "bias": LORA_FULL}
+    spec = {"used": 2, "nonlinear": 3, "typo": 4, "bias": LORA_FULL}
     pair = init_lora(PARAMS, spec, jax.random.key(0))
     return explain(model, pair, jnp.ones((5, 50)))
 
 
-def test_rows():
+def test_rows_have_status_uses_and_counts():
     rows = {row.path: row for row in explained().rows}
     assert {path: row.status for path, row in rows.items()} == {
         "used": "covered",
-        "built": "materialized",
+        "nonlinear": "materialized",
         "typo": "never used",
         "bias": "full",
     }
-    assert rows["used"].uses == ("dot_general ×2",) and rows["built"].uses == ("sin",)
-    assert rows["built"].rank == 3 and rows["bias"].rank is None
+    assert rows["used"].uses == ("dot_general ×2",) and rows["nonlinear"].uses == ("sin",)
+    assert rows["nonlinear"].rank == 3 and rows["bias"].rank is None
     assert rows["used"].trainable == 2 * (50 + 70) and rows["bias"].trainable == 70
 
 
@@ -50,12 +52,12 @@ def test_totals_and_costs():
     products = 2 * 5 * 50 * 70
     assert report.base.flops is not None and report.adapted.flops is not None
     assert 3 * products <= report.base.flops < 3.2 * products
-    # Two products with factors of rank 2 beside `used`; `built` is made from its factors.
+    # Products with factors of rank 2 for two uses of `used`; the delta of `nonlinear`.
     added = 2 * (2 * 5 * 2 * 120) + 2 * 50 * 3 * 70
     assert added <= report.adapted.flops - report.base.flops < 1.6 * added
 
 
-def test_prints_a_table():
+def test_str_is_a_table():
     text = str(explained())
     assert "parameter" in text.splitlines()[0]
     line = next(line for line in text.splitlines() if line.startswith("used"))
@@ -64,12 +66,12 @@ def test_prints_a_table():
     assert " × the base model's" in text
 
 
-def test_shows_html_in_a_notebook():
+def test_repr_html_is_a_table():
     page = explained()._repr_html_()
     assert page.count("<tr>") == 5 and "<td>never used</td>" in page
 
 
-def test_runs_nothing():
+def test_the_function_does_not_run():
     ran = []
 
     def noisy(params, x):
@@ -81,27 +83,29 @@ def test_runs_nothing():
     assert not ran
 
 
-def test_shapes_are_enough():
+def test_takes_shapes():
     shapes = jax.eval_shape(
-        lambda: init_lora(PARAMS, {"used": 2, "built": 0, "typo": 0, "bias": 0}, jax.random.key(0))
+        lambda: init_lora(
+            PARAMS, {"used": 2, "nonlinear": 0, "typo": 0, "bias": 0}, jax.random.key(0)
+        )
     )
     report = explain(model, shapes, jax.ShapeDtypeStruct((5, 50), jnp.float32))
     assert [row.path for row in report.rows] == ["used"]
 
 
 def test_a_product_in_a_branch_counts_once():
-    # The branches return unlike kinds of weights, so each is looked at twice.
+    # The branches return weights of different structure, so each is traced twice.
     def fn(params, x):
         product, w = jax.lax.cond(
             x.sum() > 0,
             lambda: (x @ params["used"], params["used"]),
-            lambda: (x @ params["used"], params["built"]),
+            lambda: (x @ params["used"], params["nonlinear"]),
         )
         return product + x @ w
 
-    pair = init_lora(PARAMS, {"used": 2, "built": 3, "typo": 0, "bias": 0}, jax.random.key(0))
+    pair = init_lora(PARAMS, {"used": 2, "nonlinear": 3, "typo": 0, "bias": 0}, jax.random.key(0))
     rows = {row.path: row.uses for row in explain(fn, pair, jnp.ones((5, 50))).rows}
-    assert rows == {"used": ("dot_general ×2", "cond"), "built": ("cond",)}
+    assert rows == {"used": ("dot_general ×2", "cond"), "nonlinear": ("cond",)}
 
 
 def layer(x, weights):
@@ -124,7 +128,7 @@ TOKENS = jnp.ones((40, 64))
 
 @pytest.mark.parametrize("format", [None, Int8(), NF4(32)], ids=str)
 @pytest.mark.parametrize("function", [stacked, rematerialized])
-def test_bytes_that_are_kept_are_those_that_a_compiled_forward_pass_returns(function, format):
+def test_kept_bytes_match_a_compiled_forward_pass(function, format):
     frozen, tunable = init_lora(LAYERS, SPEC, jax.random.key(0))
     frozen = quantize(frozen, format, fn=function, args=(TOKENS,)) if format else frozen
 
@@ -134,18 +138,18 @@ def test_bytes_that_are_kept_are_those_that_a_compiled_forward_pass_returns(func
     compiled = jax.jit(forward).lower(frozen, tunable, TOKENS).compile()
     memory: Any = compiled.memory_analysis()
     returned = memory.output_size_in_bytes
-    # The result, what it was called with, which a program cannot return without a copy, and a
-    # pointer to each.
+    # Not kept for the backward pass: the result, copies of arguments (a program cannot return an
+    # argument itself), and a pointer to each.
     _, pullback = jax.eval_shape(forward, frozen, tunable, TOKENS)
-    given = [(x.shape, x.dtype) for x in jax.tree.leaves((frozen, tunable, TOKENS))]
-    held = jax.tree.leaves(pullback)
-    copies = sum(bytes_of(x) for x in held if (x.shape, x.dtype) in given)
-    expected = returned - TOKENS.nbytes - copies - 8 * (1 + len(held))
+    arguments = [(x.shape, x.dtype) for x in jax.tree.leaves((frozen, tunable, TOKENS))]
+    residuals = jax.tree.leaves(pullback)
+    copies = sum(bytes_of(x) for x in residuals if (x.shape, x.dtype) in arguments)
+    expected = returned - TOKENS.nbytes - copies - 8 * (1 + len(residuals))
     kept = explain(function, (frozen, tunable), TOKENS).kept_bytes
     assert kept is not None and abs(kept - expected) <= 0.05 * expected, (kept, expected)
 
 
-def test_without_a_backward_pass():
+def test_function_without_a_backward_pass():
     def model(params, x):
         body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ params["w"]))  # noqa: E731
         return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]

@@ -1,4 +1,4 @@
-"""What needs Flax itself is in integration-tests/; here another module is in its place."""
+"""Registration with Flax's serialization, with a fake module (Flax: see integration-tests/)."""
 
 import sys
 import types
@@ -21,29 +21,29 @@ def flax(monkeypatch):
     return module
 
 
-def test_a_new_adapter_is_made_known_once(flax):
-    known = {}
+def test_new_adapter_registers_its_class_once(flax):
+    registered = {}
     make_weight()  # while Flax is being imported
-    flax.is_serializable = known.__contains__
-    flax.register_serialization_state = lambda cls, to, from_: known.update({cls: (to, from_)})
+    flax.is_serializable = registered.__contains__
+    flax.register_serialization_state = lambda cls, to, from_: registered.update({cls: (to, from_)})
     flax.to_state_dict = flax.from_state_dict = lambda x, state=None, name=".": (
         x if state is None else state
     )
     weight = make_weight()
-    assert list(known) == [LoraWeight]
-    to_state, from_state = known[LoraWeight]
+    assert list(registered) == [LoraWeight]
+    to_state, from_state = registered[LoraWeight]
     assert to_state(weight) == {"a": weight.a, "b": weight.b}
     assert from_state(weight, {"a": "new a", "b": "new b"}) == LoraWeight("new a", "new b", 2)
     with pytest.raises(ValueError, match="factors a and b"):
         from_state(weight, {"a": 1})
 
 
-def test_an_old_adapter_is_made_known_by_its_next_tree_map(flax):
+def test_tree_map_registers_the_class_of_an_old_adapter(flax):
     del sys.modules["flax.serialization"]
     weight = make_weight()
     sys.modules["flax.serialization"] = flax
-    known = []
-    flax.is_serializable = known.__contains__
-    flax.register_serialization_state = lambda cls, *_: known.append(cls)
+    registered = []
+    flax.is_serializable = registered.__contains__
+    flax.register_serialization_state = lambda cls, *_: registered.append(cls)
     jax.tree.map(lambda x: x, weight)
-    assert known == [LoraWeight]
+    assert registered == [LoraWeight]

@@ -1,5 +1,10 @@
+"""`import lorax` imports JAX only, and only `_compat` uses private JAX."""
+
+import pathlib
 import subprocess
 import sys
+
+import lorax
 
 SCRIPT = """
 import sys
@@ -8,23 +13,19 @@ import jax, jax.export, jax.extend.core, jax.numpy
 with_jax = {name.partition(".")[0] for name in sys.modules}
 import lorax, lorax.testing
 with_lorax = {name.partition(".")[0] for name in sys.modules}
-brought = with_lorax - with_jax - {"lorax"} - set(sys.stdlib_module_names)
-assert not brought, brought
+imported = with_lorax - with_jax - {"lorax"} - set(sys.stdlib_module_names)
+assert not imported, imported
 """
 
 
 def test_lorax_imports_only_jax():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
-def test_only_compat_reaches_past_public_jax():
-    import pathlib
-
-    import lorax
-
+def test_only_compat_uses_private_jax():
     root = pathlib.Path(lorax.__file__).parent
     private = [
         path.name

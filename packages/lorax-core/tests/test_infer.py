@@ -1,3 +1,5 @@
+"""`infer_spec`: roles of common layers, which weights are adapted, ranks, and errors."""
+
 import re
 
 import jax
@@ -101,7 +103,7 @@ ROWS = [
     [row[1:] for row in ROWS],
     ids=[row[0] for row in ROWS],
 )
-def test_roles(fn, shape, args, inputs, outputs, shared):
+def test_roles_of_common_layers(fn, shape, args, inputs, outputs, shared):
     params = jax.random.normal(jax.random.key(0), shape)
     args = [jax.random.normal(jax.random.key(k), arg) for k, arg in enumerate(args)]
     spec = infer_spec(fn, params, *args, rank=2)
@@ -125,14 +127,14 @@ PARAMS = {
 }
 
 
-def WIDE(p, x):
+def two_layers(p, x):
     return jnp.tanh(x @ p["in"]) @ p["out"]
 
 
-WIDE_PARAMS = {"in": jnp.ones((25, 7)), "out": jnp.ones((7, 3))}
+TWO_LAYERS = {"in": jnp.ones((25, 7)), "out": jnp.ones((7, 3))}
 
 
-def test_only_weights_that_are_used_as_such():
+def test_only_weights_are_adapted():
     spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, alpha=4, scaling="rslora")
     adapted = LoraSpec(2, 4, "rslora", (0,), (1,), ())
     assert spec == {
@@ -154,7 +156,7 @@ def test_traces_shapes_without_arrays():
 
 
 @pytest.mark.parametrize("where", ["in/*", re.compile("^in/"), lambda path: path.startswith("in")])
-def test_where_narrows(where):
+def test_where_selects_paths(where):
     spec = infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where=where)
     assert spec["in"]["w"].rank == 2 and spec["out"] == LORA_FREEZE
 
@@ -164,16 +166,18 @@ def test_where_that_accepts_no_weight_raises():
         infer_spec(model, PARAMS, jnp.ones((2, 5)), rank=2, where="inn/*")
 
 
-def test_weight_no_larger_than_its_adapter_is_left_frozen_and_named():
-    told = r"`out`: an adapter of rank 3 has 30 numbers for 7 inputs × 3 outputs.*skip_small=False"
-    with pytest.warns(UnadaptedWarning, match=told):
-        spec = infer_spec(WIDE, WIDE_PARAMS, jnp.ones((2, 25)), rank=4)
+def test_weight_no_larger_than_its_adapter_is_frozen_with_a_warning():
+    message = (
+        r"`out`: an adapter of rank 3 has 30 numbers for 7 inputs × 3 outputs.*skip_small=False"
+    )
+    with pytest.warns(UnadaptedWarning, match=message):
+        spec = infer_spec(two_layers, TWO_LAYERS, jnp.ones((2, 25)), rank=4)
     assert spec["in"].rank == 4 and spec["out"] == LORA_FREEZE
 
 
-def test_small_weight_gets_the_rank_it_can_have():
+def test_small_weight_gets_the_highest_useful_rank():
     with pytest.warns(UnadaptedWarning, match="`out`: gets rank 3, the highest"):
-        spec = infer_spec(WIDE, WIDE_PARAMS, jnp.ones((2, 25)), rank=4, skip_small=False)
+        spec = infer_spec(two_layers, TWO_LAYERS, jnp.ones((2, 25)), rank=4, skip_small=False)
     assert spec["out"].rank == 3
 
 
@@ -189,7 +193,7 @@ def test_head_of_one_output():
     )
 
 
-def test_integer_weight_is_named_with_its_dtype():
+def test_integer_weight_is_reported_with_its_dtype():
     def quantized(p, x):
         return x @ (p["codes"].astype(jnp.float32) * p["scale"]) + x @ p["w"]
 
@@ -216,7 +220,7 @@ MEMBERS = {"in": jnp.ones((3, 11, 13)), "out": jnp.ones((3, 13, 17))}
 
 
 @pytest.mark.parametrize("shared", [(0,), {"*in": (-3,)}, {re.compile("n$"): [0], "*": [0]}])
-def test_members_of_an_ensemble_have_their_own_factors(shared):
+def test_shared_axes_give_each_member_its_own_factors(shared):
     x = jnp.ones((2, 11))
     assert infer_spec(ENSEMBLE, MEMBERS, x, rank=2)["in"].out_axes == (0, 2)
     spec = infer_spec(ENSEMBLE, MEMBERS, x, rank=2, shared_axes=shared)
@@ -242,17 +246,17 @@ def test_keywords_and_static_arguments_reach_the_function():
     assert infer_spec(fn, jnp.ones((5, 7)), jnp.ones((2, 5)), rank=2, train=True).rank == 2
 
 
-def test_any_kind_of_adapter():
+def test_spec_of_another_kind():
     def model(params, x):
         return jnp.tanh(x @ params["w"]) @ params["head"]
 
     params = {"w": jnp.ones((9, 6)), "head": jnp.ones((6, 2))}
-    kind = DoraSpec(LoraSpec(3, alpha=6))
+    dora = DoraSpec(LoraSpec(3, alpha=6))
     with pytest.warns(UnadaptedWarning, match=r"`head`: an adapter of rank 2 has 18 numbers"):
-        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=kind)
-    assert spec == {"w": kind.with_axes(Axes((), (0,), (1,))), "head": 0}
+        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=dora)
+    assert spec == {"w": dora.with_axes(Axes((), (0,), (1,))), "head": 0}
     with pytest.warns(UnadaptedWarning, match="`head`: gets rank 2"):
-        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=kind, skip_small=False)
+        spec = infer_spec(model, params, jnp.ones((4, 9)), spec=dora, skip_small=False)
     assert spec["head"].spec.rank == 2
     spec = infer_spec(model, params, jnp.ones((4, 9)), spec=IA3Spec())
     assert spec == {
@@ -261,12 +265,12 @@ def test_any_kind_of_adapter():
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, "2", True])
-def test_takes_a_positive_rank(rank):
+def test_rank_that_is_not_a_positive_int_raises(rank):
     with pytest.raises(SpecError, match="the rank is .*; it must be a positive int"):
         infer_spec(lambda p, x: x @ p, jnp.ones((9, 6)), jnp.ones((4, 9)), rank=rank)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "spec": IA3Spec()}])
-def test_takes_a_rank_or_a_spec(options):
+def test_rank_and_spec_exclude_each_other(options):
     with pytest.raises(TypeError, match="takes either `rank` or `spec`"):
         infer_spec(lambda p, x: x @ p, jnp.ones((9, 6)), jnp.ones((4, 9)), **options)

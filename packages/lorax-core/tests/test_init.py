@@ -1,3 +1,5 @@
+"""`init_lora`: initial factors, dtypes, copies of full leaves, and placement."""
+
 import dataclasses
 from typing import Any
 
@@ -14,7 +16,7 @@ def key():
     return jax.random.key(0)
 
 
-def test_a_is_random_within_its_bound_and_b_is_zero():
+def test_a_is_uniform_within_its_bound_and_b_is_zero():
     _, tunable = init_lora({"w": jnp.ones((100, 20))}, {"w": 8}, key())
     a, b = tunable["w"].a, tunable["w"].b
     assert 0.09 < float(jnp.abs(a).max()) <= 0.1  # 1/√100
@@ -22,26 +24,26 @@ def test_a_is_random_within_its_bound_and_b_is_zero():
     assert not b.any()
 
 
-def test_the_fan_in_is_that_of_all_input_axes():
+def test_fan_in_is_the_product_of_all_input_axes():
     spec = LoraSpec(4, in_axes=[1, 2], shared_axes=[0])
     _, tunable = init_lora({"w": jnp.ones((3, 4, 25, 7))}, {"w": spec}, key())
     assert 0.09 < float(jnp.abs(tunable["w"].a).max()) <= 0.1
 
 
-def test_entries_of_a_shared_axis_differ():
+def test_entries_of_a_shared_axis_have_different_factors():
     spec = LoraSpec(2, shared_axes=[0])
     _, tunable = init_lora({"w": jnp.ones((3, 5, 7))}, {"w": spec}, key())
     a = tunable["w"].a
     assert not jnp.allclose(a[0], a[1]) and not jnp.allclose(a[1], a[2])
 
 
-def test_a_leaf_keeps_its_factors_when_others_come_and_go():
-    few, _ = {"b": jnp.ones((5, 7))}, None
-    many = {"a": jnp.ones((5, 7)), **few, "c": jnp.ones((5, 7))}
-    _, alone = init_lora(few, {"b": 2}, key())
-    _, among = init_lora(many, {"a": 2, "b": 2, "c": 2}, key())
-    assert (alone["b"].a == among["b"].a).all()
-    assert not jnp.allclose(among["a"].a, among["b"].a)
+def test_factors_of_a_leaf_do_not_depend_on_other_leaves():
+    one_leaf, _ = {"b": jnp.ones((5, 7))}, None
+    three_leaves = {"a": jnp.ones((5, 7)), **one_leaf, "c": jnp.ones((5, 7))}
+    _, by_itself = init_lora(one_leaf, {"b": 2}, key())
+    _, with_others = init_lora(three_leaves, {"a": 2, "b": 2, "c": 2}, key())
+    assert (by_itself["b"].a == with_others["b"].a).all()
+    assert not jnp.allclose(with_others["a"].a, with_others["b"].a)
 
 
 def test_old_style_keys_work():
@@ -50,7 +52,7 @@ def test_old_style_keys_work():
 
 
 @pytest.mark.parametrize("name", ["uniform", "gaussian", "orthogonal", "zeros"])
-def test_initialisers_by_name(name):
+def test_initializers_by_name(name):
     _, tunable = init_lora({"w": jnp.ones((400, 300))}, {"w": 4}, key(), a_init=name, b_init=name)
     a, b = tunable["w"].a, tunable["w"].b
     expected = {"uniform": 0.05 / 3**0.5, "gaussian": 0.25, "orthogonal": 0.05, "zeros": 0.0}[name]
@@ -58,21 +60,21 @@ def test_initialisers_by_name(name):
     assert b.any() == (name != "zeros")
 
 
-def test_initialisers_by_function_see_the_matrix_of_one_entry():
-    seen = []
+def test_initializer_functions_get_the_shape_of_one_entry():
+    calls = []
 
     def init(key, shape, dtype):
-        seen.append((shape, dtype))
+        calls.append((shape, dtype))
         return jnp.full(shape, 3, dtype)
 
     spec = LoraSpec(2, in_axes=[1, 2], shared_axes=[0])
     _, tunable = init_lora({"w": jnp.ones((3, 4, 5, 7))}, {"w": spec}, key(), a_init=init)
-    assert seen == [((20, 2), jnp.float32)]
+    assert calls == [((20, 2), jnp.float32)]
     assert tunable["w"].a.shape == (3, 4, 5, 2) and (tunable["w"].a == 3).all()
     init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init=jax.nn.initializers.he_normal())
 
 
-def test_an_unknown_initialiser_raises():
+def test_unknown_initializer_raises():
     with pytest.raises(SpecError, match="a_init='unifrom' is unknown; it must be one of 'uniform'"):
         init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), a_init="unifrom")
 
@@ -98,12 +100,12 @@ def test_factors_of_float64_weights_are_float64():
         assert tunable["w"].a.dtype == jnp.float64
 
 
-def test_dtype_is_the_users_to_choose():
+def test_dtype_option():
     _, tunable = init_lora({"w": jnp.ones((5, 7))}, {"w": 2}, key(), dtype=jnp.bfloat16)
     assert tunable["w"].a.dtype == jnp.bfloat16
 
 
-def test_frozen_leaves_are_the_same_objects_and_full_ones_copies():
+def test_frozen_leaves_are_not_copied_and_full_leaves_are():
     params = {"w": jnp.ones((5, 7)), "v": jnp.ones(7), "n": np.ones(3), "f": jax.nn.relu, "0": None}
     spec = {"w": 2, "v": LORA_FULL, "n": LORA_FREEZE, "f": LORA_FREEZE, "0": None}
     frozen, tunable = init_lora(params, spec, key())
@@ -124,12 +126,12 @@ def test_no_two_leaves_of_tunable_share_a_buffer():
     v = jnp.ones(7)
     params = {"w": jnp.ones((3, 3)), "v": v, "tied": v, "x": jnp.ones((3, 3))}
     spec = {"w": 2, "v": LORA_FULL, "tied": LORA_FULL, "x": 2}
-    given = lambda *_: SHARED  # noqa: E731
-    _, tunable = init_lora(params, spec, key(), a_init=given)
+    shared_init = lambda *_: SHARED  # noqa: E731
+    _, tunable = init_lora(params, spec, key(), a_init=shared_init)
     leaves = jax.tree.leaves((tunable, v, SHARED))
     assert len(set.union(*map(buffers, leaves))) == len(leaves)
     double = jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)
-    for _ in range(2):  # JAX refuses to donate one buffer twice
+    for _ in range(2):  # JAX does not donate one buffer twice
         tunable = double(tunable)
     assert (v == 1).all() and (SHARED == 1).all() and (tunable["tied"] == 4).all()
 
@@ -145,7 +147,7 @@ def test_full_leaves_keep_their_dtype_and_stay_uncommitted(dtype):
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("memory", [None, "pinned_host"])
-def test_full_leaves_stay_where_they_are(kind, memory):
+def test_full_leaves_keep_their_sharding(kind, memory):
     if memory and memory not in {m.kind for m in jax.devices()[0].addressable_memories()}:
         pytest.skip("this backend has no pinned host memory")
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
@@ -168,8 +170,8 @@ def test_full_leaves_that_are_not_jax_arrays_keep_their_type():
 def test_full_leaves_are_copies_under_transformations():
     v = jnp.ones((4, 3))
     init = lambda v: init_lora(v, LORA_FULL, key())[1]  # noqa: E731
-    for own in (jax.vmap(init)(v), jax.jit(init)(v), jax.jvp(init, [v], [v])[0]):
-        assert (own == v).all() and not buffers(own) & buffers(v)
+    for copied in (jax.vmap(init)(v), jax.jit(init)(v), jax.jvp(init, [v], [v])[0]):
+        assert (copied == v).all() and not buffers(copied) & buffers(v)
 
 
 @jax.tree_util.register_dataclass
@@ -197,13 +199,13 @@ def test_under_jit_and_eval_shape():
     assert jnp.allclose(eager.a, jitted.a) and jitted.rank == 2
     shapes = jax.eval_shape(init, params)[1]["w"]
     assert (shapes.a.shape, shapes.b.shape) == ((5, 2), (2, 7))
-    described = init_lora({"w": jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)}, {"w": 2}, key())
-    assert described[1]["w"].a.dtype == jnp.float32
+    from_shape = init_lora({"w": jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)}, {"w": 2}, key())
+    assert from_shape[1]["w"].a.dtype == jnp.float32
 
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_factors_live_where_their_base_lives(kind):
+def test_factors_are_sharded_like_their_base(kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
     base = jax.device_put(jnp.ones((4, 6, 8)), NamedSharding(mesh, P("x", None, "y")))
     with jax.set_mesh(mesh):
@@ -217,7 +219,7 @@ def test_factors_live_where_their_base_lives(kind):
 
 
 @pytest.mark.devices(4)
-def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
+def test_factors_are_sharded_inside_jit_on_explicit_meshes():
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         base = jax.device_put(jnp.ones((4, 8)), P("x", "y"))
@@ -227,7 +229,7 @@ def test_factors_are_sharded_inside_jit_where_axes_are_explicit():
 
 
 @pytest.mark.devices(2)
-def test_factors_follow_their_base_to_another_device():
+def test_factors_are_on_the_device_of_their_base():
     for device in jax.devices()[:2]:
         base = jax.device_put(jnp.ones((5, 7)), device)
         _, tunable = init_lora({"w": base}, {"w": 2}, key())
@@ -235,7 +237,7 @@ def test_factors_follow_their_base_to_another_device():
             assert factor.devices() == base.devices() and factor.committed
 
 
-def test_old_names_of_arguments():
+def test_old_argument_names_warn():
     params, key = {"w": jnp.ones((5, 3))}, jax.random.key(0)
     by_old_name: Any = {"param_tree": params, "spec": {"w": 2}, "rng": key}
     with (
@@ -251,14 +253,14 @@ def test_old_names_of_arguments():
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
-def test_what_an_initializer_returns_is_checked(shape):
+def test_wrong_result_of_an_initializer_raises(shape):
     params, spec = {"w": jnp.ones(shape)}, {"w": LoraSpec(2, shared_axes=[0][: len(shape) - 2])}
-    several: list[Any] = [
+    wrong_initializers: list[Any] = [
         lambda key, shape, dtype: jnp.ones(3, dtype),
         lambda key, shape, dtype: jnp.ones(shape, jnp.int32),
         lambda key, shape, dtype: None,
     ]
-    for wrong in several:
+    for wrong in wrong_initializers:
         with pytest.raises(SpecError, match=r"^`w`: the initializer returned .* float32\[5, 2\]"):
             init_lora(params, spec, key(), a_init=wrong)
     of_float32 = lambda key, shape, dtype: jnp.ones(shape)  # noqa: E731
@@ -266,7 +268,7 @@ def test_what_an_initializer_returns_is_checked(shape):
     assert tunable["w"].a.dtype == jnp.bfloat16
 
 
-def test_keys_and_dtypes_are_checked():
+def test_invalid_key_or_dtype_raises():
     params = {"w": jnp.ones((5, 7))}
     for wrong in (0, None, "0", jax.random.split(key())):
         with pytest.raises(TypeError, match="init_lora takes one PRNG key"):

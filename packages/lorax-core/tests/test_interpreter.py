@@ -1,4 +1,4 @@
-"""The interpreter alone, with a toy table of two rules: it knows no primitive."""
+"""The interpreter by itself, with a toy table of two rules."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lorax._interpreter import Interpreter
 from lorax._terms import Inexpressible, Label, Term
 
 
-def weight(source="w", rank=2, shape=(5, 3)):
+def toy_weight(source="w", rank=2, shape=(5, 3)):
     i, o, r = Label(0, shape[0]), Label(1, shape[1]), Label(2, rank)
     a, b = jnp.ones((shape[0], rank)), jnp.full((rank, shape[1]), 2.0)
     return FactoredArray(
@@ -26,28 +26,28 @@ def transpose(eqn, value, *, permutation):
     return FactoredArray(eqn(value.base), tuple(t.permute(permutation) for t in value.terms))
 
 
-def minus(eqn, value):
+def negate(eqn, value):
     return FactoredArray(eqn(value.base), tuple(term.scale(-1) for term in value.terms))
 
 
-TOY = {primitives.transpose_p: transpose, primitives.neg_p: minus}
+TOY_RULES = {primitives.transpose_p: transpose, primitives.neg_p: negate}
 
 
-def run(fn, *args, rules=TOY) -> tuple[Interpreter, list[Any]]:
+def run(fn, *args, rules=TOY_RULES) -> tuple[Interpreter, list[Any]]:
     interpreter = Interpreter(rules)
     shapes = [arg.base if isinstance(arg, FactoredArray) else arg for arg in args]
     return interpreter, interpreter.run(jax.make_jaxpr(fn)(*shapes), args)
 
 
 def test_rules_are_applied_in_order():
-    interpreter, (out,) = run(lambda w: -w.T, weight())
+    interpreter, (out,) = run(lambda w: -w.T, toy_weight())
     assert isinstance(out, FactoredArray) and out.shape == (3, 5)
     assert np.allclose(out.array(), -4.0 * np.ones((3, 5)))
     assert not interpreter.uses
 
 
 def test_a_primitive_without_a_rule_materializes_and_is_recorded():
-    interpreter, (out,) = run(lambda w: jnp.sin(w), weight())
+    interpreter, (out,) = run(lambda w: jnp.sin(w), toy_weight())
     assert np.allclose(out, np.sin(4.0))
     (use,) = interpreter.uses
     assert (use.source, use.kind, use.primitive, use.shape) == ("w", "materialized", "sin", (5, 3))
@@ -55,13 +55,13 @@ def test_a_primitive_without_a_rule_materializes_and_is_recorded():
 
 
 @pytest.mark.parametrize("refusal", ["returns", "raises"])
-def test_a_rule_may_refuse(refusal):
+def test_a_refused_equation_materializes(refusal):
     def rule(eqn, value):
         if refusal == "raises":
             raise Inexpressible
         return NotImplemented
 
-    interpreter, (out,) = run(lambda w: -w, weight(), rules={primitives.neg_p: rule})
+    interpreter, (out,) = run(lambda w: -w, toy_weight(), rules={primitives.neg_p: rule})
     assert np.allclose(out, -4.0)
     assert [use.kind for use in interpreter.uses] == ["materialized"]
 
@@ -71,14 +71,14 @@ def test_other_errors_of_a_rule_are_not_swallowed():
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        run(lambda w: -w, weight(), rules={primitives.neg_p: rule})
+        run(lambda w: -w, toy_weight(), rules={primitives.neg_p: rule})
 
 
-def test_equations_without_weights_are_bound_as_they_are():
-    called = []
-    rules = {primitives.sin_p: lambda *args, **kwargs: called.append(args)}
-    _, (out, w) = run(lambda w, x: (jnp.sin(x), w), weight(), jnp.ones(7), rules=rules)
-    assert not called and np.allclose(out, np.sin(1.0)) and isinstance(w, FactoredArray)
+def test_equations_without_weights_are_bound_unchanged():
+    calls = []
+    rules = {primitives.sin_p: lambda *args, **kwargs: calls.append(args)}
+    _, (out, w) = run(lambda w, x: (jnp.sin(x), w), toy_weight(), jnp.ones(7), rules=rules)
+    assert not calls and np.allclose(out, np.sin(1.0)) and isinstance(w, FactoredArray)
 
 
 def test_literals_constants_and_repeated_outputs():
@@ -88,22 +88,22 @@ def test_literals_constants_and_repeated_outputs():
         y = x + constant
         return y, y, w, 3.0
 
-    _, outs = run(fn, weight(), jnp.ones(7))
+    _, outs = run(fn, toy_weight(), jnp.ones(7))
     assert np.allclose(outs[0], outs[1]) and isinstance(outs[2], FactoredArray)
     assert float(outs[3]) == 3.0
 
 
-def test_several_results():
+def test_rule_with_several_results():
     def split_factors(eqn, value, *, sizes, axis):
         return ["first", "second"]
 
     rules = {_compat.find_primitive("split"): split_factors}
-    _, outs = run(lambda w: jax.lax.split(w, (2, 3)), weight(), rules=rules)
+    _, outs = run(lambda w: jax.lax.split(w, (2, 3)), toy_weight(), rules=rules)
     assert outs == ["first", "second"]
 
 
 def test_rule_can_get_the_operand_before_its_broadcast():
-    """Under `jit` bodies and outside: what it was made of is kept as long as the broadcast."""
+    """The interpreter remembers the operand of a broadcast for as long as it keeps the result."""
     shapes = []
 
     def rule(eqn, value, array, **params):
@@ -116,24 +116,24 @@ def test_rule_can_get_the_operand_before_its_broadcast():
         w = w * rows
         return w * jnp.broadcast_to(y, (5, 3)) * jnp.cos(rows), rows.sum()
 
-    run(fn, weight(), jnp.arange(5.0), jnp.ones(()), rules={primitives.mul_p: rule})
+    run(fn, toy_weight(), jnp.arange(5.0), jnp.ones(()), rules={primitives.mul_p: rule})
     assert shapes == [((5, 3), (5, 1)), ((5, 3), (1, 1)), ((5, 3), (5, 3))]
 
 
-def test_outputs_are_arrays():
-    interpreter, (out,) = run(lambda w: w.T, weight())
+def test_returned_weights_are_materialized():
+    interpreter, (out,) = run(lambda w: w.T, toy_weight())
     assert np.allclose(interpreter.returned(out), 4.0)
     assert [use.kind for use in interpreter.uses] == ["returned"]
     assert interpreter.returned(jnp.ones(2)).shape == (2,)
 
 
-def test_names_and_lines_of_the_equations_stay():
+def test_names_and_lines_of_equations_are_kept():
     def fn(w, x):
         with jax.named_scope("inner"):
             return jnp.sin(x), w
 
-    interpreter = Interpreter(TOY)
+    interpreter = Interpreter(TOY_RULES)
     closed = jax.make_jaxpr(fn)(jnp.zeros((5, 3)), jnp.ones(7))
-    again = jax.make_jaxpr(lambda x: interpreter.run(closed, [weight(), x])[0])(jnp.ones(7))
+    again = jax.make_jaxpr(lambda x: interpreter.run(closed, [toy_weight(), x])[0])(jnp.ones(7))
     (eqn,) = [eqn for eqn in again.jaxpr.eqns if eqn.primitive is primitives.sin_p]
     assert "inner" in str(eqn.source_info.name_stack)

@@ -1,3 +1,5 @@
+"""`merge_params`, `unmerge` and `materialize`: values, copies, placement, and errors."""
+
 import dataclasses
 from typing import Any
 
@@ -15,9 +17,11 @@ from lorax import (
     LoraWeight,
     PairError,
     count_params,
+    dequantize,
     init_lora,
     materialize,
     merge_params,
+    quantize,
     select_adapters,
     stack_adapters,
     unmerge,
@@ -33,7 +37,7 @@ def buffers(array):
 
 
 def donating_step(tunable):
-    """A training step as people write it: it deletes what it is given."""
+    """A training step that donates, and so deletes, its argument."""
     return jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)(tunable)
 
 
@@ -59,7 +63,7 @@ def pair(shape=(5, 7), spec: Any = 2, dtype=jnp.float32):
     ("alpha", "scaling", "scale"),
     [(None, "standard", 1), (6, "standard", 3), (6, "rslora", 6 / 2**0.5)],
 )
-def test_the_formula_of_the_documentation(shape, spec, delta, alpha, scaling, scale):
+def test_delta_is_scale_times_a_times_b(shape, spec, delta, alpha, scaling, scale):
     spec = LoraSpec(spec.rank, alpha, scaling, spec.in_axes, spec.out_axes, spec.shared_axes)
     frozen, tunable = pair(shape, spec)
     weight = tunable["w"]
@@ -83,7 +87,7 @@ def test_every_floating_dtype_merges(dtype):
     assert merge_params(frozen, tunable)["w"].dtype == dtype
 
 
-def test_frozen_leaves_are_shared_and_tunable_ones_copied():
+def test_frozen_leaves_are_not_copied_and_tunable_leaves_are():
     frozen, tunable = pair()
     frozen |= {"other": jnp.ones(3)}
     tunable |= {"other": None}
@@ -93,7 +97,7 @@ def test_frozen_leaves_are_shared_and_tunable_ones_copied():
     assert (merged["v"] == tunable["v"]).all() and not frozen["w"].is_deleted()
 
 
-def test_merged_parameters_outlive_a_donated_step():
+def test_merged_parameters_survive_a_donating_step():
     frozen, tunable = pair()
     merged = merge_params(frozen, tunable)
     before = jax.device_get(merged)
@@ -102,7 +106,7 @@ def test_merged_parameters_outlive_a_donated_step():
     jax.tree.map(np.testing.assert_array_equal, merged, before)
 
 
-def test_donation_frees_the_base_and_nothing_else():
+def test_donation_frees_only_the_base():
     frozen, tunable = pair()
     expected = merge_params(frozen, tunable)["w"]
     merged = merge_params(frozen, tunable, donate=True)
@@ -118,26 +122,35 @@ def test_donation_keeps_a_weight_that_is_at_two_paths():
     assert merged["kept"] is w and (merged["w"] == 1).all() and (merged["tied"] == 1).all()
 
 
-def test_unmerge_gives_the_base_back():
+def test_unmerge_restores_the_base():
     frozen, tunable = pair()
-    back = unmerge(merge_params(frozen, tunable), tunable)
-    assert jnp.allclose(back["w"], frozen["w"], atol=1e-6) and back["v"] is None
+    restored = unmerge(merge_params(frozen, tunable), tunable)
+    assert jnp.allclose(restored["w"], frozen["w"], atol=1e-6) and restored["v"] is None
     assert not jnp.allclose(merge_params(frozen, tunable)["w"], frozen["w"], atol=0.1)
 
 
-def test_unmerge_refuses_another_structure():
+def test_unmerge_of_codes_raises():
+    params = {"w": jnp.ones((6, 5))}
+    frozen, tunable = init_lora(quantize(params, {"w": "int8"}), {"w": 2}, jax.random.key(0))
+    held, _ = merge_params(frozen, tunable, requantize=True)
+    with pytest.raises(PairError, match="unmerge: `w` is quantized"):
+        unmerge(held, tunable)
+    assert unmerge(dequantize(held), tunable)["w"].shape == (6, 5)
+
+
+def test_unmerge_of_another_structure_raises():
     with pytest.raises(PairError, match="unmerge: params and tunable"):
         unmerge({"w": jnp.ones(3)}, {"v": None})
 
 
-def test_under_jit():
+def test_merge_under_jit():
     frozen, tunable = pair()
     assert jnp.allclose(
         jax.jit(merge_params)(frozen, tunable)["w"], merge_params(frozen, tunable)["w"]
     )
 
 
-def test_of_one_weight():
+def test_materialize_one_weight():
     weight = LoraWeight(jnp.ones((5, 1)), jnp.ones((1, 7)), rank=1, alpha=3.0)
     assert (materialize(jnp.ones((5, 7)), weight) == 4).all()
 
@@ -165,7 +178,7 @@ def mesh_of(kind):
     return jax.make_mesh((4,), ("x",), axis_types=(kind,))
 
 
-def spread(weight, mesh, a=None, b=None):
+def placed_on(weight, mesh, a=None, b=None):
     put = lambda factor, spec: jax.device_put(factor, NamedSharding(mesh, spec or P()))  # noqa: E731
     return dataclasses.replace(weight, a=put(weight.a, a), b=put(weight.b, b))
 
@@ -183,22 +196,22 @@ KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 )
 @pytest.mark.parametrize("donate", [False, True])
 def test_an_uncommitted_base_is_moved_to_its_factors(kind, specs, base, donate):
-    """As after data-parallel training of parameters that were never placed."""
+    """As after data-parallel training, where the base was never placed on the mesh."""
     base = base.copy()
     weight = factors()
-    there = spread(weight, mesh_of(kind), *specs)
+    placed = placed_on(weight, mesh_of(kind), *specs)
     expected = merge_params({"w": base}, {"w": weight})["w"]
-    by_hand = (jnp.ones((4, 8)) + there.a @ there.b).sharding
-    merged = merge_params({"w": base}, {"w": there}, donate=donate)["w"]
+    expected_sharding = (jnp.ones((4, 8)) + placed.a @ placed.b).sharding
+    merged = merge_params({"w": base}, {"w": placed}, donate=donate)["w"]
     np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
-    assert merged.dtype == base.dtype and merged.sharding == by_hand
-    back = unmerge({"w": merged}, {"w": there})["w"]
-    np.testing.assert_allclose(jax.device_get(abs(back).astype(jnp.float32)), 1, atol=0.05)
+    assert merged.dtype == base.dtype and merged.sharding == expected_sharding
+    restored = unmerge({"w": merged}, {"w": placed})["w"]
+    np.testing.assert_allclose(jax.device_get(abs(restored).astype(jnp.float32)), 1, atol=0.05)
     if isinstance(base, jax.Array):
         assert base.is_deleted() == donate
     if not donate:
-        unmerge({"w": base}, {"w": there})
-        materialize(base, there)
+        unmerge({"w": base}, {"w": placed})
+        materialize(base, placed)
 
 
 @pytest.mark.devices(4)
@@ -206,10 +219,10 @@ def test_an_uncommitted_base_is_moved_to_its_factors(kind, specs, base, donate):
 def test_an_uncommitted_base_merges_under_the_mesh(kind):
     base, weight, mesh = jnp.ones((4, 8)), factors(), mesh_of(kind)
     expected = materialize(base, weight)
-    there = spread(weight, mesh, P("x"))
+    placed = placed_on(weight, mesh, P("x"))
     with jax.set_mesh(mesh):
-        eager = merge_params({"w": base}, {"w": there})["w"]
-        jitted = jax.jit(merge_params)({"w": base}, {"w": there})["w"]
+        eager = merge_params({"w": base}, {"w": placed})["w"]
+        jitted = jax.jit(merge_params)({"w": base}, {"w": placed})["w"]
     for merged in (eager, jitted):
         np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
 
@@ -230,7 +243,7 @@ def test_a_base_is_not_moved_to_another_device():
         merged = merge_params({"w": jax.device_put(jnp.ones((4, 8)), sharding)}, {"w": weight})["w"]
         assert merged.committed and merged.sharding == sharding
     base = jax.device_put(jnp.ones((4, 8)), placed)
-    merged = merge_params({"w": base}, {"w": spread(weight, mesh, P("x"))})["w"]
+    merged = merge_params({"w": base}, {"w": placed_on(weight, mesh, P("x"))})["w"]
     assert merged.sharding == placed
 
 
@@ -238,9 +251,9 @@ def test_a_base_is_not_moved_to_another_device():
 @pytest.mark.parametrize(
     ("function", "name"), [(merge_params, "merge_params"), (unmerge, "unmerge")]
 )
-def test_other_devices_than_the_base_raise(function, name):
+def test_factors_on_other_devices_than_the_base_raise(function, name):
     base = {"layer": {"w": jax.device_put(jnp.ones((4, 8)), jax.devices()[0])}}
-    tunable = {"layer": {"w": spread(factors(), mesh_of(AxisType.Auto))}}
+    tunable = {"layer": {"w": placed_on(factors(), mesh_of(AxisType.Auto))}}
     message = (
         rf"{name}: the base at `layer/w` is committed to \S+, and its factors are .* 4 devices"
     )
@@ -250,7 +263,7 @@ def test_other_devices_than_the_base_raise(function, name):
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("donate", [False, True])
-def test_a_base_in_host_memory_is_not_moved(donate):
+def test_a_base_in_host_memory_stays_there(donate):
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("x"), memory_kind="pinned_host")
     if "pinned_host" not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
         pytest.skip("this backend has no pinned host memory")
@@ -258,8 +271,8 @@ def test_a_base_in_host_memory_is_not_moved(donate):
     expected = materialize(jnp.ones((4, 8)), weight)
     _, tunable = init_lora({"w": base}, {"w": 2}, KEY)
     assert tunable["w"].a.sharding.memory_kind == "pinned_host"
-    there = dataclasses.replace(tunable["w"], alpha=3.0, a=weight.a, b=weight.b)
-    merged = merge_params({"w": base}, {"w": there}, donate=donate)["w"]
+    placed = dataclasses.replace(tunable["w"], alpha=3.0, a=weight.a, b=weight.b)
+    merged = merge_params({"w": base}, {"w": placed}, donate=donate)["w"]
     assert merged.sharding == sharding and base.is_deleted() == donate
     np.testing.assert_allclose(jax.device_get(merged), expected, rtol=1e-6)
     assert merge_params({"w": merged}, tunable)["w"].sharding == sharding
@@ -303,7 +316,7 @@ def test_count_params_counts_arrays():
     assert count_params([jax.nn.relu, None, "x", jax.ShapeDtypeStruct((2, 3), jnp.int8)]) == 6
 
 
-def test_a_pair_may_be_in_place_of_its_two_trees():
+def test_takes_a_pair_or_its_two_trees():
     pair = init_lora({"w": jnp.ones((3, 2))}, {"w": 1}, jax.random.key(0))
     assert (merge_params(pair)["w"] == merge_params(*pair)["w"]).all()
     assert (merge_params(tuple(pair))["w"] == merge_params(*pair)["w"]).all()
@@ -321,15 +334,15 @@ def test_merge_scales_the_delta(spec, scale):
     params = {"w": jnp.arange(20.0).reshape(5, 4) / 7, "b": jnp.ones(4)}
     frozen, tunable = init_lora(params, {"w": spec, "b": 0}, jax.random.key(0))
     tunable = random_factors(tunable, jax.random.key(1))
-    change = merge_params(frozen, tunable)["w"] - params["w"]
+    delta = merge_params(frozen, tunable)["w"] - params["w"]
     merged = merge_params(frozen, tunable, scale=scale)
-    np.testing.assert_allclose(merged["w"], params["w"] + scale * change, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged["w"], params["w"] + scale * delta, rtol=1e-5, atol=1e-5)
     assert merged["b"] is params["b"]
     if scale == 0:
         assert (merged["w"] == params["w"]).all()
 
 
-def test_scales_that_raise():
+def test_invalid_scale_raises():
     frozen, tunable = init_lora({"w": jnp.eye(3)}, {"w": LORA_FULL}, jax.random.key(0))
     with pytest.raises(PairError, match="scale is 0.5, and `w` is trained in full"):
         merge_params(frozen, tunable, scale=0.5)
@@ -349,7 +362,7 @@ def test_scales_that_raise():
     ],
     ids=["shape", "none", "integers", "no norm"],
 )
-def test_an_adapter_that_does_not_fit_its_base(base, adapter, message):
+def test_adapter_that_does_not_fit_its_base_raises(base, adapter, message):
     spec = LoraSpec(2) if adapter is None else adapter
     weight = init_lora({"w": jnp.ones((9, 6))}, {"w": spec}, jax.random.key(0)).tunable["w"]
     with pytest.raises(PairError, match=message):
@@ -361,14 +374,14 @@ def test_an_adapter_that_does_not_fit_its_base(base, adapter, message):
             unmerge({"w": base}, {"w": weight})
 
 
-def test_materialize_takes_leaves():
+def test_materialize_of_trees_raises():
     pair = init_lora({"w": jnp.ones((9, 6))}, {"w": 2}, jax.random.key(0))
     with pytest.raises(PairError, match="materialize takes a leaf of frozen and the adapter"):
         materialize(*pair)
 
 
-def test_only_factors_are_counted():
+def test_count_params_ignores_dropout_and_selection():
     tunable = init_lora({"w": jnp.ones((9, 6))}, {"w": 2}, jax.random.key(0)).tunable
     bank = stack_adapters([tunable, tunable])
-    for one in (with_dropout(tunable, jax.random.key(1), 0.5), select_adapters(bank, 1)):
-        assert count_params(one) == count_params(tunable) == 30
+    for tree in (with_dropout(tunable, jax.random.key(1), 0.5), select_adapters(bank, 1)):
+        assert count_params(tree) == count_params(tunable) == 30

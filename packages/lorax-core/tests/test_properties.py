@@ -12,7 +12,7 @@ from lorax import LoraSpec, testing
 settings.register_profile("lorax", derandomize=True, deadline=None, max_examples=20)
 settings.load_profile("lorax")
 
-# Of the operand alone; the weight's axes have other sizes, so no activation has a weight's shape.
+# The weight's axes have other sizes, so no activation has the shape of a weight.
 OPERAND_SIZES = dict(zip("ABC", (2, 3, 5), strict=True))
 WEIGHT_SIZES = dict(zip("abcd", (7, 11, 4, 13), strict=True))
 SIZES = OPERAND_SIZES | WEIGHT_SIZES
@@ -41,17 +41,17 @@ def roles(draw, ndim):
 @st.composite
 def einsums(draw):
     weight = draw(st.permutations("abcd"))[: draw(st.integers(2, 4))]
-    met = draw(st.lists(st.sampled_from(weight), min_size=1, max_size=len(weight), unique=True))
-    if len(met) == len(weight):
-        met = met[1:]  # See test_contraction for a weight that is contracted whole.
-    own = draw(st.lists(st.sampled_from("ABC"), min_size=1, max_size=2, unique=True))
-    operand = draw(st.permutations([*met, *own]))
-    # A met axis is contracted, or a batch axis where the result keeps it.
-    kept = [label for label in met if draw(st.booleans())]
-    if len(kept) == len(met):
+    common = draw(st.lists(st.sampled_from(weight), min_size=1, max_size=len(weight), unique=True))
+    if len(common) == len(weight):
+        common = common[1:]  # test_contraction has weights whose axes are all contracted.
+    operand_only = draw(st.lists(st.sampled_from("ABC"), min_size=1, max_size=2, unique=True))
+    operand = draw(st.permutations([*common, *operand_only]))
+    # A common axis is contracted, or is a batch axis where the result keeps it.
+    kept = [label for label in common if draw(st.booleans())]
+    if len(kept) == len(common):
         kept = kept[1:]  # A product that contracts nothing is as big as the weight itself.
-    free = [label for label in weight if label not in met]
-    out = draw(st.permutations([*own, *kept, *free]))
+    free = [label for label in weight if label not in common]
+    out = draw(st.permutations([*operand_only, *kept, *free]))
     left, right = "".join(operand), "".join(weight)
     return left, right, "".join(out), draw(st.booleans()), draw(roles(len(weight)))
 
@@ -95,11 +95,11 @@ def convolutions(draw):
     }
     kernel = layouts[1]
     window = [d for d, name in enumerate(kernel) if name in spatial]
-    # A depthwise kernel has one input: without the window, `b` alone would be as big as it is.
+    # A depthwise kernel has one input: without the window, `b` would be as large as the kernel.
     fewest = 1 if kind == "depthwise" else 0
     with_inputs = draw(st.lists(st.sampled_from(window), min_size=fewest, unique=True))
     in_axes = (kernel.index("I"), *with_inputs)
-    # One kernel for the inputs of each group: at rank 2 they would be as many as the kernel's own.
+    # `a` has one kernel for each group: at rank 2 it would be as large as the kernel.
     spec = LoraSpec(1 if kind == "depthwise" else 2, in_axes=in_axes)
     return (
         [sizes[name] for name in kernel],
@@ -206,7 +206,7 @@ def test_chains(case, data):
 @settings(max_examples=12)
 @given(st.data())
 def test_merging_axes(data):
-    """Neighbors that the same factors own merge, in whatever order the factors hold them."""
+    """Adjacent axes of the same factors merge, in whatever order the factors store them."""
     order = data.draw(st.permutations(range(4)))
     merged = data.draw(st.integers(0, 2))
     spec = data.draw(roles(4))

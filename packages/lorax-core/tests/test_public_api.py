@@ -1,8 +1,10 @@
+"""The public names: `__all__`, docstrings with examples, and the module that they show."""
+
 import importlib.metadata
 import inspect
 
 import lorax
-from lorax import testing
+from lorax import bases, kinds, rules, testing
 
 
 def public(module):
@@ -13,7 +15,7 @@ def public(module):
     }
 
 
-def test_all_names_exactly_what_is_public():
+def test_all_lists_exactly_the_public_names():
     assert sorted(lorax.__all__) == sorted(public(lorax))
 
 
@@ -37,6 +39,14 @@ def test_tracebacks_and_reprs_show_the_public_module():
         value = getattr(lorax, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert value.__module__ == "lorax", name
+
+
+def test_extensions_show_the_public_module():
+    for module in (bases, kinds, rules):
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert inspect.isclass(value) or inspect.isfunction(value)
+            assert value.__module__ == module.__name__, name
 
 
 def test_version_is_that_of_the_distribution():

@@ -1,4 +1,4 @@
-"""The rule table."""
+"""The table of rules, and equations that a newer JAX has changed."""
 
 import ast
 import functools
@@ -26,7 +26,7 @@ from lorax import (
 )
 from lorax._registry import RULES, defrule, unfit
 
-# What the oldest JAX lacks; the newest has them all.
+# Primitives that the oldest supported JAX does not have.
 SINCE_0_10 = {"stack", "tile", "unstack"}
 
 
@@ -45,7 +45,7 @@ def test_a_second_rule_for_a_primitive_raises():
         defrule("dot_general")(lambda eqn, *operands: None)
 
 
-def test_a_refused_rule_leaves_the_table_alone():
+def test_rejected_rule_leaves_the_table_unchanged():
     before = dict(RULES)
     with pytest.raises(ValueError, match="already"):
         defrule("transpose")(lambda eqn, *operands: None)
@@ -67,12 +67,12 @@ def test_every_registered_name_is_a_primitive_with_a_rule_or_a_reason(name):
     assert (primitive in _registry.RULES) != (primitive in _registry.REASONS)
 
 
-def test_the_table_covers_the_families():
+def test_every_family_of_rules_is_registered():
     names = {primitive.name for primitive in RULES}
     assert {"dot_general", "conv_general_dilated", "gather", "reshape", "scan", "jit"} <= names
 
 
-# Parameters that a rule does not know
+# Parameters that a rule does not name
 
 
 @pytest.mark.parametrize("primitive", RULES, ids=lambda primitive: primitive.name)
@@ -81,11 +81,11 @@ def test_every_rule_names_its_parameters(primitive):
     assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
-def toy(eqn, weight, *, axis, mode=None): ...
+def toy_rule(eqn, weight, *, axis, mode=None): ...
 
 
-def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
-    assert unfit(toy, 1, {"axis": 0}) == unfit(toy, 1, {"axis": 0, "mode": 1}) == ""
+def test_rule_fits_an_equation_with_the_parameters_that_it_names():
+    assert unfit(toy_rule, 1, {"axis": 0}) == unfit(toy_rule, 1, {"axis": 0, "mode": 1}) == ""
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_rule_fits_an_equation_with_the_parameters_that_it_names():
     ],
 )
 def test_rule_mismatch_names_both_versions(operands, parameters, differences):
-    assert unfit(toy, operands, parameters) == (
+    assert unfit(toy_rule, operands, parameters) == (
         f"has {differences} in JAX {jax.__version__}, unlike what lorax-core "
         f"{lorax.__version__} was written for"
     )
@@ -137,23 +137,25 @@ def test_equation_with_a_new_parameter_materializes_and_warns(monkeypatch, name)
     assert primitive is not None
 
     @functools.wraps(RULES[primitive])
-    def older(*operands, **params):
+    def older_rule(*operands, **params):
         return RULES[primitive](*operands, **params)
 
     signature = inspect.signature(RULES[primitive])
     kept = [p for p in signature.parameters.values() if p.name != parameter]
     assert len(kept) == len(signature.parameters) - 1
-    older.__signature__ = signature.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: older})
+    older_rule.__signature__ = signature.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(_transform, "RULES", {**RULES, primitive: older_rule})
 
     model, x = (lambda p, x: fn(p["w"], x)), jnp.ones((3, 5)) / 3
     frozen, tunable = init_lora({"w": jnp.ones((5, 7)) / 5}, {"w": 2}, jax.random.key(0))
     tunable = testing.random_factors(tunable, jax.random.key(1))
-    told = re.escape(f"which has the parameter `{parameter}` in JAX {jax.__version__}, unlike what")
-    with pytest.warns(MaterializeWarning, match=rf"`w` is used by `{primitive.name}` .*{told}"):
+    reason = re.escape(
+        f"which has the parameter `{parameter}` in JAX {jax.__version__}, unlike what"
+    )
+    with pytest.warns(MaterializeWarning, match=rf"`w` is used by `{primitive.name}` .*{reason}"):
         got = jax.jit(lorax.lora(model))((frozen, tunable), x)
     assert jnp.allclose(got, model(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(MaterializeError, match=told):
+    with pytest.raises(MaterializeError, match=reason):
         lorax.lora(model, on_materialize="error")((frozen, tunable), x)
 
 

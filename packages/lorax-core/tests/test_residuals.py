@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: nothing that hand-written LoRA does not keep."""
+"""Residuals of the backward pass: no more than hand-written LoRA keeps."""
 
 import functools
 from collections import Counter
@@ -14,20 +14,20 @@ LAYERS, BATCH, TIME, WIDTH, HIDDEN, TOKENS = 3, 2, 5, 6, 10, 11
 
 
 def residuals(fn, x):
-    """Number and bytes of the arrays that the derivative of `fn` at `x` holds on to, and each."""
+    """The number of residuals of `fn` at `x`, their total bytes, and a count for each size."""
     _, tangent = jax.linearize(fn, x)
     kept = [array.nbytes for array in jax.make_jaxpr(tangent)(x).consts]
     return len(kept), sum(kept), sorted(Counter(kept).items())
 
 
-# A model says what its weights do through one function: without LoRA, or with it.
+# A model applies its weights through `use`, which is made by `without_lora` or `hand_written`.
 
 
-def plain(p, _):
+def without_lora(p, _):
     return lambda name, w_of_x, delta_of_x, x: w_of_x(p[name], x)
 
 
-def by_hand(p, f):
+def hand_written(p, f):
     return lambda name, w_of_x, delta_of_x, x: (
         w_of_x(p[name], x) + delta_of_x(f[name]["a"], f[name]["b"], x)
     )
@@ -38,7 +38,7 @@ def dense(use, name, x):
 
 
 def block(use, x):
-    """Three adapters share an input, and one meets what its own activation keeps as well."""
+    """Three adapters share an input; that of `down` is a residual of tanh as well."""
     h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     q, k, v = (dense(use, name, h) for name in "qkv")
     scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
@@ -49,42 +49,42 @@ def block(use, x):
 BLOCK = {name: (WIDTH, WIDTH) for name in "qkvo"} | {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 
 
-def unrolled(remat, meaning, params, factors, x):
-    run = jax.checkpoint(lambda p, f, x: block(meaning(p, f), x)) if remat else None
+def unrolled(remat, make_use, params, factors, x):
+    run = jax.checkpoint(lambda p, f, x: block(make_use(p, f), x)) if remat else None
     for k in range(LAYERS):
         p, f = jax.tree.map(lambda leaf, k=k: leaf[k], (params, factors))
-        x = run(p, f, x) if run else block(meaning(p, f), x)
+        x = run(p, f, x) if run else block(make_use(p, f), x)
     return x
 
 
-def scanned(remat, meaning, params, factors, x):
+def scanned(remat, make_use, params, factors, x):
     def body(x, layer):
-        return block(meaning(*layer), x), None
+        return block(make_use(*layer), x), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (params, factors))[0]
 
 
-def tied(meaning, params, factors, tokens):
-    use = meaning(params, factors)
+def tied(make_use, params, factors, tokens):
+    use = make_use(params, factors)
     x = use("table", lambda w, t: w[t], lambda a, b, t: a[t] @ b, tokens)
     return use("table", lambda w, x: x @ w.T, lambda a, b, x: (x @ b.T) @ a.T, jnp.sin(x))
 
 
-def convolved(meaning, params, factors, x):
+def convolved(make_use, params, factors, x):
     conv = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(1, 1),
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    use = meaning(params, factors)
+    use = make_use(params, factors)
     return jnp.sin(use("w", lambda w, x: conv(x, w), lambda a, b, x: conv(x, a) @ b, jnp.sin(x)))
 
 
-def mixed(meaning, params, factors, x):
-    """Experts, each with rows of every example."""
+def experts(make_use, params, factors, x):
+    """Each expert takes rows of every example."""
     multiply = functools.partial(jnp.einsum, "beti,eio->beto")
-    use = meaning(params, factors)
+    use = make_use(params, factors)
     return use("w", lambda w, x: multiply(x, w), lambda a, b, x: multiply(multiply(x, a), b), x)
 
 
@@ -108,18 +108,18 @@ ROWS = {
         (BATCH, 4, 4, WIDTH),
     ),
     "experts": (
-        mixed, {"w": (LAYERS, WIDTH, HIDDEN)}, PER_LAYER, (BATCH, LAYERS, TIME, WIDTH)
+        experts, {"w": (LAYERS, WIDTH, HIDDEN)}, PER_LAYER, (BATCH, LAYERS, TIME, WIDTH)
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("row", ROWS)
-def test_nothing_is_kept_that_hand_written_lora_does_not_keep(row, jit):
+def test_keeps_no_more_than_hand_written_lora(row, jit):
     model, shapes, spec, x_shape = ROWS[row]
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     frozen, tunable = init_lora(params, dict.fromkeys(shapes, spec), jax.random.key(0))
-    # Small, as layer after layer adds a delta.
+    # Small, because the deltas add up over the layers.
     tunable = jax.tree.map(lambda leaf: leaf / 4, random_factors(tunable, jax.random.key(1)))
     factors = jax.tree.map(
         lambda weight: {"a": weight.a, "b": weight.b},
@@ -129,31 +129,33 @@ def test_nothing_is_kept_that_hand_written_lora_does_not_keep(row, jit):
     x = jnp.ones(x_shape) if row != "tied" else jnp.zeros(x_shape, jnp.int32)
     no_factors = dict.fromkeys(params)
 
-    def ours(tunable):
-        return lora(lambda params, x: model(plain, params, no_factors, x))((frozen, tunable), x)
+    def adapted(tunable):
+        return lora(lambda params, x: model(without_lora, params, no_factors, x))(
+            (frozen, tunable), x
+        )
 
-    def theirs(factors):
-        return model(by_hand, params, factors, x)
+    def reference(factors):
+        return model(hand_written, params, factors, x)
 
-    around = jax.jit if jit else lambda fn: fn
-    assert jnp.allclose(ours(tunable), theirs(factors), rtol=1e-4, atol=1e-4)
-    mine, their = residuals(around(ours), tunable), residuals(around(theirs), factors)
-    assert mine[0] <= their[0] and mine[1] <= their[1], (mine, their)
+    wrap = jax.jit if jit else lambda fn: fn
+    assert jnp.allclose(adapted(tunable), reference(factors), rtol=1e-4, atol=1e-4)
+    kept, allowed = residuals(wrap(adapted), tunable), residuals(wrap(reference), factors)
+    assert kept[0] <= allowed[0] and kept[1] <= allowed[1], (kept, allowed)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_dropout_keeps_no_masked_input(jit):
+def test_dropout_does_not_keep_masked_inputs(jit):
     params = {"q": jnp.ones((32, 48)) / 32, "k": jnp.ones((32, 48)) / 32}
     frozen, tunable = init_lora(params, {"q": 2, "k": 2}, jax.random.key(0))
     tunable = random_factors(tunable, jax.random.key(1))
     x = jnp.ones((64, 32))
     model = lora(lambda p, x: jnp.sin(x @ p["q"]) + x @ p["k"])
-    around = jax.jit if jit else lambda fn: fn
+    wrap = jax.jit if jit else lambda fn: fn
 
     def dropped(tunable):
         return model((frozen, with_dropout(tunable, jax.random.key(2), 0.1)), x)
 
-    _, without, _ = residuals(around(lambda tunable: model((frozen, tunable), x)), tunable)
-    _, kept, _ = residuals(around(dropped), tunable)
+    _, without, _ = residuals(wrap(lambda tunable: model((frozen, tunable), x)), tunable)
+    _, kept, _ = residuals(wrap(dropped), tunable)
     # A masked input has as many bytes as `x`; a key has 8.
     assert kept <= without + 64 < without + x.nbytes

@@ -1,4 +1,4 @@
-"""The roles of axes, for each way in which a weight can be used."""
+"""The roles that `infer_spec` gives to axes, for each way in which a model uses a weight."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ F32 = jnp.float32
 
 
 @pytest.fixture(autouse=True)
-def lenient():
-    """Models as people write them, which promote ranks and dtypes."""
+def default_promotion():
+    """Models of users promote ranks and dtypes."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -105,7 +105,7 @@ def complex_state(p, u):
 
 
 def attended(p, tokens):
-    """Two blocks with residuals, each of which reads all that the one before has made."""
+    """Two attention blocks with residual connections."""
     for _ in range(2):
         query = jnp.einsum("...td,dk->...tk", tokens, p["w"])
         scores = jnp.einsum("...tk,...sk->...ts", query, query)
@@ -121,7 +121,7 @@ def with_sinks(p, x):
         scores = jnp.concatenate([query @ query.T, jnp.broadcast_to(sink[:, None], (3, 1))], 1)
         return jax.nn.softmax(scores)[:, :-1] @ x, None
 
-    return lax.scan(layer, x, p["left"])[0]
+    return lax.scan(layer, x, p["other"])[0]
 
 
 def embedded(p, x):
@@ -131,7 +131,7 @@ def embedded(p, x):
 X, IDS = struct(3, 11), struct(3, dtype=jnp.int32)
 IMAGES = struct(2, 9, 8, 5)
 
-# (id, function of {"w": …} and more, shapes of the parameters, arguments, inputs, outputs)
+# (id, function of {"w": ...} and others, shapes of the parameters, arguments, inputs, outputs)
 ROWS = [
     ("masked", masked, {"w": (11, 11)}, [X], (0,), (1,)),
     (
@@ -224,7 +224,7 @@ ROWS = [
     ),
     ("gram", lambda p, x: x @ (p["w"].T @ p["w"]), {"w": (13, 11)}, [X], (1,), (0,)),
     (
-        "beside-another-argument",
+        "concatenated-with-an-argument",
         lambda p, k, x: x @ jnp.concatenate([p["w"], k], 1),
         {"w": (11, 13)},
         [struct(11, 4), X],
@@ -374,26 +374,26 @@ def roles_of(fn, shapes, args, **options):
     ids=[row[0] for row in ROWS],
 )
 @pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
-def test_roles(fn, shapes, args, inputs, outputs):
+def test_roles_of_axes(fn, shapes, args, inputs, outputs):
     roles = roles_of(fn, shapes, args)["w"]
     assert (roles.in_axes, roles.out_axes) == (inputs, outputs)
 
 
-# What LoRA leaves alone by custom: no adapter, and nothing to say.
+# Parameters that LoRA conventionally does not adapt: frozen without a warning.
 SILENT = [
-    ("bias", lambda p, x: (x @ p["w"])[:, None] + p["left"], (4, 13)),
-    ("gain", lambda p, x: (x[:, None] * p["left"]).sum(1) @ p["w"], (1, 11)),
-    ("positions", lambda p, x: jnp.tanh(x + p["left"]) @ p["w"], (3, 11)),
-    ("sliced-positions", lambda p, x: (x + p["left"][:3]) @ p["w"], (5, 11)),
+    ("bias", lambda p, x: (x @ p["w"])[:, None] + p["other"], (4, 13)),
+    ("gain", lambda p, x: (x[:, None] * p["other"]).sum(1) @ p["w"], (1, 11)),
+    ("positions", lambda p, x: jnp.tanh(x + p["other"]) @ p["w"], (3, 11)),
+    ("sliced-positions", lambda p, x: (x + p["other"][:3]) @ p["w"], (5, 11)),
     (
         "initial-state",
-        lambda p, x: lax.fori_loop(0, 3, lambda _, h: h @ p["w"][:, :11] + x, p["left"]),
+        lambda p, x: lax.fori_loop(0, 3, lambda _, h: h @ p["w"][:, :11] + x, p["other"]),
         (3, 11),
     ),
     ("unused", lambda p, x: x @ p["w"], (4, 13)),
     (
         "class-token",
-        lambda p, x: attended(p, jnp.concatenate([p["left"], embedded(p, x)])),
+        lambda p, x: attended(p, jnp.concatenate([p["other"], embedded(p, x)])),
         (1, 11),
     ),
     (
@@ -401,90 +401,90 @@ SILENT = [
         lambda p, x: attended(
             p,
             jnp.concatenate(
-                [jnp.tile(p["left"][None], (2, 1, 1)), jnp.tile(embedded(p, x), (2, 1, 1))], 1
+                [jnp.tile(p["other"][None], (2, 1, 1)), jnp.tile(embedded(p, x), (2, 1, 1))], 1
             ),
         ),
         (4, 11),
     ),
-    ("registers-beside-input", lambda p, x: attended(p, jnp.concatenate([p["left"], x])), (4, 11)),
-    ("stacked", lambda p, x: attended(p, jnp.stack([embedded(p, x), p["left"]])), (3, 11)),
+    ("registers-and-input", lambda p, x: attended(p, jnp.concatenate([p["other"], x])), (4, 11)),
+    ("stacked", lambda p, x: attended(p, jnp.stack([embedded(p, x), p["other"]])), (3, 11)),
     (
         "written-into",
-        lambda p, x: attended(p, lax.dynamic_update_slice(embedded(p, x), p["left"], (1, 0))),
+        lambda p, x: attended(p, lax.dynamic_update_slice(embedded(p, x), p["other"], (1, 0))),
         (2, 11),
     ),
-    ("set-in-data", lambda p, x: attended(p, embedded(p, x).at[1:].set(p["left"])), (2, 11)),
-    ("added-to-rows", lambda p, x: attended(p, x.at[1:].add(p["left"])), (2, 11)),
+    ("set-in-data", lambda p, x: attended(p, embedded(p, x).at[1:].set(p["other"])), (2, 11)),
+    ("added-to-rows", lambda p, x: attended(p, x.at[1:].add(p["other"])), (2, 11)),
     (
         "mask-token",
-        lambda p, x: attended(p, jnp.where(x[:, :1] > 0, p["left"], embedded(p, x))),
+        lambda p, x: attended(p, jnp.where(x[:, :1] > 0, p["other"], embedded(p, x))),
         (3, 11),
     ),
     (
         "one-branch",
-        lambda p, x: attended(p, lax.cond(x.sum() > 0, lambda: p["left"], lambda: embedded(p, x))),
+        lambda p, x: attended(p, lax.cond(x.sum() > 0, lambda: p["other"], lambda: embedded(p, x))),
         (3, 11),
     ),
     (
         "prefix-of-keys",
-        lambda p, x: jax.nn.softmax(x @ jnp.concatenate([p["left"], embedded(p, x)]).T),
+        lambda p, x: jax.nn.softmax(x @ jnp.concatenate([p["other"], embedded(p, x)]).T),
         (2, 11),
     ),
     ("sinks", with_sinks, (2, 3)),
-    ("penalty", lambda p, x: (x @ p["w"]).sum() + (p["left"] ** 2).sum(), (4, 13)),
+    ("penalty", lambda p, x: (x @ p["w"]).sum() + (p["other"] ** 2).sum(), (4, 13)),
 ]
 
 
 @pytest.mark.parametrize(("fn", "shape"), [r[1:] for r in SILENT], ids=[r[0] for r in SILENT])
-def test_left_frozen_by_custom_without_a_warning(fn, shape):
-    spec = roles_of(fn, {"w": (11, 13), "left": shape}, [X])
-    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+def test_conventionally_frozen_without_a_warning(fn, shape):
+    spec = roles_of(fn, {"w": (11, 13), "other": shape}, [X])
+    assert spec["other"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
 def test_positions_of_a_batch_are_not_queries():
-    """What is added to data of more axes is a bias of it, even where the sum meets data again."""
+    """A parameter added to data with more axes is a bias, even if the sum is multiplied by data."""
 
     def attention(p, x):
-        return jnp.einsum("btd,bsd->bts", x + p["left"][None], x) @ p["w"]
+        return jnp.einsum("btd,bsd->bts", x + p["other"][None], x) @ p["w"]
 
-    spec = roles_of(attention, {"w": (3, 7), "left": (3, 11)}, [struct(5, 3, 11)])
-    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+    spec = roles_of(attention, {"w": (3, 7), "other": (3, 11)}, [struct(5, 3, 11)])
+    assert spec["other"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
-TOLD = [
+WARNED = [
     (
         "weights",
-        lambda p, x: (p["left"] @ p["v"]).sum() + x @ p["w"],
+        lambda p, x: (p["other"] @ p["v"]).sum() + x @ p["w"],
         (4, 5),
         "meets only other weights, in `dot_general` at .*test_roles.*Give it a LoraSpec",
     ),
     (
         "inverted",
-        lambda p, x: jnp.linalg.inv(p["left"]).sum() + x @ p["w"],
+        lambda p, x: jnp.linalg.inv(p["other"]).sum() + x @ p["w"],
         (7, 7),
         "enters `.*`.*which is not followed.*Give it a LoraSpec",
     ),
     (
         "no-output",
-        lambda p, x: jnp.tensordot(x, p["left"]) + (x @ p["w"]).sum(),
+        lambda p, x: jnp.tensordot(x, p["other"]) + (x @ p["w"]).sum(),
         (3, 11),
         "leaves no axis for its outputs.*Give it a LoraSpec",
     ),
     (
         "dead",
-        lambda p, x: (x @ p["w"], jnp.tanh(x @ p["left"]))[0],
+        lambda p, x: (x @ p["w"], jnp.tanh(x @ p["other"]))[0],
         (11, 4),
         "nothing that the function returns depends on `dot_general` at .*test_roles",
     ),
     (
         "dead-in-a-call",
-        lambda p, x: jax.jit(lambda p, x: (x @ p["w"], jnp.tanh(x @ p["left"]))[0])(p, x),
+        lambda p, x: jax.jit(lambda p, x: (x @ p["w"], jnp.tanh(x @ p["other"]))[0])(p, x),
         (11, 4),
         "nothing that the function returns depends on `dot_general` at .*test_roles",
     ),
     (
         "gain-of-a-weight",
-        lambda p, x: x @ (p["w"] * p["left"]),
+        lambda p, x: x @ (p["w"] * p["other"]),
         (1, 13),
         "leaves no axis for its inputs.*give it LORA_FULL",
     ),
@@ -492,12 +492,12 @@ TOLD = [
 
 
 @pytest.mark.parametrize(
-    ("fn", "shape", "reason"), [row[1:] for row in TOLD], ids=[row[0] for row in TOLD]
+    ("fn", "shape", "reason"), [row[1:] for row in WARNED], ids=[row[0] for row in WARNED]
 )
-def test_left_out_with_reason(fn, shape, reason):
-    with pytest.warns(UnadaptedWarning, match=rf"`left`: .*{reason}"):
-        spec = roles_of(fn, {"w": (11, 13), "v": (5, 7), "left": shape}, [X])
-    assert spec["left"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
+def test_unadapted_weight_warns_with_the_reason(fn, shape, reason):
+    with pytest.warns(UnadaptedWarning, match=rf"`other`: .*{reason}"):
+        spec = roles_of(fn, {"w": (11, 13), "v": (5, 7), "other": shape}, [X])
+    assert spec["other"] == LORA_FREEZE and spec["w"] != LORA_FREEZE
 
 
 def test_data_that_the_function_closes_over():
@@ -506,9 +506,9 @@ def test_data_that_the_function_closes_over():
     assert (spec["w"].in_axes, spec["v"].in_axes) == ((0,), (1,))
 
 
-def test_line_is_that_of_the_caller_of_a_library_function():
+def test_warning_names_the_line_that_calls_a_library_function():
     def model(p, x):
-        return jnp.linalg.inv(p["left"]) @ p["v"] + (x @ p["w"]).sum()
+        return jnp.linalg.inv(p["other"]) @ p["v"] + (x @ p["w"]).sum()
 
     with pytest.warns(UnadaptedWarning, match=r"test_roles\.py:\d+"):
-        roles_of(model, {"w": (11, 13), "v": (7, 5), "left": (7, 7)}, [X])
+        roles_of(model, {"w": (11, 13), "v": (7, 5), "other": (7, 7)}, [X])

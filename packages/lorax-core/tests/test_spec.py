@@ -1,3 +1,5 @@
+"""Specs: `simple_spec`, `spec_from_rules`, and errors of `init_lora` that name the path."""
+
 import re
 
 import jax
@@ -29,20 +31,20 @@ def init(spec, params=None):
 
 
 def test_simple_spec_gives_string_paths_and_arrays():
-    seen = {}
+    calls = {}
 
     def decide(path, array):
-        seen[path] = array.shape
+        calls[path] = array.shape
         return 2 if "attn" in path else LORA_FREEZE
 
     spec = simple_spec(PARAMS, decide)
-    assert seen == {"h/0/attn/kernel": (5, 7), "h/1/attn/kernel": (5, 7), "head": (7, 11)}
+    assert calls == {"h/0/attn/kernel": (5, 7), "h/1/attn/kernel": (5, 7), "head": (7, 11)}
     assert spec["h"][1]["attn"] == {"kernel": 2, "bias": LORA_FREEZE}
     assert spec["head"] == spec["step"] == spec["activation"] == LORA_FREEZE
     init(spec, PARAMS)
 
 
-def test_simple_spec_tunes_vectors_but_no_integers():
+def test_simple_spec_tunes_vectors_but_not_integers():
     spec = simple_spec(PARAMS, tune_vectors=True)
     assert spec["h"][0]["attn"] == {"kernel": LORA_FREEZE, "bias": LORA_FULL}
     assert spec["step"] == LORA_FREEZE
@@ -54,7 +56,7 @@ def test_simple_spec_honors_is_leaf():
     assert spec["h"] == LORA_FREEZE
 
 
-def test_rules_first_match_wins():
+def test_first_matching_rule_wins():
     spec = spec_from_rules(
         PARAMS,
         [("h/0/*/kernel", 3), (re.compile(r"h/\d+/attn/k"), 2), (lambda p: "bias" in p, LORA_FULL)],
@@ -75,7 +77,7 @@ def test_rules_first_match_wins():
         ([("*", 0), ("head", 2)], "'head' matches no parameter: earlier rules .* `head`"),
     ],
 )
-def test_a_rule_without_an_effect_raises(rules, message):
+def test_rule_without_an_effect_raises(rules, message):
     with pytest.raises(SpecError, match=message):
         spec_from_rules(PARAMS, rules)
 
@@ -103,7 +105,7 @@ def test_a_rule_without_an_effect_raises(rules, message):
         (LoraSpec(2, in_axes=(True,)), "not among them"),
     ],
 )
-def test_a_spec_that_does_not_fit_raises_that_names_the_path(leaf, message):
+def test_invalid_spec_raises_with_its_path(leaf, message):
     with pytest.raises(SpecError, match=message):
         init({"w": leaf})
 
@@ -120,7 +122,7 @@ def test_a_spec_that_does_not_fit_raises_that_names_the_path(leaf, message):
         (3.0, "is float, not an array"),
     ],
 )
-def test_a_parameter_that_takes_no_rank_raises_that_names_it(param, message):
+def test_parameter_that_cannot_take_a_rank_raises_with_its_path(param, message):
     with pytest.raises(SpecError, match="`deep/0/w` (has|is|holds) ?.*"):
         init({"deep": [{"w": 2}]}, {"deep": [{"w": param}]})
     with pytest.raises(SpecError, match=message):
@@ -133,14 +135,14 @@ def test_full_training_of_integers_raises():
 
 
 @pytest.mark.parametrize("leaf", [6, LoraSpec(6)])
-def test_rank_above_that_of_the_matrix_is_legal_and_warned_of(leaf):
+def test_rank_above_that_of_the_matrix_warns(leaf):
     with pytest.warns(RankWarning, match=r"`w` has shape \(5, 7\): .* rank is at most 5"):
         _, tunable = init({"w": leaf})
     assert (tunable["w"].a.shape, tunable["w"].b.shape) == ((5, 6), (6, 7))
 
 
 @pytest.mark.parametrize("spec", [{}, {"w": 2, "v": 0}, [2], 2, {"w": {"kernel": 2}}])
-def test_a_spec_of_another_structure_raises(spec):
+def test_spec_with_another_structure_raises(spec):
     with pytest.raises(SpecError, match="must have the structure of the parameters"):
         init(spec)
 
@@ -156,6 +158,6 @@ def test_a_spec_of_another_structure_raises(spec):
         (LoraSpec(2, in_axes=[3, 0], out_axes=[1, 2]), (3, 11, 2), (2, 5, 7)),
     ],
 )
-def test_axes_give_the_shapes_of_the_factors(spec, a, b):
+def test_axes_determine_the_shapes_of_the_factors(spec, a, b):
     _, tunable = init({"w": spec}, {"w": jnp.ones((3, 5, 7, 11))})
     assert (tunable["w"].a.shape, tunable["w"].b.shape) == (a, b)

@@ -1,3 +1,5 @@
+"""Settings of specs and adapters: normalized, hashable, and equal where their values are."""
+
 import copy
 import fractions
 import pickle
@@ -22,8 +24,8 @@ FACTORS = np.ones((3, 2)), np.ones((2, 5))
 )
 @pytest.mark.parametrize("cls", [LoraSpec, lambda *args: LoraWeight(*FACTORS, *args)])
 def test_alpha_becomes_a_python_number(cls, alpha):
-    made = cls(2, alpha)
-    assert type(made.alpha) in (int, float) and made.alpha == 16
+    normalized = cls(2, alpha)
+    assert type(normalized.alpha) in (int, float) and normalized.alpha == 16
 
 
 @pytest.mark.parametrize("rank", [2, np.int64(2), np.uint8(2), np.array(2), jnp.int32(2)], ids=repr)
@@ -59,13 +61,13 @@ def test_axes_that_are_not_a_sequence_raise(name, axes):
 
 
 def test_equal_settings_are_one_structure():
-    """A difference of types alone is traced once, and the two meet in an optimizer."""
-    given = LoraWeight(*FACTORS, np.int64(2), np.float32(16), in_axes=[0])  # pyright: ignore
-    plain = LoraWeight(*FACTORS, 2, 16.0)
-    assert jax.tree.structure(given) == jax.tree.structure(plain)
+    """Settings of other types do not cause another trace, and the trees fit one optimizer."""
+    other_types = LoraWeight(*FACTORS, np.int64(2), np.float32(16), in_axes=[0])  # pyright: ignore
+    python_types = LoraWeight(*FACTORS, 2, 16.0)
+    assert jax.tree.structure(other_types) == jax.tree.structure(python_types)
     traces = []
     jitted = jax.jit(lambda weight: (traces.append(1), weight.a)[1])
-    assert (jitted(given) == jitted(plain)).all()
+    assert (jitted(other_types) == jitted(python_types)).all()
     assert len(traces) == 1
 
 
@@ -78,19 +80,19 @@ def test_numpy_leaves_can_be_exported():
 
 
 @pytest.mark.parametrize(
-    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+    "duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
-def test_specs_and_adapters_are_copied_and_pickled(again):
+def test_specs_and_adapters_are_copied_and_pickled(duplicate):
     alpha: Any = np.float32(16)
     spec = LoraSpec(2, alpha, "rslora", [1], [0])
-    assert again(spec) == spec
+    assert duplicate(spec) == spec
     _, tunable = init_lora({"w": jnp.ones((3, 5))}, {"w": spec}, jax.random.key(0))
-    copied = again(tunable)
+    copied = duplicate(tunable)
     assert jax.tree.structure(copied) == jax.tree.structure(tunable)
     jax.tree.map(np.testing.assert_array_equal, copied, tunable)
 
 
 @pytest.mark.parametrize("content", [None, object(), "x", 3, jax.ShapeDtypeStruct((2,), jnp.int4)])
-def test_an_adapter_holds_anything(content):
+def test_an_adapter_may_hold_any_leaves(content):
     weight = LoraWeight(*FACTORS, 2)
     assert jax.tree.map(lambda _: content, weight).a is content

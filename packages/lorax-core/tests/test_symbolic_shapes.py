@@ -1,4 +1,4 @@
-"""`jax.export` with symbolic shapes: one program, adapters as arguments, any batch and length."""
+"""`jax.export` with symbolic shapes: one program serves any adapter, batch and length."""
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,14 @@ def convnet(p, x):
 
 
 def window_of_the_outputs(p, x):
-    """Here the second half of the adapter has the window, and what "SAME" pads."""
+    """Here the kernel of `b` has the window, and the padding that "SAME" adds."""
     return lax.conv_general_dilated(
         x, p["w"], (2,), "SAME", rhs_dilation=(2,), dimension_numbers=("NWC", "WIO", "NWC")
     )
 
 
 def queries(p, x):
-    """Attention pooling: every example gets the same learned queries."""
+    """Attention pooling with the same learned queries for every example."""
     q = jnp.einsum("bqd,dhk->bqhk", jnp.tile(p["w"], (x.shape[0], 1, 1)), p["q"])
     k = jnp.einsum("btd,dhk->bthk", x, p["k"])
     return attend(q, k, k)
@@ -150,7 +150,7 @@ ROWS = {
 
 
 def symbolic(row):
-    """The argument as a shape; each call has its own scope, as in a program that exports."""
+    """The argument as a symbolic shape, in a scope of its own."""
     *_, shape = ROWS[row]
     dtype = jnp.int32 if shape == "b, t" else jnp.float32
     return jax.ShapeDtypeStruct(export.symbolic_shape(shape), dtype)
@@ -172,7 +172,7 @@ def adapted(row):
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     frozen, tunable = init_lora(params, spec, jax.random.key(1))
-    # Learned queries are built where softmax takes them, at any size.
+    # Learned queries are materialized where softmax takes them, at any size.
     return lora(fn, on_materialize="allow"), frozen, testing.random_factors(tunable, keys[0])
 
 
@@ -188,7 +188,7 @@ def test_one_program_serves_every_size(row):
 
 
 @pytest.mark.parametrize("row", ["mlp", "attention", "embedding, tied head", "convnet"])
-def test_a_gradient_serves_every_size(row):
+def test_one_gradient_program_serves_every_size(row):
     fn, frozen, tunable = adapted(row)
     gradient = jax.grad(lambda tunable, x: (fn((frozen, tunable), x) ** 2).sum())
     program = export.export(jax.jit(gradient))(tunable, symbolic(row))
@@ -199,24 +199,24 @@ def test_a_gradient_serves_every_size(row):
             jax.tree.leaves(gradient(tunable, x)),
             strict=True,
         )
-        assert all(np.allclose(one, two, rtol=1e-3, atol=1e-4) for one, two in pairs)
+        assert all(np.allclose(actual, wanted, rtol=1e-3, atol=1e-4) for actual, wanted in pairs)
 
 
-def test_a_program_on_disk_is_as_good():
+def test_a_deserialized_program_gives_the_same_result():
     fn, frozen, tunable = adapted("mlp")
     program = export.export(jax.jit(fn))((frozen, tunable), symbolic("mlp"))
     x = argument("mlp", SIZES[0])
-    read = export.deserialize(program.serialize())
-    assert (read.call((frozen, tunable), x) == program.call((frozen, tunable), x)).all()
+    deserialized = export.deserialize(program.serialize())
+    assert (deserialized.call((frozen, tunable), x) == program.call((frozen, tunable), x)).all()
 
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.filterwarnings("ignore::lorax.UnadaptedWarning")
-def test_roles_are_inferred_as_for_known_sizes(row):
+def test_infer_spec_is_the_same_as_for_known_sizes(row):
     fn, shapes, *_ = ROWS[row]
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    of = lambda x: infer_spec(fn, params, x, rank=1, skip_small=False)  # noqa: E731
-    assert of(symbolic(row)) == of(argument(row, SIZES[0]))
+    infer = lambda x: infer_spec(fn, params, x, rank=1, skip_small=False)  # noqa: E731
+    assert infer(symbolic(row)) == infer(argument(row, SIZES[0]))
 
 
 def test_explain_has_everything_but_costs():
@@ -236,6 +236,6 @@ def test_a_materialized_weight_is_reported_with_its_symbolic_shape():
         export.export(jax.jit(lora(model)))(pair, symbolic("mlp"))
 
 
-def test_check_asks_for_arrays():
+def test_check_of_shapes_raises():
     with pytest.raises(TypeError, match="takes arrays.*several concrete"):
         testing.check(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 6))}, {"w": 2}, symbolic("mlp"))

@@ -1,3 +1,5 @@
+"""`lora`: signatures, tracing, transformations, precision, sharding, warnings, and training."""
+
 import functools
 import inspect
 import warnings
@@ -13,6 +15,7 @@ from jax.interpreters import ad
 from lorax import (
     LORA_FREEZE,
     LORA_FULL,
+    ArgumentError,
     LoraSpec,
     MaterializeError,
     MaterializeWarning,
@@ -55,10 +58,10 @@ X = jax.random.normal(jax.random.key(9), (3, 5))
 
 def test_keeps_name_and_documentation():
     def documented(params, x):
-        """What it does."""
+        """Documentation."""
 
     wrapped = lora(documented)
-    assert wrapped.__name__ == "documented" and wrapped.__doc__ == "What it does."
+    assert wrapped.__name__ == "documented" and wrapped.__doc__ == "Documentation."
     assert list(inspect.signature(wrapped).parameters) == ["params", "x"]
 
 
@@ -75,6 +78,31 @@ def test_several_positions_and_keywords():
         assert equal(wrapped(pairs[0], X, pairs[1], third=pairs[2]), expected)
 
 
+def test_positions_of_numpy():
+    first: Any = np.int64(0)
+    assert equal(lora(model, argnums=first)(pair(), X), lora(model)(pair(), X))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"argnums": "p"}, {"argnums": 1.5}, {"argnums": None}, {"argnums": (0, "x")},
+        {"argnames": 3}, {"argnames": [0]},
+    ],
+)  # fmt: skip
+def test_other_positions_and_names_raise(options):
+    (name,) = options
+    with pytest.raises(ArgumentError, match=f"lora: {name}=.*; it must be one "):
+        lora(model, **options)
+
+
+def test_a_function_without_a_pair_raises():
+    with pytest.raises(ArgumentError, match="so no argument is a pair"):
+        lora(model, argnums=())
+    with pytest.raises(ArgumentError, match="lora takes a function, and it was given a str"):
+        lora("model")  # pyright: ignore[reportArgumentType]
+
+
 def test_positional_parameters_passed_by_name():
     adapters = pair()
     expected = lora(model)(adapters, X)
@@ -82,16 +110,16 @@ def test_positional_parameters_passed_by_name():
     assert equal(lora(lambda x, params: model(params, x), argnums=1)(X, params=adapters), expected)
 
 
-def test_python_values_reach_the_function_as_they_are():
-    seen = {}
+def test_python_values_reach_the_function_unchanged():
+    received = {}
 
     def fn(params, x, train, *, mode=None, act: Any = None, size=3, shape=None):
-        seen.update(train=train, mode=mode, act=act, size=size, shape=shape)
+        received.update(train=train, mode=mode, act=act, size=size, shape=shape)
         return act(x @ params["w"])
 
     lora(fn)(pair(), X, True, mode="fast", act=jnp.tanh, shape=np.array([1, 2]))
-    assert seen["train"] is True and seen["mode"] == "fast" and seen["act"] is jnp.tanh
-    assert seen["size"] == 3 and isinstance(seen["shape"], np.ndarray)
+    assert received["train"] is True and received["mode"] == "fast" and received["act"] is jnp.tanh
+    assert received["size"] == 3 and isinstance(received["shape"], np.ndarray)
 
 
 def test_outputs_keep_non_array_leaves():
@@ -132,7 +160,7 @@ def test_numpy_parameters():
     )
 
 
-def test_an_argument_that_is_also_a_parameter_reaches_the_function_as_it_is():
+def test_argument_that_is_also_a_parameter_is_not_converted():
     table = np.ones((4, 7), np.float32)
 
     def fn(params, x, table):
@@ -153,17 +181,17 @@ def test_typed_keys_pass_through():
 
 
 def test_effects_happen_once():
-    seen = []
+    received = []
 
     def fn(params, x):
-        jax.debug.callback(lambda v: seen.append(float(v)), x.sum())
+        jax.debug.callback(lambda v: received.append(float(v)), x.sum())
         return x @ params["w"]
 
     for run in (lora(fn), jax.jit(lora(fn))):
-        seen.clear()
+        received.clear()
         run(pair(), X)
         jax.effects_barrier()
-        assert len(seen) == 1
+        assert len(received) == 1
 
 
 def test_closed_over_tracers():
@@ -193,13 +221,13 @@ def test_without_adapters_the_program_is_the_original_one():
 
 
 @pytest.mark.parametrize("x", [X, jnp.stack([X, X + 1])], ids=["rows", "rows-of-rows"])
-def test_zero_b_gives_the_bits_of_the_base_model(x):
+def test_zero_b_is_bit_identical_to_the_base_model(x):
     params = {"w": jax.random.normal(jax.random.key(0), (5, 7))}
     adapters = init_lora(params, {"w": 2}, jax.random.key(1))
     assert (jax.jit(lora(model))(adapters, x) == jax.jit(model)(params, x)).all()
 
 
-# How it is traced
+# Tracing
 
 
 def test_the_function_is_traced_once_per_call():
@@ -215,7 +243,7 @@ def test_the_function_is_traced_once_per_call():
         assert len(calls) == 1
 
 
-def test_a_jitted_function_is_transformed_once_however_often_it_is_called():
+def test_jitted_function_is_transformed_once_for_all_calls():
     @jax.jit
     def layer(w, x):
         return jnp.tanh(x @ w)
@@ -230,7 +258,7 @@ def test_a_jitted_function_is_transformed_once_however_often_it_is_called():
     assert equal(lora(stack)(adapters, X), stack(merge_params(*adapters), X))
 
 
-def test_outside_jit_a_jitted_function_is_transformed_by_the_first_call_only(monkeypatch):
+def test_jitted_function_is_transformed_only_by_the_first_eager_call(monkeypatch):
     runs = []
     run = Interpreter.run
     monkeypatch.setattr(Interpreter, "run", lambda *args: runs.append(1) or run(*args))
@@ -258,7 +286,7 @@ def test_uses_in_a_shared_function_are_reported_for_every_caller():
     assert [f"`{k}` is used by `sin`" in str(error.value) for k in range(3)] == [True] * 3
 
 
-def test_scopes_and_lines_survive():
+def test_scopes_and_lines_are_kept():
     def fn(params, x):
         with jax.named_scope("layer7"):
             return x @ params["w"]
@@ -269,7 +297,7 @@ def test_scopes_and_lines_survive():
     assert f'{__file__}":{line}' in text
 
 
-def test_scopes_and_lines_survive_in_gradients():
+def test_scopes_and_lines_are_kept_in_gradients():
     def fn(params, x):
         with jax.named_scope("layer7"):
             return jnp.sin(x @ params["w"])
@@ -292,7 +320,7 @@ def test_equal_layers_share_the_trace_of_their_products(monkeypatch):
     def stack(params, x):
         return functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
 
-    weights = [ones(31, 31)] * 6  # a shape of this test alone
+    weights = [ones(31, 31)] * 6  # a shape that no other test uses
     adapters = init_lora(weights, [2] * 6, jax.random.key(0))
     jax.make_jaxpr(lora(stack))(adapters, ones(3, 31))
     assert len(products) == 1
@@ -326,14 +354,14 @@ def test_jit_keeps_its_name_and_donation():
         return named(params["w"], x, unused)
 
     plain = jax.make_jaxpr(fn)({"w": ones(5, 5)}, ones(3, 5), ones(2)).eqns[0]
-    ours = jax.make_jaxpr(lora(fn))(pair((5, 5)), ones(3, 5), ones(2)).eqns[0]
-    assert ours.params["name"] == plain.params["name"] == "named"
-    assert ours.params["keep_unused"] is True
-    assert sum(ours.params["donated_invars"]) == 1
+    adapted = jax.make_jaxpr(lora(fn))(pair((5, 5)), ones(3, 5), ones(2)).eqns[0]
+    assert adapted.params["name"] == plain.params["name"] == "named"
+    assert adapted.params["keep_unused"] is True
+    assert sum(adapted.params["donated_invars"]) == 1
     donated = [
         v.aval.shape
-        for v, gone in zip(ours.invars, ours.params["donated_invars"], strict=True)
-        if gone
+        for v, is_donated in zip(adapted.invars, adapted.params["donated_invars"], strict=True)
+        if is_donated
     ]
     assert donated == [(3, 5)]
 
@@ -368,8 +396,8 @@ def losses(x=X):
     ids=["grad", "jacrev", "jacfwd", "jvp", "linearize", "hvp", "hessian", "remat", "jit", "vmap"],
 )
 def test_transformations_agree_with_the_merged_model(transform, x):
-    tunable, ours, merged = losses(x)
-    got, expected = transform(ours)(tunable), transform(merged)(tunable)
+    tunable, adapted, merged = losses(x)
+    got, expected = transform(adapted)(tunable), transform(merged)(tunable)
     assert all(map(equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
 
 
@@ -442,7 +470,7 @@ def test_an_8_bit_base_does_not_round_the_factors():
 
 
 @pytest.mark.devices(4)
-def test_explicit_meshes_get_the_sharding_of_the_base():
+def test_explicit_mesh_keeps_the_sharding_of_the_base_product():
     from jax.sharding import AxisType, PartitionSpec as P
 
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -463,7 +491,7 @@ def test_explicit_meshes_get_the_sharding_of_the_base():
 # Warnings and messages
 
 
-def test_a_materialized_weight_is_named_with_its_line():
+def test_materialize_warning_names_the_weight_and_the_line():
     def fn(params, x):
         return x @ jnp.sin(params["w"])
 
@@ -478,33 +506,33 @@ def test_a_materialized_weight_is_named_with_its_line():
     assert equal(got, fn(merge_params(*adapters), X))
 
 
-def test_error_mode_raises_before_anything_runs():
-    ran = []
+def test_error_mode_raises_before_the_function_runs():
+    calls = []
 
     def fn(params, x):
-        jax.debug.callback(lambda: ran.append(1))
+        jax.debug.callback(lambda: calls.append(1))
         return x @ jnp.sin(params["w"])
 
     with pytest.raises(MaterializeError, match="`w` is used by `sin`"):
         lora(fn, on_materialize="error")(pair(), X)
     jax.effects_barrier()
-    assert not ran
+    assert not calls
 
 
-def test_allow_mode_says_nothing():
+def test_allow_mode_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora(lambda p, x: x @ jnp.sin(p["w"]), on_materialize="allow")(pair(), X)
 
 
-def test_a_returned_weight_is_materialized_and_named():
+def test_returned_weight_is_materialized_with_a_warning():
     adapters = pair()
     with pytest.warns(MaterializeWarning, match="`w` is returned by the function"):
         out = lora(lambda p, x: (x @ p["w"], p))(adapters, X)
     assert equal(out[1]["w"], merge_params(*adapters)["w"])
 
 
-def test_an_unused_adapter_is_named():
+def test_unused_adapter_warns_or_raises():
     with pytest.warns(UnusedAdapterWarning, match="depends on the adapter of `w`"):
         lora(lambda p, x: x * 2)(pair(), X)
     with pytest.raises(UnusedAdapterError, match="`w`"):
@@ -515,31 +543,31 @@ def test_an_unused_adapter_is_named():
 
 
 @pytest.mark.parametrize("body", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
-def test_an_adapter_that_only_dead_code_reads_is_named(body):
+def test_adapter_that_only_dead_code_reads_is_unused(body):
     def fn(params, x):
         body(lambda w, x: jnp.sin(x @ w))(jnp.cos(params["dead"]), x)
         return body(lambda p, x: (x @ jnp.cos(p["dead"]), x @ p["w"])[1])(params, x)
 
     params = {"w": ones(5, 7), "dead": ones(5, 7)}
     adapters = init_lora(params, {"w": 2, "dead": 2}, jax.random.key(0))
-    # The cosine would build the weight, if anything needed it.
+    # The cosine would materialize the weight if its result were used.
     with pytest.raises(UnusedAdapterError, match="depends on the adapter of `dead`"):
         lora(fn, on_materialize="error", on_unused="error")(adapters, X)
 
 
 def test_an_adapter_that_only_an_effect_reads_is_used():
-    seen = []
+    received = []
 
     def fn(params, x):
-        jax.debug.callback(lambda y: seen.append(y.shape), x @ params["w"])
+        jax.debug.callback(lambda y: received.append(y.shape), x @ params["w"])
         return x
 
     lora(fn, on_unused="error")(pair(), X)
     jax.effects_barrier()
-    assert seen == [(3, 7)]
+    assert received == [(3, 7)]
 
 
-def test_many_unused_adapters_are_one_warning():
+def test_unused_adapters_share_one_warning():
     adapters = init_lora([ones(5, 7)] * 11, [2] * 11, jax.random.key(0))
     with pytest.warns(UnusedAdapterWarning) as caught:
         lora(lambda p, x: x @ p[0])(adapters, X)
@@ -548,7 +576,7 @@ def test_many_unused_adapters_are_one_warning():
 
 
 @pytest.mark.parametrize("bad", ["loud", None, True])
-def test_an_unknown_mode_raises(bad):
+def test_unknown_mode_raises(bad):
     with pytest.raises(ValueError, match="it must be 'warn', 'error' or 'allow'"):
         lora(model, on_materialize=bad)
 
@@ -572,7 +600,7 @@ def test_non_pair_raises(args, message):
 # Training
 
 
-def test_optax_trains_the_tunable_tree_alone():
+def test_optax_trains_only_the_tunable_tree():
     import optax
 
     frozen, tunable = init_lora(

@@ -1,13 +1,13 @@
-"""Adapters: labelled factors beside a base, and settings. One class per kind.
+"""Adapters: factors with labelled axes, and settings. One class per kind.
 
 All code outside `kinds/` handles adapters through this file, and names no kind:
 
 * `Adapter` is a node of the tunable tree. Its arrays are trained; everything else is static.
-* `FrozenWeight` is a node of the frozen tree: a base with the frozen factors beside it.
-* `AdapterSpec` is a leaf of the spec tree, which makes the first factors.
+* `FrozenWeight` is a node of the frozen tree: a base and the frozen factors of its adapter.
+* `AdapterSpec` is a leaf of the spec tree, which makes the initial factors.
 
 `Layout` maps the axes of each factor to axes of the weight. Shapes, placement, boxes, files and the
-work oracle follow from it, and for most kinds also the delta: the einsum of all factors.
+oracle follow from it, and for most kinds also the delta: the einsum of all factors.
 """
 
 import dataclasses
@@ -54,13 +54,13 @@ class Layout(NamedTuple):
     Attributes:
         out: the labels of each axis of the weight, most significant first.
         factors: the labels of each trained factor, by name.
-        held: the labels of each frozen factor, by name.
+        frozen: the labels of each frozen factor, by name.
         gains: the names of factors that multiply the sum instead of being part of a delta.
     """
 
     out: tuple[Labels, ...]
     factors: Mapping[str, Labels]
-    held: Mapping[str, Labels] = {}
+    frozen: Mapping[str, Labels] = {}
     gains: frozenset[str] = frozenset()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -161,22 +161,22 @@ class Adapter:
         return {}
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         """Returns the adapted weight.
 
         Args:
             base: the frozen weight.
-            held: the frozen factors beside it.
+            frozen: the frozen factors of the adapter.
             source: the name of the weight in messages, its path.
         """
-        return FactoredArray(base, (self.term(base.shape, held or {}, source),))
+        return FactoredArray(base, (self.term(base.shape, frozen or {}, source),))
 
-    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+    def term(self, shape: tuple[int, ...], frozen: Mapping[str, Any], source: Hashable) -> Term:
         """Returns the einsum of all factors, scaled."""
         layout = self.layout(shape)
-        labels = {**layout.factors, **layout.held}
-        factors = {**self.factors(), **held}
+        labels = {**layout.factors, **layout.frozen}
+        factors = {**self.factors(), **frozen}
         term = make_term({n: factors[n] for n in labels}, labels, layout.out, source)
         return term if self.scale == 1 else term.scale(self.scale)
 

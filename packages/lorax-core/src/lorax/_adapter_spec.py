@@ -1,4 +1,4 @@
-"""Adapter specs: leaves of the spec tree that check a weight and make the first factors."""
+"""Adapter specs: leaves of the spec tree that check a weight and make the initial factors."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import Adapter
-from ._arrays import Held, own
+from ._arrays import Encoded, own
 from ._axes import Axes, resolve_axes
 from ._contract import holds_factors
 from ._errors import SpecError, a_kind
@@ -20,7 +20,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 class Start(NamedTuple):
-    """The inputs from which a kind makes its first factors.
+    """The inputs from which a kind makes its initial factors.
 
     Attributes:
         path: the path of the parameter.
@@ -44,7 +44,7 @@ class Start(NamedTuple):
 
     def array(self, spec: Any, needed: str) -> Any:
         """Returns the parameter as an array; raises `SpecError` if only its shape is known."""
-        if isinstance(self.base, Held):
+        if isinstance(self.base, Encoded):
             return self.base.array()
         if not isinstance(self.base, jax.Array | np.ndarray):
             raise SpecError(
@@ -81,7 +81,7 @@ class Started(NamedTuple):
     """The initial state of an adapter, with frozen factors, and a new base if it has changed."""
 
     adapter: Adapter
-    held: Mapping[str, Any] = {}
+    frozen: Mapping[str, Any] = {}
     base: Any = None
 
 
@@ -101,7 +101,7 @@ class AdapterSpec:
 
     @property
     def collects(self) -> Any:
-        """The start that computes the first factors from collected statistics, or None."""
+        """The start that computes the initial factors from collected statistics, or None."""
         return None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from ._compat import is_tracer
 from ._errors import ArgumentError
 
 
-class Held:
+class Encoded:
     """A node of a tree that represents a single array in another form."""
 
     def array(self) -> jax.Array:
@@ -23,7 +23,7 @@ def is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray):
         # Not objects, strings, dates or time spans.
         return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Held)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Encoded)
 
 
 def own(leaf: Any) -> Any:
@@ -35,7 +35,7 @@ def own(leaf: Any) -> Any:
     """
     if isinstance(leaf, np.ndarray):
         return np.array(leaf)
-    if isinstance(leaf, Held):
+    if isinstance(leaf, Encoded):
         return jax.tree.map(own, leaf)
     if not isinstance(leaf, jax.Array):
         return leaf

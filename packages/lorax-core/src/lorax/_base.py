@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, Sharding
 
-from ._arrays import Held
+from ._arrays import Encoded
 from ._axes import normalize
 from ._base_format import FORMATS, Blocks, Format, fields_of
 from ._coded import CodedArray, array_spec, weight_spec
@@ -27,8 +27,8 @@ from ._terms import Labels, Term
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight(Held):
-    """A weight that is held as codes and scales: a node of the frozen tree, made by `quantize`.
+class QuantizedWeight(Encoded):
+    """A weight that is stored as codes and scales: a node of the frozen tree, made by `quantize`.
 
     Attributes:
         arrays: by name, `codes` with one entry per entry of the weight, where an axis in blocks is
@@ -49,7 +49,7 @@ class QuantizedWeight(Held):
     stored: str = dataclasses.field(metadata={"static": True})
 
     @property
-    def held(self) -> Format:
+    def codec(self) -> Format:
         """The format with its settings."""
         cls = FORMATS[self.format]
         return cls(**dict(zip(fields_of(cls), self.options, strict=True)))
@@ -92,7 +92,7 @@ class QuantizedWeight(Held):
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
         """Returns the labels of each axis of the weight, and those of each array."""
         blocks = Blocks.of(self.shape, _sizes(self.blocks), self.along)
-        labels = self.held.labels(blocks)
+        labels = self.codec.labels(blocks)
         return blocks.out, {name: labels[name] for name in self.names}
 
     @property
@@ -137,7 +137,7 @@ class QuantizedWeight(Held):
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
         sources = () if source is None else (source,)
         return CodedArray(
-            term, (), names, self.held, dtype, (), self.shape, dtype, sources
+            term, (), names, self.codec, dtype, (), self.shape, dtype, sources
         )  # fmt: skip
 
     def array(self) -> jax.Array:
@@ -147,7 +147,7 @@ class QuantizedWeight(Held):
     def settings(self) -> dict[str, Any]:
         """Returns everything but the arrays, as JSON for `quantized_from_settings`."""
         return {
-            **self.held.settings(),
+            **self.codec.settings(),
             "blocks": [list(sizes) for sizes in self.blocks],
             "along": list(self.along),
             "dtype": self.stored,
@@ -231,8 +231,8 @@ def quantized_from_settings(
         >>> import jax.numpy as jnp
         >>> from lorax import quantize
         >>> from lorax.bases import quantized_from_settings
-        >>> held = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
-        >>> quantized_from_settings(held.settings(), held.arrays).shape
+        >>> weight = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
+        >>> quantized_from_settings(weight.settings(), weight.arrays).shape
         (64, 3)
     """
     given = dict(settings)
@@ -286,7 +286,11 @@ def as_base(base: Any, source: Any = None) -> Any:
 
 def decoded(base: Any) -> Any:
     """Returns a base as an array, sharded like its codes; any other leaf is returned unchanged."""
-    return _decode(base) if isinstance(base, QuantizedWeight) else base
+    if not isinstance(base, QuantizedWeight):
+        return base
+    if isinstance(base.arrays["codes"], jax.ShapeDtypeStruct):
+        return _shape_of(base.shape, base.dtype, base.sharding)
+    return _decode(base)
 
 
 @jax.jit
@@ -299,14 +303,29 @@ def first_array(base: Any) -> Any:
     return base.arrays["codes"] if isinstance(base, QuantizedWeight) else base
 
 
+def check_finite(path: str, array: Any) -> None:
+    """Raises for entries that are not finite; those of shapes and tracers are unknown."""
+    if is_tracer(array) or isinstance(array, jax.ShapeDtypeStruct):
+        return
+    # One reduction: a NaN or an infinity anywhere makes the maximum not finite.
+    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(array))))):
+        raise SpecError(
+            f"`{path}` has entries that are not finite, and a block with such an entry has no "
+            "scale. Repair the weight, or leave it as floats."
+        )
+
+
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
-    """Returns the weight with the codes and scales of `array`, sharded as the array is."""
+    """Returns the weight with the codes and scales of `array`, sharded as the array is.
+
+    Of a shape, the shapes of codes and scales.
+    """
     blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
-    labels = weight.held.labels(blocks)
+    labels = weight.codec.labels(blocks)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
         entries, axis = array.astype(wide_dtype(array.dtype)), 0
-        for group in blocks.out:  # one axis after the other, as explicit meshes want it
+        for group in blocks.out:  # one axis after the other, as explicit meshes require
             if len(group) > 1:
                 sizes = [label.size for label in group]
                 # […, in, …] -> […, in / block, block, …]
@@ -317,17 +336,27 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
             tuple(k for k, label in enumerate(blocks.codes) if label not in kept)
             for kept in (blocks.scales, blocks.outer)
         )
-        arrays = weight.held.encode(entries, within, across)
+        arrays = weight.codec.encode(entries, within, across)
         return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
     options: dict[str, Any] = {}
     # While tracing, the compiler places the codes.
     sharding = None if is_tracer(array) else getattr(array, "sharding", None)
-    if isinstance(sharding, NamedSharding):
+    is_shape = isinstance(array, jax.ShapeDtypeStruct)
+    if isinstance(sharding, NamedSharding) or is_shape:
         # The shardings depend on the arrays that the format makes, so their shapes are found first.
         shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
-        options["out_shardings"] = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
+        if sharding is not None:
+            where = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
+            options["out_shardings"] = where
+            shapes = {n: _shape_of(x.shape, x.dtype, where[n]) for n, x in shapes.items()}
+        if is_shape:
+            return dataclasses.replace(weight, arrays=shapes)
     return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
+
+
+def _shape_of(shape: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _without(array: jax.Array, codes: Labels, labels: Labels) -> jax.Array:

@@ -5,16 +5,19 @@ which entries share scales; shapes, placement and files follow from it.
 """
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._errors import ArgumentError, SpecError
-from ._statics import make_plain
+from ._statics import is_of, make_plain
 from ._terms import Label, Labels
 
 FORMATS: "dict[str, type[Format]]" = {}
@@ -76,7 +79,7 @@ class Blocks(NamedTuple):
 
 
 class Format:
-    """How a weight is held in few bits.
+    """How a weight is stored in few bits.
 
     A format is a frozen dataclass under `@defformat`, whose fields are settings. `encode` computes
     arrays from a weight, and `decode` computes an entry of the weight from one entry of each array.
@@ -89,6 +92,12 @@ class Format:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        for name, hint in _hints_of(type(self)).items():
+            value = getattr(self, name)
+            if not is_of(value, hint):
+                raise SpecError(
+                    f"{type(self).__name__} has {name}={value!r}; it must be {_shown(hint)}."
+                )
         self.check()
 
     def check(self) -> None:
@@ -165,8 +174,24 @@ class Format:
 
 def fields_of(format: Any) -> dict[str, Any]:
     """Returns the settings of a format with their types, without the axes that share scales."""
-    fields = dataclasses.fields(format)
-    return {field.name: field.type for field in fields if field.name != "along"}
+    hints = _hints_of(format if isinstance(format, type) else type(format))
+    return {name: hint for name, hint in hints.items() if name != "along"}
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields of a format; those in strings are evaluated."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # pyright: ignore
+
+
+def _shown(hint: Any) -> str:
+    """Returns a type as messages name it, such as `int or None`."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    names = ("None" if part is types.NoneType else str(part) for part in parts)
+    return " or ".join(name.removeprefix("<class '").removesuffix("'>") for name in names)
 
 
 def defformat(cls: type[Any]) -> type[Any]:
@@ -179,7 +204,7 @@ def defformat(cls: type[Any]) -> type[Any]:
         The class.
 
     Raises:
-        ArgumentError: where a format of that name exists.
+        ArgumentError: where a format of that name exists, or the class is not a format.
 
     Example:
         >>> from lorax.bases import Format, defformat
@@ -189,6 +214,8 @@ def defformat(cls: type[Any]) -> type[Any]:
         >>> Doubles() == Doubles()
         True
     """
+    if not (issubclass(cls, Format) and hasattr(cls, "name")):
+        raise ArgumentError(f"defformat takes a subclass of Format with a `name`, not {cls!r}.")
     cls = dataclasses.dataclass(frozen=True)(cls)
     if cls.name in FORMATS:
         raise ArgumentError(f"The format {cls.name!r} is already defined, by {FORMATS[cls.name]}.")

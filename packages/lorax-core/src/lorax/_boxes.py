@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ._adapter import Adapter
-from ._frozen_weight import base_and_held
+from ._frozen_weight import base_and_frozen_factors
 
 # Flax 0.12 renamed `sharding_names`.
 _NNX_KEYS = ("out_sharding", "sharding_names")
@@ -65,7 +65,7 @@ def box_factors(tunable: Any, frozen: Any) -> Any:
         weight = content(node)
         if not is_box(node) or not isinstance(weight, Adapter):
             return node
-        layout = weight.layout(base_and_held(content(of_base))[0].shape)
+        layout = weight.layout(base_and_frozen_factors(content(of_base))[0].shape)
         factors = {
             name: _box_like(node, factor, tuple(map(layout.axis_of, layout.factors[name])))
             for name, factor in weight.factors().items()

@@ -1,4 +1,4 @@
-"""A base that is held as codes while the transformed function runs.
+"""A base that is stored as codes while the transformed function runs.
 
     W[i, o]  =  decode(codes[i, o], scales[block of i, o], …)
 
@@ -106,6 +106,12 @@ class CodedArray:
     def ndim(self) -> int:
         """The number of axes of the weight."""
         return len(self.shape)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several codes share a byte, so that they are unpacked before they are read."""
+        integers = [x.dtype for x in self.term.factors if jnp.issubdtype(x.dtype, jnp.integer)]
+        return any(jnp.iinfo(dtype).bits < 8 for dtype in integers)
 
     @property
     def size(self) -> int:
@@ -237,7 +243,7 @@ def _sharding_of(array: Any) -> Any:
 
 
 def is_coded(value: Any) -> TypeGuard[CodedArray]:
-    """Whether a base is held as codes."""
+    """Whether a base is stored as codes."""
     return isinstance(value, CodedArray)
 
 
@@ -299,7 +305,7 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     positions = sorted(range(len(labels)), key=lambda k: order.index(labels[k]))
     if positions != list(range(len(labels))):
         array = jnp.transpose(array, positions)
-    # scales [in / 64, out] -> [in / 64, 1, out], beside codes [in / 64, 64, out]
+    # scales [in / 64, out] -> [in / 64, 1, out], like codes [in / 64, 64, out]
     missing = [d for d, label in enumerate(order) if label not in labels]
     return jnp.expand_dims(array, missing) if missing else array
 

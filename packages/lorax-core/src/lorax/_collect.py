@@ -1,4 +1,4 @@
-"""`collect_starts`: statistics of inputs or gradients over a few batches, for first factors.
+"""`collect_starts`: statistics of inputs or gradients over a few batches, for initial factors.
 
 Inputs are read by a meter on each weight (`_meter`); gradients are those of the function itself.
 The statistics of a weight take `fan_in²` numbers or as many as the weight, and are reduced to a few
@@ -64,7 +64,7 @@ def collect_starts(
         through_custom_derivatives: as in `lora`.
 
     Returns:
-        For each path, small arrays by name: about as many numbers as the first factors have.
+        For each path, small arrays by name: about as many numbers as the initial factors have.
 
     Raises:
         SpecError: where no spec needs collected statistics; where the inputs of a weight cannot be

@@ -59,9 +59,9 @@ def _linearized_once(
 ) -> Callable[..., Any]:
     """Returns a primitive as a function whose derivative JAX computes once for all equal equations.
 
-    Reverse mode differentiates every bare equation anew, at several times the cost of tracing it
-    (JAX 0.8 to 0.12), and caches derivatives of jitted functions only. The functions of `jax.numpy`
-    are jitted for the same reason.
+    Reverse mode differentiates every bare equation separately, at several times the cost of tracing
+    it (JAX 0.8 to 0.12), and caches derivatives of jitted functions only. The functions of
+    `jax.numpy` are jitted for the same reason.
     """
 
     def function(*operands: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Dropout on the input of adapters, with keys beside the factors; the model needs no changes."""
+"""Dropout on the input of adapters, with PRNG keys in the adapter; the model needs no changes."""
 
 import dataclasses
 import math
@@ -91,9 +91,9 @@ class _Dropped(Within):
     rate: float = static()
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        weight = self.adapter.applied(base, held, source)
+        weight = self.adapter.applied(base, frozen, source)
         axes = Labeled.of(self.axes, base.shape)
         sizes = [label.size for label in axes.shared]
         # One key for each entry of the shared axes.

@@ -49,7 +49,7 @@ class Equation:
         self.bodies: list[Body] = []
 
     def __call__(self, *operands: Any) -> Any:
-        """Evaluates the original equation on plain arrays, or on bases that are held as codes.
+        """Evaluates the original equation on plain arrays, or on bases that are stored as codes.
 
         On a quantized base, an equation whose result is still a weight is deferred. Any other
         equation decodes the base for itself alone.
@@ -185,7 +185,7 @@ class Equation:
     def built(self, value: Value, reason: str = "") -> Any:
         """Returns the value as an operand for an equation without a rule; see `materialize`.
 
-        A base that is held as codes is decoded inside the equation.
+        A base that is stored as codes is decoded inside the equation.
         """
         if not isinstance(value, FactoredArray) or not is_coded(value.base):
             return self.materialize(value, reason)
@@ -206,7 +206,7 @@ class Equation:
     def rows_or_weight(
         self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False
     ) -> Value:
-        """Returns a weight, or an array if keeping its pieces apart no longer saves anything.
+        """Returns a weight, or an array if keeping its pieces separate no longer saves anything.
 
         A looked-up row of an embedding table becomes an array, for example: the model itself would
         add the delta to such a row. A weight in an 8-bit float stays factored until it is cast,
@@ -221,7 +221,7 @@ class Equation:
         base = weight.base
         if weight.is_bare and not finished:
             return weight
-        # Not yet: the base cannot take a sum, or factors are still apart.
+        # Not yet: the base cannot take a sum, or factors are still separate.
         if not _contract.holds_factors(base.dtype) or not (finished or weight.is_flat):
             return weight
         self.use(weight, "rows")

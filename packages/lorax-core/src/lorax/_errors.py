@@ -5,7 +5,7 @@ what happened (path, primitive, shapes), why, and what to do. It ends with the a
 section in the documentation.
 """
 
-# As `[project.urls]` has it, which `nox -s release-check` compares.
+# The same as in `[project.urls]`; `nox -s release-check` compares them.
 DOCUMENTATION = "https://OWNER.github.io/lorax/"
 
 _PACKAGES = ("lorax", "lorax_hf", "lorax_io")
@@ -13,13 +13,13 @@ _PACKAGES = ("lorax", "lorax_hf", "lorax_io")
 
 def remedies(category: type) -> str:
     """Returns a pointer to the documentation of an error or warning class."""
-    # A class of somebody else has the address of ours that it derives from.
+    # A user's subclass has the address of the class of Lorax that it derives from.
     ours = next(c for c in category.__mro__ if c.__module__.partition(".")[0] in _PACKAGES)
     return f"See {DOCUMENTATION}troubleshooting/#{ours.__name__.lower()}"
 
 
 class LoraxError(Exception):
-    """Base class of every error that Lorax raises on purpose.
+    """Base class of every error that Lorax raises.
 
     The address of its documentation is a note (`__notes__`), so that it ends the traceback and is
     not repeated in messages that quote another.
@@ -95,4 +95,4 @@ class RankWarning(LoraxWarning):
 def a_kind(value: object) -> str:
     """Returns the class name of a value with its article, for messages."""
     name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"

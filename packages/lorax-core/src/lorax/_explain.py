@@ -76,7 +76,7 @@ class Explanation:
         kept_bytes: the bytes saved for the backward pass of the trained parameters, without the
             arguments of the call; None if there is no backward pass or a size is symbolic.
         no_derivative: JAX's message if there is no backward pass.
-        quantized: how many numbers of the base model are held as codes.
+        quantized: how many numbers of the base model are stored as codes.
         bits: bits per quantized number, scales included; None if there are none.
         decoded: the uses that decode a quantized weight without an adapter, other than products
             and lookups: path, primitive and line of each.
@@ -120,7 +120,7 @@ class Explanation:
         if self.no_derivative:
             lines.append(f"The function has no backward pass: {self.no_derivative}")
         if self.bits is not None:
-            lines.append(f"{self.quantized:,} parameters are held in {self.bits:.2f} bits each.")
+            lines.append(f"{self.quantized:,} parameters are stored in {self.bits:.2f} bits each.")
         for path, primitive, line in self.decoded:
             where = f" at {line}" if line else ""
             lines.append(f"`{path}` is decoded to a whole array for `{primitive}`{where}.")
@@ -177,9 +177,9 @@ def explain(
 
     Returns:
         An `Explanation`: for every trained parameter its rank, its number of trained values, and
-        whether its uses are covered by rules, materialize the weight, or do not exist; what a
-        call costs beside the base model's, as XLA counts it before optimization; and the bytes that
-        a backward pass needs.
+        whether its uses are covered by rules, materialize the weight, or do not exist; the costs
+        of a call and of the same call of the base model, as XLA counts them before optimization;
+        and the bytes that a backward pass needs.
 
     Raises:
         PairError: where `pair` is not a pair.
@@ -207,9 +207,14 @@ def explain(
         for use in uses_of[path]
         if use.kind in ("materialized", "returned")
     )
-    held = [leaf.frozen for leaf in call.leaves if isinstance(leaf.frozen, QuantizedWeight)]
-    quantized = sum(weight.size for weight in held)
-    frozen = [x for leaf in call.leaves for x in (leaf.frozen, *leaf.held.values()) if is_array(x)]
+    weights = [leaf.frozen for leaf in call.leaves if isinstance(leaf.frozen, QuantizedWeight)]
+    quantized = sum(weight.size for weight in weights)
+    frozen = [
+        x
+        for leaf in call.leaves
+        for x in (leaf.frozen, *leaf.frozen_factors.values())
+        if is_array(x)
+    ]
     tunable = [x for x in jax.tree.leaves([leaf.tunable for leaf in call.leaves]) if is_array(x)]
     rows = [_row(leaf, uses_of[leaf.path]) for leaf in call.leaves if leaf.tunable is not None]
     bases = [leaf.frozen if leaf.frozen is not None else leaf.tunable for leaf in call.leaves]
@@ -227,7 +232,7 @@ def explain(
         kept_bytes=kept,
         no_derivative=no_derivative,
         quantized=quantized,
-        bits=8 * sum(map(bytes_of, held)) / quantized if quantized else None,
+        bits=8 * sum(map(bytes_of, weights)) / quantized if quantized else None,
         decoded=tuple(decoded),
     )
 
@@ -274,12 +279,12 @@ def _kept(
     given = [leaf for d, leaf in zip(dynamic, rest, strict=True) if d]
     try:
         jaxpr = jax.make_jaxpr(kept)(chosen, given).jaxpr
-    except Exception as error:  # whatever the derivative of somebody's primitive raises
+    except Exception as error:  # the derivative of a user's primitive may raise anything
         return None, str(error).partition("\n")[0]
     # Residuals that are inputs or constants take no additional memory.
     before = {*jaxpr.invars, *jaxpr.constvars}
-    held = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - before
-    return sum(bytes_of(v.aval) for v in held), ""
+    residuals = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - before
+    return sum(bytes_of(v.aval) for v in residuals), ""
 
 
 def _is_inexact(x: Any) -> bool:

@@ -79,7 +79,7 @@ class FactoredArray:
 
     @property
     def is_flat(self) -> bool:
-        """Whether keeping the pieces apart saves nothing.
+        """Whether keeping the pieces separate saves nothing.
 
         That is so if one factor of each term spans all that is left of the weight, and the gains
         vary along all of it.
@@ -103,12 +103,12 @@ class FactoredArray:
 
     @property
     def is_bare(self) -> bool:
-        """Whether this is a base that is held as codes, without any other piece."""
+        """Whether this is a base that is stored as codes, without any other piece."""
         return is_coded(self.base) and not self.pieces
 
     @property
     def sources(self) -> list[tuple[Hashable, ...]]:
-        """The source names of a base that is held as codes, then those of each piece."""
+        """The source names of a base that is stored as codes, then those of each piece."""
         of_base = [self.base.sources] if is_coded(self.base) else []
         return of_base + [piece.sources for piece in self.pieces]
 

@@ -50,7 +50,7 @@ class FrozenWeight:
         return self.base.dtype
 
 
-def base_and_held(leaf: Any) -> tuple[Any, dict[str, Any]]:
+def base_and_frozen_factors(leaf: Any) -> tuple[Any, dict[str, Any]]:
     """Splits a leaf of the frozen tree into its base and its frozen factors."""
     return (leaf.base, leaf.factors) if isinstance(leaf, FrozenWeight) else (leaf, {})
 

@@ -196,7 +196,7 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
 
     `placed` caches moved arrays, so that a factor shared by several weights stays a single array.
     """
-    adapter, held, moved = started
+    adapter, frozen, moved = started
     layout = adapter.layout(tuple(base.shape))
     factors = adapter.factors()
     adapter = adapter.with_factors(
@@ -215,8 +215,8 @@ def _placed(started: Started, base: Any, placed: dict[Any, Any]) -> tuple[Any, A
     elif isinstance(base, jax.Array) and not is_tracer(base):
         moved = jax.device_put(moved, base.sharding)
     beside = {
-        name: _place_like(factor, base, layout.out, layout.held[name], placed)
-        for name, factor in held.items()
+        name: _place_like(factor, base, layout.out, layout.frozen[name], placed)
+        for name, factor in frozen.items()
     }
     return FrozenWeight.beside(moved, beside, adapter), adapter
 
@@ -229,9 +229,9 @@ def _place_like(
     if not isinstance(first_array(base), jax.Array):
         return factor
     if is_tracer(first_array(base)):
-        held = isinstance(base, QuantizedWeight)
+        quantized = isinstance(base, QuantizedWeight)
         # A quantized base derives its sharding from that of its codes.
-        sharding: Any = base.sharding if held else jax.typeof(base).sharding
+        sharding: Any = base.sharding if quantized else jax.typeof(base).sharding
         place = jax.sharding.reshard
         is_placed = (
             AxisType.Explicit not in sharding.mesh.axis_types

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from ._adapter import Adapter
-from ._arrays import Held, own
-from ._base import QuantizedWeight, as_base, decoded, encoded, first_array
+from ._arrays import Encoded, own
+from ._base import QuantizedWeight, as_base, check_finite, decoded, encoded, first_array
 from ._compat import is_tracer
 from ._contract import wide_dtype
 from ._errors import ArgumentError, PairError
-from ._frozen_weight import FrozenWeight, base_and_held
+from ._frozen_weight import FrozenWeight, base_and_frozen_factors
 from ._pair import (
     ABSENT,
     Leaf,
@@ -62,13 +62,13 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
             f"materialize takes a leaf of frozen and the adapter of the same path in tunable, not "
             f"{type(weight).__name__}. `merge_params` takes the trees."
         )
-    base, held = base_and_held(base)
-    check_leaf_of_pair("materialize", Leaf(".", base, weight, held))
-    return weight.applied(as_base(base), held).array()
+    base, factors = base_and_frozen_factors(base)
+    check_leaf_of_pair("materialize", Leaf(".", base, weight, factors))
+    return weight.applied(as_base(base), factors).array()
 
 
-def _merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
-    return weight.applied(as_base(base), held).array()
+def _merged(base: Any, factors: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    return weight.applied(as_base(base), factors).array()
 
 
 @functools.lru_cache(maxsize=256)  # One function per scale, so that it is compiled once.
@@ -77,18 +77,18 @@ def _merged_by(scale: float) -> Callable[..., jax.Array]:
     if scale == 1:
         return _merged
 
-    def merged(base: Any, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    def merged(base: Any, factors: Mapping[str, Any], weight: Adapter) -> jax.Array:
         # In float32 or wider: a delta far below the base would be rounded away in bfloat16.
         wide = decoded(base).astype(wide_dtype(base.dtype))
         # A difference, because gains and turns also change the weight, not only deltas.
-        change = weight.applied(wide, held).array() - wide
+        change = weight.applied(wide, factors).array() - wide
         return (wide + scale * change).astype(base.dtype)
 
     return merged
 
 
-def _unmerged(merged: jax.Array, held: Mapping[str, Any], weight: Adapter) -> jax.Array:
-    return weight.applied(merged, held).removed()
+def _unmerged(merged: jax.Array, factors: Mapping[str, Any], weight: Adapter) -> jax.Array:
+    return weight.applied(merged, factors).removed()
 
 
 @functools.lru_cache(maxsize=256)
@@ -97,23 +97,23 @@ def _compiled(function: Any, sharding: Any, donate: bool) -> Any:
 
 
 def _apply(change: Any, function: str, leaf: Leaf, donate: bool = False) -> jax.Array:
-    frozen, tunable, held = leaf.frozen, leaf.tunable, dict(leaf.held)
+    frozen, tunable, factors = leaf.frozen, leaf.tunable, dict(leaf.frozen_factors)
     # Any of them may be traced, or committed to some device.
-    arrays = [first_array(frozen), *jax.tree.leaves((held, tunable))]
+    arrays = [first_array(frozen), *jax.tree.leaves((factors, tunable))]
     # Under a trace, the enclosing program is compiled, and placement is its own.
     if any(map(is_tracer, arrays)):
-        return change(frozen, held, tunable)
+        return change(frozen, factors, tunable)
     _check_devices(function, leaf.path, arrays)
-    base, held, tunable = jax.tree.map(in_device_memory, (frozen, held, tunable))
+    base, factors, tunable = jax.tree.map(in_device_memory, (frozen, factors, tunable))
     sharding = placement(base)
     # An uncommitted base moves to the devices of its factors, as JAX does for `base + a @ b`.
     here = devices_of(first_array(base))
-    elsewhere = [x for x in jax.tree.leaves((held, tunable)) if devices_of(x) != here]
+    elsewhere = [x for x in jax.tree.leaves((factors, tunable)) if devices_of(x) != here]
     stays = sharding is not None or not elsewhere
     # Only a buffer of JAX can be donated; NumPy arrays and codes cannot.
     donate = donate and isinstance(frozen, jax.Array)
     # Under jit, neither a float32 copy of the weight nor the delta outlives the sum.
-    value = _compiled(change, sharding, donate and stays)(base, held, tunable)
+    value = _compiled(change, sharding, donate and stays)(base, factors, tunable)
     # XLA could not reuse the buffer, as when dtypes differ: free it now.
     if donate and not frozen.is_deleted():
         frozen.delete()
@@ -143,11 +143,12 @@ class Requantized(NamedTuple):
 
     Attributes:
         params: the parameters, each merged weight in the format of its base.
-        errors: for each of these, by path, `‖held − merged‖ / ‖merged‖`.
+        errors: for each of these, by path, `‖quantized − merged‖ / ‖merged‖`; scalar arrays if the
+            merge is traced.
     """
 
     params: Any
-    errors: dict[str, float]
+    errors: dict[str, Any]
 
 
 def merge_params(
@@ -184,7 +185,8 @@ def merge_params(
         PairError: where the two trees are not a pair; where a weight and its factors are committed
             to different devices; where the scale is not 1 and a parameter is fully trained, since
             its base is unknown.
-        ArgumentError: where the scale is not a finite number.
+        ArgumentError: where the scale is not a finite number, or `requantize` is not a bool.
+        SpecError: with `requantize`, where a merged weight has entries that are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -192,15 +194,21 @@ def merge_params(
         >>> params = {"w": jnp.eye(3)}
         >>> frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
         >>> merged = merge_params(frozen, tunable)
-        >>> bool((merged["w"] == params["w"]).all())  # b is zero at first
+        >>> bool((merged["w"] == params["w"]).all())  # b is initially zero
         True
-        >>> held = quantize(frozen, {"w": Int8()})
+        >>> quantized = quantize(frozen, {"w": Int8()})
         >>> {path: round(error, 4) for path, error in
-        ...  merge_params(held, tunable, requantize=True).errors.items()}
+        ...  merge_params(quantized, tunable, requantize=True).errors.items()}
         {'w': 0.0}
     """
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ArgumentError(f"merge_params: scale is {scale!r}; it must be a finite number.")
+    given: Any = requantize
+    if not isinstance(given, bool):
+        raise ArgumentError(
+            f"merge_params: requantize={given!r}; it must be a bool: each weight keeps the "
+            "format of its base. For another format, call quantize on the merged parameters."
+        )
     frozen, tunable = two_trees(frozen, tunable, "merge_params")
     leaves, structure = flatten_pair(frozen, tunable, "merge_params")
     in_full = [leaf.path for leaf in leaves if not leaf.is_adapted and leaf.tunable is not None]
@@ -221,9 +229,11 @@ def merge_params(
         value = merged(leaf)
         if not isinstance(leaf.frozen, QuantizedWeight):
             return value
-        held = encoded(leaf.frozen, value)
-        errors[leaf.path] = float(_distance(held, value))
-        return held
+        check_finite(leaf.path, value)
+        quantized = encoded(leaf.frozen, value)
+        error = _distance(quantized, value)
+        errors[leaf.path] = error if is_tracer(error) else float(error)
+        return quantized
 
     # Fully trained parameters are copied, and quantized ones decoded unless they are kept.
     leaves = [
@@ -234,19 +244,19 @@ def merge_params(
         )
         for leaf in leaves
     ]
-    errors: dict[str, float] = {}
+    errors: dict[str, Any] = {}
     if requantize:
         return Requantized(combine(leaves, structure, again), errors)
     return combine(leaves, structure, merged)
 
 
 @jax.jit
-def _distance(held: QuantizedWeight, array: jax.Array) -> jax.Array:
-    """Returns `‖held − array‖ / ‖array‖`; zero for an array of zeros."""
+def _distance(quantized: QuantizedWeight, array: jax.Array) -> jax.Array:
+    """Returns `‖quantized − array‖ / ‖array‖`; zero for an array of zeros."""
     wide = wide_dtype(array.dtype)
     # Frobenius norms, in float32 or wider.
     norm = jnp.linalg.norm(array.astype(wide).ravel())
-    error = jnp.linalg.norm((held.array().astype(wide) - array.astype(wide)).ravel())
+    error = jnp.linalg.norm((quantized.array().astype(wide) - array.astype(wide)).ravel())
     return error / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
 
@@ -264,8 +274,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
         The frozen tree, with None where `tunable` has a fully trained parameter.
 
     Raises:
-        PairError: where the trees do not fit, or an adapter has frozen factors beside its base,
-            such as the norms of DoRA, which merged parameters do not contain.
+        PairError: where the trees do not fit; where an adapter has frozen factors, such as the
+            norms of DoRA, which merged parameters do not contain; where a weight is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -286,8 +296,13 @@ def unmerge(params: Any, tunable: Any) -> Any:
     for (path, leaf), new in zip(leaves, news, strict=True):
         if not isinstance(new, Adapter):
             continue
+        if isinstance(leaf, QuantizedWeight):
+            raise PairError(
+                f"unmerge: `{path}` is quantized, and the rounding of its codes cannot be undone. "
+                "Keep the frozen tree, or pass dequantize(params) for floats near the base's."
+            )
         layout = layout_on(new, tuple(getattr(leaf, "shape", ())))
-        if layout is None or not layout.held:
+        if layout is None or not layout.frozen:
             check_leaf_of_pair("unmerge", Leaf(path, leaf, new))
         else:
             raise PairError(
@@ -323,7 +338,7 @@ def count_params(tree: Any) -> int:
         >>> count_params(frozen), count_params(tunable)
         (600, 100)
     """
-    whole = lambda node: isinstance(node, Held | Adapter)  # noqa: E731
+    whole = lambda node: isinstance(node, Encoded | Adapter)  # noqa: E731
     leaves = jax.tree.leaves(tree, is_leaf=whole)
     # Only the factors of an adapter: a dropout key and the scale of a bank are not trained.
     several = (leaf.factors().values() if isinstance(leaf, Adapter) else (leaf,) for leaf in leaves)

@@ -141,7 +141,7 @@ def _aligned(first: Term, others: Sequence[Term]) -> tuple[Term, list[Term]]:
     try:
         first, *others = (term.fuse_all(axes, own=False)[0] for term in (first, *others))
     except Inexpressible:
-        # Axes with several labels stay as they are and are split alike below.
+        # Axes with several labels stay as they are and are split in the same way below.
         others = list(others)
     for _ in range(2):  # A later term may split labels that an earlier one shows.
         for k, other in enumerate(others):

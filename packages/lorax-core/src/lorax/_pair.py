@@ -18,7 +18,7 @@ from ._base import QuantizedWeight, as_base
 from ._boxes import bare, opened
 from ._errors import PairError, SpecError
 from ._factored import FactoredArray
-from ._frozen_weight import FrozenWeight, base_and_held
+from ._frozen_weight import FrozenWeight, base_and_frozen_factors
 
 
 class Pair(NamedTuple):
@@ -42,12 +42,12 @@ class Pair(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter of a pair; `held` has the frozen factors beside its base."""
+    """One parameter of a pair; `frozen_factors` are those of its adapter."""
 
     path: str
     frozen: Any
     tunable: Any
-    held: Mapping[str, Any] = {}
+    frozen_factors: Mapping[str, Any] = {}
 
     @property
     def is_adapted(self) -> bool:
@@ -56,7 +56,7 @@ class Leaf(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether the parameter has an adapter or is held as codes."""
+        """Whether the parameter has an adapter or is stored as codes."""
         return self.is_adapted or isinstance(self.frozen, QuantizedWeight)
 
     @property
@@ -65,11 +65,11 @@ class Leaf(NamedTuple):
         return self.frozen if self.tunable is None or self.is_adapted else self.tunable
 
     def applied(self, source: Hashable = None) -> FactoredArray:
-        """Returns the weight as `lora` evaluates it, adapted or held as codes."""
+        """Returns the weight as `lora` evaluates it, adapted or stored as codes."""
         base = as_base(self.frozen, source)
         if not self.is_adapted:
             return FactoredArray(base, ())
-        return self.tunable.applied(base, self.held, source)
+        return self.tunable.applied(base, self.frozen_factors, source)
 
 
 jax.export.register_namedtuple_serialization(Pair, serialized_name="lorax.Pair")
@@ -149,8 +149,8 @@ def flatten_pair(frozen: Any, tunable: Any, function: str) -> tuple[list[Leaf], 
         )
     leaves = []
     for (path, leaf), new in zip(left, right, strict=True):
-        base, held = base_and_held(leaf)
-        leaves.append(Leaf(path, base, new, held))
+        base, factors = base_and_frozen_factors(leaf)
+        leaves.append(Leaf(path, base, new, factors))
         check_leaf_of_pair(function, leaves[-1])
     return leaves, structure
 
@@ -182,7 +182,7 @@ def _brief(structure: Any) -> str:
 
 def check_leaf_of_pair(function: str, leaf: Leaf) -> None:
     """Raises `PairError` where a parameter has two values, or an adapter does not fit its base."""
-    path, base, new, held = leaf
+    path, base, new, frozen_factors = leaf
     if not leaf.is_adapted:
         if base is not None and new is not None:
             raise PairError(
@@ -204,10 +204,10 @@ def check_leaf_of_pair(function: str, leaf: Leaf) -> None:
     # Leaves may be anything with a shape: tracers under vmap, `ShapeDtypeStruct`s, or specs.
     shape = _shape(base)
     shapes = {name: _shape(factor) for name, factor in new.factors().items()}
-    beside = {name: _shape(factor) for name, factor in held.items()}
+    beside = {name: _shape(factor) for name, factor in frozen_factors.items()}
     layout = layout_on(new, shape)
     if layout is not None:
-        needed = {name: sizes(labels) for name, labels in layout.held.items()}
+        needed = {name: sizes(labels) for name, labels in layout.frozen.items()}
         # DoRA, VeRA and others need frozen factors; a bare base lacks them.
         if needed.keys() - beside.keys():
             raise PairError(

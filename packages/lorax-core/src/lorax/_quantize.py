@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import adapter_from_settings
-from ._base import QuantizedWeight, blank_of, decoded, encoded
+from ._base import QuantizedWeight, blank_of, check_finite, decoded, encoded
 from ._base_format import Format, format_of
 from ._compat import is_tracer
-from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning
-from ._frozen_weight import FrozenWeight, base_and_held, factors_from_base
+from ._errors import ArgumentError, PairError, SpecError, UnquantizedWarning, a_kind
+from ._frozen_weight import FrozenWeight, base_and_frozen_factors, factors_from_base
 from ._infer import roles_of
 from ._pair import flatten_params, has_adapters
 from ._sharding import placement
@@ -43,7 +43,8 @@ def quantize(
     and their input axes, along which blocks run. Norms, biases and positions are left unchanged.
 
     Args:
-        params: the parameters, or the frozen tree of `init_lora`.
+        params: the parameters, or the frozen tree of `init_lora`. Of a `jax.ShapeDtypeStruct`, the
+            shapes of codes and scales are returned.
         formats: a format, such as `NF4(block=64)`, or its name: "int8", "int4", "nf4", "fp8" or
             "mxfp4". Or a tree of these with the structure of `params`, where None leaves a leaf
             unchanged.
@@ -63,7 +64,8 @@ def quantize(
         SpecError: where a format does not fit a leaf of a tree of formats, or is not one; where a
             weight is quantized already, or has entries that are not finite; where this JAX or this
             backend lacks a dtype; where nothing is found.
-        ArgumentError: where one format is given for all, and no `fn`.
+        ArgumentError: where one format is given for all, and no `fn`; where `where` or `tables` is
+            given beside a tree of formats; where an argument has a wrong type.
 
     Warns:
         UnquantizedWarning: names weights of products that are left unchanged because blocks do not
@@ -80,8 +82,9 @@ def quantize(
     """
     if has_adapters(params):
         raise PairError("quantize takes parameters or a frozen tree, and this one has adapters.")
+    _check_arguments(fn, args, kwargs)
     leaves, structure = flatten_params(params)
-    bases = [(path, base_and_held(leaf)[0]) for path, leaf in leaves]
+    bases = [(path, base_and_frozen_factors(leaf)[0]) for path, leaf in leaves]
     roles = None
     if fn is not None:
         # Traced on the bases, whether or not some of them are quantized already.
@@ -89,6 +92,12 @@ def quantize(
     if isinstance(formats, str | Format):
         blanks = _everywhere(bases, format_of(formats), roles, where, tables)
     else:
+        if where is not None or tables:
+            option = "where" if where is not None else "tables"
+            raise ArgumentError(
+                f"quantize: `{option}` chooses weights for one format for all, and a tree of "
+                "formats chooses them itself: None leaves a weight as it is."
+            )
         blanks = _by_leaf(bases, structure, formats, roles)
     made: dict[Any, QuantizedWeight] = {}
     out: list[Any] = []
@@ -96,13 +105,29 @@ def quantize(
         if blank is None:
             out.append(leaf)
             continue
-        key = (id(base), jax.tree.structure(blank))  # An array at two paths stays one.
+        key = (id(base), jax.tree.structure(blank))  # An array at two paths is quantized once.
         if key not in made:
             _check(path, base, blank)
             made[key] = encoded(blank, base)
-        held = made[key]
-        out.append(_on_base(leaf, held) if isinstance(leaf, FrozenWeight) else held)
+        quantized = made[key]
+        out.append(_on_base(leaf, quantized) if isinstance(leaf, FrozenWeight) else quantized)
     return jax.tree.unflatten(structure, out)
+
+
+def _check_arguments(fn: Any, args: Any, kwargs: Any) -> None:
+    if fn is not None and not callable(fn):
+        raise ArgumentError(f"quantize: `fn` is a function, and it was given {a_kind(fn)}.")
+    # An array is a sequence of its rows, and not of arguments.
+    if not isinstance(args, list | tuple):
+        raise ArgumentError(
+            f"quantize: `args` is a tuple of the other arguments of `fn`, and it was given "
+            f"{a_kind(args)}. For one argument, write `args=(x,)`."
+        )
+    if not isinstance(kwargs, Mapping | None):
+        raise ArgumentError(
+            f"quantize: `kwargs` is a dict of keyword arguments of `fn`, and it was given "
+            f"{a_kind(kwargs)}."
+        )
 
 
 def dequantize(tree: Any) -> Any:
@@ -172,7 +197,9 @@ def _everywhere(
             continue
         along = roles.tables[path] if is_table else roles.axes[path][0]
         try:
-            blanks.append(_blank(path, base, along, format))
+            blank = _blank(path, base, along, format)
+            _check_smaller(path, base, blank)
+            blanks.append(blank)
         except SpecError as error:
             reasons.append(str(error))
             blanks.append(None)
@@ -230,8 +257,21 @@ def _by_leaf(
 
 def _blank(path: str, base: Any, along: Sequence[int], format: Format) -> QuantizedWeight:
     """Returns the weight without arrays; a format may fix the axes that share scales."""
+    if 0 in base.shape:
+        raise SpecError(f"`{path}` has shape {tuple(base.shape)}: it has no entries.")
     given = getattr(format, "along", None)
     return blank_of(path, base, along if given is None else given, format)
+
+
+def _check_smaller(path: str, base: Any, blank: QuantizedWeight) -> None:
+    """Raises for a weight that would take as many bits as it has, such as one of one input."""
+    quantized = encoded(blank, jax.ShapeDtypeStruct(base.shape, base.dtype))
+    bits = 8 * base.dtype.itemsize
+    if quantized.bits >= bits:
+        raise SpecError(
+            f"`{path}` has shape {tuple(base.shape)}: with its scales, {blank.codec} takes "
+            f"{quantized.bits:.4g} bits per entry, and {base.dtype} takes {bits}."
+        )
 
 
 def _is_float(base: Any) -> bool:
@@ -242,7 +282,7 @@ def _is_float(base: Any) -> bool:
 def _refuse_twice(path: str, base: Any) -> None:
     if isinstance(base, QuantizedWeight):
         raise SpecError(
-            f"`{path}` is quantized already, as {base.held}. Call dequantize first, or give it "
+            f"`{path}` is quantized already, as {base.codec}. Call dequantize first, or give it "
             "None."
         )
 
@@ -250,16 +290,9 @@ def _refuse_twice(path: str, base: Any) -> None:
 def _check(path: str, base: Any, blank: QuantizedWeight) -> None:
     """Raises for dtypes that this backend lacks, and for entries that are not finite."""
     # Before the weight is encoded, so that the error names it.
-    for dtype in blank.held.dtypes():
+    for dtype in blank.codec.dtypes():
         _check_backend(path, jnp.dtype(dtype).name)
-    if is_tracer(base) or isinstance(base, jax.ShapeDtypeStruct):
-        return
-    # One reduction: a NaN or an infinity anywhere makes the maximum not finite.
-    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(base))))):
-        raise SpecError(
-            f"`{path}` has entries that are not finite, and a block with such an entry has no "
-            "scale. Repair the weight, or give it None."
-        )
+    check_finite(path, base)
 
 
 def _check_backend(path: str, dtype: str) -> None:

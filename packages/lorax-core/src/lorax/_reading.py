@@ -1,4 +1,4 @@
-"""Equations that read a weight that is held as codes, which is an array only inside them.
+"""Equations that read a weight that is stored as codes, which is an array only inside them.
 
 Under `jax.checkpoint`, such an equation saves the codes for the backward pass and nothing that was
 computed from them. A barrier keeps compilers from decoding a weight before it is needed.
@@ -32,7 +32,7 @@ def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _consumer(primitive: Any, params: Any, structure: Any) -> Callable[..., list[Any]]:
-    """Returns one function for all equations that are alike, so that JAX traces it once."""
+    """Returns one function for all equal equations, so that JAX traces it once."""
 
     def function(*operands: Any) -> list[Any]:
         return _compat.bind_params(primitive, dict(params), *map(array_of, operands))
@@ -72,11 +72,19 @@ def _recomputed(
     def flat(*leaves: Any) -> Any:
         # Codes are available from the start: without the barrier, a compiler may decode all weights
         # at once. Scalars, such as indices, need no barrier.
-        held = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
-        waited = jax.lax.optimization_barrier([leaves[k] for k in held])
-        every = dict(enumerate(leaves)) | dict(zip(held, waited, strict=True))
+        arrays = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
+        waited = jax.lax.optimization_barrier([leaves[k] for k in arrays])
+        every = dict(enumerate(leaves)) | dict(zip(arrays, waited, strict=True))
         operands = jax.tree.unflatten(structure, list(every.values()))
-        return function(*operands) if several else function(operands)
+        if not several:
+            return function(operands)
+        if not any(is_coded(operand) and operand.is_packed for operand in operands):
+            # A product converts whole bytes as it reads them. XLA then fuses it with the equation
+            # that computes the other operand, if that one is taken from before the barrier.
+            given = jax.tree.unflatten(structure, leaves)
+            pairs = zip(given, operands, strict=True)
+            operands = [waited if is_coded(waited) else early for early, waited in pairs]
+        return function(*operands)
 
     flat.__name__ = flat.__qualname__ = name
     nothing = jax.checkpoint_policies.nothing_saveable

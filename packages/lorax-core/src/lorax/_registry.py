@@ -12,7 +12,7 @@ A rule returns the output (a list of them where the primitive has several), or `
 where this call is not covered, or the algebra of terms raises `Inexpressible`: then the
 interpreter materializes the weight and warns.
 
-Parameters are named one by one, on purpose: where a JAX has a parameter that the rule does not
+Parameters are named one by one: where a JAX version has a parameter that the rule does not
 name, or lacks one that it needs, the weight is materialized and the warning names the parameter.
 """
 
@@ -53,7 +53,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
 
     A rule gets the equation, its operands, and the equation's parameters by name. An operand is an
     array, or a `FactoredArray` where a weight is used. The rule returns what the primitive returns:
-    arrays, or a `FactoredArray` where the result is a weight still; a list of them where the
+    arrays, or a `FactoredArray` where the result is still a weight; a list of them where the
     primitive has several results. It evaluates the base through the equation itself,
     `eqn(x, weight.base)`, and adds what the terms contribute. Where it does not cover a call, it
     returns `NotImplemented`, and the weight is materialized with a warning.
@@ -166,7 +166,7 @@ def defstructural(name: str, change: Callable[..., Term], *, moves: bool = True)
 
 
 def defmove(*names: str) -> Callable[[Any], Any]:
-    """Registers how primitives that move or cut axes change a term, for bases held as codes.
+    """Registers how primitives that move or cut axes change a term, for bases stored as codes.
 
     `change(term, *others, **params)` returns a term, or a list of terms for a primitive with
     several results.

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ._adapter_spec import AdapterSpec
-from ._arrays import Held, is_array, path_string
+from ._arrays import Encoded, is_array, path_string
 from ._axes import Axes
-from ._errors import SpecError
+from ._errors import ArgumentError, SpecError
 from ._pair import flatten_params
 from ._statics import plain_number
 from .kinds.lora import LoraSpec
@@ -40,6 +40,11 @@ def matches(pattern: Pattern, path: str) -> bool:
         return fnmatch.fnmatchcase(path, pattern)
     if isinstance(pattern, re.Pattern):
         return pattern.search(path) is not None
+    if not callable(pattern):
+        raise ArgumentError(
+            f"A filter on paths is a glob, a compiled regular expression or a callable, not "
+            f"{pattern!r}."
+        )
     return bool(pattern(path))
 
 
@@ -177,7 +182,7 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | in
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise SpecError(f"`{path}` holds {leaf.dtype}, which has no gradient; give it LORA_FREEZE.")
     if isinstance(spec, int):
-        if spec == LORA_FULL and isinstance(leaf, Held):
+        if spec == LORA_FULL and isinstance(leaf, Encoded):
             raise SpecError(
                 f"`{path}` is quantized, and codes have no gradient; it cannot be LORA_FULL. Give "
                 "it an adapter, or call dequantize on it first."

@@ -40,12 +40,13 @@ def make_plain(settings: Any) -> None:
     """Converts numbers and axes in the settings of a frozen dataclass to plain values, in place."""
     for name in _settings_of(type(settings)):
         value = getattr(settings, name)
-        plain = plain_axes(value) if name.endswith("_axes") else plain_number(value)
+        are_axes = name == "along" or name.endswith("_axes")
+        plain = plain_axes(value) if are_axes else plain_number(value)
         if plain is not value:
             object.__setattr__(settings, name, plain)
 
 
-@functools.cache  # Each `jax.tree.map` makes every adapter anew.
+@functools.cache  # Each `jax.tree.map` rebuilds every adapter.
 def _settings_of(cls: Any) -> tuple[str, ...]:
     """Returns the names of the static fields of a class, or of all fields if none is static."""
     fields = dataclasses.fields(cls)

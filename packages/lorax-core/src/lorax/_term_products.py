@@ -66,7 +66,7 @@ def align(left: Term, right: Term, axes: Iterable[tuple[int, int]]) -> tuple[Ter
             mine, theirs = left.out[l_axis][i], right.out[r_axis][i]
             if mine.size != theirs.size:
                 if mine.size % theirs.size == 0:
-                    # 6 beside 2: the 6 becomes (2, 3), and in the next round the two 2s are a pair.
+                    # 6 with 2: the 6 becomes (2, 3), and in the next round the two 2s are a pair.
                     left, right = _split_with_new_labels(left, mine, theirs.size, right)
                 elif theirs.size % mine.size == 0:
                     right, left = _split_with_new_labels(right, theirs, mine.size, left)

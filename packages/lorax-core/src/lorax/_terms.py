@@ -82,7 +82,7 @@ class Term:
     def is_flat(self) -> bool:
         """Whether one factor spans all that is left of the weight's own axes.
 
-        Keeping the factors apart then saves nothing, unless the term is dense.
+        Keeping the factors separate then saves nothing, unless the term is dense.
         """
         owned = self._owned
         # A looked-up row, for example, has a [rank] and b [rank, out]: b alone spans [out].
@@ -109,7 +109,7 @@ class Term:
 
     @property
     def is_dense(self) -> bool:
-        """Whether one factor spans all axes while the others are still apart: `base ⊙ (a @ b)`.
+        """Whether one factor spans all axes while the others are still separate: `base ⊙ (a @ b)`.
 
         Such a term waits for a sum over its axes, as in a norm. A product with it would cost as
         much as a product with the whole weight.

@@ -14,11 +14,12 @@ import numpy as np
 from . import _uses, rules
 from ._arrays import is_array
 from ._coded import is_coded
-from ._errors import ArgumentError, PairError
+from ._errors import ArgumentError, PairError, a_kind
 from ._factored import FactoredArray, base_of
 from ._interpreter import Interpreter
 from ._pair import Leaf, flatten_pair, split_pair
 from ._registry import RULES
+from ._statics import plain_axes, plain_number
 from .roles import DATA, beside_data
 
 Policy = Literal["warn", "error", "allow"]
@@ -69,6 +70,7 @@ def lora(
         A function with the signature of `fn` that takes pairs in place of parameters.
 
     Raises:
+        ArgumentError: where an argument has a wrong type or value.
         PairError: when called with anything other than a pair.
         MaterializeError: when called, under `on_materialize="error"`.
         UnusedAdapterError: when called, under `on_unused="error"`.
@@ -88,8 +90,11 @@ def lora(
     for name, policy in (("on_materialize", on_materialize), ("on_unused", on_unused)):
         if policy not in ("warn", "error", "allow"):
             raise ArgumentError(f"{name}={policy!r}: it must be 'warn', 'error' or 'allow'.")
-    argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    if not callable(fn):
+        raise ArgumentError(f"lora takes a function, and it was given {a_kind(fn)}.")
+    argnums, argnames = _several(argnums, int, "argnums"), _several(argnames, str, "argnames")
+    if not argnums and not argnames:
+        raise ArgumentError("lora: `argnums` and `argnames` are empty, so no argument is a pair.")
 
     # Shared by all calls: outside `jax.jit`, functions that `fn` jits compile on the first call
     # only.
@@ -107,7 +112,7 @@ def lora(
             # A dry run without arithmetic: an error must be raised before anything has run.
             ahead = uses(traced, through_custom_derivatives)
             _uses.announce(call.paths, ahead, on_materialize, on_unused)
-        # Keys contain the id of a jaxpr, so functions that are traced anew each call would grow it.
+        # Keys contain the id of a jaxpr, so functions that are traced in each call would grow it.
         if len(transformed) > MOST_TRANSFORMED:
             transformed.clear()
         interpreter = Interpreter(
@@ -118,6 +123,17 @@ def lora(
         return traced.rebuild(outs)
 
     return wrapped
+
+
+def _several(value: Any, kind: type, name: str) -> tuple[Any, ...]:
+    """Returns a position or a name, or several of them, as a tuple."""
+    values = plain_axes(plain_number(value))
+    values = values if isinstance(values, tuple) else (values,)
+    if not all(isinstance(each, kind) for each in values):
+        raise ArgumentError(
+            f"lora: {name}={value!r}; it must be one {kind.__name__}, or a sequence of them."
+        )
+    return values
 
 
 class FlatPair(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ._adapter import Adapter, Layout
-from ._arrays import Held, checked_key
+from ._arrays import Encoded, checked_key
 from ._built import Weights, built, excess
 from ._compared import (
     arrays_of,
@@ -110,7 +110,7 @@ def check(
     # Zeros are drawn fastest; random numbers replace them next.
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")
     tunable = random_factors(tunable, jax.random.key(seed + 1))
-    frozen = _random_held(frozen, tunable, jax.random.key(seed + 2))
+    frozen = _random_frozen(frozen, tunable, jax.random.key(seed + 2))
     mode = "allow" if materializes else "error"
     through = through_custom_derivatives
     adapted = lora(fn, on_materialize=mode, through_custom_derivatives=through)
@@ -192,7 +192,7 @@ def random_factors(tunable: Any, key: jax.Array) -> Any:
     return jax.tree.map(draw, tunable)
 
 
-def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
+def _random_frozen(frozen: Any, tunable: Any, key: jax.Array) -> Any:
     """Returns the frozen tree with normally distributed frozen factors of each delta."""
     leaves, structure = flatten_params(frozen)
     adapters, _ = flatten_tunable(tunable, frozen, structure)
@@ -206,8 +206,8 @@ def _random_held(frozen: Any, tunable: Any, key: jax.Array) -> Any:
         factors = leaf.factors | random_factors(of_delta, key)
         return dataclasses.replace(leaf, factors=factors)
 
-    held_leaves = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
-    return jax.tree.unflatten(structure, held_leaves)
+    new_leaves = [drawn(leaf, new) for (_, leaf), new in zip(leaves, adapters, strict=True)]
+    return jax.tree.unflatten(structure, new_leaves)
 
 
 @refuses_ambiguous_keywords
@@ -254,7 +254,9 @@ def weight_sized(
     adapters = [leaf.tunable for leaf in leaves if leaf.is_adapted]
     bases = [leaf.frozen for leaf in leaves if leaf.is_adapted]
     # In the order in which JAX flattens them.
-    held = [dict(sorted(leaf.held.items())) for leaf in leaves if leaf.is_adapted]
+    frozen_factors = [
+        dict(sorted(leaf.frozen_factors.items())) for leaf in leaves if leaf.is_adapted
+    ]
     # Whatever else an adapter carries, such as the scale of a bank or a dropout key, is data.
     factors = [dict(sorted(adapter.factors().items())) for adapter in adapters]
     adapted = lora(
@@ -265,27 +267,27 @@ def weight_sized(
     )
     data, fill = split_data(args)
 
-    def ours(bases: Any, held: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
+    def ours(bases: Any, frozen_factors: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
         news = [old.with_factors(new) for old, new in zip(adapters, factors, strict=True)]
-        frozen, tunable = _with_adapters(leaves, structure, bases, held, news)
+        frozen, tunable = _with_adapters(leaves, structure, bases, frozen_factors, news)
         return arrays_of(adapted((frozen, tunable), *fill(data), **kwargs))
 
     def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
         rest = iter(bases)
         params = combine(leaves, structure, lambda _: next(rest))
-        if not is_held:
+        if not is_encoded:
             return arrays_of(fn(params, *fill(data), **kwargs))
         nothing = jax.tree.unflatten(structure, [None] * len(leaves))
         return arrays_of(adapted((params, nothing), *fill(data), **kwargs))
 
-    is_held = any(isinstance(leaf.frozen, Held) for leaf in leaves)
+    is_encoded = any(isinstance(leaf.frozen, Encoded) for leaf in leaves)
     # Codes are data: a decoded weight has its delta, which is found by its factors.
     of_bases = [
-        None if isinstance(base, Held) else _of_base(k, weight)
+        None if isinstance(base, Encoded) else _of_base(k, weight)
         for k, (base, weight) in enumerate(zip(bases, adapters, strict=True))
         for _ in jax.tree.leaves(base)
     ]
-    of_held: list[Made | None] = []
+    of_frozen: list[Made | None] = []
     of_factors: list[Made | None] = []
     sizes: list[int] = []
     blocks: set[int] = set()
@@ -298,7 +300,7 @@ def weight_sized(
             for label in layout.out[d]
         }
         shared = {label for d in adapter.axes.shared for label in layout.out[d]}
-        of_held += _of_factors(k, layout, sides, shared, held[k], True)
+        of_frozen += _of_factors(k, layout, sides, shared, frozen_factors[k], True)
         of_factors += _of_factors(k, layout, sides, shared, factors[k], False)
         in_blocks = _spans(layout, sides)
         blocks |= {k} if in_blocks else set()
@@ -312,19 +314,19 @@ def weight_sized(
     )
     weights = Weights(thin, sizes, frozenset(blocks))
     rest = [None] * len(data)
-    got = jax.make_jaxpr(ours)(bases, held, factors, data)
+    got = jax.make_jaxpr(ours)(bases, frozen_factors, factors, data)
     expected = jax.make_jaxpr(plain)(bases, data)
     return excess(
-        built(got, of_bases + of_held + of_factors + rest, weights),
+        built(got, of_bases + of_frozen + of_factors + rest, weights),
         built(expected, of_bases + rest, weights),
     )
 
 
 def _with_adapters(
-    leaves: Sequence[Leaf], structure: Any, bases: Any, held: Any, adapters: Any
+    leaves: Sequence[Leaf], structure: Any, bases: Any, frozen_factors: Any, adapters: Any
 ) -> tuple[Any, Any]:
     """Returns the pair with other bases, frozen factors and adapters."""
-    rest = iter(zip(bases, held, adapters, strict=True))
+    rest = iter(zip(bases, frozen_factors, adapters, strict=True))
     frozen: list[Any] = []
     tunable: list[Any] = []
     for leaf in leaves:
@@ -353,13 +355,13 @@ def _of_factors(
     sides: Mapping[Label, str],
     shared: Set[Label],
     factors: Mapping[str, Any],
-    held: bool,
+    are_frozen: bool,
 ) -> list[Made | None]:
     """Makes factors: `a [*shared, *in, rank]` shows inputs, `b [*shared, rank, *out]` outputs.
 
     A gain is data: a base times a gain counts as a copy of the base, which shows both sides itself.
     """
-    labels = layout.held if held else layout.factors
+    labels = layout.frozen if are_frozen else layout.factors
     made: list[Made | None] = []
     for name in factors:
         if name in layout.gains:
@@ -376,7 +378,7 @@ def _of_factors(
 
 def _spans(layout: Layout, sides: Mapping[Label, str]) -> bool:
     """Whether a single factor has axes of both sides, as in a Kronecker product."""
-    several = (*layout.factors.values(), *layout.held.values())
+    several = (*layout.factors.values(), *layout.frozen.values())
     return any({sides.get(x) for x in labels} >= {"in", "out"} for labels in several)
 
 

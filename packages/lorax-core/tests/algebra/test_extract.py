@@ -1,3 +1,5 @@
+"""`extract_lora`: recovered adapters, best approximations, ranks, and invalid arguments."""
+
 import warnings
 
 import jax
@@ -37,7 +39,7 @@ SPEC = {
 }
 
 
-def test_a_merged_adapter_is_found_again():
+def test_a_merged_adapter_is_recovered():
     pair = init_lora(BASE, SPEC, jax.random.key(5), b_init="gaussian")
     tuned = merge_params(pair) | {"bias": BASE["bias"] + 1}
     extracted, errors = extract_lora(BASE, tuned, SPEC)
@@ -48,36 +50,36 @@ def test_a_merged_adapter_is_found_again():
     assert extracted.frozen["kernel"] is BASE["kernel"] and extracted.frozen["bias"] is None
     x = random(6, 2, 13)
     model = lora(lambda p, x: x @ p["kernel"] + p["bias"][None], on_unused="allow")
-    wanted = x @ tuned["kernel"] + tuned["bias"][None]
-    np.testing.assert_allclose(model(extracted, x), wanted, rtol=1e-4, atol=1e-4)
+    expected = x @ tuned["kernel"] + tuned["bias"][None]
+    np.testing.assert_allclose(model(extracted, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def best(delta, rank):
+def lowest_error(delta, rank):
     values = np.linalg.svd(np.asarray(delta, np.float64), compute_uv=False)
     return np.sqrt((values[..., rank:] ** 2).sum() / (values**2).sum())
 
 
 @pytest.mark.parametrize("shape", [(120, 90), (90, 120), (2, 90, 70)])
-def test_a_randomized_decomposition_comes_close_to_the_best(shape):
-    # Singular values that fall as slowly as those of a full fine-tune.
+def test_randomized_decomposition_is_close_to_the_best(shape):
+    # Singular values that fall slowly, as those of full fine-tuning do.
     left, right = np.linalg.qr(random(1, *shape[:-1], shape[-2]))[0], random(2, *shape)
     right = np.linalg.qr(np.swapaxes(right, -1, -2))[0]
     k = min(shape[-2:])
     delta = jnp.asarray((left[..., :k] / np.arange(1, k + 1)) @ np.swapaxes(right[..., :k], -1, -2))
     spec = {"w": LoraSpec(3, shared_axes=[0] if len(shape) == 3 else ())}
     _, errors = extract_lora({"w": jnp.zeros(shape)}, {"w": delta}, spec)
-    assert best(delta, 3) <= errors["w"] * 1.0001
-    assert errors["w"] <= best(delta, 3) * 1.001
+    assert lowest_error(delta, 3) <= errors["w"] * 1.0001
+    assert errors["w"] <= lowest_error(delta, 3) * 1.001
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.8])
-def test_the_lowest_rank_that_keeps_the_energy(energy):
+def test_energy_gives_the_lowest_rank_that_keeps_it(energy):
     tuned = {"w": BASE["kernel"] + random(8, 13, 9)}
     pair, errors = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 9}, energy=energy)
     delta = tuned["w"] - BASE["kernel"]
     rank = pair.tunable["w"].rank
-    assert best(delta, rank) ** 2 <= 1 - energy < best(delta, rank - 1) ** 2
-    assert errors["w"] == pytest.approx(best(delta, rank), rel=1e-3)
+    assert lowest_error(delta, rank) ** 2 <= 1 - energy < lowest_error(delta, rank - 1) ** 2
+    assert errors["w"] == pytest.approx(lowest_error(delta, rank), rel=1e-3)
     same, _ = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 9}, tolerance=(1 - energy) ** 0.5)
     assert same.tunable["w"].rank == rank
     capped, _ = extract_lora({"w": BASE["kernel"]}, tuned, {"w": 1}, energy=energy)
@@ -90,14 +92,14 @@ def test_unchanged_weights_have_a_zero_adapter():
     assert not pair.tunable["kernel"].b.any()
 
 
-def test_arrays_of_numpy_and_narrow_dtypes():
+def test_numpy_bfloat16_arrays():
     base = {"w": np.asarray(BASE["kernel"]).astype(jnp.bfloat16)}
     tuned = {"w": (np.asarray(BASE["kernel"]) + 1).astype(jnp.bfloat16)}
     pair, errors = extract_lora(base, tuned, {"w": 2})
     assert pair.tunable["w"].a.dtype == jnp.float32 and errors["w"] < 0.05
 
 
-def test_changes_that_the_spec_freezes_are_named():
+def test_changes_of_frozen_parameters_warn():
     tuned = BASE | {"bias": BASE["bias"] + 1, "heads": BASE["heads"] * 2}
     spec = SPEC | {"bias": LORA_FREEZE, "heads": LORA_FREEZE}
     with pytest.warns(UnadaptedWarning, match="`bias`, `heads` differ"):
@@ -127,15 +129,15 @@ def test_complex_parameters(shape):
         jax.random.normal(key, shape, jnp.complex64)
         for key, shape in zip(keys, ((shape[0], 2), (2, shape[1]), shape), strict=True)
     )
-    found, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(2)})
-    np.testing.assert_allclose(merge_params(found)["w"], base + a @ b, rtol=1e-3, atol=1e-4)
+    extracted, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(2)})
+    np.testing.assert_allclose(merge_params(extracted)["w"], base + a @ b, rtol=1e-3, atol=1e-4)
     assert errors["w"] < 1e-5
     _, errors = extract_lora({"w": base}, {"w": base + a @ b}, {"w": LoraSpec(1)})
     values = np.linalg.svd(a @ b, compute_uv=False)
     np.testing.assert_allclose(errors["w"], values[1] / np.hypot(*values[:2]), rtol=1e-4)
 
 
-def test_the_randomized_decomposition_of_complex_parameters_comes_close_to_the_best():
+def test_randomized_decomposition_of_complex_parameters_is_close_to_the_best():
     draw = lambda seed, n: jax.random.normal(jax.random.key(seed), (n, 90), jnp.complex64)  # noqa: E731
     left, right = np.linalg.qr(draw(1, 120))[0], np.linalg.qr(draw(2, 90))[0]
     values = 1 / np.sqrt(np.arange(1, 91))

@@ -1,3 +1,5 @@
+"""`resize_adapter` and `as_lora`: best approximations, ranks, and kinds that are not a LoRA."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,17 +39,17 @@ def adapter():
     return init_lora(PARAMS, SPEC, jax.random.key(0), b_init="gaussian")[1]
 
 
-def test_the_best_of_a_rank_with_the_same_scale():
+def test_best_approximation_of_a_rank_with_the_same_scale():
     tunable = adapter()
     resized, errors = resize_adapter(tunable, 2)
     for name in ("kernel", "stack"):
         exact = np.asarray(materialize(PARAMS[name], tunable[name]), np.float64)
         delta = np.asarray(materialize(PARAMS[name], resized[name]), np.float64)
         values = np.linalg.svd(exact, compute_uv=False)
-        least = np.sqrt((values[..., 2:] ** 2).sum() / (values**2).sum())
+        lowest = np.sqrt((values[..., 2:] ** 2).sum() / (values**2).sum())
         error = np.linalg.norm(delta - exact) / np.linalg.norm(exact)
-        assert error == pytest.approx(least, rel=1e-4)
-        assert errors[name] == pytest.approx(least, rel=1e-4)
+        assert error == pytest.approx(lowest, rel=1e-4)
+        assert errors[name] == pytest.approx(lowest, rel=1e-4)
         assert resized[name].scale == pytest.approx(tunable[name].scale)
         assert resized[name].rank == 2
     assert (resized["bias"] == tunable["bias"]).all() and "bias" not in errors
@@ -62,7 +64,7 @@ def test_a_higher_rank_changes_nothing():
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
-def test_energy_is_the_least_that_every_entry_keeps(energy):
+def test_every_entry_keeps_at_least_the_energy(energy):
     tunable = adapter()
     resized, _ = resize_adapter(tunable, energy=energy)
     for name in ("kernel", "stack"):
@@ -79,7 +81,7 @@ def test_energy_is_the_least_that_every_entry_keeps(energy):
     assert resize_adapter(tunable, 1, energy=energy).tunable["kernel"].rank == 1
 
 
-def test_a_delta_of_a_low_rank_is_found_again():
+def test_rank_of_a_delta_is_found():
     tunable = adapter()
     weight = tunable["kernel"]
     # Twice the same factors: rank 6 in 12.
@@ -90,7 +92,7 @@ def test_a_delta_of_a_low_rank_is_found_again():
     assert resized["w"].rank == 6 and errors["w"] < 1e-5
 
 
-def test_a_zero_delta():
+def test_zero_delta_has_rank_one():
     _, tunable = init_lora(PARAMS, SPEC, jax.random.key(0))
     resized, errors = resize_adapter(tunable, energy=0.9)
     assert resized["kernel"].rank == 1 and errors["kernel"] == 0
@@ -108,12 +110,12 @@ def test_a_zero_delta():
         ({"energy": 0.5, "tolerance": 0.5}, "energy is 1 − tolerance²"),
     ],
 )
-def test_settings_that_raise(arguments, message):
+def test_invalid_settings_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         resize_adapter(adapter(), **arguments)
 
 
-def test_other_kinds_raise_by_path():
+def test_resize_of_another_kind_raises_with_its_path():
     _, tunable = init_lora({"w": jnp.ones((4, 3))}, {"w": IA3Spec()}, jax.random.key(0))
     with pytest.raises(PairError, match="`w` is ia3.*as_lora"):
         resize_adapter(tunable, 2)
@@ -147,17 +149,17 @@ def random_pair(shape, spec):
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "blank") else str(value),
 )
-def test_kinds_that_are_products_of_two_factors(shape, spec, rank):
+def test_as_lora_of_kinds_that_are_products_of_two_factors(shape, spec, rank):
     params, pair = random_pair(shape, spec)
     converted = as_lora(pair)
     assert converted["w"].rank == rank and converted["w"].kind == "lora"
-    wanted = merge_params(pair)["w"]
+    expected = merge_params(pair)["w"]
     merged = merge_params(params, converted)["w"]
-    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("spec", "why"),
+    ("spec", "reason"),
     [
         (IA3Spec(), "multiplies the weight"),
         (DoraSpec(LoraSpec(2)), "multiplies the weight"),
@@ -166,7 +168,7 @@ def test_kinds_that_are_products_of_two_factors(shape, spec, rank):
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "blank") else "",
 )
-def test_kinds_that_are_not(spec, why):
+def test_as_lora_of_other_kinds_raises(spec, reason):
     _, pair = random_pair((12, 8), spec)
-    with pytest.raises(PairError, match=f"`w` {why}.*no LoRA equals it.*extract_lora"):
+    with pytest.raises(PairError, match=f"`w` {reason}.*no LoRA equals it.*extract_lora"):
         as_lora(pair)

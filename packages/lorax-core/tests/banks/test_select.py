@@ -1,3 +1,5 @@
+"""Adapters of a bank for each row: selected, mixed and interleaved, for every kind."""
+
 import dataclasses
 from typing import Any
 
@@ -10,6 +12,7 @@ from jax import lax
 from lorax import (
     LORA_FULL,
     AdaloraSpec,
+    ArgumentError,
     BdloraSpec,
     DeloraSpec,
     DoraSpec,
@@ -42,7 +45,7 @@ from lorax import (
 
 
 @pytest.fixture(autouse=True)
-def double():
+def float64():
     with jax.enable_x64(True):
         yield
 
@@ -79,31 +82,31 @@ def adapter(seed, rank, alpha=None, scaling: Any = "standard"):
     return testing.random_factors(tunable, jax.random.key(seed))
 
 
-def bank_of():
-    lacking = adapter(3, 4)
-    lacking["layers"]["up"] = None
+def make_bank():
+    without_up = adapter(3, 4)
+    without_up["layers"]["up"] = None
     return stack_adapters(
-        [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), lacking], slots=4, rank=4
+        [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), without_up], slots=4, rank=4
     )
 
 
 def test_each_row_has_its_own_adapter():
-    bank = bank_of()
+    bank = make_bank()
     index = jnp.array([2, 0, -1, 1, 0])
     row = lambda tokens, k: lora(model)((PARAMS, select_adapters(bank, k)), tokens)  # noqa: E731
     output = jax.jit(jax.vmap(row))(TOKENS, index)
-    back = unstack_adapters(bank)
+    unstacked = unstack_adapters(bank)
     for k, (tokens, slot) in enumerate(zip(TOKENS, index, strict=True)):
-        params = PARAMS if slot < 0 else merge_params(PARAMS, back[slot])
+        params = PARAMS if slot < 0 else merge_params(PARAMS, unstacked[slot])
         np.testing.assert_allclose(output[k], model(params, tokens), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", ["eager", "inside"])
-def test_no_adapter_is_the_base_bit_for_bit(place):
-    bank = bank_of()
+@pytest.mark.parametrize("where", ["eager", "inside"])
+def test_index_without_an_adapter_is_bit_identical_to_the_base(where):
+    bank = make_bank()
     run = lambda k: lora(model)((PARAMS, select_adapters(bank, k)), TOKENS[0])  # noqa: E731
     wanted = model(PARAMS, TOKENS[0])
-    if place == "eager":
+    if where == "eager":
         np.testing.assert_array_equal(run(-1), wanted)
         np.testing.assert_array_equal(run(3), wanted)  # an empty slot
     else:
@@ -113,19 +116,19 @@ def test_no_adapter_is_the_base_bit_for_bit(place):
 
 
 def test_nan_in_one_slot_does_not_reach_the_others():
-    bank = set_adapter(bank_of(), 1, jax.tree.map(lambda x: x * jnp.nan, adapter(2, 3)))
+    bank = set_adapter(make_bank(), 1, jax.tree.map(lambda x: x * jnp.nan, adapter(2, 3)))
     run = lambda k: lora(model)((PARAMS, select_adapters(bank, k)), TOKENS[0])  # noqa: E731
     assert jnp.isfinite(run(0)).all() and jnp.isfinite(run(-1)).all() and jnp.isnan(run(1)).any()
 
 
-def test_the_base_is_in_one_product_for_all_rows():
-    bank = bank_of()
-    turned = lambda params, x: x @ params["table"].T  # noqa: E731
+def test_the_base_has_one_product_for_all_rows():
+    bank = make_bank()
+    head = lambda params, x: x @ params["table"].T  # noqa: E731
 
     def row(x, k):
         tunable = select_adapters(bank, k)
         only = {"table": tunable["table"], "layers": {"up": None, "down": None}}
-        return lora(turned)((PARAMS, only), x)
+        return lora(head)((PARAMS, only), x)
 
     jaxpr = jax.make_jaxpr(jax.vmap(row))(random(5, 8, 6), jnp.zeros(8, int))
     base = [
@@ -135,12 +138,12 @@ def test_the_base_is_in_one_product_for_all_rows():
         and any(v.aval.shape in ((6, 17), (17, 6)) for v in eqn.invars)
     ]
     assert len(base) == 1
-    # Rows are the product's own axis, and no axis of a batch.
+    # Rows are a free axis of the product, not a batch axis.
     assert base[0].params["dimension_numbers"][1] == ((), ())
 
 
 def test_a_bank_is_swapped_without_compiling_again():
-    bank = bank_of()
+    bank = make_bank()
     traces = []
 
     def row(bank, tokens, k):
@@ -157,8 +160,8 @@ def test_a_bank_is_swapped_without_compiling_again():
     np.testing.assert_allclose(second, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_a_mixture_of_one_is_that_one():
-    bank = bank_of()
+def test_mixture_with_one_weight_is_that_adapter():
+    bank = make_bank()
     index = jnp.array([2, 0, -1, 1, 0])
 
     def row(tokens, k):
@@ -171,17 +174,17 @@ def test_a_mixture_of_one_is_that_one():
     np.testing.assert_allclose(mixed, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_weights_of_a_mixture_are_learned():
-    bank = bank_of()
+def test_mixture_weights_have_gradients():
+    bank = make_bank()
     weights = random(9, 4)
-    back = unstack_adapters(bank)
+    unstacked = unstack_adapters(bank)
 
     def loss(weights):
         return lora(model)((PARAMS, mix_adapters(bank, weights)), TOKENS[0]).sum()
 
     def merged(weights):
         zero = jax.tree.map(jnp.zeros_like, PARAMS)
-        deltas = [merge_params(zero, tree) for tree in back[:3]]
+        deltas = [merge_params(zero, tree) for tree in unstacked[:3]]
         params = jax.tree.map(
             lambda base, *each: base + sum(w * d for w, d in zip(weights, each, strict=False)),
             PARAMS,
@@ -193,8 +196,8 @@ def test_weights_of_a_mixture_are_learned():
     np.testing.assert_allclose(jax.grad(loss)(weights), jax.grad(merged)(weights), rtol=1e-5)
 
 
-def test_an_interleaved_bank_is_the_same_mixture():
-    bank = bank_of()
+def test_interleaved_bank_gives_the_same_mixture():
+    bank = make_bank()
     index = jnp.array([2, 0, -1, 1, 0])
 
     def outputs(bank):
@@ -203,12 +206,12 @@ def test_an_interleaved_bank_is_the_same_mixture():
 
         return jax.vmap(row)(TOKENS, index)
 
-    found = interleave_adapters(bank)
-    assert found.tunable["table"].a.shape == (17, 4, 4)
-    assert found.tunable["layers"]["up"].a.shape == (3, 6, 4, 4)
-    np.testing.assert_allclose(outputs(found), outputs(bank), rtol=1e-9, atol=1e-12)
+    interleaved = interleave_adapters(bank)
+    assert interleaved.tunable["table"].a.shape == (17, 4, 4)
+    assert interleaved.tunable["layers"]["up"].a.shape == (3, 6, 4, 4)
+    np.testing.assert_allclose(outputs(interleaved), outputs(bank), rtol=1e-9, atol=1e-12)
     compiled: Any = jax.jit(outputs)
-    compiled(found)
+    compiled(interleaved)
     other = set_adapter(bank, 0, adapter(9, 4, 7.0))
     swapped = compiled(interleave_adapters(other))
     assert compiled._cache_size() == 1
@@ -216,7 +219,7 @@ def test_an_interleaved_bank_is_the_same_mixture():
 
 
 @pytest.mark.parametrize("kind", ["miss", "vera"])
-def test_an_interleaved_bank_of_another_kind_is_the_bank(kind):
+def test_interleaving_other_kinds_changes_nothing(kind):
     frozen, _, bank = kind_bank(kind)
     x, weights = random(1, 4, 10), jnp.array([0.3, 0.0, -0.7])
     one, two = (
@@ -226,8 +229,8 @@ def test_an_interleaved_bank_of_another_kind_is_the_bank(kind):
     np.testing.assert_array_equal(one, two)
 
 
-def test_an_interleaved_bank_is_only_mixed():
-    bank = interleave_adapters(bank_of())
+def test_interleaved_bank_can_only_be_mixed():
+    bank = interleave_adapters(make_bank())
     for call in (
         lambda: select_adapters(bank, 0),  # pyright: ignore[reportArgumentType]
         lambda: set_adapter(bank, 0, {}),  # pyright: ignore[reportArgumentType]
@@ -249,7 +252,7 @@ def test_decoding_with_an_interleaved_bank_copies_no_factor():
     x = jnp.zeros((64, 2048), jnp.float32)
     run = lora(lambda params, x: x @ params["w"])
 
-    def moved(row, *more):
+    def bytes_accessed(row, *more):
         compiled = jax.jit(jax.vmap(row, in_axes=(None, 0, 0, None))).lower(params, x, index, *more)
         analysis: Any = compiled.compile().cost_analysis()
         return analysis["bytes accessed"]
@@ -259,7 +262,7 @@ def test_decoding_with_an_interleaved_bank_copies_no_factor():
         return run((params, mix_adapters(bank, weights)), x)
 
     # A copy is written, and read again.
-    copied = moved(mixed, bank) - moved(mixed, interleave_adapters(bank))
+    copied = bytes_accessed(mixed, bank) - bytes_accessed(mixed, interleave_adapters(bank))
     assert copied >= 2 * bank.tunable["w"].a.nbytes
 
 
@@ -311,8 +314,8 @@ def test_cost_of_rows_with_mixed_adapters():
     assert max(v.aval.size for eqn in mix.eqns for v in eqn.outvars) < 8 * 1024
 
 
-def test_many_trained_at_once_are_each_as_if_alone():
-    """Four adapters of other ranks, scales and rates, in one step, against one after the other."""
+def test_adapters_trained_together_equal_adapters_trained_alone():
+    """One step for four adapters of different ranks, scales and rates equals a step for each."""
     trees = [adapter(1, 2, 0.3), adapter(2, 3, 2.0, "rslora"), adapter(3, 4), adapter(4, 1, 5.0)]
     bank = stack_adapters(trees)
     rates = jnp.array([0.1, 0.02, 0.3, 0.05])
@@ -333,18 +336,18 @@ def test_many_trained_at_once_are_each_as_if_alone():
     for rows in batches:
         tunable = together(tunable, rows, rates, bank.scales)
     trained = unstack_adapters(dataclasses.replace(bank, tunable=tunable))
-    alone = jax.jit(step)
+    one_by_one = jax.jit(step)
     for k, tree in enumerate(trees):
         for rows in batches:
-            tree = alone(tree, rows[k], rates[k])
+            tree = one_by_one(tree, rows[k], rates[k])
         for one, two in zip(jax.tree.leaves(trained[k]), jax.tree.leaves(tree), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
-    # What was padded is still zero.
+    # The padding is still zero.
     assert not tunable["table"].a[3, :, 1:].any() and not tunable["table"].b[3, 1:].any()
 
 
 def test_scales_get_no_gradient():
-    bank = bank_of()
+    bank = make_bank()
 
     def loss(scales, tunable):
         return lora(model)((PARAMS, with_scales(tunable, scales)), TOKENS[0]).sum()
@@ -354,8 +357,8 @@ def test_scales_get_no_gradient():
     assert all(grad == 0 for grad in grads.values())
 
 
-def test_dropout_of_a_selected_adapter():
-    bank = bank_of()
+def test_selected_adapter_with_dropout():
+    bank = make_bank()
     run = lambda k: lora(model)(  # noqa: E731
         (PARAMS, with_dropout(select_adapters(bank, k), jax.random.key(0), 0.5)), TOKENS[0]
     )
@@ -363,7 +366,7 @@ def test_dropout_of_a_selected_adapter():
     np.testing.assert_array_equal(run(-1), model(PARAMS, TOKENS[0]))
 
 
-# Of each kind, the spec of one weight whose adapters are stacked.
+# A spec of each kind, whose adapters are stacked.
 KINDS = {
     "lora-fa": LoraFASpec(2, 4.0),
     "dora": DoraSpec(LoraSpec(2, 4.0)),
@@ -384,7 +387,7 @@ KINDS = {
     "oft-bound": OftSpec(2, "out", eps=0.4),
     "tokens": TokensSpec([7, 2, 3]),
 }
-ADDED = {kind for kind in KINDS if not kind.startswith(("dora", "ia3", "oft"))}
+WITH_DELTA = {kind for kind in KINDS if not kind.startswith(("dora", "ia3", "oft"))}
 
 
 def kind_bank(kind):
@@ -400,7 +403,7 @@ def dense(params, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_has_its_own_adapter_of_any_kind(kind):
+def test_each_row_has_its_own_adapter_for_every_kind(kind):
     frozen, trees, bank = kind_bank(kind)
     x, index = random(1, 5, 10), jnp.array([2, 0, -1, 1, 2])
     adapted = lora(dense, on_materialize="error")
@@ -410,24 +413,24 @@ def test_each_row_has_its_own_adapter_of_any_kind(kind):
         row = lambda x, k: adapted((frozen, select_adapters(of_bank, k)), x)  # noqa: E731
         return jax.vmap(row)(x, index)
 
-    def alone(trees):
+    def one_by_one(trees):
         base = dense({"w": getattr(frozen["w"], "base", frozen["w"])}, x[2])
-        found = [adapted((frozen, trees[k]), x[r]) if k >= 0 else base
-                 for r, k in enumerate(index.tolist())]  # fmt: skip
-        return jnp.stack(found)
+        rows = [adapted((frozen, trees[k]), x[r]) if k >= 0 else base
+                for r, k in enumerate(index.tolist())]  # fmt: skip
+        return jnp.stack(rows)
 
-    np.testing.assert_allclose(rows(bank.tunable), alone(trees), rtol=1e-9, atol=1e-12)
-    found = jax.grad(lambda tunable: jnp.sin(rows(tunable)).sum())(bank.tunable)
-    wanted = jax.grad(lambda trees: jnp.sin(alone(trees)).sum())(trees)
+    np.testing.assert_allclose(rows(bank.tunable), one_by_one(trees), rtol=1e-9, atol=1e-12)
+    actual = jax.grad(lambda tunable: jnp.sin(rows(tunable)).sum())(bank.tunable)
+    wanted = jax.grad(lambda trees: jnp.sin(one_by_one(trees)).sum())(trees)
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *wanted)
-    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(stacked), strict=True):
+    for one, two in zip(jax.tree.leaves(actual), jax.tree.leaves(stacked), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-8, atol=1e-10)
     step = jax.make_jaxpr(jax.grad(lambda tunable: jnp.sin(rows(tunable)).sum()))(bank.tunable)
-    assert largest(step.jaxpr) < 5 * 10 * 12
+    assert largest_size(step.jaxpr) < 5 * 10 * 12
 
 
-def largest(jaxpr):
-    """The most entries that an equation makes, within others too."""
+def largest_size(jaxpr):
+    """The largest size of an equation's results, in nested bodies too."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
     bodies = [
         getattr(body, "jaxpr", body)
@@ -435,45 +438,45 @@ def largest(jaxpr):
         for body in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns"))
         if hasattr(body, "eqns")
     ]
-    return max([0, *sizes, *map(largest, bodies)])
+    return max([0, *sizes, *map(largest_size, bodies)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_adapter_of_any_kind_is_the_base_bit_for_bit(kind):
+def test_no_adapter_is_bit_identical_to_the_base_for_every_kind(kind):
     frozen, _, bank = kind_bank(kind)
     x = random(1, 4, 10)
     wanted = dense({"w": getattr(frozen["w"], "base", frozen["w"])}, x)
-    found = lora(dense)((frozen, select_adapters(bank, -1)), x)
-    np.testing.assert_array_equal(found, wanted)
+    actual = lora(dense)((frozen, select_adapters(bank, -1)), x)
+    np.testing.assert_array_equal(actual, wanted)
     if kind in ("tokens", "dora", "dora-of-lora-fa"):
         with pytest.raises(PairError, match="would have to be the base's own"):
             drop_adapter(bank, 1)
         return
-    found = lora(dense)((frozen, select_adapters(drop_adapter(bank, 1), 1)), x)
-    np.testing.assert_array_equal(found, wanted)
+    actual = lora(dense)((frozen, select_adapters(drop_adapter(bank, 1), 1)), x)
+    np.testing.assert_array_equal(actual, wanted)
 
 
-@pytest.mark.parametrize("kind", sorted(ADDED))
-def test_a_mixture_weighs_the_deltas_of_any_kind(kind):
+@pytest.mark.parametrize("kind", sorted(WITH_DELTA))
+def test_mixture_weighs_the_deltas_for_every_kind(kind):
     frozen, trees, bank = kind_bank(kind)
     x, weights = random(1, 4, 10), jnp.array([0.3, 0.0, -0.7])
     base = getattr(frozen["w"], "base", frozen["w"])
     deltas = [merge_params(frozen, tree)["w"] - base for tree in trees]
     wanted = x @ (base + sum(w * d for w, d in zip(weights, deltas, strict=True)))
     linear = lambda params, x: x @ params["w"]  # noqa: E731
-    found = lora(linear, on_materialize="error")((frozen, mix_adapters(bank, weights)), x)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    actual = lora(linear, on_materialize="error")((frozen, mix_adapters(bank, weights)), x)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - ADDED))
-def test_a_kind_that_multiplies_is_not_mixed(kind):
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - WITH_DELTA))
+def test_mixture_of_kinds_without_a_delta_raises(kind):
     _, _, bank = kind_bank(kind)
     with pytest.raises(PairError, match="adapters at `w`, which have no delta .* jax.vmap"):
         mix_adapters(bank, jnp.ones(3))
 
 
 def test_invalid_arguments_raise():
-    bank = bank_of()
+    bank = make_bank()
     for k in (-2, 4):
         with pytest.raises(IndexError, match=f"no slot {k}; .* 0 to 3, and -1 is the base"):
             select_adapters(bank, k)
@@ -491,3 +494,15 @@ def test_invalid_arguments_raise():
             mix_adapters(bank, weights)
     with pytest.raises(PairError, match="no adapter at `other`"):
         with_scales(bank.tunable, bank.scales | {"other": jnp.ones(4)})
+    for call in (select_adapters, mix_adapters):
+        with pytest.raises(ArgumentError, match=f"{call.__name__}: .* cannot be None"):
+            call(bank, None)
+    for scales in ([1.0], None, jnp.ones(3), {"w": "2"}):
+        with pytest.raises(ArgumentError, match="with_scales.* not an? "):
+            with_scales(other, scales)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PairError, match="no adapter at `bias`"):
+        with_scales(other, {"bias": jnp.ones(())})
+    # Over the slots, scales are vectors, which is an error without `jax.vmap`.
+    scaled = with_scales(other, {"w": jnp.ones(2)})
+    with pytest.raises(ArgumentError, match=r"at `w` has shape \(2,\), and an adapter has one"):
+        lora(lambda p, x: x @ p["w"])(({"w": params["w"], "bias": None}, scaled), jnp.ones((2, 6)))

@@ -1,4 +1,4 @@
-"""What compiled programs make of a quantized base: no stack of floats, and no work but decoding."""
+"""Compiled programs on a quantized base: no stack of floats, and no added work but decoding."""
 
 import re
 from typing import Any
@@ -10,13 +10,13 @@ import pytest
 from lorax import NF4, Int8, LoraSpec, init_lora, lora, quantize
 from lorax.testing import random_factors
 
-# Big enough for arithmetic to count, and decoding beside it not.
+# Large enough for products to dominate decoding.
 LAYERS, WIDTH, TOKENS = 16, 128, 256
 
 
 @pytest.fixture(autouse=True)
 def optimized():
-    """The suite compiles without most of the optimizations that are looked at here."""
+    """Other tests compile without most of the optimizations that are checked here."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -55,25 +55,25 @@ def programs(function, format, tokens=TOKENS):
     return compiled
 
 
-WHOLE = pytest.mark.whole
+FULL_PRODUCT = pytest.mark.full_product
 
 
 @pytest.mark.parametrize(
     ("function", "format"),
     [
         (scanned, NF4(64)),
-        pytest.param(scanned, Int8(), marks=WHOLE),
+        pytest.param(scanned, Int8(), marks=FULL_PRODUCT),
         *(
-            pytest.param(function, format, marks=WHOLE)
+            pytest.param(function, format, marks=FULL_PRODUCT)
             for function in (unrolled, rematerialized)
             for format in (NF4(64), Int8())
         ),
     ],
 )
-def test_flops_and_arrays(function, format):
+def test_no_stack_of_floats_and_few_more_flops(function, format):
     on_codes, on_floats = programs(function, format)
     flops = [compiled.cost_analysis()["flops"] for compiled in (on_codes, on_floats)]
-    # XLA counts the body of a loop once, and decoding is as much of it as of the whole.
+    # XLA counts the body of a loop once; decoding is as large a share of it as of the whole loop.
     assert flops[0] <= 1.03 * flops[1], flops
     text = on_codes.as_text()
     stack = rf"{LAYERS},(?:{WIDTH}|{WIDTH // 64},64),{WIDTH}\]"
@@ -89,10 +89,10 @@ def test_flops_and_arrays(function, format):
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
-    reason="before, XLA ordered a CPU's program for concurrency, and not for memory",
+    reason="an older XLA orders programs of the CPU for concurrency, not for memory",
 )
 @pytest.mark.parametrize("format", [NF4(64), Int8()], ids=str)
-def test_one_weight_at_a_time(format):
+def test_one_weight_is_decoded_at_a_time(format):
     compiled, _ = programs(unrolled, format, tokens=8)
     temp = compiled.memory_analysis().temp_size_in_bytes
     assert temp <= 2.5 * 4 * WIDTH * WIDTH, temp / (4 * WIDTH * WIDTH)

@@ -1,4 +1,4 @@
-"""Codes and scales on meshes: placed, constrained, split and gathered as their weight is."""
+"""Codes and scales on meshes: sharded, constrained, split and gathered like their weight."""
 
 import functools
 
@@ -15,8 +15,10 @@ from lorax.testing import random_factors
 pytestmark = pytest.mark.devices(4)
 
 NIBBLES, SQUARES = NF4(64), FP8(block=2, square=True)
-FORMATS = [NIBBLES, pytest.param(SQUARES, marks=pytest.mark.whole)]
-MORE = [pytest.param(format, marks=pytest.mark.whole) for format in (Int8(), Int4(32, False))]
+FORMATS = [NIBBLES, pytest.param(SQUARES, marks=pytest.mark.full_product)]
+MORE = [
+    pytest.param(format, marks=pytest.mark.full_product) for format in (Int8(), Int4(32, False))
+]
 W = jax.random.normal(jax.random.key(0), (128, 8)) / 8
 X = jax.random.normal(jax.random.key(1), (4, 128))
 
@@ -25,7 +27,7 @@ def mesh_of(kind):
     return jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
 
 
-def weights(mesh, format):
+def quantized_pair(mesh, format):
     placed = jax.device_put(W, NamedSharding(mesh, P("a", "b")))
     coded = quantize({"w": placed}, {"w": format})
     _, tunable = init_lora(coded, {"w": 2}, jax.random.key(2))
@@ -47,8 +49,8 @@ def compare(function, coded, tunable, x):
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *MORE], ids=str)
-def test_codes_are_split_where_the_weight_is(format):
-    coded, tunable = weights(mesh_of(AxisType.Auto), format)
+def test_codes_are_sharded_like_the_weight(format):
+    coded, tunable = quantized_pair(mesh_of(AxisType.Auto), format)
     weight = coded["w"]
     assert weight.sharding.spec == P("a", "b")
     assert dequantize(coded)["w"].sharding.spec == P("a", "b")
@@ -103,7 +105,7 @@ def split_after_a_number(mesh, p, x):
 def test_under_automatic_axes(use, spec, format):
     mesh = mesh_of(AxisType.Auto)
     where = mesh if spec is None else NamedSharding(mesh, spec)
-    compare(functools.partial(use, where), *weights(mesh, format), X)
+    compare(functools.partial(use, where), *quantized_pair(mesh, format), X)
 
 
 EXPLICIT = {
@@ -121,32 +123,34 @@ def test_under_explicit_axes(use, format):
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
         x = jax.device_put(X, P(None, "a"))
-        compare(EXPLICIT[use], *weights(mesh, format), x)
+        compare(EXPLICIT[use], *quantized_pair(mesh, format), x)
 
 
-def test_parts_that_blocks_do_not_divide_are_named():
+def test_blocks_that_do_not_divide_a_shard_raise():
     placed = jax.device_put(W, NamedSharding(mesh_of(AxisType.Explicit), P(("a", "b"))))
-    says = r"`w` has shape \(128, 8\), .* 4 parts of 32 over .* 'a', 'b', which blocks of 64 do not"
-    with pytest.raises(lorax.SpecError, match=says):
+    message = (
+        r"`w` has shape \(128, 8\), .* 4 parts of 32 over .* 'a', 'b', which blocks of 64 do not"
+    )
+    with pytest.raises(lorax.SpecError, match=message):
         quantize({"w": placed}, {"w": NF4(64)})
-    with pytest.raises(lorax.SpecError, match=says):
+    with pytest.raises(lorax.SpecError, match=message):
         init_lora({"w": placed}, {"w": lorax.LoraSpec(2, init="loftq")}, jax.random.key(0))
-    within = quantize({"w": placed}, {"w": NF4(32)})["w"]
-    assert within.sharding.spec == P(("a", "b"), None)
-    assert dequantize({"w": within})["w"].sharding.spec == P(("a", "b"), None)
+    small_blocks = quantize({"w": placed}, {"w": NF4(32)})["w"]
+    assert small_blocks.sharding.spec == P(("a", "b"), None)
+    assert dequantize({"w": small_blocks})["w"].sharding.spec == P(("a", "b"), None)
 
 
 def test_gathers_codes_and_not_floats():
-    """What crosses devices is a byte or less for each entry of the weight."""
+    """At most a byte for each entry of the weight crosses devices."""
     mesh = mesh_of(AxisType.Auto)
-    coded, tunable = weights(mesh, Int8())
+    coded, tunable = quantized_pair(mesh, Int8())
     function = lora(functools.partial(gathered, mesh))
     traced = str(jax.make_jaxpr(function)((coded, tunable), X))
     made = [line for line in traced.splitlines() if "all_gather[" in line]
     assert made and not [line for line in made if "f32[128,4]" in line or "f32[2,64,4]" in line]
 
 
-def test_more_parts_than_blocks_materializes():
+def test_more_shards_than_blocks_materialize():
     mesh = mesh_of(AxisType.Auto)
     coded = quantize({"w": W}, {"w": NF4(128)})
     pair = init_lora(coded, {"w": 2}, jax.random.key(0))

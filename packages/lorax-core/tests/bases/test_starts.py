@@ -1,4 +1,4 @@
-"""First factors beside a quantized base."""
+"""Initial factors on a quantized base: LoftQ, PiSSA and OLoRA."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ def error_of(pair):
 
 
 @pytest.mark.parametrize(("init", "format"), [("loftq", "nf4"), ("loftq:int4", "int4")])
-def test_loftq_makes_codes_and_adds_their_error(init, format):
+def test_loftq_quantizes_the_base_and_adapts_to_its_error(init, format):
     spec = LoraSpec(8, alpha=4, init=init, **STACK)
     pair = init_lora({"w": W}, {"w": spec}, jax.random.key(0))
     assert isinstance(pair.frozen["w"], lorax.QuantizedWeight)
     assert pair.frozen["w"].format == format and pair.frozen["w"].along == (1,)
     coded = lorax.quantize({"w": W}, {"w": format})
     alone = float(jnp.linalg.norm((coded["w"].array() - W).ravel()) / jnp.linalg.norm(W.ravel()))
-    # As many singular values of each matrix as the rank are gone.
+    # The adapter removes the 8 largest singular values of the error of each matrix.
     lost = np.linalg.svd(np.asarray(W - coded["w"].array()), compute_uv=False)[:, 8:]
     np.testing.assert_allclose(error_of(pair) * np.linalg.norm(W), np.linalg.norm(lost), rtol=1e-4)
     assert error_of(pair) < 0.8 * alone
@@ -42,7 +42,7 @@ def test_loftq_of_codes_raises():
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_quantized_base_moves_and_stays_quantized(init):
+def test_adjusted_quantized_base_stays_quantized(init):
     coded = lorax.quantize({"w": W}, {"w": lorax.Int8(16)})
     pair = init_lora(coded, {"w": LoraSpec(4, init=init, **STACK)}, jax.random.key(0))
     assert jax.tree.structure(pair.frozen) == jax.tree.structure(coded)

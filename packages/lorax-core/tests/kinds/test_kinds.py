@@ -1,6 +1,6 @@
-"""Every kind of adapter under the ways in which a weight is used.
+"""Every kind of adapter in every way that a model uses a weight.
 
-A new kind is one row of `KINDS`; it runs through every row of `USES` that its weight can enter.
+A new kind is one row of `KINDS`, and is tested with every row of `USES`.
 """
 
 import functools
@@ -38,15 +38,15 @@ from lorax import (
     testing,
 )
 
-N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
+normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
 
 
 def divisor_of(size):
     return next(k for k in (2, 3) if size % k == 0)
 
 
-def blocks_of(shape, axes):
-    """Settings of GraLoRA that fit a weight."""
+def gralora_settings(shape, axes):
+    """Settings of GraLoRA whose blocks divide the weight's axes."""
     return next(
         {"rank": rank, "blocks": blocks, "split_axes": (i, o)}
         for blocks, rank in ((2, 4), (3, 3), (1, 2))
@@ -56,8 +56,8 @@ def blocks_of(shape, axes):
     )
 
 
-def turned(side):
-    """OFT along the channels of a convolution, and along the last axis of a side elsewhere."""
+def oft_along(side):
+    """OFT along the channels of a convolution, and elsewhere along the last axis of a side."""
 
     def spec(shape, axes):
         over = axes.inputs if side == "in" else axes.outputs
@@ -67,7 +67,7 @@ def turned(side):
     return spec
 
 
-def cut(side):
+def bdlora_along(side):
     """BD-LoRA, whose factors are smaller than the weight."""
 
     def spec(shape, axes):
@@ -77,7 +77,7 @@ def cut(side):
     return spec
 
 
-# A name, and its spec for axes of a weight: (spec, uses that it cannot enter and why).
+# Each kind's spec, or a function that makes it for a weight's shape and axes.
 KINDS = {
     "lora": LoraSpec(2, alpha=4),
     "rslora": LoraSpec(3, alpha=4, scaling="rslora"),
@@ -103,31 +103,31 @@ KINDS = {
     "locon": LoconSpec(2, alpha=4),
     "miss": lambda shape, axes: MissSpec(divisor_of(shape[axes.inputs[-1]])),
     "miss-remainder": lambda shape, axes: MissSpec(shape[axes.inputs[-1]] - 1),
-    "gralora": lambda shape, axes: GraloraSpec(alpha=4, **blocks_of(shape, axes)),  # pyright: ignore
-    "bdlora": cut("in"),
-    "bdlora-out": cut("out"),
-    "oft": turned("in"),
-    "oft-out": turned("out"),
+    "gralora": lambda shape, axes: GraloraSpec(alpha=4, **gralora_settings(shape, axes)),  # pyright: ignore
+    "bdlora": bdlora_along("in"),
+    "bdlora-out": bdlora_along("out"),
+    "oft": oft_along("in"),
+    "oft-out": oft_along("out"),
     "oft-bound": lambda shape, axes: OftSpec(divisor_of(shape[axes.inputs[-1]]), eps=0.3),
 }
 
-# Kinds that a use cannot hold factored: the weight is built there, and said.
-BUILT = {
+# (kind, use) pairs that cannot stay factored: the weight is materialized, with a warning.
+MATERIALIZED = {
     # A gain that varies along the window.
     ("ia3-in", "convolution"),
     ("ia3-in", "grouped-convolution"),
-    # Two halves of three blocks: the cut is within a block.
+    # Half of an axis with three blocks: the cut is inside a block.
     ("gralora", "split"),
     ("oft-out", "split"),
-    # The same of groups.
+    # Likewise for groups.
     ("oft-out", "grouped-convolution"),
-    # Rows are looked up, and each is a mixture of its block.
+    # A looked-up row depends on all rows of its block.
     ("oft", "lookup"),
     ("oft", "tied"),
 }
 
-# Kinds that refuse such a weight.
-REFUSED = {
+# (kind, use) pairs whose weight the spec rejects.
+REJECTED = {
     # Rows are counted along one input axis.
     ("tokens", "merged-heads"),
     ("tokens", "convolution"),
@@ -170,7 +170,7 @@ def split_inputs(params, x):
     return sum(jnp.tanh(x[:, :4] @ w) for w in jnp.split(params["w"], 2, 0))
 
 
-def narrow(params, x):
+def in_bfloat16(params, x):
     return x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
 
 
@@ -207,7 +207,7 @@ USES = {
     ),
     "batched": (lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), (3, 9, 6), STACK, [(3, 2, 9)]),
     "one-expert": (lambda p, x, i: x @ p["w"][i], (3, 9, 6), STACK, [(2, 9), np.int32(2)]),
-    "each-example-its-expert": (
+    "expert-for-each-example": (
         lambda p, x, i: jnp.einsum("bi,bio->bo", x, p["w"][i]),
         (3, 9, 6),
         STACK,
@@ -242,12 +242,12 @@ USES = {
         Axes((), (0, 1, 2), (3,)),
         [(2, 5, 5, 8)],
     ),
-    "bfloat16": (narrow, (9, 6), AXES, [(3, 9)]),
+    "bfloat16": (in_bfloat16, (9, 6), AXES, [(3, 9)]),
 }
 
 
-# Kinds that differ from another in their side, or in a window's core, have these uses.
-SIDES = {
+# Variants that differ from another kind in one setting are tested with the uses that it affects.
+USES_OF_VARIANTS = {
     "oft-out": (
         "right", "merged-heads", "ragged", "scan-and-remat", "tied", "split", "row-gain",
         "convolution", "grouped-convolution",
@@ -258,59 +258,59 @@ SIDES = {
     "bdlora-out": ("right", "ragged", "scan-and-remat", "tied", "grouped-convolution"),
 }  # fmt: skip
 
-# One of each rule that does more than move a weight. One cell of CI has the whole product.
+# One use for each rule that does more than move a weight. One CI job runs all combinations.
 SAMPLE = ("right", "merged-heads", "one-expert", "ragged", "scan-and-remat", "tied", "convolution")
 
 
 def sampled(kind, use):
-    return pytest.param(kind, use, marks=() if use in SAMPLE else pytest.mark.whole)
+    return pytest.param(kind, use, marks=() if use in SAMPLE else pytest.mark.full_product)
 
 
 def uses_of(kind):
-    return [use for use in USES if kind not in SIDES or use in SIDES[kind]]
+    return [use for use in USES if kind not in USES_OF_VARIANTS or use in USES_OF_VARIANTS[kind]]
 
 
-def of_use(use, kind):
+def case_of(use, kind):
     function, shape, axes, args = USES[use]
     made = KINDS[kind]
     made = made if isinstance(made, lorax.AdapterSpec) else made(shape, axes)
     spec = {"w": made.with_axes(axes)}
-    args = [N(k, *arg) if isinstance(arg, tuple) else arg for k, arg in enumerate(args)]
-    return function, {"w": N(7, *shape)}, spec, [jnp.asarray(arg) for arg in args]
+    args = [normal(k, *arg) if isinstance(arg, tuple) else arg for k, arg in enumerate(args)]
+    return function, {"w": normal(7, *shape)}, spec, [jnp.asarray(arg) for arg in args]
 
 
 @pytest.mark.parametrize(
     ("kind", "use"), [sampled(kind, use) for kind in KINDS for use in uses_of(kind)]
 )
-def test_equals_the_merged_model_and_builds_nothing(request, kind, use):
-    function, params, spec, args = of_use(use, kind)
-    if (kind, use) in REFUSED:
+def test_equals_the_merged_model_without_materializing(request, kind, use):
+    function, params, spec, args = case_of(use, kind)
+    if (kind, use) in REJECTED:
         with pytest.raises(lorax.SpecError, match="^`w` has "):
             testing.check(function, params, spec, *args)
         return
     # JAX has no batching rule for every way of mapping `ragged_dot`.
-    mapped = use in SAMPLE and use != "ragged" and kind not in SIDES
+    mapped = use in SAMPLE and use != "ragged" and kind not in USES_OF_VARIANTS
     testing.check(
         function, params, spec, *args,
         transforms=mapped and not request.config.getoption("--without-transforms"),
-        materializes=(kind, use) in BUILT,
+        materializes=(kind, use) in MATERIALIZED,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("kind", "use"),
-    [sampled(kind, use) for kind in KINDS for use in uses_of(kind) if (kind, use) not in REFUSED],
+    [sampled(kind, use) for kind in KINDS for use in uses_of(kind) if (kind, use) not in REJECTED],
 )
-def test_the_base_at_the_start(kind, use):
-    function, params, spec, args = of_use(use, kind)
+def test_initial_outputs_are_those_of_the_base(kind, use):
+    function, params, spec, args = case_of(use, kind)
     pair = init_lora(params, spec, jax.random.key(0))
     adapted = lora(function, on_materialize="allow")
     got, expected = adapted(pair, *args), function(params, *args)
-    # XLA compiles the body of a loop anew, with other roundings.
+    # XLA compiles the body of a loop separately, and rounds differently.
     is_fused = use in ("scan", "scan-and-remat", "loop")
-    # (x ⊙ g) @ W is not x @ (g ⊙ W) in its last bits.
-    is_moved = (kind, use) == ("oft", "row-gain")
-    if kind.startswith("dora") or is_fused or is_moved:
+    # (x ⊙ g) @ W and x @ (g ⊙ W) differ by rounding.
+    is_reordered = (kind, use) == ("oft", "row-gain")
+    if kind.startswith("dora") or is_fused or is_reordered:
         got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)  # pyright: ignore
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
     else:
@@ -319,20 +319,20 @@ def test_the_base_at_the_start(kind, use):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_round_trip(kind):
-    _, params, spec, _ = of_use("batched", kind)
+    _, params, spec, _ = case_of("batched", kind)
     weight = init_lora(params, spec, jax.random.key(0)).tunable["w"]
-    again = lorax.adapter_from_settings(json.loads(json.dumps(weight.settings())))
-    again = again.with_factors(weight.factors())
-    assert jax.tree.structure(again) == jax.tree.structure(weight)
-    layout = again.layout((3, 9, 6))
+    restored = lorax.adapter_from_settings(json.loads(json.dumps(weight.settings())))
+    restored = restored.with_factors(weight.factors())
+    assert jax.tree.structure(restored) == jax.tree.structure(weight)
+    layout = restored.layout((3, 9, 6))
     assert layout.shapes() == {name: x.shape for name, x in weight.factors().items()}
     assert spec["w"].count((3, 9, 6), STACK) == lorax.count_params(weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_exported(kind):
+def test_exports(kind):
     pytest.importorskip("flatbuffers")
-    function, params, spec, args = of_use("right", kind)
+    function, params, spec, args = case_of("right", kind)
     pair = init_lora(params, spec, jax.random.key(0))
     data = jax.export.export(jax.jit(lora(function)))(pair, *args).serialize()
     exported = jax.export.deserialize(bytearray(data))
@@ -340,8 +340,8 @@ def test_is_exported(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_explained(kind):
-    function, params, spec, args = of_use("right", kind)
+def test_explain_reports_coverage(kind):
+    function, params, spec, args = case_of("right", kind)
     pair = init_lora(params, spec, jax.random.key(0))
     (row,) = lorax.explain(function, pair, *args).rows
     assert row.status == "covered" and row.uses == ("dot_general",)
@@ -349,30 +349,30 @@ def test_is_explained(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerges_or_says_why_not(kind):
-    _, params, spec, _ = of_use("right", kind)
+def test_unmerge_restores_the_base_or_raises(kind):
+    _, params, spec, _ = case_of("right", kind)
     frozen, tunable = init_lora(params, spec, jax.random.key(0))
     tunable = testing.random_factors(tunable, jax.random.key(1))
     merged = merge_params(frozen, tunable)
-    if tunable["w"].layout((9, 6)).held:
+    if tunable["w"].layout((9, 6)).frozen:
         with pytest.raises(
             lorax.PairError, match=r"`w` has frozen factors .* Keep the frozen tree"
         ):
             lorax.unmerge(merged, tunable)
     else:
-        again = lorax.unmerge(merged, tunable)["w"]
-        np.testing.assert_allclose(again, params["w"], rtol=1e-5, atol=1e-5)
+        restored = lorax.unmerge(merged, tunable)["w"]
+        np.testing.assert_allclose(restored, params["w"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_shapes_alone(kind):
-    function, params, spec, args = of_use("right", kind)
+def test_eval_shape(kind):
+    function, params, spec, args = case_of("right", kind)
     shapes = jax.eval_shape(lambda p: init_lora(p, spec, jax.random.key(0)), params)
     assert jax.eval_shape(lora(function), shapes, *args).shape == (3, 6)
 
 
-def test_gain_without_a_place_materializes():
-    function, params, spec, args = of_use("convolution", "ia3-in")
+def test_gain_that_varies_along_the_window_materializes():
+    function, params, spec, args = case_of("convolution", "ia3-in")
     pair = init_lora(params, spec, jax.random.key(0))
     with pytest.raises(MaterializeError, match="leave no place for its gain"):
         lora(function, on_materialize="error")(pair, *args)
@@ -381,8 +381,8 @@ def test_gain_without_a_place_materializes():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_that_no_spec_allows_raise(kind):
-    _, params, spec, _ = of_use("right", kind)
+def test_invalid_settings_raise(kind):
+    _, params, spec, _ = case_of("right", kind)
     settings = init_lora(params, spec, jax.random.key(0)).tunable["w"].settings()
     inner = settings.get("delta", settings)
     for name in {"rank", "blocks"} & inner.keys():
@@ -394,8 +394,8 @@ def test_settings_that_no_spec_allows_raise(kind):
 
 
 @pytest.mark.parametrize("kind", ["gralora", "lokr", "oft"])
-def test_a_base_that_blocks_do_not_divide_raises(kind):
-    function, params, spec, _ = of_use("right", kind)
+def test_base_that_blocks_do_not_divide_raises(kind):
+    function, params, spec, _ = case_of("right", kind)
     tunable = init_lora(params, spec, jax.random.key(0)).tunable
     with pytest.raises(lorax.PairError, match="the adapter at `w` has .* do not fit a base"):
-        lora(function)(({"w": N(0, 10, 6)}, tunable), N(1, 3, 10))
+        lora(function)(({"w": normal(0, 10, 6)}, tunable), normal(1, 3, 10))

@@ -1,4 +1,4 @@
-"""LoRA-FA: what it keeps for the backward pass, and what it refuses."""
+"""LoRA-FA: residuals of the backward pass, agreement with LoRA, and invalid specs."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ def model(params, x):
     return x @ params["w"]
 
 
-def kept(spec):
-    """The shapes that the derivative of one adapted product holds on to."""
+def residual_shapes(spec):
+    """The shapes of the residuals of one adapted product."""
     params, x = {"w": jnp.ones((FAN_IN, FAN_OUT))}, jnp.ones((TOKENS, FAN_IN))
     frozen, tunable = init_lora(params, {"w": spec}, jax.random.key(0))
     tunable = random_factors(tunable, jax.random.key(1))
@@ -34,35 +34,35 @@ def kept(spec):
     return sorted(array.shape for array in jax.make_jaxpr(tangent)(tunable).consts)
 
 
-def test_the_input_is_not_kept():
-    assert (TOKENS, FAN_IN) in kept(LoraSpec(2, alpha=4))
-    assert kept(LoraFASpec(2, alpha=4)) == [(TOKENS, 2)]
+def test_the_input_is_not_a_residual():
+    assert (TOKENS, FAN_IN) in residual_shapes(LoraSpec(2, alpha=4))
+    assert residual_shapes(LoraFASpec(2, alpha=4)) == [(TOKENS, 2)]
 
 
-def test_vera_keeps_one_activation_of_its_rank():
-    shapes = kept(VeraSpec(3))
+def test_the_only_activation_that_vera_keeps_has_its_rank():
+    shapes = residual_shapes(VeraSpec(3))
     assert [shape for shape in shapes if TOKENS in shape] == [(TOKENS, 3)]
 
 
-def test_begins_as_lora_does():
+def test_initial_factors_are_those_of_lora():
     params = {"w": jnp.ones((2, 5, 3))}
     spec, key = {"w": LoraSpec(2, shared_axes=[0])}, jax.random.key(3)
-    other = {"w": LoraFASpec(2, shared_axes=[0])}
+    fa_spec = {"w": LoraFASpec(2, shared_axes=[0])}
     weight = init_lora(params, spec, key, b_init="gaussian").tunable["w"]
-    frozen, tunable = init_lora(params, other, key, b_init="gaussian")
+    frozen, tunable = init_lora(params, fa_spec, key, b_init="gaussian")
     np.testing.assert_array_equal(frozen["w"].factors["a"], weight.a)
     np.testing.assert_array_equal(tunable["w"].b, weight.b)
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_is_lora_of_the_same_factors(scaling):
+def test_merges_like_lora_with_the_same_factors(scaling):
     params, key = {"w": jnp.ones((5, 3))}, jax.random.key(3)
-    of_lora = init_lora(params, {"w": LoraSpec(2, 3, scaling)}, key, b_init="gaussian")
+    lora_pair = init_lora(params, {"w": LoraSpec(2, 3, scaling)}, key, b_init="gaussian")
     pair = init_lora(params, {"w": LoraFASpec(2, 3, scaling)}, key, b_init="gaussian")
-    np.testing.assert_array_equal(merge_params(pair)["w"], merge_params(of_lora)["w"])
+    np.testing.assert_array_equal(merge_params(pair)["w"], merge_params(lora_pair)["w"])
 
 
-def test_the_backward_pass_keeps_no_copy_of_the_frozen_factor():
+def test_the_frozen_factor_is_not_copied_for_the_backward_pass():
     def scanned(params, x):
         return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, params["w"])[0]
 
@@ -70,18 +70,18 @@ def test_the_backward_pass_keeps_no_copy_of_the_frozen_factor():
     spec = {"w": LoraFASpec(2, in_axes=(1,), out_axes=(2,), shared_axes=(0,))}
     frozen, tunable = init_lora(params, spec, jax.random.key(0))
 
-    def kept(tunable, frozen):
+    def residuals(tunable, frozen):
         _, pull = jax.vjp(lambda tunable: lora(scanned)((frozen, tunable), x), tunable)
         return jax.tree.leaves(pull)
 
-    traced = jax.make_jaxpr(kept)(tunable, frozen).jaxpr
+    traced = jax.make_jaxpr(residuals)(tunable, frozen).jaxpr
     shapes = [var.aval.shape for var in traced.outvars if var not in traced.invars]
     assert frozen["w"].factors["a"].shape == (4, 5, 2)
     assert (4, 5, 2) not in shapes
-    assert (4, 2, 2) in shapes  # x a, of each layer
+    assert (4, 2, 2) in shapes  # x @ a of each layer
 
 
-def test_without_its_frozen_factor_it_raises():
+def test_missing_frozen_factor_raises():
     frozen, tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(2)}, jax.random.key(0))
     with pytest.raises(PairError, match=r"adapter at `w` needs a \(5, 2\) beside its base"):
         lora(model)(({"w": frozen["w"].base}, tunable), jnp.ones((2, 5)))
@@ -99,17 +99,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_settings_raise(row):
+def test_invalid_settings_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((5, 3))}, {"w": spec}, jax.random.key(0))
 
 
-def test_vectors_raise():
+def test_vector_raises():
     with pytest.raises(SpecError, match="`w` has 1 dimension.*give it LORA_FREEZE or LORA_FULL"):
         init_lora({"w": jnp.ones(3)}, {"w": LoraFASpec(2)}, jax.random.key(0))
 
 
-def test_warns_of_a_rank_above_the_matrix():
+def test_rank_above_that_of_the_matrix_warns():
     with pytest.warns(RankWarning, match="whose rank is at most 3"):
         init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(4)}, jax.random.key(0))

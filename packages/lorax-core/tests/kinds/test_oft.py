@@ -1,4 +1,4 @@
-"""OFT: the formula, where blocks meet, what no rule can pay, and bad input."""
+"""OFT: the formula, uses of whole and of partial blocks, the bound, and invalid specs."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from lorax import (
 )
 from lorax.kinds.oft import rotation
 
-N = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
+normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2  # noqa: E731
 
 
 def skew_of(q, size):
@@ -31,7 +31,7 @@ def skew_of(q, size):
 
 
 def series(skew, terms: int):
-    """The series, term by term, as the method's code has it."""
+    """The truncated Neumann series of the Cayley transform, as in the method's reference code."""
     identity = np.eye(skew.shape[-1])
     powers = [np.linalg.matrix_power(skew, k) for k in range(max(terms, 4))]
     last = {2: 1, 3: 3}.get(terms, terms - 1)
@@ -40,26 +40,26 @@ def series(skew, terms: int):
 
 
 @pytest.mark.parametrize("terms", [2, 3, 4, 5, 7])
-def test_the_series(terms):
-    q = N(0, 3, 6)
+def test_rotation_matches_the_truncated_series(terms):
+    q = normal(0, 3, 6)
     expected = series(skew_of(q, 4), terms) - np.eye(4)
     np.testing.assert_allclose(rotation(q, 4, terms), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_exact_inverse_is_orthogonal_and_the_series_is_near_to_its_transpose():
-    q = N(0, 3, 6) / 10
+def test_exact_rotation_is_orthogonal_and_the_series_approximates_its_transpose():
+    q = normal(0, 3, 6) / 10
     exact = np.asarray(rotation(q, 4, None)) + np.eye(4)
     np.testing.assert_allclose(exact @ exact.transpose(0, 2, 1), [np.eye(4)] * 3, atol=1e-6)
-    series = np.asarray(rotation(q, 4, 5)) + np.eye(4)
-    np.testing.assert_allclose(series, exact.transpose(0, 2, 1), atol=2e-3)
-    assert np.abs(series - exact).max() > 0.1
+    truncated = np.asarray(rotation(q, 4, 5)) + np.eye(4)
+    np.testing.assert_allclose(truncated, exact.transpose(0, 2, 1), atol=2e-3)
+    assert np.abs(truncated - exact).max() > 0.1
 
 
 @pytest.mark.parametrize("terms", [5, None])
 @pytest.mark.parametrize("block_share", [False, True])
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_the_weight_is_turned_block_by_block(side, block_share, terms):
-    w = N(1, 6, 8)
+def test_weight_is_rotated_block_by_block(side, block_share, terms):
+    w = normal(1, 6, 8)
     spec = OftSpec(2, side, block_share=block_share, terms=terms)
     _, tunable = init_lora({"w": w}, {"w": spec}, jax.random.key(0))
     weight = testing.random_factors(tunable, jax.random.key(1))["w"]
@@ -71,42 +71,44 @@ def test_the_weight_is_turned_block_by_block(side, block_share, terms):
         full[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = blocks[0 if block_share else k]
     expected = full @ np.asarray(w) if side == "in" else np.asarray(w) @ full
     np.testing.assert_allclose(materialize(w, weight), expected, rtol=1e-5, atol=1e-5)
-    again = unmerge({"w": materialize(w, weight)}, {"w": weight})["w"]
-    np.testing.assert_allclose(again, w, atol=1e-5)
+    restored = unmerge({"w": materialize(w, weight)}, {"w": weight})["w"]
+    np.testing.assert_allclose(restored, w, atol=1e-5)
 
 
 @pytest.mark.parametrize("keywords", [{"block_share": True}, {"terms": None}, {"terms": 2}])
-def test_settings_under_the_oracle(keywords):
+def test_settings_in_a_scan_of_layers(keywords):
     spec = {"w": OftSpec(3, shared_axes=[0], **keywords)}
 
     def model(params, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
 
-    testing.check(model, {"w": N(0, 2, 6, 6)}, spec, N(1, 4, 6), transforms=False)
+    testing.check(model, {"w": normal(0, 2, 6, 6)}, spec, normal(1, 4, 6), transforms=False)
 
 
-def sizes_of(jaxpr):
+def output_sizes(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval.size for v in eqn.outvars)
         for value in eqn.params.values():
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from sizes_of(getattr(value, "jaxpr", value))
+                yield from output_sizes(getattr(value, "jaxpr", value))
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_no_array_is_as_large_as_the_weight(side):
-    frozen, tunable = init_lora({"w": N(0, 20, 24)}, {"w": OftSpec(4, side)}, jax.random.key(0))
+    frozen, tunable = init_lora(
+        {"w": normal(0, 20, 24)}, {"w": OftSpec(4, side)}, jax.random.key(0)
+    )
     loss = lambda tunable, x: jnp.sum(lora(lambda p, x: x @ p["w"])((frozen, tunable), x) ** 2)  # noqa: E731
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(tunable, N(1, 3, 20))
-    assert max(sizes_of(jaxpr.jaxpr)) < 20 * 24
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(tunable, normal(1, 3, 20))
+    assert max(output_sizes(jaxpr.jaxpr)) < 20 * 24
 
 
-def test_window_of_a_convolution():
+def test_convolution_kernels():
     def conv(params, x):
         numbers = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=numbers)
 
-    params, x = {"w": N(0, 3, 2, 4, 6)}, N(1, 2, 5, 5, 4)
+    params, x = {"w": normal(0, 3, 2, 4, 6)}, normal(1, 2, 5, 5, 4)
     testing.check(conv, params, {"w": OftSpec(2, channel_axis=2)}, x, transforms=False)
     pair = init_lora(params, {"w": OftSpec(2)}, jax.random.key(0))
     assert pair.tunable["w"].q.shape == (3, 2, 2, 1)
@@ -115,35 +117,35 @@ def test_window_of_a_convolution():
     testing.check(conv, params, {"w": OftSpec(2)}, x, transforms=False, materializes=True)
 
 
-def test_a_complex_weight_is_turned_by_real_blocks():
-    params = {"w": lax.complex(N(0, 6, 4), N(1, 6, 4))}
+def test_complex_weight_is_rotated_by_real_blocks():
+    params = {"w": lax.complex(normal(0, 6, 4), normal(1, 6, 4))}
     assert (
         init_lora(params, {"w": OftSpec(3)}, jax.random.key(0)).tunable["w"].q.dtype == jnp.float32
     )
-    x = lax.complex(N(2, 3, 6), N(3, 3, 6))
+    x = lax.complex(normal(2, 3, 6), normal(3, 3, 6))
     testing.check(lambda p, x: x @ p["w"], params, {"w": OftSpec(3)}, x, transforms=False)
 
 
-# What reads a part of a block, or its entries in another order.
-PARTS = {
+# Uses that read part of a block, or its entries in another order.
+PARTIAL_USES = {
     "flipped": lambda p, x: x @ p["w"][::-1],
     "cut in a block": lambda p, x: x[:, :3] @ p["w"][:3],
     "strided": lambda p, x: x[:, ::2] @ p["w"][::2],
     "one row": lambda p, x: x[:, :6] * p["w"][3][None],
     "scanned rows": lambda p, x: lax.scan(lambda c, w: (c + w, w), x[0, :6], p["w"])[1],
-    "blocks that are cut": lambda p, x: jnp.einsum(
+    "reshaped within blocks": lambda p, x: jnp.einsum(
         "bij,ijo->bo", x.reshape(3, 4, 2), p["w"].reshape(4, 2, 6)
     ),
 }
 
 
 @pytest.mark.parametrize(
-    "use, size", [*((use, 4) for use in PARTS), ("flipped", 8), ("scanned rows", 8)]
+    "use, size", [*((use, 4) for use in PARTIAL_USES), ("flipped", 8), ("scanned rows", 8)]
 )
 def test_part_of_a_block_materializes(use, size):
     spec = {"w": OftSpec(size)}
-    testing.check(PARTS[use], {"w": N(0, 8, 6)}, spec, N(1, 3, 8), transforms=False,
-                  materializes=True)  # fmt: skip
+    params, x = {"w": normal(0, 8, 6)}, normal(1, 3, 8)
+    testing.check(PARTIAL_USES[use], params, spec, x, transforms=False, materializes=True)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +159,18 @@ def test_part_of_a_block_materializes(use, size):
     ],
     ids=["cut", "two axes", "flipped outputs", "gain", "gain along the blocks"],
 )
-def test_whole_blocks_are_not_built(use):
-    testing.check(use, {"w": N(0, 8, 6)}, {"w": OftSpec(4)}, N(1, 3, 8), transforms=False)
+def test_whole_blocks_are_not_materialized(use):
+    testing.check(use, {"w": normal(0, 8, 6)}, {"w": OftSpec(4)}, normal(1, 3, 8), transforms=False)
 
 
-def test_groups_that_contain_whole_blocks():
+def test_convolution_groups_that_contain_whole_blocks():
     def conv(params, x):
         return lax.conv_general_dilated(
             x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=2,
         )  # fmt: skip
 
-    params, x = {"w": N(0, 3, 2, 4, 12)}, N(1, 2, 5, 5, 8)
+    params, x = {"w": normal(0, 3, 2, 4, 12)}, normal(1, 2, 5, 5, 8)
     testing.check(conv, params, {"w": OftSpec(3, "out")}, x, transforms=False)
 
 
@@ -185,13 +187,13 @@ def test_groups_that_contain_whole_blocks():
         (OftSpec(4, channel_axis=5), "channel_axis"),
     ],
 )
-def test_bad_input(spec, message):
+def test_invalid_spec_raises(spec, message):
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((12, 7))}, {"w": spec}, jax.random.key(0))
 
 
-def test_a_bound_shortens_the_matrix_of_each_block_and_passes_the_gradient():
-    w, eps = N(1, 6, 5), 0.2
+def test_eps_bounds_each_block_and_passes_the_gradient():
+    w, eps = normal(1, 6, 5), 0.2
     _, tunable = init_lora({"w": w}, {"w": OftSpec(2, eps=eps)}, jax.random.key(0))
     # Three blocks: within the bound, on it, and beyond it.
     bound = eps / np.sqrt(3)
@@ -201,15 +203,15 @@ def test_a_bound_shortens_the_matrix_of_each_block_and_passes_the_gradient():
     free = init_lora({"w": w}, {"w": OftSpec(2)}, jax.random.key(0)).tunable["w"]
     value = lambda weight, q: materialize(w, weight.with_factors({"q": q}))  # noqa: E731
     np.testing.assert_allclose(value(bounded, q), value(free, within), rtol=1e-6)
-    slope = lambda weight, q: jax.grad(lambda q: jnp.sum(jnp.sin(value(weight, q))))(q)  # noqa: E731
-    np.testing.assert_allclose(slope(bounded, q), slope(free, within), rtol=1e-5)
+    gradient = lambda weight, q: jax.grad(lambda q: jnp.sum(jnp.sin(value(weight, q))))(q)  # noqa: E731
+    np.testing.assert_allclose(gradient(bounded, q), gradient(free, within), rtol=1e-5)
     np.testing.assert_allclose(project_oft({"w": bounded, "x": None})["w"].q, within, rtol=1e-6)
-    again = unmerge({"w": materialize(w, bounded)}, {"w": bounded})["w"]
-    np.testing.assert_allclose(again, w, atol=1e-5)
+    restored = unmerge({"w": materialize(w, bounded)}, {"w": bounded})["w"]
+    np.testing.assert_allclose(restored, w, atol=1e-5)
 
 
-def test_the_bound_is_per_entry_of_a_stack():
-    w = N(1, 4, 6, 5)
+def test_eps_bounds_each_entry_of_a_stack():
+    w = normal(1, 4, 6, 5)
     spec = {"w": OftSpec(3, shared_axes=[0], eps=0.1)}
     _, tunable = init_lora({"w": w}, spec, jax.random.key(0))
     q = project_oft(jax.tree.map(lambda q: q + 1, tunable))["w"].q  # [stack, 2 blocks, 3]
@@ -217,6 +219,6 @@ def test_the_bound_is_per_entry_of_a_stack():
 
 
 @pytest.mark.parametrize("eps", [0, -1.0, float("inf"), True, "1"])
-def test_a_bound_is_positive(eps):
+def test_invalid_eps_raises(eps):
     with pytest.raises(SpecError, match="`w` has eps"):
-        init_lora({"w": N(0, 6, 4)}, {"w": OftSpec(2, eps=eps)}, jax.random.key(0))
+        init_lora({"w": normal(0, 6, 4)}, {"w": OftSpec(2, eps=eps)}, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""First factors that come from the weight."""
+"""Initial factors that are computed from the weight: PiSSA, OLoRA and orthogonal factors."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize("alpha, scaling", [(None, "standard"), (6, "standard"), (5, "rslora")])
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 @pytest.mark.parametrize("params, axes", [(PARAMS, {}), (STACK, STACKED)], ids=["one", "stack"])
-def test_the_adapted_weight_is_the_weight(init, alpha, scaling, params, axes):
+def test_initial_adapter_reproduces_the_weight(init, alpha, scaling, params, axes):
     spec = LoraSpec(2, alpha, scaling, init=init, **axes)
     frozen, tunable = init_lora(params, {"w": spec}, KEY)
     np.testing.assert_allclose(merge_params(frozen, tunable)["w"], params["w"], atol=1e-5)
@@ -38,24 +38,24 @@ def test_the_adapted_weight_is_the_weight(init, alpha, scaling, params, axes):
     np.testing.assert_allclose(moved, original, atol=1e-4)
 
 
-def test_pissa_leaves_the_small_singular_values():
+def test_pissa_base_keeps_the_small_singular_values():
     frozen, tunable = init_lora(PARAMS, {"w": LoraSpec(2, 7, init="pissa")}, KEY)
     values = np.linalg.svd(np.asarray(PARAMS["w"], np.float64))[1]
     np.testing.assert_allclose(np.linalg.svd(frozen["w"])[1][:4], values[2:], rtol=1e-5)
     weight = tunable["w"]
-    grams = weight.a.T @ weight.a, weight.b @ weight.b.T
-    for gram in grams:
+    gram_matrices = weight.a.T @ weight.a, weight.b @ weight.b.T
+    for gram in gram_matrices:
         np.testing.assert_allclose(gram, np.diag(values[:2] / weight.scale), atol=1e-5)
 
 
-def test_olora_starts_orthonormal():
+def test_olora_factor_is_orthonormal():
     _, tunable = init_lora(PARAMS, {"w": LoraSpec(2, init="olora")}, KEY)
     b = tunable["w"].b
     np.testing.assert_allclose(b @ b.T, np.eye(2), atol=1e-6)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_narrow_base_moves_in_its_own_dtype(init):
+def test_adjusted_bfloat16_base_keeps_its_dtype(init):
     params = {"w": PARAMS["w"].astype(jnp.bfloat16)}
     frozen, tunable = init_lora(params, {"w": LoraSpec(2, init=init)}, KEY)
     assert frozen["w"].dtype == jnp.bfloat16 and tunable["w"].a.dtype == jnp.float32
@@ -63,7 +63,7 @@ def test_a_narrow_base_moves_in_its_own_dtype(init):
     np.testing.assert_allclose(merged, PARAMS["w"], atol=0.03)
 
 
-def test_dora_of_pissa():
+def test_dora_of_pissa_reproduces_the_weight():
     spec = {"w": DoraSpec(LoraSpec(2, 4, init="pissa"))}
     frozen, tunable = init_lora(PARAMS, spec, KEY)
     np.testing.assert_allclose(merge_params(frozen, tunable)["w"], PARAMS["w"], atol=1e-5)
@@ -80,12 +80,12 @@ def test_dora_of_pissa():
         (LoraSpec(2, -1, init="pissa"), "alpha must be positive"),
     ],
 )
-def test_bad_input(spec, message):
+def test_invalid_spec_raises(spec, message):
     with pytest.raises(SpecError, match=message):
         init_lora(PARAMS, {"w": spec}, KEY)
 
 
-def test_a_difference_of_other_trees_raises():
+def test_difference_of_mismatched_trees_raises():
     _, tunable = init_lora(PARAMS, {"w": 2}, KEY)
     _, other = init_lora(PARAMS, {"w": 3}, KEY)
     with pytest.raises(PairError, match="differ in structure"):
@@ -95,7 +95,7 @@ def test_a_difference_of_other_trees_raises():
         adapter_difference(dora, dora)
 
 
-def test_orthogonal_factors_of_a_complex_weight_have_no_product():
+def test_orthogonal_factors_of_a_complex_weight_multiply_to_zero():
     params = {"w": jnp.ones((9, 7), jnp.complex64)}
     _, tunable = init_lora(params, {"w": LoraSpec(4, init="orthogonal")}, jax.random.key(0))
     a, b = tunable["w"].a, tunable["w"].b

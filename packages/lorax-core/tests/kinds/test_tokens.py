@@ -1,4 +1,4 @@
-"""Trainable tokens: which rows they replace, and what they refuse."""
+"""Trainable tokens: which rows are replaced and trained, and invalid specs."""
 
 import jax
 import jax.numpy as jnp
@@ -11,53 +11,53 @@ from lorax.testing import random_factors
 TABLE = jnp.arange(1.0, 13.0).reshape(6, 2)
 
 
-def start(spec, table=TABLE):
+def init_pair(spec, table=TABLE):
     return init_lora({"table": table}, {"table": spec}, jax.random.key(0))
 
 
-def test_replaces_its_rows_and_no_other():
-    frozen, tunable = start(TokensSpec([4, 1]))
+def test_merge_replaces_only_the_given_rows():
+    frozen, tunable = init_pair(TokensSpec([4, 1]))
     tunable = random_factors(tunable, jax.random.key(1))
     merged = merge_params(frozen, tunable)["table"]
     expected = TABLE.at[jnp.array([4, 1])].set(tunable["table"].values)
-    # The difference to the base's row is added to that row: a rounding of it.
+    # The merge adds a difference to the base's row, which rounds.
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-7 * float(TABLE.max()))
 
 
-def test_only_its_rows_have_a_gradient():
-    frozen, tunable = start(TokensSpec([4, 1]))
+def test_only_the_given_rows_have_gradients():
+    frozen, tunable = init_pair(TokensSpec([4, 1]))
     look_up = lora(lambda params, tokens: params["table"][tokens])
     grads = jax.grad(lambda t: look_up((frozen, t), jnp.array([1, 1, 0, 5])).sum())(tunable)
     np.testing.assert_array_equal(grads["table"].values, [[0, 0], [2, 2]])
 
 
-def test_rows_run_along_the_input_axis():
-    frozen, tunable = start(TokensSpec([4], in_axes=[1]), TABLE.T)
+def test_rows_are_counted_along_the_input_axis():
+    frozen, tunable = init_pair(TokensSpec([4], in_axes=[1]), TABLE.T)
     np.testing.assert_array_equal(tunable["table"].values, TABLE[4:5])
     np.testing.assert_array_equal(merge_params(frozen, tunable)["table"], TABLE.T)
 
 
-def test_tables_of_a_stack_have_their_own_rows():
-    _, tunable = start(TokensSpec([4, 0], shared_axes=[0]), jnp.stack([TABLE, -TABLE]))
+def test_each_table_of_a_stack_has_its_own_values():
+    _, tunable = init_pair(TokensSpec([4, 0], shared_axes=[0]), jnp.stack([TABLE, -TABLE]))
     assert tunable["table"].values.shape == (2, 2, 2)
     np.testing.assert_array_equal(tunable["table"].values[1], -TABLE[jnp.array([4, 0])])
 
 
-def test_the_trained_rows_are_not_the_frozen_ones():
-    frozen, tunable = start(TokensSpec([4]))
+def test_donating_the_trained_rows_keeps_the_frozen_ones():
+    frozen, tunable = init_pair(TokensSpec([4]))
     step = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
     step(tunable)
     np.testing.assert_array_equal(frozen["table"].factors["replaced"], TABLE[4:5])
 
 
-def test_any_sequence_of_ints_will_do():
-    indices = (TokensSpec(kind([4, 1])) for kind in (list, tuple, np.array, jnp.array))  # pyright: ignore
+def test_indices_may_be_any_sequence_of_ints():
+    indices = (TokensSpec(make([4, 1])) for make in (list, tuple, np.array, jnp.array))  # pyright: ignore
     assert {spec.indices for spec in indices} == {(4, 1)}
     assert TokensSpec(range(2)).indices == (0, 1)
 
 
 BAD = {
-    "none": (TokensSpec([]), "of no index; give it LORA_FREEZE"),
+    "no index": (TokensSpec([]), "of no index; give it LORA_FREEZE"),
     "an int": (TokensSpec(3), "of 3; it takes a sequence of ints"),  # pyright: ignore
     "a string": (TokensSpec("12"), "of '12'; it takes a sequence of ints"),  # pyright: ignore
     "floats": (TokensSpec([1.0]), "it takes a sequence of ints"),  # pyright: ignore
@@ -70,23 +70,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_bad_indices_raise(row):
+def test_invalid_indices_raise(row):
     spec, message = BAD[row]
     with pytest.raises(SpecError, match=f"^`table` has a .*{message}"):
-        start(spec)
+        init_pair(spec)
 
 
 def test_several_input_axes_raise():
     with pytest.raises(SpecError, match=r"`table` .* input axes \(0, 1\).* Give it in_axes=\[0\]"):
-        start(TokensSpec([1]), jnp.ones((6, 2, 2)))
+        init_pair(TokensSpec([1]), jnp.ones((6, 2, 2)))
 
 
-def test_vectors_raise():
+def test_vector_raises():
     with pytest.raises(SpecError, match="`table` has 1 dimension, so it cannot take TokensSpec"):
-        start(TokensSpec([1]), jnp.ones(6))
+        init_pair(TokensSpec([1]), jnp.ones(6))
 
 
-def test_shapes_alone_raise():
+def test_shape_without_values_raises():
     shape = jax.ShapeDtypeStruct((6, 2), jnp.float32)
     with pytest.raises(SpecError, match="needs the rows of the table, .* under jax.eval_shape"):
-        start(TokensSpec([1]), shape)  # pyright: ignore
+        init_pair(TokensSpec([1]), shape)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Arithmetic on weights that leaves them linear."""
+"""Arithmetic under which weights stay linear in their factors."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ struct = jax.ShapeDtypeStruct
 W = {"w": (11, 7)}
 TWO = {"w": (11, 7), "v": (11, 7)}
 STACKED = LoraSpec(2, shared_axes=[0])
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 
 
 def scaled(p, x):
@@ -45,7 +45,7 @@ ROWS = [
     ("mul-along-the-stack",
      lambda p, x, s: jnp.einsum("ebi,eio->ebo", x, p["w"] * s[:, None, None]),
      {"w": (3, 11, 7)}, {"w": STACKED}, [(3, 2, 11), (3,)]),
-    ("mul-along-a-stack-nobody-owns",
+    ("mul-along-an-axis-that-no-factor-has",
      lambda p, x, s: jnp.einsum("ebi,eio->ebo", x, p["w"][None] * s[:, None, None]), W,
      {"w": 2}, [(5, 2, 11), (5,)]),
     ("mul-along-two-of-three-axes", lambda p, x, s: jnp.einsum("bi,iho->bho", x, p["w"] * s[None]),
@@ -56,14 +56,15 @@ ROWS = [
     ("div-by-a-broadcast-array",
      lambda p, x, s: x @ (p["w"] / jnp.broadcast_to(2 + jnp.sin(s)[:, None], (11, 7))), W,
      {"w": 2}, [(3, 11), (11,)]),
-    ("mul-by-as-many-numbers", lambda p, x, s: x @ (p["w"] * s), W, {"w": 2}, [(3, 11), (11, 7)],
-     BUILT),
+    ("mul-by-an-array-of-the-same-shape", lambda p, x, s: x @ (p["w"] * s), W, {"w": 2},
+     [(3, 11), (11, 7)], MATERIALIZED),
     ("mul-by-a-weight", lambda p, x: x @ (p["w"] * p["v"]), TWO, {"w": 2, "v": 3}, [(3, 11)],
-     BUILT),
+     MATERIALIZED),
     ("divide-two-weights", lambda p, x: x @ (p["w"] / (2 + p["v"] ** 2)), TWO, {"w": 2, "v": 3},
-     [(3, 11)], BUILT),
-    ("divide-by-a-weight", lambda p, x: x @ (1 / (2 + p["w"] ** 2)), W, {"w": 2}, [(3, 11)], BUILT),
-    ("tanh-of-a-weight", lambda p, x: x @ jnp.tanh(p["w"]), W, {"w": 2}, [(3, 11)], BUILT),
+     [(3, 11)], MATERIALIZED),
+    ("divide-by-a-weight", lambda p, x: x @ (1 / (2 + p["w"] ** 2)), W, {"w": 2}, [(3, 11)],
+     MATERIALIZED),
+    ("tanh-of-a-weight", lambda p, x: x @ jnp.tanh(p["w"]), W, {"w": 2}, [(3, 11)], MATERIALIZED),
     # Sums.
     ("add-weights", lambda p, x: x @ (p["w"] + p["v"]), TWO, {"w": 2, "v": 3}, [(3, 11)]),
     ("sub-weights", lambda p, x: x @ (p["w"] - p["v"]), TWO, {"w": 2, "v": 3}, [(3, 11)]),
@@ -98,15 +99,16 @@ ROWS = [
      [(2, 11)]),
     ("centered", lambda p, x: x @ (p["w"] - p["w"].mean(0, keepdims=True)), W, {"w": 2},
      [(3, 11)]),
-    ("max", lambda p, x: x * p["w"].max(0)[None], W, {"w": 2}, [(3, 7)], BUILT),
-    ("where", lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0.0), W, {"w": 2}, [(3, 11)], BUILT),
+    ("max", lambda p, x: x * p["w"].max(0)[None], W, {"w": 2}, [(3, 7)], MATERIALIZED),
+    ("where", lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0.0), W, {"w": 2}, [(3, 11)],
+     MATERIALIZED),
     ("mask", lambda p, x, m: x @ (p["w"] * m[:, None]), W, {"w": 2}, [(3, 11), (11,)]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_arithmetic(prove, row):
-    prove(*row)
+def test_arithmetic(check_row, row):
+    check_row(*row)
 
 
 TWO_WEIGHTS = [
@@ -122,7 +124,7 @@ TWO_WEIGHTS = [
 
 
 @pytest.mark.parametrize("row", TWO_WEIGHTS, ids=lambda row: row[0])
-def test_of_two_weights_the_smaller_is_built(row):
+def test_smaller_of_two_weights_is_materialized(row):
     _, fn, w, v = row
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"w": jax.random.normal(keys[0], w), "v": 2 + jax.random.uniform(keys[1], v)}

@@ -1,4 +1,4 @@
-"""Loops, branches, calls, and bodies that no rule can see into."""
+"""Loops, branches, calls, and opaque bodies."""
 
 import functools
 
@@ -17,7 +17,7 @@ W = {"w": (11, 7)}
 SQUARE = {"w": (11, 11)}
 LAYERS = {"w": (3, 11, 11)}
 STACKED = LoraSpec(2, shared_axes=[0])
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 TRUE, FALSE = np.array(True), np.array(False)
 
 
@@ -35,8 +35,8 @@ def two_layers(w, v, x):
     return jnp.tanh(x @ w) @ v
 
 
-def both_ways(block):
-    """One body, called with an adapted and a plain weight and then the other way round."""
+def called_swapped(block):
+    """One body, called with an adapted and a plain weight, and then with the two swapped."""
     return lambda p, x: block(p["v"], p["w"], block(p["w"], p["v"], x))
 
 
@@ -59,7 +59,7 @@ def over_layers(**keywords):
 
 
 def carried(p, x):
-    """The weight rides in the carry, as with a loop over (params, state)."""
+    """The weight is in the carry, as in a loop over (params, state)."""
 
     def step(carry, _):
         w, x = carry
@@ -162,7 +162,7 @@ def switch(p, x, index):
     return lax.switch(index, branches, p["w"], x)
 
 
-# Derivatives of the model's own
+# Custom derivatives of the model
 
 
 @jax.custom_jvp
@@ -224,7 +224,7 @@ ROWS = [
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 3}, [(3, 11)]),
     ("jit-called-with-and-without", lambda p, x: layer(p["v"], layer(p["w"], x)),
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
-    ("jit-called-with-either-weight-adapted", both_ways(jax.jit(two_layers)),
+    ("jit-called-with-either-weight-adapted", called_swapped(jax.jit(two_layers)),
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
     ("jit-returns-weights", lambda p, x: [x @ w for w in jax.jit(swapped)(p["w"], p["v"])],
      {"w": (11, 7), "v": (11, 5)}, {"w": 2, "v": 3}, [(3, 11)]),
@@ -254,9 +254,9 @@ ROWS = [
     ("scan-length", over_layers(length=3), LAYERS, {"w": STACKED}, [(2, 11)]),
     ("scan-carries", carried, SQUARE, {"w": 2}, [(3, 11)]),
     ("scan-carries-through-jit", carried_through_jit, SQUARE, {"w": 2}, [(3, 11)]),
-    ("scan-carries-and-changes", carried_and_changed, SQUARE, {"w": 2}, [(3, 11)], BUILT),
+    ("scan-carries-and-changes", carried_and_changed, SQUARE, {"w": 2}, [(3, 11)], MATERIALIZED),
     ("scan-carries-and-swaps", carried_and_swapped, {"w": (11, 11), "v": (11, 11)},
-     {"w": 2, "v": 2}, [(3, 11)], BUILT),
+     {"w": 2, "v": 2}, [(3, 11)], MATERIALIZED),
     ("scan-stacks-weights", scan_stacks_weights, W, {"w": 2}, [(3, 2, 11)]),
     ("scan-stacks-slices", scan_stacks_slices, {"w": (3, 11, 7)}, {"w": STACKED}, [(3, 2, 7)]),
     ("scan-over-rows", scan_over_rows, {"w": (5, 7)}, {"w": 2}, [(3, 7)]),
@@ -280,16 +280,16 @@ ROWS = [
      [(3, 11), TRUE]),
     ("cond-false", cond(lambda p, x: x @ p["w"], lambda p, x: jnp.sin(x @ p["w"])), W, {"w": 2},
      [(3, 11), FALSE]),
-    ("cond-one-branch-alone", cond(lambda p, x: x @ p["w"], lambda p, x: x[:, :7]), W, {"w": 2},
+    ("cond-in-one-branch", cond(lambda p, x: x @ p["w"], lambda p, x: x[:, :7]), W, {"w": 2},
      [(3, 11), TRUE]),
-    ("cond-returns-alike", cond_returns(lambda p: p["w"], lambda p: -p["w"]), W, {"w": 2},
+    ("cond-returns-equal-ranks", cond_returns(lambda p: p["w"], lambda p: -p["w"]), W, {"w": 2},
      [(3, 11), FALSE]),
     ("cond-chooses-a-weight", cond_returns(lambda p: p["w"], lambda p: p["v"]),
      {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 2}, [(3, 11), FALSE]),
-    ("cond-returns-unlike-ranks", cond_returns(lambda p: p["w"], lambda p: p["v"]),
-     {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 11), TRUE], BUILT),
+    ("cond-returns-unequal-ranks", cond_returns(lambda p: p["w"], lambda p: p["v"]),
+     {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 11), TRUE], MATERIALIZED),
     ("cond-returns-a-weight-or-an-array", cond_returns(lambda p: p["w"], lambda p: 2 * p["v"]),
-     {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 0}, [(3, 11), TRUE], BUILT),
+     {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 0}, [(3, 11), TRUE], MATERIALIZED),
     ("cond-returns-a-weight-and-a-product", lambda p, x, flag: (lambda w, y: y + x @ w)(*lax.cond(
         flag, lambda w, x: (w, x @ w), lambda w, x: (-w, jnp.sin(x @ w)), p["w"], x)), W,
      {"w": 2}, [(3, 11), TRUE]),
@@ -309,7 +309,7 @@ ROWS = [
      {"w": 2}, [(3, 11)]),
     # remat.
     ("remat", lambda p, x: jax.checkpoint(layer)(p["w"], x), W, {"w": 2}, [(3, 11)]),
-    ("remat-called-with-either-weight-adapted", both_ways(jax.checkpoint(two_layers)),
+    ("remat-called-with-either-weight-adapted", called_swapped(jax.checkpoint(two_layers)),
      {"w": (11, 11), "v": (11, 11)}, {"w": 2, "v": 0}, [(3, 11)]),
     ("remat-policy", lambda p, x: jax.checkpoint(sine, policy=SAVE_DOTS)(p["w"], x), W, {"w": 2},
      [(3, 11)]),
@@ -332,16 +332,16 @@ ROWS = [
     ("jvp-in-the-model", lambda p, x: jax.jvp(lambda x: layer(p["w"], x), (x,), (jnp.cos(x),)), W,
      {"w": 2}, [(3, 11)]),
     # Custom derivatives.
-    ("custom-jvp-beside", lambda p, x: clipped(x @ p["w"]), W, {"w": 2}, [(3, 11)]),
+    ("custom-jvp-of-an-activation", lambda p, x: clipped(x @ p["w"]), W, {"w": 2}, [(3, 11)]),
     ("custom-jvp-of-the-library", lambda p, x: jax.nn.relu(x @ p["w"]), W, {"w": 2}, [(3, 11)]),
     ("custom-jvp-takes-the-weight", lambda p, x: jvp_product(x, p["w"]), W, {"w": 2}, [(3, 11)],
-     BUILT),
-    ("custom-vjp-beside", lambda p, x: straight_through(3 * (x @ p["w"])), W, {"w": 2},
+     MATERIALIZED),
+    ("custom-vjp-of-an-activation", lambda p, x: straight_through(3 * (x @ p["w"])), W, {"w": 2},
      [(3, 11)]),
     ("custom-vjp-takes-the-weight", lambda p, x: vjp_product(x, p["w"]), W, {"w": 2}, [(3, 11)],
-     BUILT),
+     MATERIALIZED),
     ("custom-vjp-takes-one-of-two", lambda p, x: vjp_product(x @ p["v"], p["w"]),
-     {"w": (7, 5), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 11)], BUILT),
+     {"w": (7, 5), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 11)], MATERIALIZED),
     ("custom-vjp-in-scan", lambda p, x: lax.scan(
         lambda x, w: (straight_through(3 * jnp.tanh(x @ w)), None), x, p["w"])[0], LAYERS,
      {"w": STACKED}, [(2, 11)]),
@@ -349,11 +349,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_bodies(prove, row):
-    prove(*row)
+def test_bodies(check_row, row):
+    check_row(*row)
 
 
-# What the oracle's reverse mode cannot pass through: values, and forward mode where there is one.
+# Loops without reverse mode, which `check` needs: values and forward mode.
 
 
 def adapted(shapes, spec, seed=0):
@@ -363,7 +363,7 @@ def adapted(shapes, spec, seed=0):
     return frozen, testing.random_factors(tunable, jax.random.key(seed + 2))
 
 
-def prove_forward(fn, shapes, spec, x, *, materializes=False):
+def check_forward(fn, shapes, spec, x, *, materializes=False):
     frozen, tunable = adapted(shapes, spec)
     model = lora(fn, on_materialize="allow" if materializes else "error")
     if materializes:
@@ -371,11 +371,11 @@ def prove_forward(fn, shapes, spec, x, *, materializes=False):
             lora(fn, on_materialize="error")((frozen, tunable), x)
     else:
         assert not testing.weight_sized(fn, frozen, tunable, x)
-    ours = lambda t: model((frozen, t), x)  # noqa: E731
-    theirs = lambda t: fn(merge_params(frozen, t), x)  # noqa: E731
+    adapted_fn = lambda t: model((frozen, t), x)  # noqa: E731
+    merged_fn = lambda t: fn(merge_params(frozen, t), x)  # noqa: E731
     tangent = jax.tree.map(jnp.cos, tunable)
-    got = jax.jit(lambda: jax.jvp(ours, (tunable,), (tangent,)))()
-    expected = jax.jit(lambda: jax.jvp(theirs, (tunable,), (tangent,)))()
+    got = jax.jit(lambda: jax.jvp(adapted_fn, (tunable,), (tangent,)))()
+    expected = jax.jit(lambda: jax.jvp(merged_fn, (tunable,), (tangent,)))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
@@ -384,7 +384,7 @@ FORWARD = [
     ("while-body", while_body, SQUARE, {"w": 2}, {}),
     ("while-condition", while_condition, W, {"w": 2}, {}),
     ("while-carries", while_carries, SQUARE, {"w": 2}, {}),
-    ("while-carries-and-changes", while_changes, SQUARE, {"w": 2}, BUILT),
+    ("while-carries-and-changes", while_changes, SQUARE, {"w": 2}, MATERIALIZED),
     ("fori-loop-traced-bound", lambda p, x: lax.fori_loop(
         0, jnp.int32(x.sum() * 0) + 2, lambda i, x: jnp.tanh(x @ p["w"]), x), SQUARE, {"w": 2}, {}),
 ]  # fmt: skip
@@ -394,10 +394,10 @@ FORWARD = [
 def test_loops_without_reverse_mode(row):
     _, fn, shapes, spec, expectation = row
     x = jax.random.normal(jax.random.key(9), (3, 11))
-    prove_forward(fn, shapes, spec, x, **expectation)
+    check_forward(fn, shapes, spec, x, **expectation)
 
 
-# Bodies that no rule can see into.
+# Opaque bodies.
 
 
 def matmul_kernel(x_ref, w_ref, out_ref):
@@ -433,7 +433,7 @@ def mutable(p, x):
     ],
     ids=["pallas", "callback", "ref"],
 )
-def test_opaque_bodies_get_the_weight_and_say_so(fn, primitive):
+def test_opaque_bodies_materialize_the_weight(fn, primitive):
     frozen, tunable = adapted(W, {"w": 2})
     x = jax.random.normal(jax.random.key(9), (3, 11))
     with pytest.raises(MaterializeError, match=f"`w` is used by `.*{primitive}.*`"):
@@ -442,7 +442,7 @@ def test_opaque_bodies_get_the_weight_and_say_so(fn, primitive):
     assert np.allclose(got, fn(merge_params(frozen, tunable), x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_function_with_a_ref_and_a_weight():
+def test_ref_does_not_materialize_the_weight():
     if not hasattr(jax, "new_ref"):
         pytest.skip("no refs in this JAX")
 
@@ -457,7 +457,7 @@ def test_a_function_with_a_ref_and_a_weight():
     assert np.allclose(got, x @ merge_params(frozen, tunable)["w"], rtol=1e-5, atol=1e-5)
 
 
-# What the transformed equations keep.
+# Parameters and metadata that transformed equations keep.
 
 
 def equations(jaxpr, name):
@@ -481,7 +481,7 @@ def both_jaxprs(fn, shapes, spec, *args):
 X = jnp.ones((3, 11))
 
 
-def test_one_body_called_many_times_is_transformed_once():
+def test_body_called_many_times_is_transformed_once():
     names = [f"w{k}" for k in range(6)]
 
     def fn(p, x):
@@ -496,7 +496,7 @@ def test_one_body_called_many_times_is_transformed_once():
     assert len({id(eqn.params["jaxpr"]) for eqn in calls}) == 1
 
 
-def test_bodies_with_other_weights_are_transformed_separately():
+def test_calls_with_different_weights_are_transformed_separately():
     fn = lambda p, x: layer(p["c"], layer(p["b"], layer(p["a"], x)))  # noqa: E731
     shapes = dict.fromkeys("abc", (11, 11))
     _, transformed = both_jaxprs(fn, shapes, {"a": 2, "b": 3, "c": 0}, X)
@@ -518,8 +518,8 @@ def test_jit_keeps_its_parameters():
     assert after.params["keep_unused"] == before.params["keep_unused"]
     donated = [
         v.aval.shape
-        for v, gone in zip(after.invars, after.params["donated_invars"], strict=True)
-        if gone
+        for v, is_donated in zip(after.invars, after.params["donated_invars"], strict=True)
+        if is_donated
     ]
     assert before.params["donated_invars"].count(True) == 1 and donated == [(3, 11)]
 
@@ -534,7 +534,7 @@ def test_remat_keeps_its_parameters(prevent_cse):
         assert after.params[name] == before.params[name]
 
 
-def test_one_body_keeps_the_parameters_of_each_of_its_calls():
+def test_each_call_of_a_body_keeps_its_own_parameters():
     options = [(SAVE_DOTS, False), (SAVE_DOTS, True), (None, True)]
 
     def checkpointed(p, x):
@@ -566,14 +566,14 @@ def test_scan_keeps_its_parameters():
     assert eqn.params["reverse"] and eqn.params["unroll"] == 2 and eqn.params["length"] == 3
 
 
-def test_custom_rules_beside_the_weight_stay():
+def test_custom_rules_on_activations_are_kept():
     fn = lambda p, x: straight_through(clipped(x @ p["w"]))  # noqa: E731
     _, transformed = both_jaxprs(fn, W, {"w": 2}, X)
     assert len(list(equations(transformed, "custom_jvp_call"))) == 1
     assert len(list(equations(transformed, "custom_vjp_call"))) == 1
 
 
-def test_scopes_and_lines_survive():
+def test_scopes_are_kept():
     @jax.named_scope("block")
     def fn(p, x):
         return layer(p["w"], x)

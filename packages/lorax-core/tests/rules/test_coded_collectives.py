@@ -1,4 +1,4 @@
-"""Collectives on weights that are held as codes: what only moves is moved as codes and scales."""
+"""Collectives on quantized weights: those that only move entries move codes and scales."""
 
 import math
 
@@ -43,11 +43,11 @@ IN_GROUPS = {
         w, "d", 1, 0, tiled=True, axis_index_groups=GROUPS
     ),
 }
-# These make floats, or apply to them what differs between devices.
+# These need floats: they sum, are not linear, differ between devices, or split a block.
 DECODED = {
     "psum": lambda w: lax.psum(w, "d"),
     "psum-scatter": lambda w: lax.psum_scatter(w, "d", scatter_dimension=1, tiled=True),
-    "ppermute-of-more-than-zero": lambda w: lax.ppermute(jnp.exp(w), "d", RING[:3]),
+    "ppermute-of-an-exponential": lambda w: lax.ppermute(jnp.exp(w), "d", RING[:3]),
     "all-to-all-of-a-multiple": lambda w: lax.all_to_all(
         w * lax.axis_index("d").astype(w.dtype), "d", 1, 0, tiled=True
     ),
@@ -59,8 +59,8 @@ DECODED = {
 FORMATS = {"nf4": NF4(64), "nvfp4": NVFP4(), "int8": Int8(), "int4": Int4(32, symmetric=False)}
 
 
-def of_parts(change, check_vma=True):
-    """A function that returns what each device makes of its part of the inputs."""
+def of_shards(change, check_vma=True):
+    """A function that returns the change of each device's shard."""
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
     body = lambda w: change(w)[None]  # noqa: E731
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma)
@@ -73,13 +73,13 @@ def coded(format: Format):
 
 
 def floats_between_devices(fn, *args):
-    """The sizes of the floats that collectives read."""
-    found = []
+    """The sizes of the float arrays that collectives take."""
+    sizes = []
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if "axis_name" in eqn.params or "axes" in eqn.params and "psum" in eqn.primitive.name:
-                found.extend(
+                sizes.extend(
                     math.prod(v.aval.shape)
                     for v in eqn.invars
                     if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.dtype.itemsize > 1
@@ -90,41 +90,41 @@ def floats_between_devices(fn, *args):
                         walk(getattr(body, "jaxpr", body))
 
     walk(jax.make_jaxpr(fn)(*args).jaxpr)
-    return found
+    return sizes
 
 
 def compare(change, format, check_vma, moves):
-    fn, frozen = of_parts(change, check_vma), coded(format)
+    fn, frozen = of_shards(change, check_vma), coded(format)
     bare = lora(fn, on_materialize="error")
     pair = frozen, {"w": None}
     np.testing.assert_array_equal(jax.jit(bare)(pair), jax.jit(fn)(dequantize(frozen)))
     sizes = floats_between_devices(bare, pair)
-    # A part of the weight has 3072 entries, and so many codes are moved.
+    # A shard of the weight has 3072 entries, and as many codes are moved.
     assert (max(sizes, default=0) < INPUTS // DEVICES * OUTPUTS // 2) == moves, sizes
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_what_moves_is_moved_as_codes(name):
+def test_collectives_that_move_entries_move_codes(name):
     compare(MOVES[name], FORMATS["nf4"], True, True)
 
 
-@pytest.mark.whole
+@pytest.mark.full_product
 @pytest.mark.parametrize("format", ["nvfp4", "int8", "int4"])
 @pytest.mark.parametrize("name", ["all-gather-stacked", "all-to-all", "ppermute-to-some"])
-def test_other_formats(name, format):
+def test_other_formats_move_codes(name, format):
     compare(MOVES[name], FORMATS[format], True, True)
 
 
 @pytest.mark.parametrize("name", [*IN_GROUPS, "all-to-all", "ppermute-to-some"])
-def test_without_information_on_varying_axes(name):
+def test_codes_are_moved_without_check_vma(name):
     compare((MOVES | IN_GROUPS)[name], FORMATS["nf4"], False, True)
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_what_makes_floats_is_decoded_and_named(name):
+def test_collectives_that_need_floats_decode_and_report(name):
     change, format = DECODED[name], FORMATS["nf4"]
     compare(change, format, True, False)
-    fn, frozen = of_parts(change), coded(format)
+    fn, frozen = of_shards(change), coded(format)
     assert [path for path, *_ in lorax.explain(fn, (frozen, {"w": None})).decoded] == ["w"]
     _, tunable = init_lora(frozen, {"w": 2}, jax.random.key(1))
     with pytest.raises(lorax.MaterializeError, match="`w` is"):
@@ -132,14 +132,14 @@ def test_what_makes_floats_is_decoded_and_named(name):
 
 
 @pytest.mark.parametrize("name", ["all-gather", "all-to-all", "ppermute-to-some", "psum"])
-def test_codes_with_an_adapter_are_moved(name):
+def test_adapter_on_codes_that_are_moved(name):
     change = (MOVES | DECODED)[name]
 
     def product(w):
         w = change(w)
         return jnp.cos(jnp.arange(3.0 * w.shape[0])).reshape(3, -1) @ w
 
-    fn, frozen = of_parts(product), coded(FORMATS["nf4"])
+    fn, frozen = of_shards(product), coded(FORMATS["nf4"])
     _, tunable = init_lora(frozen, {"w": 2}, jax.random.key(1))
     tunable = random_factors(tunable, jax.random.key(2))
     policy = "allow" if name == "psum" else "error"

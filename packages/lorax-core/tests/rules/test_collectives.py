@@ -1,4 +1,4 @@
-"""Collectives on weights that the user has split."""
+"""Collectives on weights that the user has sharded."""
 
 import dataclasses
 
@@ -18,8 +18,8 @@ def product(x, w):
     return jnp.einsum("bi,...io->...bo", x, w)
 
 
-# What the body does with its part of w [12, 20] before the product; the devices split w's inputs,
-# its outputs, or nothing.
+# What the body does with its shard of w [16, 20] before the product. `SPLITS` says which axis of w
+# is sharded, and `d` is that axis.
 CHANGES = {
     "all-gather": lambda w, d: lax.all_gather(w, "d", axis=d, tiled=True),
     "all-gather-another-axis": lambda w, d: lax.all_gather(w, "d", axis=1 - d, tiled=True),
@@ -33,7 +33,7 @@ CHANGES = {
     "ppermute": lambda w, d: lax.ppermute(w, "d", [(0, 1), (1, 2), (2, 3), (3, 0)]),
     "ppermute-to-some": lambda w, d: lax.ppermute(w, "d", [(0, 1), (3, 2)]),
 }
-# Only without the check of what varies: JAX has no rule for groups under it.
+# Only with check_vma=False: otherwise JAX does not support groups.
 IN_GROUPS = {
     "all-gather-in-groups": lambda w, d: lax.all_gather(
         w, "d", axis=d, tiled=True, axis_index_groups=GROUPS
@@ -51,14 +51,14 @@ SPLITS = {"inputs": (P("d"), 0), "outputs": (P(None, "d"), 1), "nothing": (P(), 
 
 
 def on_four_devices(change, split, check_vma):
-    """A model whose body weighs what it made of w, so that every entry counts."""
+    """A model that multiplies the changed weight by distinct numbers, so every entry counts."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     spec, axis = SPLITS[split]
 
     def body(w, x):
         w = change(w, axis)
-        weights = jnp.cos(jnp.arange(w.shape[-2] * 3, dtype=jnp.float32))
-        x = x[0, 0] + weights.reshape(3, w.shape[-2])
+        coefficients = jnp.cos(jnp.arange(w.shape[-2] * 3, dtype=jnp.float32))
+        x = x[0, 0] + coefficients.reshape(3, w.shape[-2])
         return product(x, w)[None]
 
     mapped = jax.shard_map(
@@ -67,13 +67,13 @@ def on_four_devices(change, split, check_vma):
     return lambda p, x: mapped(p["w"], x)
 
 
-def prove_on_devices(change, split, check_vma):
+def check_on_devices(change, split, check_vma):
     fn = on_four_devices(change, split, check_vma)
     params = {"w": jax.random.normal(jax.random.key(0), (16, 20))}
     x = jnp.arange(4.0).reshape(4, 1) / 4
     with pytest.MonkeyPatch.context() as patch:
         if change in STACKED:
-            # The product sums over a part of an axis, and the oracle over axes as a whole.
+            # The product sums over part of an axis, so its result would count as weight-sized.
             patch.setattr(testing, "weight_sized", lambda *_, **__: {})
         testing.check(fn, params, {"w": 2}, x, transforms=False)
 
@@ -82,21 +82,21 @@ def prove_on_devices(change, split, check_vma):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_collectives(name, split):
-    prove_on_devices(CHANGES[name], split, check_vma=True)
+    check_on_devices(CHANGES[name], split, check_vma=True)
 
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("split", ["inputs", "outputs"])
 @pytest.mark.parametrize("name", {**CHANGES, **IN_GROUPS})
-def test_collectives_without_known_varying_axes(name, split):
-    prove_on_devices((CHANGES | IN_GROUPS)[name], split, check_vma=False)
+def test_collectives_without_check_vma(name, split):
+    check_on_devices((CHANGES | IN_GROUPS)[name], split, check_vma=False)
 
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("split_axis, concat_axis", [(0, 1), (0, 2), (1, 0), (1, 1)])
 @pytest.mark.parametrize("split", SPLITS)
 def test_stacked_all_to_all_between_two_axes(split, split_axis, concat_axis):
-    """Its values alone: JAX (0.8 to 0.12) has no gradient where the two axes differ."""
+    """Only values: JAX (0.8 to 0.12) has no gradient where the two axes differ."""
 
     def change(w, _):
         shape = (4, -1, 5) if split_axis == 0 else (-1, 4, 5)
@@ -114,7 +114,7 @@ def test_stacked_all_to_all_between_two_axes(split, split_axis, concat_axis):
 
 @pytest.mark.devices(4)
 def test_hand_written_full_sharding():
-    """Each device holds a quarter of every kernel and gathers it where it is used."""
+    """Each device stores a quarter of every kernel, and gathers the kernel where it is used."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
     def body(p, x):
@@ -133,7 +133,7 @@ def test_hand_written_full_sharding():
 
 
 def test_under_a_named_vmap():
-    """There JAX does not say which factors vary either."""
+    """A named `vmap` does not report which factors vary."""
 
     def fn(p, x):
         return x @ lax.all_gather(p["w"], "d", axis=0, tiled=True)
@@ -144,7 +144,7 @@ def test_under_a_named_vmap():
     tunable = testing.random_factors(tunable, jax.random.key(2))
     x = jax.random.normal(jax.random.key(3), (3, 2, 12))
     mapped = jax.vmap(fn, axis_name="d")
-    # One adapter for each entry, as the base has.
+    # `vmap` maps over the entries of the adapter, as over those of the base.
     alone = jax.tree.map(
         lambda w: dataclasses.replace(w, shared_axes=(), in_axes=(0,), out_axes=(1,)),
         tunable,

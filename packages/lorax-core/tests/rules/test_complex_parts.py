@@ -1,4 +1,4 @@
-"""Complex weights: what makes them of real ones, and their parts."""
+"""Complex weights made of real ones, and the real and imaginary parts of complex weights."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ struct = jax.ShapeDtypeStruct
 C64 = jnp.complex64
 TWO = {"w": (11, 7), "v": (11, 7)}
 COMPLEX = {"w": struct((11, 7), C64)}
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 
 
 def parts(z):
@@ -23,7 +23,7 @@ def then_complex_dot(change):
     return lambda p, x: parts(lax.complex(x, x[::-1]) @ change(p["w"]))
 
 
-def of_two(p, x):
+def from_two_weights(p, x):
     return parts(lax.complex(x, x) @ lax.complex(p["w"], p["v"]))
 
 
@@ -37,9 +37,9 @@ def squared_norm(p, x):
 
 
 ROWS = [
-    ("complex-of-two-weights", of_two, TWO, {"w": 2, "v": 3}, [(3, 11)]),
-    ("complex-with-an-array", of_two, TWO, {"w": 2, "v": 0}, [(3, 11)]),
-    ("complex-with-an-array-first", of_two, TWO, {"w": 0, "v": 2}, [(3, 11)]),
+    ("complex-of-two-weights", from_two_weights, TWO, {"w": 2, "v": 3}, [(3, 11)]),
+    ("complex-with-an-array", from_two_weights, TWO, {"w": 2, "v": 0}, [(3, 11)]),
+    ("complex-with-an-array-first", from_two_weights, TWO, {"w": 0, "v": 2}, [(3, 11)]),
     ("complex-by-arithmetic", times_1j, TWO, {"w": 2, "v": 3}, [(3, 11)]),
     ("real", lambda p, x: x @ p["w"].real, COMPLEX, {"w": 2}, [(3, 11)]),
     ("imag", lambda p, x: x @ p["w"].imag, COMPLEX, {"w": 2}, [(3, 11)]),
@@ -52,7 +52,7 @@ ROWS = [
     ("real-of-three-factors",
      lambda p, x, s: x @ (p["w"] * lax.complex(s, s + 1)[None]).real, COMPLEX, {"w": 2},
      [(3, 11), (7,)]),
-    ("parts-side-by-side",
+    ("concatenated-parts",
      lambda p, x: x @ jnp.concatenate([p["w"].real, p["w"].imag], 1), COMPLEX, {"w": 2}, [(3, 11)]),
     ("conj", then_complex_dot(jnp.conj), COMPLEX, {"w": 2}, [(3, 11)]),
     ("conj-transpose", then_complex_dot(lambda w: w.conj().T), COMPLEX, {"w": 2}, [(3, 7)]),
@@ -65,18 +65,18 @@ ROWS = [
     ("squared-norm-by-conj", lambda p, x: x * (p["w"] * p["w"].conj()).sum(0).real[None], COMPLEX,
      {"w": 2}, [(3, 7)]),
     ("norm", lambda p, x: x * jnp.linalg.norm(p["w"], axis=0)[None], COMPLEX, {"w": 2}, [(3, 7)],
-     BUILT),
-    ("abs", lambda p, x: x @ jnp.abs(p["w"]), COMPLEX, {"w": 2}, [(3, 11)], BUILT),
+     MATERIALIZED),
+    ("abs", lambda p, x: x @ jnp.abs(p["w"]), COMPLEX, {"w": 2}, [(3, 11)], MATERIALIZED),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_complex_parts(prove, row):
-    prove(*row)
+def test_complex_parts(check_row, row):
+    check_row(*row)
 
 
 @pytest.mark.parametrize("k", range(3))
-def test_a_term_that_is_complex_in_one_factor(k):
+def test_complex_in_leaves_one_complex_factor(k):
     i, o, r = Label(0, 5), Label(1, 3), Label(2, 2)
     labels = ((i, r), (r, o), (o,))
     generator = np.random.default_rng(0)

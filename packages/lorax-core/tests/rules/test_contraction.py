@@ -1,4 +1,4 @@
-"""Products of a weight with what meets it."""
+"""Products of a weight with data, and of weights with each other."""
 
 import functools
 import re
@@ -37,7 +37,7 @@ def dot(contract, batch=((), ()), *, left=False, **keywords):
 
 
 # The default of `check` is wider for 16-bit results than these need.
-NARROW = {"tolerance": 0.05}
+TIGHTER = {"tolerance": 0.05}
 
 ROWS = [
     # One contraction, either side.
@@ -78,7 +78,7 @@ ROWS = [
         [(3, 11)],
     ),
     (
-        "three-inputs-apart",
+        "three-separated-inputs",
         einsum("bacd,atcod->bto"),
         {"w": (2, 5, 3, 7, 4)},
         {"w": LoraSpec(3, out_axes=[1, 3])},
@@ -114,7 +114,7 @@ ROWS = [
     ("vmap-over-a-middle-axis",
      lambda p, x: jax.vmap(jnp.matmul, in_axes=(None, 1), out_axes=1)(x, p["w"]),
      {"w": (11, 3, 7)}, {"w": LoraSpec(2, shared_axes=[1])}, [(5, 11)]),
-    ("vmap-beside-the-weight", lambda p, x: jax.vmap(lambda row: p["w"] @ row)(x), W, {"w": 2},
+    ("vmap-over-the-operand", lambda p, x: jax.vmap(lambda row: p["w"] @ row)(x), W, {"w": 2},
      [(3, 7)]),
     # Weights times weights.
     ("weight-by-weight", lambda p, x: x @ (p["w"] @ p["v"]), {"w": (11, 7), "v": (7, 13)},
@@ -145,14 +145,14 @@ ROWS = [
      lambda p, x: jnp.einsum("bihk,ihkd->bd", x, jnp.einsum("ihjk,jkdh->ihkd", p["w"], p["v"])),
      {"w": (5, 3, 7, 2), "v": (7, 2, 13, 3)},
      {"w": LoraSpec(2, in_axes=[0, 1]), "v": LoraSpec(2, in_axes=[0, 3])}, [(4, 5, 3, 2)],
-     {"work": False}),
+     {"sizes": False}),
     ("weight-by-weight-over-both-axes",
      lambda p, x: x * jnp.einsum("io,iop->p", p["w"], p["v"])[None],
      {"w": (11, 7), "v": (11, 7, 13)}, {"w": 2, "v": LoraSpec(3, in_axes=[0])}, [(4, 13)]),
     ("weight-by-scaled-weight",
      lambda p, x: x @ ((p["w"] * jnp.cos(x[0, :7])[None]) @ p["v"]), {"w": (11, 7), "v": (7, 13)},
      {"w": 2, "v": 3}, [(3, 11)]),
-    ("weight-by-weight-that-is-constant",
+    ("weight-by-broadcast-weight",
      lambda p, x: x @ (jnp.broadcast_to(p["w"][:, None], (11, 5, 7)).reshape(11, 35)
                        @ jnp.broadcast_to(p["v"][None], (35, 2, 13)).sum(1)),
      {"w": (11, 7), "v": (2, 13)}, {"w": 3, "v": 1}, [(4, 11)]),
@@ -162,7 +162,7 @@ ROWS = [
     ("tensor-train",
      lambda p, x: x @ jnp.einsum("air,rbjs,sck->abcijk", *p.values()).reshape(30, 616),
      {"g0": (2, 7, 9), "g1": (9, 3, 8, 10), "g2": (10, 5, 11)}, {"g0": 2, "g1": 2, "g2": 2},
-     [(4, 30)], {"work": False}),
+     [(4, 30)], {"sizes": False}),
     ("cayley", lambda p, x: x @ jnp.linalg.solve(jnp.eye(7) + (p["w"] - p["w"].T) / 9,
                                                  jnp.eye(7) - (p["w"] - p["w"].T) / 9),
      {"w": (7, 7)}, {"w": 2}, [(3, 7)], {"materializes": True}),
@@ -174,11 +174,12 @@ ROWS = [
      [(3, 4, 11)], {"transforms": False}),
     ("two-layers", lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], {"w": (11, 7), "v": (7, 13)},
      {"w": 2, "v": 3}, [(3, 11)]),
-    ("there-and-back", lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, W, {"w": 2}, [(3, 11)]),
+    ("weight-and-its-transpose", lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, W, {"w": 2},
+     [(3, 11)]),
     ("attention-scores",
      lambda p, x: jnp.einsum("bqk,bsk->bqs", x @ p["q"], x @ p["k"]),
      {"q": (11, 7), "k": (11, 7)}, {"q": 2, "k": 2}, [(2, 3, 11)]),
-    ("beside-full-and-frozen", lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"],
+    ("with-full-and-frozen", lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"],
      {"w": (11, 7), "b": (7,), "v": (7, 5)}, {"w": 2, "b": -1, "v": 0}, [(3, 11)]),
     # Parameters of the equation.
     ("precision", einsum("bi,io->bo", precision="highest"), W, {"w": 2}, [(3, 11)]),
@@ -192,11 +193,11 @@ ROWS = [
     ("default-precision-context", jax.default_matmul_precision("highest")(einsum("bi,io->bo")),
      W, {"w": 2}, [(3, 11)]),
     ("preferred-wide", dot(((1,), (0,)), preferred_element_type=jnp.float32),
-     {"w": struct((11, 7), BF16)}, {"w": 2}, [struct((3, 11), BF16)], NARROW),
+     {"w": struct((11, 7), BF16)}, {"w": 2}, [struct((3, 11), BF16)], TIGHTER),
     ("preferred-wide-left", dot(((1,), (0,)), left=True, preferred_element_type=jnp.float32),
      {"w": struct((11, 7), F16)}, {"w": 2}, [struct((7, 3), F16)], {"tolerance": 0.01}),
     ("bfloat16", lambda p, x: x @ p["w"], {"w": struct((11, 7), BF16)}, {"w": 2},
-     [struct((3, 11), BF16)], NARROW),
+     [struct((3, 11), BF16)], TIGHTER),
     ("float16", lambda p, x: x @ p["w"], {"w": struct((11, 7), F16)}, {"w": 2},
      [struct((3, 11), F16)], {"tolerance": 0.01}),
     ("complex", lambda p, x: x @ p["w"], {"w": struct((11, 7), C64)}, {"w": 2},
@@ -207,8 +208,8 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_contraction(prove, row):
-    prove(*row)
+def test_contraction(check_row, row):
+    check_row(*row)
 
 
 def products(fn, shapes, spec, x):
@@ -219,33 +220,33 @@ def products(fn, shapes, spec, x):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_parameters_of_the_equation_reach_the_products(left):
-    # Too close to tell by values: rounding of one product among several.
+def test_products_keep_the_parameters_of_the_equation(left):
+    # Values cannot tell: only one product of several would round differently.
     fn = dot(((1,), (0,)), left=left, precision="highest", preferred_element_type=jnp.float32)
     x = struct((7, 3) if left else (3, 11), BF16)
     eqns = products(fn, {"w": struct((11, 7), BF16)}, {"w": 2}, x)
     highest = (lax.Precision.HIGHEST,) * 2
     assert [eqn.params["precision"] for eqn in eqns] == [highest] * 3
-    # The base's, and of the two others the last.
+    # In order: x @ w, x @ a, and the product with b.
     types = [eqn.outvars[0].aval.dtype for eqn in eqns]
     assert types == [jnp.float32, jnp.bfloat16, jnp.float32]
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_a_pair_of_precisions_follows_its_operands(left):
+def test_each_operand_keeps_its_precision(left):
     pair = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
     fn = dot(((1,), (0,)), left=left, precision=pair)
     x = struct((7, 3) if left else (3, 11), jnp.float32)
     eqns = products(fn, {"w": struct((11, 7), jnp.float32)}, {"w": 2}, x)
     assert len(eqns) == 3
     for eqn in eqns:
-        # The activation has 3 rows; in every product it keeps the precision it had.
+        # The activation has 3 rows; it keeps its precision in every product.
         rows = [3 in v.aval.shape for v in eqn.invars]
         by_operand = dict(zip(rows, eqn.params["precision"], strict=True))
         assert by_operand == {not left: pair[0], left: pair[1]}
 
 
-# Each takes the sum or the product of what it makes, again and again.
+# Each adds or multiplies its own result repeatedly, which multiplies terms or factors.
 CHAINS = {
     "powers": lambda p, x: x @ jnp.linalg.matrix_power(p["w"], 64),
     "exponential": lambda p, x: x @ jax.scipy.linalg.expm(p["w"]),
@@ -261,7 +262,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_of_weights_ends_and_is_reported(name):
+def test_long_chain_of_weights_materializes_and_warns(name):
     params, x = {"w": jnp.eye(7) / 3 + jnp.arange(49.0).reshape(7, 7) / 500}, jnp.ones((7, 7)) / 3
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(0))
     tunable = jax.tree.map(
@@ -269,10 +270,10 @@ def test_a_chain_of_weights_ends_and_is_reported(name):
     )
     with pytest.warns(MaterializeWarning) as caught:
         jaxpr = jax.make_jaxpr(lora(CHAINS[name]))((frozen, tunable), x)
-    # Every one of them is a few hundred products; without a bound, millions.
+    # A few hundred products each; without a bound, millions.
     assert len(str(jaxpr).splitlines()) < 5000
     reasons = " ".join(str(warning.message) for warning in caught)
-    if name != "exponential":  # Its powers are few; what ends it is the solver.
+    if name != "exponential":  # Its few powers stay below the bound; the solver materializes.
         assert re.search(
             r"would have (a term of )?\d+ (low-rank terms|factors), more than 16", reasons
         )
@@ -281,8 +282,8 @@ def test_a_chain_of_weights_ends_and_is_reported(name):
     assert np.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
-def test_a_sum_of_many_weights_is_not_a_chain():
-    # As many products as the model has weights.
+def test_sum_of_many_weights_stays_factored():
+    # One product with the summed base, and two for each of the 30 adapters.
     shapes = {f"w{k}": struct((11, 7), jnp.float32) for k in range(30)}
     fn = lambda p, x: x @ functools.reduce(jnp.add, p.values())  # noqa: E731
     assert len(products(fn, shapes, dict.fromkeys(shapes, 2), struct((3, 11), jnp.float32))) == 61
@@ -292,7 +293,7 @@ def test_a_chain_of_weights_has_as_many_terms_as_weights():
     shapes = {f"w{k}": struct((11 + k, 12 + k), jnp.float32) for k in range(6)}
     fn = lambda p, x: x @ functools.reduce(jnp.matmul, p.values())  # noqa: E731
     eqns = products(fn, shapes, dict.fromkeys(shapes, 2), struct((3, 11), jnp.float32))
-    # At last x meets six terms of two narrow factors each.
+    # x is multiplied by the base, and by six terms of two factors each.
     last = [eqn for eqn in eqns if 3 in eqn.outvars[0].aval.shape]
     assert len(last) == 1 + 2 * 6
 
@@ -324,7 +325,7 @@ def test_out_sharding_on_an_explicit_mesh(w_spec, x_spec, out_spec):
         expected = fn(merge_params(frozen, tunable), x)
         assert jax.typeof(out).sharding.spec == jax.typeof(expected).sharding.spec
         assert np.allclose(out, expected, rtol=1e-5, atol=1e-5)
-        ours = jax.grad(lambda t: (model((frozen, t), x) ** 2).sum())(tunable)
-        theirs = jax.grad(lambda t: (fn(merge_params(frozen, t), x) ** 2).sum())(tunable)
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        actual = jax.grad(lambda t: (model((frozen, t), x) ** 2).sum())(tunable)
+        wanted = jax.grad(lambda t: (fn(merge_params(frozen, t), x) ** 2).sum())(tunable)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
             assert np.allclose(a, b, rtol=1e-4, atol=1e-3)

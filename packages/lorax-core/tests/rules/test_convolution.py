@@ -26,7 +26,7 @@ OIHW = {"w": (7, 5, 3, 2)}
 NHWC = (2, 8, 9, 5)
 NCHW = (2, 5, 8, 9)
 FROM_OUT = LoraSpec(2, out_axes=[0])
-# The window with the outputs: the first kernel is one pixel wide, the second has the window.
+# The window is with the outputs: the kernel of `a` is one pixel wide, that of `b` has the window.
 WINDOW_LAST = LoraSpec(2, in_axes=[2])
 # One axis of the window on each side: a separable kernel.
 SEPARABLE = LoraSpec(2, in_axes=[0, 2])
@@ -51,7 +51,7 @@ def stacked(one, data_axis: int | None = 0):
 
 
 def modulated(layout=("NHWC", "HWIO", "NHWC"), demodulate=False, **keywords):
-    """StyleGAN2's: a gain over the inputs for each example, and each output's norm divided out."""
+    """As in StyleGAN2: each example scales the inputs, and may divide each output by its norm."""
     others = [d for d, axis in enumerate(layout[1]) if axis != "O"]
 
     def one(w, x, s):
@@ -66,7 +66,7 @@ def modulated(layout=("NHWC", "HWIO", "NHWC"), demodulate=False, **keywords):
 STACK = {"w": (2, 3, 2, 5, 7)}
 OF_STACK = LoraSpec(2, shared_axes=[0])
 
-NARROW = {"tolerance": 0.05}
+TIGHTER = {"tolerance": 0.05}
 
 ROWS = [
     ("nhwc-hwio", conv(), HWIO, {"w": 2}, [NHWC]),
@@ -146,14 +146,14 @@ ROWS = [
      {"w": (6, 5, 3, 2)}, {"w": FROM_OUT}, [(6, 5, 8, 9)]),
     ("batch-groups-window-last", conv(strides=(2, 1), batch_group_count=2),
      {"w": (3, 2, 5, 6)}, {"w": WINDOW_LAST}, [(4, 8, 9, 5)]),
-    # Parameters of the equation, dtypes, and what comes before.
+    # Parameters of the equation, dtypes, and changes of the kernel before it.
     ("precision", conv(precision="highest"), HWIO, {"w": 2}, [NHWC]),
     ("precision-pair", conv(precision=("highest", "default")), HWIO, {"w": 2}, [NHWC]),
     ("preferred", conv(preferred_element_type=jnp.float32), HWIO, {"w": 2}, [NHWC]),
     ("bfloat16", conv(), {"w": struct((3, 2, 5, 7), jnp.bfloat16)}, {"w": 2},
-     [struct(NHWC, jnp.bfloat16)], NARROW),
+     [struct(NHWC, jnp.bfloat16)], TIGHTER),
     ("bfloat16-groups", conv(feature_group_count=2), {"w": struct((3, 2, 5, 6), jnp.bfloat16)},
-     {"w": 2}, [struct((2, 8, 9, 10), jnp.bfloat16)], NARROW),
+     {"w": 2}, [struct((2, 8, 9, 10), jnp.bfloat16)], TIGHTER),
     ("transposed-layout-in-the-model", lambda p, x: conv()({"w": p["w"].transpose(2, 3, 1, 0)}, x),
      OIHW, {"w": FROM_OUT}, [NHWC]),
     ("merged-in-the-model", lambda p, x: conv()({"w": p["w"].reshape(3, 2, 5, 7)}, x),
@@ -208,18 +208,18 @@ ROWS = [
     ("gain-for-each-example-as-large-as-the-kernel",
      lambda p, x, s: jax.vmap(lambda x, s: conv()({"w": p["w"] * s}, x[None])[0])(x, s), HWIO,
      {"w": 2}, [(4, 8, 9, 5), (4, 3, 2, 5, 7)], {"materializes": True}),
-    ("kernel-made-of-the-input", lambda p, x: lax.conv_general_dilated(
+    ("kernel-from-the-input", lambda p, x: lax.conv_general_dilated(
         p["w"][None], x, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
      {"w": (8, 9, 5)}, {"w": 2}, [(3, 2, 5, 7)], {"materializes": True}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_convolution(prove, row):
-    prove(*row)
+def test_convolution(check_row, row):
+    check_row(*row)
 
 
-# Where the groups are separate examples: one first kernel serves them all, with the window.
+# Rows whose groups become examples on one CPU, where one kernel of `a` serves all groups.
 GROUPED = [
     row
     for row in ROWS
@@ -229,9 +229,9 @@ GROUPED = [
 
 
 @pytest.mark.parametrize("row", GROUPED, ids=lambda row: row[0])
-def test_groups_on_other_platforms(prove, row, monkeypatch):
+def test_groups_on_other_platforms(check_row, row, monkeypatch):
     monkeypatch.setattr(convolution, "is_for_one_cpu", lambda _: False)
-    prove(*row)
+    check_row(*row)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "HWCN", "CNHW"])
@@ -254,7 +254,7 @@ def test_groups_are_examples_on_one_cpu(layout, on_cpu, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", [WINDOW_LAST, SEPARABLE], ids=["last", "separable"])
-def test_groups_stay_groups_where_the_second_kernel_has_a_window(spec):
+def test_groups_are_kept_where_the_kernel_of_b_has_a_window(spec):
     fn = conv(feature_group_count=2)
     frozen, tunable = init_lora({"w": jnp.ones((3, 2, 5, 6))}, {"w": spec}, jax.random.key(0))
     jaxpr = jax.make_jaxpr(lora(fn))((frozen, tunable), jnp.ones((2, 8, 9, 10)))
@@ -267,15 +267,15 @@ def test_groups_stay_groups_where_the_second_kernel_has_a_window(spec):
 
 
 @pytest.mark.parametrize("groups, outputs", [(1, 7), (3, 6), (5, 5)], ids=str)
-def test_the_stack_of_kernels_is_found_to_be_shared(groups, outputs):
+def test_infer_spec_finds_the_stack_of_kernels(groups, outputs):
     params = {"w": struct((2, 3, 2, 15 // groups, outputs), jnp.float32)}
     fn = stacked(conv(feature_group_count=groups))
     spec = infer_spec(fn, params, struct((2, 1, 4, 5, 15), jnp.float32), rank=2)
     assert spec["w"] == LoraSpec(2, in_axes=(1, 2, 3), out_axes=(4,), shared_axes=(0,))
 
 
-def test_preferred_type():
-    # Values alone: JAX 0.8 has no gradient where the preferred type is another one.
+def test_preferred_element_type():
+    # Only values: JAX 0.8 has no gradient where the preferred type differs from the operands'.
     params = {"w": jax.random.normal(jax.random.key(0), (3, 2, 5, 7)).astype(jnp.bfloat16)}
     x = jax.random.normal(jax.random.key(1), NHWC).astype(jnp.bfloat16)
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(2))
@@ -287,8 +287,8 @@ def test_preferred_type():
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_in_a_convolution_of_two_weights_the_kernel_stays_factored():
-    """A learned array as the input, as a generator's first one, is built alone."""
+def test_convolution_of_two_weights_keeps_the_kernel_factored():
+    """A learned input, as of a generator's first layer, is materialized instead."""
 
     def fn(p, x):
         grid = conv()({"w": p["kernel"]}, p["grid"][None])
@@ -308,8 +308,8 @@ def test_in_a_convolution_of_two_weights_the_kernel_stays_factored():
     assert len(warnings) == 1
 
 
-def test_padding_first_is_padding():
-    # As is done where "SAME" depends on a symbolic size.
+def test_pad_first_equals_padding_in_the_convolution():
+    # This is done where "SAME" depends on a symbolic size.
     x, kernel = jnp.arange(44.0).reshape(2, 11, 2), jnp.arange(30.0).reshape(3, 2, 5)
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NWC", "WIO", "NWC"))
     window = _windows.Window(stride=2, padding=(4, -1), lhs_dilation=3, rhs_dilation=2)

@@ -1,4 +1,4 @@
-"""Functions with a custom derivative, on weights."""
+"""Weights in functions with a custom derivative."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from lorax._transform import bind_call, trace, uses
 
 W = {"w": (11, 7)}
 THROUGH = {"through_custom_derivatives": True}
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 
 
 @jax.custom_vjp
@@ -92,15 +92,15 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_through_a_custom_derivative(prove, name):
+def test_option_sees_through_a_custom_derivative(check_row, name):
     fn, shapes, x = MODELS[name]
-    prove(name, fn, shapes, dict.fromkeys(shapes, 2), [x], THROUGH)
+    check_row(name, fn, shapes, dict.fromkeys(shapes, 2), [x], THROUGH)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_by_default_the_weight_is_built(prove, name):
+def test_weight_is_materialized_by_default(check_row, name):
     fn, shapes, x = MODELS[name]
-    prove(name, fn, shapes, dict.fromkeys(shapes, 2), [x], BUILT | {"transforms": False})
+    check_row(name, fn, shapes, dict.fromkeys(shapes, 2), [x], MATERIALIZED | {"transforms": False})
 
 
 def make_pair():
@@ -114,21 +114,21 @@ def test_the_warning_names_the_option():
         lora(lambda p, x: layer(p["w"], x))(make_pair(), jnp.ones((3, 11)))
 
 
-def test_the_rule_of_a_call_without_weights_is_kept():
+def test_custom_rule_of_a_call_without_weights_is_kept():
     def fn(p, x):
         return straight_through(layer(p["w"], x) * 3)
 
     frozen, tunable = make_pair()
     x = jax.random.normal(jax.random.key(3), (3, 11))
-    ours = lora(fn, through_custom_derivatives=True)
-    got = jax.grad(lambda t: ours((frozen, t), x).sum())(tunable)["w"]
+    adapted = lora(fn, through_custom_derivatives=True)
+    got = jax.grad(lambda t: adapted((frozen, t), x).sum())(tunable)["w"]
     expected = jax.grad(lambda t: fn(merge_params(frozen, t), x).sum())(tunable)["w"]
     assert np.abs(expected.a).max() > 0.1
     assert np.allclose(got.a, expected.a, atol=1e-4) and np.allclose(got.b, expected.b, atol=1e-4)
 
 
 def test_custom_rule_that_is_not_a_derivative_is_lost():
-    """Rounding is materialized inside, and then its own derivative is zero."""
+    """The weight is materialized inside, and the derivative of rounding is zero."""
 
     def fn(p, x):
         return x @ straight_through(p["w"] * 3)
@@ -136,9 +136,9 @@ def test_custom_rule_that_is_not_a_derivative_is_lost():
     frozen, tunable = make_pair()
     x = jnp.ones((3, 11))
     for through, largest in ((False, 0.1), (True, 0.0)):
-        ours = lora(fn, on_materialize="allow", through_custom_derivatives=through)
-        assert np.allclose(ours((frozen, tunable), x), fn(merge_params(frozen, tunable), x))
-        gradient = jax.grad(lambda t, f=ours: f((frozen, t), x).sum())(tunable)["w"]
+        adapted = lora(fn, on_materialize="allow", through_custom_derivatives=through)
+        assert np.allclose(adapted((frozen, tunable), x), fn(merge_params(frozen, tunable), x))
+        gradient = jax.grad(lambda t, f=adapted: f((frozen, t), x).sum())(tunable)["w"]
         assert (np.abs(gradient.a).max() > largest) == (not through)
     with pytest.raises(AssertionError, match="value and gradient"):
         testing.check(
@@ -147,7 +147,7 @@ def test_custom_rule_that_is_not_a_derivative_is_lost():
         )  # fmt: skip
 
 
-def test_explain_runs_through():
+def test_explain_sees_through_a_custom_derivative():
     x = jnp.ones((3, 11))
     fn = MODELS["custom-vjp"][0]
     assert explain(fn, make_pair(), x).rows[0].status == "materialized"
@@ -155,7 +155,7 @@ def test_explain_runs_through():
     assert (row.status, row.uses) == ("covered", ("dot_general",))
 
 
-def test_the_record_of_uses_runs_through():
+def test_uses_see_through_a_custom_derivative():
     fn = MODELS["custom-vjp"][0]
     traced = trace(fn, bind_call(fn, (0,), (), (make_pair(), jnp.ones((3, 11))), {}))
     (use,) = uses(traced, through_custom_derivatives=True)

@@ -1,4 +1,4 @@
-"""Picking entries of a weight."""
+"""Indexing into a weight: look-ups, gathers and dynamic slices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax import LoraSpec, init_lora, lora, merge_params, testing
+from lorax import LokrSpec, LoraSpec, init_lora, lora, merge_params, testing
 
 struct = jax.ShapeDtypeStruct
 TABLE = {"w": (19, 5)}  # (words, features)
@@ -14,8 +14,8 @@ LAYERS = {"w": (3, 11, 7)}
 STACKED = LoraSpec(2, shared_axes=[0])
 BY_FEATURE = LoraSpec(2, in_axes=[1])
 IDS = np.array([[0, 3, 18], [7, 7, 1]], np.int32)
-# Negative ones count from the end; 19 and -20 are out of range.
-WILD = np.array([[0, -1, 19], [-19, -20, 400]], np.int32)
+# Negative indices count from the end; 19 and -20 are out of range.
+BEYOND = np.array([[0, -1, 19], [-19, -20, 400]], np.int32)
 
 
 def take(mode, **keywords):
@@ -31,7 +31,7 @@ def gather(numbers, sizes, mode=None, **keywords):
 
 
 def windows(*args, **keywords):
-    """A window of a weight is a weight still, so it has to meet something."""
+    """A window of a weight is still a weight, so it is multiplied by the argument."""
     pick = gather(*args, **keywords)
     return lambda p, x, ids: jnp.einsum("...ro,...r->...o", pick(p, ids), x)
 
@@ -53,13 +53,13 @@ ROWS = [
     ("embedding-by-feature", lambda p, ids: p["w"][ids], TABLE, {"w": BY_FEATURE}, [IDS]),
     ("embedding-one-word", lambda p, x: x * p["w"][4][None], TABLE, {"w": 2}, [(3, 5)]),
     ("embedding-negative", lambda p, ids: p["w"][ids], TABLE, {"w": 2}, [-1 - IDS]),
-    ("take-default", lambda p, ids: jnp.take(p["w"], ids, axis=0), TABLE, {"w": 2}, [WILD]),
+    ("take-default", lambda p, ids: jnp.take(p["w"], ids, axis=0), TABLE, {"w": 2}, [BEYOND]),
     ("take-default-by-feature", lambda p, ids: jnp.take(p["w"], ids, axis=0), TABLE,
-     {"w": BY_FEATURE}, [WILD]),
-    ("take-clip", take("clip"), TABLE, {"w": 2}, [WILD]),
-    ("take-wrap", take("wrap"), TABLE, {"w": 2}, [WILD]),
-    ("take-fill-nan", take("fill"), TABLE, {"w": 2}, [WILD]),
-    ("take-fill-value", take("fill", fill_value=3.5), TABLE, {"w": 2}, [WILD]),
+     {"w": BY_FEATURE}, [BEYOND]),
+    ("take-clip", take("clip"), TABLE, {"w": 2}, [BEYOND]),
+    ("take-wrap", take("wrap"), TABLE, {"w": 2}, [BEYOND]),
+    ("take-fill-nan", take("fill"), TABLE, {"w": 2}, [BEYOND]),
+    ("take-fill-value", take("fill", fill_value=3.5), TABLE, {"w": 2}, [BEYOND]),
     ("take-columns-in-range",
      lambda p, ids: jnp.take(p["w"], ids, axis=1, mode="fill", fill_value=-1.0), {"w": (5, 19)},
      {"w": 2}, [IDS]),
@@ -67,8 +67,8 @@ ROWS = [
     ("take-unique-and-sorted", take("fill", unique_indices=True, indices_are_sorted=True), TABLE,
      {"w": 2}, [np.array([1, 4, 11], np.int32)]),
     ("at-get-in-bounds", at("promise_in_bounds"), TABLE, {"w": 2}, [IDS]),
-    ("at-get-fill", at("fill", fill_value=0.25), TABLE, {"w": 2}, [WILD]),
-    ("at-get-drop", at("drop"), TABLE, {"w": 2}, [WILD]),
+    ("at-get-fill", at("fill", fill_value=0.25), TABLE, {"w": 2}, [BEYOND]),
+    ("at-get-drop", at("drop"), TABLE, {"w": 2}, [BEYOND]),
     ("embedding-by-one-hot", lambda p, ids: jax.nn.one_hot(ids, 19) @ p["w"], TABLE, {"w": 2},
      [IDS]),
     ("embedding-and-tied-head", lambda p, ids: jnp.tanh(p["w"][ids]) @ p["w"].T, TABLE, {"w": 2},
@@ -99,15 +99,15 @@ ROWS = [
      {"w": (2, 19, 5)}, {"w": STACKED}, [IDS]),
     ("batched-gather-not-owned", lambda p, ids: jax.vmap(lambda w, i: w[i])(p["w"], ids),
      {"w": (2, 19, 5)}, {"w": LoraSpec(2, in_axes=[1])}, [IDS]),
-    # Several axes at once.
+    # Indices into several axes.
     ("two-indices", lambda p, i, j: p["w"][i, j], TABLE, {"w": 2},
      [IDS, np.array([[0, 4, 2], [1, 1, 0]], np.int32)]),
     ("two-indices-fill", lambda p, i, j: p["w"].at[i, j].get(mode="fill", fill_value=7.0), TABLE,
-     {"w": 2}, [WILD, np.array([[0, 4, 2], [1, 9, -6]], np.int32)]),
+     {"w": 2}, [BEYOND, np.array([[0, 4, 2], [1, 9, -6]], np.int32)]),
     ("indices-on-a-grid", lambda p, i, j: p["w"][i[:, None], j[None]], TABLE, {"w": 2},
      [np.array([0, 18, 7], np.int32), np.array([4, 1], np.int32)]),
     ("index-and-slice", lambda p, ids: p["w"][ids, 1:4], TABLE, {"w": 2}, [IDS]),
-    ("indices-apart", lambda p, i, j: p["w"][i, :, j], LAYERS, {"w": STACKED},
+    ("separated-indices", lambda p, i, j: p["w"][i, :, j], LAYERS, {"w": STACKED},
      [np.array([0, 2], np.int32), np.array([6, 3], np.int32)]),
     ("expert-of-each-token", lambda p, x, e: jnp.einsum("ti,tio->to", x, p["w"][e]), LAYERS,
      {"w": STACKED}, [(4, 11), np.array([2, 0, 2, 1], np.int32)]),
@@ -149,6 +149,12 @@ ROWS = [
      {"w": 2}, [(3, 4), np.array(-3, np.int32), np.array(2, np.int32)]),
     ("dynamic-slice-beyond-the-end", lambda p, x, i: x @ lax.dynamic_slice_in_dim(p["w"], i, 4),
      TABLE, {"w": 2}, [(3, 4), np.array(17, np.int32)]),
+    ("dynamic-entry-of-a-merged-axis",
+     lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"].reshape(33, 5), i, 0), {"w": (11, 3, 5)},
+     {"w": LoraSpec(2, in_axes=[0], out_axes=[1, 2])}, [(4, 1), np.array(29, np.int32)]),
+    ("dynamic-entry-beyond-blocks",
+     lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"], i, 0), {"w": (12, 8)},
+     {"w": LokrSpec(2, factor=4)}, [(4, 1), np.array(77, np.int32)]),
     ("dynamic-slice-columns", lambda p, x, i: x @ lax.dynamic_slice_in_dim(p["w"], i, 3, 1),
      {"w": (5, 19)}, {"w": 2}, [(4, 5), np.array(6, np.int32)]),
     ("dynamic-slice-a-merged-axis",
@@ -176,23 +182,23 @@ if jax.__version_info__ >= (0, 10):
             lambda p, ids: jnp.take(p["w"], ids, axis=1, mode="fill", fill_value=-1.0),
             {"w": (5, 19)},
             {"w": 2},
-            [WILD],
+            [BEYOND],
         )
     )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_indexing(prove, row):
-    prove(*row)
+def test_indexing(check_row, row):
+    check_row(*row)
 
 
 @pytest.mark.parametrize("mode", [None, "promise_in_bounds", "clip", "fill"])
 def test_out_of_range_indices_act_as_in_the_model(mode):
-    # For the mode of `w[ids]` JAX leaves gradients at such indices undefined, so values alone.
+    # For the mode of `w[ids]` JAX leaves gradients at such indices undefined, so only values.
     params = {"w": jax.random.normal(jax.random.key(0), (19, 5))}
     frozen, tunable = init_lora(params, {"w": 2}, jax.random.key(1))
     tunable = testing.random_factors(tunable, jax.random.key(2))
-    fn = lambda p: p["w"].at[WILD].get(mode=mode)  # noqa: E731
+    fn = lambda p: p["w"].at[BEYOND].get(mode=mode)  # noqa: E731
     got = lora(fn, on_materialize="error")((frozen, tunable))
     expected = fn(merge_params(frozen, tunable))
     assert np.allclose(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

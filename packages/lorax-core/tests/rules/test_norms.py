@@ -1,4 +1,4 @@
-"""Weights multiplied entry by entry: norms, variances, and what is made of them."""
+"""Elementwise products of weights: norms, variances, and models that use them."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ HWIO = {"w": (3, 2, 5, 7)}
 HEADS = {"w": (11, 3, 5)}
 FROM_MODEL = LoraSpec(2, in_axes=[0])
 STACKED = LoraSpec(2, shared_axes=[0])
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 
 
 def norm(w, axis, keepdims=True):
@@ -61,7 +61,7 @@ ROWS = [
     ("integer-pow", lambda p, x: x * (p["w"] ** 2).sum(0)[None], W, {"w": 2}, [(3, 7)]),
     ("pow", lambda p, x: x * (p["w"] ** 2.0).sum(0)[None], W, {"w": 2}, [(3, 7)]),
     ("another-pow", lambda p, x: x * ((0.1 + p["w"] ** 2) ** 0.5).sum(0)[None], W, {"w": 2},
-     [(3, 7)], BUILT),
+     [(3, 7)], MATERIALIZED),
     ("sum-of-all", lambda p, x: x * (p["w"] ** 2).sum(), W, {"w": 2}, [(3, 5)]),
     ("mean-of-squares", lambda p, x: x * (p["w"] ** 2).mean(1)[None], W, {"w": 2}, [(3, 11)]),
     ("higher-rank", lambda p, x: x * (p["w"] ** 2).sum(0)[None], W, {"w": LoraSpec(5, alpha=3.0)},
@@ -74,7 +74,7 @@ ROWS = [
      [(3, 7)]),
     ("two-weights", lambda p, x: x * (p["w"] * p["v"]).sum(0)[None], TWO, {"w": 2, "v": 3},
      [(3, 7)]),
-    ("two-weights-of-other-axes", lambda p, x: x * (p["w"] * p["v"].T).sum(0)[None],
+    ("two-weights-with-swapped-axes", lambda p, x: x * (p["w"] * p["v"].T).sum(0)[None],
      {"w": (11, 7), "v": (7, 11)}, {"w": 2, "v": LoraSpec(3, in_axes=[1])}, [(3, 7)]),
     ("with-its-transpose", lambda p, x: x * (p["w"] * p["w"].T).sum(0)[None], {"w": (11, 11)},
      {"w": 2}, [(3, 11)]),
@@ -88,9 +88,9 @@ ROWS = [
      {"w": FROM_MODEL}, [(2, 5)]),
     ("moved-in-between", lambda p, x: x * jnp.square(p["w"]).T.reshape(7, 11, 1).sum((1, 2))[None],
      W, {"w": 2}, [(3, 7)]),
-    # The base is a factor, and is sliced as well.
+    # The base is one of the factors, so a slice of it counts as weight-sized.
     ("sliced-in-between", lambda p, x: x * jnp.square(p["w"])[2:9].sum(0)[None], W, {"w": 2},
-     [(3, 7)], {"work": False}),
+     [(3, 7)], {"sizes": False}),
     ("looked-up-in-between", lambda p, x: x * jnp.square(p["w"])[jnp.array([1, 5, 5])].sum(0)[None],
      W, {"w": 2}, [(3, 7)]),
     ("bfloat16", lambda p, x: x * (p["w"] ** 2).sum(0)[None], {"w": struct((11, 7), jnp.bfloat16)},
@@ -105,7 +105,7 @@ ROWS = [
     ("for-each-of-a-batch-of-gains",
      lambda p, x, s: x * ((p["w"][None] * s[:, :, None]) ** 2).sum((1, 2))[:, None], W, {"w": 2},
      [(3, 5), (3, 11)]),
-    # What models make of it.
+    # As models use them.
     ("weight-norm", weight_norm, {"w": (11, 7), "g": (7,)}, {"w": 2, "g": -1}, [(3, 11)]),
     ("weight-norm-of-rows",
      lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=1, keepdims=True)), W, {"w": 2},
@@ -117,23 +117,25 @@ ROWS = [
     ("cosine-head", cosine_head, W, {"w": 2}, [(3, 11)]),
     ("codebook", codebook, {"w": (19, 5)}, {"w": 2}, [(3, 5)]),
     ("weight-decay", lambda p, x: x @ p["w"] + (p["w"] ** 2).sum(), W, {"w": 2}, [(3, 11)]),
-    # The square itself.
-    ("square-in-a-product", lambda p, x: x @ jnp.square(p["w"]), W, {"w": 2}, [(3, 11)], BUILT),
+    # Uses of the square itself.
+    ("square-in-a-product", lambda p, x: x @ jnp.square(p["w"]), W, {"w": 2}, [(3, 11)],
+     MATERIALIZED),
     ("square-in-a-convolution", lambda p, x: conv(x, p["w"] ** 2), HWIO, {"w": 2},
-     [(2, 8, 9, 5)], BUILT),
+     [(2, 8, 9, 5)], MATERIALIZED),
     ("square-as-a-table", lambda p, ids: jnp.square(p["w"])[ids], W, {"w": 2},
      [jnp.array([3, 0, 8])]),
-    ("square-returned", lambda p, x: jnp.square(p["w"]) + x.sum(), W, {"w": 2}, [(3, 11)], BUILT),
+    ("square-returned", lambda p, x: jnp.square(p["w"]) + x.sum(), W, {"w": 2}, [(3, 11)],
+     MATERIALIZED),
     ("two-weights-in-a-product", lambda p, x: x @ (p["w"] * p["v"]), TWO, {"w": 2, "v": 3},
-     [(3, 11)], BUILT),
+     [(3, 11)], MATERIALIZED),
     ("fourth-power", lambda p, x: x * jnp.square(jnp.square(p["w"])).sum(0)[None], W, {"w": 2},
-     [(3, 7)], BUILT),
-    ("cube", lambda p, x: x * (p["w"] ** 3).sum(0)[None], W, {"w": 2}, [(3, 7)], BUILT),
+     [(3, 7)], MATERIALIZED),
+    ("cube", lambda p, x: x * (p["w"] ** 3).sum(0)[None], W, {"w": 2}, [(3, 7)], MATERIALIZED),
     ("root-of-the-square", lambda p, x: x * jnp.sqrt(0.1 + p["w"] ** 2).sum(0)[None], W, {"w": 2},
-     [(3, 7)], BUILT),
+     [(3, 7)], MATERIALIZED),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_norms(prove, row):
-    prove(*row)
+def test_norms(check_row, row):
+    check_row(*row)

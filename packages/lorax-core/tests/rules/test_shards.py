@@ -9,19 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lorax import LoraSpec, init_lora, lora, merge_params, testing
 
-W = {"w": (11, 7)}
-SQUARE = {"w": (11, 11)}
-LAYERS = {"w": (3, 11, 11)}
 STACKED = LoraSpec(2, shared_axes=[0])
-BUILT = {"materializes": True}
-TRUE, FALSE = np.array(True), np.array(False)
-
-
-def adapted(shapes, spec, seed=0):
-    keys = iter(jax.random.split(jax.random.key(seed), 16))
-    params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
-    frozen, tunable = init_lora(params, spec, jax.random.key(seed + 1))
-    return frozen, testing.random_factors(tunable, jax.random.key(seed + 2))
 
 
 def sharded(mesh, in_specs, out_specs, body):
@@ -30,7 +18,7 @@ def sharded(mesh, in_specs, out_specs, body):
 
 
 def on_devices(count, shapes, x_shape, specs=None, axis_type=AxisType.Auto):
-    """A mesh, parameters and an argument on it, by default whole on every device."""
+    """A mesh, with parameters and an argument placed on it, by default replicated."""
     mesh = jax.make_mesh((count,), ("d",), axis_types=(axis_type,))
     w_spec, x_spec = specs or (P(), P())
     keys = iter(jax.random.split(jax.random.key(9), 8))
@@ -44,17 +32,17 @@ def on_devices(count, shapes, x_shape, specs=None, axis_type=AxisType.Auto):
     )
 
 
-def summed(w, x):
+def summed_over_devices(w, x):
     return lax.psum(x @ w, "d")
 
 
 SHARDED = [
     ("outputs", (P(None, "d"), P()), P(None, "d"), lambda w, x: x @ w),
-    ("inputs", (P("d", None), P(None, "d")), P(), summed),
+    ("inputs", (P("d", None), P(None, "d")), P(), summed_over_devices),
     ("data", (P(), P("d")), P("d"), lambda w, x: jnp.tanh(x @ w)),
     ("data-and-gradient", (P(), P("d")), P("d"), lambda w, x: jax.grad(
         lambda x: jnp.sin(x @ w).sum())(x)),
-    ("whole", (P(), P()), P(), lambda w, x: x @ w),
+    ("replicated", (P(), P()), P(), lambda w, x: x @ w),
     ("nested-jit", (P(None, "d"), P()), P(None, "d"), jax.jit(lambda w, x: jnp.tanh(x @ w))),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ W = {"w": (11, 7)}
 HEADS = {"w": (11, 3, 5)}  # (model, heads, head)
 FROM_MODEL = LoraSpec(2, in_axes=[0])
 STACKED = LoraSpec(2, shared_axes=[0])
-BUILT = {"materializes": True}
+MATERIALIZED = {"materializes": True}
 
 
 def then_dot(change, *, left=False):
@@ -35,7 +35,7 @@ def sharding(*spec):
     return NamedSharding(mesh, P(*spec))
 
 
-def through(*dtypes):
+def cast_through(*dtypes):
     def change(w):
         for dtype in dtypes:
             w = w.astype(dtype)
@@ -108,8 +108,8 @@ ROWS = [
      {"w": STACKED}, [(2, 33)]),
     ("regroup-across-owners", then_dot(lambda w: w.reshape(35, 2)), {"w": (7, 10)}, {"w": 2},
      [(3, 35)]),
-    ("regroup-what-does-not-divide", then_dot(lambda w: w.reshape(15, 14)), {"w": (21, 10)},
-     {"w": 2}, [(4, 15)], BUILT),
+    ("regroup-sizes-that-do-not-divide", then_dot(lambda w: w.reshape(15, 14)), {"w": (21, 10)},
+     {"w": 2}, [(4, 15)], MATERIALIZED),
     # Axes that are repeated.
     ("broadcast-a-new-axis",
      lambda p, x: jnp.einsum("nbi,nio->nbo", x, jnp.broadcast_to(p["w"], (5, 11, 7))), W,
@@ -138,7 +138,7 @@ ROWS = [
     ("slice-a-merged-axis", then_dot(lambda w: w.reshape(33, 5)[6:12]), HEADS, {"w": FROM_MODEL},
      [(2, 6)]),
     ("slice-a-merged-axis-between-steps", then_dot(lambda w: w.reshape(33, 5)[7:12]), HEADS,
-     {"w": FROM_MODEL}, [(2, 5)], BUILT),
+     {"w": FROM_MODEL}, [(2, 5)], MATERIALIZED),
     ("split", lambda p, x: [x @ part for part in jnp.split(p["w"], [5, 10], axis=1)],
      {"w": (11, 15)}, {"w": 2}, [(3, 11)]),
     ("split-inputs", lambda p, x: [x[:, :5] @ part[:5] for part in jnp.split(p["w"], [5], axis=0)],
@@ -181,28 +181,28 @@ ROWS = [
      {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 11)]),
     ("kron-block", lambda p, x: x @ jnp.block([[p["w"], p["v"]], [p["v"], p["w"]]]),
      {"w": (11, 7), "v": (11, 7)}, {"w": 2, "v": 3}, [(3, 22)]),
-    # How a weight is stored.
+    # Casts, copies and placements.
     ("cast-to-bfloat16", lambda p, x: x @ p["w"].astype(BF16), W, {"w": 2},
      [struct((3, 11), BF16)], {"tolerance": 0.05}),
-    ("cast-there-and-back", through(BF16, jnp.float32), W, {"w": 2}, [(3, 11)],
+    ("cast-and-cast-back", cast_through(BF16, jnp.float32), W, {"w": 2}, [(3, 11)],
      {"tolerance": 0.02}),
     ("cast-to-float16", lambda p, x: x @ p["w"].astype(F16), W, {"w": 2}, [struct((3, 11), F16)],
      {"tolerance": 0.01}),
-    ("cast-a-bfloat16-base", through(jnp.float32), {"w": struct((11, 7), BF16)}, {"w": 2},
+    ("cast-a-bfloat16-base", cast_through(jnp.float32), {"w": struct((11, 7), BF16)}, {"w": 2},
      [(3, 11)], {"tolerance": 0.02}),
-    ("cast-a-float16-base", through(jnp.float32), {"w": struct((11, 7), F16)}, {"w": 2},
+    ("cast-a-float16-base", cast_through(jnp.float32), {"w": struct((11, 7), F16)}, {"w": 2},
      [(3, 11)], {"tolerance": 0.003}),
     ("cast-to-complex", lambda p, x: x @ p["w"].astype(C64), W, {"w": 2}, [struct((3, 11), C64)]),
     ("cast-to-integer", lambda p, x: x @ (4 * p["w"]).astype(jnp.int32).astype(jnp.float32), W,
-     {"w": 2}, [(3, 11)], BUILT),
+     {"w": 2}, [(3, 11)], MATERIALIZED),
     ("cast-to-boolean", lambda p, x: x @ p["w"].astype(bool).astype(jnp.float32), W, {"w": 2},
-     [(3, 11)], BUILT),
+     [(3, 11)], MATERIALIZED),
     ("reduce-precision", then_dot(lambda w: lax.reduce_precision(w, 8, 10)), W, {"w": 2},
      [(3, 11)], {"tolerance": 0.003}),
     ("copy", then_dot(lambda w: jnp.array(w, copy=True)), W, {"w": 2}, [(3, 11)]),
     ("checkpoint-name", then_dot(lambda w: checkpoint_name(w, "kernel")), W, {"w": 2}, [(3, 11)]),
     ("optimization-barrier", then_dot(lax.optimization_barrier), W, {"w": 2}, [(3, 11)]),
-    ("optimization-barrier-around-several",
+    ("optimization-barrier-on-several",
      lambda p, x: (lambda w, y, v: y @ w @ v)(*lax.optimization_barrier((p["w"], x, p["v"]))),
      {"w": (11, 7), "v": (7, 13)}, {"w": 2, "v": 3}, [(3, 11)]),
     ("sharding-constraint",
@@ -216,8 +216,8 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_structural(prove, row):
-    prove(*row)
+def test_structural(check_row, row):
+    check_row(*row)
 
 
 def adapted(params, spec):
@@ -225,13 +225,13 @@ def adapted(params, spec):
     return frozen, testing.random_factors(tunable, jax.random.key(1))
 
 
-def test_a_flattened_weight_shapes_its_operand(prove):
-    # The operand takes the weight's axes, and the weight is not built.
-    prove("flattened", lambda p, x: x @ p["w"].ravel(), W, {"w": 2}, [(3, 77)])
+def test_flattened_weight_is_not_materialized(check_row):
+    # The operand is reshaped to the weight's axes, so the weight is not materialized.
+    check_row("flattened", lambda p, x: x @ p["w"].ravel(), W, {"w": 2}, [(3, 77)])
 
 
 def test_stop_gradient():
-    # The merged model stops the gradient too, so the oracle would compare zeros with zeros.
+    # The merged model stops the gradient too, so `check` would compare zeros with zeros.
     frozen, tunable = adapted({"w": jnp.ones((11, 7))}, {"w": 2})
     x = jnp.ones((3, 11))
     model = lora(lambda p, x: x @ lax.stop_gradient(p["w"]), on_materialize="error")
@@ -242,7 +242,7 @@ def test_stop_gradient():
 
 
 def test_an_eight_bit_base_does_not_round_the_factors():
-    # A merged weight in 8 bits rounds the delta away, so it does not measure this one.
+    # A merged 8-bit weight rounds the delta away, so it is not the reference here.
     w = jax.random.normal(jax.random.key(2), (11, 7)).astype(F8)
     frozen, tunable = adapted({"w": w}, {"w": 2})
     x = jax.random.normal(jax.random.key(3), (3, 11))
@@ -250,22 +250,22 @@ def test_an_eight_bit_base_does_not_round_the_factors():
     full = lambda t: w.astype(jnp.float32) + t["w"].a @ t["w"].b  # noqa: E731
     got = jax.value_and_grad(lambda t: jnp.sin(model((frozen, t), x)).sum())(tunable)
     expected = jax.value_and_grad(lambda t: jnp.sin(x @ full(t)).sum())(tunable)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_casting_to_eight_bits_leaves_the_factors_alone():
+def test_casting_to_eight_bits_does_not_round_the_factors():
     w = jax.random.normal(jax.random.key(2), (11, 7))
     frozen, tunable = adapted({"w": w}, {"w": 2})
     x = jax.random.normal(jax.random.key(3), (3, 11))
-    narrow = lambda w: w.astype(F8).astype(jnp.float32)  # noqa: E731
-    got = lora(lambda p, x: x @ narrow(p["w"]), on_materialize="error")((frozen, tunable), x)
-    expected = x @ (narrow(w) + tunable["w"].a @ tunable["w"].b)
+    round_trip = lambda w: w.astype(F8).astype(jnp.float32)  # noqa: E731
+    got = lora(lambda p, x: x @ round_trip(p["w"]), on_materialize="error")((frozen, tunable), x)
+    expected = x @ (round_trip(w) + tunable["w"].a @ tunable["w"].b)
     assert np.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sixteen_bit_bases_keep_the_delta_in_float32():
-    # Merging rounds base + delta to bfloat16; an adapter beside it does not.
+    # Merging rounds base + delta to bfloat16; a separate adapter does not.
     w = jax.random.normal(jax.random.key(2), (11, 7)).astype(BF16)
     frozen, tunable = adapted({"w": w}, {"w": 2})
     x = jax.random.normal(jax.random.key(3), (3, 11))
@@ -276,7 +276,7 @@ def test_sixteen_bit_bases_keep_the_delta_in_float32():
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("spec", [P("d", "m"), P("m", None), P(None, "d")], ids=str)
-def test_constraints_place_the_factors_as_the_weight(spec):
+def test_sharding_constraints_apply_to_the_factors(spec):
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
     frozen, tunable = adapted({"w": jnp.ones((4, 6))}, {"w": 2})
 

@@ -117,7 +117,7 @@ def axes_of(weight: Adapter, shape: tuple[int, ...]) -> Axed:
     number of blocks.
     """
     layout = weight.layout(shape)
-    labels = {**layout.factors, **layout.held}
+    labels = {**layout.factors, **layout.frozen}
     numbered = lambda d: d if d < len(shape) else len(shape) - 1 - d  # noqa: E731
     return Axed(
         {name: tuple(numbered(label.id) for label in row) for name, row in labels.items()},

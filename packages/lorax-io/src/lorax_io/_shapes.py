@@ -1,6 +1,6 @@
 """The shapes of factors, given a base, and the shape of a base, given the factors.
 
-A *held* factor is frozen: it is stored with the base in the frozen tree, not in the tunable one.
+A frozen factor is stored with the base in the frozen tree, not in the tunable one.
 """
 
 import math
@@ -25,7 +25,7 @@ class Shapes(NamedTuple):
     """The shapes of an adapter's factors on one base, all by the factor's name."""
 
     factors: dict[str, tuple[int, ...]]
-    held: dict[str, tuple[int, ...]]
+    frozen: dict[str, tuple[int, ...]]
     axes: dict[str, tuple[int | None, ...]]  # the base's axis of each axis; None for inner ones
 
 
@@ -48,11 +48,11 @@ def factor_shapes(path: str, weight: Adapter, base: Any) -> Shapes:
         raise AdapterMismatchError(
             f"its {weight.kind} adapter does not fit `{path}` of shape {shape}: {error}"
         ) from error
-    labels = {**layout.factors, **layout.held}
+    labels = {**layout.factors, **layout.frozen}
     shapes = {name: tuple(label.size for label in labels[name]) for name in labels}
     return Shapes(
         {name: shapes[name] for name in layout.factors},
-        {name: shapes[name] for name in layout.held},
+        {name: shapes[name] for name in layout.frozen},
         {name: tuple(map(layout.axis_of, labels[name])) for name in labels},
     )
 
@@ -60,12 +60,12 @@ def factor_shapes(path: str, weight: Adapter, base: Any) -> Shapes:
 def blank_rows(
     leaves: Mapping[str, Any], weights: Mapping[str, Adapter]
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, jax.ShapeDtypeStruct]]]:
-    """The shapes of the tunable and of the held factors, as `init_lora` would create them.
+    """The shapes of the tunable and of the frozen factors, as `init_lora` would create them.
 
     Each axis of a factor is sharded like the axis of the base that it comes from.
     """
     rows: dict[str, Adapter] = {}
-    held: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    frozen: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path, weight in weights.items():
         base = leaves.get(path)
         if not is_array(base):
@@ -75,11 +75,11 @@ def blank_rows(
             name: jax.ShapeDtypeStruct(
                 shape, jnp.float32, sharding=sharding_like_base(base, shapes.axes[name])
             )
-            for name, shape in {**shapes.factors, **shapes.held}.items()
+            for name, shape in {**shapes.factors, **shapes.frozen}.items()
         }
         rows[path] = weight.with_factors(factors)
-        held[path] = {name: factors[name] for name in shapes.held}
-    return rows, held
+        frozen[path] = {name: factors[name] for name in shapes.frozen}
+    return rows, frozen
 
 
 def base_sizes(weight: Adapter) -> Sequence[int | None]:
@@ -134,17 +134,17 @@ def padded_shape(weight: Adapter) -> tuple[int, ...]:
     return tuple(1 if size is None else size for size in base_sizes(weight))
 
 
-def check_held(path: str, weight: Adapter, held: Mapping[str, Any]) -> None:
-    """Refuses to save an adapter without the held factors that cannot be computed from its base.
+def check_frozen(path: str, weight: Adapter, frozen: Mapping[str, Any]) -> None:
+    """Refuses to save an adapter without the frozen factors that cannot be computed from its base.
 
     Raises:
         AdapterError: if one is missing.
     """
     ones = (1,) * sum(map(len, weight.axes))
     try:
-        needed = weight.layout(ones).held.keys() - held.keys()
+        needed = weight.layout(ones).frozen.keys() - frozen.keys()
     except _ERRORS:
-        needed = weight.layout(base_shape(weight) or ones).held.keys() - held.keys()
+        needed = weight.layout(base_shape(weight) or ones).frozen.keys() - frozen.keys()
     if needed:
         _check_lacking(path, weight, needed, jax.ShapeDtypeStruct(ones, jnp.float32))
 
@@ -163,8 +163,8 @@ def _check_lacking(
     return derived
 
 
-def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> dict[str, Any]:
-    """All held factors of an adapter on a base: computed from the base if possible, else given.
+def complete(path: str, weight: Adapter, base: Any, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """All frozen factors of an adapter on a base: computed from the base if possible, else given.
 
     Computed factors take precedence: those in a file may come from another base, such as the
     floats that this one was quantized from.
@@ -173,9 +173,9 @@ def complete(path: str, weight: Adapter, base: Any, held: Mapping[str, Any]) -> 
         AdapterMismatchError: if one is neither computed nor given.
     """
     shapes = factor_shapes(path, weight, base)
-    lacking = shapes.held.keys() - held.keys()
+    lacking = shapes.frozen.keys() - frozen.keys()
     derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base) if lacking else {}
-    if shapes.held and not isinstance(base, jax.ShapeDtypeStruct):
+    if shapes.frozen and not isinstance(base, jax.ShapeDtypeStruct):
         where = {name: sharding_like_base(base, axes) for name, axes in shapes.axes.items()}
         derived = factors_from_base(weight, base, where)
-    return {name: derived[name] if name in derived else held[name] for name in shapes.held}
+    return {name: derived[name] if name in derived else frozen[name] for name in shapes.frozen}

@@ -11,7 +11,7 @@ from lorax import Adapter
 
 from ._places import Array
 from ._shapes import base_sizes
-from ._tree import Held, settings_of
+from ._tree import FrozenFactors, settings_of
 
 
 class Line(NamedTuple):
@@ -63,7 +63,7 @@ def _two_factors(weight: Adapter) -> tuple[Array, Array] | None:
         The matrices, the second one scaled; None for all other kinds.
     """
     layout = _layout(weight)
-    if layout is None or len(layout.factors) != 2 or layout.held or layout.gains:
+    if layout is None or len(layout.factors) != 2 or layout.frozen or layout.gains:
         return None
     (one, left), (two, right) = layout.factors.items()
     shown = {label.id for labels in layout.out for label in labels}
@@ -113,11 +113,11 @@ class Difference(NamedTuple):
 def compare(
     first: Mapping[str, Any],
     second: Mapping[str, Any],
-    first_held: Held | None = None,
-    second_held: Held | None = None,
+    first_frozen: FrozenFactors | None = None,
+    second_frozen: FrozenFactors | None = None,
 ) -> list[Difference]:
-    """The parameters that are not bit-identical in both, or whose held factors are not."""
-    first_held, second_held = first_held or {}, second_held or {}
+    """The parameters that are not bit-identical in both, or whose frozen factors are not."""
+    first_frozen, second_frozen = first_frozen or {}, second_frozen or {}
     differences: list[Difference] = []
     for path in sorted(first.keys() | second.keys()):
         if path not in second:
@@ -125,19 +125,19 @@ def compare(
         elif path not in first:
             differences.append(Difference(path, "only in the second", None))
         else:
-            held = first_held.get(path, {}), second_held.get(path, {})
-            differences += _compare_rows(path, first[path], second[path], held)
+            frozen = first_frozen.get(path, {}), second_frozen.get(path, {})
+            differences += _compare_rows(path, first[path], second[path], frozen)
     return differences
 
 
-def _compare_rows(path: str, first: Any, second: Any, held: Any) -> list[Difference]:
+def _compare_rows(path: str, first: Any, second: Any, frozen: Any) -> list[Difference]:
     ours, theirs = settings_of(first), settings_of(second)
     changed = [
         f"{key} {ours.get(key)} and {theirs.get(key)}"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
     ]
-    if not _is_same(*held):
+    if not _is_same(*frozen):
         changed.append("frozen factors")
     if _is_same(_arrays(first), _arrays(second)) and not changed:
         return []

@@ -13,7 +13,7 @@ from lorax import Adapter, FrozenWeight, Pair, QuantizedWeight, path_string
 from ._errors import AdapterError, AdapterMismatchError
 
 # Frozen factors, which are stored with their adapter's base: by path of the base, then by name.
-Held = Mapping[str, Mapping[str, Any]]
+FrozenFactors = Mapping[str, Mapping[str, Any]]
 
 
 class Row(NamedTuple):
@@ -48,8 +48,8 @@ def _row(path: tuple[Any, ...], leaf: Any) -> Row:
     return Row(path_string((*path, *inside)), leaf.with_factors(factors))
 
 
-def pair_rows(tree: Any) -> tuple[list[Row], Held]:
-    """The rows of a tunable tree or of a `Pair`, and the held factors of a `Pair`."""
+def pair_rows(tree: Any) -> tuple[list[Row], FrozenFactors]:
+    """The rows of a tunable tree or of a `Pair`, and the frozen factors of a `Pair`."""
     if not isinstance(tree, Pair):
         return tunable_rows(tree), {}
     leaves, _ = frozen_leaves(tree.frozen)
@@ -128,21 +128,21 @@ def _is_leaf(node: Any) -> bool:
     return node is None or isinstance(node, Adapter | FrozenWeight | QuantizedWeight)
 
 
-def arrays_of(path: str, leaf: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def arrays_of(path: str, leaf: Any, frozen: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The arrays of a row by name: `path/a` and `path/b` for LoRA, `path` if trained in full."""
     if isinstance(leaf, Adapter):
-        factors = {**leaf.factors(), **(held or {})}
+        factors = {**leaf.factors(), **(frozen or {})}
         return {f"{path}/{name}": factor for name, factor in factors.items()}
     return {path: leaf}
 
 
-def all_arrays(rows: Mapping[str, Any], held: Held | None = None) -> dict[str, Any]:
-    """The arrays of all rows by name, including held factors."""
-    held = held or {}
+def all_arrays(rows: Mapping[str, Any], frozen: FrozenFactors | None = None) -> dict[str, Any]:
+    """The arrays of all rows by name, including frozen factors."""
+    frozen = frozen or {}
     return {
         name: array
         for path, leaf in rows.items()
-        for name, array in arrays_of(path, leaf, held.get(path)).items()
+        for name, array in arrays_of(path, leaf, frozen.get(path)).items()
     }
 
 
@@ -211,22 +211,22 @@ def filled(path: str, row: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def frozen_of(
-    leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any], held: Held
+    leaves: Mapping[str, Any], structure: Any, rows: Mapping[str, Any], frozen: FrozenFactors
 ) -> Any:
     """The frozen tree that belongs to these rows: None where a parameter is trained in full."""
     full = {path for path, leaf in rows.items() if not isinstance(leaf, Adapter)}
     return jax.tree.unflatten(
         structure,
         [
-            None if path in full else frozen_leaf(leaf, held.get(path), rows.get(path))
+            None if path in full else frozen_leaf(leaf, frozen.get(path), rows.get(path))
             for path, leaf in leaves.items()
         ],
     )
 
 
-def frozen_leaf(base: Any, held: Mapping[str, Any] | None, row: Any) -> Any:
-    """The leaf of the frozen tree: the base, or a `FrozenWeight` if it has held factors."""
-    return FrozenWeight.beside(base, held, row) if held else base
+def frozen_leaf(base: Any, frozen: Mapping[str, Any] | None, row: Any) -> Any:
+    """The leaf of the frozen tree: the base, or a `FrozenWeight` if it has frozen factors."""
+    return FrozenWeight.beside(base, frozen, row) if frozen else base
 
 
 def settings_of(leaf: Any) -> dict[str, Any]:

@@ -305,6 +305,27 @@ def test_index_lists_the_decoded_floats(shell, files, tmp_path, coded):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_settings_of_codes_are_not_copied_with_floats(shell, tmp_path, coded, name):
+    coded("GPTQ")
+    (tmp_path / "base" / name).write_text('{"bits": 4}')
+    shell.succeed("merge adapter --base base --out m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "config.json", "model.safetensors"
+    }  # fmt: skip
+
+
+def test_merge_raises_if_other_codes_cannot_be_read(shell, files, tmp_path, coded):
+    """The config of floats would leave the other codes without a meaning."""
+    coded("GPTQ")
+    refused, _ = REFUSED["GPTQ of 3 bits"]
+    tensors = files.read("base/model.safetensors")
+    tensors |= {f"{V[:-6]}k_proj.{name}": x for name, x in refused.items()}
+    files.base(tensors, config_of("GPTQ"))
+    message = shell.fail("merge adapter --base base --out m")
+    assert "k_proj" in message and not (tmp_path / "m").exists()
+
+
 def test_fully_trained_module_replaces_codes(shell, files, coded):
     coded("fp8 in blocks")
     full = files.draw(OUT, IN)

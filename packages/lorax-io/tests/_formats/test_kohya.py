@@ -5,6 +5,7 @@ import pytest
 from formats_of_files import ALPHA, ATTN, FLAT, IN, OUT, RANK, delta_of, save
 
 from lorax_io import (
+    AdapterFileError,
     UnsupportedAdapterError,
     open_adapter,
 )
@@ -28,12 +29,24 @@ def test_ambiguous_underscores_raise(shell, files, names):
     assert "with `_` for each `.`" in message
 
 
-@pytest.mark.parametrize("key", ["lora_mid.weight", "oft_blocks", "diff", "diff_b", "w_norm"])
+OF_LORA = ["lora_mid.weight", "lora_up.bias", "scalar"]
+UNSUPPORTED = [*OF_LORA, "oft_blocks", "diff", "diff_b", "w_norm"]
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
 def test_unsupported_kohya_keys_raise(files, key):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           f"lora_unet_a.{key}": files.draw(OUT, 1)})  # fmt: skip
     with pytest.raises(UnsupportedAdapterError, match=f"lora_unet_a.{key}"):
+        open_adapter("a.safetensors")
+
+
+def test_an_unknown_tensor_raises(files):
+    save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
+          "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
+          "lora_unet_a.strange": files.draw(OUT, 1)})  # fmt: skip
+    with pytest.raises(AdapterFileError, match="`lora_unet_a.strange`, which is not a factor"):
         open_adapter("a.safetensors")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from .._arrays import path_string
 from .._axes import Axes
 from .._errors import ArgumentError, PairError
-from .._pair import is_tunable_leaf
+from .._pair import Pair, is_tunable_leaf
 from .._terms import Label, Labels, Term
 from .._within import Within
 from ..kinds.lora import LoraWeight, at_same_scale
@@ -38,6 +38,8 @@ class Approximation(NamedTuple):
 
 def flatten_adapters(tunable: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Returns the leaves of a tunable tree with their paths, and its structure."""
+    if isinstance(tunable, Pair):
+        raise PairError("A bank and its functions take the tunable tree of a pair, `pair.tunable`.")
     leaves, structure = jax.tree_util.tree_flatten_with_path(tunable, is_leaf=is_tunable_leaf)
     for path, leaf in leaves:
         if isinstance(leaf, Within):

@@ -107,7 +107,7 @@ def as_lora(frozen: Any, tunable: Any = ABSENT) -> Any:
 
     Returns:
         The tunable tree, with a scale of 1 in each converted adapter. It needs only the base, and
-        none of the frozen factors beside it.
+        no frozen factors.
 
     Raises:
         PairError: for DoRA and IA³, which multiply the weight, and for an adapter whose rank is

@@ -1,7 +1,7 @@
 """Banks: adapters of any ranks and scales side by side, which are added and removed by slot."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter import Adapter
-from .._errors import ArgumentError, PairError, SlotError
-from .._pair import is_tunable_leaf
+from .._errors import ArgumentError, PairError, SlotError, a_kind
+from .._pair import Pair, is_tunable_leaf
+from .._statics import plain_number
 from ..algebra._matrices import flatten_adapters
 from ..kinds.lora import LoraWeight
 from ._fit import Records, blank_of, described, emptied, padded_to, records_of, restored
@@ -76,7 +77,8 @@ def stack_adapters(
 
     Raises:
         PairError: where the trees are not adapters of one base, or cannot be stacked.
-        ArgumentError: where there are no adapters, or more than slots.
+        ArgumentError: where there are no adapters, or more than slots; where an argument has a
+            wrong type.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,11 +89,19 @@ def stack_adapters(
         >>> bank.tunable["w"].a.shape, bank.slots
         ((4, 5, 3), 4)
     """
-    if isinstance(adapters, Mapping):
-        raise ArgumentError("stack_adapters takes a sequence of tunable trees, not one tree.")
+    given: Any = adapters
+    if isinstance(given, Mapping | str | Pair) or not isinstance(given, Iterable):
+        kind = a_kind(given)
+        raise ArgumentError(f"stack_adapters takes a sequence of tunable trees, not {kind}.")
     adapters = list(adapters)
     if not adapters:
         raise ArgumentError("stack_adapters: there are no adapters to stack.")
+    slots, rank = plain_number(slots), plain_number(rank)
+    for name, value in (("slots", slots), ("rank", rank)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArgumentError(
+                f"stack_adapters: {name}={value!r}; it must be a positive int, or None."
+            )
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
         raise ArgumentError(
@@ -291,7 +301,8 @@ def check_bank(function: str, bank: Any, *others: type) -> None:
 
 def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
     check_bank(function, bank)
-    if not isinstance(index, int | np.integer) or not 0 <= index < bank.slots:
+    is_position = isinstance(index, int | np.integer) and not isinstance(index, bool)
+    if not is_position or not 0 <= index < bank.slots:
         raise SlotError(
             f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."
         )

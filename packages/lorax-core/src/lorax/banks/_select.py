@@ -1,6 +1,7 @@
 """Selects or mixes the adapters of a bank, for a whole call or for each row of a batch."""
 
 import dataclasses
+import numbers
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter import Adapter, Layout, static
-from .._arrays import path_string
+from .._arrays import is_array, path_string
 from .._compat import is_tracer
 from .._contract import product_dtype
-from .._errors import ArgumentError, PairError, SlotError
+from .._errors import ArgumentError, PairError, SlotError, a_kind
 from .._factored import FactoredArray
 from .._pair import is_tunable_leaf
 from .._terms import Label
@@ -37,6 +38,7 @@ def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
 
     Raises:
         PairError: where `scales` has a path at which `tunable` has no adapter.
+        ArgumentError: where `scales` is not a dict of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -52,11 +54,22 @@ def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
         >>> grads["w"].b.shape
         (2, 3, 4)
     """
+    given: Any = scales
+    if not isinstance(given, Mapping):
+        raise ArgumentError(
+            f"with_scales takes the scales of a bank, a dict by path, not {a_kind(given)}."
+        )
+    for path, scale in given.items():
+        if not isinstance(scale, numbers.Real) and not is_array(scale):
+            raise ArgumentError(
+                f"with_scales: the scale at `{path}` must be a number, not {a_kind(scale)}."
+            )
     unknown = dict(scales)
 
     def scaled(path: Any, node: Any) -> Any:
-        scale = unknown.pop(path_string(path), None)
-        return node if scale is None or node is None else _Scaled(node, scale)
+        name = path_string(path)
+        is_scaled = name in unknown and isinstance(node, Adapter | Within)
+        return _Scaled(node, unknown.pop(name)) if is_scaled else node
 
     tree = jax.tree_util.tree_map_with_path(scaled, tunable, is_leaf=is_tunable_leaf)
     if unknown:
@@ -76,9 +89,15 @@ class _Scaled(Within):
     number: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        weight = self.adapter.applied(base, held, source)
+        if jnp.ndim(self.number):
+            raise ArgumentError(
+                f"The scale of with_scales at `{source}` has shape {jnp.shape(self.number)}, and "
+                "an adapter has one number. Scales of all slots of a bank go through jax.vmap, "
+                "over `bank.tunable` and `bank.scales` together."
+            )
+        weight = self.adapter.applied(base, frozen, source)
         # The scale follows from rank and alpha. Although it is an array here, it is not trained.
         number = jax.lax.stop_gradient(self.number)
         # One more factor without labels, which can multiply the narrow product x · a. Times `a` or
@@ -94,7 +113,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     other, through batch norm or expert capacity, computes different results for a row alone.
 
     Args:
-        bank: a bank of adapters of any kind, which share the frozen factors beside the base.
+        bank: a bank of adapters of any kind, which share the frozen factors.
         index: the slot, a scalar; −1 selects the base, bit for bit. Inside `jax.jit`, where the
             value is unknown, any other invalid slot selects the base as well.
 
@@ -120,7 +139,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         (3, 4)
     """
     check_bank("select_adapters", bank)
-    index = jnp.asarray(index)
+    index = _as_array("select_adapters", "index", index)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ArgumentError(
             f"select_adapters: the index is {index.dtype}{list(index.shape)}; it must be a scalar "
@@ -152,7 +171,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         return row if is_free(neutral) else _Selected(row, place < bank.slots)
 
     tree = jax.tree_util.tree_map_with_path(picked, bank.tunable, is_leaf=is_tunable_leaf)
-    # Out of range, the scale is 1; the factors are neutral anyway.
+    # Out of range, the factors are neutral, and the scale is 1.
     scales = {path: x.at[place].get(mode="fill", fill_value=1) for path, x in bank.scales.items()}
     return with_scales(tree, scales)
 
@@ -166,19 +185,19 @@ class _Selected(Within):
     is_there: Any
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
-        held = held or {}
+        frozen = frozen or {}
         factors = self.adapter.factors()
         for name, number in self.adapter.neutral().items():
             factor, other = factors[name], number
             if callable(number):
-                other: Any = jax.lax.stop_gradient(number(held))
+                other: Any = jax.lax.stop_gradient(number(frozen))
                 # Without rounding, so that the result is bit-identical to the base.
                 wide = product_dtype(factor.dtype, other.dtype)
                 factor, other = factor.astype(wide), other.astype(wide)
             factors[name] = jnp.where(self.is_there, factor, other)
-        return self.adapter.with_factors(factors).applied(base, held, source)
+        return self.adapter.with_factors(factors).applied(base, frozen, source)
 
 
 def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
@@ -214,7 +233,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
         (3, 4)
     """
     check_bank("mix_adapters", bank, InterleavedBank)
-    weights = jnp.asarray(weights)
+    weights = _as_array("mix_adapters", "weights", weights)
     if weights.shape != (bank.slots,) or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ArgumentError(
             f"mix_adapters: the weights are {weights.dtype}{list(weights.shape)}; they are floats, "
@@ -236,6 +255,13 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
         return _Mixed(node, scaled, isinstance(bank, InterleavedBank))
 
     return jax.tree_util.tree_map_with_path(mixed, bank.tunable, is_leaf=is_tunable_leaf)
+
+
+def _as_array(function: str, name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{function}: `{name}` cannot be {value!r}: {error}") from error
 
 
 def _refused(function: str, path: Any, node: Any, reason: str) -> PairError:
@@ -266,23 +292,23 @@ class _Mixed(Within):
         return layout._replace(factors=factors)
 
     def _slot(self, layout: Layout) -> Label:
-        used = [*layout.out, *layout.factors.values(), *layout.held.values()]
+        used = [*layout.out, *layout.factors.values(), *layout.frozen.values()]
         # A label that nothing in the layout uses yet.
         return Label(1 + max(label.id for labels in used for label in labels), len(self.weights))
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         slot = self._slot(self.adapter.layout(base.shape))
         if type(self.adapter).term is Adapter.term:
             # Σ_slot w[slot] · a[slot, in, rank] · b[slot, rank, out]: the slot is summed over like
             # the rank.
-            term = self.term(base.shape, held or {}, source)
+            term = self.term(base.shape, frozen or {}, source)
             weights = self.weights * self.adapter.scale
         else:
             # The term is not a plain einsum of the factors, so it is computed per slot by vmap; the
             # new leading axis of every factor is the slot.
-            of_slot = lambda adapter: adapter.term(base.shape, held or {}, source)  # noqa: E731
+            of_slot = lambda adapter: adapter.term(base.shape, frozen or {}, source)  # noqa: E731
             term, weights = jax.vmap(of_slot)(self.adapter), self.weights
             term = dataclasses.replace(term, labels=tuple((slot, *row) for row in term.labels))
         return FactoredArray(base, (term.times(weights, (slot,)),))

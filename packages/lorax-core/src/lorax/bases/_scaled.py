@@ -19,7 +19,7 @@ def largest(entries: jax.Array, within: Sequence[int]) -> jax.Array:
 
 
 def to_scale(arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the scale of an entry, which may be held as a code itself."""
+    """Returns the scale of an entry, which may be stored as a code itself."""
     # The scale itself, or its code times the outer scale.
     scale, outer = arrays["scales"], arrays.get("outer")
     if outer is None:

@@ -1,33 +1,23 @@
 """Formats whose codes are indices into a small table.
 
 A table is read by a gather on CPUs and GPUs, and by selects on TPUs. On the other platforms, each
-of the two is many times slower, or needs memory of the size of the weight. The choice is made when
-a program is lowered, so that it can be compiled ahead of time for another platform.
-
-JAX sees a single primitive. `jax.lax.platform_dependent` would be a branch with both forms, which
-every pass over a program walks through.
+of the two is many times slower, or needs memory of the size of the weight.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-_read_p = Primitive("read_table")
+from ._entrywise import entrywise
 
 
 def read(codes: jax.Array, table: Sequence[float], dtype: Any) -> jax.Array:
     """Returns the entries of a table of 16 at `codes`."""
-    sharding = jax.typeof(codes).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return _by_platform(codes, table=tuple(table), dtype=jnp.dtype(dtype))
-    return _read_p.bind(codes, table=tuple(table), dtype=jnp.dtype(dtype))
+    return _read(codes, table=tuple(table), dtype=jnp.dtype(dtype))
 
 
 def _by_gather(codes: jax.Array, *, table: Sequence[float], dtype: Any) -> jax.Array:
@@ -55,19 +45,7 @@ def _by_selects(codes: jax.Array, *, table: Sequence[float], dtype: Any) -> jax.
     return level[0]
 
 
-def _by_platform(codes: jax.Array, **settings: Any) -> jax.Array:
-    """Returns the same for explicit axes, as an equation inside a lowering has no mesh."""
-    select, gather = (functools.partial(form, **settings) for form in (_by_selects, _by_gather))
-    return jax.lax.platform_dependent(codes, tpu=select, default=gather)
-
-
-# Outside jit, the primitive runs as a compiled program of one equation.
-_read_p.def_impl(jax.jit(_read_p.bind, static_argnames=("table", "dtype")))
-_read_p.def_abstract_eval(lambda codes, *, table, dtype: codes.update(dtype=dtype))
-mlir.register_lowering(_read_p, mlir.lower_fun(_by_gather, multiple_results=False))
-mlir.register_lowering(_read_p, mlir.lower_fun(_by_selects, multiple_results=False), platform="tpu")
-batching.defvectorized(_read_p)
-ad.defjvp(_read_p, None)  # codes have no derivative
+_read = entrywise("read_table", _by_gather, tpu=_by_selects)
 
 
 def nearest(normal: jax.Array, table: Sequence[float]) -> jax.Array:

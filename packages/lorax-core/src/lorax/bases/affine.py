@@ -18,7 +18,7 @@ TOP = 63  # scales and minimums of the blocks of a group have 6 bits
 
 @defformat
 class Affine(Format):
-    """Integers times a scale, above a minimum: Q4_1, Q4_K and their kin in GGUF files.
+    """Integers times a scale, above a minimum: Q4_1, Q4_K and related types of GGUF files.
 
         W[in, out]  =  codes[in, out] · scales[block, out] + mins[block, out]
 
@@ -37,8 +37,8 @@ class Affine(Format):
         >>> import jax.numpy as jnp
         >>> from lorax import quantize
         >>> from lorax.bases import Affine
-        >>> held = quantize({"w": jnp.ones((512, 3))}, {"w": Affine(group=8)})["w"]
-        >>> held.arrays["codes"].shape, held.arrays["outer"].shape, held.bits
+        >>> weight = quantize({"w": jnp.ones((512, 3))}, {"w": Affine(group=8)})["w"]
+        >>> weight.arrays["codes"].shape, weight.arrays["outer"].shape, weight.bits
         ((2, 8, 32, 3), (2, 3), 4.75)
     """
 
@@ -93,7 +93,7 @@ def _or_one(scale: jax.Array) -> jax.Array:
 
 
 def _minimum(arrays: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """Returns the minimum of an entry's block, which may be held as a code itself."""
+    """Returns the minimum of an entry's block, which may be stored as a code itself."""
     if "mins" not in arrays:
         return jnp.zeros((), dtype)
     minimum, outer = arrays["mins"].astype(dtype), arrays.get("outer_mins")

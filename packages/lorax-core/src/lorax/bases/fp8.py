@@ -30,8 +30,8 @@ class FP8(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import FP8, quantize
-        >>> held = quantize({"w": jnp.ones((256, 384))}, {"w": FP8(block=128, square=True)})["w"]
-        >>> held.arrays["codes"].shape, held.arrays["scales"].shape
+        >>> weight = quantize({"w": jnp.ones((256, 384))}, {"w": FP8(block=128, square=True)})["w"]
+        >>> weight.arrays["codes"].shape, weight.arrays["scales"].shape
         ((2, 128, 3, 128), (2, 3))
     """
 
@@ -44,8 +44,6 @@ class FP8(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if self.kind not in KINDS:
-            raise SpecError(f"FP8 has kind {self.kind!r}; it must be one of {', '.join(KINDS)}.")
         check_block(self.block)
         if self.square and self.block is None:
             raise SpecError("FP8 has square=True and no block, which is the side of a square.")

@@ -58,5 +58,5 @@ class Int8(Format):
 
 def check_block(block: Any) -> None:
     """Raises `SpecError` for an invalid block size."""
-    if block is not None and (type(block) is not int or block < 1):
+    if block is not None and block < 1:
         raise SpecError(f"block={block!r}; it must be a positive int, or None.")

@@ -28,8 +28,8 @@ class LLMInt8(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import quantize
-        >>> held = quantize({"w": jnp.full((64, 3), 2.0)}, {"w": "llm_int8"})["w"]
-        >>> held.arrays["scales"].tolist()
+        >>> weight = quantize({"w": jnp.full((64, 3), 2.0)}, {"w": "llm_int8"})["w"]
+        >>> weight.arrays["scales"].tolist()
         [2.0, 2.0, 2.0]
     """
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from .._base_format import Format, defformat
 from .._errors import SpecError
 from . import _scaled, _table
+from ._entrywise import entrywise
 
 # E2M1, by its bits: sign, two of exponent, one of mantissa.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -31,8 +32,8 @@ class MXFP4(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import MXFP4, quantize
-        >>> held = quantize({"w": jnp.full((64, 3), 1.5)}, {"w": MXFP4()})["w"]
-        >>> held.bits, held.array()[0].tolist()
+        >>> weight = quantize({"w": jnp.full((64, 3), 1.5)}, {"w": MXFP4()})["w"]
+        >>> weight.bits, weight.array()[0].tolist()
         (4.25, [1.5, 1.5, 1.5])
     """
 
@@ -43,7 +44,7 @@ class MXFP4(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if type(self.block) is not int or self.block < 1:
+        if self.block < 1:
             raise SpecError(f"MXFP4 has block={self.block!r}; it must be a positive int.")
 
     def are_numbers(self, name: str, array: Any) -> bool:
@@ -70,11 +71,19 @@ class MXFP4(Format):
         }  # fmt: skip
 
     def decode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns floats times powers of two, which are made from their bits; 255 gives NaN."""
-        bits = arrays["scales"].astype(jnp.uint32)
-        # A float32 with exponent field `bits` and a mantissa of zero is 2^(bits − 127). For bits =
-        # 0, that is the subnormal number whose highest mantissa bit is set.
-        power = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
-        power = jnp.where(bits == 255, jnp.uint32(0x7FC00000), power)
-        scale = jax.lax.bitcast_convert_type(power, jnp.float32)
+        """Returns floats times powers of two."""
+        scale = _power(arrays["scales"], dtype=jnp.dtype(jnp.float32))
         return _table.read(arrays["codes"], TABLE, jnp.float32) * scale
+
+
+def _power_of_two(codes: jax.Array, *, dtype: Any) -> jax.Array:
+    """Returns `2 ^ (codes − 127)` in float32, made from its bits; NaN for 255."""
+    bits = codes.astype(jnp.uint32)
+    # A float32 with exponent field `bits` and a mantissa of zero is 2^(bits − 127). For bits = 0,
+    # that is the subnormal number whose highest mantissa bit is set.
+    power = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
+    power = jnp.where(bits == 255, jnp.uint32(0x7FC00000), power)
+    return jax.lax.bitcast_convert_type(power, dtype)
+
+
+_power = entrywise("power_of_two", _power_of_two)

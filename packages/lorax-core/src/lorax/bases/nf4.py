@@ -37,8 +37,8 @@ class NF4(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import NF4, quantize
-        >>> held = quantize({"w": jnp.ones((4096, 512), jnp.bfloat16)}, {"w": NF4()})["w"]
-        >>> round(held.bits, 2), held.arrays["scales"].dtype.name, held.arrays["outer"].shape
+        >>> weight = quantize({"w": jnp.ones((4096, 512), jnp.bfloat16)}, {"w": NF4()})["w"]
+        >>> round(weight.bits, 2), weight.arrays["scales"].dtype.name, weight.arrays["outer"].shape
         (4.13, 'uint8', (512,))
     """
 
@@ -50,7 +50,7 @@ class NF4(Format):
 
     def check(self) -> None:
         """Raises `SpecError` for invalid settings."""
-        if type(self.block) is not int or not SMALLEST <= self.block <= LARGEST:
+        if not SMALLEST <= self.block <= LARGEST:
             raise SpecError(
                 f"NF4 has block={self.block!r}; it must be from {SMALLEST} to {LARGEST}."
             )

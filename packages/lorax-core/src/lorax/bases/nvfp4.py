@@ -29,8 +29,8 @@ class NVFP4(Format):
     Example:
         >>> import jax.numpy as jnp
         >>> from lorax import quantize
-        >>> held = quantize({"w": jnp.full((512, 3), 1.5)}, {"w": "nvfp4"})["w"]
-        >>> held.bits, held.array()[0].tolist()
+        >>> weight = quantize({"w": jnp.full((512, 3), 1.5)}, {"w": "nvfp4"})["w"]
+        >>> weight.bits, weight.array()[0].tolist()
         (4.5625, [1.5, 1.5, 1.5])
     """
 

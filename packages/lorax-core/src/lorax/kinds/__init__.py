@@ -1,4 +1,4 @@
-"""Kinds of adapters, one module each: the spec, the adapter, and its first factors.
+"""Kinds of adapters, one module each: the spec, the adapter, and its initial factors.
 
 This package exports everything that a custom kind needs.
 """

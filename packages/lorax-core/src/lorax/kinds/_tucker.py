@@ -69,7 +69,7 @@ def draw_core(start: Start, key: jax.Array, init: Initializer, shape: tuple[int,
 def draw_outputs(
     start: Start, key: jax.Array, init: Initializer, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Draws `[*shared, rank, *out]` beside a core, with the fan-in of the outputs, as PEFT does."""
+    """Draws `[*shared, rank, *out]` for a core, with the fan-in of the outputs, as PEFT does."""
     shared = len(start.axes.shared)
     rank, *outputs = shape[shared:]
     drawn = start.draw(key, init, (math.prod(outputs), rank), (*shape[:shared], *outputs, rank))

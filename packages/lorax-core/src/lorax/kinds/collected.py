@@ -1,4 +1,4 @@
-"""First factors of plain LoRA that are made from the inputs of a weight or from its gradient.
+"""Initial factors of plain LoRA that are made from the inputs of a weight or from its gradient.
 
 Each is a class of settings with two steps. `reduced` computes small arrays for one matrix `[in,
 out]` from its collected statistics, and `factors` computes `a [in, r]` and `b [r, out]` from these.
@@ -20,7 +20,7 @@ Reduced = dict[str, jax.Array]
 
 
 class CollectedStart:
-    """A value of `LoraSpec.init` that computes first factors from inputs or gradients."""
+    """A value of `LoraSpec.init` that computes initial factors from inputs or gradients."""
 
     # What is collected: "inputs", "scaled inputs" or "gradients".
     source: ClassVar[str]
@@ -35,7 +35,7 @@ class CollectedStart:
         raise NotImplementedError
 
     def factors(self, kept: Reduced, rank: int, scale: float, key: jax.Array) -> Factors:
-        """Returns the first factors of one matrix, with None for a `b` of zeros."""
+        """Returns the initial factors of one matrix, with None for a `b` of zeros."""
         raise NotImplementedError
 
 

@@ -33,7 +33,7 @@ class DeloraWeight(Adapter):
 
         delta = diag(norm) @ a @ diag(g) @ b,   g = length / (rank ‖a[:, r]‖ ‖b[r, :]‖)
 
-    for a kernel `[in, out]`. The frozen tree holds `norm` beside the base: the norms `‖W[in, :]‖`
+    for a kernel `[in, out]`. Besides the base, the frozen tree holds `norm`: the norms `‖W[in, :]‖`
     of the base over its outputs, `[*shared, *in]`. Bini et al. 2025, arXiv:2503.18225.
 
     Attributes:
@@ -61,8 +61,8 @@ class DeloraWeight(Adapter):
         axes = Labeled.of(self.axes, shape)
         a, b = two_factors(axes, self.rank)
         # a [*in, rank], b [rank, *out], length [*shared], and the frozen norm [*in]
-        held = {"norm": (*axes.shared, *axes.inputs)}
-        return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, held)
+        frozen = {"norm": (*axes.shared, *axes.inputs)}
+        return Layout(axes.out, {"a": a, "b": b, "length": axes.shared}, frozen)
 
     def derived(self, base: Any) -> dict[str, Any]:
         """Returns the norms of the base."""
@@ -72,7 +72,7 @@ class DeloraWeight(Adapter):
         """Returns zeros, with which the delta has length zero."""
         return {"a": 0.0, "b": 0.0, "length": 0.0}
 
-    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+    def term(self, shape: tuple[int, ...], frozen: Mapping[str, Any], source: Hashable) -> Term:
         """Returns the factors with a gain per rank that gives their product its length."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rank = axes.inner(0, self.rank)
@@ -86,12 +86,12 @@ class DeloraWeight(Adapter):
         gain = self.length.astype(wide)[..., None] / lengths
         factors = {
             # Δ = norm [in] ⊙ a [in, rank] · diag(gain [rank]) · b [rank, out]
-            "norm": held["norm"],
+            "norm": frozen["norm"],
             "a": self.a,
             "gain": gain,
             "b": self.b,
         }
-        labels = {**layout.factors, **layout.held, "gain": (*axes.shared, rank)}
+        labels = {**layout.factors, **layout.frozen, "gain": (*axes.shared, rank)}
         return make_term(factors, {name: labels[name] for name in factors}, layout.out, source)
 
 

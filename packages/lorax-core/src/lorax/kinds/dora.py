@@ -32,7 +32,7 @@ class DoraWeight(Adapter):
         magnitude: `[*shared, *out]`.
         detached: whether the norm has no gradient, as in section 4.3 of the paper and in PEFT.
 
-    The frozen tree holds `square` beside the base: `‖W‖²`, `[*shared, *out]`.
+    Besides the base, the frozen tree holds `square`: `‖W‖²`, `[*shared, *out]`.
     """
 
     kind = "dora"
@@ -61,7 +61,7 @@ class DoraWeight(Adapter):
             raise SpecError(f"DoRA normalizes a sum, and a {self.delta.kind} adapter is a gain.")
         factors = {**inner.factors, "magnitude": kept}
         gains = frozenset({"magnitude", "square"})
-        return Layout(inner.out, factors, {**inner.held, "square": kept}, gains)
+        return Layout(inner.out, factors, {**inner.frozen, "square": kept}, gains)
 
     def derived(self, base: Any) -> dict[str, Any]:
         """Returns the squared norms of the base."""
@@ -75,19 +75,19 @@ class DoraWeight(Adapter):
         inner = self.delta.neutral()
         if inner is None:
             return None
-        return {**inner, "magnitude": lambda held: jnp.sqrt(held["square"])}
+        return {**inner, "magnitude": lambda frozen: jnp.sqrt(frozen["square"])}
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         """Returns the adapted base with a pending gain, whose norm is computed on use."""
-        held = held or {}
-        weight = self.delta.applied(base, held, source)
+        frozen = frozen or {}
+        weight = self.delta.applied(base, frozen, source)
         axes = Labeled.of(self.axes, base.shape)
         kept = (*axes.shared, *axes.outputs)
         # `square` is ‖W‖², [*shared, *out]. It is computed once, so that a training step only
         # computes what Δ adds to it.
-        factors = {"magnitude": self.magnitude, "square": held["square"]}
+        factors = {"magnitude": self.magnitude, "square": frozen["square"]}
         term = make_term(factors, dict.fromkeys(factors, kept), axes.out, source)
         fan_in, _ = self.axes.sizes(base.shape)
         return dataclasses.replace(weight, norm=Norm(term, fan_in, self.detached))
@@ -185,13 +185,13 @@ class DoraSpec(AdapterSpec):
         base = given if inner.base is None else inner.base
         # Of the new base, if the start has changed it: PiSSA moves a part of it into the factors.
         square = norm_squared(base, _kept(start.axes))
-        adapted = inner.adapter.applied(base, inner.held).array()
+        adapted = inner.adapter.applied(base, inner.frozen).array()
         magnitude = jnp.sqrt(norm_squared(adapted, _kept(start.axes)))
         # A norm is real, also of a complex weight.
         if not jnp.issubdtype(start.dtype, jnp.complexfloating):
             magnitude = magnitude.astype(start.dtype)
         weight = DoraWeight(inner.adapter, magnitude, self.detached)
-        return Started(weight, {**inner.held, "square": square}, inner.base)
+        return Started(weight, {**inner.frozen, "square": square}, inner.base)
 
 
 def _kept(axes: Axes) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class IA3Weight(Adapter):
         return {"gain": 1.0}
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         """Returns the base with one gain; arguments as in `Adapter.applied`."""
         layout = self.layout(base.shape)

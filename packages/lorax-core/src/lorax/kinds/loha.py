@@ -30,7 +30,7 @@ class LohaWeight(Adapter):
     Its rank is up to `rank²`. Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098.
 
     Attributes:
-        a1: `[*shared, *in, rank]`, or `[*shared, channels, rank]` beside a core.
+        a1: `[*shared, *in, rank]`, or `[*shared, channels, rank]` with a core.
         b1: `[*shared, rank, *out]`.
         a2: as `a1`.
         b2: as `b1`.
@@ -107,7 +107,7 @@ class LohaSpec(AdapterSpec):
         tucker: whether the window of a convolution is in cores of `rank × rank`, as with
             `use_effective_conv2d` in PEFT and `use_tucker` in LyCORIS. A weight without a window
             has no core.
-        channel_axis: the input axis of the channels beside a core; None means the last input axis.
+        channel_axis: the input axis of the channels with a core; None means the last input axis.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.

@@ -36,7 +36,7 @@ class LokrWeight(Adapter):
         a1: `[*shared, m, rank]`, or None.
         b1: `[*shared, rank, l]`, or None.
         w2: `[*shared, *in, *out]`, where the cut axes have sizes n and k, or None.
-        a2: `[*shared, *in, rank]` with n, `[*shared, n, rank]` beside a core, or None.
+        a2: `[*shared, *in, rank]` with n, `[*shared, n, rank]` with a core, or None.
         core: `[*shared, *window, rank, rank]` in Tucker form, or None.
         b2: `[*shared, rank, *out]` with k, or None.
         rank: the inner size of low-rank matrices, and the divisor of the scale.

@@ -119,8 +119,9 @@ class LoraSpec(AdapterSpec):
             `in_axes` is None as well.
         shared_axes: axes with their own factors for each entry, such as the layers of a
             `scan` or the experts of a mixture.
-        init: how the first factors are made, if not by the initializers of `init_lora`. "pissa" and
-            "olora" take them from the weight and subtract them from its base in the frozen tree.
+        init: how the initial factors are made, if not by the initializers of `init_lora`. "pissa"
+            and "olora" take them from the weight and subtract them from its base in the frozen
+            tree.
             "loftq" quantizes the weight as NF4 (or as another format, as in "loftq:int8") and takes
             them from the quantization error. "orthogonal" makes random factors whose product is
             zero. "eva", "corda" and "lora_ga", or an `EvaStart`, `CordaStart` or `LoraGAStart`, use
@@ -158,7 +159,7 @@ class LoraSpec(AdapterSpec):
 
     @property
     def collects(self) -> CollectedStart | None:
-        """The start that computes the first factors from inputs or gradients, or None."""
+        """The start that computes the initial factors from inputs or gradients, or None."""
         if isinstance(self.init, str):
             return COLLECTED.get(self.init)
         return self.init if isinstance(self.init, CollectedStart) else None

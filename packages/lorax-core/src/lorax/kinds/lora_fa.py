@@ -27,8 +27,8 @@ from .lora import (
 class LoraFAWeight(Adapter):
     """The trained fan-out factor of one weight.
 
-    The delta is that of LoRA, `scale · a @ b` for a kernel `[in, out]`. The frozen tree holds `a`,
-    `[*shared, *in, rank]`, beside the base. Zhang et al. 2023, arXiv:2308.03303.
+    The delta is that of LoRA, `scale · a @ b` for a kernel `[in, out]`. Besides the base, the
+    frozen tree holds `a`, `[*shared, *in, rank]`. Zhang et al. 2023, arXiv:2308.03303.
 
     Attributes:
         b: `[*shared, rank, *out]`, the fan-out factor.

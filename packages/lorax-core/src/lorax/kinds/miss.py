@@ -64,9 +64,9 @@ class MissWeight(Adapter):
         """Returns zeros, whether or not the rank divides the axis."""
         return {"d": 0.0}
 
-    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+    def term(self, shape: tuple[int, ...], frozen: Mapping[str, Any], source: Hashable) -> Term:
         """Returns the rows; with a remainder, also a one-hot factor that maps inputs to rows."""
-        term = super().term(shape, held, source)
+        term = super().term(shape, frozen, source)
         axes = Labeled.of(self.axes, shape)
         last, rows = axes.inputs[-1], axes.inner(0, self.rank)
         if last.size % self.rank == 0:

@@ -117,7 +117,7 @@ class OftWeight(Adapter):
         return Layout(out, {"q": (*varying, above)}, gains=frozenset({"q"}))
 
     def applied(
-        self, base: Any, held: Mapping[str, Any] | None = None, source: Hashable = None
+        self, base: Any, frozen: Mapping[str, Any] | None = None, source: Hashable = None
     ) -> FactoredArray:
         """Returns the base with a turn along one axis; arguments as in `Adapter.applied`."""
         axes = Labeled.of(self.axes, base.shape)

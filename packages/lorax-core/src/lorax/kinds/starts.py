@@ -1,4 +1,4 @@
-"""First factors of plain LoRA that are made from the weight or from collected statistics.
+"""Initial factors of plain LoRA that are made from the weight or from collected statistics.
 
 Each function in `STARTS` takes one matrix `[in, out]`, the rank, the scale and a key, and returns
 `a [in, r]` and `b [r, out]`. For those in `MOVING`, the product is subtracted from the base, so
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter_spec import Start, Started
-from .._arrays import Held
+from .._arrays import Encoded
 from .._base import blank_of, decoded, encoded
 from .._base_format import Format, format_of
 from .._errors import SpecError
@@ -137,15 +137,15 @@ def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
 
     Q = decode(codes(W)), and scale · a b = the largest singular components of W − Q.
     """
-    if isinstance(start.base, Held):
+    if isinstance(start.base, Encoded):
         raise SpecError(
             f"`{start.path}` is quantized, and init='loftq' takes its factors from what the codes "
             "lose. Call init_lora on the floats: it makes the codes, too."
         )
     base = start.array(weight, "the weight itself")
-    held = encoded(blank_of(start.path, base, start.axes.inputs, format), base)
+    quantized = encoded(blank_of(start.path, base, start.axes.inputs, format), base)
     wide = start.dtype
     # W − decode(codes): PiSSA of the error gives its best approximation of this rank.
-    lost = base.astype(wide) - decoded(held).astype(wide)
+    lost = base.astype(wide) - decoded(quantized).astype(wide)
     a, b = _factors_of("pissa", lost, start, weight)
-    return Started(_with_factors(start, weight, a, b), {}, held)
+    return Started(_with_factors(start, weight, a, b), {}, quantized)

@@ -25,8 +25,8 @@ class TokensWeight(Adapter):
 
         W' = W + onehot[in, k] @ (values - W[indices])
 
-    The frozen tree holds `replaced` beside the base: the original rows of the base. This is PEFT's
-    `TrainableTokensConfig`.
+    Besides the base, the frozen tree holds `replaced`: the original rows of the base. This is
+    PEFT's `TrainableTokensConfig`.
 
     Attributes:
         values: `[*shared, k, *out]`, the rows in the order of `indices`.
@@ -61,9 +61,9 @@ class TokensWeight(Adapter):
 
     def neutral(self) -> dict[str, Neutral]:
         """Returns the original rows of the base."""
-        return {"values": lambda held: held["replaced"]}
+        return {"values": lambda frozen: frozen["replaced"]}
 
-    def term(self, shape: tuple[int, ...], held: Mapping[str, Any], source: Hashable) -> Term:
+    def term(self, shape: tuple[int, ...], frozen: Mapping[str, Any], source: Hashable) -> Term:
         """Returns the difference between trained and original rows, at their positions."""
         layout, axes = self.layout(shape), Labeled.of(self.axes, shape)
         rows = layout.factors["values"]
@@ -74,7 +74,7 @@ class TokensWeight(Adapter):
             )
         (vocabulary,), chosen = axes.inputs, axes.inner(0, len(self.indices))
         # onehot [k, vocabulary] · (values − replaced) [k, *out]: zero in all other rows.
-        more = self.values - held["replaced"]
+        more = self.values - frozen["replaced"]
         onehot = jax.nn.one_hot(jnp.asarray(self.indices), vocabulary.size, dtype=more.dtype)
         labels = {"onehot": (chosen, vocabulary), "more": rows}
         return make_term({"onehot": onehot, "more": more}, labels, layout.out, source)

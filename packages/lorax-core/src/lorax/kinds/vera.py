@@ -25,7 +25,7 @@ class VeraWeight(Adapter):
 
         delta = a @ diag(lambda_d) @ b @ diag(lambda_b)      for a kernel [in, out]
 
-    The frozen tree holds `a`, `[*in, rank]`, and `b`, `[rank, *out]`, beside the base: the same
+    Besides the base, the frozen tree holds `a`, `[*in, rank]`, and `b`, `[rank, *out]`: the same
     arrays for all weights of one size. Kopiczko et al. 2023, arXiv:2310.11454.
 
     Attributes:
@@ -165,8 +165,8 @@ class VeraSpec(AdapterSpec):
             # Zero, so that Δ is initially zero. If lambda_d were zero too, so would both gradients.
             "lambda_b": jnp.zeros(shapes["lambda_b"], start.dtype),
         }
-        held = {
+        frozen = {
             name: start.common.part(name, sizes(labels), start.dtype)
-            for name, labels in layout.held.items()
+            for name, labels in layout.frozen.items()
         }
-        return Started(weight.with_factors(factors), held)
+        return Started(weight.with_factors(factors), frozen)

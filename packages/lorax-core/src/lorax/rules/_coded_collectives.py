@@ -1,4 +1,4 @@
-"""Collectives on a base that is held as codes.
+"""Collectives on a base that is stored as codes.
 
 A collective that only moves entries between devices moves codes and scales, each separately. One
 that adds entries of several devices needs floats, so the base is decoded first.

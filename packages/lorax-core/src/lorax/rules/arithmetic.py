@@ -118,7 +118,7 @@ def _scaled(eqn, weight, array, base, reason: str):
 
 @defrule("mul", gains=True)
 def _mul(eqn, left, right, *, out_dtype=None):
-    """Multiplies a weight by an array; of two weights of unequal size, the smaller is built."""
+    """Multiplies a weight by an array; of two weights, the smaller is materialized."""
     if is_weight(left) and is_weight(right):
         if not (left.is_sum and right.is_sum):
             raise Inexpressible("multiplies two weights, one of which has a gain or dropout")

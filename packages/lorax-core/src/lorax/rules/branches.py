@@ -16,17 +16,17 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     if is_weight(index):
         return NotImplemented
     args = [eqn.with_own_keys(arg, of_body=True) for arg in args]
-    alike = None
+    is_same = None
 
     def finish(inside, outs):
-        # On the first trace, `alike` is unknown and weights are kept; after it, outputs that differ
-        # between branches are materialized.
+        # On the first trace, `is_same` is unknown and weights are kept; after it, outputs that
+        # differ between branches are materialized.
         return (
             outs
-            if alike is None
+            if is_same is None
             else [
                 out if same else inside.materialize(out)
-                for out, same in zip(outs, alike, strict=True)
+                for out, same in zip(outs, is_same, strict=True)
             ]
         )
 
@@ -34,9 +34,9 @@ def _cond(eqn, index, *args, branches, branches_platforms=None):
     traced = [_traced(body, args) for body in bodies]
     outs = list(zip(*(kinds for _, kinds, _ in traced), strict=True))
     # The same kind means the same structure of base and terms, shapes and dtypes.
-    alike = [len(set(kinds)) == 1 for kinds in outs]
+    is_same = [len(set(kinds)) == 1 for kinds in outs]
     # Trace again, now that it is known which outputs must be arrays.
-    if not all(alike):
+    if not all(is_same):
         traced = [_traced(body, args) for body in bodies]
     # Branches are functions of flat arrays, so that `switch` sees no weights.
     leaves = jax.tree.leaves(args)

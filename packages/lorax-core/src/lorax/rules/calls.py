@@ -22,7 +22,7 @@ def _closed_call(eqn, *args, call_jaxpr):
     return eqn.body(call_jaxpr)(*(eqn.with_own_keys(arg, of_body=True) for arg in args))
 
 
-# Bodies that are met again and again: jit and remat
+# Bodies that are often called several times: jit and remat
 
 
 @dataclasses.dataclass(frozen=True)

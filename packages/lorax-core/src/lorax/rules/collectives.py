@@ -11,7 +11,7 @@ more label, the device. Each collective shows that label or sums over it:
 Factors that are the same on all devices are not gathered. Their types show which these are, except
 under `check_vma=False` and under a named `vmap`, where all factors are gathered.
 
-For bases that are held as codes, see `_coded_collectives`.
+For bases that are stored as codes, see `_coded_collectives`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Products of a weight with what meets it: `dot_general` and `ragged_dot_general`.
+"""Products with a weight: `dot_general` and `ragged_dot_general`.
 
     x · (W + Σ terms)  =  x · W  +  Σ einsum(x, factors of the term)
 

@@ -1,9 +1,9 @@
-"""Picking entries of a weight: `gather` (embedding lookups, row selects) and `dynamic_slice`.
+"""Selects entries of a weight: `gather` (embedding lookups, row selects) and `dynamic_slice`.
 
 Every factor that owns an indexed axis is indexed by the part of the indices for that axis; the
 other factors complete the product. Out-of-range indices keep their meaning, because it is decided
-per axis: clipping clips all owners of an axis alike. If the model fills, each owner fills with
-zeros, so the term is zero there, and the fill value of the base remains.
+per axis: clipping clips all owners of an axis in the same way. If the model fills, each owner fills
+with zeros, so the term is zero there, and the fill value of the base remains.
 """
 
 import dataclasses
@@ -23,12 +23,33 @@ def _dynamic_slice(term: Term, *starts, slice_sizes) -> Term:
         if size == term.shape[axis]:
             continue
         # (a @ b)[start : start + size]  =  a[start : start + size] @ b
-        term, label = term.fuse(axis)
+        try:
+            term, label = term.fuse(axis)
+        except Inexpressible:
+            if size != 1:
+                raise
+            term = _entry(term, axis, start)
+            continue
 
         def change(factor, k, start=start, size=size):
             return jax.lax.dynamic_slice_in_dim(factor, start, size, k)
 
         term, _ = term.along(label, change, size)
+    return term
+
+
+def _entry(term: Term, axis: int, start: jax.Array) -> Term:
+    """Picks one entry of an axis of several labels: row 7 of blocks of 3 is row 1 of block 2."""
+    # Like `dynamic_slice`, this takes the nearest entry for an index out of range.
+    start = jnp.clip(start, 0, term.shape[axis] - 1)
+    labels = term.out[axis]
+    for k, label in enumerate(labels):
+        unit = math.prod(inner.size for inner in labels[k + 1 :])
+
+        def change(factor, d, index=start // unit % label.size):
+            return jax.lax.dynamic_slice_in_dim(factor, index, 1, d)
+
+        term, _ = term.along(label, change, 1)
     return term
 
 

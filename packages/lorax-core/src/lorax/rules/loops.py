@@ -74,7 +74,7 @@ def _scan_split(params) -> tuple[int, int]:
 
 
 def _carry(eqn, init, untouched):
-    """Splits the carried values: weights returned unchanged become constants, others are built.
+    """Splits the carried values: unchanged weights become constants, others are materialized.
 
     Returns:
         The values to carry, a function that puts the constants back among them, and a function that

@@ -30,7 +30,7 @@ def multiply(eqn, left: FactoredArray, right: FactoredArray) -> FactoredArray:
 def square(base, weight: FactoredArray) -> FactoredArray:
     """Returns the square of a weight, given the square `base` of its base."""
     _refuse_products(weight)
-    # n terms beside W, n squares and n (n − 1) / 2 pairs
+    # n products with W, n squares and n (n − 1) / 2 pairs
     check_size(len(weight.terms) * (len(weight.terms) + 3) // 2)
     terms = [entrywise(term, operand(weight.base)).scale(2) for term in weight.terms]
     for k, term in enumerate(weight.terms):
@@ -41,7 +41,7 @@ def square(base, weight: FactoredArray) -> FactoredArray:
 
 
 def gathered(term: Term, axes) -> Term:
-    """Returns a term ready for a sum over `axes`: one factor beside the base owns each.
+    """Returns a term ready for a sum over `axes`: one factor other than the base owns each.
 
     Otherwise, multiplying the factors of one weight into its delta could be the cheapest order.
     """
@@ -50,9 +50,9 @@ def gathered(term: Term, axes) -> Term:
         owners = [k for k in term.owners(label) if k != dense]
         if dense is not None and len(owners) > 1:
             labels = dict.fromkeys(name for k in owners for name in term.labels[k])
-            # Σ_i base[i, o] · a[i, r] · b[r, o] has one owner of i beside the base. With two, as in
-            # a[i, r] · c[i, s], they become one factor [i, r, s]. But the two owners of a block n,
-            # a[n, i, r] · b[n, r, o], would become the delta.
+            # Σ_i base[i, o] · a[i, r] · b[r, o] has one owner of i besides the base. With two, as
+            # in a[i, r] · c[i, s], they become one factor [i, r, s]. But the two owners of a
+            # block n, a[n, i, r] · b[n, r, o], would become the delta.
             if not labels.keys() >= set(term.labels[dense]):
                 term = term.multiplied(owners, tuple(labels))
     return term

@@ -41,7 +41,7 @@ def _pvary(eqn, *weights, axes, axis_index_groups=None):
 
 @defrule("convert_element_type", gains=True)
 def _convert_element_type(eqn, weight, *, new_dtype, weak_type, sharding):
-    """Casts the base between inexact types; casts that are not linear build the weight."""
+    """Casts the base between inexact types; casts that are not linear materialize it."""
     old = weight.base.dtype
     loses_imaginary = jnp.issubdtype(old, jnp.complexfloating) and not jnp.issubdtype(
         new_dtype, jnp.complexfloating
@@ -107,7 +107,7 @@ def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     coded = [is_coded(base_of(weight)) for weight in weights]
     # One equation places several values at once, and bases must all be arrays or all codes.
     if any(coded) and not all(coded):
-        raise Inexpressible("places arrays beside a base that is held as codes")
+        raise Inexpressible("places arrays beside a base that is stored as codes")
     outs = weights if all(coded) else eqn(*map(base_of, weights))
     for weight, base, device in zip(weights, outs, devices, strict=True):
         if not isinstance(weight, FactoredArray):

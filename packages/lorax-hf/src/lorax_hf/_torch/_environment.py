@@ -20,6 +20,7 @@ from . import (
     _pooling,
     _random,
 )
+from ._aliases import share_memory
 from ._autograd import use_backward
 from ._importing import missing_overloads_allowed
 from ._modes import running
@@ -40,7 +41,8 @@ def environment() -> Any:
             _put(env, op, function)
     for op, functional in _random.IN_PLACE.items():
         _put_in_place(env, op, functional)
-    _gradients.stop_at_data()
+    _gradients.keep_types()
+    share_memory()
     use_backward(env, running)
     return env
 

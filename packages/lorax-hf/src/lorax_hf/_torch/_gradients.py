@@ -30,15 +30,11 @@ def _stopped(value: Any) -> Any:
     return value
 
 
-def stop_at_data() -> None:
-    """Makes `data` of torchax's tensors a tensor without a gradient; setting it is unchanged."""
+def keep_types() -> None:
+    """Makes `type_as` of torchax's tensors return a tensor; that of torchax converts its own."""
     from torchax.tensor import Tensor
-
-    def stopped(self: Any) -> Any:
-        return type(self)(jax.lax.stop_gradient(self.jax()), self._env)
 
     def converted(self: Any, other: torch.Tensor) -> Any:
         return self.to(other.dtype)
 
-    Tensor.data = property(stopped, Tensor.data.fset)
-    Tensor.type_as = converted  # that of torchax converts the tensor itself
+    Tensor.type_as = converted

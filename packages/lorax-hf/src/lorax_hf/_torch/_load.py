@@ -18,7 +18,7 @@ from ._arrays import numpy_of
 from ._files import Files, aligned
 from ._function import ModuleFunction
 from ._place import Placement, placed, sharding_of
-from ._quantized import refuse_quantized
+from ._quantized import INSTEAD, refuse_quantized
 from ._rows import of_config
 from ._state import state_of, tied_names
 from ._wrappers import unwrapped
@@ -94,7 +94,7 @@ def _module_of(folder: Path) -> torch.nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         raise QuantizedModuleError(
             f"{folder} holds quantized weights (its config has a quantization_config), which are "
-            "not read."
+            f"not read. {INSTEAD}"
         )
     return of_config(config)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import torch
 
+from ._aliases import Aliases
 from ._blame import OperandErrors
 from ._constants import Constants
 from ._gradients import NoGradients
@@ -36,6 +37,7 @@ def running(
         Constants(env, values or {}),
         Draws(),
         InPlace(),
+        Aliases(),
         OperandErrors(),
         torch.enable_grad(),
     ):

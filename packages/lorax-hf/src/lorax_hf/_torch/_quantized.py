@@ -24,6 +24,13 @@ _PACKAGES = (
 )
 
 
+INSTEAD = (
+    "Build the model from its config without quantization_config, pass it to `from_torch`, and "
+    "read the checkpoint as its parameters: `lorax_io.load_base(folder, lorax_hf.peft_names(fn), "
+    "params=params)`."
+)
+
+
 def refuse_quantized(module: torch.nn.Module) -> None:
     """Raises `QuantizedModuleError` for the first module that holds quantized weights."""
     for name, owner in module.named_modules():
@@ -40,6 +47,5 @@ def refuse_quantized(module: torch.nn.Module) -> None:
 def _refuse(name: str, kind: str) -> None:
     where = f"`{name}`" if name else "the module"
     raise QuantizedModuleError(
-        f"{where} holds quantized weights ({kind}), which are not read. Load the model without "
-        "quantization, or `dequantize()` it first."
+        f"{where} holds quantized weights ({kind}), which are not read. {INSTEAD}"
     )

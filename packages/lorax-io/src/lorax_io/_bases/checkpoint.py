@@ -17,7 +17,8 @@ from .._places import Array
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 STEMS = ("model", "diffusion_pytorch_model")
-_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SETTINGS_KEY = "quantization_config"
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 class BaseFile(NamedTuple):
@@ -118,12 +119,12 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = config_of(folder) or {}
-    for name, method in _SETTINGS.items():
-        if "quantization_config" not in config and (folder / name).exists():
+    for name, method in SETTINGS.items():
+        if SETTINGS_KEY not in config and (folder / name).exists():
             own = read_json(file_in(folder, name))
             if not isinstance(own, dict):
                 raise AdapterFileError("is not a JSON object.", folder / name)
-            config = {**config, "quantization_config": {"quant_method": method, **own}}
+            config = {**config, SETTINGS_KEY: {"quant_method": method, **own}}
     return config
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from .._torch_names import tensor_name
 from .checkpoint import Checkpoint, by_end
 from .coded import ENDINGS, MARKS
 from .codings import Coded, Decoded, find_coded
-from .parameter import decoded, dtype_of
+from .parameter import decoded, dtype_of, warn_of_assumed
 from .sources import SafetensorsSource
 
 
@@ -49,13 +49,14 @@ class CodedWeight(NamedTuple):
                 "`--requantize` out: then the merged model is written as floats."
             )
         format = _same_blocks(self.name, coded)
-        held = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
-        tensors = {
-            name: np.asarray(held.arrays[key]).reshape(shape).astype(dtype)
-            for key, (name, shape, dtype) in coded.stored.items()
-        }
+        quantized = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
+        tensors, rounded = {}, dict(quantized.arrays)
+        for key, (name, shape, dtype) in coded.stored.items():
+            rounded[key] = quantized.arrays[key].astype(dtype)
+            tensors[name] = np.asarray(rounded[key]).reshape(shape)
         wide = array.astype(np.float32)
-        lost = np.asarray(dequantize(held), np.float32) - wide
+        again = dequantize(dataclasses.replace(quantized, arrays=rounded))
+        lost = np.asarray(again, np.float32) - wide
         return tensors, float(np.linalg.norm(lost) / max(np.linalg.norm(wide), 1e-30))
 
 
@@ -82,6 +83,8 @@ def with_decoded(checkpoint: Checkpoint) -> Checkpoint:
     weights = {weight.name: weight for weight in _coded(checkpoint, broken)}
     if not weights:
         return checkpoint._replace(broken=broken)
+    coded = [weight.coded for weight in weights.values()]
+    warn_of_assumed([row.assumed for row in coded if isinstance(row, Coded) and row.assumed])
     parts = {name for weight in weights.values() for name in weight.coded.names}
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in parts}
     shapes |= {n: jax.ShapeDtypeStruct(w.coded.shape, w.dtype) for n, w in weights.items()}
@@ -127,10 +130,3 @@ def home_of(weight: CodedWeight, entries: Container[str], prefix: str) -> bool:
     """Whether a decoded weight is written to this file: the one that contains its codes."""
     first = weight.coded.names[0]
     return first.startswith(prefix) and first.removeprefix(prefix) in entries
-
-
-def without_codes(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config without its quantization settings, for a model whose weights are now floats."""
-    if config is None:
-        return None
-    return {key: value for key, value in config.items() if key != "quantization_config"}

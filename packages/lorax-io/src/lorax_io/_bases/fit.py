@@ -22,7 +22,7 @@ from .._torch_names import (
     TorchNames,
     tensor_name,
 )
-from .._tree import Held, suggestion
+from .._tree import FrozenFactors, suggestion
 from .checkpoint import Checkpoint
 from .coded import MARKS, check_plain, coding_of
 from .missing import check_lacking, lacking
@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
 
     checkpoint: Checkpoint  # the base, with a head of its own if the adapter unties it
     rows: dict[str, Any]  # by the names of the base's tensors, with the axes of these tensors
-    held: Held  # the frozen factors in the adapter's file
+    frozen: FrozenFactors  # the frozen factors in the adapter's file
 
 
 def fit_adapter(
@@ -88,7 +88,7 @@ def fit_adapter(
         base = _with_biases(names, checkpoint)
         translate, alpha = adapter.translated, adapter.alpha
         opened = fit(adapter.path, names, base, translate=translate, alpha=alpha)
-        return Fitted(checkpoint, opened.rows, opened.held)
+        return Fitted(checkpoint, opened.rows, opened.frozen)
 
 
 def _biases(names: TorchNames, checkpoint: Checkpoint) -> dict[str, TorchName]:
@@ -118,8 +118,8 @@ def _fit_native(adapter: OpenedAdapter, checkpoint: Checkpoint) -> Fitted:
                 "`lorax convert --to peft`."
             )
     _check_plain(checkpoint, adapter.rows)
-    loaded = read(adapter.path, checkpoint.shapes, with_held=True)
-    return Fitted(checkpoint, loaded.rows, adapter.held)
+    loaded = read(adapter.path, checkpoint.shapes, with_frozen=True)
+    return Fitted(checkpoint, loaded.rows, adapter.frozen)
 
 
 def _check_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from lorax import Int4, Int8
 from lorax.bases import Affine, Format
 
 from .._disk.files import regular_file
-from .._errors import AdapterFileError, AdapterMismatchError
+from .._errors import AdapterFileError, AdapterMismatchError, warn
 from .._formats.llama_cpp import half_order, import_gguf
 from .._places import Array
 from .._tree import suggestion
@@ -199,16 +199,20 @@ class GGUFSource:
         """The shape of a tensor, in the order of transformers."""
         return tuple(int(n) for n in reversed(self.names[name].shape))
 
-    def floats(self, name: str) -> Array:
-        """A tensor by llama.cpp's own name, decoded to float32 or wider."""
+    def floats(self, name: str, rows: slice = slice(None)) -> Array:
+        """Rows of a tensor by llama.cpp's own name, decoded to float32 or wider."""
         tensor, shape = self.names[name], self.shape(name)
         order, kind = self._order(name, shape), tensor.tensor_type.name
+        picked = rows if order is None else order[rows]
         if kind in PLAIN:
-            values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)
+            values = tensor.data.view(np.dtype(PLAIN[kind])).reshape(shape)[picked]
             values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-        else:
-            values = import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        return values if order is None else values[order]
+            added = self._added(name).astype(values.dtype)
+            return values - added if added else values
+        if len(shape) == 1:
+            return import_gguf().dequantize(tensor.data, tensor.tensor_type).reshape(shape)[picked]
+        data = tensor.data.reshape(*shape[:-1], -1)[picked]
+        return import_gguf().dequantize(data, tensor.tensor_type).reshape(-1, *shape[1:])
 
     def find(self, module: str, parameter: str) -> Coded | Decoded | Part | None:
         """A weight by its name in transformers or in llama.cpp; None if there is none."""
@@ -222,12 +226,14 @@ class GGUFSource:
         if kind in PLAIN:
             dtype = np.dtype(PLAIN[kind])
             values = tensor.data.view(dtype).reshape(shape)
+            added = self._added(name).astype(dtype)
             read = lambda rows: values[rows if order is None else order[rows]]  # noqa: E731
-            return Part(read, (1,) * len(shape), shape, dtype)
+            shifted = lambda rows: read(rows) - added if added else read(rows)  # noqa: E731
+            return Part(shifted, (1,) * len(shape), shape, dtype)
         if kind in BLOCKS and len(shape) > 1:
             return _coded(name, BLOCKS[kind], tensor.data, shape, order)
         why = f"blocks of {kind} are not those of a format"
-        return Decoded((name,), why, lambda: self.floats(name), shape, FLOAT32)
+        return Decoded((name,), why, lambda rows: self.floats(name, rows), shape, FLOAT32)
 
     def name_of(self, module: str, parameter: str) -> str:
         """The name in the file, where `gguf` has one for that of transformers."""
@@ -236,6 +242,20 @@ class GGUFSource:
             return own
         known = self._known.get_name(own, try_suffixes=(".weight", ".bias"))
         return own if known is None else known
+
+    def _added(self, name: str) -> np.float32:
+        """What llama.cpp's converter has added to each entry of a tensor."""
+        is_norm = name.endswith("norm.weight")
+        return np.float32(is_norm and self.arch in _NORMS_PLUS_ONE)
+
+    def warn_of_changes(self) -> None:
+        """Warns if the converter may have changed the weights of this architecture."""
+        if self.arch not in _PERMUTED | _NORMS_PLUS_ONE | _UNCHANGED:
+            warn(
+                f"is of the architecture {self.arch!r}. llama.cpp's converter may have changed its "
+                "weights, such as the order of rows or the values of norms, and they are read as "
+                "they are in the file. Compare the outputs with those of the original model."
+            )
 
     def _order(self, name: str, shape: tuple[int, ...]) -> Array | None:
         """The order of the file's rows in transformers; None if it is the same.
@@ -259,7 +279,11 @@ class GGUFSource:
 
 _MOST_LAYERS = 2**12
 # The architectures for which llama.cpp's converter permutes the rows of q and k.
-_PERMUTED = frozenset(["llama", "granite"])
+_PERMUTED = frozenset("llama granite granitemoe granitehybrid arcee".split())
+# Those for which it adds 1 to the scales of norms.
+_NORMS_PLUS_ONE = frozenset("gemma gemma2 gemma3 nemotron".split())
+# Those of whose weights it changes nothing but the names.
+_UNCHANGED = frozenset("qwen2 qwen2moe qwen3 qwen3moe phi3 stablelm starcoder2".split())
 
 
 def _coded(

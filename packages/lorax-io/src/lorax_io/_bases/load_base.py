@@ -93,7 +93,7 @@ def load_base(
             places = _places(source, torch_names, params)
             leaves, structure = _tree(places, params)
             where = _where(sharding, structure, leaves)
-        notes = Notes([], [])
+        notes = Notes.none()
         with all_read(params, sharding):
             loaded = {
                 leaf: load_parameter(source, place, dtype, requantize, where[leaf], notes)

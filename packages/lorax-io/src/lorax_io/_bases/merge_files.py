@@ -19,9 +19,9 @@ from .._disk.tensors import TensorFile, check_finite, read_json
 from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
-from .._tree import Held, frozen_leaf
-from .checkpoint import CONFIG_NAME, PIPELINE_NAME, Checkpoint
-from .decoding import home_of, without_codes
+from .._tree import FrozenFactors, frozen_leaf
+from .checkpoint import CONFIG_NAME, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
+from .decoding import home_of
 from .fit import Fitted
 from .merged import INDEX_NAME, new_folder
 from .outputs import Lazy, bytes_of, files_of_gguf, outputs
@@ -75,13 +75,17 @@ def merge_files(
     again = touched if requantize else set[str]()
     losses: dict[str, float] = {}
     with about(checkpoint.path):
+        if floats and checkpoint.broken:
+            name, error = min(checkpoint.broken.items())
+            raise UnsupportedAdapterError(
+                f"has quantized weights that the merged model would have as floats, but `{name}` "
+                f"cannot be decoded: {error}"
+            ) from error
         config = _merged_config(checkpoint, adapted)
-        if floats:
-            config = without_codes(checkpoint.config if config is None else config)
 
     def merged(name: str, view: Array) -> Array:
         changes = [
-            (fitted.rows[name], fitted.held, scale)
+            (fitted.rows[name], fitted.frozen, scale)
             for fitted, scale in zip(adapters, scales, strict=True)
             if name in fitted.rows
         ]
@@ -89,9 +93,9 @@ def merge_files(
             return _merged(name, view, *changes[0][:2])
         wide = view.astype(np.promote_types(view.dtype, np.float32))
         whole = wide
-        for row, held, scale in changes:
+        for row, frozen, scale in changes:
             before = wide if summed else whole
-            whole = whole + scale * (_merged(name, before, row, held) - before)
+            whole = whole + scale * (_merged(name, before, row, frozen) - before)
         check_finite(name, whole)
         return whole.astype(view.dtype)
 
@@ -121,6 +125,8 @@ def merge_files(
         _copy_companions(checkpoint, folder)
         if config is not None:
             write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        if floats:
+            _drop_settings(folder)
         index = folder / INDEX_NAME
         if checkpoint.is_gguf:
             _write_index(index, checkpoint)
@@ -164,6 +170,16 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
             target = folder / path.relative_to(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _drop_settings(folder: Path) -> None:
+    """Removes what configs say about codes, from those of a model whose weights are now floats."""
+    for path in [path for name in SETTINGS for path in folder.rglob(name)]:
+        path.unlink()
+    for path in folder.rglob(CONFIG_NAME):
+        config = read_json(path)
+        if isinstance(config, dict) and config.pop(SETTINGS_KEY, None) is not None:
+            write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _check_replaced(adapters: Sequence[Fitted]) -> None:
@@ -234,9 +250,9 @@ def _index_floats(folder: Path) -> None:
         write_text(path, text + "\n")
 
 
-def _merged(name: str, view: Array, row: Any, held: Held) -> Array:
+def _merged(name: str, view: Array, row: Any, frozen: FrozenFactors) -> Array:
     if not isinstance(row, Adapter):
         return np.asarray(row, order="C").astype(view.dtype)
     base = jnp.asarray(view)
-    leaf = frozen_leaf(base, complete(name, row, base, held.get(name, {})), row)
+    leaf = frozen_leaf(base, complete(name, row, base, frozen.get(name, {})), row)
     return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])

@@ -1,8 +1,9 @@
 """Loads one parameter of a base: assembles its arrays from tensors and puts them on devices."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from lorax.bases import Format, format_of
 
 from .._disk.arrays import place as put
 from .._disk.packed import Packed
+from .._disk.streams import parts_of
 from .._errors import AdapterError, warn
 from .._frozen.header import check_numbers
-from .._places import Array, Place, unpack
+from .._places import Array, Place
 from .._torch_names import Embedding, Tensor
 from .blocks import (
     Runs,
@@ -30,7 +32,7 @@ from .blocks import (
     with_along,
 )
 from .codings import Coded, Decoded, fitting
-from .codings.coding import Part
+from .codings.coding import Part, whole as part_of
 from .sources import Source, Weight, needed
 
 FLOAT = "float"
@@ -41,9 +43,16 @@ class Notes(NamedTuple):
 
     shorter: list[str]  # weights with shorter blocks than in the file
     requantized: list[str]  # weights whose codes could not be kept
+    assumed: list[str]  # weights of whose form the file leaves something open
+    widened: list[str]  # parameters whose modules have several dtypes
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nothing to warn about."""
+        return cls([], [], [], [])
 
     def warn(self, source: Source) -> None:
-        """Warns about unused tensors, shorter blocks and weights that were quantized again."""
+        """Warns about unused tensors, and of all that is noted."""
         if left := sorted(source.names.keys() - source.used):
             warn(f"has tensors that are in none of `names`{_some(left)}")
         if self.shorter:
@@ -53,6 +62,21 @@ class Notes(NamedTuple):
             )
         if self.requantized:
             warn(f"has weights whose codes are not kept{_some(self.requantized)}")
+        warn_of_assumed(self.assumed)
+        if self.widened:
+            warn(
+                "has modules of one parameter in several dtypes, which are widened to one"
+                f"{_some(self.widened)}"
+            )
+
+
+def warn_of_assumed(clauses: list[str]) -> None:
+    """Warns of what the file leaves open and was assumed."""
+    if clauses:
+        warn(
+            "has weights whose form it leaves open; compare the model's outputs with those of the "
+            f"library that wrote it{_some(clauses)}"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -79,9 +103,10 @@ def load_parameter(
         if isinstance(first, Coded) and of_one_kind:
             coded = {index: row for index, row in weights.items() if isinstance(row, Coded)}
             return _coded(place, coded, dtype or dtype_of(source, first), where, notes)
-        if isinstance(first, Part) and of_one_kind:
-            parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
-            return _array(place.path, place, plain_target(place, first.dtype), parts, where, None)
+        parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
+        if len(parts) == len(weights):
+            target = plain_target(place, _one_dtype(place.path, parts.values(), notes))
+            return _array(place.path, place, target, parts, where, None)
         return _requantized(source, place, weights, dtype, requantize, where, notes)
 
 
@@ -93,6 +118,19 @@ def _kind(row: Weight) -> Any:
         return row.why
     dtypes = tuple((name, part.dtype, part.grains) for name, part in sorted(row.parts.items()))
     return row.format, dtypes
+
+
+def _one_dtype(path: str, parts: Collection[Part], notes: Notes) -> Any:
+    """The dtype that holds the numbers of all parts exactly."""
+    dtypes = sorted({part.dtype for part in parts}, key=str)
+    if len(dtypes) == 1:
+        return dtypes[0]
+    listed = " and ".join(str(dtype) for dtype in dtypes)
+    if not all(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1 for dtype in dtypes):
+        raise AdapterError(f"has modules of `{path}` in {listed}, which have no dtype in common.")
+    dtype = functools.reduce(jnp.promote_types, dtypes)
+    notes.widened.append(f"`{path}` ({listed}, as {dtype})")
+    return np.dtype(dtype)
 
 
 def dtype_of(source: Source, coded: Coded | Decoded) -> Any:
@@ -113,14 +151,17 @@ def _coded(
 ) -> QuantizedWeight:
     first = next(iter(weights.values()))
     runs = Runs.of(place, first)
-    held_blank = blank(place.path, place, first, runs, dtype)
-    shardings = {} if where is None else held_blank.shardings(where)
+    empty = blank(place.path, place, first, runs, dtype)
+    shardings = {} if where is None else empty.shardings(where)
     arrays: dict[str, Any] = {}
-    for name, target in targets(held_blank).items():
+    for name, target in targets(empty).items():
         parts = {index: row.parts[name] for index, row in weights.items()}
         full = f"{place.path}/{name}"
         arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
-    result = dataclasses.replace(held_blank, arrays=arrays)
+    result = dataclasses.replace(empty, arrays=arrays)
+    notes.assumed.extend(
+        f"`{place.path}`: {row.assumed}" for row in weights.values() if row.assumed
+    )
     if runs.is_shorter or first.is_cut:
         notes.shorter.append(f"`{place.path}` ({result.bits:.2f} bits a weight)")
     return result
@@ -132,12 +173,12 @@ def _array(
     target: Target,
     parts: Mapping[tuple[int, ...], Part],
     where: Sharding | None,
-    held: Format | None,
+    codec: Format | None,
 ) -> jax.Array:
     """Puts one array on its devices; 4-bit codes are transferred as bytes."""
     packed: Packed | None = packing(place, target)
     whole = assemble(place, target, parts, packed)
-    check_numbers(name, whole, held if packed is None else None)
+    check_numbers(name, whole, codec if packed is None else None)
 
     def read(index: Any) -> Array:
         return whole[index]
@@ -159,7 +200,7 @@ def _requantized(
 ) -> Any:
     """A parameter whose codes cannot be kept: decoded, and quantized unless as "float"."""
     first = next(row for row in weights.values() if not isinstance(row, Part))
-    why = first.why if isinstance(first, Decoded) else "its modules are held in several forms"
+    why = first.why if isinstance(first, Decoded) else "its modules are stored in several forms"
     if requantize is None:
         raise AdapterError(
             f"has codes for `{place.path}` that cannot be kept: {why}. Choose how to store it: "
@@ -168,40 +209,42 @@ def _requantized(
         )
     dtype = np.dtype(dtype or dtype_of(source, first))
     target = plain_target(place, dtype)
-    whole = np.empty(target.shape, target.dtype)
-    rest = [d for d in range(len(place.shape)) if d not in place.stack]
-    for index, row in weights.items():
-        picks: list[Any] = [slice(None)] * len(place.shape)
-        for d, entry in zip(place.stack, index, strict=True):
-            picks[d] = entry
-        whole[tuple(picks)] = unpack(_floats(row, dtype), rest, place.whole, place.sizes)
+    parts = {index: _floats(row, dtype) for index, row in weights.items()}
+    whole = assemble(place, target, parts, None)
     check_numbers(place.path, whole)
+    if not all(np.isfinite(part).all() for part in parts_of(whole)):
+        raise AdapterError(f"has infinity in `{place.path}`, which is decoded.")
     array = put(target.shape, whole.dtype, lambda index: whole[index], where)
     if requantize == FLOAT:
         notes.requantized.append(f"`{place.path}` (as floats: {why})")
         return array
     along = place.axes.outputs if isinstance(place.torch_name, Embedding) else place.axes.inputs
     form = with_along(format_of(requantize), along)
-    held = quantize({place.path: array}, {place.path: form})[place.path]
+    quantized = quantize({place.path: array}, {place.path: form})[place.path]
     norm = jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
-    lost = dequantize(held).astype(jnp.float32) - array.astype(jnp.float32)
+    lost = dequantize(quantized).astype(jnp.float32) - array.astype(jnp.float32)
     error = float(jnp.linalg.norm(lost.reshape(-1)) / jnp.maximum(norm, 1e-30))
     notes.requantized.append(
-        f"`{place.path}` as {held.format}, {error:.2g} from the file's ({why})"
+        f"`{place.path}` as {quantized.format}, {error:.2g} from the file's ({why})"
     )
-    return held
+    return quantized
 
 
-def _floats(row: Weight, dtype: Any) -> Array:
+def _floats(row: Weight, dtype: Any) -> Part:
     """One tensor as floats."""
-    if isinstance(row, Part):
-        return row.read(slice(0, row.shape[0]))
-    return decoded(row, dtype)
+    if isinstance(row, Coded):
+        return part_of(decoded(row, dtype), (1,) * len(row.shape))
+
+    def read(rows: slice) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+            return row.read(rows).astype(dtype)
+
+    return Part(read, (1,) * len(row.shape), row.shape, dtype)
 
 
 def decoded(row: Coded | Decoded, dtype: Any) -> Array:
     """The decoded tensor, with the axes of the file."""
     if isinstance(row, Decoded):
-        return row.read()
+        return _floats(row, row.dtype).read(slice(0, row.shape[0]))
     place = Tensor("").at("the weight", row.shape)
-    return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Notes([], []))))
+    return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Notes.none())))

@@ -103,7 +103,9 @@ class SafetensorsSource:
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
     """Opens the base at a path: a folder, a safetensors file or a GGUF file."""
     if is_gguf(path):
-        return GGUFSource(path)
+        source = GGUFSource(path)
+        source.warn_of_changes()
+        return source
     return SafetensorsSource(open_checkpoint(path), stack)
 
 

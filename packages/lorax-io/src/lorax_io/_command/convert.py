@@ -164,15 +164,15 @@ def _pair(adapter: OpenedAdapter) -> Pair:
         )
         for path, row in adapter.rows.items()
     }
-    rows, held = adapter.rows, adapter.held
-    frozen = {path: frozen_leaf(shapes[path], held.get(path), row) for path, row in rows.items()}
-    return Pair(frozen, adapter.rows)
+    rows, frozen = adapter.rows, adapter.frozen
+    leaves = {path: frozen_leaf(shapes[path], frozen.get(path), row) for path, row in rows.items()}
+    return Pair(leaves, adapter.rows)
 
 
 def _to_native(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     metadata = user_metadata(adapter.metadata) if adapter.format == "native" else None
     rows = [Row(path, row) for path, row in sorted(adapter.rows.items())]
-    write(args.out, rows, adapter.held, metadata=metadata)
+    write(args.out, rows, adapter.frozen, metadata=metadata)
 
 
 def _to_peft(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
@@ -200,7 +200,12 @@ def _in_diffusers(adapter: OpenedAdapter) -> OpenedAdapter:
     names = own_names(source)
     rows = restore(source, own_shapes(source, names), names, alone=True).rows
     return adapter._replace(
-        format="diffusers", rows=rows, names=names, config=source.config, held={}, part=source.part
+        format="diffusers",
+        rows=rows,
+        names=names,
+        config=source.config,
+        frozen={},
+        part=source.part,
     )
 
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the parameters in which two adapters differ. The exit code is 1 if there are any."""
     rename = renaming(args)
     first, second = (renamed(opened(path, args), rename) for path in (args.first, args.second))
-    differences = compare(first.rows, second.rows, first.held, second.held)
+    differences = compare(first.rows, second.rows, first.frozen, second.frozen)
     if args.json:
         print(json.dumps([difference._asdict() for difference in differences], indent=1))
     elif differences:

@@ -137,7 +137,7 @@ def local(path: str) -> Path:
 
 def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
     """The adapter with renamed modules; a path that follows its module's name is renamed too."""
-    names, rows, held = dict(adapter.names), dict(adapter.rows), dict(adapter.held)
+    names, rows, frozen = dict(adapter.names), dict(adapter.rows), dict(adapter.frozen)
     for path, torch_name in adapter.names.items():
         module = rename(torch_name.module)
         if module == torch_name.module:
@@ -152,12 +152,12 @@ def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
             )
         del names[path]
         names[other] = dataclasses.replace(torch_name, module=module)
-        for table in (rows, held):
+        for table in (rows, frozen):
             if path in table:
                 table[other] = table.pop(path)
     if not adapter.names:
         rows = {rename(path): row for path, row in adapter.rows.items()}
-        held = {rename(path): factors for path, factors in adapter.held.items()}
+        frozen = {rename(path): factors for path, factors in adapter.frozen.items()}
     if len(rows) < len(adapter.rows):
         raise AdapterError("two of its modules would be renamed to one.", adapter.path)
-    return adapter._replace(names=names, rows=rows, held=held)
+    return adapter._replace(names=names, rows=rows, frozen=frozen)

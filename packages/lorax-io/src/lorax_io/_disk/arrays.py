@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .._errors import AdapterError
-from .._tree import Held, all_arrays, rows_of, with_leaves
+from .._tree import FrozenFactors, all_arrays, rows_of, with_leaves
 
 
 def to_host(array: Any) -> np.ndarray[Any, Any]:
@@ -132,18 +132,18 @@ def shape_of(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def placements(
-    rows: Mapping[str, Any], held: Held, structure: Any, paths: Any, sharding: Any
+    rows: Mapping[str, Any], frozen: FrozenFactors, structure: Any, paths: Any, sharding: Any
 ) -> dict[str, Sharding | None]:
     """The sharding of each array of the rows, by name.
 
     Args:
         rows: rows of shapes with their default shardings.
-        held: frozen factors of the bases; a tree of shardings does not cover these.
+        frozen: frozen factors of the bases; a tree of shardings does not cover these.
         structure: the structure of the tree.
         paths: the paths of its leaves.
         sharding: the user's choice: one sharding, a tree of them, or None for the default.
     """
-    own = {name: array.sharding for name, array in all_arrays(rows, held).items()}
+    own = {name: array.sharding for name, array in all_arrays(rows, frozen).items()}
     if sharding is None:
         return own
     if isinstance(sharding, Sharding):

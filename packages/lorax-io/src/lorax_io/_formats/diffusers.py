@@ -74,7 +74,7 @@ def save_diffusers(
     """
     folder = Path(folder)
     with about(folder):
-        found_rows, held = pair_rows(tunable)
+        found_rows, frozen = pair_rows(tunable)
         rows = {row.path: row.leaf for row in found_rows}
         torch_names = as_torch_names(names)
         tensors: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def save_diffusers(
             if prefix is None:
                 within = {p: _without(x, begin) for p, x in within.items()}
             part_rows = {path: rows[path] for path in paths if path in rows}
-            exported = export(part_rows, within, fold_scale=fold_scale, plain=True, held=held)
+            exported = export(part_rows, within, fold_scale=fold_scale, plain=True, frozen=frozen)
             _check_factors(exported.tensors)
             tensors |= {f"{begin}{name}": tensor for name, tensor in exported.tensors.items()}
             config |= {f"{begin}{key}": v for key, v in config_to_json(exported.config).items()}

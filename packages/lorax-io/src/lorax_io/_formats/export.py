@@ -13,7 +13,7 @@ from .._errors import AdapterMismatchError, UnsupportedAdapterError, warn
 from .._places import Array, Factor, Place, axes_of, pack
 from .._shapes import complete, padded_shape
 from .._torch_names import Embedding, TorchName, TorchNames
-from .._tree import Held, is_array, pair_rows, param_leaves, suggestion
+from .._tree import FrozenFactors, is_array, pair_rows, param_leaves, suggestion
 from .peft.config import PeftConfig
 from .peft.patterns import suffixes
 from .peft.tuners import TUNERS, Module, Tuner, tuner_of
@@ -40,7 +40,7 @@ def export(
     target_modules: Sequence[str] | None = None,
     plain: bool = False,
     lycoris: bool = False,
-    held: Held | None = None,
+    frozen: FrozenFactors | None = None,
 ) -> Export:
     """Converts a tunable tree to PEFT's tensors and config.
 
@@ -53,14 +53,14 @@ def export(
         target_modules: ends of module names to write in the config instead of full names.
         plain: whether the reader supports only plain LoRA.
         lycoris: whether the reader supports LyCORIS, which has Tucker cores and blocks of any size.
-        held: the frozen factors, if `tunable` is not a pair that has them.
+        frozen: the frozen factors, if `tunable` is not a pair that has them.
 
     Raises:
         AdapterMismatchError: if `names` does not fit the tree, or frozen factors are lacking.
         UnsupportedAdapterError: if PEFT, or the reader, has no form for an adapter.
     """
     found_rows, own = pair_rows(tunable)
-    held = own if held is None else held
+    frozen = own if frozen is None else frozen
     rows = {row.path: row.leaf for row in found_rows}
     adapted = {path: leaf for path, leaf in rows.items() if isinstance(leaf, Adapter)}
     tuner = _one_tuner(adapted, plain, lycoris)
@@ -88,8 +88,8 @@ def export(
     depths = wrapper_depths((name, place) for name, place, _ in stacks)
     for path, weight in track(adapted.items(), "Gathering the adapter"):
         factors = tuner.factors(places[path], weight)
-        frozen = _frozen(path, weight, factors, held.get(path, {}), bases)
-        arrays = {name: to_host(factor) for name, factor in (weight.factors() | frozen).items()}
+        own_frozen = _frozen(path, weight, factors, frozen.get(path, {}), bases)
+        arrays = {name: to_host(factor) for name, factor in (weight.factors() | own_frozen).items()}
         if fold_scale and tuner.folded is not None:
             gain = _gain(weight, config)
             arrays[tuner.folded] = _times(arrays[tuner.folded], gain)
@@ -153,19 +153,19 @@ def _frozen(
     path: str,
     weight: Adapter,
     factors: Sequence[Factor],
-    held: Mapping[str, Any],
+    frozen: Mapping[str, Any],
     bases: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The frozen factors to store: the pair's, or computed from the base."""
     wanted = {factor.name for factor in factors} - weight.factors().keys()
-    if lacking := sorted(wanted - held.keys()):
+    if lacking := sorted(wanted - frozen.keys()):
         if not has_numbers(bases.get(path)):
             raise AdapterMismatchError(
                 f"keeps `{path}/{lacking[0]}` with its base, and PEFT has it in the file. Give "
                 "the whole pair, `lorax.Pair(frozen, tunable)`, or `params=`."
             )
-        held = complete(path, weight, bases[path], held)
-    return {name: held[name] for name in wanted}
+        frozen = complete(path, weight, bases[path], frozen)
+    return {name: frozen[name] for name in wanted}
 
 
 def _gain(weight: Any, config: PeftConfig) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._tree import Held
+from .._tree import FrozenFactors
 from .source import Source, Tensors
 
 
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     """An adapter whose file has the paths of a tree, so that it needs no names."""
 
     rows: dict[str, Any]
-    held: Held
+    frozen: FrozenFactors
 
 
 class Format(NamedTuple):

@@ -54,6 +54,9 @@ _BEYOND = {  # keys of adapters that are not read, and what they are
     "diff_b": "differences of biases",
     "w_norm": "differences of norms",
     "b_norm": "differences of norms",
+    "scalar": "a trained scale for each module (LyCORIS's `use_scalar`)",
+    "lora_down.bias": "biases in its factors",
+    "lora_up.bias": "biases in its factors",
 }
 
 
@@ -68,7 +71,10 @@ def _read(content: Content) -> Source:
         if match is None:
             raise AdapterFileError(f"has `{name}`, whose name does not begin as kohya's do.")
         if (key := name[match.end() :]) in _BEYOND:
-            raise UnsupportedAdapterError(f"`{name}` is of an adapter with {_BEYOND[key]}.")
+            raise UnsupportedAdapterError(
+                f"`{name}` is of an adapter with {_BEYOND[key]}. This is not read. Merge it with "
+                "the library that wrote it."
+            )
     if scaled := next((name for name in tensors if name.endswith(_DORA)), None):
         others = [name for name in tensors if ".hada_" in name or ".lokr_" in name]
         if others:

@@ -16,7 +16,7 @@ from .._disk.tensors import TensorFile, is_number
 from .._errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, about, warn
 from .._plain_names import Names, as_torch_names
 from .._torch_names import TorchNames
-from .._tree import Held
+from .._tree import FrozenFactors
 from . import flux, kohya, native, tunix
 from .format import Content, Format, Rows
 from .own_names import names_on, own_names, own_shapes
@@ -36,7 +36,7 @@ class OpenedAdapter(NamedTuple):
         names: the name of each parameter in PyTorch, by path; empty for a native file.
         metadata: the strings in the file's header.
         config: the settings in PEFT's terms; None for a native file.
-        held: the frozen factors in the file, by path of their base and by name.
+        frozen: the frozen factors in the file, by path of their base and by name.
         part: the part of a diffusion pipeline; "" if the file does not name one.
         needs_base: why part of the adapter cannot be read without its base; None if it is complete.
         translated: whether modules were renamed from Flux's own names to those of diffusers.
@@ -49,7 +49,7 @@ class OpenedAdapter(NamedTuple):
     names: TorchNames
     metadata: dict[str, str]
     config: PeftConfig | None = None
-    held: Held = {}
+    frozen: FrozenFactors = {}
     part: str | None = None
     needs_base: str | None = None
     translated: bool = False
@@ -121,7 +121,7 @@ def fit(
         source = row.read(content)
         metadata = dict(content.file.metadata)
         if isinstance(source, Rows):
-            return OpenedAdapter(row.name, path, source.rows, {}, metadata, held=source.held)
+            return OpenedAdapter(row.name, path, source.rows, {}, metadata, frozen=source.frozen)
         format = row.name
         if translate:
             format, source = "diffusers", flux.in_diffusers(source)
@@ -131,10 +131,12 @@ def fit(
             base = own_shapes(source, names)
             names = {p: names[p] for p in base}
         needs_base = source.tuner.needs_base(source.config) if alone else None
-        rows, held, _, _ = restore(source, base, names, alone=alone)
-        held = {} if needs_base else {path: factors for path, factors in held.items() if factors}
+        rows, frozen, _, _ = restore(source, base, names, alone=alone)
+        frozen = (
+            {} if needs_base else {path: factors for path, factors in frozen.items() if factors}
+        )
         of_file = (format, path, rows, names, metadata, source.config)
-        return OpenedAdapter(*of_file, held, source.part, needs_base, translate, alpha)
+        return OpenedAdapter(*of_file, frozen, source.part, needs_base, translate, alpha)
 
 
 def load_any(

@@ -28,19 +28,19 @@ class Restored(NamedTuple):
     """An adapter as rows of a tree, with the frozen factors that its file has."""
 
     rows: dict[str, Any]
-    held: dict[str, dict[str, Any]]
+    frozen: dict[str, dict[str, Any]]
     leaves: Mapping[str, Any]
     structure: Any
 
     def pair(self) -> Pair:
         """The pair `(frozen, tunable)`, including the frozen factors computed from the base."""
-        held = {
-            path: complete(path, row, self.leaves[path], self.held.get(path, {}))
+        frozen = {
+            path: complete(path, row, self.leaves[path], self.frozen.get(path, {}))
             for path, row in self.rows.items()
             if isinstance(row, Adapter)
         }
-        frozen = frozen_of(self.leaves, self.structure, self.rows, held)
-        return Pair(frozen, with_leaves(self.structure, self.leaves, self.rows))
+        leaves = frozen_of(self.leaves, self.structure, self.rows, frozen)
+        return Pair(leaves, with_leaves(self.structure, self.leaves, self.rows))
 
 
 def restore(
@@ -77,17 +77,19 @@ def restore(
         readers[path] = _Reader(place.shape, dtype, axes, place.stack, views, path)
     paths = dict.fromkeys((*slots_of, *biases))
     rows = {path: weights[path] if path in weights else shape_of(leaves[path]) for path in paths}
-    held = {
+    frozen = {
         path: {name: shape for name, shape in shapes.items() if f"{path}/{name}" in readers}
         for path, shapes in held_shapes.items()
     }
-    where = placements(rows, held, structure, leaves, sharding)
+    where = placements(rows, frozen, structure, leaves, sharding)
     loaded = {
         name: put(reader.shape, reader.dtype, reader.read, where[name])
         for name, reader in track(readers.items(), "Loading the adapter")
     }
     rows = {path: filled(path, row, loaded) for path, row in rows.items()}
-    of = {path: {name: loaded[f"{path}/{name}"] for name in names} for path, names in held.items()}
+    of = {
+        path: {name: loaded[f"{path}/{name}"] for name in names} for path, names in frozen.items()
+    }
     return Restored(rows, of, leaves, structure)
 
 

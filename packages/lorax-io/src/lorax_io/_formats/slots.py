@@ -64,10 +64,7 @@ def find(source: Source, places: Places) -> SlotTensors:
         slot = slots[key]
         if slot.key == WHOLE and not _may_be_whole(source.config, key):
             if not is_of_vocabulary(key, places[slot.path].torch_name):
-                raise AdapterFileError(
-                    f"`{tensor.name}` would replace a base weight, and neither `modules_to_save` "
-                    "nor `bias` of its config says so."
-                )
+                raise _needless_whole(source.config, tensor)
             warn(
                 f"has the whole of `{key}`, which its config does not list. PEFT saves it so where "
                 "the vocabulary was resized; it replaces that of the base."
@@ -129,6 +126,19 @@ def _slots(source: Source, places: Places) -> dict[str, Slot]:
                         f"`names` gives `{slots[key].path}` and `{path}` the same tensor `{key}`."
                     )
     return slots
+
+
+def _needless_whole(config: PeftConfig, tensor: Stored) -> AdapterFileError:
+    """The error for a tensor that is not a factor, nor a whole weight by the config."""
+    if config.is_given:
+        return AdapterFileError(
+            f"`{tensor.name}` would replace a base weight, and neither `modules_to_save` nor "
+            "`bias` of its config says so."
+        )
+    return AdapterFileError(
+        f"has `{tensor.name}`, which is not a factor of a kind that is read, and the file has no "
+        "config that says what it is. Merge the adapter with the library that wrote it."
+    )
 
 
 def _may_be_whole(config: PeftConfig, key: str) -> bool:

@@ -123,7 +123,7 @@ def _entry(path: str, row: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> E
     if row is None:
         return Entry(None, {})
     if not isinstance(row, dict) or not row.keys() <= _KEYS:
-        raise AdapterFileError(f"its header does not say how `{path}` is held.")
+        raise AdapterFileError(f"its header does not say how `{path}` is stored.")
 
     def named(key: str) -> dict[str, jax.ShapeDtypeStruct]:
         names = row.get(key, [])
@@ -162,7 +162,7 @@ def _adapter(path: str, settings: Any) -> str:
         ) from error
 
 
-def check_numbers(name: str, array: np.ndarray[Any, Any], held: Any = None) -> None:
+def check_numbers(name: str, array: np.ndarray[Any, Any], codec: Any = None) -> None:
     """Refuses NaN, and values with which a quantized weight cannot be decoded.
 
     Infinity is allowed in a base that is not quantized, such as a mask.
@@ -170,17 +170,17 @@ def check_numbers(name: str, array: np.ndarray[Any, Any], held: Any = None) -> N
     Args:
         name: the array's name.
         array: the array or a part of it.
-        held: the format of the quantized weight that it belongs to, if any.
+        codec: the format of the quantized weight that it belongs to, if any.
     """
     for part in parts_of(array):
         if part.dtype == bool and (part.view(np.uint8) > 1).any():
             raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
-        if held is not None and not held.are_numbers(name.rpartition("/")[2], part):
+        if codec is not None and not codec.are_numbers(name.rpartition("/")[2], part):
             raise AdapterError(
                 f"`{name}` holds NaN or infinity, so its weight cannot be decoded. Quantize the "
                 "weight again."
             )
-        if held is None and part.dtype.kind in "fcV":
+        if codec is None and part.dtype.kind in "fcV":
             with np.errstate(invalid="ignore"):  # of signalling NaNs
                 if np.isnan(part).any():
                     raise AdapterError(f"`{name}` holds NaN.")

@@ -179,14 +179,14 @@ def _arrays(
     places: Mapping[str, Sharding | None],
 ) -> dict[str, jax.Array]:
     """The arrays by name, in the order of the file."""
-    held, wanted = formats(entries), all_arrays(entries)
+    codecs, wanted = formats(entries), all_arrays(entries)
 
     def load(name: str) -> jax.Array:
         view = file.view(name)
 
         def read(index: Any) -> np.ndarray[Any, Any]:
             part = np.array(view[index])  # a copy: the file may be replaced while the array lives
-            check_numbers(name, part, held.get(name))
+            check_numbers(name, part, codecs.get(name))
             return part
 
         if name not in packed:
@@ -206,5 +206,5 @@ def _leaf(path: str, entry: Entry, arrays: Mapping[str, jax.Array]) -> Any:
         base = dataclasses.replace(base, arrays={n: arrays[f"{path}/{n}"] for n in base.names})
     else:
         base = arrays[path]
-    held = {name: arrays[f"{path}/{name}"] for name in factors}
-    return FrozenWeight(base, held, adapter) if held else base
+    frozen = {name: arrays[f"{path}/{name}"] for name in factors}
+    return FrozenWeight(base, frozen, adapter) if frozen else base

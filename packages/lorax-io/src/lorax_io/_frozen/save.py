@@ -62,7 +62,7 @@ def save_frozen(
         entries = {
             leaf_path: Entry.of(leaf) for leaf_path, leaf in frozen_leaves(frozen)[0].items()
         }
-        arrays, held = all_arrays(entries), formats(entries)
+        arrays, codecs = all_arrays(entries), formats(entries)
         for name, array in arrays.items():
             _check_array(name, array)
         packed = {
@@ -81,7 +81,7 @@ def save_frozen(
             for name in track(in_order(shapes), "Saving the frozen tree"):
                 array = arrays[name]
                 numbers = to_host(packed[name].pack(array) if name in packed else array)
-                check_numbers(name, numbers, held.get(name))
+                check_numbers(name, numbers, codecs.get(name))
                 yield name, numbers
 
         with one_writer() as writer:
@@ -91,7 +91,7 @@ def save_frozen(
 def formats(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The format of the quantized weight that each array belongs to, by the array's name."""
     return {
-        f"{path}/{name}": entry.base.held
+        f"{path}/{name}": entry.base.codec
         for path, entry in entries.items()
         if isinstance(entry.base, QuantizedWeight)
         for name in entry.base.names

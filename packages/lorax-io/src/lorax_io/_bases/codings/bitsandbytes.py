@@ -34,7 +34,8 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return None
     shape, block, dtype, settings = _state(tensors, f"{state}{kind}")
     size = math.prod(shape)
-    data = need(tensors, weight, dtypes=[np.uint8]).reshape(-1)
+    # The bytes may be stored as numbers of another dtype (`bnb_4bit_quant_storage`).
+    data = np.ascontiguousarray(need(tensors, weight)).reshape(-1).view(np.uint8)
     expect(weight, data, ((size + 1) // 2,))
     table = expect("quant_map", need(tensors, f"{weight}.quant_map"), (16,)).astype(np.float32)
     scales, names = _scales(tensors, weight, settings, -(-size // block))
@@ -60,12 +61,13 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
             "codes": Part(codes, (*ones, 1), shape, jnp.uint4),
             "scales": Part(scale, (*ones, run), (*shape[:-1], count), np.dtype(np.float32)),
         }
-        held = NF4(block=min(max(block, 32), 4096), double=False)
-        return Coded(names, held, parts, shape, dtype, run < block)
+        codec = NF4(block=min(max(block, 32), 4096), double=False)
+        return Coded(names, codec, parts, shape, dtype, run < block)
 
-    def decoded() -> Array:
-        each = scales(np.arange(size) // block).reshape(shape)
-        return (table[codes(slice(0, shape[0]))] * each).astype(dtype)
+    def decoded(rows: slice) -> Array:
+        entries = codes(rows)
+        each = scales(np.arange(rows.start * width, rows.stop * width) // block)
+        return (table[entries] * each.reshape(entries.shape)).astype(dtype)
 
     why = f"blocks of {block} cross the rows of {inputs}" if is_known else f"a table of {kind}"
     return Decoded(names, why, decoded, shape, dtype)

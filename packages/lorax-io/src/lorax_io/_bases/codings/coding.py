@@ -9,12 +9,16 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from lorax.bases import Format
 
 from ..._errors import AdapterError, AdapterFileError, UnsupportedAdapterError
 from ..._places import Array
+
+EXPONENT = np.dtype(jnp.float8_e8m0fnu)  # of scales that are powers of two
+UNORDERED = "its groups are not neighbors (desc_act)"
 
 
 class Tensors(Protocol):
@@ -58,8 +62,10 @@ class Coded(NamedTuple):
         shape: the weight's shape.
         dtype: the dtype of the decoded weight; None if the file does not specify it.
         is_cut: whether blocks of the file cross rows, so that `grains` are shorter than a block.
+        assumed: what the file leaves open and was assumed, as a clause.
         stored: for each array, the name, shape and dtype of its tensor, if every array is stored
-            unchanged, so that it can be written again; else empty.
+            unchanged, with scales of two or more bytes, so that it can be written again; else
+            empty.
     """
 
     names: tuple[str, ...]
@@ -68,6 +74,7 @@ class Coded(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any = None
     is_cut: bool = False
+    assumed: str = ""
     stored: Mapping[str, tuple[str, tuple[int, ...], Any]] = {}
 
 
@@ -77,14 +84,14 @@ class Decoded(NamedTuple):
     Attributes:
         names: the tensors that it consists of.
         why: why no format can hold it, as a clause.
-        read: decodes the whole weight.
+        read: decodes a slice of rows, which has a start and a stop.
         shape: the weight's shape.
         dtype: the dtype of the decoded weight.
     """
 
     names: tuple[str, ...]
     why: str
-    read: Callable[[], Array]
+    read: Callable[[slice], Array]
     shape: tuple[int, ...]
     dtype: Any
 
@@ -116,15 +123,6 @@ def stored(**arrays: tuple[str, Array]) -> dict[str, tuple[str, tuple[int, ...],
     return {key: (name, array.shape, array.dtype) for key, (name, array) in arrays.items()}
 
 
-def grains_of(name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
-    """How many entries share a scale along each axis, from the shapes of the weight and scales."""
-    if len(scales) != len(shape) or any(
-        not 0 < count <= size or size % count for size, count in zip(shape, scales, strict=False)
-    ):
-        raise AdapterFileError(f"has `{name}` of shape {scales} for a weight of {shape}.")
-    return tuple(size // count for size, count in zip(shape, scales, strict=True))
-
-
 def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = None) -> Array:
     """A view of a tensor; raises if it is absent or has another number of axes or another dtype."""
     if name not in tensors:
@@ -142,6 +140,22 @@ def expect(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise AdapterFileError(f"has `{name}` of shape {array.shape}; {shape} would fit.")
     return array
+
+
+def in_groups(
+    codes: Callable[[slice], Array],
+    zeros: Callable[[slice], Array],
+    scales: Callable[[slice], Array],
+    groups: Array,
+) -> Callable[[slice], Array]:
+    """Decodes rows whose entries are in these groups, in any order: (codes − zeros) · scales."""
+
+    def read(rows: slice) -> Array:
+        scale = scales(rows)[:, groups]
+        steps = codes(rows).astype(np.int16) - zeros(rows)[:, groups]
+        return steps.astype(scale.dtype) * scale
+
+    return read
 
 
 def nibbles(data: Array, *, high_first: bool = False) -> Array:

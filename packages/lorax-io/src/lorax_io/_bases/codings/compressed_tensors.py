@@ -1,29 +1,31 @@
 """compressed-tensors: packed integers, integers and FP8 with scales, NVFP4 and MXFP4."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 
 from lorax import FP8, MXFP4, Int4, Int8
 from lorax.bases import NVFP4
 
-from ..._errors import AdapterFileError, UnsupportedAdapterError
+from ..._errors import AdapterFileError
 from ..._places import Array
 from .coding import (
+    EXPONENT,
+    UNORDERED,
     AnyCoded,
     Coded,
+    Decoded,
     Part,
     Tensors,
     check_bits,
     expect,
     from_words,
-    grains_of,
+    in_groups,
     need,
     nibbles,
     stored,
     whole,
 )
+from .schemes import bits_of, grains_of, schemes_of
 
 _FLOATS = {
     np.dtype(jnp.float8_e4m3fn): FP8("e4m3"),
@@ -46,15 +48,10 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     outputs, inputs = (int(n) for n in expect(size, need(tensors, size), (2,)))
     if outputs != words.shape[0] or not 0 < inputs <= 32 * words.shape[1]:
         raise AdapterFileError(f"has `{packed}` {words.shape} for a weight of {outputs, inputs}.")
-    bits = check_bits(
-        packed, next((b for b in (4, 8) if -(-inputs * b // 32) == words.shape[1]), 0)
-    )
-    if order in tensors and (tensors.view(order) >= 0).any():
-        raise UnsupportedAdapterError(
-            f"has `{order}`: the groups of `{packed}` are not neighbors, which is not read."
-        )
+    schemes = schemes_of(tensors, np.int8)
+    bits = check_bits(packed, bits_of(packed, schemes, inputs, words.shape[1]))
     scales = _scales(tensors, scale, (outputs, inputs))
-    grains = grains_of(scale, (outputs, inputs), scales.shape)
+    grains = grains_of(scale, (outputs, inputs), scales.shape, schemes)
     is_symmetric = zero not in tensors
     unsigned = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
     signed = jnp.int4 if bits == 4 else np.dtype(np.int8)
@@ -67,18 +64,37 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         "codes": Part(codes, (1, 1), (outputs, inputs), signed if is_symmetric else unsigned),
         "scales": whole(scales, grains),
     }
-    names = [packed, scale, size, *([order] if order in tensors else [])]
+    names = [packed, scale, size]
     if not is_symmetric:
-        zeros = need(tensors, zero, ndim=2, dtypes=[np.int32])
-        count = scales.shape[1]
-        if scales.shape[0] != outputs:
-            raise AdapterFileError(f"has `{zero}`, but one scale for all of `{packed}`.")
-        expect(zero, zeros, (-(-outputs * bits // 32), count))
-        zero_points = from_words(zeros.T, bits)[:, :outputs].T
-        parts["zeros"] = whole(np.ascontiguousarray(zero_points), grains, unsigned)
+        parts["zeros"] = whole(_zeros(tensors, zero, scales.shape, outputs, bits), grains, unsigned)
         names.append(zero)
-    held = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
-    return Coded(tuple(names), held, parts, (outputs, inputs), scales.dtype)
+    if order in tensors:
+        names.append(order)
+        groups = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
+        if groups.max() >= 0 and not np.array_equal(groups, np.arange(inputs) // grains[1]):
+            if groups.min() < 0 or groups.max() >= scales.shape[1]:
+                raise AdapterFileError(f"has a group in `{order}` that has no scale.")
+            middle = np.full(scales.shape, 1 << bits - 1, np.uint8)
+            zeros = middle.__getitem__ if is_symmetric else parts["zeros"].read
+            raw = lambda rows: codes(rows) ^ flip  # noqa: E731
+            read = in_groups(raw, zeros, scales.__getitem__, groups)
+            return Decoded(tuple(names), UNORDERED, read, (outputs, inputs), scales.dtype)
+    codec = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
+    return Coded(tuple(names), codec, parts, (outputs, inputs), scales.dtype)
+
+
+def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bits: int) -> Array:
+    """The zero points of packed codes, with the shape of their scales, to one byte each."""
+    zeros = need(tensors, name, dtypes=[np.int32, np.int8])
+    if zeros.dtype == np.int8:  # not packed: one for the whole weight
+        numbers = zeros.reshape(shape).astype(np.int16) + (1 << bits - 1)
+        if numbers.min() < 0 or numbers.max() >= 1 << bits:
+            raise AdapterFileError(f"has `{name}` outside of the range of {bits} bits.")
+        return numbers.astype(np.uint8)
+    if shape[0] != outputs:
+        raise AdapterFileError(f"has packed zero points `{name}`, but one scale for many outputs.")
+    expect(name, zeros, (-(-outputs * bits // 32), shape[1]))
+    return np.ascontiguousarray(from_words(zeros.T, bits)[:, :outputs].T)
 
 
 def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -89,14 +105,16 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     codes = tensors.view(weight)
     if codes.ndim < 2 or codes.dtype not in [*_FLOATS, np.dtype(np.int8)]:
         return None
-    scales = _scales(tensors, scale, codes.shape)
-    grains = _cut(grains_of, scale, codes.shape, scales.shape)
+    scales = _scales(tensors, scale, codes.shape, has_exponents=codes.dtype in _FLOATS)
+    grains = grains_of(scale, codes.shape, scales.shape, schemes_of(tensors, codes.dtype))
     ones = (1,) * codes.ndim
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
     if codes.dtype != np.int8:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        held = _FLOATS[codes.dtype]
-        return Coded((weight, scale), held, parts, codes.shape, scales.dtype, stored=as_is)
+        codec, dtype = _FLOATS[codes.dtype], scales.dtype
+        if dtype.itemsize == 1:
+            as_is, dtype = {}, np.dtype(jnp.bfloat16)
+        return Coded((weight, scale), codec, parts, codes.shape, dtype, stored=as_is)
     if zero not in tensors:
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
         return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
@@ -108,8 +126,8 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         "scales": whole(scales, grains),
         "zeros": whole(unsigned(np.array(zeros)), grains),
     }
-    held = Int8(symmetric=False)
-    return Coded((weight, scale, zero), held, parts, codes.shape, scales.dtype)
+    codec = Int8(symmetric=False)
+    return Coded((weight, scale, zero), codec, parts, codes.shape, scales.dtype)
 
 
 def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -119,33 +137,28 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return None
     data, scales = need(tensors, packed, ndim=2), need(tensors, scale, ndim=2)
     shape = (data.shape[0], 2 * data.shape[1])
-    grains = grains_of(scale, shape, scales.shape)
+    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, np.float32))
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
-    if scales.dtype in (np.uint8, np.dtype(jnp.float8_e8m0fnu)):
+    if scales.dtype in (np.uint8, EXPONENT):
         parts["scales"] = whole(scales.view(np.uint8), grains)
-        held = MXFP4(block=grains[1])
-        return Coded((packed, scale), held, parts, shape, np.dtype(jnp.bfloat16))
+        codec = MXFP4(block=grains[1])
+        return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
     if scales.dtype != np.dtype(jnp.float8_e4m3fn):
         raise AdapterFileError(f"has `{scale}` in {scales.dtype}, of which no FP4 format is.")
     number = np.asarray(need(tensors, outer)).astype(np.float32).reshape(-1)
     parts["scales"] = whole(scales, grains)
     parts["outer"] = whole(expect(outer, number, (1,)).reshape(1, 1), shape)
-    held = NVFP4(block=grains[1])
-    return Coded((packed, scale, outer), held, parts, shape, np.dtype(jnp.bfloat16))
+    codec = NVFP4(block=grains[1])
+    return Coded((packed, scale, outer), codec, parts, shape, np.dtype(jnp.bfloat16))
 
 
-def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Array:
-    """Scales with as many axes as the weight."""
+def _scales(
+    tensors: Tensors, name: str, shape: tuple[int, ...], *, has_exponents: bool = False
+) -> Array:
+    """Scales with as many axes as the weight; `has_exponents`: bytes are powers of two (MXFP8)."""
     scales = need(tensors, name)
+    if has_exponents and scales.dtype == np.uint8:
+        scales = scales.view(EXPONENT)
     if not jnp.issubdtype(scales.dtype, jnp.floating):
         raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats.")
     return scales.reshape((1,) * len(shape)) if scales.size == 1 else scales
-
-
-def _cut(grains: Any, name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> Any:
-    """The grains of the scales; blocks of 128 × 128 may be cut at the end of an axis."""
-    if len(scales) == len(shape) == 2:
-        blocks = tuple(-(-size // 128) for size in shape)
-        if scales == blocks:
-            return (128, 128)
-    return grains(name, shape, scales)

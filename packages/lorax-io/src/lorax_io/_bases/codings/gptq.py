@@ -10,6 +10,7 @@ from lorax import Int4, Int8
 from ..._errors import AdapterFileError, UnsupportedAdapterError
 from ..._places import Array
 from .coding import (
+    UNORDERED,
     AnyCoded,
     Coded,
     Decoded,
@@ -18,6 +19,7 @@ from .coding import (
     check_bits,
     expect,
     from_words,
+    in_groups,
     need,
     setting,
 )
@@ -46,9 +48,13 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         )
     is_awq = kind == "awq" or (words.shape[1] != outputs and kind != "gptq")
     inputs = words.shape[0] if is_awq else words.shape[0] * 32 // bits
-    if inputs % groups:
-        raise AdapterFileError(f"has {groups} groups for the {inputs} inputs of `{module}`.")
-    group = inputs // groups
+    order, of = f"{prefix}g_idx", None
+    if order in tensors:
+        names = (*names, order)
+        of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
+        if of.min() < 0 or of.max() >= groups:
+            raise AdapterFileError(f"has a group in `{order}` that has no scale.")
+    group = _group(tensors, names[0], inputs, groups, of)
     if is_awq:
         if str(setting(tensors, "version", "gemm")).lower() != "gemm" or bits != 4:
             raise UnsupportedAdapterError(
@@ -72,30 +78,56 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return (stored + 1) & (2**bits - 1)  # GPTQ's v1 files store the zero point minus one
 
     dtype = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
-    held = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
+    codec = (Int4 if bits == 4 else Int8)(block=group, symmetric=False)
     shape = (outputs, inputs)
     parts = {
         "codes": Part(codes, (1, 1), shape, dtype),
         "scales": Part(lambda rows: scales[:, rows].T, (1, group), (outputs, groups), scales.dtype),
         "zeros": Part(zero_points, (1, group), (outputs, groups), dtype),
     }
-    order = f"{prefix}g_idx"
-    if order not in tensors:
-        return Coded(names, held, parts, shape, scales.dtype)
-    names = (*names, order)
-    of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
-    if np.array_equal(of, np.arange(inputs) // group) or not of.any():
-        return Coded(names, held, parts, shape, scales.dtype)
-    if of.min() < 0 or of.max() >= groups:
-        raise AdapterFileError(f"has a group in `{order}` that has no scale.")
+    neighbors = np.arange(inputs) // group
+    if of is None or np.array_equal(of, neighbors):
+        return Coded(names, codec, parts, shape, scales.dtype)
+    if not of.any():
+        assumed = (
+            f"all of `{order}` is 0, which is read as {groups} groups of neighbors, as exllama's "
+            "kernels do"
+        )
+        return Coded(names, codec, parts, shape, scales.dtype, assumed=assumed)
+    read = in_groups(codes, zero_points, lambda rows: scales[:, rows].T, of)
+    return Decoded(names, UNORDERED, read, shape, scales.dtype)
 
-    def decoded() -> Array:
-        every = slice(0, outputs)
-        zero, scale = zero_points(every)[:, of].astype(np.int16), scales.T[:, of]
-        return (codes(every) - zero).astype(scales.dtype) * scale
 
-    why = "its groups are not neighbors (desc_act)"
-    return Decoded(names, why, decoded, shape, scales.dtype)
+def _group(tensors: Tensors, name: str, inputs: int, groups: int, of: Array | None) -> int:
+    """How many neighbors share a scale; the last group may be cut.
+
+    Args:
+        tensors: the checkpoint, whose config says the size of groups.
+        name: of the codes.
+        inputs: of the weight.
+        groups: how many scales each output has.
+        of: the group of each input, if the file has them.
+    """
+    said = setting(tensors, "group_size", setting(tensors, "q_group_size"))  # AutoAWQ's own name
+    said = inputs if said == -1 else said
+    if type(said) is int and said > 0:
+        if -(-inputs // said) == groups:
+            return said
+        if not setting(tensors, "dynamic"):
+            raise AdapterFileError(
+                f"has `{name}` in {groups} groups of its {inputs} inputs, and its config says "
+                f"groups of {said}."
+            )
+    even = -(-inputs // groups)
+    if of is not None and of.any():
+        first = int(np.argmax(of != of[0]))
+        return first if first and -(-inputs // first) == groups else even
+    if even * groups == inputs and (groups == 1 or even & (even - 1) == 0):
+        return even
+    raise AdapterFileError(
+        f"has `{name}` in {groups} groups of its {inputs} inputs, and no config says the size of a "
+        "group. Read it as the folder of its own config.json."
+    )
 
 
 def _method(tensors: Tensors, prefix: str) -> str:

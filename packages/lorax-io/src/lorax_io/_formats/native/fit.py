@@ -13,7 +13,7 @@ from ..._disk.tensors import (
 from ..._errors import AdapterFileError, AdapterMismatchError
 from ..._shapes import blank_rows
 from ..._tree import (
-    Held,
+    FrozenFactors,
     absent,
     all_arrays,
     is_array,
@@ -26,7 +26,7 @@ from .header import Header
 
 def fit_params(
     file: TensorFile, header: Header, leaves: Mapping[str, Any]
-) -> tuple[dict[str, Any], Held]:
+) -> tuple[dict[str, Any], FrozenFactors]:
     """Rows of shapes for these parameters, and the shapes of the frozen factors in the file."""
     weights = {path: blank for path, blank in header.blanks.items() if blank is not None}
     blanks, frozen_factors = blank_rows(leaves, weights)
@@ -39,17 +39,17 @@ def fit_params(
             rows[path] = shape_of(base)
         else:
             raise AdapterMismatchError(f"trains `{path}` in full, {absent(path, leaves)}")
-    for path, names in header.held.items():
+    for path, names in header.frozen.items():
         if unknown := sorted(set(names) - frozen_factors[path].keys()):
             raise AdapterFileError(
                 f"has a frozen factor `{path}/{unknown[0]}`, which a {weights[path].kind} adapter "
                 "does not have.",
             )
-    held = {
-        path: {n: frozen_factors[path][n] for n in names} for path, names in header.held.items()
+    frozen = {
+        path: {n: frozen_factors[path][n] for n in names} for path, names in header.frozen.items()
     }
-    _check_entries(file, all_arrays(rows, held))
-    return rows, held
+    _check_entries(file, all_arrays(rows, frozen))
+    return rows, frozen
 
 
 def fit_like(file: TensorFile, header: Header, like: Any) -> dict[str, Any]:

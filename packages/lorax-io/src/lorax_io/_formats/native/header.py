@@ -41,7 +41,7 @@ class Header(NamedTuple):
     """The parameters in a header, by path."""
 
     blanks: dict[str, Adapter | None]  # adapters without arrays; None if trained in full
-    held: dict[str, list[str]]  # the names of the frozen factors in the file
+    frozen: dict[str, list[str]]  # the names of the frozen factors in the file
 
 
 def read_header(file: TensorFile) -> Header:
@@ -49,14 +49,14 @@ def read_header(file: TensorFile) -> Header:
     check_format(file)
     settings_of = _object(file, ADAPTER)
     blanks = {path: _read_settings(path, settings) for path, settings in settings_of.items()}
-    held = _object(file, HELD) if HELD in file.metadata else {}
-    for path, names in held.items():
+    frozen = _object(file, HELD) if HELD in file.metadata else {}
+    for path, names in frozen.items():
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if blanks.get(path) is None or not is_list:
             raise AdapterFileError(f"its header has no frozen factors of `{path}`: {names!r}.")
     wanted: set[str] = set()
     for path, blank in blanks.items():
-        factors = [] if blank is None else [*blank.factors(), *held.get(path, ())]
+        factors = [] if blank is None else [*blank.factors(), *frozen.get(path, ())]
         for name in [path] if blank is None else [f"{path}/{factor}" for factor in factors]:
             if name in wanted:
                 raise AdapterFileError(f"its header has two uses for `{name}`.")
@@ -65,7 +65,7 @@ def read_header(file: TensorFile) -> Header:
         raise AdapterFileError(f"lacks the tensor `{missing[0]}` of its header.")
     if extra := sorted(file.entries.keys() - wanted):
         raise AdapterFileError(f"has a tensor `{extra[0]}` that is not in its header.")
-    return Header(blanks, held)
+    return Header(blanks, frozen)
 
 
 def _object(file: TensorFile, key: str) -> dict[str, Any]:

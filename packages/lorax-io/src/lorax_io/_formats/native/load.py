@@ -20,7 +20,7 @@ from ..._disk.tensors import (
 from ..._errors import AdapterError, AdapterFileError
 from ..._shapes import base_shape, complete
 from ..._tree import (
-    Held,
+    FrozenFactors,
     all_arrays,
     filled,
     frozen_of,
@@ -76,7 +76,7 @@ def load_adapter(
         raise ArgumentError("load_adapter needs either `params` or `like`.")
     if like is None:
         with bars(progress):
-            loaded = read(path, params, sharding, with_held=False)
+            loaded = read(path, params, sharding, with_frozen=False)
         return with_leaves(loaded.structure, loaded.leaves, loaded.rows)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars(progress))
@@ -121,9 +121,9 @@ def load_pair(
         [5.0, 5.0, 5.0]
     """
     with bars(progress):
-        loaded = read(path, params, sharding, with_held=True)
+        loaded = read(path, params, sharding, with_frozen=True)
     return Pair(
-        frozen_of(loaded.leaves, loaded.structure, loaded.rows, loaded.held),
+        frozen_of(loaded.leaves, loaded.structure, loaded.rows, loaded.frozen),
         with_leaves(loaded.structure, loaded.leaves, loaded.rows),
     )
 
@@ -132,34 +132,34 @@ class Loaded(NamedTuple):
     """Loaded rows, and the parameters that they belong to."""
 
     rows: dict[str, Any]
-    held: Held
+    frozen: FrozenFactors
     leaves: Mapping[str, Any]
     structure: Any
 
 
 def read(
-    path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_held: bool
+    path: str | os.PathLike[str], params: Any, sharding: Any = None, *, with_frozen: bool
 ) -> Loaded:
     """Reads the rows of a file onto a base, with or without frozen factors."""
     with contextlib.ExitStack() as stack:
         with all_read(params, sharding):
             file = stack.enter_context(TensorFile(path))
             leaves, structure = param_leaves(params)
-            rows, held = fit_params(file, read_header(file), leaves)
-            places = placements(rows, held, structure, leaves, sharding)
+            rows, frozen = fit_params(file, read_header(file), leaves)
+            places = placements(rows, frozen, structure, leaves, sharding)
         with all_read(params, sharding):
             check_base(file, params, rows)  # this may gather the base from all processes
-            rows, held = load_arrays(file, rows, held if with_held else {}, places)
-            if with_held:
+            rows, frozen = load_arrays(file, rows, frozen if with_frozen else {}, places)
+            if with_frozen:
                 weights = {p: row for p, row in rows.items() if isinstance(row, Adapter)}
-                held = {
-                    p: complete(p, weight, leaves[p], held.get(p, {}))
+                frozen = {
+                    p: complete(p, weight, leaves[p], frozen.get(p, {}))
                     for p, weight in weights.items()
                 }
-    return Loaded(rows, held, leaves, structure)
+    return Loaded(rows, frozen, leaves, structure)
 
 
-def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
+def load_alone(file: TensorFile) -> tuple[dict[str, Any], FrozenFactors]:
     """Reads the rows and the frozen factors of a native file, without a base."""
     header = read_header(file)
     rows: dict[str, Any] = {}
@@ -177,11 +177,11 @@ def load_alone(file: TensorFile) -> tuple[dict[str, Any], Held]:
             raise AdapterFileError(
                 f"has factors of `{path}` that do not fit its axes: {error.reason}."
             ) from error
-    held = {
+    frozen = {
         path: {name: shapes[f"{path}/{name}"] for name in names}
-        for path, names in header.held.items()
+        for path, names in header.frozen.items()
     }
-    return load_arrays(file, rows, held, dict.fromkeys(file.entries))
+    return load_arrays(file, rows, frozen, dict.fromkeys(file.entries))
 
 
 def _recognizes(content: Content) -> bool:
@@ -205,8 +205,8 @@ FORMAT = Format(
 
 
 def load_arrays(
-    file: TensorFile, rows: Mapping[str, Any], held: Held, places: Mapping[str, Any]
-) -> tuple[dict[str, Any], Held]:
+    file: TensorFile, rows: Mapping[str, Any], frozen: FrozenFactors, places: Mapping[str, Any]
+) -> tuple[dict[str, Any], FrozenFactors]:
     """Reads the arrays of rows and frozen factors that have only shapes."""
 
     def load(name: str) -> jax.Array:
@@ -219,10 +219,10 @@ def load_arrays(
 
         return place(view.shape, view.dtype, read, places[name])
 
-    wanted = all_arrays(rows, held)
+    wanted = all_arrays(rows, frozen)
     names = [name for name in file.entries if name in wanted]
     arrays = {name: load(name) for name in track(names, "Loading the adapter")}
     return (
         {path: filled(path, row, arrays) for path, row in rows.items()},
-        {path: {n: arrays[f"{path}/{n}"] for n in factors} for path, factors in held.items()},
+        {path: {n: arrays[f"{path}/{n}"] for n in factors} for path, factors in frozen.items()},
     )

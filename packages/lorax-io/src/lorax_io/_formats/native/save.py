@@ -14,9 +14,9 @@ from ..._disk.tensors import (
     write_tensors,
 )
 from ..._errors import AdapterError, about
-from ..._shapes import check_held
+from ..._shapes import check_frozen
 from ..._tree import (
-    Held,
+    FrozenFactors,
     Row,
     arrays_of,
     pair_rows,
@@ -69,14 +69,14 @@ def save_adapter(
         >>> tunable = lorax_io.load_adapter(file, params=params)
     """
     with about(path), bars(progress):
-        rows, held = pair_rows(tunable)
-        write(path, rows, held, base=base, hash_base=hash_base, metadata=metadata)
+        rows, frozen = pair_rows(tunable)
+        write(path, rows, frozen, base=base, hash_base=hash_base, metadata=metadata)
 
 
 def write(
     path: str | os.PathLike[str],
     rows: Sequence[Row],
-    held: Held,
+    frozen: FrozenFactors,
     *,
     base: Any = None,
     hash_base: bool = False,
@@ -86,8 +86,8 @@ def write(
     arrays: dict[str, Any] = {}
     for row in rows:
         if isinstance(row.leaf, Adapter):
-            check_held(row.path, row.leaf, held.get(row.path, {}))
-        for name, array in arrays_of(*row, held.get(row.path)).items():
+            check_frozen(row.path, row.leaf, frozen.get(row.path, {}))
+        for name, array in arrays_of(*row, frozen.get(row.path)).items():
             if name in arrays:
                 raise AdapterError(f"two arrays are both called `{name}`; rename one.")
             check_dtype(name, array.dtype)
@@ -95,15 +95,15 @@ def write(
     if taken := [key for key in metadata or {} if key.startswith(PREFIX)]:
         raise AdapterError(f"metadata keys may not begin with {PREFIX!r}: {taken}.")
     settings = {row.path: settings_of(row.leaf) for row in rows}
-    is_first = not held and all(each["kind"] in FIRST_KINDS for each in settings.values())
+    is_first = not frozen and all(each["kind"] in FIRST_KINDS for each in settings.values())
     header = {
         **(metadata or {}),
         FORMAT_KEY: "1" if is_first else "2",
         **signature(),
         ADAPTER: json.dumps(settings),
     }
-    if held:
-        header[HELD] = json.dumps({of: sorted(factors) for of, factors in held.items()})
+    if frozen:
+        header[HELD] = json.dumps({of: sorted(factors) for of, factors in frozen.items()})
     if base is not None:
         header[BASE] = json.dumps(fingerprint(base, dict(rows), hash_base))
     gathered = {name: to_host(array) for name, array in track(arrays.items(), "Saving the adapter")}

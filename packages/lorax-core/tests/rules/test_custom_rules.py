@@ -1,6 +1,4 @@
-"""A rule for a kernel of a user's own, written with what `lorax.rules` exports."""
-
-import inspect
+"""A user's rule for a Pallas kernel, written with the public names of `lorax.rules`."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from lorax import (
     MaterializeWarning,
     init_lora,
     lora,
-    rules,
     testing,
 )
 from lorax._registry import RULES
@@ -28,17 +25,19 @@ def matmul_kernel(x, w, out):
     out[...] = x[...] @ w[...]
 
 
-def on_chip(x, w):
+def pallas_matmul(x, w):
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
     return pl.pallas_call(matmul_kernel, out_shape=shape, interpret=True)(x, w)
 
 
 @jax.custom_vjp
 def matmul(x, w):
-    return on_chip(x, w)
+    return pallas_matmul(x, w)
 
 
-matmul.defvjp(lambda x, w: (on_chip(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+matmul.defvjp(
+    lambda x, w: (pallas_matmul(x, w), (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g)
+)
 
 
 def model(params, x):
@@ -67,7 +66,7 @@ def with_rule():
     del RULES[pl.pallas_call_p]
 
 
-def test_a_kernel_without_a_rule_gets_the_weight():
+def test_kernel_without_a_rule_materializes():
     pair = init_lora(params(), {"up": 2, "down": 3}, jax.random.key(0))
     adapted = lora(model, through_custom_derivatives=True, on_materialize="error")
     with pytest.raises(MaterializeError, match="`up` is used by `pallas_call`"):
@@ -75,20 +74,20 @@ def test_a_kernel_without_a_rule_gets_the_weight():
 
 
 @pytest.mark.usefixtures("with_rule")
-def test_a_kernel_with_a_rule_materializes_no_weight():
+def test_kernel_with_a_rule_does_not_materialize():
     spec = {"up": 2, "down": LoraSpec(3, alpha=5)}
     testing.check(model, params(), spec, X, through_custom_derivatives=True)
 
 
 @pytest.mark.usefixtures("with_rule")
-def test_gains_that_the_rule_does_not_take_are_materialized_with_a_warning():
+def test_gain_under_a_custom_rule_materializes_and_warns():
     pair = init_lora(params(), {"up": DoraSpec(LoraSpec(2)), "down": LORA_FULL}, jax.random.key(0))
     with pytest.warns(MaterializeWarning, match="`up` is used by `pallas_call`.* with a gain"):
-        lora(lambda params, x: on_chip(x, params["up"]) + 0 * params["down"].sum())(pair, X)
+        lora(lambda params, x: pallas_matmul(x, params["up"]) + 0 * params["down"].sum())(pair, X)
 
 
 @pytest.mark.usefixtures("with_rule")
-def test_another_kernel_is_not_covered():
+def test_rule_does_not_cover_another_kernel():
     def doubled(x, w, out):
         out[...] = 2 * x[...] @ w[...]
 
@@ -99,13 +98,3 @@ def test_another_kernel_is_not_covered():
     pair = init_lora(params(), {"up": 2, "down": 0}, jax.random.key(0))
     with pytest.raises(MaterializeError, match="`up` is used by `pallas_call`"):
         lora(other, on_materialize="error")(pair, X)
-
-
-def test_public_names_of_extensions_show_their_module():
-    from lorax import bases, kinds
-
-    for module in (bases, kinds, rules):
-        for name in module.__all__:
-            value = getattr(module, name)
-            assert inspect.isclass(value) or inspect.isfunction(value)
-            assert value.__module__ == module.__name__, name

@@ -1,4 +1,4 @@
-"""Kinds that cut axes into blocks: formulas, first factors, bad input, and the work oracle."""
+"""Kinds that cut axes into blocks: formulas, initial factors, invalid input, and the oracle."""
 
 import math
 
@@ -36,14 +36,14 @@ SPECS = {
 
 
 def delta_of(spec, shape, seed=1):
-    """A delta from random factors, and these."""
+    """The delta of random factors, and the adapter that holds them."""
     base = jnp.zeros(shape)
     _, tunable = init_lora({"w": base}, {"w": spec}, jax.random.key(0))
     weight = testing.random_factors(tunable, jax.random.key(seed))["w"]
     return materialize(base, weight), weight
 
 
-# Formulas, written out once more in NumPy.
+# Formulas, in NumPy.
 
 
 def test_loha_is_a_product_of_two_low_rank_matrices():
@@ -60,7 +60,7 @@ def test_lokr_is_a_kronecker_product(rank, both):
     np.testing.assert_allclose(delta, 5 / rank * np.kron(w.w1, w2), rtol=1e-5, atol=1e-6)
 
 
-def test_both_matrices_of_lokr_may_be_narrow():
+def test_both_matrices_of_lokr_may_be_low_rank():
     delta, w = delta_of(LokrSpec(1, alpha=5, decompose_both=True), (12, 9))
     assert w.narrow == (True, True) and w.factors().keys() == {"a1", "b1", "a2", "b2"}
     expected = 5 * np.kron(w.a1 @ w.b1, w.a2 @ w.b2)
@@ -68,7 +68,7 @@ def test_both_matrices_of_lokr_may_be_narrow():
 
 
 @pytest.mark.parametrize("size, blocks", [(36, 6), (128, 8), (127, 1), (12, 3), (1, 1)])
-def test_blocks_are_as_nearly_square_as_they_can_be(size, blocks):
+def test_lokr_blocks_are_as_nearly_square_as_possible(size, blocks):
     weight = LokrSpec(1).blank((size, 4), Axes((), (0,), (1,)))
     assert weight.blocks == (blocks, 2)
 
@@ -87,7 +87,7 @@ def test_locon_is_two_products_around_a_core():
     np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_channels_of_locon_may_be_first():
+def test_locon_channels_may_be_first():
     spec = LoconSpec(2, channel_axis=0, in_axes=[0, 1], out_axes=[2])
     delta, w = delta_of(spec, (7, 3, 6))
     expected = jnp.einsum("ir,wrq,qo->iwo", w.a, w.core, w.b)
@@ -123,14 +123,14 @@ def test_one_factor_of_bdlora_is_block_diagonal(side):
     np.testing.assert_allclose(delta, 1.25 * a @ b, rtol=1e-5, atol=1e-6)
 
 
-# First factors.
+# Initial factors.
 
 ZERO = {"LohaSpec": "a2", "LokrSpec": "w1", "LoconSpec": "b", "MissSpec": "d", "GraloraSpec": "b"}
 ZERO["BdloraSpec"] = "b"
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_one_factor_is_zero_at_first_and_the_others_are_in_their_bounds(name):
+def test_one_initial_factor_is_zero_and_the_others_are_within_bounds(name):
     _, tunable = init_lora({"w": jnp.ones((64, 36))}, {"w": SPECS[name]}, jax.random.key(0))
     factors = tunable["w"].factors()
     assert not factors.pop(ZERO[name]).any()
@@ -166,7 +166,7 @@ def test_blocks_have_different_initial_factors():
         assert not jnp.allclose(tunable["w"].a[0], tunable["w"].a[1])
 
 
-# Bad input.
+# Invalid input.
 
 BAD = {
     "rank of LoHa": (LohaSpec(0), "`w` has a LohaSpec of rank 0"),
@@ -204,49 +204,49 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_raises_with_its_path(case):
+def test_invalid_spec_raises_with_its_path(case):
     spec, message = BAD[case]
     with pytest.raises(SpecError, match=message):
         init_lora({"w": jnp.ones((8, 6))}, {"w": spec}, jax.random.key(0))
 
 
-def test_a_shared_axis_is_not_split():
+def test_splitting_a_shared_axis_raises():
     spec = LokrSpec(2, shared_axes=[0], split_axes=[0, 1])
     with pytest.raises(SpecError, match=r"`w` .*of which one is shared"):
         init_lora({"w": jnp.ones((4, 8, 6))}, {"w": spec}, jax.random.key(0))
 
 
-# The work oracle, for kinds of which one factor has axes of both sides.
+# The oracle, for kinds with a factor that has both input and output axes.
 
 
-def built_in_full(eqn, x, w, **_):
+def merged_weight(eqn, x, w, **_):
     eqn.use(w, "product")
     return eqn(x, w.array())
 
 
 def delta_alone(eqn, x, w, **_):
-    """`x W + x Δ`: the base is left alone, and but the delta is formed."""
+    """`x W + x Δ`: materializes the delta, but not the merged weight."""
     eqn.use(w, "product")
     (term,) = w.terms
     return eqn(x, w.base) + eqn(x, term.array(x.dtype))
 
 
-def delta_in_parts(eqn, x, w, **_):
-    """The same, with the delta as it is before a reshape."""
+def delta_before_reshape(eqn, x, w, **_):
+    """`x W + x Δ`, with Δ materialized in the shape that its blocks have before a reshape."""
     eqn.use(w, "product")
     (term,) = w.terms
-    parts = tuple((label,) for label in term.shown)
-    delta = term.__class__(term.factors, term.labels, parts).array(x.dtype)
+    unmerged = tuple((label,) for label in term.shown)
+    delta = term.__class__(term.factors, term.labels, unmerged).array(x.dtype)
     x_parts = x.reshape(x.shape[0], *(label.size for label in term.out[0]))
     summed = len(term.out[0])
     product = jnp.tensordot(x_parts, delta, summed)
     return eqn(x, w.base) + product.reshape(x.shape[0], -1)
 
 
-@pytest.mark.parametrize("rule", [built_in_full, delta_alone, delta_in_parts])
+@pytest.mark.parametrize("rule", [merged_weight, delta_alone, delta_before_reshape])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2)], ids=str)
-def test_the_oracle_catches_a_delta_of_blocks(monkeypatch, spec, stacked, rule):
+def test_oracle_catches_a_materialized_delta(monkeypatch, spec, stacked, rule):
     (primitive,) = [p for p in RULES if p.name == "dot_general"]
     params, x = {"w": jnp.ones((8, 6)) / 3}, jnp.ones((3, 8))
 
@@ -266,19 +266,19 @@ def test_the_oracle_catches_a_delta_of_blocks(monkeypatch, spec, stacked, rule):
 
 
 def test_miss_remainder_is_not_weight_sized():
-    # Which rows the inputs meet is data, so that the oracle alone would not see it.
+    # The row that an input multiplies depends on data, which the oracle does not follow.
     params, x = {"w": jnp.ones((11, 7))}, jnp.ones((3, 11))
     pair = init_lora(params, {"w": MissSpec(4)}, jax.random.key(0))
     program = str(jax.make_jaxpr(lora(lambda p, x: x @ p["w"]))(pair, x))
     assert program.count("[11,4]") >= 1 and program.count("[11,7]") == 1  # the base itself
 
 
-# Edges of rules: look-ups out of range, groups that cut a block, strides and dilations.
+# Edge cases of rules: look-ups out of range, groups that cut a block, strides and dilations.
 
 
 @pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2), BdloraSpec(2)], ids=str)
 @pytest.mark.parametrize("mode", ["clip", "fill", "wrap"])
-def test_rows_out_of_range(spec, mode):
+def test_look_up_out_of_range(spec, mode):
     def model(params, i):
         return jnp.take(params["w"], i, axis=0, mode=mode, fill_value=0)
 
@@ -287,7 +287,7 @@ def test_rows_out_of_range(spec, mode):
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16])
-def test_rows_by_narrow_indices(dtype):
+def test_look_up_by_small_integers(dtype):
     def model(params, i):
         return params["w"][i]
 
@@ -308,7 +308,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "HWCN"])
 @pytest.mark.parametrize("kind", ["LokrSpec", "LoconSpec", "MissSpec", "GraloraSpec", "BdloraSpec"])
-def test_convolutions(kind, layout, options):
+def test_convolution_options(kind, layout, options):
     keywords = {"window_strides": (1, 1), "padding": "VALID"} | OPTIONS[options]
     groups = keywords.get("feature_group_count", 1)
 
@@ -322,7 +322,7 @@ def test_convolutions(kind, layout, options):
     testing.check(model, {"w": jnp.ones((3, 2, 4, 8)) / 9}, {"w": spec}, x, transforms=False)
 
 
-def test_kernels_of_a_vmap():
+def test_convolution_kernels_under_vmap():
     def model(params, x):
         def one(kernel, x):
             return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME")

@@ -1,4 +1,4 @@
-"""A warning names a line of the user's code, even where a library made the equation."""
+"""The line that a warning names is the user's, even where a library makes the equation."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ from lorax import MaterializeWarning, _uses, init_lora, lora
 PARAMS, X = {"w": jnp.ones((5, 7)), "v": jnp.ones((5, 7))}, jnp.ones((3, 5))
 
 
-def told(fn):
+def warned_lines(fn):
     """(parameter, line within `fn`) of every warning, in order."""
     pair = init_lora(PARAMS, {"w": 2, "v": 2}, jax.random.key(0))
     with warnings.catch_warnings(record=True) as caught:
@@ -27,7 +27,7 @@ def told(fn):
     return [(match[1], int(match[2]) - first) for match in matches if match]
 
 
-# All of these jit their insides, or consist of several equations.
+# Each of these functions uses `jit` inside, or makes several equations.
 FUNCTIONS = {
     "where": lambda w: jnp.where(w != 0, w, 1.0),
     "clip": lambda w: jnp.clip(w, -1, 1),
@@ -44,9 +44,9 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_of_a_library_get_their_callers_line(name):
+def test_library_function_gets_the_line_of_its_caller(name):
     change = FUNCTIONS[name]
-    jax.jit(change)(X)  # JAX has met the function elsewhere
+    jax.jit(change)(X)  # JAX has traced the function elsewhere
 
     def fn(params, x):
         first = change(params["w"])
@@ -54,21 +54,21 @@ def test_functions_of_a_library_get_their_callers_line(name):
         return x @ first + x @ second
 
     expected = {("w", 1), ("v", 2)}
-    if change.__module__ == __name__:  # The innermost line of the user's is that of the lambda.
+    if change.__module__ == __name__:  # The innermost line of the user is that of the lambda.
         line = inspect.getsourcelines(change)[1] - inspect.getsourcelines(fn)[1]
         expected = {("w", line), ("v", line)}
-    assert set(told(fn)) == expected
+    assert set(warned_lines(fn)) == expected
 
 
-def test_two_callers_of_one_body_get_a_line_each():
+def test_each_caller_of_one_body_gets_its_own_line():
     def fn(params, x):
         first = jnp.clip(params["w"], -1, 1)
         return x @ first + x @ jnp.clip(params["v"], -1, 1)
 
-    assert told(fn) == [("w", 1), ("v", 2)]
+    assert warned_lines(fn) == [("w", 1), ("v", 2)]
 
 
-def test_a_line_within_the_users_own_function_is_the_one():
+def test_line_inside_the_users_jitted_function_is_named():
     @jax.jit
     def own(w):
         return jnp.clip(w, -1, 1)
@@ -77,7 +77,7 @@ def test_a_line_within_the_users_own_function_is_the_one():
         return x @ own(params["w"]) + x @ own(params["v"])
 
     line = inspect.getsourcelines(own)[1] + 2 - inspect.getsourcelines(fn)[1]
-    assert told(fn) == [("w", line), ("v", line)]
+    assert warned_lines(fn) == [("w", line), ("v", line)]
 
 
 BODIES = {
@@ -93,7 +93,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_bodies(name):
+def test_line_inside_a_body_is_named(name):
     def body(w, x):
         return x @ jnp.clip(w, -1, 1)
 
@@ -101,7 +101,7 @@ def test_bodies(name):
         return BODIES[name](body, params["w"], x)
 
     line = inspect.getsourcelines(body)[1] + 1 - inspect.getsourcelines(fn)[1]
-    assert told(fn) == [("w", line)]
+    assert warned_lines(fn) == [("w", line)]
 
 
 @pytest.mark.parametrize("shape, shown", [((np.int64(3), 5), "(3, 5)"), ((np.int64(3),), "(3,)")])

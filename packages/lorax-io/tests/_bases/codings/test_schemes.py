@@ -1,0 +1,140 @@
+"""compressed-tensors: bits and blocks, from shapes and from the config."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorax import dequantize
+from lorax_io import AdapterFileError, AdapterWarning, Linear, UnsupportedAdapterError, load_base
+
+RANDOM = np.random.default_rng(0)
+
+
+def load(folder, tensors, *schemes, **options):
+    named = {f"up.{name}": tensor for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(named, folder / "model.safetensors")
+    groups = {f"group_{k}": {"weights": scheme} for k, scheme in enumerate(schemes)}
+    settings = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return load_base(folder, {"up": Linear("up")}, **options)["up"]
+
+
+def fp8(shape, sides):
+    """Codes with a scale for each block, and the decoded weight (in, out)."""
+    out, inputs = shape
+    codes = RANDOM.normal(size=shape).astype(jnp.float8_e4m3fn)
+    counts = [-(-size // side) for size, side in zip(shape, sides, strict=True)]
+    scales = RANDOM.uniform(0.5, 1, counts).astype(np.float32)
+    each = scales[np.arange(out) // sides[0]][:, np.arange(inputs) // sides[1]]
+    return {"weight": codes, "weight_scale": scales}, (codes.astype(np.float32) * each).T
+
+
+def block(*sides, kind="float"):
+    return {"type": kind, "num_bits": 8, "strategy": "block", "block_structure": [*sides]}
+
+
+CUT = [((100, 200), (64, 64)), ((1, 200), (64, 64)), ((40, 200), (1, 128)), ((96, 100), (32, 64))]
+
+
+@pytest.mark.parametrize("shape, sides", CUT)
+def test_partial_blocks_have_the_size_in_the_config(tmp_path, shape, sides):
+    """The same scales would fit equal parts of each axis."""
+    tensors, expected = fp8(shape, sides)
+    with pytest.warns(AdapterWarning, match="blocks in memory are shorter"):
+        held = load(tmp_path, tensors, block(8, 8, kind="int"), block(*sides))
+    np.testing.assert_array_equal(dequantize(held), expected)
+    with pytest.raises(AdapterFileError, match="`up.weight_scale` .* no config says which entries"):
+        load(tmp_path, tensors)
+    with pytest.raises(AdapterFileError, match=r"and its config says blocks of \[\(7, 9\)\]"):
+        load(tmp_path, tensors, block(7, 9))
+
+
+def test_power_of_two_scales(tmp_path):
+    """MXFP8: a byte for each 32 inputs."""
+    tensors, _ = fp8((6, 64), (1, 32))
+    exponents = RANDOM.integers(120, 134, (6, 2), dtype=np.uint8)
+    held = load(tmp_path, {**tensors, "weight_scale": exponents})
+    scales = np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, 1)
+    expected = (tensors["weight"].astype(np.float32) * scales).T
+    assert held.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dequantize(held).astype(jnp.float32), expected)
+    exponents[2, 1] = 255  # NaN
+    with pytest.raises(Exception, match="`up/scales` holds NaN"):
+        load(tmp_path, {**tensors, "weight_scale": exponents})
+
+
+def packed(out, inputs, bits, groups=None):
+    """4- or 8-bit codes in words, with scales by group, and the decoded weight (in, out)."""
+    codes = RANDOM.integers(0, 1 << bits, (out, inputs), dtype=np.uint8)
+    padded = np.pad(codes, ((0, 0), (0, -inputs % (32 // bits)))).astype(np.uint32)
+    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+    words = np.bitwise_or.reduce(padded.reshape(out, -1, 32 // bits) << shifts, -1).view(np.int32)
+    groups = np.zeros(inputs, np.int64) if groups is None else groups
+    scales = RANDOM.normal(size=(out, groups.max() + 1)).astype(np.float16)
+    tensors = {
+        "weight_packed": words,
+        "weight_scale": scales,
+        "weight_shape": np.array([out, inputs]),
+    }
+    steps = codes.astype(np.int16) - (1 << bits - 1)
+    return tensors, (steps.astype(np.float16) * scales[:, groups]).T
+
+
+def integers(bits, **settings):
+    return {"type": "int", "num_bits": bits, "strategy": "channel", **settings}
+
+
+@pytest.mark.parametrize("bits, inputs", [(4, 8), (8, 4), (4, 40), (8, 40)])
+def test_packed_codes_of_each_number_of_bits(tmp_path, bits, inputs):
+    tensors, expected = packed(5, inputs, bits)
+    np.testing.assert_array_equal(dequantize(load(tmp_path, tensors, integers(bits))), expected)
+    if inputs < 32:  # as many words as for other bits
+        with pytest.raises(AdapterFileError, match="1 words .* no config says the bits"):
+            load(tmp_path, tensors)
+    else:
+        np.testing.assert_array_equal(dequantize(load(tmp_path, tensors)), expected)
+    with pytest.raises(AdapterFileError, match="and its config says 2 bits"):
+        load(tmp_path, packed(5, 40, bits)[0], integers(2))
+
+
+def test_other_numbers_of_bits(tmp_path):
+    tensors, _ = packed(5, 64, 4)
+    tensors["weight_packed"] = tensors["weight_packed"][:, :6]
+    with pytest.raises(UnsupportedAdapterError, match="`up.weight_packed` in codes of 3 bits"):
+        load(tmp_path, tensors)
+    # 7 bits with a gap at the end of each word fill as many words as 8 bits.
+    tensors, _ = packed(5, 64, 8)
+    with pytest.raises(UnsupportedAdapterError, match="in codes of 7 bits"):
+        load(tmp_path, tensors, integers(7))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_reordered_groups(tmp_path, bits):
+    groups = RANDOM.permutation(64) // 16
+    tensors, expected = packed(6, 64, bits, groups)
+    tensors["weight_g_idx"] = groups.astype(np.int32)
+    scheme = integers(bits, strategy="group", group_size=16)
+    with pytest.raises(Exception, match="`up` that cannot be kept: its groups are not neighbors"):
+        load(tmp_path, tensors, scheme)
+    with pytest.warns(AdapterWarning, match=r"`up` \(as floats: its groups are not neighbors"):
+        floats = load(tmp_path, tensors, scheme, requantize="float")
+    np.testing.assert_array_equal(floats, expected)
+    tensors["weight_g_idx"][3] = 4
+    with pytest.raises(AdapterFileError, match="a group in `up.weight_g_idx` that has no scale"):
+        load(tmp_path, tensors, scheme)
+
+
+def test_one_zero_point_for_a_weight(tmp_path):
+    tensors, _ = packed(6, 64, 4)
+    tensors["weight_scale"] = np.array([0.5], np.float16)
+    tensors["weight_zero_point"] = np.array([-3], np.int8)
+    held = load(tmp_path, tensors, integers(4, strategy="tensor", symmetric=False))
+    del tensors["weight_zero_point"]
+    symmetric = load(tmp_path, tensors, integers(4, strategy="tensor"))
+    np.testing.assert_array_equal(dequantize(held), dequantize(symmetric) + np.float16(1.5))
+    tensors["weight_zero_point"] = np.array([-9], np.int8)
+    with pytest.raises(AdapterFileError, match="`up.weight_zero_point` outside of the range of 4"):
+        load(tmp_path, tensors, integers(4, strategy="tensor", symmetric=False))
