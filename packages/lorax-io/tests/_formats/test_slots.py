@@ -218,7 +218,13 @@ ADAPTERS = rows(
         FILE,
         "would replace",
     ),
-    ("base bias, unsaid", {}, {V + "bias": floats(3)}, FILE, "would replace a base weight"),
+    (
+        "base bias, not in the config",
+        {},
+        {V + "bias": floats(3)},
+        FILE,
+        "would replace a base weight",
+    ),
     (
         "base bias, of lora_only",
         {"bias": "lora_only"},
@@ -226,7 +232,13 @@ ADAPTERS = rows(
         FILE,
         "would replace",
     ),
-    ("wrapped bias, unsaid", {}, {V + "base_layer.bias": floats(3)}, FILE, "would replace a base"),
+    (
+        "wrapped bias, not in the config",
+        {},
+        {V + "base_layer.bias": floats(3)},
+        FILE,
+        "would replace a base",
+    ),
     (
         "weight among biases",
         {"bias": "all"},

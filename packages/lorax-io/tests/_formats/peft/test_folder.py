@@ -49,7 +49,7 @@ def test_header_and_config_agree_on_the_scale(place):
     with safetensors.safe_open(place.weights, "numpy") as file:
         metadata = file.metadata()
     settings = json.loads(metadata["lorax"])
-    settings["unknown"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
+    settings["unsaid"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
     safetensors.numpy.save_file(tensors, place.weights, metadata | {"lorax": json.dumps(settings)})
     assert_refused(place, "peft", AdapterFileError, "disagree on the scale of `.*q_proj`")
 
