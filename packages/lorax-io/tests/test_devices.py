@@ -77,7 +77,7 @@ SPECS = {
     "heads": P("x", "y", None),
     "stack": P("y", None, "x"),
     "table": P(None, ("x", "y")),
-    "whole": P(),
+    "replicated": P(),
     "bias": P("y"),
 }
 SHAPES = {
@@ -85,7 +85,7 @@ SHAPES = {
     "heads": (8, 4, 6),
     "stack": (4, 6, 8),
     "table": (7, 16),
-    "whole": (5, 3),
+    "replicated": (5, 3),
     "bias": (16,),
 }
 TUNED = {
@@ -93,7 +93,7 @@ TUNED = {
     "heads": LoraSpec(3, in_axes=[0]),
     "stack": LoraSpec(2, 8, "rslora", shared_axes=[0]),
     "table": LoraSpec(2),
-    "whole": LoraSpec(2),
+    "replicated": LoraSpec(2),
     "bias": lorax.LORA_FULL,
 }
 NAMES = {
@@ -101,7 +101,7 @@ NAMES = {
     "heads": Linear("layer.heads", in_axes=[0]),
     "stack": Linear("layers.{}.stack", shared_axes=[0]),
     "table": Embedding("layer.table"),
-    "whole": Linear("layer.whole"),
+    "replicated": Linear("layer.replicated"),
     "bias": Tensor("layer.dense"),
 }
 
@@ -288,7 +288,7 @@ def check_tree_of_shardings_can_be_a_prefix(home):
     everywhere = NamedSharding(mesh, P())
     split, there = NamedSharding(mesh, P("x")), SingleDeviceSharding(jax.devices()[3])
     where: dict[str, Any] = {name: everywhere for name in SHAPES}
-    where |= {"bias": split, "whole": there}
+    where |= {"bias": split, "replicated": there}
     where["dense"] = LoraWeight(
         split, there, rank=2, alpha=4, in_axes=(0,), out_axes=(1,), shared_axes=()
     )
@@ -296,7 +296,7 @@ def check_tree_of_shardings_can_be_a_prefix(home):
         loaded = load(params, sharding=where)
         assert_same(loaded, tunable)
         assert loaded["dense"].a.sharding == loaded["bias"].sharding == split
-        assert loaded["dense"].b.sharding == loaded["whole"].a.sharding == there
+        assert loaded["dense"].b.sharding == loaded["replicated"].a.sharding == there
         assert loaded["heads"].a.sharding == loaded["stack"].b.sharding == everywhere
 
 
@@ -409,9 +409,9 @@ def join(process, port, home):
         shard.data.nbytes for x in jax.tree.leaves(tunable) for shard in x.addressable_shards
     )
     taken = Spy.watch()
-    again = load_peft(home / "one folder", shapes, NAMES)[1]
+    reloaded = load_peft(home / "one folder", shapes, NAMES)[1]
     outcome["read by peft"] = 4 * sum(map(math.prod, taken))
-    for tree in (tunable, again):
+    for tree in (tunable, reloaded):
         assert jax.tree.structure(tree) == jax.tree.structure(local)
         for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(local), strict=True):
             for shard in x.addressable_shards:

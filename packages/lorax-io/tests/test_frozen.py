@@ -59,7 +59,7 @@ def draw(shape, dtype=jnp.bfloat16):
 
 
 def test_every_format_has_a_row():
-    assert {held.name for held in HELD.values()} == set(FORMATS)
+    assert {format.name for format in HELD.values()} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -130,8 +130,8 @@ def test_4_bit_codes_are_packed(file):
 
 
 def test_equal_trees_give_identical_files(file, tmp_path):
-    save_frozen(tmp_path / "again", load_frozen(file, params=PARAMS), metadata={"model": "mine"})
-    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    save_frozen(tmp_path / "resaved", load_frozen(file, params=PARAMS), metadata={"model": "mine"})
+    assert (tmp_path / "resaved").read_bytes() == file.read_bytes()
 
 
 def test_parameters_in_another_dtype_warn(file):
@@ -167,7 +167,7 @@ def test_quantized_base_is_accepted_in_place_of_parameters(tmp_path):
 # Damage
 
 
-def spoil(file, *, header=None, tensors=None):
+def damage(file, *, header=None, tensors=None):
     """Rewrites a file with a changed header and changed bytes of tensors."""
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -206,7 +206,7 @@ def set_quantized(**change):
 
 
 def adapter(settings):
-    return bases(lambda found: found["scaled"].update(adapter=settings))
+    return bases(lambda head: head["scaled"].update(adapter=settings))
 
 
 def unpacked(head):
@@ -229,9 +229,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
     "extra": (bases(lambda f: f.pop("scaled")), "has a tensor `scaled/codes` that its header"),
     "not an object": (bases(lambda f: f.update(w=[])), "does not say how `w` is stored"),
-    "adapter": (adapter({"kind": "nothing"}), "the adapter of the factors beside `scaled`"),
-    "no adapter": (adapter([]), "the adapter of the factors beside `scaled`"),
-    "half an adapter": (adapter({"kind": "dora"}), "the adapter of the factors beside `scaled`"),
+    "adapter": (adapter({"kind": "nothing"}), "the adapter of the frozen factors of `scaled`"),
+    "no adapter": (adapter([]), "the adapter of the frozen factors of `scaled`"),
+    "half an adapter": (adapter({"kind": "dora"}), "the adapter of the frozen factors of `scaled`"),
     "packed shape": (packing(shape=[2, 64, 7]), "`w/codes` of uint8 .* is uint8"),
     "packed axis": (packing(axis=5), "does not say how `w/codes` is packed"),
     "packed type": (packing(dtype="int2"), "does not say how `w/codes` is packed"),
@@ -250,7 +250,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_file_raises(file, case):
     change, message = DAMAGE[case]
-    spoil(file, **({"tensors": change} if isinstance(change, dict) else {"header": change}))
+    damage(file, **({"tensors": change} if isinstance(change, dict) else {"header": change}))
     with pytest.raises(AdapterError, match=message) as caught:
         load_frozen(file, params=PARAMS)
     assert str(file) in str(caught.value)
@@ -266,7 +266,7 @@ def test_truncated_frozen_file_raises(file, size):
 def test_nan_in_power_scales_raises(tmp_path):
     frozen = quantize({"w": draw((64, 2))}, {"w": MXFP4()})
     save_frozen(tmp_path / "f", frozen)
-    spoil(tmp_path / "f", tensors={"w/scales": (1, b"\xff")})
+    damage(tmp_path / "f", tensors={"w/scales": (1, b"\xff")})
     with pytest.raises(AdapterError, match="`w/scales` holds NaN"):
         load_frozen(tmp_path / "f", like=frozen)
 

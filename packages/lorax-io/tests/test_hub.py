@@ -188,15 +188,16 @@ def test_card_omits_a_base_missing_on_the_hub(hub, adapter, base):
     assert b"base_model:" not in hub.repos["me/new"][CARD]
 
 
-@pytest.mark.parametrize("ours", [None, "ours"])
-@pytest.mark.parametrize("theirs", [None, "theirs"])
-def test_existing_model_card_is_kept(hub, adapter, ours, theirs):
-    hub.repos["me/a"] = {} if theirs is None else {CARD: theirs.encode()}
-    if ours is not None:
-        (adapter.folder / CARD).write_text(ours)
+@pytest.mark.parametrize("local_card", [None, "local"])
+@pytest.mark.parametrize("remote_card", [None, "remote"])
+def test_existing_model_card_is_kept(hub, adapter, local_card, remote_card):
+    hub.repos["me/a"] = {} if remote_card is None else {CARD: remote_card.encode()}
+    if local_card is not None:
+        (adapter.folder / CARD).write_text(local_card)
     push_to_hub(adapter.folder, "me/a", **hub.options)
     card = hub.repos["me/a"][CARD].decode()
-    assert card == (ours or theirs) or (not ours and not theirs and "A LoRA adapter" in card)
+    existing = local_card or remote_card
+    assert card == existing or (existing is None and "A LoRA adapter" in card)
 
 
 def spoil_config(folder):
@@ -212,7 +213,7 @@ def replace_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error"),
+    ("change", "error"),
     [
         (lambda folder: (folder / CONFIG).unlink(), AdapterNotFoundError),
         (lambda folder: (folder / WEIGHTS).unlink(), AdapterNotFoundError),
@@ -222,8 +223,8 @@ def replace_weights(folder):
     ],
     ids=["no config", "no weights", "bad config", "bad weights", "a model"],
 )
-def test_non_adapter_raises_before_any_call(hub, adapter, spoil, error):
-    spoil(adapter.folder)
+def test_non_adapter_raises_before_any_call(hub, adapter, change, error):
+    change(adapter.folder)
     with pytest.raises(error):
         push_to_hub(adapter.folder, "me/new", **hub.options)
     assert hub.calls == []
@@ -295,11 +296,11 @@ def test_command_accepts_a_name_with_revision_and_subfolder(hub, within, shell, 
     assert ran.code == 2 and "not available on the Hub" in ran.err
 
 
-@pytest.mark.parametrize("lacking", [CONFIG, WEIGHTS])
-def test_repository_without_an_adapter_raises(hub, adapter, lacking):
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_repository_without_an_adapter_raises(hub, adapter, missing):
     push_to_hub(adapter.folder, "me/a", **hub.options)
-    del hub.repos["me/a"][lacking]
-    with pytest.raises(AdapterNotFoundError, match=f"^me/a: the repository has no `{lacking}`"):
+    del hub.repos["me/a"][missing]
+    with pytest.raises(AdapterNotFoundError, match=f"^me/a: the repository has no `{missing}`"):
         pull_from_hub("me/a", **hub.pull_options)
 
 

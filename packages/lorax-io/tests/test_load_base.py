@@ -155,23 +155,23 @@ def test_loaded_base_is_adapted_and_saved(file, tmp_path):
     out = lora(lambda p, x: x @ p["kernel"])(pair, x)
     np.testing.assert_allclose(out, x @ fp8()[1].T, rtol=1e-5)
     save_frozen(tmp_path / "frozen", frozen)
-    again = load_frozen(tmp_path / "frozen", like=frozen)
-    assert jax.tree.structure(again) == jax.tree.structure(frozen)
+    reloaded = load_frozen(tmp_path / "frozen", like=frozen)
+    assert jax.tree.structure(reloaded) == jax.tree.structure(frozen)
 
 
 # Errors
 
 
-def spoiled(**changes):
+def damaged(**changes):
     return {name: x for name, x in (fp8()[0] | changes).items() if x is not None}
 
 
 NAN = np.full((OUT, 1), np.nan, np.float32)
 BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "NaN": (spoiled(weight_scale=NAN), {}, "`up/scales` holds NaN, inf"),
-    "rows": (spoiled(weight_scale=NAN[:3]), {}, r"`up.weight_scale` of shape \(3, 1\)"),
-    "axes": (spoiled(weight_scale=NAN[:, 0]), {}, r"`up.weight_scale` of shape \(128,\)"),
-    "integers": (spoiled(weight_scale=np.ones((OUT, 1), np.int8)), {}, "in int8, not floats"),
+    "NaN": (damaged(weight_scale=NAN), {}, "`up/scales` holds NaN, inf"),
+    "rows": (damaged(weight_scale=NAN[:3]), {}, r"`up.weight_scale` of shape \(3, 1\)"),
+    "axes": (damaged(weight_scale=NAN[:, 0]), {}, r"`up.weight_scale` of shape \(128,\)"),
+    "integers": (damaged(weight_scale=np.ones((OUT, 1), np.int8)), {}, "in int8, not floats"),
     "shape": ({"weight": np.ones((3, 4))}, {"params": {"up": jnp.ones((5, 3))}}, "takes"),
     "no weight": ({"weight_scale_inv": NAN}, {}, "lacks `up.weight`"),
     "cut blocks": (
@@ -203,7 +203,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "no groups": (
         {"weight_packed": np.ones((4, 0), np.uint8), "weight_scale": np.ones((4, 1), np.uint8)},
-        {}, r"`up.weight_scale` of shape \(4, 1\) beside a weight of \(4, 0\)",
+        {}, r"`up.weight_scale` of shape \(4, 1\) for a weight of \(4, 0\)",
     ),
     "one number that is zero": (
         {"weight_packed": np.ones((4, 8), np.uint8), "weight_scale": fp8(4, 1)[0]["weight"],

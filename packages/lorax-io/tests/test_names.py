@@ -230,8 +230,8 @@ def test_either_axis_can_be_the_input():
     first, second = ([factor[1:] for factor in x.at("p", (5, 3)).factors] for x in (plain, turned))
     assert first == [("a", ((-1,), (1,))), ("b", ((0,), (-1,)))]
     assert second == [("b", ((-1,), (1,))), ("a", ((0,), (-1,)))]
-    said = Parameter("p", parameter="w", in_axes=(1,), out_axes=(0,))
-    assert said.fitted(lorax.Axes((), (0,), (1,))) is said
+    name = Parameter("p", parameter="w", in_axes=(1,), out_axes=(0,))
+    assert name.fitted(lorax.Axes((), (0,), (1,))) is name
 
 
 def test_missing_module_raises(file):

@@ -43,16 +43,16 @@ def spec_of(model, *args, **kwargs):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_axes_equal_those_of_a_trace(name):
-    whole = CLASSES[name] in lorax_hf.COMPOSITES  # does not support `_do_init=False`
-    model = make(name, _do_init=whole)
-    params = model.params if whole else model.params_shape_tree
+    do_init = CLASSES[name] in lorax_hf.COMPOSITES  # does not support `_do_init=False`
+    model = make(name, _do_init=do_init)
+    params = model.params if do_init else model.params_shape_tree
     inputs = tiny.inputs_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lorax.UnadaptedWarning)  # a classifier with one class
         traced = lorax.infer_spec(outputs(model), params, inputs, rank=2, skip_small=False)
-    ours = spec_of(model, params, rank=2, targets=lambda module: True)
+    spec = spec_of(model, params, rank=2, targets=lambda module: True)
     traced_leaves = jax.tree_util.tree_leaves_with_path(traced, is_leaf=is_spec)
-    named_module = jax.tree.leaves(ours, is_leaf=is_spec)
+    named_module = jax.tree.leaves(spec, is_leaf=is_spec)
     assert sum(map(is_spec, named_module)) >= 6
     for (path, traced_leaf), leaf in zip(traced_leaves, named_module, strict=True):
         if path[-1].key == "weight_v":
@@ -105,6 +105,6 @@ def test_adapters_equal_merged_models(kind):
         testing.check(run, params, spec, inputs, tolerance=1e-7, transforms=False)
         frozen, tunable = lorax.init_lora(params, spec, jax.random.key(0))
         adapted = jax.jit(lorax.lora(run, on_materialize="error", on_unused="error"))
-        ours, plain = adapted((frozen, tunable), inputs), jax.jit(run)(params, inputs)
+        actual, plain = adapted((frozen, tunable), inputs), jax.jit(run)(params, inputs)
         for name in plain:
-            np.testing.assert_array_equal(ours[name], plain[name])
+            np.testing.assert_array_equal(actual[name], plain[name])

@@ -39,10 +39,10 @@ def gpt2():
 )
 def test_adapted_model_is_called_like_the_model(gpt2, kwargs):
     model, adapted, pair, merged = gpt2
-    ours, plain = adapted(IDS, params=pair, **kwargs), model(IDS, params=merged, **kwargs)
-    assert type(ours) is type(plain) and ours.keys() == plain.keys()
-    assert not np.allclose(ours.logits, model(IDS, **kwargs).logits, atol=1e-3)
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+    actual, plain = adapted(IDS, params=pair, **kwargs), model(IDS, params=merged, **kwargs)
+    assert type(actual) is type(plain) and actual.keys() == plain.keys()
+    assert not np.allclose(actual.logits, model(IDS, **kwargs).logits, atol=1e-3)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
@@ -54,9 +54,9 @@ def test_adapted_model_is_called_like_the_model(gpt2, kwargs):
 def test_generated_tokens_equal_those_of_the_merged_model(gpt2, kwargs):
     model, adapted, pair, merged = gpt2
     kwargs = {"max_length": 9, "pad_token_id": 0, "eos_token_id": 60, **kwargs}
-    ours = adapted.generate(IDS, params=pair, **kwargs).sequences
-    np.testing.assert_array_equal(ours, model.generate(IDS, params=merged, **kwargs).sequences)
-    assert (ours[:, 4:] != 0).any()
+    actual = adapted.generate(IDS, params=pair, **kwargs).sequences
+    np.testing.assert_array_equal(actual, model.generate(IDS, params=merged, **kwargs).sequences)
+    assert (actual[:, 4:] != 0).any()
 
 
 def test_gradients_reach_the_factors(gpt2):
@@ -76,12 +76,12 @@ def test_missing_parameters_raise(gpt2):
 
 
 @pytest.mark.parametrize(
-    "again", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+    "copy_model", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_adapted_model_can_be_copied_and_pickled(gpt2, again):
+def test_adapted_model_can_be_copied_and_pickled(gpt2, copy_model):
     model, adapted, pair, _ = gpt2
-    copied = again(adapted)
-    assert (copied.model is model) == (again is copy.copy)
+    copied = copy_model(adapted)
+    assert (copied.model is model) == (copy_model is copy.copy)
     assert copied.config.to_dict() == model.config.to_dict()
     np.testing.assert_array_equal(copied(IDS, params=pair).logits, adapted(IDS, params=pair).logits)
     assert copied._options == adapted._options != {}

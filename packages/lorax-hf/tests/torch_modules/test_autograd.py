@@ -31,7 +31,7 @@ class Scales(Function):
     @staticmethod
     def forward(ctx, x, scale, others, count):
         ctx.save_for_backward(x, others[0])
-        ctx.scale, ctx.count, ctx.halves = scale, count, x / 2
+        ctx.scale, ctx.count, ctx.half_x = scale, count, x / 2
         signs = x.sign()
         ctx.mark_non_differentiable(signs)
         return x * scale + others[0], signs, 3
@@ -40,8 +40,8 @@ class Scales(Function):
     def backward(ctx, gradient, signs_gradient, number_gradient):
         assert number_gradient is None and ctx.needs_input_grad == (True, False, False, True)
         x, other = ctx.saved_tensors
-        mine = gradient * ctx.scale * x.cos() + other + ctx.halves + signs_gradient
-        return mine, None, None, gradient.sum() * ctx.count
+        x_gradient = gradient * ctx.scale * x.cos() + other + ctx.half_x + signs_gradient
+        return x_gradient, None, None, gradient.sum() * ctx.count
 
 
 class New(Function):

@@ -137,13 +137,13 @@ def test_module_state_is_restored():
 def test_module_is_restored_after_an_error():
     class Fails(nn.Linear):
         def forward(self, x):
-            self.seen = super().forward(x)
+            self.last_output = super().forward(x)
             raise ValueError("mine")
 
     fn, params = lorax_hf.from_torch(Fails(6, 5))
     with pytest.raises(ValueError, match="mine") as caught:
         fn(params, jnp.asarray(X))
-    assert not hasattr(fn.module, "seen") and isinstance(fn.module.weight, nn.Parameter)
+    assert not hasattr(fn.module, "last_output") and isinstance(fn.module.weight, nn.Parameter)
     assert any("the module (Fails)" in note for note in caught.value.__notes__)
 
 
@@ -239,17 +239,17 @@ def test_dtypes(dtype):
 def test_shardings():
     mesh = jax.make_mesh((1,), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.P("x"))
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
     module = nn.Linear(6, 5)
     shardings = {
         "all": split,
         "dict": {"weight": split, "bias": split},
-        "function": lambda name, shape: split if len(shape) == 2 else whole,
+        "function": lambda name, shape: split if len(shape) == 2 else replicated,
     }
-    for way, sharding in shardings.items():
+    for name, sharding in shardings.items():
         _, params = lorax_hf.from_torch(module, sharding=sharding)
         assert params["weight"].sharding == split
-        assert params["bias"].sharding == (whole if way == "function" else split)
+        assert params["bias"].sharding == (replicated if name == "function" else split)
     with pytest.raises(lorax.ArgumentError, match="no entry for the parameter `bias`"):
         lorax_hf.from_torch(module, sharding={"weight": split})
 
@@ -348,14 +348,16 @@ def test_attention(name):
     options, mask = ATTENTION[name]
     module = Attends(**options)
     x = np.sin(np.arange(24.0, dtype=np.float32)).reshape(1, 4, 6)
-    given = [x] if mask is None else [x, mask]
-    expected, output = both(module, *given)
+    arguments = [x] if mask is None else [x, mask]
+    expected, output = both(module, *arguments)
     assert_close(output, expected)
     fn, params = lorax_hf.from_torch(module)
-    weigh = np.cos(np.arange(24, dtype=np.float32)).reshape(1, 2, 4, 3)
-    ours = jax.grad(lambda p: (fn(p, *map(jnp.asarray, given)) * weigh).sum())(params)["weight"]
-    (module(*map(torch.from_numpy, given)) * torch.from_numpy(weigh)).sum().backward()
-    assert_close(ours, module.weight.grad, 1e-4)
+    weights = np.cos(np.arange(24, dtype=np.float32)).reshape(1, 2, 4, 3)
+    gradient = jax.grad(lambda p: (fn(p, *map(jnp.asarray, arguments)) * weights).sum())(params)[
+        "weight"
+    ]
+    (module(*map(torch.from_numpy, arguments)) * torch.from_numpy(weights)).sum().backward()
+    assert_close(gradient, module.weight.grad, 1e-4)
 
 
 class Named(nn.Linear):

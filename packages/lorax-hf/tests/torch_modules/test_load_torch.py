@@ -92,7 +92,7 @@ def test_damaged_folders_raise(tmp_path):
     saved("llama", tmp_path)
     file = tmp_path / "model.safetensors"
     arrays = safetensors.numpy.load_file(file)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     name = "model.layers.1.mlp.up_proj.weight"
 
     def changed(**more):
@@ -108,7 +108,7 @@ def test_damaged_folders_raise(tmp_path):
     changed(more=np.ones(3, np.float32))
     with pytest.warns(UserWarning, match="has `more`, which LlamaForCausalLM does not have"):
         lorax_hf.load_torch(tmp_path)
-    file.write_bytes(whole[:-100])
+    file.write_bytes(content[:-100])
     with pytest.raises(Exception, match="(?i)header|incomplete|metadata"):
         lorax_hf.load_torch(tmp_path)
 
@@ -196,7 +196,7 @@ def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-lorax_hf.load_torch(sys.argv[1])  # a small one: what is imported is not counted
+lorax_hf.load_torch(sys.argv[1])  # a small model, so that imports are not counted
 before, peak, done = anonymous(), [0], threading.Event()
 
 def watch():
@@ -226,6 +226,6 @@ def test_memory_stays_below_the_weights_and_the_largest_tensor(tmp_path, capsys)
     with capsys.disabled():
         print(
             f"\nload_torch: {weights / 1e6:.0f} MB of weights, the largest tensor "
-            f"{largest / 1e6:.0f} MB; at most {(peak - weights) / 1e6:.0f} MB beside the weights"
+            f"{largest / 1e6:.0f} MB; at most {(peak - weights) / 1e6:.0f} MB above the weights"
         )
     assert peak - weights <= 1.1 * largest

@@ -47,9 +47,9 @@ def test_values_and_gradients_equal_the_unrolled_module(kind, models):
     (value, gradient), (expected, unrolled) = loss(scan)(stacks), loss(fn)(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for name, parts in scan.members.items():
-        wanted = unrolled[name] if parts == (name,) else jnp.stack([unrolled[p] for p in parts])
-        largest = jnp.abs(wanted).max()
-        np.testing.assert_allclose(gradient[name], wanted, atol=2e-5 * largest, err_msg=name)
+        expected = unrolled[name] if parts == (name,) else jnp.stack([unrolled[p] for p in parts])
+        largest = jnp.abs(expected).max()
+        np.testing.assert_allclose(gradient[name], expected, atol=2e-5 * largest, err_msg=name)
 
 
 def test_stacks_are_adapted_and_not_materialized(models):
@@ -339,9 +339,9 @@ def test_modules_without_equal_layers_raise():
         (Tower([Layer(0)] * 2, in_turn), ["layers"], "no equal layers.*is tied"),
         (Tower([Layer(0), Layer(1)], in_turn), ["blocks"], "no list of layers called 'blocks'.*It"),
     ]
-    for module, wanted, message in cases:
+    for module, scan_layers, message in cases:
         with pytest.raises(ValueError, match=message):
-            lorax_hf.from_torch(module, scan_layers=wanted)
+            lorax_hf.from_torch(module, scan_layers=scan_layers)
 
 
 def test_load_torch_into_stacks(models, tmp_path):

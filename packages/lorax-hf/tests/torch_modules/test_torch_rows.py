@@ -52,21 +52,21 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("kind", "targets"), CHOICES)
-def test_named_choices(kind, targets):
+def test_named_targets(kind, targets):
     assert last_names(tiny_torch.causal(kind), targets=targets) == CHOICES[kind, targets]
 
 
-WAYS = {
+SELECTIONS = {
     "ends": (["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
-    "whole": (r".*\.[qk]_proj", {"q_proj", "k_proj"}),
+    "full match": (r".*\.[qk]_proj", {"q_proj", "k_proj"}),
     "part": (re.compile(r"mlp\."), MLP),
     "function": (lambda name: name.endswith("o_proj"), {"o_proj"}),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_other_choices(way):
-    targets, expected = WAYS[way]
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_other_targets(case):
+    targets, expected = SELECTIONS[case]
     assert last_names(tiny_torch.causal("llama"), targets=targets) == expected
 
 

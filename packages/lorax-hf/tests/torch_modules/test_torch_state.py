@@ -62,8 +62,8 @@ def test_objects_in_attributes_are_restored(name):
 
 
 def in_a_list():
-    module = With(lambda self, y: y @ self.held[0])
-    module.held = [module.linear.weight]
+    module = With(lambda self, y: y @ self.parameters_in_list[0])
+    module.parameters_in_list = [module.linear.weight]
     return module
 
 

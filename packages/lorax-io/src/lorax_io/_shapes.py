@@ -1,6 +1,6 @@
 """The shapes of factors, given a base, and the shape of a base, given the factors.
 
-A frozen factor is stored beside the base in the frozen tree, not in the tunable one.
+A frozen factor is stored with the base in the frozen tree, not in the tunable one.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lorax import Adapter, SpecError
 from lorax.kinds import factors_from_base
 
-from ._disk.arrays import sharding_beside
+from ._disk.arrays import sharding_like_base
 from ._errors import AdapterMismatchError
 from ._tree import absent, is_array
 
@@ -29,7 +29,7 @@ class Shapes(NamedTuple):
     axes: dict[str, tuple[int | None, ...]]  # the base's axis of each axis; None for inner ones
 
 
-def shapes_beside(path: str, weight: Adapter, base: Any) -> Shapes:
+def factor_shapes(path: str, weight: Adapter, base: Any) -> Shapes:
     """The shapes of an adapter's factors on a base.
 
     Raises:
@@ -70,10 +70,10 @@ def blank_rows(
         base = leaves.get(path)
         if not is_array(base):
             raise AdapterMismatchError(f"adapts `{path}`, {absent(path, leaves)}")
-        shapes = shapes_beside(path, weight, base)
+        shapes = factor_shapes(path, weight, base)
         factors = {
             name: jax.ShapeDtypeStruct(
-                shape, jnp.float32, sharding=sharding_beside(base, shapes.axes[name])
+                shape, jnp.float32, sharding=sharding_like_base(base, shapes.axes[name])
             )
             for name, shape in {**shapes.factors, **shapes.frozen}.items()
         }
@@ -157,7 +157,7 @@ def _check_lacking(
     derived = jax.eval_shape(weight.derived, shape)
     if missing := sorted(set(lacking) - derived.keys()):
         raise AdapterMismatchError(
-            f"lacks `{path}/{missing[0]}`, which a {weight.kind} adapter keeps beside its base. "
+            f"lacks `{path}/{missing[0]}`, which a {weight.kind} adapter keeps with its base. "
             "Save the whole pair: `save_adapter(file, lorax.Pair(frozen, tunable))`.",
         )
     return derived
@@ -172,10 +172,10 @@ def complete(path: str, weight: Adapter, base: Any, frozen: Mapping[str, Any]) -
     Raises:
         AdapterMismatchError: if one is neither computed nor given.
     """
-    shapes = shapes_beside(path, weight, base)
+    shapes = factor_shapes(path, weight, base)
     lacking = shapes.frozen.keys() - frozen.keys()
     derived: Mapping[str, Any] = _check_lacking(path, weight, lacking, base) if lacking else {}
     if shapes.frozen and not isinstance(base, jax.ShapeDtypeStruct):
-        where = {name: sharding_beside(base, axes) for name, axes in shapes.axes.items()}
+        where = {name: sharding_like_base(base, axes) for name, axes in shapes.axes.items()}
         derived = factors_from_base(weight, base, where)
     return {name: derived[name] if name in derived else frozen[name] for name in shapes.frozen}

@@ -12,7 +12,7 @@ from lorax import Adapter, FrozenWeight, Pair, QuantizedWeight, path_string
 
 from ._errors import AdapterError, AdapterMismatchError
 
-# Frozen factors, stored beside the base of their adapter: by path of the base, then by name.
+# Frozen factors, which are stored with their adapter's base: by path of the base, then by name.
 FrozenFactors = Mapping[str, Mapping[str, Any]]
 
 
@@ -108,16 +108,16 @@ def _check_array(name: str, array: Any) -> None:
 def _is_pair(tree: Any) -> bool:
     """Whether a tree is a (frozen, tunable) pair, in either order.
 
-    It is if both halves have the same structure and every adapter has an array in the other half.
+    It is if both trees have the same structure, and every adapter has an array in the other tree.
     """
     if not (type(tree) is tuple or isinstance(tree, Pair)) or len(tree) != 2:
         return False
-    (left, one), (right, other) = (jax.tree.flatten(half, is_leaf=_is_leaf) for half in tree)
+    (left, one), (right, other) = (jax.tree.flatten(part, is_leaf=_is_leaf) for part in tree)
     if one != other:
         return False
     sides = (zip(left, right, strict=True), zip(right, left, strict=True))
-    beside = [leaf for side in sides for leaf, row in side if _is_weight(row)]
-    return bool(beside) and all(map(is_array, beside))
+    bases = [leaf for side in sides for leaf, row in side if _is_weight(row)]
+    return bool(bases) and all(map(is_array, bases))
 
 
 def _is_weight(node: Any) -> bool:
@@ -149,7 +149,7 @@ def all_arrays(rows: Mapping[str, Any], frozen: FrozenFactors | None = None) -> 
 def param_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a parameter tree by path, including None, and its structure.
 
-    The leaves of a frozen tree are its bases, without the factors beside them.
+    The leaves of a frozen tree are its bases, without frozen factors.
     """
     leaves, structure = frozen_leaves(params)
     return {path: base_of(leaf) for path, leaf in leaves.items()}, structure
@@ -218,13 +218,13 @@ def frozen_of(
     return jax.tree.unflatten(
         structure,
         [
-            None if path in full else beside(leaf, frozen.get(path), rows.get(path))
+            None if path in full else frozen_leaf(leaf, frozen.get(path), rows.get(path))
             for path, leaf in leaves.items()
         ],
     )
 
 
-def beside(base: Any, frozen: Mapping[str, Any] | None, row: Any) -> Any:
+def frozen_leaf(base: Any, frozen: Mapping[str, Any] | None, row: Any) -> Any:
     """The leaf of the frozen tree: the base, or a `FrozenWeight` if it has frozen factors."""
     return FrozenWeight.beside(base, frozen, row) if frozen else base
 

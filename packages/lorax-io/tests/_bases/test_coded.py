@@ -223,9 +223,9 @@ def test_codes_are_decoded_and_merged(shell, files, tmp_path, coded, form):
 def test_extract_accepts_codes_on_either_side(shell, files, coded, form, which):
     """Either side of `extract` can be quantized; the other one is floats here."""
     weight, delta = coded(form)
-    held = files.read("base/model.safetensors")
+    coded_tensors = files.read("base/model.safetensors")
     floats = {f"{Q}.weight": np.asarray(weight + delta, np.float32)}
-    files.base(floats | {f"{V}.weight": held[f"{V}.weight"]}, None, "floats")
+    files.base(floats | {f"{V}.weight": coded_tensors[f"{V}.weight"]}, None, "floats")
     sides = ("base", "floats") if which == "base" else ("floats", "base")
     shell.succeed("extract --base {} --tuned {} --out x --rank 4 --to peft".format(*sides))
     tensors = files.read("x/adapter_model.safetensors")
@@ -328,15 +328,15 @@ def test_merge_raises_if_other_codes_cannot_be_read(shell, files, tmp_path, code
 
 def test_fully_trained_module_replaces_codes(shell, files, coded):
     coded("fp8 in blocks")
-    whole = files.draw(OUT, IN)
+    full = files.draw(OUT, IN)
     files.peft(
-        files.pair(V, 64, 32) | {f"{Q}.weight": whole},
+        files.pair(V, 64, 32) | {f"{Q}.weight": full},
         target_modules=["v_proj"],
         modules_to_save=["q_proj"],
     )
     shell.succeed("merge adapter --base base --out m")
     tensors = files.read("m/model.safetensors")[f"{Q}.weight"]
-    np.testing.assert_array_equal(tensors, whole.astype(tensors.dtype))
+    np.testing.assert_array_equal(tensors, full.astype(tensors.dtype))
 
 
 def test_experts_in_mxfp4(shell, files):

@@ -18,12 +18,12 @@ STATED = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_head
 def shapes(arch, head=True):
     """The weights of a transformers model, and their names in llama.cpp."""
     kv = WIDTH // HEADS * KV_HEADS
-    found = {
+    weights = {
         "model.embed_tokens.weight": ("token_embd.weight", (TOKENS, WIDTH)),
         "model.norm.weight": ("output_norm.weight", (WIDTH,)),
     }
     if head:
-        found["lm_head.weight"] = ("output.weight", (TOKENS, WIDTH))
+        weights["lm_head.weight"] = ("output.weight", (TOKENS, WIDTH))
     for k in range(LAYERS):
         rows = {
             "input_layernorm.weight": ("attn_norm.weight", (WIDTH,)),
@@ -47,17 +47,17 @@ def shapes(arch, head=True):
                 "self_attn.q_norm.weight": ("attn_q_norm.weight", (WIDTH // HEADS,)),
                 "self_attn.k_norm.weight": ("attn_k_norm.weight", (WIDTH // HEADS,)),
             }
-        found |= {
+        weights |= {
             f"model.layers.{k}.{name}": (f"blk.{k}.{own}", shape)
             for name, (own, shape) in rows.items()
         }
-    return found
+    return weights
 
 
 def permuted(weight, heads):
     """The rows of q and k in the order of llama.cpp's converter."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
+    pairs = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(
@@ -105,13 +105,13 @@ def adapter(files, *modules, folder="adapter"):
 
 def merged(weights, tensors):
     """The weights plus twice the product of their factors, since alpha is 4 and the rank 2."""
-    found = dict(weights)
+    result = dict(weights)
     for name in weights:
         module = name.removesuffix(".weight")
         if f"{module}.lora_A.weight" in tensors:
             a, b = (tensors[f"{module}.lora_{k}.weight"] for k in "AB")
-            found[name] = weights[name] + 2 * (b @ a)
-    return found
+            result[name] = weights[name] + 2 * (b @ a)
+    return result
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
@@ -121,17 +121,17 @@ def test_merge_equals_merging_into_decoded_weights(shell, files, arch):
     assert "fits model.gguf" in shell.succeed("verify adapter --base model.gguf")
     printed = shell.succeed("merge adapter --base model.gguf --out m --dtype float32")
     assert "only the weights are written" in printed and "in float32" in printed
-    found, expected = files.read("m/model.safetensors"), merged(weights, tensors)
-    assert found.keys() == expected.keys()
+    actual, expected = files.read("m/model.safetensors"), merged(weights, tensors)
+    assert actual.keys() == expected.keys()
     for name, array in expected.items():
         if array is weights[name]:
-            np.testing.assert_array_equal(found[name], array, err_msg=name)
-        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
+            np.testing.assert_array_equal(actual[name], array, err_msg=name)
+        np.testing.assert_allclose(actual[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
     # The same checkpoint, merged in transformers' format.
     files.base(weights)
-    shell.succeed("merge adapter --base base --out again")
-    again = files.read("again/model.safetensors")
-    assert all(np.array_equal(found[name], again[name]) for name in again)
+    shell.succeed("merge adapter --base base --out merged")
+    in_transformers = files.read("merged/model.safetensors")
+    assert all(np.array_equal(actual[name], x) for name, x in in_transformers.items())
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_dtype_follows_the_file(shell, files, kind, dtype):
     weights = write(files, kind=gguf.GGMLQuantizationType[kind])
     tensors = adapter(files)
     shell.succeed("merge adapter --base model.gguf --out m")
-    found = files.read("m/model.safetensors")
-    assert {array.dtype for array in found.values()} == {np.dtype(dtype)}
+    merged_tensors = files.read("m/model.safetensors")
+    assert {array.dtype for array in merged_tensors.values()} == {np.dtype(dtype)}
     # Merged in float32, and rounded once.
     for name, array in merged(weights, tensors).items():
-        close = np.abs(found[name].astype(np.float32) - array)
-        assert (close <= 0.51 * np.spacing(np.abs(array).astype(dtype)).astype(np.float32)).all()
+        error = np.abs(merged_tensors[name].astype(np.float32) - array)
+        assert (error <= 0.51 * np.spacing(np.abs(array).astype(dtype)).astype(np.float32)).all()
 
 
 def test_several_files_with_config_and_tokenizer(shell, files, monkeypatch):
@@ -168,9 +168,11 @@ def test_several_files_with_config_and_tokenizer(shell, files, monkeypatch):
     assert len(shards) > 2
     sizes = 0
     for shard in shards:
-        found = files.read(f"m/{shard}")
-        assert found.keys() == {n for n, file in index["weight_map"].items() if file == shard}
-        sizes += sum(array.nbytes for array in found.values())
+        tensors_of_shard = files.read(f"m/{shard}")
+        assert tensors_of_shard.keys() == {
+            n for n, file in index["weight_map"].items() if file == shard
+        }
+        sizes += sum(array.nbytes for array in tensors_of_shard.values())
     assert index["metadata"]["total_size"] == sizes
 
 
@@ -180,7 +182,7 @@ def test_several_files_with_config_and_tokenizer(shell, files, monkeypatch):
 def test_adapter_of_missing_tensors_raises(shell, files, tmp_path, command):
     write(files, head=False)
     adapter(files, "lm_head", folder="a")
-    assert "put a config.json beside it" in shell.fail(command)
+    assert "put a config.json next to it" in shell.fail(command)
     tensors = files.pair("model.layers.7.self_attn.q_proj", WIDTH, WIDTH)
     files.peft(tensors, "a", target_modules=["q_proj"])
     assert "model.layers.7.self_attn.q_proj" in shell.fail(command)

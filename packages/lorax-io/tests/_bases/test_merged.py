@@ -186,7 +186,7 @@ def without(names, *paths):
     return {path: torch_name for path, torch_name in names.items() if path not in paths}
 
 
-def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
+def with_leaves(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
     frozen, tunable = make_pair()
     return {path: leaf for path, leaf in frozen.items() if path not in rows}, tunable | rows
 
@@ -197,8 +197,8 @@ def spoiled(**rows) -> tuple[dict[str, Any], dict[str, Any]]:
         (make_pair(), without(NAMES, "experts"), "no module for `experts`"),
         (make_pair(), NAMES | {"gpt2": Conv1D("head")}, "two parameters the tensor `head.weight`"),
         (make_pair(), NAMES | {"q": Linear("h.q", shared_axes=(0,))}, "q: needs one `{}`"),
-        (spoiled(gpt2=make_pair()[1]["gpt2"]), NAMES, "adapts `gpt2`"),
-        (spoiled(more=jnp.ones(3)), NAMES, "adapts `more`"),
+        (with_leaves(gpt2=make_pair()[1]["gpt2"]), NAMES, "adapts `gpt2`"),
+        (with_leaves(more=jnp.ones(3)), NAMES, "adapts `more`"),
     ],
     ids=["no name", "same tensor", "same layer", "no base", "not in the base"],
 )

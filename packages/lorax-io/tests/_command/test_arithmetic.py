@@ -117,8 +117,8 @@ def test_resize_to_a_lower_rank(shell):
     assert resized["q/kernel"].rank == 1
     assert_close(deltas(resized), deltas(expected))
     shell.succeed("combine one two --out both")
-    shell.succeed("resize both again --tolerance 1e-6")
-    assert read("again")["q/kernel"].rank == 5  # all that the matrix has
+    shell.succeed("resize both resized --tolerance 1e-6")
+    assert read("resized")["q/kernel"].rank == 5  # all that the matrix has
 
 
 def write(path, tensors):
@@ -149,9 +149,9 @@ def tuned(shell, tmp_path):
 
 
 def test_extracted_adapter_restores_the_fine_tuned_model(shell, tuned, tmp_path):
-    out = shell.succeed("extract --base base --tuned tuned --out found --rank 2 --to peft")
-    assert "found: 2 parameters" in out
-    shell.succeed("merge found --base base --out merged")
+    out = shell.succeed("extract --base base --tuned tuned --out extracted --rank 2 --to peft")
+    assert "extracted: 2 parameters" in out
+    shell.succeed("merge extracted --base base --out merged")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
     for name, expected in tuned[1].items():
         np.testing.assert_allclose(merged[name], expected, rtol=1e-4, atol=1e-5)
@@ -163,11 +163,11 @@ def test_missing_modules_are_named(shell, tuned, tmp_path):
         "model.norm.weight": tuned[1]["model.norm.weight"] * 2,
     }
     write(tmp_path / "more" / "model.safetensors", after)
-    line = "extract --base base --tuned more --out found --rank 2 --to peft --energy 0.9"
+    line = "extract --base base --tuned more --out extracted --rank 2 --to peft --energy 0.9"
     code, _, err = shell(line)
     assert code == 0
     assert "`model.embed_tokens.weight`" in err and "`model.norm.weight`" in err
-    code, _, err = shell(line.replace("found", "one") + r" --targets model\.q")
+    code, _, err = shell(line.replace("extracted", "one") + r" --targets model\.q")
     assert code == 0 and "`model.conv.weight`" in err
     assert list(open_adapter("one").rows) == ["model/q/kernel"]
 
@@ -177,16 +177,16 @@ def test_extract_from_conv1d(shell, tuned, tmp_path):
     for name, matrix in turned.items():
         write(tmp_path / f"{name}1d" / "model.safetensors", {"c_attn.weight": matrix})
     shell.succeed(
-        "extract --base base1d --tuned tuned1d --out found --rank 2 --to peft --fan-in-fan-out"
+        "extract --base base1d --tuned tuned1d --out extracted --rank 2 --to peft --fan-in-fan-out"
     )
-    shell.succeed("merge found --base base1d --out merged")
+    shell.succeed("merge extracted --base base1d --out merged")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
     np.testing.assert_allclose(merged["c_attn.weight"], turned["tuned"], rtol=1e-4, atol=1e-5)
 
 
 def test_extract_errors(shell, tuned, tmp_path):
     base, after = tuned
-    line = "extract --base base --tuned other --out found --rank 2 --to peft"
+    line = "extract --base base --tuned other --out extracted --rank 2 --to peft"
     for other, message in (
         (base, "differs from the base in no module"),
         ({k: v for k, v in after.items() if "norm" not in k}, "`model.norm.weight` is (7,)"),
@@ -195,13 +195,13 @@ def test_extract_errors(shell, tuned, tmp_path):
     ):
         write(tmp_path / "other" / "model.safetensors", other)
         assert message in shell.fail(line)
-        assert not (tmp_path / "found").exists()
+        assert not (tmp_path / "extracted").exists()
 
 
 def test_extract_from_half_precision(shell, tuned, tmp_path):
     for name, tensors in zip(("base", "tuned"), tuned, strict=True):
         narrow = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
         write(tmp_path / f"{name}16" / "model.safetensors", narrow)
-    shell.succeed("extract --base base16 --tuned tuned16 --out found --rank 4 --to peft")
-    extracted = open_adapter("found").rows["model/q/kernel"]
+    shell.succeed("extract --base base16 --tuned tuned16 --out extracted --rank 4 --to peft")
+    extracted = open_adapter("extracted").rows["model/q/kernel"]
     assert extracted.rank == 4 and extracted.a.dtype == np.float32

@@ -76,8 +76,8 @@ def written(folder):
     rows = open_adapter(folder).rows
     paths = [f"transformer_blocks/0/attn/to_{x}/kernel" for x in "qkv"]
     assert rows.keys() == {*paths}
-    found = [rows[path] for path in paths]
-    deltas = [row.scale * np.asarray(row.a) @ np.asarray(row.b) for row in found]
+    selected = [rows[path] for path in paths]
+    deltas = [row.scale * np.asarray(row.a) @ np.asarray(row.b) for row in selected]
     return np.concatenate(deltas, 1).T
 
 

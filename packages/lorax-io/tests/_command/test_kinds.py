@@ -30,17 +30,19 @@ def run(capsys, *words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "whole"),
+    ("kind", "save_pair"),
     [(kind, True) for kind in KINDS] + [(kind, False) for kind in KINDS if kind not in HELD],
 )
-def test_command_reads_native_files(tmp_path, file, capsys, kind, whole):
+def test_command_reads_native_files(tmp_path, file, capsys, kind, save_pair):
     pair, params = make_pair(kind), make_params()
-    saved = pair if whole else pair.tunable
-    base, other, again = (tmp_path / name for name in ("base.safetensors", "other", "again"))
+    saved = pair if save_pair else pair.tunable
+    base, other, converted = (
+        tmp_path / name for name in ("base.safetensors", "other", "converted")
+    )
     safetensors.numpy.save_file({k: np.asarray(x) for k, x in params.items()}, base)
     save_adapter(file, saved)
     changed = jax.tree.map(lambda x: x * 1.5, pair.tunable)
-    save_adapter(other, pair._replace(tunable=changed) if whole else changed)
+    save_adapter(other, pair._replace(tunable=changed) if save_pair else changed)
 
     code, out = run(capsys, "inspect", file)
     assert code == 0 and pair.tunable["kernel"].kind in out
@@ -51,8 +53,8 @@ def test_command_reads_native_files(tmp_path, file, capsys, kind, whole):
     assert run(capsys, "diff", file, file)[0] == 0
     code, out = run(capsys, "diff", file, other)
     assert code == 1 and out.count("numbers") == 3
-    assert run(capsys, "convert", file, again, "--to", "native")[0] == 0
-    assert again.read_bytes() == file.read_bytes()
+    assert run(capsys, "convert", file, converted, "--to", "native")[0] == 0
+    assert converted.read_bytes() == file.read_bytes()
 
     run(capsys, "merge", file, "--base", base, "--out", tmp_path / "merged")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
@@ -69,10 +71,10 @@ def test_command_reads_peft_dora(tmp_path, file, capsys):
     run(capsys, "convert", folder, file, "--to", "native")
     loaded = load_adapter(file, params={"q": {"kernel": params["kernel"]}})
     assert_same(loaded["q"]["kernel"], pair.tunable["kernel"])
-    again = tmp_path / "again"
-    run(capsys, "convert", file, again, "--to", "peft")
+    converted = tmp_path / "converted"
+    run(capsys, "convert", file, converted, "--to", "peft")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (again / name).read_bytes() == (folder / name).read_bytes()
+        assert (converted / name).read_bytes() == (folder / name).read_bytes()
     run(capsys, "merge", folder, "--base", base, "--out", tmp_path / "merged")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / base.name)
     assert_close(merged["q.weight"], np.asarray(merge_params(pair)["kernel"].T))

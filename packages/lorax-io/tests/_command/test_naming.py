@@ -67,7 +67,7 @@ def test_rename_to_a_duplicate_name_raises(shell, files):
 def test_rename_without_a_match_warns(shell, files, line):
     files.peft(files.pair("a", OUT, IN), target_modules=["a"])
     files.base({"a.weight": files.draw(OUT, IN)})
-    found = shell(f"{line} --rename b c")
-    assert found.code == 0
-    assert "--rename: no module has 'b', so it renamed nothing" in found.err
+    result = shell(f"{line} --rename b c")
+    assert result.code == 0
+    assert "--rename: no module has 'b', so it renamed nothing" in result.err
     assert "renamed nothing" not in shell(f"{line} --rename a a").err

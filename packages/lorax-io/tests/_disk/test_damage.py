@@ -90,8 +90,8 @@ def test_damaged_peft_folder_is_rejected_or_equal(home, edits, name):
     folder.mkdir(exist_ok=True)
     for path in sound.iterdir():
         data = path.read_bytes()
-        spoiled = Damage.apply(data, edits) if path.name == f"adapter_{name}" else data
-        (folder / path.name).write_bytes(spoiled)
+        content = Damage.apply(data, edits) if path.name == f"adapter_{name}" else data
+        (folder / path.name).write_bytes(content)
     load_or_refuse(lambda: load_peft(folder, make_params(), NAMES)[1], tunable)
 
 

@@ -71,17 +71,17 @@ PLACES = rows(
 
 @pytest.mark.skipif(os.name != "posix", reason="has other files")
 @pytest.mark.parametrize("which", ["native", "config", "weights"])
-@pytest.mark.parametrize(("spoil", "error", "message"), PLACES)
-def test_non_file_raises(place, which, spoil, error, message):
+@pytest.mark.parametrize(("change", "error", "message"), PLACES)
+def test_non_file_raises(place, which, change, error, message):
     place.write_native()
-    spoil(getattr(place, which))
+    change(getattr(place, which))
     assert_refused(place, "native" if which == "native" else "peft", error, message)
 
 
 @pytest.mark.parametrize("which", ["config", "weights"])
-@pytest.mark.parametrize("spoil", [moved_out, moved_through])
-def test_link_out_of_the_folder_raises(place, which, spoil):
-    spoil(getattr(place, which))
+@pytest.mark.parametrize("change", [moved_out, moved_through])
+def test_link_out_of_the_folder_raises(place, which, change):
+    change(getattr(place, which))
     assert_refused(place, "peft", AdapterFileError, "is a link to .*, outside its folder")
 
 
@@ -132,7 +132,7 @@ def test_pickle_is_never_read(place):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (lambda place: place.config.unlink(), "adapter_config.json: there is no such file"),
         (
@@ -143,6 +143,6 @@ def test_pickle_is_never_read(place):
     ],
     ids=["no config", "no folder", "a file"],
 )
-def test_non_peft_folder_raises(place, spoil, message):
-    spoil(place)
+def test_non_peft_folder_raises(place, change, message):
+    change(place)
     assert_refused(place, "peft", AdapterNotFoundError, message)

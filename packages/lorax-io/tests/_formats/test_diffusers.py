@@ -152,8 +152,8 @@ def test_names_without_a_part_are_unchanged(shell, files, modules):
     names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     assert names == set(modules)
     shell.succeed("convert pytorch_lora_weights.safetensors out --to diffusers")
-    again = files.read("out/pytorch_lora_weights.safetensors")
-    assert again.keys() == {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
+    converted = files.read("out/pytorch_lora_weights.safetensors")
+    assert converted.keys() == {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
 
 
 @pytest.mark.parametrize("part", ["unet", "transformer", "text_encoder_2"])

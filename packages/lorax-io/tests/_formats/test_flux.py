@@ -40,8 +40,8 @@ def test_fused_layers_are_split_for_a_base_with_separate_layers(shell, files, pr
     merged = files.read("merged/base.safetensors")
     changes = {name: merged[f"{name}.weight"] - base[f"{name}.weight"] for name in parts}
     for module, begin in {QKV: one, "single_blocks.1.linear1": two}.items():
-        whole = np.concatenate([x for name, x in changes.items() if name.startswith(begin)])
-        np.testing.assert_allclose(whole, deltas[module], rtol=1e-4, atol=1e-5)
+        fused = np.concatenate([x for name, x in changes.items() if name.startswith(begin)])
+        np.testing.assert_allclose(fused, deltas[module], rtol=1e-4, atol=1e-5)
     names = {name: Linear(name, in_axes=(1,), out_axes=(0,)) for name in parts}
     params = {name: jnp.asarray(base[f"{name}.weight"]) for name in parts}
     pair = load_any("a.safetensors", params, names)

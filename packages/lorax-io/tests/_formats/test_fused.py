@@ -71,10 +71,10 @@ def check(file, deltas):
         else:
             assert key not in merged
     params = {**PARAMS, f"{SINGLE}attn.to_q": PARAMS[f"{SINGLE}attn.to_q"]}
-    again = deltas_of(load_any(file, params, NAMES))
+    restored = deltas_of(load_any(file, params, NAMES))
     for name in SIZES:
         expected = deltas.get(name, np.zeros(PARAMS[name].shape))
-        np.testing.assert_allclose(again[name], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(restored[name], expected, rtol=1e-5, atol=1e-6)
     return rows
 
 
@@ -157,9 +157,9 @@ def test_dora_magnitudes_are_fused(tmp_path):
     params = {name: jax.random.normal(jax.random.key(1), x.shape) for name, x in PARAMS.items()}
     pair = make(dict.fromkeys(SIZES, DoraSpec(LoraSpec(2))), params)
     save_kohya(tmp_path / "a.safetensors", pair.tunable, NAMES)
-    again = load_any(tmp_path / "a.safetensors", params, NAMES)
+    restored = load_any(tmp_path / "a.safetensors", params, NAMES)
     for name, weight in lorax.merge_params(pair).items():
-        np.testing.assert_allclose(lorax.merge_params(again)[name], weight, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(lorax.merge_params(restored)[name], weight, rtol=1e-4, atol=1e-5)
     some = {k: v for k, v in pair.tunable.items() if not k.endswith("attn.to_k")}
     with pytest.raises(UnsupportedAdapterError, match="DoRA of some parts"):
         save_kohya(tmp_path / "b.safetensors", some, NAMES)

@@ -63,8 +63,8 @@ def test_command_inspects_and_converts(shell, files):
     assert "format: keras" in text and "rank: 3" in text and "scale: 1.0" in text
     shell.succeed("convert a.lora.h5 adapter --to peft")
     shell.succeed("convert adapter b.lora.h5 --to keras")
-    again = open_adapter("b.lora.h5")
-    assert {torch_name.module for torch_name in again.names.values()} == {"11", "3"}
+    converted = open_adapter("b.lora.h5")
+    assert {torch_name.module for torch_name in converted.names.values()} == {"11", "3"}
 
 
 REFUSED = {
@@ -106,7 +106,7 @@ def test_unsupported_features_raise(tmp_path, case):
     assert not list(tmp_path.iterdir())
 
 
-def spoil(file, change):
+def damage(file, change):
     save_keras(file, make().tunable, NAMES)
     with h5py.File(file, "r+") as opened:
         change(opened)
@@ -141,7 +141,7 @@ def without_numbers(file):
 
 
 ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
-SPOILED = {
+DAMAGE = {
     "no rank": put("lora/vars/rank", None),
     "a text rank": put("lora/vars/rank", "3"),
     "a zero rank": put("lora/vars/rank", 0),
@@ -165,10 +165,10 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_files_raise(tmp_path, case):
     file = tmp_path / "a.lora.h5"
-    spoil(file, SPOILED[case])
+    damage(file, DAMAGE[case])
     names = NAMES if case != "no kernels" else {"query": NAMES["query"]}
     if case == "no kernels":  # of one layer; the other one alone would be an adapter
         assert len(open_adapter(file).rows) == 1
@@ -223,8 +223,8 @@ def test_big_endian_arrays_are_read(tmp_path):
             name = "lora/vars/rank" if path == "rank" else f"lora/{path}"
             array = source[name][()]
             target[name] = array.astype(array.dtype.newbyteorder(">"))
-    ours, theirs = (load_any(path, PARAMS, NAMES).tunable for path in (file, other))
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    native, swapped = (load_any(path, PARAMS, NAMES).tunable for path in (file, other))
+    for x, y in zip(jax.tree.leaves(native), jax.tree.leaves(swapped), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

@@ -43,7 +43,7 @@ def moved(*pairs):
     return {name: value for old, new in pairs for name, value in ((old, None), (new, TENSORS[old]))}
 
 
-def spoiled(value, name=Q + A, dtype="float32"):
+def with_value(value, name=Q + A, dtype="float32"):
     array = TENSORS[name].astype(jnp.dtype(dtype))
     array.flat[-1] = value
     return {name: array}
@@ -54,8 +54,8 @@ def typed(dtype, *names):
 
 
 ADAPTERS = rows(
-    ("half missing", {}, {Q + B: None}, FILE, "lacks `.*q_proj.lora_B.weight`, beside"),
-    ("other half missing", {}, {V + A: None}, FILE, "lacks `.*v_proj.lora_A.weight`, beside"),
+    ("b missing", {}, {Q + B: None}, FILE, "lacks `.*q_proj.lora_B.weight`, but has"),
+    ("a missing", {}, {V + A: None}, FILE, "lacks `.*v_proj.lora_A.weight`, but has"),
     ("target missing", {}, {V + A: None, V + B: None}, FILE, "lacks the factors of `.*v_proj`"),
     ("no tensor", {}, dict.fromkeys(TENSORS), FILE, "has no tensors: .*ZeRO-3"),
     ("no target", {"target_modules": ["q_proj"]}, {}, FILE, "`.*v_proj`, which is not a target"),
@@ -157,10 +157,10 @@ ADAPTERS = rows(
     ("enormous rank", {"r": 2**20}, {}, MISMATCH, "at the rank 1048576"),
     ("rank by pattern", {"rank_pattern": {"v_proj": 1}}, {}, MISMATCH, "at the rank 1 "),
     ("ranks differ", {}, {Q + A: floats(1, 5)}, MISMATCH, "at the rank 2"),
-    ("NaN", {}, spoiled(np.nan), AdapterError, "`q/a` holds NaN or infinity"),
-    ("infinity", {}, spoiled(-np.inf, V + B), AdapterError, "`v/b` holds NaN or infinity"),
-    ("NaN in bfloat16", {}, spoiled(np.nan, dtype="bfloat16"), AdapterError, "holds NaN"),
-    ("infinity in float16", {}, spoiled(np.inf, dtype="float16"), AdapterError, "holds NaN"),
+    ("NaN", {}, with_value(np.nan), AdapterError, "`q/a` holds NaN or infinity"),
+    ("infinity", {}, with_value(-np.inf, V + B), AdapterError, "`v/b` holds NaN or infinity"),
+    ("NaN in bfloat16", {}, with_value(np.nan, dtype="bfloat16"), AdapterError, "holds NaN"),
+    ("infinity in float16", {}, with_value(np.inf, dtype="float16"), AdapterError, "holds NaN"),
     ("int32", {}, typed(np.int32), FILE, "in int32, not float16, bfloat16, float32, float64"),
     ("int8", {}, typed(np.int8, Q + A), FILE, "in int8, not"),
     ("bool", {}, typed(bool, Q + B), FILE, "in bool, not"),
@@ -177,7 +177,7 @@ ADAPTERS = rows(
         "would replace a base",
     ),
     (
-        "wrapped base weight beside factors",
+        "wrapped base weight with factors",
         {},
         {Q + "base_layer.weight": floats(3, 5)},
         FILE,
@@ -218,7 +218,13 @@ ADAPTERS = rows(
         FILE,
         "would replace",
     ),
-    ("base bias, unsaid", {}, {V + "bias": floats(3)}, FILE, "would replace a base weight"),
+    (
+        "base bias, not in the config",
+        {},
+        {V + "bias": floats(3)},
+        FILE,
+        "would replace a base weight",
+    ),
     (
         "base bias, of lora_only",
         {"bias": "lora_only"},
@@ -226,7 +232,13 @@ ADAPTERS = rows(
         FILE,
         "would replace",
     ),
-    ("wrapped bias, unsaid", {}, {V + "base_layer.bias": floats(3)}, FILE, "would replace a base"),
+    (
+        "wrapped bias, not in the config",
+        {},
+        {V + "base_layer.bias": floats(3)},
+        FILE,
+        "would replace a base",
+    ),
     (
         "weight among biases",
         {"bias": "all"},

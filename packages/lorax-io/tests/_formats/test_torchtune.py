@@ -20,20 +20,20 @@ def tensors(files, modules=MODULES):
     }
 
 
-def save(file, found, config=None):
-    safetensors.numpy.save_file(found, file)
+def save(file, arrays, config=None):
+    safetensors.numpy.save_file(arrays, file)
     if config is not None:
         file.with_name("adapter_config.json").write_text(json.dumps(config))
 
 
 def test_factors_are_read_with_the_given_alpha(tmp_path, shell, files):
-    found = tensors(files)
-    save(tmp_path / "a.safetensors", found)
+    arrays = tensors(files)
+    save(tmp_path / "a.safetensors", arrays)
     params = {name: np.zeros(shape[::-1], np.float32) for name, shape in MODULES.items()}
     pair = load_any(tmp_path / "a.safetensors", params, NAMES, alpha=3)
     for name, row in pair.tunable.items():
         assert (row.rank, row.scale) == (2, 1.5)
-        a, b = (found[f"{name}.lora_{side}.weight"] for side in "ab")
+        a, b = (arrays[f"{name}.lora_{side}.weight"] for side in "ab")
         np.testing.assert_array_equal(row.a, a.T)
         np.testing.assert_array_equal(row.b, b.T)
     text = shell.succeed("inspect a.safetensors --alpha 3")
@@ -70,7 +70,7 @@ SPOILED = {
 @pytest.mark.parametrize("case", SPOILED)
 def test_damaged_files_raise(tmp_path, files, case):
     changed, message = SPOILED[case]
-    found = tensors(files) | {name: files.draw(*shape) for name, shape in changed.items()}
-    save(tmp_path / "a.safetensors", found)
+    arrays = tensors(files) | {name: files.draw(*shape) for name, shape in changed.items()}
+    save(tmp_path / "a.safetensors", arrays)
     with pytest.raises(AdapterError, match=message):
         open_adapter(tmp_path / "a.safetensors", alpha=2)

@@ -66,10 +66,10 @@ def leaf(*shape, value=0.5):
 def test_checkpoint_loads_without_names(tmp_path):
     pair, folder = make(), tmp_path / "checkpoint"
     save_tunix(folder, pair.tunable, step=3)
-    found = load_any(folder, PARAMS)
+    loaded = load_any(folder, PARAMS)
     expected = lorax.merge_params(pair)
-    jax.tree.map(np.testing.assert_array_equal, lorax.merge_params(found), expected)
-    weight = found.tunable["layers"]["0"]["q"]["w"]
+    jax.tree.map(np.testing.assert_array_equal, lorax.merge_params(loaded), expected)
+    weight = loaded.tunable["layers"]["0"]["q"]["w"]
     assert (weight.axes.inputs, weight.axes.outputs) == ((1,), (0, 2))
     # Without a base, the first axes are the inputs.
     opened = open_adapter(folder)
@@ -77,10 +77,10 @@ def test_checkpoint_loads_without_names(tmp_path):
     assert opened.rows["layers/0/q/w"].a.shape == (10, 3)
     assert opened.names["layers/0/q/w"] == Linear("layers.0.q", in_axes=(0,), out_axes=(1, 2))
     assert opened.names["mlp/gate"].module == "mlp.gate"
-    # A step and its tree are read alike.
+    # A step and its tree give the same adapter.
     for inner in (folder / "3", folder / "3" / "model_params"):
-        again = load_any(inner, PARAMS)
-        jax.tree.map(np.testing.assert_array_equal, again.tunable, found.tunable)
+        from_tree = load_any(inner, PARAMS)
+        jax.tree.map(np.testing.assert_array_equal, from_tree.tunable, loaded.tunable)
 
 
 def test_missing_alpha_raises(tmp_path):
@@ -111,11 +111,11 @@ def test_alpha_for_a_file_with_its_own_raises(tmp_path):
 def test_scales_are_those_of_the_given_alpha(tmp_path):
     pair = make(alpha=5.0)
     save_tunix(tmp_path / "a", pair.tunable, alpha=3.0)
-    found = load_any(tmp_path / "a", PARAMS)
-    assert found.tunable["mlp"]["gate"].alpha == 3.0
+    loaded = load_any(tmp_path / "a", PARAMS)
+    assert loaded.tunable["mlp"]["gate"].alpha == 3.0
     expected = lorax.merge_params(pair)
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6)  # noqa: E731
-    jax.tree.map(close, lorax.merge_params(found), expected)
+    jax.tree.map(close, lorax.merge_params(loaded), expected)
 
 
 def test_linen_checkpoint_in_bfloat16_is_read(tmp_path):
@@ -140,7 +140,7 @@ def test_other_arrays_are_ignored_with_a_warning(tmp_path):
     save_tree(
         tmp_path / "a", {"q": {"w": leaf(5, 3), "w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)}}
     )
-    with pytest.warns(AdapterWarning, match="1 arrays beside the factors, such as `q/w/value`"):
+    with pytest.warns(AdapterWarning, match="1 arrays besides the factors, such as `q/w/value`"):
         assert [*open_adapter(tmp_path / "a", alpha=2).rows] == ["q/w"]
 
 
@@ -165,7 +165,7 @@ def test_merge_into_a_base_in_pytorch_layout(shell, files):
     base = {f"{name}.weight": files.draw(*shape) for name, shape in sides.items()}
     files.base(base)
     shell.succeed("merge a --base base/model.safetensors --out merged")
-    found = files.read("merged/model.safetensors")
+    merged = files.read("merged/model.safetensors")
     q, gate = pair.tunable["layers"]["0"]["q"]["w"], pair.tunable["mlp"]["gate"]
     assert len(tree) == 4
     for name, row, rank in (("layers.0.q", q, 3), ("mlp.gate", gate, 3)):
@@ -173,7 +173,7 @@ def test_merge_into_a_base_in_pytorch_layout(shell, files):
             row.scale * np.asarray(row.a).reshape(-1, rank) @ np.asarray(row.b).reshape(rank, -1)
         )
         np.testing.assert_allclose(
-            found[f"{name}.weight"], base[f"{name}.weight"] + delta.T, atol=1e-5
+            merged[f"{name}.weight"], base[f"{name}.weight"] + delta.T, atol=1e-5
         )
 
 
@@ -272,9 +272,9 @@ def test_several_alphas_raise_or_are_folded(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="several alphas"):
         save_tunix(tmp_path / "a", pair.tunable)
     save_tunix(tmp_path / "a", pair.tunable, alpha=4)
-    found = lorax.merge_params(load_any(tmp_path / "a", params))
+    merged = lorax.merge_params(load_any(tmp_path / "a", params))
     for name, weight in lorax.merge_params(pair).items():
-        np.testing.assert_allclose(found[name], weight, rtol=1e-6)
+        np.testing.assert_allclose(merged[name], weight, rtol=1e-6)
 
 
 def files_of(folder):
@@ -300,9 +300,9 @@ def test_damage_to_any_file_is_rejected_or_harmless(tmp_path):
             else:
                 path.write_bytes(damaged)
             try:
-                found = jax.tree.leaves(load_any(tmp_path / "a", PARAMS, alpha=6.0).tunable)
+                actual = jax.tree.leaves(load_any(tmp_path / "a", PARAMS, alpha=6.0).tunable)
                 outcomes.add("read")
-                for one, other in zip(found, expected, strict=True):
+                for one, other in zip(actual, expected, strict=True):
                     np.testing.assert_array_equal(one, other)
             except AdapterError as error:
                 outcomes.add("refused")
@@ -314,8 +314,8 @@ def test_damage_to_any_file_is_rejected_or_harmless(tmp_path):
 def test_invalid_metadata_raises(tmp_path):
     save_tunix(tmp_path / "a", make().tunable)
     path = tmp_path / "a" / "0" / "model_params" / "_METADATA"
-    found = json.loads(path.read_text())
-    first = next(iter(found["tree_metadata"].values()))
+    content = json.loads(path.read_text())
+    first = next(iter(content["tree_metadata"].values()))
     for value in ({}, [], {"tree_metadata": {}}, {"tree_metadata": {"x": first}}, None):
         path.write_text(json.dumps(value))
         with pytest.raises(AdapterError):

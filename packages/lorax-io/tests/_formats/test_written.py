@@ -53,10 +53,10 @@ def test_kohya_round_trips(files, scaling):
     assert open_adapter("k.safetensors").format == "kohya"
     loaded = load_any("k.safetensors", PARAMS, NAMES)
     for path, row in tunable.items():
-        ours, theirs = (
+        expected, actual = (
             np.asarray(lorax.materialize(PARAMS[path], x)) for x in (row, loaded.tunable[path])
         )
-        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
     alphas = {k: x for k, x in files.read("k.safetensors").items() if k.endswith(".alpha")}
     assert len(alphas) == 5 and all(x.shape == () for x in alphas.values())
 

@@ -113,7 +113,7 @@ def config_of(path: Path) -> dict[str, Any] | None:
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config that says how weights are quantized, also that beside a file of the model.
+    """The config that says how weights are quantized, also for a single file of the model.
 
     AutoGPTQ and AutoAWQ before transformers 4.35 write their settings to a file of their own.
     """

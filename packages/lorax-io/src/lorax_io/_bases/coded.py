@@ -1,4 +1,4 @@
-"""Detects quantized weights by the tensors beside them, and by the model's config."""
+"""Detects quantized weights by the tensors of their modules, and by the model's config."""
 
 from collections.abc import Container, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._errors import UnsupportedAdapterError
 
-# Tensors in the module of a quantized weight, beside the weight or in its place, and the format
+# Tensors in the module of a quantized weight, with or instead of the weight, and the format
 # they indicate. The first one present decides.
 MARKS: dict[str, str] = {
     "weight_scale_inv": "FP8 with a scale for each block",

@@ -92,13 +92,13 @@ def fit_adapter(
 
 
 def _biases(names: TorchNames, checkpoint: Checkpoint) -> dict[str, TorchName]:
-    """The names of the biases beside adapted weights, which some kinds, such as IA³, change."""
-    beside = {
+    """The names of the biases of adapted layers, which some kinds, such as IA³, change."""
+    candidates = {
         name.removesuffix("weight") + "bias": torch_name for name, torch_name in names.items()
     }
     return {
         name: Tensor(torch_name.module)
-        for name, torch_name in beside.items()
+        for name, torch_name in candidates.items()
         if name in checkpoint.shapes and name not in names
     }
 
@@ -149,7 +149,7 @@ def _with_head(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
         return checkpoint
     if checkpoint.config is None or ties(checkpoint.config) is False:
         how = "put a" if checkpoint.is_gguf else "give the base as a folder with a"
-        where = "beside it" if checkpoint.is_gguf else "in it"
+        where = "next to it" if checkpoint.is_gguf else "in it"
         raise AdapterMismatchError(
             f"adapts `{heads[0]}`, and {checkpoint.path} has no tensor of that name. A model may "
             f"use its embedding as its head: {how} config.json {where} that says so."

@@ -72,7 +72,7 @@ def open_gguf(path: Path, dtype: Any = None) -> Checkpoint:
     """The base in a GGUF file, of which no tensor has been decoded.
 
     Args:
-        path: the file. A `config.json` beside it is taken as the model's.
+        path: the file. A `config.json` in its folder is used as the model's.
         dtype: that tensors are written in. By default that of the file's matrices where all have
             one float type, and else bfloat16.
 
@@ -165,23 +165,24 @@ def _dtype(source: GGUFSource) -> Any:
 def _check_config(
     config: Mapping[str, Any], source: GGUFSource, weights: Mapping[str, Any]
 ) -> None:
-    """Refuses a config of a different model."""
-    beside = f"the {CONFIG_NAME} beside it"
+    """Raises if the config is of a different model."""
+    config_file = f"the {CONFIG_NAME} next to it"
     remedy = "Move the GGUF file to the folder of its own config."
     kind = config.get("model_type")
     if isinstance(kind, str) and KINDS.get(kind, (source.arch,))[0] != source.arch:
         raise AdapterMismatchError(
-            f"is of the architecture {source.arch!r}, and {beside} of a {kind} model. {remedy}"
+            f"is of the architecture {source.arch!r}, but {config_file} is of a {kind} model. "
+            f"{remedy}"
         )
     for key, own in _STATED.items():
         value = source.field(f"{source.arch}.{own}")
         if None not in (value, config.get(key)) and config[key] != value:
             raise AdapterMismatchError(
-                f"has {own} = {value}, and {beside} {key} = {config[key]}. {remedy}"
+                f"has {own} = {value}, but {config_file} has {key} = {config[key]}. {remedy}"
             )
     has_head = any(is_head(name.removesuffix(".weight")) for name in weights)
     if not has_head and not ties(config):
         raise AdapterMismatchError(
-            f"has no head of its own, so that it is the embedding, and {beside} does not have "
+            f"has no head of its own, so that it is the embedding, but {config_file} does not have "
             f"tie_word_embeddings = true. {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Merges adapters into a base's files, and copies the files beside them that still apply."""
+"""Merges adapters into a base's files, and copies the other files that still apply."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from .._disk.tensors import TensorFile, check_finite, read_json
 from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
-from .._tree import FrozenFactors, beside
+from .._tree import FrozenFactors, frozen_leaf
 from .checkpoint import CONFIG_NAME, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
 from .decoding import home_of
 from .fit import Fitted
@@ -27,7 +27,7 @@ from .merged import INDEX_NAME, new_folder
 from .outputs import Lazy, bytes_of, files_of_gguf, outputs
 from .ties import is_embedding, is_head, ties, untied
 
-# Files beside the weights that still apply to the merged model: configs, tokenizers, templates.
+# Other files that still apply to the merged model: configs, tokenizers, templates.
 # Config, tokenizer, card, and the code of models that are not part of transformers.
 _COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja", ".py", ".tiktoken")
 
@@ -164,7 +164,7 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
         return
     is_pipeline = (home / PIPELINE_NAME).exists() and not checkpoint.is_gguf
     for path in sorted(home.rglob("*") if is_pipeline else home.iterdir()):
-        # An index beside a GGUF file is of other files.
+        # An index next to a GGUF file belongs to other files.
         is_index = path.name.endswith(".safetensors.index.json")
         if path.is_file() and path.suffix in _COMPANIONS and not (is_index and checkpoint.is_gguf):
             target = folder / path.relative_to(home)
@@ -254,5 +254,5 @@ def _merged(name: str, view: Array, row: Any, frozen: FrozenFactors) -> Array:
     if not isinstance(row, Adapter):
         return np.asarray(row, order="C").astype(view.dtype)
     base = jnp.asarray(view)
-    leaf = beside(base, complete(name, row, base, frozen.get(name, {})), row)
+    leaf = frozen_leaf(base, complete(name, row, base, frozen.get(name, {})), row)
     return np.asarray(merge_params(Pair({name: leaf}, {name: row}))[name])

@@ -185,7 +185,7 @@ def _array(
 
     if packed is None:
         return put(target.shape, whole.dtype, read, where)
-    data = put(packed.bytes_shape, whole.dtype, read, packed.beside(where))
+    data = put(packed.bytes_shape, whole.dtype, read, packed.bytes_sharding(where))
     return packed.unpack(data, where)
 
 

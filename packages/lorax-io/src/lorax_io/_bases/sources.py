@@ -92,8 +92,8 @@ class SafetensorsSource:
 
     def lacking(self, name: str) -> str:
         """A sentence for the error: why the weight cannot be found."""
-        beside = f"{name.rpartition('.')[0]}."
-        is_here = any(known.startswith(beside) for known in self.names)
+        prefix = f"{name.rpartition('.')[0]}."
+        is_here = any(known.startswith(prefix) for known in self.names)
         known = functools.partial(coding_of_any, dtype=None) if is_here else coding_of
         coding = known(name, names=self.names, config=self.config)
         if coding is not None:

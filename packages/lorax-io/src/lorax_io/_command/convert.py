@@ -32,7 +32,7 @@ from .._formats.tunix import save_tunix
 from .._names import flax_names, read_names
 from .._shapes import base_shape, padded_shape
 from .._torch_names import TorchNames
-from .._tree import Row, beside
+from .._tree import Row, frozen_leaf
 from .options import ADAPTER, SAME, add_naming, check_unused, opened, renamed, renaming
 from .verify import BASE
 
@@ -165,7 +165,7 @@ def _pair(adapter: OpenedAdapter) -> Pair:
         for path, row in adapter.rows.items()
     }
     rows, frozen = adapter.rows, adapter.frozen
-    leaves = {path: beside(shapes[path], frozen.get(path), row) for path, row in rows.items()}
+    leaves = {path: frozen_leaf(shapes[path], frozen.get(path), row) for path, row in rows.items()}
     return Pair(leaves, adapter.rows)
 
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: the weights of {args.base}, in {dtype}")
     if checkpoint.is_gguf and checkpoint.config is None:
         print(
-            f"{args.out}: only the weights are written, as there is no config.json beside "
+            f"{args.out}: only the weights are written, because there is no config.json next to "
             f"{args.base}. Put the model's config and tokenizer there to load it."
         )
     return SAME

@@ -27,7 +27,7 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
         array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     if array.is_fully_replicated or len(shards) == 1:
-        # `shard.data` is a separate array: its copy is not kept beside the array, as that of
+        # `shard.data` is a separate array: its copy is not kept with the array, as that of
         # `np.asarray(array)` would be.
         return np.asarray(array.addressable_shards[0].data)
     whole = np.empty(array.shape, array.dtype)
@@ -113,8 +113,8 @@ def sharding_of(array: Any) -> Sharding | None:
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
-def sharding_beside(base: Any, axes: Sequence[int | None]) -> Sharding | None:
-    """The sharding of an array beside a base: axis k is sharded like the base's axis `axes[k]`.
+def sharding_like_base(base: Any, axes: Sequence[int | None]) -> Sharding | None:
+    """The sharding of a factor of a base: axis k is sharded like the base's axis `axes[k]`.
 
     An axis k for which `axes[k]` is None is not sharded.
     """
@@ -138,7 +138,7 @@ def placements(
 
     Args:
         rows: rows of shapes with their default shardings.
-        frozen: frozen factors beside the bases; a tree of shardings does not cover these.
+        frozen: frozen factors of the bases; a tree of shardings does not cover these.
         structure: the structure of the tree.
         paths: the paths of its leaves.
         sharding: the user's choice: one sharding, a tree of them, or None for the default.

@@ -15,7 +15,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """Yields a new path to write to, which replaces `path` if the block ends without an error.
 
     At every moment `path` is the complete old file or the complete new one. A process that is
-    killed inside the block leaves a hidden file beside it, `.name.….tmp` or safetensors' own
+    killed inside the block leaves a hidden file next to it, `.name.….tmp` or safetensors' own
     `.tmp…`, which may be deleted.
     """
     path = Path(path).resolve()  # replaces the target of a link, as writing with `open` does

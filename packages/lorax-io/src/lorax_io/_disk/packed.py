@@ -79,7 +79,7 @@ class Packed(NamedTuple):
         # Until it is computed, the bytes are kept alive; without waiting, they would pile up.
         return jax.block_until_ready(_unpacking(self.axis, self.dtype.name, sharding)(data))
 
-    def beside(self, sharding: Sharding | None) -> Sharding | None:
+    def bytes_sharding(self, sharding: Sharding | None) -> Sharding | None:
         """The sharding of the bytes, given the array's: the packed axis is not sharded."""
         if not isinstance(sharding, NamedSharding) or self.axis is None:
             return sharding

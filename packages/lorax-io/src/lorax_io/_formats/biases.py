@@ -1,4 +1,4 @@
-"""Biases that change with the adapter of the weight beside them, such as under IA³.
+"""Biases that change with the adapter of their layer's weight, such as under IA³.
 
 `lorax` adapts weights only, so such a bias becomes a parameter that is trained in full. Its value
 depends on the base's bias, which must therefore be given.

@@ -161,7 +161,7 @@ def _frozen(
     if lacking := sorted(wanted - frozen.keys()):
         if not has_numbers(bases.get(path)):
             raise AdapterMismatchError(
-                f"keeps `{path}/{lacking[0]}` beside its base, and PEFT has it in the file. Give "
+                f"keeps `{path}/{lacking[0]}` with its base, and PEFT has it in the file. Give "
                 "the whole pair, `lorax.Pair(frozen, tunable)`, or `params=`."
             )
         frozen = complete(path, weight, bases[path], frozen)
@@ -242,7 +242,7 @@ def _times(array: Array, gain: float) -> Array:
 def _targets(
     modules: Sequence[Module], names: TorchNames, ends: Sequence[str] | None, tuner: Tuner
 ) -> dict[str, Any]:
-    rows = tuner.beside(modules)
+    rows = tuner.separately_listed(modules)
     modules = [module for module in modules if module not in rows]
     parameters = sorted(m.name for m in modules if m.place.torch_name.by_parameter)
     adapted = {module.name for module in modules} - set(parameters)

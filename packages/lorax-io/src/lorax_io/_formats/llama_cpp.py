@@ -1,4 +1,4 @@
-"""Writes adapters as GGUF files, which llama.cpp loads beside a model: `llama-cli --lora`.
+"""Writes adapters as GGUF files, which llama.cpp loads together with a model: `llama-cli --lora`.
 
 Such files are not read: they are only meant to be run.
 """

@@ -227,7 +227,7 @@ def _check_alpha(alpha: float | None, row: Format) -> None:
 
 @contextlib.contextmanager
 def content_of(path: Path, alpha: float | None) -> Generator[Content]:
-    """Opens the file at a path, or the adapter's file in a folder, and the config beside it."""
+    """Opens the file at a path, or the adapter's file in a folder, with its config."""
     if is_orbax(path):
         with open_orbax(tree_of(path, tunix.TREE), tunix.is_factor) as file:
             yield Content(file, alpha=alpha)

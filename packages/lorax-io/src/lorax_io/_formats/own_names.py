@@ -38,7 +38,7 @@ def own_names(source: Source) -> dict[str, TorchName]:
     for key in source.tensors:
         match = FACTOR.search(key)
         if key in source.tuner.common or (match is not None and match[1] == MAGNITUDE):
-            continue  # shared by all modules, or beside factors that are found anyway
+            continue  # shared by all modules, or next to factors that are found anyway
         module = key[: match.start()] if match else key.rpartition(".")[0]
         module = module.removesuffix(".base_layer")
         path = module.replace(".", "/")

@@ -157,7 +157,7 @@ def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence
         for key in keys:
             if Slot(place.path, index, key) not in tensors:
                 lacking = place.torch_name.parameter if key == WHOLE else key
-                raise AdapterFileError(f"lacks `{module}.{lacking}`, beside `{first}`.")
+                raise AdapterFileError(f"lacks `{module}.{lacking}`, but has `{first}`.")
     for slot, tensor in tensors.items():
         if slot.key not in keys:
             raise AdapterFileError(

@@ -31,7 +31,7 @@ def self_described(
         part: the part of a pipeline.
 
     Raises:
-        AdapterFileError: if an alpha has no factors beside it, or a rank cannot be inferred.
+        AdapterFileError: if an alpha does not have factors, or a rank cannot be inferred.
         UnsupportedAdapterError: if the factors are of no known kind, or of several.
     """
     factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")}
@@ -41,7 +41,7 @@ def self_described(
         if match := FACTOR.search(key):
             modules.setdefault(key[: match.start()], {})[match[1]] = tensor.shape
     if lonely := sorted(alphas.keys() - modules.keys()):
-        raise AdapterFileError(f"has `{alphas[lonely[0]].name}`, and no factors beside it.")
+        raise AdapterFileError(f"has `{alphas[lonely[0]].name}`, but not its factors.")
     keys = {key for shapes in modules.values() for key in shapes}
     kinds = [kind for kind, tuner in TUNERS.items() if keys & {*tuner.marks}]
     if len(kinds) != 1:
@@ -78,7 +78,7 @@ def _rank(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _is_full(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether both matrices of LoKr are whole, so that there is no rank and alpha is ignored."""
+    """Whether both matrices of LoKr are full, so that alpha is ignored."""
     return "lokr_w1" in shapes and "lokr_w2" in shapes
 
 

@@ -153,8 +153,8 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
     """Accepts a tensor without a slot if PEFT writes it redundantly; raises for all others."""
     tensor = source.tensors[key]
     module = key.removesuffix(".base_layer.weight")
-    beside = {f"{module}.{mark}" for mark in source.tuner.marks} & slots.keys()
-    factors = beside & source.tensors.keys()
+    siblings = {f"{module}.{mark}" for mark in source.tuner.marks} & slots.keys()
+    factors = siblings & source.tensors.keys()
     if module != key and factors:
         _check_copy(tensor, module, places[slots[min(factors)].path])
         return
@@ -189,7 +189,7 @@ def _check_kind(source: Source, tensor: Stored, key: str) -> None:
 
 
 def _check_copy(tensor: Stored, module: str, place: Place) -> None:
-    """Accepts the copy of the base's weight that PEFT saves beside an adapted embedding or head."""
+    """Accepts the copy of the base's weight that PEFT saves with an adapted embedding or head."""
     if (
         not isinstance(place.torch_name, Embedding)
         and module.rpartition(".")[2] not in _SAVED_AGAIN

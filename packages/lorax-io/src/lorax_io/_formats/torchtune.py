@@ -1,6 +1,6 @@
 """Files with torchtune's names, as in its checkpoints: `layers.0.attn.q_proj.lora_a.weight`.
 
-torchtune pickles these tensors, and writes a PEFT folder beside them. Alpha is not in the file.
+torchtune pickles these tensors, and also writes a PEFT folder. Alpha is not in the file.
 """
 
 import re
@@ -42,7 +42,7 @@ def _read(content: Content) -> Source:
         warn(
             f"has the rows of `{rotated[0]}` in torchtune's order. For most models transformers "
             "has another order there. For a base of transformers, take the folder of PEFT that "
-            "torchtune writes beside it."
+            "torchtune also writes."
         )
     return source._replace(config=with_alpha)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of tunix and qwix: Orbax trees with `w_lora_a` and `w_lora_b` beside a `w`.
+"""Checkpoints of tunix and qwix: Orbax trees with `w_lora_a` and `w_lora_b` next to a `w`.
 
 `w_lora_a` is (*input axes of `w`, rank), and `w_lora_b` is (rank, *all other axes). Alpha is in the
 rules of the model's qwix provider, not in the file.
@@ -103,7 +103,7 @@ def _pairs(file: OrbaxTree) -> dict[str, _Pair]:
     check_any({f.name: f.shape for factors in factors_of.values() for f in factors.values()})
     if others:
         warn(
-            f"has {len(others)} arrays beside the factors, such as `{others[0]}`, which are the "
+            f"has {len(others)} arrays besides the factors, such as `{others[0]}`, which are the "
             "model's own. They are not read."
         )
     return {path: _pair(path, factors) for path, factors in sorted(factors_of.items())}

@@ -34,8 +34,8 @@ def add_full(
     """Adds the parameters that are trained in full; returns `modules_to_save` and `bias`.
 
     PEFT saves the whole module of such a parameter. The exceptions are the bias of an adapted
-    module, which is saved alone, beside the factors, and a bias of which `names` has the module's
-    other parameters nowhere, as in an adapter that was itself saved with `bias="all"`.
+    module, which is saved alone, with the factors, and a bias whose module has no other parameters
+    in `names`, as in an adapter that was itself saved with `bias="all"`.
     """
     in_head = PeftConfig(modules_to_save=HEADS.get(task_type, ())).saves
     others = {torch_name.module for torch_name in names.values() if torch_name.parameter != "bias"}

@@ -25,7 +25,7 @@ Base = Any  # an array or its shape, a `QuantizedWeight` of these, or None
 
 
 class Entry(NamedTuple):
-    """One leaf of the tree: the base, of arrays or shapes, and the frozen factors beside it."""
+    """One leaf of the tree: the base, of arrays or shapes, and its frozen factors."""
 
     base: Base
     factors: Mapping[str, Any]
@@ -158,7 +158,7 @@ def _adapter(path: str, settings: Any) -> str:
         return json.dumps(adapter_from_settings(settings).settings())
     except (ValueError, TypeError, KeyError, AttributeError, LoraxError) as error:
         raise AdapterFileError(
-            f"its header does not describe the adapter of the factors beside `{path}`: {error}"
+            f"its header does not describe the adapter of the frozen factors of `{path}`: {error}"
         ) from error
 
 

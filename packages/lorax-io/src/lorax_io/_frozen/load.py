@@ -147,13 +147,15 @@ def spread(sharding: Any, structure: Any, leaves: Mapping[str, Any]) -> dict[str
 
 
 def _places(
-    path: str, entry: Entry, leaf: Any, wanted: Mapping[str, Any] | None, alike: bool
+    path: str, entry: Entry, leaf: Any, requested: Mapping[str, Any] | None, has_like: bool
 ) -> dict[str, Sharding | None]:
     """The sharding of each array of a leaf, by name."""
-    if alike and wanted is None:
+    if has_like and requested is None:
         own = Entry.of(leaf).arrays(path)
         return {name: sharding_of(array) for name, array in own.items()}
-    return places_of(path, entry, sharding_of(base_of(leaf)) if wanted is None else wanted[path])
+    return places_of(
+        path, entry, sharding_of(base_of(leaf)) if requested is None else requested[path]
+    )
 
 
 def places_of(path: str, entry: Entry, sharding: Sharding | None) -> dict[str, Sharding | None]:
@@ -190,7 +192,7 @@ def _arrays(
         if name not in packed:
             return place(view.shape, view.dtype, read, places[name])
         row, where = packed[name], places[name]
-        return row.unpack(place(view.shape, view.dtype, read, row.beside(where)), where)
+        return row.unpack(place(view.shape, view.dtype, read, row.bytes_sharding(where)), where)
 
     names = [name for name in file.entries if name in wanted]
     return {name: load(name) for name in track(names, "Loading the frozen tree")}

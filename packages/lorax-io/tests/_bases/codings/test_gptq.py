@@ -47,7 +47,7 @@ SHORTER = pytest.warns(AdapterWarning, match="blocks in memory are shorter")
 
 
 @pytest.mark.parametrize("inputs", [192, 320])
-def test_a_last_group_that_is_cut(tmp_path, inputs):
+def test_partial_last_group(tmp_path, inputs):
     """Groups of 128 are not equal parts of the inputs: the last one has 64."""
     tensors, expected = gptq(np.arange(inputs) // 128, -(-inputs // 128))
     with SHORTER:
@@ -62,7 +62,7 @@ def test_a_last_group_that_is_cut(tmp_path, inputs):
         load(tmp_path, tensors)
 
 
-def test_a_config_of_other_groups(tmp_path):
+def test_config_with_another_group_size_raises(tmp_path):
     tensors, expected = gptq(np.arange(256) // 64, 4)
     with pytest.raises(AdapterFileError, match=r"`up.qweight` in 4 groups .* says groups of 128"):
         load(tmp_path, tensors, {"group_size": 128})
@@ -73,7 +73,7 @@ def test_a_config_of_other_groups(tmp_path):
     np.testing.assert_array_equal(dequantize(load(tmp_path, tensors, {"group_size": -1})), expected)
 
 
-def test_an_order_of_zeros_is_read_as_neighbors_and_is_named(tmp_path):
+def test_zero_order_is_read_as_consecutive_groups(tmp_path):
     tensors, expected = gptq(np.arange(256) // 64, 4)
     tensors["g_idx"] = np.zeros(256, np.int32)
     with pytest.warns(AdapterWarning, match=r"all of `up.g_idx` is 0, .* 4 groups of neighbors"):
@@ -81,7 +81,7 @@ def test_an_order_of_zeros_is_read_as_neighbors_and_is_named(tmp_path):
     np.testing.assert_array_equal(dequantize(held), expected)
 
 
-def test_groups_in_another_order_are_decoded_by_rows(tmp_path):
+def test_reordered_groups_are_decoded_by_rows(tmp_path):
     groups = RANDOM.permutation(256) // 64
     tensors, expected = gptq(groups, 4)
     with pytest.warns(AdapterWarning, match="its groups are not neighbors"):

@@ -40,7 +40,7 @@ CUT = [((100, 200), (64, 64)), ((1, 200), (64, 64)), ((40, 200), (1, 128)), ((96
 
 
 @pytest.mark.parametrize("shape, sides", CUT)
-def test_blocks_that_are_cut_are_those_of_the_config(tmp_path, shape, sides):
+def test_partial_blocks_have_the_size_in_the_config(tmp_path, shape, sides):
     """The same scales would fit equal parts of each axis."""
     tensors, expected = fp8(shape, sides)
     with pytest.warns(AdapterWarning, match="blocks in memory are shorter"):
@@ -52,13 +52,13 @@ def test_blocks_that_are_cut_are_those_of_the_config(tmp_path, shape, sides):
         load(tmp_path, tensors, block(7, 9))
 
 
-def test_a_config_of_another_type(tmp_path):
+def test_config_of_another_type_raises(tmp_path):
     tensors, _ = fp8((8, 64), (8, 32))
     with pytest.raises(AdapterFileError, match="`up.weight` in codes of the type float"):
         load(tmp_path, tensors, integers(8))
 
 
-def test_scales_that_are_powers_of_two(tmp_path):
+def test_power_of_two_scales(tmp_path):
     """MXFP8: a byte for each 32 inputs."""
     tensors, _ = fp8((6, 64), (1, 32))
     exponents = RANDOM.integers(120, 134, (6, 2), dtype=np.uint8)
@@ -94,7 +94,7 @@ def integers(bits, **settings):
 
 
 @pytest.mark.parametrize("bits, inputs", [(4, 8), (8, 4), (4, 40), (8, 40)])
-def test_bits_of_words(tmp_path, bits, inputs):
+def test_packed_codes_of_each_number_of_bits(tmp_path, bits, inputs):
     tensors, expected = packed(5, inputs, bits)
     np.testing.assert_array_equal(dequantize(load(tmp_path, tensors, integers(bits))), expected)
     if inputs < 32:  # as many words as for other bits
@@ -106,7 +106,7 @@ def test_bits_of_words(tmp_path, bits, inputs):
         load(tmp_path, packed(5, 40, bits)[0], integers(2))
 
 
-def test_other_bits_than_4_and_8(tmp_path):
+def test_other_numbers_of_bits(tmp_path):
     tensors, _ = packed(5, 64, 4)
     tensors["weight_packed"] = tensors["weight_packed"][:, :6]
     with pytest.raises(UnsupportedAdapterError, match="`up.weight_packed` in codes of 3 bits"):
@@ -118,7 +118,7 @@ def test_other_bits_than_4_and_8(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_groups_in_another_order(tmp_path, bits):
+def test_reordered_groups(tmp_path, bits):
     groups = RANDOM.permutation(64) // 16
     tensors, expected = packed(6, 64, bits, groups)
     tensors["weight_g_idx"] = groups.astype(np.int32)
@@ -133,7 +133,7 @@ def test_groups_in_another_order(tmp_path, bits):
         load(tmp_path, tensors, scheme)
 
 
-def test_one_zero_point_for_a_whole_weight(tmp_path):
+def test_one_zero_point_for_a_weight(tmp_path):
     tensors, _ = packed(6, 64, 4)
     tensors["weight_scale"] = np.array([0.5], np.float16)
     tensors["weight_zero_point"] = np.array([-3], np.int8)

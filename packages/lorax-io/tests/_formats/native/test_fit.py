@@ -47,10 +47,13 @@ MAGNITUDE = {"q/magnitude": floats(3)}
 GAIN = {"q/a": None, "q/b": None, "q/gain": floats(3)}
 
 
-def kinds(q, held=None, format="2"):
+def kinds(q, frozen_factors=None, format="2"):
     """The header of a file in which `q` has these settings and these frozen factors."""
     text = json.dumps({"q": q, "norm": {"kind": "full"}})
-    more = {} if held is None else {"lorax.held": held if type(held) is str else json.dumps(held)}
+    more = {}
+    if frozen_factors is not None:
+        is_text = type(frozen_factors) is str
+        more = {"lorax.held": frozen_factors if is_text else json.dumps(frozen_factors)}
     return {"lorax.format": format, KEY: text} | more
 
 
@@ -127,11 +130,23 @@ OTHER_KINDS = rows(
         MISMATCH,
         "`q/magnitude` of shape",
     ),
-    ("held is not JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is not (a )?JSON"),
-    ("held is a list", kinds(DORA, "[]"), MAGNITUDE, FILE, "no object under 'lorax.held'"),
-    ("held deep", kinds(DORA, NESTED), MAGNITUDE, FILE, "is not (a )?JSON"),
+    ("frozen factors are not JSON", kinds(DORA, "q"), MAGNITUDE, FILE, "is not (a )?JSON"),
+    (
+        "frozen factors are a list",
+        kinds(DORA, "[]"),
+        MAGNITUDE,
+        FILE,
+        "no object under 'lorax.held'",
+    ),
+    ("frozen factors are nested", kinds(DORA, NESTED), MAGNITUDE, FILE, "is not (a )?JSON"),
     *(
-        (f"held {value}", kinds(DORA, value), MAGNITUDE, FILE, "no frozen factors of `(q|w|norm)`")
+        (
+            f"frozen factors {value}",
+            kinds(DORA, value),
+            MAGNITUDE,
+            FILE,
+            "no frozen factors of `(q|w|norm)`",
+        )
         for value in (
             {"q": "square"},
             {"q": [1]},
@@ -141,26 +156,32 @@ OTHER_KINDS = rows(
             {"norm": ["square"]},
         )
     ),
-    ("held without tensor", kinds(DORA, {"q": ["square"]}), MAGNITUDE, FILE, "lacks the tensor"),
-    ("held but not said", kinds(DORA), SQUARE, FILE, "a tensor `q/square` that is not in its head"),
-    ("held twice", kinds(DORA, {"q": ["square"] * 2}), SQUARE, FILE, "two uses for `q/square`"),
-    ("held and trained", kinds(DORA, {"q": ["a"]}), MAGNITUDE, FILE, "two uses for `q/a`"),
+    ("frozen without tensor", kinds(DORA, {"q": ["square"]}), MAGNITUDE, FILE, "lacks the tensor"),
     (
-        "held of another kind",
+        "frozen but not in the header",
+        kinds(DORA),
+        SQUARE,
+        FILE,
+        "a tensor `q/square` that is not in its head",
+    ),
+    ("frozen twice", kinds(DORA, {"q": ["square"] * 2}), SQUARE, FILE, "two uses for `q/square`"),
+    ("frozen and trained", kinds(DORA, {"q": ["a"]}), MAGNITUDE, FILE, "two uses for `q/a`"),
+    (
+        "frozen factor of another kind",
         kinds(LORA, {"q": ["square"]}),
         {"q/square": floats(3)},
         FILE,
         "frozen factor `q/square`, which a lora adapter does not have",
     ),
     (
-        "held of another shape",
+        "frozen factor of another shape",
         kinds(DORA, {"q": ["square"]}),
         MAGNITUDE | {"q/square": floats(5)},
         MISMATCH,
         r"`q/square` of shape \(5,\), but \(3,\)",
     ),
     (
-        "held of double precision",
+        "frozen factor in double precision",
         kinds(DORA, {"q": ["square"]}),
         MAGNITUDE | {"q/square": np.ones(3)},
         MISMATCH,

@@ -90,7 +90,7 @@ NATIVE = rows(
     ("missing array", {}, {"norm": None}, FILE, "lacks the tensor `norm` of its header"),
     ("more tensors", {}, {"v": floats(5, 3)}, FILE, "a tensor `v` that is not in its header"),
     (
-        "whole beside factors",
+        "full parameter and factors",
         {},
         {"q": floats(5, 3)},
         FILE,
@@ -147,14 +147,14 @@ NATIVE = rows(
         for path in ("absent", "not an array", "", "q/a", "../q")
     ),
     (
-        "trains what is absent",
+        "trains an absent array",
         {KEY: '{"w": {"kind": "full"}}'},
         {"q/a": None, "q/b": None, "norm": None, "w": floats(1)},
         MISMATCH,
         "trains `w` in full, which is not in the parameters",
     ),
     (
-        "trains what is not an array",
+        "trains a non-array",
         {KEY: '{"not an array": {"kind": "full"}}'},
         {"q/a": None, "q/b": None, "norm": None, "not an array": floats(1)},
         MISMATCH,

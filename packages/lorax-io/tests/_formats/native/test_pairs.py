@@ -84,7 +84,7 @@ def test_tunable_tree_in_place_of_the_base_raises(tmp_path, pair):
     for call in (
         lambda: save_merged(tmp_path / "merged", tunable, frozen, NAMES),
         lambda: save_merged(tmp_path / "merged", pair, tunable, NAMES),
-        lambda: save_adapter(tmp_path / "again", tunable, base=tunable),
+        lambda: save_adapter(tmp_path / "resaved", tunable, base=tunable),
         lambda: load_adapter(tmp_path / "adapter", params=tunable),
         lambda: load_peft(tmp_path / "peft", tunable, NAMES),
     ):

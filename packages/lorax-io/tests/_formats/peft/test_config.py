@@ -174,7 +174,7 @@ KINDS = rows(
 
 
 MADE_UP = rows(
-    ("biases that are not there", {"lora_bias": "true"}, AdapterFileError, "lacks .*lora_B.bias"),
+    ("missing biases", {"lora_bias": "true"}, AdapterFileError, "lacks .*lora_B.bias"),
     (
         "rows that are not there",
         {"trainable_token_indices": "[0]"},

@@ -48,9 +48,9 @@ def test_header_and_config_agree_on_the_scale(place):
     tensors = safetensors.numpy.load_file(place.weights)
     with safetensors.safe_open(place.weights, "numpy") as file:
         metadata = file.metadata()
-    ours = json.loads(metadata["lorax"])
-    ours["unsaid"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
-    safetensors.numpy.save_file(tensors, place.weights, metadata | {"lorax": json.dumps(ours)})
+    settings = json.loads(metadata["lorax"])
+    settings["unsaid"] = {f"{LAYER}.q_proj": {"alpha": 5, "scaling": "standard"}}
+    safetensors.numpy.save_file(tensors, place.weights, metadata | {"lorax": json.dumps(settings)})
     assert_refused(place, "peft", AdapterFileError, "disagree on the scale of `.*q_proj`")
 
 

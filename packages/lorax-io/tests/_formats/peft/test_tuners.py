@@ -199,8 +199,8 @@ def test_command_reads_each_tuner_without_a_base(shell, files, case):
         "adalora",
         "delora",
     }:  # other files do not contain the sizes of both sides
-        shell.succeed("convert native.safetensors again --to peft")
-        assert shell("diff adapter again").code == 0
+        shell.succeed("convert native.safetensors converted --to peft")
+        assert shell("diff adapter converted").code == 0
 
 
 def test_fold_scale_of_loha(files):
@@ -276,28 +276,28 @@ def test_output_gains_also_scale_the_bias(shell, files, side):
     files.base({"blocks.0.up.weight": files.draw(32, 24), "blocks.0.up.bias": bias})
     params["bias"] = jnp.asarray(bias)
     loaded = load_peft("adapter", params, names)
-    wanted = bias * np.asarray(pair.tunable["up"].gain) if side == "out" else bias
-    np.testing.assert_allclose(lorax.merge_params(loaded)["bias"], wanted, rtol=1e-6)
+    expected = bias * np.asarray(pair.tunable["up"].gain) if side == "out" else bias
+    np.testing.assert_allclose(lorax.merge_params(loaded)["bias"], expected, rtol=1e-6)
     shell.succeed("merge adapter --base base --out merged")
     merged = files.read("merged/model.safetensors")["blocks.0.up.bias"]
-    np.testing.assert_allclose(merged, wanted, rtol=1e-6)
-    save_peft("again", loaded.tunable, names, params=params)
-    assert shell("diff adapter again").code == 0
+    np.testing.assert_allclose(merged, expected, rtol=1e-6)
+    save_peft("converted", loaded.tunable, names, params=params)
+    assert shell("diff adapter converted").code == 0
     if side == "in":
         return
     shapes = jax.eval_shape(lambda: params)
     with pytest.raises(UnsupportedAdapterError, match="changes the bias `bias` by its value"):
         load_peft("adapter", shapes, names)
     with pytest.raises(UnsupportedAdapterError, match="and here it is frozen"):
-        save_peft("again", pair.tunable, names)
+        save_peft("converted", pair.tunable, names)
     other = loaded.tunable | {"bias": params["bias"] + 1}
     with pytest.raises(UnsupportedAdapterError, match="is not what PEFT makes of"):
-        save_peft("again", other, names, params=params)
+        save_peft("converted", other, names, params=params)
     with pytest.raises(UnsupportedAdapterError, match="compared with the base"):
-        save_peft("again", loaded.tunable, names)
+        save_peft("converted", loaded.tunable, names)
 
 
-def spoil(spec, changes=None, config=None):
+def write_changed(spec, changes=None, config=None):
     params, pair = make(spec)
     save_peft("adapter", pair.tunable, names_of(params))
     file = pathlib.Path("adapter/adapter_model.safetensors")
@@ -354,7 +354,7 @@ def test_core_without_a_window_raises(files, spec):
     [pytest.param(*row[1:], id=row[0]) for row in SPOILED],
 )
 def test_mismatched_tuner_folders_raise(files, spec, changes, config, error):
-    params = spoil(spec, changes, config)
+    params = write_changed(spec, changes, config)
     with pytest.raises(error) as raised:
         load_peft("adapter", params, names_of(params))
     assert type(raised.value) is error

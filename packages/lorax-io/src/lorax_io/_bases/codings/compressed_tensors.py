@@ -93,7 +93,7 @@ def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bi
             raise AdapterFileError(f"has `{name}` outside of the range of {bits} bits.")
         return numbers.astype(np.uint8)
     if shape[0] != outputs:
-        raise AdapterFileError(f"has `{name}` in words beside one scale for many outputs.")
+        raise AdapterFileError(f"has packed zero points `{name}`, but one scale for many outputs.")
     expect(name, zeros, (-(-outputs * bits // 32), shape[1]))
     return np.ascontiguousarray(from_words(zeros.T, bits)[:, :outputs].T)
 

@@ -84,21 +84,21 @@ def grains_of(
         AdapterFileError: if the shapes do not fit each other, or the config; and if no config says
             which entries share a scale, and it does not follow from the shapes.
     """
-    beside = f"has `{name}` of shape {scales} beside a weight of {shape}"
+    mismatch = f"has `{name}` of shape {scales} for a weight of {shape}"
     if len(scales) != len(shape) or not all(0 < n <= m for m, n in zip(shape, scales, strict=True)):
-        raise AdapterFileError(f"{beside}.")
+        raise AdapterFileError(f"{mismatch}.")
     stated = {sides for scheme in schemes if (sides := _stated(scheme, shape)) is not None}
     if not stated:
         grains = _plausible(shape, scales)
         if grains is None:
             raise AdapterFileError(
-                f"{beside}, and no config says which entries share a scale. Read it as the folder "
-                "of its own config.json."
+                f"{mismatch}, and no config says which entries share a scale. Read it as the "
+                "folder of its own config.json."
             )
         return grains
     fitting = {sides for sides in stated if _counts(shape, sides) == scales}
     if len(fitting) != 1:
-        raise AdapterFileError(f"{beside}, and its config says blocks of {sorted(stated)}.")
+        raise AdapterFileError(f"{mismatch}, and its config says blocks of {sorted(stated)}.")
     return tuple(min(side, size) for side, size in zip(fitting.pop(), shape, strict=True))
 
 

@@ -29,7 +29,7 @@ def fit_params(
 ) -> tuple[dict[str, Any], FrozenFactors]:
     """Rows of shapes for these parameters, and the shapes of the frozen factors in the file."""
     weights = {path: blank for path, blank in header.blanks.items() if blank is not None}
-    blanks, beside = blank_rows(leaves, weights)
+    blanks, frozen_factors = blank_rows(leaves, weights)
     rows: dict[str, Any] = {}
     for path, blank in header.blanks.items():
         base = leaves.get(path)
@@ -40,12 +40,14 @@ def fit_params(
         else:
             raise AdapterMismatchError(f"trains `{path}` in full, {absent(path, leaves)}")
     for path, names in header.frozen.items():
-        if unknown := sorted(set(names) - beside[path].keys()):
+        if unknown := sorted(set(names) - frozen_factors[path].keys()):
             raise AdapterFileError(
                 f"has a frozen factor `{path}/{unknown[0]}`, which a {weights[path].kind} adapter "
                 "does not have.",
             )
-    frozen = {path: {n: beside[path][n] for n in names} for path, names in header.frozen.items()}
+    frozen = {
+        path: {n: frozen_factors[path][n] for n in names} for path, names in header.frozen.items()
+    }
     _check_entries(file, all_arrays(rows, frozen))
     return rows, frozen
 

@@ -131,7 +131,7 @@ class PeftConfig:
         return self.replace(modules_to_save=sorted(saved) or None)
 
     def tokens(self, name: str) -> Sequence[int] | None:
-        """The rows of an embedding that are trained beside LoRA; None if there are none."""
+        """The rows of an embedding that are trained in addition to LoRA, or None."""
         indices = self.trainable_token_indices
         if isinstance(indices, Mapping):
             return next((indices[end] for end in suffixes(name) if end in indices), None)

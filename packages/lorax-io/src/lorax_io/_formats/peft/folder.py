@@ -238,7 +238,7 @@ def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
     if header.get("scales") != _scales(config):
         raise AdapterFileError(
             "is not the one that was written with these weights: another rank or alpha is in "
-            "it. A save was cut short, or it was edited by hand; save the adapter again.",
+            "it. A save was cut short, or it was edited; save the adapter again.",
             file.path.parent / CONFIG_NAME,
         )
     return original_scaling

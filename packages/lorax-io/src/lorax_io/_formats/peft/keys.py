@@ -139,7 +139,7 @@ _ABSENT_IF_EMPTY = frozenset(
     " use_bdlora lora_bias trainable_token_indices"
     " revision".split()
 )
-# PEFT itself fails on null here; whoever writes null means that there are no patterns.
+# PEFT itself fails on null here. It is read as an empty table of patterns.
 _ABSENT_IF_NULL = frozenset(("rank_pattern", "alpha_pattern"))
 
 

@@ -25,8 +25,8 @@ def core_groups(place: Place, weight: Any, left: int, right: int) -> Groups:
     channels, *window = place.inputs
     if channels != (_channels(weight),):
         raise UnsupportedAdapterError(
-            f"`{place.path}` has a core beside the axis {_channels(weight)}, and PEFT one beside "
-            f"the channels, which are {channels}. Use `save_adapter` or `save_merged`."
+            f"`{place.path}` has a core over all axes but {_channels(weight)}, and PEFT one "
+            f"over all but the channels, which are {channels}. Use `save_adapter` or `save_merged`."
         )
     return ((right,), (left,), *window, *([()] if len(window) == 1 else []))
 

@@ -25,7 +25,7 @@ class Gralora(Tuner):
     lacking = ("exclude_modules",)
     defaults = {"r": 32, "lora_alpha": 64}
     harmless = ("gralora_dropout", "init_weights")
-    beyond = {"hybrid_r": "has a second product beside its grid"}
+    beyond = {"hybrid_r": "has a second product in addition to its grid"}
     init = "init_weights"
     only_bias = "gralora_only"
     folded = "b"

@@ -80,9 +80,9 @@ class Lora(Tuner):
     def check_start(self, value: Any) -> None:
         if value and value not in _PLAIN_INITS:
             raise UnsupportedAdapterError(
-                f"has init_lora_weights = {value!r:.80}, which changes the base weights beside the "
-                "adapter. Save it in PEFT with `path_initial_model_for_weight_conversion`, which "
-                "makes plain LoRA of it.",
+                f"has init_lora_weights = {value!r:.80}, which also changes the base weights. "
+                "Save it in PEFT with `path_initial_model_for_weight_conversion`, which makes it "
+                "plain LoRA.",
             )
 
     def mixes(self, kinds: Collection[str]) -> bool:
@@ -169,7 +169,7 @@ class Lora(Tuner):
                 "that it has."
             )
 
-    def beside(self, modules: Sequence[Module]) -> list[Module]:
+    def separately_listed(self, modules: Sequence[Module]) -> list[Module]:
         return [module for module in modules if isinstance(module.weight, TokensWeight)]
 
     def bias(
@@ -201,10 +201,10 @@ class Lora(Tuner):
                     )
                 window = shapes[MID][2:] if MID in shapes else a[2:]
                 return Sides(b[0], (a[1], *window))
-        raise AdapterFileError(f"lacks the factors of `{module}`, beside its other tensors.")
+        raise AdapterFileError(f"lacks the factors of `{module}`, but has its other tensors.")
 
     def scaling(self, modules: Sequence[Module], fold_scale: bool) -> Scaling:
-        tables = {module.name: module.weight for module in self.beside(modules)}
+        tables = {module.name: module.weight for module in self.separately_listed(modules)}
         modules = [module for module in modules if module.name not in tables]
         plain: dict[str, Any] = {}
         for name, _, weight in modules:

@@ -126,14 +126,14 @@ class Tuner:
         """
         return {}
 
-    def beside(self, modules: Sequence[Module]) -> list[Module]:
-        """The modules that the config lists under a key of their own, not as targets."""
+    def separately_listed(self, modules: Sequence[Module]) -> list[Module]:
+        """The modules that the config lists under a separate key, not as targets."""
         return []
 
     def bias(
         self, tensors: Mapping[str, Any], config: PeftConfig, module: str
     ) -> Callable[[Array], Array] | None:
-        """A function from the bias beside a module's weight to its new value; None if unchanged."""
+        """A function from a module's bias to its new value; None if it is unchanged."""
         return None
 
     def needs_base(self, config: PeftConfig) -> str | None:
