@@ -55,7 +55,7 @@ def test_alpha_is_read_from_the_config(tmp_path, files):
 
 def test_rotated_modules_warn(tmp_path, files):
     save(tmp_path / "a.safetensors", tensors(files, {"layers.0.attn.q_proj": (6, 4)}))
-    with pytest.warns(AdapterWarning, match="folder of PEFT that torchtune writes"):
+    with pytest.warns(AdapterWarning, match="PEFT folder that torchtune also writes"):
         open_adapter(tmp_path / "a.safetensors", alpha=2)
 
 

@@ -41,7 +41,7 @@ def _read(content: Content) -> Source:
     if rotated := sorted(module for module in modules if module.endswith(_ROTATED)):
         warn(
             f"has the rows of `{rotated[0]}` in torchtune's order. For most models transformers "
-            "has another order there. For a base of transformers, take the folder of PEFT that "
+            "has another order there. For a base of transformers, take the PEFT folder that "
             "torchtune also writes."
         )
     return source._replace(config=with_alpha)
