@@ -242,7 +242,7 @@ CASES: dict[str, Callable[[], Encoded]] = {
     "float-quantized, blocks": compressed(
         "float-quantized", {**FLOAT, "strategy": "block", "block_structure": [32, 32]}
     ),
-    "float-quantized, blocks that the config says, cut": compressed(
+    "float-quantized, blocks of the config, partial blocks": compressed(
         "float-quantized", {**FLOAT, "strategy": "block", "block_structure": [64, 96]}
     ),
     "pack-quantized, one zero point": compressed(

@@ -168,7 +168,7 @@ def damaged(**changes):
 
 NAN = np.full((OUT, 1), np.nan, np.float32)
 BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "NaN": (damaged(weight_scale=NAN), {}, "`up/scales` holds NaN or infinity"),
+    "NaN": (damaged(weight_scale=NAN), {}, "`up/scales` holds NaN, inf"),
     "rows": (damaged(weight_scale=NAN[:3]), {}, r"`up.weight_scale` of shape \(3, 1\)"),
     "axes": (damaged(weight_scale=NAN[:, 0]), {}, r"`up.weight_scale` of shape \(128,\)"),
     "integers": (damaged(weight_scale=np.ones((OUT, 1), np.int8)), {}, "in int8, not floats"),
@@ -204,6 +204,22 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     "no groups": (
         {"weight_packed": np.ones((4, 0), np.uint8), "weight_scale": np.ones((4, 1), np.uint8)},
         {}, r"`up.weight_scale` of shape \(4, 1\) for a weight of \(4, 0\)",
+    ),
+    "one number that is zero": (
+        {"weight_packed": np.ones((4, 8), np.uint8), "weight_scale": fp8(4, 1)[0]["weight"],
+         "weight_global_scale": np.zeros(1, np.float32)}, {}, "`up/outer` holds .* zero that is",
+    ),
+    "scales of GPTQ in integers": (
+        {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.uint8),
+         "qzeros": np.ones((1, 8), np.int32)}, {}, "`up.scales` in uint8, not floats of up to 32",
+    ),
+    "scales of LLM.int8 in booleans": (
+        {"weight": np.ones((4, 8), np.int8), "SCB": np.ones(4, bool)}, {}, "`up.SCB` in bool",
+    ),
+    "a state that is not JSON": (
+        {"weight": np.ones((8, 1), np.uint8),
+         "weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"{", np.uint8)}, {},
+        "`up.weight.quant_state.bitsandbytes__nf4` is not the state of a weight",
     ),
     "EXL2": ({"q_weight": np.ones((4, 8), np.int32)}, {}, "as EXL2 .*, which is not read"),
     "MLX": (

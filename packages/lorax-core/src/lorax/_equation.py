@@ -201,7 +201,7 @@ class Equation:
         if not isinstance(value, FactoredArray):
             return value
         self.use(value, "materialized", reason)
-        return value.array()
+        return _reading.decoded(value)
 
     def rows_or_weight(
         self, weight: FactoredArray, *, meets: Sequence[int | None] = (), finished: bool = False

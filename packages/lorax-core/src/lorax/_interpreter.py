@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from . import _compat
+from . import _compat, _reading
 from ._coded import is_coded
 from ._equation import BeforeBroadcast, Equation, Value
 from ._factored import FactoredArray
@@ -94,7 +94,7 @@ class Interpreter:
         # Each parameter once, in order, also if several of its pieces are left.
         names = dict.fromkeys(name for names in value.sources for name in names)
         self.uses += (Use(name, "returned", "return", value.shape, "") for name in names)
-        return value.array()
+        return _reading.decoded(value)
 
     def _evaluate(
         self, eqn: jex.JaxprEqn, operands: list[Value], before_broadcast: BeforeBroadcast

@@ -49,11 +49,11 @@ def reading(function: Callable[..., Any], *operands: Any) -> Any:
     return _recomputed(called, "of_codes", structure)(*leaves)
 
 
-def decoded(base: Any) -> jax.Array:
-    """Returns the array of a base, which the backward pass decodes again."""
-    if not is_coded(base):
-        return base
-    leaves, structure = jax.tree.flatten(base.unnamed())
+def decoded(value: Any) -> jax.Array:
+    """Returns the array of a base or of a whole weight; the backward pass decodes codes again."""
+    if not is_coded(getattr(value, "base", value)):
+        return array_of(value)
+    leaves, structure = jax.tree.flatten(value.unnamed())
     return _decoder(structure)(*leaves)
 
 

@@ -235,6 +235,9 @@ USES = {
     "stop-gradient": Use(lambda p, x: x @ lax.stop_gradient(p["w"]), *DENSE, adapted=False),
     "optimization-barrier": Use(lambda p, x: x @ lax.optimization_barrier(p["w"]), *DENSE),
     "returned": Use(lambda p, x: (p["w"], x)[0], *DENSE, moves=True, kept=True),
+    "returned-times-data": Use(
+        jax.checkpoint(lambda p, x: p["w"].T * jnp.sum(x)), *DENSE[:2], [(3, 7)]
+    ),
 }  # fmt: skip
 
 # One use for each way in which codes are read. One CI job runs all combinations.
@@ -247,6 +250,7 @@ SAMPLE_OF_NF4 = (
     "tied",
     "sliced-across-blocks",
     "convolution",
+    "returned-times-data",
 )
 
 

@@ -68,3 +68,7 @@ class NVFP4(Format):
         outer = arrays["outer"]
         scale = arrays["scales"].astype(outer.dtype) / outer
         return _table.read(arrays["codes"], TABLE, scale.dtype) * scale
+
+    def are_numbers(self, name: str, array: Any) -> bool:
+        """Whether an array represents finite numbers, and no divisor is zero."""
+        return super().are_numbers(name, array) and (name != "outer" or bool((array != 0).all()))

@@ -177,8 +177,8 @@ def check_numbers(name: str, array: np.ndarray[Any, Any], codec: Any = None) -> 
             raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
         if codec is not None and not codec.are_numbers(name.rpartition("/")[2], part):
             raise AdapterError(
-                f"`{name}` holds NaN or infinity, so its weight cannot be decoded. Quantize the "
-                "weight again."
+                f"`{name}` holds NaN, infinity or a zero that is divided by, so its weight cannot "
+                "be decoded. Quantize the weight again."
             )
         if codec is None and part.dtype.kind in "fcV":
             with np.errstate(invalid="ignore"):  # of signalling NaNs

@@ -30,7 +30,9 @@ def test_one_scale_for_a_weight(tmp_path, shape):
     expected = (codes.astype(np.float32) * scale).astype(jnp.bfloat16)
     np.testing.assert_array_equal(dequantize(held).T, expected)
     with pytest.raises(AdapterFileError, match=r"`up.weight_scale_inv` of shape .*\(1, 1\) would"):
-        load_base(write(tmp_path, tensors | {"up.weight_scale_inv": np.ones(2)}, ONE), NAMES)
+        load_base(
+            write(tmp_path, tensors | {"up.weight_scale_inv": np.ones(2, np.float32)}, ONE), NAMES
+        )
 
 
 def test_one_scale_for_each_expert(tmp_path):

@@ -52,6 +52,12 @@ def test_partial_blocks_have_the_size_in_the_config(tmp_path, shape, sides):
         load(tmp_path, tensors, block(7, 9))
 
 
+def test_config_of_another_type_raises(tmp_path):
+    tensors, _ = fp8((8, 64), (8, 32))
+    with pytest.raises(AdapterFileError, match="`up.weight` in codes of the type float"):
+        load(tmp_path, tensors, integers(8))
+
+
 def test_power_of_two_scales(tmp_path):
     """MXFP8: a byte for each 32 inputs."""
     tensors, _ = fp8((6, 64), (1, 32))
@@ -138,3 +144,14 @@ def test_one_zero_point_for_a_weight(tmp_path):
     tensors["weight_zero_point"] = np.array([-9], np.int8)
     with pytest.raises(AdapterFileError, match="`up.weight_zero_point` outside of the range of 4"):
         load(tmp_path, tensors, integers(4, strategy="tensor", symmetric=False))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_zero_points_that_the_config_says_and_the_file_lacks(tmp_path, is_packed):
+    tensors, _ = packed(6, 64, 8)
+    if not is_packed:
+        codes = tensors.pop("weight_packed").view(np.int8)
+        tensors = {"weight": codes, "weight_scale": tensors["weight_scale"]}
+    with pytest.raises(AdapterFileError, match="lacks `up.weight_zero_point`, and its config says"):
+        load(tmp_path, tensors, integers(8, symmetric=False))
+    load(tmp_path, tensors, integers(8, symmetric=False), integers(8))

@@ -4,7 +4,6 @@ NF4's blocks run over the flattened weight. If they do not divide its rows, the 
 within a row that share a scale are shorter than a block, and so are the blocks in memory.
 """
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +18,21 @@ from lorax.bases.nf4 import QUANTILES
 from ..._disk.tensors import parse_json
 from ..._errors import AdapterFileError
 from ..._places import Array
-from .coding import AnyCoded, Coded, Decoded, Part, Tensors, expect, need, nibbles, whole
+from .coding import (
+    AnyCoded,
+    Coded,
+    Decoded,
+    Part,
+    Tensors,
+    expect,
+    need,
+    need_scales,
+    nibbles,
+    whole,
+)
 
 SHORTEST = 8  # entries in a run: below this, float32 scales would take more memory than the codes
+_STORAGE = (np.uint8, np.float16, jnp.bfloat16, np.float32, np.float64)
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
@@ -35,11 +46,13 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     shape, block, dtype, settings = _state(tensors, f"{state}{kind}")
     size = math.prod(shape)
     # The bytes may be stored as numbers of another dtype (`bnb_4bit_quant_storage`).
-    data = np.ascontiguousarray(need(tensors, weight)).reshape(-1).view(np.uint8)
+    stored = need(tensors, weight, dtypes=_STORAGE)
+    data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
     expect(weight, data, ((size + 1) // 2,))
-    table = expect("quant_map", need(tensors, f"{weight}.quant_map"), (16,)).astype(np.float32)
+    codes_of = f"{weight}.quant_map"
+    table = expect(codes_of, need_scales(tensors, codes_of), (16,)).astype(np.float32)
     scales, names = _scales(tensors, weight, settings, -(-size // block))
-    names = (weight, f"{state}{kind}", f"{weight}.quant_map", *names)
+    names = (weight, f"{state}{kind}", codes_of, *names)
     width, inputs = math.prod(shape[1:]), shape[-1]
 
     def codes(rows: Any) -> Array:
@@ -76,11 +89,12 @@ def find_4bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 def _state(tensors: Tensors, name: str) -> tuple[tuple[int, ...], int, Any, dict[str, Any]]:
     """The shape, block size and dtype of a weight, and all of its settings."""
     try:
-        settings = parse_json(need(tensors, name, dtypes=[np.uint8]).tobytes().decode())
+        text = need(tensors, name, dtypes=[np.uint8]).tobytes().decode()
+        settings = parse_json(text)
         shape, block, dtype = settings["shape"], settings["blocksize"], _DTYPES[settings["dtype"]]
         if all(type(n) is int and 0 < n < 2**40 for n in [block, *shape]) and len(shape) > 1:
             return tuple(shape), block, np.dtype(dtype), settings
-    except (UnicodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (UnicodeError, KeyError, TypeError, AdapterFileError) as error:
         raise AdapterFileError(f"its `{name}` is not the state of a weight.") from error
     raise AdapterFileError(f"its `{name}` is not the state of a weight.")
 
@@ -95,13 +109,14 @@ def _scales(
     name = f"{weight}.absmax"
     scales = expect(name, need(tensors, name), (count,))
     if scales.dtype != np.uint8:
+        need_scales(tensors, name)
         return lambda blocks: scales[blocks].astype(np.float32, copy=False), (name,)
     outer, table = f"{weight}.nested_absmax", f"{weight}.nested_quant_map"
-    values = expect(table, need(tensors, table), (256,)).astype(np.float32)
+    values = expect(table, need_scales(tensors, table), (256,)).astype(np.float32)
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if type(block) is not int or block < 1 or not isinstance(offset, int | float):
         raise AdapterFileError(f"the state of `{weight}` has no nested blocks.")
-    each = expect(outer, need(tensors, outer), (-(-count // block),)).astype(np.float32)
+    each = expect(outer, need_scales(tensors, outer), (-(-count // block),)).astype(np.float32)
     number = np.float32(offset)
     decode = lambda blocks: values[scales[blocks]] * each[blocks // block] + number  # noqa: E731
     return decode, (name, outer, table)
@@ -113,7 +128,7 @@ def find_8bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if parameter != "weight" or scale not in tensors:
         return None
     codes = need(tensors, weight, ndim=2, dtypes=[np.int8])
-    scales = need(tensors, scale, ndim=1)[:, None]
+    scales = need_scales(tensors, scale, ndim=1)[:, None]
     expect(scale, scales, (codes.shape[0], 1))
     parts = {"codes": whole(codes, (1, 1)), "scales": whole(scales, (1, codes.shape[1]))}
     names = [weight, scale]

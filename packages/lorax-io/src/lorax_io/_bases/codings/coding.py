@@ -135,6 +135,14 @@ def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = 
     return view
 
 
+def need_scales(tensors: Tensors, name: str, *, ndim: int | None = None) -> Array:
+    """A view of scales; raises if they are absent, not floats, or wider than JAX's own."""
+    scales = need(tensors, name, ndim=ndim)
+    if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.dtype.itemsize > 4:
+        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats of up to 32 bits.")
+    return scales
+
+
 def expect(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     """The array; raises if it has another shape."""
     if array.shape != shape:

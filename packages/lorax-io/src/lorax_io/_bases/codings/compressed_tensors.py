@@ -21,11 +21,12 @@ from .coding import (
     from_words,
     in_groups,
     need,
+    need_scales,
     nibbles,
     stored,
     whole,
 )
-from .schemes import bits_of, grains_of, schemes_of
+from .schemes import bits_of, grains_of, is_symmetric_in, schemes_of
 
 _FLOATS = {
     np.dtype(jnp.float8_e4m3fn): FP8("e4m3"),
@@ -48,11 +49,11 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     outputs, inputs = (int(n) for n in expect(size, need(tensors, size), (2,)))
     if outputs != words.shape[0] or not 0 < inputs <= 32 * words.shape[1]:
         raise AdapterFileError(f"has `{packed}` {words.shape} for a weight of {outputs, inputs}.")
-    schemes = schemes_of(tensors, np.int8)
+    schemes = schemes_of(tensors, packed, np.int8)
     bits = check_bits(packed, bits_of(packed, schemes, inputs, words.shape[1]))
     scales = _scales(tensors, scale, (outputs, inputs))
     grains = grains_of(scale, (outputs, inputs), scales.shape, schemes)
-    is_symmetric = zero not in tensors
+    is_symmetric = is_symmetric_in(tensors, zero, schemes)
     unsigned = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
     signed = jnp.int4 if bits == 4 else np.dtype(np.int8)
     flip = np.uint8(0 if not is_symmetric else 8 if bits == 4 else 128)
@@ -106,7 +107,8 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     if codes.ndim < 2 or codes.dtype not in [*_FLOATS, np.dtype(np.int8)]:
         return None
     scales = _scales(tensors, scale, codes.shape, has_exponents=codes.dtype in _FLOATS)
-    grains = grains_of(scale, codes.shape, scales.shape, schemes_of(tensors, codes.dtype))
+    schemes = schemes_of(tensors, weight, codes.dtype)
+    grains = grains_of(scale, codes.shape, scales.shape, schemes)
     ones = (1,) * codes.ndim
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
     if codes.dtype != np.int8:
@@ -115,7 +117,7 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         if dtype.itemsize == 1:
             as_is, dtype = {}, np.dtype(jnp.bfloat16)
         return Coded((weight, scale), codec, parts, codes.shape, dtype, stored=as_is)
-    if zero not in tensors:
+    if is_symmetric_in(tensors, zero, schemes):
         parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
         return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
     zeros = need(tensors, zero, dtypes=[np.int8]).reshape(scales.shape)
@@ -137,7 +139,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return None
     data, scales = need(tensors, packed, ndim=2), need(tensors, scale, ndim=2)
     shape = (data.shape[0], 2 * data.shape[1])
-    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, np.float32))
+    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, packed, np.float32))
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
     if scales.dtype in (np.uint8, EXPONENT):
         parts["scales"] = whole(scales.view(np.uint8), grains)
@@ -145,7 +147,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
     if scales.dtype != np.dtype(jnp.float8_e4m3fn):
         raise AdapterFileError(f"has `{scale}` in {scales.dtype}, of which no FP4 format is.")
-    number = np.asarray(need(tensors, outer)).astype(np.float32).reshape(-1)
+    number = np.asarray(need_scales(tensors, outer)).astype(np.float32).reshape(-1)
     parts["scales"] = whole(scales, grains)
     parts["outer"] = whole(expect(outer, number, (1,)).reshape(1, 1), shape)
     codec = NVFP4(block=grains[1])
@@ -156,9 +158,8 @@ def _scales(
     tensors: Tensors, name: str, shape: tuple[int, ...], *, has_exponents: bool = False
 ) -> Array:
     """Scales with as many axes as the weight; `has_exponents`: bytes are powers of two (MXFP8)."""
-    scales = need(tensors, name)
-    if has_exponents and scales.dtype == np.uint8:
-        scales = scales.view(EXPONENT)
-    if not jnp.issubdtype(scales.dtype, jnp.floating):
-        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats.")
+    if has_exponents and need(tensors, name).dtype == np.uint8:
+        scales = need(tensors, name).view(EXPONENT)
+    else:
+        scales = need_scales(tensors, name)
     return scales.reshape((1,) * len(shape)) if scales.size == 1 else scales

@@ -8,7 +8,7 @@ import numpy as np
 from lorax import FP8
 
 from ..._errors import AdapterFileError
-from .coding import AnyCoded, Coded, Tensors, expect, need, setting, stored, whole
+from .coding import AnyCoded, Coded, Tensors, expect, need, need_scales, setting, stored, whole
 
 SIDES = (128, 128)
 
@@ -20,7 +20,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if scale not in tensors:
         return None
     codes = need(tensors, weight, dtypes=[jnp.float8_e4m3fn])
-    scales = need(tensors, scale)
+    scales = need_scales(tensors, scale)
     sides = setting(tensors, "weight_block_size", SIDES)
     rest = codes.shape[:-2]
     if sides is None:  # one scale, or one for each expert
@@ -31,8 +31,6 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         type(side) is int and side > 0 for side in sides
     ):  # fmt: skip
         raise AdapterFileError(f"has blocks of {sides!r} for `{weight}` {codes.shape}.")
-    if not jnp.issubdtype(scales.dtype, jnp.floating):
-        raise AdapterFileError(f"has `{scale}` in {scales.dtype}, not floats.")
     blocks = tuple(-(-n // side) for n, side in zip(codes.shape[-2:], sides, strict=True))
     expect(scale, scales, (*rest, *blocks))
     ones = (1,) * len(rest)

@@ -21,6 +21,7 @@ from .coding import (
     from_words,
     in_groups,
     need,
+    need_scales,
     setting,
 )
 
@@ -34,7 +35,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if f"{prefix}qweight" not in tensors or f"{prefix}scales" not in tensors:
         return None
     words = need(tensors, f"{prefix}qweight", ndim=2, dtypes=[np.int32])
-    scales = need(tensors, f"{prefix}scales", ndim=2)
+    scales = need_scales(tensors, f"{prefix}scales", ndim=2)
     zeros = need(tensors, f"{prefix}qzeros", ndim=2, dtypes=[np.int32])
     kind = _method(tensors, prefix)
     groups, outputs = scales.shape

@@ -13,14 +13,25 @@ Scheme = Mapping[str, Any]  # the `weights` of one of the `config_groups`
 _SIDE = 128  # of the blocks that are assumed if no config says otherwise
 
 
-def schemes_of(tensors: Tensors, dtype: Any) -> list[Scheme]:
-    """The schemes for codes of a dtype; empty if no config has any."""
+def schemes_of(tensors: Tensors, name: str, dtype: Any) -> list[Scheme]:
+    """The schemes for codes of a dtype; empty if the config has none.
+
+    Raises:
+        AdapterFileError: if all schemes are for codes of another kind.
+    """
     groups = setting(tensors, "config_groups")
     if not isinstance(groups, dict):
         return []
-    schemes = [row.get("weights") for row in groups.values() if isinstance(row, dict)]
+    rows = [row.get("weights") for row in groups.values() if isinstance(row, dict)]
+    schemes: list[Scheme] = [row for row in rows if isinstance(row, dict)]
     kind = "int" if np.issubdtype(dtype, np.integer) else "float"
-    return [x for x in schemes if isinstance(x, dict) and x.get("type", "int") == kind]
+    fitting = [scheme for scheme in schemes if scheme.get("type", "int") == kind]
+    if schemes and not fitting:
+        other = schemes[0].get("type")
+        raise AdapterFileError(
+            f"has `{name}` in codes of the type {kind}, and its config says {other}."
+        )
+    return fitting
 
 
 def bits_of(name: str, schemes: list[Scheme], inputs: int, words: int) -> int:
@@ -43,6 +54,19 @@ def bits_of(name: str, schemes: list[Scheme], inputs: int, words: int) -> int:
         f"has `{name}`: {words} words for {inputs} inputs, and {config}. Read it as the folder of "
         "its own config.json."
     )
+
+
+def is_symmetric_in(tensors: Tensors, zero: str, schemes: list[Scheme]) -> bool:
+    """Whether a weight has no zero points.
+
+    Raises:
+        AdapterFileError: if they are absent, and the config says that every weight has them.
+    """
+    if zero in tensors:
+        return False
+    if schemes and all(scheme.get("symmetric") is False for scheme in schemes):
+        raise AdapterFileError(f"lacks `{zero}`, and its config says that codes are asymmetric.")
+    return True
 
 
 def grains_of(
