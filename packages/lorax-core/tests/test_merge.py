@@ -132,10 +132,10 @@ def test_unmerge_restores_the_base():
 def test_unmerge_of_codes_raises():
     params = {"w": jnp.ones((6, 5))}
     frozen, tunable = init_lora(quantize(params, {"w": "int8"}), {"w": 2}, jax.random.key(0))
-    held, _ = merge_params(frozen, tunable, requantize=True)
+    coded, _ = merge_params(frozen, tunable, requantize=True)
     with pytest.raises(PairError, match="unmerge: `w` is quantized"):
-        unmerge(held, tunable)
-    assert unmerge(dequantize(held), tunable)["w"].shape == (6, 5)
+        unmerge(coded, tunable)
+    assert unmerge(dequantize(coded), tunable)["w"].shape == (6, 5)
 
 
 def test_unmerge_of_another_structure_raises():

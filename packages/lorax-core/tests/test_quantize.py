@@ -253,13 +253,13 @@ def test_invalid_arguments_raise():
         ({"args": (IDS,), "where": 3}, "A filter on paths is a glob"),
     ],
 )
-def test_arguments_of_a_wrong_type(arguments, message):
+def test_argument_of_a_wrong_type_raises(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         quantize(PARAMS, "int8", **{"fn": model} | arguments)
 
 
 @pytest.mark.parametrize("option", [{"where": "up"}, {"tables": True}])
-def test_a_choice_beside_a_tree_of_formats_raises(option):
+def test_options_of_one_format_raise_with_a_tree_of_formats(option):
     with pytest.raises(ArgumentError, match=f"`{next(iter(option))}` chooses weights"):
         quantize(PARAMS, dict.fromkeys(PARAMS) | {"up": "int8"}, **option)
 
@@ -274,23 +274,23 @@ def test_a_choice_beside_a_tree_of_formats_raises(option):
         (NF4, {"along": 0}, r"NF4 has along=0; it must be tuple\[int, ...\] or None"),
     ],
 )
-def test_settings_of_a_wrong_type(format, settings, message):
+def test_setting_of_a_wrong_type_raises(format, settings, message):
     with pytest.raises(SpecError, match=message):
         format(**settings)
 
 
-def test_settings_of_numpy_and_lists():
+def test_settings_may_be_numpy_numbers_and_lists():
     assert Int8(np.int64(16), along=[1]) == Int8(16, along=(1,))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 64, 3)])
-def test_weights_without_entries_are_named(shape):
+def test_weights_without_entries_raise(shape):
     with pytest.raises(SpecError, match=rf"`w` has shape {re.escape(str(shape))}: it has no ent"):
         quantize({"w": jnp.zeros(shape)}, {"w": "int8"})
 
 
-def test_a_weight_that_would_grow_is_left():
-    """One input: a scale for each entry. By name, the user decides."""
+def test_weight_whose_codes_would_be_larger_is_not_quantized():
+    """With one input, each entry would need a scale. A format given by path is still used."""
     params = {"time": normal(0, 1, 64), "w": normal(1, 64, 8)}
     function = lambda p, x: jnp.tanh(x @ p["time"]) @ p["w"]  # noqa: E731
     with pytest.warns(UnquantizedWarning, match=r"`time` .* takes 40 bits .* float32 takes 32"):
@@ -300,21 +300,21 @@ def test_a_weight_that_would_grow_is_left():
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_shapes_of_a_weight_give_shapes_of_codes(format):
+def test_shapes_are_quantized_to_shapes(format):
     weight = normal(0, 128, 256)
-    held = quantize({"w": weight}, {"w": format})
+    coded = quantize({"w": weight}, {"w": format})
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
     shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
     placed = quantize({"w": jax.device_put(weight, sharding)}, {"w": format})
-    for given, expected in ((jax.eval_shape(lambda x: x, weight), held), (shape, placed)):
-        made = quantize({"w": given}, {"w": format})
-        assert jax.tree.structure(made) == jax.tree.structure(expected)
-        for one, other in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
-            assert isinstance(one, jax.ShapeDtypeStruct)
-            assert (one.shape, one.dtype) == (other.shape, other.dtype)
-            assert given is not shape or one.sharding == other.sharding
-        floats = dequantize(made)["w"]
+    for given, expected in ((jax.eval_shape(lambda x: x, weight), coded), (shape, placed)):
+        shapes = quantize({"w": given}, {"w": format})
+        assert jax.tree.structure(shapes) == jax.tree.structure(expected)
+        for leaf, array in zip(*map(jax.tree.leaves, (shapes, expected)), strict=True):
+            assert isinstance(leaf, jax.ShapeDtypeStruct)
+            assert (leaf.shape, leaf.dtype) == (array.shape, array.dtype)
+            assert given is not shape or leaf.sharding == array.sharding
+        floats = dequantize(shapes)["w"]
         assert isinstance(floats, jax.ShapeDtypeStruct) and floats.shape == weight.shape
         assert given is not shape or floats.sharding == sharding
 
@@ -402,7 +402,7 @@ def test_merges_to_floats_and_to_codes():
     np.testing.assert_allclose(traced.errors["w"], errors["w"], rtol=1e-5)
 
 
-def test_a_merge_that_cannot_be_quantized_raises():
+def test_invalid_requantized_merge_raises():
     frozen, tunable = init_lora(quantize({"w": normal(0, 64, 16)}, {"w": "int8"}), {"w": 2}, KEY)
     name: Any = "nf4"
     with pytest.raises(ArgumentError, match="requantize='nf4'; it must be a bool"):

@@ -1,4 +1,4 @@
-"""Which operands of an equation on codes wait behind the barrier."""
+"""The barrier before an equation that decodes codes, and the operands that it covers."""
 
 import jax
 import jax.extend.core as jex
@@ -26,5 +26,5 @@ def has_product(eqn):
 
 
 @pytest.mark.parametrize("format, waits", [("nf4", True), ("int4", True), ("int8", False)])
-def test_other_operand_waits_for_codes_that_are_unpacked(format, waits):
+def test_barrier_covers_the_other_operand_of_unpacked_codes(format, waits):
     assert operands_behind_barrier(format)[0] == waits

@@ -78,7 +78,7 @@ def test_several_positions_and_keywords():
         assert equal(wrapped(pairs[0], X, pairs[1], third=pairs[2]), expected)
 
 
-def test_positions_of_numpy():
+def test_argnums_may_be_a_numpy_integer():
     first: Any = np.int64(0)
     assert equal(lora(model, argnums=first)(pair(), X), lora(model)(pair(), X))
 
@@ -90,13 +90,13 @@ def test_positions_of_numpy():
         {"argnames": 3}, {"argnames": [0]},
     ],
 )  # fmt: skip
-def test_other_positions_and_names_raise(options):
+def test_invalid_argnums_or_argnames_raise(options):
     (name,) = options
     with pytest.raises(ArgumentError, match=f"lora: {name}=.*; it must be one "):
         lora(model, **options)
 
 
-def test_a_function_without_a_pair_raises():
+def test_empty_argnums_or_a_non_function_raises():
     with pytest.raises(ArgumentError, match="so no argument is a pair"):
         lora(model, argnums=())
     with pytest.raises(ArgumentError, match="lora takes a function, and it was given a str"):

@@ -278,3 +278,19 @@ def test_unknown_names_and_paths_raise(file):
         load_base(file, {"up": Linear("up"), "up/e": Embedding("e")})
     with pytest.raises(AdapterNotFoundError, match=re.escape(str(file.parent / "none"))):
         load_base(file.parent / "none", NAMES)
+
+
+def test_a_tied_head_and_files_of_other_names(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save(folder / "gptq_model.safetensors", e={"weight": np.ones((4, 3), np.float32)})
+    with pytest.raises(AdapterNotFoundError, match="path of a file itself, such as gptq_model"):
+        load_base(folder, {"e": Embedding("e")})
+    save(folder / "b.safetensors", up={"weight": np.ones((4, 3), np.float32)})
+    index = {"weight_map": {"e.weight": "gptq_model.safetensors", "up.weight": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+    with pytest.raises(AdapterMismatchError, match=re.escape(f"{folder}: has no tensor for `z")):
+        load_base(folder, {"e": Embedding("e"), "z": Linear("z")})
+    with pytest.raises(AdapterMismatchError, match="`lm_head.weight`: its config ties the head"):
+        load_base(folder, {"e": Embedding("e"), "head": Linear("lm_head")})

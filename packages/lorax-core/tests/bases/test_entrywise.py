@@ -1,4 +1,4 @@
-"""Functions of codes of one equation: the transformations of JAX, and the form for a platform."""
+"""Entrywise functions of codes as one equation: transformations, and a form for each platform."""
 
 import jax
 import jax.export
@@ -18,7 +18,7 @@ doubled = entrywise(
 FLOAT = jnp.dtype(jnp.float32)
 
 
-def test_one_equation_that_jax_transforms():
+def test_is_one_equation_under_transformations():
     expected = 2 * np.asarray(CODES, np.float32)
     function = lambda codes: doubled(codes, dtype=FLOAT)  # noqa: E731
     assert [eqn.primitive.name for eqn in jax.make_jaxpr(function)(CODES).eqns] == ["doubled"]
@@ -29,7 +29,7 @@ def test_one_equation_that_jax_transforms():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_form_of_a_platform(platform):
+def test_each_platform_gets_its_form(platform):
     function = jax.jit(lambda codes: doubled(codes, dtype=FLOAT))
     module = jax.export.export(function, platforms=[platform])(CODES).mlir_module()
     assert ("stablehlo.add" in module) == (platform == "tpu")

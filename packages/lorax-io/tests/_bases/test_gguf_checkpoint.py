@@ -254,7 +254,7 @@ def test_incompatible_options_raise(shell, files):
     assert "--dtype is for" in shell.fail("merge adapter --base base --out m --dtype float32")
     pathlib.Path("folder").mkdir()
     pathlib.Path("model.gguf").rename("folder/model.gguf")
-    assert "GGUF file itself" in shell.fail("verify adapter --base folder")
+    assert "a file itself, such as model.gguf" in shell.fail("verify adapter --base folder")
 
 
 def test_merge_beyond_float16_raises(shell, files, tmp_path):

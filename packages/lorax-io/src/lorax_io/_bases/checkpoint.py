@@ -144,8 +144,9 @@ def _files(path: Path) -> list[BaseFile]:
     if files := _weights(path):
         return [BaseFile(file, "") for file in files]
     names = ", ".join(f"`{stem}.safetensors`" for stem in STEMS)
-    gguf = " Give the path of the GGUF file itself." if any(path.glob("*.gguf")) else ""
-    raise AdapterNotFoundError(f"has none of {names}, nor an index of them.{gguf}", path)
+    others = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
+    instead = f" Give the path of a file itself, such as {others[0].name}." if others else ""
+    raise AdapterNotFoundError(f"has none of {names}, nor an index of them.{instead}", path)
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -90,6 +90,7 @@ def load_base(
         stack.enter_context(about(path))
         with all_read(params, sharding):
             source = open_source(Path(path), stack)
+            stack.enter_context(about(path))  # errors are about the whole, not the last file opened
             places = _places(source, torch_names, params)
             leaves, structure = _tree(places, params)
             where = _where(sharding, structure, leaves)

@@ -16,6 +16,7 @@ from .coded import MARKS, coding_of, coding_of_any
 from .codings import Coded, Decoded, find_coded
 from .codings.coding import Part, whole
 from .gguf import GGUFSource, is_gguf
+from .ties import is_head, ties
 
 Weight = Coded | Decoded | Part
 
@@ -97,6 +98,11 @@ class SafetensorsSource:
         coding = known(name, names=self.names, config=self.config)
         if coding is not None:
             return f"has `{name}` as {coding}, which is not read."
+        if is_head(name.removesuffix(".weight")) and ties(self.config):
+            return (
+                f"has no tensor for `{name}`: its config ties the head to the embedding. Name the "
+                "embedding alone, and use its parameter as the head."
+            )
         return f"has no tensor for `{name}`.{suggestion(name, self.names)}"
 
 
