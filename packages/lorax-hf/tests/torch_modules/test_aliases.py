@@ -70,7 +70,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_change_is_seen_in_all_tensors_of_the_memory(name):
+def test_change_is_visible_in_all_tensors_of_the_memory(name):
     module = Applies(FUNCTIONS[name])
     fn, params = lorax_hf.from_torch(module)
     weigh = np.cos(np.arange(24, dtype=np.float32))

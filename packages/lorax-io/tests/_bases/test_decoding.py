@@ -13,7 +13,7 @@ OUT, IN = 128, 64
 draw = lambda *shape: np.random.default_rng(sum(shape)).normal(size=shape)  # noqa: E731
 
 
-def test_the_error_of_codes_includes_that_of_their_scales(tmp_path):
+def test_error_of_codes_includes_the_error_of_scales(tmp_path):
     """Scales are rounded to the dtype of the file."""
     codes, scales = draw(OUT, IN).astype(jnp.float8_e4m3fn), np.abs(draw(OUT, 1))
     tensors = {"up.weight": codes, "up.weight_scale": scales.astype(jnp.bfloat16)}

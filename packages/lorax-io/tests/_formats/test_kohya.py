@@ -42,7 +42,7 @@ def test_unsupported_kohya_keys_raise(files, key):
         open_adapter("a.safetensors")
 
 
-def test_an_unknown_tensor_raises(files):
+def test_unknown_tensor_raises(files):
     save({"lora_unet_a.lora_down.weight": files.draw(RANK, IN),
           "lora_unet_a.lora_up.weight": files.draw(OUT, RANK),
           "lora_unet_a.strange": files.draw(OUT, 1)})  # fmt: skip
