@@ -38,7 +38,9 @@ class Aliases(TorchFunctionMode):
 
 def share_memory() -> None:
     """Makes a tensor of torchax read and write the memory of the tensor that it is a view of."""
-    from torchax.tensor import Tensor
+    from torchax.tensor import Tensor as TorchaxTensor
+
+    Tensor: Any = TorchaxTensor  # its attributes are replaced
 
     def get(self: Any) -> jax.Array:
         alias = self.__dict__.get("_alias")
@@ -144,7 +146,7 @@ class _Alias:
         return order if count == math.prod(self.root_shape) else None
 
     def _index(self) -> jax.Array:
-        index = jnp.full((), self.twin.storage_offset(), jnp.int32)
+        index = jnp.full((), int(self.twin.storage_offset()), jnp.int32)
         for size, stride in self._axes():
             index = index[..., None] + jnp.arange(size, dtype=jnp.int32) * stride
         return index
@@ -187,12 +189,13 @@ def _layout(tensor: Any) -> Any:
     from torchax.view import NarrowInfo, View
 
     if isinstance(tensor, View):
-        layout = _layout(tensor.parent) if isinstance(tensor.view_info, NarrowInfo) else None
-        if layout is None:
+        info = tensor.view_info
+        layout = _layout(tensor.parent) if isinstance(info, NarrowInfo) else None
+        if layout is None or not isinstance(info, NarrowInfo):
             return None
         root, twin = layout
         with no_dispatch(), torch._C.DisableTorchFunction():
-            return root, twin[tensor.view_info.slices]
+            return root, twin[info.slices]
     if not _is_plain(tensor):
         return None
     alias = tensor.__dict__.get("_alias")
