@@ -299,6 +299,15 @@ def test_weight_whose_codes_would_be_larger_is_not_quantized():
     assert quantized(quantize(params, {"time": "int8", "w": None})) == {"time"}
 
 
+def test_weights_of_one_shape_are_traced_once(monkeypatch):
+    traces, encode = [], Int8.encode
+    monkeypatch.setattr(Int8, "encode", lambda *args: traces.append(args) or encode(*args))
+    params = {name: normal(k, 58, 7) for k, name in enumerate("abc")}
+    function = lambda p, x: sum(x @ w for w in p.values())  # noqa: E731
+    quantize(params, "int8", fn=function, args=(normal(3, 2, 58),))
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_shapes_are_quantized_to_shapes(format):
     weight = normal(0, 128, 256)

@@ -1,4 +1,4 @@
-"""Adapters: factors with labelled axes, and settings. One class per kind.
+"""Adapters: factors with labeled axes, and settings. One class per kind.
 
 All code outside `kinds/` handles adapters through this file, and names no kind:
 

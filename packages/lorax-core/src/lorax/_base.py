@@ -1,12 +1,13 @@
-"""A quantized base: labelled arrays, and the format that decodes one entry of each at a time.
+"""A quantized base: labeled arrays, and the format that decodes one entry of each at a time.
 
 All code outside `bases/` handles quantized bases through this file, and names no format.
 `QuantizedWeight` is a node of the frozen tree: arrays, format, and the position of its blocks.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -318,9 +319,36 @@ def check_finite(path: str, array: Any) -> None:
 def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
     """Returns the weight with the codes and scales of `array`, sharded as the array is.
 
-    Of a shape, the shapes of codes and scales.
+    For a shape, returns the shapes of codes and scales.
     """
-    blocks = Blocks.of(tuple(array.shape), _sizes(weight.blocks), weight.along)
+    blank = jax.tree.structure(dataclasses.replace(weight, arrays={}))
+    encode = _encoder(blank, tuple(array.shape))
+    options: dict[str, Any] = {}
+    # While tracing, the compiler places the codes.
+    sharding = None if is_tracer(array) else getattr(array, "sharding", None)
+    is_shape = isinstance(array, jax.ShapeDtypeStruct)
+    if isinstance(sharding, NamedSharding) or is_shape:
+        # The shardings depend on the arrays that the format makes, so their shapes are found first.
+        shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        if sharding is not None:
+            where = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
+            options["out_shardings"] = where
+            shapes = {n: _shape_of(x.shape, x.dtype, where[n]) for n, x in shapes.items()}
+        if is_shape:
+            return dataclasses.replace(weight, arrays=shapes)
+    return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
+
+
+@functools.lru_cache(maxsize=1024)
+def _encoder(blank: Any, shape: tuple[int, ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Returns one function for all weights that are alike, so that JAX compiles it once.
+
+    Args:
+        blank: the tree structure of a quantized weight without arrays.
+        shape: the shape of the weight.
+    """
+    weight: QuantizedWeight = jax.tree.unflatten(blank, ())
+    blocks = Blocks.of(shape, _sizes(weight.blocks), weight.along)
     labels = weight.codec.labels(blocks)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:
@@ -339,20 +367,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
         arrays = weight.codec.encode(entries, within, across)
         return {name: _without(x, blocks.codes, labels[name]) for name, x in arrays.items()}
 
-    options: dict[str, Any] = {}
-    # While tracing, the compiler places the codes.
-    sharding = None if is_tracer(array) else getattr(array, "sharding", None)
-    is_shape = isinstance(array, jax.ShapeDtypeStruct)
-    if isinstance(sharding, NamedSharding) or is_shape:
-        # The shardings depend on the arrays that the format makes, so their shapes are found first.
-        shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(array.shape, array.dtype))
-        if sharding is not None:
-            where = dataclasses.replace(weight, arrays=shapes).shardings(sharding)
-            options["out_shardings"] = where
-            shapes = {n: _shape_of(x.shape, x.dtype, where[n]) for n, x in shapes.items()}
-        if is_shape:
-            return dataclasses.replace(weight, arrays=shapes)
-    return dataclasses.replace(weight, arrays=jax.jit(encode, **options)(array))
+    return encode
 
 
 def _shape_of(shape: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -29,13 +29,11 @@ class Blocks(NamedTuple):
 
     Attributes:
         out: the labels of each axis of the weight: for an axis in blocks, block and place within
-            it;
-            for blocks in groups, group, block and place.
+            it; for blocks in groups, group, block and place.
         codes: the labels of an array with one entry per entry of the weight.
         scales: the labels of an array with one entry per block.
         outer: the labels of an array with one entry per group; without groups, one entry per
-            output:
-            `[*shared, *out]`.
+            output: `[*shared, *out]`.
     """
 
     out: tuple[Labels, ...]
@@ -52,8 +50,7 @@ class Blocks(NamedTuple):
         Args:
             shape: the shape of the weight.
             blocks: for each axis in blocks, the entries per block, preceded by the blocks per group
-                if
-                there are groups.
+                if there are groups.
             along: the axes whose entries share scales: within blocks if the axis has some, else
                 whole.
         """

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from . import _compat
 from ._terms import Inexpressible, Label, Term
 
-# How primitives that move or cut axes change labelled arrays: `change(term, *others, **params)`
+# How primitives that move or cut axes change labeled arrays: `change(term, *others, **params)`
 # returns a term, or a list of terms for a primitive with several results.
 MOVES: dict[jex.Primitive, Callable[..., Any]] = {}
 

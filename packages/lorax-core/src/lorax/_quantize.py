@@ -43,7 +43,7 @@ def quantize(
     and their input axes, along which blocks run. Norms, biases and positions are left unchanged.
 
     Args:
-        params: the parameters, or the frozen tree of `init_lora`. Of a `jax.ShapeDtypeStruct`, the
+        params: the parameters, or the frozen tree of `init_lora`. For a `jax.ShapeDtypeStruct`, the
             shapes of codes and scales are returned.
         formats: a format, such as `NF4(block=64)`, or its name: "int8", "int4", "nf4", "fp8" or
             "mxfp4". Or a tree of these with the structure of `params`, where None leaves a leaf

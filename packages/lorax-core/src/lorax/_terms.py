@@ -1,4 +1,4 @@
-"""A weight as a base plus terms, and a term as an einsum of small factors with labelled axes.
+"""A weight as a base plus terms, and a term as an einsum of small factors with labeled axes.
 
     W[d0, …, dn]  =  base[d0, …, dn]  +  Σ_k einsum(factor_1, factor_2, …  ->  d0 … dn)
 

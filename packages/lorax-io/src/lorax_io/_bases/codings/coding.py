@@ -150,6 +150,12 @@ def expect(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     return array
 
 
+def check_groups(name: str, groups: Array, count: int) -> None:
+    """Raises unless each input is in one of the groups that have scales."""
+    if groups.min() < 0 or groups.max() >= count:
+        raise AdapterFileError(f"has a group in `{name}` that has no scale.")
+
+
 def in_groups(
     codes: Callable[[slice], Array],
     zeros: Callable[[slice], Array],

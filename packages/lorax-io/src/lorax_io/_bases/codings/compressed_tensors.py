@@ -17,6 +17,7 @@ from .coding import (
     Part,
     Tensors,
     check_bits,
+    check_groups,
     expect,
     from_words,
     in_groups,
@@ -73,8 +74,7 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         names.append(order)
         groups = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
         if groups.max() >= 0 and not np.array_equal(groups, np.arange(inputs) // grains[1]):
-            if groups.min() < 0 or groups.max() >= scales.shape[1]:
-                raise AdapterFileError(f"has a group in `{order}` that has no scale.")
+            check_groups(order, groups, scales.shape[1])
             middle = np.full(scales.shape, 1 << bits - 1, np.uint8)
             zeros = middle.__getitem__ if is_symmetric else parts["zeros"].read
             raw = lambda rows: codes(rows) ^ flip  # noqa: E731

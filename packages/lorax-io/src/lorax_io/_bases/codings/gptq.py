@@ -17,6 +17,7 @@ from .coding import (
     Part,
     Tensors,
     check_bits,
+    check_groups,
     expect,
     from_words,
     in_groups,
@@ -53,8 +54,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if order in tensors:
         names = (*names, order)
         of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
-        if of.min() < 0 or of.max() >= groups:
-            raise AdapterFileError(f"has a group in `{order}` that has no scale.")
+        check_groups(order, of, groups)
     group = _group(tensors, names[0], inputs, groups, of)
     if is_awq:
         if str(setting(tensors, "version", "gemm")).lower() != "gemm" or bits != 4:
