@@ -10,7 +10,7 @@ from models import Model
 
 
 class NotCompared(Exception):
-    """A reason of ours why a library is not in the table. The library's own errors are others."""
+    """Our own reason to leave a library out of the table, as opposed to one of its errors."""
 
 
 class State(NamedTuple):

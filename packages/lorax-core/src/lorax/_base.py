@@ -341,7 +341,7 @@ def encoded(weight: QuantizedWeight, array: Any) -> QuantizedWeight:
 
 @functools.lru_cache(maxsize=1024)
 def _encoder(blank: Any, shape: tuple[int, ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Returns one function for all weights that are alike, so that JAX compiles it once.
+    """Returns one function for all weights of these settings and this shape, to compile it once.
 
     Args:
         blank: the tree structure of a quantized weight without arrays.

@@ -65,7 +65,7 @@ def quantize(
             weight is quantized already, or has entries that are not finite; where this JAX or this
             backend lacks a dtype; where nothing is found.
         ArgumentError: where one format is given for all, and no `fn`; where `where` or `tables` is
-            given beside a tree of formats; where an argument has a wrong type.
+            given with a tree of formats; where an argument has a wrong type.
 
     Warns:
         UnquantizedWarning: names weights of products that are left unchanged because blocks do not
