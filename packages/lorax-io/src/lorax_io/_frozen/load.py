@@ -185,7 +185,9 @@ def _arrays(
         view = file.view(name)
 
         def read(index: Any) -> np.ndarray[Any, Any]:
-            part = np.array(view[index])  # a copy: the file may be replaced while the array lives
+            # Bytes of packed codes are unpacked to another array at once. Any other array may
+            # keep this memory, so it needs a copy: the file may be replaced while it lives.
+            part = view[index] if name in packed else np.array(view[index])
             check_numbers(name, part, codecs.get(name))
             return part
 
