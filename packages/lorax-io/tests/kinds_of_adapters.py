@@ -53,7 +53,7 @@ KINDS = {
 
 
 # Kinds whose frozen factors do not follow from the base: only a pair can be saved.
-HELD = ("lora-fa", "vera")
+NEED_PAIR = ("lora-fa", "vera")
 
 
 OTHERS = [name for name in KINDS if not isinstance(KINDS[name], LoraSpec)]

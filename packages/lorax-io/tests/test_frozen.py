@@ -45,7 +45,7 @@ from lorax_io import (
 )
 from lorax_io._disk.tensors import TensorFile
 
-HELD = {
+CODECS = {
     "int8": Int8(), "int8-asymmetric": Int8(64, symmetric=False), "int4": Int4(),
     "int4-asymmetric": Int4(symmetric=False), "nf4": NF4(), "nf4-single": NF4(double=False),
     "e5m2": FP8("e5m2"), "squares": FP8(block=2, square=True), "mxfp4": MXFP4(), "nvfp4": NVFP4(),
@@ -59,14 +59,14 @@ def draw(shape, dtype=jnp.bfloat16):
 
 
 def test_every_format_has_a_row():
-    assert {format.name for format in HELD.values()} == set(FORMATS)
+    assert {format.name for format in CODECS.values()} == set(FORMATS)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", CODECS)
 def test_loaded_equals_saved(tmp_path, name):
     shapes = SHAPES if name == "nf4" else {"w": (4, 6)} if name == "squares" else {"w": (128, 7)}
     params = {key: draw(shape) for key, shape in shapes.items()}
-    formats = {key: dataclasses.replace(HELD[name], along=(int(key != "w"),)) for key in params}
+    formats = {key: dataclasses.replace(CODECS[name], along=(int(key != "w"),)) for key in params}
     frozen = quantize(params, formats)
     save_frozen(tmp_path / "f", frozen)
     assert_same(load_frozen(tmp_path / "f", params=params), frozen)

@@ -397,7 +397,7 @@ def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="has `scale`, which the module does not have"):
         fn({**params, "scale": params["bias"]}, jnp.asarray(X))
     coded = {**params, "weight": lorax.quantize({"w": params["weight"]}, {"w": "int8"})["w"]}
-    with pytest.raises(TypeError, match="`weight` is held in few bits.*`lorax.lora\\(fn\\)`"):
+    with pytest.raises(TypeError, match="`weight` is quantized.*`lorax.lora\\(fn\\)`"):
         fn(coded, jnp.asarray(X))
     with pytest.raises(TypeError, match="a dict of parameters by name.*not list"):
         fn(list(params.values()), jnp.asarray(X))

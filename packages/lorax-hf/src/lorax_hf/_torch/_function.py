@@ -154,11 +154,12 @@ class ModuleFunction:
                 f"`{wrong[0]}` of {self.__name__} has the shape {self._shapes[wrong[0]]}, and its "
                 f"array has {jnp.shape(params[wrong[0]])}."
             )
-        if coded := [name for name in params if isinstance(params[name], QuantizedWeight)]:
+        if quantized := [name for name in params if isinstance(params[name], QuantizedWeight)]:
             raise ArgumentError(
-                f"{self.__name__} takes arrays, and {_some(coded)} {'are' if coded[1:] else 'is'} "
-                "held in few bits. `lorax.lora(fn)` takes such a tree as the frozen part of the "
-                "pair; or give `fn` what `lorax.dequantize` returns for it."
+                f"{self.__name__} takes arrays, and {_some(quantized)} "
+                f"{'are' if quantized[1:] else 'is'} quantized. `lorax.lora(fn)` takes such a tree "
+                "as the frozen part of the pair; to call `fn` itself, pass `lorax.dequantize(...)` "
+                "of it."
             )
 
 

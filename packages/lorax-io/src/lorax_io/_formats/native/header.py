@@ -14,7 +14,8 @@ from ..._disk.tensors import (
 from ..._errors import AdapterFileError
 
 PREFIX = "lorax."
-FORMAT_KEY, ADAPTER, BASE, HELD = (PREFIX + key for key in ("format", "adapter", "base", "held"))
+FORMAT_KEY, ADAPTER, BASE = (PREFIX + key for key in ("format", "adapter", "base"))
+FROZEN_FACTORS = PREFIX + "held"  # the key of version 2
 FROZEN_KEY = PREFIX + "frozen_format"
 _FORMATS = ("1", "2")
 _SHORT = reprlib.Repr()  # settings in an untrusted file may be nested very deeply
@@ -49,7 +50,7 @@ def read_header(file: TensorFile) -> Header:
     check_format(file)
     settings_of = _object(file, ADAPTER)
     blanks = {path: _read_settings(path, settings) for path, settings in settings_of.items()}
-    frozen = _object(file, HELD) if HELD in file.metadata else {}
+    frozen = _object(file, FROZEN_FACTORS) if FROZEN_FACTORS in file.metadata else {}
     for path, names in frozen.items():
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if blanks.get(path) is None or not is_list:

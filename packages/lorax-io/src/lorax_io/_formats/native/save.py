@@ -24,7 +24,7 @@ from ..._tree import (
 )
 from ..signature import signature
 from .fingerprint import fingerprint
-from .header import ADAPTER, BASE, FIRST_KINDS, FORMAT_KEY, HELD, PREFIX
+from .header import ADAPTER, BASE, FIRST_KINDS, FORMAT_KEY, FROZEN_FACTORS, PREFIX
 
 
 def save_adapter(
@@ -103,7 +103,7 @@ def write(
         ADAPTER: json.dumps(settings),
     }
     if frozen:
-        header[HELD] = json.dumps({of: sorted(factors) for of, factors in frozen.items()})
+        header[FROZEN_FACTORS] = json.dumps({of: sorted(factors) for of, factors in frozen.items()})
     if base is not None:
         header[BASE] = json.dumps(fingerprint(base, dict(rows), hash_base))
     gathered = {name: to_host(array) for name, array in track(arrays.items(), "Saving the adapter")}
