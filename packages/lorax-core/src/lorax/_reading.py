@@ -70,22 +70,27 @@ def _recomputed(
     function: Callable[..., Any], name: str, structure: Any, several: bool = True
 ) -> Callable[..., Any]:
     def flat(*leaves: Any) -> Any:
-        # Codes are available from the start: without the barrier, a compiler may decode all weights
-        # at once. Scalars, such as indices, need no barrier.
-        arrays = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
-        waited = jax.lax.optimization_barrier([leaves[k] for k in arrays])
-        every = dict(enumerate(leaves)) | dict(zip(arrays, waited, strict=True))
-        operands = jax.tree.unflatten(structure, list(every.values()))
+        operands = jax.tree.unflatten(structure, _behind_barrier(leaves))
         if not several:
             return function(operands)
         if not any(is_coded(operand) and operand.is_packed for operand in operands):
             # A product converts whole bytes as it reads them. XLA then fuses it with the equation
             # that computes the other operand, if that one is taken from before the barrier.
-            given = jax.tree.unflatten(structure, leaves)
-            pairs = zip(given, operands, strict=True)
-            operands = [waited if is_coded(waited) else early for early, waited in pairs]
+            before = jax.tree.unflatten(structure, leaves)
+            pairs = zip(before, operands, strict=True)
+            operands = [behind if is_coded(behind) else ahead for ahead, behind in pairs]
         return function(*operands)
 
     flat.__name__ = flat.__qualname__ = name
     nothing = jax.checkpoint_policies.nothing_saveable
     return jax.checkpoint(flat, prevent_cse=True, policy=nothing)
+
+
+def _behind_barrier(leaves: Sequence[Any]) -> list[Any]:
+    """The same leaves behind one barrier, except for scalars, such as indices.
+
+    Codes are available from the start: without the barrier, a compiler may decode all weights at
+    once.
+    """
+    arrays = iter(jax.lax.optimization_barrier([leaf for leaf in leaves if jnp.ndim(leaf) > 0]))
+    return [next(arrays) if jnp.ndim(leaf) > 0 else leaf for leaf in leaves]
