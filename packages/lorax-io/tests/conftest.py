@@ -10,9 +10,16 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, settings
 
 from lorax_io._command import main
 from lorax_io._disk.tensors import TensorFile
+
+# The same examples in every run, without time limits, which a busy machine would exceed.
+settings.register_profile(
+    "lorax", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lorax")
 
 # For the helper modules in this folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -20,9 +20,6 @@ from lorax_io import (
 def examples(count):
     return settings(
         max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax.extend.core as jex
+
 # One side of one weight: its number, and "in" or "out".
 Side = tuple[int, str]
 
@@ -30,7 +32,8 @@ SHARED: Side = (-1, "shared")
 class Made(NamedTuple):
     """The weights and factors that an array is made of. Data is represented by None instead.
 
-    Data are arguments, constants, parameters without an adapter, and activations.
+    Data are arguments, constants, parameters without an adapter, and activations. An array without
+    sides is made of an adapter's other numbers, such as its gains.
 
     Attributes:
         axes: the sides that each axis shows.
@@ -69,9 +72,16 @@ def results_of(eqn: Any, operands: list[Made | None]) -> list[Made | None]:
     name, params = eqn.primitive.name, eqn.params
     ndims = ndims_of(eqn.invars)
     first = operands[0]
-    data = [atom for atom, made in zip(eqn.invars, operands, strict=True) if made is None]
+    data = [
+        atom
+        for atom, made in zip(eqn.invars, operands, strict=True)
+        if made is None and not isinstance(atom, jex.Literal)
+    ]
     if name in _EACH_BY_ITSELF:
         return operands
+    # Numbers of an adapter that show no side, such as gains, are data once they meet data.
+    if data and not any(made.sides for made in operands if made is not None):
+        return [None] * len(eqn.outvars)
     if name == "dot_general":
         return [_dot(params["dimension_numbers"], operands, ndims)]
     if data and name in (*_PRODUCTS, *_OPAQUE):
@@ -118,7 +128,7 @@ def _is_summed(made: Made) -> bool:
     shown = frozenset[Side]().union(*made.axes, made.picked)
     return all(
         len({(k, "in"), (k, "out")} & made.sides) == 2 > len({(k, "in"), (k, "out")} & shown)
-        for k in {k for k, _ in made.sides}
+        for k in _weights(made)
     )
 
 
@@ -136,11 +146,16 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
             return None
         if own:
             batch = [sides | {MIXED} for sides in batch]
+    is_mixed = any(MIXED in sides for sides in (*left.axes, *right.axes))
     for i, j in zip(l_sum, r_sum, strict=True):
         sides = left.axes[i], right.axes[j]
         shown = [any(k >= 0 for k, _ in each) for each in sides]
-        # An axis that is the weight's on one side only: data came along on the other.
-        if MIXED in sides[0] | sides[1] or shown[0] != shown[1]:
+        if MIXED in sides[0] | sides[1]:
+            return None
+        # An axis that is the weight's on one side only: data came along on the other, unless this
+        # is the rank axis of a factor that was reshaped together with an axis of the weight.
+        own = {k for k, _ in sides[0] | sides[1]}
+        if shown[0] != shown[1] and (is_mixed or not own <= _weights(left) & _weights(right)):
             return None
         left, right = _led_on(left, i, right.axes[j]), _led_on(right, j, left.axes[i])
     kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
@@ -151,6 +166,10 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
         left.factors or right.factors,
         left.picked | right.picked,
     )
+
+
+def _weights(made: Made) -> set[int]:
+    return {k for k, _ in made.sides}
 
 
 def _led_on(made: Made, summed: int, met: Sides) -> Made:

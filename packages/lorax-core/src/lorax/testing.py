@@ -8,7 +8,7 @@ Every rule of Lorax is tested with it, and it checks adapters on your own model 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ from ._pair import (
     flatten_tunable,
     pair_of_call,
 )
-from ._terms import Label
+from ._terms import Label, Labels
 from ._transform import lora
 
 __all__ = ["CheckError", "check", "random_factors", "weight_sized"]
@@ -225,7 +225,8 @@ def weight_sized(
     array counts if both factors of a weight went into it and it still shows an input axis and an
     output axis: a merged weight, its delta or a piece of it, transposed, reshaped or scaled. A
     whole copy of its base counts as well. Results of products with data do not, so sizes may
-    coincide.
+    coincide. Not followed, but reported by `lora` itself: a base that OFT has turned, and rows that
+    an adapter looks up (`TokensSpec`, a remainder of `MissSpec`).
 
     Args:
         fn: a function of the parameters first.
@@ -257,8 +258,6 @@ def weight_sized(
     frozen_factors = [
         dict(sorted(leaf.frozen_factors.items())) for leaf in leaves if leaf.is_adapted
     ]
-    # Whatever else an adapter carries, such as the scale of a bank or a dropout key, is data.
-    factors = [dict(sorted(adapter.factors().items())) for adapter in adapters]
     adapted = lora(
         fn,
         on_materialize="allow",
@@ -267,9 +266,8 @@ def weight_sized(
     )
     data, fill = split_data(args)
 
-    def ours(bases: Any, frozen_factors: Any, factors: Any, data: list[Any]) -> list[jax.Array]:
-        news = [old.with_factors(new) for old, new in zip(adapters, factors, strict=True)]
-        frozen, tunable = _with_adapters(leaves, structure, bases, frozen_factors, news)
+    def ours(bases: Any, frozen_factors: Any, adapters: Any, data: list[Any]) -> list[jax.Array]:
+        frozen, tunable = _with_adapters(leaves, structure, bases, frozen_factors, adapters)
         return arrays_of(adapted((frozen, tunable), *fill(data), **kwargs))
 
     def plain(bases: list[Any], data: list[Any]) -> list[jax.Array]:
@@ -288,7 +286,7 @@ def weight_sized(
         for _ in jax.tree.leaves(base)
     ]
     of_frozen: list[Made | None] = []
-    of_factors: list[Made | None] = []
+    of_adapters: list[Made | None] = []
     sizes: list[int] = []
     blocks: set[int] = set()
     for k, (base, adapter) in enumerate(zip(bases, adapters, strict=True)):
@@ -300,8 +298,8 @@ def weight_sized(
             for label in layout.out[d]
         }
         shared = {label for d in adapter.axes.shared for label in layout.out[d]}
-        of_frozen += _of_factors(k, layout, sides, shared, frozen_factors[k], True)
-        of_factors += _of_factors(k, layout, sides, shared, factors[k], False)
+        of_frozen += _of_factors(k, layout, sides, shared, frozen_factors[k], layout.frozen)
+        of_adapters += _of_adapter(k, layout, sides, shared, adapter)
         in_blocks = _spans(layout, sides)
         blocks |= {k} if in_blocks else set()
         sizes.append(math.prod(adapter.axes.sizes(base.shape) if in_blocks else base.shape))
@@ -314,10 +312,10 @@ def weight_sized(
     )
     weights = Weights(thin, sizes, frozenset(blocks))
     rest = [None] * len(data)
-    got = jax.make_jaxpr(ours)(bases, frozen_factors, factors, data)
+    got = jax.make_jaxpr(ours)(bases, frozen_factors, adapters, data)
     expected = jax.make_jaxpr(plain)(bases, data)
     return excess(
-        built(got, of_bases + of_frozen + of_factors + rest, weights),
+        built(got, of_bases + of_frozen + of_adapters + rest, weights),
         built(expected, of_bases + rest, weights),
     )
 
@@ -354,18 +352,17 @@ def _of_factors(
     layout: Layout,
     sides: Mapping[Label, str],
     shared: Set[Label],
-    factors: Mapping[str, Any],
-    are_frozen: bool,
+    factors: Iterable[str],
+    labels: Mapping[str, Labels],
 ) -> list[Made | None]:
     """Makes factors: `a [*shared, *in, rank]` shows inputs, `b [*shared, rank, *out]` outputs.
 
-    A gain is data: a base times a gain counts as a copy of the base, which shows both sides itself.
+    A gain shows no side: a base times a gain shows those of the base.
     """
-    labels = layout.frozen if are_frozen else layout.factors
     made: list[Made | None] = []
     for name in factors:
         if name in layout.gains:
-            made.append(None)
+            made.append(_number(len(labels[name])))
             continue
         both = frozenset((k, sides[x]) for x in labels[name] if x in sides)
         axes = tuple(
@@ -374,6 +371,35 @@ def _of_factors(
         )
         made.append(Made(axes, both, not _spans(layout, sides)))
     return made
+
+
+def _number(ndim: int) -> Made:
+    """Makes an array that shows no side."""
+    return Made((frozenset(),) * ndim, frozenset(), False)
+
+
+def _of_adapter(
+    k: int, layout: Layout, sides: Mapping[Label, str], shared: Set[Label], adapter: Adapter
+) -> list[Made | None]:
+    """Makes the arrays of an adapter, in the order in which JAX flattens it.
+
+    Numbers besides the factors, such as the weights of a mixture, show no side. Other arrays, such
+    as a dropout key, are data.
+    """
+    names = list(adapter.factors())
+    factors = dict(
+        zip(names, _of_factors(k, layout, sides, shared, names, layout.factors), strict=True)
+    )
+    numbers = [
+        _number(jnp.ndim(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else None
+        for leaf in jax.tree.leaves(adapter)
+    ]
+    # The names, in place of the factors, say which leaves are factors.
+    marked = jax.tree.leaves(adapter.with_factors({name: name for name in names}))
+    return [
+        factors[leaf] if isinstance(leaf, str) else number
+        for leaf, number in zip(marked, numbers, strict=True)
+    ]
 
 
 def _spans(layout: Layout, sides: Mapping[Label, str]) -> bool:

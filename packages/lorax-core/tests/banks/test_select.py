@@ -506,3 +506,17 @@ def test_invalid_arguments_raise():
     scaled = with_scales(other, {"w": jnp.ones(2)})
     with pytest.raises(ArgumentError, match=r"at `w` has shape \(2,\), and an adapter has one"):
         lora(lambda p, x: x @ p["w"])(({"w": params["w"], "bias": None}, scaled), jnp.ones((2, 6)))
+
+
+@pytest.mark.parametrize("how", ["select", "mix"])
+# Rows of tokens, and those that a remainder of MiSS repeats, are looked up: data, to the oracle.
+@pytest.mark.parametrize("kind", sorted(WITH_DELTA - {"tokens", "miss-remainder"}))
+def test_oracle_finds_the_weight_that_a_bank_materializes(kind, how):
+    frozen, _, bank = kind_bank(kind)
+    tunable = (
+        select_adapters(bank, 1) if how == "select" else mix_adapters(bank, random(2, bank.slots))
+    )
+    x = random(1, 4, 10)
+    assert testing.weight_sized(dense, frozen, tunable, x) == {}
+    materializing = lambda params, x: x @ jnp.tanh(params["w"])  # noqa: E731
+    assert (10, 12) in testing.weight_sized(materializing, frozen, tunable, x)

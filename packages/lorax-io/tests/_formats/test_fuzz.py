@@ -10,7 +10,7 @@ from formats_of_files import (
     make_tunable,
     save,
 )
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lorax_io import (
     AdapterError,
@@ -64,7 +64,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=5).map(tuple)
 
 
 @pytest.mark.parametrize("form", TENSORS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random_files_are_read_or_rejected(tmp_path_factory, form, data):
     known = TENSORS[form]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lorax
 from lorax import (
@@ -392,7 +392,7 @@ def test_every_tuner_has_a_case():
 
 
 @pytest.mark.parametrize("kind", KEYS)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_random_tensors_are_read_or_rejected(tmp_path_factory, kind, data):
     shapes = data.draw(
