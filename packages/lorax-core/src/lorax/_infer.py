@@ -241,7 +241,7 @@ def _nothing_found(
     chosen = "" if where is None else f" whose path {shown(where)} accepts"
     matrices = [path for path, leaf in leaves if _is_matrix(leaf)]
     message = (
-        f"The function uses no weight{chosen} in a product, a convolution or a look-up in a way "
+        f"The function uses no weight{chosen} in a product, a convolution or a lookup in a way "
         f"that takes an adapter. Parameters of two or more axes: {some(matrices) or 'none'}."
     )
     integers = [

@@ -55,7 +55,7 @@ def random(seed, *shape):
 
 
 def model(params, tokens):
-    """A look-up, a scan over rematerialized layers, a tied head: one row of tokens."""
+    """A lookup, a scan over rematerialized layers, a tied head: one row of tokens."""
 
     @jax.checkpoint
     def layer(x, weights):

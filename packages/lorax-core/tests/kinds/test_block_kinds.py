@@ -273,7 +273,7 @@ def test_miss_remainder_is_not_weight_sized():
     assert program.count("[11,4]") >= 1 and program.count("[11,7]") == 1  # the base itself
 
 
-# Edge cases of rules: look-ups out of range, groups that cut a block, strides and dilations.
+# Edge cases of rules: lookups out of range, groups that cut a block, strides and dilations.
 
 
 @pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2), BdloraSpec(2)], ids=str)

@@ -423,7 +423,7 @@ EVA = {"w": LoraSpec(2, init="eva")}
         (lambda p, x: x, ROWS, "No input of `w` was collected"),
         (lambda p, x: x @ p["w"], ROWS[:1], "`w` met 1 rows .* fewer than its rank 2"),
     ],
-    ids=["outputs", "look-up", "part", "steps", "not linear", "returned", "stopped", "integers",
+    ids=["outputs", "lookup", "part", "steps", "not linear", "returned", "stopped", "integers",
          "unused", "few rows"],
 )  # fmt: skip
 def test_inputs_that_cannot_be_collected_raise(function, batch, message):
