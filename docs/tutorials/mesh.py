@@ -128,7 +128,7 @@ loaded = load_adapter(file, params=elsewhere)
 print(loaded["up"].b.sharding.mesh.shape, loaded["up"].b.sharding.spec)
 
 # %% [markdown]
-# See also [many devices](../devices.md): explicit axes, multiple processes, and what is communicated
-# for each sharding. [Accelerators](../accelerators.md) compares a step of a model with 7 billion
-# parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and collectives
-# are the same.
+# See also [many devices](../devices.md): explicit axes, multiple processes, and what is
+# communicated for each sharding. [GPU and TPU](../accelerators.md) compares a step of a model with
+# 7 billion parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and
+# collectives are the same.

@@ -2,8 +2,8 @@
 # # QLoRA on a small budget
 #
 # QLoRA trains models that would not fit into memory otherwise. It combines a 4-bit base, float32
-# adapters, and layers in a scan with rematerialization. This tutorial pretrains a small character model,
-# quantizes it, measures how much its loss rises, and trains an adapter on the codes.
+# adapters, and layers in a scan with rematerialization. This tutorial pretrains a small character
+# model, quantizes it, measures how much its loss rises, and trains an adapter on the codes.
 
 # %% [markdown]
 # ## A base

@@ -38,8 +38,8 @@ for row, pictures in zip(panels, (images, changed), strict=True):
 # %% [markdown]
 # ## The model
 #
-# A convolution splits an image into 16 patches. Blocks of attention and an MLP follow. The model has
-# no LoRA code.
+# A convolution splits an image into 16 patches. Blocks of attention and an MLP follow. The model
+# has no LoRA code.
 
 # %%
 WIDTH, HEADS, DEPTH = 48, 4, 3

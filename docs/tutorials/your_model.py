@@ -112,8 +112,8 @@ with warnings.catch_warnings(record=True):
 # %% [markdown]
 # ## Train
 #
-# The task is to repeat the token from two steps before. The base has random weights, so it cannot do
-# this. Only the adapter is trained.
+# The task is to repeat the token from two steps before. The base has random weights, so it cannot
+# do this. Only the adapter is trained.
 
 # %%
 import optax

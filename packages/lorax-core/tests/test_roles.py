@@ -456,7 +456,7 @@ WARNED = [
         "weights",
         lambda p, x: (p["other"] @ p["v"]).sum() + x @ p["w"],
         (4, 5),
-        "meets only other weights, in `dot_general` at .*test_roles.*Give it a LoraSpec",
+        "is combined only with other weights, in `dot_general` at .*test_roles.*Give it a LoraSpec",
     ),
     (
         "inverted",
@@ -468,7 +468,7 @@ WARNED = [
         "no-output",
         lambda p, x: jnp.tensordot(x, p["other"]) + (x @ p["w"]).sum(),
         (3, 11),
-        "leaves no axis for its outputs.*Give it a LoraSpec",
+        "uses none of its axes as outputs.*Give it a LoraSpec",
     ),
     (
         "dead",
@@ -486,7 +486,7 @@ WARNED = [
         "gain-of-a-weight",
         lambda p, x: x @ (p["w"] * p["other"]),
         (1, 13),
-        "leaves no axis for its inputs.*give it LORA_FULL",
+        "uses none of its axes as inputs.*give it LORA_FULL",
     ),
 ]
 

@@ -40,8 +40,8 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        ArgumentError: where the rate is not in [0, 1).
-        PairError: where the tree has no adapter, or dropout already.
+        ArgumentError: if the rate is not in [0, 1).
+        PairError: if the tree has no adapter, or dropout already.
 
     Example:
         >>> import jax, jax.numpy as jnp

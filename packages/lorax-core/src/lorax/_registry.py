@@ -68,7 +68,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
         A decorator that returns the rule unchanged.
 
     Raises:
-        ArgumentError: where a primitive has a rule already.
+        ArgumentError: if a primitive has a rule already.
 
     Example:
         >>> import jax, jax.numpy as jnp

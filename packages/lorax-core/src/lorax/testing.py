@@ -90,9 +90,9 @@ def check(
             `functools.partial` before.
 
     Raises:
-        CheckError: where a check fails; it says which one, with the numbers. It is an
+        CheckError: if a check fails; it says which one, with the numbers. It is an
             `AssertionError`.
-        ArgumentError: where an argument is a shape instead of an array, or an option has the name
+        ArgumentError: if an argument is a shape instead of an array, or an option has the name
             of a keyword of `fn`.
 
     Example:
@@ -104,8 +104,8 @@ def check(
     for leaf in jax.tree.leaves((params, args, kwargs)):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ArgumentError(
-                f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
-                "symbolic sizes, call check at several concrete ones."
+                f"check runs the function, so it needs arrays, not {leaf}. To check symbolic "
+                "sizes, call check at several concrete ones."
             )
     # Zeros are drawn fastest; random numbers replace them next.
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")

@@ -88,7 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             for name, entry in file.entries.items():
                 full = prefix + name
                 if full in shapes:
-                    raise AdapterFileError(f"has `{name}`, as another file has.")
+                    raise AdapterFileError(f"has `{name}`, which another file also has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
     return Checkpoint(path, files, shapes, config_of(path), by_end(shapes))
 

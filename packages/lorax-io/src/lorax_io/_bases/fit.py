@@ -70,7 +70,7 @@ def fit_adapter(
         checkpoint = _with_head(checkpoint, called.values())
         matched = {name: _tensor_of(other, adapter, checkpoint) for name, other in called.items()}
         if len({*matched.values()}) < len(matched):
-            raise AdapterMismatchError("has two modules for one tensor of the base.")
+            raise AdapterMismatchError("maps two modules to one tensor of the base.")
         _check_plain(checkpoint, matched.values())
         with distrusted():
             missing = lacking(adapter.config, checkpoint.shapes, matched)

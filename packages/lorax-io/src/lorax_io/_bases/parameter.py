@@ -54,7 +54,7 @@ class Notes(NamedTuple):
     def warn(self, source: Source) -> None:
         """Warns about unused tensors, and of all that is noted."""
         if left := sorted(source.names.keys() - source.used):
-            warn(f"has tensors that are in none of `names`{_some(left)}")
+            warn(f"has tensors that `names` does not contain{_some(left)}")
         if self.shorter:
             warn(
                 "has blocks that do not divide an axis of their parameter, so that blocks in "
@@ -74,8 +74,8 @@ def warn_of_assumed(clauses: list[str]) -> None:
     """Warns of what the file leaves open and was assumed."""
     if clauses:
         warn(
-            "has weights whose form it leaves open; compare the model's outputs with those of the "
-            f"library that wrote it{_some(clauses)}"
+            "has weights whose layout is ambiguous; compare the model's outputs with those of "
+            f"the library that wrote it{_some(clauses)}"
         )
 
 

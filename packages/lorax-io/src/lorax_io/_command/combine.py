@@ -105,7 +105,7 @@ def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
         if not first.rows.keys() & adapter.rows.keys():
             one, other = (min(each.rows, default="nothing") for each in (first, adapter))
             raise AdapterError(
-                f"adapts no parameter that {first.path} adapts: such as `{other}` here and `{one}` "
-                "there. Give both the same names with --names or --rename.",
+                f"adapts no parameter that {first.path} adapts: for example, `{other}` here, but "
+                f"`{one}` there. Give both the same names with --names or --rename.",
                 adapter.path,
             )

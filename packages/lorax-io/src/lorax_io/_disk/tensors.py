@@ -163,7 +163,7 @@ def check_width(name: str, dtype: Any) -> None:
     """Refuses a 64-bit dtype that JAX would convert to 32 bits."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise AdapterMismatchError(
-            f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
+            f"has `{name}` in {dtype}, which JAX would convert to 32 bits. Set `jax_enable_x64`."
         )
 
 

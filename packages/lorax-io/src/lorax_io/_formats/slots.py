@@ -136,8 +136,8 @@ def _needless_whole(config: PeftConfig, tensor: Stored) -> AdapterFileError:
             "`bias` of its config says so."
         )
     return AdapterFileError(
-        f"has `{tensor.name}`, which is not a factor of a kind that is read, and the file has no "
-        "config that says what it is. Merge the adapter with the library that wrote it."
+        f"has `{tensor.name}`, which is not a factor of a supported kind, and the file has no "
+        "config that describes it. Merge the adapter with the library that wrote it."
     )
 
 

@@ -83,7 +83,7 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
         return adapter_from_settings(settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(
-            f"its header says of `{path}` what is not a setting: {_SHORT.repr(settings)}."
+            f"its header has an invalid setting for `{path}`: {_SHORT.repr(settings)}."
         ) from error
 
 
