@@ -101,7 +101,8 @@ def pull_from_hub(
 
     Raises:
         AdapterNotFoundError: if the repository does not exist, or contains no adapter.
-        AdapterError: if the Hub refuses or cannot be reached, and the adapter is not cached.
+        AdapterError: if the Hub rejects the request or cannot be reached, and the adapter is not
+            cached.
 
     Example:
         >>> from lorax_io import load_peft, pull_from_hub

@@ -63,7 +63,7 @@ def pair_rows(tree: Any) -> tuple[list[Row], FrozenFactors]:
 
 
 def _check_scale(path: str, leaf: Any) -> None:
-    """Refuses an adapter whose scale is not a finite number, which no file can hold."""
+    """Rejects an adapter whose scale is not a finite number, which no file can hold."""
     for weight in (leaf, getattr(leaf, "delta", None)):
         if not isinstance(weight, Adapter):
             continue

@@ -231,7 +231,7 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
 
     Args:
         bank: a bank of kinds whose neutral factors do not depend on the base: all but DoRA and
-            trained tokens.
+            trainable tokens.
         index: the slot, from 0.
 
     Returns:

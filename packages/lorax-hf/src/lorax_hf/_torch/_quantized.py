@@ -1,4 +1,4 @@
-"""Refuses modules with quantized weights, which are recognized by their packages."""
+"""Rejects modules with quantized weights, which are recognized by their packages."""
 
 import torch
 

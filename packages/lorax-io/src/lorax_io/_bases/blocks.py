@@ -219,7 +219,7 @@ def _entries(place: Place, target: Target, t: int, grain: int) -> Array:
 
 
 def check_shape(place: Place, name: str, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor whose shape does not match the parameter's."""
+    """Rejects a tensor whose shape does not match the parameter's."""
     wanted = tuple(math.prod(place.shape[d] for d in group) for group in place.whole)
     if shape != wanted:
         raise UnsupportedAdapterError(

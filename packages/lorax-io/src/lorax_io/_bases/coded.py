@@ -98,7 +98,7 @@ def check_plain(
     names: Container[str],
     config: Mapping[str, Any] | None,
 ) -> None:
-    """Refuses to merge into quantized codes.
+    """Raises instead of merging into quantized codes.
 
     Raises:
         UnsupportedAdapterError: if the tensor holds codes.

@@ -183,7 +183,7 @@ def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str
 
 
 def _check_coded(checkpoint: Checkpoint, name: str) -> None:
-    """Refuses a base that has quantized codes, under other names, in place of the tensor."""
+    """Rejects a base that has quantized codes, under other names, in place of the tensor."""
     module, _, parameter = name.rpartition(".")
     ends = {parameter, *MARKS, *(known.rpartition(".")[2] for known in checkpoint.shapes)}
     stems = {known.removesuffix(f".{end}") for known in checkpoint.shapes for end in ends}

@@ -137,7 +137,7 @@ def _names(source: GGUFSource) -> dict[str, str]:
 
 
 def _check_whole(source: GGUFSource) -> None:
-    """Refuses a file that lacks tensors that every model has, or that its other layers have."""
+    """Rejects a file that lacks tensors that every model has, or that its other layers have."""
     ends = {own.split(".", 2)[2] for own in source.names if own.startswith("blk.")}
     layers = [f"blk.{k}.{end}" for k in range(source.layers) for end in sorted(ends)]
     needed = ["token_embd.weight", "output_norm.weight", *layers]

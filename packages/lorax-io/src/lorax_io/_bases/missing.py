@@ -75,7 +75,7 @@ def _kind(name: str) -> str:
 
 
 def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = False) -> None:
-    """Refuses an adapter that lacks some of its tensors, or warns if that is allowed.
+    """Rejects an adapter that lacks some of its tensors, or warns if that is allowed.
 
     Raises:
         AdapterFileError: naming the first of these tensors.

@@ -236,7 +236,7 @@ def _floats(row: Weight, dtype: Any) -> Part:
         return part_of(decoded(row, dtype), (1,) * len(row.shape))
 
     def read(rows: slice) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is rejected later
             return row.read(rows).astype(dtype)
 
     return Part(read, (1,) * len(row.shape), row.shape, dtype)

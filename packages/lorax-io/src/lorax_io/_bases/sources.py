@@ -76,7 +76,7 @@ class SafetensorsSource:
         return whole(view, (1,) * view.ndim)
 
     def _check_plain(self, name: str, dtype: Any) -> None:
-        """Refuses codes that no reader has decoded. Buffers, such as positions, may be integers."""
+        """Rejects codes that no reader has decoded. Buffers, such as positions, may be integers."""
         known = coding_of if dtype is None else functools.partial(coding_of_any, dtype=dtype)
         if coding := known(name, names=self.names, config=self.config):
             raise UnsupportedAdapterError(f"has `{name}` as {coding}, which is not supported.")

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
-    """Refuses adapters that share no parameter with the first: their names probably differ."""
+    """Rejects adapters that share no parameter with the first: their names probably differ."""
     first = adapters[0]
     for adapter in adapters[1:]:
         if not first.rows.keys() & adapter.rows.keys():

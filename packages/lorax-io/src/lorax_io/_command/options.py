@@ -67,7 +67,7 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
 
 
 def check_unused(args: argparse.Namespace, options: Iterable[str], when: str) -> None:
-    """Refuses options that would have no effect, instead of ignoring them.
+    """Rejects options that would have no effect, instead of ignoring them.
 
     Raises:
         AdapterError: if one of them was given.

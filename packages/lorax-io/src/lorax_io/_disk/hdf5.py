@@ -84,7 +84,7 @@ def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
     size = dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
     if dataset.chunks is not None or dataset.id.get_storage_size() != size:
         raise AdapterFileError(f"has `{name}` in a compressed form, or without all of its numbers.")
-    # JAX refuses arrays in the other byte order.
+    # JAX rejects arrays in the other byte order.
     return np.asarray(dataset[()]).astype(dtype.newbyteorder("="), copy=False)
 
 

@@ -57,7 +57,7 @@ def _read(content: Content) -> Source:
 def _check(
     tensors: Mapping[str, Stored], modules: Sequence[str], kind: str, config: Mapping[str, Any]
 ) -> None:
-    """Refuses tensors of another kind or rank than the config says; mlx-lm could not load them."""
+    """Rejects tensors of another kind or rank than the config says; mlx-lm could not load them."""
     rank = config["lora_parameters"].get("rank")
     for module in modules:
         if (f"{module}.{MAGNITUDE}" in tensors) != (kind == "dora"):

@@ -171,7 +171,7 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
 
 
 def _check_kind(source: Source, tensor: Stored, key: str) -> None:
-    """Refuses a tensor of another kind of adapter than the config's."""
+    """Rejects a tensor of another kind of adapter than the config's."""
     kinds = dict(_OTHERS)
     for tuner in TUNERS.values():
         kinds |= {

@@ -24,7 +24,7 @@ FIRST_KINDS = ("full", "lora")  # the kinds that format 1 supports
 
 
 def check_format(file: TensorFile) -> None:
-    """Refuses files that are not native adapters, and formats of later versions."""
+    """Rejects files that are not native adapters, and formats of later versions."""
     version = file.metadata.get(FORMAT_KEY)
     if version in _FORMATS:
         return

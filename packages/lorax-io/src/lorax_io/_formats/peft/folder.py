@@ -50,7 +50,7 @@ def save_peft(
 
     Factors become `lora_A` and `lora_B` of their modules, and parameters that are trained in full
     become `modules_to_save`. The weights and then the config are replaced, each atomically. If the
-    process ends between the two, `load_peft` refuses the folder.
+    process ends between the two, `load_peft` rejects the folder.
 
     Args:
         folder: the folder, which is created if it does not exist; other files in it are kept.

@@ -191,7 +191,7 @@ def config_of(values: Any) -> PeftConfig:
 def config_to_json(config: PeftConfig) -> dict[str, Any]:
     """The config as JSON data; newer keys are written only if they differ from their defaults.
 
-    PEFT before 0.14 refuses a config with a key that it does not know.
+    PEFT before 0.14 rejects a config with a key that it does not know.
     """
     tuner = TUNERS[config.peft_type]
     newer = {
