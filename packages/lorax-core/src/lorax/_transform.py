@@ -54,7 +54,7 @@ def lora(
             traced.
         argnums: the position of the parameters, or several positions; each then takes a pair.
         argnames: the names of keyword-only arguments that take a pair.
-        on_materialize: what to do where no rule covers the use of a weight, so that it is
+        on_materialize: what to do if no rule covers the use of a weight, so that it is
             materialized: "warn", "error" (before anything runs) or "allow".
         on_unused: what to do about an adapter that no output depends on; the same choices.
         through_custom_derivatives: by default, a weight that enters a function with a

@@ -85,7 +85,7 @@ def check(
             `lora` must report it.
         seed: the seed of the random factors.
         through_custom_derivatives: as in `lora`; the merged model keeps the derivative rules, so
-            that point 1 fails where one of them is not the derivative of its function.
+            that point 1 fails if one of them is not the derivative of its function.
         **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
             `functools.partial` before.
 

@@ -95,7 +95,7 @@ def _resized(
 
 
 def as_lora(frozen: Any, tunable: Any = ABSENT) -> Any:
-    """Converts adapters of other kinds to plain LoRA, where that is exact.
+    """Converts adapters of other kinds to plain LoRA, if that is exact.
 
     The delta of most kinds has a low rank: `rank` for VeRA, LoRA-FA, AdaLoRA, DeLoRA and MiSS,
     `rank²` for LoHa, `rank · blocks` for GraLoRA, and that of the second factor times the first

@@ -19,7 +19,7 @@ from ..kinds.lora import LoraWeight, lora_scale
 class Records:
     """The ranks and scales of one path's adapters before padding, by slot.
 
-    `alpha` is NaN where it is None. These are arrays and not static settings, so that replacing an
+    `alpha` is NaN if it is None. These are arrays and not static settings, so that replacing an
     adapter in a slot does not recompile programs.
     """
 

@@ -207,7 +207,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
 
     The input is multiplied by all adapters, so under `jax.vmap` over rows no factor is gathered:
     `mix_adapters(bank, jax.nn.one_hot(index, bank.slots))` equals `select_adapters(bank, index)`.
-    It always takes more FLOPs, but moves fewer bytes where each row is one token. The weights have
+    It always takes more FLOPs, but moves fewer bytes if each row is one token. The weights have
     gradients, so they may be learned.
 
     Args:

@@ -103,7 +103,7 @@ def by_end(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def config_of(path: Path) -> dict[str, Any] | None:
-    """The config in a folder, where there is one."""
+    """The config in a folder, if there is one."""
     if not (path.is_dir() and (path / CONFIG_NAME).exists()):
         return None
     config = read_json(file_in(path, CONFIG_NAME))

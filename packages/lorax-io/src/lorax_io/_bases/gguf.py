@@ -238,7 +238,7 @@ class GGUFSource:
         return Decoded((name,), why, lambda rows: self.floats(name, rows), shape, FLOAT32)
 
     def name_of(self, module: str, parameter: str) -> str:
-        """The name in the file, where `gguf` has one for that of transformers."""
+        """The name in the file, if `gguf` has one for that of transformers."""
         own = f"{module}.{parameter}" if module else parameter
         if own in self.names:
             return own

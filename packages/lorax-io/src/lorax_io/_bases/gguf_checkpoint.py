@@ -73,7 +73,7 @@ def open_gguf(path: Path, dtype: Any = None) -> Checkpoint:
 
     Args:
         path: the file. A `config.json` in its folder is used as the model's.
-        dtype: that tensors are written in. By default that of the file's matrices where all have
+        dtype: that tensors are written in. By default that of the file's matrices if all have
             one float type, and else bfloat16.
 
     Raises:

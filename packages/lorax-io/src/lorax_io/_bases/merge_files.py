@@ -220,7 +220,7 @@ def _merged_config(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, An
 
 
 def _write_index(path: Path, checkpoint: Checkpoint) -> None:
-    """The index of the files that a GGUF file becomes, where they are several."""
+    """The index of the files that a GGUF file becomes, if there are several."""
     files = files_of_gguf(checkpoint)
     if len(files) > 1:
         size = sum(map(bytes_of, checkpoint.shapes.values()))
