@@ -1,17 +1,18 @@
-"""The section of the sweep in docs/frameworks/pytorch.md, and a summary line for each model."""
+"""The results of the sweep in docs/pytorch-models.md, and a summary line for each model."""
 
 import collections
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from .finding import Finding
 
-PAGE = Path("docs", "frameworks", "pytorch.md")
+PAGE = Path("docs", "pytorch-models.md")
 BEGIN, END = "<!-- sweep -->", "<!-- end of sweep -->"
 _PACKAGES = ("torch", "torchax", "transformers", "diffusers", "peft", "jax")
 CLOSE = 1e-4  # larger differences from PEFT's outputs are listed
+_LONGEST = 200  # characters of a reason; longer ones are cut
 
 
 def summary(finding: Finding) -> str:
@@ -66,39 +67,67 @@ def _row(finding: Finding) -> str:
 
 def _notes(findings: Mapping[str, Finding]) -> Iterator[str]:
     rows = list(findings.values())
-    yield "**Materialized weights**, with the reason that the warning gives:"
-    yield ""
-    for finding in rows:
-        for reason in finding.materialized.values():
-            cause, *_ = _clean(reason).partition(", so the adapted weight")
-            yield f"- {finding.title}: {cause}"
-    yield ""
-    yield "**Results that differ from PEFT's**, or that are not compared:"
-    yield ""
-    for finding in rows:
-        if finding.peft is not None and finding.peft > CLOSE:
-            yield f"- {finding.title}: differs by {_error(finding.peft)}"
-    for finding in rows:
-        for why, names in _by_reason(finding.left_out).items():
-            yield f"- {finding.title}, compared without {', '.join(names)}: {why}"
-    reasons: dict[str, list[str]] = collections.defaultdict(list)
-    for finding in rows:
-        if finding.not_in_peft:
-            reasons[finding.not_in_peft].append(finding.title)
-    for reason, titles in reasons.items():
-        yield f"- {', '.join(titles)}: {_clean(reason)}"
-    yield ""
-    yield "**Models that run in PyTorch and not in JAX**, with the error:"
-    yield ""
-    for finding in rows:
-        if finding.fault and not _is_of_torch(finding):
-            yield f"- {finding.title}: {_clean(finding.fault)}"
-    yield ""
+    yield from _listed(
+        "**Materialized weights**, by the reason that the warning gives:", _materialized(rows)
+    )
+    yield from _listed("**Outputs that differ from PEFT's**:", _differing(rows))
+    yield from _listed(
+        "**Modules without an adapter in the comparison with PEFT**, by reason:", _left_out(rows)
+    )
+    yield from _listed("**Not compared with PEFT**, by reason:", _not_in_peft(rows))
+    yield from _listed(
+        "**Models that run in PyTorch but not in JAX**, with the error:",
+        [f"- {f.title}: {_clean(f.fault)}" for f in rows if f.fault and not _is_of_torch(f)],
+    )
     left = [finding.title for finding in rows if _is_of_torch(finding)]
     yield (
         f"**Not tried**: {len(left)} types whose config does not support the tiny sizes, or that "
         f"need inputs that the sweep does not make: {', '.join(left)}."
     )
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield from (title, "", *lines, "")
+
+
+def _materialized(rows: Sequence[Finding]) -> list[str]:
+    weights: dict[str, list[str]] = collections.defaultdict(list)
+    for finding in rows:
+        for name, reason in finding.materialized.items():
+            cause, *_ = _clean(reason).partition(", so the ")
+            cause = cause.removeprefix(f"`{name}` ")
+            weights[cause].append(f"{finding.title} (`{name}`)")
+    return [f"- It {cause}: {', '.join(names)}." for cause, names in weights.items()]
+
+
+def _differing(rows: Sequence[Finding]) -> list[str]:
+    return [
+        f"- {finding.title}: by {_error(finding.peft)}"
+        for finding in rows
+        if finding.peft is not None and finding.peft > CLOSE
+    ]
+
+
+def _left_out(rows: Sequence[Finding]) -> list[str]:
+    """One line for each reason and set of modules."""
+    titles: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
+    for finding in rows:
+        for why, names in _by_reason(finding.left_out).items():
+            titles[why].setdefault(", ".join(names), []).append(finding.title)
+    lines: list[str] = []
+    for why, models in titles.items():
+        lines.append(f"- {why[0].upper()}{why[1:]}:")
+        lines += [f"    - {', '.join(titles)}: {names}" for names, titles in models.items()]
+    return lines
+
+
+def _not_in_peft(rows: Sequence[Finding]) -> list[str]:
+    titles: dict[str, list[str]] = collections.defaultdict(list)
+    for finding in rows:
+        if finding.not_in_peft:
+            titles[_clean(finding.not_in_peft)].append(finding.title)
+    return [f"- {reason}: {', '.join(names)}" for reason, names in titles.items()]
 
 
 def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
@@ -122,4 +151,5 @@ def _error(value: float | None) -> str:
 def _clean(text: str) -> str:
     """The text on one line, without file paths, which differ between machines."""
     text = re.sub(r" at /\S*( \([^)]*\))?", "", " ".join(text.split()))
-    return text[:220].replace("|", "\\|").replace("<", "&lt;")
+    text = text if len(text) < _LONGEST else f"{text[:_LONGEST].rpartition(' ')[0]} …"
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -147,7 +147,7 @@ def _peft(
 
 
 _NOT_CALLED = (
-    "the model reads the weight and does not call the module, so that PEFT's adapter has no effect "
+    "the model reads the weight without calling the module, so PEFT's adapter has no effect "
     "until it is merged"
 )
 _NOT_LOADED = "PEFT does not find the factors in the folder"

@@ -16,7 +16,7 @@ COLUMNS = ("model", "factored", "materialized", "left out", "error", "trace")
 
 def table(findings: Sequence[Finding]) -> Table:
     """The table for a terminal."""
-    rendered = Table(title="Other people's models", box=box.SIMPLE_HEAD)
+    rendered = Table(title="Models from other packages", box=box.SIMPLE_HEAD)
     for column in COLUMNS:
         rendered.add_column(column, overflow="fold")
     for package, rows in _packages(findings).items():
@@ -30,16 +30,16 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 PAGE = """\
-# Other people's models
+# Models from other packages
 
 We test Lorax on models that were not written for it, at tiny sizes. They are imported from
-packages on PyPI, without changes. {models} models of {packages} packages run; {built} of their
+packages on PyPI, without changes. We run {models} models of {packages} packages; {built} of their
 {weights} weights are materialized.
 
 `nox -s wild` takes each model through `infer_spec`, `init_lora`, `lora`, `explain`,
 `testing.check`, a step of gradient descent and `merge_params`. It fails if a result differs from
 [`wild/expected.json`](../wild/expected.json). `nox -s wild -- --record` updates that file and this
-page (here with JAX {jax}).
+page, which was made with JAX {jax}.
 
 - **factored**: adapted weights that are never materialized, out of all weights. A weight is a
   parameter with two or more axes that reaches a product, a convolution or a lookup; these are

@@ -95,8 +95,8 @@ def init(key, vocabulary):
 # %% [markdown]
 # ## Reviews
 #
-# An example: "the acting is not awful and the plot is great so the review is positive". A review
-# judges two things, with the same opinion of both, and "not" negates a word.
+# A review has the form "the acting is not awful and the plot is great so the review is positive".
+# It states the same opinion of two things, and "not" negates a word.
 
 # %%
 GOOD, BAD = ["great", "moving", "funny", "clever"], ["awful", "dull", "stale", "silly"]
@@ -119,7 +119,7 @@ def review(draw, positive):
 def batch(draw, size, right=1.0):
     """Tokens [size, 16], padded on the left, and which reviews are positive.
 
-    The last word of a review is the right one with a probability of `right`.
+    The last word of a review is correct with a probability of `right`.
     """
     positive = draw.random(size) < 0.5
     last = np.where(positive == (draw.random(size) < right), "positive", "negative")
@@ -132,7 +132,7 @@ def batch(draw, size, right=1.0):
 # ## The base
 #
 # The base is trained on such reviews as a language model. A third of their last words are wrong, so
-# the base has learned the task, but does it poorly.
+# the base learns the task, but performs poorly.
 
 # %%
 optimizer = optax.adam(3e-3)
@@ -191,7 +191,8 @@ before = accuracy(tunable)
 # %% [markdown]
 # ## Train
 #
-# The loss is the cross-entropy between the two answers: the softplus of the wrong answer's margin.
+# The loss is the cross-entropy of the correct answer among the two: the softplus of the margin by
+# which the wrong answer leads.
 
 # %%
 STEPS = 60
@@ -254,5 +255,5 @@ print("as it was loaded", bool(jnp.allclose(adapted(again, tokens), logits, atol
 print("merged          ", bool(jnp.allclose(model(merged, tokens), logits, atol=1e-4)))
 
 # %% [markdown]
-# Next: [the same with a real checkpoint](../finetune.md), [weights in 4 bits](qlora.md), or [which
-# kind, rank and rate](../choosing.md).
+# Next: [the same with a real checkpoint](../finetune.md), [weights in 4 bits](qlora.md), or
+# [choosing a kind, rank and learning rate](../choosing.md).

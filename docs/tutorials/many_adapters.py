@@ -8,8 +8,8 @@
 # %% [markdown]
 # ## A base and four tasks
 #
-# The base is a network that has learned the sine. Each task is a different function that is similar
-# to it.
+# The base is a network that has learned the sine function. Each task is a different but similar
+# function.
 
 # %%
 import jax
@@ -147,7 +147,7 @@ for name, got, want in zip([*TASKS, "the base"], outputs[:, 0], wanted, strict=T
     print(f"{name:8}  {got:6.3f}, wanted {want:6.3f}")
 
 # %% [markdown]
-# ## Take one out
+# ## Take an adapter out of the bank
 #
 # `unstack_adapters` removes the padding, bit for bit, and returns ordinary adapters that can be
 # merged, saved or resized. How much of its rank does the "sharp" adapter need?
@@ -168,5 +168,5 @@ merged = merge_params(frozen, sharp)
 print(f"merged: {jnp.mean((model(merged, grid) - TASKS['sharp'](grid)) ** 2):.4f}")
 
 # %% [markdown]
-# More in [many adapters over one base](../banks.md): replacing an adapter while the others train,
+# See also [many adapters over one base](../banks.md): replacing an adapter while the others train,
 # mixtures with learned weights, and the cost of each way of serving.

@@ -45,7 +45,7 @@ params = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in params
 x = jax.device_put(jax.random.normal(keys[2], (32, WIDTH)), NamedSharding(mesh, P("data")))
 
 # %% [markdown]
-# ## An adapter that follows it
+# ## An adapter that follows the sharding
 #
 # `init_lora` reads the sharding of the base. The rank axis is small, and is replicated on every
 # device.
@@ -96,8 +96,8 @@ print("b of up is still at", tunable["up"].b.sharding.spec)
 # ## What is communicated
 #
 # The text of the compiled program lists the collectives. Each communicated array is as small as the
-# activations or the factors. A weight has 64 × 256 entries: no weight is gathered, and no gradient
-# of a weight is reduced.
+# activations or the factors. A weight of one block has 64 × 256 entries: no weight is gathered, and
+# no gradient of a weight is reduced.
 
 # %%
 import re
@@ -128,7 +128,7 @@ loaded = load_adapter(file, params=elsewhere)
 print(loaded["up"].b.sharding.mesh.shape, loaded["up"].b.sharding.spec)
 
 # %% [markdown]
-# More in [many devices](../devices.md): explicit axes, multiple processes, and what is communicated
-# for each sharding. [Accelerators](../accelerators.md) compares a step of a model with 7 billion
-# parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and collectives
-# are the same.
+# See also [many devices](../devices.md): explicit axes, multiple processes, and what is
+# communicated for each sharding. [GPU and TPU](../accelerators.md) compares a step of a model with
+# 7 billion parameters, compiled for 16 TPU v5e and 8 H100, with hand-written LoRA: the memory and
+# collectives are the same.

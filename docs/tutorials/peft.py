@@ -145,8 +145,8 @@ print({key: written[key] for key in ("r", "lora_alpha", "target_modules")})
 
 # %% [markdown]
 # In PyTorch, `peft.PeftModel.from_pretrained(model, "to-peft")` loads it. `nox -s peft` compares
-# the outputs of both for the models of transformers. The command line does much of this without a
-# program:
+# the outputs of both for the models of transformers. The `lorax` command does much of this
+# without Python code:
 #
 # ```bash
 # lorax inspect to-peft                      # format, ranks, scales, targets, norms
@@ -154,4 +154,4 @@ print({key: written[key] for key in ("r", "lora_alpha", "target_modules")})
 # lorax merge to-peft --base model/ --out merged/
 # ```
 #
-# More in [adapters on disk](../adapters.md): other formats, merged models, the Hub.
+# See also [adapters on disk](../adapters.md): other formats, merged models, the Hub.

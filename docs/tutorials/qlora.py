@@ -1,9 +1,9 @@
 # %% [markdown]
 # # QLoRA on a small budget
 #
-# This is the recipe for a model that does not fit otherwise: a 4-bit base, float32 adapters, and
-# layers in a scan with rematerialization. This tutorial pretrains a small character model,
-# quantizes it, measures how much its loss rises, and trains an adapter on the codes.
+# QLoRA trains models that would not fit into memory otherwise. It combines a 4-bit base, float32
+# adapters, and layers in a scan with rematerialization. This tutorial pretrains a small character
+# model, quantizes it, measures how much its loss rises, and trains an adapter on the codes.
 
 # %% [markdown]
 # ## A base
@@ -100,7 +100,7 @@ print(f"the base: {loss:.2f} nats for each character")
 # ## Quantize it
 #
 # `quantize` traces the function and quantizes the weights that are used in matrix products. The
-# table stays as it is.
+# embedding table stays as it is.
 
 # %%
 from lorax import explain, infer_spec, init_lora, lora, quantize
@@ -171,7 +171,7 @@ print(f"QLoRA:            {needs(step, tunable, state, frozen, ids):5.1f} MiB of
 # %% [markdown]
 # ## Merge
 #
-# The sum is formed in floating point. `merge_params` returns floats, or codes again: see [quantized
+# `merge_params` adds the delta in floating point. It returns floats, or codes again: see [quantized
 # bases](../quantized.md#merging). That page also describes initial factors that correct the
 # quantization error.
 

@@ -8,7 +8,7 @@
 # %% [markdown]
 # ## The images
 #
-# scikit-learn includes 1,797 digits of 8 × 8 pixels. A third is held out.
+# scikit-learn includes 1,797 images of digits, of 8 × 8 pixels each. A third is held out.
 
 # %%
 import jax
@@ -27,7 +27,7 @@ images = (digits.images[order, :, :, None] / 16).astype(np.float32)  # [1797, 8,
 labels = digits.target[order]
 train, held_out = slice(0, 1200), slice(1200, None)
 
-changed = 1 - np.rot90(images, axes=(1, 2))  # inverted, and turned by a quarter
+changed = 1 - np.rot90(images, axes=(1, 2))  # inverted, and rotated by 90 degrees
 
 figure, panels = plt.subplots(2, 8, figsize=(8, 2))
 for row, pictures in zip(panels, (images, changed), strict=True):
@@ -38,7 +38,7 @@ for row, pictures in zip(panels, (images, changed), strict=True):
 # %% [markdown]
 # ## The model
 #
-# A convolution splits an image into 16 patches. Blocks of attention and an MLP follow. This cell
+# A convolution splits an image into 16 patches. Blocks of attention and an MLP follow. The model
 # has no LoRA code.
 
 # %%
@@ -82,8 +82,8 @@ def model(params, images):
 # %% [markdown]
 # ## The base
 #
-# One function trains both the base's parameters here and the adapter below. The argument `trained`
-# of `logits(trained, images)` is the tree that is trained.
+# The function `fit` trains the parameters of the base here, and the adapter below. It takes a
+# function `logits(trained, images)`, whose first argument is the tree to train.
 
 
 # %%
@@ -175,5 +175,5 @@ for name, parameters in (("base", params), ("LoRA, merged", merged), ("fully tun
     print(f"{name:17} {next(row):10.3f} {next(row):11.3f}")
 
 # %% [markdown]
-# Next: [several adapters over one base](many_adapters.md), or [which kind, rank and
+# Next: [several adapters over one base](many_adapters.md), or [choosing a kind, rank and learning
 # rate](../choosing.md).

@@ -56,7 +56,7 @@ model(params, ids).shape
 #
 # `infer_spec` traces the model and finds each weight that is applied to data, and which of its axes
 # are inputs and outputs. The kernel of the convolution has two input axes. The table is used for
-# look-ups and, transposed, as the head.
+# lookups and, transposed, as the head.
 
 # %%
 from lorax import infer_spec
@@ -76,8 +76,8 @@ frozen, tunable = init_lora(params, spec, jax.random.key(2))
 print(explain(model, (frozen, tunable), ids))
 
 # %% [markdown]
-# Every weight is "covered": none is materialized. If one were, this table would name the weight and
-# the line of the model.
+# The status of every weight is "covered": none is materialized. If one were, this table would name
+# the weight and the line of the model.
 #
 # ## Verify it
 #
@@ -112,8 +112,8 @@ with warnings.catch_warnings(record=True):
 # %% [markdown]
 # ## Train
 #
-# The task is to repeat the token of two steps before. The base, which is random, cannot do it. Only
-# the adapter is trained.
+# The task is to repeat the token from two steps before. The base has random weights, so it cannot
+# do this. Only the adapter is trained.
 
 # %%
 import optax

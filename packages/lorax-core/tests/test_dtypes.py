@@ -148,7 +148,7 @@ def test_8_bit_operand(dtype):
     testing.check(model, params, {"w": 2}, x, transforms=False, tolerance=rounding(dtype))
 
 
-@pytest.mark.parametrize("looked_up", [False, True], ids=["product", "look-up"])
+@pytest.mark.parametrize("looked_up", [False, True], ids=["product", "lookup"])
 def test_an_8_bit_base_is_cast_before_the_delta_is_added(looked_up):
     base, x = draw(0, (11, 7), FLOAT8), draw(1, (3, 11), jnp.float32)
     ids = jnp.array([4, 0, 10])

@@ -168,7 +168,8 @@ def test_where_that_accepts_no_weight_raises():
 
 def test_weight_no_larger_than_its_adapter_is_frozen_with_a_warning():
     message = (
-        r"`out`: an adapter of rank 3 has 30 numbers for 7 inputs × 3 outputs.*skip_small=False"
+        r"`out`: an adapter of rank 3 would have 30 parameters for 7 inputs × 3 outputs"
+        r".*skip_small=False"
     )
     with pytest.warns(UnadaptedWarning, match=message):
         spec = infer_spec(two_layers, TWO_LAYERS, jnp.ones((2, 25)), rank=4)
@@ -176,14 +177,16 @@ def test_weight_no_larger_than_its_adapter_is_frozen_with_a_warning():
 
 
 def test_small_weight_gets_the_highest_useful_rank():
-    with pytest.warns(UnadaptedWarning, match="`out`: gets rank 3, the highest"):
+    with pytest.warns(UnadaptedWarning, match="`out`: its rank is lowered to 3, the highest"):
         spec = infer_spec(two_layers, TWO_LAYERS, jnp.ones((2, 25)), rank=4, skip_small=False)
     assert spec["out"].rank == 3
 
 
 def test_head_of_one_output():
     params = {"hidden": jnp.ones((16, 24)), "value": jnp.ones((24, 1))}
-    with pytest.warns(UnadaptedWarning, match="`value`: an adapter of rank 1 has 25 numbers"):
+    with pytest.warns(
+        UnadaptedWarning, match="`value`: an adapter of rank 1 would have 25 parameters"
+    ):
         spec = infer_spec(
             lambda p, x: jnp.tanh(x @ p["hidden"]) @ p["value"], params, jnp.ones((3, 16)), rank=2
         )
@@ -252,10 +255,12 @@ def test_spec_of_another_kind():
 
     params = {"w": jnp.ones((9, 6)), "head": jnp.ones((6, 2))}
     dora = DoraSpec(LoraSpec(3, alpha=6))
-    with pytest.warns(UnadaptedWarning, match=r"`head`: an adapter of rank 2 has 18 numbers"):
+    with pytest.warns(
+        UnadaptedWarning, match=r"`head`: an adapter of rank 2 would have 18 parameters"
+    ):
         spec = infer_spec(model, params, jnp.ones((4, 9)), spec=dora)
     assert spec == {"w": dora.with_axes(Axes((), (0,), (1,))), "head": 0}
-    with pytest.warns(UnadaptedWarning, match="`head`: gets rank 2"):
+    with pytest.warns(UnadaptedWarning, match="`head`: its rank is lowered to 2"):
         spec = infer_spec(model, params, jnp.ones((4, 9)), spec=dora, skip_small=False)
     assert spec["head"].spec.rank == 2
     spec = infer_spec(model, params, jnp.ones((4, 9)), spec=IA3Spec())

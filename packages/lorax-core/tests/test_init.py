@@ -241,8 +241,8 @@ def test_old_argument_names_warn():
     params, key = {"w": jnp.ones((5, 3))}, jax.random.key(0)
     by_old_name: Any = {"param_tree": params, "spec": {"w": 2}, "rng": key}
     with (
-        pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is called `params`"),
-        pytest.warns(DeprecationWarning, match=r"init_lora\(rng=…\) is called `key`"),
+        pytest.warns(DeprecationWarning, match=r"init_lora\(param_tree=…\) is now called `params`"),
+        pytest.warns(DeprecationWarning, match=r"init_lora\(rng=…\) is now called `key`"),
     ):
         old = init_lora(**by_old_name)
     new = init_lora(params, {"w": 2}, key)

@@ -61,7 +61,7 @@ def test_only_the_joined_parameter_is_materialized(row):
     assert rows["w"] == ("covered", ("dot_general ×2",))
     assert rows["embed"] == ("covered", ("dot_general",))
     with pytest.warns(
-        MaterializeWarning, match=rf"`prefix` is used by `{primitive}` .*beside data"
+        MaterializeWarning, match=rf"`prefix` is used by `{primitive}` .*joins it with data"
     ):
         lora(model)(pair, X)
 

@@ -358,7 +358,7 @@ def test_invalid_scale_raises():
         (jnp.ones((8, 6)), None, r"do not fit a base of shape \(8, 6\)"),
         (None, None, "NoneType there instead of its base"),
         (jnp.ones((9, 6), jnp.int32), None, "whose base holds int32"),
-        (jnp.ones((9, 6)), DoraSpec(LoraSpec(2)), r"needs square \(6,\) beside its base"),
+        (jnp.ones((9, 6)), DoraSpec(LoraSpec(2)), r"needs square \(6,\) next to its base"),
     ],
     ids=["shape", "none", "integers", "no norm"],
 )

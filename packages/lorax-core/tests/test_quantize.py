@@ -227,7 +227,7 @@ def test_backend_without_a_dtype_raises(monkeypatch):
 def test_invalid_arguments_raise():
     with pytest.raises(SpecError, match="'nf5' is not a format; .* 'nf4'"):
         quantize(PARAMS, "nf5", fn=model, args=(IDS,))
-    with pytest.raises(TypeError, match="takes `fn` and `args` beside one format"):
+    with pytest.raises(TypeError, match="With one format for all weights, quantize needs `fn`"):
         quantize(PARAMS, "nf4")
     with pytest.raises(SpecError, match="must have the structure of the parameters"):
         quantize(PARAMS, {"up": "nf4"})
@@ -247,9 +247,9 @@ def test_invalid_arguments_raise():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"args": IDS}, "`args` is a tuple .* it was given an ArrayImpl"),
-        ({"fn": "model"}, "`fn` is a function, and it was given a str"),
-        ({"args": (IDS,), "kwargs": [1]}, "`kwargs` is a dict"),
+        ({"args": IDS}, "`args` must be a tuple .*, not an ArrayImpl"),
+        ({"fn": "model"}, "`fn` must be a function, not a str"),
+        ({"args": (IDS,), "kwargs": [1]}, "`kwargs` must be a dict"),
         ({"args": (IDS,), "where": 3}, "A filter on paths is a glob"),
     ],
 )
@@ -260,7 +260,7 @@ def test_argument_of_a_wrong_type_raises(arguments, message):
 
 @pytest.mark.parametrize("option", [{"where": "up"}, {"tables": True}])
 def test_options_of_one_format_raise_with_a_tree_of_formats(option):
-    with pytest.raises(ArgumentError, match=f"`{next(iter(option))}` chooses weights"):
+    with pytest.raises(ArgumentError, match=f"`{next(iter(option))}` selects weights"):
         quantize(PARAMS, dict.fromkeys(PARAMS) | {"up": "int8"}, **option)
 
 

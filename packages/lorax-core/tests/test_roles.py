@@ -264,17 +264,17 @@ ROWS = [
         (0,),
     ),
     (
-        "vmapped-look-up",
+        "vmapped-lookup",
         lambda p, ids: jax.vmap(lambda i: p["w"][i])(ids),
         {"w": (17, 13)},
         [IDS],
         (0,),
         (1,),
     ),
-    ("look-up-in-a-scan", per_token, {"w": (17, 13)}, [IDS], (0,), (1,)),
-    ("look-up-of-columns", lambda p, ids: p["w"][:, ids], {"w": (13, 17)}, [IDS], (1,), (0,)),
+    ("lookup-in-a-scan", per_token, {"w": (17, 13)}, [IDS], (0,), (1,)),
+    ("lookup-of-columns", lambda p, ids: p["w"][:, ids], {"w": (13, 17)}, [IDS], (1,), (0,)),
     (
-        "look-up-of-one",
+        "lookup-of-one",
         lambda p, i: p["w"][i],
         {"w": (17, 13)},
         [struct(dtype=jnp.int32)],
@@ -456,7 +456,7 @@ WARNED = [
         "weights",
         lambda p, x: (p["other"] @ p["v"]).sum() + x @ p["w"],
         (4, 5),
-        "meets only other weights, in `dot_general` at .*test_roles.*Give it a LoraSpec",
+        "is combined only with other weights, in `dot_general` at .*test_roles.*Give it a LoraSpec",
     ),
     (
         "inverted",
@@ -468,7 +468,7 @@ WARNED = [
         "no-output",
         lambda p, x: jnp.tensordot(x, p["other"]) + (x @ p["w"]).sum(),
         (3, 11),
-        "leaves no axis for its outputs.*Give it a LoraSpec",
+        "uses none of its axes as outputs.*Give it a LoraSpec",
     ),
     (
         "dead",
@@ -486,7 +486,7 @@ WARNED = [
         "gain-of-a-weight",
         lambda p, x: x @ (p["w"] * p["other"]),
         (1, 13),
-        "leaves no axis for its inputs.*give it LORA_FULL",
+        "uses none of its axes as inputs.*give it LORA_FULL",
     ),
 ]
 

@@ -97,12 +97,12 @@ def test_rule_without_an_effect_raises(rules, message):
         (LoraSpec(2, alpha=float("inf")), "alpha inf; it must be a finite number"),
         (LoraSpec(2, alpha="8"), "alpha '8'"),  # pyright: ignore[reportArgumentType]
         (LoraSpec(2, scaling="rs"), "scaling 'rs'"),  # pyright: ignore[reportArgumentType]
-        (LoraSpec(2, in_axes=(2,)), r"in_axes=\(2,\) names one that is not among them"),
+        (LoraSpec(2, in_axes=(2,)), r"in_axes=\(2,\) names an axis that it does not have"),
         (LoraSpec(2, in_axes=(0, 0)), "names an axis twice"),
         (LoraSpec(2, in_axes=(0, 1)), "at least one input and one output"),
         (LoraSpec(2, in_axes=(0,), out_axes=(0,)), "exactly one role"),
         (LoraSpec(2, shared_axes=(0,)), "at least one input and one output"),
-        (LoraSpec(2, in_axes=(True,)), "not among them"),
+        (LoraSpec(2, in_axes=(True,)), "does not have"),
     ],
 )
 def test_invalid_spec_raises_with_its_path(leaf, message):
@@ -117,7 +117,7 @@ def test_invalid_spec_raises_with_its_path(leaf, message):
         (jnp.ones(5), "1 dimension, so it cannot take rank 2"),
         (jnp.ones((5, 7), jnp.int32), "holds int32, which has no gradient"),
         (jnp.ones((5, 7), bool), "holds bool, which has no gradient"),
-        (jnp.ones((0, 7)), r"has shape \(0, 7\), without an entry to adapt"),
+        (jnp.ones((0, 7)), r"has shape \(0, 7\) and no entries to adapt"),
         (jax.nn.relu, "is .*, not an array; give it LORA_FREEZE"),
         (3.0, "is float, not an array"),
     ],

@@ -237,5 +237,5 @@ def test_a_materialized_weight_is_reported_with_its_symbolic_shape():
 
 
 def test_check_of_shapes_raises():
-    with pytest.raises(TypeError, match="takes arrays.*several concrete"):
+    with pytest.raises(TypeError, match="needs arrays.*several concrete"):
         testing.check(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 6))}, {"w": 2}, symbolic("mlp"))

@@ -99,7 +99,7 @@ def test_invalid_argnums_or_argnames_raise(options):
 def test_empty_argnums_or_a_non_function_raises():
     with pytest.raises(ArgumentError, match="so no argument is a pair"):
         lora(model, argnums=())
-    with pytest.raises(ArgumentError, match="lora takes a function, and it was given a str"):
+    with pytest.raises(ArgumentError, match="lora takes a function, not a str"):
         lora("model")  # pyright: ignore[reportArgumentType]
 
 

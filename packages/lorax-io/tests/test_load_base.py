@@ -69,7 +69,9 @@ def test_load_base_returns_a_tree_by_path(file):
 
 def test_load_base_has_the_structure_of_params(file):
     params = {"mlp": [jnp.ones((IN, 4, OUT // 4))], "rest": None}
-    with pytest.warns(AdapterWarning, match=r"in none of `names`: e.weight, e.weight_scale, norm"):
+    with pytest.warns(
+        AdapterWarning, match=r"that `names` does not contain: e.weight, e.weight_scale, norm"
+    ):
         loaded = load_base(file, {"mlp/0": Linear("up", in_axes=[0])}, params=params)
     assert jax.tree.structure(loaded["rest"]) == jax.tree.structure(None)
     kernel = dequantize(loaded)["mlp"][0].reshape(IN, OUT)
@@ -118,7 +120,7 @@ def test_numbers_in_a_name_select_layers(tmp_path):
     layers = {name: {"weight": x["weight"].astype(np.float32)} for name, x in layers.items()}
     file = save(tmp_path / "a.safetensors", **layers)
     names = {"up": Linear("layers.{}.up", shared_axes=(0,), numbers=(1, 3))}
-    with pytest.warns(AdapterWarning, match=r"in none of `names`: layers.2.up.weight"):
+    with pytest.warns(AdapterWarning, match=r"that `names` does not contain: layers.2.up.weight"):
         loaded = load_base(file, names)["up"]
     expected = np.stack([layers[f"layers.{k}.up"]["weight"].T for k in (1, 3)])
     np.testing.assert_array_equal(loaded, expected)
@@ -185,7 +187,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     "an uneven group": (
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((2, 64), np.float16),
          "qzeros": np.ones((2, 8), np.int32), "g_idx": np.arange(64, dtype=np.int32)},
-        {}, "a group in `up.g_idx` that has no scale",
+        {}, "a group without a scale in `up.g_idx`",
     ),
     "state": (
         {"weight": np.ones((8, 1), np.uint8), "weight.absmax": np.ones(1, np.float32),
@@ -221,7 +223,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
          "weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"{", np.uint8)}, {},
         "`up.weight.quant_state.bitsandbytes__nf4` is not the state of a weight",
     ),
-    "EXL2": ({"q_weight": np.ones((4, 8), np.int32)}, {}, "as EXL2 .*, which is not read"),
+    "EXL2": ({"q_weight": np.ones((4, 8), np.int32)}, {}, "as EXL2 .*, which is not supported"),
     "MLX": (
         {"weight": np.ones((4, 8), np.uint32), "scales": np.ones((4, 1), np.float32)}, {},
         "`up.weight` as MLX",
@@ -234,7 +236,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
          "weight_scale_2": np.ones(1, np.float32)}, {}, "`up.weight` as FP8, or",
     ),
     "bare integers": ({"weight": np.ones((4, 8), np.int8)}, {}, "an unknown format, in int8"),
-    "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not read"),
+    "another": ({"W_q": np.ones((4, 8), np.uint8)}, {}, "as HQQ .*, which is not supported"),
     "format": (fp8()[0], {"requantize": None, "params": {"up": jnp.ones(3)}}, "fit"),
 }  # fmt: skip
 
@@ -272,7 +274,7 @@ def test_unknown_names_and_paths_raise(file):
         load_base(file, {"up": Linear("up")}, params={})
     with pytest.raises(AdapterMismatchError, match="`names` has no entry for `b`"):
         load_base(file, {"a": Linear("up")}, params={"a": jnp.ones((IN, OUT)), "b": jnp.ones(2)})
-    with pytest.raises(AdapterMismatchError, match="Give `params`"):
+    with pytest.raises(AdapterMismatchError, match="Pass `params`"):
         load_base(file, {"up": Linear("up", in_axes=[0], out_axes=[1, 2])})
     with pytest.raises(AdapterMismatchError, match="and a parameter above it"):
         load_base(file, {"up": Linear("up"), "up/e": Embedding("e")})

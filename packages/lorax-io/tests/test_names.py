@@ -85,7 +85,7 @@ def test_ambiguous_axes_raise(params, names, message):
 
 def test_old_argument_name_warns():
     given = {"kernel": Linear("lm_head", in_axes=(0,))}
-    with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is called `names`"):
+    with pytest.warns(DeprecationWarning, match=r"flax_names\(layouts=…\) is now called `names`"):
         assert flax_names(make_params(), layouts=given) == flax_names(make_params(), given)
         assert flax_names(make_params(), given, layouts={}) == flax_names(make_params(), given)
 
@@ -136,12 +136,12 @@ def test_only_non_default_fields_are_written(file):
 
 def test_old_files_are_read_with_a_warning(file):
     file.write_text('{"w": {"layout": "Linear", "module": "q"}}')
-    with pytest.warns(DeprecationWarning, match="w: its key `layout` is called `type` now"):
+    with pytest.warns(DeprecationWarning, match="w: its key `layout` is now called `type`"):
         assert read_names(file) == {"w": Linear("q")}
 
 
 def test_old_name_of_the_class_warns():
-    with pytest.warns(DeprecationWarning, match="Layout is called `TorchName` now") as caught:
+    with pytest.warns(DeprecationWarning, match="Layout is now called `TorchName`") as caught:
         assert lorax_io.Layout is TorchName
     assert caught[0].filename == __file__
     with pytest.raises(AttributeError, match="no attribute 'Layouts'"):

@@ -239,7 +239,7 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> Adapter:
         The adapter, with None for each factor; `Adapter.with_factors` gives it arrays.
 
     Raises:
-        ValueError, TypeError, KeyError: where the settings are not valid.
+        ValueError, TypeError, KeyError: if the settings are not valid.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -287,7 +287,7 @@ def defkind(cls: type[Any]) -> type[Any]:
         The class.
 
     Raises:
-        ArgumentError: where a kind of that name exists.
+        ArgumentError: if a kind of that name exists.
 
     Example:
         >>> import lorax

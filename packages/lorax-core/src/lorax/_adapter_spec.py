@@ -71,7 +71,7 @@ class Start(NamedTuple):
         shape, dtype = tuple(getattr(drawn, "shape", ())), getattr(drawn, "dtype", type(drawn))
         if shape != matrix or not holds_factors(dtype):
             raise SpecError(
-                f"`{self.path}`: the initializer returned {dtype}{list(shape)}, and was asked for "
+                f"`{self.path}`: the initializer returned {dtype}{list(shape)} instead of "
                 f"{jnp.dtype(self.dtype)}{list(matrix)}."
             )
         return drawn if dtype == self.dtype else drawn.astype(self.dtype)

@@ -42,7 +42,7 @@ def resolve_axes(
     given, the other is the rest.
 
     Raises:
-        SpecError: where an axis does not have exactly one role, or inputs or outputs are empty.
+        SpecError: if an axis does not have exactly one role, or inputs or outputs are empty.
     """
     shared = normalize(path, ndim, "shared_axes", shared_axes)
     rest = [d for d in range(ndim) if d not in shared]
@@ -66,9 +66,9 @@ def resolve_axes(
         )
     if not inputs or not outputs:
         raise SpecError(
-            f"`{path}` has {ndim} axes, and its spec leaves in_axes={inputs}, "
-            f"out_axes={outputs}; a low-rank delta needs at least one input and one output "
-            "axis. Give it LORA_FREEZE or LORA_FULL."
+            f"`{path}` has {ndim} axes, and its spec results in in_axes={inputs}, "
+            f"out_axes={outputs}; a low-rank delta needs at least one input and one output axis. "
+            "Give it LORA_FREEZE or LORA_FULL."
         )
     return axes
 
@@ -79,7 +79,8 @@ def normalize(path: str, ndim: int, name: str, axes: Sequence[int]) -> tuple[int
     for axis in axes:
         if type(axis) is not int or not -ndim <= axis < ndim:
             raise SpecError(
-                f"`{path}` has {ndim} axes; {name}={tuple(axes)} names one that is not among them."
+                f"`{path}` has {ndim} axes; {name}={tuple(axes)} names an axis that it does not "
+                "have."
             )
         out.append(axis % ndim)
     if len(set(out)) != len(out):

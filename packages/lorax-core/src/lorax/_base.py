@@ -226,7 +226,7 @@ def quantized_from_settings(
         The weight.
 
     Raises:
-        ValueError, TypeError, KeyError: where these are not the settings and arrays of one.
+        ValueError, TypeError, KeyError: if these are not the settings and arrays of one.
 
     Example:
         >>> import jax.numpy as jnp

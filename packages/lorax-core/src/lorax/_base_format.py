@@ -201,7 +201,7 @@ def defformat(cls: type[Any]) -> type[Any]:
         The class.
 
     Raises:
-        ArgumentError: where a format of that name exists, or the class is not a format.
+        ArgumentError: if a format of that name exists, or the class is not a format.
 
     Example:
         >>> from lorax.bases import Format, defformat

@@ -215,7 +215,7 @@ class CodedArray:
         Deferred equations that act on entries alone stay deferred.
 
         Raises:
-            Inexpressible: where a deferred equation cannot be applied to codes.
+            Inexpressible: if a deferred equation cannot be applied to codes.
         """
         term, moves, kept = self.term, [], []
         for move, others in zip(self.moves, self.others, strict=True):

@@ -67,9 +67,9 @@ def collect_starts(
         For each path, small arrays by name: about as many numbers as the initial factors have.
 
     Raises:
-        SpecError: where no spec needs collected statistics; where the inputs of a weight cannot be
+        SpecError: if no spec needs collected statistics; if the inputs of a weight cannot be
             read, or are fewer rows than its rank. The message names the path.
-        ArgumentError: where there is no batch, or `fn` must be a loss and is not.
+        ArgumentError: if there is no batch, or `fn` must be a loss and is not.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -171,12 +171,13 @@ class _Wanted:
         where = "" if not count.ndim else " of one entry of its shared axes"
         if fewest == 0:
             raise SpecError(
-                f"No input of `{self.path}`{where} was collected. Either nothing meets it in these "
-                "batches, or no output of the function depends on it with a derivative, as behind "
-                "`stop_gradient` or `argmax`. Give it another init, or other batches."
+                f"No input of `{self.path}`{where} was collected. Either no input reaches it in "
+                "these batches, or no output of the function has a derivative with respect to "
+                "it, as with `stop_gradient` or `argmax`. Choose another init for it, or pass "
+                "other batches."
             )
         raise SpecError(
-            f"`{self.path}`{where} met {fewest} rows in these batches, fewer than its rank "
+            f"`{self.path}`{where} got {fewest} input rows in these batches, fewer than its rank "
             f"{least}. Give collect_starts more batches, or lower the rank."
         )
 
@@ -188,12 +189,12 @@ def _wanted(leaves: Sequence[tuple[str, Any]], specs: Sequence[Any]) -> list[_Wa
         if isinstance(checked, tuple) and checked[0].collects is not None:
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise SpecError(
-                    f"`{path}` is complex; {checked[0].collects} is made for real ones."
+                    f"`{path}` is complex; {checked[0].collects} supports only real weights."
                 )
             wanted.append(_Wanted(path, k, leaf, *checked))
     if not wanted:
         raise SpecError(
-            "No leaf of the spec is made from inputs or gradients. Give some of them "
+            "No leaf of the spec has an init that uses inputs or gradients. Give some of them "
             'LoraSpec(..., init="eva"), "corda" or "lora_ga".'
         )
     return wanted
@@ -272,7 +273,8 @@ def _gradients(model: _Model, params: list[Any], batch: tuple[Any, ...]) -> list
             shape = getattr(out, "shape", type(out).__name__)
             raise ArgumentError(
                 f'init="lora_ga" of `{model.group[0].path}` takes the gradient of a loss, but the '
-                f"function returned {shape}. Give collect_starts one that returns a number."
+                f"function returned {shape}. Pass collect_starts a function that returns a "
+                "scalar."
             )
         return out
 

@@ -29,7 +29,7 @@ def adapter_difference(tunable: Any, start: Any) -> Any:
         each parameter in full as it is in `tunable`.
 
     Raises:
-        PairError: where an adapter is not plain LoRA, or the two trees differ in more than numbers.
+        PairError: if an adapter is not plain LoRA, or the two trees differ in more than numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp

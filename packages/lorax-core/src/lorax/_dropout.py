@@ -26,7 +26,7 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
     The base sees all of `x`. Keys are data, so call this inside the loss with a new key in each
     step, and not at all for evaluation. Every entry of the shared axes has a mask of its own, such
     as each layer of a `scan`, and so does every use of a weight. Under `jax.checkpoint`, the same
-    mask is recomputed. Nothing is dropped where there is no delta or no input: for IA³, for looked
+    mask is recomputed. Nothing is dropped if there is no delta or no input: for IA³, for looked
     up rows, and for fully trained parameters.
 
     With DoRA, the norm is that of the whole weight, and the input of the base is not dropped.
@@ -40,8 +40,8 @@ def with_dropout(tunable: Any, key: jax.Array, rate: float) -> Any:
         A tunable tree for the same `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        ArgumentError: where the rate is not in [0, 1).
-        PairError: where the tree has no adapter, or dropout already.
+        ArgumentError: if the rate is not in [0, 1).
+        PairError: if the tree has no adapter, or dropout already.
 
     Example:
         >>> import jax, jax.numpy as jnp

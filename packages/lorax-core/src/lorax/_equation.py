@@ -155,7 +155,7 @@ class Equation:
         """Returns the dtype in which the product of `operands` is computed; factors are cast to it.
 
         Raises:
-            Inexpressible: where the result is of integers, which cannot hold low-rank factors.
+            Inexpressible: if the result is of integers, which cannot hold low-rank factors.
         """
         if not jnp.issubdtype(self.out_dtype, jnp.inexact):
             raise Inexpressible(f"computes in {self.out_dtype}, which cannot hold low-rank factors")

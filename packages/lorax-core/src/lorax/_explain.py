@@ -32,12 +32,10 @@ class Row:
         shape: the shape of the weight.
         rank: the rank, or None for kinds of adapters without one.
         size: what the table shows: the rank of plain LoRA, kind and rank of another adapter, or
-            "full"
-            for a `LORA_FULL` parameter.
+            "full" for a `LORA_FULL` parameter.
         trainable: how many numbers are trained.
         status: "covered", "materialized", "never used", or "full" for a `LORA_FULL` parameter,
-            which
-            the model uses as it is.
+            which the model uses as it is.
         uses: the primitives that use the weight, with counts.
     """
 
@@ -182,7 +180,7 @@ def explain(
         and the bytes that a backward pass needs.
 
     Raises:
-        PairError: where `pair` is not a pair.
+        PairError: if `pair` is not a pair.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -78,9 +78,9 @@ def infer_spec(
         leaves as you like.
 
     Raises:
-        SpecError: where the rank is not a positive int; where no weight is found, or none that
+        SpecError: if the rank is not a positive int; if no weight is found, or none that
             `where` accepts.
-        ArgumentError: where an option is given whose name is also a keyword of `fn`.
+        ArgumentError: if an option is given whose name is also a keyword of `fn`.
 
     Warns:
         UnadaptedWarning: names weights that are left frozen or get a lower rank, each with the
@@ -121,7 +121,7 @@ def infer_spec(
                 )
             return LORA_FREEZE
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            notes.append(f"`{path}`: {_no_gradient(leaf)}. Dequantize it before it is adapted.")
+            notes.append(f"`{path}`: {_no_gradient(leaf)}. Call dequantize on it first.")
             return LORA_FREEZE
         axes = _axes(path, leaf.ndim, *roles.axes[path], shared.get(path, ()))
         fan_in, fan_out = axes.sizes(leaf.shape)
@@ -135,12 +135,13 @@ def infer_spec(
             # Counts in the message are per shared entry, like fan_in and fan_out.
             entries = math.prod(leaf.shape[d] for d in axes.shared)
             notes.append(
-                f"`{path}`: an adapter{of_rank} has {count // entries} numbers for {fan_in} inputs "
-                f"× {fan_out} outputs. Give it LORA_FULL, or pass skip_small=False."
+                f"`{path}`: an adapter{of_rank} would have {count // entries} parameters for "
+                f"{fan_in} inputs × {fan_out} outputs. Give it LORA_FULL, or pass "
+                "skip_small=False."
             )
             return LORA_FREEZE
         if own.size != kind.size:
-            notes.append(f"`{path}`: gets rank {own.size}, the highest that it can have.")
+            notes.append(f"`{path}`: its rank is lowered to {own.size}, the highest possible.")
         return own
 
     decided = [decide(path, leaf) for path, leaf in leaves]
@@ -149,8 +150,8 @@ def infer_spec(
     if notes:
         lines = "\n".join(f"  {line}" for line in notes)
         warnings.warn(
-            f"infer_spec leaves weights without the adapter that was asked for:\n{lines}\nLeave "
-            "such weights out with `where` to silence this.",
+            f"infer_spec did not adapt these weights as requested:\n{lines}\nTo silence this "
+            "warning, exclude such weights with `where`.",
             UnadaptedWarning,
             stacklevel=3,
         )
@@ -241,8 +242,8 @@ def _nothing_found(
     chosen = "" if where is None else f" whose path {shown(where)} accepts"
     matrices = [path for path, leaf in leaves if _is_matrix(leaf)]
     message = (
-        f"The function uses no weight{chosen} in a product, a convolution or a look-up in a way "
-        f"that takes an adapter. Parameters of two or more axes: {some(matrices) or 'none'}."
+        f"The function has no weight{chosen} that is used in a product, a convolution or a lookup "
+        f"and can be adapted. Parameters of two or more axes: {some(matrices) or 'none'}."
     )
     integers = [
         f"`{path}` ({leaf.dtype})"

@@ -92,8 +92,8 @@ def init_lora(
         Frozen factors of an adapter are in `frozen`, in a `FrozenWeight`.
 
     Raises:
-        SpecError: where the spec does not fit the parameters; the message names the path.
-        ArgumentError: where `key` is not a PRNG key.
+        SpecError: if the spec does not fit the parameters; the message names the path.
+        ArgumentError: if `key` is not a PRNG key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -107,7 +107,9 @@ def init_lora(
     key = checked_key(key, "init_lora")
     initializers = _initializer("a_init", a_init), _initializer("b_init", b_init)
     if dtype is not None and not holds_factors(dtype):
-        raise SpecError(f"dtype={jnp.dtype(dtype)} cannot hold factors: floats of 16 or more bits.")
+        raise SpecError(
+            f"dtype={jnp.dtype(dtype)} cannot hold factors; use floats of 16 or more bits."
+        )
     leaves, structure = flatten_params(params)
     specs = flatten_spec(spec, structure)
     # All leaves are validated before anything is drawn.

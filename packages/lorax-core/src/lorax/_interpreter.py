@@ -111,7 +111,7 @@ class Interpreter:
             if not reason and equation.joins_data:
                 # A concatenation with activations, for example: the result is used as an
                 # activation.
-                reason = "puts it beside data, to be used as the data are"
+                reason = "joins it with data"
             if not reason and eqn.primitive not in CARRIERS and not all(map(_is_sum, operands)):
                 # Rules registered without `gains=True` handle a base plus terms and nothing else.
                 reason = "has no rule for a weight with a gain or dropout"

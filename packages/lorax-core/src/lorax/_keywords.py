@@ -26,10 +26,10 @@ def refuses_ambiguous_keywords(function: Callable[P, R]) -> Callable[P, R]:
         for name in sorted(options & kwargs.keys()):
             if args and name in _keywords(args[0]):
                 raise ArgumentError(
-                    f"`{name}` is an option of {function.__name__} and a keyword of the function "
-                    f"that it is given, so {name}={kwargs[name]!r} could be meant for either. Bind "
-                    f"the function's own first, with functools.partial(fn, {name}=...) or a "
-                    f"lambda; {name}=... is then the option."
+                    f"`{name}` is an option of {function.__name__} and a keyword of your "
+                    f"function, so {name}={kwargs[name]!r} is ambiguous. Bind the keyword of your "
+                    f"function first, with functools.partial(fn, {name}=...) or a lambda; "
+                    f"{name}=... is then the option."
                 )
         return function(*args, **kwargs)
 

@@ -46,7 +46,7 @@ def materialize(base: jax.Array | FrozenWeight, weight: Adapter) -> jax.Array:
         An array with the shape and dtype of `base`.
 
     Raises:
-        PairError: where the adapter does not fit the base.
+        PairError: if the adapter does not fit the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -182,11 +182,11 @@ def merge_params(
         and the rounding error of each requantized weight.
 
     Raises:
-        PairError: where the two trees are not a pair; where a weight and its factors are committed
-            to different devices; where the scale is not 1 and a parameter is fully trained, since
+        PairError: if the two trees are not a pair; if a weight and its factors are committed
+            to different devices; if the scale is not 1 and a parameter is fully trained, since
             its base is unknown.
-        ArgumentError: where the scale is not a finite number, or `requantize` is not a bool.
-        SpecError: with `requantize`, where a merged weight has entries that are not finite.
+        ArgumentError: if the scale is not a finite number, or `requantize` is not a bool.
+        SpecError: with `requantize`, if a merged weight has entries that are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -274,8 +274,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
         The frozen tree, with None where `tunable` has a fully trained parameter.
 
     Raises:
-        PairError: where the trees do not fit; where an adapter has frozen factors, such as the
-            norms of DoRA, which merged parameters do not contain; where a weight is quantized.
+        PairError: if the trees do not fit; if an adapter has frozen factors, such as the
+            norms of DoRA, which merged parameters do not contain; if a weight is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -306,8 +306,8 @@ def unmerge(params: Any, tunable: Any) -> Any:
             check_leaf_of_pair("unmerge", Leaf(path, leaf, new))
         else:
             raise PairError(
-                f"unmerge: the {new.kind} adapter at `{path}` has frozen factors beside its base, "
-                "which are not in merged parameters. Keep the frozen tree instead."
+                f"unmerge: the {new.kind} adapter at `{path}` has frozen factors, which merged "
+                "parameters do not contain. Keep the frozen tree instead."
             )
     return jax.tree.unflatten(
         structure,

@@ -33,8 +33,7 @@ class Meter:
         term: its factors are the zeros, `[*shared, *rows, *columns]`, `[*shared, *rows]` and
             `[*shared]`. No axis of the weight shows rows or columns.
         labels: the labels of the weight's inputs. No factor owns them, so anything that cuts the
-            inputs
-            replaces one of them, which `moved_to` detects.
+            inputs replaces one of them, which `moved_to` detects.
         is_scaled: whether each operand is divided by the magnitude of its maximum first.
     """
 
@@ -71,11 +70,11 @@ class Meter:
         """Returns the same zeros with their term moved.
 
         Raises:
-            Inexpressible: where some of the inputs are cut off or reordered.
+            Inexpressible: if some of the inputs are cut off or reordered.
         """
         shown = [label for label in term.shown if label in self.labels]
         if tuple(shown) != self.labels:
-            raise Inexpressible("reads a part of its inputs, or has them in another order")
+            raise Inexpressible("reads only a part of its inputs, or reads them in another order")
         return dataclasses.replace(self, term=term)
 
     def read(
@@ -94,17 +93,17 @@ class Meter:
             group_sizes: for `ragged_dot`, how many rows meet each entry of the shared axis.
 
         Raises:
-            Inexpressible: where the inputs that meet the weight cannot be read.
+            Inexpressible: if the inputs that meet the weight cannot be read.
         """
         shown = {*self.labels, *self.term.labels[2]}
         needed = [d for d, labels in enumerate(self.term.out) if shown.intersection(labels)]
         if not jnp.issubdtype(operand.dtype, jnp.floating):
-            raise Inexpressible(f"meets it with {operand.dtype}")
+            raise Inexpressible(f"multiplies it by {operand.dtype}")
         if not all(d in places for d in needed):
-            raise Inexpressible("meets it along its outputs")
+            raise Inexpressible("reads it along its output axes")
         # A squeezed label of size one may be missing; any other means that entries were cut off.
         if any(x.size != 1 and x not in self.term.shown for x in self.term.labels[2]):
-            raise Inexpressible("meets a part of what its entries share")
+            raise Inexpressible("uses only a part of its shared axes")
         summed = _moments if group_sizes is None else _moments_of_groups
         zeros = self.term.factors
         # The smaller of the operand [n, in] and its moments [in, in] is kept for the backward
@@ -180,7 +179,7 @@ def _moments_of_groups(term: Term, inputs: Labels, rows, places, group_sizes, on
     # The rows are [n, in]: axis 1 of the operand must be all inputs in order.
     met = [labels for d, labels in enumerate(term.out) if d in places and places[d] == 1]
     if rows.ndim != 2 or len(shared) != 1 or met != [inputs] or second != order:
-        raise Inexpressible("has rows in an order that cannot be followed")
+        raise Inexpressible("has rows in an unknown order")
     numbers = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
     def summed(right: jax.Array, labels: Labels) -> jax.Array:

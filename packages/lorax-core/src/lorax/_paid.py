@@ -50,12 +50,10 @@ def pay(
         weight: the weight.
         operand: the array that meets it.
         met: maps each summed or batched axis of the weight to an axis of the operand, which the
-            groups
-            of a convolution repeat.
+            groups of a convolution repeat.
         shown: maps each kept axis of the weight to an axis of the result.
         entries: converts a gain along these axes of the weight to the entries that operand and
-            result
-            have there.
+            result have there.
         turned: multiplies operand or result by the weight's matrix, as `Turn.applied_to` does.
         precision: of that product; a pair is for the operand and for the weight.
 
@@ -64,7 +62,7 @@ def pay(
         result.
 
     Raises:
-        Inexpressible: where a gain or a matrix varies along kept and summed axes at once.
+        Inexpressible: if a gain or a matrix varies along kept and summed axes at once.
     """
     # A pending norm must be computed before its gain can multiply anything.
     weight = weight.resolved()
@@ -84,14 +82,16 @@ def pay(
             array = jnp.tile(array, [n // m for n, m in zip(sizes, array.shape, strict=True)])
             operand = times_gain(operand, spread(array, places, operand.ndim))
         else:
-            raise Inexpressible("meets it along axes that leave no place for its gain")
+            raise Inexpressible("uses it along axes where its gain cannot be applied")
     turn, turns_result = weight.turn, False
     if turn is not None:
         # The matrix is along a kept axis, so it multiplies the result; else along a summed one.
         turns_result = all(d in shown for d in turn.varying)
         if not turns_result:
             if not (all(d in met for d in turn.varying) and _is_inexact(operand)):
-                raise Inexpressible("meets it along axes that leave no place for its matrix")
+                raise Inexpressible(
+                    "uses it along axes where its block-diagonal matrix cannot be applied"
+                )
             operand = turned(turn, operand, met, by_rows=True, precision=precision)
 
     def pay_result(result: jax.Array) -> jax.Array:

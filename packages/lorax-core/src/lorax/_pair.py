@@ -136,7 +136,7 @@ def flatten_pair(frozen: Any, tunable: Any, function: str) -> tuple[list[Leaf], 
     """Returns the leaves of both trees side by side and the structure of the parameters.
 
     Raises:
-        PairError: where the trees are not a pair.
+        PairError: if the trees are not a pair.
     """
     left, structure = flatten_params(frozen)
     right, other = flatten_tunable(tunable, frozen, structure)
@@ -187,7 +187,7 @@ def check_leaf_of_pair(function: str, leaf: Leaf) -> None:
         if base is not None and new is not None:
             raise PairError(
                 f"{function}: `{path}` is in frozen and in tunable. A parameter is in one of them "
-                "and None in the other; only an adapter needs its base beside it."
+                "and None in the other, unless it has an adapter, whose base is in frozen."
             )
         return
     if not is_array(base):
@@ -211,8 +211,9 @@ def check_leaf_of_pair(function: str, leaf: Leaf) -> None:
         # DoRA, VeRA and others need frozen factors; a bare base lacks them.
         if needed.keys() - beside.keys():
             raise PairError(
-                f"{function}: the {new.kind} adapter at `{path}` needs {_listed(needed)} beside "
-                "its base in frozen. Pass the frozen tree of the same `init_lora` as the adapter."
+                f"{function}: the {new.kind} adapter at `{path}` needs {_listed(needed)} next to "
+                "its base in frozen. Pass the frozen tree of the same `init_lora` as the "
+                "adapter."
             )
         if shapes == layout.shapes() and needed == {name: beside[name] for name in needed}:
             return

@@ -61,11 +61,11 @@ def quantize(
         axis in blocks is split between blocks.
 
     Raises:
-        SpecError: where a format does not fit a leaf of a tree of formats, or is not one; where a
-            weight is quantized already, or has entries that are not finite; where this JAX or this
-            backend lacks a dtype; where nothing is found.
-        ArgumentError: where one format is given for all, and no `fn`; where `where` or `tables` is
-            given with a tree of formats; where an argument has a wrong type.
+        SpecError: if a format does not fit a leaf of a tree of formats, or is not one; if a
+            weight is quantized already, or has entries that are not finite; if this JAX or this
+            backend lacks a dtype; if nothing is found.
+        ArgumentError: if one format is given for all, and no `fn`; if `where` or `tables` is
+            given with a tree of formats; if an argument has a wrong type.
 
     Warns:
         UnquantizedWarning: names weights of products that are left unchanged because blocks do not
@@ -95,8 +95,8 @@ def quantize(
         if where is not None or tables:
             option = "where" if where is not None else "tables"
             raise ArgumentError(
-                f"quantize: `{option}` chooses weights for one format for all, and a tree of "
-                "formats chooses them itself: None leaves a weight as it is."
+                f"quantize: `{option}` selects weights if one format is given for all. A tree of "
+                "formats selects them itself: None leaves a weight as it is."
             )
         blanks = _by_leaf(bases, structure, formats, roles)
     made: dict[Any, QuantizedWeight] = {}
@@ -116,17 +116,16 @@ def quantize(
 
 def _check_arguments(fn: Any, args: Any, kwargs: Any) -> None:
     if fn is not None and not callable(fn):
-        raise ArgumentError(f"quantize: `fn` is a function, and it was given {a_kind(fn)}.")
+        raise ArgumentError(f"quantize: `fn` must be a function, not {a_kind(fn)}.")
     # An array is a sequence of its rows, and not of arguments.
     if not isinstance(args, list | tuple):
         raise ArgumentError(
-            f"quantize: `args` is a tuple of the other arguments of `fn`, and it was given "
+            "quantize: `args` must be a tuple of the other arguments of `fn`, not "
             f"{a_kind(args)}. For one argument, write `args=(x,)`."
         )
     if not isinstance(kwargs, Mapping | None):
         raise ArgumentError(
-            f"quantize: `kwargs` is a dict of keyword arguments of `fn`, and it was given "
-            f"{a_kind(kwargs)}."
+            f"quantize: `kwargs` must be a dict of keyword arguments of `fn`, not {a_kind(kwargs)}."
         )
 
 
@@ -178,8 +177,8 @@ def _everywhere(
     """Returns blanks for one format on every weight of a product."""
     if roles is None:
         raise ArgumentError(
-            "quantize takes `fn` and `args` beside one format for all weights, to find which they "
-            "are. Without a function, give it a tree of formats."
+            "With one format for all weights, quantize needs `fn` and `args` to find the "
+            "weights. Without a function, pass a tree of formats."
         )
     blanks: list[QuantizedWeight | None] = []
     reasons: list[str] = []
@@ -210,7 +209,7 @@ def _everywhere(
             "\n  ".join(
                 [
                     f"quantize finds no weight{chosen} of a product or a convolution that it can "
-                    f"hold as {format}. Parameters of two or more axes: {some(names) or 'none'}.",
+                    f"store as {format}. Parameters of two or more axes: {some(names) or 'none'}.",
                     *reasons,
                 ]
             )
@@ -218,8 +217,8 @@ def _everywhere(
     if reasons:
         lines = "\n".join(f"  {line}" for line in reasons)
         warnings.warn(
-            f"quantize leaves weights as they are:\n{lines}\nLeave such weights out with `where` "
-            "to silence this.",
+            f"quantize did not quantize these weights:\n{lines}\nTo silence this warning, exclude "
+            "such weights with `where`.",
             UnquantizedWarning,
             stacklevel=3,
         )

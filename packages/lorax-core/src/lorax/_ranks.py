@@ -30,7 +30,7 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
         A spec tree for `init_lora`, with the same `collected`.
 
     Raises:
-        SpecError: where `collected` has a path that the spec does not have, or does not adapt.
+        SpecError: if `collected` has a path that the spec does not have, or does not adapt.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -47,7 +47,7 @@ def eva_ranks(spec: Any, collected: Collected) -> Any:
     leaves, structure = flatten_params(jax.tree.map(_Opaque, spec, is_leaf=is_leaf))
     specs = {path: leaf.spec for path, leaf in leaves}
     if unknown := sorted(collected.keys() - specs.keys()):
-        raise SpecError(f"The spec has no `{unknown[0]}`, which `collected` has.")
+        raise SpecError(f"`collected` has `{unknown[0]}`, which the spec does not have.")
     ratios = {path: x["ratios"] for path, x in collected.items() if "ratios" in x}
     for path in ratios:
         if getattr(specs[path], "collects", None) is None:

@@ -8,11 +8,11 @@ it names:
         ...
 
 `eqn(*arrays)` evaluates the original equation on plain arrays: the base always goes through it.
-A rule returns the output (a list of them where the primitive has several), or `NotImplemented`
-where this call is not covered, or the algebra of terms raises `Inexpressible`: then the
+A rule returns the output (a list of them if the primitive has several), or `NotImplemented`
+if this call is not covered, or the algebra of terms raises `Inexpressible`: then the
 interpreter materializes the weight and warns.
 
-Parameters are named one by one: where a JAX version has a parameter that the rule does not
+Parameters are named one by one: if a JAX version has a parameter that the rule does not
 name, or lacks one that it needs, the weight is materialized and the warning names the parameter.
 """
 
@@ -52,10 +52,10 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
     """Registers the function below as the rule of some primitives.
 
     A rule gets the equation, its operands, and the equation's parameters by name. An operand is an
-    array, or a `FactoredArray` where a weight is used. The rule returns what the primitive returns:
-    arrays, or a `FactoredArray` where the result is still a weight; a list of them where the
+    array, or a `FactoredArray` if a weight is used. The rule returns what the primitive returns:
+    arrays, or a `FactoredArray` if the result is still a weight; a list of them if the
     primitive has several results. It evaluates the base through the equation itself,
-    `eqn(x, weight.base)`, and adds what the terms contribute. Where it does not cover a call, it
+    `eqn(x, weight.base)`, and adds what the terms contribute. If it does not cover a call, it
     returns `NotImplemented`, and the weight is materialized with a warning.
 
     Args:
@@ -68,7 +68,7 @@ def defrule(*primitives: Primitive | str, gains: bool = False) -> Callable[[Rule
         A decorator that returns the rule unchanged.
 
     Raises:
-        ArgumentError: where a primitive has a rule already.
+        ArgumentError: if a primitive has a rule already.
 
     Example:
         >>> import jax, jax.numpy as jnp

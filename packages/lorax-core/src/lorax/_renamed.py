@@ -23,8 +23,8 @@ def takes_old_names(**names: str) -> Callable[[F], F]:
             for old, new in names.items():
                 if old in kwargs:
                     warnings.warn(
-                        f"{fn.__name__}({old}=…) is called `{new}` now. The old name will go with "
-                        "the next minor version.",
+                        f"{fn.__name__}({old}=…) is now called `{new}`. The old name will be "
+                        "removed in the next minor version.",
                         DeprecationWarning,
                         stacklevel=2,
                     )

@@ -16,8 +16,7 @@ def factor_spec(
         spec: the partition of the weight.
         out: the labels of each axis of the weight.
         labels: the label of each axis of the factor. A label that the weight does not show, such as
-            the
-            rank, is replicated.
+            the rank, is replicated.
     """
     entries = {axis[0]: entry for axis, entry in zip(out, spec, strict=False) if len(axis) == 1}
     return PartitionSpec(*(entries.get(label) for label in labels))

@@ -101,7 +101,7 @@ def spec_from_rules(
         The spec tree.
 
     Raises:
-        SpecError: where a rule matches no parameter.
+        SpecError: if a rule matches no parameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,7 +134,7 @@ def spec_from_rules(
         if used[k]:
             continue
         reason = (
-            f"earlier rules decide all that it matches (such as `{shadowed[k][0]}`)"
+            f"earlier rules match all of its paths (such as `{shadowed[k][0]}`)"
             if shadowed[k]
             else f"the paths are {some([path for path, leaf in leaves if is_array(leaf)])}"
         )
@@ -160,7 +160,7 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | in
         LORA_FREEZE, LORA_FULL, or the spec of an adapter and the roles of the axes.
 
     Raises:
-        SpecError: where it does not fit.
+        SpecError: if it does not fit.
     """
     spec = plain_number(spec)
     if not is_array(leaf):
@@ -199,8 +199,7 @@ def check_leaf(path: str, leaf: Any, spec: Any) -> tuple[AdapterSpec, Axes] | in
     axes = spec.axes(path, leaf.ndim)
     if 0 in axes.sizes(leaf.shape):
         raise SpecError(
-            f"`{path}` has shape {tuple(leaf.shape)}, without an entry to adapt; give it "
-            "LORA_FREEZE."
+            f"`{path}` has shape {tuple(leaf.shape)} and no entries to adapt; give it LORA_FREEZE."
         )
     spec.check(path, tuple(leaf.shape), axes)
     return spec, axes

@@ -275,7 +275,7 @@ class Term:
         """Gives an axis exactly one label, which requires that its labels have the same owners.
 
         Raises:
-            Inexpressible: where different factors own them.
+            Inexpressible: if different factors own them.
         """
         labels = self.out[axis]
         if len(labels) > 1:  # Summing over a label of size one equals showing it, so it is dropped.
@@ -357,7 +357,7 @@ class Term:
         """Returns the factors that own an input, the others, and the inner labels that join both.
 
         Raises:
-            Inexpressible: where a factor of the inputs shows an output as well.
+            Inexpressible: if a factor of the inputs shows an output as well.
         """
         first, second = [], []
         for factor in zip(self.factors, self.labels, strict=True):

@@ -54,7 +54,7 @@ def lora(
             traced.
         argnums: the position of the parameters, or several positions; each then takes a pair.
         argnames: the names of keyword-only arguments that take a pair.
-        on_materialize: what to do where no rule covers the use of a weight, so that it is
+        on_materialize: what to do if no rule covers the use of a weight, so that it is
             materialized: "warn", "error" (before anything runs) or "allow".
         on_unused: what to do about an adapter that no output depends on; the same choices.
         through_custom_derivatives: by default, a weight that enters a function with a
@@ -70,7 +70,7 @@ def lora(
         A function with the signature of `fn` that takes pairs in place of parameters.
 
     Raises:
-        ArgumentError: where an argument has a wrong type or value.
+        ArgumentError: if an argument has a wrong type or value.
         PairError: when called with anything other than a pair.
         MaterializeError: when called, under `on_materialize="error"`.
         UnusedAdapterError: when called, under `on_unused="error"`.
@@ -91,7 +91,7 @@ def lora(
         if policy not in ("warn", "error", "allow"):
             raise ArgumentError(f"{name}={policy!r}: it must be 'warn', 'error' or 'allow'.")
     if not callable(fn):
-        raise ArgumentError(f"lora takes a function, and it was given {a_kind(fn)}.")
+        raise ArgumentError(f"lora takes a function, not {a_kind(fn)}.")
     argnums, argnames = _several(argnums, int, "argnums"), _several(argnames, str, "argnames")
     if not argnums and not argnames:
         raise ArgumentError("lora: `argnums` and `argnames` are empty, so no argument is a pair.")
@@ -184,7 +184,7 @@ def bind_call(
     """Finds and flattens the pairs among the arguments of a call of `fn`.
 
     Raises:
-        PairError: where an argument that takes a pair is missing or is not a pair.
+        PairError: if an argument that takes a pair is missing or is not a pair.
     """
     name = getattr(fn, "__name__", type(fn).__name__)
     places: list[int | str] = []
@@ -218,7 +218,7 @@ def _keyword(fn: Callable[..., Any], name: str, argnum: int, kwargs: dict[str, A
     if 0 <= argnum < len(parameters) and parameters[argnum] in kwargs:
         return parameters[argnum]
     raise PairError(
-        f"{name} takes a pair (frozen, tunable) as argument {argnum}, and the call has no such "
+        f"{name} takes a pair (frozen, tunable) as argument {argnum}, but the call has no such "
         "argument."
     )
 

@@ -28,8 +28,7 @@ def arranged(
         term: a term of the weight.
         array: the array that meets the weight.
         places: maps axes of the weight to axes of the array. The array may repeat such an axis, as
-            the
-            groups of a convolution do.
+            the groups of a convolution do.
 
     Returns:
         The array with one axis per label, the labels of each of its original axes, and an iterator
@@ -90,7 +89,7 @@ class Turn:
         """Returns the same matrix with its term moved.
 
         Raises:
-            Inexpressible: where the move cuts a block.
+            Inexpressible: if the move cuts a block.
         """
         if not any(self.label in labels for labels in term.out):
             raise Inexpressible("reads a part of a block that an adapter multiplies as a whole")
@@ -115,8 +114,7 @@ class Turn:
         Args:
             array: the weight, its operand, or the result.
             places: maps axes of the weight to axes of the array, which may repeat one, as the
-                groups of a
-                convolution do.
+                groups of a convolution do.
             by_rows: as in `factors`.
             **keywords: passed to `contract`.
         """

@@ -66,8 +66,8 @@ def _built(use: Use) -> str:
     if use.kind == "returned":
         return (
             f"`{use.source}` is returned by the function, so the adapted weight of shape "
-            f"{_shape(use.shape)} is materialized. Return what depends on it instead, or pass "
-            "on_materialize='allow'."
+            f"{_shape(use.shape)} is materialized. Return a value computed from it instead, or "
+            "pass on_materialize='allow'."
         )
     return (
         f"`{use.source}` is used by `{use.primitive}` as an array of shape {_shape(use.shape)} at "

@@ -85,14 +85,14 @@ def check(
             `lora` must report it.
         seed: the seed of the random factors.
         through_custom_derivatives: as in `lora`; the merged model keeps the derivative rules, so
-            that point 1 fails where one of them is not the derivative of its function.
+            that point 1 fails if one of them is not the derivative of its function.
         **kwargs: what `fn` is called with; a keyword with the name of an option must be bound with
             `functools.partial` before.
 
     Raises:
-        CheckError: where a check fails; it says which one, with the numbers. It is an
+        CheckError: if a check fails; it says which one, with the numbers. It is an
             `AssertionError`.
-        ArgumentError: where an argument is a shape instead of an array, or an option has the name
+        ArgumentError: if an argument is a shape instead of an array, or an option has the name
             of a keyword of `fn`.
 
     Example:
@@ -104,8 +104,8 @@ def check(
     for leaf in jax.tree.leaves((params, args, kwargs)):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ArgumentError(
-                f"check runs the function, so it takes arrays, and it was given {leaf}. To check "
-                "symbolic sizes, call check at several concrete ones."
+                f"check runs the function, so it needs arrays, not {leaf}. To check symbolic "
+                "sizes, call check at several concrete ones."
             )
     # Zeros are drawn fastest; random numbers replace them next.
     frozen, tunable = init_lora(params, spec, jax.random.key(seed), a_init="zeros")

@@ -159,13 +159,13 @@ VALID = {"one": (adapter(0), 1.0), "two": (adapter(1), 1.0)}
         (({"one": (adapter(0), "1")},), "weight of 'one' is '1'"),
         ((VALID, "cat"), "method='cat' is not one of concatenate, svd, linear"),
         ((VALID, "linear_svd"), "not one of"),
-        ((VALID, "linear", {"rank": 3}), "goes with a method that ends in 'svd'"),
+        ((VALID, "linear", {"rank": 3}), "is only for methods that end in 'svd'"),
         ((VALID, "svd", {"rank": 0}), "positive int"),
-        ((VALID, "ties"), "takes a density"),
+        ((VALID, "ties"), "needs a density"),
         ((VALID, "ties", {"density": 1.5}), "at most 1"),
         ((VALID, "svd", {"density": 0.5}), "prunes nothing"),
         ((VALID, "ties", {"density": 0.5, "signs": "majority"}), "'total' or 'frequency'"),
-        ((VALID, "dare_ties", {"density": 0.5}), "give it a key"),
+        ((VALID, "dare_ties", {"density": 0.5}), "so it needs `key`"),
         (
             ({"one": (adapter(0), 1), "two": (adapter(1, rank=4), 1)}, "linear"),
             "'one' has 3, 'two' has 4. Use 'concatenate' or 'svd'",
@@ -180,7 +180,7 @@ def test_invalid_settings_raise(arguments, message):
 
 def test_adapters_of_different_bases_raise():
     one = adapter(0)
-    with pytest.raises(PairError, match="'two' has another structure than that of 'one'"):
+    with pytest.raises(PairError, match="tree of 'two' has the structure .* that of 'one'"):
         combine_adapters({"one": (one, 1), "two": ({"kernel": one["kernel"]}, 1)})
     wider = adapter(1, params=PARAMS | {"kernel": jnp.zeros((11, 8))})
     with pytest.raises(PairError, match="`kernel` has .* of sizes .* in 'two'"):
@@ -188,7 +188,7 @@ def test_adapters_of_different_bases_raise():
     transposed = adapter(
         1, params=PARAMS | {"kernel": jnp.zeros((7, 11))}, kernel=LoraSpec(3, in_axes=[1])
     )
-    with pytest.raises(PairError, match="All adapters belong to one base"):
+    with pytest.raises(PairError, match="All adapters must be for the same base"):
         combine_adapters({"one": (one, 1), "two": (transposed, 1)})
     dora = adapter(1, kernel=DoraSpec(LoraSpec(3)))
     with pytest.raises(PairError, match="'two' has a dora at `kernel`.*extract_lora"):
@@ -217,5 +217,5 @@ def test_signs_of_complex_factors_raise(method):
     settings: dict[str, Any] = {"density": 0.5, "rank": 2 if method.endswith("svd") else None}
     if method.startswith("dare"):
         settings["key"] = jax.random.key(0)
-    with pytest.raises(SpecError, match="`w.*` is complex, and .* elects signs"):
+    with pytest.raises(SpecError, match="`w.*` is complex, and .* compares signs"):
         combine_adapters({"one": (pair[0], 1.0), "two": (pair[1], 1.0)}, method, **settings)

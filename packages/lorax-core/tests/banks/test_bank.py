@@ -125,25 +125,25 @@ def test_bfloat16_factors_stay_bfloat16():
         (None, {}, ValueError, "takes a sequence of tunable trees, not a NoneType"),
         (PAIR, {}, ValueError, "trees, not a Pair"),
         ([PAIR], {}, PairError, "take the tunable tree"),
-        ([adapter(0, 2), {"kernel": None}], {}, PairError, "adapter 1 has another structure"),
+        ([adapter(0, 2), {"kernel": None}], {}, PairError, "adapter 1 has the structure"),
         (
             [adapter(0, 2), adapter(1, 2, heads=LoraSpec(2, in_axes=[0, 1]))],
             {},
             PairError,
-            "`heads`.*one base",
+            "`heads`.*same base",
         ),
         ([adapter(0, 2), adapter(1, 2, kernel=MissSpec(2))], {}, PairError, "`kernel`.*as_lora"),
         (
             [adapter(0, 2), jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter(1, 2))],
             {},
             PairError,
-            "one dtype",
+            "same dtype",
         ),
         (
             [adapter(0, 2, kernel=DoraSpec(2)), adapter(1, 2, kernel=0)],
             {},
             PairError,
-            "without a dora adapter at `kernel` cannot be the base's",
+            "without a dora adapter at `kernel` cannot stand for the base",
         ),
         ([adapter(0, 2, bias=LORA_FULL)], {"slots": 2}, PairError, "parameter in full at `bias`"),
     ],
@@ -157,9 +157,9 @@ def test_adapters_that_do_not_fit_a_bank_raise():
     bank = stack_adapters([adapter(0, 2, kernel=0)], slots=2)
     bad: tuple[Any, ...] = (-1, 2, 1.0, True)
     for index in bad:
-        with pytest.raises(IndexError, match="the bank has 0 to 1"):
+        with pytest.raises(IndexError, match="the bank has the slots 0 to 1"):
             set_adapter(bank, index, adapter(1, 2, kernel=0))
-        with pytest.raises(IndexError, match="the bank has 0 to 1"):
+        with pytest.raises(IndexError, match="the bank has the slots 0 to 1"):
             drop_adapter(bank, index)
     with pytest.raises(PairError, match="lora adapter at `kernel`.*Stack the bank again"):
         set_adapter(bank, 1, adapter(1, 2))
@@ -179,7 +179,7 @@ def test_trees_that_are_not_stored_adapters_raise():
         stack_adapters(tree)
     assert stack_adapters(each for each in (tree, tree)).slots == 2  # pyright: ignore[reportArgumentType]
     for of_one_call in (with_dropout(tree, jax.random.key(0), 0.5), select_adapters(bank, 0)):
-        with pytest.raises(PairError, match="at `heads` is one of a single call, as with_dropout"):
+        with pytest.raises(PairError, match="at `heads` was returned by with_dropout"):
             stack_adapters([of_one_call])
-        with pytest.raises(PairError, match="is one of a single call"):
+        with pytest.raises(PairError, match="is for a single call"):
             set_adapter(bank, 0, of_one_call)

@@ -55,7 +55,7 @@ def random(seed, *shape):
 
 
 def model(params, tokens):
-    """A look-up, a scan over rematerialized layers, a tied head: one row of tokens."""
+    """A lookup, a scan over rematerialized layers, a tied head: one row of tokens."""
 
     @jax.checkpoint
     def layer(x, weights):
@@ -449,7 +449,7 @@ def test_no_adapter_is_bit_identical_to_the_base_for_every_kind(kind):
     actual = lora(dense)((frozen, select_adapters(bank, -1)), x)
     np.testing.assert_array_equal(actual, wanted)
     if kind in ("tokens", "dora", "dora-of-lora-fa"):
-        with pytest.raises(PairError, match="would have to be the base's own"):
+        with pytest.raises(PairError, match="would have to be those of the base"):
             drop_adapter(bank, 1)
         return
     actual = lora(dense)((frozen, select_adapters(drop_adapter(bank, 1), 1)), x)
@@ -504,7 +504,9 @@ def test_invalid_arguments_raise():
         with_scales(other, {"bias": jnp.ones(())})
     # Over the slots, scales are vectors, which is an error without `jax.vmap`.
     scaled = with_scales(other, {"w": jnp.ones(2)})
-    with pytest.raises(ArgumentError, match=r"at `w` has shape \(2,\), and an adapter has one"):
+    with pytest.raises(
+        ArgumentError, match=r"at `w` has shape \(2,\), but an adapter has a single"
+    ):
         lora(lambda p, x: x @ p["w"])(({"w": params["w"], "bias": None}, scaled), jnp.ones((2, 6)))
 
 

@@ -35,7 +35,7 @@ def test_loftq_quantizes_the_base_and_adapts_to_its_error(init, format):
 
 def test_loftq_of_codes_raises():
     coded = lorax.quantize({"w": W}, {"w": "nf4"})
-    with pytest.raises(lorax.SpecError, match="`w` is quantized, and init='loftq' takes"):
+    with pytest.raises(lorax.SpecError, match="`w` is quantized, and init='loftq' computes"):
         init_lora(coded, {"w": LoraSpec(2, init="loftq", **STACK)}, jax.random.key(0))
     with pytest.raises(lorax.SpecError, match="'int5' is not a format"):
         init_lora({"w": W}, {"w": LoraSpec(2, init="loftq:int5", **STACK)}, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Look-up in a table of 16 entries, in the form for each platform."""
+"""Lookup in a table of 16 entries, in the form for each platform."""
 
 import functools
 

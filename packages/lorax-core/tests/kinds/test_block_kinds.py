@@ -186,14 +186,23 @@ BAD = {
         "`w` .*channel_axis=1; it must be one of the input axes",
     ),
     "rank of MiSS": (MissSpec(0), "`w` has a MissSpec of rank 0"),
-    "more rows than inputs": (MissSpec(9), "`w` .*rank 9, .*axis 0 has size 8. Take a rank up to"),
+    "more rows than inputs": (
+        MissSpec(9),
+        "`w` .*rank 9, .*axis 0 has size 8. Choose a rank up to",
+    ),
     "rank of GraLoRA": (GraloraSpec(0), "`w` has a GraloraSpec of rank 0"),
-    "rank of BD-LoRA": (BdloraSpec(3), "`w` .*blocks=2, which does not divide its rank, 3. Take"),
+    "rank of BD-LoRA": (
+        BdloraSpec(3),
+        "`w` .*blocks=2, which does not divide its rank, 3. Choose a number",
+    ),
     "blocks of BD-LoRA": (BdloraSpec(3, blocks=3), "`w` .*does not divide its axis 0, "),
     "side of BD-LoRA": (BdloraSpec(2, side="b"), "of side 'b'"),  # pyright: ignore
     "axis of BD-LoRA": (BdloraSpec(2, split_axis=1), r"split_axis=1, but the axes of side 'in'"),
     "blocks": (GraloraSpec(2, blocks=0), "`w` has a GraloraSpec of number of blocks 0"),
-    "blocks and rank": (GraloraSpec(3, blocks=2), "`w` .*does not divide its rank, 3. Take blocks"),
+    "blocks and rank": (
+        GraloraSpec(3, blocks=2),
+        "`w` .*does not divide its rank, 3. Choose a number",
+    ),
     "blocks and inputs": (GraloraSpec(3, blocks=3), "`w` .*does not divide axis 0 of its shape"),
     "blocks and outputs": (GraloraSpec(4, blocks=4), "`w` .*does not divide axis 1 of its shape"),
     **{
@@ -273,7 +282,7 @@ def test_miss_remainder_is_not_weight_sized():
     assert program.count("[11,4]") >= 1 and program.count("[11,7]") == 1  # the base itself
 
 
-# Edge cases of rules: look-ups out of range, groups that cut a block, strides and dilations.
+# Edge cases of rules: lookups out of range, groups that cut a block, strides and dilations.
 
 
 @pytest.mark.parametrize("spec", [LokrSpec(9), MissSpec(2), GraloraSpec(2), BdloraSpec(2)], ids=str)

@@ -376,7 +376,7 @@ def test_eva_ranks_follow_the_variance():
     assert (ranked["a"].rank, ranked["a"].alpha) == (3, 6)
     assert (ranked["b"].spec.rank, ranked["stack"].rank) == (2, 1)
     assert ranked["b"].spec.alpha == 4 and ranked["c"] == LORA_FREEZE and ranked["other"] == 3
-    with pytest.raises(SpecError, match="The spec has no `c`"):
+    with pytest.raises(SpecError, match="`collected` has `c`, which the spec does not"):
         eva_ranks({name: spec[name] for name in ("a", "b", "stack")}, collected)
     with pytest.raises(SpecError, match="`c` has the spec 0, whose rank cannot be redistributed"):
         eva_ranks(ranked, collected)
@@ -412,18 +412,18 @@ EVA = {"w": LoraSpec(2, init="eva")}
 @pytest.mark.parametrize(
     "function, batch, message",
     [
-        (lambda p, x: x @ p["w"].T, ROWS, "`dot_general` at .*test_collected.* meets it along its"),
+        (lambda p, x: x @ p["w"].T, ROWS, "`dot_general` at .*test_collected.* reads it along its"),
         (lambda p, i: p["w"][i], np.arange(6), "The inputs of `w` cannot be collected: `gather`"),
-        (lambda p, x: x[:, :3] @ p["w"][:3], ROWS, "`slice` .* reads a part of its inputs"),
+        (lambda p, x: x[:, :3] @ p["w"][:3], ROWS, "`slice` .* reads only a part of its inputs"),
         (lambda p, x: lax.scan(lambda c, w: (c + w, None), x[0], p["w"])[0], ROWS, "`scan`"),
         (lambda p, x: jnp.exp(p["w"]).sum() + x, ROWS, "`exp` .* is not linear in the weight"),
         (lambda p, x: (x @ p["w"], p["w"]), ROWS, "`w` is returned by the function"),
         (lambda p, x: lax.stop_gradient(x @ p["w"]), ROWS, "No input of `w` .*stop_grad"),
         (lambda p, x: jnp.argmax(x @ p["w"], -1), ROWS, "No input of `w` was collected"),
         (lambda p, x: x, ROWS, "No input of `w` was collected"),
-        (lambda p, x: x @ p["w"], ROWS[:1], "`w` met 1 rows .* fewer than its rank 2"),
+        (lambda p, x: x @ p["w"], ROWS[:1], "`w` got 1 input rows .* fewer than its rank 2"),
     ],
-    ids=["outputs", "look-up", "part", "steps", "not linear", "returned", "stopped", "integers",
+    ids=["outputs", "lookup", "part", "steps", "not linear", "returned", "stopped", "integers",
          "unused", "few rows"],
 )  # fmt: skip
 def test_inputs_that_cannot_be_collected_raise(function, batch, message):
@@ -455,7 +455,7 @@ def test_function_that_is_not_a_loss_raises():
 
 
 def test_invalid_arguments_raise():
-    with pytest.raises(SpecError, match="No leaf of the spec is made from inputs"):
+    with pytest.raises(SpecError, match="No leaf of the spec has an init that uses inputs"):
         collect_starts(lambda p, x: x @ p["w"], W, {"w": 2}, [ROWS])
     with pytest.raises(ValueError, match="at least one batch"):
         collect_starts(lambda p, x: x @ p["w"], W, EVA, [])

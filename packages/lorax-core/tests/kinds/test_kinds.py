@@ -374,7 +374,7 @@ def test_eval_shape(kind):
 def test_gain_that_varies_along_the_window_materializes():
     function, params, spec, args = case_of("convolution", "ia3-in")
     pair = init_lora(params, spec, jax.random.key(0))
-    with pytest.raises(MaterializeError, match="leave no place for its gain"):
+    with pytest.raises(MaterializeError, match="where its gain cannot be applied"):
         lora(function, on_materialize="error")(pair, *args)
     spec = {"w": IA3Spec("in", gain_axes=[-2])}
     testing.check(function, params, spec, *args, transforms=False)

@@ -83,7 +83,7 @@ def test_the_frozen_factor_is_not_copied_for_the_backward_pass():
 
 def test_missing_frozen_factor_raises():
     frozen, tunable = init_lora({"w": jnp.ones((5, 3))}, {"w": LoraFASpec(2)}, jax.random.key(0))
-    with pytest.raises(PairError, match=r"adapter at `w` needs a \(5, 2\) beside its base"):
+    with pytest.raises(PairError, match=r"adapter at `w` needs a \(5, 2\) next to its base"):
         lora(model)(({"w": frozen["w"].base}, tunable), jnp.ones((2, 5)))
 
 

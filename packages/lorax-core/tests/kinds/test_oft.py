@@ -112,7 +112,7 @@ def test_convolution_kernels():
     testing.check(conv, params, {"w": OftSpec(2, channel_axis=2)}, x, transforms=False)
     pair = init_lora(params, {"w": OftSpec(2)}, jax.random.key(0))
     assert pair.tunable["w"].q.shape == (3, 2, 2, 1)
-    with pytest.raises(MaterializeError, match="leave no place for its matrix"):
+    with pytest.raises(MaterializeError, match="where its block-diagonal matrix cannot be applied"):
         lora(conv, on_materialize="error")(pair, x)
     testing.check(conv, params, {"w": OftSpec(2)}, x, transforms=False, materializes=True)
 

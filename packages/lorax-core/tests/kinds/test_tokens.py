@@ -57,7 +57,7 @@ def test_indices_may_be_any_sequence_of_ints():
 
 
 BAD = {
-    "no index": (TokensSpec([]), "of no index; give it LORA_FREEZE"),
+    "no index": (TokensSpec([]), "without indices; give it LORA_FREEZE"),
     "an int": (TokensSpec(3), "of 3; it takes a sequence of ints"),  # pyright: ignore
     "a string": (TokensSpec("12"), "of '12'; it takes a sequence of ints"),  # pyright: ignore
     "floats": (TokensSpec([1.0]), "it takes a sequence of ints"),  # pyright: ignore
@@ -65,7 +65,7 @@ BAD = {
     "beyond the table": (TokensSpec([1, 6]), "with index 6, but its 6 rows are 0 to 5"),
     "negative": (TokensSpec([-1]), "with index -1, but its 6 rows are 0 to 5"),
     "twice": (TokensSpec([1, 2, 1]), "with index 1 more than once"),
-    "DoRA": (DoraSpec(TokensSpec([1])), "DoraSpec of a TokensSpec, the norm of which"),
+    "DoRA": (DoraSpec(TokensSpec([1])), "DoraSpec of a TokensSpec, whose norm would"),
 }
 
 
@@ -77,7 +77,7 @@ def test_invalid_indices_raise(row):
 
 
 def test_several_input_axes_raise():
-    with pytest.raises(SpecError, match=r"`table` .* input axes \(0, 1\).* Give it in_axes=\[0\]"):
+    with pytest.raises(SpecError, match=r"`table` .* input axes \(0, 1\).* pass in_axes=\[0\]"):
         init_pair(TokensSpec([1]), jnp.ones((6, 2, 2)))
 
 

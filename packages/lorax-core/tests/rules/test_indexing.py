@@ -1,4 +1,4 @@
-"""Indexing into a weight: look-ups, gathers and dynamic slices."""
+"""Indexing into a weight: lookups, gathers and dynamic slices."""
 
 import jax
 import jax.numpy as jnp

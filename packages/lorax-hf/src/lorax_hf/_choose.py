@@ -40,7 +40,7 @@ def choose(rows: Sequence[Row], targets: Targets, option: str) -> set[str]:
     if not paths:
         how = ""
         if isinstance(targets, str) and any(ends_in((targets,), row.module) for row in rows):
-            how = f"A string is a pattern for the whole name; for its end, pass [{targets!r}]. "
+            how = f"A string must match the whole name; to match its end, pass [{targets!r}]. "
         hint = how or _suggestion(str(targets), rows)
         raise SpecError(f"{option}={shown(targets)} matches no module. {hint}".rstrip())
     return paths

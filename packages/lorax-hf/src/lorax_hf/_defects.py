@@ -24,8 +24,8 @@ class Finding(NamedTuple):
     def what(self) -> str:
         """The old name of `problem`."""
         warnings.warn(
-            "Finding.what is called `problem` now. The old name will go with the next minor "
-            "version.",
+            "Finding.what is now called `problem`. The old name will be removed in the next "
+            "minor version.",
             DeprecationWarning,
             stacklevel=2,
         )

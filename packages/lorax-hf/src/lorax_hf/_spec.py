@@ -148,9 +148,9 @@ def spec(
     tree = jax.tree_util.tree_map_with_path(decide, params)
     if small:
         warnings.warn(
-            f"spec leaves modules frozen whose weights have no rank of {kind.size}: "
+            f"spec leaves modules frozen whose weights are too small for rank {kind.size}: "
             f"{', '.join(small)}. Name such a module in `full` to train it, or in `exclude` to "
-            "silence this.",
+            "silence this warning.",
             UnadaptedWarning,
             stacklevel=2,
         )
@@ -198,7 +198,7 @@ def _is_in(row: Row, wanted: set[int] | None) -> bool:
     if chosen and wanted is not None and not wanted.issuperset(layers):
         raise SpecError(
             f"layers={sorted(wanted)}: `{row.path}` is one parameter for the layers "
-            f"{list(layers)}, since they are scanned. Choose all of them or none, or take the "
+            f"{list(layers)}, since they are scanned. Choose all of them or none, or create the "
             "function without `scan_layers`."
         )
     return chosen
@@ -212,12 +212,12 @@ def _with_axes(rows: Mapping[str, Row], chosen: set[str], targets: Targets) -> s
         listed = ", ".join(f"`{path}` of {rows[path].owner}" for path in unknown)
         if by_name or not known:
             raise SpecError(
-                f"targets={shown(targets)}: which axes of {listed} are inputs is not known. Pass "
-                "`inputs=`, with which the module is traced."
+                f"targets={shown(targets)}: the input axes of {listed} are not known. Pass "
+                "`inputs=`, the arguments of a call, to find them."
             )
         warnings.warn(
-            f"spec leaves weights frozen, since which of their axes are inputs is not known: "
-            f"{listed}. Pass `inputs=`, with which the module is traced, or narrow `targets`.",
+            f"spec leaves weights frozen, because their input axes are not known: {listed}. Pass "
+            "`inputs=`, the arguments of a call, to find them, or narrow `targets`.",
             UnadaptedWarning,
             stacklevel=3,
         )

@@ -102,5 +102,5 @@ def test_spec_warns_about_defects_of_the_model():
 
 def test_old_name_of_the_problem_warns():
     finding = lorax_hf.Finding((), "a problem", "a remedy")
-    with pytest.warns(DeprecationWarning, match="Finding.what is called `problem` now"):
+    with pytest.warns(DeprecationWarning, match="Finding.what is now called `problem`"):
         assert finding.what == "a problem"

@@ -405,7 +405,7 @@ def test_invalid_arguments_raise():
         lorax_hf.from_torch(nn.Linear(6, 5, device="meta"))
     with pytest.raises(TypeError, match="`weight` of a lazy module"):
         lorax_hf.from_torch(nn.LazyLinear(5))
-    with pytest.raises(TypeError, match="torch.nn.Module is needed, not int"):
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, not int"):
         lorax_hf.from_torch(3)
 
 
@@ -417,7 +417,7 @@ def test_branch_on_values_raises_with_explanation():
     fn, params = lorax_hf.from_torch(nn.Sequential(Branches(6, 6)))
     with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
         jax.jit(fn)(params, jnp.asarray(X))
-    assert any("`0` (Branches) decides in Python" in note for note in caught.value.__notes__)
+    assert any("`0` (Branches) has Python control flow" in note for note in caught.value.__notes__)
 
 
 def test_missing_operator_raises_and_can_be_added():

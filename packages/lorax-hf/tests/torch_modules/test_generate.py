@@ -147,7 +147,7 @@ REFUSED = {
                 d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=31
             )
         ),
-        "is an encoder and a decoder",
+        "is an encoder-decoder model",
     ),
     "bert": (
         lambda: transformers.BertLMHeadModel(

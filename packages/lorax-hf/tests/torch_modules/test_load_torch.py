@@ -136,7 +136,9 @@ def test_different_tied_tensors_raise(tmp_path):
             _, params = lorax_hf.load_torch(tmp_path)
             np.testing.assert_array_equal(params["model.embed_tokens.weight"], table)
         else:
-            with pytest.raises(ValueError, match="have other values, and Qwen3ForCausalLM ties"):
+            with pytest.raises(
+                ValueError, match="have different values, but Qwen3ForCausalLM ties"
+            ):
                 lorax_hf.load_torch(tmp_path)
 
 

@@ -300,7 +300,7 @@ def backwards(layers, x):
     return in_turn(list(layers)[::-1], x)
 
 
-USED = "what single layers return is used"
+USED = "the outputs of single layers are used"
 WRONG = {
     "order": (backwards, "layer 2 of `layers` is called before layer 0"),
     "side by side": (lambda layers, x: sum(each(x) for each in layers), USED),
@@ -327,7 +327,7 @@ def test_caches_and_hidden_states_raise(models):
     fn, params = lorax_hf.from_torch(models["llama"], scan_layers=True)
     with pytest.raises(ValueError, match=r"uses its index, `self_attn.layer_idx`.*a cache"):
         fn(params, IDS, use_cache=True)
-    with pytest.raises(ValueError, match="`output_hidden_states`, and is not there"):
+    with pytest.raises(ValueError, match="`output_hidden_states`, but scanned layers"):
         fn(params, IDS, output_hidden_states=True)
     fn(params, IDS)
 

@@ -184,7 +184,7 @@ REFUSED = {
     "empty": ({"layers": []}, r"leave nothing of targets='default'.*\[0, 1\]"),
     "string": (
         {"targets": "q_proj"},
-        r"pattern for the whole name; for its end, pass \['q_proj'\]",
+        r"must match the whole name; to match its end, pass \['q_proj'\]",
     ),
     "pattern": ({"rank_pattern": {"query": 2}}, "rank_pattern: no module ends in 'query'"),
 }
@@ -265,7 +265,7 @@ def test_untraceable_model_warns():
     model = transformers.XLMModel(config).eval()
     (finding,) = lorax_hf.doctor(model)
     assert finding in lorax_hf.doctor() and "cannot be traced" in finding.problem
-    with pytest.warns(lorax_hf.DefectWarning, match="decides in Python"):
+    with pytest.warns(lorax_hf.DefectWarning, match="has Python control flow"):
         lorax_hf.spec(model, rank=2, targets="all-linear")
     fn, params = lorax_hf.from_torch(model)
     with pytest.raises(jax.errors.ConcretizationTypeError):

@@ -114,6 +114,6 @@ for _value in [globals()[_name] for _name in __all__]:
 
 def __getattr__(name: str) -> Any:
     if name == "Layout":
-        _warn(f"lorax_io.Layout is called `TorchName` now. {_UNTIL}", DeprecationWarning)
+        _warn(f"lorax_io.Layout is now called `TorchName`. {_UNTIL}", DeprecationWarning)
         return TorchName
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

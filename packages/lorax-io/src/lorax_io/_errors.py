@@ -11,7 +11,7 @@ from lorax import LoraxError, LoraxWarning
 
 # The reason of an `AdapterWriteError`.
 UNEQUAL = (
-    "what was written does not read back the same, so it was removed. Check the disk, or write to "
+    "the file differs from what was written, so it was removed. Check the disk, or write to "
     "another one."
 )
 

@@ -101,7 +101,8 @@ def pull_from_hub(
 
     Raises:
         AdapterNotFoundError: if the repository does not exist, or contains no adapter.
-        AdapterError: if the Hub refuses or cannot be reached, and the adapter is not cached.
+        AdapterError: if the Hub rejects the request or cannot be reached, and the adapter is not
+            cached.
 
     Example:
         >>> from lorax_io import load_peft, pull_from_hub
@@ -148,11 +149,11 @@ def _explained(hub: Any) -> Generator[None]:
     except hub.errors.LocalEntryNotFoundError as error:
         # The Hub did not answer, for the reason in `__cause__`, and the cache is empty too.
         reason = _first_line(error.__cause__ or error)
-        raise AdapterError(f"the Hub refuses: {reason}") from error
+        raise AdapterError(f"the Hub rejected the request: {reason}") from error
     # The Hub's HTTP errors derive from those of its HTTP client. Since huggingface_hub 1.0 that is
     # `httpx`, whose connection errors are not an `OSError`.
     except (*hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError) as error:
-        raise AdapterError(f"the Hub refuses: {_first_line(error)}") from error
+        raise AdapterError(f"the Hub rejected the request: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,7 +46,7 @@ def flax_names(
     """
     leaves, _ = param_leaves(params)
     if layouts is not None:
-        warn(f"flax_names(layouts=…) is called `names` now. {UNTIL}", DeprecationWarning)
+        warn(f"flax_names(layouts=…) is now called `names`. {UNTIL}", DeprecationWarning)
         names = {**layouts, **(names or {})}
     given = as_torch_names(names or {})
     if unknown := sorted(given.keys() - leaves.keys()):

@@ -45,7 +45,7 @@ def _as_torch_name(row: TorchName | Mapping[str, Any]) -> TorchName:
         return row
     fields = dict(row)
     if "layout" in fields and "type" not in fields:
-        warn(f"its key `layout` is called `type` now. {UNTIL}", DeprecationWarning)
+        warn(f"its key `layout` is now called `type`. {UNTIL}", DeprecationWarning)
         fields["type"] = fields.pop("layout")
     kind = TORCH_NAMES.get(str(fields.pop("type", None)))
     if kind is None:

@@ -135,7 +135,7 @@ def padded_shape(weight: Adapter) -> tuple[int, ...]:
 
 
 def check_frozen(path: str, weight: Adapter, frozen: Mapping[str, Any]) -> None:
-    """Refuses to save an adapter without the frozen factors that cannot be computed from its base.
+    """Rejects an adapter without the frozen factors that cannot be computed from its base.
 
     Raises:
         AdapterError: if one is missing.

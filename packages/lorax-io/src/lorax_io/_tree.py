@@ -63,7 +63,7 @@ def pair_rows(tree: Any) -> tuple[list[Row], FrozenFactors]:
 
 
 def _check_scale(path: str, leaf: Any) -> None:
-    """Refuses an adapter whose scale is not a finite number, which no file can hold."""
+    """Rejects an adapter whose scale is not a finite number, which no file can hold."""
     for weight in (leaf, getattr(leaf, "delta", None)):
         if not isinstance(weight, Adapter):
             continue
@@ -80,9 +80,9 @@ def tunable_rows(tunable: Any) -> list[Row]:
     """The checked rows of a tunable tree of arrays or shapes."""
     if _is_pair(tunable):
         raise AdapterError(
-            "was given the pair (frozen, tunable); give it the tunable tree alone. (A native file "
-            "takes a `lorax.Pair`, too. If it is a tree of two parts, one trained in full and one "
-            "adapted, give it as a list.)",
+            "got the pair (frozen, tunable); pass only the tunable tree. (A native file also "
+            "accepts a `lorax.Pair`. If this is one tree of two parts, one trained in full and "
+            "one adapted, pass it as a list.)",
         )
     rows = rows_of(tunable)
     seen: set[str] = set()

@@ -113,5 +113,5 @@ def test_changes_of_llama_cpp_converter_are_undone(tmp_path):
 def test_truncated_gguf_raises(tmp_path, size):
     file = write_gguf(tmp_path / "f.gguf", {"blk.0.ffn_up.weight": (blocks("Q8_0"), "Q8_0")})
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(AdapterFileError, match="is not a GGUF file that can be read"):
+    with pytest.raises(AdapterFileError, match="is not a readable GGUF file"):
         load_base(file, {"up": Linear("model.layers.0.mlp.up_proj")})

@@ -197,7 +197,7 @@ ODD = np.ones((2, 32), np.float32)
     [
         ({"arch": "gemma"}, "architecture 'gemma'"),
         ({"arch": "granite"}, "Hugging Face checkpoint"),
-        ({"arch": "of-tomorrow"}, "'of-tomorrow', which gguf lacks"),
+        ({"arch": "of-tomorrow"}, "'of-tomorrow', which the gguf package does not know"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": ODD}}, "blk.0.ffn_gate_exps.weight"),
         ({"extra": {"rope_freqs.bias": ODD.astype(np.int32)}}, "rope_freqs.bias"),
         ({"extra": {"output_norm.bias": np.ones(64, np.int32)}}, "type I32"),
@@ -206,7 +206,7 @@ ODD = np.ones((2, 32), np.float32)
         ({"layers": 1}, "blk.1."),
         ({"layers": 3}, "lacks `blk.2."),
         ({"lost": "blk.1.attn_v.weight"}, "lacks `blk.1.attn_v.weight`"),
-        ({"lost": "output_norm.weight"}, "not a whole model"),
+        ({"lost": "output_norm.weight"}, "not a complete model"),
         ({"fields": [("split.count", 3)]}, "one of 3 parts"),
         ({"fields": [("general.type", "adapter")]}, "the type 'adapter'"),
     ],
@@ -224,9 +224,7 @@ def test_truncated_gguf_raises(shell, files, tmp_path, left):
     adapter(files)
     file = pathlib.Path("model.gguf")
     file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
-    assert "is not a GGUF file that can be read" in shell.fail(
-        "merge adapter --base model.gguf --out m"
-    )
+    assert "is not a readable GGUF file" in shell.fail("merge adapter --base model.gguf --out m")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model.gguf"}
 
 
@@ -251,7 +249,7 @@ def test_incompatible_options_raise(shell, files):
     adapter(files)
     files.base(weights)
     assert "--requantize" in shell.fail("merge adapter --base model.gguf --out m --requantize")
-    assert "--dtype is for" in shell.fail("merge adapter --base base --out m --dtype float32")
+    assert "--dtype is only for" in shell.fail("merge adapter --base base --out m --dtype float32")
     pathlib.Path("folder").mkdir()
     pathlib.Path("model.gguf").rename("folder/model.gguf")
     assert "a file itself, such as model.gguf" in shell.fail("verify adapter --base folder")

@@ -106,7 +106,9 @@ def test_tied_head_with_scaled_outputs_raises(shell, files):
 def test_adapted_embedding_of_a_tied_model_warns(shell, files, head):
     write(files, {"tie_word_embeddings": True}, head=head)
     adapt(files, TABLE)
-    shell.succeed("merge adapter --base base --out merged", warning="its head is its embedding")
+    shell.succeed(
+        "merge adapter --base base --out merged", warning="its head is tied to its embedding"
+    )
     assert config_of("merged") == {"tie_word_embeddings": True}
 
 

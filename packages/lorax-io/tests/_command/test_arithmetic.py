@@ -98,7 +98,7 @@ def test_combine_disjoint_adapters(shell):
         ("combine one two --out x --weights 1", "2 adapters, but --weights has 1 numbers"),
         ("combine one two --out x --method cat", "not one of concatenate"),
         ("combine one two --out x --method linear", "needs equal ranks"),
-        ("combine one two --out x --method ties", "takes a density"),
+        ("combine one two --out x --method ties", "needs a density"),
         ("resize one x", "give a rank, an energy or a tolerance"),
         ("resize one x --energy 2", "from 0 to 1"),
         ("extract --base a --tuned b --out x --rank 2 --to peft --targets (", "regular expression"),
@@ -188,9 +188,9 @@ def test_extract_errors(shell, tuned, tmp_path):
     base, after = tuned
     line = "extract --base base --tuned other --out extracted --rank 2 --to peft"
     for other, message in (
-        (base, "differs from the base in no module"),
+        (base, "does not differ from the base in any module"),
         ({k: v for k, v in after.items() if "norm" not in k}, "`model.norm.weight` is (7,)"),
-        (after | {"model.q.weight": np.ones((5, 8), np.float32)}, "is another model"),
+        (after | {"model.q.weight": np.ones((5, 8), np.float32)}, "is not the same model"),
         (after | {"model.q.weight": after["model.q.weight"] * np.nan}, "model.q.weight"),
     ):
         write(tmp_path / "other" / "model.safetensors", other)

@@ -235,7 +235,7 @@ def with_nan(content):
         (lambda content: b"", "not a safetensors file"),
         (with_nan, "NaN or infinity"),
     ],
-    ids=["cut short", "empty", "nan"],
+    ids=["truncated", "empty", "nan"],
 )
 @pytest.mark.parametrize(
     "file",

@@ -69,5 +69,5 @@ def test_rename_without_a_match_warns(shell, files, line):
     files.base({"a.weight": files.draw(OUT, IN)})
     result = shell(f"{line} --rename b c")
     assert result.code == 0
-    assert "--rename: no module has 'b', so it renamed nothing" in result.err
-    assert "renamed nothing" not in shell(f"{line} --rename a a").err
+    assert "--rename: no module matches 'b', so nothing was renamed" in result.err
+    assert "nothing was renamed" not in shell(f"{line} --rename a a").err

@@ -62,7 +62,9 @@ def test_later_adapter_replaces_a_module(shell, files, two):
     _, first, _ = two
     head = files.draw(OUT, IN)
     files.peft({f"{Q}.weight": head}, "full", target_modules=[], modules_to_save=["q_proj"])
-    shell.succeed("merge one full --base base --out m", warning="after another adapter")
+    shell.succeed(
+        "merge one full --base base --out m", warning="discards the change of another adapter"
+    )
     np.testing.assert_allclose(files.read("m/model.safetensors")[f"{Q}.weight"], head, rtol=1e-6)
     shell.succeed("merge full one --base base --out n")
     merged = files.read("n/model.safetensors")[f"{Q}.weight"]

@@ -54,7 +54,7 @@ CONTAINERS = rows(
     ("header past the end", container(b"{}", size=3), "invalid header length"),
     ("text", b"a long text, and no tensors in it", "header too large"),
     ("pickle", pickle.dumps({"w": [1.0]}, protocol=2), "is a pickle"),
-    ("pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    ("is a Git LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     ("web page", b"<!DOCTYPE html><html>", "is a web page"),
     ("GGUF", b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
     ("HDF5", b"\x89HDF\r\n", "is an HDF5 file"),

@@ -167,7 +167,7 @@ def test_dora_magnitudes_are_fused(tmp_path):
 
 
 REFUSED = {
-    "another kind": (lorax.LohaSpec(2), {}, UnsupportedAdapterError, "LoRA and DoRA do"),
+    "another kind": (lorax.LohaSpec(2), {}, UnsupportedAdapterError, "only LoRA and DoRA can"),
     "unknown module": (
         2,
         {f"{SINGLE}attn.to_q": Linear("single_transformer_blocks.1.attn.norm_q")},

@@ -112,8 +112,8 @@ def test_several_scales_are_folded(files):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"model_type": "t5"}, UnsupportedAdapterError, "kind 't5'"),
-        ({"model_type": None}, UnsupportedAdapterError, "kind None"),
+        ({"model_type": "t5"}, UnsupportedAdapterError, "type 't5'"),
+        ({"model_type": None}, UnsupportedAdapterError, "type None"),
         ({"num_hidden_layers": "2"}, AdapterMismatchError, "num_hidden_layers = '2'"),
         ({"num_hidden_layers": 10**9}, AdapterMismatchError, "not a count"),
         ({"num_attention_heads": 3}, AdapterMismatchError, "are not 3 heads"),

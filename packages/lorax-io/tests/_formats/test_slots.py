@@ -167,7 +167,13 @@ ADAPTERS = rows(
     ("complex", {}, typed(np.complex64, Q + B), FILE, "in complex64, not"),
     ("8-bit floats", {}, typed(jnp.float8_e4m3fn), FILE, "in float8_e4m3fn, not"),
     ("other 8-bit floats", {}, typed(jnp.float8_e5m2, Q + A), FILE, "in float8_e5m2, not"),
-    ("double precision", {}, typed(np.float64, Q + A), MISMATCH, "in float64, which JAX shortens"),
+    (
+        "double precision",
+        {},
+        typed(np.float64, Q + A),
+        MISMATCH,
+        "in float64, which JAX would convert",
+    ),
     ("base weight", {}, {NORM: floats(5)}, FILE, "would replace a base weight"),
     (
         "base weight of an adapted module",

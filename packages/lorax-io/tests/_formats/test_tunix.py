@@ -187,7 +187,7 @@ BROKEN = {
         {"w_lora_a": np.ones((5, 2), np.int32), "w_lora_b": np.ones((2, 3), np.int32)},
         "int32",
     ),
-    "no factors": ({"w": leaf(5, 2)}, "no format that is known"),
+    "no factors": ({"w": leaf(5, 2)}, "in no known format"),
     "twice": (
         {"w_lora_a": leaf(5, 2), "w_lora_b": leaf(2, 3)} | {"q/w_lora_b": leaf(2, 3)},
         "lacks `q/w_lora_a`",

@@ -89,7 +89,7 @@ def combine_adapters(
 
     Raises:
         ArgumentError: for invalid settings.
-        PairError: where the trees are not adapters of one base, are not plain LoRA, or several of
+        PairError: if the trees are not adapters of one base, are not plain LoRA, or several of
             them train one parameter in full.
 
     Example:
@@ -108,8 +108,8 @@ def combine_adapters(
     for name, (_, other) in zip(names, flat, strict=True):
         if other != structure:
             raise PairError(
-                f"combine_adapters: the tree of {name!r} has another structure than that of "
-                f"{names[0]!r}: {other}, and not {structure}. Both belong to one base."
+                f"combine_adapters: the tree of {name!r} has the structure {other}, but that of "
+                f"{names[0]!r} has {structure}. Both must be for the same base."
             )
     weights = [float(weight) for _, weight in adapters.values()]
     errors: dict[str, float] = {}
@@ -152,18 +152,18 @@ def _check(adapters: Any, method: str, rank: Any, density: Any, signs: str, key:
         known = ["concatenate", "svd", *METHODS, *(f"{name}_svd" for name in pruning)]
         raise refuse(f"method={method!r} is not one of {', '.join(known)}.")
     if rank is not None and not method.endswith("svd"):
-        raise refuse(f"rank={rank} goes with a method that ends in 'svd', and not with {method!r}.")
+        raise refuse(f"rank={rank} is only for methods that end in 'svd', not for {method!r}.")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise refuse(f"rank={rank!r}; it must be a positive int.")
     prunes = entrywise is not None and entrywise.prune is not None
     if prunes and (density is None or not 0 < density <= 1):
-        raise refuse(f"{method!r} takes a density above 0 and at most 1, and got {density!r}.")
+        raise refuse(f"{method!r} needs a density above 0 and at most 1, not {density!r}.")
     if not prunes and density is not None:
         raise refuse(f"{method!r} prunes nothing; leave density={density!r} out.")
     if signs not in ("total", "frequency"):
         raise refuse(f"signs={signs!r}; it must be 'total' or 'frequency'.")
     if entrywise is not None and entrywise.prune == "random" and key is None:
-        raise refuse(f"{method!r} drops random entries; give it a key.")
+        raise refuse(f"{method!r} drops random entries, so it needs `key`.")
     return _Options(method, rank, 1.0 if density is None else float(density), signs, key)
 
 
@@ -206,7 +206,7 @@ def _parameter(path: str, parts: Sequence[_Part]) -> Any:
     if len(parts) > 1:
         names = ", ".join(repr(part.name) for part in parts)
         raise PairError(
-            f"combine_adapters: {names} train `{path}` in full, and only deltas can be combined. "
+            f"combine_adapters: {names} train `{path}` in full, but only deltas can be combined. "
             "Use `extract_lora` on it, or set it to None in all trees but one."
         )
     if parts[0].weight != 1:
@@ -222,16 +222,16 @@ def _check_part(path: str, part: _Part, first: _Part) -> None:
     if not isinstance(part.leaf, LoraWeight):
         kind = part.leaf.kind if isinstance(part.leaf, Adapter) else "full parameter"
         raise PairError(
-            f"combine_adapters: {part.name!r} has a {kind} at `{path}`, and only plain LoRA is "
-            "combined. `as_lora` turns other kinds into it where that is exact, and `extract_lora` "
-            "elsewhere."
+            f"combine_adapters: {part.name!r} has a {kind} at `{path}`, but only plain LoRA can "
+            "be combined. `as_lora` converts other kinds to it if that is exact; otherwise, use "
+            "`extract_lora`."
         )
     mine, other = (_fans(leaf.leaf) for leaf in (part, first))
     if (part.leaf.axes, mine) != (first.leaf.axes, other):
         raise PairError(
-            f"combine_adapters: `{path}` has {part.leaf.axes} of sizes {mine} in {part.name!r} and "
-            f"{first.leaf.axes} of sizes {other} in {first.name!r}. All adapters belong to one "
-            "base."
+            f"combine_adapters: `{path}` has {part.leaf.axes} of sizes {mine} in {part.name!r} "
+            f"and {first.leaf.axes} of sizes {other} in {first.name!r}. All adapters must be for "
+            "the same base."
         )
 
 
@@ -246,7 +246,7 @@ def _of_factors(path: str, parts: Sequence[_Part], options: _Options) -> Matrice
     if len(set(ranks.values())) > 1:
         listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
         raise ArgumentError(
-            f"combine_adapters: {options.method!r} adds factors, which needs equal ranks, and at "
+            f"combine_adapters: {options.method!r} adds factors, which needs equal ranks, but at "
             f"`{path}` {listed}. Use 'concatenate' or 'svd'"
             + (f", or '{options.method}_svd'." if options.method != "linear" else ".")
         )
@@ -295,8 +295,8 @@ def _merge(
         return weighted.sum(0)
     if np.iscomplexobj(stacked):
         raise SpecError(
-            f"combine_adapters: `{path}` is complex, and {options.method!r} elects signs. "
-            "Use a method that does not, such as 'concatenate' or 'linear'."
+            f"combine_adapters: `{path}` is complex, and {options.method!r} compares signs. Use a "
+            "method that does not, such as 'concatenate' or 'linear'."
         )
     votes = np.sign(stacked) if options.signs == "frequency" else stacked
     # TIES: each entry elects a sign, and the mean is over the adapters that agree with it. The

@@ -72,8 +72,8 @@ def extract_lora(
         The pair, and the errors by path.
 
     Raises:
-        SpecError: where the spec does not fit or has adapters of other kinds.
-        ArgumentError: where the trees differ in structure or shapes.
+        SpecError: if the spec does not fit or has adapters of other kinds.
+        ArgumentError: if the trees differ in structure or shapes.
 
     Warns:
         UnadaptedWarning: names frozen parameters that differ in `tuned`; the result lacks these
@@ -94,8 +94,8 @@ def extract_lora(
     after, other = flatten_params(tuned)
     if other != structure:
         raise ArgumentError(
-            f"extract_lora: base has the structure {structure} and tuned {other}; both are "
-            "parameters of one model."
+            f"extract_lora: base has the structure {structure}, but tuned has {other}; both must "
+            "be parameters of the same model."
         )
     specs = flatten_spec(spec, structure)
     frozen: list[Any] = []
@@ -106,7 +106,7 @@ def extract_lora(
         if jnp.shape(leaf) != jnp.shape(new):
             raise ArgumentError(
                 f"extract_lora: `{path}` is {jnp.shape(leaf)} in base and {jnp.shape(new)} in "
-                "tuned; both must be parameters of one model."
+                "tuned; both must be parameters of the same model."
             )
         checked = check_leaf(path, leaf, leaf_spec)
         if checked == LORA_FULL:
@@ -122,7 +122,8 @@ def extract_lora(
         kind, axes = checked  # pyright: ignore[reportGeneralTypeIssues]
         if not isinstance(kind, LoraSpec):
             raise SpecError(
-                f"extract_lora: `{path}` has a {type(kind).__name__}; it finds plain LoRA alone."
+                f"extract_lora: `{path}` has a {type(kind).__name__}; extract_lora finds only "
+                "plain LoRA."
             )
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         weight, errors[path] = _closest(leaf, new, kind, axes, share, own_key)

@@ -44,8 +44,9 @@ def flatten_adapters(tunable: Any) -> tuple[list[tuple[str, Any]], Any]:
     for path, leaf in leaves:
         if isinstance(leaf, Within):
             raise PairError(
-                f"The adapter at `{path_string(path)}` is one of a single call, as with_dropout, "
-                "select_adapters and mix_adapters return it. Pass the adapter that it was made of."
+                f"The adapter at `{path_string(path)}` was returned by with_dropout, "
+                "select_adapters or mix_adapters, and is for a single call. Pass the adapter "
+                "that it was made from."
             )
     return [(path_string(path), leaf) for path, leaf in leaves], structure
 

@@ -48,7 +48,7 @@ def resize_adapter(
         The tree, with fully trained parameters unchanged, and the relative error of each path.
 
     Raises:
-        ArgumentError: where neither a rank nor an energy is given, or one is out of range.
+        ArgumentError: if neither a rank nor an energy is given, or one is out of range.
         PairError: for an adapter that is not plain LoRA.
 
     Example:
@@ -79,8 +79,8 @@ def _resized(
 ) -> LoraWeight:
     if not isinstance(weight, LoraWeight):
         raise PairError(
-            f"resize_adapter: the adapter at `{path}` is {weight.kind}, and only plain LoRA has a "
-            "rank to lower. `as_lora` turns other kinds into it where that is exact."
+            f"resize_adapter: the adapter at `{path}` is {weight.kind}, but only plain LoRA can "
+            "be resized. `as_lora` converts other kinds to it if that is exact."
         )
     matrices = Matrices.of(weight)
     # A rank is never raised.
@@ -95,7 +95,7 @@ def _resized(
 
 
 def as_lora(frozen: Any, tunable: Any = ABSENT) -> Any:
-    """Converts adapters of other kinds to plain LoRA, where that is exact.
+    """Converts adapters of other kinds to plain LoRA, if that is exact.
 
     The delta of most kinds has a low rank: `rank` for VeRA, LoRA-FA, AdaLoRA, DeLoRA and MiSS,
     `rank²` for LoHa, `rank · blocks` for GraLoRA, and that of the second factor times the first
@@ -134,7 +134,8 @@ def _converted(leaf: Leaf) -> LoraWeight:
     def refuse(why: str) -> PairError:
         return PairError(
             f"as_lora: the {weight.kind} adapter at `{leaf.path}` {why}, so no LoRA equals it. "
-            "`extract_lora(params, merge_params(pair), spec)` finds the best one of a rank."
+            "`extract_lora(params, merge_params(pair), spec)` finds the best approximation of a "
+            "given rank."
         )
 
     adapted = leaf.applied()

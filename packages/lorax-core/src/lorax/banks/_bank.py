@@ -76,8 +76,8 @@ def stack_adapters(
         trains all of them at once, and `select_adapters` picks one for each row of a batch.
 
     Raises:
-        PairError: where the trees are not adapters of one base, or cannot be stacked.
-        ArgumentError: where there are no adapters, or more than slots; where an argument has a
+        PairError: if the trees are not adapters of one base, or cannot be stacked.
+        ArgumentError: if there are no adapters, or more than slots; if an argument has a
             wrong type.
 
     Example:
@@ -112,8 +112,8 @@ def stack_adapters(
     for k, (_, other) in enumerate(flat):
         if other != structure:
             raise PairError(
-                f"stack_adapters: adapter {k} has another structure than adapter 0: {other}, and "
-                f"not {structure}. All belong to one base."
+                f"stack_adapters: adapter {k} has the structure {other}, but adapter 0 has "
+                f"{structure}. All must be for the same base."
             )
     stacked, scales, records = [], {}, {}
     for path, *nodes in zip(
@@ -181,8 +181,8 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
         The new bank; the old one is unchanged.
 
     Raises:
-        SlotError: where there is no such slot.
-        PairError: where the tree belongs to another base, adapts a target that the bank does not,
+        SlotError: if there is no such slot.
+        PairError: if the tree belongs to another base, adapts a target that the bank does not,
             or has a higher rank or another dtype.
 
     Example:
@@ -199,15 +199,15 @@ def set_adapter(bank: AdapterBank, index: int, tunable: Any) -> AdapterBank:
     news, other = flatten_adapters(tunable)
     if other != structure:
         raise PairError(
-            f"set_adapter: the tree has the structure {other}, and the bank {structure}; both "
-            "belong to one base."
+            f"set_adapter: the tree has the structure {other}, but the bank has {structure}; both "
+            "must be for the same base."
         )
     rows, scales, records = [], dict(bank.scales), dict(bank.records)
     for (path, node), (_, new) in zip(leaves, news, strict=True):
         if node is None and new is not None:
             raise PairError(
-                f"set_adapter: the adapter has a {described(new)} at `{path}`, and the bank has "
-                "nothing there. Stack the bank again, with this adapter among the others."
+                f"set_adapter: the adapter has a {described(new)} at `{path}`, but the bank has "
+                "none there. Stack the bank again, including this adapter."
             )
         # Padded like the others, so that shapes stay the same.
         rows.append(None if node is None else padded_to(path, emptied(node), new))
@@ -231,15 +231,15 @@ def drop_adapter(bank: AdapterBank, index: int) -> AdapterBank:
 
     Args:
         bank: a bank of kinds whose neutral factors do not depend on the base: all but DoRA and
-            trained tokens.
+            trainable tokens.
         index: the slot, from 0.
 
     Returns:
         The new bank; the old one is unchanged.
 
     Raises:
-        SlotError: where there is no such slot.
-        PairError: where the neutral factors depend on the base.
+        SlotError: if there is no such slot.
+        PairError: if the neutral factors depend on the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -304,7 +304,7 @@ def _check_slot(function: str, bank: AdapterBank, index: Any) -> None:
     is_position = isinstance(index, int | np.integer) and not isinstance(index, bool)
     if not is_position or not 0 <= index < bank.slots:
         raise SlotError(
-            f"{function}: there is no slot {index!r}; the bank has 0 to {bank.slots - 1}."
+            f"{function}: there is no slot {index!r}; the bank has the slots 0 to {bank.slots - 1}."
         )
 
 

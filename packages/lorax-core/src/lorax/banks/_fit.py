@@ -19,7 +19,7 @@ from ..kinds.lora import LoraWeight, lora_scale
 class Records:
     """The ranks and scales of one path's adapters before padding, by slot.
 
-    `alpha` is NaN where it is None. These are arrays and not static settings, so that replacing an
+    `alpha` is NaN if it is None. These are arrays and not static settings, so that replacing an
     adapter in a slot does not recompile programs.
     """
 
@@ -85,7 +85,7 @@ def padded_to(path: str, blank: Any, node: Any) -> Any:
     """Returns a node padded to the shapes of the blank one.
 
     Raises:
-        PairError: where it does not fit.
+        PairError: if it does not fit.
     """
     if blank is None:
         return None
@@ -93,9 +93,9 @@ def padded_to(path: str, blank: Any, node: Any) -> Any:
         neutral = neutral_of(blank)
         if not is_free(neutral):
             raise PairError(
-                f"A slot of a bank without a {described(blank)} at `{path}` cannot be the base's: "
-                "its numbers would have to be the base's own. Give one to every slot, or adapt it "
-                "with LoRA."
+                f"A slot of a bank without a {described(blank)} at `{path}` cannot stand for the "
+                "base: its values would have to be those of the base. Give every adapter one, or "
+                "adapt this weight with LoRA."
             )
         return blank.with_factors(
             {
@@ -108,9 +108,9 @@ def padded_to(path: str, blank: Any, node: Any) -> Any:
     actual, expected = (_settings(each) for each in (node, blank))
     if actual != expected:
         raise PairError(
-            f"A bank has {_listed(expected)} at `{path}`, and the adapter has {_listed(actual)}. "
-            "Only plain LoRA is stacked with other ranks and scales; `as_lora` turns other kinds "
-            "into it where that is exact."
+            f"The bank has {_listed(expected)} at `{path}`, but the adapter has "
+            f"{_listed(actual)}. Only plain LoRA can have several ranks and scales in one bank; "
+            "`as_lora` converts other kinds to it if that is exact."
         )
     return node
 
@@ -148,8 +148,8 @@ def _with_rank(path: str, blank: LoraWeight, node: LoraWeight) -> LoraWeight:
     actual, expected = _settings(padded), _settings(blank)
     if actual != expected:
         raise PairError(
-            f"A bank has {_listed(expected)} at `{path}`, and the adapter has {_listed(actual)}; "
-            "all belong to one base and have one dtype."
+            f"The bank has {_listed(expected)} at `{path}`, but the adapter has "
+            f"{_listed(actual)}. All adapters must be for the same base and have the same dtype."
         )
     return padded
 

@@ -37,8 +37,8 @@ def with_scales(tunable: Any, scales: Mapping[str, jax.Array]) -> Any:
         A tunable tree for `lora(fn)`. Gradients with respect to `tunable` pass through it.
 
     Raises:
-        PairError: where `scales` has a path at which `tunable` has no adapter.
-        ArgumentError: where `scales` is not a dict of numbers.
+        PairError: if `scales` has a path at which `tunable` has no adapter.
+        ArgumentError: if `scales` is not a dict of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -93,9 +93,9 @@ class _Scaled(Within):
     ) -> FactoredArray:
         if jnp.ndim(self.number):
             raise ArgumentError(
-                f"The scale of with_scales at `{source}` has shape {jnp.shape(self.number)}, and "
-                "an adapter has one number. Scales of all slots of a bank go through jax.vmap, "
-                "over `bank.tunable` and `bank.scales` together."
+                f"The scale of with_scales at `{source}` has shape {jnp.shape(self.number)}, but "
+                "an adapter has a single scale. For the scales of all slots of a bank, map over "
+                "`bank.tunable` and `bank.scales` together with jax.vmap."
             )
         weight = self.adapter.applied(base, frozen, source)
         # The scale follows from rank and alpha. Although it is an array here, it is not trained.
@@ -121,9 +121,9 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
         A tunable tree for `lora(fn)`.
 
     Raises:
-        SlotError: where there is no such slot.
-        ArgumentError: where the index is not a scalar integer.
-        PairError: where the bank has fully trained parameters, or a kind of adapter without
+        SlotError: if there is no such slot.
+        ArgumentError: if the index is not a scalar integer.
+        PairError: if the bank has fully trained parameters, or a kind of adapter without
             `neutral` factors.
 
     Example:
@@ -143,12 +143,12 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ArgumentError(
             f"select_adapters: the index is {index.dtype}{list(index.shape)}; it must be a scalar "
-            "integer. For an index of each row, call it under jax.vmap over the rows."
+            "integer. For one index per row, map over the rows with jax.vmap."
         )
     if not is_tracer(index) and not -1 <= int(index) < bank.slots:
         raise SlotError(
-            f"select_adapters: there is no slot {int(index)}; the bank has 0 to {bank.slots - 1}, "
-            "and -1 is the base."
+            f"select_adapters: there is no slot {int(index)}; the bank has the slots 0 to "
+            f"{bank.slots - 1}, and -1 is the base."
         )
     # Negative indices would count from the end, so they are moved past it: out of range.
     place = jnp.where(index < 0, bank.slots, index)
@@ -158,7 +158,7 @@ def select_adapters(bank: AdapterBank, index: Any) -> Any:
             return None
         neutral = neutral_of(node)
         if neutral is None:
-            raise _refused("select_adapters", path, node, "numbers of its own with no adapter")
+            raise _refused("select_adapters", path, node, "no values that stand for the base alone")
         # Neutral factors that depend on the base are filled in by `_Selected`, which sees it.
         fills = {name: 0.0 if callable(fill) else fill for name, fill in neutral.items()}
         # [slots, *axes] -> [*axes]; out of range, the gather fills with the neutral numbers.
@@ -207,7 +207,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
 
     The input is multiplied by all adapters, so under `jax.vmap` over rows no factor is gathered:
     `mix_adapters(bank, jax.nn.one_hot(index, bank.slots))` equals `select_adapters(bank, index)`.
-    It always takes more FLOPs, but moves fewer bytes where each row is one token. The weights have
+    It always takes more FLOPs, but moves fewer bytes if each row is one token. The weights have
     gradients, so they may be learned.
 
     Args:
@@ -219,8 +219,8 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
         A tunable tree for `lora(fn)`.
 
     Raises:
-        ArgumentError: where there is not a weight for each slot.
-        PairError: where the bank has full parameters, or adapters that multiply the base.
+        ArgumentError: if there is not a weight for each slot.
+        PairError: if the bank has full parameters, or adapters that multiply the base.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -236,9 +236,9 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
     weights = _as_array("mix_adapters", "weights", weights)
     if weights.shape != (bank.slots,) or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ArgumentError(
-            f"mix_adapters: the weights are {weights.dtype}{list(weights.shape)}; they are floats, "
-            f"one for each of the {bank.slots} slots. For weights of each row, call it under "
-            "jax.vmap over the rows."
+            f"mix_adapters: the weights are {weights.dtype}{list(weights.shape)}; they are "
+            f"floats, one for each of the {bank.slots} slots. For different weights in each row, "
+            "map over the rows with jax.vmap."
         )
 
     def mixed(path: Any, node: Any) -> Any:
@@ -246,7 +246,7 @@ def mix_adapters(bank: AdapterBank | InterleavedBank, weights: Any) -> Any:
             return None
         # Kinds that override `applied` multiply the base, and have no delta to sum.
         if not (isinstance(node, Adapter) and type(node).applied is Adapter.applied):
-            raise _refused("mix_adapters", path, node, "no delta that a sum could weigh")
+            raise _refused("mix_adapters", path, node, "no delta to weight")
         # Only plain LoRA has scales as arrays; other kinds have equal static ones.
         scale = bank.scales.get(path_string(path))
         if scale is None:

@@ -1,4 +1,4 @@
-"""Resolves which two axes of a weight are cut into blocks."""
+"""Resolves which two axes of a weight are split into blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from .._errors import SpecError, a_kind
 def resolve_split(
     path: str, spec: Any, ndim: int, axes: Axes, given: Sequence[int] | None
 ) -> tuple[int, int]:
-    """Returns the input axis and the output axis to cut; by default the last of each side.
+    """Returns the input axis and the output axis to split; by default the last of each side.
 
     Raises:
-        SpecError: where `given` is not one input axis and one output axis.
+        SpecError: if `given` is not one input axis and one output axis.
     """
     if given is None:
         return axes.inputs[-1], axes.outputs[-1]

@@ -18,7 +18,7 @@ def channel_axis_of(path: str, spec: Any, ndim: int, axes: Axes) -> int:
     """Returns the input axis of the channels; by default the last input axis.
 
     Raises:
-        SpecError: where `spec.channel_axis` is not an input.
+        SpecError: if `spec.channel_axis` is not an input.
     """
     if spec.channel_axis is None:
         return axes.inputs[-1]

@@ -241,7 +241,7 @@ def adalora_pruner(
         `step` may be traced. Other leaves of `tunable` are unchanged.
 
     Raises:
-        ArgumentError: where the numbers are inconsistent.
+        ArgumentError: if the numbers are inconsistent.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -26,18 +26,18 @@ class BdloraWeight(Adapter):
         ΔW[(n i), o]  =  scale · Σ_ρ a[n, i, ρ] b[n, ρ, o]         if `side` is "in"
         ΔW[i, (n o)]  =  scale · Σ_ρ a[i, n, ρ] b[n, ρ, o]         if it is "out"
 
-    One axis is cut into n blocks, and so is the rank: ρ runs over `rank / n`. Wang et al. 2025,
+    One axis is split into n blocks, and so is the rank: ρ runs over `rank / n`. Wang et al. 2025,
     arXiv:2510.23346; the same as PEFT's `BdLoraConfig`.
 
     Attributes:
         a: `[*shared, n, *in, rank / n]`, or `[*shared, *in, n, rank / n]` for blocks of outputs.
-        b: `[*shared, n, rank / n, *out]`. The cut axis has the size of a block.
+        b: `[*shared, n, rank / n, *out]`. The split axis has the size of a block.
         rank: the sum of the ranks of all blocks.
         alpha: the numerator of the scale, or None for a scale of 1.
         scaling: "standard" or "rslora".
         blocks: the number of blocks of the axis.
         side: "in" if `a` is block-diagonal, "out" if `b` is.
-        split_axis: the axis that is cut.
+        split_axis: the axis that is split.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
@@ -71,7 +71,7 @@ class BdloraWeight(Adapter):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Returns the labels of the factors for a weight of `shape`."""
         axes = Labeled.of(self.axes, shape)
-        # The axis that is cut is [n, part], and the rank is [n, rank / n].
+        # The axis that is split is [n, part], and the rank is [n, rank / n].
         n, part = axes.split(self.split_axis, self.blocks, 0)
         rank = axes.inner(1, self.rank // self.blocks)
         inputs = tuple(part if label.id == self.split_axis else label for label in axes.inputs)
@@ -90,9 +90,9 @@ class BdloraWeight(Adapter):
 class BdloraSpec(AdapterSpec):
     """The spec of BD-LoRA for one weight: LoRA with a block-diagonal factor.
 
-    It is made for servers that split a weight over several devices, with one block per device. Cut
-    the outputs of weights that are split over their outputs, such as queries and the first product
-    of an MLP, and the inputs of weights that are split over their inputs.
+    It is made for servers that split a weight over several devices, with one block per device. Use
+    side="out" for weights that are split along their outputs, such as queries and the first product
+    of an MLP, and side="in" for weights that are split along their inputs.
 
     Args:
         rank: the sum of the ranks of all blocks; a multiple of `blocks`.
@@ -100,7 +100,7 @@ class BdloraSpec(AdapterSpec):
         scaling: as in `LoraSpec`.
         blocks: the number of blocks of the axis.
         side: "in" to make `a` block-diagonal, "out" to make `b` block-diagonal.
-        split_axis: the axis of that side to cut; None means its last axis.
+        split_axis: the axis of that side to split; None means its last axis.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
         shared_axes: as in `LoraSpec`.
@@ -144,7 +144,8 @@ class BdloraSpec(AdapterSpec):
             if size % self.blocks != 0:
                 raise SpecError(
                     f"`{path}` has a BdloraSpec with blocks={self.blocks}, which does not divide "
-                    f"{label}, {size}. Take blocks that divide the rank and the axis that is cut."
+                    f"{label}, {size}. Choose a number of blocks that divides the rank and the "
+                    "axis that is split."
                 )
 
     def _split_axis(self, path: str, ndim: int, axes: Axes) -> int:

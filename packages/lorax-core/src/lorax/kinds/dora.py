@@ -58,7 +58,10 @@ class DoraWeight(Adapter):
         # W' = magnitude [*out] ⊙ (W + Δ) / ‖W + Δ‖ [*out], the norm over the inputs
         inner = self.delta.layout(shape)
         if inner.gains:
-            raise SpecError(f"DoRA normalizes a sum, and a {self.delta.kind} adapter is a gain.")
+            raise SpecError(
+                f"DoRA needs an adapter that adds a delta, but a {self.delta.kind} adapter "
+                "multiplies the weight."
+            )
         factors = {**inner.factors, "magnitude": kept}
         gains = frozenset({"magnitude", "square"})
         return Layout(inner.out, factors, {**inner.frozen, "square": kept}, gains)
@@ -120,7 +123,7 @@ class DoraSpec(AdapterSpec):
         if type(self.spec) is int:
             object.__setattr__(self, "spec", LoraSpec(self.spec))
         if not isinstance(self.spec, AdapterSpec):
-            raise SpecError(f"A DoraSpec is made of a spec or of a rank, not of {self.spec!r}.")
+            raise SpecError(f"DoraSpec takes a spec or a rank, not {self.spec!r}.")
 
     @property
     def in_axes(self) -> Sequence[int] | None:
@@ -160,8 +163,8 @@ class DoraSpec(AdapterSpec):
         self.spec.check(path, shape, axes)
         if not self.spec.has_narrow_delta:
             raise SpecError(
-                f"`{path}` has a DoraSpec of {a_kind(self.spec)}, the norm of which takes "
-                "an array as large as the weight. Use a LoraSpec within, or the other spec alone."
+                f"`{path}` has a DoraSpec of {a_kind(self.spec)}, whose norm would need an array "
+                "as large as the weight. Use a LoraSpec inside, or the other spec without DoRA."
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> DoraWeight:

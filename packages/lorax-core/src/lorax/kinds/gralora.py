@@ -24,16 +24,16 @@ class GraloraWeight(Adapter):
 
         ΔW[(n i), (m o)]  =  alpha / rank · Σ_ρ a[n, i, m, ρ] b[m, n, ρ, o]
 
-    One input axis and one output axis are each cut into n blocks. ρ runs over `rank / n`, so that
+    One input axis and one output axis are each split into n blocks. ρ runs over `rank / n`, so that
     all blocks of a row together have the size of rank `rank`. Jung et al. 2025, arXiv:2505.20355.
 
     Attributes:
-        a: `[*shared, n, *in, n, rank / n]`, where the cut axis has the size of a block.
-        b: `[*shared, n, n, rank / n, *out]`, where the cut axis has the size of a block.
+        a: `[*shared, n, *in, n, rank / n]`, where the split axis has the size of a block.
+        b: `[*shared, n, n, rank / n, *out]`, where the split axis has the size of a block.
         rank: the sum of the ranks of all blocks of a row.
         alpha: the numerator of the scale, or None for a scale of 1.
         blocks: the number of blocks of each side.
-        split_axes: the input axis and the output axis that are cut.
+        split_axes: the input axis and the output axis that are split.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
@@ -82,7 +82,7 @@ class GraloraSpec(AdapterSpec):
         rank: the sum of the ranks of all blocks of a row; a multiple of `blocks`.
         alpha: the delta is scaled by `alpha / rank`; None means `alpha = rank`.
         blocks: the number of blocks of each side.
-        split_axes: the input axis and the output axis that are cut; None means the last of each
+        split_axes: the input axis and the output axis that are split; None means the last of each
             side. For a kernel with heads, give the axis of the heads.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
@@ -118,7 +118,8 @@ class GraloraSpec(AdapterSpec):
             if size % self.blocks:
                 raise SpecError(
                     f"`{path}` has a GraloraSpec with blocks={self.blocks}, which does not divide "
-                    f"{label}, {size}. Take blocks that divide the rank and both axes that are cut."
+                    f"{label}, {size}. Choose a number of blocks that divides the rank and both "
+                    "axes that are split."
                 )
 
     def _split(self, shape: tuple[int, ...], axes: Axes, path: str = "") -> tuple[int, int]:
@@ -144,7 +145,7 @@ class GraloraSpec(AdapterSpec):
             matrices.items(), start.initializers, keys, strict=True
         ):
             # One matrix [in / n, rank] of `a` for each block of inputs, and [rank, out / n] of `b`
-            # for each block of outputs; the rank is then cut for the blocks of the other side.
+            # for each block of outputs; the rank is then split for the blocks of the other side.
             count = math.prod(shared) * self.blocks
             draw = lambda key: init(key, matrix, start.dtype)  # noqa: B023, E731
             drawn = jax.vmap(draw)(jax.random.split(key, count))

@@ -27,15 +27,15 @@ class LokrWeight(Adapter):
 
         ΔW[(m n), (l k)]  =  alpha / rank · w1[m, l] · w2[n, k]
 
-    One input axis is cut into m blocks of n and one output axis into l blocks of k. The other axes
-    of both sides, such as the window of a convolution, belong to the second matrix. Yeh et al. 2024
-    (LyCORIS), arXiv:2309.14859.
+    One input axis is split into m blocks of n, and one output axis into l blocks of k. The other
+    axes of both sides, such as the window of a convolution, belong to the second matrix. Yeh et al.
+    2024 (LyCORIS), arXiv:2309.14859.
 
     Attributes:
         w1: `[*shared, m, l]`, or None.
         a1: `[*shared, m, rank]`, or None.
         b1: `[*shared, rank, l]`, or None.
-        w2: `[*shared, *in, *out]`, where the cut axes have sizes n and k, or None.
+        w2: `[*shared, *in, *out]`, where the split axes have sizes n and k, or None.
         a2: `[*shared, *in, rank]` with n, `[*shared, n, rank]` with a core, or None.
         core: `[*shared, *window, rank, rank]` in Tucker form, or None.
         b2: `[*shared, rank, *out]` with k, or None.
@@ -43,8 +43,8 @@ class LokrWeight(Adapter):
         alpha: the numerator of the scale, or None for a scale of 1.
         blocks: m and l.
         narrow: whether the first and the second matrix have low rank.
-        tucker: whether the second matrix has a core over the input axes that are not cut.
-        split_axes: the input axis and the output axis that are cut.
+        tucker: whether the second matrix has a core over the input axes that are not split.
+        split_axes: the input axis and the output axis that are split.
         in_axes: the weight's axes that meet the input.
         out_axes: the weight's axes that produce the output.
         shared_axes: the weight's axes with their own factors for each entry.
@@ -99,7 +99,7 @@ class LokrWeight(Adapter):
                 left = right = axes.inner(1 + number, self.rank)
                 if number == 2 and self.tucker:
                     right = axes.inner(4, self.rank)
-                    # In Tucker form, the inputs that are not cut are the window.
+                    # In Tucker form, the inputs that are not split are the window.
                     window = tuple(label for label in first if label != n)
                     first = (n,)
                     factors["core"] = (*axes.shared, *window, left, right)
@@ -129,7 +129,7 @@ class LokrSpec(AdapterSpec):
         tucker: whether the window of a convolution is in a core of `rank × rank` where the second
             matrix has low rank, as under `use_effective_conv2d` in PEFT and `use_tucker` in
             LyCORIS. A weight without a window has no core.
-        split_axes: the input axis and the output axis that are cut; None means the last of each
+        split_axes: the input axis and the output axis that are split; None means the last of each
             side. For a convolution give the axes of its channels.
         in_axes: as in `LoraSpec`.
         out_axes: as in `LoraSpec`.
@@ -170,8 +170,8 @@ class LokrSpec(AdapterSpec):
                 nearest = min(divisors, key=lambda k: abs(k - self.factor))
                 raise SpecError(
                     f"`{path}` has a LokrSpec with factor={self.factor}, which does not divide "
-                    f"axis {d} of its shape {tuple(shape)}. Take a factor that divides both axes "
-                    f"that are cut (of this one {nearest} is nearest), or -1."
+                    f"axis {d} of its shape {tuple(shape)}. Choose a factor that divides both "
+                    f"axes that are split (for this one, {nearest} is nearest), or -1."
                 )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> LokrWeight:

@@ -109,7 +109,8 @@ class MissSpec(AdapterSpec):
         if self.rank > shape[last]:
             raise SpecError(
                 f"`{path}` has a MissSpec of rank {self.rank}, but its last input axis {last} has "
-                f"size {shape[last]}. Take a rank up to that, one that divides it if you can."
+                f"size {shape[last]}. Choose a rank up to this size, if possible one that divides "
+                "it."
             )
 
     def blank(self, shape: tuple[int, ...], axes: Axes) -> MissWeight:

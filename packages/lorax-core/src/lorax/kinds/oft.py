@@ -47,7 +47,7 @@ class OftWeight(Adapter):
         q: `[*shared, *others, blocks, block_size · (block_size − 1) / 2]`; see `OftSpec`.
         block_size: the number of entries per block.
         side: "in" or "out".
-        channel_axis: the axis that is cut into blocks.
+        channel_axis: the axis that is split into blocks.
         alone: whether the other axes of that side share the blocks.
         block_share: whether all blocks of the axis are the same.
         terms: the number of terms of the Neumann series, or None for the exact inverse.
@@ -216,7 +216,7 @@ class OftSpec(AdapterSpec):
         block_size: the number of entries per block, which must divide the axis. There are
             `(block_size − 1) / 2` parameters per entry of the axis.
         side: "in", or "out", which PEFT uses for an embedding, to rotate its rows.
-        channel_axis: the axis of that side that is cut into blocks; the other axes of the side
+        channel_axis: the axis of that side that is split into blocks; the other axes of the side
             share the blocks. For a convolution, give the channel axis: blocks that differ along
             the window would materialize the kernel. By default, it is the last axis of the side,
             and every entry of the other axes has its own blocks.

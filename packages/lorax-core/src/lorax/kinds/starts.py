@@ -139,8 +139,9 @@ def _start_beside_codes(format: Format, start: Start, weight: Any) -> Started:
     """
     if isinstance(start.base, Encoded):
         raise SpecError(
-            f"`{start.path}` is quantized, and init='loftq' takes its factors from what the codes "
-            "lose. Call init_lora on the floats: it makes the codes, too."
+            f"`{start.path}` is quantized, and init='loftq' computes the factors from the error "
+            "of quantization. Call init_lora on the floating-point weight, which it quantizes "
+            "itself."
         )
     base = start.array(weight, "the weight itself")
     quantized = encoded(blank_of(start.path, base, start.axes.inputs, format), base)

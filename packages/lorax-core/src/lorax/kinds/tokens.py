@@ -69,8 +69,8 @@ class TokensWeight(Adapter):
         rows = layout.factors["values"]
         if not all(0 <= index < shape[self.in_axes[0]] for index in self.indices):
             raise SpecError(
-                f"`{source}` has rows {self.indices}, not all of which are among the "
-                f"{shape[self.in_axes[0]]} of its table. The adapter belongs to another base."
+                f"`{source}` replaces the rows {self.indices}, but its table has only "
+                f"{shape[self.in_axes[0]]} rows. The adapter is for another base."
             )
         (vocabulary,), chosen = axes.inputs, axes.inner(0, len(self.indices))
         # onehot [k, vocabulary] · (values − replaced) [k, *out]: zero in all other rows.
@@ -121,14 +121,16 @@ class TokensSpec(AdapterSpec):
         """Raises `SpecError` for invalid indices, or more than one input axis."""
         if len(axes.inputs) != 1:
             raise SpecError(
-                f"`{path}` has a TokensSpec and the input axes {axes.inputs}; rows are counted "
-                "along one axis. Give it in_axes=[0] where that is the first."
+                f"`{path}` has a TokensSpec and the input axes {axes.inputs}; a table has one "
+                "axis of rows. If it is the first, pass in_axes=[0]."
             )
         given = self.indices
         if not isinstance(given, tuple) or any(type(index) is not int for index in given):
             raise SpecError(f"`{path}` has a TokensSpec of {given!r}; it takes a sequence of ints.")
         if not given:
-            raise SpecError(f"`{path}` has a TokensSpec of no index; give it LORA_FREEZE instead.")
+            raise SpecError(
+                f"`{path}` has a TokensSpec without indices; give it LORA_FREEZE instead."
+            )
         count = shape[axes.inputs[0]]
         for index in given:
             if not 0 <= index < count:

@@ -106,7 +106,8 @@ def meet(walk: Walk, eqn: jex.JaxprEqn, left: "Side", right: "Side", shape: Sequ
                 if is_mapped:
                     walk.note(
                         name,
-                        f"it meets only other weights, in `{eqn.primitive.name}`{walk.place}",
+                        "it is combined only with other weights, in "
+                        f"`{eqn.primitive.name}`{walk.place}",
                     )
                 else:
                     uses |= walk.record(name, Strength.WEIGHTS, inputs, outputs, eqn)

@@ -182,7 +182,7 @@ class Walk:
         if not inputs or not outputs:
             missing = "outputs" if inputs else "inputs"
             self.note(
-                weight, f"`{eqn.primitive.name}`{self.place} leaves no axis for its {missing}"
+                weight, f"`{eqn.primitive.name}`{self.place} uses none of its axes as {missing}"
             )
             return 0
         looks_up = eqn.primitive.name in ("gather", "dynamic_slice")

@@ -70,7 +70,7 @@ def add_product(
         is formed.
 
     Raises:
-        Inexpressible: where a term is not a product of small factors.
+        Inexpressible: if a term is not a product of small factors.
 
     Example:
         >>> import jax, jax.numpy as jnp

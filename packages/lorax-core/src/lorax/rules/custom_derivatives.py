@@ -11,8 +11,8 @@ from .._terms import Inexpressible
 def _run_through(eqn, body, args):
     if not eqn.interpreter.through_custom_derivatives:
         raise Inexpressible(
-            "has a custom derivative rule (lora runs through the function instead where it is "
-            "given through_custom_derivatives=True)"
+            "has a custom derivative rule (with through_custom_derivatives=True, lora runs the "
+            "function on the factors instead)"
         )
     return eqn.body(body)(*args)
 

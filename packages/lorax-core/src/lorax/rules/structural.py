@@ -107,7 +107,7 @@ def _device_put(eqn, *weights, devices, srcs, copy_semantics):
     coded = [is_coded(base_of(weight)) for weight in weights]
     # One equation places several values at once, and bases must all be arrays or all codes.
     if any(coded) and not all(coded):
-        raise Inexpressible("places arrays beside a base that is stored as codes")
+        raise Inexpressible("joins a quantized base with other arrays")
     outs = weights if all(coded) else eqn(*map(base_of, weights))
     for weight, base, device in zip(weights, outs, devices, strict=True):
         if not isinstance(weight, FactoredArray):

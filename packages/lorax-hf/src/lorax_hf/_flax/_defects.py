@@ -7,8 +7,8 @@ DEFECTS = (
     Defect(
         Finding(
             ("t5", "mt5", "longt5"),
-            "the model calls `jnp.clip(a_max=…)`, which this JAX refuses",
-            "make and call the model inside `with lorax_hf.clip_mended():`",
+            "the model calls `jnp.clip(a_max=…)`, which this JAX version does not accept",
+            "create and call the model inside `with lorax_hf.clip_mended():`",
         ),
         clip_refuses_a_max,
         lambda config: True,
@@ -16,7 +16,7 @@ DEFECTS = (
     Defect(
         Finding(
             ("llama",),
-            "FlaxLlama takes 10,000 for the rotary base, whatever the config says",
+            "FlaxLlama uses a rotary base of 10,000, whatever the config says",
             "use a checkpoint with `rope_theta` 10,000, or another implementation of the model",
         ),
         lambda: True,
@@ -25,7 +25,7 @@ DEFECTS = (
     Defect(
         Finding(
             ("llama",),
-            "FlaxLlamaForCausalLM leaves its head random where the config ties it to the embedding",
+            "FlaxLlamaForCausalLM leaves its head random if the config ties it to the embedding",
             'set params["lm_head"]["kernel"] to the transposed params["model"]["embed_tokens"]'
             '["embedding"] after loading',
         ),
@@ -35,9 +35,10 @@ DEFECTS = (
     Defect(
         Finding(
             ("resnet",),
-            'the blocks of FlaxResNet with layer_type="basic" have their own names, so that '
-            "`from_pt=True` loads none of them and says nothing",
-            "rename `layer/layer_0` to `layer/0` as the weights are converted; compare outputs",
+            'the blocks of FlaxResNet with layer_type="basic" have their own names, so '
+            "`from_pt=True` loads none of them, without a warning",
+            "rename `layer/layer_0` to `layer/0` when you convert the weights, and compare the "
+            "outputs",
         ),
         lambda: True,
         lambda config: getattr(config, "layer_type", None) == "basic",
@@ -45,7 +46,7 @@ DEFECTS = (
     Defect(
         Finding(
             ("electra",),
-            "FlaxElectra takes ones for `token_type_ids` where none are given; PyTorch takes zeros",
+            "FlaxElectra uses ones for `token_type_ids` if none are given; PyTorch uses zeros",
             "pass `token_type_ids=jnp.zeros_like(input_ids)`",
         ),
         lambda: True,

@@ -86,7 +86,7 @@ def config_of(model: Any) -> transformers.PretrainedConfig:
     config = getattr(model, "config", None)
     if not isinstance(config, transformers.PretrainedConfig):
         raise ArgumentError(
-            f"a Flax model of transformers, or its config, is needed, not {type(model).__name__}."
+            f"expected a Flax model of transformers or its config, not {type(model).__name__}."
         )
     return config
 
@@ -124,7 +124,7 @@ def _preset(config: transformers.PretrainedConfig, first: str) -> Preset:
     known = kind.removesuffix("_text_model").removesuffix("_vision_model")
     if known not in PRESETS:
         raise SpecError(
-            f"there is no preset for the model type {kind!r}; the ones there are: "
+            f"there is no preset for the model type {kind!r}; the presets are: "
             f"{', '.join(PRESETS)}. `lorax.infer_spec` takes any model."
         )
     return PRESETS[known]

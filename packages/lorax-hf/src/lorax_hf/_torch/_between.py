@@ -39,9 +39,9 @@ class BetweenRefused(TorchFunctionMode):
 
 def refuse_between() -> None:
     raise ScanError(
-        "what single layers return is used, such as for `output_hidden_states`, and is not there "
-        "where layers are scanned. Call the module without it, or take the function without "
-        "`scan_layers`."
+        "the outputs of single layers are used, as for `output_hidden_states`, but scanned "
+        "layers do not have them. Call the module without this option, or create the function "
+        "without `scan_layers`."
     )
 
 
@@ -53,8 +53,8 @@ class LayerIndex:
 
     def _refuse(self, *_: Any) -> Any:
         raise ScanError(
-            f"a layer uses its index, `{self._name}`, such as for a cache, and has none where "
-            "layers are scanned. Call the module without a cache, or take the function without "
+            f"a layer uses its index, `{self._name}`, as for a cache, but scanned layers do not "
+            "have one. Call the module without a cache, or create the function without "
             "`scan_layers`."
         )
 

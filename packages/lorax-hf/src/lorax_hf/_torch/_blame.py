@@ -27,8 +27,8 @@ def errors_named(module: torch.nn.Module) -> Generator[None]:
         ) from error
     except jax.errors.ConcretizationTypeError as error:
         error.add_note(
-            f"{_running(module, error)} decides in Python by the values of an array, which is not "
-            "possible while it is traced. Outside `jax.jit` it may be."
+            f"{_running(module, error)} has Python control flow that depends on the values of an "
+            "array, which cannot be traced. Outside `jax.jit`, it may work."
         )
         raise
     except Exception as error:

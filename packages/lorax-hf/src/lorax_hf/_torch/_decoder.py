@@ -62,7 +62,9 @@ def _cache_argument(model: Any) -> str:
     if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
         raise StaticCacheError(f"{name} is not a model of transformers that generates text.")
     if model.config.is_encoder_decoder:
-        raise StaticCacheError(f"{name} is an encoder and a decoder; generate takes causal models.")
+        raise StaticCacheError(
+            f"{name} is an encoder-decoder model; generate takes decoder-only models."
+        )
     if not hasattr(model.config.get_text_config(decoder=True), "num_hidden_layers"):
         raise StaticCacheError(
             f"{name} has no single list of layers (`num_hidden_layers`). Generate in PyTorch."

@@ -6,7 +6,8 @@ DEFECTS: tuple[Defect, ...] = (
     Defect(
         Finding(
             ("flaubert", "fsmt", "jetmoe", "led", "xlm"),
-            "its forward pass decides in Python by the values of arrays, which cannot be traced",
+            "its forward pass has Python control flow that depends on the values of arrays, "
+            "which cannot be traced",
             "use a model of another type, or a subclass whose forward pass does not",
         ),
         lambda: True,

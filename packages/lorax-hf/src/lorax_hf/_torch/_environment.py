@@ -119,6 +119,6 @@ def _overloads(op: Any) -> list[Any]:
 def _installed() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchax")]
     return (
-        f"{' and '.join(versions)} may not fit each other; torch 2.13 and torchax 0.0.13 do: "
-        'pip install "torch==2.13.*" "torchax==0.0.13"'
+        f"{' and '.join(versions)} may be incompatible; torch 2.13 and torchax 0.0.13 work "
+        'together: pip install "torch==2.13.*" "torchax==0.0.13"'
     )

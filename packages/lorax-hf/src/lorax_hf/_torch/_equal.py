@@ -74,7 +74,7 @@ def _of_members(name: str, one: Any, other: Any, step: int, inside: bool = False
     prefix = f"{name}." if name else ""
     for key in [*one, *(key for key in other if key not in one)]:
         if key not in one or key not in other:
-            yield f"`{prefix}{key}` is in one of them alone"
+            yield f"`{prefix}{key}` is in only one of them"
         else:
             yield from _differences(f"{prefix}{key}", one[key], other[key], step, inside)
 

@@ -108,7 +108,7 @@ def _read(entry: Entry) -> np.ndarray[Any, Any]:
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
         if file.readinto(whole.reshape(-1).view(np.uint8).data) != whole.nbytes:
-            raise CheckpointError(f"{entry.file} ends before its last tensor does.")
+            raise CheckpointError(f"{entry.file} is truncated: it ends before its last tensor.")
     return whole
 
 

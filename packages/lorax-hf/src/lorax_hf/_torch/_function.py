@@ -151,7 +151,7 @@ class ModuleFunction:
             )
         if wrong := [name for name in params if jnp.shape(params[name]) != self._shapes[name]]:
             raise ArgumentError(
-                f"`{wrong[0]}` of {self.__name__} has the shape {self._shapes[wrong[0]]}, and its "
+                f"`{wrong[0]}` of {self.__name__} has the shape {self._shapes[wrong[0]]}, but its "
                 f"array has {jnp.shape(params[wrong[0]])}."
             )
         if quantized := [name for name in params if isinstance(params[name], QuantizedWeight)]:

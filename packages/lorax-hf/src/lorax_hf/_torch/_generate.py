@@ -41,12 +41,12 @@ def generate(
         fn, lora = fn.function, fn.options
     if not isinstance(fn, ModuleFunction):
         raise ArgumentError(
-            "generate takes the function that `from_torch` or `load_torch` returns, or the module "
-            "that `lora` does."
+            "generate takes the function that `from_torch` or `load_torch` returns, or the "
+            "object that `lora` returns."
         )
     if fn.module.training:
         raise ArgumentError(
-            "generate: the function is in training mode. Take it without `train=True`."
+            "generate: the function is in training mode. Create it without `train=True`."
         )
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -58,7 +58,7 @@ def generate(
     if options.max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens={options.max_new_tokens} must be at least 1.")
     if options.do_sample and rng is None:
-        raise ArgumentError("do_sample=True needs `rng=`, a key of `jax.random`.")
+        raise ArgumentError("do_sample=True needs `rng=`, a `jax.random` key.")
     _check_sampling(options)
     length = ids.shape[1] + options.max_new_tokens
     check_length(fn.module, length)
@@ -70,8 +70,8 @@ def generate(
         return fn.programs[key](params, ids, mask, rng)
     except jax.errors.ConcretizationTypeError as error:
         raise StaticCacheError(
-            f"{fn.__name__} decides in Python by what is in its cache, which is then not of "
-            "constant size. Generate in PyTorch."
+            f"{fn.__name__} has Python control flow that depends on the contents of its cache, so "
+            "the cache has no constant size. Generate in PyTorch."
         ) from error
 
 
@@ -79,7 +79,7 @@ def _padding(mask: Any, shape: tuple[int, ...]) -> jax.Array:
     """An attention mask as integers; raises `ArgumentError` if it pads a prompt on its right."""
     mask = jnp.asarray(mask)
     if mask.shape != shape:
-        raise ArgumentError(f"attention_mask has the shape {mask.shape}, and ids have {shape}.")
+        raise ArgumentError(f"attention_mask has the shape {mask.shape}, but ids have {shape}.")
     mask = (mask != 0).astype(jnp.int32)
     if not isinstance(mask, Tracer) and not bool(mask[:, -1].all()):
         raise ArgumentError(

@@ -24,8 +24,8 @@ def _grouped_mm(
         out = jax.lax.ragged_dot(rows, kernels, sizes)  # [rows, out]
     else:
         raise OperatorError(
-            f"_grouped_mm of operands of {rows.ndim} and {kernels.ndim} axes with offsets; "
-            "`lorax_hf.register_op` takes another implementation."
+            f"_grouped_mm of operands of {rows.ndim} and {kernels.ndim} axes with offsets is not "
+            "implemented; add an implementation with `lorax_hf.register_op`."
         )
     if bias is not None:
         out = out + bias

@@ -27,8 +27,8 @@ def turn_off_host_choices(module: torch.nn.Module) -> None:
     if drawn:
         warnings.warn(
             f"{', '.join(sorted(drawn))} of {type(module).__name__} draws random numbers in "
-            "Python, once for every call of a compiled program: turned off. Set it so in the "
-            "config to silence this.",
+            "Python, which a compiled program would repeat in every call. It is turned off. To "
+            "silence this warning, turn it off in the config.",
             ModuleWarning,
             stacklevel=4,
         )

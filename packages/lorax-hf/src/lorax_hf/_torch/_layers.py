@@ -155,7 +155,7 @@ def runs_of(module: nn.Module, wanted: bool | Collection[str]) -> list[Run]:
     if failed or not runs:
         reasons = [why[path] for path in failed or why if why[path]]
         raise ScanError(
-            f"scan_layers: {type(module).__name__} has no equal layers that follow each other. "
+            f"scan_layers: {type(module).__name__} has no equal layers in a row. "
             + (" ".join(reasons) or "It has no list of layers.")
         )
     for path in {run.owner: None for run in runs}:

@@ -94,7 +94,7 @@ def _module_of(folder: Path) -> torch.nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         raise QuantizedModuleError(
             f"{folder} holds quantized weights (its config has a quantization_config), which are "
-            f"not read. {INSTEAD}"
+            f"not supported. {INSTEAD}"
         )
     return of_config(config)
 
@@ -124,7 +124,7 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
             other = keys.setdefault(target, key)
             if other != key and not files.are_equal(key, other):
                 raise CheckpointError(
-                    f"`{key}` and `{other}` in {files.folder} have other values, and "
+                    f"`{key}` and `{other}` in {files.folder} have different values, but "
                     f"{type(module).__name__} ties them. If its config has `tie_word_embeddings`, "
                     "set it to false."
                 )
@@ -143,8 +143,8 @@ def _reads(module: Any, files: Files) -> dict[str, Read]:
     if missing := sorted(needed - reads.keys()):
         raise CheckpointError(
             f"{files.folder} lacks {_some(missing)} of {type(module).__name__}. Load the class "
-            "that the files are of, or initialize what is new with `from_pretrained` and "
-            "`from_torch`."
+            "that was saved, or create the model with `from_pretrained`, which initializes new "
+            "weights, and pass it to `from_torch`."
         )
     if unused:
         warnings.warn(
@@ -210,9 +210,9 @@ def _check_attributes(module: torch.nn.Module, folder: Path) -> None:
     for name, tensor in state_of(module).buffers.items():
         if tensor.device.type == "meta":
             raise CheckpointError(
-                f"`{name}` of {type(module).__name__} is a plain attribute, which is in no file of "
-                f"{folder}, and is computed only when the model is made. Use `from_pretrained` and "
-                "`from_torch`."
+                f"`{name}` of {type(module).__name__} is a plain attribute, which is in no file "
+                f"of {folder}, and is computed only when the model is created. Use "
+                "`from_pretrained` and `from_torch`."
             )
 
 
@@ -234,8 +234,9 @@ def _fill_buffers(module: Any, reads: Mapping[str, Read], folder: Path) -> None:
     for path, *_ in computed:
         if not torch.equal(once[path], again[path]):
             raise CheckpointError(
-                f"the buffer `{path}` of {type(module).__name__} is in no file of {folder}, and is "
-                "computed only when the model is made. Use `from_pretrained` and `from_torch`."
+                f"the buffer `{path}` of {type(module).__name__} is in no file of {folder}, and "
+                "is computed only when the model is created. Use `from_pretrained` and "
+                "`from_torch`."
             )
 
 

@@ -1,4 +1,4 @@
-"""Refuses modules with quantized weights, which are recognized by their packages."""
+"""Rejects modules with quantized weights, which are recognized by their packages."""
 
 import torch
 
@@ -47,5 +47,5 @@ def refuse_quantized(module: torch.nn.Module) -> None:
 def _refuse(name: str, kind: str) -> None:
     where = f"`{name}`" if name else "the module"
     raise QuantizedModuleError(
-        f"{where} holds quantized weights ({kind}), which are not read. {INSTEAD}"
+        f"{where} holds quantized weights ({kind}), which are not supported. {INSTEAD}"
     )

@@ -21,7 +21,7 @@ def randomness(env: Any, rng: jax.Array | None, name: str) -> Generator[None]:
 
     def refuse() -> Any:
         raise ArgumentError(
-            f"{name} draws random numbers here: call it with `rng=`, a key of `jax.random`."
+            f"{name} draws random numbers: call it with `rng=`, a `jax.random` key."
         )
 
     if rng is None:

@@ -61,8 +61,9 @@ def _refuse_adapters_of_peft(module: torch.nn.Module) -> None:
             where = f"`{name}`" if name else "the module"
             raise SpecError(
                 f"{where} is a {type(owner).__name__} of PEFT: the module already has adapters. "
-                "Take the model before `get_peft_model`, or what `merge_and_unload` returns. To "
-                "continue the training of a saved adapter, read it with `lorax_io.load_peft`."
+                "Pass the model from before `get_peft_model`, or the result of "
+                "`merge_and_unload`. To continue the training of a saved adapter, read it with "
+                "`lorax_io.load_peft`."
             )
 
 

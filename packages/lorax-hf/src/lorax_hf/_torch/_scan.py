@@ -214,9 +214,9 @@ class _Loop:
 
     def _error(self, place: int, problem: str) -> Exception:
         return ScanError(
-            f"layer {self.run.numbers[place]} of {named_module(self.run.owner)} {problem}, so "
-            "that the layers cannot be scanned. Take the function without "
-            "`scan_layers`, or name in it the other lists of layers."
+            f"layer {self.run.numbers[place]} of {named_module(self.run.owner)} {problem}, so the "
+            "layers cannot be scanned. Create the function without `scan_layers`, or pass only "
+            "the other lists of layers as `scan_layers`."
         )
 
 

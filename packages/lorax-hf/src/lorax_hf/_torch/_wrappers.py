@@ -19,10 +19,10 @@ _WRAPPED = {
 # Classes that do not have whole parameters, or whose forward pass is not in Python.
 _REFUSED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
-        "its parameters are parts. Pass the module before it is wrapped"
+        "each of its parameters is only a shard. Pass the module from before it was wrapped"
     ),
     "torch.jit._script.ScriptModule": (
-        "its forward pass is not in Python. Pass the module that it was made of"
+        "its forward pass is not in Python. Pass the module that it was made from"
     ),
 }
 
@@ -35,7 +35,7 @@ def unwrapped(module: Any) -> nn.Module:
             parameters.
     """
     if not isinstance(module, nn.Module):
-        raise ArgumentError(f"a torch.nn.Module is needed, not {type(module).__name__}.")
+        raise ArgumentError(f"expected a torch.nn.Module, not {type(module).__name__}.")
     while (attribute := _entry(module, _WRAPPED)) is not None:
         module = getattr(module, attribute)
     for name, owner in module.named_modules():

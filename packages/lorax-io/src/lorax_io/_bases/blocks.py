@@ -3,7 +3,7 @@
 One axis of a tensor may combine several axes of the parameter, such as heads and their features. A
 block of the file may then be longer than the last of these axes, or cross its end. Blocks in memory
 are the longest runs of entries, along one axis of the parameter, that share a scale in the file;
-where they are shorter than the file's, scales are repeated.
+if they are shorter than the file's, scales are repeated.
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ def _entries(place: Place, target: Target, t: int, grain: int) -> Array:
 
 
 def check_shape(place: Place, name: str, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor whose shape does not match the parameter's."""
+    """Rejects a tensor whose shape does not match the parameter's."""
     wanted = tuple(math.prod(place.shape[d] for d in group) for group in place.whole)
     if shape != wanted:
         raise UnsupportedAdapterError(

@@ -88,7 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             for name, entry in file.entries.items():
                 full = prefix + name
                 if full in shapes:
-                    raise AdapterFileError(f"has `{name}`, as another file has.")
+                    raise AdapterFileError(f"has `{name}`, which another file also has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
     return Checkpoint(path, files, shapes, config_of(path), by_end(shapes))
 
@@ -103,7 +103,7 @@ def by_end(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def config_of(path: Path) -> dict[str, Any] | None:
-    """The config in a folder, where there is one."""
+    """The config in a folder, if there is one."""
     if not (path.is_dir() and (path / CONFIG_NAME).exists()):
         return None
     config = read_json(file_in(path, CONFIG_NAME))

@@ -98,7 +98,7 @@ def check_plain(
     names: Container[str],
     config: Mapping[str, Any] | None,
 ) -> None:
-    """Refuses to merge into quantized codes.
+    """Raises instead of merging into quantized codes.
 
     Raises:
         UnsupportedAdapterError: if the tensor holds codes.
@@ -106,7 +106,7 @@ def check_plain(
     coding = coding_of_any(name, dtype, names, config)
     if coding is not None:
         raise UnsupportedAdapterError(
-            f"has quantized weights: `{name}` is stored as {coding}, which is not decoded here, "
-            "and the sum of codes and an adapter means nothing. Merge into the model's "
-            "unquantized weights, and quantize the result.",
+            f"has quantized weights: `{name}` is stored as {coding}, which is not supported, and "
+            "an adapter cannot be added to codes. Merge into the model's unquantized weights, "
+            "and quantize the result.",
         )

@@ -45,8 +45,8 @@ class CodedWeight(NamedTuple):
         coded = self.coded
         if isinstance(coded, Decoded) or not coded.stored:
             raise UnsupportedAdapterError(
-                f"has `{self.name}` in codes that are not written, only read. Leave "
-                "`--requantize` out: then the merged model is written as floats."
+                f"has `{self.name}` in codes that can be read but not written. Omit "
+                "`--requantize` to write the merged model as floats."
             )
         format = _same_blocks(self.name, coded)
         quantized = quantize({self.name: jnp.asarray(array)}, {self.name: format})[self.name]
@@ -65,15 +65,15 @@ def _same_blocks(name: str, coded: Coded) -> Any:
     shape, grains = coded.shape, coded.parts["scales"].grains
     format: Any = coded.format
     if "zeros" in coded.parts or len(shape) != 2:
-        raise UnsupportedAdapterError(f"has `{name}` in codes that are not written, only read.")
+        raise UnsupportedAdapterError(f"has `{name}` in codes that can be read but not written.")
     if grains in ((1, shape[1]), shape):
         return dataclasses.replace(format, along=(1,) if grains[0] == 1 else (0, 1))
     is_square = grains[0] == grains[1] and not any(n % grains[0] for n in shape)
     if is_square and format.name == "fp8":
         return dataclasses.replace(format, block=grains[0], square=True, along=(1,))
     raise UnsupportedAdapterError(
-        f"has `{name}` of shape {shape} in blocks of {grains}, which are read and not written. "
-        "Leave `--requantize` out: then the merged model is written as floats."
+        f"has `{name}` of shape {shape} in blocks of {grains}, which can be read but not written. "
+        "Omit `--requantize` to write the merged model as floats."
     )
 
 

@@ -89,7 +89,7 @@ def extract(
             _add(extracted, torch_name, before, after, rank, energy, tolerance)
     if not extracted.rows:
         raise AdapterMismatchError(
-            "differs from the base in no module that is adapted.", tuned.path
+            "does not differ from the base in any module that can be adapted.", tuned.path
         )
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
@@ -128,7 +128,8 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
         if shapes[0] != shapes[1]:
             one, other = ("is not there" if shape is None else f"is {shape}" for shape in shapes)
             raise AdapterMismatchError(
-                f"is another model than {base.path}: `{name}` {one} in the base, and {other} here.",
+                f"is not the same model as {base.path}: `{name}` {one} in the base, but {other} "
+                "here.",
                 tuned.path,
             )
 

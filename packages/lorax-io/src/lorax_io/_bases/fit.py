@@ -70,7 +70,7 @@ def fit_adapter(
         checkpoint = _with_head(checkpoint, called.values())
         matched = {name: _tensor_of(other, adapter, checkpoint) for name, other in called.items()}
         if len({*matched.values()}) < len(matched):
-            raise AdapterMismatchError("has two modules for one tensor of the base.")
+            raise AdapterMismatchError("maps two modules to one tensor of the base.")
         _check_plain(checkpoint, matched.values())
         with distrusted():
             missing = lacking(adapter.config, checkpoint.shapes, matched)
@@ -183,7 +183,7 @@ def _tensor_of(name: str, adapter: OpenedAdapter, checkpoint: Checkpoint) -> str
 
 
 def _check_coded(checkpoint: Checkpoint, name: str) -> None:
-    """Refuses a base that has quantized codes, under other names, in place of the tensor."""
+    """Rejects a base that has quantized codes, under other names, in place of the tensor."""
     module, _, parameter = name.rpartition(".")
     ends = {parameter, *MARKS, *(known.rpartition(".")[2] for known in checkpoint.shapes)}
     stems = {known.removesuffix(f".{end}") for known in checkpoint.shapes for end in ends}

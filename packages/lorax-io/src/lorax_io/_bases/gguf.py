@@ -166,7 +166,7 @@ class GGUFSource:
             self.arch = self._fields["general.architecture"].contents()
             self.names = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # gguf raises errors of many types for a damaged file
-            raise AdapterFileError(f"is not a GGUF file that can be read ({error}).") from error
+            raise AdapterFileError(f"is not a readable GGUF file ({error}).") from error
         self._heads = self.field(f"{self.arch}.attention.head_count")
         self._kv_heads = self.field(f"{self.arch}.attention.head_count_kv", self._heads)
         self.used: set[str] = set()
@@ -174,7 +174,9 @@ class GGUFSource:
         self._check_counts()
         arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch), None)
         if arch is None:
-            raise AdapterFileError(f"is of the architecture {self.arch!r}, which gguf lacks.")
+            raise AdapterFileError(
+                f"has the architecture {self.arch!r}, which the gguf package does not know."
+            )
         self._known = gguf.get_tensor_name_map(arch, self.layers)
 
     def _check_counts(self) -> None:
@@ -236,7 +238,7 @@ class GGUFSource:
         return Decoded((name,), why, lambda rows: self.floats(name, rows), shape, FLOAT32)
 
     def name_of(self, module: str, parameter: str) -> str:
-        """The name in the file, where `gguf` has one for that of transformers."""
+        """The name in the file, if `gguf` has one for that of transformers."""
         own = f"{module}.{parameter}" if module else parameter
         if own in self.names:
             return own

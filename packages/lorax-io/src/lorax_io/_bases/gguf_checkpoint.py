@@ -73,14 +73,14 @@ def open_gguf(path: Path, dtype: Any = None) -> Checkpoint:
 
     Args:
         path: the file. A `config.json` in its folder is used as the model's.
-        dtype: that tensors are written in. By default that of the file's matrices where all have
+        dtype: that tensors are written in. By default that of the file's matrices if all have
             one float type, and else bfloat16.
 
     Raises:
         UnsupportedAdapterError: for a model whose weights llama.cpp holds in another form, a tensor
             without a name in transformers, or a type that `gguf` does not decode.
-        AdapterFileError: where the file is damaged.
-        AdapterMismatchError: where the config is that of another model.
+        AdapterFileError: if the file is damaged.
+        AdapterMismatchError: if the config is that of another model.
     """
     with about(path):
         source = GGUFSource(path)
@@ -107,8 +107,8 @@ def _check_kind(source: GGUFSource) -> None:
     if source.arch not in ARCHITECTURES:
         raise UnsupportedAdapterError(
             f"is a GGUF file of the architecture {source.arch!r}; adapters are merged into those "
-            f"of {', '.join(ARCHITECTURES)}. llama.cpp may hold the weights of others in another "
-            "form, such as norms with one added. Merge into the model's Hugging Face checkpoint, "
+            f"of {', '.join(ARCHITECTURES)}. llama.cpp may store the weights of others in another "
+            "form, such as norms with 1 added. Merge into the model's Hugging Face checkpoint, "
             "and convert the result."
         )
 
@@ -122,7 +122,10 @@ def _names(source: GGUFSource) -> dict[str, str]:
         for parameter in ("weight", "bias")
     }
     if made := sorted(_MADE_BY_THE_CONVERTER & source.names.keys()):
-        warn(f"has `{made[0]}`, which llama.cpp makes from the model's config; it is not written.")
+        warn(
+            f"has `{made[0]}`, which llama.cpp computes from the model's config, and which cannot "
+            "be written."
+        )
     wanted = [own for own in source.names if own not in _MADE_BY_THE_CONVERTER]
     if strange := [own for own in wanted if own not in known]:
         raise UnsupportedAdapterError(
@@ -134,12 +137,12 @@ def _names(source: GGUFSource) -> dict[str, str]:
 
 
 def _check_whole(source: GGUFSource) -> None:
-    """Refuses a file that lacks tensors that every model has, or that its other layers have."""
+    """Rejects a file that lacks tensors that every model has, or that its other layers have."""
     ends = {own.split(".", 2)[2] for own in source.names if own.startswith("blk.")}
     layers = [f"blk.{k}.{end}" for k in range(source.layers) for end in sorted(ends)]
     needed = ["token_embd.weight", "output_norm.weight", *layers]
     if lost := [own for own in needed if own not in source.names]:
-        raise AdapterFileError(f"lacks `{lost[0]}`, so that it is not a whole model.")
+        raise AdapterFileError(f"lacks `{lost[0]}`, so it is not a complete model.")
 
 
 def _check_types(source: GGUFSource, owns: Mapping[str, str]) -> None:
@@ -183,6 +186,6 @@ def _check_config(
     has_head = any(is_head(name.removesuffix(".weight")) for name in weights)
     if not has_head and not ties(config):
         raise AdapterMismatchError(
-            f"has no head of its own, so that it is the embedding, but {config_file} does not have "
-            f"tie_word_embeddings = true. {remedy}"
+            f"has no head of its own, so the head is the embedding, but {config_file} does not "
+            f"have tie_word_embeddings = true. {remedy}"
         )

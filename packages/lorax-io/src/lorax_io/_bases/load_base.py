@@ -127,8 +127,8 @@ def _place(source: Source, path: str, torch_name: TorchName) -> Place:
     first = needed(source, torch_name.first_module, torch_name.parameter).shape
     ndim = len(first) + counted
     unknown = AdapterMismatchError(
-        f"has `{torch_name.module}` in other axes than `{path}`, so that its shape is not known. "
-        "Give `params`, which may be shapes."
+        f"stores `{torch_name.module}` with other axes than `{path}`, so its shape is not known. "
+        "Pass `params`, which may be shapes."
     )
     try:
         blank = torch_name.at(path, (1,) * ndim)

@@ -63,8 +63,8 @@ def merge_files(
     adapted = {name for fitted in adapters for name in fitted.rows}
     if requantize and checkpoint.is_gguf:
         raise UnsupportedAdapterError(
-            "is a GGUF file, whose codes are read and not written. Leave `--requantize` out: then "
-            "the merged model is written as floats.",
+            "is a GGUF file, whose codes can be read but not written. Omit `--requantize` to "
+            "write the merged model as floats.",
             checkpoint.path,
         )
     _check_replaced(adapters)
@@ -138,8 +138,8 @@ def merge_files(
     if losses:
         worst = max(losses, key=lambda name: losses[name])
         warn(
-            f"the merged weights are quantized again; of all {len(losses)}, `{worst}` is farthest "
-            f"from its floats, by {losses[worst]:.2g} of their norm."
+            f"{len(losses)} merged weights were quantized again. `{worst}` has the largest "
+            f"relative error, {losses[worst]:.2g}."
         )
 
 
@@ -154,7 +154,9 @@ def _rounded(name: str, array: Array, dtype: Any) -> Array:
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype)
     if not np.isfinite(rounded).all():
-        raise AdapterError(f"has numbers in `{name}` that {dtype} does not hold. Choose --dtype.")
+        raise AdapterError(
+            f"has numbers in `{name}` that {dtype} cannot represent. Choose another --dtype."
+        )
     return rounded
 
 
@@ -188,7 +190,10 @@ def _check_replaced(adapters: Sequence[Fitted]) -> None:
     for fitted in adapters:
         whole = {name for name, row in fitted.rows.items() if not isinstance(row, Adapter)}
         if again := sorted(whole & seen):
-            warn(f"`{again[0]}` is replaced as a whole, after another adapter has changed it.")
+            warn(
+                f"`{again[0]}` is replaced as a whole, which discards the change of another "
+                "adapter."
+            )
         seen |= fitted.rows.keys()
 
 
@@ -201,21 +206,21 @@ def _merged_config(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, An
     if any(map(is_head, modules)):
         config = untied(config)
         warn(
-            "the merged head differs from the embedding, so that the merged model's config has "
+            "the merged head differs from the embedding, so the merged model's config gets "
             "tie_word_embeddings = false."
         )
         return config
     has_head = any(is_head(name.removesuffix(".weight")) for name in checkpoint.shapes)
     if any(map(is_embedding, modules)) and (ties(config) or not has_head):
         warn(
-            "its head is its embedding, and the adapter has the embedding. Merged, both change, as "
-            "PEFT merges them; unmerged, PEFT adapts only the lookup."
+            "its head is tied to its embedding, which the adapter changes. The merged model "
+            "changes both, as PEFT's merge does; without merging, PEFT adapts only the lookup."
         )
     return None
 
 
 def _write_index(path: Path, checkpoint: Checkpoint) -> None:
-    """The index of the files that a GGUF file becomes, where they are several."""
+    """The index of the files that a GGUF file becomes, if there are several."""
     files = files_of_gguf(checkpoint)
     if len(files) > 1:
         size = sum(map(bytes_of, checkpoint.shapes.values()))

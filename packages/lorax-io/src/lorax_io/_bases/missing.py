@@ -75,7 +75,7 @@ def _kind(name: str) -> str:
 
 
 def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = False) -> None:
-    """Refuses an adapter that lacks some of its tensors, or warns if that is allowed.
+    """Rejects an adapter that lacks some of its tensors, or warns if that is allowed.
 
     Raises:
         AdapterFileError: naming the first of these tensors.
@@ -87,8 +87,8 @@ def check_lacking(base: object, reasons: Mapping[str, str], allowed: bool = Fals
     message = f"lacks the tensors of `{name}` of {base}{more}: {reasons[name]}."
     if not allowed:
         raise AdapterFileError(
-            f"{message} The file was cut, or not all of the adapter was gathered when it was "
-            "saved. Where these are rightly left as they are in the base, pass `--allow-missing`.",
+            f"{message} The file was truncated, or the adapter was not completely gathered when "
+            "it was saved. If these should stay as they are in the base, pass `--allow-missing`.",
         )
     warn(f"{message} They stay as they are.")
 

@@ -18,12 +18,12 @@ def open_base(path: Path, dtype: Any = None) -> Checkpoint:
         dtype: that the tensors of a GGUF file are written in.
 
     Raises:
-        AdapterError: where there is a dtype for safetensors files, which say their own.
+        AdapterError: if there is a dtype for safetensors files, which say their own.
     """
     if is_gguf(path):
         return open_gguf(path, dtype)
     if dtype is not None:
         raise AdapterError(
-            "is in safetensors files, whose dtype is kept; --dtype is for a GGUF file.", path
+            "is in safetensors files, whose dtype is kept; --dtype is only for a GGUF file.", path
         )
     return with_decoded(open_checkpoint(path))

@@ -54,7 +54,7 @@ class Notes(NamedTuple):
     def warn(self, source: Source) -> None:
         """Warns about unused tensors, and of all that is noted."""
         if left := sorted(source.names.keys() - source.used):
-            warn(f"has tensors that are in none of `names`{_some(left)}")
+            warn(f"has tensors that `names` does not contain{_some(left)}")
         if self.shorter:
             warn(
                 "has blocks that do not divide an axis of their parameter, so that blocks in "
@@ -74,8 +74,8 @@ def warn_of_assumed(clauses: list[str]) -> None:
     """Warns of what the file leaves open and was assumed."""
     if clauses:
         warn(
-            "has weights whose form it leaves open; compare the model's outputs with those of the "
-            f"library that wrote it{_some(clauses)}"
+            "has weights whose layout is ambiguous; compare the model's outputs with those of "
+            f"the library that wrote it{_some(clauses)}"
         )
 
 
@@ -236,7 +236,7 @@ def _floats(row: Weight, dtype: Any) -> Part:
         return part_of(decoded(row, dtype), (1,) * len(row.shape))
 
     def read(rows: slice) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is rejected later
             return row.read(rows).astype(dtype)
 
     return Part(read, (1,) * len(row.shape), row.shape, dtype)

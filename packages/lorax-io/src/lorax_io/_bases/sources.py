@@ -76,10 +76,10 @@ class SafetensorsSource:
         return whole(view, (1,) * view.ndim)
 
     def _check_plain(self, name: str, dtype: Any) -> None:
-        """Refuses codes that no reader has decoded. Buffers, such as positions, may be integers."""
+        """Rejects codes that no reader has decoded. Buffers, such as positions, may be integers."""
         known = coding_of if dtype is None else functools.partial(coding_of_any, dtype=dtype)
         if coding := known(name, names=self.names, config=self.config):
-            raise UnsupportedAdapterError(f"has `{name}` as {coding}, which is not read.")
+            raise UnsupportedAdapterError(f"has `{name}` as {coding}, which is not supported.")
 
     def _module(self, module: str, parameter: str) -> str:
         """The checkpoint's name for a module; `module` itself if there is not exactly one."""
@@ -97,7 +97,7 @@ class SafetensorsSource:
         known = functools.partial(coding_of_any, dtype=None) if is_here else coding_of
         coding = known(name, names=self.names, config=self.config)
         if coding is not None:
-            return f"has `{name}` as {coding}, which is not read."
+            return f"has `{name}` as {coding}, which is not supported."
         if is_head(name.removesuffix(".weight")) and ties(self.config):
             return (
                 f"has no tensor for `{name}`: its config ties the head to the embedding. Name the "

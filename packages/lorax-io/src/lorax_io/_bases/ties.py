@@ -49,8 +49,8 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         raise UnsupportedAdapterError(
             f"has a head that differs from the embedding, and a {config.get('model_type')} model "
-            f"with `{_KEY}` scales its outputs: no config gives this head its own weight and keeps "
-            "the scale. Use the adapter unmerged.",
+            f"with `{_KEY}` scales its outputs: no config can give this head its own weight and "
+            "keep the scale. Use the adapter without merging it.",
         )
     changed = {**config, _KEY: False}
     for name, part in config.items():

@@ -99,13 +99,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_shared(adapters: Sequence[OpenedAdapter]) -> None:
-    """Refuses adapters that share no parameter with the first: their names probably differ."""
+    """Rejects adapters that share no parameter with the first: their names probably differ."""
     first = adapters[0]
     for adapter in adapters[1:]:
         if not first.rows.keys() & adapter.rows.keys():
             one, other = (min(each.rows, default="nothing") for each in (first, adapter))
             raise AdapterError(
-                f"adapts no parameter that {first.path} adapts: such as `{other}` here and `{one}` "
-                "there. Give both the same names with --names or --rename.",
+                f"adapts no parameter that {first.path} adapts: for example, `{other}` here, but "
+                f"`{one}` there. Give both the same names with --names or --rename.",
                 adapter.path,
             )

@@ -58,7 +58,8 @@ def add_writing(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--to",
         choices=tuple(WRITERS),
         required=required,
-        help="the format to write" + ("" if required else "; by default that of the first adapter"),
+        help="the format to write"
+        + ("" if required else "; by default that of the (first) adapter"),
     )
     parser.add_argument(
         "--fold-scale", action="store_true", help="multiply b by the scale (PEFT and diffusers)"
@@ -95,7 +96,7 @@ def write_as(adapter: OpenedAdapter, args: argparse.Namespace) -> None:
     format = args.to or adapter.format
     if adapter.needs_base is not None:
         raise AdapterError(
-            f"is not converted without its base: {adapter.needs_base}. Load it in Python "
+            f"cannot be converted without its base: {adapter.needs_base}. Load it in Python "
             "(`lorax_io.load_peft`, with the parameters) and save it, or merge it.",
             adapter.path,
         )

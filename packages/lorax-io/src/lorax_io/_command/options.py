@@ -67,7 +67,7 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
 
 
 def check_unused(args: argparse.Namespace, options: Iterable[str], when: str) -> None:
-    """Refuses options that would have no effect, instead of ignoring them.
+    """Rejects options that would have no effect, instead of ignoring them.
 
     Raises:
         AdapterError: if one of them was given.
@@ -97,7 +97,7 @@ class Renaming:
         for pattern, _ in self.pairs:
             if pattern not in self.used:
                 warn(
-                    f"--rename: no module has {pattern.pattern!r}, so it renamed nothing. "
+                    f"--rename: no module matches {pattern.pattern!r}, so nothing was renamed. "
                     "`lorax inspect` shows the names of an adapter."
                 )
 
@@ -147,7 +147,8 @@ def renamed(adapter: OpenedAdapter, rename: Rename) -> OpenedAdapter:
         other = f"{module.replace('.', '/')}/{end}" if follows else path
         if other != path and other in adapter.rows:
             raise AdapterError(
-                f"`{torch_name.module}` would be renamed to `{module}`, which it has already.",
+                f"`{torch_name.module}` would be renamed to `{module}`, which the adapter already "
+                "has.",
                 adapter.path,
             )
         del names[path]

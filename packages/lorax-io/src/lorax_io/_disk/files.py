@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """
     path = Path(path).resolve()  # replaces the target of a link, as writing with `open` does
     if path.is_dir():
-        raise AdapterFileError("is a folder; a file is to be written there.", path)
+        raise AdapterFileError("is a folder, so no file can be written there.", path)
     if not path.parent.is_dir():
         raise AdapterNotFoundError(f"{path.parent} is not a folder; create it first.", path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -55,7 +55,7 @@ class Hdf5File:
                 raise AdapterFileError(f"has `{name}`, a link. Only arrays in the file are read.")
             item = group[key]
             if len(self._arrays) > _MOST or begin.count("/") > 16:
-                raise AdapterFileError("has more groups than an adapter has.")
+                raise AdapterFileError("has too many groups for an adapter.")
             if isinstance(item, h5py.Group):
                 self._read(h5py, item, f"{name}/")
             elif isinstance(item, h5py.Dataset):
@@ -71,7 +71,7 @@ class Hdf5File:
 def _strings(attributes: Any) -> dict[str, str]:
     """The attributes of a group that are strings; others are not read."""
     if len(attributes) > _MOST:
-        raise AdapterFileError("has more attributes than an adapter has.")
+        raise AdapterFileError("has too many attributes for an adapter.")
     kinds = {name: attributes.get_id(name).get_type().get_class() for name in attributes}
     strings = {name for name, kind in kinds.items() if kind == _STRING}
     return {name: x for name in strings if isinstance(x := attributes[name], str)}
@@ -84,7 +84,7 @@ def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
     size = dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
     if dataset.chunks is not None or dataset.id.get_storage_size() != size:
         raise AdapterFileError(f"has `{name}` in a compressed form, or without all of its numbers.")
-    # JAX refuses arrays in the other byte order.
+    # JAX rejects arrays in the other byte order.
     return np.asarray(dataset[()]).astype(dtype.newbyteorder("="), copy=False)
 
 

@@ -61,7 +61,9 @@ class OrbaxTree:
             self._arrays = dict(zip(kept, (x for x in restored if x is not ...), strict=True))
             for name, array in self._arrays.items():
                 if (array.dtype, array.shape) != self.entries[name]:
-                    raise AdapterFileError(f"has `{name}` of another shape than its metadata says.")
+                    raise AdapterFileError(
+                        f"has `{name}` with a shape that differs from its metadata."
+                    )
 
     def _check_size(self, names: Sequence[str]) -> None:
         entries = [self.entries[name] for name in names]
@@ -162,7 +164,7 @@ def write_orbax(folder: Path, step: int, name: str, tree: Any, metadata: dict[st
     folder = folder.resolve()
     with about(folder):
         if folder.is_file():
-            raise AdapterFileError("is a file; a folder is to be written there.")
+            raise AdapterFileError("is a file, so no folder can be written there.")
         if (folder / str(step)).exists():
             raise AdapterError(f"has a step {step} already. Give another one.")
         handlers = {name: ocp.PyTreeCheckpointHandler()}

@@ -154,21 +154,21 @@ def _entry(name: str, value: Any) -> Entry:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Refuses a dtype that the format cannot hold."""
+    """Rejects a dtype that the format cannot hold."""
     if dtype not in DTYPES.values():
         raise AdapterError(f"`{name}` is {dtype}, which a safetensors file cannot hold.")
 
 
 def check_width(name: str, dtype: Any) -> None:
-    """Refuses a 64-bit dtype that JAX would convert to 32 bits."""
+    """Rejects a 64-bit dtype that JAX would convert to 32 bits."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise AdapterMismatchError(
-            f"has `{name}` in {dtype}, which JAX shortens unless `jax_enable_x64` is set."
+            f"has `{name}` in {dtype}, which JAX would convert to 32 bits. Set `jax_enable_x64`."
         )
 
 
 def check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
-    """Refuses NaN and infinity, and bytes other than 0 and 1 in an array of bools."""
+    """Rejects NaN and infinity, and bytes other than 0 and 1 in an array of bools."""
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
         raise AdapterFileError(f"`{name}` has a boolean that is neither true nor false.")
     with np.errstate(invalid="ignore"):  # of signalling NaNs

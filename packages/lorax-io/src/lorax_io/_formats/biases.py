@@ -44,8 +44,8 @@ def changed_biases(
             if alone:
                 continue
             raise UnsupportedAdapterError(
-                f"changes the bias `{path}` by its value in the base, but got only its "
-                "alone. Give the parameters themselves."
+                f"changes the bias `{path}` by its value in the base, but got only its shape. "
+                "Pass the parameters themselves."
             )
         own = {module: tensor for module, _, tensor in whole_tensors(place, leaves[path])}
         rest = [d for d in range(len(place.shape)) if d not in place.stack]

@@ -191,7 +191,7 @@ def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         name = peft_key(key)
         if name in renamed:
             raise AdapterFileError(
-                f"has `{tensor.name}` and `{renamed[name].name}`, which are one."
+                f"has `{tensor.name}` and `{renamed[name].name}`, which are the same tensor."
             )
         renamed[name] = tensor
     return renamed

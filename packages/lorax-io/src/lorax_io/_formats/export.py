@@ -134,8 +134,8 @@ def _one_tuner(adapted: Mapping[str, Any], plain: bool, lycoris: bool) -> Tuner:
     attached = [p for p, x in adapted.items() if isinstance(x, DoraWeight) and not x.detached]
     if attached:
         warn(
-            f"the norm of `{attached[0]}` has a gradient, and PEFT detaches it: outputs are the "
-            "same, but training goes on in another way."
+            f"the norm of `{attached[0]}` has a gradient, but PEFT detaches it: outputs are the "
+            "same, but further training differs."
         )
     for tuner in tuners.values():
         if tuner.mixes(tuners.keys()):
@@ -161,7 +161,7 @@ def _frozen(
     if lacking := sorted(wanted - frozen.keys()):
         if not has_numbers(bases.get(path)):
             raise AdapterMismatchError(
-                f"keeps `{path}/{lacking[0]}` with its base, and PEFT has it in the file. Give "
+                f"keeps `{path}/{lacking[0]}` in the frozen tree, but PEFT's file needs it. Pass "
                 "the whole pair, `lorax.Pair(frozen, tunable)`, or `params=`."
             )
         frozen = complete(path, weight, bases[path], frozen)
@@ -221,8 +221,8 @@ def _tensors(
     is_tied = isinstance(place.torch_name, Embedding) and place.torch_name.tied
     if is_tied and not isinstance(weight, TokensWeight):  # of rows, PEFT ties both
         warn(
-            f"the head shares the embedding `{place.path}`. PEFT adapts only the lookup until "
-            "the adapter is merged, so that its outputs differ from these."
+            f"the head shares the embedding `{place.path}`. PEFT adapts only the lookup until the "
+            "adapter is merged, so its outputs differ from these."
         )
     axes_by_name = axes_of(weight, place.shape).of
     for index, module in place.modules.items():
@@ -253,7 +253,7 @@ def _targets(
     more = sorted(filter(config.targets, plain - adapted))
     if more and "exclude_modules" in tuner.lacking:
         raise UnsupportedAdapterError(
-            f"adapts `{_ending(more[0], targets)}`, and PEFT would adapt `{more[0]}`, too: "
+            f"adapts `{_ending(more[0], targets)}`, but PEFT would also adapt `{more[0]}`: "
             f"{tuner.called} has no `exclude_modules` there. Use `save_adapter` or `save_merged`."
         )
     if more and ends is None:

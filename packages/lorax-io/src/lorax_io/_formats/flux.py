@@ -173,8 +173,8 @@ def in_diffusers(source: Source) -> Source:
 def _sizes(source: Source, module: str, own: Mapping[str, Stored]) -> tuple[int, int]:
     if any(key.startswith("lokr_") for key in own):
         raise UnsupportedAdapterError(
-            f"is LoKr of `{module}`, a product that diffusers has in parts, and LoKr is not cut. "
-            "Merge it into a base in the names of Flux's own code."
+            f"is LoKr of `{module}`, a product that diffusers has in parts, and LoKr cannot be "
+            "split. Merge it into a base in the names of Flux's own code."
         )
     shapes = {key: tensor.shape for key, tensor in own.items()}
     out, inputs = source.tuner.sides(shapes, source.config, module)

@@ -47,8 +47,8 @@ def in_original(
     """
     if config.peft_type != "LORA" or config.use_bdlora:
         raise UnsupportedAdapterError(
-            "is of a kind that does not become one product of q, k and v: LoRA and DoRA do. Save "
-            "it with `save_peft` or `save_adapter`."
+            "is of a kind that cannot be fused into one product of q, k and v; only LoRA and "
+            "DoRA can. Save it with `save_peft` or `save_adapter`."
         )
     groups: dict[str, dict[int, _Part]] = {}
     for module, part in _parts(tensors, config).items():
@@ -94,7 +94,7 @@ def _parts(tensors: Mapping[str, Array], config: PeftConfig) -> dict[str, _Part]
     for key, tensor in tensors.items():
         match = FACTOR.search(key)
         if match is None or match[1] not in (A, B, MAGNITUDE):
-            raise UnsupportedAdapterError(f"has `{key}`, which these files have no place for.")
+            raise UnsupportedAdapterError(f"has `{key}`, which these files cannot store.")
         own.setdefault(key[: match.start()], {})[match[1]] = tensor
     parts: dict[str, _Part] = {}
     with distrusted():

@@ -91,7 +91,7 @@ def save_keras(path: str | os.PathLike[str], tunable: Any, names: Names) -> None
         rows, _ = pair_rows(tunable)
         ranks = {getattr(weight, "rank", None) for _, weight in rows}
         if len(ranks) != 1 or not all(isinstance(weight, LoraWeight) for _, weight in rows):
-            raise UnsupportedAdapterError("KerasHub's files have plain LoRA of one rank alone.")
+            raise UnsupportedAdapterError("KerasHub's files support only plain LoRA with one rank.")
         arrays: dict[str, Any] = {_RANK: np.asarray(ranks.pop(), np.int64)}
         for path_, weight in rows:
             torch_name = torch_name_of(torch_names, path_)

@@ -79,7 +79,7 @@ def _read(content: Content) -> Source:
         others = [name for name in tensors if ".hada_" in name or ".lokr_" in name]
         if others:
             raise UnsupportedAdapterError(
-                f"has `{scaled}` and `{others[0]}`: DoRA of LoHa or LoKr, the norm of which takes "
+                f"has `{scaled}` and `{others[0]}`: DoRA of LoHa or LoKr, whose norm would need "
                 "an array as large as the weight. Merge it with LyCORIS."
             )
     return self_described(dict(_in_peft(name, tensor) for name, tensor in tensors.items()))
@@ -198,9 +198,9 @@ def save_kohya(
 
 def _flat(tensors: Mapping[str, Any], config: PeftConfig, prefix: str) -> dict[str, Any]:
     if config.peft_type not in ("LORA", "LOHA", "LOKR"):
-        raise UnsupportedAdapterError("kohya's files have LoRA, DoRA, LoHa and LoKr alone.")
+        raise UnsupportedAdapterError("kohya's files support only LoRA, DoRA, LoHa and LoKr.")
     if config.use_bdlora or config.trainable_token_indices:
-        raise UnsupportedAdapterError("kohya's files have neither BD-LoRA nor rows of tables.")
+        raise UnsupportedAdapterError("kohya's files support neither BD-LoRA nor trainable tokens.")
     renamed: dict[str, Any] = {}
     modules: dict[str, str] = {}
     for key, tensor in tensors.items():

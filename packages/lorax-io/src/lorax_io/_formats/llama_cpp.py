@@ -98,7 +98,7 @@ def _kind(config: Any) -> tuple[str, bool]:
     model = config.get("model_type") if isinstance(config, Mapping) else None
     if model not in KINDS:
         raise UnsupportedAdapterError(
-            f"is for a model of the kind {model!r}; those of {', '.join(KINDS)} are written."
+            f"is for a model of the type {model!r}; the supported types are {', '.join(KINDS)}."
         )
     return KINDS[model]
 

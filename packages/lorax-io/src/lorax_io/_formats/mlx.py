@@ -57,7 +57,7 @@ def _read(content: Content) -> Source:
 def _check(
     tensors: Mapping[str, Stored], modules: Sequence[str], kind: str, config: Mapping[str, Any]
 ) -> None:
-    """Refuses tensors of another kind or rank than the config says; mlx-lm could not load them."""
+    """Rejects tensors of another kind or rank than the config says; mlx-lm could not load them."""
     rank = config["lora_parameters"].get("rank")
     for module in modules:
         if (f"{module}.{MAGNITUDE}" in tensors) != (kind == "dora"):
@@ -127,7 +127,9 @@ def save_mlx(
         exported = export(tunable, as_torch_names(names))
         config = exported.config
         if config.peft_type != "LORA" or config.rank_pattern or config.alpha_pattern:
-            raise UnsupportedAdapterError("mlx-lm has LoRA and DoRA of one rank and scale alone.")
+            raise UnsupportedAdapterError(
+                "mlx-lm supports only LoRA and DoRA with one rank and scale."
+            )
         tensors = dict(_in_mlx(key, tensor) for key, tensor in exported.tensors.items())
         keys = sorted({_within_layer(name.rpartition(".")[0]) for name in tensors})
         divisor = config.r**0.5 if config.use_rslora else config.r
@@ -153,7 +155,7 @@ def save_mlx(
 def _in_mlx(key: str, tensor: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any, Any]]:
     match = FACTOR.search(key)
     if match is None or tensor.ndim > 2:
-        raise UnsupportedAdapterError(f"mlx-lm has no place for `{key}`.")
+        raise UnsupportedAdapterError(f"mlx-lm's format cannot store `{key}`.")
     if tensor.dtype == np.float64:
         raise UnsupportedAdapterError(f"`{key}` is float64; MLX reads float32. Cast it.")
     module = key[: match.start()]

@@ -202,7 +202,7 @@ def _format_of(content: Content) -> Format:
     tensor = "and has no tensors" if first is None else f"with tensors such as `{first}`"
     kind = _KINDS[type(content.file)]
     raise AdapterFileError(
-        f"is {kind} {tensor}, and of no format that is known: "
+        f"is {kind} {tensor}, in no known format: "
         f"{', '.join(row.description for row in FORMATS.values())}."
     )
 
@@ -218,11 +218,9 @@ def _check_alpha(alpha: float | None, row: Format) -> None:
     if alpha is None:
         return
     if not row.takes_alpha:
-        raise AdapterMismatchError(
-            f"was given alpha={alpha}, and {row.description} stores its own."
-        )
+        raise AdapterMismatchError(f"got alpha={alpha}, but {row.description} stores its own.")
     if not is_number(alpha):
-        raise AdapterMismatchError(f"was given alpha={alpha!r}, which is not a finite number.")
+        raise AdapterMismatchError(f"got alpha={alpha!r}, which is not a finite number.")
 
 
 @contextlib.contextmanager
@@ -259,8 +257,8 @@ def _weights_in(folder: Path) -> Path:
         )
     if pickles := sorted(name for name in others if name.endswith((".bin", ".pt", ".pth"))):
         raise AdapterFileError(
-            f"its weights are a pickle, `{pickles[0]}`, which may run code and is never read. Load "
-            "them with PEFT where they are trusted, and save them again."
+            f"its weights are a pickle, `{pickles[0]}`, which may run code and is never read. If "
+            "you trust them, load them with PEFT, and save them again."
         )
     if "config.json" in others:
         raise AdapterFileError("is a folder of a model, not of an adapter.")

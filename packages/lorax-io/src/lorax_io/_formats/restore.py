@@ -160,9 +160,7 @@ def _check_complete(place: Place, tensors: Mapping[Slot, Stored], keys: Sequence
                 raise AdapterFileError(f"lacks `{module}.{lacking}`, but has `{first}`.")
     for slot, tensor in tensors.items():
         if slot.key not in keys:
-            raise AdapterFileError(
-                f"has `{tensor.name}`, which its other tensors leave no use for."
-            )
+            raise AdapterFileError(f"has `{tensor.name}`, which does not fit its other tensors.")
 
 
 class _Reader(NamedTuple):
@@ -243,7 +241,10 @@ def _checked(tensor: Stored, groups: Groups, sizes: Mapping[int, int]) -> Array:
         inner = [sizes[axis] for group in groups for axis in group if axis < 0]
         note = f" at the rank {inner[0]} of its config" if inner else ""
         if is_of_vocabulary(tensor.name) and tensor.shape[1:] == wanted[1:]:
-            note += ": its vocabulary was resized. Resize the base's embedding and head likewise"
+            note += (
+                ": its vocabulary was resized. Resize the base's embedding and head to the same "
+                "size"
+            )
         raise AdapterMismatchError(
             f"has `{tensor.name}` of shape {tensor.shape}; the parameter takes {wanted}{note}."
         )

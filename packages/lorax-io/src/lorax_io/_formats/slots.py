@@ -136,8 +136,8 @@ def _needless_whole(config: PeftConfig, tensor: Stored) -> AdapterFileError:
             "`bias` of its config says so."
         )
     return AdapterFileError(
-        f"has `{tensor.name}`, which is not a factor of a kind that is read, and the file has no "
-        "config that says what it is. Merge the adapter with the library that wrote it."
+        f"has `{tensor.name}`, which is not a factor of a supported kind, and the file has no "
+        "config that describes it. Merge the adapter with the library that wrote it."
     )
 
 
@@ -171,7 +171,7 @@ def _check_needless(source: Source, key: str, slots: Mapping[str, Slot], places:
 
 
 def _check_kind(source: Source, tensor: Stored, key: str) -> None:
-    """Refuses a tensor of another kind of adapter than the config's."""
+    """Rejects a tensor of another kind of adapter than the config's."""
     kinds = dict(_OTHERS)
     for tuner in TUNERS.values():
         kinds |= {

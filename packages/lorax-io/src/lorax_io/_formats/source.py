@@ -61,7 +61,7 @@ def stored(file: Tensors) -> dict[str, Stored]:
 
 
 def check_any(tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a file with empty tensors, as DeepSpeed's ZeRO-3 may write, or without any.
+    """Rejects a file with empty tensors, as DeepSpeed's ZeRO-3 may write, or without any.
 
     Args:
         tensors: the shape of each tensor, by name.

@@ -218,13 +218,11 @@ def save_tunix(
         for path, weight in rows.items():
             if not isinstance(weight, LoraWeight) or weight.axes.shared:
                 raise UnsupportedAdapterError(
-                    f"tunix has plain LoRA of weights without shared axes alone, and `{path}` has "
-                    "another adapter. Use `save_adapter`."
+                    f"tunix supports only plain LoRA of weights without shared axes, and `{path}` "
+                    "has another adapter. Use `save_adapter`."
                 )
         if alpha is not None and not (math.isfinite(alpha) and alpha):
-            raise AdapterError(
-                f"was given alpha={alpha!r}; it must be a finite number other than 0."
-            )
+            raise AdapterError(f"got alpha={alpha!r}; it must be a finite number other than 0.")
         # An alpha of 0 is multiplied into `b`.
         alpha = _one_alpha(rows) or 1.0 if alpha is None else alpha
         tree: dict[str, Any] = {}
@@ -248,8 +246,8 @@ def _one_alpha(rows: Mapping[str, LoraWeight]) -> float:
     alphas = {weight.scale * weight.rank for weight in rows.values()}
     if len(alphas) != 1:
         raise UnsupportedAdapterError(
-            f"has {'no adapters' if not alphas else 'several alphas'}, and tunix one for all "
-            "modules of a rule. Give `alpha`, and each `b` is scaled to it."
+            f"has {'no adapters' if not alphas else 'several alphas'}, but tunix has one for all "
+            "modules of a rule. Pass `alpha`; each `b` is then scaled to it."
         )
     return alphas.pop()
 

@@ -60,8 +60,8 @@ def add_full(
                 add(tensors, f"{name}.base_layer.bias", tensor)
             elif name in adapted:
                 raise UnsupportedAdapterError(
-                    f"`{path}` is trained in full in the module `{name}`, which has factors too; "
-                    "PEFT has no place for that. Use `save_adapter` or `save_merged`.",
+                    f"`{path}` is trained in full in the module `{name}`, which also has factors; "
+                    "PEFT cannot store both. Use `save_adapter` or `save_merged`.",
                 )
             else:
                 saved[module].add(name)
@@ -111,7 +111,7 @@ def _add_rest(
         if not is_array(leaves.get(path)):
             raise AdapterMismatchError(
                 f"PEFT saves the module `{module}` whole, and `{path}` in it is frozen. Give "
-                "`params=`, the base's parameters, or train it in full, too.",
+                "`params=`, the base's parameters, or train it in full as well.",
             )
         for name, parameter, tensor in whole_tensors(
             torch_name.at(path, leaves[path].shape), leaves[path]

@@ -163,7 +163,7 @@ def _adapter(path: str, settings: Any) -> str:
 
 
 def check_numbers(name: str, array: np.ndarray[Any, Any], codec: Any = None) -> None:
-    """Refuses NaN, and values with which a quantized weight cannot be decoded.
+    """Rejects NaN, and values with which a quantized weight cannot be decoded.
 
     Infinity is allowed in a base that is not quantized, such as a mask.
 

@@ -129,7 +129,7 @@ def test_reordered_groups(tmp_path, bits):
         floats = load(tmp_path, tensors, scheme, requantize="float")
     np.testing.assert_array_equal(floats, expected)
     tensors["weight_g_idx"][3] = 4
-    with pytest.raises(AdapterFileError, match="a group in `up.weight_g_idx` that has no scale"):
+    with pytest.raises(AdapterFileError, match="a group without a scale in `up.weight_g_idx`"):
         load(tmp_path, tensors, scheme)
 
 
@@ -142,7 +142,7 @@ def test_one_zero_point_for_a_weight(tmp_path):
     symmetric = load(tmp_path, tensors, integers(4, strategy="tensor"))
     np.testing.assert_array_equal(dequantize(held), dequantize(symmetric) + np.float16(1.5))
     tensors["weight_zero_point"] = np.array([-9], np.int8)
-    with pytest.raises(AdapterFileError, match="`up.weight_zero_point` outside of the range of 4"):
+    with pytest.raises(AdapterFileError, match="`up.weight_zero_point` outside the range of 4"):
         load(tmp_path, tensors, integers(4, strategy="tensor", symmetric=False))
 
 

@@ -64,7 +64,7 @@ def deep(depth):
     return spec
 
 
-NO_SETTING = "says of `q` what is not a setting"
+NO_SETTING = "has an invalid setting for `q`"
 
 
 SQUARE = MAGNITUDE | {"q/square": floats(3)}
@@ -87,7 +87,13 @@ OTHER_KINDS = rows(
         )
     ),
     ("dora without an adapter", kinds(without(DORA, "delta")), MAGNITUDE, FILE, NO_SETTING),
-    ("dora of a gain", kinds(DORA | {"delta": IA3}), GAIN | MAGNITUDE, MISMATCH, "is a gain"),
+    (
+        "dora of a gain",
+        kinds(DORA | {"delta": IA3}),
+        GAIN | MAGNITUDE,
+        MISMATCH,
+        "multiplies the weight",
+    ),
     *(
         (
             f"dora of dora {depth}",

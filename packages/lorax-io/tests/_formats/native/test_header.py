@@ -39,7 +39,7 @@ NATIVE = rows(
         for text in ("", "q", "[]", "null", '"q"', "3", NESTED, '{"q": 1, "q": 2}')
     ),
     *(
-        (f"settings of q {text}", settings(text), {}, FILE, "says of `q` what is not a setting")
+        (f"settings of q {text}", settings(text), {}, FILE, "has an invalid setting for `q`")
         for text in (
             "[]",
             "3",
@@ -57,7 +57,7 @@ NATIVE = rows(
             settings(**{key: text}),
             {},
             FILE,
-            "says of `q` what is not a setting",
+            "has an invalid setting for `q`",
         )
         for key, texts in {
             "rank": '0 -1 true 2.0 null [2] "2"',
@@ -121,7 +121,7 @@ NATIVE = rows(
         {},
         {"norm": np.ones(5)},
         MISMATCH,
-        "`norm` in float64, which JAX shortens",
+        "`norm` in float64, which JAX would convert",
     ),
     ("long integers", {}, {"norm": np.ones(5, np.int64)}, MISMATCH, "`norm` in int64, which JAX"),
     ("base is not JSON", {"lorax.base": "q"}, {}, FILE, "is not (a )?JSON"),

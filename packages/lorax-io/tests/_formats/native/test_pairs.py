@@ -39,14 +39,14 @@ SAVES = {
 @pytest.mark.parametrize("order", [1, -1], ids=["pair", "swapped"])
 @pytest.mark.parametrize("save", SAVES)
 def test_pair_in_place_of_the_tunable_tree_raises(tmp_path, pair, save, order):
-    with pytest.raises(AdapterError, match=r"was given the pair \(frozen, tunable\); give it the"):
+    with pytest.raises(AdapterError, match=r"got the pair \(frozen, tunable\); pass only the"):
         SAVES[save](tmp_path / "adapter", tuple(pair)[::order])
     assert not list(tmp_path.iterdir())
 
 
 def test_pair_of_one_parameter_raises(tmp_path):
     pair = lorax.init_lora(jnp.ones((5, 3)), 2, jax.random.key(0))
-    with pytest.raises(AdapterError, match="was given the pair"):
+    with pytest.raises(AdapterError, match="got the pair"):
         save_adapter(tmp_path / "adapter", tuple(pair))
 
 
@@ -97,10 +97,10 @@ def test_tunable_tree_in_place_of_the_base_raises(tmp_path, pair):
     [
         (
             Linear("m.q", in_axes=[4]),
-            r"the entry of `m.q` .*in_axes=\(4,\) names one that is not among them",
+            r"the entry of `m.q` .*in_axes=\(4,\) names an axis that it does not have",
         ),
-        (Linear("m.q", out_axes=[-3]), r"out_axes=\(-3,\) names one"),
-        (Linear("{}.q", shared_axes=[2]), r"shared_axes=\(2,\) names one"),
+        (Linear("m.q", out_axes=[-3]), r"out_axes=\(-3,\) names an axis"),
+        (Linear("{}.q", shared_axes=[2]), r"shared_axes=\(2,\) names an axis"),
         (Linear("m.q", in_axes=[0], out_axes=[0]), "each axis must have exactly one role"),
         (Linear("m.q", in_axes=[0, -2]), "names an axis twice"),
     ],

@@ -30,9 +30,9 @@ OURS = rows(
     ),
     ("scaling", '{"unsaid": {"q": {"alpha": 4, "scaling": "other"}}}', "no settings"),
     ("scaling of a list", '{"unsaid": {"q": {"alpha": 4, "scaling": []}}}', "no settings"),
-    ("other scales", '{"unsaid": {}, "scales": "0"}', "not the one that was written with these"),
-    ("no scales", '{"unsaid": {}}', "not the one that was written with these"),
-    ("scales of a list", '{"unsaid": {}, "scales": []}', "not the one that was written with"),
+    ("other scales", '{"unsaid": {}, "scales": "0"}', "does not belong to these"),
+    ("no scales", '{"unsaid": {}}', "does not belong to these"),
+    ("scales of a list", '{"unsaid": {}, "scales": []}', "does not belong to"),
     ("deep", NESTED, "not (a )?JSON"),
 )
 

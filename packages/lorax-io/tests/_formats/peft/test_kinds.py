@@ -78,7 +78,7 @@ def test_lora_fa_is_saved_as_lora(tmp_path):
 
 def test_norm_with_gradient_warns(tmp_path):
     pair = make_pair("dora-with-gradient")
-    with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, and PEFT"):
+    with pytest.warns(AdapterWarning, match="the norm of `kernel` has a gradient, but PEFT"):
         save_peft(tmp_path, pair.tunable, NAMES)
     loaded = load_peft(tmp_path, make_params(), NAMES)
     assert loaded.tunable["kernel"].detached

@@ -36,7 +36,7 @@ def find_coded(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None
 
 
 def _check_unrotated(tensors: Tensors, coded: AnyCoded) -> None:
-    """Refuses weights that meet rotated inputs, such as those of SpinQuant and QuIP."""
+    """Rejects weights that meet rotated inputs, such as those of SpinQuant and QuIP."""
     transforms = setting(tensors, "transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):
         raise UnsupportedAdapterError(

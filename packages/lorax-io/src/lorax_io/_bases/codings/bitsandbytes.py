@@ -135,6 +135,8 @@ def find_8bit(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     order = f"{module}.weight_format"
     if order in tensors:
         if tensors.view(order).any():
-            raise AdapterFileError(f"has `{weight}` in the order of a GPU. Save it by rows.")
+            raise AdapterFileError(
+                f"has `{weight}` in the order of a GPU kernel. Save it in row order."
+            )
         names.append(order)
     return Coded(tuple(names), LLMInt8(), parts, codes.shape)

@@ -153,7 +153,7 @@ def expect(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 def check_groups(name: str, groups: Array, count: int) -> None:
     """Raises unless each input is in one of the groups that have scales."""
     if groups.min() < 0 or groups.max() >= count:
-        raise AdapterFileError(f"has a group in `{name}` that has no scale.")
+        raise AdapterFileError(f"has a group without a scale in `{name}`.")
 
 
 def in_groups(

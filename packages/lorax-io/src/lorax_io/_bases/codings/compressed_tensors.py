@@ -90,7 +90,7 @@ def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bi
     if zeros.dtype == np.int8:  # not packed: one for the whole weight
         numbers = zeros.reshape(shape).astype(np.int16) + (1 << bits - 1)
         if numbers.min() < 0 or numbers.max() >= 1 << bits:
-            raise AdapterFileError(f"has `{name}` outside of the range of {bits} bits.")
+            raise AdapterFileError(f"has `{name}` outside the range of {bits} bits.")
         return numbers.astype(np.uint8)
     if shape[0] != outputs:
         raise AdapterFileError(f"has packed zero points `{name}`, but one scale for many outputs.")
@@ -146,7 +146,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         codec = MXFP4(block=grains[1])
         return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
     if scales.dtype != np.dtype(jnp.float8_e4m3fn):
-        raise AdapterFileError(f"has `{scale}` in {scales.dtype}, of which no FP4 format is.")
+        raise AdapterFileError(f"has `{scale}` in {scales.dtype}, which no FP4 format uses.")
     number = np.asarray(need_scales(tensors, outer)).astype(np.float32).reshape(-1)
     parts["scales"] = whole(scales, grains)
     parts["outer"] = whole(expect(outer, number, (1,)).reshape(1, 1), shape)

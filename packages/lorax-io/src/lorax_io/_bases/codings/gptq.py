@@ -59,7 +59,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if is_awq:
         if str(setting(tensors, "version", "gemm")).lower() != "gemm" or bits != 4:
             raise UnsupportedAdapterError(
-                "is of another version of AWQ than GEMM of 4 bits, which is the one that is read."
+                "uses a version of AWQ other than 4-bit GEMM, which is the only one that is read."
             )
         expect(names[0], words, (inputs, outputs // 8))
     else:
@@ -126,8 +126,8 @@ def _group(tensors: Tensors, name: str, inputs: int, groups: int, of: Array | No
     if even * groups == inputs and (groups == 1 or even & (even - 1) == 0):
         return even
     raise AdapterFileError(
-        f"has `{name}` in {groups} groups of its {inputs} inputs, and no config says the size of a "
-        "group. Read it as the folder of its own config.json."
+        f"has `{name}` in {groups} groups of its {inputs} inputs, and no config says the size of "
+        "a group. Pass the folder that has its config.json instead of the file."
     )
 
 

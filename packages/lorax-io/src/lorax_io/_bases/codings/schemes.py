@@ -51,8 +51,8 @@ def bits_of(name: str, schemes: list[Scheme], inputs: int, words: int) -> int:
     listed = " or ".join(map(str, sorted(said, key=str)))
     config = f"its config says {listed} bits" if said else "no config says the bits"
     raise AdapterFileError(
-        f"has `{name}`: {words} words for {inputs} inputs, and {config}. Read it as the folder of "
-        "its own config.json."
+        f"has `{name}`: {words} words for {inputs} inputs, and {config}. Pass the folder that has "
+        "its config.json instead of the file."
     )
 
 
@@ -92,8 +92,8 @@ def grains_of(
         grains = _plausible(shape, scales)
         if grains is None:
             raise AdapterFileError(
-                f"{mismatch}, and no config says which entries share a scale. Read it as the "
-                "folder of its own config.json."
+                f"{mismatch}, and no config says which entries share a scale. Pass the folder "
+                "that has its config.json instead of the file."
             )
         return grains
     fitting = {sides for sides in stated if _counts(shape, sides) == scales}

@@ -60,7 +60,7 @@ def _hash(lines: Iterable[str]) -> str:
 
 
 def check_base(file: TensorFile, params: Any, rows: Mapping[str, Any]) -> None:
-    """Refuses a base other than the one that was saved; warns if only its dtypes differ."""
+    """Rejects a base other than the one that was saved; warns if only its dtypes differ."""
     if BASE not in file.metadata:
         return
     saved = parse_json(file.metadata[BASE])

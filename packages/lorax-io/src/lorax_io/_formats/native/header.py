@@ -24,7 +24,7 @@ FIRST_KINDS = ("full", "lora")  # the kinds that format 1 supports
 
 
 def check_format(file: TensorFile) -> None:
-    """Refuses files that are not native adapters, and formats of later versions."""
+    """Rejects files that are not native adapters, and formats of later versions."""
     version = file.metadata.get(FORMAT_KEY)
     if version in _FORMATS:
         return
@@ -83,7 +83,7 @@ def _read_settings(path: str, settings: Any) -> Adapter | None:
         return adapter_from_settings(settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(
-            f"its header says of `{path}` what is not a setting: {_SHORT.repr(settings)}."
+            f"its header has an invalid setting for `{path}`: {_SHORT.repr(settings)}."
         ) from error
 
 

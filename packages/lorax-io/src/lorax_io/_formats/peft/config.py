@@ -200,7 +200,7 @@ class PeftConfig:
 
 
 def check_free(folder: Path, format: str) -> None:
-    """Refuses a folder whose config is that of an adapter in another format.
+    """Rejects a folder whose config is that of an adapter in another format.
 
     Writing there would replace the config, and the other adapter could not be read again.
     """

@@ -50,7 +50,7 @@ def save_peft(
 
     Factors become `lora_A` and `lora_B` of their modules, and parameters that are trained in full
     become `modules_to_save`. The weights and then the config are replaced, each atomically. If the
-    process ends between the two, `load_peft` refuses the folder.
+    process ends between the two, `load_peft` rejects the folder.
 
     Args:
         folder: the folder, which is created if it does not exist; other files in it are kept.
@@ -209,8 +209,8 @@ def _weights(folder: Path) -> Path:
     except AdapterNotFoundError as error:
         if (folder / "adapter_model.bin").exists():
             raise AdapterFileError(
-                "its weights are a pickle, which may run code and is never read. Load them with "
-                "PEFT where they are trusted, and save them again.",
+                "its weights are a pickle, which may run code and is never read. If you trust "
+                "them, load them with PEFT, and save them again.",
                 folder,
             ) from error
         raise
@@ -237,8 +237,8 @@ def _ours(file: TensorFile, config: PeftConfig) -> dict[str, Any] | None:
         raise AdapterFileError(f"its header has no settings under {_OURS!r}.")
     if header.get("scales") != _scales(config):
         raise AdapterFileError(
-            "is not the one that was written with these weights: another rank or alpha is in "
-            "it. A save was cut short, or it was edited; save the adapter again.",
+            "does not belong to these weights: its ranks or alphas differ. A save was "
+            "interrupted, or the file was edited; save the adapter again.",
             file.path.parent / CONFIG_NAME,
         )
     return original_scaling

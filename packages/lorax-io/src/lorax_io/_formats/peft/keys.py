@@ -151,7 +151,7 @@ def read_config(path: Path) -> PeftConfig:
         UnsupportedAdapterError: if the kind of adapter is not supported.
     """
     if path.stat().st_size > _LARGEST:
-        raise AdapterFileError(f"is larger than {_LARGEST} bytes, which no config is.")
+        raise AdapterFileError(f"is larger than {_LARGEST} bytes, too large for a config.")
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
     except UnicodeError as error:
@@ -191,7 +191,7 @@ def config_of(values: Any) -> PeftConfig:
 def config_to_json(config: PeftConfig) -> dict[str, Any]:
     """The config as JSON data; newer keys are written only if they differ from their defaults.
 
-    PEFT before 0.14 refuses a config with a key that it does not know.
+    PEFT before 0.14 rejects a config with a key that it does not know.
     """
     tuner = TUNERS[config.peft_type]
     newer = {
@@ -255,7 +255,7 @@ def _check_patterns(config: PeftConfig) -> None:
         raise AdapterFileError(f"has a pattern of {longest} characters.")
     patterns = [pattern for pattern in patterns if not is_plain(pattern)]
     if len(patterns) > _MOST_PATTERNS:
-        raise AdapterFileError(f"has {len(patterns)} patterns, which no config has.")
+        raise AdapterFileError(f"has {len(patterns)} patterns, too many for a config.")
     for pattern in patterns:
         try:
             regex.compile(pattern)

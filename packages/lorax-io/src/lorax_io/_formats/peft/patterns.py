@@ -77,7 +77,7 @@ def distrusted() -> Generator[None]:
         yield
     except TimeoutError as error:
         raise AdapterFileError(
-            "patterns of its config take too long to match; it is not to be trusted."
+            "the patterns of its config take too long to match, so it may be malicious."
         ) from error
     except (regex.error, RecursionError) as error:
         raise AdapterFileError(

@@ -39,7 +39,7 @@ class Adalora(Tuner):
     init = Lora.init
 
     def written(self, config: PeftConfig) -> dict[str, Any]:
-        # PEFT refuses a config without `total_step`, or with `target_r` above the initial rank.
+        # PEFT rejects a config without `total_step`, or with `target_r` above the initial rank.
         return {"target_r": config.r, "total_step": 1, "rank_pattern": None}
 
     def check_start(self, value: Any) -> None:

@@ -96,8 +96,8 @@ def settings(modules: Sequence[Module]) -> dict[str, Any] | None:
         caught = [s for s, names in of_side.items() if any(name in module.name for name in names)]
         if caught != ([] if side is None else [side]):
             raise UnsupportedAdapterError(
-                f"`{module.name}` has the name of another module of BD-LoRA in its own, and PEFT "
-                "would cut it likewise. Use `save_adapter` or `save_merged`."
+                f"`{module.name}` has the name of another module of BD-LoRA in its own, so PEFT "
+                "would split it as well. Use `save_adapter` or `save_merged`."
             )
         assert blocked_side(config, module.name) == side
     return blocks

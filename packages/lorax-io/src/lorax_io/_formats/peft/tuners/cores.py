@@ -10,7 +10,7 @@ from .tuner import Module
 
 
 def check_window(place: Place, module: str, key: str) -> None:
-    """Refuses a core for a weight without a window."""
+    """Rejects a core for a weight without a window."""
     if not _has_window(place):
         raise AdapterFileError(
             f"has `{key}` for `{module}`, a core over a window, and `{place.path}` has none."

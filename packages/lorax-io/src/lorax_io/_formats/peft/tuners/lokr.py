@@ -43,8 +43,8 @@ class Lokr(Tuner):
         split = (place.inputs[0][0], place.outputs[0])
         if len(place.inputs[0]) > 1 or len(place.outputs) > 1:
             raise UnsupportedAdapterError(
-                f"is LoKr, which cuts one axis of each side, and `{place.path}` has several. Give "
-                "it in_axes and out_axes of one axis each."
+                f"is LoKr, which splits one axis of each side, but `{place.path}` has several. "
+                "Give it in_axes and out_axes of one axis each."
             )
         if place.sizes[split[1]] % first[0] or place.sizes[split[0]] % first[1]:
             raise AdapterFileError(

@@ -118,7 +118,7 @@ class Lora(Tuner):
         rank, alpha = config.rank(name), config.alpha(name)
         if MID in shapes and MAGNITUDE in shapes:
             raise UnsupportedAdapterError(
-                f"is DoRA with a Tucker core for `{module}`, the norm of which takes an array as "
+                f"is DoRA with a Tucker core for `{module}`, whose norm would need an array as "
                 "large as the weight. Merge it with LyCORIS."
             )
         if MID in shapes:

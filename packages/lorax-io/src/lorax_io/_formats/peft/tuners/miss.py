@@ -45,7 +45,7 @@ class Miss(Tuner):
         return (Factor("miss_block", "d", ((RANK,), place.outputs)),)
 
     def _check(self, place: Place, rank: int) -> None:
-        """Refuses input axes for which the rows differ: PEFT counts over the flattened inputs.
+        """Rejects input axes for which the rows differ: PEFT counts over the flattened inputs.
 
         `lorax` counts along the last input axis, which is the same if the rank divides it.
         """

@@ -44,9 +44,9 @@ class Oft(Tuner):
             raise AdapterFileError(f"has eps = {config.eps} under coft; it must be positive.")
         if config.use_cayley_neumann and _release(config.peft_version) < _release(_SINCE):
             warn(
-                f"was written by PEFT before {_SINCE}, which summed another series for its "
-                "rotations. As in newer releases of PEFT, the new one is taken, which differs a "
-                "little."
+                f"was written by PEFT before {_SINCE}, which used another series for its "
+                "rotations. It is read with the series of newer PEFT releases, which differs "
+                "slightly."
             )
 
     def keys(self, place: Place, config: PeftConfig) -> tuple[str, ...]:

@@ -78,6 +78,6 @@ def _check(place: Place) -> None:
     if not isinstance(place.torch_name, Embedding) or len(place.axes.inputs) > 1:
         raise UnsupportedAdapterError(
             f"replaces rows of `{place.path}`; its entry in `names` is "
-            f"{type(place.torch_name).__name__}, not Embedding with one axis of rows. PEFT does so "
-            "for a head, too; give such a head an Embedding in `names`, or merge it in PEFT."
+            f"{type(place.torch_name).__name__}, not Embedding with one axis of rows. PEFT also "
+            "does so for a head; give such a head an Embedding in `names`, or merge it in PEFT."
         )

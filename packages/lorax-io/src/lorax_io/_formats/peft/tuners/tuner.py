@@ -82,13 +82,13 @@ class Tuner:
         raise NotImplementedError
 
     def check_start(self, value: Any) -> None:
-        """Refuses an initialization that changes what the tensors mean."""
+        """Rejects an initialization that changes what the tensors mean."""
 
     def check_config(self, config: PeftConfig) -> None:
-        """Refuses invalid combinations of settings, and warns about questionable ones."""
+        """Rejects invalid combinations of settings, and warns about questionable ones."""
 
     def check_keys(self, keys: Collection[str], config: PeftConfig) -> None:
-        """Refuses a file that lacks tensors that its config requires."""
+        """Rejects a file that lacks tensors that its config requires."""
 
     def mixes(self, kinds: Collection[str]) -> bool:
         """Whether one folder may contain adapters of all these kinds of `lorax`."""
@@ -149,7 +149,7 @@ class Tuner:
         raise NotImplementedError
 
     def check(self, config: PeftConfig, names: TorchNames, place: Place) -> None:
-        """Refuses what PEFT does in addition to adapting one parameter."""
+        """Rejects what PEFT does in addition to adapting one parameter."""
 
     def in_peft(self, config: PeftConfig, modules: Sequence[Module]) -> PeftConfig:
         """The config with further settings that PEFT needs to rebuild the same shapes.
@@ -222,7 +222,7 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def check_linear(place: Place, called: str) -> None:
-    """Refuses names other than `Linear`, for kinds that PEFT supports only on linear layers."""
+    """Rejects names other than `Linear`, for kinds that PEFT supports only on linear layers."""
     check_flat(place, called)
     if not isinstance(place.torch_name, Linear):
         raise UnsupportedAdapterError(
@@ -232,7 +232,7 @@ def check_linear(place: Place, called: str) -> None:
 
 
 def check_flat(place: Place, called: str) -> None:
-    """Refuses experts, and weights that PEFT cannot adapt at all."""
+    """Rejects experts, and weights that PEFT cannot adapt at all."""
     if place.torch_name.by_parameter or not place.factors:
         raise UnsupportedAdapterError(
             f"`{place.path}` has {called}, which PEFT does not have for "
