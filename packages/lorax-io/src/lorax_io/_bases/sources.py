@@ -1,8 +1,10 @@
 """Opens a base's files, safetensors or GGUF, and finds its weights by module."""
 
+import bisect
 import contextlib
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +53,7 @@ class SafetensorsSource:
         for path, prefix in checkpoint.files:
             file = stack.enter_context(TensorFile(path))
             self.names |= {prefix + name: (file, name) for name in file.entries}
+        self._sorted = sorted(self.names)
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -59,6 +62,12 @@ class SafetensorsSource:
         """The tensor as it is in the file."""
         file, own = self.names[name]
         return file.view(own)
+
+    def beginning(self, prefix: str) -> Iterable[str]:
+        """The names of the tensors that begin with a prefix."""
+        begin = bisect.bisect_left(self._sorted, prefix)
+        rest = itertools.islice(self._sorted, begin, None)
+        return itertools.takewhile(lambda name: name.startswith(prefix), rest)
 
     def find(self, module: str, parameter: str) -> Weight | None:
         """A weight by module; its name may have a prefix that the checkpoint lacks, or lack one."""

@@ -90,3 +90,12 @@ def test_reordered_groups_are_decoded_by_rows(tmp_path):
     tensors["scales"][2, 3] = np.inf
     with pytest.raises(AdapterError, match="`up`"):
         load(tmp_path, tensors, requantize="float")
+
+
+def test_order_that_the_config_says_and_the_file_lacks(tmp_path):
+    tensors, _ = gptq(np.arange(256) // 64, 4)
+    load(tmp_path, tensors, {"desc_act": True})
+    del tensors["g_idx"]
+    load(tmp_path, tensors, {"desc_act": False})
+    with pytest.raises(AdapterFileError, match="lacks `up.g_idx`, and its config says desc_act"):
+        load(tmp_path, tensors, {"desc_act": True})

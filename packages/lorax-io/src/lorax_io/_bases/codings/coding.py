@@ -6,7 +6,7 @@ at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ class Tensors(Protocol):
 
     def view(self, name: str) -> Array:
         """The tensor as it is in the file."""
+        ...
+
+    def beginning(self, prefix: str) -> Iterable[str]:
+        """The names of the tensors that begin with a prefix."""
         ...
 
 

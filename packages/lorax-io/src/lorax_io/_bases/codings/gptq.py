@@ -55,6 +55,8 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         names = (*names, order)
         of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
         check_groups(order, of, groups)
+    elif setting(tensors, "desc_act") is True and groups > 1:
+        raise AdapterFileError(f"lacks `{order}`, and its config says desc_act.")
     group = _group(tensors, names[0], inputs, groups, of)
     if is_awq:
         if str(setting(tensors, "version", "gemm")).lower() != "gemm" or bits != 4:
