@@ -205,8 +205,8 @@ def _largest(array: Array) -> float:
     """The largest magnitude in an array of floats; 0 for integers."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return 0.0
-    parts = (np.abs(part.astype(np.float32)) for part in parts_of(array))
-    return max((float(part.max()) for part in parts), default=0.0)
+    parts = (part.astype(np.float32) for part in parts_of(array))
+    return max((float(max(part.max(), -part.min())) for part in parts), default=0.0)
 
 
 def _check_range(path: str, weight: QuantizedWeight) -> None:
