@@ -299,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "scales of GPTQ in integers": (
         {"qweight": np.ones((8, 64), np.int32), "scales": np.ones((1, 64), np.uint8),
-         "qzeros": np.ones((1, 8), np.int32)}, {}, "`up.scales` in uint8, not floats of up to 32",
+         "qzeros": np.ones((1, 8), np.int32)}, {}, "`up.scales` in uint8, not floats of 16 or 32",
     ),
     "scales of LLM.int8 in booleans": (
         {"weight": np.ones((4, 8), np.int8), "SCB": np.ones(4, bool)}, {}, "`up.SCB` in bool",

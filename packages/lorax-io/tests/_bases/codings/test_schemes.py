@@ -312,6 +312,18 @@ def test_fp4_of_other_blocks_needs_a_config(tmp_path):
         load(tmp_path, tensors, block(1, 32) | {"num_bits": 6})
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_8_bit_scales_of_integers_raise(tmp_path, is_packed):
+    """FP4 is also stored as pairs in int8, with scales that are powers of two."""
+    tensors, _ = packed(8, 64, 8, np.arange(64) // 16)
+    if not is_packed:
+        codes = tensors.pop("weight_packed").view(np.int8)
+        tensors = {"weight": codes, "weight_scale": tensors["weight_scale"]}
+    tensors["weight_scale"] = np.ones((8, 4), jnp.float8_e8m0fnu)
+    with pytest.raises(AdapterFileError, match="in float8_e8m0fnu, not floats of 16 or 32 bits"):
+        load(tmp_path, tensors)
+
+
 def test_schemes_of_other_bits_are_not_those_of_fp8(tmp_path):
     tensors, _ = fp8((8, 64), (1, 16))
     group = block() | {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}

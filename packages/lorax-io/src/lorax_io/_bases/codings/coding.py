@@ -139,11 +139,25 @@ def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = 
     return view
 
 
-def need_scales(tensors: Tensors, name: str, *, ndim: int | None = None) -> Array:
-    """A view of scales; raises if they are absent, not floats, or wider than JAX's own."""
+def need_scales(
+    tensors: Tensors, name: str, *, ndim: int | None = None, of_floats: bool = False
+) -> Array:
+    """A view of scales; raises if they are absent, not floats, or wider than JAX's own.
+
+    Args:
+        tensors: the checkpoint.
+        name: of the scales.
+        ndim: how many axes they have; None: any.
+        of_floats: whether codes are 8-bit floats. Their scales may be 8-bit floats, or bytes, which
+            are powers of two; those of integers have the dtype of the decoded weight.
+    """
     scales = need(tensors, name, ndim=ndim)
-    if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.dtype.itemsize > 4:
-        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats of up to 32 bits.")
+    if of_floats and scales.dtype == np.uint8:
+        return scales.view(EXPONENT)
+    is_float, size = jnp.issubdtype(scales.dtype, jnp.floating), scales.dtype.itemsize
+    if not is_float or size > 4 or (size == 1 and not of_floats):
+        sizes = "up to 32" if of_floats else "16 or 32"
+        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats of {sizes} bits.")
     return scales
 
 

@@ -139,7 +139,7 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     codes = tensors.view(weight)
     if codes.ndim < 2 or codes.dtype not in [*_FLOATS, np.dtype(np.int8)]:
         return None
-    scales = _scales(tensors, scale, codes.shape, has_exponents=codes.dtype in _FLOATS)
+    scales = _scales(tensors, scale, codes.shape, of_floats=codes.dtype in _FLOATS)
     kind, bits = ("int", None) if codes.dtype == np.int8 else ("float", 8)
     schemes = schemes_of(tensors, module, weight, kind, bits)
     grains = grains_of(scale, codes.shape, scales.shape, schemes)
@@ -204,11 +204,8 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
 
 def _scales(
-    tensors: Tensors, name: str, shape: tuple[int, ...], *, has_exponents: bool = False
+    tensors: Tensors, name: str, shape: tuple[int, ...], *, of_floats: bool = False
 ) -> Array:
-    """Scales with as many axes as the weight; `has_exponents`: bytes are powers of two (MXFP8)."""
-    if has_exponents and need(tensors, name).dtype == np.uint8:
-        scales = need(tensors, name).view(EXPONENT)
-    else:
-        scales = need_scales(tensors, name)
+    """Scales with as many axes as the weight."""
+    scales = need_scales(tensors, name, of_floats=of_floats)
     return scales.reshape((1,) * len(shape)) if scales.size == 1 else scales
