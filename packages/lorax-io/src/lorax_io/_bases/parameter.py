@@ -214,7 +214,7 @@ def _check_range(path: str, weight: QuantizedWeight) -> None:
     if not jax.jit(lambda weight: jnp.isfinite(dequantize(weight)).all())(weight):
         raise AdapterError(
             f"has entries in `{path}` that decode to infinity in {weight.dtype}. If the file is as "
-            "it should be, load it in a wider one: `dtype=jnp.bfloat16`."
+            "it should be, `load_base(dtype=jnp.bfloat16)` loads it."
         )
 
 
@@ -271,9 +271,9 @@ def _floats(row: Weight, dtype: Any) -> Part:
     return Part(read, (1,) * len(row.shape), row.shape, dtype)
 
 
-def decoded(row: Coded | Decoded, dtype: Any) -> Array:
-    """The decoded tensor, with the axes of the file."""
+def decoded(row: Coded | Decoded, dtype: Any, name: str = "the weight") -> Array:
+    """The decoded tensor, with the axes of the file; `name` is for errors."""
     if isinstance(row, Decoded):
         return _floats(row, row.dtype).read(slice(0, row.shape[0]))
-    place = Tensor("").at("the weight", row.shape)
+    place = Tensor("").at(name, row.shape)
     return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Notes.none())))
