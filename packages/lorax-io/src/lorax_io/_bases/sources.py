@@ -3,7 +3,7 @@
 import bisect
 import contextlib
 import functools
-import itertools
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,8 +69,8 @@ class SafetensorsSource:
     def beginning(self, prefix: str) -> Iterable[str]:
         """The names of the tensors that begin with a prefix."""
         begin = bisect.bisect_left(self._sorted, prefix)
-        rest = itertools.islice(self._sorted, begin, None)
-        return itertools.takewhile(lambda name: name.startswith(prefix), rest)
+        end = bisect.bisect_left(self._sorted, prefix + chr(sys.maxunicode), begin)
+        return self._sorted[begin:end]
 
     def find(self, module: str, parameter: str) -> Weight | None:
         """A weight by module; its name may have a prefix that the checkpoint lacks, or lack one."""
