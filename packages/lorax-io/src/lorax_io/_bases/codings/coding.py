@@ -192,8 +192,10 @@ def in_groups(
 
 def nibbles(data: Array, *, high_first: bool = False) -> Array:
     """Unpacks 4-bit codes along the last axis, to one byte each."""
-    parts = (data >> 4, data & 15) if high_first else (data & 15, data >> 4)
-    return np.stack(parts, -1).reshape(*data.shape[:-1], 2 * data.shape[-1])
+    codes = np.empty((*data.shape, 2), np.uint8)
+    np.bitwise_and(data, 15, out=codes[..., 1 if high_first else 0])
+    np.right_shift(data, 4, out=codes[..., 0 if high_first else 1])
+    return codes.reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
 def from_words(words: Array, bits: int) -> Array:
