@@ -305,6 +305,26 @@ def test_index_lists_the_decoded_floats(shell, files, tmp_path, coded):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
 
 
+def test_errors_of_decoding_name_the_weight(shell, files, tmp_path):
+    tensors, _ = packed()
+    tensors["weight_scale"] = np.full((OUT, 2), np.nan, jnp.bfloat16)
+    write(files, Q, tensors, config_of("compressed-tensors"))
+    files.peft(files.pair(Q, OUT, IN), target_modules=["q_proj"])
+    message = shell.fail("merge adapter --base base --out m")
+    assert f"`{Q}.weight/scales` holds NaN" in message and not (tmp_path / "m").exists()
+
+
+def test_index_of_other_files_is_not_copied(shell, tmp_path, coded):
+    """transformers reads a single file, if there is one, and not the index of an earlier save."""
+    coded("GPTQ")
+    index = tmp_path / "base/model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    shell.succeed("merge adapter --base base --out m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "config.json", "model.safetensors"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
 def test_settings_of_codes_are_not_copied_with_floats(shell, tmp_path, coded, name):
     coded("GPTQ")

@@ -44,6 +44,18 @@ def write_gguf(path, tensors, arch="llama"):
     return path
 
 
+def test_gguf_of_another_byte_order_raises(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "f", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.add_tensor("output.weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterFileError, match="is of another byte order than this machine"):
+        load_base(tmp_path / "f", {"head": Linear("output")})
+
+
 def blocks(kind, out=32, inputs=512):
     """Blocks of random bytes in which every float16 is finite."""
     entries, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]

@@ -17,6 +17,14 @@ from .._places import Array
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 STEMS = ("model", "diffusion_pytorch_model")
+INDEX_END = ".index.json"
+# In this order; if a folder has both, transformers reads the file, and diffusers the index.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+)
 SETTINGS_KEY = "quantization_config"
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -39,6 +47,7 @@ class Checkpoint(NamedTuple):
     shapes: dict[str, jax.ShapeDtypeStruct]
     config: dict[str, Any] | None  # the model's config.json, if there is one
     by_end: Mapping[str, list[str]]  # full names, by each of their ends after a dot
+    roots: frozenset[str]  # the first parts of names that have several
     copies: Mapping[str, str] = {}  # a tied head that the adapter unties: the embedding's name
     coded: Mapping[str, Any] = {}  # quantized weights, decoded when they are read
     broken: Mapping[str, Exception] = {}  # quantized weights that cannot be decoded, and why
@@ -75,8 +84,12 @@ class Checkpoint(NamedTuple):
         """The tensors whose name equals `name`, or else differs from it only by a prefix."""
         if name in self.shapes:
             return [name]
+        return self._shorter(name) + self.by_end.get(name, [])
+
+    def _shorter(self, name: str) -> list[str]:
+        """The tensors whose name is that without its first parts, if no tensor has the first."""
         shorter = [end for end in suffixes(name) if end in self.shapes]
-        return shorter + self.by_end.get(name, [])
+        return [] if name.partition(".")[0] in self.roots else shorter
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -90,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 if full in shapes:
                     raise AdapterFileError(f"has `{name}`, which another file also has.")
                 shapes[full] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-    return Checkpoint(path, files, shapes, config_of(path), by_end(shapes))
+    return Checkpoint(path, files, shapes, config_of(path), by_end(shapes), roots(shapes))
 
 
 def by_end(names: Iterable[str]) -> dict[str, list[str]]:
@@ -100,6 +113,11 @@ def by_end(names: Iterable[str]) -> dict[str, list[str]]:
         for end in suffixes(name)[1:]:
             names_by_end[end].append(name)
     return dict(names_by_end)
+
+
+def roots(names: Iterable[str]) -> frozenset[str]:
+    """The first parts of the names that have several."""
+    return frozenset(name.partition(".")[0] for name in names if "." in name)
 
 
 def config_of(path: Path) -> dict[str, Any] | None:
@@ -151,14 +169,17 @@ def _files(path: Path) -> list[BaseFile]:
 
 def _weights(folder: Path) -> list[Path]:
     """The safetensors files of one model's folder; empty if there are none."""
-    for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
-            content = read_json(file_in(folder, index.name))
-            try:
-                return [file_in(folder, name) for name in sorted({*content["weight_map"].values()})]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise AdapterFileError("has no `weight_map`.", index) from error
-        if (folder / f"{stem}.safetensors").exists():
-            return [file_in(folder, f"{stem}.safetensors")]
-    return []
+    named = (config_of(folder) or {}).get("transformers_weights")  # a key of transformers
+    found = [name for name in _WEIGHTS if (folder / name).exists()]
+    if isinstance(named, str):
+        found = [named]
+    if not found:
+        return []
+    path = file_in(folder, found[0])
+    if not path.name.endswith(INDEX_END):
+        return [path]
+    content = read_json(path)
+    try:
+        return [file_in(folder, name) for name in sorted({*content["weight_map"].values()})]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError("has no `weight_map`.", path) from error

@@ -31,7 +31,8 @@ class CodedWeight(NamedTuple):
 
     def array(self) -> Array:
         """The decoded weight."""
-        return decoded(self.coded, self.dtype).astype(self.dtype, copy=False)
+        array = decoded(self.coded, self.dtype, self.name)
+        return array.astype(self.dtype, copy=False)
 
     def again(self, array: Array) -> tuple[dict[str, Array], float]:
         """Quantizes other floats in the format of this weight.

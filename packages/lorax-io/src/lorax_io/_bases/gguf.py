@@ -163,6 +163,7 @@ class GGUFSource:
         try:
             reader = gguf.GGUFReader(regular_file(path))
             self._fields = reader.fields
+            self._is_swapped = reader.byte_order != "I"
             self.arch = self._fields["general.architecture"].contents()
             self.names = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # gguf raises errors of many types for a damaged file
@@ -180,6 +181,11 @@ class GGUFSource:
         self._known = gguf.get_tensor_name_map(arch, self.layers)
 
     def _check_counts(self) -> None:
+        if self._is_swapped:
+            raise AdapterFileError(
+                "is of another byte order than this machine. Convert a copy first: "
+                "`gguf-convert-endian copy.gguf native`."
+            )
         if type(self.layers) is not int or not 0 <= self.layers <= _MOST_LAYERS:
             raise AdapterFileError(f"has block_count = {self.layers!r}, not a count of layers.")
         parts = self.field("split.count", 1)

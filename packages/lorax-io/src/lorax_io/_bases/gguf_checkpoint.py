@@ -18,7 +18,7 @@ from .._errors import (
 from .._formats.llama_cpp import KINDS, import_gguf
 from .._places import Array
 from .._torch_names import tensor_name
-from .checkpoint import CONFIG_NAME, Checkpoint, by_end, config_of
+from .checkpoint import CONFIG_NAME, Checkpoint, by_end, config_of, roots
 from .gguf import PLAIN, GGUFSource
 from .ties import is_head, ties
 
@@ -96,7 +96,7 @@ def open_gguf(path: Path, dtype: Any = None) -> Checkpoint:
         if config is not None:
             _check_config(config, source, weights)
     shapes = {n: jax.ShapeDtypeStruct(w.shape, w.dtype) for n, w in weights.items()}
-    return Checkpoint(path, [], shapes, config, by_end(shapes), coded=weights)
+    return Checkpoint(path, [], shapes, config, by_end(shapes), roots(shapes), coded=weights)
 
 
 def _check_kind(source: GGUFSource) -> None:

@@ -20,7 +20,7 @@ from .._errors import AdapterError, UnsupportedAdapterError, about, warn
 from .._places import Array
 from .._shapes import complete
 from .._tree import FrozenFactors, frozen_leaf
-from .checkpoint import CONFIG_NAME, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
+from .checkpoint import CONFIG_NAME, INDEX_END, PIPELINE_NAME, SETTINGS, SETTINGS_KEY, Checkpoint
 from .decoding import home_of
 from .fit import Fitted
 from .merged import INDEX_NAME, new_folder
@@ -166,12 +166,18 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
         return
     is_pipeline = (home / PIPELINE_NAME).exists() and not checkpoint.is_gguf
     for path in sorted(home.rglob("*") if is_pipeline else home.iterdir()):
-        # An index next to a GGUF file belongs to other files.
-        is_index = path.name.endswith(".safetensors.index.json")
-        if path.is_file() and path.suffix in _COMPANIONS and not (is_index and checkpoint.is_gguf):
+        if path.is_file() and path.suffix in _COMPANIONS and not _is_of_others(path, checkpoint):
             target = folder / path.relative_to(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _is_of_others(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a file is an index of files that the model was not read from."""
+    if not path.name.endswith(f".safetensors{INDEX_END}"):
+        return False
+    single = path.with_name(path.name.removesuffix(INDEX_END))
+    return checkpoint.is_gguf or single in [file.path for file in checkpoint.files]
 
 
 def _drop_settings(folder: Path) -> None:

@@ -16,7 +16,7 @@ class Prefixes(NamedTuple):
     @classmethod
     def of(cls, matched: Iterable[tuple[str, str]]) -> "Prefixes":
         """The prefixes in which matched names, (adapter's, base's), differ."""
-        return cls(frozenset(_begins(ours, theirs) for ours, theirs in matched))
+        return cls(frozenset(begins(ours, theirs) for ours, theirs in matched))
 
     def of_adapter(self, name: str) -> set[str]:
         """The names that a tensor of the base may have in the adapter."""
@@ -25,7 +25,7 @@ class Prefixes(NamedTuple):
         }
 
 
-def _begins(ours: str, theirs: str) -> tuple[str, str]:
+def begins(ours: str, theirs: str) -> tuple[str, str]:
     """What is left of two names without their common end, in whole parts."""
     left, right = ours.split("."), theirs.split(".")
     same = 0

@@ -36,6 +36,8 @@ from .codings.coding import Part, whole as part_of
 from .sources import Source, Weight, needed
 
 FLOAT = "float"
+# Formats whose decoded entries may exceed float16 although their scales are at most 1.
+_WIDE = ("mxfp4", "nvfp4")
 
 
 class Notes(NamedTuple):
@@ -106,7 +108,7 @@ def load_parameter(
         parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
         if len(parts) == len(weights):
             target = plain_target(place, _one_dtype(place.path, parts.values(), notes))
-            return _array(place.path, place, target, parts, where, None)
+            return _array(place.path, place, target, parts, where, None)[0]
         return _requantized(source, place, weights, dtype, requantize, where, notes)
 
 
@@ -154,11 +156,15 @@ def _coded(
     empty = blank(place.path, place, first, runs, dtype)
     shardings = {} if where is None else empty.shardings(where)
     arrays: dict[str, Any] = {}
+    largest = 0.0
     for name, target in targets(empty).items():
         parts = {index: row.parts[name] for index, row in weights.items()}
         full = f"{place.path}/{name}"
-        arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
+        arrays[name], peak = _array(full, place, target, parts, shardings.get(name), first.format)
+        largest = max(largest, peak)
     result = dataclasses.replace(empty, arrays=arrays)
+    if dtype == np.float16 and (largest > 1 or first.format.name in _WIDE):
+        _check_range(place.path, result)
     notes.assumed.extend(
         f"`{place.path}`: {row.assumed}" for row in weights.values() if row.assumed
     )
@@ -174,19 +180,42 @@ def _array(
     parts: Mapping[tuple[int, ...], Part],
     where: Sharding | None,
     codec: Format | None,
-) -> jax.Array:
-    """Puts one array on its devices; 4-bit codes are transferred as bytes."""
+) -> tuple[jax.Array, float]:
+    """Puts one array on its devices; 4-bit codes are transferred as bytes.
+
+    Returns:
+        The array, and the largest magnitude of the scales of a quantized weight.
+    """
     packed: Packed | None = packing(place, target)
     whole = assemble(place, target, parts, packed)
     check_numbers(name, whole, codec if packed is None else None)
+    is_scale = codec is not None and not name.endswith("/codes")
+    largest = _largest(whole) if is_scale else 0.0
 
     def read(index: Any) -> Array:
         return whole[index]
 
     if packed is None:
-        return put(target.shape, whole.dtype, read, where)
+        return put(target.shape, whole.dtype, read, where), largest
     data = put(packed.bytes_shape, whole.dtype, read, packed.bytes_sharding(where))
-    return packed.unpack(data, where)
+    return packed.unpack(data, where), largest
+
+
+def _largest(array: Array) -> float:
+    """The largest magnitude in an array of floats; 0 for integers."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return 0.0
+    parts = (part.astype(np.float32) for part in parts_of(array))
+    return max((float(max(part.max(), -part.min())) for part in parts), default=0.0)
+
+
+def _check_range(path: str, weight: QuantizedWeight) -> None:
+    """Refuses a weight that decodes to infinity, although its codes and scales are finite."""
+    if not jax.jit(lambda weight: jnp.isfinite(dequantize(weight)).all())(weight):
+        raise AdapterError(
+            f"has entries in `{path}` that decode to infinity in {weight.dtype}. If the file is as "
+            "it should be, `load_base(dtype=jnp.bfloat16)` loads it."
+        )
 
 
 def _requantized(
@@ -242,9 +271,9 @@ def _floats(row: Weight, dtype: Any) -> Part:
     return Part(read, (1,) * len(row.shape), row.shape, dtype)
 
 
-def decoded(row: Coded | Decoded, dtype: Any) -> Array:
-    """The decoded tensor, with the axes of the file."""
+def decoded(row: Coded | Decoded, dtype: Any, name: str = "the weight") -> Array:
+    """The decoded tensor, with the axes of the file; `name` is for errors."""
     if isinstance(row, Decoded):
         return _floats(row, row.dtype).read(slice(0, row.shape[0]))
-    place = Tensor("").at("the weight", row.shape)
+    place = Tensor("").at(name, row.shape)
     return np.asarray(dequantize(_coded(place, {(): row}, dtype, None, Notes.none())))

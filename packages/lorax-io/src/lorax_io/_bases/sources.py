@@ -1,8 +1,10 @@
 """Opens a base's files, safetensors or GGUF, and finds its weights by module."""
 
+import bisect
 import contextlib
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from .coded import MARKS, coding_of, coding_of_any
 from .codings import Coded, Decoded, find_coded
 from .codings.coding import Part, whole
 from .gguf import GGUFSource, is_gguf
+from .missing import begins
 from .ties import is_head, ties
 
 Weight = Coded | Decoded | Part
@@ -51,6 +54,9 @@ class SafetensorsSource:
         for path, prefix in checkpoint.files:
             file = stack.enter_context(TensorFile(path))
             self.names |= {prefix + name: (file, name) for name in file.entries}
+        self._sorted = sorted(self.names)
+        self._asked: dict[str, str] = {}  # the name that each weight was asked for by
+        self._prefixed: dict[tuple[str, str], tuple[str, str]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -60,10 +66,18 @@ class SafetensorsSource:
         file, own = self.names[name]
         return file.view(own)
 
+    def beginning(self, prefix: str) -> Iterable[str]:
+        """The names of the tensors that begin with a prefix."""
+        begin = bisect.bisect_left(self._sorted, prefix)
+        end = bisect.bisect_left(self._sorted, prefix + chr(sys.maxunicode), begin)
+        return self._sorted[begin:end]
+
     def find(self, module: str, parameter: str) -> Weight | None:
         """A weight by module; its name may have a prefix that the checkpoint lacks, or lack one."""
-        module = self._module(module, parameter)
+        asked, module = module, self._module(module, parameter)
         coded = find_coded(self, module, parameter)
+        if coded is not None or tensor_name(module, parameter) in self.names:
+            self._check_match(tensor_name(asked, parameter), tensor_name(module, parameter))
         if coded is not None:
             self.used.update(coded.names)
             return coded
@@ -74,6 +88,27 @@ class SafetensorsSource:
         view = self.view(name)
         self._check_plain(name, view.dtype if parameter == "weight" else None)
         return whole(view, (1,) * view.ndim)
+
+    def _check_match(self, asked: str, found: str) -> None:
+        """Refuses names that match by other prefixes than the rest: they may be of other modules.
+
+        Raises:
+            AdapterMismatchError: if two names match one weight, or by two prefixes.
+        """
+        if (first := self._asked.setdefault(found, asked)) != asked:
+            raise AdapterMismatchError(
+                f"has one weight `{found}` for `{first}` and `{asked}` of `names`, so that it "
+                "lacks one of them."
+            )
+        if asked == found:
+            return
+        self._prefixed.setdefault(begins(asked, found), (asked, found))
+        if len(self._prefixed) > 1:
+            (one, its), (other, another) = list(self._prefixed.values())[:2]
+            raise AdapterMismatchError(
+                f"has `{its}` for `{one}` of `names` and `{another}` for `{other}`, whose prefixes "
+                "differ in two ways. Give the names that the file has."
+            )
 
     def _check_plain(self, name: str, dtype: Any) -> None:
         """Rejects codes that no reader has decoded. Buffers, such as positions, may be integers."""

@@ -105,7 +105,9 @@ def place(
     else:
         array = jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
     # Until the transfer ends, the host copy is kept alive; without waiting, copies would pile up.
-    return jax.block_until_ready(array)
+    jax.block_until_ready(array)
+    jax.device_put(np.int8(0))  # JAX lets go of the copies of finished transfers in its next call
+    return array
 
 
 def sharding_of(array: Any) -> Sharding | None:

@@ -66,13 +66,15 @@ class Packed(NamedTuple):
 
     def pack_host(self, codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Packs codes of one byte each, on the host; signed ones as two's complement."""
-        codes = codes.view(np.uint8) & 15
+        codes = codes.view(np.uint8)
         if self.axis is None:
-            return codes
+            return codes & 15
         first: list[Any] = [slice(None)] * codes.ndim
         second = list(first)
         first[self.axis], second[self.axis] = slice(0, None, 2), slice(1, None, 2)
-        return codes[tuple(first)] | (codes[tuple(second)] << 4)
+        packed = codes[tuple(second)] << 4
+        packed |= codes[tuple(first)] & 15
+        return packed
 
     def unpack(self, data: jax.Array, sharding: Sharding | None) -> jax.Array:
         """Unpacks bytes on their devices, to an array with this sharding."""

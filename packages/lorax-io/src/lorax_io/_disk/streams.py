@@ -13,7 +13,7 @@ from .files import replacing
 from .tensors import DTYPES, TensorFile, check_dtype
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PART = 2**24  # bytes that are checked at a time
+_PART = 2**18  # bytes that are checked at a time
 
 
 def write_stream(

@@ -43,3 +43,14 @@ def test_one_scale_for_each_expert(tmp_path):
     wide = codes.astype(np.float32) * scales.astype(np.float32)[:, None, None]
     held = load_base(file, names)["up"]
     np.testing.assert_array_equal(dequantize(held).swapaxes(1, 2), wide.astype(jnp.bfloat16))
+
+
+def test_scales_that_are_powers_of_two(tmp_path):
+    """As bytes, or as a dtype of their own."""
+    codes = RANDOM.normal(size=(4, 64)).astype(jnp.float8_e4m3fn)
+    exponents = np.full((4, 2), 126, np.uint8)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 32]}}
+    for scales in (exponents, exponents.view(jnp.float8_e8m0fnu)):
+        write(tmp_path, {"up.weight": codes, "up.weight_scale_inv": scales}, config)
+        decoded = dequantize(load_base(tmp_path, NAMES)["up"]).astype(jnp.float32)
+        np.testing.assert_array_equal(decoded, codes.astype(np.float32).T / 2)

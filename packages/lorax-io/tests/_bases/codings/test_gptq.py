@@ -7,7 +7,14 @@ import pytest
 import safetensors.numpy
 
 from lorax import QuantizedWeight, dequantize
-from lorax_io import AdapterError, AdapterFileError, AdapterWarning, Linear, load_base
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterWarning,
+    Linear,
+    UnsupportedAdapterError,
+    load_base,
+)
 
 OUT = 16
 RANDOM = np.random.default_rng(0)
@@ -90,3 +97,30 @@ def test_reordered_groups_are_decoded_by_rows(tmp_path):
     tensors["scales"][2, 3] = np.inf
     with pytest.raises(AdapterError, match="`up`"):
         load(tmp_path, tensors, requantize="float")
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_form_of_the_config(tmp_path, key):
+    """The second version stores the zero point, and the first one the zero point minus one."""
+    tensors, expected = gptq(np.arange(256) // 64, 4)
+    held = load(tmp_path, tensors, {key: "gptq"})
+    np.testing.assert_array_equal(dequantize(held), expected)
+    held = load(tmp_path, tensors, {key: "gptq_v2"})
+    steps = tensors["scales"][np.arange(256) // 64]
+    zeros = np.asarray(held.arrays["zeros"])
+    assert (zeros == (np.asarray(load(tmp_path, tensors).arrays["zeros"]) - 1) % 16).all()
+    assert not np.array_equal(dequantize(held), expected) and steps.any()
+    for form in ({key: "marlin"}, {"is_marlin_format": True}):
+        with pytest.raises(UnsupportedAdapterError, match="in the format 'marlin'"):
+            load(tmp_path, tensors, form)
+    with pytest.raises(UnsupportedAdapterError, match="of qqq"):
+        load(tmp_path, tensors, {"quant_method": None, "method": "qqq"})
+
+
+def test_order_that_the_config_says_and_the_file_lacks(tmp_path):
+    tensors, _ = gptq(np.arange(256) // 64, 4)
+    load(tmp_path, tensors, {"desc_act": True})
+    del tensors["g_idx"]
+    load(tmp_path, tensors, {"desc_act": False})
+    with pytest.raises(AdapterFileError, match="lacks `up.g_idx`, and its config says desc_act"):
+        load(tmp_path, tensors, {"desc_act": True})

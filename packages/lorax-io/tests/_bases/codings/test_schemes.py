@@ -8,16 +8,25 @@ import pytest
 import safetensors.numpy
 
 from lorax import dequantize
-from lorax_io import AdapterFileError, AdapterWarning, Linear, UnsupportedAdapterError, load_base
+from lorax_io import (
+    AdapterError,
+    AdapterFileError,
+    AdapterWarning,
+    Linear,
+    UnsupportedAdapterError,
+    load_base,
+)
 
 RANDOM = np.random.default_rng(0)
 
 
-def load(folder, tensors, *schemes, **options):
+def load(folder, tensors, *schemes, settings=None, **options):
     named = {f"up.{name}": tensor for name, tensor in tensors.items()}
     safetensors.numpy.save_file(named, folder / "model.safetensors")
     groups = {f"group_{k}": {"weights": scheme} for k, scheme in enumerate(schemes)}
-    settings = {"quant_method": "compressed-tensors", "config_groups": groups}
+    settings = {
+        "quant_method": "compressed-tensors", "config_groups": groups, **(settings or {})
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
     return load_base(folder, {"up": Linear("up")}, **options)["up"]
 
@@ -155,3 +164,168 @@ def test_zero_points_that_the_config_says_and_the_file_lacks(tmp_path, is_packed
     with pytest.raises(AdapterFileError, match="lacks `up.weight_zero_point`, and its config says"):
         load(tmp_path, tensors, integers(8, symmetric=False))
     load(tmp_path, tensors, integers(8, symmetric=False), integers(8))
+
+
+GROUPED = integers(4, strategy="group", group_size=16)
+UNKNOWN: dict[str, tuple[dict, str]] = {
+    "strategy": (GROUPED | {"strategy": "spiral"}, "the strategy 'spiral'"),
+    "no size of groups": (GROUPED | {"group_size": None}, "the strategy 'group' of None"),
+    "no size of blocks": (GROUPED | {"strategy": "block"}, "the strategy 'block' of None"),
+    "type": (GROUPED | {"type": "posit"}, "the type 'posit' in 4 bits"),
+    "bits": (GROUPED | {"num_bits": "four"}, "the type 'int' in 'four' bits"),
+    "groups without g_idx": (GROUPED | {"actorder": "group"}, "lacks `up.weight_g_idx`"),
+    "symmetric": (GROUPED | {"zeros": True}, "has `up.weight_zero_point`, and its config says"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_unknown_or_contradictory_schemes_raise(tmp_path, case):
+    tensors, _ = packed(8, 64, 4, np.arange(64) // 16)
+    scheme, message = UNKNOWN[case]
+    if scheme.get("zeros"):
+        tensors["weight_zero_point"] = np.zeros((1, 4), np.int32)
+    with pytest.raises(AdapterError, match=message):
+        load(tmp_path, tensors, scheme)
+
+
+SETTINGS: dict[str, tuple[dict, str]] = {
+    "format": ({"format": "marlin-24"}, "in the format 'marlin-24'"),
+    "format of a group": (
+        {"config_groups": {"a": {"weights": GROUPED, "format": "mxfp6-pack-quantized"}}},
+        "in the format 'mxfp6-pack-quantized'",
+    ),
+    "preset": ({"config_groups": {"W4A16": ["Linear"]}}, "the name 'W4A16' in place of a scheme"),
+    "groups": ({"config_groups": [GROUPED]}, "`config_groups` that are not an object"),
+    "ignored": ({"ignore": ["up"]}, "says in `ignore` that the module is not quantized"),
+    "ignored by pattern": ({"ignore": ["re:.p"]}, "says in `ignore`"),
+    "pattern": ({"ignore": ["re:("]}, "is not a regular expression"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_unknown_or_contradictory_settings_raise(tmp_path, case):
+    tensors, expected = packed(8, 64, 4, np.arange(64) // 16)
+    settings, message = SETTINGS[case]
+    with pytest.raises(AdapterError, match=message):
+        load(tmp_path, tensors, GROUPED, settings=settings)
+    held = load(tmp_path, tensors, GROUPED, settings={"ignore": ["re:p", "upper"], "format": None})
+    np.testing.assert_array_equal(dequantize(held), expected)
+
+
+@pytest.mark.parametrize("scheme", [
+    {"num_bits": 4, "group_size": 16}, GROUPED | {"strategy": "GROUP", "type": "INT"},
+])  # fmt: skip
+def test_schemes_are_completed_like_the_library(tmp_path, scheme):
+    tensors, expected = packed(8, 64, 4, np.arange(64) // 16)
+    np.testing.assert_array_equal(dequantize(load(tmp_path, tensors, scheme)), expected)
+    with pytest.raises(AdapterFileError, match=r"its config says blocks of \[\(1, 8\)\]"):
+        load(tmp_path, tensors, scheme | {"group_size": 8})
+
+
+def test_blocks_of_the_config_as_text(tmp_path):
+    tensors, expected = fp8((64, 64), (16, 32))
+    scheme = block() | {"block_structure": "16x32"}
+    np.testing.assert_array_equal(dequantize(load(tmp_path, tensors, scheme)), expected)
+    with pytest.raises(AdapterFileError, match=r"its config says blocks of \[\(32, 16\)\]"):
+        load(tmp_path, tensors, block() | {"block_structure": "32x16"})
+
+
+def test_schemes_are_those_of_the_targets(tmp_path):
+    tensors, expected = packed(8, 64, 4, np.arange(64) // 16)
+    asymmetric = {"weights": GROUPED | {"symmetric": False}}
+    symmetric = {"weights": GROUPED, "targets": ["re:.*p$"]}
+    other = asymmetric | {"targets": ["re:down"]}
+
+    def loaded(**groups):
+        return load(tmp_path, tensors, settings={"config_groups": groups})
+
+    for targets in (["Linear"], ["down"], ["re:down"]):
+        held = loaded(a=asymmetric | {"targets": targets}, b=symmetric)
+        np.testing.assert_array_equal(dequantize(held), expected)
+    for targets in (["up"], ["re:u"]):
+        with pytest.raises(AdapterFileError, match=r"lacks `up.weight_zero_point`"):
+            loaded(a=asymmetric | {"targets": targets}, b=symmetric | {"targets": ["Linear"]})
+    with pytest.raises(AdapterFileError, match=r"lacks `up.weight_zero_point`"):
+        loaded(a=asymmetric | {"targets": ["Linear"]}, b=symmetric | {"targets": ["down"]})
+    with pytest.raises(AdapterFileError, match=r"lacks `up.weight_zero_point`"):
+        loaded(a=other)  # names of the config may have another prefix
+
+
+def test_blocks_that_are_the_same_for_a_small_weight(tmp_path):
+    tensors, expected = fp8((64, 128), (64, 128))
+    tensor = block() | {"strategy": "tensor", "block_structure": None}
+    held = load(tmp_path, tensors, tensor, block(128, 128))
+    np.testing.assert_array_equal(dequantize(held), expected)
+
+
+def test_8_bit_integers_with_reordered_groups(tmp_path):
+    groups = RANDOM.permutation(64) // 16
+    tensors, expected = packed(6, 64, 8, groups)
+    codes = tensors.pop("weight_packed").view(np.uint8) ^ 128
+    tensors = {
+        "weight": codes.view(np.int8), "weight_scale": tensors["weight_scale"],
+        "weight_g_idx": groups.astype(np.int32),
+    }  # fmt: skip
+    scheme = integers(8, strategy="group", group_size=16, actorder="group")
+    with pytest.warns(AdapterWarning, match=r"`up` \(as floats: its groups are not neighbors"):
+        floats = load(tmp_path, tensors, scheme, requantize="float")
+    np.testing.assert_array_equal(floats, expected)
+    tensors["weight_g_idx"] = np.full(64, -1, np.int32)  # not reordered
+    held = load(tmp_path, tensors, scheme)
+    assert held.format == "int8"
+    del tensors["weight_g_idx"]
+    with pytest.raises(AdapterFileError, match="lacks `up.weight_g_idx`"):
+        load(tmp_path, tensors, scheme)
+
+
+def nvfp4():
+    return {
+        "weight_packed": RANDOM.integers(0, 256, (8, 32), dtype=np.uint8),
+        "weight_scale": np.ones((8, 4), jnp.float8_e4m3fn),
+        "weight_global_scale": np.ones(1, np.float32),
+    }
+
+
+READ = {
+    "fp8": lambda: fp8((8, 64), (8, 32))[0],
+    "nvfp4": nvfp4,
+    "int4": lambda: packed(8, 64, 4)[0],
+}
+
+
+@pytest.mark.parametrize("form", READ)
+@pytest.mark.parametrize("name", ["weight_smooth", "weight.perm", "qweight"])
+def test_tensors_that_no_reader_uses_raise(tmp_path, form, name):
+    with pytest.raises(UnsupportedAdapterError, match=f"has `up.{name}` next to `up.weight"):
+        load(tmp_path, {**READ[form](), name: np.ones(8, np.float32)})
+
+
+def test_fp4_of_other_blocks_needs_a_config(tmp_path):
+    """Codes of 6 bits, as MXFP6 packs 32 inputs into 24 bytes."""
+    tensors = {
+        "weight_packed": RANDOM.integers(0, 256, (8, 24), dtype=np.uint8),
+        "weight_scale": np.full((8, 1), 127, np.uint8),
+    }
+    with pytest.raises(AdapterFileError, match=r"FP4 of shape \(8, 48\) has blocks of 32"):
+        load(tmp_path, tensors)
+    with pytest.raises(AdapterFileError, match="of the type float of 4 bits, and its config says"):
+        load(tmp_path, tensors, block(1, 32) | {"num_bits": 6})
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_8_bit_scales_of_integers_raise(tmp_path, is_packed):
+    """FP4 is also stored as pairs in int8, with scales that are powers of two."""
+    tensors, _ = packed(8, 64, 8, np.arange(64) // 16)
+    if not is_packed:
+        codes = tensors.pop("weight_packed").view(np.int8)
+        tensors = {"weight": codes, "weight_scale": tensors["weight_scale"]}
+    tensors["weight_scale"] = np.ones((8, 4), jnp.float8_e8m0fnu)
+    with pytest.raises(AdapterFileError, match="in float8_e8m0fnu, not floats of 16 or 32 bits"):
+        load(tmp_path, tensors)
+
+
+def test_schemes_of_other_bits_are_not_those_of_fp8(tmp_path):
+    tensors, _ = fp8((8, 64), (1, 16))
+    group = block() | {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    with pytest.raises(AdapterFileError, match=r"its config says blocks of \[\(1, 64\)\]"):
+        load(tmp_path, tensors, group, block() | {"strategy": "channel"})

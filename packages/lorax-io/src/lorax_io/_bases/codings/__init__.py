@@ -1,6 +1,7 @@
 """How other libraries store quantized weights, one module each."""
 
 from ..._errors import UnsupportedAdapterError
+from ..coded import ENDINGS, MARKS
 from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from .coding import (
     AnyCoded as AnyCoded,
@@ -32,6 +33,7 @@ def find_coded(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None
         coded = next((coded for coded in candidates if coded is not None), None)
         if coded is not None:
             _check_unrotated(tensors, coded)
+            _check_all_used(tensors, module, parameter, coded)
         return coded
 
 
@@ -43,3 +45,28 @@ def _check_unrotated(tensors: Tensors, coded: AnyCoded) -> None:
             f"has `{coded.names[0]}`, and `transform_config` of its config rotates the inputs of "
             "weights, or weights, when the model runs. Use the unquantized weights."
         )
+
+
+def _check_all_used(tensors: Tensors, module: str, parameter: str, coded: AnyCoded) -> None:
+    """Refuses a weight with tensors that its reader does not use: they may change its values."""
+    weight = f"{module}.{parameter}"
+    own = (name.removeprefix(weight) for name in tensors.beginning(weight))
+    is_matrix = parameter == "weight"
+    ends = [
+        end
+        for end in own
+        if end[:1] in ("", ".") or (end[:1] == "_" and (is_matrix or end in _ENDS))
+    ]
+    names = [weight + end for end in ends]
+    if is_matrix:
+        names += [name for mark in MARKS if (name := f"{module}.{mark}") in tensors]
+    if left := sorted({*names} - {*coded.names}):
+        raise UnsupportedAdapterError(
+            f"has `{left[0]}` next to `{coded.names[0]}`, so that the weight is in a format that "
+            "is not read. If the tensor has no effect, delete it."
+        )
+
+
+_ENDS = frozenset(ENDINGS) | {
+    f"_{end}" for end in ("zero_point", "g_idx", "global_scale", "scale_2", "scales", "qzeros")
+}

@@ -6,7 +6,7 @@ at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ class Tensors(Protocol):
 
     def view(self, name: str) -> Array:
         """The tensor as it is in the file."""
+        ...
+
+    def beginning(self, prefix: str) -> Iterable[str]:
+        """The names of the tensors that begin with a prefix."""
         ...
 
 
@@ -135,11 +139,25 @@ def need(tensors: Tensors, name: str, *, ndim: int | None = None, dtypes: Any = 
     return view
 
 
-def need_scales(tensors: Tensors, name: str, *, ndim: int | None = None) -> Array:
-    """A view of scales; raises if they are absent, not floats, or wider than JAX's own."""
+def need_scales(
+    tensors: Tensors, name: str, *, ndim: int | None = None, of_floats: bool = False
+) -> Array:
+    """A view of scales; raises if they are absent, not floats, or wider than JAX's own.
+
+    Args:
+        tensors: the checkpoint.
+        name: of the scales.
+        ndim: how many axes they have; None: any.
+        of_floats: whether codes are 8-bit floats. Their scales may be 8-bit floats, or bytes, which
+            are powers of two; those of integers have the dtype of the decoded weight.
+    """
     scales = need(tensors, name, ndim=ndim)
-    if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.dtype.itemsize > 4:
-        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats of up to 32 bits.")
+    if of_floats and scales.dtype == np.uint8:
+        return scales.view(EXPONENT)
+    is_float, size = jnp.issubdtype(scales.dtype, jnp.floating), scales.dtype.itemsize
+    if not is_float or size > 4 or (size == 1 and not of_floats):
+        sizes = "up to 32" if of_floats else "16 or 32"
+        raise AdapterFileError(f"has `{name}` in {scales.dtype}, not floats of {sizes} bits.")
     return scales
 
 
@@ -174,8 +192,10 @@ def in_groups(
 
 def nibbles(data: Array, *, high_first: bool = False) -> Array:
     """Unpacks 4-bit codes along the last axis, to one byte each."""
-    parts = (data >> 4, data & 15) if high_first else (data & 15, data >> 4)
-    return np.stack(parts, -1).reshape(*data.shape[:-1], 2 * data.shape[-1])
+    codes = np.empty((*data.shape, 2), np.uint8)
+    np.bitwise_and(data, 15, out=codes[..., 1 if high_first else 0])
+    np.right_shift(data, 4, out=codes[..., 0 if high_first else 1])
+    return codes.reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
 def from_words(words: Array, bits: int) -> Array:

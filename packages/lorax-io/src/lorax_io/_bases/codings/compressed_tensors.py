@@ -1,5 +1,7 @@
 """compressed-tensors: packed integers, integers and FP8 with scales, NVFP4 and MXFP4."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,12 +29,13 @@ from .coding import (
     stored,
     whole,
 )
-from .schemes import bits_of, grains_of, is_symmetric_in, schemes_of
+from .schemes import Scheme, bits_of, grains_of, is_symmetric_in, schemes_of
 
 _FLOATS = {
     np.dtype(jnp.float8_e4m3fn): FP8("e4m3"),
     np.dtype(jnp.float8_e5m2): FP8("e5m2"),
 }
+_NVFP4_BLOCK, _MXFP4_BLOCK = 16, 32
 
 
 def _names(module: str, parameter: str, *ends: str) -> tuple[str, ...]:
@@ -47,14 +50,17 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     if packed not in tensors or tensors.view(packed).dtype != np.int32:
         return None
     words = need(tensors, packed, ndim=2)
-    outputs, inputs = (int(n) for n in expect(size, need(tensors, size), (2,)))
+    sizes = expect(size, need(tensors, size, dtypes=[np.int64, np.int32]), (2,))
+    outputs, inputs = (int(n) for n in sizes)
     if outputs != words.shape[0] or not 0 < inputs <= 32 * words.shape[1]:
         raise AdapterFileError(f"has `{packed}` {words.shape} for a weight of {outputs, inputs}.")
-    schemes = schemes_of(tensors, packed, np.int8)
+    schemes = schemes_of(tensors, module, packed, "int")
     bits = check_bits(packed, bits_of(packed, schemes, inputs, words.shape[1]))
     scales = _scales(tensors, scale, (outputs, inputs))
     grains = grains_of(scale, (outputs, inputs), scales.shape, schemes)
     is_symmetric = is_symmetric_in(tensors, zero, schemes)
+    if not is_symmetric and schemes and all(scheme.is_symmetric for scheme in schemes):
+        raise AdapterFileError(f"has `{zero}`, and its config says that codes are symmetric.")
     unsigned = jnp.uint4 if bits == 4 else np.dtype(np.uint8)
     signed = jnp.int4 if bits == 4 else np.dtype(np.int8)
     flip = np.uint8(0 if not is_symmetric else 8 if bits == 4 else 128)
@@ -70,18 +76,43 @@ def find_packed(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
     if not is_symmetric:
         parts["zeros"] = whole(_zeros(tensors, zero, scales.shape, outputs, bits), grains, unsigned)
         names.append(zero)
+    groups = _groups(tensors, order, schemes, inputs, grains[1], scales.shape)
     if order in tensors:
         names.append(order)
-        groups = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
-        if groups.max() >= 0 and not np.array_equal(groups, np.arange(inputs) // grains[1]):
-            check_groups(order, groups, scales.shape[1])
-            middle = np.full(scales.shape, 1 << bits - 1, np.uint8)
-            zeros = middle.__getitem__ if is_symmetric else parts["zeros"].read
-            raw = lambda rows: codes(rows) ^ flip  # noqa: E731
-            read = in_groups(raw, zeros, scales.__getitem__, groups)
-            return Decoded(tuple(names), UNORDERED, read, (outputs, inputs), scales.dtype)
+    if groups is not None:
+        middle = np.full(scales.shape, 1 << bits - 1, np.uint8)
+        zeros = middle.__getitem__ if is_symmetric else parts["zeros"].read
+        raw = lambda rows: codes(rows) ^ flip  # noqa: E731
+        read = in_groups(raw, zeros, scales.__getitem__, groups)
+        return Decoded(tuple(names), UNORDERED, read, (outputs, inputs), scales.dtype)
     codec = (Int4 if bits == 4 else Int8)(block=None, symmetric=is_symmetric)
     return Coded(tuple(names), codec, parts, (outputs, inputs), scales.dtype)
+
+
+def _groups(
+    tensors: Tensors, name: str, schemes: list[Scheme], inputs: int, size: int, shape: Any
+) -> Array | None:
+    """The group of each input; None if groups are neighbors.
+
+    Args:
+        tensors: the checkpoint.
+        name: of the groups.
+        schemes: those that the config has for such codes.
+        inputs: of the weight.
+        size: of a group.
+        shape: of the scales.
+    """
+    if name not in tensors:
+        if schemes and all(scheme.has_order for scheme in schemes):
+            raise AdapterFileError(f"lacks `{name}`, and its config says that groups have an order "
+                                   "of their own (actorder).")  # fmt: skip
+        return None
+    groups = expect(name, need(tensors, name, dtypes=[np.int32, np.int64]), (inputs,))
+    groups = groups.astype(np.int64)
+    if groups.max() < 0 or np.array_equal(groups, np.arange(inputs) // size):
+        return None
+    check_groups(name, groups, shape[1])
+    return groups
 
 
 def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bits: int) -> Array:
@@ -100,14 +131,17 @@ def _zeros(tensors: Tensors, name: str, shape: tuple[int, ...], outputs: int, bi
 
 def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     """int8 or FP8 codes, with one scale, or a scale for each output, group or block."""
-    weight, scale, zero, second = _names(module, parameter, "", "_scale", "_zero_point", "_scale_2")
+    weight, scale, zero, second, order = _names(
+        module, parameter, "", "_scale", "_zero_point", "_scale_2", "_g_idx"
+    )
     if weight not in tensors or scale not in tensors or second in tensors:
         return None
     codes = tensors.view(weight)
     if codes.ndim < 2 or codes.dtype not in [*_FLOATS, np.dtype(np.int8)]:
         return None
-    scales = _scales(tensors, scale, codes.shape, has_exponents=codes.dtype in _FLOATS)
-    schemes = schemes_of(tensors, weight, codes.dtype)
+    scales = _scales(tensors, scale, codes.shape, of_floats=codes.dtype in _FLOATS)
+    kind, bits = ("int", None) if codes.dtype == np.int8 else ("float", 8)
+    schemes = schemes_of(tensors, module, weight, kind, bits)
     grains = grains_of(scale, codes.shape, scales.shape, schemes)
     ones = (1,) * codes.ndim
     as_is = stored(codes=(weight, codes), scales=(scale, need(tensors, scale)))
@@ -117,19 +151,26 @@ def find_scaled(tensors: Tensors, module: str, parameter: str) -> AnyCoded | Non
         if dtype.itemsize == 1:
             as_is, dtype = {}, np.dtype(jnp.bfloat16)
         return Coded((weight, scale), codec, parts, codes.shape, dtype, stored=as_is)
-    if is_symmetric_in(tensors, zero, schemes):
-        parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
-        return Coded((weight, scale), Int8(), parts, codes.shape, scales.dtype, stored=as_is)
-    zeros = need(tensors, zero, dtypes=[np.int8]).reshape(scales.shape)
+    is_symmetric = is_symmetric_in(tensors, zero, schemes)
     unsigned = lambda array: array.view(np.uint8) ^ np.uint8(128)  # noqa: E731
-    byte = np.dtype(np.uint8)
-    parts = {
-        "codes": Part(lambda rows: unsigned(np.array(codes[rows])), ones, codes.shape, byte),
-        "scales": whole(scales, grains),
-        "zeros": whole(unsigned(np.array(zeros)), grains),
-    }
-    codec = Int8(symmetric=False)
-    return Coded((weight, scale, zero), codec, parts, codes.shape, scales.dtype)
+    raw = Part(lambda rows: unsigned(np.array(codes[rows])), ones, codes.shape, np.dtype(np.uint8))
+    zeros = np.zeros(scales.shape, np.int8)
+    if not is_symmetric:
+        zeros = need(tensors, zero, dtypes=[np.int8]).reshape(scales.shape)
+    zeros = unsigned(np.array(zeros))
+    names = (weight, scale) if is_symmetric else (weight, scale, zero)
+    if order in tensors:
+        names = (*names, order)
+    if codes.ndim == 2:
+        groups = _groups(tensors, order, schemes, codes.shape[1], grains[1], scales.shape)
+        if groups is not None:
+            read = in_groups(raw.read, zeros.__getitem__, scales.__getitem__, groups)
+            return Decoded(names, UNORDERED, read, codes.shape, scales.dtype)
+    if is_symmetric:
+        parts = {"codes": whole(codes, ones), "scales": whole(scales, grains)}
+        return Coded(names, Int8(), parts, codes.shape, scales.dtype, stored=as_is)
+    parts = {"codes": raw, "scales": whole(scales, grains), "zeros": whole(zeros, grains)}
+    return Coded(names, Int8(symmetric=False), parts, codes.shape, scales.dtype)
 
 
 def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
@@ -139,9 +180,17 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         return None
     data, scales = need(tensors, packed, ndim=2), need(tensors, scale, ndim=2)
     shape = (data.shape[0], 2 * data.shape[1])
-    grains = grains_of(scale, shape, scales.shape, schemes_of(tensors, packed, np.float32))
+    has_exponents = scales.dtype in (np.uint8, EXPONENT)
+    schemes = schemes_of(tensors, module, packed, "float", 4)
+    grains = grains_of(scale, shape, scales.shape, schemes)
+    block = _MXFP4_BLOCK if has_exponents else _NVFP4_BLOCK
+    if not schemes and grains != (1, block):  # codes of 6 bits would have other shapes
+        raise AdapterFileError(
+            f"has `{scale}` of shape {scales.shape}; FP4 of shape {shape} has blocks of {block}. "
+            "Read it as the folder of its own config.json."
+        )
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
-    if scales.dtype in (np.uint8, EXPONENT):
+    if has_exponents:
         parts["scales"] = whole(scales.view(np.uint8), grains)
         codec = MXFP4(block=grains[1])
         return Coded((packed, scale), codec, parts, shape, np.dtype(jnp.bfloat16))
@@ -155,11 +204,8 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
 
 
 def _scales(
-    tensors: Tensors, name: str, shape: tuple[int, ...], *, has_exponents: bool = False
+    tensors: Tensors, name: str, shape: tuple[int, ...], *, of_floats: bool = False
 ) -> Array:
-    """Scales with as many axes as the weight; `has_exponents`: bytes are powers of two (MXFP8)."""
-    if has_exponents and need(tensors, name).dtype == np.uint8:
-        scales = need(tensors, name).view(EXPONENT)
-    else:
-        scales = need_scales(tensors, name)
+    """Scales with as many axes as the weight."""
+    scales = need_scales(tensors, name, of_floats=of_floats)
     return scales.reshape((1,) * len(shape)) if scales.size == 1 else scales

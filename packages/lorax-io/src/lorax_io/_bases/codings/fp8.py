@@ -20,7 +20,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if scale not in tensors:
         return None
     codes = need(tensors, weight, dtypes=[jnp.float8_e4m3fn])
-    scales = need_scales(tensors, scale)
+    scales = need_scales(tensors, scale, of_floats=True)
     sides = setting(tensors, "weight_block_size", SIDES)
     rest = codes.shape[:-2]
     if sides is None:  # one scale, or one for each expert

@@ -55,9 +55,12 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         names = (*names, order)
         of = expect(order, need(tensors, order), (inputs,)).astype(np.int64)
         check_groups(order, of, groups)
+    elif setting(tensors, "desc_act") is True and groups > 1:
+        raise AdapterFileError(f"lacks `{order}`, and its config says desc_act.")
     group = _group(tensors, names[0], inputs, groups, of)
     if is_awq:
-        if str(setting(tensors, "version", "gemm")).lower() != "gemm" or bits != 4:
+        version = setting(tensors, "version", _form(tensors) if kind == "awq" else None)
+        if str(version or "gemm").lower() != "gemm" or bits != 4:
             raise UnsupportedAdapterError(
                 "uses a version of AWQ other than 4-bit GEMM, which is the only one that is read."
             )
@@ -74,7 +77,7 @@ def find(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
         if is_awq:
             return _of_awq(zeros, rows)
         stored = from_words(zeros, bits)[:, rows].T
-        if setting(tensors, "checkpoint_format") == "gptq_v2":
+        if _form(tensors) == "gptq_v2":
             return stored
         return (stored + 1) & (2**bits - 1)  # GPTQ's v1 files store the zero point minus one
 
@@ -133,18 +136,23 @@ def _group(tensors: Tensors, name: str, inputs: int, groups: int, of: Array | No
 
 def _method(tensors: Tensors, prefix: str) -> str:
     """The library that wrote the weight, or "" if the config does not say."""
-    method = str(setting(tensors, "quant_method", ""))
+    method = str(setting(tensors, "quant_method") or setting(tensors, "method") or "")
     if method not in ("", "gptq", "awq"):
         raise UnsupportedAdapterError(
             f"has `{prefix}qweight` of {method}, whose zero points may be stored in another way "
             "than those of GPTQ and AWQ, which are read."
         )
-    form = setting(tensors, "checkpoint_format", "gptq")
+    form = "marlin" if setting(tensors, "is_marlin_format") else _form(tensors) or "gptq"
     if method != "awq" and form not in ("gptq", "gptq_v2"):
         raise UnsupportedAdapterError(
             f"has `{prefix}qweight` in the format {form!r}; gptq and gptq_v2 are read."
         )
     return method
+
+
+def _form(tensors: Tensors) -> Any:
+    """The form of the file, by the keys of AutoGPTQ and of GPTQModel; None if they are absent."""
+    return setting(tensors, "checkpoint_format") or setting(tensors, "format")
 
 
 def _of_awq(words: Any, rows: slice) -> Array:
