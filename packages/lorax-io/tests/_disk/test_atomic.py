@@ -374,6 +374,18 @@ def test_saving_through_a_link_writes_its_target(tmp_path, form):
     assert which(target) == which(link) == 2
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs the permissions of POSIX")
+@pytest.mark.parametrize("form", FORMS)
+def test_replaced_files_keep_their_permissions(tmp_path, form):
+    save, _ = FORMS[form]
+    save(tmp_path / "adapter", 1)
+    files = list(files_of(tmp_path))
+    for file in files:
+        file.chmod(0o600)
+    save(tmp_path / "adapter", 2)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
 def test_saving_through_a_dangling_link_creates_its_target(tmp_path):
     (tmp_path / "link").symlink_to("target")
     save_native(tmp_path / "link", 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Generator
@@ -26,6 +27,8 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
+        if path.exists():
+            shutil.copymode(path, unfinished)  # as writing with `open` keeps it
         _flush(unfinished)
         os.replace(unfinished, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
