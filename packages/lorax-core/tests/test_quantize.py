@@ -512,6 +512,24 @@ def test_vmap_over_bases():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", [Int8(), Int4(8), FP8(block=8, square=True), NF4(32)], ids=str)
+def test_leading_axes_of_a_stack_are_mapped_and_indexed_array_by_array(format):
+    """Square weights: applied along another axis, scales would still broadcast."""
+    frozen = quantize({"w": normal(0, 64, 64, 64)}, {"w": format})
+    plain, x = dequantize(frozen)["w"], normal(1, 2, 64)
+    run = lambda f, x: lora(lambda p, x: x @ p["w"])((f, {"w": None}), x)  # noqa: E731
+    np.testing.assert_allclose(jax.vmap(run, (0, None))(frozen, x), x @ plain, rtol=1e-5, atol=1e-5)
+    got, _ = jax.lax.scan(lambda x, f: (jnp.tanh(run(f, x)), None), x, frozen)
+    expected, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, plain)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    second = jax.tree.map(lambda array: array[1], frozen)
+    np.testing.assert_array_equal(dequantize(second)["w"], plain[1])
+    stacked = dequantize(jax.tree.map(lambda *arrays: jnp.stack(arrays), second, second))["w"]
+    np.testing.assert_array_equal(stacked, jnp.stack([plain[1], plain[1]]))
+    with pytest.raises(ArgumentError, match="indexed or mapped along an axis that shares scales"):
+        dequantize(jax.tree.map(lambda array: array[0], second))
+
+
 WITH_FROZEN_FACTORS = {
     "dora": DoraSpec(LoraSpec(3)),
     "delora": DeloraSpec(3),

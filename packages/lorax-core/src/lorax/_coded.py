@@ -35,6 +35,9 @@ _ENTRYWISE = frozenset(
     "reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh "
     "xor".split()
 )
+# These may make a number of NaN: 1 ** NaN and NaN ** 0 are 1. A look-up fills with NaN, so it does not
+# go past them.
+_NOT_NAN = frozenset(["integer_pow", "pow"])
 _JOINING = frozenset(
     ["concatenate", "dynamic_update_slice", "pad", "scatter", "scatter-add", "stack"]
 )
@@ -175,7 +178,7 @@ class CodedArray:
         others = tuple(x for k, x in enumerate(operands) if k != position)
         # f(slice(W)) = slice(f(W)) if f acts on entries alone, such as a cast or a scalar multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
-        commutes = eqn.primitive.name in _ENTRYWISE and scalar
+        commutes = eqn.primitive.name in _ENTRYWISE - _NOT_NAN and scalar
         params = tuple(eqn.params.items())
         avals: list[Any] = [v.aval for v in eqn.outvars]
         return [

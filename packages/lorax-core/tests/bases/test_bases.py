@@ -199,6 +199,13 @@ USES = {
         (10, 64), TABLE, [np.array([3, 18])], moves=True,
     ),
     "lookup-along-blocks": Use(lambda p, i: p["w"][i], *DENSE[:2], [IDS], moves=True),
+    "lookup-past-the-end": Use(
+        lambda p, i: p["w"][i], *DENSE[:2], [np.array([3, 70, -1])], moves=True
+    ),
+    "lookup-of-powers": Use(
+        lambda p, i: jnp.take(1.0 ** p["w"] + p["w"] ** 0.0, i, 0),
+        (10, 64), TABLE, [np.array([3, 18])], moves=True,
+    ),
     "tied": Use(lambda p, i: p["w"][i] @ p["w"].T, (10, 64), TABLE, [IDS]),
     "split": Use(split, *DENSE),
     "split-within-blocks": Use(split_within_blocks, *DENSE),
@@ -244,6 +251,8 @@ USES = {
 SAMPLE = ("merged-heads", "scan", "lookup-out-of-range")
 SAMPLE_OF_NF4 = (
     *SAMPLE,
+    "lookup-past-the-end",
+    "lookup-of-powers",
     "scan-after-moves",
     "scan-along-blocks",
     "ragged",
