@@ -35,9 +35,6 @@ _ENTRYWISE = frozenset(
     "reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh "
     "xor".split()
 )
-# These may make a number of NaN: 1 ** NaN and NaN ** 0 are 1. A look-up fills with NaN, so it does not
-# go past them.
-_NOT_NAN = frozenset(["integer_pow", "pow"])
 _JOINING = frozenset(
     ["concatenate", "dynamic_update_slice", "pad", "scatter", "scatter-add", "stack"]
 )
@@ -144,7 +141,7 @@ class CodedArray:
             if array is None:
                 try:
                     # A move of axes: codes and scales are moved, which are smaller than floats.
-                    term = _moved(term, move, others)
+                    term = _moved(term, move, others, waiting)
                     continue
                 except Inexpressible:
                     array = self._decoded(term, waiting)
@@ -178,7 +175,7 @@ class CodedArray:
         others = tuple(x for k, x in enumerate(operands) if k != position)
         # f(slice(W)) = slice(f(W)) if f acts on entries alone, such as a cast or a scalar multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
-        commutes = eqn.primitive.name in _ENTRYWISE - _NOT_NAN and scalar
+        commutes = eqn.primitive.name in _ENTRYWISE and scalar
         params = tuple(eqn.params.items())
         avals: list[Any] = [v.aval for v in eqn.outvars]
         return [
@@ -220,17 +217,20 @@ class CodedArray:
         Raises:
             Inexpressible: where a deferred equation cannot be applied to codes.
         """
-        term, moves, kept = self.term, [], []
+        term, waiting = self.term, []
         for move, others in zip(self.moves, self.others, strict=True):
             # f(entries) waits, and a slice or a transpose goes past it to the codes.
             if move.commutes:
-                moves.append(move)
-                kept.append(others)
+                waiting.append((move, others))
             else:
-                term = _moved(term, move, others)
+                term = _moved(term, move, others, waiting)
         term = change(term)
         return dataclasses.replace(
-            self, term=term, moves=tuple(moves), others=tuple(kept), shape=term.shape
+            self,
+            term=term,
+            moves=tuple(move for move, _ in waiting),
+            others=tuple(others for _, others in waiting),
+            shape=term.shape,
         )
 
 
@@ -313,10 +313,22 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     return jnp.expand_dims(array, missing) if missing else array
 
 
-def _moved(term: Term, move: Move, others: tuple[Any, ...]) -> Term:
+def _moved(
+    term: Term,
+    move: Move,
+    others: tuple[Any, ...],
+    waiting: Iterable[tuple[Move, tuple[Any, ...]]],
+) -> Term:
+    """Returns the codes after a move of axes that goes past the equations that wait."""
     change = MOVES.get(move.primitive)
     if change is None or move.position != 0:
         raise Inexpressible
+    if dict(move.params).get("mode") == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        for entrywise, numbers in waiting:
+            # NaN ** 0 is 1, and the derivative of NaN · s by s is NaN; that of a filled row is 0.
+            is_power = entrywise.primitive.name in ("integer_pow", "pow")
+            if is_power or any(map(_compat.is_tracer, numbers)):
+                raise Inexpressible
     term = change(term, *others, **dict(move.params))
     return term[move.result] if isinstance(term, list) else term
 

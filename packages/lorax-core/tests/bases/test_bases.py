@@ -202,6 +202,10 @@ USES = {
     "lookup-past-the-end": Use(
         lambda p, i: p["w"][i], *DENSE[:2], [np.array([3, 70, -1])], moves=True
     ),
+    "lookup-times-data": Use(
+        lambda p, x, i: jnp.nan_to_num(jnp.take(p["w"] * jnp.sum(x), i, 0)),
+        (10, 64), TABLE, [(3, 7), np.array([3, 18])], kept=True,
+    ),
     "lookup-of-powers": Use(
         lambda p, i: jnp.take(1.0 ** p["w"] + p["w"] ** 0.0, i, 0),
         (10, 64), TABLE, [np.array([3, 18])], moves=True,
@@ -253,6 +257,7 @@ SAMPLE_OF_NF4 = (
     *SAMPLE,
     "lookup-past-the-end",
     "lookup-of-powers",
+    "lookup-times-data",
     "scan-after-moves",
     "scan-along-blocks",
     "ragged",
