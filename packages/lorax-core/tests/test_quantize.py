@@ -1,5 +1,6 @@
 """`quantize`: the weights and axes that it quantizes, round trips, adapters, and errors."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -528,6 +529,20 @@ def test_leading_axes_of_a_stack_are_mapped_and_indexed_array_by_array(format):
     np.testing.assert_array_equal(stacked, jnp.stack([plain[1], plain[1]]))
     with pytest.raises(ArgumentError, match="indexed or mapped along an axis that shares scales"):
         dequantize(jax.tree.map(lambda array: array[0], second))
+
+
+def test_arrays_that_do_not_fit_raise():
+    """They would broadcast, to other numbers."""
+    frozen = quantize({"w": normal(0, 64, 8)}, {"w": NF4(32)})
+    run = lambda frozen: lora(lambda p: p["w"] * 2)((frozen, {"w": None}))  # noqa: E731
+    cast = jax.tree.map(lambda array: array.astype(jnp.bfloat16), frozen)
+    arrays = frozen["w"].arrays
+    cut = dataclasses.replace(frozen["w"], arrays=arrays | {"scales": arrays["scales"][:1]})
+    for each in (run, dequantize):
+        with pytest.raises(ArgumentError, match="'nf4' does not have codes in bfloat16"):
+            each(cast)
+        with pytest.raises(ArgumentError, match=r"scales has shape \(1, 8\) and should have"):
+            each({"w": cut})
 
 
 WITH_FROZEN_FACTORS = {

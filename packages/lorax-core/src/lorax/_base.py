@@ -108,6 +108,29 @@ class QuantizedWeight(Encoded):
         labels = self.codec.labels(blocks)
         return blocks.out, {name: labels[name] for name in self.names}
 
+    def checked_labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
+        """Returns the labels of a weight whose arrays fit them.
+
+        Raises:
+            ArgumentError: where they do not, as after a cast or a slice of every array of a tree.
+                Most such arrays would still broadcast, to other numbers.
+        """
+        codes = self.arrays["codes"]
+        if codes.dtype not in map(jnp.dtype, self.codec.dtypes()):
+            raise ArgumentError(
+                f"The format {self.format!r} does not have codes in {codes.dtype}. Cast and slice "
+                "weights before `quantize`, or inside the function that `lora` transforms."
+            )
+        out, labels = self.labels()
+        for name, axis_labels in labels.items():
+            shape, sizes = self.arrays[name].shape, tuple(label.size for label in axis_labels)
+            if tuple(shape) != sizes:
+                raise ArgumentError(
+                    f"{name} has shape {tuple(shape)} and should have {sizes}, in a quantized "
+                    f"weight of shape {self.shape}."
+                )
+        return out, labels
+
     def blocks_of(self, shape: Sequence[int]) -> Blocks:
         """Returns the labels for a weight of `shape`, which need not be that of its arrays."""
         ndim = len(shape)
@@ -150,7 +173,7 @@ class QuantizedWeight(Encoded):
 
     def coded(self, source: Any = None) -> CodedArray:
         """Returns the weight as `lora` evaluates it; `source` names it in messages."""
-        out, labels = self.labels()
+        out, labels = self.checked_labels()
         names, dtype = self.names, self.dtype
         # As factors with labels, codes and scales are sliced and transposed like a term.
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
@@ -281,29 +304,24 @@ def quantized_from_settings(
     # Aliases such as "f4" would make settings of equal weights differ.
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
         raise ArgumentError(f"A quantized weight cannot have dtype={dtype!r}.")
-    codes = arrays["codes"]
-    if codes.dtype not in map(jnp.dtype, format.dtypes()):
-        raise ArgumentError(f"The format {cls.name!r} does not have codes in {codes.dtype}.")
     # (axis, entries) or (axis, blocks per group, entries)
     if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
         raise ArgumentError(f"A quantized weight cannot have blocks={blocks}.")
-    axes, ndim = [d for d, *_ in blocks], len(codes.shape) - sum(len(row) - 1 for row in blocks)
+    axes = [d for d, *_ in blocks]
+    ndim = len(arrays["codes"].shape) - sum(len(row) - 1 for row in blocks)
     if not all(0 <= d < ndim for d in (*along, *axes)) or len(set(axes)) < len(axes):
         raise ArgumentError(
             f"A weight of {ndim} axes cannot have blocks={blocks} and along={along}."
         )
     places = from_end(ndim, {d: within for d, *within in blocks}, along)
     weight = QuantizedWeight(dict(arrays), cls.name, options, *places, dtype)
-    _, labels = weight.labels()
+    weight.checked_labels()
     if set(weight.names) != set(arrays):
         raise ArgumentError(f"The format {cls.name!r} does not have the arrays {sorted(arrays)}.")
-    for name, axis_labels in labels.items():
+    for name in weight.names:
         is_shape = isinstance(arrays[name], jax.ShapeDtypeStruct)
         if not is_shape and not format.are_numbers(name, arrays[name]):
             raise ArgumentError(f"`{name}` has entries that are not finite.")
-        sizes = tuple(label.size for label in axis_labels)
-        if tuple(arrays[name].shape) != sizes:
-            raise ArgumentError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
     return weight
 
 
