@@ -203,7 +203,9 @@ class QuantizedWeight(Encoded):
 register_with_export(QuantizedWeight)
 
 
-def from_end(ndim: int, blocks: Mapping[int, Sequence[int]], along: Sequence[int]) -> Any:
+def from_end(
+    ndim: int, blocks: Mapping[int, Sequence[int]], along: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """Returns the blocks and the axes that share scales as `QuantizedWeight` has them."""
     rows = tuple((d - ndim, *within) for d, within in sorted(blocks.items()))
     return rows, tuple(d - ndim for d in along)
@@ -226,9 +228,8 @@ def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> Quan
     blocks = format.blocks(path, shape, along)
     _check_parts(path, base, blocks)
     options = tuple(getattr(format, name) for name in fields_of(format))
-    return QuantizedWeight(
-        {}, format.name, options, *from_end(len(shape), blocks, along), base.dtype.name
-    )  # fmt: skip
+    rows, axes = from_end(len(shape), blocks, along)
+    return QuantizedWeight({}, format.name, options, rows, axes, base.dtype.name)
 
 
 def _check_parts(path: str, base: Any, blocks: Mapping[int, Sequence[int]]) -> None:
@@ -313,8 +314,8 @@ def quantized_from_settings(
         raise ArgumentError(
             f"A weight of {ndim} axes cannot have blocks={blocks} and along={along}."
         )
-    places = from_end(ndim, {d: within for d, *within in blocks}, along)
-    weight = QuantizedWeight(dict(arrays), cls.name, options, *places, dtype)
+    blocks, along = from_end(ndim, {d: within for d, *within in blocks}, along)
+    weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
     weight.checked_labels()
     if set(weight.names) != set(arrays):
         raise ArgumentError(f"The format {cls.name!r} does not have the arrays {sorted(arrays)}.")
