@@ -52,6 +52,7 @@ class Move(NamedTuple):
         position: which operand the weight is.
         result: which of its results this is.
         commutes: whether it acts on entries alone and so commutes with moves of axes.
+        keeps_nan: whether a look-up that fills with NaN goes past it as well.
     """
 
     primitive: jex.Primitive
@@ -59,6 +60,7 @@ class Move(NamedTuple):
     position: int
     result: int
     commutes: bool
+    keeps_nan: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -176,12 +178,15 @@ class CodedArray:
         # f(slice(W)) = slice(f(W)) if f acts on entries alone, such as a cast or a scalar multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
         commutes = eqn.primitive.name in _ENTRYWISE and scalar
+        # NaN ** 0 is 1, and the derivative of NaN · s by s is NaN, while that of a filled row is 0.
+        is_power = eqn.primitive.name in ("integer_pow", "pow")
+        keeps_nan = not is_power and not any(map(_compat.is_tracer, others))
         params = tuple(eqn.params.items())
         avals: list[Any] = [v.aval for v in eqn.outvars]
         return [
             dataclasses.replace(
                 self,
-                moves=(*self.moves, Move(eqn.primitive, params, position, k, commutes)),
+                moves=(*self.moves, Move(eqn.primitive, params, position, k, commutes, keeps_nan)),
                 others=(*self.others, others),
                 shape=tuple(aval.shape),
                 dtype=aval.dtype,
@@ -324,11 +329,8 @@ def _moved(
     if change is None or move.position != 0:
         raise Inexpressible
     if dict(move.params).get("mode") == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        for entrywise, numbers in waiting:
-            # NaN ** 0 is 1, and the derivative of NaN · s by s is NaN; that of a filled row is 0.
-            is_power = entrywise.primitive.name in ("integer_pow", "pow")
-            if is_power or any(map(_compat.is_tracer, numbers)):
-                raise Inexpressible
+        if not all(entrywise.keeps_nan for entrywise, _ in waiting):
+            raise Inexpressible
     term = change(term, *others, **dict(move.params))
     return term[move.result] if isinstance(term, list) else term
 

@@ -365,6 +365,13 @@ def _check_that_only_codes_are_kept(run_on, coded, adapter, data):
     assert sum(x.size for x in codes) <= most, [x.shape for x in codes]
 
 
+def test_a_look_up_past_a_number_decodes_rows_alone():
+    coded = quantize({"w": jnp.ones((10, 64))}, {"w": NF4(32, along=(1,))})
+    run = lambda coded, i: lora(lambda p: jnp.take(p["w"] * 3, i, 0))((coded, {"w": None}))  # noqa: E731
+    text = str(jax.make_jaxpr(run)(coded, jnp.array([3, 18])))
+    assert not re.findall(r"f32\[10,(?:64|2,32)\]", text)
+
+
 def looped_rows(p, x):
     return lax.scan(lambda y, wx: (y + wx[0] * wx[1], None), jnp.zeros(10), (p["w"], x))[0]
 
