@@ -1,5 +1,6 @@
 """`quantize`: the weights and axes that it quantizes, round trips, adapters, and errors."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -181,7 +182,7 @@ def test_invalid_settings_or_arrays_raise():
         quantized_from_settings(settings, coded.arrays | {"outer": outer})
     with pytest.raises(ValueError, match="scales has shape"):
         quantized_from_settings(settings, coded.arrays | {"scales": coded.arrays["codes"]})
-    with pytest.raises(ValueError, match="does not have the arrays"):
+    with pytest.raises(ValueError, match="has the arrays .*, and these are "):
         quantized_from_settings(settings, coded.arrays | {"other": coded.arrays["codes"]})
 
 
@@ -512,6 +513,38 @@ def test_vmap_over_bases():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", [Int8(), Int4(8), FP8(block=8, square=True), NF4(32)], ids=str)
+def test_leading_axes_of_a_stack_are_mapped_and_indexed_array_by_array(format):
+    """Square weights: applied along another axis, scales would still broadcast."""
+    frozen = quantize({"w": normal(0, 64, 64, 64)}, {"w": format})
+    plain, x = dequantize(frozen)["w"], normal(1, 2, 64)
+    run = lambda f, x: lora(lambda p, x: x @ p["w"])((f, {"w": None}), x)  # noqa: E731
+    np.testing.assert_allclose(jax.vmap(run, (0, None))(frozen, x), x @ plain, rtol=1e-5, atol=1e-5)
+    got, _ = jax.lax.scan(lambda x, f: (jnp.tanh(run(f, x)), None), x, frozen)
+    expected, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, plain)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    second = jax.tree.map(lambda array: array[1], frozen)
+    np.testing.assert_array_equal(dequantize(second)["w"], plain[1])
+    stacked = dequantize(jax.tree.map(lambda *arrays: jnp.stack(arrays), second, second))["w"]
+    np.testing.assert_array_equal(stacked, jnp.stack([plain[1], plain[1]]))
+    with pytest.raises(ArgumentError, match="indexed or mapped along an axis that shares scales"):
+        dequantize(jax.tree.map(lambda array: array[0], second))
+
+
+def test_arrays_that_do_not_fit_raise():
+    """They would broadcast, to other numbers."""
+    frozen = quantize({"w": normal(0, 64, 8)}, {"w": NF4(32)})
+    run = lambda frozen: lora(lambda p: p["w"] * 2)((frozen, {"w": None}))  # noqa: E731
+    cast = jax.tree.map(lambda array: array.astype(jnp.bfloat16), frozen)
+    arrays = frozen["w"].arrays
+    cut = dataclasses.replace(frozen["w"], arrays=arrays | {"scales": arrays["scales"][:1]})
+    for each in (run, dequantize):
+        with pytest.raises(ArgumentError, match="'nf4' does not have codes in bfloat16"):
+            each(cast)
+        with pytest.raises(ArgumentError, match=r"scales has shape \(1, 8\) and should have"):
+            each({"w": cut})
+
+
 WITH_FROZEN_FACTORS = {
     "dora": DoraSpec(LoraSpec(3)),
     "delora": DeloraSpec(3),
@@ -554,3 +587,15 @@ def test_weights_of_other_dtypes_stay_with_a_warning(dtype):
     with pytest.warns(UnquantizedWarning, match=f"`other` is {jnp.dtype(dtype).name}"):
         frozen = quantize(params, Int8(), fn=fn, args=(normal(2, 5, 64),))
     assert frozen["other"] is params["other"] and isinstance(frozen["w"], QuantizedWeight)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_weight_with_other_arrays_than_its_format_raises(change):
+    weight = quantize({"w": jnp.ones((64, 3))}, {"w": "nf4"})["w"]
+    arrays = dict(weight.arrays)
+    if change == "missing":
+        del arrays["outer"]
+    else:
+        arrays["zeros"] = arrays["scales"]
+    with pytest.raises(ArgumentError, match="NF4.* has the arrays .*, and these are "):
+        quantized_from_settings(weight.settings(), arrays)

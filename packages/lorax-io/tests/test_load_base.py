@@ -200,7 +200,7 @@ def test_files_of_a_folder_are_those_of_transformers(tmp_path):
 def test_weights_that_decode_to_infinity_raise(tmp_path):
     """Its codes and scales are finite."""
     codes = np.full((4, 64), 100, np.int8)
-    up = {"weight": codes, "weight_scale": np.full((4, 1), 700, np.float16)}
+    up: dict[str, Any] = {"weight": codes, "weight_scale": np.full((4, 1), 700, np.float16)}
     path = save(tmp_path / "f", up=up)
     with pytest.raises(AdapterError, match="`up` that decode to infinity in float16"):
         load_base(path, {"up": Linear("up")})
@@ -209,7 +209,7 @@ def test_weights_that_decode_to_infinity_raise(tmp_path):
     up["weight_scale"][:] = 600
     held = load_base(save(path, up=up), {"up": Linear("up")})
     assert (dequantize(held)["up"] == 60000).all()
-    experts = {"up_blocks": np.full((2, 4, 1, 16), 0x77, np.uint8)}
+    experts: dict[str, Any] = {"up_blocks": np.full((2, 4, 1, 16), 0x77, np.uint8)}
     experts["up_scales"] = np.full((2, 4, 1), 127 + 14, np.uint8)
     path = save(tmp_path / "f", e=experts)
     names = {"up": Experts("e", parameter="up", shared_axes=[0])}
@@ -224,7 +224,7 @@ def test_weights_that_decode_to_infinity_raise(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 def test_memory_is_limited_by_the_largest_tensor(tmp_path, dtype):
     side = 4096
-    tensors = {"weight": np.ones((side, side), dtype)}
+    tensors: dict[str, Any] = {"weight": np.ones((side, side), dtype)}
     if dtype != jnp.bfloat16:
         tensors["weight_scale"] = np.ones((side, 1), np.float32)
     path = save(tmp_path / "f", a=tensors, b=tensors)

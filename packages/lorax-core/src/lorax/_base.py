@@ -37,8 +37,10 @@ class QuantizedWeight(Encoded):
         format: the name of the format.
         options: the settings of the format, in order.
         blocks: for each axis in blocks, `(axis, entries per block)`, or
-            `(axis, blocks per group, entries per block)`.
-        along: the axes whose entries share scales.
+            `(axis, blocks per group, entries per block)`. Axes are counted from the end, −1 being
+            the last: so a stack of weights may be made or taken apart one array at a time, along a
+            leading axis, as `jax.vmap` and `jax.lax.scan` do.
+        along: the axes whose entries share scales, also counted from the end.
         stored: the name of the dtype of the decoded weight.
     """
 
@@ -67,13 +69,23 @@ class QuantizedWeight(Encoded):
         sizes = iter(self.arrays["codes"].shape)
         parts = {d: len(within) for d, *within in self.blocks}
         return tuple(
-            math.prod(next(sizes) for _ in range(1 + parts.get(d, 0))) for d in range(self.ndim)
+            math.prod(next(sizes) for _ in range(1 + parts.get(d, 0))) for d in range(-self.ndim, 0)
         )
 
     @property
     def ndim(self) -> int:
         """The number of axes of the weight."""
-        return len(self.arrays["codes"].shape) - sum(len(within) for _, *within in self.blocks)
+        shape = self.arrays["codes"].shape
+        ndim = len(shape) - sum(len(within) for _, *within in self.blocks)
+        needed = -min((*self.along, *(d for d, *_ in self.blocks)), default=0)
+        if ndim < needed:
+            raise ArgumentError(
+                f"A quantized weight of {needed} axes or more, {self.codec}, has codes of shape "
+                f"{tuple(shape)}: its arrays were indexed or mapped along an axis that shares "
+                "scales. That is possible for leading axes that share none, such as layers. Index "
+                "the weight inside the function that `lora` transforms, or dequantize it."
+            )
+        return ndim
 
     @property
     def size(self) -> int:
@@ -92,9 +104,38 @@ class QuantizedWeight(Encoded):
 
     def labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
         """Returns the labels of each axis of the weight, and those of each array."""
-        blocks = Blocks.of(self.shape, _sizes(self.blocks), self.along)
+        blocks = self.blocks_of(self.shape)
         labels = self.codec.labels(blocks)
         return blocks.out, {name: labels[name] for name in self.names}
+
+    def checked_labels(self) -> tuple[tuple[Labels, ...], dict[str, Labels]]:
+        """Returns the labels of a weight whose arrays fit them.
+
+        Raises:
+            ArgumentError: where they do not, as after a cast or a slice of every array of a tree.
+                Most such arrays would still broadcast, to other numbers.
+        """
+        codes = self.arrays["codes"]
+        if codes.dtype not in map(jnp.dtype, self.codec.dtypes()):
+            raise ArgumentError(
+                f"The format {self.format!r} does not have codes in {codes.dtype}. Cast and slice "
+                "weights before `quantize`, or inside the function that `lora` transforms."
+            )
+        out, labels = self.labels()
+        for name, axis_labels in labels.items():
+            shape, sizes = self.arrays[name].shape, tuple(label.size for label in axis_labels)
+            if tuple(shape) != sizes:
+                raise ArgumentError(
+                    f"{name} has shape {tuple(shape)} and should have {sizes}, in a quantized "
+                    f"weight of shape {self.shape}."
+                )
+        return out, labels
+
+    def blocks_of(self, shape: Sequence[int]) -> Blocks:
+        """Returns the labels for a weight of `shape`, which need not be that of its arrays."""
+        ndim = len(shape)
+        sizes = {d + ndim: within for d, *within in self.blocks}
+        return Blocks.of(shape, sizes, tuple(d + ndim for d in self.along))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +173,7 @@ class QuantizedWeight(Encoded):
 
     def coded(self, source: Any = None) -> CodedArray:
         """Returns the weight as `lora` evaluates it; `source` names it in messages."""
-        out, labels = self.labels()
+        out, labels = self.checked_labels()
         names, dtype = self.names, self.dtype
         # As factors with labels, codes and scales are sliced and transposed like a term.
         term = Term(tuple(self.arrays[n] for n in names), tuple(labels[n] for n in names), out)
@@ -146,11 +187,15 @@ class QuantizedWeight(Encoded):
         return self.coded().array()
 
     def settings(self) -> dict[str, Any]:
-        """Returns everything but the arrays, as JSON for `quantized_from_settings`."""
+        """Returns everything but the arrays, as JSON for `quantized_from_settings`.
+
+        There, axes are counted from the start.
+        """
+        ndim = self.ndim
         return {
             **self.codec.settings(),
-            "blocks": [list(sizes) for sizes in self.blocks],
-            "along": list(self.along),
+            "blocks": [[d + ndim, *within] for d, *within in self.blocks],
+            "along": [d + ndim for d in self.along],
             "dtype": self.stored,
         }
 
@@ -158,8 +203,12 @@ class QuantizedWeight(Encoded):
 register_with_export(QuantizedWeight)
 
 
-def _sizes(blocks: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
-    return {d: within for d, *within in blocks}
+def from_end(
+    ndim: int, blocks: Mapping[int, Sequence[int]], along: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Returns the blocks and the axes that share scales as `QuantizedWeight` has them."""
+    rows = tuple((d - ndim, *within) for d, within in sorted(blocks.items()))
+    return rows, tuple(d - ndim for d in along)
 
 
 def bytes_of(leaf: Any) -> int:
@@ -176,13 +225,14 @@ def blank_of(path: str, base: Any, along: Sequence[int], format: Format) -> Quan
     """Returns a quantized weight without arrays, for an array or its shape."""
     shape = tuple(base.shape)
     along = normalize(path, len(shape), "along", along)
-    blocks = tuple((d, *sizes) for d, sizes in sorted(format.blocks(path, shape, along).items()))
+    blocks = format.blocks(path, shape, along)
     _check_parts(path, base, blocks)
     options = tuple(getattr(format, name) for name in fields_of(format))
-    return QuantizedWeight({}, format.name, options, blocks, along, base.dtype.name)
+    rows, axes = from_end(len(shape), blocks, along)
+    return QuantizedWeight({}, format.name, options, rows, axes, base.dtype.name)
 
 
-def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
+def _check_parts(path: str, base: Any, blocks: Mapping[int, Sequence[int]]) -> None:
     """Raises if sharding over explicit mesh axes would cut a block.
 
     Over automatic axes, such codes are replicated instead; for explicit axes, that would change the
@@ -196,7 +246,7 @@ def _check_parts(path: str, base: Any, blocks: Sequence[Sequence[int]]) -> None:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # The mesh axes that each axis of the weight is split over.
     split = dict(enumerate(sharding.spec))
-    for d, *within in blocks:
+    for d, within in blocks.items():
         entry = split.get(d) or ()
         names = entry if isinstance(entry, tuple) else (entry,)
         names = tuple(name for name in names if kinds[name] is AxisType.Explicit)
@@ -255,29 +305,33 @@ def quantized_from_settings(
     # Aliases such as "f4" would make settings of equal weights differ.
     if jnp.dtype(dtype).name != dtype or not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
         raise ArgumentError(f"A quantized weight cannot have dtype={dtype!r}.")
-    weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
-    codes = arrays["codes"]
-    if codes.dtype not in map(jnp.dtype, format.dtypes()):
-        raise ArgumentError(f"The format {cls.name!r} does not have codes in {codes.dtype}.")
     # (axis, entries) or (axis, blocks per group, entries)
     if not all(len(row) in (2, 3) and min(row[1:]) > 0 for row in blocks):
         raise ArgumentError(f"A quantized weight cannot have blocks={blocks}.")
-    axes, ndim = [d for d, *_ in blocks], weight.ndim
+    axes = [d for d, *_ in blocks]
+    ndim = len(arrays["codes"].shape) - sum(len(row) - 1 for row in blocks)
     if not all(0 <= d < ndim for d in (*along, *axes)) or len(set(axes)) < len(axes):
         raise ArgumentError(
             f"A weight of {ndim} axes cannot have blocks={blocks} and along={along}."
         )
-    _, labels = weight.labels()
-    if set(weight.names) != set(arrays):
-        raise ArgumentError(f"The format {cls.name!r} does not have the arrays {sorted(arrays)}.")
-    for name, axis_labels in labels.items():
+    blocks, along = from_end(ndim, {d: within for d, *within in blocks}, along)
+    weight = QuantizedWeight(dict(arrays), cls.name, options, blocks, along, dtype)
+    weight.checked_labels()
+    if (made := _arrays_of(weight)) != set(arrays):
+        raise ArgumentError(
+            f"A weight in {format} has the arrays {sorted(made)}, and these are {sorted(arrays)}."
+        )
+    for name in weight.names:
         is_shape = isinstance(arrays[name], jax.ShapeDtypeStruct)
         if not is_shape and not format.are_numbers(name, arrays[name]):
             raise ArgumentError(f"`{name}` has entries that are not finite.")
-        sizes = tuple(label.size for label in axis_labels)
-        if tuple(arrays[name].shape) != sizes:
-            raise ArgumentError(f"{name} has shape {arrays[name].shape} and should have {sizes}.")
     return weight
+
+
+def _arrays_of(weight: QuantizedWeight) -> set[str]:
+    """Returns the names of the arrays that the format of a weight makes."""
+    encode = _encoder(jax.tree.structure(dataclasses.replace(weight, arrays={})), weight.shape)
+    return set(jax.eval_shape(encode, jax.ShapeDtypeStruct(weight.shape, weight.dtype)))
 
 
 def as_base(base: Any, source: Any = None) -> Any:
@@ -348,7 +402,7 @@ def _encoder(blank: Any, shape: tuple[int, ...]) -> Callable[[jax.Array], dict[s
         shape: the shape of the weight.
     """
     weight: QuantizedWeight = jax.tree.unflatten(blank, ())
-    blocks = Blocks.of(shape, _sizes(weight.blocks), weight.along)
+    blocks = weight.blocks_of(shape)
     labels = weight.codec.labels(blocks)
 
     def encode(array: jax.Array) -> dict[str, jax.Array]:

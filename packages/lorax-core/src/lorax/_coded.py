@@ -52,6 +52,7 @@ class Move(NamedTuple):
         position: which operand the weight is.
         result: which of its results this is.
         commutes: whether it acts on entries alone and so commutes with moves of axes.
+        keeps_nan: whether a look-up that fills with NaN goes past it as well.
     """
 
     primitive: jex.Primitive
@@ -59,6 +60,7 @@ class Move(NamedTuple):
     position: int
     result: int
     commutes: bool
+    keeps_nan: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +143,7 @@ class CodedArray:
             if array is None:
                 try:
                     # A move of axes: codes and scales are moved, which are smaller than floats.
-                    term = _moved(term, move, others)
+                    term = _moved(term, move, others, waiting)
                     continue
                 except Inexpressible:
                     array = self._decoded(term, waiting)
@@ -176,12 +178,15 @@ class CodedArray:
         # f(slice(W)) = slice(f(W)) if f acts on entries alone, such as a cast or a scalar multiple.
         scalar = all(getattr(x, "shape", ()) == () for x in others)
         commutes = eqn.primitive.name in _ENTRYWISE and scalar
+        # NaN ** 0 is 1, and the derivative of NaN · s by s is NaN, while that of a filled row is 0.
+        is_power = eqn.primitive.name in ("integer_pow", "pow")
+        keeps_nan = not is_power and not any(map(_compat.is_tracer, others))
         params = tuple(eqn.params.items())
         avals: list[Any] = [v.aval for v in eqn.outvars]
         return [
             dataclasses.replace(
                 self,
-                moves=(*self.moves, Move(eqn.primitive, params, position, k, commutes)),
+                moves=(*self.moves, Move(eqn.primitive, params, position, k, commutes, keeps_nan)),
                 others=(*self.others, others),
                 shape=tuple(aval.shape),
                 dtype=aval.dtype,
@@ -217,17 +222,20 @@ class CodedArray:
         Raises:
             Inexpressible: if a deferred equation cannot be applied to codes.
         """
-        term, moves, kept = self.term, [], []
+        term, waiting = self.term, []
         for move, others in zip(self.moves, self.others, strict=True):
             # f(entries) waits, and a slice or a transpose goes past it to the codes.
             if move.commutes:
-                moves.append(move)
-                kept.append(others)
+                waiting.append((move, others))
             else:
-                term = _moved(term, move, others)
+                term = _moved(term, move, others, waiting)
         term = change(term)
         return dataclasses.replace(
-            self, term=term, moves=tuple(moves), others=tuple(kept), shape=term.shape
+            self,
+            term=term,
+            moves=tuple(move for move, _ in waiting),
+            others=tuple(others for _, others in waiting),
+            shape=term.shape,
         )
 
 
@@ -310,10 +318,19 @@ def _spread(array: jax.Array, labels: Sequence[Label], order: Sequence[Label]) -
     return jnp.expand_dims(array, missing) if missing else array
 
 
-def _moved(term: Term, move: Move, others: tuple[Any, ...]) -> Term:
+def _moved(
+    term: Term,
+    move: Move,
+    others: tuple[Any, ...],
+    waiting: Iterable[tuple[Move, tuple[Any, ...]]],
+) -> Term:
+    """Returns the codes after a move of axes that goes past the equations that wait."""
     change = MOVES.get(move.primitive)
     if change is None or move.position != 0:
         raise Inexpressible
+    if dict(move.params).get("mode") == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        if not all(entrywise.keeps_nan for entrywise, _ in waiting):
+            raise Inexpressible
     term = change(term, *others, **dict(move.params))
     return term[move.result] if isinstance(term, list) else term
 

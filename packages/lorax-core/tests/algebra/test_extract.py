@@ -14,10 +14,12 @@ from lorax import (
     LoraSpec,
     SpecError,
     UnadaptedWarning,
+    dequantize,
     extract_lora,
     init_lora,
     lora,
     merge_params,
+    quantize,
 )
 
 
@@ -145,3 +147,21 @@ def test_randomized_decomposition_of_complex_parameters_is_close_to_the_best():
     _, errors = extract_lora({"w": jnp.zeros_like(delta)}, {"w": delta}, {"w": LoraSpec(3)})
     least = np.sqrt((values[3:] ** 2).sum() / (values**2).sum())
     assert least <= errors["w"] * 1.0001 and errors["w"] <= least * 1.01
+
+
+def test_quantized_weights_are_decoded_and_stay_quantized():
+    base = {"kernel": random(0, 64, 9), "head": random(1, 64, 5), "same": random(2, 64, 5)}
+    base = quantize(base, {"kernel": "nf4", "head": "int8", "same": "int8"})
+    tuned = dequantize(base)
+    tuned |= {"kernel": tuned["kernel"] + random(3, 64, 2) @ random(4, 2, 9)}
+    tuned |= {"head": quantize({"w": tuned["head"] + random(5, 64, 5)}, {"w": "int8"})["w"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = {"kernel": 2, "head": 5, "same": LORA_FREEZE}
+        pair, errors = extract_lora(base, tuned, spec)
+    assert pair.frozen["kernel"] is base["kernel"] and max(errors.values()) < 1e-4
+    merged, tuned = merge_params(pair), dequantize(tuned)
+    for name, expected in tuned.items():
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-4)
+    with pytest.warns(UnadaptedWarning, match="`kernel` differ"):
+        extract_lora(base, tuned, spec | {"kernel": LORA_FREEZE})

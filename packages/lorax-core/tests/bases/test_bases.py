@@ -199,6 +199,17 @@ USES = {
         (10, 64), TABLE, [np.array([3, 18])], moves=True,
     ),
     "lookup-along-blocks": Use(lambda p, i: p["w"][i], *DENSE[:2], [IDS], moves=True),
+    "lookup-past-the-end": Use(
+        lambda p, i: p["w"][i], *DENSE[:2], [np.array([3, 70, -1])], moves=True
+    ),
+    "lookup-times-data": Use(
+        lambda p, x, i: jnp.nan_to_num(jnp.take(p["w"] * jnp.sum(x), i, 0)),
+        (10, 64), TABLE, [(3, 7), np.array([3, 18])], kept=True,
+    ),
+    "lookup-of-powers": Use(
+        lambda p, i: jnp.take(1.0 ** p["w"], i, 0),
+        (10, 64), TABLE, [np.array([3, 18])], moves=True,
+    ),
     "tied": Use(lambda p, i: p["w"][i] @ p["w"].T, (10, 64), TABLE, [IDS]),
     "split": Use(split, *DENSE),
     "split-within-blocks": Use(split_within_blocks, *DENSE),
@@ -244,6 +255,9 @@ USES = {
 SAMPLE = ("merged-heads", "scan", "lookup-out-of-range")
 SAMPLE_OF_NF4 = (
     *SAMPLE,
+    "lookup-past-the-end",
+    "lookup-of-powers",
+    "lookup-times-data",
     "scan-after-moves",
     "scan-along-blocks",
     "ragged",
@@ -349,6 +363,13 @@ def _check_that_only_codes_are_kept(run_on, coded, adapter, data):
     codes = [x for x in kept if x.dtype == dtype]
     most = sum(x.size for x in arrays.values() if x.dtype == dtype)
     assert sum(x.size for x in codes) <= most, [x.shape for x in codes]
+
+
+def test_a_look_up_past_a_number_decodes_rows_alone():
+    coded = quantize({"w": jnp.ones((10, 64))}, {"w": NF4(32, along=(1,))})
+    run = lambda coded, i: lora(lambda p: jnp.take(p["w"] * 3, i, 0))((coded, {"w": None}))  # noqa: E731
+    text = str(jax.make_jaxpr(run)(coded, jnp.array([3, 18])))
+    assert not re.findall(r"f32\[10,(?:64|2,32)\]", text)
 
 
 def looped_rows(p, x):

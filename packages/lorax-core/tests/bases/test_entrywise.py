@@ -24,6 +24,8 @@ def test_is_one_equation_under_transformations():
     assert [eqn.primitive.name for eqn in jax.make_jaxpr(function)(CODES).eqns] == ["doubled"]
     for run in (function, jax.jit(function), jax.vmap(function), jax.checkpoint(function)):
         np.testing.assert_array_equal(run(CODES), expected)
+        with jax.disable_jit():
+            np.testing.assert_array_equal(run(CODES), expected)
     gradient = jax.grad(lambda x: (x * function(CODES)).sum())(jnp.ones(CODES.shape))
     np.testing.assert_array_equal(gradient, expected)
 

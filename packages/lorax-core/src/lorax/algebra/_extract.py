@@ -12,6 +12,7 @@ import numpy as np
 
 from .._arrays import own
 from .._axes import Axes
+from .._base import decoded
 from .._contract import wide_dtype
 from .._errors import ArgumentError, SpecError, UnadaptedWarning
 from .._init import flatten_spec
@@ -58,7 +59,8 @@ def extract_lora(
     et al. 2011, arXiv:0909.4061).
 
     Args:
-        base: the parameters before fine-tuning.
+        base: the parameters before fine-tuning. Quantized weights stay quantized, and the adapters
+            are for them.
         tuned: the parameters after it, a tree of the same structure. To convert adapters of another
             kind, pass `merge_params(pair)`.
         spec: as for `init_lora`: a rank or a `LoraSpec` for each weight that gets an adapter,
@@ -108,15 +110,16 @@ def extract_lora(
                 f"extract_lora: `{path}` is {jnp.shape(leaf)} in base and {jnp.shape(new)} in "
                 "tuned; both must be parameters of the same model."
             )
-        checked = check_leaf(path, leaf, leaf_spec)
+        checked, new = check_leaf(path, leaf, leaf_spec), decoded(new)
         if checked == LORA_FULL:
             frozen.append(None)
             tunable.append(own(new))
             continue
         frozen.append(leaf)
+        before = decoded(leaf)
         if checked == LORA_FREEZE:
             tunable.append(None)
-            if not np.array_equal(np.asarray(leaf), np.asarray(new)):
+            if not np.array_equal(np.asarray(before), np.asarray(new)):
                 left_out.append(path)
             continue
         kind, axes = checked  # pyright: ignore[reportGeneralTypeIssues]
@@ -126,7 +129,7 @@ def extract_lora(
                 "plain LoRA."
             )
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        weight, errors[path] = _closest(leaf, new, kind, axes, share, own_key)
+        weight, errors[path] = _closest(before, new, kind, axes, share, own_key)
         tunable.append(weight)
     if left_out:
         warnings.warn(

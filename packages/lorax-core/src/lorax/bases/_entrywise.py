@@ -31,7 +31,13 @@ def entrywise(
     primitive = Primitive(name)
     # Outside jit, the primitive runs as a compiled program of one equation.
     settings = list(inspect.signature(form).parameters)[1:]
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=settings))
+    compiled = jax.jit(primitive.bind, static_argnames=settings)
+
+    @primitive.def_impl
+    def _evaluate(codes: jax.Array, **settings: Any) -> jax.Array:
+        with jax.disable_jit(False):  # else it would call itself
+            return compiled(codes, **settings)
+
     primitive.def_abstract_eval(lambda codes, *, dtype, **_: codes.update(dtype=dtype))
     mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False))
     if tpu is not None:

@@ -146,7 +146,9 @@ def _split_indices(term: Term, indices, numbers, slice_sizes, mode):
     for column, d in enumerate(numbers.start_index_map):
         # index [*batch] -> one column for each label: index // unit, then the remainder
         index = indices[..., column]
-        if mode == jax.lax.GatherScatterMode.CLIP:
+        if mode != jax.lax.GatherScatterMode.FILL_OR_DROP:
+            # Also for indices that are promised to be in bounds, as those of `w[i]` are: JAX takes
+            # the nearest entry for others.
             index = jnp.clip(index, 0, term.shape[d] - 1)
         sizes = [math.prod(label.size for label in out[k]) for k in axes[d]]
         for k, axis in enumerate(axes[d]):

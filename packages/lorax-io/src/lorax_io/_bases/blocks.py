@@ -89,11 +89,11 @@ def blank(path: str, place: Place, coded: Coded, runs: Runs, dtype: Any) -> Quan
         name: jax.ShapeDtypeStruct([label.size for label in labels[name]], part.dtype)
         for name, part in coded.parts.items()
     }
-    blocks = tuple((d, *sizes) for d, sizes in sorted(runs.blocks.items()))
+    ndim = len(place.shape)  # `QuantizedWeight` counts axes from the end
+    blocks = tuple((d - ndim, *sizes) for d, sizes in sorted(runs.blocks.items()))
+    along = tuple(d - ndim for d in runs.along)
     options = tuple(getattr(coded.format, name) for name in _settings(coded.format))
-    return QuantizedWeight(
-        arrays, coded.format.name, options, blocks, runs.along, np.dtype(dtype).name
-    )
+    return QuantizedWeight(arrays, coded.format.name, options, blocks, along, np.dtype(dtype).name)
 
 
 def _settings(format: Format) -> list[str]:

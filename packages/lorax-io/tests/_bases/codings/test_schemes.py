@@ -1,6 +1,7 @@
 """compressed-tensors: bits and blocks, from shapes and from the config."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -167,7 +168,7 @@ def test_zero_points_that_the_config_says_and_the_file_lacks(tmp_path, is_packed
 
 
 GROUPED = integers(4, strategy="group", group_size=16)
-UNKNOWN: dict[str, tuple[dict, str]] = {
+UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "strategy": (GROUPED | {"strategy": "spiral"}, "the strategy 'spiral'"),
     "no size of groups": (GROUPED | {"group_size": None}, "the strategy 'group' of None"),
     "no size of blocks": (GROUPED | {"strategy": "block"}, "the strategy 'block' of None"),
@@ -188,7 +189,7 @@ def test_unknown_or_contradictory_schemes_raise(tmp_path, case):
         load(tmp_path, tensors, scheme)
 
 
-SETTINGS: dict[str, tuple[dict, str]] = {
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"format": "marlin-24"}, "in the format 'marlin-24'"),
     "format of a group": (
         {"config_groups": {"a": {"weights": GROUPED, "format": "mxfp6-pack-quantized"}}},
