@@ -223,7 +223,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "axis": (set_quantized(along=[7]), "does not fit the quantized weight `w`"),
     "dtype": (set_quantized(dtype="int8"), "does not fit the quantized weight `w`: .*'int8'"),
     "another format": (set_quantized(format="int8"), "does not fit the quantized weight `w`"),
-    "arrays": (bases(lambda f: f["w"].update(arrays=["codes", "scales"])), "has the arrays .*'outer'"),
+    "arrays": (bases(lambda f: f["w"].update(arrays=["codes", "scales"])), "arrays .*'outer'"),
     "array twice": (bases(lambda f: f["w"].update(factors=["codes"])), "both called `w/codes`"),
     "no arrays": (bases(lambda f: f["w"].update(arrays="codes")), "no list of the arrays of `w`"),
     "missing": (bases(lambda f: f["w"]["arrays"].append("zeros")), "lacks the tensor `w/zeros`"),
