@@ -356,7 +356,7 @@ def test_unmerge_restores_the_base_or_raises(kind):
     merged = merge_params(frozen, tunable)
     if tunable["w"].layout((9, 6)).frozen:
         with pytest.raises(
-            lorax.PairError, match=r"`w` has frozen factors .* Keep the frozen tree"
+            lorax.PairError, match=r"at `w` has frozen factors.*Keep the frozen tree"
         ):
             lorax.unmerge(merged, tunable)
     else:
