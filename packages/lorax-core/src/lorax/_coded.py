@@ -52,7 +52,7 @@ class Move(NamedTuple):
         position: which operand the weight is.
         result: which of its results this is.
         commutes: whether it acts on entries alone and so commutes with moves of axes.
-        keeps_nan: whether a look-up that fills with NaN goes past it as well.
+        keeps_nan: whether a lookup that fills with NaN goes past it as well.
     """
 
     primitive: jex.Primitive
