@@ -228,3 +228,11 @@ def test_troubleshooting_has_exactly_one_section_for_each_warning_and_error():
             assert remedies(value).endswith(f"/troubleshooting/#{short.lower()}")
             documented.append(short)
     assert sorted(SECTION.findall(page)) == sorted(documented)
+
+
+@pytest.mark.parametrize("page", sorted(Path("docs").rglob("*.md")), ids=str)
+def test_front_matter_of_a_page_ends(page):
+    first, *lines = page.read_text(encoding="utf-8").splitlines()
+    if first == "---":
+        # Without its last line, MkDocs shows the front matter as text.
+        assert "---" in lines[: lines.index("")]

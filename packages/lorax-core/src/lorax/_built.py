@@ -55,8 +55,7 @@ class Weights(NamedTuple):
         # Shared axes count layers or experts: not part of one entry.
         entry = math.prod(size for size, sides in of_one if sides != frozenset({SHARED}))
         return any(
-            (entry if k in self.blocks else math.prod(shape)) >= self.sizes[k]
-            for k in {k for k, _ in made.sides}
+            (entry if k in self.blocks else math.prod(shape)) >= self.sizes[k] for k in made.weights
         )
 
 
@@ -152,7 +151,7 @@ def _whole(outvars: Sequence[Any], outs: Sequence[Made | None], weights: Weights
 def _is_whole(made: Made, shape: tuple[int, ...], thin: Sides) -> bool:
     axes = [sides for sides, size in zip(made.axes, shape, strict=True) if size != 1]
     shown = frozenset[Side]().union(*axes)
-    for k in {k for k, _ in made.sides}:
+    for k in made.weights:
         both = {(k, "in"), (k, "out")}
         if not both <= made.sides:
             continue

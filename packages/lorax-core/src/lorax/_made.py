@@ -48,6 +48,11 @@ class Made(NamedTuple):
     factors: bool
     picked: Sides = frozenset()
 
+    @property
+    def weights(self) -> set[int]:
+        """The numbers of the weights."""
+        return {k for k, _ in self.sides}
+
 
 def ndims_of(atoms: Sequence[Any]) -> list[int]:
     return [len(getattr(atom.aval, "shape", ())) for atom in atoms]
@@ -128,7 +133,7 @@ def _is_summed(made: Made) -> bool:
     shown = frozenset[Side]().union(*made.axes, made.picked)
     return all(
         len({(k, "in"), (k, "out")} & made.sides) == 2 > len({(k, "in"), (k, "out")} & shown)
-        for k in _weights(made)
+        for k in made.weights
     )
 
 
@@ -155,7 +160,7 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
         # An axis that is the weight's on one side only: data came along on the other, unless this
         # is the rank axis of a factor that was reshaped together with an axis of the weight.
         own = {k for k, _ in sides[0] | sides[1]}
-        if shown[0] != shown[1] and (is_mixed or not own <= _weights(left) & _weights(right)):
+        if shown[0] != shown[1] and (is_mixed or not own <= left.weights & right.weights):
             return None
         left, right = _led_on(left, i, right.axes[j]), _led_on(right, j, left.axes[i])
     kept = [sides for d, sides in enumerate(left.axes) if d not in (*l_sum, *l_batch)]
@@ -166,10 +171,6 @@ def _dot(dimension_numbers: Any, operands: Sequence[Made | None], ndims: list[in
         left.factors or right.factors,
         left.picked | right.picked,
     )
-
-
-def _weights(made: Made) -> set[int]:
-    return {k for k, _ in made.sides}
 
 
 def _led_on(made: Made, summed: int, met: Sides) -> Made:

@@ -16,7 +16,6 @@ from .._places import Array
 
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
-STEMS = ("model", "diffusion_pytorch_model")
 INDEX_END = ".index.json"
 # In this order; if a folder has both, transformers reads the file, and diffusers the index.
 _WEIGHTS = (
@@ -161,7 +160,7 @@ def _files(path: Path) -> list[BaseFile]:
         ]
     if files := _weights(path):
         return [BaseFile(file, "") for file in files]
-    names = ", ".join(f"`{stem}.safetensors`" for stem in STEMS)
+    names = ", ".join(f"`{name}`" for name in _WEIGHTS if not name.endswith(INDEX_END))
     others = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
     instead = f" Give the path of a file itself, such as {others[0].name}." if others else ""
     raise AdapterNotFoundError(f"has none of {names}, nor an index of them.{instead}", path)

@@ -108,7 +108,7 @@ def load_parameter(
         parts = {index: row for index, row in weights.items() if isinstance(row, Part)}
         if len(parts) == len(weights):
             target = plain_target(place, _one_dtype(place.path, parts.values(), notes))
-            return _array(place.path, place, target, parts, where, None)[0]
+            return _array(place.path, place, target, parts, where, None)
         return _requantized(source, place, weights, dtype, requantize, where, notes)
 
 
@@ -156,14 +156,12 @@ def _coded(
     empty = blank(place.path, place, first, runs, dtype)
     shardings = {} if where is None else empty.shardings(where)
     arrays: dict[str, Any] = {}
-    largest = 0.0
     for name, target in targets(empty).items():
         parts = {index: row.parts[name] for index, row in weights.items()}
         full = f"{place.path}/{name}"
-        arrays[name], peak = _array(full, place, target, parts, shardings.get(name), first.format)
-        largest = max(largest, peak)
+        arrays[name] = _array(full, place, target, parts, shardings.get(name), first.format)
     result = dataclasses.replace(empty, arrays=arrays)
-    if dtype == np.float16 and (largest > 1 or first.format.name in _WIDE):
+    if dtype == np.float16:
         _check_range(place.path, result)
     notes.assumed.extend(
         f"`{place.path}`: {row.assumed}" for row in weights.values() if row.assumed
@@ -180,37 +178,30 @@ def _array(
     parts: Mapping[tuple[int, ...], Part],
     where: Sharding | None,
     codec: Format | None,
-) -> tuple[jax.Array, float]:
-    """Puts one array on its devices; 4-bit codes are transferred as bytes.
-
-    Returns:
-        The array, and the largest magnitude of the scales of a quantized weight.
-    """
+) -> jax.Array:
+    """Puts one array on its devices; 4-bit codes are transferred as bytes."""
     packed: Packed | None = packing(place, target)
     whole = assemble(place, target, parts, packed)
     check_numbers(name, whole, codec if packed is None else None)
-    is_scale = codec is not None and not name.endswith("/codes")
-    largest = _largest(whole) if is_scale else 0.0
 
     def read(index: Any) -> Array:
         return whole[index]
 
     if packed is None:
-        return put(target.shape, whole.dtype, read, where), largest
+        return put(target.shape, whole.dtype, read, where)
     data = put(packed.bytes_shape, whole.dtype, read, packed.bytes_sharding(where))
-    return packed.unpack(data, where), largest
-
-
-def _largest(array: Array) -> float:
-    """The largest magnitude in an array of floats; 0 for integers."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return 0.0
-    parts = (part.astype(np.float32) for part in parts_of(array))
-    return max((float(max(part.max(), -part.min())) for part in parts), default=0.0)
+    return packed.unpack(data, where)
 
 
 def _check_range(path: str, weight: QuantizedWeight) -> None:
-    """Refuses a weight that decodes to infinity, although its codes and scales are finite."""
+    """Rejects a weight that decodes to infinity, although its codes and scales are finite."""
+    numbers = [x for name, x in weight.arrays.items() if name != "codes"]
+    floats = [x for x in numbers if jnp.issubdtype(x.dtype, jnp.floating)]
+    largest = max(
+        (float(jnp.max(jnp.abs(x.astype(np.float32)), initial=0)) for x in floats), default=0.0
+    )
+    if largest <= 1 and weight.format not in _WIDE:
+        return
     if not jax.jit(lambda weight: jnp.isfinite(dequantize(weight)).all())(weight):
         raise AdapterError(
             f"has entries in `{path}` that decode to infinity in {weight.dtype}. If the file is as "

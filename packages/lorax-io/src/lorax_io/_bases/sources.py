@@ -90,7 +90,7 @@ class SafetensorsSource:
         return whole(view, (1,) * view.ndim)
 
     def _check_match(self, asked: str, found: str) -> None:
-        """Refuses names that match by other prefixes than the rest: they may be of other modules.
+        """Rejects names that match by other prefixes than the rest: they may be of other modules.
 
         Raises:
             AdapterMismatchError: if two names match one weight, or by two prefixes.

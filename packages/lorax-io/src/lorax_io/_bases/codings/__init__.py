@@ -47,8 +47,13 @@ def _check_unrotated(tensors: Tensors, coded: AnyCoded) -> None:
         )
 
 
+_ENDS = frozenset(ENDINGS) | {
+    f"_{end}" for end in ("zero_point", "g_idx", "global_scale", "scale_2", "scales", "qzeros")
+}
+
+
 def _check_all_used(tensors: Tensors, module: str, parameter: str, coded: AnyCoded) -> None:
-    """Refuses a weight with tensors that its reader does not use: they may change its values."""
+    """Rejects a weight with tensors that its reader does not use: they may change its values."""
     weight = f"{module}.{parameter}"
     own = (name.removeprefix(weight) for name in tensors.beginning(weight))
     is_matrix = parameter == "weight"
@@ -65,8 +70,3 @@ def _check_all_used(tensors: Tensors, module: str, parameter: str, coded: AnyCod
             f"has `{left[0]}` next to `{coded.names[0]}`, so that the weight is in a format that "
             "is not read. If the tensor has no effect, delete it."
         )
-
-
-_ENDS = frozenset(ENDINGS) | {
-    f"_{end}" for end in ("zero_point", "g_idx", "global_scale", "scale_2", "scales", "qzeros")
-}

@@ -187,7 +187,7 @@ def find_fp4(tensors: Tensors, module: str, parameter: str) -> AnyCoded | None:
     if not schemes and grains != (1, block):  # codes of 6 bits would have other shapes
         raise AdapterFileError(
             f"has `{scale}` of shape {scales.shape}; FP4 of shape {shape} has blocks of {block}. "
-            "Read it as the folder of its own config.json."
+            "Pass the folder that has its config.json instead of the file."
         )
     parts = {"codes": Part(lambda rows: nibbles(data[rows]), (1, 1), shape, jnp.uint4)}
     if has_exponents:
